@@ -1,0 +1,185 @@
+//! The frame codec.
+//!
+//! ```text
+//!  0       3   4      5                4 + L
+//!  ┌─────────┬──────┬──────────────────┐
+//!  │ L (u32) │ type │ payload          │     L = 1 + payload length, big-endian
+//!  └─────────┴──────┴──────────────────┘
+//! ```
+
+use std::fmt;
+
+/// The largest `L`: type byte plus payload, in bytes.
+pub const FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// The largest payload, in bytes.
+pub const PAYLOAD_BYTES_MAX: usize = FRAME_BYTES_MAX - 1;
+
+/// Length field and type byte, in bytes.
+const HEADER_BYTES: usize = 5;
+
+/// What a frame is. Unknown types are kept as they are: who receives one decides.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FrameType(pub u8);
+
+impl FrameType {
+    /// Host to guest: bytes for the process, or for the file being written.
+    pub const STDIN: Self = Self(0x01);
+    /// Guest to host: bytes of the process, or of the file being read.
+    pub const STDOUT: Self = Self(0x02);
+    /// Guest to host: bytes of the process.
+    pub const STDERR: Self = Self(0x03);
+    /// Host to guest: rows and columns of the terminal.
+    pub const RESIZE: Self = Self(0x04);
+    /// Guest to host: the exit code; the operation is over.
+    pub const EXIT: Self = Self(0x05);
+    /// Either way: text for a person; the operation is over.
+    pub const ERROR: Self = Self(0x06);
+    /// Host to guest: kill the process group.
+    pub const KILL: Self = Self(0x07);
+    /// Host to guest: the process's standard input ends here. Not in the original protocol.
+    pub const STDIN_EOF: Self = Self(0x08);
+    /// Host to guest: one byte, a signal for the process group. Not in the original protocol.
+    pub const SIGNAL: Self = Self(0x09);
+    /// Guest to host: [`StartError`](crate::StartError) in place of [`ERROR`](Self::ERROR), for hosts that asked for it with
+    /// `error_details`. Not in the original protocol.
+    pub const START_ERROR: Self = Self(0x0a);
+    /// Host to guest: [`ExecRequest`](crate::ExecRequest).
+    pub const EXEC_REQ: Self = Self(0x10);
+    /// Host to guest: the token, as raw bytes.
+    pub const AUTH: Self = Self(0x11);
+    /// Host to guest: [`ForwardRequest`](crate::ForwardRequest).
+    pub const FWD_REQ: Self = Self(0x20);
+    /// Guest to host: [`ForwardResponse`](crate::ForwardResponse).
+    pub const FWD_RESP: Self = Self(0x21);
+    /// Host to guest: list the sessions.
+    pub const EXEC_LIST_REQ: Self = Self(0x30);
+    /// Guest to host: an array of [`SessionInfo`](crate::SessionInfo).
+    pub const EXEC_LIST_RESP: Self = Self(0x31);
+    /// Host to guest: [`SessionRef`](crate::SessionRef), the session to kill.
+    pub const EXEC_KILL: Self = Self(0x32);
+    /// Guest to host: [`SessionInfo`](crate::SessionInfo).
+    pub const SESSION_INFO: Self = Self(0x33);
+    /// Host to guest: ask for the activity.
+    pub const ACTIVITY_REQ: Self = Self(0x40);
+    /// Guest to host: [`ActivityInfo`](crate::ActivityInfo).
+    pub const ACTIVITY_RESP: Self = Self(0x41);
+    /// Host to guest: [`FileReadRequest`](crate::FileReadRequest).
+    pub const FILE_READ_REQ: Self = Self(0x50);
+    /// Guest to host: [`FileReadResponse`](crate::FileReadResponse).
+    pub const FILE_READ_RESP: Self = Self(0x51);
+    /// Host to guest: [`FileWriteRequest`](crate::FileWriteRequest).
+    pub const FILE_WRITE_REQ: Self = Self(0x52);
+    /// Guest to host: [`StatusOk`](crate::StatusOk).
+    pub const FILE_WRITE_RESP: Self = Self(0x53);
+    /// Host to guest: [`FilePathRequest`](crate::FilePathRequest).
+    pub const FILE_STAT_REQ: Self = Self(0x54);
+    /// Guest to host: [`FileInfo`](crate::FileInfo).
+    pub const FILE_STAT_RESP: Self = Self(0x55);
+    /// Host to guest: [`FilePathRequest`](crate::FilePathRequest).
+    pub const FILE_LS_REQ: Self = Self(0x56);
+    /// Guest to host: an array of [`FileInfo`](crate::FileInfo).
+    pub const FILE_LS_RESP: Self = Self(0x57);
+    /// Host to guest: shut the guest down. Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    pub const SHUTDOWN_REQ: Self = Self(0x60);
+}
+
+impl fmt::Display for FrameType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "0x{:02x}", self.0)
+    }
+}
+
+impl fmt::Debug for FrameType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Bytes that are no frame, or a payload that fits in none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// `L` is over [`FRAME_BYTES_MAX`].
+    #[error("frame too large: {length} > {FRAME_BYTES_MAX}")]
+    TooLarge {
+        /// `L`.
+        length: usize,
+    },
+    /// `L` is zero.
+    #[error("invalid frame: length is 0")]
+    Empty,
+}
+
+/// A frame found at the start of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parsed<'a> {
+    /// Its type.
+    pub frame_type: FrameType,
+    /// Its payload.
+    pub payload: &'a [u8],
+    /// The bytes it takes in the buffer, header included.
+    pub total_bytes: usize,
+}
+
+/// Appends one frame to `buffer`.
+///
+/// # Errors
+///
+/// Returns [`FrameError::TooLarge`], with `buffer` unchanged, if `payload` is longer than [`PAYLOAD_BYTES_MAX`].
+pub fn encode(buffer: &mut Vec<u8>, frame_type: FrameType, payload: &[u8]) -> Result<(), FrameError> {
+    let length = payload.len() + 1;
+    let field = u32::try_from(length).ok().filter(|_| length <= FRAME_BYTES_MAX);
+    let field = field.ok_or(FrameError::TooLarge { length })?;
+    buffer.reserve(HEADER_BYTES + payload.len());
+    buffer.extend_from_slice(&field.to_be_bytes());
+    buffer.push(frame_type.0);
+    buffer.extend_from_slice(payload);
+    Ok(())
+}
+
+/// Finds the frame at the start of `buffer`, without consuming it. `None` means that more bytes are needed.
+///
+/// # Errors
+///
+/// Returns an error as soon as the length field is there and no frame can have it.
+pub fn parse(buffer: &[u8]) -> Result<Option<Parsed<'_>>, FrameError> {
+    let Some((field, rest)) = buffer.split_first_chunk::<4>() else { return Ok(None) };
+    let length = u32::from_be_bytes(*field) as usize;
+    if length == 0 {
+        return Err(FrameError::Empty);
+    }
+    if length > FRAME_BYTES_MAX {
+        return Err(FrameError::TooLarge { length });
+    }
+    let Some(body) = rest.get(..length) else { return Ok(None) };
+    Ok(Some(Parsed { frame_type: FrameType(body[0]), payload: &body[1..], total_bytes: 4 + length }))
+}
+
+/// The payload of [`FrameType::RESIZE`].
+#[must_use]
+pub fn resize_payload(rows: u16, cols: u16) -> [u8; 4] {
+    let (rows, cols) = (rows.to_be_bytes(), cols.to_be_bytes());
+    [rows[0], rows[1], cols[0], cols[1]]
+}
+
+/// Rows and columns of [`FrameType::RESIZE`]. `None` if the payload is shorter than four bytes; more are ignored.
+#[must_use]
+pub fn parse_resize(payload: &[u8]) -> Option<(u16, u16)> {
+    let [r0, r1, c0, c1] = *payload.first_chunk::<4>()?;
+    Some((u16::from_be_bytes([r0, r1]), u16::from_be_bytes([c0, c1])))
+}
+
+/// The payload of [`FrameType::EXIT`].
+#[must_use]
+pub const fn exit_payload(code: i32) -> [u8; 4] {
+    code.to_be_bytes()
+}
+
+/// The code of [`FrameType::EXIT`]. `None` if the payload is shorter than four bytes; more are ignored.
+#[must_use]
+pub fn parse_exit(payload: &[u8]) -> Option<i32> {
+    payload.first_chunk::<4>().map(|bytes| i32::from_be_bytes(*bytes))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,36 @@
+//! The protocol between host and guest agent: frames, messages, and the channel that carries them.
+//!
+//! ```text
+//!  frame      one operation's requests, output and result         (every engine)
+//!  mux        many streams over one connection, one per operation  (virtio-serial)
+//!  resync     a fresh start on every host connect                  (virtio-serial)
+//! ```
+//!
+//! Where the engine gives a connection per operation (vsock, Unix sockets), frames travel on it directly. The codec, the messages
+//! and the resync state machines do no I/O; [`FrameReader`], [`FrameWriter`] and [`mux`] are the thin asynchronous layer on top.
+//!
+//! Frames and messages are those of the original system, byte for byte. What is new is a new frame type or an optional key, so
+//! that old and new ends understand each other.
+
+mod frame;
+mod io;
+mod message;
+pub mod mux;
+pub mod resync;
+
+pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parsed, encode, parse};
+pub use frame::{exit_payload, parse_exit, parse_resize, resize_payload};
+pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
+pub use message::{
+    ActivityInfo, ExecRequest, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest,
+    ForwardRequest, ForwardResponse, SessionInfo, SessionRef, StartError, StartErrorKind, StatusOk,
+};
+
+/// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// The port of the agent's TCP forwarding service.
+pub const FORWARD_PORT: u32 = 1025;
+
+/// The size of the pieces in which output and files travel, in bytes.
+pub const CHUNK_BYTES: usize = 32 * 1024;

@@ -1,0 +1,261 @@
+//! Many streams over one connection: yamux, with the host as the side that opens them.
+//!
+//! A stream begins with the port it is for, as four bytes big-endian ([`CONTROL_PORT`](crate::CONTROL_PORT) or
+//! [`FORWARD_PORT`](crate::FORWARD_PORT)); after that it is what a connection to that port would be. Opening one costs no round
+//! trip. Streams that the guest opens are reset.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use futures_util::io::{AsyncRead as FuturesRead, AsyncWrite as FuturesWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+
+/// Streams that may be open at once on one channel.
+pub const STREAMS_MAX: usize = 2048;
+
+/// Open requests that may wait for the driver.
+const OPEN_QUEUE: usize = 64;
+
+fn config() -> yamux::Config {
+    let mut config = yamux::Config::default();
+    config.set_max_num_streams(STREAMS_MAX);
+    config.set_max_connection_receive_window(Some(STREAMS_MAX * yamux_window_bytes()));
+    config
+}
+
+/// The window that yamux gives every stream from the start: section "Flow Control" of its specification.
+const fn yamux_window_bytes() -> usize {
+    256 * 1024
+}
+
+/// The channel is gone, and with it all its streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the agent channel is closed")]
+pub struct ChannelClosed;
+
+/// Opens streams: the host's handle of a multiplexed channel.
+#[derive(Clone, Debug)]
+pub struct Opener {
+    requests: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+}
+
+impl Opener {
+    /// Multiplexes `io`. The second value drives the channel: spawn it. It ends when the connection does, or when the opener with all
+    /// its clones and streams is gone.
+    pub fn new<S>(io: S) -> (Self, impl Future<Output = ()> + Send)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin,
+    {
+        let (requests, waiting) = mpsc::channel(OPEN_QUEUE);
+        let connection = yamux::Connection::new(io.compat(), config(), yamux::Mode::Client);
+        (Self { requests }, drive(connection, waiting))
+    }
+
+    /// Whether the channel has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.requests.is_closed()
+    }
+
+    /// Opens a stream to `port`.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ChannelClosed`] if the channel has ended.
+    pub async fn open(&self, port: u32) -> Result<MuxStream, ChannelClosed> {
+        let (reply, stream) = oneshot::channel();
+        self.requests.send(reply).await.map_err(|_| ChannelClosed)?;
+        let stream = stream.await.map_err(|_| ChannelClosed)?.compat();
+        let mut stream = MuxStream { stream, _keeps_channel: self.requests.clone() };
+        tokio::io::AsyncWriteExt::write_all(&mut stream, &port.to_be_bytes()).await.map_err(|_| ChannelClosed)?;
+        Ok(stream)
+    }
+}
+
+async fn drive<S>(mut connection: yamux::Connection<S>, mut requests: mpsc::Receiver<oneshot::Sender<yamux::Stream>>)
+where
+    S: FuturesRead + FuturesWrite + Unpin,
+{
+    let mut request: Option<oneshot::Sender<yamux::Stream>> = None;
+    std::future::poll_fn(|cx| {
+        loop {
+            if request.is_none() {
+                match requests.poll_recv(cx) {
+                    Poll::Ready(Some(next)) => request = Some(next),
+                    Poll::Ready(None) => return Poll::Ready(()),
+                    Poll::Pending => {}
+                }
+            }
+            if request.is_some() {
+                match connection.poll_new_outbound(cx) {
+                    Poll::Ready(Ok(stream)) => {
+                        // Whoever asked may have given up: dropping the stream resets it.
+                        if let Some(reply) = request.take() {
+                            drop(reply.send(stream));
+                        }
+                        continue;
+                    }
+                    Poll::Ready(Err(_)) => return Poll::Ready(()),
+                    Poll::Pending => {}
+                }
+            }
+            match connection.poll_next_inbound(cx) {
+                Poll::Ready(Some(Ok(uninvited))) => drop(uninvited),
+                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    })
+    .await;
+}
+
+/// A stream that the host opened.
+#[derive(Debug)]
+pub struct MuxStream {
+    stream: Compat<yamux::Stream>,
+    _keeps_channel: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+}
+
+impl AsyncRead for MuxStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for MuxStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Accepts streams: the guest's end of a multiplexed channel.
+pub struct Acceptor<S> {
+    connection: yamux::Connection<S>,
+}
+
+/// A stream that the guest accepted.
+pub type AcceptedStream = Compat<yamux::Stream>;
+
+impl<S: FuturesRead + FuturesWrite + Unpin> Acceptor<S> {
+    /// Multiplexes `io`.
+    pub fn new(io: S) -> Self {
+        Self { connection: yamux::Connection::new(io, config(), yamux::Mode::Server) }
+    }
+
+    /// Accepts the next stream; `None` when the channel has ended. The channel moves only while this is awaited.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn accept(&mut self) -> Option<AcceptedStream> {
+        let stream = std::future::poll_fn(|cx| self.connection.poll_next_inbound(cx)).await;
+        stream?.ok().map(FuturesAsyncReadCompatExt::compat)
+    }
+}
+
+/// Reads the port that an accepted stream is for.
+///
+/// # Errors
+///
+/// Returns the stream's error, or that it ended.
+pub async fn read_port(stream: &mut AcceptedStream) -> io::Result<u32> {
+    stream.read_u32().await
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncWriteExt, duplex};
+
+    use super::*;
+
+    /// A channel whose guest echoes every stream, with the port in front.
+    fn echo_channel() -> (Opener, tokio::task::JoinHandle<()>) {
+        let (near, far) = duplex(8192);
+        tokio::spawn(async move {
+            let mut acceptor = Acceptor::new(far.compat());
+            while let Some(mut stream) = acceptor.accept().await {
+                tokio::spawn(async move {
+                    let port = read_port(&mut stream).await.unwrap();
+                    stream.write_all(&port.to_be_bytes()).await.unwrap();
+                    let (mut from, mut to) = tokio::io::split(stream);
+                    tokio::io::copy(&mut from, &mut to).await.unwrap();
+                    to.shutdown().await.unwrap();
+                });
+            }
+        });
+        let (opener, driver) = Opener::new(near);
+        (opener, tokio::spawn(driver))
+    }
+
+    #[tokio::test]
+    async fn stream_half_closes_and_brings_the_rest() {
+        let (opener, _driver) = echo_channel();
+        let mut stream = opener.open(1025).await.unwrap();
+        stream.write_all(b"hello").await.unwrap();
+        stream.shutdown().await.unwrap();
+
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+
+        assert_eq!(answer, [&1025u32.to_be_bytes()[..], b"hello"].concat());
+    }
+
+    #[tokio::test]
+    async fn hundred_streams_carry_a_mebibyte_each_without_mixing() {
+        let (opener, _driver) = echo_channel();
+        let streams = (0..100u8).map(|byte| {
+            let opener = opener.clone();
+            tokio::spawn(async move {
+                let stream = opener.open(1024).await.unwrap();
+                let (mut from, mut to) = tokio::io::split(stream);
+                let writing = tokio::spawn(async move {
+                    to.write_all(&vec![byte; 1 << 20]).await.unwrap();
+                    to.shutdown().await.unwrap();
+                });
+                assert_eq!(from.read_u32().await.unwrap(), 1024);
+                let mut echoed = Vec::new();
+                from.read_to_end(&mut echoed).await.unwrap();
+                writing.await.unwrap();
+                assert!(echoed.len() == 1 << 20 && echoed.iter().all(|b| *b == byte));
+            })
+        });
+
+        for stream in streams.collect::<Vec<_>>() {
+            stream.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn opener_says_so_when_the_channel_is_gone() {
+        let (near, far) = duplex(8192);
+        let (opener, driver) = Opener::new(near);
+        let driver = tokio::spawn(driver);
+        drop(far);
+        driver.await.unwrap();
+
+        assert_eq!(opener.open(1024).await.unwrap_err(), ChannelClosed);
+        assert!(opener.is_closed());
+    }
+
+    #[tokio::test]
+    async fn driver_ends_with_its_last_handle() {
+        let (opener, driver) = echo_channel();
+        let stream = opener.open(1024).await.unwrap();
+        drop(opener);
+        assert!(!driver.is_finished());
+        drop(stream);
+
+        driver.await.unwrap();
+    }
+}

@@ -1,0 +1,270 @@
+//! A fresh start of the channel on every host connect.
+//!
+//! A virtio-serial port is one byte stream that outlives its users: the host's end closes and opens again when the daemon restarts
+//! or the VM is restored, the guest may not notice, and bytes of the old conversation, half a frame of it perhaps, are still on
+//! their way in both directions. So each host connect begins with a handshake that cannot be mistaken for anything else:
+//!
+//! ```text
+//!  host → guest   F7 01 ‖ escape(generation ‖ epoch)      "hello"; everything before it is void
+//!  guest → host   ACK_MAGIC ‖ generation ‖ epoch          "ack"; everything before it is void
+//! ```
+//!
+//! *Epoch* is 16 bytes that the host draws anew each time, so no stale byte can look like the ack. Towards the guest the byte `F7`
+//! is *escaped* as `F7 00` in all that follows, so `F7 01` occurs in a hello and nowhere else, wherever the last conversation broke
+//! off. (`F7` never occurs in UTF-8 and seldom elsewhere.) The other direction needs no escaping.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+/// The version of what follows the handshake. The host is the newer side and adapts to the guest's answer.
+pub const GENERATION: u8 = 1;
+
+/// Random bytes that name one connection.
+pub type Epoch = [u8; 16];
+
+const ESCAPE: u8 = 0xf7;
+const ESCAPED_ESCAPE: u8 = 0x00;
+const ESCAPED_HELLO: u8 = 0x01;
+const ACK_MAGIC: [u8; 8] = *b"\xf7bhatti\n";
+const HELLO_BODY_BYTES: usize = 1 + 16;
+const ACK_BYTES: usize = ACK_MAGIC.len() + HELLO_BODY_BYTES;
+
+/// Stale bytes that a guest may send before its ack, in bytes: more than the port and the sockets can hold.
+const STALE_BYTES_MAX: usize = 16 << 20;
+
+/// The most plain bytes that one write takes on, so that its escaped form stays small.
+const WRITE_BYTES_MAX: usize = 64 * 1024;
+
+/// The host's first words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The host's [`GENERATION`].
+    pub generation: u8,
+    /// The connection's name.
+    pub epoch: Epoch,
+}
+
+impl Hello {
+    fn body(&self) -> [u8; HELLO_BODY_BYTES] {
+        let mut body = [self.generation; HELLO_BODY_BYTES];
+        body[1..].copy_from_slice(&self.epoch);
+        body
+    }
+
+    /// The bytes that the host sends.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![ESCAPE, ESCAPED_HELLO];
+        escape(&self.body(), &mut bytes);
+        bytes
+    }
+
+    /// The bytes that the guest answers.
+    #[must_use]
+    pub fn encode_ack(&self) -> Vec<u8> {
+        let mut bytes = ACK_MAGIC.to_vec();
+        bytes.extend_from_slice(&self.body());
+        bytes
+    }
+}
+
+/// Appends the escaped form of `plain` to `out`.
+pub fn escape(plain: &[u8], out: &mut Vec<u8>) {
+    out.reserve(plain.len());
+    let mut rest = plain;
+    while let Some(at) = memchr::memchr(ESCAPE, rest) {
+        out.extend_from_slice(&rest[..=at]);
+        out.push(ESCAPED_ESCAPE);
+        rest = &rest[at + 1..];
+    }
+    out.extend_from_slice(rest);
+}
+
+/// The guest's view of the stream: data, and now and then a [`Hello`].
+#[derive(Debug, Default)]
+pub struct Decoder {
+    escaped: bool,
+    hello_body: Option<Vec<u8>>,
+}
+
+impl Decoder {
+    /// Decodes the start of `input`, appending plain bytes to `data`.
+    ///
+    /// Takes all of `input` and returns `None`, or stops behind a hello and returns it: then all data before it is void, and what is
+    /// left of `input` belongs to the new connection.
+    pub fn decode(&mut self, input: &mut &[u8], data: &mut BytesMut) -> Option<Hello> {
+        while !input.is_empty() {
+            if std::mem::take(&mut self.escaped) {
+                match input.get_u8() {
+                    ESCAPED_HELLO => self.hello_body = Some(Vec::with_capacity(HELLO_BODY_BYTES)),
+                    // The last conversation broke off right behind an escape, and the next begins with one.
+                    ESCAPE => self.escaped = true,
+                    // Only `ESCAPED_ESCAPE` is ever sent; any other code can only be noise, and noise is data here.
+                    _ => self.take(&[ESCAPE], data),
+                }
+            } else {
+                let plain = memchr::memchr(ESCAPE, input).unwrap_or(input.len());
+                let wanted = self.hello_body.as_ref().map_or(plain, |body| plain.min(HELLO_BODY_BYTES - body.len()));
+                self.take(&input[..wanted], data);
+                *input = &input[wanted..];
+                if wanted == plain && !input.is_empty() && !self.hello_is_complete() {
+                    input.advance(1);
+                    self.escaped = true;
+                }
+            }
+            if self.hello_is_complete() {
+                let body = self.hello_body.take()?;
+                let mut epoch = Epoch::default();
+                epoch.copy_from_slice(&body[1..]);
+                return Some(Hello { generation: body[0], epoch });
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, bytes: &[u8], data: &mut BytesMut) {
+        match &mut self.hello_body {
+            Some(body) => body.extend_from_slice(bytes),
+            None => data.extend_from_slice(bytes),
+        }
+    }
+
+    fn hello_is_complete(&self) -> bool {
+        self.hello_body.as_ref().is_some_and(|body| body.len() == HELLO_BODY_BYTES)
+    }
+}
+
+/// The handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GreetError {
+    /// The stream failed or ended.
+    #[error("the agent channel broke before the guest answered")]
+    Io(#[source] io::Error),
+    /// What came was not an ack, for longer than anything stale could last.
+    #[error("the guest sent {STALE_BYTES_MAX} bytes and no answer to the handshake")]
+    Noise,
+    /// The agent is of another time.
+    #[error("the guest agent speaks generation {generation} of the channel; this host speaks {GENERATION}")]
+    Generation {
+        /// What it answered.
+        generation: u8,
+    },
+}
+
+/// Says hello on a fresh connection and waits for the ack.
+///
+/// # Errors
+///
+/// Returns an error if the stream fails or the guest answers something else. There is no time limit: the guest may still be booting.
+///
+/// # Cancel safety
+///
+/// Not cancel safe: drop the stream with the future.
+pub async fn greet<S>(mut stream: S, epoch: Epoch) -> Result<HostStream<S>, GreetError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let hello = Hello { generation: GENERATION, epoch };
+    stream.write_all(&hello.encode()).await.map_err(GreetError::Io)?;
+    let mut received = BytesMut::with_capacity(4096);
+    let mut discarded = 0;
+    loop {
+        if stream.read_buf(&mut received).await.map_err(GreetError::Io)? == 0 {
+            return Err(GreetError::Io(io::ErrorKind::UnexpectedEof.into()));
+        }
+        if let Some(generation) = find_ack(&mut received, &epoch, &mut discarded) {
+            if generation != GENERATION {
+                return Err(GreetError::Generation { generation });
+            }
+            return Ok(HostStream { inner: stream, received, escaped: BytesMut::new() });
+        }
+        if discarded > STALE_BYTES_MAX {
+            return Err(GreetError::Noise);
+        }
+    }
+}
+
+/// Consumes `received` up to the end of the ack, or all of it that cannot be the ack's beginning.
+fn find_ack(received: &mut BytesMut, epoch: &Epoch, discarded: &mut usize) -> Option<u8> {
+    let mut from = 0;
+    while let Some(at) = memchr::memmem::find(&received[from..], &ACK_MAGIC).map(|at| from + at) {
+        let Some(ack) = received.get(at..at + ACK_BYTES) else { break };
+        if ack[ACK_MAGIC.len() + 1..] == epoch[..] {
+            let generation = ack[ACK_MAGIC.len()];
+            received.advance(at + ACK_BYTES);
+            return Some(generation);
+        }
+        from = at + 1;
+    }
+    let kept = received.len().min(ACK_BYTES - 1);
+    *discarded += received.len() - kept;
+    received.advance(received.len() - kept);
+    None
+}
+
+/// The host's end of the channel behind the handshake: escapes what it writes.
+#[derive(Debug)]
+pub struct HostStream<S> {
+    inner: S,
+    received: BytesMut,
+    escaped: BytesMut,
+}
+
+impl<S: AsyncWrite + Unpin> HostStream<S> {
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.escaped.is_empty() {
+            let written = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.escaped))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.escaped.advance(written);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for HostStream<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.received.is_empty() {
+            return Pin::new(&mut self.inner).poll_read(cx, buf);
+        }
+        let length = self.received.len().min(buf.remaining());
+        buf.put_slice(&self.received.split_to(length));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for HostStream<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_drain(cx))?;
+        let plain = &buf[..buf.len().min(WRITE_BYTES_MAX)];
+        if memchr::memchr(ESCAPE, plain).is_none() {
+            return Pin::new(&mut self.inner).poll_write(cx, plain);
+        }
+        let mut escaped = Vec::new();
+        escape(plain, &mut escaped);
+        self.escaped.extend_from_slice(&escaped);
+        // The bytes are taken; what the stream does not take now, the next write or flush sends.
+        if let Poll::Ready(Err(error)) = self.poll_drain(cx) {
+            return Poll::Ready(Err(error));
+        }
+        Poll::Ready(Ok(plain.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_drain(cx))?;
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_drain(cx))?;
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests;

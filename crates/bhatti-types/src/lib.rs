@@ -1,0 +1,18 @@
+//! The vocabulary of bhatti: ids, names, sizes, specs and the sandbox lifecycle.
+//!
+//! Everything here is plain data that has been checked once, at the edge. There is no I/O, no clock and no randomness: whoever
+//! makes an id brings the entropy.
+
+mod id;
+mod lifecycle;
+mod name;
+mod report;
+mod size;
+mod spec;
+
+pub use id::{ParseIdError, SandboxId, UserId};
+pub use lifecycle::{Denied, FailReason, SandboxState, UnknownReason};
+pub use name::{ParseNameError, SandboxName, UserName};
+pub use report::Report;
+pub use size::{CpuCount, MemoryMib, OutOfRange};
+pub use spec::{Environment, InvalidEnvironment, SandboxSpec};

@@ -1,0 +1,121 @@
+//! Sizes of a VM, each with the range that an engine can really give.
+
+use std::fmt;
+
+/// A number outside the range of its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} must be between {minimum} and {maximum}, not {value}")]
+pub struct OutOfRange {
+    what: &'static str,
+    value: u64,
+    minimum: u64,
+    maximum: u64,
+}
+
+/// Virtual CPUs of a VM: 1 to 32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CpuCount(u8);
+
+impl CpuCount {
+    /// One vCPU, the default.
+    pub const ONE: Self = Self(1);
+    const MAX: u8 = 32;
+
+    /// The number of vCPUs.
+    #[must_use]
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl TryFrom<u64> for CpuCount {
+    type Error = OutOfRange;
+
+    fn try_from(value: u64) -> Result<Self, OutOfRange> {
+        match u8::try_from(value) {
+            Ok(count @ 1..=Self::MAX) => Ok(Self(count)),
+            _ => Err(OutOfRange { what: "cpus", value, minimum: 1, maximum: u64::from(Self::MAX) }),
+        }
+    }
+}
+
+impl fmt::Display for CpuCount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// Guest memory, in mebibytes (2^20 bytes): 128 MiB, below which Debian's kernel does not boot, to 256 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MemoryMib(u32);
+
+impl MemoryMib {
+    /// The default, 512 MiB.
+    pub const DEFAULT: Self = Self(512);
+    const MIN: u32 = 128;
+    const MAX: u32 = 256 * 1024;
+
+    /// The size in mebibytes.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        (self.0 as u64) << 20
+    }
+}
+
+impl TryFrom<u64> for MemoryMib {
+    type Error = OutOfRange;
+
+    fn try_from(value: u64) -> Result<Self, OutOfRange> {
+        match u32::try_from(value) {
+            Ok(mib @ Self::MIN..=Self::MAX) => Ok(Self(mib)),
+            _ => Err(OutOfRange {
+                what: "memory_mb",
+                value,
+                minimum: u64::from(Self::MIN),
+                maximum: u64::from(Self::MAX),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for MemoryMib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} MiB", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_of_each_range_are_in_it() {
+        assert_eq!(CpuCount::try_from(1).map(CpuCount::get), Ok(1));
+        assert_eq!(CpuCount::try_from(32).map(CpuCount::get), Ok(32));
+        assert_eq!(MemoryMib::try_from(128).map(MemoryMib::bytes), Ok(134_217_728));
+        assert_eq!(MemoryMib::try_from(262_144).map(MemoryMib::get), Ok(262_144));
+    }
+
+    #[test]
+    fn numbers_beyond_each_range_are_refused() {
+        for cpus in [0, 33, 10_000, u64::MAX] {
+            assert!(CpuCount::try_from(cpus).is_err(), "{cpus} cpus");
+        }
+        for mib in [0, 3, 127, 262_145, 10 << 20, u64::MAX] {
+            assert!(MemoryMib::try_from(mib).is_err(), "{mib} MiB");
+        }
+    }
+
+    #[test]
+    fn error_names_the_range() {
+        let error = CpuCount::try_from(10_000).unwrap_err();
+
+        assert_eq!(error.to_string(), "cpus must be between 1 and 32, not 10000");
+    }
+}

@@ -1,0 +1,92 @@
+//! What a sandbox is asked to be.
+
+use std::collections::BTreeMap;
+
+use crate::{CpuCount, MemoryMib, SandboxName};
+
+/// An environment that no process could have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidEnvironment {
+    /// A variable's name is empty or holds `=` or NUL.
+    #[error("invalid environment variable name {name:?}: it must not be empty nor hold `=` or NUL")]
+    Name {
+        /// The name as given.
+        name: String,
+    },
+    /// A variable's value holds NUL.
+    #[error("invalid value of environment variable `{name}`: it must not hold NUL")]
+    Value {
+        /// The variable whose value it is.
+        name: String,
+    },
+}
+
+/// Environment variables, in the order of their names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Environment(BTreeMap<String, String>);
+
+impl Environment {
+    /// The variables.
+    #[must_use]
+    pub const fn as_map(&self) -> &BTreeMap<String, String> {
+        &self.0
+    }
+
+    /// Gives the variables away.
+    #[must_use]
+    pub fn into_map(self) -> BTreeMap<String, String> {
+        self.0
+    }
+}
+
+impl TryFrom<BTreeMap<String, String>> for Environment {
+    type Error = InvalidEnvironment;
+
+    fn try_from(variables: BTreeMap<String, String>) -> Result<Self, InvalidEnvironment> {
+        for (name, value) in &variables {
+            if name.is_empty() || name.contains(['=', '\0']) {
+                return Err(InvalidEnvironment::Name { name: name.clone() });
+            }
+            if value.contains('\0') {
+                return Err(InvalidEnvironment::Value { name: name.clone() });
+            }
+        }
+        Ok(Self(variables))
+    }
+}
+
+/// What a sandbox was asked to be, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SandboxSpec {
+    /// Its name.
+    pub name: SandboxName,
+    /// Its vCPUs.
+    pub cpus: CpuCount,
+    /// Its memory.
+    pub memory: MemoryMib,
+    /// The environment of every process that is started in it.
+    pub environment: Environment,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(name: &str, value: &str) -> Result<Environment, InvalidEnvironment> {
+        Environment::try_from(BTreeMap::from([(name.to_owned(), value.to_owned())]))
+    }
+
+    #[test]
+    fn any_text_without_nul_is_a_value() {
+        for value in ["", "a=b", "two\nlines", "'\"", "é"] {
+            assert!(environment("K", value).is_ok(), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn impossible_variables_are_refused() {
+        assert_eq!(environment("", "v"), Err(InvalidEnvironment::Name { name: String::new() }));
+        assert_eq!(environment("A=B", "v"), Err(InvalidEnvironment::Name { name: "A=B".into() }));
+        assert_eq!(environment("K", "a\0b"), Err(InvalidEnvironment::Value { name: "K".into() }));
+    }
+}
