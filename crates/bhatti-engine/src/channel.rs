@@ -1,0 +1,31 @@
+//! The way to the agent in a VM.
+
+use std::io;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// One operation's stream.
+pub trait AgentStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> AgentStream for T {}
+
+/// The agent cannot be reached.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest agent cannot be reached")]
+pub struct ChannelError(#[source] pub io::Error);
+
+/// Opens streams to the agent's ports.
+#[async_trait]
+pub trait AgentChannel: Send + Sync {
+    /// Opens a stream to `port` of the agent: the control port or the forward port of the host-guest protocol.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the VM is gone or its agent does not answer in time.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError>;
+}

@@ -1,0 +1,120 @@
+//! What an engine is.
+//!
+//! An [`Engine`] runs VMs with one VMM; a [`Vm`] is one that runs. Nothing above this crate asks which engine it is; it asks what the
+//! engine can do. An engine owns everything of a VM that is not in its directory: processes above all.
+//!
+//! A VM outlives the daemon: dropping a [`Vm`] lets go of it, and [`Engine::adopt`] takes it up again. Only [`Engine::remove`] ends it.
+
+mod boot;
+mod channel;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName};
+
+pub use boot::{AdoptError, BootError, RemoveError};
+pub use channel::{AgentChannel, AgentStream, ChannelError};
+
+/// What executes the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor's virtualization.
+    Kvm,
+    /// Software emulation: works everywhere, several times slower.
+    Tcg,
+}
+
+impl Accelerator {
+    /// Its name in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What an engine can do, and with what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The engine's name in the API.
+    pub name: &'static str,
+    /// What executes the guest's instructions.
+    pub accelerator: Accelerator,
+}
+
+/// A VM to be made.
+#[derive(Clone, Debug)]
+pub struct VmSpec {
+    /// The sandbox that it is for.
+    pub id: SandboxId,
+    /// The guest's host name.
+    pub hostname: SandboxName,
+    /// Its vCPUs.
+    pub cpus: CpuCount,
+    /// Its memory.
+    pub memory: MemoryMib,
+    /// Where everything of it is kept. The engine makes it.
+    pub directory: PathBuf,
+    /// The kernel, as an uncompressed ELF `vmlinux`. Never written.
+    pub kernel: PathBuf,
+    /// The initramfs with the guest agent. Never written.
+    pub initramfs: PathBuf,
+    /// The root file system that the root disk begins as. Never written.
+    pub root_base: PathBuf,
+    /// How long it may take until the agent answers.
+    pub boot_limit: Duration,
+}
+
+/// Runs VMs with one VMM.
+#[async_trait]
+pub trait Engine: Send + Sync {
+    /// What it can do here.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Boots a VM and waits until its agent answers.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed. Nothing of the VM is then left, its directory included.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: what was made stays until [`remove`](Self::remove).
+    async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError>;
+
+    /// Takes up the VM in `directory` that an earlier daemon booted.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`AdoptError::Gone`] if it does not run any more.
+    async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError>;
+
+    /// Ends the VM of `id`, if it runs, and removes everything of it. May be called in any state, and again.
+    ///
+    /// # Errors
+    ///
+    /// Returns what could not be removed.
+    async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError>;
+}
+
+/// A VM that runs.
+#[async_trait]
+pub trait Vm: Send + Sync {
+    /// The way to its agent.
+    fn channel(&self) -> Arc<dyn AgentChannel>;
+
+    /// Waits until its VMM has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    async fn ended(&self);
+
+    /// The end of its console's output, for a person.
+    fn console_tail(&self) -> String;
+}

@@ -1,0 +1,66 @@
+//! Files that are there whole or not at all, whatever happens in between.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+/// Writes `content` to `path` atomically and durably: a temporary file beside it, fsync, rename, fsync of the directory.
+///
+/// # Errors
+///
+/// Returns the first error; `path` is then as it was, and the temporary file is gone.
+pub fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    let directory = parent(path)?;
+    let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let temporary = directory.join(format!(".{}.{}.tmp", name.display(), std::process::id()));
+    let written = File::create(&temporary)
+        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
+        .and_then(|()| rename(&temporary, path));
+    if written.is_err() {
+        // The first error is the one to tell; the file may never have been made.
+        drop(fs::remove_file(&temporary));
+    }
+    written
+}
+
+/// Renames `from` to `to` and makes the new name durable.
+///
+/// # Errors
+///
+/// Returns the error of the rename, or of the directory's fsync.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    File::open(parent(to)?)?.sync_all()
+}
+
+fn parent(path: &Path) -> io::Result<&Path> {
+    path.parent().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn write_replaces_the_file_and_leaves_nothing_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        write(&file, b"old").unwrap();
+
+        write(&file, b"new").unwrap();
+
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn failed_write_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("target");
+        fs::create_dir(&target).unwrap();
+
+        write(&target, b"a file cannot replace a directory").unwrap_err();
+
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+}

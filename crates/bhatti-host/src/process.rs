@@ -1,0 +1,62 @@
+//! Starts processes, and follows those that outlive us.
+
+mod follow;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::setsid;
+
+pub use follow::{ProcessId, Followed};
+
+/// Where programs are looked for, whatever the caller's environment says.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A helper program: an environment of `PATH` and a neutral locale, no standard input, killed when its handle is dropped.
+pub fn command(program: impl AsRef<OsStr>) -> tokio::process::Command {
+    #[expect(clippy::disallowed_methods, reason = "this is the place that the rule sends everybody to")]
+    let mut command = tokio::process::Command::new(program);
+    command.env_clear().env("PATH", PATH).env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// Starts a process that outlives its starter: a session of its own, nothing inherited but `inherited` (under the same numbers) and
+/// `output` for both output streams.
+///
+/// # Errors
+///
+/// Returns the error of starting it; [`io::ErrorKind::NotFound`] if there is no such program.
+pub fn spawn_detached(
+    program: &OsStr,
+    arguments: &[String],
+    inherited: &[BorrowedFd<'_>],
+    output: &File,
+) -> io::Result<Followed> {
+    #[expect(clippy::disallowed_methods, reason = "this is the place that the rule sends everybody to")]
+    let mut command = std::process::Command::new(program);
+    command.args(arguments).env_clear().env("PATH", PATH).current_dir("/").stdin(Stdio::null());
+    command.stdout(output.try_clone()?).stderr(output.try_clone()?);
+    let descriptors: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+    let prepare = move || {
+        setsid()?;
+        for descriptor in &descriptors {
+            // SAFETY: the descriptors are borrowed for the duration of `spawn`, which is when this runs.
+            #[expect(unsafe_code, reason = "descriptors cross the fork as numbers")]
+            let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor) };
+            fcntl_setfd(descriptor, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec `prepare` makes only system calls that are async-signal-safe, and allocates nothing.
+    #[expect(unsafe_code, reason = "the child must be prepared between fork and exec")]
+    unsafe {
+        command.pre_exec(prepare);
+    }
+    let child = command.spawn()?;
+    Followed::child(child.id())
+}

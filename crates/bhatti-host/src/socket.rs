@@ -1,0 +1,52 @@
+//! Unix sockets in a directory, however long its path.
+//!
+//! A socket's address holds 107 bytes of path. Addressed through an open descriptor of its directory (`/proc/self/fd/N/name`) any
+//! directory will do.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+fn short_path(directory: &File, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
+}
+
+/// Binds and listens at `directory/name`.
+///
+/// # Errors
+///
+/// Returns the error of opening the directory or binding; a name that is taken is [`io::ErrorKind::AddrInUse`].
+pub fn listen_in(directory: &Path, name: &str) -> io::Result<UnixListener> {
+    let directory = File::open(directory)?;
+    UnixListener::bind(short_path(&directory, name))
+}
+
+/// Connects to `directory/name`. Blocks only if the listener's backlog is full.
+///
+/// # Errors
+///
+/// Returns the error of opening the directory or connecting.
+pub fn connect_in(directory: &Path, name: &str) -> io::Result<UnixStream> {
+    let directory = File::open(directory)?;
+    UnixStream::connect(short_path(&directory, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_lives_in_a_directory_of_any_length() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("d".repeat(200));
+        std::fs::create_dir(&directory).unwrap();
+
+        let listener = listen_in(&directory, "s.sock").unwrap();
+        let near = connect_in(&directory, "s.sock").unwrap();
+
+        assert!(listener.accept().is_ok() && near.peer_addr().is_ok());
+        assert!(directory.join("s.sock").exists());
+    }
+}

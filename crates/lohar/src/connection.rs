@@ -1,0 +1,76 @@
+//! A connection to the host, whatever carries it, in halves that know whether the host is still there.
+
+use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bhatti_proto::mux::AcceptedStream;
+use bhatti_proto::{FrameReader, FrameWriter};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+
+/// A byte stream from the host.
+pub(crate) trait Transport: AsyncRead + AsyncWrite + Unpin + 'static {
+    /// Whether the host has gone for good, rather than closed its sending direction only.
+    fn host_is_gone(&self) -> bool;
+}
+
+impl Transport for AcceptedStream {
+    fn host_is_gone(&self) -> bool {
+        self.get_ref().is_closed()
+    }
+}
+
+impl Transport for UnixStream {
+    fn host_is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(self, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // A socket that cannot be asked is as good as gone.
+        !matches!(poll(&mut fds, Some(&now)), Ok(0))
+    }
+}
+
+/// One of the two halves of a connection.
+#[derive(Debug)]
+pub(crate) struct Half<T>(Rc<RefCell<T>>);
+
+/// Frames from the host.
+pub(crate) type HostReader<T> = FrameReader<Half<T>>;
+/// Frames to the host.
+pub(crate) type HostWriter<T> = FrameWriter<Half<T>>;
+
+/// Splits a connection.
+pub(crate) fn split<T: Transport>(transport: T) -> (Half<T>, Half<T>) {
+    let shared = Rc::new(RefCell::new(transport));
+    (Half(Rc::clone(&shared)), Half(shared))
+}
+
+impl<T: Transport> Half<T> {
+    /// See [`Transport::host_is_gone`].
+    pub(crate) fn host_is_gone(&self) -> bool {
+        self.0.borrow().host_is_gone()
+    }
+}
+
+impl<T: Transport> AsyncRead for Half<T> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_read(cx, buf)
+    }
+}
+
+impl<T: Transport> AsyncWrite for Half<T> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_shutdown(cx)
+    }
+}

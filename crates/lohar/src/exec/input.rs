@@ -1,0 +1,74 @@
+//! The way from the host to the process.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_proto::FrameType;
+use bytes::Bytes;
+use rustix::process::{Pid, Signal};
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::pipe;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use super::kill_group;
+use crate::connection::{HostReader, Transport};
+
+/// Input that may wait for a process that does not read it, in bytes. Beyond it, nothing more is taken from the host.
+const STDIN_QUEUE_BYTES: usize = 1 << 20;
+
+/// How often a host that has closed its sending direction is checked for being there at all.
+const HOST_CHECK: Duration = Duration::from_millis(250);
+
+/// Input on its way to the process, with the room that it takes in the queue.
+type Queued = (Bytes, OwnedSemaphorePermit);
+
+/// Feeds the process and signals its group as the host asks. Ends when the host is gone.
+pub(super) async fn pump<T: Transport>(reader: HostReader<T>, stdin: pipe::Sender, group: Pid) {
+    let (queue, queued) = mpsc::unbounded_channel();
+    tokio::join!(feed(stdin, queued), receive(reader, queue, group));
+}
+
+async fn feed(mut stdin: pipe::Sender, mut queued: mpsc::UnboundedReceiver<Queued>) {
+    while let Some((bytes, _room)) = queued.recv().await {
+        if stdin.write_all(&bytes).await.is_err() {
+            // The process has closed its end; what still comes is dropped as it arrives.
+            return;
+        }
+    }
+}
+
+async fn receive<T: Transport>(mut reader: HostReader<T>, queue: mpsc::UnboundedSender<Queued>, group: Pid) {
+    let room = Arc::new(Semaphore::new(STDIN_QUEUE_BYTES));
+    let mut queue = Some(queue);
+    while let Ok(Some(frame)) = reader.next().await {
+        match frame.frame_type {
+            FrameType::STDIN => enqueue(queue.as_ref(), &room, frame.payload).await,
+            FrameType::STDIN_EOF => queue = None,
+            FrameType::KILL => kill_group(group, Signal::KILL),
+            FrameType::SIGNAL => signal(group, &frame.payload),
+            _ => {}
+        }
+    }
+    drop(queue);
+    let (from_host, _) = reader.into_parts();
+    while !from_host.host_is_gone() {
+        tokio::time::sleep(HOST_CHECK).await;
+    }
+}
+
+async fn enqueue(queue: Option<&mpsc::UnboundedSender<Queued>>, room: &Arc<Semaphore>, bytes: Bytes) {
+    let Some(queue) = queue else { return };
+    // A frame is smaller than the queue.
+    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    if let Ok(permit) = Arc::clone(room).acquire_many_owned(length).await {
+        // A process that does not read gets nothing.
+        drop(queue.send((bytes, permit)));
+    }
+}
+
+fn signal(group: Pid, payload: &[u8]) {
+    let number = payload.first().map(|number| i32::from(*number));
+    if let Some(signal) = number.and_then(Signal::from_named_raw) {
+        kill_group(group, signal);
+    }
+}

@@ -1,0 +1,79 @@
+//! The life of PID 1: brings the guest up, serves the channel, powers off.
+//!
+//! ```text
+//!  load modules ─► find and mount the root disk ─► move into it ─► mount the rest, loopback up ─► serve ─► power off
+//! ```
+//!
+//! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
+
+mod mounts;
+mod network;
+mod power;
+mod root;
+
+use std::fmt;
+use std::io;
+use std::process::ExitCode;
+
+use rustix::process::chdir;
+use tokio::task::LocalSet;
+
+use crate::reaper::Reaper;
+use crate::serve::Agent;
+use crate::{channel, log};
+
+/// A step of the boot that failed.
+#[derive(Debug)]
+struct BootError {
+    step: &'static str,
+    cause: io::Error,
+}
+
+impl fmt::Display for BootError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "failed to {}: {}", self.step, self.cause)
+    }
+}
+
+/// Names the step that a result came from.
+trait Step<T> {
+    fn step(self, step: &'static str) -> Result<T, BootError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, step: &'static str) -> Result<T, BootError> {
+        self.map_err(|cause| BootError { step, cause: cause.into() })
+    }
+}
+
+/// Runs the guest until it is to be powered off.
+pub(crate) fn run() -> ExitCode {
+    if let Err(error) = boot_and_serve() {
+        log::line(format_args!("{error}"));
+    }
+    power::off()
+}
+
+fn boot_and_serve() -> Result<(), BootError> {
+    mounts::early().step("mount the early file systems")?;
+    root::load_modules().step("load the kernel modules")?;
+    let disk = root::find_disk().step("find the root disk")?;
+    root::switch_to(&disk).step("mount the root disk")?;
+    mounts::late();
+    if let Err(error) = network::loopback_up() {
+        log::line(format_args!("failed to bring the loopback up: {error}"));
+    }
+    chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" }).step("enter /workspace")?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().step("start the runtime")?;
+    LocalSet::new().block_on(&runtime, async {
+        let agent = Agent::new(Reaper::start().step("watch for children")?);
+        tokio::select! {
+            served = channel::serve(&agent) => served.step("serve the agent channel"),
+            () = agent.shutdown_requested() => {
+                power::end_all_processes().await;
+                Ok(())
+            }
+        }
+    })
+}

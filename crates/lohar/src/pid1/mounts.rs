@@ -1,0 +1,84 @@
+//! Mounts the kernel's file systems.
+
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+
+use crate::log;
+
+struct Mount {
+    source: &'static str,
+    target: &'static str,
+    kind: &'static str,
+    flags: MountFlags,
+    options: &'static CStr,
+}
+
+const NO_SUID_DEV_EXEC: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+const NO_SUID_DEV: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+
+const EARLY: [Mount; 2] = [
+    Mount { source: "dev", target: "/dev", kind: "devtmpfs", flags: MountFlags::NOSUID, options: c"mode=0755" },
+    Mount { source: "sys", target: "/sys", kind: "sysfs", flags: NO_SUID_DEV_EXEC, options: c"" },
+];
+
+const LATE: [Mount; 6] = [
+    Mount { source: "proc", target: "/proc", kind: "proc", flags: NO_SUID_DEV_EXEC, options: c"" },
+    Mount {
+        source: "devpts",
+        target: "/dev/pts",
+        kind: "devpts",
+        flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        options: c"newinstance,ptmxmode=0666,gid=5,mode=0620",
+    },
+    Mount { source: "shm", target: "/dev/shm", kind: "tmpfs", flags: NO_SUID_DEV, options: c"mode=1777" },
+    Mount { source: "tmp", target: "/tmp", kind: "tmpfs", flags: NO_SUID_DEV, options: c"mode=1777" },
+    Mount { source: "run", target: "/run", kind: "tmpfs", flags: NO_SUID_DEV, options: c"mode=0755" },
+    Mount { source: "cgroup2", target: "/sys/fs/cgroup", kind: "cgroup2", flags: NO_SUID_DEV_EXEC, options: c"" },
+];
+
+/// Mounts what finding the root disk takes.
+pub(super) fn early() -> io::Result<()> {
+    EARLY.iter().try_for_each(Mount::mount)
+}
+
+/// Mounts the rest, inside the root disk. One that fails is reported and left out.
+pub(super) fn late() {
+    for mount in &LATE {
+        if let Err(error) = mount.mount() {
+            log::line(format_args!("failed to mount {} on {}: {error}", mount.kind, mount.target));
+        }
+    }
+    // The pseudo-terminal multiplexer of the instance just mounted, in place of the kernel's.
+    link_ptmx();
+}
+
+fn link_ptmx() {
+    let linked = match fs::remove_file("/dev/ptmx") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => std::os::unix::fs::symlink("pts/ptmx", "/dev/ptmx"),
+    };
+    if let Err(error) = linked {
+        log::line(format_args!("failed to link /dev/ptmx: {error}"));
+    }
+    for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")]
+    {
+        if let Err(error) = std::os::unix::fs::symlink(target, format!("/dev/{name}")) {
+            log::line(format_args!("failed to link /dev/{name}: {error}"));
+        }
+    }
+}
+
+impl Mount {
+    fn mount(&self) -> io::Result<()> {
+        fs::create_dir_all(self.target)?;
+        match mount(self.source, self.target, self.kind, self.flags, self.options) {
+            // Some kernels mount devtmpfs themselves.
+            Ok(()) | Err(Errno::BUSY) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

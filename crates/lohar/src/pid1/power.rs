@@ -1,0 +1,59 @@
+//! The end of the guest.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::system::{RebootCommand, reboot};
+use tokio::time::{Instant, sleep};
+
+use crate::log;
+
+/// How long processes may take to end when asked to, and to disappear when killed.
+const TERM_LIMIT: Duration = Duration::from_secs(2);
+const KILL_LIMIT: Duration = Duration::from_secs(1);
+
+/// How often to look whether they have.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Asks every process to end, then makes them.
+pub(super) async fn end_all_processes() {
+    for (signal, limit) in [(Signal::TERM, TERM_LIMIT), (Signal::KILL, KILL_LIMIT)] {
+        signal_all(signal);
+        let deadline = Instant::now() + limit;
+        while another_process_is_there() && Instant::now() < deadline {
+            sleep(LOOK_INTERVAL).await;
+        }
+    }
+}
+
+/// Writes everything back and powers the VM off.
+pub(super) fn off() -> ExitCode {
+    rustix::fs::sync();
+    let error = reboot(RebootCommand::PowerOff);
+    log::line(format_args!("failed to power off: {error:?}"));
+    ExitCode::FAILURE
+}
+
+fn signal_all(signal: Signal) {
+    for pid in processes() {
+        // It may be gone by now.
+        let _: Result<(), Errno> = kill_process(pid, signal);
+    }
+}
+
+fn another_process_is_there() -> bool {
+    processes().any(|pid| test_kill_process(pid).is_ok())
+}
+
+/// Every process of user space but this one.
+fn processes() -> impl Iterator<Item = Pid> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid > 1).and_then(Pid::from_raw)?;
+        // Kernel threads have no command line, nor do zombies: neither hears a signal.
+        let is_process = std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| !line.is_empty());
+        is_process.then_some(pid)
+    })
+}

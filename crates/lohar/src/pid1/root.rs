@@ -1,0 +1,83 @@
+//! From the initramfs to the root disk.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::process::{chdir, chroot};
+use rustix::system::finit_module;
+use rustix::thread::nanosleep;
+
+use crate::log;
+
+/// Modules that the initramfs brings, named in the order of loading.
+const MODULES: &str = "/modules";
+
+/// The virtio-blk serial by which the host marks the root disk.
+const ROOT_SERIAL: &str = "root";
+
+/// Looks for the root disk before giving up, and the pause between two of them in nanoseconds.
+const DISK_LOOKS: u32 = 1000;
+const DISK_PAUSE_NS: i64 = 5_000_000;
+
+/// Loads every module of the initramfs, and frees the memory that its file takes.
+pub(super) fn load_modules() -> io::Result<()> {
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(MODULES)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>()?;
+    files.sort();
+    for file in files {
+        let module = open(&file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        match finit_module(&module, c"", 0) {
+            // Built into this kernel.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => log::line(format_args!("failed to load {}: {error}", file.display())),
+        }
+        fs::remove_file(&file)?;
+    }
+    Ok(())
+}
+
+/// Waits for the root disk and returns its device.
+pub(super) fn find_disk() -> io::Result<PathBuf> {
+    for _ in 0..DISK_LOOKS {
+        if let Some(disk) = disk_with_serial(ROOT_SERIAL)? {
+            return Ok(disk);
+        }
+        let pause = rustix::fs::Timespec { tv_sec: 0, tv_nsec: DISK_PAUSE_NS };
+        // An early return only means an early look.
+        drop(nanosleep(&pause));
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("no disk has the serial `{ROOT_SERIAL}`")))
+}
+
+fn disk_with_serial(wanted: &str) -> io::Result<Option<PathBuf>> {
+    for entry in fs::read_dir("/sys/block")? {
+        let entry = entry?;
+        let serial = fs::read_to_string(entry.path().join("serial"));
+        let device = Path::new("/dev").join(entry.file_name());
+        if serial.is_ok_and(|serial| serial.trim_end() == wanted) && device.exists() {
+            return Ok(Some(device));
+        }
+    }
+    Ok(None)
+}
+
+/// Mounts `disk` and makes it the root, with the early file systems in it.
+pub(super) fn switch_to(disk: &Path) -> io::Result<()> {
+    const NEW_ROOT: &str = "/root-disk";
+    fs::create_dir_all(NEW_ROOT)?;
+    mount(disk, NEW_ROOT, "ext4", MountFlags::NOATIME, c"")?;
+    for early in ["/dev", "/sys"] {
+        let target = format!("{NEW_ROOT}{early}");
+        fs::create_dir_all(&target)?;
+        mount_move(early, &target)?;
+    }
+    chdir(NEW_ROOT)?;
+    mount_move(".", "/")?;
+    chroot(".")?;
+    chdir("/")?;
+    Ok(())
+}

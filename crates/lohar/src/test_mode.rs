@@ -1,0 +1,81 @@
+//! Test mode: the agent's protocol on two Unix sockets, without root and without a VM.
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::LocalSet;
+
+use crate::log;
+use crate::reaper::Reaper;
+use crate::serve::{Agent, spawn_control, spawn_forward};
+
+/// The pause after a failed accept.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Serves until killed.
+pub(crate) fn run() -> ExitCode {
+    let sockets = (std::env::var_os("LOHAR_SOCK"), std::env::var_os("LOHAR_FWD_SOCK"));
+    let (Some(control), Some(forward)) = sockets else {
+        log::line(format_args!("LOHAR_SOCK and LOHAR_FWD_SOCK required"));
+        return ExitCode::FAILURE;
+    };
+    match serve(Path::new(&control), Path::new(&forward)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::line(format_args!("test mode failed: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(control: &Path, forward: &Path) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, async {
+        let (control, forward) = (listen(control)?, listen(forward)?);
+        let agent = Agent::new(Reaper::start()?);
+        tokio::task::spawn_local(accept_forward(forward));
+        log::line(format_args!("test mode ready"));
+        tokio::select! {
+            () = accept_control(&agent, control) => {}
+            () = agent.shutdown_requested() => {}
+        }
+        Ok(())
+    })
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(path)
+}
+
+async fn accept_control(agent: &Rc<Agent>, listener: UnixListener) {
+    loop {
+        spawn_control(agent, accept(&listener).await);
+    }
+}
+
+async fn accept_forward(listener: UnixListener) {
+    loop {
+        spawn_forward(accept(&listener).await);
+    }
+}
+
+/// Accepts the next connection. Out of files or memory, it waits for some to be given back.
+async fn accept(listener: &UnixListener) -> UnixStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                log::line(format_args!("failed to accept a connection: {error}"));
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
