@@ -1,0 +1,118 @@
+//! Asks the machine's own apt.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::tool::{ToolError, run_quietly};
+
+/// Apt did not help.
+#[derive(Debug, thiserror::Error)]
+pub enum AptError {
+    /// It could not be asked.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// It knows no such package.
+    #[error("apt knows no package `{package}`; run `apt-get update`, or give a kernel with --kernel FILE")]
+    UnknownPackage {
+        /// The package.
+        package: String,
+    },
+    /// It downloaded nothing.
+    #[error("`apt-get download {package}` left no package behind")]
+    NothingDownloaded {
+        /// The package.
+        package: String,
+    },
+}
+
+/// A package at a version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Package {
+    pub(crate) name: String,
+    pub(crate) version: String,
+}
+
+/// The Debian architecture of this machine.
+pub(crate) async fn architecture() -> Result<String, AptError> {
+    let output = run_quietly("dpkg", &["--print-architecture"], Path::new("/")).await?;
+    Ok(output.trim().to_owned())
+}
+
+/// The package that the newest version of `meta` depends on first, whatever release it is from.
+pub(crate) async fn newest_dependency(meta: &str) -> Result<Package, AptError> {
+    let unknown = || AptError::UnknownPackage { package: meta.to_owned() };
+    let versions = run_quietly("apt-cache", &["madison", meta], Path::new("/")).await?;
+    let newest = versions.lines().find_map(|line| line.split('|').nth(1)).ok_or_else(unknown)?;
+    let pinned = format!("{meta}={}", newest.trim());
+    let description = run_quietly("apt-cache", &["show", &pinned], Path::new("/")).await?;
+    first_dependency(&description).ok_or_else(unknown)
+}
+
+/// Downloads a package into `directory`.
+pub(crate) async fn download(package: &Package, directory: &Path) -> Result<PathBuf, AptError> {
+    let pinned = format!("{}={}", package.name, package.version);
+    run_quietly("apt-get", &["download", "-qq", &pinned], directory).await?;
+    let mut files = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let archive = files.find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    archive.ok_or(AptError::NothingDownloaded { package: pinned })
+}
+
+/// The lines of a sources.list for Debian's `suite` and its security updates, from the mirrors that this machine uses. Empty if it
+/// uses none for that suite.
+pub(crate) async fn sources_for(suite: &str) -> Result<Vec<String>, AptError> {
+    let format = "$(LABEL)|$(CODENAME)|$(SUITE)|$(COMPONENT)|$(REPO_URI)";
+    let listing =
+        run_quietly("apt-get", &["indextargets", "--format", format, "Created-By: Packages"], Path::new("/")).await?;
+    Ok(parse_sources(&listing, suite))
+}
+
+fn parse_sources(listing: &str, suite: &str) -> Vec<String> {
+    let security = format!("{suite}-security");
+    let mut sources: Vec<String> = listing
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split('|');
+            let (label, codename, _) = (fields.next()?, fields.next()?, fields.next()?);
+            let (component, uri) = (fields.next()?, fields.next()?);
+            let wanted = (label == "Debian" && codename == suite) || (label == "Debian-Security" && codename == security);
+            (wanted && component == "main").then(|| format!("deb {uri} {codename} main"))
+        })
+        .collect();
+    sources.sort();
+    sources.dedup();
+    sources
+}
+
+fn first_dependency(description: &str) -> Option<Package> {
+    let depends = description.lines().find_map(|line| line.strip_prefix("Depends: "))?;
+    let (name, rest) = depends.split(',').next()?.split_once(" (= ")?;
+    Some(Package { name: name.trim().to_owned(), version: rest.trim_end().strip_suffix(')')?.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_dependency_has_name_and_version() {
+        let description = "Package: linux-image-cloud-amd64\nDepends: linux-image-6.12.9-cloud-amd64 (= 6.12.9-1~bpo12+1), x\n";
+
+        let package = first_dependency(description).unwrap();
+
+        assert_eq!((&*package.name, &*package.version), ("linux-image-6.12.9-cloud-amd64", "6.12.9-1~bpo12+1"));
+        assert_eq!(first_dependency("Package: x\n"), None);
+    }
+
+    #[test]
+    fn sources_are_the_machines_own_mirrors() {
+        let listing = "Debian|bookworm|oldstable|main|http://mirror/debian/\n\
+            Debian|bookworm-updates|oldstable-updates|main|http://mirror/debian/\n\
+            Debian-Security|bookworm-security|oldstable-security|main|http://mirror/security/\n\
+            Other|bookworm|x|main|http://elsewhere/\n\
+            Debian|bookworm|oldstable|main|http://mirror/debian/\n";
+
+        let expected = ["deb http://mirror/debian/ bookworm main", "deb http://mirror/security/ bookworm-security main"];
+        assert_eq!(parse_sources(listing, "bookworm"), expected);
+        assert!(parse_sources(listing, "trixie").is_empty());
+    }
+}

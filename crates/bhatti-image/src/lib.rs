@@ -1,0 +1,34 @@
+//! Builds and keeps what a VM boots from.
+//!
+//! ```text
+//!  <data dir>/images/
+//!    index.json                         names → artefacts; replaced atomically
+//!    kernel-<hash>/vmlinux              and the modules that the guest needs
+//!    initramfs-<hash>.cpio              lohar and those modules
+//!    rootfs-<name>-<hash>.ext4
+//!    .build-<random>/                   work in progress; removed by the next build
+//! ```
+//!
+//! Artefacts are named by their content and never written again. A build works in a directory of its own and renames what it has
+//! finished, so one that is interrupted leaves nothing half-made, and the next one goes on behind the last finished artefact.
+
+mod apt;
+mod initramfs;
+mod kernel;
+mod modules;
+mod rootfs;
+mod setup;
+mod store;
+mod tool;
+
+pub use apt::AptError;
+pub use initramfs::InitramfsError;
+pub use kernel::KernelError;
+pub use modules::ModuleError;
+pub use rootfs::RootfsError;
+pub use setup::{KernelSource, Progress, SetupError, SetupOptions, set_up};
+pub use store::{BootFiles, ImageStore, MissingImages, StoreError};
+pub use tool::ToolError;
+
+/// The root file system that every sandbox begins with, unless it asks for another.
+pub const DEFAULT_IMAGE: &str = "minimal";

@@ -1,0 +1,127 @@
+//! The kernel modules that a guest needs before it has its root disk.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use liblzma::read::XzDecoder;
+use ruzstd::decoding::StreamingDecoder;
+
+/// What lohar loads, whatever these depend on first. A kernel that has one built in has no file of it.
+const WANTED: [&str; 2] = ["virtio_mmio", "virtio_blk"];
+
+/// Kernel modules could not be collected.
+#[derive(Debug, thiserror::Error)]
+pub enum ModuleError {
+    /// A file could not be read or written.
+    #[error("failed to {step} `{}`", path.display())]
+    File {
+        /// What was being done.
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Copies the wanted modules of `tree`, uncompressed, to `target/NN-name.ko`, numbered in the order of loading.
+pub(crate) fn collect(tree: &Path, target: &Path) -> Result<(), ModuleError> {
+    fs::create_dir(target).map_err(|source| file_error("create", target, source))?;
+    let mut files = Vec::new();
+    find_modules(tree, &mut files)?;
+    let mut collected: Vec<(String, Vec<u8>)> = Vec::new();
+    for name in WANTED {
+        add(name, &files, &mut collected)?;
+    }
+    for (position, (name, bytes)) in collected.iter().enumerate() {
+        let path = target.join(format!("{position:02}-{name}.ko"));
+        fs::write(&path, bytes).map_err(|source| file_error("write", &path, source))?;
+    }
+    Ok(())
+}
+
+fn add(name: &str, files: &[PathBuf], collected: &mut Vec<(String, Vec<u8>)>) -> Result<(), ModuleError> {
+    if collected.iter().any(|(known, _)| known == name) {
+        return Ok(());
+    }
+    let Some(file) = files.iter().find(|file| module_name(file).is_some_and(|found| found == name)) else {
+        return Ok(());
+    };
+    let bytes = read_module(file).map_err(|source| file_error("read", file, source))?;
+    for dependency in dependencies(&bytes) {
+        add(&dependency, files, collected)?;
+    }
+    collected.push((name.to_owned(), bytes));
+    Ok(())
+}
+
+fn find_modules(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), ModuleError> {
+    let failed = |source| file_error("list", directory, source);
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        // A link would lead out of the tree, or round in it.
+        match entry.file_type().map_err(failed)? {
+            kind if kind.is_dir() => find_modules(&entry.path(), files)?,
+            kind if kind.is_file() && module_name(&entry.path()).is_some() => files.push(entry.path()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The module's name: dashes and underscores are one to the kernel.
+fn module_name(file: &Path) -> Option<String> {
+    let name = file.file_name()?.to_str()?;
+    let stem = [".ko", ".ko.xz", ".ko.zst"].iter().find_map(|ending| name.strip_suffix(ending))?;
+    Some(stem.replace('-', "_"))
+}
+
+fn read_module(file: &Path) -> io::Result<Vec<u8>> {
+    let packed = fs::read(file)?;
+    let mut module = Vec::new();
+    match file.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => XzDecoder::new(&packed[..]).read_to_end(&mut module)?,
+        Some("zst") => StreamingDecoder::new(&packed[..]).map_err(io::Error::other)?.read_to_end(&mut module)?,
+        _ => return Ok(packed),
+    };
+    Ok(module)
+}
+
+/// The names after `depends=` in the module's own information section.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    let line = module.split(|byte| *byte == 0).find_map(|text| text.strip_prefix(b"depends="));
+    let names = String::from_utf8_lossy(line.unwrap_or_default()).into_owned();
+    names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+}
+
+fn file_error(step: &'static str, path: &Path, source: io::Error) -> ModuleError {
+    ModuleError::File { step, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_numbered_behind_what_they_depend_on() {
+        let root = tempfile::tempdir().unwrap();
+        let tree = root.path().join("tree/6.1/kernel/drivers");
+        fs::create_dir_all(&tree).unwrap();
+        let mut packed = Vec::new();
+        let module = b"\x7fELF\0license=GPL\0depends=virtio-ring\0";
+        liblzma::read::XzEncoder::new(&module[..], 1).read_to_end(&mut packed).unwrap();
+        fs::write(tree.join("virtio-blk.ko.xz"), packed).unwrap();
+        fs::write(tree.join("virtio_ring.ko"), b"\x7fELF\0depends=\0").unwrap();
+        fs::write(tree.join("unwanted.ko"), b"\x7fELF\0depends=\0").unwrap();
+
+        let target = root.path().join("modules");
+        collect(&root.path().join("tree"), &target).unwrap();
+
+        let mut names: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["00-virtio_ring.ko", "01-virtio_blk.ko"]);
+        assert_eq!(fs::read(target.join("01-virtio_blk.ko")).unwrap(), module);
+    }
+}

@@ -1,0 +1,110 @@
+//! Root file systems: Debian, made by mmdebstrap, as an ext4 file made by `mke2fs -d`. Nothing is mounted.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::apt::{self, AptError};
+use crate::tool::{ToolError, run, run_quietly};
+
+/// The release of Debian that the image is.
+const SUITE: &str = "bookworm";
+
+/// What the minimal image has beyond the smallest Debian.
+const PACKAGES: &str = "ca-certificates,curl,git,procps,iproute2,sudo,python3";
+
+/// The size of the file system; its file is sparse.
+const DISK_SIZE: &str = "4G";
+
+/// What a guest needs and no package brings: the user of every command, a place to work, no identity of this build.
+const CUSTOMIZE: &str = r#"set -e
+chroot "$1" useradd --create-home --uid 1000 --shell /bin/bash --user-group user
+echo 'user ALL=(ALL) NOPASSWD:ALL' >"$1/etc/sudoers.d/user"
+chmod 0440 "$1/etc/sudoers.d/user"
+mkdir -p "$1/workspace" "$1/root-disk"
+rmdir "$1/root-disk"
+chown 1000:1000 "$1/workspace"
+echo bhatti >"$1/etc/hostname"
+printf '127.0.0.1 localhost\n::1 localhost\n' >"$1/etc/hosts"
+: >"$1/etc/machine-id"
+rm -f "$1/etc/resolv.conf"
+printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
+"#;
+
+/// A root file system could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// The machine's mirrors are not known.
+    #[error("failed to find a Debian mirror")]
+    Mirror(#[source] AptError),
+    /// A program failed.
+    #[error("failed to {step}")]
+    Build {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: ToolError,
+    },
+    /// A file could not be made.
+    #[error("failed to create `{}`", path.display())]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What the image is made of. Another recipe is another image.
+pub(crate) fn recipe() -> String {
+    format!("debian {SUITE} minbase {PACKAGES} {DISK_SIZE} {}", blake3::hash(CUSTOMIZE.as_bytes()).to_hex())
+}
+
+/// Makes the minimal image in `scratch` and returns its file.
+pub(crate) async fn build_minimal(
+    scratch: &Path,
+    line: &mut (dyn FnMut(&str) + Send),
+) -> Result<PathBuf, RootfsError> {
+    let sources = apt::sources_for(SUITE).await.map_err(RootfsError::Mirror)?;
+    let (tar, image) = (scratch.join("root.tar"), scratch.join("root.ext4"));
+    let tar_text = tar.to_string_lossy();
+    let hook = format!("--customize-hook={CUSTOMIZE}");
+    let include = format!("--include={PACKAGES}");
+    let mut arguments = vec![
+        "--variant=minbase",
+        "--format=tar",
+        r#"--aptopt=Apt::Install-Recommends "false""#,
+        "--dpkgopt=path-exclude=/usr/share/man/*",
+        "--dpkgopt=path-exclude=/usr/share/doc/*",
+        "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+        &include,
+        &hook,
+        SUITE,
+        &tar_text,
+    ];
+    arguments.extend(sources.iter().map(String::as_str));
+    let failed = |step| move |source| RootfsError::Build { step, source };
+    run("mmdebstrap", &arguments, scratch, line).await.map_err(failed("assemble the root file system"))?;
+    line("writing the file system");
+    make_ext4(scratch, &tar, &image).await.map_err(failed("write the root file system"))?;
+    Ok(image)
+}
+
+/// Unpacks `tar` and writes it into an ext4 file. Where we are not root, fakeroot remembers who owns what.
+async fn make_ext4(scratch: &Path, tar: &Path, image: &Path) -> Result<(), ToolError> {
+    // All of it is written now: a guest that finished the work lazily would dirty pages of its own.
+    let script = format!(
+        "set -e; mkdir root; tar -C root --numeric-owner -xf '{}'; \
+         mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root '{}' {DISK_SIZE}",
+        tar.display(),
+        image.display(),
+    );
+    let shell = ["sh", "-c", &script];
+    if rustix::process::geteuid().is_root() {
+        run_quietly(shell[0], &shell[1..], scratch).await?;
+    } else {
+        run_quietly("fakeroot", &shell, scratch).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! `bhatti setup`: builds what is missing, one artefact after the other.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bhatti_host::{disk, durable};
+
+use crate::DEFAULT_IMAGE;
+use crate::kernel::{self, KernelError};
+use crate::rootfs::{self, RootfsError};
+use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
+
+/// What a build needs at its fullest: packages, their tree, its tar and the image, in bytes.
+const BUILD_BYTES: u64 = 2 << 30;
+/// The same for the kernel alone.
+const KERNEL_BUILD_BYTES: u64 = 400 << 20;
+
+/// Where the kernel comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KernelSource {
+    /// Debian's package for virtual machines.
+    Debian,
+    /// A file: ELF or bzImage.
+    File {
+        /// The kernel.
+        image: PathBuf,
+        /// Its modules, as in `/lib/modules/<release>`; none if the kernel has all it needs built in.
+        modules: Option<PathBuf>,
+    },
+}
+
+/// What to set up.
+#[derive(Clone, Debug)]
+pub struct SetupOptions {
+    /// The kernel.
+    pub kernel: KernelSource,
+    /// The guest agent's program.
+    pub lohar: PathBuf,
+}
+
+/// Hears how far a setup is.
+pub trait Progress: Send {
+    /// A step begins.
+    fn begin(&mut self, step: &str);
+    /// The step goes on; for a person who waits.
+    fn detail(&mut self, line: &str);
+    /// The step has ended: what was made, or that there was nothing to do.
+    fn end(&mut self, outcome: &str);
+}
+
+/// A setup failed. What it had finished stays.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is too little room.
+    #[error(
+        "`{}` has {} MiB free; building the {what} takes {} MiB. Free some, or choose another place with --data-dir",
+        directory.display(), free_bytes >> 20, needed_bytes >> 20
+    )]
+    DiskFull {
+        /// What was to be built.
+        what: &'static str,
+        /// Where.
+        directory: PathBuf,
+        /// The room that is there.
+        free_bytes: u64,
+        /// The room that it takes.
+        needed_bytes: u64,
+    },
+    /// The kernel could not be made.
+    #[error("failed to build the kernel")]
+    Kernel(#[source] KernelError),
+    /// The root file system could not be made.
+    #[error("failed to build the root file system")]
+    Rootfs(#[source] RootfsError),
+}
+
+/// Builds everything that a sandbox boots from and that is not there yet.
+///
+/// # Errors
+///
+/// Returns the step that failed. Nothing half-made is left in place, and what earlier steps made stays.
+///
+/// # Cancel safety
+///
+/// Dropping the future is as killing the process: the next setup cleans up and goes on.
+pub async fn set_up(
+    store: &ImageStore,
+    options: &SetupOptions,
+    progress: &mut dyn Progress,
+) -> Result<(), SetupError> {
+    let _lock = store.lock()?;
+    let mut index = store.read_index()?;
+    set_up_kernel(store, &mut index, &options.kernel, progress).await?;
+    set_up_rootfs(store, &mut index, progress).await?;
+    progress.begin("initramfs");
+    let files = store.boot_files(DEFAULT_IMAGE, &options.lohar)?;
+    progress.end(&file_name(&files.initramfs));
+    Ok(())
+}
+
+async fn set_up_kernel(
+    store: &ImageStore,
+    index: &mut Index,
+    source: &KernelSource,
+    progress: &mut dyn Progress,
+) -> Result<(), SetupError> {
+    progress.begin("kernel");
+    // A kernel that is there stays, unless another file is given: a newer package is fetched when this one is removed.
+    let is_debian = |artefact: &&Artefact| artefact.source.starts_with("package ");
+    let known = index.kernel.as_ref().filter(is_debian).map(|artefact| artefact.source.clone());
+    let (source_text, package) = match (source, known) {
+        (KernelSource::Debian, Some(known)) if store.current(index.kernel.as_ref(), &known).is_some() => (known, None),
+        (KernelSource::Debian, _) => {
+            let package = kernel::debian_package().await.map_err(SetupError::Kernel)?;
+            (format!("package {} {}", package.name, package.version), Some(package))
+        }
+        (KernelSource::File { image, modules }, _) => (describe_file(image, modules.as_deref())?, None),
+    };
+    if let Some(current) = store.current(index.kernel.as_ref(), &source_text) {
+        progress.end(&format!("{} (already there)", current.name));
+        return Ok(());
+    }
+
+    let build = Build::start(store, "kernel", KERNEL_BUILD_BYTES)?;
+    let made = build.path().join("made");
+    fs::create_dir(&made).map_err(file_error("create", &made))?;
+    progress.detail(&source_text);
+    match (source, &package) {
+        (KernelSource::File { image, modules }, _) => kernel::from_file(image, modules.as_deref(), &made),
+        (KernelSource::Debian, Some(package)) => kernel::from_package(package, build.path(), &made).await,
+        (KernelSource::Debian, None) => unreachable!("a known package that is there needs no build"),
+    }
+    .map_err(SetupError::Kernel)?;
+    let name = format!("kernel-{}", hash_file(&made.join("vmlinux"))?);
+    let artefact = build.finish(store, &made, name, source_text)?;
+    progress.end(&artefact.name);
+    index.kernel = Some(artefact);
+    Ok(store.write_index(index)?)
+}
+
+async fn set_up_rootfs(
+    store: &ImageStore,
+    index: &mut Index,
+    progress: &mut dyn Progress,
+) -> Result<(), SetupError> {
+    progress.begin("image `minimal`");
+    let recipe = rootfs::recipe();
+    if let Some(current) = store.current(index.images.get(DEFAULT_IMAGE), &recipe) {
+        progress.end(&format!("{} (already there)", current.name));
+        return Ok(());
+    }
+    let build = Build::start(store, "image", BUILD_BYTES)?;
+    let image =
+        rootfs::build_minimal(build.path(), &mut |line| progress.detail(line)).await.map_err(SetupError::Rootfs)?;
+    let name = format!("rootfs-{DEFAULT_IMAGE}-{}.ext4", hash_file(&image)?);
+    let artefact = build.finish(store, &image, name, recipe)?;
+    progress.end(&artefact.name);
+    index.images.insert(DEFAULT_IMAGE.to_owned(), artefact);
+    Ok(store.write_index(index)?)
+}
+
+/// A build's own directory, removed with it.
+struct Build(tempfile::TempDir);
+
+impl Build {
+    fn start(store: &ImageStore, what: &'static str, needed_bytes: u64) -> Result<Self, SetupError> {
+        let directory = store.directory();
+        let free_bytes = disk::free_bytes(directory).map_err(file_error("ask for the free space of", directory))?;
+        if free_bytes < needed_bytes {
+            return Err(SetupError::DiskFull { what, directory: directory.to_owned(), free_bytes, needed_bytes });
+        }
+        let made = tempfile::Builder::new().prefix(BUILD_PREFIX).tempdir_in(directory);
+        Ok(Self(made.map_err(file_error("create a directory in", directory))?))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Puts what was made in place, under its name.
+    fn finish(self, store: &ImageStore, made: &Path, name: String, source: String) -> Result<Artefact, StoreError> {
+        let place = store.directory().join(&name);
+        if !place.exists() {
+            sync_tree(made).map_err(file_error("write", made))?;
+            durable::rename(made, &place).map_err(file_error("put in place", &place))?;
+        }
+        Ok(Artefact { name, source })
+    }
+}
+
+fn sync_tree(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            sync_tree(&entry?.path())?;
+        }
+    }
+    File::open(path)?.sync_all()
+}
+
+fn describe_file(image: &Path, modules: Option<&Path>) -> Result<String, SetupError> {
+    let modules = modules.map_or_else(|| "none".into(), |modules| modules.display().to_string());
+    Ok(format!("file {} modules {modules}", hash_file(image)?))
+}
+
+fn hash_file(path: &Path) -> Result<String, StoreError> {
+    let mut hasher = blake3::Hasher::new();
+    let file = File::open(path).map_err(file_error("open", path))?;
+    hasher.update_reader(file).map_err(file_error("read", path))?;
+    Ok(hasher.finalize().to_hex()[..32].to_owned())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

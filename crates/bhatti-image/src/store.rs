@@ -1,0 +1,258 @@
+//! The directory of artefacts and its index.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bhatti_host::durable;
+use serde::{Deserialize, Serialize};
+
+use crate::initramfs::{self, InitramfsError};
+
+const INDEX: &str = "index.json";
+pub(crate) const BUILD_PREFIX: &str = ".build-";
+
+/// The artefacts of a data directory.
+#[derive(Clone, Debug)]
+pub struct ImageStore {
+    directory: PathBuf,
+}
+
+/// What a VM boots from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootFiles {
+    /// An uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the guest agent.
+    pub initramfs: PathBuf,
+    /// An ext4 file.
+    pub root: PathBuf,
+}
+
+/// What a VM boots from has not been built.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no {missing} has been built; run `bhatti setup`")]
+pub struct MissingImages {
+    missing: String,
+}
+
+/// The store could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Something has not been built.
+    #[error(transparent)]
+    Missing(#[from] MissingImages),
+    /// A file could not be read or written.
+    #[error("failed to {step} `{}`", path.display())]
+    File {
+        /// What was being done.
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The index is damaged.
+    #[error("the image index `{}` is damaged; remove it and run `bhatti setup`", path.display())]
+    Index {
+        /// The index.
+        path: PathBuf,
+        /// Where.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// An initramfs could not be made.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+}
+
+/// An artefact and what it was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Artefact {
+    /// Its file or directory, inside the store.
+    pub(crate) name: String,
+    /// The package, file or recipe that it was made from.
+    pub(crate) source: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Index {
+    pub(crate) kernel: Option<Artefact>,
+    #[serde(default)]
+    pub(crate) images: BTreeMap<String, Artefact>,
+}
+
+impl ImageStore {
+    /// The store of a data directory. Nothing needs to be there yet.
+    #[must_use]
+    pub fn new(data_dir: &Path) -> Self {
+        Self { directory: data_dir.join("images") }
+    }
+
+    /// Where the artefacts are.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The files of `image`, with an initramfs of exactly this `lohar`: one is made if there is none.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::Missing`] if `bhatti setup` has not been run. Blocks on disk.
+    pub fn boot_files(&self, image: &str, lohar: &Path) -> Result<BootFiles, StoreError> {
+        let missing = |missing: String| MissingImages { missing };
+        let index = self.read_index()?;
+        let kernel = index.kernel.ok_or_else(|| missing("kernel".to_owned()))?;
+        let kernel_directory = self.existing(&kernel)?;
+        let root = index.images.get(image).ok_or_else(|| missing(format!("image `{image}`")))?;
+        Ok(BootFiles {
+            kernel: kernel_directory.join("vmlinux"),
+            initramfs: self.initramfs(lohar, &kernel_directory.join("modules"))?,
+            root: self.existing(root)?,
+        })
+    }
+
+    /// Names of the images that have been built.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the index cannot be read.
+    pub fn images(&self) -> Result<Vec<String>, StoreError> {
+        Ok(self.read_index()?.images.into_keys().collect())
+    }
+
+    fn initramfs(&self, lohar: &Path, modules: &Path) -> Result<PathBuf, StoreError> {
+        let archive = initramfs::build(lohar, modules)?;
+        let path = self.directory.join(format!("initramfs-{}.cpio", short_hash(&archive)));
+        if !path.exists() {
+            durable::write(&path, &archive).map_err(file_error("write", &path))?;
+        }
+        Ok(path)
+    }
+
+    fn existing(&self, artefact: &Artefact) -> Result<PathBuf, MissingImages> {
+        let path = self.directory.join(&artefact.name);
+        if path.exists() { Ok(path) } else { Err(MissingImages { missing: format!("`{}`", artefact.name) }) }
+    }
+
+    /// The artefact, if it was made from `source` and is still there.
+    pub(crate) fn current<'a>(&self, artefact: Option<&'a Artefact>, source: &str) -> Option<&'a Artefact> {
+        artefact.filter(|artefact| artefact.source == source && self.existing(artefact).is_ok())
+    }
+
+    pub(crate) fn read_index(&self) -> Result<Index, StoreError> {
+        let path = self.directory.join(INDEX);
+        match fs::read(&path) {
+            Ok(json) => serde_json::from_slice(&json).map_err(|source| StoreError::Index { path, source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Index::default()),
+            Err(source) => Err(file_error("read", &path)(source)),
+        }
+    }
+
+    pub(crate) fn write_index(&self, index: &Index) -> Result<(), StoreError> {
+        let path = self.directory.join(INDEX);
+        let json = serde_json::to_vec_pretty(index).map_err(|source| StoreError::Index { path: path.clone(), source })?;
+        durable::write(&path, &json).map_err(file_error("write", &path))
+    }
+
+    /// Makes the directory and takes the build lock; builds that an earlier holder left behind are removed.
+    pub(crate) fn lock(&self) -> Result<File, StoreError> {
+        fs::create_dir_all(&self.directory).map_err(file_error("create", &self.directory))?;
+        let path = self.directory.join(".lock");
+        let file = File::create(&path).map_err(file_error("create", &path))?;
+        file.lock().map_err(file_error("lock", &path))?;
+        for entry in fs::read_dir(&self.directory).map_err(file_error("list", &self.directory))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(BUILD_PREFIX) {
+                fs::remove_dir_all(entry.path()).map_err(file_error("remove", &entry.path()))?;
+            }
+        }
+        Ok(file)
+    }
+}
+
+/// Enough of a hash to name a file.
+pub(crate) fn short_hash(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex()[..32].to_owned()
+}
+
+pub(crate) fn file_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
+    let path = path.to_owned();
+    move |source| StoreError::File { step, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A store with a kernel and an image that are files of a few bytes.
+    fn store() -> (tempfile::TempDir, ImageStore, PathBuf) {
+        let data = tempfile::tempdir().unwrap();
+        let store = ImageStore::new(data.path());
+        let kernel = Artefact { name: "kernel-1".into(), source: "k".into() };
+        let image = Artefact { name: "rootfs-1.ext4".into(), source: "r".into() };
+        fs::create_dir_all(store.directory().join("kernel-1/modules")).unwrap();
+        fs::write(store.directory().join("rootfs-1.ext4"), "").unwrap();
+        store.write_index(&Index { kernel: Some(kernel), images: [("minimal".into(), image)].into() }).unwrap();
+        let lohar = data.path().join("lohar");
+        fs::write(&lohar, "first").unwrap();
+        (data, store, lohar)
+    }
+
+    #[test]
+    fn nothing_built_names_the_command_to_run() {
+        let data = tempfile::tempdir().unwrap();
+
+        let error = ImageStore::new(data.path()).boot_files("minimal", Path::new("lohar")).unwrap_err();
+
+        assert_eq!(error.to_string(), "no kernel has been built; run `bhatti setup`");
+    }
+
+    #[test]
+    fn another_agent_gets_another_initramfs() {
+        let (_data, store, lohar) = store();
+        let first = store.boot_files("minimal", &lohar).unwrap();
+        assert_eq!(store.boot_files("minimal", &lohar).unwrap(), first);
+
+        fs::write(&lohar, "second").unwrap();
+
+        let second = store.boot_files("minimal", &lohar).unwrap();
+        assert_ne!(second.initramfs, first.initramfs);
+        assert!(first.initramfs.exists() && second.initramfs.exists());
+    }
+
+    #[test]
+    fn unknown_image_and_lost_file_are_missing() {
+        let (_data, store, lohar) = store();
+        let unknown = store.boot_files("other", &lohar).unwrap_err();
+        assert!(matches!(unknown, StoreError::Missing(_)), "{unknown}");
+
+        fs::remove_file(store.directory().join("rootfs-1.ext4")).unwrap();
+
+        let lost = store.boot_files("minimal", &lohar).unwrap_err();
+        assert!(matches!(lost, StoreError::Missing(_)), "{lost}");
+    }
+
+    #[test]
+    fn damaged_index_is_an_error_that_names_it() {
+        let (_data, store, lohar) = store();
+        fs::write(store.directory().join(INDEX), "{").unwrap();
+
+        let error = store.boot_files("minimal", &lohar).unwrap_err();
+
+        assert!(matches!(&error, StoreError::Index { path, .. } if path.ends_with(INDEX)), "{error}");
+    }
+
+    #[test]
+    fn lock_removes_what_an_interrupted_build_left() {
+        let (_data, store, _lohar) = store();
+        let left = store.directory().join(format!("{BUILD_PREFIX}dead"));
+        fs::create_dir_all(left.join("deep")).unwrap();
+
+        let _lock = store.lock().unwrap();
+
+        assert!(!left.exists());
+    }
+}

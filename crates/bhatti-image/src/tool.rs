@@ -1,0 +1,132 @@
+//! Runs the programs that builds are made with.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+use std::process::Stdio;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+/// Lines of a failed program's output that its error shows.
+const ERROR_LINES: usize = 8;
+
+/// A program failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// It is not there.
+    #[error("`{program}` is not installed; install it with: apt-get install {package}")]
+    NotInstalled {
+        /// The program.
+        program: String,
+        /// Debian's package that has it.
+        package: &'static str,
+    },
+    /// It could not be run.
+    #[error("failed to run `{program}`")]
+    Run {
+        /// The program.
+        program: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It ran and failed.
+    #[error("`{program}` failed ({status}):\n{output}")]
+    Failed {
+        /// The program.
+        program: String,
+        /// How it ended.
+        status: std::process::ExitStatus,
+        /// The end of what it said.
+        output: String,
+    },
+}
+
+/// Debian's package of a program.
+fn package_of(program: &str) -> &'static str {
+    match program {
+        "mmdebstrap" => "mmdebstrap",
+        "fakeroot" => "fakeroot",
+        "mke2fs" => "e2fsprogs",
+        "tar" => "tar",
+        "dpkg-deb" | "dpkg" => "dpkg",
+        _ => "apt",
+    }
+}
+
+/// Runs a program to its end and returns its standard output. Each line of its standard error goes to `line` as it comes.
+pub(crate) async fn run(
+    program: &str,
+    arguments: &[&str],
+    directory: &Path,
+    line: &mut (dyn FnMut(&str) + Send),
+) -> Result<String, ToolError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => {
+            ToolError::NotInstalled { program: program.to_owned(), package: package_of(program) }
+        }
+        _ => ToolError::Run { program: program.to_owned(), source },
+    };
+    let mut command = bhatti_host::process::command(program);
+    command.args(arguments).current_dir(directory).env("TMPDIR", directory).env("HOME", directory);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(failed)?;
+
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let mut last_lines = VecDeque::new();
+    let read_errors = async {
+        let Some(stderr) = stderr else { return Ok(()) };
+        let mut lines = BufReader::new(stderr).split(b'\n');
+        while let Some(bytes) = lines.next_segment().await? {
+            let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+            line(&text);
+            last_lines.push_back(text);
+            if last_lines.len() > ERROR_LINES {
+                last_lines.pop_front();
+            }
+        }
+        Ok(())
+    };
+    let mut output = Vec::new();
+    let read_output = async {
+        match stdout {
+            Some(mut stdout) => tokio::io::copy(&mut stdout, &mut output).await.map(|_| ()),
+            None => Ok(()),
+        }
+    };
+    tokio::try_join!(read_errors, read_output).map_err(failed)?;
+    let status = child.wait().await.map_err(failed)?;
+    if !status.success() {
+        let output = Vec::from(last_lines).join("\n");
+        return Err(ToolError::Failed { program: program.to_owned(), status, output });
+    }
+    Ok(String::from_utf8_lossy(&output).into_owned())
+}
+
+/// [`run`], for programs whose progress nobody wants to see.
+pub(crate) async fn run_quietly(program: &str, arguments: &[&str], directory: &Path) -> Result<String, ToolError> {
+    run(program, arguments, directory, &mut |_| {}).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn missing_program_is_named_with_its_package() {
+        let error = run_quietly("mke2fs-of-tomorrow", &[], Path::new("/")).await.unwrap_err();
+
+        assert!(matches!(error, ToolError::NotInstalled { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn failure_shows_the_last_lines() {
+        let script = "for i in 1 2 3 4 5 6 7 8 9 10; do echo line $i >&2; done; exit 3";
+
+        let error = run_quietly("sh", &["-c", script], Path::new("/")).await.unwrap_err();
+
+        let ToolError::Failed { status, output, .. } = error else { panic!("{error}") };
+        assert_eq!(status.code(), Some(3));
+        assert_eq!(output.lines().next(), Some("line 3"));
+        assert_eq!(output.lines().last(), Some("line 10"));
+    }
+}
