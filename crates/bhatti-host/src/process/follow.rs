@@ -45,16 +45,18 @@ impl Followed {
         if started_ticks(id.pid)? == id.started_ticks { Ok(followed) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
-    /// Finds the process whose command line holds `argument` as one whole argument.
+    /// Finds the process of `program` (the last part of its path) whose command line holds `argument` as one whole argument.
     ///
     /// # Errors
     ///
     /// Returns [`io::ErrorKind::NotFound`] if there is none.
-    pub fn find_by_argument(argument: &str) -> io::Result<Self> {
+    pub fn find_by_argument(program: &str, argument: &str) -> io::Result<Self> {
         for entry in fs::read_dir("/proc")?.flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            if command_line.split(|byte| *byte == 0).any(|found| found == argument.as_bytes()) {
+            let mut arguments = command_line.split(|byte| *byte == 0);
+            let is_program = arguments.next().is_some_and(|path| path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes()));
+            if is_program && arguments.any(|found| found == argument.as_bytes()) {
                 let id = ProcessId { pid, started_ticks: started_ticks(pid)? };
                 return Self::adopt(id);
             }
@@ -159,11 +161,12 @@ mod tests {
         let argument = format!("find-me-{}", std::process::id());
         let process = sleeper(&argument);
 
-        let found = Followed::find_by_argument(&argument).unwrap();
+        let found = Followed::find_by_argument("sh", &argument).unwrap();
 
         assert_eq!(found.id(), process.id());
+        assert!(Followed::find_by_argument("bash", &argument).is_err());
         process.kill();
         process.ended().await;
-        assert_eq!(Followed::find_by_argument(&argument).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(Followed::find_by_argument("sh", &argument).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

@@ -1,0 +1,55 @@
+//! Errors.
+
+use serde::{Deserialize, Serialize};
+
+/// What went wrong, for programs. The words are stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The request makes no sense.
+    BadRequest,
+    /// The body is larger than the limit.
+    BodyTooLarge,
+    /// There is no key, or an unknown one.
+    Unauthorized,
+    /// The key's owner may not do this.
+    Forbidden,
+    /// There is no such thing, or it is somebody else's.
+    NotFound,
+    /// The path exists, the method does not.
+    MethodNotAllowed,
+    /// The name is in use.
+    NameTaken,
+    /// The sandbox is in a state in which this cannot be done.
+    WrongState,
+    /// The command names no program.
+    CommandNotFound,
+    /// The command's program may not be executed.
+    CommandNotExecutable,
+    /// The command's working directory cannot be entered.
+    BadWorkingDirectory,
+    /// The output of a buffered command is larger than the limit.
+    OutputTooLarge,
+    /// The connection to the sandbox broke.
+    ConnectionLost,
+    /// Something has to be set up on this host first.
+    NotSetUp,
+    /// The virtual machine did not come up.
+    BootFailed,
+    /// The daemon is at fault.
+    Internal,
+}
+
+/// The body of every response that is an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// For a person.
+    pub error: String,
+    /// For a program.
+    pub code: ErrorCode,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// Names the request in the daemon's log.
+    pub request_id: String,
+}

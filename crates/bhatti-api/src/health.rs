@@ -1,0 +1,20 @@
+//! Health.
+
+use serde::{Deserialize, Serialize};
+
+/// Whether and how the daemon runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// `ok`.
+    pub status: String,
+    /// The daemon's version.
+    pub version: String,
+    /// The engine that runs the VMs.
+    pub engine: String,
+    /// What executes the guests' instructions: `kvm`, or `tcg` for software emulation.
+    pub accelerator: String,
+    /// Sandboxes of all users.
+    pub sandboxes: u64,
+    /// How long the daemon has run, as `2h15m30s`.
+    pub uptime: String,
+}

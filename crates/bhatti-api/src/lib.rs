@@ -1,0 +1,15 @@
+//! The wire types of the HTTP API.
+//!
+//! Requests refuse unknown fields: every field has an effect. Responses may gain fields; clients ignore what they do not know.
+
+mod error;
+mod exec;
+mod health;
+mod sandbox;
+mod user;
+
+pub use error::{ErrorBody, ErrorCode};
+pub use exec::{ExecEvent, ExecRequest, ExecResult, Output, StreamRequest, StreamServerMessage, channel};
+pub use health::Health;
+pub use sandbox::{CreateSandbox, Deleted, Sandbox};
+pub use user::{CreateUser, CreatedUser, User};

@@ -1,0 +1,68 @@
+//! The agent channel of a VM, connected anew when it has broken.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
+use bhatti_host::socket;
+use bhatti_proto::mux::Opener;
+use bhatti_proto::resync::{Epoch, greet};
+use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+pub(crate) const SOCKET: &str = "agent.sock";
+
+/// How long a guest that runs may take to answer a new connection.
+pub(crate) const RECONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The channel of one VM.
+pub(crate) struct QemuChannel {
+    directory: PathBuf,
+    opener: Mutex<Option<Opener>>,
+}
+
+impl QemuChannel {
+    /// The channel of the VM in `directory`, not connected yet.
+    pub(crate) fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned(), opener: Mutex::new(None) }
+    }
+
+    /// Connects, and waits for the agent for as long as it takes.
+    pub(crate) async fn connect(&self) -> io::Result<()> {
+        self.connected().await.map(drop)
+    }
+
+    async fn connected(&self) -> io::Result<Opener> {
+        let mut slot = self.opener.lock().await;
+        if let Some(opener) = slot.as_ref().filter(|opener| !opener.is_closed()) {
+            return Ok(opener.clone());
+        }
+        let stream = socket::connect_in(&self.directory, SOCKET)?;
+        stream.set_nonblocking(true)?;
+        let mut epoch = Epoch::default();
+        getrandom::fill(&mut epoch).map_err(io::Error::other)?;
+        let stream = greet(UnixStream::from_std(stream)?, epoch).await.map_err(io::Error::other)?;
+        let (opener, driver) = Opener::new(stream);
+        tokio::spawn(driver);
+        *slot = Some(opener.clone());
+        Ok(opener)
+    }
+}
+
+#[async_trait]
+impl AgentChannel for QemuChannel {
+    async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
+        // A channel that has just broken is found out by using it: once.
+        for _ in 0..2 {
+            let connected = timeout(RECONNECT_LIMIT, self.connected()).await;
+            let opener = connected.map_err(|_| ChannelError(io::ErrorKind::TimedOut.into()))?.map_err(ChannelError)?;
+            if let Ok(stream) = opener.open(port).await {
+                return Ok(Box::new(stream));
+            }
+        }
+        Err(ChannelError(io::ErrorKind::BrokenPipe.into()))
+    }
+}

@@ -1,0 +1,100 @@
+//! QEMU's command line.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+
+use bhatti_engine::{Accelerator, VmSpec};
+use bhatti_types::SandboxId;
+
+/// The sockets that QEMU listens on, already made.
+pub(crate) struct Sockets<'a> {
+    pub(crate) agent: BorrowedFd<'a>,
+    pub(crate) console: BorrowedFd<'a>,
+    pub(crate) qmp: BorrowedFd<'a>,
+}
+
+/// The name by which the process of a sandbox's VM can be found.
+pub(crate) fn vm_name(id: SandboxId) -> String {
+    format!("bhatti-{id}")
+}
+
+/// The arguments for booting `spec`.
+///
+/// `pit=off,pic=off` with the TSC's frequency on the kernel's command line: a microvm has no timer that its kernel could trust for
+/// calibration, and with QEMU's default ones most boots die under software emulation.
+pub(crate) fn boot(
+    spec: &VmSpec,
+    root_disk: &Path,
+    accelerator: Accelerator,
+    tsc_khz: Option<u64>,
+    sockets: &Sockets<'_>,
+) -> Vec<String> {
+    let mut arguments = Arguments::default();
+    arguments.add("-name", vm_name(spec.id));
+    arguments.add("-M", "microvm,pit=off,pic=off,rtc=on,isa-serial=on");
+    let (accel, cpu) = match accelerator {
+        Accelerator::Kvm => ("kvm", "host"),
+        Accelerator::Tcg => ("tcg,thread=multi", "max"),
+    };
+    arguments.add("-accel", accel);
+    arguments.add("-cpu", cpu);
+    arguments.add("-smp", spec.cpus.to_string());
+    arguments.add("-m", format!("{}M", spec.memory.get()));
+    arguments.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
+    arguments.add("-display", "none");
+    arguments.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    arguments.listen("qmp", sockets.qmp);
+    arguments.add("-mon", "chardev=qmp,mode=control");
+    arguments.listen("console", sockets.console);
+    arguments.add("-serial", "chardev:console");
+    arguments.listen("agent", sockets.agent);
+    arguments.add("-device", "virtio-serial-device,max_ports=2");
+    arguments.add("-device", "virtserialport,chardev=agent,name=agent");
+    arguments.add("-drive", format!("id=root,if=none,format=qcow2,discard=unmap,file={}", value(root_disk)));
+    arguments.add("-device", "virtio-blk-device,drive=root,serial=root");
+    arguments.add("-kernel", spec.kernel.to_string_lossy());
+    arguments.add("-initrd", spec.initramfs.to_string_lossy());
+    arguments.add("-append", kernel_command_line(spec, tsc_khz));
+    arguments.0
+}
+
+fn kernel_command_line(spec: &VmSpec, tsc_khz: Option<u64>) -> String {
+    let tsc = tsc_khz.map(|khz| format!(" tsc_early_khz={khz} tsc=reliable")).unwrap_or_default();
+    // `hostname=` is the kernel's own parameter. A kernel that panics reboots at once, which ends QEMU.
+    format!(
+        "console=ttyS0 earlyprintk=ttyS0,115200 quiet reboot=t panic=-1{tsc} hostname={} rdinit=/lohar",
+        spec.hostname
+    )
+}
+
+/// A path as the value of an option: a comma would end it.
+fn value(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+#[derive(Default)]
+struct Arguments(Vec<String>);
+
+impl Arguments {
+    fn add(&mut self, option: &str, value: impl Into<String>) {
+        self.0.extend([option.to_owned(), value.into()]);
+    }
+
+    fn flags(&mut self, flags: &[&str]) {
+        self.0.extend(flags.iter().map(|&flag| flag.to_owned()));
+    }
+
+    fn listen(&mut self, id: &str, socket: BorrowedFd<'_>) {
+        self.add("-chardev", format!("socket,id={id},fd={},server=on,wait=off", socket.as_raw_fd()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comma_in_a_path_stays_in_the_path() {
+        assert_eq!(value(Path::new("/data, two/root.qcow2")), "/data,, two/root.qcow2");
+    }
+}

@@ -1,0 +1,122 @@
+//! A VM: the QEMU process and the connections to it.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bhatti_engine::{Accelerator, AdoptError, AgentChannel, BootError, Vm, VmSpec};
+use bhatti_host::process::{Followed, spawn_detached};
+use bhatti_host::socket;
+use tokio::time::timeout;
+
+use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
+use crate::command_line::{self, Sockets};
+use crate::console::{self, Console};
+use crate::record::Record;
+use crate::{PROGRAM, overlay};
+
+const LOG: &str = "vmm.log";
+const QMP_SOCKET: &str = "qmp.sock";
+const ROOT_DISK: &str = "root.qcow2";
+
+/// The end of QEMU's log that errors show, in bytes.
+const LOG_TAIL_BYTES: usize = 4096;
+
+/// A VM that runs.
+pub(crate) struct QemuVm {
+    directory: PathBuf,
+    process: Followed,
+    channel: Arc<QemuChannel>,
+    console: Console,
+}
+
+impl QemuVm {
+    /// Boots a VM. What was made stays where it is if that fails.
+    pub(crate) async fn boot(
+        spec: &VmSpec,
+        accelerator: Accelerator,
+        tsc_khz: Option<u64>,
+    ) -> Result<Self, BootError> {
+        let vm = Self::start(spec, accelerator, tsc_khz)?;
+        tokio::select! {
+            connected = timeout(spec.boot_limit, vm.channel.connect()) => match connected {
+                Ok(Ok(())) => return Ok(vm),
+                // The channel breaks because QEMU ends; the other branch would have told so in a moment.
+                Ok(Err(_)) if timeout(RECONNECT_LIMIT, vm.process.ended()).await.is_ok() => {}
+                Ok(Err(source)) => return Err(BootError::Prepare { step: "reach the guest agent", source }),
+                Err(_) => return Err(BootError::TimedOut { limit: spec.boot_limit, console: vm.last_words() }),
+            },
+            () = vm.process.ended() => {}
+        }
+        Err(BootError::Ended { console: vm.last_words() })
+    }
+
+    fn start(spec: &VmSpec, accelerator: Accelerator, tsc_khz: Option<u64>) -> Result<Self, BootError> {
+        let directory = &spec.directory;
+        let failed = |step| move |source| BootError::Prepare { step, source };
+        DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed("create the VM's directory"))?;
+        let root_disk = directory.join(ROOT_DISK);
+        overlay::create(&root_disk, &spec.root_base)
+            .map_err(|error| failed("create the root disk")(io::Error::other(error)))?;
+        let listen = |name| socket::listen_in(directory, name).map_err(failed("create the VM's sockets"));
+        let (agent, console, qmp) = (listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(QMP_SOCKET)?);
+        let sockets = Sockets { agent: agent.as_fd(), console: console.as_fd(), qmp: qmp.as_fd() };
+        let arguments = command_line::boot(spec, &root_disk, accelerator, tsc_khz, &sockets);
+        let process = spawn(directory, &arguments, [&agent, &console, &qmp])?;
+        Record::new(process.id()).write(directory).map_err(failed("record the VM's process"))?;
+        Self::attach(process, directory).map_err(failed("connect to the VM's console"))
+    }
+
+    /// Takes up the VM of `process`.
+    pub(crate) async fn adopt(process: Followed, directory: &Path) -> Result<Self, AdoptError> {
+        let broken = |step| move |source| AdoptError::Broken { step, source };
+        let vm = Self::attach(process, directory).map_err(broken("connect to the VM's console"))?;
+        let connected = timeout(RECONNECT_LIMIT, vm.channel.connect()).await;
+        let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        connected.map_err(broken("reach the guest agent"))?;
+        Ok(vm)
+    }
+
+    fn attach(process: Followed, directory: &Path) -> io::Result<Self> {
+        let console = Console::connect(directory)?;
+        let channel = Arc::new(QemuChannel::new(directory));
+        Ok(Self { directory: directory.to_owned(), process, channel, console })
+    }
+
+    /// What the guest and QEMU said last.
+    fn last_words(&self) -> String {
+        let log = fs::read(self.directory.join(LOG)).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
+        format!("{}{log}", self.console.tail())
+    }
+}
+
+fn spawn(directory: &Path, arguments: &[String], sockets: [&UnixListener; 3]) -> Result<Followed, BootError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => BootError::NotInstalled { program: PROGRAM },
+        _ => BootError::Prepare { step: "start QEMU", source },
+    };
+    let log = File::create(directory.join(LOG)).map_err(failed)?;
+    let inherited = sockets.map(AsFd::as_fd);
+    spawn_detached(PROGRAM.as_ref(), arguments, &inherited, &log).map_err(failed)
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn channel(&self) -> Arc<dyn AgentChannel> {
+        Arc::clone(&self.channel) as Arc<dyn AgentChannel>
+    }
+
+    async fn ended(&self) {
+        self.process.ended().await;
+    }
+
+    fn console_tail(&self) -> String {
+        self.last_words()
+    }
+}

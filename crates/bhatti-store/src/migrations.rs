@@ -1,0 +1,90 @@
+//! The schema, as a list of steps. A step that has been released is never changed; `user_version` counts those that were taken.
+
+use std::path::Path;
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use crate::StoreError;
+
+const STEPS: [&str; 1] = ["
+    CREATE TABLE users (
+        id           TEXT PRIMARY KEY,
+        name         TEXT NOT NULL UNIQUE,
+        api_key_hash BLOB UNIQUE,
+        created_at   TEXT NOT NULL
+    ) STRICT;
+
+    INSERT INTO users (id, name, api_key_hash, created_at)
+        VALUES ('0000000000000000', 'admin', NULL, strftime('%Y-%m-%dT%H:%M:%fZ'));
+
+    CREATE TABLE sandboxes (
+        id          TEXT PRIMARY KEY,
+        owner       TEXT NOT NULL REFERENCES users (id),
+        name        TEXT NOT NULL,
+        state       TEXT NOT NULL CHECK (state IN ('creating', 'running', 'failed', 'destroyed')),
+        fail_reason TEXT CHECK ((fail_reason IS NOT NULL) = (state = 'failed')),
+        cpus        INTEGER NOT NULL CHECK (cpus > 0),
+        memory_mib  INTEGER NOT NULL CHECK (memory_mib > 0),
+        environment TEXT NOT NULL,
+        created_at  TEXT NOT NULL
+    ) STRICT;
+
+    CREATE UNIQUE INDEX sandboxes_name ON sandboxes (owner, name) WHERE state <> 'destroyed';
+"];
+
+/// Takes the steps that are missing, each in a transaction of its own.
+pub(crate) fn run(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    let failed = |source| StoreError::Open { path: path.to_owned(), source };
+    loop {
+        // Two daemons that start together take turns here, and the second finds nothing to do.
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+        let version: usize =
+            transaction.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
+        if version > STEPS.len() {
+            return Err(StoreError::Newer { path: path.to_owned(), version, known: STEPS.len() });
+        }
+        let Some(step) = STEPS.get(version) else { return Ok(()) };
+        transaction.execute_batch(step).map_err(failed)?;
+        transaction.pragma_update(None, "user_version", version + 1).map_err(failed)?;
+        transaction.commit().map_err(failed)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use crate::{FILE, Store, StoreError};
+
+    #[test]
+    fn store_is_brought_up_to_date_once() {
+        let data = tempfile::tempdir().unwrap();
+        Store::open(data.path()).unwrap();
+
+        let again = Store::open(data.path()).unwrap();
+
+        assert_eq!(again.list_users().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn store_of_a_newer_daemon_is_left_alone() {
+        let data = tempfile::tempdir().unwrap();
+        drop(Store::open(data.path()).unwrap());
+        let connection = Connection::open(data.path().join(FILE)).unwrap();
+        connection.pragma_update(None, "user_version", 999).unwrap();
+
+        let refused = Store::open(data.path());
+
+        assert!(matches!(refused, Err(StoreError::Newer { version: 999, .. })));
+    }
+
+    #[test]
+    fn file_that_is_no_store_is_an_error_that_names_it() {
+        let data = tempfile::tempdir().unwrap();
+        std::fs::write(data.path().join(FILE), "not a database, though long enough to be taken for a header").unwrap();
+
+        let Err(StoreError::Open { path, .. }) = Store::open(data.path()) else { panic!("it was opened") };
+
+        assert!(path.ends_with(FILE));
+    }
+}
