@@ -103,7 +103,8 @@ impl Engine for QemuEngine {
 
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
         let process = find_process(id, directory).map_err(|_| AdoptError::Gone)?;
-        Ok(Arc::new(QemuVm::adopt(process, directory).await?))
+        let vm = QemuVm::attach(process, directory);
+        Ok(Arc::new(vm.map_err(|source| AdoptError::Broken { step: "connect to the VM's console", source })?))
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bhatti_engine::{Accelerator, AdoptError, AgentChannel, BootError, Vm, VmSpec};
+use bhatti_engine::{Accelerator, AgentChannel, BootError, Vm, VmSpec};
 use bhatti_host::process::{Followed, spawn_detached};
 use bhatti_host::socket;
 use tokio::time::timeout;
@@ -72,17 +72,8 @@ impl QemuVm {
         Self::attach(process, directory).map_err(failed("connect to the VM's console"))
     }
 
-    /// Takes up the VM of `process`.
-    pub(crate) async fn adopt(process: Followed, directory: &Path) -> Result<Self, AdoptError> {
-        let broken = |step| move |source| AdoptError::Broken { step, source };
-        let vm = Self::attach(process, directory).map_err(broken("connect to the VM's console"))?;
-        let connected = timeout(RECONNECT_LIMIT, vm.channel.connect()).await;
-        let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        connected.map_err(broken("reach the guest agent"))?;
-        Ok(vm)
-    }
-
-    fn attach(process: Followed, directory: &Path) -> io::Result<Self> {
+    /// Takes up the VM of `process`. Its agent is not asked: a guest that is paused or busy is alive all the same.
+    pub(crate) fn attach(process: Followed, directory: &Path) -> io::Result<Self> {
         let console = Console::connect(directory)?;
         let channel = Arc::new(QemuChannel::new(directory));
         Ok(Self { directory: directory.to_owned(), process, channel, console })

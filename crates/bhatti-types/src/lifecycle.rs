@@ -34,6 +34,8 @@ pub enum FailReason {
     VmmExited,
     /// The daemon started and found no VMM process of a sandbox that was running.
     VmmMissing,
+    /// The daemon started and could not talk to the VMM process of a sandbox that was running.
+    VmmUnusable,
 }
 
 /// Why a request to use a sandbox was refused.
@@ -84,6 +86,7 @@ impl FailReason {
         match self {
             Self::VmmExited => "vmm_exited",
             Self::VmmMissing => "vmm_missing",
+            Self::VmmUnusable => "vmm_unusable",
         }
     }
 }
@@ -93,6 +96,7 @@ impl fmt::Display for FailReason {
         f.write_str(match self {
             Self::VmmExited => "its virtual machine process ended unexpectedly",
             Self::VmmMissing => "its virtual machine process was gone when the daemon started",
+            Self::VmmUnusable => "its virtual machine process did not answer when the daemon started",
         })
     }
 }
@@ -106,7 +110,7 @@ impl FromStr for FailReason {
     type Err = UnknownReason;
 
     fn from_str(word: &str) -> Result<Self, UnknownReason> {
-        [Self::VmmExited, Self::VmmMissing]
+        [Self::VmmExited, Self::VmmMissing, Self::VmmUnusable]
             .into_iter()
             .find(|reason| reason.as_str() == word)
             .ok_or_else(|| UnknownReason(word.to_owned()))
@@ -129,7 +133,7 @@ mod tests {
 
     #[test]
     fn reason_survives_its_word() {
-        for reason in [FailReason::VmmExited, FailReason::VmmMissing] {
+        for reason in [FailReason::VmmExited, FailReason::VmmMissing, FailReason::VmmUnusable] {
             assert_eq!(reason.as_str().parse(), Ok(reason));
         }
         assert_eq!("bored".parse::<FailReason>(), Err(UnknownReason("bored".into())));
