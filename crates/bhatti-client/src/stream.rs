@@ -1,0 +1,158 @@
+//! A command whose streams travel on a WebSocket.
+
+use bhatti_api::{ErrorBody, StreamRequest, StreamServerMessage, channel};
+use bytes::{Buf, Bytes};
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use http::Request;
+use http::header::{AUTHORIZATION, CONNECTION, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use crate::connect::Stream;
+use crate::{ClientError, Endpoint, parse};
+
+type Socket = WebSocketStream<Box<dyn Stream>>;
+
+/// Input that one message carries at most, in bytes.
+const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+
+/// Something that a command did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CommandEvent {
+    /// It wrote to its standard output.
+    Stdout(Bytes),
+    /// It wrote to its standard error.
+    Stderr(Bytes),
+    /// It ended. Nothing follows.
+    Exit(i32),
+}
+
+/// The way to a command. Dropping both halves kills it.
+pub struct CommandInput(SplitSink<Socket, Message>);
+
+/// The way from a command. Dropping both halves kills it.
+pub struct CommandOutput(SplitStream<Socket>);
+
+pub(crate) async fn start(
+    endpoint: &Endpoint,
+    token: Option<&str>,
+    path: &str,
+    start: &StreamRequest,
+) -> Result<(CommandInput, CommandOutput), ClientError> {
+    let mut request = Request::builder()
+        .uri(format!("ws://{}{path}", endpoint.host()))
+        .header(HOST, endpoint.host())
+        .header(CONNECTION, "Upgrade")
+        .header(UPGRADE, "websocket")
+        .header(SEC_WEBSOCKET_VERSION, "13")
+        .header(SEC_WEBSOCKET_KEY, generate_key());
+    if let Some(token) = token {
+        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+    }
+    let request = request.body(()).map_err(|error| ClientError::Unexpected(error.to_string()))?;
+    let stream = endpoint.connect().await?;
+    let (socket, _) = tokio_tungstenite::client_async(request, stream).await.map_err(refused)?;
+    let (sink, output) = socket.split();
+    let mut input = CommandInput(sink);
+    input.send_text(start).await?;
+    Ok((input, CommandOutput(output)))
+}
+
+fn refused(error: Error) -> ClientError {
+    match error {
+        Error::Http(response) => match parse::<()>(false, response.body().as_deref().unwrap_or_default()) {
+            Err(error) => error,
+            Ok(()) => ClientError::Unexpected(response.status().to_string()),
+        },
+        error => lost(error),
+    }
+}
+
+fn lost(error: Error) -> ClientError {
+    ClientError::StreamLost(Some(Box::new(error)))
+}
+
+impl CommandInput {
+    /// Writes to the command's standard input. Waits while the command does not read.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ClientError> {
+        for chunk in bytes.chunks(MESSAGE_BYTES_MAX) {
+            let mut message = Vec::with_capacity(1 + chunk.len());
+            message.push(channel::STDIN);
+            message.extend_from_slice(chunk);
+            self.0.send(Message::binary(message)).await.map_err(lost)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the command's standard input.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn end(&mut self) -> Result<(), ClientError> {
+        self.send_text(&StreamRequest::StdinEof).await
+    }
+
+    /// Signals the command's process group.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn signal(&mut self, signal: u8) -> Result<(), ClientError> {
+        self.send_text(&StreamRequest::Signal { signal }).await
+    }
+
+    async fn send_text(&mut self, message: &StreamRequest) -> Result<(), ClientError> {
+        let json = serde_json::to_string(message).map_err(|error| ClientError::Unexpected(error.to_string()))?;
+        self.0.send(Message::text(json)).await.map_err(lost)
+    }
+}
+
+impl CommandOutput {
+    /// Waits for the next event.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ClientError::Refused`] if the command could not be started or its sandbox is lost.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<CommandEvent, ClientError> {
+        loop {
+            match self.0.next().await {
+                Some(Ok(Message::Binary(bytes))) => return output_event(bytes),
+                Some(Ok(Message::Text(json))) => return last_event(&json),
+                Some(Ok(Message::Close(_))) | None => return Err(ClientError::StreamLost(None)),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(lost(error)),
+            }
+        }
+    }
+}
+
+fn output_event(mut bytes: Bytes) -> Result<CommandEvent, ClientError> {
+    let stream = bytes.first().copied();
+    bytes.advance(bytes.len().min(1));
+    match stream {
+        Some(channel::STDOUT) => Ok(CommandEvent::Stdout(bytes)),
+        Some(channel::STDERR) => Ok(CommandEvent::Stderr(bytes)),
+        _ => Err(ClientError::Unexpected("bytes of an unknown stream".to_owned())),
+    }
+}
+
+fn last_event(json: &str) -> Result<CommandEvent, ClientError> {
+    match serde_json::from_str(json) {
+        Ok(StreamServerMessage::Exit { exit_code }) => Ok(CommandEvent::Exit(exit_code)),
+        Ok(StreamServerMessage::Error { error, code }) => {
+            Err(ClientError::Refused(ErrorBody { error, code, hint: None, request_id: String::new() }))
+        }
+        Err(_) => Err(ClientError::Unexpected(json.chars().take(200).collect())),
+    }
+}

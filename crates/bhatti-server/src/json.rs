@@ -1,0 +1,36 @@
+//! JSON bodies of requests.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::header::CONTENT_LENGTH;
+use bhatti_api::ErrorCode;
+use serde::de::DeserializeOwned;
+
+use crate::status::ApiError;
+
+/// The largest body, in bytes.
+pub(crate) const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// A body of JSON; an empty one is `{}`.
+pub(crate) struct ApiJson<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let too_large = || {
+            ApiError::new(ErrorCode::BodyTooLarge, format!("the body is larger than {BODY_BYTES_MAX} bytes"))
+                .hint("send large input through a streamed command or a file upload")
+        };
+        let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        if announced.is_some_and(|length: u64| length > BODY_BYTES_MAX as u64) {
+            return Err(too_large());
+        }
+        // The router's body limit cuts off what was not announced.
+        let bytes = Bytes::from_request(request, state).await.map_err(|_| too_large())?;
+        let json = if bytes.is_empty() { b"{}" } else { &bytes[..] };
+        serde_json::from_slice(json)
+            .map(Self)
+            .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
+    }
+}

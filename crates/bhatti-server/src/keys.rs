@@ -1,0 +1,46 @@
+//! API keys: `bht_` and 64 hex digits. Only their SHA-256 is kept.
+
+use std::fmt::Write;
+
+use sha2::{Digest, Sha256};
+
+const PREFIX: &str = "bht_";
+
+/// Draws a key.
+///
+/// # Errors
+///
+/// Returns an error if this host gives no random bytes: a key that could be guessed is never made.
+pub(crate) fn generate() -> Result<String, getrandom::Error> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret)?;
+    Ok(secret.iter().fold(PREFIX.to_owned(), |mut key, byte| {
+        // Writing into a string cannot fail.
+        let _infallible: std::fmt::Result = write!(key, "{byte:02x}");
+        key
+    }))
+}
+
+/// What is kept of a key.
+pub(crate) fn hash(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_have_their_shape_and_differ() {
+        let (first, second) = (generate().unwrap(), generate().unwrap());
+
+        assert_eq!(first.len(), 68);
+        assert!(first.starts_with("bht_") && first[4..].bytes().all(|b| b.is_ascii_hexdigit()));
+        assert_ne!(first, second);
+    }
+
+    #[test]
+    fn hash_is_sha_256() {
+        assert_eq!(hash("test")[..4], [0x9f, 0x86, 0xd0, 0x81]);
+    }
+}

@@ -1,0 +1,46 @@
+//! Gives each request an id, and each error its body.
+
+use axum::Json;
+use axum::extract::Request;
+use axum::http::HeaderValue;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bhatti_api::{ErrorBody, ErrorCode};
+use tracing::{Instrument, debug, info_span};
+
+use crate::status::ApiError;
+
+const HEADER: &str = "x-request-id";
+
+/// Names the request in the log and in its response, and turns an [`ApiError`] into one.
+pub(crate) async fn identify(request: Request, next: Next) -> Response {
+    let request_id = request_id();
+    let span = info_span!("request", id = %request_id, method = %request.method(), path = request.uri().path());
+    async {
+        let response = next.run(request).await;
+        debug!(status = response.status().as_u16(), "Request answered");
+        finish(response, &request_id)
+    }
+    .instrument(span)
+    .await
+}
+
+fn finish(mut response: Response, request_id: &str) -> Response {
+    if let Some(ApiError { code, message, hint }) = response.extensions_mut().remove() {
+        let body = ErrorBody { error: message, code, hint, request_id: request_id.to_owned() };
+        let mut with_body = (response.status(), Json(body)).into_response();
+        if code == ErrorCode::Unauthorized {
+            with_body.headers_mut().insert("www-authenticate", HeaderValue::from_static("Bearer"));
+        }
+        response = with_body;
+    }
+    if let Ok(value) = HeaderValue::from_str(request_id) {
+        response.headers_mut().insert(HEADER, value);
+    }
+    response
+}
+
+/// Eight random hex digits. They name, they guard nothing: a host without random bytes gets a constant.
+fn request_id() -> String {
+    getrandom::u32().map_or_else(|_| "00000000".to_owned(), |number| format!("{number:08x}"))
+}

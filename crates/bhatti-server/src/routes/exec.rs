@@ -1,0 +1,187 @@
+//! `/sandboxes/{sandbox}/exec`: runs a command, its output in one piece or line by line.
+
+use std::convert::Infallible;
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use bhatti_agent::{ExecError, ExecInput, ExecOutput};
+use bhatti_api::{ErrorCode, ExecEvent, ExecRequest, ExecResult, Output};
+use bhatti_types::Environment;
+use bytes::Bytes;
+use futures_util::stream;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::json::ApiJson;
+use crate::status::ApiError;
+use crate::utf8::Utf8Pieces;
+
+const NDJSON: &str = "application/x-ndjson";
+
+/// The most of each output stream that a response in one piece holds, in bytes.
+const BUFFERED_BYTES_MAX: usize = 10 << 20;
+
+pub(crate) async fn run(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    Path(called): Path<String>,
+    headers: HeaderMap,
+    ApiJson(request): ApiJson<ExecRequest>,
+) -> Result<Response, ApiError> {
+    let ExecRequest { cmd, env, cwd, stdin } = request;
+    // A sandbox that is not there is the better answer to a request that is wrong, too.
+    state.supervisor.find(owner, &called)?;
+    let exec = agent_request(cmd, env, cwd)?;
+    let (input, output) = state.supervisor.exec(owner, &called, exec).await?;
+    let stdin = stdin.unwrap_or_default();
+    let wants_lines = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| {
+        accept.split(',').any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim() == NDJSON))
+    });
+    if wants_lines {
+        return Ok(lines(input, output, stdin));
+    }
+    // The input half lives until the command has ended: without it the command would be killed.
+    let (_input, result) = tokio::join!(feed(input, stdin), collect(output));
+    Ok(Json(result?).into_response())
+}
+
+/// Checks a command and turns it into the agent's request.
+pub(crate) fn agent_request(
+    cmd: Vec<String>,
+    env: std::collections::BTreeMap<String, String>,
+    cwd: Option<String>,
+) -> Result<bhatti_proto::ExecRequest, ApiError> {
+    if cmd.first().is_none_or(String::is_empty) {
+        return Err(ApiError::new(ErrorCode::BadRequest, "cmd required")
+            .hint(r#"name a program and its arguments: {"cmd": ["echo", "hi"]}"#));
+    }
+    let env = Environment::try_from(env).map_err(|error| ApiError::bad_request(&error))?.into_map();
+    Ok(bhatti_proto::ExecRequest { argv: cmd, env, cwd, ..Default::default() })
+}
+
+/// Feeds the command. One that has closed its input, or is gone, says so on its output.
+async fn feed(mut input: ExecInput, stdin: String) -> ExecInput {
+    if input.write(stdin.as_bytes()).await.is_ok() {
+        drop(input.end().await);
+    }
+    input
+}
+
+async fn collect(mut output: ExecOutput) -> Result<ExecResult, ApiError> {
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    loop {
+        match output.next().await? {
+            bhatti_agent::ExecEvent::Stdout(bytes) => append(&mut stdout, &bytes)?,
+            bhatti_agent::ExecEvent::Stderr(bytes) => append(&mut stderr, &bytes)?,
+            bhatti_agent::ExecEvent::Exit(exit_code) => {
+                let (stdout, stderr) = (Output::new(stdout), Output::new(stderr));
+                return Ok(ExecResult {
+                    exit_code,
+                    stdout: stdout.text,
+                    stderr: stderr.text,
+                    stdout_base64: stdout.base64,
+                    stderr_base64: stderr.base64,
+                });
+            }
+        }
+    }
+}
+
+fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
+    if collected.len() + bytes.len() > BUFFERED_BYTES_MAX {
+        let message = format!("the command wrote more than {BUFFERED_BYTES_MAX} bytes to one stream and was killed");
+        return Err(ApiError::new(ErrorCode::OutputTooLarge, message)
+            .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
+    }
+    collected.extend_from_slice(bytes);
+    Ok(())
+}
+
+/// A response that grows a line with each event. A client that goes away takes the command with it.
+fn lines(input: ExecInput, output: ExecOutput, stdin: String) -> Response {
+    let feeding = Box::pin(feed(input, stdin));
+    let state = Lines { feeding: Some(feeding), _input: None, output, stdout: Utf8Pieces::default(), stderr: Utf8Pieces::default(), ended: false };
+    let body = stream::unfold(state, |mut state| async move {
+        let lines = state.next().await?;
+        Some((Ok::<_, Infallible>(Bytes::from(lines)), state))
+    });
+    let headers = [(CONTENT_TYPE.as_str(), NDJSON), ("x-content-type-options", "nosniff")];
+    (headers, Body::from_stream(body)).into_response()
+}
+
+type Feeding = std::pin::Pin<Box<dyn Future<Output = ExecInput> + Send>>;
+
+struct Lines {
+    feeding: Option<Feeding>,
+    _input: Option<ExecInput>,
+    output: ExecOutput,
+    stdout: Utf8Pieces,
+    stderr: Utf8Pieces,
+    ended: bool,
+}
+
+impl Lines {
+    /// The next lines, `None` behind the last.
+    async fn next(&mut self) -> Option<Vec<u8>> {
+        while !self.ended {
+            let lines = match self.next_event().await {
+                Ok(bhatti_agent::ExecEvent::Stdout(bytes)) => line(stdout_event(self.stdout.push(&bytes))),
+                Ok(bhatti_agent::ExecEvent::Stderr(bytes)) => line(stderr_event(self.stderr.push(&bytes))),
+                Ok(bhatti_agent::ExecEvent::Exit(exit_code)) => self.last(ExecEvent::Exit { exit_code }),
+                Err(error) => {
+                    let ApiError { code, message, .. } = error.into();
+                    self.last(ExecEvent::Error { data: message, code })
+                }
+            };
+            // An event that only completes half a character is no line yet.
+            if !lines.is_empty() {
+                return Some(lines);
+            }
+        }
+        None
+    }
+
+    async fn next_event(&mut self) -> Result<bhatti_agent::ExecEvent, ExecError> {
+        loop {
+            let Some(feeding) = &mut self.feeding else { return self.output.next().await };
+            tokio::select! {
+                event = self.output.next() => return event,
+                input = feeding => {
+                    self._input = Some(input);
+                    self.feeding = None;
+                }
+            }
+        }
+    }
+
+    fn last(&mut self, event: ExecEvent) -> Vec<u8> {
+        self.ended = true;
+        let held = [line(stdout_event(self.stdout.finish())), line(stderr_event(self.stderr.finish()))];
+        [held.concat(), line(Some(event))].concat()
+    }
+}
+
+fn stdout_event(bytes: Vec<u8>) -> Option<ExecEvent> {
+    let Output { text: data, base64: data_base64 } = some_output(bytes)?;
+    Some(ExecEvent::Stdout { data, data_base64 })
+}
+
+fn stderr_event(bytes: Vec<u8>) -> Option<ExecEvent> {
+    let Output { text: data, base64: data_base64 } = some_output(bytes)?;
+    Some(ExecEvent::Stderr { data, data_base64 })
+}
+
+fn some_output(bytes: Vec<u8>) -> Option<Output> {
+    if bytes.is_empty() { None } else { Some(Output::new(bytes)) }
+}
+
+fn line(event: Option<ExecEvent>) -> Vec<u8> {
+    let Some(event) = event else { return Vec::new() };
+    let mut line = serde_json::to_vec(&event).unwrap_or_default();
+    line.push(b'\n');
+    line
+}

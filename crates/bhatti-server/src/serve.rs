@@ -1,0 +1,83 @@
+//! Listens and serves.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use bhatti_host::socket;
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::{AppState, Listener, SOCKET, router};
+
+/// The daemon cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket in the data directory cannot be made.
+    #[error("failed to listen on `{}`", path.display())]
+    Unix {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The address cannot be used.
+    #[error("failed to listen on {address}")]
+    Tcp {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Serves the API on the socket of `data_dir` until `stop` resolves. The socket is there when this returns its future.
+///
+/// # Errors
+///
+/// Returns an error if the socket cannot be made.
+pub fn serve_unix<S>(
+    state: AppState,
+    data_dir: &Path,
+    stop: S,
+) -> Result<impl Future<Output = io::Result<()>> + use<S>, ServeError>
+where
+    S: Future<Output = ()> + Send + 'static,
+{
+    let failed = |source| ServeError::Unix { path: data_dir.join(SOCKET), source };
+    let listener = listen(data_dir).map_err(failed)?;
+    let app = router(state, Listener::Unix);
+    Ok(async move { axum::serve(listener, app).with_graceful_shutdown(stop).await })
+}
+
+/// Serves the API on a TCP address until `stop` resolves. Returns the address that it really has.
+///
+/// # Errors
+///
+/// Returns an error if the address cannot be used.
+pub async fn serve_tcp(
+    state: AppState,
+    address: SocketAddr,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
+    let failed = |source| ServeError::Tcp { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let app = router(state, Listener::Tcp);
+    Ok((address, async move { axum::serve(listener, app).with_graceful_shutdown(stop).await }))
+}
+
+/// Makes the socket under another name, gives it to its owner alone, and only then puts it in place: over one that an earlier daemon
+/// left behind, and never half-open.
+fn listen(data_dir: &Path) -> io::Result<UnixListener> {
+    let name = format!(".{SOCKET}.{}", std::process::id());
+    let temporary = data_dir.join(&name);
+    let listener = socket::listen_in(data_dir, &name)?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))?;
+    fs::rename(&temporary, data_dir.join(SOCKET))?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}

@@ -1,0 +1,160 @@
+//! Errors as responses: the only place that knows HTTP's numbers.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use bhatti_agent::ExecError;
+use bhatti_api::ErrorCode;
+use bhatti_engine::BootError;
+use bhatti_proto::StartErrorKind;
+use bhatti_store::{StoreError, UserInsertError};
+use bhatti_supervisor::{CreateError, UseError};
+use bhatti_types::{Denied, Report};
+use serde::Serialize;
+
+/// An error for the caller. [`crate::request_id`] gives it its body.
+#[derive(Clone, Debug)]
+pub(crate) struct ApiError {
+    pub(crate) code: ErrorCode,
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
+}
+
+impl ApiError {
+    pub(crate) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), hint: None }
+    }
+
+    pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    pub(crate) fn bad_request(error: &dyn std::error::Error) -> Self {
+        Self::new(ErrorCode::BadRequest, Report(error).to_string())
+    }
+
+    /// Hides an error that is ours: it may name paths of this host, so only the log gets it.
+    fn internal(error: &dyn std::error::Error) -> Self {
+        tracing::error!(error = %Report(error), "Request failed");
+        Self::new(ErrorCode::Internal, "internal error").hint("the daemon's log has the cause under this request id")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = status(self.code).into_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// A response to a request that made something.
+pub(crate) fn created<T: Serialize>(body: T) -> Response {
+    (StatusCode::CREATED, Json(body)).into_response()
+}
+
+const fn status(code: ErrorCode) -> StatusCode {
+    match code {
+        ErrorCode::BadRequest
+        | ErrorCode::CommandNotFound
+        | ErrorCode::CommandNotExecutable
+        | ErrorCode::BadWorkingDirectory => StatusCode::BAD_REQUEST,
+        ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+        ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+        ErrorCode::NotFound => StatusCode::NOT_FOUND,
+        ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+        ErrorCode::NameTaken | ErrorCode::WrongState => StatusCode::CONFLICT,
+        ErrorCode::BodyTooLarge | ErrorCode::OutputTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorCode::ConnectionLost => StatusCode::BAD_GATEWAY,
+        ErrorCode::NotSetUp => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::BootFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        Self::internal(&error)
+    }
+}
+
+impl From<UserInsertError> for ApiError {
+    fn from(error: UserInsertError) -> Self {
+        match error {
+            UserInsertError::NameTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string()),
+            UserInsertError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<CreateError> for ApiError {
+    fn from(error: CreateError) -> Self {
+        match &error {
+            CreateError::NameTaken(name) => Self::new(ErrorCode::NameTaken, error.to_string())
+                .hint(format!("choose another name, or destroy it: bhatti destroy {name}")),
+            CreateError::Images(bhatti_image::StoreError::Missing(missing)) => {
+                Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
+            }
+            CreateError::Boot(BootError::NotInstalled { .. }) => {
+                Self::new(ErrorCode::NotSetUp, Report(&error).to_string())
+                    .hint("`bhatti doctor` says how to install it")
+            }
+            // The guest's own last words hold no path of this host.
+            CreateError::Boot(boot @ (BootError::Ended { .. } | BootError::TimedOut { .. })) => {
+                tracing::warn!(error = %boot, "Sandbox did not boot");
+                Self::new(ErrorCode::BootFailed, boot.to_string())
+            }
+            CreateError::Boot(_)
+            | CreateError::Images(_)
+            | CreateError::Store(_)
+            | CreateError::Entropy
+            | CreateError::Name(_)
+            | CreateError::Interrupted => Self::internal(&error),
+        }
+    }
+}
+
+impl From<UseError> for ApiError {
+    fn from(error: UseError) -> Self {
+        match error {
+            UseError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()).hint("list them: bhatti list"),
+            UseError::Denied(denied) => denied.into(),
+            UseError::Exec(error) => error.into(),
+            UseError::Store(_) | UseError::Destroy(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        let error = Self::new(ErrorCode::WrongState, denied.to_string());
+        match denied {
+            Denied::Failed(_) => error.hint("destroy it and create another: bhatti destroy NAME"),
+            Denied::StillCreating => error.hint("wait until it is running"),
+            Denied::Destroyed => error,
+        }
+    }
+}
+
+impl From<ExecError> for ApiError {
+    fn from(error: ExecError) -> Self {
+        match error {
+            ExecError::Start(start) => {
+                let code = match start.kind {
+                    StartErrorKind::NotFound => ErrorCode::CommandNotFound,
+                    StartErrorKind::NotExecutable => ErrorCode::CommandNotExecutable,
+                    StartErrorKind::BadCwd => ErrorCode::BadWorkingDirectory,
+                    StartErrorKind::BadRequest => ErrorCode::BadRequest,
+                    StartErrorKind::Other => ErrorCode::Internal,
+                };
+                Self::new(code, start.message)
+            }
+            ExecError::Refused(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
+            ExecError::Channel(_)
+            | ExecError::Send(_)
+            | ExecError::Write(_)
+            | ExecError::Lost
+            | ExecError::Garbled(_)
+            | ExecError::Unexpected => Self::new(ErrorCode::ConnectionLost, Report(&error).to_string()),
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Runs untrusted code and AI agents in real Linux microVMs on a machine you own.
+#[derive(Debug, Parser)]
+#[command(name = "bhatti", version, disable_help_subcommand = false, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Where the daemon keeps everything [default: /var/lib/bhatti for root, else ~/.local/share/bhatti]
+    #[arg(long, global = true, env = "BHATTI_DATA_DIR", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// A daemon on the network, http://HOST:PORT [default: the one on this machine]
+    #[arg(long, global = true, env = "BHATTI_URL", value_name = "URL", requires = "token")]
+    pub(crate) url: Option<String>,
+    /// The API key for --url
+    #[arg(long, global = true, env = "BHATTI_TOKEN", value_name = "KEY", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Build what sandboxes boot from: kernel, guest agent and root file system
+    #[command(after_help = "Example:\n  bhatti setup")]
+    Setup(Setup),
+    /// Run the daemon
+    #[command(after_help = "Example:\n  bhatti serve --listen 127.0.0.1:8080")]
+    Serve(Serve),
+    /// Create a sandbox and wait until it is up
+    #[command(after_help = "Example:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi")]
+    Create(Create),
+    /// List sandboxes
+    #[command(visible_alias = "ls", after_help = "Example:\n  bhatti list")]
+    List,
+    /// Show one sandbox
+    #[command(visible_alias = "info", after_help = "Example:\n  bhatti inspect dev")]
+    Inspect(Target),
+    /// Run a command in a sandbox
+    #[command(after_help = "Example:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none.")]
+    Exec(Exec),
+    /// Destroy sandboxes
+    #[command(visible_alias = "rm", after_help = "Example:\n  bhatti destroy dev")]
+    Destroy(Targets),
+    /// Manage the daemon's users
+    #[command(subcommand)]
+    User(User),
+    /// Say what works on this machine, and how to mend what does not
+    #[command(after_help = "Example:\n  bhatti doctor")]
+    Doctor,
+    /// Print the version
+    Version,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Setup {
+    /// A kernel of your own, ELF vmlinux or bzImage [default: Debian's kernel for virtual machines]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The modules of --kernel, as in /lib/modules/RELEASE [default: all that is needed is built in]
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub(crate) modules: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// Also listen on this address, for callers with an API key [default: the configuration's]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: Option<SocketAddr>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// Its name [default: a random one]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Its virtual CPUs [default: 1]
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) cpus: Option<u64>,
+    /// Its memory in MiB [default: 512]
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u64>,
+    /// A variable for its processes; may be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    pub(crate) env: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Target {
+    /// Name or id
+    pub(crate) sandbox: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Targets {
+    /// Names or ids
+    #[arg(required = true)]
+    pub(crate) sandboxes: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Name or id
+    pub(crate) sandbox: String,
+    /// A variable for the command; may be given several times
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    pub(crate) env: Vec<(String, String)>,
+    /// The command's working directory [default: /workspace]
+    #[arg(short = 'w', long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum User {
+    /// Make a user, and print the API key this once
+    #[command(after_help = "Example:\n  bhatti user create alice")]
+    Create {
+        /// The user's name
+        name: String,
+    },
+    /// List users
+    List,
+}
+
+fn parse_variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn variable_may_hold_anything_behind_the_first_equals_sign() {
+        assert_eq!(parse_variable("A=b=c,d"), Ok(("A".into(), "b=c,d".into())));
+        assert!(parse_variable("A").is_err());
+    }
+}

@@ -1,0 +1,174 @@
+//! `bhatti doctor`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use bhatti_host::kvm::{self, KvmUnusable};
+use bhatti_host::{disk, process};
+use bhatti_image::{DEFAULT_IMAGE, ImageStore};
+use bhatti_types::Report;
+use serde::Serialize;
+
+use super::Context;
+use crate::error::CliError;
+use crate::paths;
+
+/// What a setup and a few sandboxes take, in bytes.
+const COMFORTABLE_BYTES: u64 = 5 << 30;
+/// The oldest QEMU that this is tested with.
+const QEMU_TESTED: u32 = 10;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Good,
+    Slow,
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: &'static str,
+    verdict: Verdict,
+    detail: String,
+    /// The command that mends it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mend: Option<String>,
+}
+
+impl Finding {
+    fn good(what: &'static str, detail: impl Into<String>) -> Self {
+        Self { what, verdict: Verdict::Good, detail: detail.into(), mend: None }
+    }
+
+    fn slow(what: &'static str, detail: impl Into<String>, mend: Option<&str>) -> Self {
+        Self { what, verdict: Verdict::Slow, detail: detail.into(), mend: mend.map(str::to_owned) }
+    }
+
+    fn missing(what: &'static str, detail: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { what, verdict: Verdict::Missing, detail: detail.into(), mend: Some(mend.into()) }
+    }
+}
+
+pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
+    let data_dir = &context.data_dir;
+    let lohar = paths::lohar();
+    let findings = vec![
+        accelerator(),
+        qemu().await,
+        tool("mmdebstrap", "mmdebstrap").await,
+        tool("mke2fs", "e2fsprogs").await,
+        agent(&lohar),
+        permissions(data_dir),
+        space(data_dir),
+        images(data_dir, lohar.ok()),
+        daemon(context).await,
+    ];
+    let healthy = findings.iter().all(|finding| finding.verdict != Verdict::Missing);
+    context.output.show(&findings, |findings| findings.iter().map(describe).collect::<Vec<_>>().join("\n"))?;
+    Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn describe(finding: &Finding) -> String {
+    let mark = match finding.verdict {
+        Verdict::Good => "ok",
+        Verdict::Slow => "slow",
+        Verdict::Missing => "MISSING",
+    };
+    let line = format!("{mark:8} {:12} {}", finding.what, finding.detail);
+    match &finding.mend {
+        Some(mend) => format!("{line}\n{:22}→ {mend}", ""),
+        None => line,
+    }
+}
+
+fn accelerator() -> Finding {
+    match kvm::check() {
+        Ok(()) => Finding::good("accelerator", "KVM works"),
+        Err(error @ KvmUnusable::NoExtension) => {
+            Finding::slow("accelerator", format!("software emulation (TCG), for {error}"), None)
+        }
+        Err(error @ KvmUnusable::Device(_)) => Finding::slow(
+            "accelerator",
+            format!("software emulation (TCG), for {}", Report(&error)),
+            Some("modprobe kvm_intel || modprobe kvm_amd; usermod -aG kvm $USER"),
+        ),
+    }
+}
+
+async fn qemu() -> Finding {
+    let install = "apt-get install -t bookworm-backports qemu-system-x86 qemu-utils";
+    let output = match process::command(bhatti_qemu::PROGRAM).arg("--version").output().await {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Err(error) => return Finding::missing("qemu", format!("{}: {error}", bhatti_qemu::PROGRAM), install),
+    };
+    let first_line = output.lines().next().unwrap_or_default().to_owned();
+    let version = first_line.split_whitespace().nth(3).unwrap_or_default();
+    let major: u32 = version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
+    if major >= QEMU_TESTED {
+        Finding::good("qemu", first_line)
+    } else {
+        Finding::missing("qemu", format!("{first_line}: too old, {QEMU_TESTED}.0 is needed"), install)
+    }
+}
+
+async fn tool(program: &'static str, package: &str) -> Finding {
+    match process::command(program).arg("--version").output().await {
+        Ok(_) => Finding::good(program, "installed"),
+        Err(error) => Finding::missing(program, error.to_string(), format!("apt-get install {package}")),
+    }
+}
+
+fn agent(lohar: &Result<PathBuf, CliError>) -> Finding {
+    match lohar {
+        Ok(path) => Finding::good("guest agent", path.display().to_string()),
+        Err(error) => Finding::missing("guest agent", error.message.clone(), "make build"),
+    }
+}
+
+/// The nearest directory that is there.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"))
+}
+
+fn permissions(data_dir: &Path) -> Finding {
+    let directory = existing(data_dir);
+    let detail = data_dir.display().to_string();
+    match rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+        Ok(()) => Finding::good("data dir", detail),
+        Err(error) => Finding::missing(
+            "data dir",
+            format!("{}: {}", directory.display(), std::io::Error::from(error)),
+            format!("run as the owner of {detail}, or choose another with --data-dir"),
+        ),
+    }
+}
+
+fn space(data_dir: &Path) -> Finding {
+    match disk::free_bytes(existing(data_dir)) {
+        Ok(free) if free >= COMFORTABLE_BYTES => Finding::good("disk space", format!("{} GiB free", free >> 30)),
+        Ok(free) => Finding::missing(
+            "disk space",
+            format!("{} MiB free, {} GiB are comfortable", free >> 20, COMFORTABLE_BYTES >> 30),
+            "free some, or choose another place with --data-dir",
+        ),
+        Err(error) => Finding::missing("disk space", error.to_string(), "check the file system"),
+    }
+}
+
+fn images(data_dir: &Path, lohar: Option<PathBuf>) -> Finding {
+    let store = ImageStore::new(data_dir);
+    match lohar.map(|lohar| store.boot_files(DEFAULT_IMAGE, &lohar)) {
+        Some(Ok(files)) => Finding::good("images", files.root.display().to_string()),
+        Some(Err(error)) => Finding::missing("images", Report(&error).to_string(), "bhatti setup"),
+        None => Finding::missing("images", "not looked at without the guest agent", "make build"),
+    }
+}
+
+async fn daemon(context: &Context) -> Finding {
+    match context.client.health().await {
+        Ok(health) => Finding::good("daemon", format!("{} for {}", health.status, health.uptime)),
+        Err(error) => Finding::slow("daemon", Report(&error).to_string(), Some("bhatti serve")),
+    }
+}

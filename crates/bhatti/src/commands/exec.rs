@@ -1,0 +1,89 @@
+//! `bhatti exec`.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use bhatti_api::StreamRequest;
+use bhatti_client::{CommandEvent, CommandInput, CommandOutput};
+use tokio::io::AsyncReadExt;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::Context;
+use crate::cli::Exec;
+use crate::error::CliError;
+
+/// Input that is read at once, in bytes.
+const READ_BYTES: usize = 64 * 1024;
+
+/// Signals that are the command's rather than ours.
+const FORWARDED: [SignalKind; 4] =
+    [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
+
+pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
+    run_command(context, arguments).await.map_err(CliError::of_exec)
+}
+
+async fn run_command(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
+    let Exec { sandbox, env, workdir, command } = arguments;
+    let start = StreamRequest::Start { cmd: command, env: env.into_iter().collect(), cwd: workdir };
+    let (input, output) = context.client.start_command(&sandbox, &start).await?;
+    let code = tokio::select! {
+        code = print(output) => code?,
+        error = feed(input) => return Err(error),
+    };
+    // Codes are what the command's own kernel allows: 0 to 255.
+    Ok(ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX)))
+}
+
+async fn print(mut output: CommandOutput) -> Result<i32, CliError> {
+    loop {
+        match output.next().await? {
+            CommandEvent::Stdout(bytes) => write(&mut io::stdout().lock(), &bytes)?,
+            CommandEvent::Stderr(bytes) => write(&mut io::stderr().lock(), &bytes)?,
+            CommandEvent::Exit(code) => return Ok(code),
+        }
+    }
+}
+
+fn write(stream: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes)?;
+    stream.flush()
+}
+
+/// Passes standard input and signals on. Ends only with an error of our own: if the connection breaks, the output tells.
+async fn feed(mut input: CommandInput) -> CliError {
+    let mut signals = match FORWARDED.map(signal).into_iter().collect::<io::Result<Vec<Signal>>>() {
+        Ok(signals) => signals,
+        Err(error) => return error.into(),
+    };
+    let mut stdin = tokio::io::stdin();
+    let mut buffer = vec![0; READ_BYTES];
+    let mut stdin_open = true;
+    loop {
+        let sent = tokio::select! {
+            number = next_signal(&mut signals) => input.signal(number).await,
+            read = stdin.read(&mut buffer), if stdin_open => match read {
+                Ok(length @ 1..) => input.write(&buffer[..length]).await,
+                Ok(_) => {
+                    stdin_open = false;
+                    input.end().await
+                }
+                Err(error) => return error.into(),
+            },
+        };
+        if sent.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
+async fn next_signal(signals: &mut [Signal]) -> u8 {
+    std::future::poll_fn(|cx| {
+        let arrived = signals.iter_mut().position(|signal| signal.poll_recv(cx).is_ready());
+        arrived.map_or(std::task::Poll::Pending, |index| {
+            let number = FORWARDED[index].as_raw_value();
+            std::task::Poll::Ready(u8::try_from(number).unwrap_or_default())
+        })
+    })
+    .await
+}

@@ -1,0 +1,118 @@
+//! `bhatti serve`.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_engine::Engine;
+use bhatti_image::ImageStore;
+use bhatti_qemu::QemuEngine;
+use bhatti_server::{AppState, serve_tcp, serve_unix};
+use bhatti_store::Store;
+use bhatti_supervisor::Supervisor;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+use super::Context;
+use crate::cli::Serve;
+use crate::config::Config;
+use crate::error::CliError;
+use crate::paths;
+
+/// How long requests that run may take when the daemon stops.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+pub(super) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliError> {
+    let started = Instant::now();
+    start_logging();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(serve(context, arguments, started));
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+fn start_logging() {
+    let filter = EnvFilter::try_from_env("BHATTI_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).with_target(false).init();
+}
+
+async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result<(), CliError> {
+    let data_dir = &context.data_dir;
+    paths::create_data_dir(data_dir)?;
+    let _lock = lock(data_dir)?;
+    let config = Config::read(data_dir)?;
+    let store = Arc::new(Store::open(data_dir).map_err(|error| CliError::of(&error))?);
+    let supervisor = supervisor(data_dir, &config, &store)?;
+    supervisor.recover().await.map_err(|error| CliError::of(&error))?;
+
+    let (stop, stopped) = watch::channel(false);
+    let stopping = |mut stopped: watch::Receiver<bool>| async move {
+        // A sender that is gone is a daemon that stops.
+        drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
+    };
+    let state = AppState { supervisor, store, started };
+    let unix = serve_unix(state.clone(), data_dir, stopping(stopped.clone())).map_err(|error| CliError::of(&error))?;
+    let mut servers = tokio::task::JoinSet::new();
+    servers.spawn(unix);
+    if let Some(address) = arguments.listen.or(config.listen) {
+        let (address, tcp) =
+            serve_tcp(state.clone(), address, stopping(stopped)).await.map_err(|error| CliError::of(&error))?;
+        servers.spawn(tcp);
+        info!(%address, "Listening for callers with an API key");
+    }
+    let engine = state.supervisor.capabilities();
+    let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator.as_str(), startup_ms, "Daemon ready");
+
+    wait_for_signal().await?;
+    info!("Stopping; sandboxes go on running");
+    stop.send_replace(true);
+    if timeout(DRAIN_LIMIT, servers.join_all()).await.is_err() {
+        warn!("Cut off requests that were still running");
+    }
+    Ok(())
+}
+
+fn supervisor(data_dir: &Path, config: &Config, store: &Arc<Store>) -> Result<Supervisor, CliError> {
+    let sandboxes_dir = data_dir.join("sandboxes");
+    paths::create_data_dir(&sandboxes_dir)?;
+    let engine = QemuEngine::new();
+    tokio::spawn(engine.prepare());
+    let engine: Arc<dyn Engine> = Arc::new(engine);
+    let config = bhatti_supervisor::Config {
+        sandboxes_dir,
+        images: ImageStore::new(data_dir),
+        lohar: paths::lohar()?,
+        boot_limit: config.boot_limit(),
+    };
+    Ok(Supervisor::new(config, Arc::clone(store), engine))
+}
+
+/// Makes sure that this is the only daemon on the data directory. The lock ends with the process, however it ends.
+fn lock(data_dir: &Path) -> Result<File, CliError> {
+    let file = fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(CliError::new(format!("another daemon runs on `{}`", data_dir.display()))
+                .hint("stop it first, or choose another directory with --data-dir"))
+        }
+        Err(TryLockError::Error(error)) => Err(error.into()),
+    }
+}
+
+async fn wait_for_signal() -> io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

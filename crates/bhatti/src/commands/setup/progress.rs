@@ -1,0 +1,80 @@
+//! How far a setup is: bars for a person, lines for a log.
+
+use std::io::Write;
+use std::time::Duration;
+
+use bhatti_image::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::Instant;
+
+/// How often the bar moves by itself.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A bar that shows the step, its age and its latest line.
+#[derive(Default)]
+pub(super) struct Bars {
+    bar: Option<(ProgressBar, String)>,
+}
+
+impl Progress for Bars {
+    fn begin(&mut self, step: &str) {
+        let bar = ProgressBar::new_spinner().with_prefix(step.to_owned());
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix:18} {elapsed:>4} {wide_msg}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(TICK);
+        self.bar = Some((bar, step.to_owned()));
+    }
+
+    fn detail(&mut self, line: &str) {
+        if let Some((bar, _)) = &self.bar {
+            bar.set_message(line.to_owned());
+        }
+    }
+
+    fn end(&mut self, outcome: &str) {
+        if let Some((bar, step)) = self.bar.take() {
+            let seconds = bar.elapsed().as_secs_f64();
+            bar.finish_and_clear();
+            line(format_args!("{step:18} {seconds:5.1} s  {outcome}"));
+        }
+    }
+}
+
+/// Lines with the time since the setup began.
+pub(super) struct Lines {
+    began: Instant,
+    step: String,
+    quiet: bool,
+}
+
+impl Lines {
+    pub(super) fn new(quiet: bool) -> Self {
+        Self { began: Instant::now(), step: String::new(), quiet }
+    }
+
+    fn log(&self, text: &str) {
+        if !self.quiet {
+            line(format_args!("[{:6.1} s] {}: {text}", self.began.elapsed().as_secs_f64(), self.step));
+        }
+    }
+}
+
+impl Progress for Lines {
+    fn begin(&mut self, step: &str) {
+        step.clone_into(&mut self.step);
+    }
+
+    fn detail(&mut self, text: &str) {
+        self.log(text);
+    }
+
+    fn end(&mut self, outcome: &str) {
+        self.log(outcome);
+    }
+}
+
+fn line(text: std::fmt::Arguments<'_>) {
+    // Whoever reads along may have gone; the work goes on.
+    drop(writeln!(std::io::stdout(), "{text}"));
+}

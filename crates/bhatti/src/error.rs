@@ -1,0 +1,75 @@
+//! Errors of commands: what went wrong, what to do, and the exit code.
+
+use std::error::Error;
+use std::io;
+
+use bhatti_api::ErrorCode;
+use bhatti_client::ClientError;
+use bhatti_types::Report;
+
+/// Exit code of a command that failed.
+const EXIT_FAILED: u8 = 1;
+/// Exit codes of `exec` when the command itself has none, as shells and container tools have them.
+pub(crate) const EXIT_OURS: u8 = 125;
+const EXIT_NOT_EXECUTABLE: u8 = 126;
+const EXIT_NOT_FOUND: u8 = 127;
+/// 128 plus SIGPIPE: whoever read our output has gone.
+const EXIT_PIPE: u8 = 141;
+
+/// A command failed.
+#[derive(Debug)]
+pub(crate) struct CliError {
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
+    pub(crate) code: Option<ErrorCode>,
+    pub(crate) exit: u8,
+}
+
+impl CliError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, code: None, exit: EXIT_FAILED }
+    }
+
+    /// An error with all its causes.
+    pub(crate) fn of(error: &dyn Error) -> Self {
+        Self::new(Report(error).to_string())
+    }
+
+    pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// The same error with the exit code that `exec` has for it.
+    pub(crate) fn of_exec(self) -> Self {
+        let exit = match self.code {
+            Some(ErrorCode::CommandNotFound) => EXIT_NOT_FOUND,
+            Some(ErrorCode::CommandNotExecutable) => EXIT_NOT_EXECUTABLE,
+            _ if self.exit == EXIT_PIPE => EXIT_PIPE,
+            _ => EXIT_OURS,
+        };
+        Self { exit, ..self }
+    }
+
+    /// Whether there is anybody to tell.
+    pub(crate) const fn is_silent(&self) -> bool {
+        self.exit == EXIT_PIPE
+    }
+}
+
+impl From<ClientError> for CliError {
+    fn from(error: ClientError) -> Self {
+        let ours = Self::of(&error);
+        match error {
+            ClientError::Refused(body) => Self { hint: body.hint, code: Some(body.code), ..ours },
+            ClientError::Connect(_) => ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url"),
+            ClientError::Lost(_) | ClientError::StreamLost(_) | ClientError::Unexpected(_) => ours,
+        }
+    }
+}
+
+impl From<io::Error> for CliError {
+    fn from(error: io::Error) -> Self {
+        let exit = if error.kind() == io::ErrorKind::BrokenPipe { EXIT_PIPE } else { EXIT_FAILED };
+        Self { exit, ..Self::of(&error) }
+    }
+}

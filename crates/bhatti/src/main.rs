@@ -1,0 +1,23 @@
+//! `bhatti`: the daemon and its command line.
+
+mod cli;
+mod commands;
+mod config;
+mod error;
+mod output;
+mod paths;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = output::Output::new(cli.global.json);
+    match commands::run(cli, &output) {
+        Ok(code) => code,
+        Err(error) => output.fail(&error),
+    }
+}
