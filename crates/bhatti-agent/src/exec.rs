@@ -4,7 +4,8 @@ use std::io;
 
 use bhatti_engine::{AgentStream, ChannelError};
 use bhatti_proto::{
-    CHUNK_BYTES, FrameReader, FrameType, FrameWriter, ReadFrameError, SendJsonError, StartError, parse_exit,
+    CHUNK_BYTES, FrameReader, FrameType, FrameWriter, ReadFrameError, SendJsonError, StartError,
+    parse_exit,
 };
 use bytes::Bytes;
 use tokio::io::{ReadHalf, WriteHalf};
@@ -127,15 +128,23 @@ impl ExecOutput {
         loop {
             let frame = match self.reader.next().await {
                 Ok(Some(frame)) => frame,
-                Ok(None) | Err(ReadFrameError::Io(_) | ReadFrameError::UnexpectedEof) => return Err(ExecError::Lost),
+                Ok(None) | Err(ReadFrameError::Io(_) | ReadFrameError::UnexpectedEof) => {
+                    return Err(ExecError::Lost);
+                }
                 Err(garbled @ ReadFrameError::Frame(_)) => return Err(ExecError::Garbled(garbled)),
             };
             return match frame.frame_type {
                 FrameType::STDOUT => Ok(ExecEvent::Stdout(frame.payload)),
                 FrameType::STDERR => Ok(ExecEvent::Stderr(frame.payload)),
-                FrameType::EXIT => parse_exit(&frame.payload).map(ExecEvent::Exit).ok_or(ExecError::Unexpected),
-                FrameType::START_ERROR => Err(frame.json().map_or(ExecError::Unexpected, ExecError::Start)),
-                FrameType::ERROR => Err(ExecError::Refused(String::from_utf8_lossy(&frame.payload).into_owned())),
+                FrameType::EXIT => {
+                    parse_exit(&frame.payload).map(ExecEvent::Exit).ok_or(ExecError::Unexpected)
+                }
+                FrameType::START_ERROR => {
+                    Err(frame.json().map_or(ExecError::Unexpected, ExecError::Start))
+                }
+                FrameType::ERROR => {
+                    Err(ExecError::Refused(String::from_utf8_lossy(&frame.payload).into_owned()))
+                }
                 // What a newer agent may say beyond this is not for us.
                 _ => continue,
             };

@@ -36,7 +36,10 @@ impl AgentClient {
     /// # Cancel safety
     ///
     /// Dropping the future leaves no command behind.
-    pub async fn exec(&self, mut request: ExecRequest) -> Result<(ExecInput, ExecOutput), ExecError> {
+    pub async fn exec(
+        &self,
+        mut request: ExecRequest,
+    ) -> Result<(ExecInput, ExecOutput), ExecError> {
         request.error_details = true;
         let (reader, mut writer) = tokio::io::split(self.open().await?);
         let mut frames = FrameWriter::new(&mut writer);
@@ -51,7 +54,10 @@ impl AgentClient {
     /// Returns an error if the agent cannot be reached or refuses.
     pub async fn shut_down(&self) -> Result<(), ExecError> {
         let (reader, mut writer) = tokio::io::split(self.open().await?);
-        FrameWriter::new(&mut writer).send(FrameType::SHUTDOWN_REQ, &[]).await.map_err(ExecError::Write)?;
+        FrameWriter::new(&mut writer)
+            .send(FrameType::SHUTDOWN_REQ, &[])
+            .await
+            .map_err(ExecError::Write)?;
         match ExecOutput::new(FrameReader::new(reader)).next().await? {
             ExecEvent::Exit(_) => Ok(()),
             ExecEvent::Stdout(_) | ExecEvent::Stderr(_) => Err(ExecError::Unexpected),

@@ -1,5 +1,7 @@
 //! The agent in test mode, as a subprocess, asked by the client.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,8 +30,10 @@ fn lohar() -> PathBuf {
 impl Agent {
     async fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let channel =
-            UnixChannel { control: directory.path().join("control"), forward: directory.path().join("forward") };
+        let channel = UnixChannel {
+            control: directory.path().join("control"),
+            forward: directory.path().join("forward"),
+        };
         let process = bhatti_host::process::command(lohar())
             .envs([("LOHAR_TEST", "1".as_ref()), ("LOHAR_SOCK", channel.control.as_os_str())])
             .env("LOHAR_FWD_SOCK", &channel.forward)
@@ -118,10 +122,15 @@ async fn death_by_signal_is_128_plus_the_signal() {
 #[tokio::test]
 async fn environment_is_the_default_one_with_the_requests_over_it() {
     let agent = Agent::start().await;
-    let env = [("LANG", "C"), ("MINE", "a b=c\n'\"")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let env =
+        [("LANG", "C"), ("MINE", "a b=c\n'\"")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
 
     let ran = agent
-        .run_request(ExecRequest { argv: vec!["env".into(), "-0".into()], env, ..ExecRequest::default() })
+        .run_request(ExecRequest {
+            argv: vec!["env".into(), "-0".into()],
+            env,
+            ..ExecRequest::default()
+        })
         .await
         .unwrap();
 
@@ -162,16 +171,31 @@ async fn working_directory_is_the_requests() {
 
     assert_eq!(agent.run_request(request("/usr/bin")).await.unwrap().stdout(), "/usr/bin\n");
     let error = agent.run_request(request("/no/such")).await.unwrap_err();
-    assert!(matches!(&error, ExecError::Start(start) if start.kind == StartErrorKind::BadCwd), "{error}");
+    assert!(
+        matches!(&error, ExecError::Start(start) if start.kind == StartErrorKind::BadCwd),
+        "{error}"
+    );
 }
 
 #[tokio::test]
 async fn command_that_cannot_start_says_why() {
     let agent = Agent::start().await;
     let cases = [
-        (vec!["nope-zz"], StartErrorKind::NotFound, r#"start: exec: "nope-zz": executable file not found in $PATH"#),
-        (vec!["/no/such"], StartErrorKind::NotFound, "start: fork/exec /no/such: no such file or directory"),
-        (vec!["/etc/passwd"], StartErrorKind::NotExecutable, "start: fork/exec /etc/passwd: permission denied"),
+        (
+            vec!["nope-zz"],
+            StartErrorKind::NotFound,
+            r#"start: exec: "nope-zz": executable file not found in $PATH"#,
+        ),
+        (
+            vec!["/no/such"],
+            StartErrorKind::NotFound,
+            "start: fork/exec /no/such: no such file or directory",
+        ),
+        (
+            vec!["/etc/passwd"],
+            StartErrorKind::NotExecutable,
+            "start: fork/exec /etc/passwd: permission denied",
+        ),
         (vec![], StartErrorKind::BadRequest, "empty argv"),
     ];
 
@@ -204,17 +228,18 @@ async fn eight_mebibytes_of_every_byte_survive_both_ways() {
 async fn grandchild_that_holds_the_output_delays_nothing() {
     let agent = Agent::start().await;
 
-    let ran = timeout(Duration::from_secs(10), agent.run_shell("sleep 1000 & echo $!")).await.unwrap();
+    let ran =
+        timeout(Duration::from_secs(10), agent.run_shell("sleep 1000 & echo $!")).await.unwrap();
 
-    let grandchild: i32 = ran.stdout().trim().parse().unwrap();
-    rustix_kill(grandchild);
+    let grandchild: u32 = ran.stdout().trim().parse().unwrap();
+    end_sleep(grandchild).await;
     assert_eq!(ran.code, 0);
 }
 
-/// Ends a process that a test left behind on purpose.
-fn rustix_kill(pid: i32) {
+/// Ends a `sleep` that a test left behind on purpose.
+async fn end_sleep(pid: u32) {
     assert!(std::fs::read(format!("/proc/{pid}/cmdline")).unwrap().starts_with(b"sleep"));
-    let killed = std::process::Command::new("kill").arg(pid.to_string()).status().unwrap();
+    let killed = bhatti_host::process::command("kill").arg(pid.to_string()).status().await.unwrap();
     assert!(killed.success());
 }
 
@@ -231,7 +256,8 @@ async fn output_written_just_before_the_exit_arrives_whole() {
 #[tokio::test]
 async fn kill_takes_the_whole_process_group() {
     let agent = Agent::start().await;
-    let (mut input, mut output) = agent.start_command(&["sh", "-c", "sleep 1000 & echo $!; wait"]).await;
+    let (mut input, mut output) =
+        agent.start_command(&["sh", "-c", "sleep 1000 & echo $!; wait"]).await;
     let ExecEvent::Stdout(pid) = output.next().await.unwrap() else { panic!("no pid") };
     let child = format!("/proc/{}", std::str::from_utf8(&pid).unwrap().trim());
 
@@ -275,7 +301,8 @@ async fn thousand_short_commands_keep_their_exit_codes_and_leave_no_zombie() {
             tokio::spawn(async move {
                 for code in 0..100 {
                     let argv = vec!["sh".into(), "-c".into(), format!("exit {code}")];
-                    let (_input, output) = client.exec(ExecRequest { argv, ..ExecRequest::default() }).await.unwrap();
+                    let (_input, output) =
+                        client.exec(ExecRequest { argv, ..ExecRequest::default() }).await.unwrap();
                     assert_eq!(collect(output).await.unwrap().code, code);
                 }
             })

@@ -159,6 +159,9 @@ pub enum StreamServerMessage {
         error: String,
         /// For a program.
         code: ErrorCode,
+        /// What to do about it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
     },
 }
 
@@ -184,6 +187,8 @@ mod tests {
     #[test]
     fn unknown_field_of_a_request_is_refused() {
         assert!(serde_json::from_str::<ExecRequest>(r#"{"cmd":["true"],"tty":true}"#).is_err());
-        assert!(serde_json::from_str::<StreamRequest>(r#"{"type":"start","cmd":[],"x":1}"#).is_err());
+        assert!(
+            serde_json::from_str::<StreamRequest>(r#"{"type":"start","cmd":[],"x":1}"#).is_err()
+        );
     }
 }

@@ -9,7 +9,9 @@ mod sandbox;
 mod user;
 
 pub use error::{ErrorBody, ErrorCode};
-pub use exec::{ExecEvent, ExecRequest, ExecResult, Output, StreamRequest, StreamServerMessage, channel};
+pub use exec::{
+    ExecEvent, ExecRequest, ExecResult, Output, StreamRequest, StreamServerMessage, channel,
+};
 pub use health::Health;
 pub use sandbox::{CreateSandbox, Deleted, Sandbox};
 pub use user::{CreateUser, CreatedUser, User};

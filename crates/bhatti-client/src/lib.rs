@@ -13,7 +13,9 @@
 mod connect;
 mod stream;
 
-use bhatti_api::{CreateSandbox, CreateUser, CreatedUser, Deleted, ErrorBody, Health, Sandbox, User};
+use bhatti_api::{
+    CreateSandbox, CreateUser, CreatedUser, Deleted, ErrorBody, Health, Sandbox, User,
+};
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
 use http::{Method, Request};
@@ -153,8 +155,10 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<T, ClientError> {
         let json = body.map(serde_json::to_vec).transpose();
-        let json = json.map_err(|error| ClientError::Unexpected(error.to_string()))?.unwrap_or_default();
-        let mut request = Request::builder().method(method).uri(path).header(HOST, self.endpoint.host());
+        let json =
+            json.map_err(|error| ClientError::Unexpected(error.to_string()))?.unwrap_or_default();
+        let mut request =
+            Request::builder().method(method).uri(path).header(HOST, self.endpoint.host());
         request = request.header(CONTENT_TYPE, "application/json");
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
@@ -174,7 +178,8 @@ impl Client {
 }
 
 fn parse<T: DeserializeOwned>(succeeded: bool, body: &[u8]) -> Result<T, ClientError> {
-    let unexpected = |_| ClientError::Unexpected(String::from_utf8_lossy(body).chars().take(200).collect());
+    let unexpected =
+        |_| ClientError::Unexpected(String::from_utf8_lossy(body).chars().take(200).collect());
     if succeeded {
         return serde_json::from_slice(body).map_err(unexpected);
     }

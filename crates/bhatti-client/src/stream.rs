@@ -5,7 +5,9 @@ use bytes::{Buf, Bytes};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use http::Request;
-use http::header::{AUTHORIZATION, CONNECTION, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use http::header::{
+    AUTHORIZATION, CONNECTION, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
+};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -62,10 +64,12 @@ pub(crate) async fn start(
 
 fn refused(error: Error) -> ClientError {
     match error {
-        Error::Http(response) => match parse::<()>(false, response.body().as_deref().unwrap_or_default()) {
-            Err(error) => error,
-            Ok(()) => ClientError::Unexpected(response.status().to_string()),
-        },
+        Error::Http(response) => {
+            match parse::<()>(false, response.body().as_deref().unwrap_or_default()) {
+                Err(error) => error,
+                Ok(()) => ClientError::Unexpected(response.status().to_string()),
+            }
+        }
         error => lost(error),
     }
 }
@@ -109,7 +113,8 @@ impl CommandInput {
     }
 
     async fn send_text(&mut self, message: &StreamRequest) -> Result<(), ClientError> {
-        let json = serde_json::to_string(message).map_err(|error| ClientError::Unexpected(error.to_string()))?;
+        let json = serde_json::to_string(message)
+            .map_err(|error| ClientError::Unexpected(error.to_string()))?;
         self.0.send(Message::text(json)).await.map_err(lost)
     }
 }
@@ -150,8 +155,8 @@ fn output_event(mut bytes: Bytes) -> Result<CommandEvent, ClientError> {
 fn last_event(json: &str) -> Result<CommandEvent, ClientError> {
     match serde_json::from_str(json) {
         Ok(StreamServerMessage::Exit { exit_code }) => Ok(CommandEvent::Exit(exit_code)),
-        Ok(StreamServerMessage::Error { error, code }) => {
-            Err(ClientError::Refused(ErrorBody { error, code, hint: None, request_id: String::new() }))
+        Ok(StreamServerMessage::Error { error, code, hint }) => {
+            Err(ClientError::Refused(ErrorBody { error, code, hint, request_id: String::new() }))
         }
         Err(_) => Err(ClientError::Unexpected(json.chars().take(200).collect())),
     }

@@ -8,10 +8,10 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The engine's program is not installed.
-    #[error("`{program}` is not installed")]
+    #[error("`{}` is not installed", program.display())]
     NotInstalled {
         /// The program.
-        program: &'static str,
+        program: PathBuf,
     },
     /// A file of the VM could not be made.
     #[error("failed to {step}")]

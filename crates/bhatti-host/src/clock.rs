@@ -27,9 +27,14 @@ mod imp {
             let before = counter();
             let now = clock_gettime(ClockId::MonotonicRaw);
             let after = counter();
-            (after - before, before.midpoint(after), i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec))
+            (
+                after - before,
+                before.midpoint(after),
+                i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec),
+            )
         };
-        let (_, counts, now) = (0..16).map(|_| attempt()).min_by_key(|(width, ..)| *width).unwrap_or_else(attempt);
+        let (_, counts, now) =
+            (0..16).map(|_| attempt()).min_by_key(|(width, ..)| *width).unwrap_or_else(attempt);
         (counts, now)
     }
 

@@ -29,7 +29,8 @@ pub fn check() -> Result<(), KvmUnusable> {
 
 /// Whether the processor virtualizes. Arm's shows no flag for it: there, a device that opens is KVM that works.
 fn has_extension(cpuinfo: &str) -> bool {
-    let mut flags = cpuinfo.lines().filter(|line| line.starts_with("flags")).flat_map(str::split_whitespace);
+    let mut flags =
+        cpuinfo.lines().filter(|line| line.starts_with("flags")).flat_map(str::split_whitespace);
     cfg!(not(target_arch = "x86_64")) || flags.any(|flag| flag == "vmx" || flag == "svm")
 }
 

@@ -12,16 +12,24 @@ use std::process::Stdio;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::setsid;
 
-pub use follow::{ProcessId, Followed};
+pub use follow::{Followed, ProcessId};
 
 /// Where programs are looked for, whatever the caller's environment says.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A helper program: an environment of `PATH` and a neutral locale, no standard input, killed when its handle is dropped.
 pub fn command(program: impl AsRef<OsStr>) -> tokio::process::Command {
-    #[expect(clippy::disallowed_methods, reason = "this is the place that the rule sends everybody to")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the place that the rule sends everybody to"
+    )]
     let mut command = tokio::process::Command::new(program);
-    command.env_clear().env("PATH", PATH).env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).kill_on_drop(true);
+    command
+        .env_clear()
+        .env("PATH", PATH)
+        .env("LC_ALL", "C.UTF-8")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
     command
 }
 
@@ -37,7 +45,10 @@ pub fn spawn_detached(
     inherited: &[BorrowedFd<'_>],
     output: &File,
 ) -> io::Result<Followed> {
-    #[expect(clippy::disallowed_methods, reason = "this is the place that the rule sends everybody to")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the place that the rule sends everybody to"
+    )]
     let mut command = std::process::Command::new(program);
     command.args(arguments).env_clear().env("PATH", PATH).current_dir("/").stdin(Stdio::null());
     command.stdout(output.try_clone()?).stderr(output.try_clone()?);

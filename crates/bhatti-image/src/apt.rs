@@ -12,7 +12,9 @@ pub enum AptError {
     #[error(transparent)]
     Tool(#[from] ToolError),
     /// It knows no such package.
-    #[error("apt knows no package `{package}`; run `apt-get update`, or give a kernel with --kernel FILE")]
+    #[error(
+        "apt knows no package `{package}`; run `apt-get update`, or give a kernel with --kernel FILE"
+    )]
     UnknownPackage {
         /// The package.
         package: String,
@@ -52,7 +54,8 @@ pub(crate) async fn newest_dependency(meta: &str) -> Result<Package, AptError> {
 pub(crate) async fn download(package: &Package, directory: &Path) -> Result<PathBuf, AptError> {
     let pinned = format!("{}={}", package.name, package.version);
     run_quietly("apt-get", &["download", "-qq", &pinned], directory).await?;
-    let mut files = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files =
+        fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
     let archive = files.find(|path| path.extension().is_some_and(|extension| extension == "deb"));
     archive.ok_or(AptError::NothingDownloaded { package: pinned })
 }
@@ -61,8 +64,12 @@ pub(crate) async fn download(package: &Package, directory: &Path) -> Result<Path
 /// uses none for that suite.
 pub(crate) async fn sources_for(suite: &str) -> Result<Vec<String>, AptError> {
     let format = "$(LABEL)|$(CODENAME)|$(SUITE)|$(COMPONENT)|$(REPO_URI)";
-    let listing =
-        run_quietly("apt-get", &["indextargets", "--format", format, "Created-By: Packages"], Path::new("/")).await?;
+    let listing = run_quietly(
+        "apt-get",
+        &["indextargets", "--format", format, "Created-By: Packages"],
+        Path::new("/"),
+    )
+    .await?;
     Ok(parse_sources(&listing, suite))
 }
 
@@ -74,7 +81,8 @@ fn parse_sources(listing: &str, suite: &str) -> Vec<String> {
             let mut fields = line.split('|');
             let (label, codename, _) = (fields.next()?, fields.next()?, fields.next()?);
             let (component, uri) = (fields.next()?, fields.next()?);
-            let wanted = (label == "Debian" && codename == suite) || (label == "Debian-Security" && codename == security);
+            let wanted = (label == "Debian" && codename == suite)
+                || (label == "Debian-Security" && codename == security);
             (wanted && component == "main").then(|| format!("deb {uri} {codename} main"))
         })
         .collect();
@@ -86,7 +94,10 @@ fn parse_sources(listing: &str, suite: &str) -> Vec<String> {
 fn first_dependency(description: &str) -> Option<Package> {
     let depends = description.lines().find_map(|line| line.strip_prefix("Depends: "))?;
     let (name, rest) = depends.split(',').next()?.split_once(" (= ")?;
-    Some(Package { name: name.trim().to_owned(), version: rest.trim_end().strip_suffix(')')?.to_owned() })
+    Some(Package {
+        name: name.trim().to_owned(),
+        version: rest.trim_end().strip_suffix(')')?.to_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -99,7 +110,10 @@ mod tests {
 
         let package = first_dependency(description).unwrap();
 
-        assert_eq!((&*package.name, &*package.version), ("linux-image-6.12.9-cloud-amd64", "6.12.9-1~bpo12+1"));
+        assert_eq!(
+            (&*package.name, &*package.version),
+            ("linux-image-6.12.9-cloud-amd64", "6.12.9-1~bpo12+1")
+        );
         assert_eq!(first_dependency("Package: x\n"), None);
     }
 
@@ -111,7 +125,10 @@ mod tests {
             Other|bookworm|x|main|http://elsewhere/\n\
             Debian|bookworm|oldstable|main|http://mirror/debian/\n";
 
-        let expected = ["deb http://mirror/debian/ bookworm main", "deb http://mirror/security/ bookworm-security main"];
+        let expected = [
+            "deb http://mirror/debian/ bookworm main",
+            "deb http://mirror/security/ bookworm-security main",
+        ];
         assert_eq!(parse_sources(listing, "bookworm"), expected);
         assert!(parse_sources(listing, "trixie").is_empty());
     }

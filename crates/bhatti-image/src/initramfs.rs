@@ -60,7 +60,8 @@ impl Archive {
         let links = if mode == MODE_DIRECTORY { 2 } else { 1 };
         let mode = mode as usize;
         // inode, mode, uid, gid, links, mtime, size, device (2), rdevice (2), name with NUL, checksum
-        let fields = [self.entries, mode, 0, 0, links, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0];
+        let fields =
+            [self.entries, mode, 0, 0, links, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08X}").as_bytes());
@@ -116,7 +117,10 @@ mod tests {
         let archive = build(&lohar, &modules).unwrap();
 
         let names: Vec<_> = names(&archive);
-        assert_eq!(names, ["dev", "sys", "modules", "root-disk", "lohar", "modules/00-a.ko", "TRAILER!!!"]);
+        assert_eq!(
+            names,
+            ["dev", "sys", "modules", "root-disk", "lohar", "modules/00-a.ko", "TRAILER!!!"]
+        );
     }
 
     /// The names in an archive, read by the rules of its format.
@@ -124,7 +128,8 @@ mod tests {
         let (mut at, mut names) = (0, Vec::new());
         while names.last().is_none_or(|name| name != "TRAILER!!!") {
             let field = |index: usize| {
-                let text = std::str::from_utf8(&archive[at + 6 + index * 8..at + 14 + index * 8]).unwrap();
+                let text =
+                    std::str::from_utf8(&archive[at + 6 + index * 8..at + 14 + index * 8]).unwrap();
                 usize::from_str_radix(text, 16).unwrap()
             };
             assert_eq!(&archive[at..at + 6], b"070701");

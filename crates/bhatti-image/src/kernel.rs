@@ -62,11 +62,17 @@ pub enum KernelError {
 /// Debian's kernel for virtual machines: the newest that this machine's apt knows.
 pub(crate) async fn debian_package() -> Result<Package, KernelError> {
     let architecture = apt::architecture().await.map_err(KernelError::Fetch)?;
-    apt::newest_dependency(&format!("linux-image-cloud-{architecture}")).await.map_err(KernelError::Fetch)
+    apt::newest_dependency(&format!("linux-image-cloud-{architecture}"))
+        .await
+        .map_err(KernelError::Fetch)
 }
 
 /// Fetches `package` and writes `vmlinux` and `modules/` into `directory`, working in `scratch`.
-pub(crate) async fn from_package(package: &Package, scratch: &Path, directory: &Path) -> Result<(), KernelError> {
+pub(crate) async fn from_package(
+    package: &Package,
+    scratch: &Path,
+    directory: &Path,
+) -> Result<(), KernelError> {
     let archive = apt::download(package, scratch).await.map_err(KernelError::Fetch)?;
     let unpacked = scratch.join("kernel");
     let arguments = ["-x", &archive.to_string_lossy(), &unpacked.to_string_lossy()];
@@ -76,26 +82,33 @@ pub(crate) async fn from_package(package: &Package, scratch: &Path, directory: &
     let image = entries.flatten().map(|entry| entry.path()).find(|path| {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
     });
-    let image = image.ok_or_else(|| KernelError::Unrecognized { path: boot })?;
+    let image = image.ok_or(KernelError::Unrecognized { path: boot })?;
     write_vmlinux(&image, &directory.join("vmlinux"))?;
     modules::collect(&unpacked.join("lib/modules"), &directory.join("modules"))?;
     Ok(())
 }
 
 /// Writes `vmlinux` and `modules/` of somebody's own kernel into `directory`.
-pub(crate) fn from_file(image: &Path, module_tree: Option<&Path>, directory: &Path) -> Result<(), KernelError> {
+pub(crate) fn from_file(
+    image: &Path,
+    module_tree: Option<&Path>,
+    directory: &Path,
+) -> Result<(), KernelError> {
     write_vmlinux(image, &directory.join("vmlinux"))?;
     let modules = directory.join("modules");
     match module_tree {
         Some(tree) => modules::collect(tree, &modules)?,
-        None => fs::create_dir(&modules).map_err(|source| file_error("create", &modules, source))?,
+        None => {
+            fs::create_dir(&modules).map_err(|source| file_error("create", &modules, source))?;
+        }
     }
     Ok(())
 }
 
 fn write_vmlinux(image: &Path, vmlinux: &Path) -> Result<(), KernelError> {
     let bytes = fs::read(image).map_err(|source| file_error("read", image, source))?;
-    let kernel = extract(&bytes).map_err(|source| KernelError::Decompress { path: image.to_owned(), source })?;
+    let kernel = extract(&bytes)
+        .map_err(|source| KernelError::Decompress { path: image.to_owned(), source })?;
     let kernel = kernel.ok_or_else(|| KernelError::Unrecognized { path: image.to_owned() })?;
     fs::write(vmlinux, kernel).map_err(|source| file_error("write", vmlinux, source))
 }
@@ -161,7 +174,10 @@ mod tests {
 
     #[test]
     fn kernel_is_taken_out_of_a_bzimage() {
-        let zstd = ruzstd::encoding::compress_to_vec(&b"\x7fELF zstd"[..], ruzstd::encoding::CompressionLevel::Fastest);
+        let zstd = ruzstd::encoding::compress_to_vec(
+            &b"\x7fELF zstd"[..],
+            ruzstd::encoding::CompressionLevel::Fastest,
+        );
 
         assert_eq!(extract(&bzimage(&zstd)).unwrap().unwrap(), b"\x7fELF zstd");
         assert_eq!(extract(&bzimage(&xz(b"\x7fELF xz"))).unwrap().unwrap(), b"\x7fELF xz");
@@ -169,7 +185,9 @@ mod tests {
 
     #[test]
     fn other_files_are_no_kernels() {
-        for image in [&b""[..], b"#!/bin/sh", &vec![0; 4096], &bzimage(b"gz"), &bzimage(&xz(b"no elf"))] {
+        for image in
+            [&b""[..], b"#!/bin/sh", &vec![0; 4096], &bzimage(b"gz"), &bzimage(&xz(b"no elf"))]
+        {
             assert_eq!(extract(image).unwrap(), None);
         }
     }

@@ -13,6 +13,7 @@
 //! finished, so one that is interrupted leaves nothing half-made, and the next one goes on behind the last finished artefact.
 
 mod apt;
+mod content_hash;
 mod initramfs;
 mod kernel;
 mod modules;

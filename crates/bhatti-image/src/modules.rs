@@ -42,11 +42,16 @@ pub(crate) fn collect(tree: &Path, target: &Path) -> Result<(), ModuleError> {
     Ok(())
 }
 
-fn add(name: &str, files: &[PathBuf], collected: &mut Vec<(String, Vec<u8>)>) -> Result<(), ModuleError> {
+fn add(
+    name: &str,
+    files: &[PathBuf],
+    collected: &mut Vec<(String, Vec<u8>)>,
+) -> Result<(), ModuleError> {
     if collected.iter().any(|(known, _)| known == name) {
         return Ok(());
     }
-    let Some(file) = files.iter().find(|file| module_name(file).is_some_and(|found| found == name)) else {
+    let Some(file) = files.iter().find(|file| module_name(file).is_some_and(|found| found == name))
+    else {
         return Ok(());
     };
     let bytes = read_module(file).map_err(|source| file_error("read", file, source))?;
@@ -64,7 +69,9 @@ fn find_modules(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), Module
         // A link would lead out of the tree, or round in it.
         match entry.file_type().map_err(failed)? {
             kind if kind.is_dir() => find_modules(&entry.path(), files)?,
-            kind if kind.is_file() && module_name(&entry.path()).is_some() => files.push(entry.path()),
+            kind if kind.is_file() && module_name(&entry.path()).is_some() => {
+                files.push(entry.path());
+            }
             _ => {}
         }
     }
@@ -83,7 +90,9 @@ fn read_module(file: &Path) -> io::Result<Vec<u8>> {
     let mut module = Vec::new();
     match file.extension().and_then(|extension| extension.to_str()) {
         Some("xz") => XzDecoder::new(&packed[..]).read_to_end(&mut module)?,
-        Some("zst") => StreamingDecoder::new(&packed[..]).map_err(io::Error::other)?.read_to_end(&mut module)?,
+        Some("zst") => StreamingDecoder::new(&packed[..])
+            .map_err(io::Error::other)?
+            .read_to_end(&mut module)?,
         _ => return Ok(packed),
     };
     Ok(module)
@@ -119,7 +128,8 @@ mod tests {
         let target = root.path().join("modules");
         collect(&root.path().join("tree"), &target).unwrap();
 
-        let mut names: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> =
+            fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["00-virtio_ring.ko", "01-virtio_blk.ko"]);
         assert_eq!(fs::read(target.join("01-virtio_blk.ko")).unwrap(), module);

@@ -1,6 +1,8 @@
 //! Root file systems: Debian, made by mmdebstrap, as an ext4 file made by `mke2fs -d`. Nothing is mounted.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::apt::{self, AptError};
@@ -16,7 +18,8 @@ const PACKAGES: &str = "ca-certificates,curl,git,procps,iproute2,sudo,python3";
 const DISK_SIZE: &str = "4G";
 
 /// What a guest needs and no package brings: the user of every command, a place to work, no identity of this build.
-const CUSTOMIZE: &str = r#"set -e
+const CUSTOMIZE: &str = r#"#!/bin/sh
+set -e
 chroot "$1" useradd --create-home --uid 1000 --shell /bin/bash --user-group user
 echo 'user ALL=(ALL) NOPASSWD:ALL' >"$1/etc/sudoers.d/user"
 chmod 0440 "$1/etc/sudoers.d/user"
@@ -58,7 +61,10 @@ pub enum RootfsError {
 
 /// What the image is made of. Another recipe is another image.
 pub(crate) fn recipe() -> String {
-    format!("debian {SUITE} minbase {PACKAGES} {DISK_SIZE} {}", blake3::hash(CUSTOMIZE.as_bytes()).to_hex())
+    format!(
+        "debian {SUITE} minbase {PACKAGES} {DISK_SIZE} {}",
+        blake3::hash(CUSTOMIZE.as_bytes()).to_hex()
+    )
 }
 
 /// Makes the minimal image in `scratch` and returns its file.
@@ -67,9 +73,12 @@ pub(crate) async fn build_minimal(
     line: &mut (dyn FnMut(&str) + Send),
 ) -> Result<PathBuf, RootfsError> {
     let sources = apt::sources_for(SUITE).await.map_err(RootfsError::Mirror)?;
-    let (tar, image) = (scratch.join("root.tar"), scratch.join("root.ext4"));
+    let (tar, image, customize) =
+        (scratch.join("root.tar"), scratch.join("root.ext4"), scratch.join("customize"));
+    write_program(&customize, CUSTOMIZE)
+        .map_err(|source| RootfsError::Create { path: customize.clone(), source })?;
     let tar_text = tar.to_string_lossy();
-    let hook = format!("--customize-hook={CUSTOMIZE}");
+    let hook = format!("--customize-hook={}", customize.display());
     let include = format!("--include={PACKAGES}");
     let mut arguments = vec![
         "--variant=minbase",
@@ -85,10 +94,19 @@ pub(crate) async fn build_minimal(
     ];
     arguments.extend(sources.iter().map(String::as_str));
     let failed = |step| move |source| RootfsError::Build { step, source };
-    run("mmdebstrap", &arguments, scratch, line).await.map_err(failed("assemble the root file system"))?;
+    // Its own messages begin so; the rest is what the packages' scripts have to say.
+    let mut own_messages = |text: &str| text.strip_prefix("I: ").map_or((), &mut *line);
+    run("mmdebstrap", &arguments, scratch, &mut own_messages)
+        .await
+        .map_err(failed("assemble the root file system"))?;
     line("writing the file system");
     make_ext4(scratch, &tar, &image).await.map_err(failed("write the root file system"))?;
     Ok(image)
+}
+
+fn write_program(path: &Path, text: &str) -> io::Result<()> {
+    fs::write(path, text)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
 }
 
 /// Unpacks `tar` and writes it into an ext4 file. Where we are not root, fakeroot remembers who owns what.

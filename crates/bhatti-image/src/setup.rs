@@ -6,15 +6,19 @@ use std::path::{Path, PathBuf};
 
 use bhatti_host::{disk, durable};
 
-use crate::DEFAULT_IMAGE;
+use crate::apt::Package;
 use crate::kernel::{self, KernelError};
 use crate::rootfs::{self, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
+use crate::{DEFAULT_IMAGE, content_hash};
 
 /// What a build needs at its fullest: packages, their tree, its tar and the image, in bytes.
 const BUILD_BYTES: u64 = 2 << 30;
 /// The same for the kernel alone.
 const KERNEL_BUILD_BYTES: u64 = 400 << 20;
+
+/// How the source of a kernel from a package begins.
+const PACKAGE_SOURCE: &str = "package ";
 
 /// Where the kernel comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,30 +113,22 @@ async fn set_up_kernel(
     progress: &mut dyn Progress,
 ) -> Result<(), SetupError> {
     progress.begin("kernel");
-    // A kernel that is there stays, unless another file is given: a newer package is fetched when this one is removed.
-    let is_debian = |artefact: &&Artefact| artefact.source.starts_with("package ");
-    let known = index.kernel.as_ref().filter(is_debian).map(|artefact| artefact.source.clone());
-    let (source_text, package) = match (source, known) {
-        (KernelSource::Debian, Some(known)) if store.current(index.kernel.as_ref(), &known).is_some() => (known, None),
-        (KernelSource::Debian, _) => {
-            let package = kernel::debian_package().await.map_err(SetupError::Kernel)?;
-            (format!("package {} {}", package.name, package.version), Some(package))
+    let plan = plan_kernel(store, index, source).await?;
+    let (source_text, making) = match plan {
+        KernelPlan::Keep(name) => {
+            progress.end(&format!("{name} (already there)"));
+            return Ok(());
         }
-        (KernelSource::File { image, modules }, _) => (describe_file(image, modules.as_deref())?, None),
+        KernelPlan::Make { source_text, from } => (source_text, from),
     };
-    if let Some(current) = store.current(index.kernel.as_ref(), &source_text) {
-        progress.end(&format!("{} (already there)", current.name));
-        return Ok(());
-    }
 
     let build = Build::start(store, "kernel", KERNEL_BUILD_BYTES)?;
     let made = build.path().join("made");
     fs::create_dir(&made).map_err(file_error("create", &made))?;
     progress.detail(&source_text);
-    match (source, &package) {
-        (KernelSource::File { image, modules }, _) => kernel::from_file(image, modules.as_deref(), &made),
-        (KernelSource::Debian, Some(package)) => kernel::from_package(package, build.path(), &made).await,
-        (KernelSource::Debian, None) => unreachable!("a known package that is there needs no build"),
+    match making {
+        KernelFrom::File { image, modules } => kernel::from_file(image, modules, &made),
+        KernelFrom::Package(package) => kernel::from_package(&package, build.path(), &made).await,
     }
     .map_err(SetupError::Kernel)?;
     let name = format!("kernel-{}", hash_file(&made.join("vmlinux"))?);
@@ -140,6 +136,52 @@ async fn set_up_kernel(
     progress.end(&artefact.name);
     index.kernel = Some(artefact);
     Ok(store.write_index(index)?)
+}
+
+/// What is to be done about the kernel.
+enum KernelPlan<'a> {
+    /// Nothing: this one is there.
+    Keep(String),
+    /// It is made.
+    Make { source_text: String, from: KernelFrom<'a> },
+}
+
+enum KernelFrom<'a> {
+    Package(Package),
+    File { image: &'a Path, modules: Option<&'a Path> },
+}
+
+async fn plan_kernel<'a>(
+    store: &ImageStore,
+    index: &Index,
+    source: &'a KernelSource,
+) -> Result<KernelPlan<'a>, SetupError> {
+    let present = index
+        .kernel
+        .as_ref()
+        .filter(|kernel| store.current(Some(kernel), &kernel.source).is_some());
+    let (source_text, from) = match source {
+        KernelSource::Debian => {
+            // One of Debian's stays, however old: a newer one is fetched when this one is removed.
+            if let Some(kernel) = present.filter(|kernel| kernel.source.starts_with(PACKAGE_SOURCE))
+            {
+                return Ok(KernelPlan::Keep(kernel.name.clone()));
+            }
+            let package = kernel::debian_package().await.map_err(SetupError::Kernel)?;
+            (
+                format!("{PACKAGE_SOURCE}{} {}", package.name, package.version),
+                KernelFrom::Package(package),
+            )
+        }
+        KernelSource::File { image, modules } => {
+            let modules = modules.as_deref();
+            (describe_file(image, modules)?, KernelFrom::File { image, modules })
+        }
+    };
+    Ok(match present.filter(|kernel| kernel.source == source_text) {
+        Some(kernel) => KernelPlan::Keep(kernel.name.clone()),
+        None => KernelPlan::Make { source_text, from },
+    })
 }
 
 async fn set_up_rootfs(
@@ -154,8 +196,9 @@ async fn set_up_rootfs(
         return Ok(());
     }
     let build = Build::start(store, "image", BUILD_BYTES)?;
-    let image =
-        rootfs::build_minimal(build.path(), &mut |line| progress.detail(line)).await.map_err(SetupError::Rootfs)?;
+    let image = rootfs::build_minimal(build.path(), &mut |line| progress.detail(line))
+        .await
+        .map_err(SetupError::Rootfs)?;
     let name = format!("rootfs-{DEFAULT_IMAGE}-{}.ext4", hash_file(&image)?);
     let artefact = build.finish(store, &image, name, recipe)?;
     progress.end(&artefact.name);
@@ -167,11 +210,21 @@ async fn set_up_rootfs(
 struct Build(tempfile::TempDir);
 
 impl Build {
-    fn start(store: &ImageStore, what: &'static str, needed_bytes: u64) -> Result<Self, SetupError> {
+    fn start(
+        store: &ImageStore,
+        what: &'static str,
+        needed_bytes: u64,
+    ) -> Result<Self, SetupError> {
         let directory = store.directory();
-        let free_bytes = disk::free_bytes(directory).map_err(file_error("ask for the free space of", directory))?;
+        let free_bytes = disk::free_bytes(directory)
+            .map_err(file_error("ask for the free space of", directory))?;
         if free_bytes < needed_bytes {
-            return Err(SetupError::DiskFull { what, directory: directory.to_owned(), free_bytes, needed_bytes });
+            return Err(SetupError::DiskFull {
+                what,
+                directory: directory.to_owned(),
+                free_bytes,
+                needed_bytes,
+            });
         }
         let made = tempfile::Builder::new().prefix(BUILD_PREFIX).tempdir_in(directory);
         Ok(Self(made.map_err(file_error("create a directory in", directory))?))
@@ -182,7 +235,13 @@ impl Build {
     }
 
     /// Puts what was made in place, under its name.
-    fn finish(self, store: &ImageStore, made: &Path, name: String, source: String) -> Result<Artefact, StoreError> {
+    fn finish(
+        self,
+        store: &ImageStore,
+        made: &Path,
+        name: String,
+        source: String,
+    ) -> Result<Artefact, StoreError> {
         let place = store.directory().join(&name);
         if !place.exists() {
             sync_tree(made).map_err(file_error("write", made))?;
@@ -207,10 +266,7 @@ fn describe_file(image: &Path, modules: Option<&Path>) -> Result<String, SetupEr
 }
 
 fn hash_file(path: &Path) -> Result<String, StoreError> {
-    let mut hasher = blake3::Hasher::new();
-    let file = File::open(path).map_err(file_error("open", path))?;
-    hasher.update_reader(file).map_err(file_error("read", path))?;
-    Ok(hasher.finalize().to_hex()[..32].to_owned())
+    content_hash::of_file(path).map_err(file_error("read", path))
 }
 
 fn file_name(path: &Path) -> String {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use bhatti_host::durable;
 use serde::{Deserialize, Serialize};
 
+use crate::content_hash;
 use crate::initramfs::{self, InitramfsError};
 
 const INDEX: &str = "index.json";
@@ -126,7 +127,8 @@ impl ImageStore {
 
     fn initramfs(&self, lohar: &Path, modules: &Path) -> Result<PathBuf, StoreError> {
         let archive = initramfs::build(lohar, modules)?;
-        let path = self.directory.join(format!("initramfs-{}.cpio", short_hash(&archive)));
+        let path =
+            self.directory.join(format!("initramfs-{}.cpio", content_hash::of_bytes(&archive)));
         if !path.exists() {
             durable::write(&path, &archive).map_err(file_error("write", &path))?;
         }
@@ -135,18 +137,28 @@ impl ImageStore {
 
     fn existing(&self, artefact: &Artefact) -> Result<PathBuf, MissingImages> {
         let path = self.directory.join(&artefact.name);
-        if path.exists() { Ok(path) } else { Err(MissingImages { missing: format!("`{}`", artefact.name) }) }
+        if path.exists() {
+            Ok(path)
+        } else {
+            Err(MissingImages { missing: format!("`{}`", artefact.name) })
+        }
     }
 
     /// The artefact, if it was made from `source` and is still there.
-    pub(crate) fn current<'a>(&self, artefact: Option<&'a Artefact>, source: &str) -> Option<&'a Artefact> {
+    pub(crate) fn current<'a>(
+        &self,
+        artefact: Option<&'a Artefact>,
+        source: &str,
+    ) -> Option<&'a Artefact> {
         artefact.filter(|artefact| artefact.source == source && self.existing(artefact).is_ok())
     }
 
     pub(crate) fn read_index(&self) -> Result<Index, StoreError> {
         let path = self.directory.join(INDEX);
         match fs::read(&path) {
-            Ok(json) => serde_json::from_slice(&json).map_err(|source| StoreError::Index { path, source }),
+            Ok(json) => {
+                serde_json::from_slice(&json).map_err(|source| StoreError::Index { path, source })
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Index::default()),
             Err(source) => Err(file_error("read", &path)(source)),
         }
@@ -154,7 +166,8 @@ impl ImageStore {
 
     pub(crate) fn write_index(&self, index: &Index) -> Result<(), StoreError> {
         let path = self.directory.join(INDEX);
-        let json = serde_json::to_vec_pretty(index).map_err(|source| StoreError::Index { path: path.clone(), source })?;
+        let json = serde_json::to_vec_pretty(index)
+            .map_err(|source| StoreError::Index { path: path.clone(), source })?;
         durable::write(&path, &json).map_err(file_error("write", &path))
     }
 
@@ -164,7 +177,9 @@ impl ImageStore {
         let path = self.directory.join(".lock");
         let file = File::create(&path).map_err(file_error("create", &path))?;
         file.lock().map_err(file_error("lock", &path))?;
-        for entry in fs::read_dir(&self.directory).map_err(file_error("list", &self.directory))?.flatten() {
+        for entry in
+            fs::read_dir(&self.directory).map_err(file_error("list", &self.directory))?.flatten()
+        {
             if entry.file_name().to_string_lossy().starts_with(BUILD_PREFIX) {
                 fs::remove_dir_all(entry.path()).map_err(file_error("remove", &entry.path()))?;
             }
@@ -173,12 +188,10 @@ impl ImageStore {
     }
 }
 
-/// Enough of a hash to name a file.
-pub(crate) fn short_hash(bytes: &[u8]) -> String {
-    blake3::hash(bytes).to_hex()[..32].to_owned()
-}
-
-pub(crate) fn file_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
+pub(crate) fn file_error(
+    step: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> StoreError + use<> {
     let path = path.to_owned();
     move |source| StoreError::File { step, path, source }
 }
@@ -195,7 +208,12 @@ mod tests {
         let image = Artefact { name: "rootfs-1.ext4".into(), source: "r".into() };
         fs::create_dir_all(store.directory().join("kernel-1/modules")).unwrap();
         fs::write(store.directory().join("rootfs-1.ext4"), "").unwrap();
-        store.write_index(&Index { kernel: Some(kernel), images: [("minimal".into(), image)].into() }).unwrap();
+        store
+            .write_index(&Index {
+                kernel: Some(kernel),
+                images: [("minimal".into(), image)].into(),
+            })
+            .unwrap();
         let lohar = data.path().join("lohar");
         fs::write(&lohar, "first").unwrap();
         (data, store, lohar)
@@ -205,7 +223,8 @@ mod tests {
     fn nothing_built_names_the_command_to_run() {
         let data = tempfile::tempdir().unwrap();
 
-        let error = ImageStore::new(data.path()).boot_files("minimal", Path::new("lohar")).unwrap_err();
+        let error =
+            ImageStore::new(data.path()).boot_files("minimal", Path::new("lohar")).unwrap_err();
 
         assert_eq!(error.to_string(), "no kernel has been built; run `bhatti setup`");
     }
@@ -242,7 +261,10 @@ mod tests {
 
         let error = store.boot_files("minimal", &lohar).unwrap_err();
 
-        assert!(matches!(&error, StoreError::Index { path, .. } if path.ends_with(INDEX)), "{error}");
+        assert!(
+            matches!(&error, StoreError::Index { path, .. } if path.ends_with(INDEX)),
+            "{error}"
+        );
     }
 
     #[test]

@@ -69,7 +69,8 @@ pub(crate) async fn run(
     };
     let mut command = bhatti_host::process::command(program);
     command.args(arguments).current_dir(directory).env("TMPDIR", directory).env("HOME", directory);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(failed)?;
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(failed)?;
 
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let mut last_lines = VecDeque::new();
@@ -103,7 +104,11 @@ pub(crate) async fn run(
 }
 
 /// [`run`], for programs whose progress nobody wants to see.
-pub(crate) async fn run_quietly(program: &str, arguments: &[&str], directory: &Path) -> Result<String, ToolError> {
+pub(crate) async fn run_quietly(
+    program: &str,
+    arguments: &[&str],
+    directory: &Path,
+) -> Result<String, ToolError> {
     run(program, arguments, directory, &mut |_| {}).await
 }
 

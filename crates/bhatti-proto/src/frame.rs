@@ -126,7 +126,11 @@ pub struct Parsed<'a> {
 /// # Errors
 ///
 /// Returns [`FrameError::TooLarge`], with `buffer` unchanged, if `payload` is longer than [`PAYLOAD_BYTES_MAX`].
-pub fn encode(buffer: &mut Vec<u8>, frame_type: FrameType, payload: &[u8]) -> Result<(), FrameError> {
+pub fn encode(
+    buffer: &mut Vec<u8>,
+    frame_type: FrameType,
+    payload: &[u8],
+) -> Result<(), FrameError> {
     let length = payload.len() + 1;
     let field = u32::try_from(length).ok().filter(|_| length <= FRAME_BYTES_MAX);
     let field = field.ok_or(FrameError::TooLarge { length })?;
@@ -152,7 +156,11 @@ pub fn parse(buffer: &[u8]) -> Result<Option<Parsed<'_>>, FrameError> {
         return Err(FrameError::TooLarge { length });
     }
     let Some(body) = rest.get(..length) else { return Ok(None) };
-    Ok(Some(Parsed { frame_type: FrameType(body[0]), payload: &body[1..], total_bytes: 4 + length }))
+    Ok(Some(Parsed {
+        frame_type: FrameType(body[0]),
+        payload: &body[1..],
+        total_bytes: 4 + length,
+    }))
 }
 
 /// The payload of [`FrameType::RESIZE`].

@@ -89,7 +89,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             }
             self.buffer.reserve(READ_BYTES);
             if self.inner.read_buf(&mut self.buffer).await.map_err(ReadFrameError::Io)? == 0 {
-                return if self.buffer.is_empty() { Ok(None) } else { Err(ReadFrameError::UnexpectedEof) };
+                return if self.buffer.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(ReadFrameError::UnexpectedEof)
+                };
             }
         }
     }
@@ -139,7 +143,11 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// # Cancel safety
     ///
     /// Not cancel safe, as [`send`](Self::send).
-    pub async fn send_json<T: Serialize>(&mut self, frame_type: FrameType, message: &T) -> Result<(), SendJsonError> {
+    pub async fn send_json<T: Serialize>(
+        &mut self,
+        frame_type: FrameType,
+        message: &T,
+    ) -> Result<(), SendJsonError> {
         let json = serde_json::to_vec(message).map_err(SendJsonError::Encode)?;
         self.send(frame_type, &json).await.map_err(SendJsonError::Send)
     }

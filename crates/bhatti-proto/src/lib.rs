@@ -22,8 +22,9 @@ pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parse
 pub use frame::{exit_payload, parse_exit, parse_resize, resize_payload};
 pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
-    ActivityInfo, ExecRequest, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest,
-    ForwardRequest, ForwardResponse, SessionInfo, SessionRef, StartError, StartErrorKind, StatusOk,
+    ActivityInfo, ExecRequest, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse,
+    FileWriteRequest, ForwardRequest, ForwardResponse, SessionInfo, SessionRef, StartError,
+    StartErrorKind, StatusOk,
 };
 
 /// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.

@@ -198,7 +198,8 @@ mod tests {
 
     #[test]
     fn smallest_request_is_the_originals() {
-        let request = ExecRequest { argv: vec!["echo".into(), "hi".into()], ..ExecRequest::default() };
+        let request =
+            ExecRequest { argv: vec!["echo".into(), "hi".into()], ..ExecRequest::default() };
 
         assert_eq!(serde_json::to_string(&request).unwrap(), r#"{"argv":["echo","hi"]}"#);
     }

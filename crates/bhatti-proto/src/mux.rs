@@ -70,13 +70,17 @@ impl Opener {
         self.requests.send(reply).await.map_err(|_| ChannelClosed)?;
         let stream = stream.await.map_err(|_| ChannelClosed)?.compat();
         let mut stream = MuxStream { stream, _keeps_channel: self.requests.clone() };
-        tokio::io::AsyncWriteExt::write_all(&mut stream, &port.to_be_bytes()).await.map_err(|_| ChannelClosed)?;
+        tokio::io::AsyncWriteExt::write_all(&mut stream, &port.to_be_bytes())
+            .await
+            .map_err(|_| ChannelClosed)?;
         Ok(stream)
     }
 }
 
-async fn drive<S>(mut connection: yamux::Connection<S>, mut requests: mpsc::Receiver<oneshot::Sender<yamux::Stream>>)
-where
+async fn drive<S>(
+    mut connection: yamux::Connection<S>,
+    mut requests: mpsc::Receiver<oneshot::Sender<yamux::Stream>>,
+) where
     S: FuturesRead + FuturesWrite + Unpin,
 {
     let mut request: Option<oneshot::Sender<yamux::Stream>> = None;
@@ -120,13 +124,21 @@ pub struct MuxStream {
 }
 
 impl AsyncRead for MuxStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for MuxStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 

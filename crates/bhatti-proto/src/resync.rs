@@ -108,7 +108,10 @@ impl Decoder {
                 }
             } else {
                 let plain = memchr::memchr(ESCAPE, input).unwrap_or(input.len());
-                let wanted = self.hello_body.as_ref().map_or(plain, |body| plain.min(HELLO_BODY_BYTES - body.len()));
+                let wanted = self
+                    .hello_body
+                    .as_ref()
+                    .map_or(plain, |body| plain.min(HELLO_BODY_BYTES - body.len()));
                 self.take(&input[..wanted], data);
                 *input = &input[wanted..];
                 if wanted == plain && !input.is_empty() && !self.hello_is_complete() {
@@ -148,7 +151,9 @@ pub enum GreetError {
     #[error("the guest sent {STALE_BYTES_MAX} bytes and no answer to the handshake")]
     Noise,
     /// The agent is of another time.
-    #[error("the guest agent speaks generation {generation} of the channel; this host speaks {GENERATION}")]
+    #[error(
+        "the guest agent speaks generation {generation} of the channel; this host speaks {GENERATION}"
+    )]
     Generation {
         /// What it answered.
         generation: u8,
@@ -228,7 +233,11 @@ impl<S: AsyncWrite + Unpin> HostStream<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for HostStream<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.received.is_empty() {
             return Pin::new(&mut self.inner).poll_read(cx, buf);
         }
@@ -239,7 +248,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for HostStream<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for HostStream<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         ready!(self.poll_drain(cx))?;
         let plain = &buf[..buf.len().min(WRITE_BYTES_MAX)];
         if memchr::memchr(ESCAPE, plain).is_none() {

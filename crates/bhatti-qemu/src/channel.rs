@@ -58,7 +58,9 @@ impl AgentChannel for QemuChannel {
         // A channel that has just broken is found out by using it: once.
         for _ in 0..2 {
             let connected = timeout(RECONNECT_LIMIT, self.connected()).await;
-            let opener = connected.map_err(|_| ChannelError(io::ErrorKind::TimedOut.into()))?.map_err(ChannelError)?;
+            let opener = connected
+                .map_err(|_| ChannelError(io::ErrorKind::TimedOut.into()))?
+                .map_err(ChannelError)?;
             if let Ok(stream) = opener.open(port).await {
                 return Ok(Box::new(stream));
             }

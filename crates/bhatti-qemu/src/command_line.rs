@@ -18,44 +18,59 @@ pub(crate) fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
-/// The arguments for booting `spec`.
-///
-/// `pit=off,pic=off` with the TSC's frequency on the kernel's command line: a microvm has no timer that its kernel could trust for
-/// calibration, and with QEMU's default ones most boots die under software emulation.
-pub(crate) fn boot(
-    spec: &VmSpec,
-    root_disk: &Path,
-    accelerator: Accelerator,
-    tsc_khz: Option<u64>,
-    sockets: &Sockets<'_>,
-) -> Vec<String> {
-    let mut arguments = Arguments::default();
-    arguments.add("-name", vm_name(spec.id));
-    arguments.add("-M", "microvm,pit=off,pic=off,rtc=on,isa-serial=on");
-    let (accel, cpu) = match accelerator {
-        Accelerator::Kvm => ("kvm", "host"),
-        Accelerator::Tcg => ("tcg,thread=multi", "max"),
-    };
-    arguments.add("-accel", accel);
-    arguments.add("-cpu", cpu);
-    arguments.add("-smp", spec.cpus.to_string());
-    arguments.add("-m", format!("{}M", spec.memory.get()));
-    arguments.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
-    arguments.add("-display", "none");
-    arguments.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
-    arguments.listen("qmp", sockets.qmp);
-    arguments.add("-mon", "chardev=qmp,mode=control");
-    arguments.listen("console", sockets.console);
-    arguments.add("-serial", "chardev:console");
-    arguments.listen("agent", sockets.agent);
-    arguments.add("-device", "virtio-serial-device,max_ports=2");
-    arguments.add("-device", "virtserialport,chardev=agent,name=agent");
-    arguments.add("-drive", format!("id=root,if=none,format=qcow2,discard=unmap,file={}", value(root_disk)));
-    arguments.add("-device", "virtio-blk-device,drive=root,serial=root");
-    arguments.add("-kernel", spec.kernel.to_string_lossy());
-    arguments.add("-initrd", spec.initramfs.to_string_lossy());
-    arguments.add("-append", kernel_command_line(spec, tsc_khz));
-    arguments.0
+/// What all VMs of an engine are started with.
+pub(crate) struct Command<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) accelerator: Accelerator,
+    /// The time stamp counter's frequency.
+    pub(crate) tsc_khz: Option<u64>,
+}
+
+impl Command<'_> {
+    /// The arguments for booting `spec`.
+    ///
+    /// `pit=off,pic=off` with the TSC's frequency on the kernel's command line: a microvm has no timer that its kernel could trust for
+    /// calibration, and with QEMU's default ones most boots die under software emulation.
+    pub(crate) fn boot_arguments(
+        &self,
+        spec: &VmSpec,
+        root_disk: &Path,
+        sockets: &Sockets<'_>,
+    ) -> Vec<String> {
+        let mut arguments = Arguments::default();
+        arguments.add("-name", vm_name(spec.id));
+        arguments.add("-M", "microvm,pit=off,pic=off,rtc=on,isa-serial=on");
+        let (accel, cpu) = match self.accelerator {
+            Accelerator::Kvm => ("kvm", "host"),
+            Accelerator::Tcg => ("tcg,thread=multi", "max"),
+        };
+        arguments.add("-accel", accel);
+        arguments.add("-cpu", cpu);
+        arguments.add("-smp", spec.cpus.to_string());
+        arguments.add("-m", format!("{}M", spec.memory.get()));
+        arguments.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
+        arguments.add("-display", "none");
+        arguments.add(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        );
+        arguments.listen("qmp", sockets.qmp);
+        arguments.add("-mon", "chardev=qmp,mode=control");
+        arguments.listen("console", sockets.console);
+        arguments.add("-serial", "chardev:console");
+        arguments.listen("agent", sockets.agent);
+        arguments.add("-device", "virtio-serial-device,max_ports=2");
+        arguments.add("-device", "virtserialport,chardev=agent,name=agent");
+        arguments.add(
+            "-drive",
+            format!("id=root,if=none,format=qcow2,discard=unmap,file={}", value(root_disk)),
+        );
+        arguments.add("-device", "virtio-blk-device,drive=root,serial=root");
+        arguments.add("-kernel", spec.kernel.to_string_lossy());
+        arguments.add("-initrd", spec.initramfs.to_string_lossy());
+        arguments.add("-append", kernel_command_line(spec, self.tsc_khz));
+        arguments.0
+    }
 }
 
 fn kernel_command_line(spec: &VmSpec, tsc_khz: Option<u64>) -> String {
@@ -85,7 +100,10 @@ impl Arguments {
     }
 
     fn listen(&mut self, id: &str, socket: BorrowedFd<'_>) {
-        self.add("-chardev", format!("socket,id={id},fd={},server=on,wait=off", socket.as_raw_fd()));
+        self.add(
+            "-chardev",
+            format!("socket,id={id},fd={},server=on,wait=off", socket.as_raw_fd()),
+        );
     }
 }
 

@@ -59,7 +59,8 @@ pub enum OverlayError {
 ///
 /// Returns an error if the base cannot be used or the overlay not written; `path` must not exist yet. Blocks on disk.
 pub fn create(path: &Path, base: &Path) -> Result<(), OverlayError> {
-    let metadata = fs::metadata(base).map_err(|source| OverlayError::Base { path: base.to_owned(), source })?;
+    let metadata = fs::metadata(base)
+        .map_err(|source| OverlayError::Base { path: base.to_owned(), source })?;
     if metadata.len() > DISK_BYTES_MAX || base.as_os_str().len() > BASE_PATH_BYTES_MAX {
         return Err(OverlayError::Unsupported { path: base.to_owned() });
     }
@@ -112,7 +113,8 @@ mod tests {
     use super::*;
 
     async fn qemu_img(arguments: &[&str]) -> String {
-        let output = bhatti_host::process::command("qemu-img").args(arguments).output().await.unwrap();
+        let output =
+            bhatti_host::process::command("qemu-img").args(arguments).output().await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
@@ -121,7 +123,8 @@ mod tests {
     async fn qemu_finds_the_overlay_sound_and_its_content_the_bases() {
         let directory = tempfile::tempdir().unwrap();
         for bytes in [512, 3 << 20, (5 << 30) + 512] {
-            let (base, overlay) = (directory.path().join(format!("{bytes}.raw")), directory.path().join("o.qcow2"));
+            let (base, overlay) =
+                (directory.path().join(format!("{bytes}.raw")), directory.path().join("o.qcow2"));
             fs::write(&base, "the base's content").unwrap();
             File::options().write(true).open(&base).unwrap().set_len(bytes).unwrap();
 
@@ -129,7 +132,8 @@ mod tests {
 
             let (base_text, overlay_text) = (base.to_str().unwrap(), overlay.to_str().unwrap());
             assert!(qemu_img(&["check", overlay_text]).await.contains("No errors"));
-            let compared = qemu_img(&["compare", "-f", "raw", "-F", "qcow2", base_text, overlay_text]).await;
+            let compared =
+                qemu_img(&["compare", "-f", "raw", "-F", "qcow2", base_text, overlay_text]).await;
             assert!(compared.contains("Images are identical"), "{compared}");
             fs::remove_file(overlay).unwrap();
         }

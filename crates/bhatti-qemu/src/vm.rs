@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bhatti_engine::{Accelerator, AgentChannel, BootError, Vm, VmSpec};
+use bhatti_engine::{AgentChannel, BootError, Vm, VmSpec};
 use bhatti_host::process::{Followed, spawn_detached};
 use bhatti_host::socket;
 use tokio::time::timeout;
 
 use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
-use crate::command_line::{self, Sockets};
+use crate::command_line::{Command, Sockets};
 use crate::console::{self, Console};
+use crate::overlay;
 use crate::record::Record;
-use crate::{PROGRAM, overlay};
 
 const LOG: &str = "vmm.log";
 const QMP_SOCKET: &str = "qmp.sock";
@@ -37,12 +37,8 @@ pub(crate) struct QemuVm {
 
 impl QemuVm {
     /// Boots a VM. What was made stays where it is if that fails.
-    pub(crate) async fn boot(
-        spec: &VmSpec,
-        accelerator: Accelerator,
-        tsc_khz: Option<u64>,
-    ) -> Result<Self, BootError> {
-        let vm = Self::start(spec, accelerator, tsc_khz)?;
+    pub(crate) async fn boot(spec: &VmSpec, command: &Command<'_>) -> Result<Self, BootError> {
+        let vm = Self::start(spec, command)?;
         tokio::select! {
             connected = timeout(spec.boot_limit, vm.channel.connect()) => match connected {
                 Ok(Ok(())) => return Ok(vm),
@@ -56,18 +52,24 @@ impl QemuVm {
         Err(BootError::Ended { console: vm.last_words() })
     }
 
-    fn start(spec: &VmSpec, accelerator: Accelerator, tsc_khz: Option<u64>) -> Result<Self, BootError> {
+    fn start(spec: &VmSpec, command: &Command<'_>) -> Result<Self, BootError> {
         let directory = &spec.directory;
         let failed = |step| move |source| BootError::Prepare { step, source };
-        DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed("create the VM's directory"))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(failed("create the VM's directory"))?;
         let root_disk = directory.join(ROOT_DISK);
         overlay::create(&root_disk, &spec.root_base)
             .map_err(|error| failed("create the root disk")(io::Error::other(error)))?;
-        let listen = |name| socket::listen_in(directory, name).map_err(failed("create the VM's sockets"));
-        let (agent, console, qmp) = (listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(QMP_SOCKET)?);
+        let listen =
+            |name| socket::listen_in(directory, name).map_err(failed("create the VM's sockets"));
+        let (agent, console, qmp) =
+            (listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(QMP_SOCKET)?);
         let sockets = Sockets { agent: agent.as_fd(), console: console.as_fd(), qmp: qmp.as_fd() };
-        let arguments = command_line::boot(spec, &root_disk, accelerator, tsc_khz, &sockets);
-        let process = spawn(directory, &arguments, [&agent, &console, &qmp])?;
+        let arguments = command.boot_arguments(spec, &root_disk, &sockets);
+        let process = spawn(command.program, directory, &arguments, [&agent, &console, &qmp])?;
         Record::new(process.id()).write(directory).map_err(failed("record the VM's process"))?;
         Self::attach(process, directory).map_err(failed("connect to the VM's console"))
     }
@@ -82,19 +84,25 @@ impl QemuVm {
     /// What the guest and QEMU said last.
     fn last_words(&self) -> String {
         let log = fs::read(self.directory.join(LOG)).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
+        let log =
+            String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
         format!("{}{log}", self.console.tail())
     }
 }
 
-fn spawn(directory: &Path, arguments: &[String], sockets: [&UnixListener; 3]) -> Result<Followed, BootError> {
+fn spawn(
+    program: &Path,
+    directory: &Path,
+    arguments: &[String],
+    sockets: [&UnixListener; 3],
+) -> Result<Followed, BootError> {
     let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => BootError::NotInstalled { program: PROGRAM },
+        io::ErrorKind::NotFound => BootError::NotInstalled { program: program.to_owned() },
         _ => BootError::Prepare { step: "start QEMU", source },
     };
     let log = File::create(directory.join(LOG)).map_err(failed)?;
     let inherited = sockets.map(AsFd::as_fd);
-    spawn_detached(PROGRAM.as_ref(), arguments, &inherited, &log).map_err(failed)
+    spawn_detached(program.as_os_str(), arguments, &inherited, &log).map_err(failed)
 }
 
 #[async_trait]

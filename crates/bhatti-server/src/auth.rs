@@ -47,7 +47,9 @@ fn caller(state: &AppState, listener: Listener, request: &Request) -> Result<Cal
     }
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = header.and_then(|value| value.strip_prefix("Bearer ")).filter(|key| !key.is_empty());
-    let key = key.ok_or_else(|| ApiError::new(ErrorCode::Unauthorized, "authorization required"))?;
+    let key =
+        key.ok_or_else(|| ApiError::new(ErrorCode::Unauthorized, "authorization required"))?;
     let user = state.store.find_user_by_key_hash(&keys::hash(key))?;
-    user.map(|user| Caller(user.id)).ok_or_else(|| ApiError::new(ErrorCode::Unauthorized, "invalid api key"))
+    user.map(|user| Caller(user.id))
+        .ok_or_else(|| ApiError::new(ErrorCode::Unauthorized, "invalid api key"))
 }

@@ -19,16 +19,27 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         let too_large = || {
-            ApiError::new(ErrorCode::BodyTooLarge, format!("the body is larger than {BODY_BYTES_MAX} bytes"))
-                .hint("send large input through a streamed command or a file upload")
+            ApiError::new(
+                ErrorCode::BodyTooLarge,
+                format!("the body is larger than {BODY_BYTES_MAX} bytes"),
+            )
+            .hint("send large input through a streamed command or a file upload")
         };
-        let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let announced = request
+            .headers()
+            .get(CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
         if announced.is_some_and(|length: u64| length > BODY_BYTES_MAX as u64) {
             return Err(too_large());
         }
         // The router's body limit cuts off what was not announced.
         let bytes = Bytes::from_request(request, state).await.map_err(|_| too_large())?;
         let json = if bytes.is_empty() { b"{}" } else { &bytes[..] };
+        // The decoder would take an array for an object whose fields come without names.
+        if json.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{')
+        {
+            return Err(ApiError::new(ErrorCode::BadRequest, "invalid json: expected an object"));
+        }
         serde_json::from_slice(json)
             .map(Self)
             .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))

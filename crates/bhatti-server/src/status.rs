@@ -36,7 +36,8 @@ impl ApiError {
     /// Hides an error that is ours: it may name paths of this host, so only the log gets it.
     fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %Report(error), "Request failed");
-        Self::new(ErrorCode::Internal, "internal error").hint("the daemon's log has the cause under this request id")
+        Self::new(ErrorCode::Internal, "internal error")
+            .hint("the daemon's log has the cause under this request id")
     }
 }
 
@@ -116,7 +117,9 @@ impl From<CreateError> for ApiError {
 impl From<UseError> for ApiError {
     fn from(error: UseError) -> Self {
         match error {
-            UseError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()).hint("list them: bhatti list"),
+            UseError::NotFound(_) => {
+                Self::new(ErrorCode::NotFound, error.to_string()).hint("list them: bhatti list")
+            }
             UseError::Denied(denied) => denied.into(),
             UseError::Exec(error) => error.into(),
             UseError::Store(_) | UseError::Destroy(_) => Self::internal(&error),
@@ -154,7 +157,9 @@ impl From<ExecError> for ApiError {
             | ExecError::Write(_)
             | ExecError::Lost
             | ExecError::Garbled(_)
-            | ExecError::Unexpected => Self::new(ErrorCode::ConnectionLost, Report(&error).to_string()),
+            | ExecError::Unexpected => {
+                Self::new(ErrorCode::ConnectionLost, Report(&error).to_string())
+            }
         }
     }
 }

@@ -42,8 +42,10 @@ mod tests {
         let mut pieces = Utf8Pieces::default();
         let text = "aé€😀z";
 
-        let out: Vec<String> =
-            text.bytes().map(|byte| String::from_utf8(pieces.push(&[byte])).expect("whole characters")).collect();
+        let out: Vec<String> = text
+            .bytes()
+            .map(|byte| String::from_utf8(pieces.push(&[byte])).expect("whole characters"))
+            .collect();
 
         assert_eq!(out.concat(), text);
         assert_eq!(pieces.finish(), b"");

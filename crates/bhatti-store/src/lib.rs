@@ -74,7 +74,8 @@ impl Store {
             )?;
             Ok(connection)
         });
-        let mut connection = opened.map_err(|source| StoreError::Open { path: path.clone(), source })?;
+        let mut connection =
+            opened.map_err(|source| StoreError::Open { path: path.clone(), source })?;
         migrations::run(&mut connection, &path)?;
         Ok(Self { connection: Mutex::new(connection) })
     }

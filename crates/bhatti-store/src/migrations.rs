@@ -37,9 +37,11 @@ pub(crate) fn run(connection: &mut Connection, path: &Path) -> Result<(), StoreE
     let failed = |source| StoreError::Open { path: path.to_owned(), source };
     loop {
         // Two daemons that start together take turns here, and the second finds nothing to do.
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
-        let version: usize =
-            transaction.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
+        let transaction =
+            connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+        let version: usize = transaction
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .map_err(failed)?;
         if version > STEPS.len() {
             return Err(StoreError::Newer { path: path.to_owned(), version, known: STEPS.len() });
         }
@@ -81,9 +83,15 @@ mod tests {
     #[test]
     fn file_that_is_no_store_is_an_error_that_names_it() {
         let data = tempfile::tempdir().unwrap();
-        std::fs::write(data.path().join(FILE), "not a database, though long enough to be taken for a header").unwrap();
+        std::fs::write(
+            data.path().join(FILE),
+            "not a database, though long enough to be taken for a header",
+        )
+        .unwrap();
 
-        let Err(StoreError::Open { path, .. }) = Store::open(data.path()) else { panic!("it was opened") };
+        let Err(StoreError::Open { path, .. }) = Store::open(data.path()) else {
+            panic!("it was opened")
+        };
 
         assert!(path.ends_with(FILE));
     }

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use bhatti_types::{CpuCount, Environment, MemoryMib, SandboxId, SandboxName, SandboxSpec, SandboxState, UserId};
+use bhatti_types::{
+    CpuCount, Environment, MemoryMib, SandboxId, SandboxName, SandboxSpec, SandboxState, UserId,
+};
 use rusqlite::{ErrorCode, OptionalExtension, Row, params};
 
 use crate::{Store, StoreError, changed_one, now};
 
-const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at";
+const COLUMNS: &str =
+    "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,11 +44,18 @@ impl Store {
     /// # Errors
     ///
     /// Returns [`InsertError::NameTaken`] if its owner has a sandbox of that name.
-    pub fn insert_sandbox(&self, id: SandboxId, owner: UserId, spec: SandboxSpec) -> Result<SandboxRow, InsertError> {
+    pub fn insert_sandbox(
+        &self,
+        id: SandboxId,
+        owner: UserId,
+        spec: SandboxSpec,
+    ) -> Result<SandboxRow, InsertError> {
         let row = SandboxRow { id, owner, spec, state: SandboxState::Creating, created_at: now() };
         let (state, reason) = state_columns(row.state);
         let inserted = self.connection.lock().execute(
-            &format!("INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"),
+            &format!(
+                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
+            ),
             params![
                 row.id.to_string(),
                 row.owner.to_string(),
@@ -72,14 +82,21 @@ impl Store {
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn find_sandbox(&self, owner: UserId, id_or_name: &str) -> Result<Option<SandboxRow>, StoreError> {
+    pub fn find_sandbox(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+    ) -> Result<Option<SandboxRow>, StoreError> {
         let connection = self.connection.lock();
         // An id wins over a name that looks like one.
         let mut query = connection.prepare_cached(&format!(
             "SELECT {COLUMNS} FROM sandboxes WHERE owner = ?1 AND (id = ?2 OR name = ?2) AND state <> 'destroyed'
              ORDER BY id = ?2 DESC LIMIT 1"
         ))?;
-        query.query_row(params![owner.to_string(), id_or_name], |row| Ok(read(row))).optional()?.transpose()
+        query
+            .query_row(params![owner.to_string(), id_or_name], |row| Ok(read(row)))
+            .optional()?
+            .transpose()
     }
 
     /// The sandboxes of `owner`, or of everybody, newest first.
@@ -103,7 +120,8 @@ impl Store {
     /// Returns an error if the store fails.
     pub fn count_sandboxes(&self) -> Result<u64, StoreError> {
         let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT count(*) FROM sandboxes WHERE state <> 'destroyed'")?;
+        let mut query = connection
+            .prepare_cached("SELECT count(*) FROM sandboxes WHERE state <> 'destroyed'")?;
         Ok(query.query_row([], |row| row.get(0))?)
     }
 
@@ -115,7 +133,8 @@ impl Store {
     pub fn set_sandbox_state(&self, id: SandboxId, state: SandboxState) -> Result<(), StoreError> {
         let (state, reason) = state_columns(state);
         let connection = self.connection.lock();
-        let mut update = connection.prepare_cached("UPDATE sandboxes SET state = ?2, fail_reason = ?3 WHERE id = ?1")?;
+        let mut update = connection
+            .prepare_cached("UPDATE sandboxes SET state = ?2, fail_reason = ?3 WHERE id = ?1")?;
         changed_one(update.execute(params![id.to_string(), state, reason])?)
     }
 
@@ -149,7 +168,8 @@ fn parse_environment(text: &str) -> Result<Environment, StoreError> {
         Some((name.to_owned(), value.to_owned()))
     };
     let variables: Option<BTreeMap<_, _>> = text.split_terminator('\0').map(variable).collect();
-    let variables = variables.ok_or_else(|| StoreError::Damaged("an environment without `=`".to_owned()))?;
+    let variables =
+        variables.ok_or_else(|| StoreError::Damaged("an environment without `=`".to_owned()))?;
     Environment::try_from(variables).map_err(|error| damaged(&error))
 }
 
@@ -165,7 +185,9 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         ("creating", None) => SandboxState::Creating,
         ("running", None) => SandboxState::Running,
         ("destroyed", None) => SandboxState::Destroyed,
-        ("failed", Some(reason)) => SandboxState::Failed(reason.parse().map_err(|error| damaged(&error))?),
+        ("failed", Some(reason)) => {
+            SandboxState::Failed(reason.parse().map_err(|error| damaged(&error))?)
+        }
         (state, _) => return Err(StoreError::Damaged(format!("the state `{state}`"))),
     };
     Ok(SandboxRow {
@@ -236,7 +258,10 @@ mod tests {
     #[test]
     fn sandbox_is_found_by_id_and_name_by_its_owner_alone() {
         let (_data, store) = store();
-        let other = store.insert_user("other".parse().unwrap(), UserId::from_entropy([9; 8]), &[1; 32]).unwrap().id;
+        let other = store
+            .insert_user("other".parse().unwrap(), UserId::from_entropy([9; 8]), &[1; 32])
+            .unwrap()
+            .id;
         let row = store.insert_sandbox(id(1), UserId::ADMIN, spec("dev")).unwrap();
 
         for called in ["dev", &id(1).to_string()] {
@@ -251,7 +276,11 @@ mod tests {
         let (_data, store) = store();
         store.insert_sandbox(id(1), UserId::ADMIN, spec("dev")).unwrap();
 
-        for state in [SandboxState::Running, SandboxState::Failed(FailReason::VmmExited), SandboxState::Destroyed] {
+        for state in [
+            SandboxState::Running,
+            SandboxState::Failed(FailReason::VmmExited),
+            SandboxState::Destroyed,
+        ] {
             store.set_sandbox_state(id(1), state).unwrap();
             assert_eq!(store.list_sandboxes(None).unwrap()[0].state, state);
         }

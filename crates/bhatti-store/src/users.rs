@@ -33,7 +33,12 @@ impl Store {
     /// # Errors
     ///
     /// Returns [`UserInsertError::NameTaken`] if the name is in use.
-    pub fn insert_user(&self, name: UserName, id: UserId, key_hash: &[u8; 32]) -> Result<UserRow, UserInsertError> {
+    pub fn insert_user(
+        &self,
+        name: UserName,
+        id: UserId,
+        key_hash: &[u8; 32],
+    ) -> Result<UserRow, UserInsertError> {
         let row = UserRow { id, name: name.to_string(), created_at: now() };
         let inserted = self.connection.lock().execute(
             "INSERT INTO users (id, name, api_key_hash, created_at) VALUES (?1, ?2, ?3, ?4)",
@@ -53,9 +58,13 @@ impl Store {
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn find_user_by_key_hash(&self, key_hash: &[u8; 32]) -> Result<Option<UserRow>, StoreError> {
+    pub fn find_user_by_key_hash(
+        &self,
+        key_hash: &[u8; 32],
+    ) -> Result<Option<UserRow>, StoreError> {
         let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT id, name, created_at FROM users WHERE api_key_hash = ?1")?;
+        let mut query = connection
+            .prepare_cached("SELECT id, name, created_at FROM users WHERE api_key_hash = ?1")?;
         query.query_row([key_hash], |row| Ok(read(row))).optional()?.transpose()
     }
 
@@ -66,7 +75,8 @@ impl Store {
     /// Returns an error if the store fails.
     pub fn list_users(&self) -> Result<Vec<UserRow>, StoreError> {
         let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT id, name, created_at FROM users ORDER BY created_at, id")?;
+        let mut query = connection
+            .prepare_cached("SELECT id, name, created_at FROM users ORDER BY created_at, id")?;
         query.query_map([], |row| Ok(read(row)))?.map(|row| row?).collect()
     }
 }
@@ -85,7 +95,9 @@ mod tests {
     fn user_is_found_by_the_hash_of_its_key() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
-        let alice = store.insert_user("alice".parse().unwrap(), UserId::from_entropy([1; 8]), &[1; 32]).unwrap();
+        let alice = store
+            .insert_user("alice".parse().unwrap(), UserId::from_entropy([1; 8]), &[1; 32])
+            .unwrap();
 
         assert_eq!(store.find_user_by_key_hash(&[1; 32]).unwrap(), Some(alice));
         assert_eq!(store.find_user_by_key_hash(&[2; 32]).unwrap(), None);
@@ -96,7 +108,8 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
 
-        let taken = store.insert_user("admin".parse().unwrap(), UserId::from_entropy([1; 8]), &[1; 32]);
+        let taken =
+            store.insert_user("admin".parse().unwrap(), UserId::from_entropy([1; 8]), &[1; 32]);
 
         assert!(matches!(taken, Err(UserInsertError::NameTaken(_))));
     }

@@ -6,8 +6,8 @@ use bhatti_engine::{BootError, VmSpec};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
 use bhatti_store::{InsertError, SandboxRow, StoreError};
 use bhatti_types::{
-    CpuCount, Environment, MemoryMib, ParseNameError, Report, SandboxId, SandboxName, SandboxSpec, SandboxState,
-    UserId,
+    CpuCount, Environment, MemoryMib, ParseNameError, Report, SandboxId, SandboxName, SandboxSpec,
+    SandboxState, UserId,
 };
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -74,7 +74,11 @@ impl Supervisor {
     /// # Cancel safety
     ///
     /// A creation that has begun goes on.
-    pub async fn create(&self, owner: UserId, request: SandboxRequest) -> Result<SandboxRow, CreateError> {
+    pub async fn create(
+        &self,
+        owner: UserId,
+        request: SandboxRequest,
+    ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
         // Before there is a row: what is not set up at all needs none.
         let files = boot_files(shared).await?;
@@ -82,7 +86,9 @@ impl Supervisor {
         let id = SandboxId::from_entropy(entropy);
         let name = match request.name {
             Some(name) => name,
-            None => format!("sandbox-{:02x}{:02x}{:02x}", entropy[0], entropy[1], entropy[2]).parse()?,
+            None => {
+                format!("sandbox-{:02x}{:02x}{:02x}", entropy[0], entropy[1], entropy[2]).parse()?
+            }
         };
         let spec = SandboxSpec {
             name,
@@ -115,8 +121,9 @@ impl Supervisor {
 
 async fn boot_files(shared: &Arc<Shared>) -> Result<BootFiles, CreateError> {
     let shared = Arc::clone(shared);
-    let found =
-        tokio::task::spawn_blocking(move || shared.config.images.boot_files(DEFAULT_IMAGE, &shared.config.lohar));
+    let found = tokio::task::spawn_blocking(move || {
+        shared.config.images.boot_files(DEFAULT_IMAGE, &shared.config.lohar)
+    });
     Ok(found.await.map_err(|_| CreateError::Interrupted)??)
 }
 

@@ -84,7 +84,12 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// A driver of a sandbox that stands at `state`, registered; it does nothing until it is run.
-    pub(crate) fn register(shared: &Arc<Shared>, id: SandboxId, state: SandboxState, vm: Option<Arc<dyn Vm>>) -> Self {
+    pub(crate) fn register(
+        shared: &Arc<Shared>,
+        id: SandboxId,
+        state: SandboxState,
+        vm: Option<Arc<dyn Vm>>,
+    ) -> Self {
         let (requests, waiting) = mpsc::channel(REQUEST_QUEUE);
         let (publisher, published) = watch::channel(Published { state, vm });
         shared.registry.insert(id, Handle { requests, published });
@@ -157,10 +162,17 @@ impl Driver {
     }
 
     async fn destroy(&self) -> Result<(), DestroyError> {
-        self.shared.store.set_sandbox_state(self.id, SandboxState::Destroyed).map_err(DestroyError::Store)?;
+        self.shared
+            .store
+            .set_sandbox_state(self.id, SandboxState::Destroyed)
+            .map_err(DestroyError::Store)?;
         self.publish(SandboxState::Destroyed, None);
         self.shared.registry.remove(self.id);
-        self.shared.engine.remove(self.id, &self.directory()).await.map_err(DestroyError::Remove)?;
+        self.shared
+            .engine
+            .remove(self.id, &self.directory())
+            .await
+            .map_err(DestroyError::Remove)?;
         self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
         info!(sandbox = %self.id, "Sandbox destroyed");
         Ok(())

@@ -142,7 +142,11 @@ impl Supervisor {
     /// A destruction that has begun goes on.
     pub async fn destroy(&self, owner: UserId, id_or_name: &str) -> Result<(), UseError> {
         let id = self.find(owner, id_or_name)?.id;
-        let handle = self.shared.registry.get(id).ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))?;
+        let handle = self
+            .shared
+            .registry
+            .get(id)
+            .ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))?;
         Ok(handle.destroy().await?)
     }
 

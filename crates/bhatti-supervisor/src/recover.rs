@@ -59,13 +59,18 @@ impl Supervisor {
             return;
         }
         match self.shared.store.delete_sandbox(row.id) {
-            Ok(()) => info!(sandbox = %row.id, state = row.state.as_str(), "Removed what was left of a sandbox"),
-            Err(error) => error!(sandbox = %row.id, error = %Report(&error), "Failed to forget a sandbox"),
+            Ok(()) => {
+                info!(sandbox = %row.id, state = row.state.as_str(), "Removed what was left of a sandbox");
+            }
+            Err(error) => {
+                error!(sandbox = %row.id, error = %Report(&error), "Failed to forget a sandbox");
+            }
         }
     }
 
     async fn take_up(&self, row: &SandboxRow) -> Result<(), StoreError> {
-        let driver = match self.shared.engine.adopt(row.id, &directory(&self.shared, row.id)).await {
+        let driver = match self.shared.engine.adopt(row.id, &directory(&self.shared, row.id)).await
+        {
             Ok(vm) => {
                 info!(sandbox = %row.id, "Took up a running sandbox");
                 Driver::register(&self.shared, row.id, SandboxState::Running, Some(vm))
@@ -89,7 +94,8 @@ impl Supervisor {
         let known: HashSet<String> = rows.iter().map(|row| row.id.to_string()).collect();
         let directory = &self.shared.config.sandboxes_dir;
         for entry in std::fs::read_dir(directory).map_err(RecoverError::List)? {
-            let name = entry.map_err(RecoverError::List)?.file_name().to_string_lossy().into_owned();
+            let name =
+                entry.map_err(RecoverError::List)?.file_name().to_string_lossy().into_owned();
             if !known.contains(&name) {
                 warn!(directory = %directory.join(name).display(), "Found a sandbox that the store does not know; it is left alone");
             }

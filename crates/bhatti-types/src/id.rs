@@ -80,8 +80,19 @@ mod tests {
 
     #[test]
     fn text_of_another_shape_is_no_id() {
-        for text in ["", "dev", "0001ABFF04050607", "0001abff0405060", "0001abff040506070", "+001abff04050607"] {
-            assert_eq!(text.parse::<SandboxId>(), Err(ParseIdError { text: text.to_owned() }), "{text}");
+        for text in [
+            "",
+            "dev",
+            "0001ABFF04050607",
+            "0001abff0405060",
+            "0001abff040506070",
+            "+001abff04050607",
+        ] {
+            assert_eq!(
+                text.parse::<SandboxId>(),
+                Err(ParseIdError { text: text.to_owned() }),
+                "{text}"
+            );
         }
     }
 }

@@ -96,7 +96,9 @@ impl fmt::Display for FailReason {
         f.write_str(match self {
             Self::VmmExited => "its virtual machine process ended unexpectedly",
             Self::VmmMissing => "its virtual machine process was gone when the daemon started",
-            Self::VmmUnusable => "its virtual machine process did not answer when the daemon started",
+            Self::VmmUnusable => {
+                "its virtual machine process did not answer when the daemon started"
+            }
         })
     }
 }

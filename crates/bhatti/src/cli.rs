@@ -41,7 +41,9 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  bhatti serve --listen 127.0.0.1:8080")]
     Serve(Serve),
     /// Create a sandbox and wait until it is up
-    #[command(after_help = "Example:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi")]
+    #[command(
+        after_help = "Example:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi"
+    )]
     Create(Create),
     /// List sandboxes
     #[command(visible_alias = "ls", after_help = "Example:\n  bhatti list")]
@@ -50,7 +52,9 @@ pub(crate) enum Command {
     #[command(visible_alias = "info", after_help = "Example:\n  bhatti inspect dev")]
     Inspect(Target),
     /// Run a command in a sandbox
-    #[command(after_help = "Example:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none.")]
+    #[command(
+        after_help = "Example:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none."
+    )]
     Exec(Exec),
     /// Destroy sandboxes
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti destroy dev")]

@@ -33,9 +33,8 @@ impl Context {
         let Global { data_dir, url, token, json: _ } = global;
         let data_dir = paths::data_dir(data_dir)?;
         let client = match url {
-            Some(url) => {
-                Client::http(&url, &token.unwrap_or_default()).map_err(|error| CliError::of(&error))?
-            }
+            Some(url) => Client::http(&url, &token.unwrap_or_default())
+                .map_err(|error| CliError::of(&error))?,
             None => Client::unix(&data_dir),
         };
         Ok(Self { data_dir, client, output })

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -18,6 +18,8 @@ const FILE: &str = "config.yaml";
 pub(crate) struct Config {
     /// The address for callers with an API key; none if absent.
     pub(crate) listen: Option<SocketAddr>,
+    /// QEMU's program; looked up by its usual name if absent.
+    pub(crate) qemu: Option<PathBuf>,
     /// How long a VM may take to boot, in seconds; 60 if absent.
     pub(crate) boot_timeout_sec: Option<u32>,
 }
@@ -26,13 +28,19 @@ impl Config {
     /// Reads the configuration of `data_dir`. A file that is not there is an empty one.
     pub(crate) fn read(data_dir: &Path) -> Result<Self, CliError> {
         let path = data_dir.join(FILE);
-        let failed = |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
+        let failed =
+            |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
         match fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => Ok(Self::default()),
             Ok(text) => serde_saphyr::from_str(&text).map_err(|error| failed(&error)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(error) => Err(failed(&error)),
         }
+    }
+
+    /// See [`qemu`](Self::qemu).
+    pub(crate) fn qemu(&self) -> PathBuf {
+        self.qemu.clone().unwrap_or_else(|| bhatti_qemu::PROGRAM.into())
     }
 
     /// See [`boot_timeout_sec`](Self::boot_timeout_sec).
@@ -56,7 +64,10 @@ mod tests {
         assert_eq!(Config::read(Path::new("/no/such")).unwrap(), Config::default());
         assert_eq!(read("# nothing\n").unwrap(), Config::default());
         let listen = Some("127.0.0.1:8080".parse().unwrap());
-        assert_eq!(read("listen: 127.0.0.1:8080\n").unwrap(), Config { listen, boot_timeout_sec: None });
+        assert_eq!(
+            read("listen: 127.0.0.1:8080\n").unwrap(),
+            Config { listen, ..Config::default() }
+        );
     }
 
     #[test]

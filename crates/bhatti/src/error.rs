@@ -61,7 +61,9 @@ impl From<ClientError> for CliError {
         let ours = Self::of(&error);
         match error {
             ClientError::Refused(body) => Self { hint: body.hint, code: Some(body.code), ..ours },
-            ClientError::Connect(_) => ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url"),
+            ClientError::Connect(_) => {
+                ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url")
+            }
             ClientError::Lost(_) | ClientError::StreamLost(_) | ClientError::Unexpected(_) => ours,
         }
     }

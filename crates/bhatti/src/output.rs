@@ -20,7 +20,11 @@ impl Output {
     }
 
     /// Prints `value` as JSON, or else what `text` makes of it.
-    pub(crate) fn show<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<(), CliError> {
+    pub(crate) fn show<T: Serialize>(
+        self,
+        value: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> Result<(), CliError> {
         let shown = if self.json { json(value)? } else { text(value) };
         self.print(&shown)
     }
@@ -62,10 +66,12 @@ fn json<T: Serialize>(value: &T) -> Result<String, CliError> {
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let header = header.iter().map(|&title| title.to_owned()).collect();
     let all: Vec<&Vec<String>> = std::iter::once(&header).chain(rows).collect();
-    let width = |column: usize| all.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let width =
+        |column: usize| all.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
     let line = |row: &&Vec<String>| {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         cells.join("  ").trim_end().to_owned()
     };
     all.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -77,7 +83,10 @@ mod tests {
 
     #[test]
     fn columns_are_aligned() {
-        let rows = [vec!["1".into(), "a-long-name".into(), "x".into()], vec!["22".into(), "b".into(), String::new()]];
+        let rows = [
+            vec!["1".into(), "a-long-name".into(), "x".into()],
+            vec!["22".into(), "b".into(), String::new()],
+        ];
 
         let expected = "ID  NAME         STATE\n1   a-long-name  x\n22  b";
         assert_eq!(table(&["ID", "NAME", "STATE"], &rows), expected);

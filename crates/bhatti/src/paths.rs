@@ -17,7 +17,9 @@ pub(crate) fn data_dir(named: Option<PathBuf>) -> Result<PathBuf, CliError> {
         None if rustix::process::geteuid().is_root() => ROOT_DATA_DIR.into(),
         None => {
             let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
-            let home = home.ok_or_else(|| CliError::new("HOME is not set").hint("name a directory with --data-dir"))?;
+            let home = home.ok_or_else(|| {
+                CliError::new("HOME is not set").hint("name a directory with --data-dir")
+            })?;
             Path::new(&home).join(USER_DATA_DIR)
         }
     };
@@ -27,14 +29,19 @@ pub(crate) fn data_dir(named: Option<PathBuf>) -> Result<PathBuf, CliError> {
 /// Makes the data directory, for its owner alone.
 pub(crate) fn create_data_dir(data_dir: &Path) -> Result<(), CliError> {
     DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|error| {
-        CliError::new(format!("failed to create the data directory `{}`: {error}", data_dir.display()))
-            .hint("choose another with --data-dir")
+        CliError::new(format!(
+            "failed to create the data directory `{}`: {error}",
+            data_dir.display()
+        ))
+        .hint("choose another with --data-dir")
     })
 }
 
 /// The guest agent's program: beside this one, or where a package would put it.
 pub(crate) fn lohar() -> Result<PathBuf, CliError> {
-    let ours = std::env::current_exe().and_then(|path| path.canonicalize()).map_err(|error| CliError::of(&error))?;
+    let ours = std::env::current_exe()
+        .and_then(|path| path.canonicalize())
+        .map_err(|error| CliError::of(&error))?;
     let beside = ours.parent().unwrap_or(Path::new("/"));
     let places = [beside.join("lohar"), beside.join("../lib/bhatti/lohar")];
     let found = places.iter().find(|place| is_file(place)).cloned();

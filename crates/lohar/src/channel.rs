@@ -12,9 +12,9 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
+use bhatti_proto::CONTROL_PORT;
 use bhatti_proto::mux::{AcceptedStream, Acceptor, read_port};
 use bhatti_proto::resync::{Decoder, GENERATION, Hello};
-use bhatti_proto::CONTROL_PORT;
 use bytes::{Buf, BytesMut};
 use futures_util::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
@@ -103,7 +103,11 @@ impl Channel {
 struct Connection(Rc<RefCell<Channel>>);
 
 impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         let channel = &mut *self.0.borrow_mut();
         while channel.received.is_empty() {
             if channel.hello.is_some() {
@@ -126,7 +130,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.0.borrow_mut().port.poll_write(cx, buf)
     }
 

@@ -29,12 +29,15 @@ pub(crate) async fn serve<T: Transport>(
         Ok(request) => request,
         Err(error) => {
             let message = format!("bad exec request: {error}");
-            return refuse(writer, false, StartError { kind: StartErrorKind::BadRequest, message }).await;
+            return refuse(writer, false, StartError { kind: StartErrorKind::BadRequest, message })
+                .await;
         }
     };
     let started = match check(&request) {
         Ok(()) => start::start(&agent.reaper, &request),
-        Err(message) => Err(StartError { kind: StartErrorKind::BadRequest, message: message.to_owned() }),
+        Err(message) => {
+            Err(StartError { kind: StartErrorKind::BadRequest, message: message.to_owned() })
+        }
     };
     match started {
         Ok(process) => relay(process, reader, writer).await,
@@ -54,7 +57,11 @@ fn check(request: &ExecRequest) -> Result<(), &'static str> {
     }
 }
 
-async fn refuse<T: Transport>(writer: &mut HostWriter<T>, details: bool, error: StartError) -> io::Result<()> {
+async fn refuse<T: Transport>(
+    writer: &mut HostWriter<T>,
+    details: bool,
+    error: StartError,
+) -> io::Result<()> {
     if details {
         return writer.send_json(FrameType::START_ERROR, &error).await.map_err(io::Error::other);
     }

@@ -3,7 +3,9 @@
 use std::io;
 use std::time::Duration;
 
-use bhatti_proto::{FORWARD_PORT, ForwardRequest, ForwardResponse, FrameReader, FrameType, FrameWriter};
+use bhatti_proto::{
+    FORWARD_PORT, ForwardRequest, ForwardResponse, FrameReader, FrameType, FrameWriter,
+};
 use tokio::io::{AsyncWriteExt, copy};
 use tokio::net::TcpStream;
 use tokio::time::timeout;

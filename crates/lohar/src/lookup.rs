@@ -66,7 +66,10 @@ mod tests {
     fn name_is_found_in_the_first_directory_where_it_can_be_executed() {
         let tree = tree();
 
-        assert_eq!(find_program("tool", "none:etc:bin", tree.path()), Ok(tree.path().join("bin/tool")));
+        assert_eq!(
+            find_program("tool", "none:etc:bin", tree.path()),
+            Ok(tree.path().join("bin/tool"))
+        );
     }
 
     #[test]
@@ -82,8 +85,17 @@ mod tests {
         let file = tree.path().join("etc/tool");
 
         assert_eq!(find_program("tool", "none", tree.path()), Err(LookupError::NotInPath));
-        assert_eq!(find_program("tool", "etc", tree.path()), Err(LookupError::NotExecutable(file.clone())));
-        assert_eq!(find_program("etc/tool", "", tree.path()), Err(LookupError::NotExecutable(file)));
-        assert_eq!(find_program("./x", "", tree.path()), Err(LookupError::Missing(tree.path().join("./x"))));
+        assert_eq!(
+            find_program("tool", "etc", tree.path()),
+            Err(LookupError::NotExecutable(file.clone()))
+        );
+        assert_eq!(
+            find_program("etc/tool", "", tree.path()),
+            Err(LookupError::NotExecutable(file))
+        );
+        assert_eq!(
+            find_program("./x", "", tree.path()),
+            Err(LookupError::Missing(tree.path().join("./x")))
+        );
     }
 }

@@ -33,6 +33,8 @@ fn main() -> ExitCode {
         return pid1::run();
     }
     // As an ordinary process it would mount over, kill and power off a machine that is not its own.
-    log::line(format_args!("refusing to run: this is not PID 1 of a virtual machine (set LOHAR_TEST=1 for test mode)"));
+    log::line(format_args!(
+        "refusing to run: this is not PID 1 of a virtual machine (set LOHAR_TEST=1 for test mode)"
+    ));
     ExitCode::FAILURE
 }

@@ -63,9 +63,13 @@ fn boot_and_serve() -> Result<(), BootError> {
     if let Err(error) = network::loopback_up() {
         log::line(format_args!("failed to bring the loopback up: {error}"));
     }
-    chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" }).step("enter /workspace")?;
+    chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" })
+        .step("enter /workspace")?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().step("start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .step("start the runtime")?;
     LocalSet::new().block_on(&runtime, async {
         let agent = Agent::new(Reaper::start().step("watch for children")?);
         tokio::select! {

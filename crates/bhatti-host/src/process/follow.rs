@@ -42,7 +42,11 @@ impl Followed {
     pub fn adopt(id: ProcessId) -> io::Result<Self> {
         let followed = Self::open(id)?;
         // Looked at only now: the descriptor keeps the number from being used again.
-        if started_ticks(id.pid)? == id.started_ticks { Ok(followed) } else { Err(io::ErrorKind::NotFound.into()) }
+        if started_ticks(id.pid)? == id.started_ticks {
+            Ok(followed)
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
     }
 
     /// Finds the process of `program` (the last part of its path) whose command line holds `argument` as one whole argument.
@@ -52,10 +56,14 @@ impl Followed {
     /// Returns [`io::ErrorKind::NotFound`] if there is none.
     pub fn find_by_argument(program: &str, argument: &str) -> io::Result<Self> {
         for entry in fs::read_dir("/proc")?.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
             let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let mut arguments = command_line.split(|byte| *byte == 0);
-            let is_program = arguments.next().is_some_and(|path| path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes()));
+            let is_program = arguments.next().is_some_and(|path| {
+                path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes())
+            });
             if is_program && arguments.any(|found| found == argument.as_bytes()) {
                 let id = ProcessId { pid, started_ticks: started_ticks(pid)? };
                 return Self::adopt(id);
@@ -66,11 +74,16 @@ impl Followed {
 
     fn open(id: ProcessId) -> io::Result<Self> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
-        let pid = i32::try_from(id.pid).ok().filter(|pid| *pid > 1).and_then(Pid::from_raw).ok_or_else(gone)?;
+        let pid = i32::try_from(id.pid)
+            .ok()
+            .filter(|pid| *pid > 1)
+            .and_then(Pid::from_raw)
+            .ok_or_else(gone)?;
         let descriptor = pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(|_| gone())?;
         // SAFETY: an `OwnedFd` names the same open file for as long as it lives.
         #[expect(unsafe_code, reason = "the runtime asks for a promise about the descriptor")]
-        let descriptor = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?;
+        let descriptor =
+            unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?;
         Ok(Self { id, descriptor })
     }
 
@@ -94,7 +107,8 @@ impl Followed {
     fn reap(&self) {
         let ended = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
         // Not being our child is no failure.
-        let _: rustix::io::Result<_> = waitid(WaitId::PidFd(self.descriptor.get_ref().as_fd()), ended);
+        let _: rustix::io::Result<_> =
+            waitid(WaitId::PidFd(self.descriptor.get_ref().as_fd()), ended);
     }
 
     /// Kills it. Killing a process that has ended is no error.
@@ -114,7 +128,9 @@ fn started_ticks(pid: u32) -> io::Result<u64> {
     // The second field, the command in parentheses, may hold anything; the twentieth after it is the one.
     let after_command = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     let field = after_command.split_whitespace().nth(19).and_then(|ticks| ticks.parse().ok());
-    field.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time in /proc/PID/stat"))
+    field.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "no start time in /proc/PID/stat")
+    })
 }
 
 #[cfg(test)]
@@ -130,7 +146,13 @@ mod tests {
 
     fn sleeper(argument: &str) -> Followed {
         let output = File::open("/dev/null").unwrap();
-        spawn_detached(OsStr::new("sh"), &["-c".into(), "sleep 60".into(), argument.into()], &[], &output).unwrap()
+        spawn_detached(
+            OsStr::new("sh"),
+            &["-c".into(), "sleep 60".into(), argument.into()],
+            &[],
+            &output,
+        )
+        .unwrap()
     }
 
     #[tokio::test]
@@ -167,6 +189,9 @@ mod tests {
         assert!(Followed::find_by_argument("bash", &argument).is_err());
         process.kill();
         process.ended().await;
-        assert_eq!(Followed::find_by_argument("sh", &argument).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(
+            Followed::find_by_argument("sh", &argument).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
     }
 }

@@ -27,7 +27,11 @@ fn frames_are_those_of_the_original_system() {
         (FrameType::RESIZE, &resize_payload(40, 120), "00 00 00 05 04 00 28 00 78"),
         (FrameType::KILL, b"", "00 00 00 01 07"),
         (FrameType::AUTH, b"abc", "00 00 00 04 11 61 62 63"),
-        (FrameType::FWD_REQ, br#"{"port":8080}"#, "00 00 00 0e 20 7b 22 70 6f 72 74 22 3a 38 30 38 30 7d"),
+        (
+            FrameType::FWD_REQ,
+            br#"{"port":8080}"#,
+            "00 00 00 0e 20 7b 22 70 6f 72 74 22 3a 38 30 38 30 7d",
+        ),
     ];
 
     for (frame_type, payload, hex) in table {
@@ -80,7 +84,10 @@ fn bytes_behind_a_frame_are_left_alone() {
 
     let parsed = parse(&buffer).unwrap().unwrap();
 
-    assert_eq!((parsed.frame_type, parsed.payload, parsed.total_bytes), (FrameType::STDOUT, &b"x"[..], 6));
+    assert_eq!(
+        (parsed.frame_type, parsed.payload, parsed.total_bytes),
+        (FrameType::STDOUT, &b"x"[..], 6)
+    );
 }
 
 #[test]

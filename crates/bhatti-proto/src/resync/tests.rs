@@ -39,7 +39,11 @@ async fn host_discards_all_that_comes_before_its_ack() {
     let (near, mut far) = duplex(1 << 16);
     let stale_ack = Hello { generation: GENERATION, epoch: [4; 16] }.encode_ack();
     let ack = Hello { generation: GENERATION, epoch }.encode_ack();
-    far.write_all(&[b"half a frame".as_slice(), &stale_ack, &ACK_MAGIC[..5], &ack, b"fresh"].concat()).await.unwrap();
+    far.write_all(
+        &[b"half a frame".as_slice(), &stale_ack, &ACK_MAGIC[..5], &ack, b"fresh"].concat(),
+    )
+    .await
+    .unwrap();
 
     let mut stream = greet(near, epoch).await.unwrap();
 

@@ -38,9 +38,12 @@ pub(crate) async fn run(
     let exec = agent_request(cmd, env, cwd)?;
     let (input, output) = state.supervisor.exec(owner, &called, exec).await?;
     let stdin = stdin.unwrap_or_default();
-    let wants_lines = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| {
-        accept.split(',').any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim() == NDJSON))
-    });
+    let wants_lines =
+        headers.get(ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| {
+            accept
+                .split(',')
+                .any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim() == NDJSON))
+        });
     if wants_lines {
         return Ok(lines(input, output, stdin));
     }
@@ -93,7 +96,9 @@ async fn collect(mut output: ExecOutput) -> Result<ExecResult, ApiError> {
 
 fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
     if collected.len() + bytes.len() > BUFFERED_BYTES_MAX {
-        let message = format!("the command wrote more than {BUFFERED_BYTES_MAX} bytes to one stream and was killed");
+        let message = format!(
+            "the command wrote more than {BUFFERED_BYTES_MAX} bytes to one stream and was killed"
+        );
         return Err(ApiError::new(ErrorCode::OutputTooLarge, message)
             .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
     }
@@ -104,7 +109,14 @@ fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
 /// A response that grows a line with each event. A client that goes away takes the command with it.
 fn lines(input: ExecInput, output: ExecOutput, stdin: String) -> Response {
     let feeding = Box::pin(feed(input, stdin));
-    let state = Lines { feeding: Some(feeding), _input: None, output, stdout: Utf8Pieces::default(), stderr: Utf8Pieces::default(), ended: false };
+    let state = Lines {
+        feeding: Some(feeding),
+        _input: None,
+        output,
+        stdout: Utf8Pieces::default(),
+        stderr: Utf8Pieces::default(),
+        ended: false,
+    };
     let body = stream::unfold(state, |mut state| async move {
         let lines = state.next().await?;
         Some((Ok::<_, Infallible>(Bytes::from(lines)), state))
@@ -129,9 +141,15 @@ impl Lines {
     async fn next(&mut self) -> Option<Vec<u8>> {
         while !self.ended {
             let lines = match self.next_event().await {
-                Ok(bhatti_agent::ExecEvent::Stdout(bytes)) => line(stdout_event(self.stdout.push(&bytes))),
-                Ok(bhatti_agent::ExecEvent::Stderr(bytes)) => line(stderr_event(self.stderr.push(&bytes))),
-                Ok(bhatti_agent::ExecEvent::Exit(exit_code)) => self.last(ExecEvent::Exit { exit_code }),
+                Ok(bhatti_agent::ExecEvent::Stdout(bytes)) => {
+                    line(stdout_event(self.stdout.push(&bytes)))
+                }
+                Ok(bhatti_agent::ExecEvent::Stderr(bytes)) => {
+                    line(stderr_event(self.stderr.push(&bytes)))
+                }
+                Ok(bhatti_agent::ExecEvent::Exit(exit_code)) => {
+                    self.last(ExecEvent::Exit { exit_code })
+                }
                 Err(error) => {
                     let ApiError { code, message, .. } = error.into();
                     self.last(ExecEvent::Error { data: message, code })
@@ -160,7 +178,8 @@ impl Lines {
 
     fn last(&mut self, event: ExecEvent) -> Vec<u8> {
         self.ended = true;
-        let held = [line(stdout_event(self.stdout.finish())), line(stderr_event(self.stderr.finish()))];
+        let held =
+            [line(stdout_event(self.stdout.finish())), line(stderr_event(self.stderr.finish()))];
         [held.concat(), line(Some(event))].concat()
     }
 }

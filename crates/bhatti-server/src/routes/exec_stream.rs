@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use axum::Extension;
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection};
+use axum::extract::ws::{
+    Message, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection,
+};
 use axum::extract::{Path, State};
 use axum::response::Response;
 use bhatti_agent::{ExecEvent, ExecInput, ExecOutput};
@@ -61,10 +63,17 @@ async fn start(
     receiver: &mut Receiver,
 ) -> Result<(ExecInput, ExecOutput), ApiError> {
     let bad = |what: &str| ApiError::new(ErrorCode::BadRequest, what);
-    let first = timeout(START_LIMIT, receiver.next()).await.map_err(|_| bad("no start message came in time"))?;
-    let Some(Ok(Message::Text(json))) = first else { return Err(bad("the first message must be text")) };
-    let request = serde_json::from_str(&json).map_err(|error| bad(&format!("invalid json: {error}")))?;
-    let StreamRequest::Start { cmd, env, cwd } = request else { return Err(bad("the first message must be `start`")) };
+    let first = timeout(START_LIMIT, receiver.next())
+        .await
+        .map_err(|_| bad("no start message came in time"))?;
+    let Some(Ok(Message::Text(json))) = first else {
+        return Err(bad("the first message must be text"));
+    };
+    let request =
+        serde_json::from_str(&json).map_err(|error| bad(&format!("invalid json: {error}")))?;
+    let StreamRequest::Start { cmd, env, cwd } = request else {
+        return Err(bad("the first message must be `start`"));
+    };
     Ok(state.supervisor.exec(owner, called, agent_request(cmd, env, cwd)?).await?)
 }
 
@@ -104,15 +113,28 @@ async fn receive_input(mut input: ExecInput, mut receiver: Receiver) -> Option<A
             Some(Ok(Message::Binary(bytes))) => match bytes.split_first() {
                 Some((&channel::STDIN, stdin)) if takes_input => input.write(stdin).await,
                 Some((&channel::STDIN, _)) => Ok(()),
-                _ => return Some(ApiError::new(ErrorCode::BadRequest, "binary messages begin with the byte 1")),
+                _ => {
+                    return Some(ApiError::new(
+                        ErrorCode::BadRequest,
+                        "binary messages begin with the byte 1",
+                    ));
+                }
             },
             Some(Ok(Message::Text(json))) => match serde_json::from_str(&json) {
                 Ok(StreamRequest::StdinEof) => input.end().await,
                 Ok(StreamRequest::Signal { signal }) => input.signal(signal).await,
                 Ok(StreamRequest::Start { .. }) => {
-                    return Some(ApiError::new(ErrorCode::BadRequest, "the command has been started"));
+                    return Some(ApiError::new(
+                        ErrorCode::BadRequest,
+                        "the command has been started",
+                    ));
                 }
-                Err(error) => return Some(ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}"))),
+                Err(error) => {
+                    return Some(ApiError::new(
+                        ErrorCode::BadRequest,
+                        format!("invalid json: {error}"),
+                    ));
+                }
             },
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => Ok(()),
             Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
@@ -123,5 +145,5 @@ async fn receive_input(mut input: ExecInput, mut receiver: Receiver) -> Option<A
 }
 
 fn error_message(error: ApiError) -> StreamServerMessage {
-    StreamServerMessage::Error { error: error.message, code: error.code }
+    StreamServerMessage::Error { error: error.message, code: error.code, hint: error.hint }
 }

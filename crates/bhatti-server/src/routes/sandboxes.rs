@@ -49,9 +49,18 @@ pub(crate) async fn destroy(
 fn parse(request: CreateSandbox) -> Result<SandboxRequest, ApiError> {
     let CreateSandbox { name, cpus, memory_mb, env } = request;
     Ok(SandboxRequest {
-        name: name.map(|name| name.parse()).transpose().map_err(|error| ApiError::bad_request(&error))?,
-        cpus: cpus.map(CpuCount::try_from).transpose().map_err(|error| ApiError::bad_request(&error))?,
-        memory: memory_mb.map(MemoryMib::try_from).transpose().map_err(|error| ApiError::bad_request(&error))?,
+        name: name
+            .map(|name| name.parse())
+            .transpose()
+            .map_err(|error| ApiError::bad_request(&error))?,
+        cpus: cpus
+            .map(CpuCount::try_from)
+            .transpose()
+            .map_err(|error| ApiError::bad_request(&error))?,
+        memory: memory_mb
+            .map(MemoryMib::try_from)
+            .transpose()
+            .map_err(|error| ApiError::bad_request(&error))?,
         environment: Environment::try_from(env).map_err(|error| ApiError::bad_request(&error))?,
     })
 }

@@ -17,7 +17,11 @@ pub(crate) async fn list(
 ) -> Result<Json<Vec<User>>, ApiError> {
     caller.require_admin()?;
     let users = state.store.list_users()?.into_iter();
-    Ok(Json(users.map(|row| User { id: row.id.to_string(), name: row.name, created_at: row.created_at }).collect()))
+    Ok(Json(
+        users
+            .map(|row| User { id: row.id.to_string(), name: row.name, created_at: row.created_at })
+            .collect(),
+    ))
 }
 
 pub(crate) async fn create(
@@ -31,5 +35,10 @@ pub(crate) async fn create(
     let api_key = keys::generate().map_err(no_entropy)?;
     let id = UserId::from_entropy(getrandom::u64().map_err(no_entropy)?.to_be_bytes());
     let row = state.store.insert_user(name, id, &keys::hash(&api_key))?;
-    Ok(created(CreatedUser { id: row.id.to_string(), name: row.name, created_at: row.created_at, api_key }))
+    Ok(created(CreatedUser {
+        id: row.id.to_string(),
+        name: row.name,
+        created_at: row.created_at,
+        api_key,
+    }))
 }

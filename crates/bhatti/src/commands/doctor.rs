@@ -10,6 +10,7 @@ use bhatti_types::Report;
 use serde::Serialize;
 
 use super::Context;
+use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
 
@@ -56,7 +57,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let lohar = paths::lohar();
     let findings = vec![
         accelerator(),
-        qemu().await,
+        qemu(&Config::read(data_dir)?.qemu()).await,
         tool("mmdebstrap", "mmdebstrap").await,
         tool("mke2fs", "e2fsprogs").await,
         agent(&lohar),
@@ -66,7 +67,9 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
         daemon(context).await,
     ];
     let healthy = findings.iter().all(|finding| finding.verdict != Verdict::Missing);
-    context.output.show(&findings, |findings| findings.iter().map(describe).collect::<Vec<_>>().join("\n"))?;
+    context
+        .output
+        .show(&findings, |findings| findings.iter().map(describe).collect::<Vec<_>>().join("\n"))?;
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -97,26 +100,35 @@ fn accelerator() -> Finding {
     }
 }
 
-async fn qemu() -> Finding {
+async fn qemu(program: &Path) -> Finding {
     let install = "apt-get install -t bookworm-backports qemu-system-x86 qemu-utils";
-    let output = match process::command(bhatti_qemu::PROGRAM).arg("--version").output().await {
+    let output = match process::command(program).arg("--version").output().await {
         Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
-        Err(error) => return Finding::missing("qemu", format!("{}: {error}", bhatti_qemu::PROGRAM), install),
+        Err(error) => {
+            return Finding::missing("qemu", format!("{}: {error}", program.display()), install);
+        }
     };
     let first_line = output.lines().next().unwrap_or_default().to_owned();
     let version = first_line.split_whitespace().nth(3).unwrap_or_default();
-    let major: u32 = version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
+    let major: u32 =
+        version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
     if major >= QEMU_TESTED {
         Finding::good("qemu", first_line)
     } else {
-        Finding::missing("qemu", format!("{first_line}: too old, {QEMU_TESTED}.0 is needed"), install)
+        Finding::missing(
+            "qemu",
+            format!("{first_line}: too old, {QEMU_TESTED}.0 is needed"),
+            install,
+        )
     }
 }
 
 async fn tool(program: &'static str, package: &str) -> Finding {
     match process::command(program).arg("--version").output().await {
         Ok(_) => Finding::good(program, "installed"),
-        Err(error) => Finding::missing(program, error.to_string(), format!("apt-get install {package}")),
+        Err(error) => {
+            Finding::missing(program, error.to_string(), format!("apt-get install {package}"))
+        }
     }
 }
 
@@ -135,7 +147,8 @@ fn existing(path: &Path) -> &Path {
 fn permissions(data_dir: &Path) -> Finding {
     let directory = existing(data_dir);
     let detail = data_dir.display().to_string();
-    match rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+    match rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
+    {
         Ok(()) => Finding::good("data dir", detail),
         Err(error) => Finding::missing(
             "data dir",
@@ -147,7 +160,9 @@ fn permissions(data_dir: &Path) -> Finding {
 
 fn space(data_dir: &Path) -> Finding {
     match disk::free_bytes(existing(data_dir)) {
-        Ok(free) if free >= COMFORTABLE_BYTES => Finding::good("disk space", format!("{} GiB free", free >> 30)),
+        Ok(free) if free >= COMFORTABLE_BYTES => {
+            Finding::good("disk space", format!("{} GiB free", free >> 30))
+        }
         Ok(free) => Finding::missing(
             "disk space",
             format!("{} MiB free, {} GiB are comfortable", free >> 20, COMFORTABLE_BYTES >> 30),

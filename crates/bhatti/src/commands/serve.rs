@@ -1,7 +1,7 @@
 //! `bhatti serve`.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -40,7 +40,12 @@ pub(super) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliE
 fn start_logging() {
     let filter = EnvFilter::try_from_env("BHATTI_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(ansi)
+        .with_target(false)
+        .init();
 }
 
 async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result<(), CliError> {
@@ -58,12 +63,14 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
     };
     let state = AppState { supervisor, store, started };
-    let unix = serve_unix(state.clone(), data_dir, stopping(stopped.clone())).map_err(|error| CliError::of(&error))?;
+    let unix = serve_unix(state.clone(), data_dir, stopping(stopped.clone()))
+        .map_err(|error| CliError::of(&error))?;
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(unix);
     if let Some(address) = arguments.listen.or(config.listen) {
-        let (address, tcp) =
-            serve_tcp(state.clone(), address, stopping(stopped)).await.map_err(|error| CliError::of(&error))?;
+        let (address, tcp) = serve_tcp(state.clone(), address, stopping(stopped))
+            .await
+            .map_err(|error| CliError::of(&error))?;
         servers.spawn(tcp);
         info!(%address, "Listening for callers with an API key");
     }
@@ -80,10 +87,14 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     Ok(())
 }
 
-fn supervisor(data_dir: &Path, config: &Config, store: &Arc<Store>) -> Result<Supervisor, CliError> {
+fn supervisor(
+    data_dir: &Path,
+    config: &Config,
+    store: &Arc<Store>,
+) -> Result<Supervisor, CliError> {
     let sandboxes_dir = data_dir.join("sandboxes");
     paths::create_data_dir(&sandboxes_dir)?;
-    let engine = QemuEngine::new();
+    let engine = QemuEngine::new(config.qemu());
     tokio::spawn(engine.prepare());
     let engine: Arc<dyn Engine> = Arc::new(engine);
     let config = bhatti_supervisor::Config {
@@ -97,9 +108,15 @@ fn supervisor(data_dir: &Path, config: &Config, store: &Arc<Store>) -> Result<Su
 
 /// Makes sure that this is the only daemon on the data directory. The lock ends with the process, however it ends.
 fn lock(data_dir: &Path) -> Result<File, CliError> {
-    let file = fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))?;
+    let mut file =
+        fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => {
+            // For a person who wants to stop it: kill $(cat daemon.lock).
+            file.set_len(0)?;
+            writeln!(file, "{}", std::process::id())?;
+            Ok(file)
+        }
         Err(TryLockError::WouldBlock) => {
             Err(CliError::new(format!("another daemon runs on `{}`", data_dir.display()))
                 .hint("stop it first, or choose another directory with --data-dir"))
@@ -109,7 +126,8 @@ fn lock(data_dir: &Path) -> Result<File, CliError> {
 }
 
 async fn wait_for_signal() -> io::Result<()> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

@@ -21,8 +21,10 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
         User::List => {
             let users = context.client.list_users().await?;
             context.output.show(&users, |users| {
-                let rows: Vec<_> =
-                    users.iter().map(|user| vec![user.id.clone(), user.name.clone(), user.created_at.clone()]).collect();
+                let rows: Vec<_> = users
+                    .iter()
+                    .map(|user| vec![user.id.clone(), user.name.clone(), user.created_at.clone()])
+                    .collect();
                 table(&["ID", "NAME", "CREATED"], &rows)
             })
         }

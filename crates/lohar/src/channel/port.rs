@@ -31,7 +31,10 @@ impl Port {
     pub(super) fn open() -> io::Result<Self> {
         let file = open(find()?, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
         let changes = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let all = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::HUP | epoll::EventFlags::ET;
+        let all = epoll::EventFlags::IN
+            | epoll::EventFlags::OUT
+            | epoll::EventFlags::HUP
+            | epoll::EventFlags::ET;
         epoll::add(&changes, &file, epoll::EventData::new_u64(0), all)?;
         // SAFETY: an `OwnedFd` names the same open file for as long as it lives.
         #[expect(unsafe_code, reason = "the runtime asks for a promise about the descriptor")]
@@ -40,7 +43,11 @@ impl Port {
     }
 
     /// Reads what is there; 0 when the host is not.
-    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         loop {
             match rustix::io::read(&self.file, &mut *buffer) {
                 Err(Errno::AGAIN) => {
@@ -54,7 +61,11 @@ impl Port {
     }
 
     /// Writes what fits. Waits for room, and for the host.
-    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
+    pub(super) fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
         loop {
             match rustix::io::write(&self.file, buffer) {
                 Err(Errno::AGAIN) => {
@@ -71,7 +82,10 @@ impl Port {
     pub(super) fn poll_change(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let mut ready = ready!(self.changes.poll_read_ready(cx))?;
-            let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+            let mut events = [epoll::Event {
+                flags: epoll::EventFlags::empty(),
+                data: epoll::EventData::new_u64(0),
+            }];
             let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
             if epoll::wait(self.changes.get_ref(), &mut events[..], Some(&at_once))? > 0 {
                 // One edge tells of both directions, and one task serves both: the other one must look, too.
@@ -89,9 +103,14 @@ impl Port {
 fn find() -> io::Result<PathBuf> {
     for entry in fs::read_dir(PORTS)? {
         let entry = entry?;
-        if fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim_end() == PORT_NAME) {
+        if fs::read_to_string(entry.path().join("name"))
+            .is_ok_and(|name| name.trim_end() == PORT_NAME)
+        {
             return Ok(Path::new("/dev").join(entry.file_name()));
         }
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio-serial port is named `{PORT_NAME}`")))
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("no virtio-serial port is named `{PORT_NAME}`"),
+    ))
 }

@@ -37,7 +37,11 @@ async fn feed(mut stdin: pipe::Sender, mut queued: mpsc::UnboundedReceiver<Queue
     }
 }
 
-async fn receive<T: Transport>(mut reader: HostReader<T>, queue: mpsc::UnboundedSender<Queued>, group: Pid) {
+async fn receive<T: Transport>(
+    mut reader: HostReader<T>,
+    queue: mpsc::UnboundedSender<Queued>,
+    group: Pid,
+) {
     let room = Arc::new(Semaphore::new(STDIN_QUEUE_BYTES));
     let mut queue = Some(queue);
     while let Ok(Some(frame)) = reader.next().await {
@@ -56,7 +60,11 @@ async fn receive<T: Transport>(mut reader: HostReader<T>, queue: mpsc::Unbounded
     }
 }
 
-async fn enqueue(queue: Option<&mpsc::UnboundedSender<Queued>>, room: &Arc<Semaphore>, bytes: Bytes) {
+async fn enqueue(
+    queue: Option<&mpsc::UnboundedSender<Queued>>,
+    room: &Arc<Semaphore>,
+    bytes: Bytes,
+) {
     let Some(queue) = queue else { return };
     // A frame is smaller than the queue.
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);

@@ -43,7 +43,11 @@ impl Stream {
     }
 
     /// Sends the first `length` bytes of the buffer; none of them is the end of the stream.
-    async fn send<T: Transport>(&mut self, length: usize, writer: &mut HostWriter<T>) -> Result<(), Finished> {
+    async fn send<T: Transport>(
+        &mut self,
+        length: usize,
+        writer: &mut HostWriter<T>,
+    ) -> Result<(), Finished> {
         if length == 0 {
             self.pipe = None;
             return Ok(());
@@ -74,7 +78,14 @@ pub(super) async fn pump<T: Transport>(
     exit: Exit,
     writer: &mut HostWriter<T>,
 ) -> Finished {
-    match try_pump(Stream::new(stdout, FrameType::STDOUT), Stream::new(stderr, FrameType::STDERR), exit, writer).await {
+    match try_pump(
+        Stream::new(stdout, FrameType::STDOUT),
+        Stream::new(stderr, FrameType::STDERR),
+        exit,
+        writer,
+    )
+    .await
+    {
         Ok(code) => Finished::Exited(code),
         Err(finished) => finished,
     }

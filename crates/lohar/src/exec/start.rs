@@ -16,7 +16,8 @@ use crate::lookup::{LookupError, find_program};
 use crate::reaper::{Exit, Reaper};
 
 /// Where programs are looked for unless the request says otherwise.
-pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A process that was started.
 pub(super) struct Process {
@@ -36,9 +37,18 @@ pub(super) fn start(reaper: &Reaper, request: &ExecRequest) -> Result<Process, S
     let name = request.argv.first().map_or("", String::as_str);
     let program = find_program(name, path, &cwd).map_err(|error| lookup_failed(name, &error))?;
 
-    #[expect(clippy::disallowed_methods, reason = "the guest's commands have nothing to do with the host's")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the guest's commands have nothing to do with the host's"
+    )]
     let mut command = Command::new(&program);
-    command.arg0(name).args(&request.argv[1..]).env_clear().envs(&environment).current_dir(&cwd).process_group(0);
+    command
+        .arg0(name)
+        .args(&request.argv[1..])
+        .env_clear()
+        .envs(&environment)
+        .current_dir(&cwd)
+        .process_group(0);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| spawn_failed(&program, &error))?;
 
@@ -61,8 +71,12 @@ pub(super) fn start(reaper: &Reaper, request: &ExecRequest) -> Result<Process, S
 
 /// The environment of a process: the defaults, with the request's variables over them. Nothing of the agent's own.
 fn environment(overrides: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let defaults =
-        [("PATH", DEFAULT_PATH), ("TERM", "xterm-256color"), ("HOME", "/root"), ("LANG", "en_US.UTF-8")];
+    let defaults = [
+        ("PATH", DEFAULT_PATH),
+        ("TERM", "xterm-256color"),
+        ("HOME", "/root"),
+        ("LANG", "en_US.UTF-8"),
+    ];
     let mut environment: BTreeMap<_, _> =
         defaults.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     environment.extend(overrides.clone());
@@ -75,11 +89,14 @@ fn working_directory(cwd: Option<&str>) -> Result<PathBuf, StartError> {
         message: format!("start: chdir {}: {why}", path.display()),
     };
     let Some(cwd) = cwd.filter(|cwd| !cwd.is_empty()) else {
-        return std::env::current_dir().map_err(|error| other(format!("start: getwd: {}", errno_text(&error))));
+        return std::env::current_dir()
+            .map_err(|error| other(format!("start: getwd: {}", errno_text(&error))));
     };
     let cwd = Path::new(cwd);
     match cwd.metadata() {
-        Ok(metadata) if metadata.is_dir() => std::path::absolute(cwd).map_err(|error| bad(cwd, &errno_text(&error))),
+        Ok(metadata) if metadata.is_dir() => {
+            std::path::absolute(cwd).map_err(|error| bad(cwd, &errno_text(&error)))
+        }
         Ok(_) => Err(bad(cwd, "not a directory")),
         Err(error) => Err(bad(cwd, &errno_text(&error))),
     }
@@ -87,16 +104,18 @@ fn working_directory(cwd: Option<&str>) -> Result<PathBuf, StartError> {
 
 fn lookup_failed(name: &str, error: &LookupError) -> StartError {
     let (kind, message) = match error {
-        LookupError::NotInPath => {
-            (StartErrorKind::NotFound, format!("start: exec: {name:?}: executable file not found in $PATH"))
-        }
+        LookupError::NotInPath => (
+            StartErrorKind::NotFound,
+            format!("start: exec: {name:?}: executable file not found in $PATH"),
+        ),
         LookupError::Missing(file) => (
             StartErrorKind::NotFound,
             format!("start: fork/exec {}: no such file or directory", file.display()),
         ),
-        LookupError::NotExecutable(file) => {
-            (StartErrorKind::NotExecutable, format!("start: fork/exec {}: permission denied", file.display()))
-        }
+        LookupError::NotExecutable(file) => (
+            StartErrorKind::NotExecutable,
+            format!("start: fork/exec {}: permission denied", file.display()),
+        ),
     };
     StartError { kind, message }
 }
@@ -109,7 +128,10 @@ fn spawn_failed(program: &Path, error: &io::Error) -> StartError {
         Some(libc::E2BIG) | None => StartErrorKind::BadRequest,
         Some(_) => StartErrorKind::Other,
     };
-    StartError { kind, message: format!("start: fork/exec {}: {}", program.display(), errno_text(error)) }
+    StartError {
+        kind,
+        message: format!("start: fork/exec {}: {}", program.display(), errno_text(error)),
+    }
 }
 
 const fn other(message: String) -> StartError {

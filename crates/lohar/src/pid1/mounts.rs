@@ -17,11 +17,18 @@ struct Mount {
     options: &'static CStr,
 }
 
-const NO_SUID_DEV_EXEC: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+const NO_SUID_DEV_EXEC: MountFlags =
+    MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 const NO_SUID_DEV: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 const EARLY: [Mount; 2] = [
-    Mount { source: "dev", target: "/dev", kind: "devtmpfs", flags: MountFlags::NOSUID, options: c"mode=0755" },
+    Mount {
+        source: "dev",
+        target: "/dev",
+        kind: "devtmpfs",
+        flags: MountFlags::NOSUID,
+        options: c"mode=0755",
+    },
     Mount { source: "sys", target: "/sys", kind: "sysfs", flags: NO_SUID_DEV_EXEC, options: c"" },
 ];
 
@@ -34,10 +41,34 @@ const LATE: [Mount; 6] = [
         flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         options: c"newinstance,ptmxmode=0666,gid=5,mode=0620",
     },
-    Mount { source: "shm", target: "/dev/shm", kind: "tmpfs", flags: NO_SUID_DEV, options: c"mode=1777" },
-    Mount { source: "tmp", target: "/tmp", kind: "tmpfs", flags: NO_SUID_DEV, options: c"mode=1777" },
-    Mount { source: "run", target: "/run", kind: "tmpfs", flags: NO_SUID_DEV, options: c"mode=0755" },
-    Mount { source: "cgroup2", target: "/sys/fs/cgroup", kind: "cgroup2", flags: NO_SUID_DEV_EXEC, options: c"" },
+    Mount {
+        source: "shm",
+        target: "/dev/shm",
+        kind: "tmpfs",
+        flags: NO_SUID_DEV,
+        options: c"mode=1777",
+    },
+    Mount {
+        source: "tmp",
+        target: "/tmp",
+        kind: "tmpfs",
+        flags: NO_SUID_DEV,
+        options: c"mode=1777",
+    },
+    Mount {
+        source: "run",
+        target: "/run",
+        kind: "tmpfs",
+        flags: NO_SUID_DEV,
+        options: c"mode=0755",
+    },
+    Mount {
+        source: "cgroup2",
+        target: "/sys/fs/cgroup",
+        kind: "cgroup2",
+        flags: NO_SUID_DEV_EXEC,
+        options: c"",
+    },
 ];
 
 /// Mounts what finding the root disk takes.
@@ -64,8 +95,12 @@ fn link_ptmx() {
     if let Err(error) = linked {
         log::line(format_args!("failed to link /dev/ptmx: {error}"));
     }
-    for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")]
-    {
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
         if let Err(error) = std::os::unix::fs::symlink(target, format!("/dev/{name}")) {
             log::line(format_args!("failed to link /dev/{name}: {error}"));
         }

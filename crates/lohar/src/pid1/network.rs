@@ -20,6 +20,7 @@ pub(super) fn loopback_up() -> io::Result<()> {
     request.ifr_ifru.ifru_flags = flags;
     // SAFETY: `SIOCSIFFLAGS` reads one `ifreq`, which `request` is, and keeps no pointer to it.
     #[expect(unsafe_code, reason = "no safe wrapper of this ioctl in rustix")]
-    let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    let result =
+        unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -51,9 +51,16 @@ fn another_process_is_there() -> bool {
 fn processes() -> impl Iterator<Item = Pid> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid > 1).and_then(Pid::from_raw)?;
+        let pid = entry
+            .file_name()
+            .to_str()?
+            .parse()
+            .ok()
+            .filter(|pid| *pid > 1)
+            .and_then(Pid::from_raw)?;
         // Kernel threads have no command line, nor do zombies: neither hears a signal.
-        let is_process = std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| !line.is_empty());
+        let is_process =
+            std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| !line.is_empty());
         is_process.then_some(pid)
     })
 }

@@ -25,8 +25,9 @@ const DISK_PAUSE_NS: i64 = 5_000_000;
 
 /// Loads every module of the initramfs, and frees the memory that its file takes.
 pub(super) fn load_modules() -> io::Result<()> {
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(MODULES)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>()?;
+    let mut files: Vec<PathBuf> = fs::read_dir(MODULES)?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<io::Result<_>>()?;
     files.sort();
     for file in files {
         let module = open(&file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;

@@ -19,7 +19,9 @@ pub(super) struct Bars {
 impl Progress for Bars {
     fn begin(&mut self, step: &str) {
         let bar = ProgressBar::new_spinner().with_prefix(step.to_owned());
-        if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix:18} {elapsed:>4} {wide_msg}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{spinner} {prefix:18} {elapsed:>4} {wide_msg}")
+        {
             bar.set_style(style);
         }
         bar.enable_steady_tick(TICK);
@@ -55,7 +57,11 @@ impl Lines {
 
     fn log(&self, text: &str) {
         if !self.quiet {
-            line(format_args!("[{:6.1} s] {}: {text}", self.began.elapsed().as_secs_f64(), self.step));
+            line(format_args!(
+                "[{:6.1} s] {}: {text}",
+                self.began.elapsed().as_secs_f64(),
+                self.step
+            ));
         }
     }
 }

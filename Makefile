@@ -1,0 +1,35 @@
+# Everything a user or a developer starts. `make quickstart` is the way in; `make test` and `make check` are what CI runs.
+
+CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
+PREFIX ?= /usr/local
+
+.PHONY: build quickstart test check bench install clean
+
+build:
+	cargo build --release --locked -p bhatti
+	cargo build --profile agent --locked -p lohar
+	mkdir -p dist
+	install -m 0755 target/$(CARGO_TARGET)/release/bhatti target/$(CARGO_TARGET)/agent/lohar dist/
+
+quickstart:
+	./scripts/quickstart.sh
+
+test:
+	./scripts/test.sh
+
+check:
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --release --locked --workspace --no-deps --document-private-items
+	cargo xtask tidy
+
+bench: build
+	cargo xtask bench
+
+install: build
+	install -D -m 0755 dist/bhatti $(DESTDIR)$(PREFIX)/bin/bhatti
+	install -D -m 0755 dist/lohar $(DESTDIR)$(PREFIX)/lib/bhatti/lohar
+
+clean:
+	cargo clean
+	rm -rf dist

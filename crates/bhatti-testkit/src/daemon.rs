@@ -1,0 +1,179 @@
+//! A daemon of a test's own.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use bhatti_client::Client;
+use tempfile::TempDir;
+use tokio::process::Child;
+
+use crate::{dist, images, wait_for};
+
+/// How a test's daemon is started.
+#[derive(Clone, Debug)]
+pub struct Serve {
+    /// The configuration file's text.
+    pub config: String,
+    /// The program; `dist/bhatti` by default.
+    pub program: PathBuf,
+    /// The directory of images; `None` for none at all.
+    pub images: Option<PathBuf>,
+    /// Further arguments.
+    pub arguments: Vec<String>,
+}
+
+impl Default for Serve {
+    fn default() -> Self {
+        Self {
+            config: String::new(),
+            program: dist("bhatti"),
+            images: Some(images()),
+            arguments: Vec::new(),
+        }
+    }
+}
+
+/// A daemon that runs until it is dropped, and its sandboxes with it.
+pub struct TestDaemon {
+    serve: Serve,
+    data: TempDir,
+    process: Option<Child>,
+    /// Calls it as its admin.
+    pub client: Client,
+}
+
+impl TestDaemon {
+    /// Starts a daemon on the shared images.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not come up.
+    pub async fn start() -> Self {
+        Self::start_with(Serve::default()).await
+    }
+
+    /// Starts a daemon as told.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not come up.
+    pub async fn start_with(serve: Serve) -> Self {
+        let data = tempfile::Builder::new()
+            .prefix("bhatti-test-")
+            .tempdir()
+            .expect("a directory can be made");
+        if let Some(images) = &serve.images {
+            std::os::unix::fs::symlink(images, data.path().join("images"))
+                .expect("a link can be made");
+        }
+        fs::write(data.path().join("config.yaml"), &serve.config).expect("a file can be written");
+        let client = Client::unix(data.path());
+        let mut daemon = Self { serve, data, process: None, client };
+        daemon.serve().await;
+        daemon
+    }
+
+    /// Its data directory.
+    #[must_use]
+    pub fn data_dir(&self) -> &Path {
+        self.data.path()
+    }
+
+    /// Its process.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not run.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().and_then(Child::id).expect("the daemon runs")
+    }
+
+    /// Kills it with SIGKILL. Its sandboxes go on running.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not run.
+    pub async fn kill(&mut self) {
+        self.process.take().expect("the daemon runs").kill().await.expect("a child can be killed");
+    }
+
+    /// Starts it, on the same data directory.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not come up.
+    pub async fn serve(&mut self) {
+        let log = self.data.path().join("serve.log");
+        let output =
+            File::options().create(true).append(true).open(&log).expect("the log can be written");
+        let mut command = bhatti_host::process::command(&self.serve.program);
+        command.arg("serve").args(&self.serve.arguments).arg("--data-dir").arg(self.data.path());
+        command.stdout(Stdio::null()).stderr(output);
+        self.process = Some(command.spawn().expect("the daemon can be started"));
+        let socket = self.data.path().to_owned();
+        wait_for("the daemon's socket", || {
+            bhatti_host::socket::connect_in(&socket, "bhatti.sock").is_ok()
+        })
+        .await;
+    }
+
+    /// What it has logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.data.path().join("serve.log")).unwrap_or_default()
+    }
+
+    /// A command line of the CLI that calls it.
+    #[must_use]
+    pub fn cli(&self, arguments: &[&str]) -> tokio::process::Command {
+        let mut command = bhatti_host::process::command(&self.serve.program);
+        command.args(["--data-dir".as_ref(), self.data.path().as_os_str()]).args(arguments);
+        command
+    }
+
+    /// The VMM processes of its sandboxes.
+    #[must_use]
+    pub fn vmm_pids(&self) -> Vec<u32> {
+        let sandboxes =
+            fs::read_dir(self.data.path().join("sandboxes")).into_iter().flatten().flatten();
+        sandboxes.filter_map(|entry| vmm_pid(&entry.path())).collect()
+    }
+}
+
+/// The process on record in a sandbox's directory, if it is still this sandbox's.
+fn vmm_pid(directory: &Path) -> Option<u32> {
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(directory.join("vm.json")).ok()?).ok()?;
+    let pid = u32::try_from(record["pid"].as_u64()?).ok()?;
+    let command_line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let name = directory.file_name()?.to_str()?;
+    String::from_utf8_lossy(&command_line).contains(name).then_some(pid)
+}
+
+/// Kills a process with SIGKILL.
+///
+/// # Panics
+///
+/// Panics if there is no such process.
+pub fn kill_process(pid: u32) {
+    let status = std_command("kill", &["-9", &pid.to_string()]);
+    assert!(status, "process {pid} could not be killed");
+}
+
+fn std_command(program: &str, arguments: &[&str]) -> bool {
+    #[expect(clippy::disallowed_methods, reason = "a test's clean-up runs outside any runtime")]
+    let status = std::process::Command::new(program).args(arguments).status();
+    status.is_ok_and(|status| status.success())
+}
+
+impl Drop for TestDaemon {
+    fn drop(&mut self) {
+        // Dropping the process kills it; it is gone before its VMs, and cannot mark them as failed.
+        drop(self.process.take());
+        for pid in self.vmm_pids() {
+            std_command("kill", &["-9", &pid.to_string()]);
+        }
+    }
+}

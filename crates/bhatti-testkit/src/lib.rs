@@ -1,0 +1,75 @@
+//! Real daemons and VMs for tests.
+//!
+//! `scripts/test.sh` builds the programs and the images first; tests find them through [`dist`] and [`images`]. Each test has a
+//! daemon of its own on a data directory of its own, which shares the images with all others. What a test leaves behind goes with its
+//! [`TestDaemon`].
+
+mod daemon;
+mod skip;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+pub use daemon::{Serve, TestDaemon, kill_process};
+pub use skip::skip;
+
+/// How long anything that a test waits for may take.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// The root of the repository.
+#[must_use]
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A program that `make build` made: `bhatti` or `lohar`.
+///
+/// # Panics
+///
+/// Panics if it is not there: a test that ran nothing would say nothing.
+#[must_use]
+pub fn dist(program: &str) -> PathBuf {
+    let path = repository().join("dist").join(program);
+    assert!(path.exists(), "`dist/{program}` is not there: run `make test`, or `make build` first");
+    path.canonicalize().expect("a file that exists has a path")
+}
+
+/// The images that `scripts/test.sh` set up.
+///
+/// # Panics
+///
+/// Panics if they are not there.
+#[must_use]
+pub fn images() -> PathBuf {
+    let path = repository().join("target/test-data/images");
+    assert!(
+        path.join("index.json").exists(),
+        "no images for tests are there: run `make test` first"
+    );
+    path.canonicalize().expect("a directory that exists has a path")
+}
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+///
+/// Panics if it does not within [`LIMIT`].
+pub async fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let holds = async {
+        while !condition() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LIMIT, holds)
+        .await
+        .unwrap_or_else(|_| panic!("{what} did not come true within {LIMIT:?}"));
+}
+
+/// Whether this test may do what only root may.
+#[must_use]
+pub fn is_root() -> bool {
+    std::fs::metadata("/proc/self")
+        .is_ok_and(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata) == 0)
+}

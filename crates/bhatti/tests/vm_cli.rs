@@ -1,0 +1,143 @@
+//! The command line against a real daemon with a real VM.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::process::{Output, Stdio};
+
+use bhatti_testkit::{TestDaemon, kill_process, wait_for};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+async fn run(daemon: &TestDaemon, arguments: &[&str]) -> Output {
+    daemon.cli(arguments).output().await.unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+#[tokio::test]
+async fn sandbox_lives_its_life_on_the_command_line() {
+    let daemon = TestDaemon::start().await;
+
+    let created = run(
+        &daemon,
+        &["create", "--name", "dev", "--cpus", "1", "--memory", "256", "--env", "A=b,c"],
+    )
+    .await;
+    assert_eq!(created.status.code(), Some(0), "{}", stderr(&created));
+    assert!(stdout(&created).ends_with("\tdev\n"));
+
+    let listed = run(&daemon, &["list"]).await;
+    let lines: Vec<&str> = stdout(&listed).lines().collect();
+    assert!(
+        lines[0].starts_with("ID ") && lines[1].contains("  dev   running  1     256 MiB  "),
+        "{lines:?}"
+    );
+    let inspected = run(&daemon, &["--json", "inspect", "dev"]).await;
+    let json: Value = serde_json::from_str(stdout(&inspected)).unwrap();
+    assert_eq!((&json["name"], &json["env"]["A"]), (&Value::from("dev"), &Value::from("b,c")));
+
+    let taken = run(&daemon, &["create", "--name", "dev"]).await;
+    assert_eq!(taken.status.code(), Some(1));
+    assert!(
+        stderr(&taken).starts_with("error: sandbox `dev` already exists\nhint: "),
+        "{}",
+        stderr(&taken)
+    );
+
+    for (command, code) in [("exit 42", 42), ("kill -TERM $$", 143), ("true", 0)] {
+        let ran = run(&daemon, &["exec", "dev", "--", "sh", "-c", command]).await;
+        assert_eq!(ran.status.code(), Some(code), "{command}: {}", stderr(&ran));
+    }
+    let environment = run(
+        &daemon,
+        &["exec", "-e", "B=2", "-w", "/tmp", "dev", "--", "sh", "-c", "echo $A $B; pwd"],
+    )
+    .await;
+    assert_eq!(stdout(&environment), "b,c 2\n/tmp\n");
+    for (sandbox, command, code) in
+        [("dev", "no-such", 127), ("dev", "/etc/passwd", 126), ("nobody", "true", 125)]
+    {
+        let failed = run(&daemon, &["exec", sandbox, "--", command]).await;
+        assert_eq!(failed.status.code(), Some(code), "{sandbox} {command}");
+        assert!(stderr(&failed).starts_with("error: "), "{}", stderr(&failed));
+    }
+
+    stdin_and_signals_reach_the_command(&daemon).await;
+
+    let destroyed = run(&daemon, &["destroy", "dev"]).await;
+    assert_eq!(stdout(&destroyed), "destroyed dev\n");
+    assert_eq!(run(&daemon, &["destroy", "dev"]).await.status.code(), Some(1));
+}
+
+async fn stdin_and_signals_reach_the_command(daemon: &TestDaemon) {
+    let mut cat = daemon.cli(&["exec", "dev", "--", "cat"]);
+    let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    cat.stdin.take().unwrap().write_all(b"\0\xff from here").await.unwrap();
+    assert_eq!(cat.wait_with_output().await.unwrap().stdout, b"\0\xff from here");
+
+    let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done";
+    let mut waiting = daemon.cli(&["exec", "dev", "--", "sh", "-c", script]);
+    let mut waiting = waiting.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(waiting.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("ready"));
+    let pid = waiting.id().unwrap().to_string();
+    let interrupted =
+        bhatti_host::process::command("kill").args(["-INT", &pid]).status().await.unwrap();
+    assert!(interrupted.success());
+    assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("interrupted"));
+    assert_eq!(waiting.wait().await.unwrap().code(), Some(9));
+}
+
+#[tokio::test]
+async fn command_dies_with_the_command_line_that_started_it() {
+    let daemon = TestDaemon::start().await;
+    assert!(run(&daemon, &["create", "--name", "dev"]).await.status.success());
+    let mut sleeping =
+        daemon.cli(&["exec", "dev", "--", "sh", "-c", "echo ready; exec sleep 4321"]);
+    let mut sleeping = sleeping.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(sleeping.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("ready"));
+
+    kill_process(sleeping.id().unwrap());
+    sleeping.wait().await.unwrap();
+
+    for _ in 0..200 {
+        let found = run(&daemon, &["exec", "dev", "--", "pgrep", "-f", "sleep 4321"]).await;
+        if found.status.code() == Some(1) {
+            return;
+        }
+    }
+    panic!("the command outlives its client");
+}
+
+#[tokio::test]
+async fn without_a_daemon_the_error_says_how_to_start_one() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.kill().await;
+
+    let failed = run(&daemon, &["list"]).await;
+
+    assert_eq!(failed.status.code(), Some(1));
+    assert!(stderr(&failed).contains("hint: start it with `bhatti serve`"), "{}", stderr(&failed));
+}
+
+#[tokio::test]
+async fn doctor_finds_this_machine_in_order() {
+    let daemon = TestDaemon::start().await;
+    wait_for("the socket", || daemon.data_dir().join("bhatti.sock").exists()).await;
+
+    let examined = run(&daemon, &["--json", "doctor"]).await;
+
+    let findings: Vec<Value> = serde_json::from_str(stdout(&examined)).unwrap();
+    let missing: Vec<&Value> =
+        findings.iter().filter(|finding| finding["verdict"] == "missing").collect();
+    // The disk of a test machine may be small.
+    assert!(missing.iter().all(|finding| finding["what"] == "disk space"), "{missing:?}");
+    assert_eq!(findings.len(), 9);
+}

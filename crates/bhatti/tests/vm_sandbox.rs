@@ -1,0 +1,268 @@
+//! Sandboxes in real VMs: what they are, what they carry, how they end.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::time::Duration;
+
+use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, StreamRequest};
+use bhatti_client::{Client, ClientError, CommandEvent, CommandOutput};
+use bhatti_testkit::{LIMIT, Serve, TestDaemon, kill_process, wait_for};
+use tokio::time::{Instant, timeout};
+
+fn named(name: &str) -> CreateSandbox {
+    CreateSandbox { name: Some(name.to_owned()), ..CreateSandbox::default() }
+}
+
+fn start(command: &[&str]) -> StreamRequest {
+    let cmd = command.iter().map(|&argument| argument.to_owned()).collect();
+    StreamRequest::Start { cmd, env: [].into(), cwd: None }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Ran {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    code: i32,
+}
+
+async fn collect(mut output: CommandOutput) -> Result<Ran, ClientError> {
+    let mut ran = Ran::default();
+    loop {
+        match timeout(LIMIT, output.next()).await.expect("the command goes on")? {
+            CommandEvent::Stdout(bytes) => ran.stdout.extend_from_slice(&bytes),
+            CommandEvent::Stderr(bytes) => ran.stderr.extend_from_slice(&bytes),
+            CommandEvent::Exit(code) => {
+                ran.code = code;
+                return Ok(ran);
+            }
+        }
+    }
+}
+
+async fn run(client: &Client, sandbox: &str, command: &[&str]) -> Result<Ran, ClientError> {
+    let (mut input, output) = client.start_command(sandbox, &start(command)).await?;
+    input.end().await?;
+    collect(output).await
+}
+
+async fn shell(client: &Client, sandbox: &str, script: &str) -> String {
+    let ran = run(client, sandbox, &["sh", "-c", script]).await.unwrap();
+    assert_eq!(ran.code, 0, "{script}: {}", String::from_utf8_lossy(&ran.stderr));
+    String::from_utf8(ran.stdout).unwrap()
+}
+
+fn code_of(error: &ClientError) -> Option<ErrorCode> {
+    match error {
+        ClientError::Refused(body) => Some(body.code),
+        _ => None,
+    }
+}
+
+#[tokio::test]
+async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
+    let daemon = TestDaemon::start().await;
+    let request = CreateSandbox {
+        name: Some("Real.vm_1".into()),
+        cpus: Some(2),
+        memory_mb: Some(384),
+        env: [("GREETING".to_owned(), "hello = world".to_owned())].into(),
+    };
+    let sandbox = daemon.client.create(&request).await.unwrap();
+    assert_eq!((&*sandbox.status, sandbox.cpus, sandbox.memory_mb), ("running", 2, 384));
+
+    let script = r#"uname -r; cat /proc/1/comm; nproc; awk '/MemTotal/{print $2}' /proc/meminfo; hostname; echo "$GREETING"; pwd"#;
+    let facts = shell(&daemon.client, "Real.vm_1", script).await;
+    let facts: Vec<&str> = facts.lines().collect();
+
+    let host_kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_ne!(facts[0], host_kernel.trim());
+    assert!(facts[0].contains("cloud"), "{}", facts[0]);
+    assert_eq!(
+        [facts[1], facts[2], facts[4], facts[5], facts[6]],
+        ["lohar", "2", "Real.vm_1", "hello = world", "/workspace"]
+    );
+    // The kernel keeps some of it for itself.
+    let memory_kib: u64 = facts[3].parse().unwrap();
+    assert!((320 * 1024..=384 * 1024).contains(&memory_kib), "{memory_kib} KiB");
+    let python = run(&daemon.client, &sandbox.id, &["python3", "-c", "print(6*7)"]).await.unwrap();
+    assert_eq!(python.stdout, b"42\n");
+}
+
+#[tokio::test]
+async fn commands_carry_bytes_codes_and_errors_unchanged() {
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let client = &daemon.client;
+
+    // 64 MiB of all byte values, in and out.
+    let bytes: Vec<u8> =
+        (0..64 << 20).map(|at: u32| (at ^ (at >> 8) ^ (at >> 16)).to_le_bytes()[0]).collect();
+    let (mut input, output) = client.start_command("dev", &start(&["cat"])).await.unwrap();
+    let sent = bytes.clone();
+    let sending = tokio::spawn(async move {
+        input.write(&sent).await.unwrap();
+        input.end().await.unwrap();
+        input
+    });
+    let echoed = timeout(5 * LIMIT, collect(output)).await.unwrap().unwrap();
+    sending.await.unwrap();
+    assert!(echoed.stdout == bytes, "{} bytes came back", echoed.stdout.len());
+
+    let apart =
+        run(client, "dev", &["sh", "-c", "printf 'o\\000\\377'; printf 'e\\376' >&2; exit 42"])
+            .await
+            .unwrap();
+    assert_eq!(apart, Ran { stdout: b"o\0\xff".into(), stderr: b"e\xfe".into(), code: 42 });
+
+    let missing = run(client, "dev", &["no-such-program"]).await.unwrap_err();
+    assert_eq!(code_of(&missing), Some(ErrorCode::CommandNotFound));
+    let refused = run(client, "dev", &["/etc/passwd"]).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::CommandNotExecutable));
+    let empty = run(client, "dev", &[]).await.unwrap_err();
+    assert_eq!(code_of(&empty), Some(ErrorCode::BadRequest));
+}
+
+#[tokio::test]
+async fn name_is_taken_while_its_sandbox_lives() {
+    let daemon = TestDaemon::start().await;
+    let first = daemon.client.create(&named("dev")).await.unwrap();
+
+    let taken = daemon.client.create(&named("dev")).await.unwrap_err();
+    assert_eq!(code_of(&taken), Some(ErrorCode::NameTaken));
+    assert_eq!(daemon.client.list().await.unwrap().len(), 1);
+
+    daemon.client.destroy("dev").await.unwrap();
+    let second = daemon.client.create(&named("dev")).await.unwrap();
+    assert_ne!(first.id, second.id);
+}
+
+#[tokio::test]
+async fn one_users_sandbox_does_not_exist_for_another() {
+    let config = "listen: 127.0.0.1:0\n".to_owned();
+    let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let log = daemon.log();
+    let address = log.rsplit("address=").next().unwrap().lines().next().unwrap().trim().to_owned();
+    let user = daemon.client.create_user(&CreateUser { name: "alice".into() }).await.unwrap();
+    let alice = Client::http(&format!("http://{address}"), &user.api_key).unwrap();
+    let hers = alice.create(&named("dev")).await.unwrap();
+
+    for called in ["dev", &hers.id] {
+        let admin = &daemon.client;
+        assert_eq!(code_of(&admin.inspect(called).await.unwrap_err()), Some(ErrorCode::NotFound));
+        assert_eq!(code_of(&admin.destroy(called).await.unwrap_err()), Some(ErrorCode::NotFound));
+        assert_eq!(
+            code_of(&run(admin, called, &["true"]).await.unwrap_err()),
+            Some(ErrorCode::NotFound)
+        );
+    }
+    assert_eq!(daemon.client.list().await.unwrap(), []);
+    assert_eq!(run(&alice, "dev", &["true"]).await.unwrap().code, 0);
+}
+
+#[tokio::test]
+async fn killed_vmm_is_an_error_at_once_and_a_state_that_can_be_left() {
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let (_input, mut output) = daemon
+        .client
+        .start_command("dev", &start(&["sh", "-c", "echo up; sleep 1000"]))
+        .await
+        .unwrap();
+    assert_eq!(output.next().await.unwrap(), CommandEvent::Stdout("up\n".into()));
+
+    kill_process(daemon.vmm_pids()[0]);
+    let killed = Instant::now();
+    let error = timeout(LIMIT, output.next()).await.unwrap().unwrap_err();
+
+    assert_eq!(code_of(&error), Some(ErrorCode::ConnectionLost));
+    assert!(killed.elapsed() < Duration::from_secs(10), "the client waited {:?}", killed.elapsed());
+    let mut status = String::new();
+    timeout(LIMIT, async {
+        while status != "failed" {
+            status = daemon.client.inspect("dev").await.unwrap().status;
+        }
+    })
+    .await
+    .unwrap();
+    let refused = run(&daemon.client, "dev", &["true"]).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::WrongState));
+    daemon.client.destroy("dev").await.unwrap();
+    assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn killed_daemon_finds_its_sandboxes_again() {
+    let mut daemon = TestDaemon::start().await;
+    let kept = daemon.client.create(&named("kept")).await.unwrap();
+    daemon.client.create(&named("lost")).await.unwrap();
+    shell(
+        &daemon.client,
+        "kept",
+        "echo marker >/dev/shm/ram; sleep 1000 >/dev/null 2>&1 & echo $! >/dev/shm/pid",
+    )
+    .await;
+    let lost =
+        daemon.data_dir().join("sandboxes").join(daemon.client.inspect("lost").await.unwrap().id);
+    // A command that runs while the daemon dies must not garble what comes after it.
+    let (mut input, _output) = daemon.client.start_command("kept", &start(&["cat"])).await.unwrap();
+    drop(timeout(Duration::from_millis(200), input.write(&vec![0xf7; 8 << 20])).await);
+
+    daemon.kill().await;
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(lost.join("vm.json")).unwrap()).unwrap();
+    kill_process(u32::try_from(record["pid"].as_u64().unwrap()).unwrap());
+    daemon.serve().await;
+
+    let found = daemon.client.inspect("kept").await.unwrap();
+    assert_eq!(found, kept);
+    assert_eq!(
+        shell(
+            &daemon.client,
+            "kept",
+            "cat /dev/shm/ram; kill -0 $(cat /dev/shm/pid) && echo alive"
+        )
+        .await,
+        "marker\nalive\n"
+    );
+    assert_eq!(daemon.client.inspect("lost").await.unwrap().status, "failed");
+    daemon.client.destroy("lost").await.unwrap();
+    daemon.client.destroy("kept").await.unwrap();
+    assert!(daemon.vmm_pids().is_empty());
+}
+
+#[tokio::test]
+async fn daemon_killed_during_a_creation_leaves_nothing_half_made() {
+    let mut daemon = TestDaemon::start().await;
+    let client = daemon.client.clone();
+    let creating = tokio::spawn(async move { client.create(&named("dev")).await });
+    wait_for("the VMM", || !daemon.vmm_pids().is_empty()).await;
+    let vmm = daemon.vmm_pids()[0];
+
+    daemon.kill().await;
+    creating.await.unwrap().unwrap_err();
+    daemon.serve().await;
+
+    wait_for("the VMM's end", || !std::path::Path::new(&format!("/proc/{vmm}")).exists()).await;
+    assert_eq!(daemon.client.list().await.unwrap(), []);
+    assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
+    daemon.client.create(&named("dev")).await.unwrap();
+}
+
+#[tokio::test]
+async fn guest_that_does_not_come_up_is_an_error_with_its_last_words() {
+    // An agent that is no program: the kernel panics for want of an init.
+    let bin = tempfile::tempdir().unwrap();
+    std::fs::copy(bhatti_testkit::dist("bhatti"), bin.path().join("bhatti")).unwrap();
+    std::fs::write(bin.path().join("lohar"), "no program").unwrap();
+    let daemon =
+        TestDaemon::start_with(Serve { program: bin.path().join("bhatti"), ..Serve::default() })
+            .await;
+
+    let error = timeout(LIMIT, daemon.client.create(&named("dev"))).await.unwrap().unwrap_err();
+
+    let ClientError::Refused(body) = error else { panic!("{error}") };
+    assert_eq!(body.code, ErrorCode::BootFailed);
+    assert!(body.error.contains("Kernel panic"), "{}", body.error);
+    assert_eq!(daemon.client.list().await.unwrap(), []);
+    assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
+}

@@ -1,0 +1,101 @@
+//! Prints the figures that the project promises, as measured here and now.
+
+use std::fs;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bhatti_api::{CreateSandbox, StreamRequest};
+use bhatti_client::{Client, CommandEvent};
+use bhatti_testkit::{TestDaemon, dist};
+use tokio::time::Instant;
+
+/// How often each figure is measured. A p99 needs a hundred.
+const ROUNDS: usize = 100;
+const CREATES: usize = 10;
+
+/// Measures and prints.
+pub(crate) fn run() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(measure())
+}
+
+async fn measure() -> Result<()> {
+    println!("{:44} {:>4} {:>10} {:>10} {:>10}", "", "n", "p50", "p99", "max");
+    show("serve: process start to /health answering", startup().await?);
+    let daemon = TestDaemon::start().await;
+    println!("{:44} {:>26.1} MiB", "idle daemon, resident", resident_mib(daemon.pid())?);
+    let size = fs::metadata(dist("lohar"))?.len();
+    println!("{:44} {:>26.2} MiB", "lohar on disk", mib(size));
+
+    let request = CreateSandbox { name: Some("bench".into()), ..CreateSandbox::default() };
+    let mut creates = Vec::new();
+    for _ in 0..CREATES {
+        let began = Instant::now();
+        daemon.client.create(&request).await?;
+        exec(&daemon.client, &["true"]).await?;
+        creates.push(began.elapsed());
+        daemon.client.destroy("bench").await?;
+    }
+    show("create by cold boot, and the first exec", creates);
+
+    daemon.client.create(&request).await?;
+    let mut execs = Vec::new();
+    for _ in 0..ROUNDS {
+        let began = Instant::now();
+        exec(&daemon.client, &["true"]).await?;
+        execs.push(began.elapsed());
+    }
+    show("exec `true`, a new connection each", execs);
+    daemon.client.destroy("bench").await?;
+    Ok(())
+}
+
+async fn startup() -> Result<Vec<Duration>> {
+    let data = tempfile::tempdir()?;
+    let client = Client::unix(data.path());
+    let mut times = Vec::new();
+    for _ in 0..ROUNDS {
+        let began = Instant::now();
+        let mut command = bhatti_host::process::command(dist("bhatti"));
+        command.arg("serve").arg("--data-dir").arg(data.path()).stderr(Stdio::null());
+        let mut daemon = command.spawn()?;
+        while client.health().await.is_err() {
+            ensure!(began.elapsed() < Duration::from_secs(10), "the daemon does not come up");
+            tokio::time::sleep(Duration::from_micros(200)).await;
+        }
+        times.push(began.elapsed());
+        daemon.kill().await?;
+    }
+    Ok(times)
+}
+
+async fn exec(client: &Client, command: &[&str]) -> Result<()> {
+    let cmd = command.iter().map(|&argument| argument.to_owned()).collect();
+    let start = StreamRequest::Start { cmd, env: [].into(), cwd: None };
+    let (_input, mut output) = client.start_command("bench", &start).await?;
+    let event = output.next().await?;
+    ensure!(event == CommandEvent::Exit(0), "the command did {event:?}");
+    Ok(())
+}
+
+/// Prints a row: nearest-rank percentiles.
+fn show(what: &str, mut times: Vec<Duration>) {
+    times.sort();
+    let rank = |percent: usize| times[(times.len() * percent).div_ceil(100).max(1) - 1];
+    let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
+    let p99 = if times.len() >= ROUNDS { ms(rank(99)) } else { "-".to_owned() };
+    println!("{what:44} {:>4} {:>10} {p99:>10} {:>10}", times.len(), ms(rank(50)), ms(rank(100)));
+}
+
+fn resident_mib(pid: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(mib(kib << 10))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "sizes are far below 2^52 bytes")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}

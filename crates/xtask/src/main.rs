@@ -1,0 +1,18 @@
+//! The developers' own commands.
+//!
+//! `cargo xtask tidy` checks what compilers do not; `cargo xtask bench` prints the figures that the project promises.
+#![expect(clippy::print_stdout, reason = "a command line prints")]
+
+mod bench;
+mod tidy;
+
+use anyhow::{Result, bail};
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["tidy"] => tidy::run(),
+        ["bench"] => bench::run(),
+        _ => bail!("usage: cargo xtask tidy | bench"),
+    }
+}

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Installs what bhatti needs on Debian 12, with apt, and only what is missing. Root or sudo.
+#
+#   ./scripts/install-packages.sh         what running needs
+#   ./scripts/install-packages.sh test    what the tests need, too
+set -euo pipefail
+
+readonly backports=bookworm-backports
+readonly backports_list=/etc/apt/sources.list.d/bhatti-backports.list
+readonly qemu_needed=10
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+apt() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 "$@" >/dev/null
+}
+
+has() {
+    command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ]
+}
+
+qemu_major() {
+    qemu-system-x86_64 --version 2>/dev/null | sed -n '1s/^QEMU emulator version \([0-9]*\).*/\1/p'
+}
+
+# QEMU and qemu-utils must come from one suite: installing one from another suite removes the other.
+qemu_is_there() {
+    local major
+    major=$(qemu_major)
+    [ "${major:-0}" -ge "$qemu_needed" ] && has qemu-img
+}
+
+# The mirror of Debian's archive that this machine uses already.
+mirror() {
+    apt-get indextargets --format '$(LABEL)|$(CODENAME)|$(REPO_URI)' 'Created-By: Packages' |
+        awk -F'|' '$1 == "Debian" && $2 == "bookworm" { print $3; exit }'
+}
+
+kernel_is_known() {
+    apt-cache madison linux-image-cloud-amd64 2>/dev/null | grep -q "$backports"
+}
+
+add_backports() {
+    apt-get indextargets --format '$(CODENAME)' 'Created-By: Packages' | grep -qx "$backports" && return
+    local uri
+    uri=$(mirror)
+    if [ -z "$uri" ]; then
+        echo "error: no mirror of Debian 12 (bookworm) is configured in apt" >&2
+        exit 1
+    fi
+    echo "deb $uri $backports main" | as_root tee "$backports_list" >/dev/null
+}
+
+missing=()
+need() {
+    has "$1" || missing+=("$2")
+}
+need mmdebstrap mmdebstrap
+need mke2fs e2fsprogs
+need curl curl
+need tar tar
+if [ "$(id -u)" != 0 ]; then
+    need fakeroot fakeroot
+fi
+if [ "${1:-}" = test ]; then
+    need ps procps
+    need unshare util-linux
+fi
+
+if ! qemu_is_there || ! kernel_is_known || [ ${#missing[@]} -gt 0 ]; then
+    add_backports
+    apt update
+fi
+if ! qemu_is_there; then
+    apt install -y --no-install-recommends -t "$backports" qemu-system-x86 qemu-utils
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+    apt install -y --no-install-recommends "${missing[@]}"
+fi

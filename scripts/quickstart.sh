@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# From a fresh clone to a command in a microVM. May be run again: then it takes seconds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bhatti=$PWD/dist/bhatti
+if [ -n "${BHATTI_DATA_DIR:-}" ]; then
+    data_dir=$BHATTI_DATA_DIR
+elif [ "$(id -u)" = 0 ]; then
+    data_dir=/var/lib/bhatti
+else
+    data_dir=$HOME/.local/share/bhatti
+fi
+export BHATTI_DATA_DIR=$data_dir
+
+step() {
+    local title=$1 began ended
+    shift
+    began=$(date +%s%N)
+    "$@"
+    ended=$(date +%s%N)
+    printf '%-42s %8.2f s\n' "$title" "$(((ended - began) / 10000000))e-2"
+}
+
+health() {
+    "$bhatti" --json list >/dev/null 2>&1
+}
+
+start_daemon() {
+    if health; then
+        return
+    fi
+    mkdir -p -m 0700 "$data_dir"
+    setsid "$bhatti" serve >>"$data_dir/serve.log" 2>&1 </dev/null &
+    for _ in $(seq 500); do
+        if health; then
+            return
+        fi
+        sleep 0.02
+    done
+    echo "error: the daemon did not start; see $data_dir/serve.log" >&2
+    exit 1
+}
+
+create_sandbox() {
+    if [ "$("$bhatti" inspect dev 2>/dev/null | sed -n 's/^status: *//p')" = running ]; then
+        return
+    fi
+    "$bhatti" destroy dev >/dev/null 2>&1 || :
+    "$bhatti" create --name dev >/dev/null
+}
+
+step 'install packages' ./scripts/install-packages.sh
+step 'build' make --no-print-directory build
+step 'bhatti setup' "$bhatti" setup
+step 'start the daemon' start_daemon
+step 'bhatti create --name dev' create_sandbox
+echo
+echo "\$ bhatti exec dev -- uname -a"
+step '' "$bhatti" exec dev -- uname -a
+echo "\$ bhatti exec dev -- python3 -c 'print(6*7)'"
+step '' "$bhatti" exec dev -- python3 -c 'print(6*7)'
+cat <<TEXT
+
+The sandbox \`dev\` is a virtual machine with a kernel of its own. Try:
+  $bhatti exec dev -- cat /proc/cpuinfo
+  tar c README.md | $bhatti exec dev -- tar xv -C /workspace
+  $bhatti list
+  $bhatti destroy dev
+  $bhatti doctor
+To have \`bhatti\` on your PATH: make install
+To stop the daemon (its sandboxes go on running until they are destroyed):
+  kill \$(cat $data_dir/daemon.lock)
+TEXT

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs all of them. What cannot run here says so at the end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+./scripts/install-packages.sh test
+make --no-print-directory build
+mkdir -p target/test-data
+dist/bhatti setup --data-dir "$PWD/target/test-data"
+rm -f target/skipped.txt
+
+status=0
+cargo nextest run --release --locked --workspace --profile ci "$@" || status=$?
+cargo test --release --locked --workspace --doc --quiet || status=$?
+
+if [ -s target/skipped.txt ]; then
+    sort -u target/skipped.txt
+fi
+echo "skipped: $(sort -u target/skipped.txt 2>/dev/null | wc -l)"
+exit "$status"
