@@ -1,71 +1,80 @@
 //! A command that runs in the guest.
 
-use std::io;
-
-use bhatti_engine::{AgentStream, ChannelError};
-use bhatti_proto::{
-    CHUNK_BYTES, FrameReader, FrameType, FrameWriter, ReadFrameError, SendJsonError, StartError,
-    parse_exit,
-};
+use bhatti_proto::{CHUNK_BYTES, ExecRequest, FrameType, SignalRequest, parse_exit};
 use bytes::Bytes;
-use tokio::io::{ReadHalf, WriteHalf};
 
-/// A command could not be run, or was lost.
-#[derive(Debug, thiserror::Error)]
-pub enum ExecError {
-    /// The agent cannot be reached.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    /// The request could not be sent.
-    #[error(transparent)]
-    Send(SendJsonError),
-    /// Input could not be sent.
-    #[error("failed to send to the guest agent")]
-    Write(#[source] io::Error),
-    /// The command could not be started.
-    #[error("{}", .0.message)]
-    Start(StartError),
-    /// The agent refused, in its own words.
-    #[error("the guest agent refused: {0}")]
-    Refused(String),
-    /// The connection broke off while the command ran.
-    #[error("the connection to the sandbox was lost while the command ran")]
-    Lost,
-    /// The connection brought something that is no frame.
-    #[error("the guest agent sent something that is no frame")]
-    Garbled(#[source] ReadFrameError),
-    /// The agent answered something else than was asked.
-    #[error("the guest agent answered something else than was asked")]
-    Unexpected,
-}
+use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
 
 /// Something that a command did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecEvent {
-    /// It wrote to its standard output.
+    /// It wrote to its standard output, or to its terminal.
     Stdout(Bytes),
     /// It wrote to its standard error.
     Stderr(Bytes),
+    /// Its time was over; its exit follows.
+    TimedOut,
     /// It ended. Nothing follows.
     Exit(i32),
 }
 
-/// The way to a command.
+impl AgentClient {
+    /// Starts a command, with pipes for its standard streams. Whether it could be started is the first thing that the output says.
+    /// Dropping both halves kills it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be reached or the request fits in no frame.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves no command behind.
+    pub async fn exec(
+        &self,
+        mut request: ExecRequest,
+    ) -> Result<(ExecInput, ExecOutput), CallError> {
+        let exec_id = format!("{:016x}", getrandom::u64().map_err(|_| CallError::Entropy)?);
+        request.error_details = true;
+        request.exec_id = Some(exec_id.clone());
+        let (reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
+        let target = SignalRequest { exec_id: Some(exec_id), ..SignalRequest::default() };
+        Ok((ExecInput { client: self.clone(), target, writer }, ExecOutput { reader }))
+    }
+
+    /// Runs a command to its end, and returns its exit code with all that it wrote.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot be started or is lost.
+    pub async fn run(&self, request: ExecRequest) -> Result<(i32, Vec<u8>, Vec<u8>), CallError> {
+        let (mut input, mut output) = self.exec(request).await?;
+        input.end().await?;
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            match output.next().await? {
+                ExecEvent::Stdout(bytes) => stdout.extend_from_slice(&bytes),
+                ExecEvent::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+                ExecEvent::TimedOut => {}
+                ExecEvent::Exit(code) => return Ok((code, stdout, stderr)),
+            }
+        }
+    }
+}
+
+/// The way to a command or session.
 pub struct ExecInput {
-    writer: FrameWriter<WriteHalf<Box<dyn AgentStream>>>,
+    pub(crate) client: AgentClient,
+    pub(crate) target: SignalRequest,
+    pub(crate) writer: Writer,
 }
 
 impl ExecInput {
-    pub(crate) const fn new(stream: WriteHalf<Box<dyn AgentStream>>) -> Self {
-        Self { writer: FrameWriter::new(stream) }
-    }
-
     /// Writes to its standard input. Waits while the command does not read.
     ///
     /// # Errors
     ///
     /// Returns an error if the connection is gone.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ExecError> {
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), CallError> {
         for chunk in bytes.chunks(CHUNK_BYTES) {
             self.send(FrameType::STDIN, chunk).await?;
         }
@@ -77,73 +86,72 @@ impl ExecInput {
     /// # Errors
     ///
     /// Returns an error if the connection is gone.
-    pub async fn end(&mut self) -> Result<(), ExecError> {
+    pub async fn end(&mut self) -> Result<(), CallError> {
         self.send(FrameType::STDIN_EOF, &[]).await
     }
 
-    /// Signals its process group.
+    /// Tells its terminal how large it is.
     ///
     /// # Errors
     ///
     /// Returns an error if the connection is gone.
-    pub async fn signal(&mut self, number: u8) -> Result<(), ExecError> {
-        self.send(FrameType::SIGNAL, &[number]).await
+    pub async fn resize(&mut self, rows: u16, cols: u16) -> Result<(), CallError> {
+        self.send(FrameType::RESIZE, &bhatti_proto::resize_payload(rows, cols)).await
     }
 
-    /// Kills its process group.
+    /// Signals its process group, past any input that it has not read yet.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the command has ended, or the agent cannot be reached.
+    pub async fn signal(&mut self, signal: u8) -> Result<(), CallError> {
+        self.client
+            .act(FrameType::SIGNAL_REQ, &SignalRequest { signal, ..self.target.clone() })
+            .await
+    }
+
+    /// Kills its process group; a terminal session is asked to end, as if its line had been hung up.
     ///
     /// # Errors
     ///
     /// Returns an error if the connection is gone.
-    pub async fn kill(&mut self) -> Result<(), ExecError> {
+    pub async fn kill(&mut self) -> Result<(), CallError> {
         self.send(FrameType::KILL, &[]).await
     }
 
-    async fn send(&mut self, frame_type: FrameType, payload: &[u8]) -> Result<(), ExecError> {
-        self.writer.send(frame_type, payload).await.map_err(ExecError::Write)
+    async fn send(&mut self, frame_type: FrameType, payload: &[u8]) -> Result<(), CallError> {
+        self.writer.send(frame_type, payload).await.map_err(CallError::Write)
     }
 }
 
 /// The way from a command.
 pub struct ExecOutput {
-    reader: FrameReader<ReadHalf<Box<dyn AgentStream>>>,
+    pub(crate) reader: Reader,
 }
 
 impl ExecOutput {
-    pub(crate) const fn new(reader: FrameReader<ReadHalf<Box<dyn AgentStream>>>) -> Self {
-        Self { reader }
-    }
-
     /// Waits for the next event.
     ///
     /// # Errors
     ///
-    /// Returns [`ExecError::Start`] if the command could not be started, [`ExecError::Lost`] if the connection ended before the command
+    /// Returns [`CallError::Agent`] if the command could not be started, [`CallError::Lost`] if the connection ended before the command
     /// did.
     ///
     /// # Cancel safety
     ///
     /// Cancel safe.
-    pub async fn next(&mut self) -> Result<ExecEvent, ExecError> {
+    pub async fn next(&mut self) -> Result<ExecEvent, CallError> {
         loop {
-            let frame = match self.reader.next().await {
-                Ok(Some(frame)) => frame,
-                Ok(None) | Err(ReadFrameError::Io(_) | ReadFrameError::UnexpectedEof) => {
-                    return Err(ExecError::Lost);
-                }
-                Err(garbled @ ReadFrameError::Frame(_)) => return Err(ExecError::Garbled(garbled)),
-            };
+            let frame = next(&mut self.reader).await?;
+            if let Some(error) = refusal(&frame) {
+                return Err(error);
+            }
             return match frame.frame_type {
                 FrameType::STDOUT => Ok(ExecEvent::Stdout(frame.payload)),
                 FrameType::STDERR => Ok(ExecEvent::Stderr(frame.payload)),
+                FrameType::TIMEOUT => Ok(ExecEvent::TimedOut),
                 FrameType::EXIT => {
-                    parse_exit(&frame.payload).map(ExecEvent::Exit).ok_or(ExecError::Unexpected)
-                }
-                FrameType::START_ERROR => {
-                    Err(frame.json().map_or(ExecError::Unexpected, ExecError::Start))
-                }
-                FrameType::ERROR => {
-                    Err(ExecError::Refused(String::from_utf8_lossy(&frame.payload).into_owned()))
+                    parse_exit(&frame.payload).map(ExecEvent::Exit).ok_or(CallError::Unexpected)
                 }
                 // What a newer agent may say beyond this is not for us.
                 _ => continue,

@@ -1,70 +1,158 @@
 //! The host's client of the guest agent.
 //!
-//! Knows what can be asked of the agent; how its streams travel is the [`AgentChannel`]'s affair. One call, one stream.
+//! Knows what can be asked of the agent; how its streams travel is the [`AgentChannel`]'s affair. One call, one stream. Dropping a call's
+//! future or its streams gives the stream up, and the agent what it was doing for it.
 
+mod error;
 mod exec;
+mod file;
+mod guest;
+mod session;
 mod unix;
 
 use std::sync::Arc;
 
-use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
-use bhatti_proto::{CONTROL_PORT, ExecRequest, FrameReader, FrameType, FrameWriter};
+use bhatti_engine::{AgentChannel, AgentStream};
+use bhatti_proto::{
+    CONTROL_PORT, FORWARD_PORT, ForwardRequest, ForwardResponse, Frame, FrameReader, FrameType,
+    FrameWriter, parse_exit,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{ReadHalf, WriteHalf};
 
-pub use exec::{ExecError, ExecEvent, ExecInput, ExecOutput};
+pub use error::CallError;
+pub use exec::{ExecEvent, ExecInput, ExecOutput};
+pub use file::{FileContent, FileEvents, FileUpload, ReadOptions};
+pub use guest::GuestEvents;
+pub use session::SessionOutput;
 pub use unix::UnixChannel;
+
+type Reader = FrameReader<ReadHalf<Box<dyn AgentStream>>>;
+type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
 
 /// Asks the agent of one VM.
 #[derive(Clone)]
 pub struct AgentClient {
     channel: Arc<dyn AgentChannel>,
+    token: Option<Arc<[u8]>>,
 }
 
 impl AgentClient {
     /// A client of the agent behind `channel`.
     #[must_use]
     pub fn new(channel: Arc<dyn AgentChannel>) -> Self {
-        Self { channel }
+        Self { channel, token: None }
     }
 
-    /// Starts a command, with pipes for its standard streams. Whether it could be started is the first thing that the output says.
-    /// Dropping both halves kills it.
+    /// The same client, which shows `token` on every stream.
+    #[must_use]
+    pub fn with_token(&self, token: &[u8]) -> Self {
+        Self { channel: Arc::clone(&self.channel), token: Some(token.into()) }
+    }
+
+    /// Connects to a TCP port of the guest's loopback. The stream is raw from here on; each direction ends for itself.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached or the request fits in no frame.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future leaves no command behind.
-    pub async fn exec(
-        &self,
-        mut request: ExecRequest,
-    ) -> Result<(ExecInput, ExecOutput), ExecError> {
-        request.error_details = true;
-        let (reader, mut writer) = tokio::io::split(self.open().await?);
-        let mut frames = FrameWriter::new(&mut writer);
-        frames.send_json(FrameType::EXEC_REQ, &request).await.map_err(ExecError::Send)?;
-        Ok((ExecInput::new(writer), ExecOutput::new(FrameReader::new(reader))))
-    }
-
-    /// Asks the guest to shut down. Returns when it has said that it will.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the agent cannot be reached or refuses.
-    pub async fn shut_down(&self) -> Result<(), ExecError> {
-        let (reader, mut writer) = tokio::io::split(self.open().await?);
-        FrameWriter::new(&mut writer)
-            .send(FrameType::SHUTDOWN_REQ, &[])
+    /// Returns [`CallError::ForwardRefused`] if nothing accepts there.
+    pub async fn forward(&self, port: u16) -> Result<Box<dyn AgentStream>, CallError> {
+        let (mut reader, mut writer) = self.open(FORWARD_PORT).await?;
+        writer
+            .send_json(FrameType::FWD_REQ, &ForwardRequest { port })
             .await
-            .map_err(ExecError::Write)?;
-        match ExecOutput::new(FrameReader::new(reader)).next().await? {
-            ExecEvent::Exit(_) => Ok(()),
-            ExecEvent::Stdout(_) | ExecEvent::Stderr(_) => Err(ExecError::Unexpected),
+            .map_err(CallError::Send)?;
+        let frame = expect(&mut reader, FrameType::FWD_RESP).await?;
+        let response: ForwardResponse = frame.json().map_err(|_| CallError::Unexpected)?;
+        if response.status != "ok" {
+            return Err(CallError::ForwardRefused {
+                port,
+                message: response.message.unwrap_or_default(),
+            });
         }
+        let (reader, early) = reader.into_parts();
+        let stream = tokio::io::AsyncReadExt::chain(std::io::Cursor::new(early), reader);
+        Ok(Box::new(tokio::io::join(stream, writer.into_inner())))
     }
 
-    async fn open(&self) -> Result<Box<dyn AgentStream>, ChannelError> {
-        self.channel.open(CONTROL_PORT).await
+    /// Opens a stream and shows the token.
+    async fn open(&self, port: u32) -> Result<(Reader, Writer), CallError> {
+        let (reader, writer) = tokio::io::split(self.channel.open(port).await?);
+        let mut writer = FrameWriter::new(writer);
+        if let Some(token) = &self.token {
+            writer.send(FrameType::AUTH, token).await.map_err(CallError::Write)?;
+        }
+        Ok((FrameReader::new(reader), writer))
+    }
+
+    /// Opens a stream with a request on it.
+    async fn request(
+        &self,
+        kind: FrameType,
+        request: &impl Serialize,
+    ) -> Result<(Reader, Writer), CallError> {
+        let (reader, mut writer) = self.open(CONTROL_PORT).await?;
+        writer.send_json(kind, request).await.map_err(CallError::Send)?;
+        Ok((reader, writer))
+    }
+
+    /// Opens a stream with a request on it that has no payload.
+    async fn bare_request(&self, kind: FrameType) -> Result<(Reader, Writer), CallError> {
+        let (reader, mut writer) = self.open(CONTROL_PORT).await?;
+        writer.send(kind, &[]).await.map_err(CallError::Write)?;
+        Ok((reader, writer))
+    }
+
+    /// A request that is answered by `EXIT`.
+    async fn act(&self, kind: FrameType, request: &impl Serialize) -> Result<(), CallError> {
+        let (mut reader, _writer) = self.request(kind, request).await?;
+        let frame = expect(&mut reader, FrameType::EXIT).await?;
+        parse_exit(&frame.payload).map(drop).ok_or(CallError::Unexpected)
+    }
+
+    /// A request that is answered by one message.
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        kind: FrameType,
+        request: &impl Serialize,
+        answer: FrameType,
+    ) -> Result<T, CallError> {
+        let (mut reader, _writer) = self.request(kind, request).await?;
+        expect(&mut reader, answer).await?.json().map_err(|_| CallError::Unexpected)
+    }
+}
+
+/// Receives a frame that has to be there.
+async fn next(reader: &mut Reader) -> Result<Frame, CallError> {
+    use bhatti_proto::ReadFrameError;
+    match reader.next().await {
+        Ok(Some(frame)) => Ok(frame),
+        Ok(None) | Err(ReadFrameError::Io(_) | ReadFrameError::UnexpectedEof) => {
+            Err(CallError::Lost)
+        }
+        Err(garbled @ ReadFrameError::Frame(_)) => Err(CallError::Garbled(garbled)),
+    }
+}
+
+/// What a frame is if it says that the request was refused.
+fn refusal(frame: &Frame) -> Option<CallError> {
+    match frame.frame_type {
+        FrameType::ERROR_DETAILS => {
+            Some(frame.json().map_or(CallError::Unexpected, CallError::Agent))
+        }
+        FrameType::ERROR => {
+            Some(CallError::Refused(String::from_utf8_lossy(&frame.payload).into_owned()))
+        }
+        _ => None,
+    }
+}
+
+/// Receives a frame of this type, or the refusal that came instead.
+async fn expect(reader: &mut Reader, wanted: FrameType) -> Result<Frame, CallError> {
+    let frame = next(reader).await?;
+    match refusal(&frame) {
+        Some(error) => Err(error),
+        None if frame.frame_type == wanted => Ok(frame),
+        None => Err(CallError::Unexpected),
     }
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_agent::{AgentClient, ExecError, ExecEvent, ExecInput, ExecOutput, UnixChannel};
-use bhatti_proto::{ExecRequest, StartErrorKind};
+use bhatti_agent::{AgentClient, CallError, ExecEvent, ExecInput, ExecOutput, UnixChannel};
+use bhatti_proto::{ErrorKind, ExecRequest};
 use tokio::process::Child;
 use tokio::time::{sleep, timeout};
 
@@ -55,13 +55,13 @@ impl Agent {
         self.client.exec(ExecRequest { argv, ..ExecRequest::default() }).await.unwrap()
     }
 
-    async fn run(&self, argv: &[&str]) -> Result<Ran, ExecError> {
+    async fn run(&self, argv: &[&str]) -> Result<Ran, CallError> {
         let (mut input, output) = self.start_command(argv).await;
         input.end().await.unwrap();
         collect(output).await
     }
 
-    async fn run_request(&self, request: ExecRequest) -> Result<Ran, ExecError> {
+    async fn run_request(&self, request: ExecRequest) -> Result<Ran, CallError> {
         let (_input, output) = self.client.exec(request).await.unwrap();
         collect(output).await
     }
@@ -76,6 +76,7 @@ struct Ran {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     code: i32,
+    timed_out: bool,
 }
 
 impl Ran {
@@ -84,12 +85,13 @@ impl Ran {
     }
 }
 
-async fn collect(mut output: ExecOutput) -> Result<Ran, ExecError> {
+async fn collect(mut output: ExecOutput) -> Result<Ran, CallError> {
     let mut ran = Ran::default();
     loop {
         match timeout(LIMIT, output.next()).await.expect("the command ends in time")? {
             ExecEvent::Stdout(bytes) => ran.stdout.extend_from_slice(&bytes),
             ExecEvent::Stderr(bytes) => ran.stderr.extend_from_slice(&bytes),
+            ExecEvent::TimedOut => ran.timed_out = true,
             ExecEvent::Exit(code) => {
                 ran.code = code;
                 return Ok(ran);
@@ -108,7 +110,10 @@ async fn streams_and_exit_code_are_told_apart() {
 
     let ran = agent.run_shell("echo out; echo err >&2; exit 42").await;
 
-    assert_eq!(ran, Ran { stdout: b"out\n".into(), stderr: b"err\n".into(), code: 42 });
+    assert_eq!(
+        ran,
+        Ran { stdout: b"out\n".into(), stderr: b"err\n".into(), code: 42, timed_out: false }
+    );
 }
 
 #[tokio::test]
@@ -172,7 +177,7 @@ async fn working_directory_is_the_requests() {
     assert_eq!(agent.run_request(request("/usr/bin")).await.unwrap().stdout(), "/usr/bin\n");
     let error = agent.run_request(request("/no/such")).await.unwrap_err();
     assert!(
-        matches!(&error, ExecError::Start(start) if start.kind == StartErrorKind::BadCwd),
+        matches!(&error, CallError::Agent(start) if start.kind == ErrorKind::BadCwd),
         "{error}"
     );
 }
@@ -183,25 +188,25 @@ async fn command_that_cannot_start_says_why() {
     let cases = [
         (
             vec!["nope-zz"],
-            StartErrorKind::NotFound,
+            ErrorKind::NotFound,
             r#"start: exec: "nope-zz": executable file not found in $PATH"#,
         ),
         (
             vec!["/no/such"],
-            StartErrorKind::NotFound,
+            ErrorKind::NotFound,
             "start: fork/exec /no/such: no such file or directory",
         ),
         (
             vec!["/etc/passwd"],
-            StartErrorKind::NotExecutable,
+            ErrorKind::NotExecutable,
             "start: fork/exec /etc/passwd: permission denied",
         ),
-        (vec![], StartErrorKind::BadRequest, "empty argv"),
+        (vec![], ErrorKind::BadRequest, "empty argv"),
     ];
 
     for (argv, kind, message) in cases {
         let error = agent.run(&argv).await.unwrap_err();
-        let ExecError::Start(start) = &error else { panic!("{argv:?}: {error}") };
+        let CallError::Agent(start) = &error else { panic!("{argv:?}: {error}") };
         assert_eq!((start.kind, start.message.as_str()), (kind, message));
     }
 }

@@ -41,9 +41,11 @@ impl FrameType {
     pub const STDIN_EOF: Self = Self(0x08);
     /// Host to guest: one byte, a signal for the process group. Not in the original protocol.
     pub const SIGNAL: Self = Self(0x09);
-    /// Guest to host: [`StartError`](crate::StartError) in place of [`ERROR`](Self::ERROR), for hosts that asked for it with
+    /// Guest to host: [`AgentError`](crate::AgentError) in place of [`ERROR`](Self::ERROR), for hosts that asked for it with
     /// `error_details`. Not in the original protocol.
-    pub const START_ERROR: Self = Self(0x0a);
+    pub const ERROR_DETAILS: Self = Self(0x0a);
+    /// Guest to host: the command is being ended because its time is over; [`EXIT`](Self::EXIT) follows. Not in the original protocol.
+    pub const TIMEOUT: Self = Self(0x0b);
     /// Host to guest: [`ExecRequest`](crate::ExecRequest).
     pub const EXEC_REQ: Self = Self(0x10);
     /// Host to guest: the token, as raw bytes.
@@ -60,10 +62,16 @@ impl FrameType {
     pub const EXEC_KILL: Self = Self(0x32);
     /// Guest to host: [`SessionInfo`](crate::SessionInfo).
     pub const SESSION_INFO: Self = Self(0x33);
+    /// Host to guest: [`SignalRequest`](crate::SignalRequest). Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    pub const SIGNAL_REQ: Self = Self(0x34);
     /// Host to guest: ask for the activity.
     pub const ACTIVITY_REQ: Self = Self(0x40);
     /// Guest to host: [`ActivityInfo`](crate::ActivityInfo).
     pub const ACTIVITY_RESP: Self = Self(0x41);
+    /// Host to guest: ask for events as they happen. Not in the original protocol.
+    pub const EVENTS_REQ: Self = Self(0x42);
+    /// Guest to host: [`GuestEvent`](crate::GuestEvent). Not in the original protocol.
+    pub const EVENT: Self = Self(0x43);
     /// Host to guest: [`FileReadRequest`](crate::FileReadRequest).
     pub const FILE_READ_REQ: Self = Self(0x50);
     /// Guest to host: [`FileReadResponse`](crate::FileReadResponse).
@@ -80,8 +88,26 @@ impl FrameType {
     pub const FILE_LS_REQ: Self = Self(0x56);
     /// Guest to host: an array of [`FileInfo`](crate::FileInfo).
     pub const FILE_LS_RESP: Self = Self(0x57);
+    /// Host to guest: [`MkdirRequest`](crate::MkdirRequest). This and the next two are answered by [`EXIT`](Self::EXIT) 0. Not in the
+    /// original protocol.
+    pub const FILE_MKDIR_REQ: Self = Self(0x58);
+    /// Host to guest: [`RemoveRequest`](crate::RemoveRequest). Not in the original protocol.
+    pub const FILE_REMOVE_REQ: Self = Self(0x59);
+    /// Host to guest: [`RenameRequest`](crate::RenameRequest). Not in the original protocol.
+    pub const FILE_RENAME_REQ: Self = Self(0x5a);
+    /// Host to guest: [`FilePathRequest`](crate::FilePathRequest), the file or directory to watch. Not in the original protocol.
+    pub const FILE_WATCH_REQ: Self = Self(0x5b);
+    /// Guest to host: [`FileEvent`](crate::FileEvent). Not in the original protocol.
+    pub const FILE_EVENT: Self = Self(0x5c);
     /// Host to guest: shut the guest down. Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const SHUTDOWN_REQ: Self = Self(0x60);
+    /// Host to guest: [`GuestConfig`](crate::GuestConfig), once after the boot. Answered by [`EXIT`](Self::EXIT) 0. Not in the original
+    /// protocol.
+    pub const CONFIG_REQ: Self = Self(0x61);
+    /// Host to guest: [`Identity`](crate::Identity), once after each restore. Not in the original protocol.
+    pub const IDENTITY_REQ: Self = Self(0x62);
+    /// Guest to host: [`IdentityReport`](crate::IdentityReport). Not in the original protocol.
+    pub const IDENTITY_RESP: Self = Self(0x63);
 }
 
 impl fmt::Display for FrameType {

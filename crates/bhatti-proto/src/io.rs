@@ -98,6 +98,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
+    /// The stream.
+    pub const fn get_ref(&self) -> &R {
+        &self.inner
+    }
+
     /// Gives the stream back, with the bytes that were read beyond the last frame.
     pub fn into_parts(self) -> (R, Bytes) {
         (self.inner, self.buffer.freeze())
@@ -169,6 +174,11 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Returns the stream's error.
     pub async fn shutdown(&mut self) -> io::Result<()> {
         self.inner.shutdown().await
+    }
+
+    /// The stream, for bytes outside any frame.
+    pub const fn get_mut(&mut self) -> &mut W {
+        &mut self.inner
     }
 
     /// Gives the stream back.

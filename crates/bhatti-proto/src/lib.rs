@@ -22,9 +22,10 @@ pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parse
 pub use frame::{exit_payload, parse_exit, parse_resize, resize_payload};
 pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
-    ActivityInfo, ExecRequest, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse,
-    FileWriteRequest, ForwardRequest, ForwardResponse, SessionInfo, SessionRef, StartError,
-    StartErrorKind, StatusOk,
+    ActivityInfo, AgentError, Applied, ConfigFile, ConfigVolume, ErrorKind, ExecRequest, FileEvent,
+    FileEventKind, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest,
+    ForwardRequest, ForwardResponse, GuestConfig, GuestEvent, Identity, IdentityReport,
+    MkdirRequest, RemoveRequest, RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk,
 };
 
 /// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.

@@ -10,8 +10,8 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-fn is_zero(value: &i64) -> bool {
-    *value == 0
+fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Starts a process, or attaches to a session.
@@ -41,16 +41,37 @@ pub struct ExecRequest {
     /// Seconds after which a detached session is killed; never if absent or not positive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_idle_sec: Option<i64>,
-    /// Whether a failed start is answered by [`START_ERROR`](crate::FrameType::START_ERROR). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
+    /// Who the process runs as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Milliseconds after which the process group is ended; never if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// A name that the host gives this command, for [`SignalRequest`]. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec_id: Option<String>,
+    /// Whether a process without a terminal gets a session, too. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub session: bool,
+    /// Whether to answer with [`SessionInfo`] alone and leave the session to itself. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub detach: bool,
+    /// When attaching: the byte of the output to go on from; all that is kept if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_offset: Option<u64>,
+    /// Bytes of output that a session without a terminal keeps; the agent's default if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_limit: Option<u64>,
 }
 
-/// Why a process could not be started.
+/// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum StartErrorKind {
-    /// There is no such program.
+pub enum ErrorKind {
+    /// There is no such program, file or directory.
     NotFound,
     /// The program may not be executed.
     NotExecutable,
@@ -58,15 +79,37 @@ pub enum StartErrorKind {
     BadCwd,
     /// The request makes no sense.
     BadRequest,
+    /// There is no such user.
+    NoSuchUser,
+    /// There is no such session or command.
+    NoSuchSession,
+    /// The path is a directory, and must not be.
+    IsDirectory,
+    /// The path is no directory, and must be.
+    NotDirectory,
+    /// The path is a pipe, socket or device.
+    NotRegular,
+    /// The path exists, and must not.
+    AlreadyExists,
+    /// The directory is not empty.
+    NotEmpty,
+    /// The guest's kernel does not permit it.
+    PermissionDenied,
+    /// The guest's disk is full.
+    NoSpace,
+    /// A limit of the agent is reached.
+    Limit,
+    /// The connection did not authenticate.
+    Unauthorized,
     /// The guest could not do it.
     Other,
 }
 
-/// A process could not be started.
+/// A request was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StartError {
+pub struct AgentError {
     /// Why.
-    pub kind: StartErrorKind,
+    pub kind: ErrorKind,
     /// The text that [`ERROR`](crate::FrameType::ERROR) would have carried.
     pub message: String,
 }
@@ -89,6 +132,12 @@ pub struct SessionInfo {
     pub attached: bool,
     /// When it was created, in seconds since 1970.
     pub created_at: i64,
+    /// The first byte of the output that is kept. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_start: Option<u64>,
+    /// The byte behind the last one of the output so far. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_end: Option<u64>,
 }
 
 /// Names a session.
@@ -107,6 +156,35 @@ pub struct ActivityInfo {
     pub active_sessions: u32,
     /// Sessions with a client.
     pub attached_sessions: u32,
+    /// Commands that run without a session, and sessions without a terminal whose process runs. Optional, new.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub running_jobs: u32,
+}
+
+/// Signals a command or session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalRequest {
+    /// The command, by the name that the host gave it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec_id: Option<String>,
+    /// The session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<String>,
+    /// The signal's number.
+    pub signal: u8,
+}
+
+/// Something that happened in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum GuestEvent {
+    /// The kernel killed a process for want of memory.
+    OomKill {
+        /// The process's number.
+        pid: u32,
+        /// The process's name.
+        name: String,
+    },
 }
 
 /// Connects to a TCP port of the guest's loopback.
@@ -139,6 +217,9 @@ pub struct FileInfo {
     pub is_dir: bool,
     /// Its modification time, in seconds since 1970.
     pub mtime: i64,
+    /// Where it leads, if it is a symbolic link. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub symlink_target: Option<String>,
 }
 
 /// Reads a file, or the part of it that `offset`, `limit` and `max_bytes` leave.
@@ -155,6 +236,9 @@ pub struct FileReadRequest {
     /// The most bytes; 0 means all.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub max_bytes: i64,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
 }
 
 /// Answers a [`FileReadRequest`]; the content follows.
@@ -176,13 +260,197 @@ pub struct FileWriteRequest {
     pub mode: String,
     /// The size of the content, in bytes.
     pub size: i64,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
 }
 
 /// Asks about a path.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FilePathRequest {
     /// The path.
     pub path: String,
+    /// When listing: whether all entries come, in as many frames as it takes, and [`EXIT`](crate::FrameType::EXIT) behind them.
+    /// Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub all: bool,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
+}
+
+/// Makes a directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MkdirRequest {
+    /// The directory.
+    pub path: String,
+    /// The permission bits in octal; 0755 if empty.
+    #[serde(default)]
+    pub mode: String,
+    /// Whether its parents are made, too, and it may exist already.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub parents: bool,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
+}
+
+/// Removes a file or directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoveRequest {
+    /// The file or directory.
+    pub path: String,
+    /// Whether a directory goes with all that is in it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub recursive: bool,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
+}
+
+/// Renames a file or directory, replacing what a rename replaces.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenameRequest {
+    /// Its path.
+    pub from: String,
+    /// Its new path.
+    pub to: String,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
+}
+
+/// What happened to a watched file, or to an entry of a watched directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileEventKind {
+    /// The watch stands: what happens from now on is told.
+    Watching,
+    /// It was made, or moved here.
+    Created,
+    /// Its content was changed.
+    Modified,
+    /// Its attributes were changed.
+    Attributes,
+    /// It was removed, or moved away.
+    Removed,
+    /// Events were lost: look for yourself.
+    Overflow,
+}
+
+/// Something that happened to a watched path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEvent {
+    /// What happened.
+    pub kind: FileEventKind,
+    /// The entry of the watched directory; absent if it is the watched path itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// A file that the host puts into the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigFile {
+    /// Its content, in base64.
+    pub content: String,
+    /// Its permission bits in octal; 0644 if empty.
+    #[serde(default)]
+    pub mode: String,
+}
+
+/// A volume that the guest mounts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigVolume {
+    /// Its device.
+    pub device: String,
+    /// Where it is mounted.
+    pub mount: String,
+    /// Its file system.
+    pub fs: String,
+    /// Whether it is read only. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub read_only: bool,
+}
+
+/// What a guest is to be. The keys are those of the original system's configuration drive.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestConfig {
+    /// The sandbox's id.
+    #[serde(default)]
+    pub sandbox_id: String,
+    /// The host name.
+    #[serde(default)]
+    pub hostname: String,
+    /// What each connection must begin with from now on; nothing if empty.
+    #[serde(default)]
+    pub token: String,
+    /// Variables of every process.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Files, by path.
+    #[serde(default)]
+    pub files: BTreeMap<String, ConfigFile>,
+    /// Volumes, in the order of mounting.
+    #[serde(default)]
+    pub volumes: Vec<ConfigVolume>,
+    /// A script that runs as the session `init`; none if empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub init: String,
+    /// Name servers; the image's own if empty.
+    #[serde(default)]
+    pub dns: Vec<String>,
+    /// Who processes run as unless a request says otherwise; the usual user if empty.
+    #[serde(default)]
+    pub user: String,
+}
+
+/// What a restored guest is to be from now on, so that it is not its parent any more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Random bytes of the host, in base64.
+    pub entropy: String,
+    /// The host's wall clock, in nanoseconds since 1970.
+    pub wall_clock_ns: u64,
+    /// The machine id: 32 hex digits.
+    pub machine_id: String,
+    /// Everything else, in place of the parent's.
+    pub config: GuestConfig,
+}
+
+/// What came of one part of an identity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub enum Applied {
+    /// It holds now.
+    Done,
+    /// There was nothing to do.
+    Nothing,
+    /// It could not be done.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+/// What a guest did with an [`Identity`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityReport {
+    /// The random number generator was fed and reseeded.
+    pub rng: Applied,
+    /// The wall clock was set.
+    pub wall_clock: Applied,
+    /// The host name was set.
+    pub hostname: Applied,
+    /// The machine id was written.
+    pub machine_id: Applied,
+    /// The token was replaced.
+    pub token: Applied,
+    /// The environment of processes to come was replaced.
+    pub environment: Applied,
+    /// The files were written.
+    pub files: Applied,
+    /// The parent's connections were cut.
+    pub connections: Applied,
 }
 
 /// Says that it was done.
@@ -216,6 +484,13 @@ mod tests {
             session_id: Some(String::new()),
             max_idle_sec: Some(60),
             error_details: true,
+            user: Some("root".into()),
+            timeout_ms: Some(5),
+            exec_id: Some("e".into()),
+            session: true,
+            detach: true,
+            output_offset: Some(0),
+            output_limit: Some(1),
         };
 
         let json = serde_json::to_string(&request).unwrap();
@@ -233,6 +508,8 @@ mod tests {
             exit_code: None,
             attached: true,
             created_at: 1,
+            output_start: None,
+            output_end: None,
         };
         let running = serde_json::to_string(&session).unwrap();
         session.exit_code = Some(0);

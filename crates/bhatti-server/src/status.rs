@@ -3,10 +3,10 @@
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use bhatti_agent::ExecError;
+use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
 use bhatti_engine::BootError;
-use bhatti_proto::StartErrorKind;
+use bhatti_proto::ErrorKind;
 use bhatti_store::{StoreError, UserInsertError};
 use bhatti_supervisor::{CreateError, UseError};
 use bhatti_types::{Denied, Report};
@@ -138,26 +138,41 @@ impl From<Denied> for ApiError {
     }
 }
 
-impl From<ExecError> for ApiError {
-    fn from(error: ExecError) -> Self {
+impl From<CallError> for ApiError {
+    fn from(error: CallError) -> Self {
         match error {
-            ExecError::Start(start) => {
+            CallError::Agent(start) => {
                 let code = match start.kind {
-                    StartErrorKind::NotFound => ErrorCode::CommandNotFound,
-                    StartErrorKind::NotExecutable => ErrorCode::CommandNotExecutable,
-                    StartErrorKind::BadCwd => ErrorCode::BadWorkingDirectory,
-                    StartErrorKind::BadRequest => ErrorCode::BadRequest,
-                    StartErrorKind::Other => ErrorCode::Internal,
+                    ErrorKind::NotFound => ErrorCode::CommandNotFound,
+                    ErrorKind::NotExecutable => ErrorCode::CommandNotExecutable,
+                    ErrorKind::BadCwd => ErrorCode::BadWorkingDirectory,
+                    ErrorKind::BadRequest => ErrorCode::BadRequest,
+                    ErrorKind::Other => ErrorCode::Internal,
+                    ErrorKind::NoSuchUser
+                    | ErrorKind::NoSuchSession
+                    | ErrorKind::IsDirectory
+                    | ErrorKind::NotDirectory
+                    | ErrorKind::NotRegular
+                    | ErrorKind::AlreadyExists
+                    | ErrorKind::NotEmpty
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::NoSpace
+                    | ErrorKind::Limit
+                    | ErrorKind::Unauthorized => ErrorCode::BadRequest,
                 };
                 Self::new(code, start.message)
             }
-            ExecError::Refused(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
-            ExecError::Channel(_)
-            | ExecError::Send(_)
-            | ExecError::Write(_)
-            | ExecError::Lost
-            | ExecError::Garbled(_)
-            | ExecError::Unexpected => {
+            CallError::Refused(_) | CallError::ForwardRefused { .. } => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
+            CallError::Entropy => Self::internal(&error),
+            CallError::Channel(_)
+            | CallError::Content(_)
+            | CallError::Send(_)
+            | CallError::Write(_)
+            | CallError::Lost
+            | CallError::Garbled(_)
+            | CallError::Unexpected => {
                 Self::new(ErrorCode::ConnectionLost, Report(&error).to_string())
             }
         }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_agent::{AgentClient, ExecError, ExecInput, ExecOutput};
+use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
 use bhatti_engine::{Capabilities, Engine};
 use bhatti_image::ImageStore;
 use bhatti_proto::ExecRequest;
@@ -65,7 +65,7 @@ pub enum UseError {
     Store(#[from] StoreError),
     /// The command failed.
     #[error(transparent)]
-    Exec(#[from] ExecError),
+    Exec(#[from] CallError),
     /// It could not be destroyed.
     #[error(transparent)]
     Destroy(#[from] DestroyError),

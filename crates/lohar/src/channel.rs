@@ -18,8 +18,9 @@ use bhatti_proto::resync::{Decoder, GENERATION, Hello};
 use bytes::{Buf, BytesMut};
 use futures_util::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
+use crate::agent::Agent;
 use crate::forward;
-use crate::serve::{Agent, spawn_control, spawn_forward};
+use crate::serve::{spawn_control, spawn_forward};
 use port::Port;
 
 /// The most that one read of the port returns: a buffer of the kernel's driver, one page.
@@ -49,7 +50,7 @@ pub(crate) async fn serve(agent: &Rc<Agent>) -> io::Result<()> {
 async fn route(agent: &Rc<Agent>, mut stream: AcceptedStream) {
     match read_port(&mut stream).await {
         Ok(CONTROL_PORT) => spawn_control(agent, stream),
-        Ok(port) if forward::is_port(port) => spawn_forward(stream),
+        Ok(port) if forward::is_port(port) => spawn_forward(agent, stream),
         // Dropping the stream resets it.
         Ok(_) | Err(_) => {}
     }

@@ -3,19 +3,23 @@
 //! The command leads a process group of its own. It is over when its process has ended: what is then still in the pipes is sent on,
 //! what a background grandchild may write later is not waited for. When the host goes away the group is killed.
 
-mod input;
+pub(crate) mod input;
 mod output;
-mod start;
 
-use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
-use bhatti_proto::{ExecRequest, Frame, FrameType, StartError, StartErrorKind, exit_payload};
+use bhatti_proto::{ErrorKind, ExecRequest, Frame, FrameType, SignalRequest, exit_payload};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::time::sleep;
 
+use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
-use crate::serve::Agent;
+use crate::launch::{self, Piped};
+use crate::limits::TERM_GRACE;
+use crate::refusal::{OpError, bad_json, host_gone, refused};
+use crate::session;
 use output::Finished;
 
 /// Serves one `EXEC_REQ`.
@@ -24,70 +28,94 @@ pub(crate) async fn serve<T: Transport>(
     frame: &Frame,
     reader: HostReader<T>,
     writer: &mut HostWriter<T>,
-) -> io::Result<()> {
-    let request = match frame.json::<ExecRequest>() {
-        Ok(request) => request,
-        Err(error) => {
-            let message = format!("bad exec request: {error}");
-            return refuse(writer, false, StartError { kind: StartErrorKind::BadRequest, message })
-                .await;
-        }
-    };
-    let started = match check(&request) {
-        Ok(()) => start::start(&agent.reaper, &request),
-        Err(message) => {
-            Err(StartError { kind: StartErrorKind::BadRequest, message: message.to_owned() })
-        }
-    };
-    match started {
-        Ok(process) => relay(process, reader, writer).await,
-        Err(error) => refuse(writer, request.error_details, error).await,
-    }
-}
-
-fn check(request: &ExecRequest) -> Result<(), &'static str> {
+) -> Result<(), OpError> {
+    agent.touch();
+    let request: ExecRequest =
+        frame.json().map_err(|error| bad_json("bad exec request", &error))?;
     if request.session_id.is_some() {
-        Err("session not found")
-    } else if request.argv.is_empty() {
-        Err("empty argv")
-    } else if request.tty == Some(true) {
-        Err("this agent has no terminal sessions")
-    } else {
-        Ok(())
+        return session::serve_attach(agent, &request, reader, writer).await;
     }
+    if request.argv.is_empty() {
+        return Err(refused(ErrorKind::BadRequest, "empty argv").into());
+    }
+    if request.tty == Some(true) || request.session || request.detach {
+        return session::serve_create(agent, &request, reader, writer).await;
+    }
+    let process = launch::piped(agent, &request)?;
+    let _running = agent.register(request.exec_id, process.group);
+    relay(process, request.timeout_ms, reader, writer).await
 }
 
-async fn refuse<T: Transport>(
-    writer: &mut HostWriter<T>,
-    details: bool,
-    error: StartError,
-) -> io::Result<()> {
-    if details {
-        return writer.send_json(FrameType::START_ERROR, &error).await.map_err(io::Error::other);
+/// Serves one `SIGNAL_REQ`.
+pub(crate) fn signal(agent: &Agent, request: &SignalRequest) -> Result<(), OpError> {
+    let signal = input::named_signal(&[request.signal]).ok_or_else(|| {
+        refused(ErrorKind::BadRequest, format!("no signal has the number {}", request.signal))
+    })?;
+    match (&request.exec_id, &request.session_id) {
+        (Some(exec_id), None) => {
+            let group = agent.command(exec_id);
+            kill_group(
+                group.ok_or_else(|| refused(ErrorKind::NoSuchSession, "command not found"))?,
+                signal,
+            );
+        }
+        (None, Some(session_id)) => session::find(agent, session_id)?.signal(signal),
+        _ => {
+            return Err(refused(ErrorKind::BadRequest, "name either a command or a session").into());
+        }
     }
-    writer.send(FrameType::ERROR, error.message.as_bytes()).await
+    Ok(())
 }
 
 async fn relay<T: Transport>(
-    process: start::Process,
+    process: Piped,
+    timeout_ms: Option<u64>,
     reader: HostReader<T>,
     writer: &mut HostWriter<T>,
-) -> io::Result<()> {
-    let start::Process { group, exit, stdin, stdout, stderr } = process;
+) -> Result<(), OpError> {
+    let Piped { group, exit, stdin, stdout, stderr } = process;
+    let mut timed_out = false;
+    let limit = async {
+        match timeout_ms {
+            Some(timeout_ms) => {
+                enforce_timeout(timeout_ms, |signal| {
+                    timed_out = true;
+                    kill_group(group, signal);
+                })
+                .await
+            }
+            None => std::future::pending().await,
+        }
+        std::future::pending::<()>().await;
+    };
     let finished = tokio::select! {
         finished = output::pump(stdout, stderr, exit, writer) => finished,
         () = input::pump(reader, stdin, group) => Finished::HostGone,
+        () = limit => Finished::HostGone,
     };
     match finished {
-        Finished::Exited(code) => writer.send(FrameType::EXIT, &exit_payload(code)).await,
+        Finished::Exited(code) => {
+            if timed_out {
+                writer.send(FrameType::TIMEOUT, &[]).await.map_err(host_gone)?;
+            }
+            writer.send(FrameType::EXIT, &exit_payload(code)).await.map_err(host_gone)
+        }
         Finished::HostGone => {
             kill_group(group, Signal::KILL);
-            Ok(())
+            Err(OpError::HostGone)
         }
     }
 }
 
+/// Asks a process group to end when its time is over, and kills it after a grace period.
+pub(crate) async fn enforce_timeout(timeout_ms: u64, mut signal: impl FnMut(Signal)) {
+    sleep(Duration::from_millis(timeout_ms)).await;
+    signal(Signal::TERM);
+    sleep(TERM_GRACE).await;
+    signal(Signal::KILL);
+}
+
 /// Signals a process group. One that is gone needs no signal.
-fn kill_group(group: Pid, signal: Signal) {
+pub(crate) fn kill_group(group: Pid, signal: Signal) {
     let _: Result<(), Errno> = kill_process_group(group, signal);
 }

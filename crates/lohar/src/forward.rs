@@ -3,28 +3,31 @@
 use std::io;
 use std::time::Duration;
 
-use bhatti_proto::{
-    FORWARD_PORT, ForwardRequest, ForwardResponse, FrameReader, FrameType, FrameWriter,
-};
+use bhatti_proto::{ErrorKind, FORWARD_PORT, ForwardRequest, ForwardResponse, Frame, FrameType};
 use tokio::io::{AsyncWriteExt, copy};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::connection::{Transport, split};
+use crate::agent::Agent;
+use crate::connection::{HostReader, HostWriter, Transport};
 use crate::log::errno_text;
+use crate::refusal::{OpError, host_gone, refused};
 
 /// How long the port may take to accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// Serves one connection to [`FORWARD_PORT`].
-pub(crate) async fn serve<T: Transport>(transport: T) -> io::Result<()> {
-    let (from_host, to_host) = split(transport);
-    let (mut reader, mut writer) = (FrameReader::new(from_host), FrameWriter::new(to_host));
-    let Ok(Some(frame)) = reader.next().await else { return Ok(()) };
+/// Serves one connection to [`FORWARD_PORT`], which began with `frame`.
+pub(crate) async fn serve<T: Transport>(
+    agent: &Agent,
+    frame: &Frame,
+    reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
     if frame.frame_type != FrameType::FWD_REQ {
         let message = format!("expected FWD_REQ, got {}", frame.frame_type);
-        return writer.send(FrameType::ERROR, message.as_bytes()).await;
+        return Err(refused(ErrorKind::BadRequest, message).into());
     }
+    agent.touch();
     let connected = match frame.json::<ForwardRequest>() {
         Ok(request) => connect(request.port).await,
         Err(error) => Err(format!("bad forward request: {error}")),
@@ -33,20 +36,27 @@ pub(crate) async fn serve<T: Transport>(transport: T) -> io::Result<()> {
         Ok(_) => ("ok".to_owned(), None),
         Err(message) => ("error".to_owned(), Some(message.clone())),
     };
-    let response = ForwardResponse { status, message };
-    writer.send_json(FrameType::FWD_RESP, &response).await.map_err(io::Error::other)?;
-    let Ok(mut target) = connected else { return Ok(()) };
+    writer.send_json(FrameType::FWD_RESP, &ForwardResponse { status, message }).await?;
+    let Ok(target) = connected else { return Ok(()) };
+    relay(target, reader, writer).await.map_err(host_gone)
+}
 
+/// Copies both ways; each direction ends for itself.
+async fn relay<T: Transport>(
+    mut target: TcpStream,
+    reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> io::Result<()> {
     let (mut from_target, mut to_target) = target.split();
     let (mut from_host, early) = reader.into_parts();
-    let mut to_host = writer.into_inner();
+    let to_host = writer.get_mut();
     let inbound = async {
         to_target.write_all(&early).await?;
         copy(&mut from_host, &mut to_target).await?;
         to_target.shutdown().await
     };
     let outbound = async {
-        copy(&mut from_target, &mut to_host).await?;
+        copy(&mut from_target, to_host).await?;
         to_host.shutdown().await
     };
     tokio::try_join!(inbound, outbound).map(|_| ())

@@ -14,13 +14,18 @@ mod root;
 use std::fmt;
 use std::io;
 use std::process::ExitCode;
+use std::rc::Rc;
 
 use rustix::process::chdir;
 use tokio::task::LocalSet;
 
+use crate::agent::Agent;
+use crate::limits::Limits;
 use crate::reaper::Reaper;
-use crate::serve::Agent;
-use crate::{channel, log};
+use crate::{channel, log, oom};
+
+/// Where jobs keep their output.
+const STATE_DIR: &str = "/var/lib/lohar";
 
 /// A step of the boot that failed.
 #[derive(Debug)]
@@ -60,8 +65,13 @@ fn boot_and_serve() -> Result<(), BootError> {
     let disk = root::find_disk().step("find the root disk")?;
     root::switch_to(&disk).step("mount the root disk")?;
     mounts::late();
-    if let Err(error) = network::loopback_up() {
-        log::line(format_args!("failed to bring the loopback up: {error}"));
+    for (step, done) in [
+        ("bring the loopback up", network::loopback_up()),
+        ("protect the agent's memory", oom::protect_agent()),
+    ] {
+        if let Err(error) = done {
+            log::line(format_args!("failed to {step}: {error}"));
+        }
     }
     chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" })
         .step("enter /workspace")?;
@@ -71,7 +81,9 @@ fn boot_and_serve() -> Result<(), BootError> {
         .build()
         .step("start the runtime")?;
     LocalSet::new().block_on(&runtime, async {
-        let agent = Agent::new(Reaper::start().step("watch for children")?);
+        let reaper = Reaper::start().step("watch for children")?;
+        let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), true);
+        tokio::task::spawn_local(oom::report_kills(Rc::clone(&agent)));
         tokio::select! {
             served = channel::serve(&agent) => served.step("serve the agent channel"),
             () = agent.shutdown_requested() => {

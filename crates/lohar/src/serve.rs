@@ -1,75 +1,168 @@
 //! Serves connections: one connection, one operation.
 
-use std::cell::Cell;
-use std::io;
 use std::rc::Rc;
 
-use bhatti_proto::{Frame, FrameReader, FrameType, FrameWriter, exit_payload};
-use tokio::sync::Notify;
+use bhatti_proto::{
+    AgentError, ErrorKind, Frame, FrameReader, FrameType, FrameWriter, Identity, MkdirRequest,
+    RemoveRequest, RenameRequest, SessionRef, exit_payload,
+};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
+use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport, split};
-use crate::exec;
-use crate::reaper::Reaper;
-
-/// What all connections share.
-pub(crate) struct Agent {
-    /// Collects the children.
-    pub(crate) reaper: Rc<Reaper>,
-    shutdown_asked: Cell<bool>,
-    shutdown: Notify,
-}
-
-impl Agent {
-    /// An agent with nothing to do yet.
-    pub(crate) fn new(reaper: Rc<Reaper>) -> Rc<Self> {
-        Rc::new(Self { reaper, shutdown_asked: Cell::new(false), shutdown: Notify::new() })
-    }
-
-    /// Waits until the host asks for the guest to be shut down.
-    pub(crate) async fn shutdown_requested(&self) {
-        while !self.shutdown_asked.get() {
-            self.shutdown.notified().await;
-        }
-    }
-}
+use crate::limits::AUTH_LIMIT;
+use crate::refusal::{OpError, bad_json, host_gone, refused, tell};
+use crate::{exec, file, forward, session, settings};
 
 /// Serves one connection to the control port, in a task of its own.
 pub(crate) fn spawn_control<T: Transport>(agent: &Rc<Agent>, transport: T) {
     let agent = Rc::clone(agent);
     tokio::task::spawn_local(async move {
         let (from_host, to_host) = split(transport);
-        // The host's end is gone or broken: there is nobody left to tell.
-        drop(control(&agent, FrameReader::new(from_host), FrameWriter::new(to_host)).await);
+        let (reader, mut writer) = (FrameReader::new(from_host), FrameWriter::new(to_host));
+        let mut details = false;
+        let served = control(&agent, reader, &mut writer, &mut details).await;
+        // Whatever could not be said could not be said.
+        if let Err(OpError::Refused(error)) = served {
+            drop(tell(&mut writer, details, &error).await);
+        }
+        drop(writer.shutdown().await);
     });
 }
 
 /// Serves one connection to the forward port, in a task of its own.
-pub(crate) fn spawn_forward<T: Transport>(transport: T) {
-    tokio::task::spawn_local(async move { drop(crate::forward::serve(transport).await) });
+pub(crate) fn spawn_forward<T: Transport>(agent: &Rc<Agent>, transport: T) {
+    let agent = Rc::clone(agent);
+    tokio::task::spawn_local(async move {
+        let (from_host, to_host) = split(transport);
+        let (mut reader, mut writer) = (FrameReader::new(from_host), FrameWriter::new(to_host));
+        let served = async {
+            let _counted = agent.count_connection()?;
+            let Some(frame) = first_frame(&agent, &mut reader).await? else { return Ok(()) };
+            forward::serve(&agent, &frame, reader, &mut writer).await
+        };
+        if let Err(OpError::Refused(error)) = served.await {
+            drop(tell(&mut writer, false, &error).await);
+        }
+    });
+}
+
+/// Receives the request, behind the authentication if there is one to be. `None` if the host says nothing.
+async fn first_frame<T: Transport>(
+    agent: &Agent,
+    reader: &mut HostReader<T>,
+) -> Result<Option<Frame>, OpError> {
+    if agent.settings.borrow().needs_token() {
+        let shown = timeout(AUTH_LIMIT, reader.next()).await;
+        let token = shown
+            .ok()
+            .and_then(Result::ok)
+            .flatten()
+            .filter(|frame| frame.frame_type == FrameType::AUTH);
+        let accepted = token.is_some_and(|frame| agent.settings.borrow().is_token(&frame.payload));
+        if !accepted {
+            return Err(refused(ErrorKind::Unauthorized, "auth required").into());
+        }
+    }
+    let late = |_| refused(ErrorKind::Limit, "no request came in time");
+    Ok(timeout(agent.limits.request(), reader.next()).await.map_err(late)??)
 }
 
 async fn control<T: Transport>(
     agent: &Rc<Agent>,
     mut reader: HostReader<T>,
-    mut writer: HostWriter<T>,
-) -> io::Result<()> {
-    let Some(frame) = reader.next().await.map_err(io::Error::other)? else { return Ok(()) };
+    writer: &mut HostWriter<T>,
+    details: &mut bool,
+) -> Result<(), OpError> {
+    let _counted = agent.count_connection()?;
+    let Some(frame) = first_frame(agent, &mut reader).await? else { return Ok(()) };
+    *details = wants_details(&frame);
     match frame.frame_type {
-        FrameType::EXEC_REQ => exec::serve(agent, &frame, reader, &mut writer).await?,
-        FrameType::SHUTDOWN_REQ => shutdown(agent, &mut writer).await?,
-        _ => refuse(&frame, &mut writer).await?,
+        FrameType::EXEC_REQ => exec::serve(agent, &frame, reader, writer).await,
+        FrameType::FILE_READ_REQ => {
+            agent.touch();
+            file::read(&request(&frame)?, writer).await
+        }
+        FrameType::FILE_WRITE_REQ => {
+            agent.touch();
+            file::write(agent, &request(&frame)?, reader, writer).await
+        }
+        FrameType::FILE_STAT_REQ => file::stat(&request(&frame)?, writer).await,
+        FrameType::FILE_LS_REQ => file::list(&request(&frame)?, writer).await,
+        FrameType::FILE_WATCH_REQ => file::watch(agent, &request(&frame)?, reader, writer).await,
+        FrameType::EVENTS_REQ => events(agent, reader, writer).await,
+        FrameType::EXEC_LIST_REQ => {
+            Ok(writer.send_json(FrameType::EXEC_LIST_RESP, &agent.sessions.list()).await?)
+        }
+        FrameType::ACTIVITY_REQ => {
+            Ok(writer.send_json(FrameType::ACTIVITY_RESP, &agent.activity()).await?)
+        }
+        FrameType::IDENTITY_REQ => {
+            let report = settings::assume(agent, &request::<Identity>(&frame)?);
+            Ok(writer.send_json(FrameType::IDENTITY_RESP, &report).await?)
+        }
+        _ => {
+            simple(agent, &frame).await?;
+            writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone)?;
+            if frame.frame_type == FrameType::SHUTDOWN_REQ {
+                agent.ask_for_shutdown();
+            }
+            Ok(())
+        }
     }
-    writer.shutdown().await
 }
 
-async fn refuse<T: Transport>(frame: &Frame, writer: &mut HostWriter<T>) -> io::Result<()> {
-    let message = format!("unexpected frame type {}", frame.frame_type);
-    writer.send(FrameType::ERROR, message.as_bytes()).await
+/// Operations that are answered by `EXIT` 0 when they are done.
+async fn simple(agent: &Rc<Agent>, frame: &Frame) -> Result<(), OpError> {
+    match frame.frame_type {
+        FrameType::EXEC_KILL => {
+            let wanted: SessionRef =
+                frame.json().map_err(|_| refused(ErrorKind::BadRequest, "bad kill request"))?;
+            session::kill(agent, &wanted.session_id)
+        }
+        FrameType::SIGNAL_REQ => exec::signal(agent, &request(frame)?),
+        FrameType::FILE_MKDIR_REQ => Ok(file::mkdir(agent, &request::<MkdirRequest>(frame)?)?),
+        FrameType::FILE_REMOVE_REQ => file::remove(&request::<RemoveRequest>(frame)?).await,
+        FrameType::FILE_RENAME_REQ => Ok(file::rename(&request::<RenameRequest>(frame)?)?),
+        FrameType::CONFIG_REQ => settings::configure(agent, &request(frame)?),
+        FrameType::SHUTDOWN_REQ => Ok(()),
+        unknown => {
+            Err(refused(ErrorKind::BadRequest, format!("unexpected frame type {unknown}")).into())
+        }
+    }
 }
 
-async fn shutdown<T: Transport>(agent: &Agent, writer: &mut HostWriter<T>) -> io::Result<()> {
-    writer.send(FrameType::EXIT, &exit_payload(0)).await?;
-    agent.shutdown_asked.set(true);
-    agent.shutdown.notify_waiters();
-    Ok(())
+fn request<R: DeserializeOwned>(frame: &Frame) -> Result<R, AgentError> {
+    frame.json().map_err(|error| bad_json("bad request", &error))
+}
+
+/// Whether the host understands refusals in detail.
+fn wants_details(frame: &Frame) -> bool {
+    #[derive(Deserialize)]
+    struct Wish {
+        #[serde(default)]
+        error_details: bool,
+    }
+    frame.json().is_ok_and(|wish: Wish| wish.error_details)
+}
+
+/// Tells of events, until the host goes away.
+async fn events<T: Transport>(
+    agent: &Agent,
+    mut reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let mut events = agent.events.subscribe();
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            _ = reader.next() => return Ok(()),
+        };
+        // A listener that is too slow has lost some, and goes on with the rest.
+        if let Ok(event) = event {
+            writer.send_json(FrameType::EVENT, &event).await?;
+        }
+    }
 }

@@ -9,9 +9,11 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::LocalSet;
 
+use crate::agent::Agent;
+use crate::limits::Limits;
 use crate::log;
 use crate::reaper::Reaper;
-use crate::serve::{Agent, spawn_control, spawn_forward};
+use crate::serve::{spawn_control, spawn_forward};
 
 /// The pause after a failed accept.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -36,8 +38,11 @@ fn serve(control: &Path, forward: &Path) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
         let (control, forward) = (listen(control)?, listen(forward)?);
-        let agent = Agent::new(Reaper::start()?);
-        tokio::task::spawn_local(accept_forward(forward));
+        let state_dir =
+            std::env::var_os("LOHAR_STATE_DIR").map_or_else(std::env::temp_dir, Into::into);
+        let agent = Agent::new(Reaper::start()?, limits()?, state_dir, false);
+        let forwarding = Rc::clone(&agent);
+        tokio::task::spawn_local(async move { accept_forward(&forwarding, forward).await });
         log::line(format_args!("test mode ready"));
         tokio::select! {
             () = accept_control(&agent, control) => {}
@@ -45,6 +50,15 @@ fn serve(control: &Path, forward: &Path) -> io::Result<()> {
         }
         Ok(())
     })
+}
+
+/// The limits, with those that `LOHAR_LIMITS` sets in JSON.
+fn limits() -> io::Result<Limits> {
+    let set = std::env::var("LOHAR_LIMITS").ok();
+    set.map_or_else(
+        || Ok(Limits::default()),
+        |json| serde_json::from_str(&json).map_err(io::Error::from),
+    )
 }
 
 fn listen(path: &Path) -> io::Result<UnixListener> {
@@ -61,9 +75,9 @@ async fn accept_control(agent: &Rc<Agent>, listener: UnixListener) {
     }
 }
 
-async fn accept_forward(listener: UnixListener) {
+async fn accept_forward(agent: &Rc<Agent>, listener: UnixListener) {
     loop {
-        spawn_forward(accept(&listener).await);
+        spawn_forward(agent, accept(&listener).await);
     }
 }
 

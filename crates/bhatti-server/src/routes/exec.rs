@@ -8,7 +8,7 @@ use axum::http::HeaderMap;
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use bhatti_agent::{ExecError, ExecInput, ExecOutput};
+use bhatti_agent::{CallError, ExecInput, ExecOutput};
 use bhatti_api::{ErrorCode, ExecEvent, ExecRequest, ExecResult, Output};
 use bhatti_types::Environment;
 use bytes::Bytes;
@@ -80,6 +80,7 @@ async fn collect(mut output: ExecOutput) -> Result<ExecResult, ApiError> {
         match output.next().await? {
             bhatti_agent::ExecEvent::Stdout(bytes) => append(&mut stdout, &bytes)?,
             bhatti_agent::ExecEvent::Stderr(bytes) => append(&mut stderr, &bytes)?,
+            bhatti_agent::ExecEvent::TimedOut => {}
             bhatti_agent::ExecEvent::Exit(exit_code) => {
                 let (stdout, stderr) = (Output::new(stdout), Output::new(stderr));
                 return Ok(ExecResult {
@@ -147,6 +148,7 @@ impl Lines {
                 Ok(bhatti_agent::ExecEvent::Stderr(bytes)) => {
                     line(stderr_event(self.stderr.push(&bytes)))
                 }
+                Ok(bhatti_agent::ExecEvent::TimedOut) => Vec::new(),
                 Ok(bhatti_agent::ExecEvent::Exit(exit_code)) => {
                     self.last(ExecEvent::Exit { exit_code })
                 }
@@ -163,7 +165,7 @@ impl Lines {
         None
     }
 
-    async fn next_event(&mut self) -> Result<bhatti_agent::ExecEvent, ExecError> {
+    async fn next_event(&mut self) -> Result<bhatti_agent::ExecEvent, CallError> {
         loop {
             let Some(feeding) = &mut self.feeding else { return self.output.next().await };
             tokio::select! {

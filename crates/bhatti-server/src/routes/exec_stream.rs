@@ -95,6 +95,7 @@ async fn send_output(mut output: ExecOutput, sender: &mut Sender) -> Option<Stre
         let (stream, bytes) = match output.next().await {
             Ok(ExecEvent::Stdout(bytes)) => (channel::STDOUT, bytes),
             Ok(ExecEvent::Stderr(bytes)) => (channel::STDERR, bytes),
+            Ok(ExecEvent::TimedOut) => continue,
             Ok(ExecEvent::Exit(exit_code)) => return Some(StreamServerMessage::Exit { exit_code }),
             Err(error) => return Some(error_message(error.into())),
         };

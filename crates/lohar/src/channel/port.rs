@@ -12,6 +12,8 @@ use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::watched::watch;
+
 /// The name that the host gave the port.
 const PORT_NAME: &str = "agent";
 
@@ -36,9 +38,7 @@ impl Port {
             | epoll::EventFlags::HUP
             | epoll::EventFlags::ET;
         epoll::add(&changes, &file, epoll::EventData::new_u64(0), all)?;
-        // SAFETY: an `OwnedFd` names the same open file for as long as it lives.
-        #[expect(unsafe_code, reason = "the runtime asks for a promise about the descriptor")]
-        let changes = unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?;
+        let changes = watch(changes, Interest::READABLE)?;
         Ok(Self { file, changes, read_waits: false, write_waits: false })
     }
 

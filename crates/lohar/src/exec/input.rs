@@ -14,13 +14,13 @@ use super::kill_group;
 use crate::connection::{HostReader, Transport};
 
 /// Input that may wait for a process that does not read it, in bytes. Beyond it, nothing more is taken from the host.
-const STDIN_QUEUE_BYTES: usize = 1 << 20;
+pub(crate) const STDIN_QUEUE_BYTES: usize = 1 << 20;
 
 /// How often a host that has closed its sending direction is checked for being there at all.
 const HOST_CHECK: Duration = Duration::from_millis(250);
 
 /// Input on its way to the process, with the room that it takes in the queue.
-type Queued = (Bytes, OwnedSemaphorePermit);
+pub(crate) type Queued = (Bytes, OwnedSemaphorePermit);
 
 /// Feeds the process and signals its group as the host asks. Ends when the host is gone.
 pub(super) async fn pump<T: Transport>(reader: HostReader<T>, stdin: pipe::Sender, group: Pid) {
@@ -28,7 +28,8 @@ pub(super) async fn pump<T: Transport>(reader: HostReader<T>, stdin: pipe::Sende
     tokio::join!(feed(stdin, queued), receive(reader, queue, group));
 }
 
-async fn feed(mut stdin: pipe::Sender, mut queued: mpsc::UnboundedReceiver<Queued>) {
+/// Writes queued input to a pipe.
+pub(crate) async fn feed(mut stdin: pipe::Sender, mut queued: mpsc::UnboundedReceiver<Queued>) {
     while let Some((bytes, _room)) = queued.recv().await {
         if stdin.write_all(&bytes).await.is_err() {
             // The process has closed its end; what still comes is dropped as it arrives.
@@ -46,7 +47,11 @@ async fn receive<T: Transport>(
     let mut queue = Some(queue);
     while let Ok(Some(frame)) = reader.next().await {
         match frame.frame_type {
-            FrameType::STDIN => enqueue(queue.as_ref(), &room, frame.payload).await,
+            FrameType::STDIN => {
+                if !enqueue_for(&reader, queue.as_ref(), &room, frame.payload).await {
+                    return;
+                }
+            }
             FrameType::STDIN_EOF => queue = None,
             FrameType::KILL => kill_group(group, Signal::KILL),
             FrameType::SIGNAL => signal(group, &frame.payload),
@@ -54,9 +59,27 @@ async fn receive<T: Transport>(
         }
     }
     drop(queue);
-    let (from_host, _) = reader.into_parts();
-    while !from_host.host_is_gone() {
+    host_gone(&reader).await;
+}
+
+/// Waits until the host is gone for good.
+async fn host_gone<T: Transport>(reader: &HostReader<T>) {
+    while !reader.get_ref().host_is_gone() {
         tokio::time::sleep(HOST_CHECK).await;
+    }
+}
+
+/// Queues input; waits while the queue is full, but not for a host that is gone: then it returns false.
+pub(crate) async fn enqueue_for<T: Transport>(
+    reader: &HostReader<T>,
+    queue: Option<&mpsc::UnboundedSender<Queued>>,
+    room: &Arc<Semaphore>,
+    bytes: Bytes,
+) -> bool {
+    tokio::select! {
+        biased;
+        () = enqueue(queue, room, bytes) => true,
+        () = host_gone(reader) => false,
     }
 }
 
@@ -75,8 +98,12 @@ async fn enqueue(
 }
 
 fn signal(group: Pid, payload: &[u8]) {
-    let number = payload.first().map(|number| i32::from(*number));
-    if let Some(signal) = number.and_then(Signal::from_named_raw) {
+    if let Some(signal) = named_signal(payload) {
         kill_group(group, signal);
     }
+}
+
+/// The signal of a `SIGNAL` frame.
+pub(crate) fn named_signal(payload: &[u8]) -> Option<Signal> {
+    payload.first().and_then(|number| Signal::from_named_raw(i32::from(*number)))
 }

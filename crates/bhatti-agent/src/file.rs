@@ -1,0 +1,287 @@
+//! Files in the guest.
+
+use bhatti_proto::{
+    CHUNK_BYTES, FileEvent, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse,
+    FileWriteRequest, FrameType, MkdirRequest, RemoveRequest, RenameRequest, StatusOk,
+};
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+use crate::{AgentClient, CallError, Reader, Writer, expect, next, refusal};
+
+/// Which part of a file is read; by default all of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadOptions {
+    /// The first line, counted from 1.
+    pub offset: Option<u32>,
+    /// The most lines.
+    pub limit: Option<u32>,
+    /// The most bytes.
+    pub max_bytes: Option<u64>,
+}
+
+/// The content of a file on its way. Dropping it ends the read.
+pub struct FileContent {
+    /// The size of the whole file in bytes, and its permission bits.
+    pub info: FileReadResponse,
+    reader: Reader,
+    _writer: Writer,
+}
+
+impl FileContent {
+    /// Waits for the next piece; `None` behind the last.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the read fails in the guest or the connection is lost.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, CallError> {
+        let frame = next(&mut self.reader).await?;
+        match frame.frame_type {
+            FrameType::STDOUT => Ok(Some(frame.payload)),
+            FrameType::EXIT => Ok(None),
+            _ => Err(refusal(&frame).unwrap_or(CallError::Unexpected)),
+        }
+    }
+
+    /// Reads the rest.
+    ///
+    /// # Errors
+    ///
+    /// As [`next`](Self::next).
+    pub async fn read_to_end(mut self) -> Result<Vec<u8>, CallError> {
+        let mut content = Vec::new();
+        while let Some(bytes) = self.next().await? {
+            content.extend_from_slice(&bytes);
+        }
+        Ok(content)
+    }
+}
+
+/// A file that is being written. Dropping it before [`finish`](Self::finish) leaves the guest's file as it was.
+pub struct FileUpload {
+    reader: Reader,
+    writer: Writer,
+}
+
+impl FileUpload {
+    /// Sends content.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone; why, [`finish`](Self::finish) may know.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), CallError> {
+        for chunk in bytes.chunks(CHUNK_BYTES) {
+            self.writer.send(FrameType::STDIN, chunk).await.map_err(CallError::Write)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the file is there, durably.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the guest refused.
+    pub async fn finish(mut self) -> Result<(), CallError> {
+        let frame = expect(&mut self.reader, FrameType::FILE_WRITE_RESP).await?;
+        frame.json::<StatusOk>().map(drop).map_err(|_| CallError::Unexpected)
+    }
+}
+
+/// What happens to a watched path. Dropping it ends the watch.
+pub struct FileEvents {
+    reader: Reader,
+    _writer: Writer,
+}
+
+impl FileEvents {
+    /// Waits for the next event; `None` when the watched path is gone.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the guest refused.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<FileEvent>, CallError> {
+        match expect(&mut self.reader, FrameType::FILE_EVENT).await {
+            Ok(frame) => frame.json().map(Some).map_err(|_| CallError::Unexpected),
+            Err(CallError::Lost) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn path_request(path: &str) -> FilePathRequest {
+    FilePathRequest { path: path.to_owned(), all: false, error_details: true }
+}
+
+impl AgentClient {
+    /// Reads a file, or a part of it. Truncated or not, the bytes are the file's own.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is not there or is not a regular file.
+    pub async fn read_file(
+        &self,
+        path: &str,
+        options: ReadOptions,
+    ) -> Result<FileContent, CallError> {
+        let request = FileReadRequest {
+            path: path.to_owned(),
+            offset: options.offset.unwrap_or_default().into(),
+            limit: options.limit.unwrap_or_default().into(),
+            max_bytes: options
+                .max_bytes
+                .map_or(0, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+            error_details: true,
+        };
+        let (mut reader, writer) = self.request(FrameType::FILE_READ_REQ, &request).await?;
+        let info = expect(&mut reader, FrameType::FILE_READ_RESP).await?;
+        let info = info.json().map_err(|_| CallError::Unexpected)?;
+        Ok(FileContent { info, reader, _writer: writer })
+    }
+
+    /// Begins to write a file of exactly `size` bytes. `mode` are its permission bits in octal, `0644` if empty.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be reached.
+    pub async fn begin_write(
+        &self,
+        path: &str,
+        mode: &str,
+        size: u64,
+    ) -> Result<FileUpload, CallError> {
+        let size = i64::try_from(size).map_err(|_| CallError::Unexpected)?;
+        let request = FileWriteRequest {
+            path: path.to_owned(),
+            mode: mode.to_owned(),
+            size,
+            error_details: true,
+        };
+        let (reader, writer) = self.request(FrameType::FILE_WRITE_REQ, &request).await?;
+        Ok(FileUpload { reader, writer })
+    }
+
+    /// Writes a file of exactly `size` bytes out of `content`.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the content cannot be read, ends early, or the guest refuses; the guest's file is then as it was.
+    pub async fn write_file(
+        &self,
+        path: &str,
+        mode: &str,
+        size: u64,
+        content: impl AsyncRead + Unpin,
+    ) -> Result<(), CallError> {
+        let mut upload = self.begin_write(path, mode, size).await?;
+        let mut content = content.take(size);
+        let mut buffer = vec![0; CHUNK_BYTES];
+        let mut left = size;
+        while left > 0 {
+            let length = content.read(&mut buffer).await.map_err(CallError::Content)?;
+            if length == 0 {
+                return Err(CallError::Content(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            left -= length as u64;
+            if upload.write(&buffer[..length]).await.is_err() {
+                // A guest that does not take more has said why.
+                break;
+            }
+        }
+        upload.finish().await
+    }
+
+    /// Facts about a file or directory. Links are followed.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is not there.
+    pub async fn stat(&self, path: &str) -> Result<FileInfo, CallError> {
+        self.ask(FrameType::FILE_STAT_REQ, &path_request(path), FrameType::FILE_STAT_RESP).await
+    }
+
+    /// All entries of a directory, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is not there or no directory.
+    pub async fn list_directory(&self, path: &str) -> Result<Vec<FileInfo>, CallError> {
+        let request = FilePathRequest { all: true, ..path_request(path) };
+        let (mut reader, _writer) = self.request(FrameType::FILE_LS_REQ, &request).await?;
+        let mut entries = Vec::new();
+        loop {
+            let frame = match next(&mut reader).await {
+                Ok(frame) => frame,
+                // An old agent sends one frame, and no end.
+                Err(CallError::Lost) if !entries.is_empty() => return Ok(entries),
+                Err(error) => return Err(error),
+            };
+            match frame.frame_type {
+                FrameType::FILE_LS_RESP => {
+                    entries
+                        .extend(frame.json::<Vec<FileInfo>>().map_err(|_| CallError::Unexpected)?);
+                }
+                FrameType::EXIT => return Ok(entries),
+                _ => return Err(refusal(&frame).unwrap_or(CallError::Unexpected)),
+            }
+        }
+    }
+
+    /// Makes a directory; with `parents`, those that are missing, too, and none is missing is fine.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it exists, without `parents`, or cannot be made.
+    pub async fn make_directory(
+        &self,
+        path: &str,
+        mode: &str,
+        parents: bool,
+    ) -> Result<(), CallError> {
+        let request = MkdirRequest {
+            path: path.to_owned(),
+            mode: mode.to_owned(),
+            parents,
+            error_details: true,
+        };
+        self.act(FrameType::FILE_MKDIR_REQ, &request).await
+    }
+
+    /// Removes a file, a link, or a directory; with `recursive`, all that is in it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is not there, or is a directory that is not empty.
+    pub async fn remove(&self, path: &str, recursive: bool) -> Result<(), CallError> {
+        let request = RemoveRequest { path: path.to_owned(), recursive, error_details: true };
+        self.act(FrameType::FILE_REMOVE_REQ, &request).await
+    }
+
+    /// Renames a file or directory.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the guest's kernel refuses.
+    pub async fn rename(&self, from: &str, to: &str) -> Result<(), CallError> {
+        let request =
+            RenameRequest { from: from.to_owned(), to: to.to_owned(), error_details: true };
+        self.act(FrameType::FILE_RENAME_REQ, &request).await
+    }
+
+    /// Watches a file or directory. The first event says that the watch stands.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be reached.
+    pub async fn watch(&self, path: &str) -> Result<FileEvents, CallError> {
+        let (reader, writer) = self.request(FrameType::FILE_WATCH_REQ, &path_request(path)).await?;
+        Ok(FileEvents { reader, _writer: writer })
+    }
+}

@@ -1,0 +1,124 @@
+//! Sessions: processes that survive their client.
+
+use bhatti_proto::{ExecRequest, FrameType, SessionInfo, SessionRef, SignalRequest};
+
+use crate::{AgentClient, CallError, ExecEvent, ExecInput, ExecOutput, expect};
+
+/// The way from a session, with the place in its output. Dropping it, with the input, detaches.
+pub struct SessionOutput {
+    output: ExecOutput,
+    position: u64,
+}
+
+impl SessionOutput {
+    /// Waits for the next event. [`ExecEvent::Exit`] is the process's end, or 0 if another client took the session over.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`CallError::Lost`] if the connection ended: attach again, from [`position`](Self::position).
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<ExecEvent, CallError> {
+        let event = self.output.next().await?;
+        if let ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes) = &event {
+            self.position += bytes.len() as u64;
+        }
+        Ok(event)
+    }
+
+    /// The place of the next byte of a job's output.
+    #[must_use]
+    pub const fn position(&self) -> u64 {
+        self.position
+    }
+}
+
+impl AgentClient {
+    /// Makes a session and attaches to it: with a terminal if the request has `tty`, else a job, whose output is kept.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the command cannot be started or there are too many sessions.
+    pub async fn create_session(
+        &self,
+        request: ExecRequest,
+    ) -> Result<(SessionInfo, ExecInput, SessionOutput), CallError> {
+        self.session(ExecRequest { session: true, detach: false, session_id: None, ..request })
+            .await
+    }
+
+    /// Starts a job, or a session with a terminal, and leaves it to itself.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the command cannot be started or there are too many sessions.
+    pub async fn create_detached(&self, request: ExecRequest) -> Result<SessionInfo, CallError> {
+        let request = ExecRequest {
+            session: true,
+            detach: true,
+            error_details: true,
+            session_id: None,
+            ..request
+        };
+        self.ask(FrameType::EXEC_REQ, &request, FrameType::SESSION_INFO).await
+    }
+
+    /// Attaches to a session, taking it over from another client. A job's output comes from byte `from` on, or from the first one that
+    /// is kept; a terminal's scrollback comes first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such session.
+    pub async fn attach(
+        &self,
+        session_id: &str,
+        from: Option<u64>,
+    ) -> Result<(SessionInfo, ExecInput, SessionOutput), CallError> {
+        let session_id = Some(session_id.to_owned());
+        self.session(ExecRequest { session_id, output_offset: from, ..ExecRequest::default() })
+            .await
+    }
+
+    async fn session(
+        &self,
+        request: ExecRequest,
+    ) -> Result<(SessionInfo, ExecInput, SessionOutput), CallError> {
+        let request = ExecRequest { error_details: true, ..request };
+        let (mut reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
+        let frame = expect(&mut reader, FrameType::SESSION_INFO).await?;
+        let info: SessionInfo = frame.json().map_err(|_| CallError::Unexpected)?;
+        let target =
+            SignalRequest { session_id: Some(info.session_id.clone()), ..SignalRequest::default() };
+        let first = info.output_start.unwrap_or_default();
+        let position = request
+            .output_offset
+            .unwrap_or(first)
+            .clamp(first, info.output_end.unwrap_or(u64::MAX));
+        let input = ExecInput { client: self.clone(), target, writer };
+        Ok((info, input, SessionOutput { output: ExecOutput { reader }, position }))
+    }
+
+    /// All sessions, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be asked.
+    pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, CallError> {
+        let (mut reader, _writer) = self.bare_request(FrameType::EXEC_LIST_REQ).await?;
+        expect(&mut reader, FrameType::EXEC_LIST_RESP)
+            .await?
+            .json()
+            .map_err(|_| CallError::Unexpected)
+    }
+
+    /// Kills a session's process; a job that has ended is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such session.
+    pub async fn kill_session(&self, session_id: &str) -> Result<(), CallError> {
+        self.act(FrameType::EXEC_KILL, &SessionRef { session_id: session_id.to_owned() }).await
+    }
+}

@@ -1,0 +1,178 @@
+//! What all connections share.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bhatti_proto::{ActivityInfo, ErrorKind, GuestEvent};
+use rustix::process::Pid;
+use tokio::sync::{Notify, broadcast};
+
+use crate::limits::Limits;
+use crate::reaper::Reaper;
+use crate::refusal::{OpError, refused};
+use crate::session::Sessions;
+use crate::settings::Settings;
+
+/// Events that a slow listener may fall behind before it loses some.
+const EVENT_QUEUE: usize = 64;
+
+/// The agent.
+pub(crate) struct Agent {
+    /// Collects the children.
+    pub(crate) reaper: Rc<Reaper>,
+    /// What it gives at most.
+    pub(crate) limits: Limits,
+    /// What the host made of this guest.
+    pub(crate) settings: RefCell<Settings>,
+    /// Processes that survive their client.
+    pub(crate) sessions: Sessions,
+    /// What happens in the guest.
+    pub(crate) events: broadcast::Sender<GuestEvent>,
+    /// Where jobs keep their output.
+    pub(crate) state_dir: PathBuf,
+    /// Whether this is a guest of its own, rather than test mode.
+    pub(crate) is_guest: bool,
+    commands: RefCell<HashMap<String, Pid>>,
+    running_commands: Cell<u32>,
+    connections: Cell<usize>,
+    watches: Cell<usize>,
+    last_activity: Cell<i64>,
+    shutdown_asked: Cell<bool>,
+    shutdown: Notify,
+}
+
+/// Something that is counted for as long as it lives.
+pub(crate) struct Counted {
+    agent: Rc<Agent>,
+    counter: fn(&Agent) -> &Cell<usize>,
+}
+
+/// A command that runs without a session, registered for as long as it lives.
+pub(crate) struct Running {
+    agent: Rc<Agent>,
+    exec_id: Option<String>,
+}
+
+impl Agent {
+    /// An agent with nothing to do yet.
+    pub(crate) fn new(
+        reaper: Rc<Reaper>,
+        limits: Limits,
+        state_dir: PathBuf,
+        is_guest: bool,
+    ) -> Rc<Self> {
+        let (events, _) = broadcast::channel(EVENT_QUEUE);
+        Rc::new(Self {
+            reaper,
+            limits,
+            settings: RefCell::default(),
+            sessions: Sessions::default(),
+            events,
+            state_dir,
+            is_guest,
+            commands: RefCell::default(),
+            running_commands: Cell::new(0),
+            connections: Cell::new(0),
+            watches: Cell::new(0),
+            last_activity: Cell::new(0),
+            shutdown_asked: Cell::new(false),
+            shutdown: Notify::new(),
+        })
+    }
+
+    /// Counts a connection; none if there are too many.
+    pub(crate) fn count_connection(self: &Rc<Self>) -> Result<Counted, OpError> {
+        self.count(|agent| &agent.connections, self.limits.connections, "connections")
+    }
+
+    /// Counts a watch; none if there are too many.
+    pub(crate) fn count_watch(self: &Rc<Self>) -> Result<Counted, OpError> {
+        self.count(|agent| &agent.watches, self.limits.watches, "watches")
+    }
+
+    fn count(
+        self: &Rc<Self>,
+        counter: fn(&Self) -> &Cell<usize>,
+        limit: usize,
+        what: &str,
+    ) -> Result<Counted, OpError> {
+        let count = counter(self);
+        if count.get() >= limit {
+            return Err(refused(
+                ErrorKind::Limit,
+                format!("too many {what}: the limit is {limit}"),
+            )
+            .into());
+        }
+        count.set(count.get() + 1);
+        Ok(Counted { agent: Rc::clone(self), counter })
+    }
+
+    /// Registers a command that runs, under the name that the host gave it.
+    pub(crate) fn register(self: &Rc<Self>, exec_id: Option<String>, group: Pid) -> Running {
+        if let Some(exec_id) = &exec_id {
+            self.commands.borrow_mut().insert(exec_id.clone(), group);
+        }
+        self.running_commands.set(self.running_commands.get() + 1);
+        Running { agent: Rc::clone(self), exec_id }
+    }
+
+    /// The process group of a command, by the name that the host gave it.
+    pub(crate) fn command(&self, exec_id: &str) -> Option<Pid> {
+        self.commands.borrow().get(exec_id).copied()
+    }
+
+    /// Something was done in the guest for the host.
+    pub(crate) fn touch(&self) {
+        self.last_activity.set(unix_now());
+    }
+
+    /// What happened lately.
+    pub(crate) fn activity(&self) -> ActivityInfo {
+        let (active_sessions, attached_sessions, jobs) = self.sessions.count();
+        ActivityInfo {
+            last_activity_unix: self.last_activity.get(),
+            active_sessions,
+            attached_sessions,
+            running_jobs: jobs + self.running_commands.get(),
+        }
+    }
+
+    /// The guest is to be shut down.
+    pub(crate) fn ask_for_shutdown(&self) {
+        self.shutdown_asked.set(true);
+        self.shutdown.notify_waiters();
+    }
+
+    /// Waits until the host asks for the guest to be shut down.
+    pub(crate) async fn shutdown_requested(&self) {
+        while !self.shutdown_asked.get() {
+            self.shutdown.notified().await;
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let count = (self.counter)(&self.agent);
+        count.set(count.get() - 1);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(exec_id) = &self.exec_id {
+            self.agent.commands.borrow_mut().remove(exec_id);
+        }
+        self.agent.running_commands.set(self.agent.running_commands.get() - 1);
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}

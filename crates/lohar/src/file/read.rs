@@ -1,0 +1,149 @@
+//! Reading files: whole, or some lines, or some bytes of some lines.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use bhatti_proto::{
+    AgentError, CHUNK_BYTES, ErrorKind, FileReadRequest, FileReadResponse, FrameType, exit_payload,
+};
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+
+use super::checked;
+use super::info::octal;
+use crate::connection::{HostWriter, Transport};
+use crate::refusal::{OpError, host_gone, io_refused, refused};
+
+/// Serves one `FILE_READ_REQ`.
+pub(crate) async fn read<T: Transport>(
+    request: &FileReadRequest,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let path = checked(&request.path)?;
+    let (mut file, response) = open_regular(&path)?;
+    writer.send_json(FrameType::FILE_READ_RESP, &response).await?;
+    let mut part = Part::new(request);
+    let mut buffer = vec![0; CHUNK_BYTES];
+    loop {
+        let length = file.read(&mut buffer).map_err(|error| io_refused("read", &path, &error))?;
+        let wanted = part.cut(&buffer[..length]);
+        if !wanted.is_empty() {
+            writer.send(FrameType::STDOUT, wanted).await.map_err(host_gone)?;
+        }
+        if length == 0 || part.is_complete() {
+            return writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone);
+        }
+    }
+}
+
+/// Opens a regular file for reading. Anything else is refused without being opened: a pipe would block, a device might do something.
+fn open_regular(path: &Path) -> Result<(File, FileReadResponse), AgentError> {
+    let failed = |error: io::Error| io_refused("open", path, &error);
+    let place = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| failed(error.into()))?;
+    let stat = fstat(&place).map_err(|error| failed(error.into()))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {}
+        FileType::Directory => {
+            return Err(refused(
+                ErrorKind::IsDirectory,
+                format!("{} is a directory", path.display()),
+            ));
+        }
+        _ => {
+            return Err(refused(
+                ErrorKind::NotRegular,
+                format!("{} is not a regular file", path.display()),
+            ));
+        }
+    }
+    // The same file, whatever the path leads to by now.
+    let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd())).map_err(failed)?;
+    Ok((file, FileReadResponse { mode: octal(stat.st_mode), size: stat.st_size }))
+}
+
+/// The part of a file that was asked for, cut out of the file's chunks as they come.
+#[derive(Debug)]
+struct Part {
+    /// Lines that are still to be skipped.
+    skip_lines: u64,
+    /// Lines that are still wanted; `None` is all.
+    lines: Option<u64>,
+    /// Bytes that are still wanted; `None` is all.
+    bytes: Option<usize>,
+}
+
+impl Part {
+    fn new(request: &FileReadRequest) -> Self {
+        let positive = |number: i64| u64::try_from(number).ok().filter(|number| *number > 0);
+        Self {
+            skip_lines: positive(request.offset).map_or(0, |offset| offset - 1),
+            lines: positive(request.limit),
+            bytes: positive(request.max_bytes)
+                .map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX)),
+        }
+    }
+
+    const fn is_complete(&self) -> bool {
+        matches!(self.lines, Some(0)) || matches!(self.bytes, Some(0))
+    }
+
+    /// What of the next chunk is wanted.
+    fn cut<'a>(&mut self, chunk: &'a [u8]) -> &'a [u8] {
+        let skipped = behind_lines(chunk, &mut self.skip_lines);
+        if self.skip_lines > 0 {
+            return &[];
+        }
+        let rest = &chunk[skipped..];
+        let mut length = match &mut self.lines {
+            Some(lines) => behind_lines(rest, lines),
+            None => rest.len(),
+        };
+        if let Some(bytes) = &mut self.bytes {
+            length = length.min(*bytes);
+            *bytes -= length;
+        }
+        &rest[..length]
+    }
+}
+
+/// The place behind the first `lines` lines of `chunk`, or its end; counts `lines` down by those that end in it.
+fn behind_lines(chunk: &[u8], lines: &mut u64) -> usize {
+    let mut at = 0;
+    while *lines > 0 {
+        let Some(end) = memchr::memchr(b'\n', &chunk[at..]) else { return chunk.len() };
+        at += end + 1;
+        *lines -= 1;
+    }
+    at
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_part_is_the_files_own_bytes(
+            content in "([a-z]{0,5}\r?\n?){0,20}",
+            offset in -1i64..12,
+            limit in -1i64..12,
+            max_bytes in -1i64..40,
+            piece in 1usize..20,
+        ) {
+            let request = FileReadRequest { offset, limit, max_bytes, ..FileReadRequest::default() };
+            let mut part = Part::new(&request);
+            let cut: Vec<u8> =
+                content.as_bytes().chunks(piece).flat_map(|chunk| part.cut(chunk).to_vec()).collect();
+
+            let count = |number: i64| usize::try_from(number).ok().filter(|number| *number > 0);
+            let lines = content.split_inclusive('\n').skip(count(offset).unwrap_or(1) - 1);
+            let wanted: String = lines.take(count(limit).unwrap_or(usize::MAX)).collect();
+            let wanted = &wanted.as_bytes()[..wanted.len().min(count(max_bytes).unwrap_or(usize::MAX))];
+            prop_assert_eq!(cut, wanted);
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Starts processes: as the right user, with the right environment, in the right place.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use bhatti_proto::{AgentError, ErrorKind, ExecRequest};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::write;
+use rustix::process::{Pid, ioctl_tiocsctty, setsid};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+use tokio::net::unix::pipe;
+
+use crate::agent::Agent;
+use crate::log::errno_text;
+use crate::lookup::{LookupError, find_program};
+use crate::reaper::Exit;
+use crate::refusal::refused;
+use crate::user::{self, USUAL_UID, User};
+
+/// Where programs are looked for unless the request says otherwise.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The cgroup of all processes but the agent, in a guest.
+pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";
+
+/// A process with pipes.
+pub(crate) struct Piped {
+    /// The process, which leads the group of the same number.
+    pub(crate) group: Pid,
+    pub(crate) exit: Exit,
+    pub(crate) stdin: pipe::Sender,
+    pub(crate) stdout: pipe::Receiver,
+    pub(crate) stderr: pipe::Receiver,
+}
+
+/// A process on a terminal.
+pub(crate) struct OnTerminal {
+    /// The process, which leads the session and group of the same number.
+    pub(crate) group: Pid,
+    pub(crate) exit: Exit,
+    /// The terminal's other end, non-blocking.
+    pub(crate) master: OwnedFd,
+}
+
+/// Starts the command of `request` with pipes.
+pub(crate) fn piped(agent: &Agent, request: &ExecRequest) -> Result<Piped, AgentError> {
+    let (mut command, program) = prepare(agent, request, Attachment::Pipes)?;
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn().map_err(|error| spawn_failed(&program, &error))?;
+    let (Some(group), Some(stdin), Some(stdout), Some(stderr)) =
+        (pid(child.id()), child.stdin.take(), child.stdout.take(), child.stderr.take())
+    else {
+        return Err(other("start: the process has no pipes"));
+    };
+    let exit = agent.reaper.watch(group);
+    let pipes = |error: io::Error| other(format!("start: {}", errno_text(&error)));
+    Ok(Piped {
+        group,
+        exit,
+        stdin: pipe::Sender::from_owned_fd(OwnedFd::from(stdin)).map_err(pipes)?,
+        stdout: pipe::Receiver::from_owned_fd(OwnedFd::from(stdout)).map_err(pipes)?,
+        stderr: pipe::Receiver::from_owned_fd(OwnedFd::from(stderr)).map_err(pipes)?,
+    })
+}
+
+/// Starts the command of `request` on a terminal of its own.
+pub(crate) fn on_terminal(agent: &Agent, request: &ExecRequest) -> Result<OnTerminal, AgentError> {
+    let (mut command, program) = prepare(agent, request, Attachment::Terminal)?;
+    let pty = |error: io::Error| other(format!("pty: {}", errno_text(&error)));
+    let (master, slave) =
+        open_terminal(request.rows.unwrap_or(24), request.cols.unwrap_or(80)).map_err(pty)?;
+    let slave = File::from(slave);
+    command
+        .stdin(slave.try_clone().map_err(pty)?)
+        .stdout(slave.try_clone().map_err(pty)?)
+        .stderr(slave);
+    let child = command.spawn().map_err(|error| spawn_failed(&program, &error))?;
+    let group = pid(child.id()).ok_or_else(|| other("start: the process has no number"))?;
+    Ok(OnTerminal { group, exit: agent.reaper.watch(group), master })
+}
+
+fn open_terminal(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let name = ptsname(&master, Vec::new())?;
+    let slave = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
+    set_size(&master, rows, cols)?;
+    rustix::io::ioctl_fionbio(&master, true)?;
+    Ok((master, slave))
+}
+
+/// Tells a terminal how large it is.
+pub(crate) fn set_size(master: impl AsFd, rows: u16, cols: u16) -> io::Result<()> {
+    Ok(tcsetwinsize(master, Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 })?)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attachment {
+    Pipes,
+    Terminal,
+}
+
+/// The command, and the program that it starts.
+fn prepare(
+    agent: &Agent,
+    request: &ExecRequest,
+    attachment: Attachment,
+) -> Result<(Command, PathBuf), AgentError> {
+    let user = user_of(agent, request.user.as_deref())?;
+    let environment =
+        environment(&agent.settings.borrow().environment, user.as_ref(), &request.env);
+    let path = environment.get("PATH").map_or("", String::as_str);
+    let cwd = working_directory(request.cwd.as_deref())?;
+    let name = request.argv.first().map_or("", String::as_str);
+    let program = find_program(name, path, &cwd).map_err(|error| lookup_failed(name, &error))?;
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the guest's commands have nothing to do with the host's"
+    )]
+    let mut command = Command::new(&program);
+    command.arg0(name).args(&request.argv[1..]).env_clear().envs(&environment).current_dir(&cwd);
+    let cgroup = open_cgroup(agent)
+        .map_err(|error| other(format!("start: cgroup: {}", errno_text(&error))))?;
+    if attachment == Attachment::Terminal || user.is_some() || cgroup.is_some() {
+        let settle = move || settle(attachment, user.as_ref(), cgroup.as_ref());
+        // SAFETY: between fork and exec `settle` makes system calls only, and allocates nothing.
+        #[expect(unsafe_code, reason = "the child must be settled between fork and exec")]
+        unsafe {
+            command.pre_exec(settle);
+        }
+    }
+    Ok((command, program))
+}
+
+/// Runs in the child: puts it where it belongs, and takes the agent's rights away from it.
+fn settle(attachment: Attachment, user: Option<&User>, cgroup: Option<&File>) -> io::Result<()> {
+    if let Some(procs) = cgroup {
+        // The process that writes is the one that moves.
+        write(procs, b"0")?;
+        // The agent's protection from the OOM killer was inherited. The file is its opener's own, so it is opened only here.
+        let oom_score =
+            open(c"/proc/self/oom_score_adj", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        write(&oom_score, b"0")?;
+    }
+    if attachment == Attachment::Terminal {
+        setsid()?;
+        ioctl_tiocsctty(rustix::stdio::stdin())?;
+    }
+    if let Some(user) = user {
+        set_thread_groups(&user.groups)?;
+        set_thread_gid(user.gid)?;
+        set_thread_uid(user.uid)?;
+    }
+    Ok(())
+}
+
+/// The file by which a child leaves the agent's cgroup. None outside a guest.
+fn open_cgroup(agent: &Agent) -> io::Result<Option<File>> {
+    if !agent.is_guest || !Path::new(USER_CGROUP).exists() {
+        return Ok(None);
+    }
+    File::options().write(true).open(format!("{USER_CGROUP}/cgroup.procs")).map(Some)
+}
+
+/// Who a process runs as: whom the request names, whom the settings name, or the usual user of a guest. `None` is the agent's own.
+fn user_of(agent: &Agent, named: Option<&str>) -> Result<Option<User>, AgentError> {
+    let configured = agent.settings.borrow().user.clone();
+    match named.map(str::to_owned).or(configured) {
+        Some(name) => user::find(&name).map(Some),
+        None if agent.is_guest => Ok(user::find(&USUAL_UID.to_string()).ok()),
+        None => Ok(None),
+    }
+}
+
+/// The environment of a process: the defaults, the guest's, the request's. Nothing of the agent's own.
+fn environment(
+    guest: &BTreeMap<String, String>,
+    user: Option<&User>,
+    request: &BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
+    let home = user.map_or("/root", |user| &user.home);
+    let mut defaults = vec![
+        ("PATH", DEFAULT_PATH),
+        ("TERM", "xterm-256color"),
+        ("HOME", home),
+        ("LANG", "en_US.UTF-8"),
+    ];
+    if let Some(user) = user {
+        defaults.extend([("USER", user.name.as_str()), ("LOGNAME", &user.name)]);
+    }
+    let mut environment: BTreeMap<_, _> =
+        defaults.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    environment.extend(guest.clone());
+    environment.extend(request.clone());
+    environment
+}
+
+fn working_directory(cwd: Option<&str>) -> Result<PathBuf, AgentError> {
+    let bad = |path: &Path, why: &str| {
+        refused(ErrorKind::BadCwd, format!("start: chdir {}: {why}", path.display()))
+    };
+    let Some(cwd) = cwd.filter(|cwd| !cwd.is_empty()) else {
+        return std::env::current_dir()
+            .map_err(|error| other(format!("start: getwd: {}", errno_text(&error))));
+    };
+    let cwd = Path::new(cwd);
+    match cwd.metadata() {
+        Ok(metadata) if metadata.is_dir() => {
+            std::path::absolute(cwd).map_err(|error| bad(cwd, &errno_text(&error)))
+        }
+        Ok(_) => Err(bad(cwd, "not a directory")),
+        Err(error) => Err(bad(cwd, &errno_text(&error))),
+    }
+}
+
+fn lookup_failed(name: &str, error: &LookupError) -> AgentError {
+    match error {
+        LookupError::NotInPath => refused(
+            ErrorKind::NotFound,
+            format!("start: exec: {name:?}: executable file not found in $PATH"),
+        ),
+        LookupError::Missing(file) => refused(
+            ErrorKind::NotFound,
+            format!("start: fork/exec {}: no such file or directory", file.display()),
+        ),
+        LookupError::NotExecutable(file) => refused(
+            ErrorKind::NotExecutable,
+            format!("start: fork/exec {}: permission denied", file.display()),
+        ),
+    }
+}
+
+fn spawn_failed(program: &Path, error: &io::Error) -> AgentError {
+    let kind = match error.raw_os_error() {
+        // The program is there: what is missing is its interpreter, or the user's right to it.
+        Some(libc::ENOEXEC | libc::EACCES | libc::ENOENT) => ErrorKind::NotExecutable,
+        Some(libc::EPERM) => ErrorKind::PermissionDenied,
+        Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE) => ErrorKind::Limit,
+        Some(libc::E2BIG) | None => ErrorKind::BadRequest,
+        Some(_) => ErrorKind::Other,
+    };
+    refused(kind, format!("start: fork/exec {}: {}", program.display(), errno_text(error)))
+}
+
+fn pid(number: u32) -> Option<Pid> {
+    i32::try_from(number).ok().and_then(Pid::from_raw)
+}
+
+fn other(message: impl Into<String>) -> AgentError {
+    refused(ErrorKind::Other, message)
+}

@@ -1,0 +1,56 @@
+//! lohar, the guest agent.
+//!
+//! ```text
+//!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel; powers off on request
+//!        └─ test mode serves the same protocol on two Unix sockets, without root and without a VM
+//!
+//!  serve      one connection = one operation; authentication, limits, dispatch
+//!  exec       runs a command, its output in frames
+//!  session    processes that survive their client: terminals, and jobs that keep their output
+//!  file       reads, writes, lists, changes and watches files
+//!  forward    relays a connection to a TCP port of the loopback
+//!  settings   what the host made of this guest, after the boot and after each restore
+//!  launch     starts a process as the right user in the right place
+//!  reaper     the only caller of wait(2)
+//! ```
+//!
+//! Everything runs on one thread: starting a child and registering it with the reaper cannot be torn apart by its exit.
+
+mod agent;
+mod channel;
+mod connection;
+mod exec;
+mod file;
+mod forward;
+mod launch;
+mod limits;
+mod log;
+mod lookup;
+mod oom;
+mod pid1;
+mod reaper;
+mod refusal;
+pub mod ring;
+mod serve;
+mod session;
+mod settings;
+mod test_mode;
+mod user;
+mod watched;
+
+use std::process::ExitCode;
+
+/// Runs the agent: as PID 1 of a guest, or in test mode.
+pub fn run() -> ExitCode {
+    if std::env::var_os("LOHAR_TEST").is_some_and(|value| value == "1") {
+        return test_mode::run();
+    }
+    if std::process::id() == 1 {
+        return pid1::run();
+    }
+    // As an ordinary process it would mount over, kill and power off a machine that is not its own.
+    log::line(format_args!(
+        "refusing to run: this is not PID 1 of a virtual machine (set LOHAR_TEST=1 for test mode)"
+    ));
+    ExitCode::FAILURE
+}

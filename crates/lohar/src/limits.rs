@@ -1,0 +1,67 @@
+//! What the agent gives at most.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// The longest path, in bytes: the kernel's `PATH_MAX`.
+pub(crate) const PATH_BYTES_MAX: usize = 4096;
+
+/// Entries in a listing for hosts that take only one frame.
+pub(crate) const LISTING_ENTRIES_MAX: usize = 10_000;
+
+/// The most output that a job may be asked to keep, in bytes.
+pub(crate) const JOB_OUTPUT_BYTES_MAX: u64 = 1 << 30;
+
+/// How long a connection may take to authenticate.
+pub(crate) const AUTH_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a process group has between being asked to end and being killed.
+pub(crate) const TERM_GRACE: Duration = Duration::from_secs(2);
+
+/// Limits that tests set lower. In a VM they are the defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Limits {
+    /// Connections at once.
+    pub(crate) connections: usize,
+    /// Sessions whose process runs.
+    pub(crate) sessions: usize,
+    /// Sessions whose process has ended and that are still kept: beyond it the oldest go early.
+    pub(crate) finished_sessions: usize,
+    /// Watches at once.
+    pub(crate) watches: usize,
+    /// Bytes of output that a job keeps, unless it asks for another number.
+    pub(crate) job_output_bytes: u64,
+    /// The largest file that can be written, in bytes.
+    pub(crate) file_bytes: u64,
+    /// Milliseconds that a connection may take to say what it wants, and a write may go without a byte.
+    pub(crate) request_ms: u64,
+    /// Milliseconds for which a terminal session is kept after its end.
+    pub(crate) finished_session_ms: u64,
+    /// Milliseconds for which a job is kept after its end.
+    pub(crate) finished_job_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 512,
+            sessions: 64,
+            finished_sessions: 64,
+            watches: 64,
+            job_output_bytes: 64 << 20,
+            file_bytes: 64 << 30,
+            request_ms: 30_000,
+            finished_session_ms: 30_000,
+            finished_job_ms: 24 * 3600 * 1000,
+        }
+    }
+}
+
+impl Limits {
+    /// See [`request_ms`](Self::request_ms).
+    pub(crate) const fn request(&self) -> Duration {
+        Duration::from_millis(self.request_ms)
+    }
+}

@@ -1,0 +1,111 @@
+//! Memory: the agent is never what runs out of it, and says who did.
+//!
+//! All processes but the agent live in one cgroup, whose limits leave the agent room to run. When the kernel kills one of them for
+//! want of memory, its log says which; that becomes an event.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use bhatti_proto::GuestEvent;
+use rustix::fs::{Mode, OFlags, SeekFrom, open, seek};
+use rustix::io::Errno;
+use tokio::io::Interest;
+
+use crate::agent::Agent;
+use crate::launch::USER_CGROUP;
+use crate::log;
+use crate::watched::watch;
+
+/// Memory that processes are kept from, in bytes: the agent's, and the kernel's for serving it.
+const RESERVED_BYTES: u64 = 24 << 20;
+
+/// The share of the kernel's threads that processes may have, in percent.
+const THREADS_PERCENT: u64 = 90;
+
+/// The longest record of the kernel's log: `CONSOLE_EXT_LOG_MAX` of kernel/printk.
+const RECORD_BYTES: usize = 8192;
+
+/// Protects the agent, and sets the cgroup of all others up.
+pub(crate) fn protect_agent() -> io::Result<()> {
+    fs::write("/proc/self/oom_score_adj", "-1000")?;
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory +pids")?;
+    fs::create_dir_all(USER_CGROUP)?;
+    let memory = total_memory()?.saturating_sub(RESERVED_BYTES);
+    fs::write(format!("{USER_CGROUP}/memory.max"), memory.to_string())?;
+    let threads: u64 = fs::read_to_string("/proc/sys/kernel/threads-max")?
+        .trim()
+        .parse()
+        .map_err(io::Error::other)?;
+    fs::write(format!("{USER_CGROUP}/pids.max"), (threads * THREADS_PERCENT / 100).to_string())
+}
+
+fn total_memory() -> io::Result<u64> {
+    let info = fs::read_to_string("/proc/meminfo")?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib: u64 = line
+        .unwrap_or_default()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .map_err(io::Error::other)?;
+    Ok(kib << 10)
+}
+
+/// Reports each process that the kernel kills for want of memory, for as long as the guest runs.
+pub(crate) async fn report_kills(agent: Rc<Agent>) {
+    if let Err(error) = try_report_kills(&agent).await {
+        log::line(format_args!("failed to follow the kernel's log: {error}"));
+    }
+}
+
+async fn try_report_kills(agent: &Agent) -> io::Result<()> {
+    let kernel_log =
+        open("/dev/kmsg", OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+    seek(&kernel_log, SeekFrom::End(0))?;
+    let kernel_log = watch(kernel_log, Interest::READABLE)?;
+    let mut record = vec![0; RECORD_BYTES];
+    loop {
+        let mut ready = kernel_log.readable().await?;
+        match read(kernel_log.get_ref(), &mut record) {
+            Ok(length) => {
+                if let Some(event) = parse_kill(&String::from_utf8_lossy(&record[..length])) {
+                    // Without a listener nobody wants to know.
+                    drop(agent.events.send(event));
+                }
+            }
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            // Records were overwritten before they were read.
+            Err(Errno::PIPE) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn read(kernel_log: &OwnedFd, record: &mut [u8]) -> rustix::io::Result<usize> {
+    rustix::io::read(kernel_log, record)
+}
+
+/// The kill that a record tells of: `… Killed process 123 (name) …`.
+fn parse_kill(record: &str) -> Option<GuestEvent> {
+    let (_, rest) = record.split_once("Killed process ")?;
+    let (pid, rest) = rest.split_once(" (")?;
+    // A name may hold parentheses of its own; what follows it does not.
+    let (name, _) = rest.rsplit_once(") ").or_else(|| rest.rsplit_once("),"))?;
+    Some(GuestEvent::OomKill { pid: pid.parse().ok()?, name: name.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kill_is_read_out_of_the_kernels_words() {
+        let record = "3,1021,8235711,-;Memory cgroup out of memory: Killed process 213 (my (odd) name) total-vm:9kB, anon-rss:1kB\n";
+
+        let kill = GuestEvent::OomKill { pid: 213, name: "my (odd) name".to_owned() };
+        assert_eq!(parse_kill(record), Some(kill));
+        assert_eq!(parse_kill("6,1,2,-;random: crng reseeded\n"), None);
+    }
+}

@@ -1,0 +1,163 @@
+//! Processes that survive their client.
+//!
+//! ```text
+//!             ┌─────────┐  output   ┌────────┐  follower, at a place of its own   ┌──────┐
+//!  process ──►│  pump   │──────────►│ output │───────────────────────────────────►│ host │
+//!             └─────────┘           └────────┘                                    └──────┘
+//! ```
+//!
+//! The pump appends to the output; a client that is attached follows it from a place in it, so replay and live output are one thing
+//! and cannot overlap. While a client is attached the pump waits rather than push out what it has not been sent.
+//!
+//! A session with a terminal keeps a [ring](crate::ring) of its output. One without, a *job*, keeps its two streams on disk, and can be
+//! followed from any byte that is kept. A session whose process has ended is kept for a while, for its exit code: see
+//! [`Limits`](crate::limits::Limits).
+
+mod attach;
+mod create;
+mod job_log;
+mod output;
+mod pump;
+mod registry;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use bhatti_proto::{ErrorKind, SessionInfo};
+use rustix::process::{Pid, Signal};
+use tokio::sync::Notify;
+
+use crate::agent::Agent;
+use crate::exec::kill_group;
+use crate::refusal::{OpError, refused};
+use output::Output;
+
+pub(crate) use attach::serve_attach;
+pub(crate) use create::{serve_create, start_init};
+pub(crate) use registry::Sessions;
+
+/// The session of the guest's init script.
+pub(crate) const INIT_ID: &str = "init";
+
+/// One session.
+pub(crate) struct Session {
+    pub(crate) id: String,
+    argv: String,
+    terminal: Option<pump::Terminal>,
+    created_at: i64,
+    group: Pid,
+    max_idle_sec: Option<u64>,
+    stdin: RefCell<Option<pump::StdinSender>>,
+    output: RefCell<Output>,
+    exit_code: Cell<Option<i32>>,
+    attachment: RefCell<Attachment>,
+    /// Something above has changed.
+    changed: Notify,
+}
+
+/// Who follows the output.
+#[derive(Debug, Default)]
+struct Attachment {
+    /// Counts attachments and detachments: whoever acts on one checks that it is still the latest.
+    generation: u64,
+    /// The place of the next byte that the attached client is sent; `None` if none is attached.
+    position: Option<u64>,
+}
+
+impl Session {
+    pub(crate) fn is_running(&self) -> bool {
+        self.exit_code.get().is_none()
+    }
+
+    pub(crate) fn is_attached(&self) -> bool {
+        self.attachment.borrow().position.is_some()
+    }
+
+    pub(crate) const fn is_job(&self) -> bool {
+        self.terminal.is_none()
+    }
+
+    pub(crate) fn info(&self) -> SessionInfo {
+        let output = self.output.borrow();
+        SessionInfo {
+            session_id: self.id.clone(),
+            argv: self.argv.clone(),
+            tty: self.terminal.is_some(),
+            running: self.is_running(),
+            exit_code: self.exit_code.get(),
+            attached: self.is_attached(),
+            created_at: self.created_at,
+            output_start: self.is_job().then(|| output.start()),
+            output_end: self.is_job().then(|| output.end()),
+        }
+    }
+
+    /// Signals the process group, if its leader has not ended.
+    pub(crate) fn signal(&self, signal: Signal) {
+        if self.is_running() {
+            kill_group(self.group, signal);
+        }
+    }
+
+    /// Makes a client the one that follows, displacing another, and returns the attachment's generation.
+    fn attach(&self, from: Option<u64>) -> u64 {
+        let output = self.output.borrow();
+        let start = output.start();
+        let position = from.map_or(start, |from| from.clamp(start, output.end()));
+        let mut attachment = self.attachment.borrow_mut();
+        attachment.generation += 1;
+        attachment.position = Some(position);
+        self.changed.notify_waiters();
+        attachment.generation
+    }
+
+    /// Ends an attachment, unless another has displaced it already.
+    fn detach(self: &Rc<Self>, generation: u64) {
+        let mut attachment = self.attachment.borrow_mut();
+        if attachment.generation != generation {
+            return;
+        }
+        attachment.generation += 1;
+        attachment.position = None;
+        let idle_generation = attachment.generation;
+        drop(attachment);
+        self.changed.notify_waiters();
+        self.watch_idleness(idle_generation);
+    }
+
+    /// Kills the process if nobody has attached within its time.
+    fn watch_idleness(self: &Rc<Self>, generation: u64) {
+        let Some(seconds) = self.max_idle_sec else { return };
+        let session = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(std::time::Duration::from_secs(seconds)).await;
+            if session.attachment.borrow().generation == generation {
+                session.signal(Signal::KILL);
+            }
+        });
+    }
+
+    /// The process has ended, and its output is complete.
+    fn finish(&self, code: i32) {
+        self.exit_code.set(Some(code));
+        self.stdin.take();
+        self.changed.notify_waiters();
+    }
+}
+
+/// The session of that name.
+pub(crate) fn find(agent: &Agent, id: &str) -> Result<Rc<Session>, OpError> {
+    let found = agent.sessions.get(id);
+    found.ok_or_else(|| refused(ErrorKind::NoSuchSession, "session not found").into())
+}
+
+/// Kills a session; one whose process has ended already is forgotten.
+pub(crate) fn kill(agent: &Agent, id: &str) -> Result<(), OpError> {
+    let session = find(agent, id)?;
+    if session.is_running() {
+        session.signal(Signal::KILL);
+    } else if session.is_job() {
+        agent.sessions.remove(&session);
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! A client at a session.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bhatti_proto::{ExecRequest, FrameType, exit_payload, parse_resize};
+use rustix::process::Signal;
+use tokio::sync::Semaphore;
+
+use super::output::Piece;
+use super::{Session, find};
+use crate::agent::Agent;
+use crate::connection::{HostReader, HostWriter, Transport};
+use crate::exec::input;
+use crate::launch::set_size;
+use crate::refusal::{OpError, host_gone};
+
+/// Serves an `EXEC_REQ` that names a session.
+pub(crate) async fn serve_attach<T: Transport>(
+    agent: &Rc<Agent>,
+    request: &ExecRequest,
+    reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let session = find(agent, request.session_id.as_deref().unwrap_or_default())?;
+    serve(agent, &session, request.output_offset, reader, writer).await
+}
+
+/// How an attachment ended.
+enum Outcome {
+    /// The process ended with this code, and all output was sent.
+    Ended(i32),
+    /// Another client took the session over.
+    Displaced,
+}
+
+/// Attaches the client, until one of the three is gone: it, the process, or its claim.
+pub(super) async fn serve<T: Transport>(
+    agent: &Rc<Agent>,
+    session: &Rc<Session>,
+    from: Option<u64>,
+    reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let attached = Attached { session, generation: session.attach(from) };
+    writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
+    let outcome = tokio::select! {
+        outcome = attached.follow(writer) => outcome?,
+        () = receive(agent, session, reader) => return Err(OpError::HostGone),
+    };
+    let code = match outcome {
+        Outcome::Ended(code) => code,
+        Outcome::Displaced => 0,
+    };
+    writer.send(FrameType::EXIT, &exit_payload(code)).await.map_err(host_gone)?;
+    // The exit code of a terminal session is collected once; a job's is kept, for a client that is cut off right now.
+    if matches!(outcome, Outcome::Ended(_)) && !session.is_job() {
+        agent.sessions.remove(session);
+    }
+    Ok(())
+}
+
+/// An attachment, which ends with its owner.
+struct Attached<'a> {
+    session: &'a Rc<Session>,
+    generation: u64,
+}
+
+impl Attached<'_> {
+    /// Sends the output from the client's place on.
+    async fn follow<T: Transport>(&self, writer: &mut HostWriter<T>) -> Result<Outcome, OpError> {
+        loop {
+            match self.next() {
+                Next::Piece(Piece { frame_type, bytes, .. }) => {
+                    writer.send(frame_type, &bytes).await.map_err(host_gone)?;
+                }
+                Next::Wait => self.session.changed.notified().await,
+                Next::Over(outcome) => return Ok(outcome),
+            }
+        }
+    }
+
+    fn next(&self) -> Next {
+        let mut attachment = self.session.attachment.borrow_mut();
+        let Some(position) =
+            attachment.position.filter(|_| attachment.generation == self.generation)
+        else {
+            return Next::Over(Outcome::Displaced);
+        };
+        let Some(piece) = self.session.output.borrow_mut().read(position) else {
+            let ended = self.session.exit_code.get().map(Outcome::Ended);
+            return ended.map_or(Next::Wait, Next::Over);
+        };
+        attachment.position = Some(piece.at + piece.bytes.len() as u64);
+        // The pump may be waiting for the room.
+        self.session.changed.notify_waiters();
+        Next::Piece(piece)
+    }
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        self.session.detach(self.generation);
+    }
+}
+
+enum Next {
+    Piece(Piece),
+    Wait,
+    Over(Outcome),
+}
+
+/// Passes on what the client sends, until it goes away.
+async fn receive<T: Transport>(agent: &Agent, session: &Session, mut reader: HostReader<T>) {
+    let room = Arc::new(Semaphore::new(input::STDIN_QUEUE_BYTES));
+    while let Ok(Some(frame)) = reader.next().await {
+        match frame.frame_type {
+            FrameType::STDIN => {
+                agent.touch();
+                let stdin = session.stdin.borrow().clone();
+                if !input::enqueue_for(&reader, stdin.as_ref(), &room, frame.payload).await {
+                    return;
+                }
+            }
+            FrameType::STDIN_EOF => drop(session.stdin.take()),
+            FrameType::RESIZE => resize(session, &frame.payload),
+            FrameType::KILL => {
+                session.signal(if session.is_job() { Signal::KILL } else { Signal::TERM })
+            }
+            FrameType::SIGNAL => {
+                if let Some(signal) = input::named_signal(&frame.payload) {
+                    session.signal(signal);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn resize(session: &Session, payload: &[u8]) {
+    if let (Some(terminal), Some((rows, cols))) = (&session.terminal, parse_resize(payload)) {
+        // A terminal whose process has just ended needs no size.
+        drop(set_size(terminal.get_ref(), rows, cols));
+    }
+}

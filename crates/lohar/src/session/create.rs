@@ -1,0 +1,150 @@
+//! Making sessions.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use bhatti_proto::{AgentError, ExecRequest, FrameType};
+use rustix::process::Pid;
+use tokio::io::Interest;
+use tokio::sync::{Notify, mpsc};
+
+use super::job_log::JobLog;
+use super::output::Output;
+use super::pump::{self, Source};
+use super::{Attachment, INIT_ID, Session, attach};
+use crate::agent::{Agent, unix_now};
+use crate::connection::{HostReader, HostWriter, Transport};
+use crate::exec::{enforce_timeout, input};
+use crate::launch;
+use crate::limits::JOB_OUTPUT_BYTES_MAX;
+use crate::log;
+use crate::reaper::Exit;
+use crate::refusal::{OpError, kind_of, refused};
+use crate::ring::Ring;
+use crate::watched::watch;
+
+/// Serves an `EXEC_REQ` for a new session: with a terminal, or without one for a session that was asked for.
+pub(crate) async fn serve_create<T: Transport>(
+    agent: &Rc<Agent>,
+    request: &ExecRequest,
+    reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let session = create(agent, request, None)?;
+    if request.detach {
+        writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
+        session.watch_idleness(0);
+        return Ok(());
+    }
+    attach::serve(agent, &session, None, reader, writer).await
+}
+
+/// Starts the guest's init script.
+pub(crate) fn start_init(agent: &Rc<Agent>, script: &str) {
+    let request = ExecRequest {
+        argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        tty: Some(true),
+        ..ExecRequest::default()
+    };
+    if let Err(error) = create(agent, &request, Some(INIT_ID)) {
+        log::line(format_args!("failed to start the init script: {}", error.message));
+    }
+}
+
+fn create(
+    agent: &Rc<Agent>,
+    request: &ExecRequest,
+    id: Option<&str>,
+) -> Result<Rc<Session>, AgentError> {
+    let number = agent.sessions.admit(&agent.limits)?;
+    let id = id.map_or_else(|| format!("s{number}"), str::to_owned);
+    let session = if request.tty == Some(true) {
+        start_terminal(agent, request, id)?
+    } else {
+        start_job(agent, request, id)?
+    };
+    agent.sessions.insert(number, &session);
+    Ok(session)
+}
+
+fn start_terminal(
+    agent: &Rc<Agent>,
+    request: &ExecRequest,
+    id: String,
+) -> Result<Rc<Session>, AgentError> {
+    let launch::OnTerminal { group, exit, master } = launch::on_terminal(agent, request)?;
+    let watched = watch(master, Interest::READABLE | Interest::WRITABLE);
+    let terminal =
+        Rc::new(watched.map_err(|error| refused(kind_of(&error), format!("pty: {error}")))?);
+    let (stdin, queued) = mpsc::unbounded_channel();
+    tokio::task::spawn_local(pump::feed_terminal(Rc::clone(&terminal), queued));
+    let sources = [Source::Terminal(Rc::clone(&terminal)), Source::Ended];
+    let output = Output::Ring(Ring::default());
+    Ok(begin(
+        agent,
+        request,
+        Begin { id, terminal: Some(terminal), stdin, output, group, exit, sources },
+    ))
+}
+
+fn start_job(
+    agent: &Rc<Agent>,
+    request: &ExecRequest,
+    id: String,
+) -> Result<Rc<Session>, AgentError> {
+    let limit =
+        request.output_limit.unwrap_or(agent.limits.job_output_bytes).min(JOB_OUTPUT_BYTES_MAX);
+    let log = JobLog::create(&agent.state_dir, &id, limit)
+        .map_err(|error| refused(kind_of(&error), format!("start: job output: {error}")))?;
+    let launch::Piped { group, exit, stdin, stdout, stderr } = launch::piped(agent, request)?;
+    let (sender, queued) = mpsc::unbounded_channel();
+    tokio::task::spawn_local(input::feed(stdin, queued));
+    let sources =
+        [Source::Pipe(stdout, FrameType::STDOUT), Source::Pipe(stderr, FrameType::STDERR)];
+    let output = Output::Log(log);
+    Ok(begin(
+        agent,
+        request,
+        Begin { id, terminal: None, stdin: sender, output, group, exit, sources },
+    ))
+}
+
+struct Begin {
+    id: String,
+    terminal: Option<pump::Terminal>,
+    stdin: pump::StdinSender,
+    output: Output,
+    group: Pid,
+    exit: Exit,
+    sources: [Source; 2],
+}
+
+fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> {
+    let Begin { id, terminal, stdin, output, group, exit, sources } = begin;
+    // A job that is left to itself from the start has nobody to feed it.
+    let stdin = (!request.detach || terminal.is_some()).then_some(stdin);
+    let session = Rc::new(Session {
+        id,
+        argv: request.argv.join(" "),
+        terminal,
+        created_at: unix_now(),
+        group,
+        max_idle_sec: request
+            .max_idle_sec
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .filter(|s| *s > 0),
+        stdin: RefCell::new(stdin),
+        output: RefCell::new(output),
+        exit_code: Cell::new(None),
+        attachment: RefCell::new(Attachment::default()),
+        changed: Notify::new(),
+    });
+    if let Some(timeout_ms) = request.timeout_ms {
+        let timed = Rc::clone(&session);
+        tokio::task::spawn_local(async move {
+            enforce_timeout(timeout_ms, |signal| timed.signal(signal)).await;
+        });
+    }
+    tokio::task::spawn_local(pump::run(Rc::clone(agent), Rc::clone(&session), sources, exit));
+    session
+}

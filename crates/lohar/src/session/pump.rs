@@ -1,0 +1,155 @@
+//! The ways between a session's process and its session.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bhatti_proto::{CHUNK_BYTES, FrameType};
+use rustix::io::Errno;
+use tokio::io::AsyncReadExt;
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
+
+use super::Session;
+use crate::agent::Agent;
+use crate::exec::input::Queued;
+use crate::reaper::Exit;
+
+/// The other end of a session's terminal.
+pub(crate) type Terminal = Rc<AsyncFd<OwnedFd>>;
+
+/// Takes a session's input.
+pub(crate) type StdinSender = mpsc::UnboundedSender<Queued>;
+
+/// The most that is taken of each stream once the process has ended, in bytes: more than a pipe or terminal holds.
+const DRAIN_BYTES_MAX: usize = 1 << 20;
+
+/// One output stream of a process.
+pub(super) enum Source {
+    Terminal(Terminal),
+    Pipe(pipe::Receiver, FrameType),
+    Ended,
+}
+
+impl Source {
+    const fn frame_type(&self) -> FrameType {
+        match self {
+            Self::Pipe(_, frame_type) => *frame_type,
+            Self::Terminal(_) | Self::Ended => FrameType::STDOUT,
+        }
+    }
+
+    /// Waits for output and returns its length, 0 at the end. Never resolves after that.
+    async fn read(&mut self, buffer: &mut [u8]) -> usize {
+        match self {
+            Self::Pipe(pipe, _) => pipe.read(buffer).await.unwrap_or(0),
+            Self::Terminal(terminal) => read_terminal(terminal, buffer).await,
+            Self::Ended => std::future::pending().await,
+        }
+    }
+
+    /// Reads what is there now.
+    fn read_now(&self, buffer: &mut [u8]) -> usize {
+        match self {
+            Self::Pipe(pipe, _) => rustix::io::read(pipe.as_fd(), buffer).unwrap_or(0),
+            Self::Terminal(terminal) => rustix::io::read(terminal.get_ref(), buffer).unwrap_or(0),
+            Self::Ended => 0,
+        }
+    }
+}
+
+async fn read_terminal(terminal: &Terminal, buffer: &mut [u8]) -> usize {
+    loop {
+        let Ok(mut ready) = terminal.readable().await else { return 0 };
+        match rustix::io::read(terminal.get_ref(), &mut *buffer) {
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            // EIO: nobody has the terminal open any more.
+            result => return result.unwrap_or(0),
+        }
+    }
+}
+
+/// Moves a process's output into its session until the process has ended, then keeps the session for its time.
+pub(super) async fn run(
+    agent: Rc<Agent>,
+    session: Rc<Session>,
+    mut sources: [Source; 2],
+    mut exit: Exit,
+) {
+    let mut buffers = [vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]];
+    let [first_buffer, second_buffer] = &mut buffers;
+    let code = loop {
+        session.room().await;
+        let [first, second] = &mut sources;
+        let (index, length) = tokio::select! {
+            length = first.read(first_buffer) => (0, length),
+            length = second.read(second_buffer) => (1, length),
+            code = exit.code() => break code,
+        };
+        if length == 0 {
+            sources[index] = Source::Ended;
+        } else {
+            let buffer = if index == 0 { &*first_buffer } else { &*second_buffer };
+            session.append(sources[index].frame_type(), &buffer[..length]);
+        }
+    };
+    for source in &sources {
+        drain(&session, source, first_buffer).await;
+    }
+    session.finish(code);
+    let kept_ms = if session.is_job() {
+        agent.limits.finished_job_ms
+    } else {
+        agent.limits.finished_session_ms
+    };
+    tokio::time::sleep(Duration::from_millis(kept_ms)).await;
+    agent.sessions.remove(&session);
+}
+
+async fn drain(session: &Session, source: &Source, buffer: &mut [u8]) {
+    let mut budget = DRAIN_BYTES_MAX;
+    while budget > 0 {
+        session.room().await;
+        let length = source.read_now(buffer);
+        if length == 0 {
+            return;
+        }
+        budget = budget.saturating_sub(length);
+        session.append(source.frame_type(), &buffer[..length]);
+    }
+}
+
+impl Session {
+    fn append(&self, frame_type: FrameType, bytes: &[u8]) {
+        self.output.borrow_mut().append(frame_type, bytes);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until output can be appended without pushing out what the attached client has not been sent.
+    async fn room(&self) {
+        while self
+            .attachment
+            .borrow()
+            .position
+            .is_some_and(|at| !self.output.borrow().has_room_behind(at))
+        {
+            self.changed.notified().await;
+        }
+    }
+}
+
+/// Writes a session's input to its terminal.
+pub(super) async fn feed_terminal(terminal: Terminal, mut queued: mpsc::UnboundedReceiver<Queued>) {
+    while let Some((bytes, _room)) = queued.recv().await {
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let Ok(mut ready) = terminal.writable().await else { return };
+            match rustix::io::write(terminal.get_ref(), rest) {
+                Ok(length) => rest = &rest[length..],
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                Err(_) => return,
+            }
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! The sessions that there are.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use bhatti_proto::{AgentError, ErrorKind, SessionInfo};
+
+use super::Session;
+use crate::limits::Limits;
+use crate::refusal::refused;
+
+/// Sessions by the order of their making.
+#[derive(Default)]
+pub(crate) struct Sessions {
+    by_number: RefCell<BTreeMap<u64, Rc<Session>>>,
+    last_number: Cell<u64>,
+}
+
+impl Sessions {
+    /// Draws the number of the next session; refused if too many run. Finished ones give way.
+    pub(super) fn admit(&self, limits: &Limits) -> Result<u64, AgentError> {
+        let mut sessions = self.by_number.borrow_mut();
+        if sessions.values().filter(|session| session.is_running()).count() >= limits.sessions {
+            return Err(refused(
+                ErrorKind::Limit,
+                format!("too many sessions: the limit is {}", limits.sessions),
+            ));
+        }
+        let finished: Vec<u64> = sessions
+            .iter()
+            .filter(|(_, session)| !session.is_running())
+            .map(|(number, _)| *number)
+            .collect();
+        let excess = finished.len().saturating_sub(limits.finished_sessions.saturating_sub(1));
+        for number in finished.into_iter().take(excess) {
+            sessions.remove(&number);
+        }
+        self.last_number.set(self.last_number.get() + 1);
+        Ok(self.last_number.get())
+    }
+
+    pub(super) fn insert(&self, number: u64, session: &Rc<Session>) {
+        self.by_number.borrow_mut().insert(number, Rc::clone(session));
+    }
+
+    /// The session of that name.
+    pub(crate) fn get(&self, id: &str) -> Option<Rc<Session>> {
+        self.by_number.borrow().values().find(|session| session.id == id).cloned()
+    }
+
+    /// Forgets a session.
+    pub(crate) fn remove(&self, gone: &Rc<Session>) {
+        self.by_number.borrow_mut().retain(|_, session| !Rc::ptr_eq(session, gone));
+    }
+
+    /// All sessions, oldest first.
+    pub(crate) fn list(&self) -> Vec<SessionInfo> {
+        self.by_number.borrow().values().map(|session| session.info()).collect()
+    }
+
+    /// Sessions whose process runs, sessions with a client, and jobs whose process runs.
+    pub(crate) fn count(&self) -> (u32, u32, u32) {
+        let sessions = self.by_number.borrow();
+        let count = |wanted: fn(&Session) -> bool| {
+            u32::try_from(sessions.values().filter(|session| wanted(session)).count())
+                .unwrap_or(u32::MAX)
+        };
+        let running_jobs = count(|session| session.is_running() && session.is_job());
+        (count(Session::is_running), count(Session::is_attached), running_jobs)
+    }
+}

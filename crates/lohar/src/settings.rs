@@ -1,0 +1,84 @@
+//! What the host makes of this guest: after the boot its configuration, after each restore another identity.
+
+mod identity;
+mod system;
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bhatti_proto::{AgentError, ConfigFile, ErrorKind, GuestConfig};
+use subtle::ConstantTimeEq;
+
+use crate::agent::Agent;
+use crate::file::{Owner, parse_mode, write_whole};
+use crate::refusal::{OpError, refused};
+use crate::session::start_init;
+
+pub(crate) use identity::assume;
+
+/// Permission bits of a configured file that names none.
+const FILE_MODE: u32 = 0o644;
+
+/// What holds for connections and processes from now on.
+#[derive(Debug, Default)]
+pub(crate) struct Settings {
+    token: Option<Vec<u8>>,
+    /// Variables of every process.
+    pub(crate) environment: BTreeMap<String, String>,
+    /// Who processes run as.
+    pub(crate) user: Option<String>,
+    configured: bool,
+}
+
+impl Settings {
+    /// Whether connections must authenticate.
+    pub(crate) const fn needs_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    /// Whether this is the token. Takes the same time for every wrong one of its length.
+    pub(crate) fn is_token(&self, shown: &[u8]) -> bool {
+        self.token.as_ref().is_some_and(|token| token.ct_eq(shown).into())
+    }
+
+    fn take_over(&mut self, config: &GuestConfig) {
+        self.token = some_text(&config.token).map(String::into_bytes);
+        self.environment.clone_from(&config.env);
+        self.user = some_text(&config.user);
+        self.configured = true;
+    }
+}
+
+fn some_text(text: &str) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+/// Serves one `CONFIG_REQ`. The first one that succeeds is the only one.
+pub(crate) fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), OpError> {
+    if agent.settings.borrow().configured {
+        return Err(refused(ErrorKind::AlreadyExists, "the guest has been configured").into());
+    }
+    if agent.is_guest {
+        system::apply(config)?;
+    }
+    write_files(agent, &config.files)?;
+    agent.settings.borrow_mut().take_over(config);
+    if !config.init.is_empty() {
+        start_init(agent, &config.init);
+    }
+    Ok(())
+}
+
+fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Result<(), AgentError> {
+    let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
+    for (path, file) in files {
+        let content = STANDARD.decode(&file.content);
+        let content = content.map_err(|error| {
+            refused(ErrorKind::BadRequest, format!("content of {path}: {error}"))
+        })?;
+        write_whole(path, &content, parse_mode(&file.mode, FILE_MODE)?, owner)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! Another identity: what a restored guest must not share with the one that it was.
+
+use std::fs;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bhatti_proto::{Applied, Identity, IdentityReport};
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use super::{system, write_files};
+use crate::agent::Agent;
+
+/// `RNDRESEEDCRNG` of linux/random.h: the generator takes its key anew from the pool.
+const RESEED: libc::c_ulong = 0x5207;
+
+/// Serves one `IDENTITY_REQ`: does all of it, whatever fails, and reports each part.
+pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
+    let config = &identity.config;
+    let guest = |apply: &dyn Fn() -> io::Result<()>| {
+        if agent.is_guest { applied(apply()) } else { Applied::Nothing }
+    };
+    let report = IdentityReport {
+        rng: guest(&|| feed_random(&identity.entropy)),
+        wall_clock: guest(&|| set_clock(identity.wall_clock_ns)),
+        hostname: guest(&|| system::set_hostname(&config.hostname)),
+        machine_id: guest(&|| fs::write("/etc/machine-id", format!("{}\n", identity.machine_id))),
+        token: Applied::Done,
+        environment: Applied::Done,
+        files: match write_files(agent, &config.files) {
+            Ok(()) if config.files.is_empty() => Applied::Nothing,
+            Ok(()) => Applied::Done,
+            Err(error) => Applied::Failed { message: error.message },
+        },
+        // Those of the agent went with the channel. Without a network card there are no others.
+        connections: Applied::Nothing,
+    };
+    agent.settings.borrow_mut().take_over(config);
+    report
+}
+
+fn applied(result: io::Result<()>) -> Applied {
+    match result {
+        Ok(()) => Applied::Done,
+        Err(error) => Applied::Failed { message: error.to_string() },
+    }
+}
+
+/// Mixes the host's bytes into the pool, and only then has the generator take its key from it.
+fn feed_random(entropy: &str) -> io::Result<()> {
+    let bytes = STANDARD.decode(entropy).map_err(io::Error::other)?;
+    let mut random = File::options().write(true).open("/dev/urandom")?;
+    random.write_all(&bytes)?;
+    // SAFETY: the request takes no argument.
+    #[expect(unsafe_code, reason = "no safe wrapper of this ioctl exists")]
+    let result = unsafe { libc::ioctl(random.as_raw_fd(), RESEED) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
+    const SECOND_NS: u64 = 1_000_000_000;
+    let tv_sec = i64::try_from(wall_clock_ns / SECOND_NS).map_err(io::Error::other)?;
+    let tv_nsec = i64::try_from(wall_clock_ns % SECOND_NS).map_err(io::Error::other)?;
+    Ok(clock_settime(ClockId::Realtime, Timespec { tv_sec, tv_nsec })?)
+}
