@@ -48,7 +48,8 @@ impl AgentClient {
     /// Returns an error if it cannot be started or is lost.
     pub async fn run(&self, request: ExecRequest) -> Result<(i32, Vec<u8>, Vec<u8>), CallError> {
         let (mut input, mut output) = self.exec(request).await?;
-        input.end().await?;
+        // A command that is over already, or never began, takes no end; its output says which.
+        drop(input.end().await);
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         loop {
             match output.next().await? {
@@ -106,7 +107,10 @@ impl ExecInput {
     /// Returns an error if the command has ended, or the agent cannot be reached.
     pub async fn signal(&mut self, signal: u8) -> Result<(), CallError> {
         self.client
-            .act(FrameType::SIGNAL_REQ, &SignalRequest { signal, ..self.target.clone() })
+            .act(
+                FrameType::SIGNAL_REQ,
+                &SignalRequest { signal, error_details: true, ..self.target.clone() },
+            )
             .await
     }
 

@@ -145,6 +145,9 @@ pub struct SessionInfo {
 pub struct SessionRef {
     /// Its id.
     pub session_id: String,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
 }
 
 /// What happened in the guest lately.
@@ -172,6 +175,9 @@ pub struct SignalRequest {
     pub session_id: Option<String>,
     /// The signal's number.
     pub signal: u8,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
 }
 
 /// Something that happened in the guest.

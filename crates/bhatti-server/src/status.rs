@@ -105,6 +105,7 @@ impl From<CreateError> for ApiError {
                 Self::new(ErrorCode::BootFailed, boot.to_string())
             }
             CreateError::Boot(_)
+            | CreateError::Unconfigured(_)
             | CreateError::Images(_)
             | CreateError::Store(_)
             | CreateError::Entropy

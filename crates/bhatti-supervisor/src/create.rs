@@ -1,20 +1,26 @@
 //! Creating a sandbox.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use bhatti_engine::{BootError, VmSpec};
+use bhatti_agent::{AgentClient, CallError};
+use bhatti_engine::{BootError, Vm, VmSpec};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
+use bhatti_proto::GuestConfig;
 use bhatti_store::{InsertError, SandboxRow, StoreError};
 use bhatti_types::{
     CpuCount, Environment, MemoryMib, ParseNameError, Report, SandboxId, SandboxName, SandboxSpec,
     SandboxState, UserId,
 };
 use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::{error, info};
 
 use crate::driver::{Driver, directory};
 use crate::{Shared, Supervisor};
+
+/// How long a guest that has booted may take to be configured.
+const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a sandbox is asked to be. What is left out is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,6 +47,9 @@ pub enum CreateError {
     /// Its VM did not boot.
     #[error("failed to boot the sandbox")]
     Boot(#[from] BootError),
+    /// Its guest did not take its configuration.
+    #[error("failed to configure the sandbox's guest")]
+    Unconfigured(#[source] CallError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -146,15 +155,31 @@ async fn boot(
         boot_limit: shared.config.boot_limit,
     };
     let vm = shared.engine.boot(&vm_spec).await?;
-    if let Err(error) = driver.running(vm) {
+    if let Err(error) = settle(driver, row, vm).await {
         shared.engine.remove(row.id, &vm_spec.directory).await.unwrap_or_else(|left| {
             error!(sandbox = %row.id, error = %Report(&left), "Failed to remove a sandbox that could not be recorded");
         });
-        return Err(error.into());
+        return Err(error);
     }
     let boot_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(sandbox = %row.id, name = %row.spec.name, boot_ms, "Sandbox booted");
     Ok(())
+}
+
+/// Makes a guest that has booted this sandbox's own.
+async fn settle(driver: &Driver, row: &SandboxRow, vm: Arc<dyn Vm>) -> Result<(), CreateError> {
+    let config = GuestConfig {
+        sandbox_id: row.id.to_string(),
+        hostname: row.spec.name.to_string(),
+        env: row.spec.environment.as_map().clone(),
+        ..GuestConfig::default()
+    };
+    let agent = AgentClient::new(vm.channel());
+    let configured = timeout(CONFIGURE_LIMIT, agent.configure(&config)).await;
+    configured
+        .map_err(|_| CreateError::Unconfigured(CallError::Lost))?
+        .map_err(CreateError::Unconfigured)?;
+    Ok(driver.running(vm)?)
 }
 
 fn entropy() -> Result<[u8; 8], CreateError> {

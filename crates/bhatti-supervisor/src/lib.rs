@@ -112,7 +112,7 @@ impl Supervisor {
         self.shared.store.count_sandboxes()
     }
 
-    /// Starts a command in a sandbox. The sandbox's environment lies under the request's.
+    /// Starts a command in a sandbox.
     ///
     /// # Errors
     ///
@@ -121,14 +121,10 @@ impl Supervisor {
         &self,
         owner: UserId,
         id_or_name: &str,
-        mut request: ExecRequest,
+        request: ExecRequest,
     ) -> Result<(ExecInput, ExecOutput), UseError> {
         let row = self.find(owner, id_or_name)?;
-        let agent = self.agent(row.id)?;
-        let mut environment = row.spec.environment.into_map();
-        environment.append(&mut request.env);
-        request.env = environment;
-        Ok(agent.exec(request).await?)
+        Ok(self.agent(row.id)?.exec(request).await?)
     }
 
     /// Destroys a sandbox, whatever its state, and waits until nothing of it is left.

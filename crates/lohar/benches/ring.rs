@@ -1,5 +1,4 @@
 //! The scrollback ring.
-#![expect(missing_docs, reason = "criterion's macros make undocumented items")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lohar::ring::{RING_BYTES, Ring};

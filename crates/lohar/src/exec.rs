@@ -76,15 +76,12 @@ async fn relay<T: Transport>(
     let Piped { group, exit, stdin, stdout, stderr } = process;
     let mut timed_out = false;
     let limit = async {
-        match timeout_ms {
-            Some(timeout_ms) => {
-                enforce_timeout(timeout_ms, |signal| {
-                    timed_out = true;
-                    kill_group(group, signal);
-                })
-                .await
-            }
-            None => std::future::pending().await,
+        if let Some(timeout_ms) = timeout_ms {
+            let end = |signal| {
+                timed_out = true;
+                kill_group(group, signal);
+            };
+            enforce_timeout(timeout_ms, end).await;
         }
         std::future::pending::<()>().await;
     };

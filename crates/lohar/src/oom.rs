@@ -1,6 +1,6 @@
 //! Memory: the agent is never what runs out of it, and says who did.
 //!
-//! All processes but the agent live in one cgroup, whose limits leave the agent room to run. When the kernel kills one of them for
+//! All processes but the agent live in one cgroup, whose limits leave the agent room to run and half a processor. When the kernel kills one of them for
 //! want of memory, its log says which; that becomes an event.
 
 use std::fs;
@@ -30,7 +30,7 @@ const RECORD_BYTES: usize = 8192;
 /// Protects the agent, and sets the cgroup of all others up.
 pub(crate) fn protect_agent() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000")?;
-    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory +pids")?;
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids")?;
     fs::create_dir_all(USER_CGROUP)?;
     let memory = total_memory()?.saturating_sub(RESERVED_BYTES);
     fs::write(format!("{USER_CGROUP}/memory.max"), memory.to_string())?;

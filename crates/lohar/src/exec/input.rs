@@ -25,7 +25,15 @@ pub(crate) type Queued = (Bytes, OwnedSemaphorePermit);
 /// Feeds the process and signals its group as the host asks. Ends when the host is gone.
 pub(super) async fn pump<T: Transport>(reader: HostReader<T>, stdin: pipe::Sender, group: Pid) {
     let (queue, queued) = mpsc::unbounded_channel();
-    tokio::join!(feed(stdin, queued), receive(reader, queue, group));
+    // A process that reads nothing must not keep us when the host is gone.
+    let feed_on = async {
+        feed(stdin, queued).await;
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = receive(reader, queue, group) => {}
+        () = feed_on => {}
+    }
 }
 
 /// Writes queued input to a pipe.
@@ -48,7 +56,9 @@ async fn receive<T: Transport>(
     while let Ok(Some(frame)) = reader.next().await {
         match frame.frame_type {
             FrameType::STDIN => {
-                if !enqueue_for(&reader, queue.as_ref(), &room, frame.payload).await {
+                let host_is_there =
+                    enqueue_for(&reader, queue.as_ref(), &room, frame.payload).await;
+                if !host_is_there {
                     return;
                 }
             }

@@ -93,11 +93,12 @@ impl NewFile {
     fn create(target: &Path, owner: Owner) -> Result<Self, AgentError> {
         let directory = parent(target);
         let failed = |error: &io::Error| io_refused("open", target, error);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(directory)
-            .map_err(|error| failed(&error))?;
+        let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
+        made.map_err(|error| match error.kind() {
+            // It exists, and is a file.
+            io::ErrorKind::AlreadyExists => failed(&io::Error::from_raw_os_error(libc::ENOTDIR)),
+            _ => failed(&error),
+        })?;
         // Two writers of one file never meet: each has a name of its own, until the rename.
         let mut options = File::options();
         options.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);

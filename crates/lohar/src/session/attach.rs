@@ -118,14 +118,16 @@ async fn receive<T: Transport>(agent: &Agent, session: &Session, mut reader: Hos
             FrameType::STDIN => {
                 agent.touch();
                 let stdin = session.stdin.borrow().clone();
-                if !input::enqueue_for(&reader, stdin.as_ref(), &room, frame.payload).await {
+                let host_is_there =
+                    input::enqueue_for(&reader, stdin.as_ref(), &room, frame.payload).await;
+                if !host_is_there {
                     return;
                 }
             }
             FrameType::STDIN_EOF => drop(session.stdin.take()),
             FrameType::RESIZE => resize(session, &frame.payload),
             FrameType::KILL => {
-                session.signal(if session.is_job() { Signal::KILL } else { Signal::TERM })
+                session.signal(if session.is_job() { Signal::KILL } else { Signal::TERM });
             }
             FrameType::SIGNAL => {
                 if let Some(signal) = input::named_signal(&frame.payload) {

@@ -171,7 +171,7 @@ mod tests {
             at = piece.at + piece.bytes.len() as u64;
             match found.last_mut() {
                 Some((stream, bytes)) if *stream == piece.frame_type.0 => {
-                    bytes.extend_from_slice(&piece.bytes)
+                    bytes.extend_from_slice(&piece.bytes);
                 }
                 _ => found.push((piece.frame_type.0, piece.bytes.to_vec())),
             }

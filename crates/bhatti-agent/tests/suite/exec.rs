@@ -1,104 +1,12 @@
-//! The agent in test mode, as a subprocess, asked by the client.
+//! Commands: streams, codes, environment, users, signals, time limits.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
-
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_agent::{AgentClient, CallError, ExecEvent, ExecInput, ExecOutput, UnixChannel};
+use bhatti_agent::{CallError, ExecEvent};
 use bhatti_proto::{ErrorKind, ExecRequest};
-use tokio::process::Child;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-/// How long anything here may take.
-const LIMIT: Duration = Duration::from_secs(20);
-
-/// An agent of this test's own.
-struct Agent {
-    client: AgentClient,
-    _process: Child,
-    directory: tempfile::TempDir,
-}
-
-/// The agent's binary: what `make build` made, or the one that `BHATTI_LOHAR` names.
-fn lohar() -> PathBuf {
-    let built = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../dist/lohar");
-    std::env::var_os("BHATTI_LOHAR").map_or(built, PathBuf::from)
-}
-
-impl Agent {
-    async fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let channel = UnixChannel {
-            control: directory.path().join("control"),
-            forward: directory.path().join("forward"),
-        };
-        let process = bhatti_host::process::command(lohar())
-            .envs([("LOHAR_TEST", "1".as_ref()), ("LOHAR_SOCK", channel.control.as_os_str())])
-            .env("LOHAR_FWD_SOCK", &channel.forward)
-            .current_dir(directory.path())
-            .spawn()
-            .expect("dist/lohar is there: run `make build` first");
-        timeout(LIMIT, async {
-            while !channel.forward.exists() {
-                sleep(Duration::from_millis(5)).await;
-            }
-        })
-        .await
-        .unwrap();
-        Self { client: AgentClient::new(Arc::new(channel)), _process: process, directory }
-    }
-
-    async fn start_command(&self, argv: &[&str]) -> (ExecInput, ExecOutput) {
-        let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
-        self.client.exec(ExecRequest { argv, ..ExecRequest::default() }).await.unwrap()
-    }
-
-    async fn run(&self, argv: &[&str]) -> Result<Ran, CallError> {
-        let (mut input, output) = self.start_command(argv).await;
-        input.end().await.unwrap();
-        collect(output).await
-    }
-
-    async fn run_request(&self, request: ExecRequest) -> Result<Ran, CallError> {
-        let (_input, output) = self.client.exec(request).await.unwrap();
-        collect(output).await
-    }
-
-    async fn run_shell(&self, script: &str) -> Ran {
-        self.run(&["sh", "-c", script]).await.unwrap()
-    }
-}
-
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Ran {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    code: i32,
-    timed_out: bool,
-}
-
-impl Ran {
-    fn stdout(&self) -> &str {
-        std::str::from_utf8(&self.stdout).unwrap()
-    }
-}
-
-async fn collect(mut output: ExecOutput) -> Result<Ran, CallError> {
-    let mut ran = Ran::default();
-    loop {
-        match timeout(LIMIT, output.next()).await.expect("the command ends in time")? {
-            ExecEvent::Stdout(bytes) => ran.stdout.extend_from_slice(&bytes),
-            ExecEvent::Stderr(bytes) => ran.stderr.extend_from_slice(&bytes),
-            ExecEvent::TimedOut => ran.timed_out = true,
-            ExecEvent::Exit(code) => {
-                ran.code = code;
-                return Ok(ran);
-            }
-        }
-    }
-}
+use crate::agent::{Agent, LIMIT, Ran, collect, gone};
 
 fn every_byte(length: usize) -> Vec<u8> {
     (0..=255).cycle().take(length).collect()
@@ -243,7 +151,10 @@ async fn grandchild_that_holds_the_output_delays_nothing() {
 
 /// Ends a `sleep` that a test left behind on purpose.
 async fn end_sleep(pid: u32) {
-    assert!(std::fs::read(format!("/proc/{pid}/cmdline")).unwrap().starts_with(b"sleep"));
+    // Right after its start it is still the shell that forked it.
+    let command_line = format!("/proc/{pid}/cmdline");
+    let is_sleep = || std::fs::read(&command_line).unwrap().starts_with(b"sleep");
+    crate::agent::until("the grandchild sleeps", is_sleep).await;
     let killed = bhatti_host::process::command("kill").arg(pid.to_string()).status().await.unwrap();
     assert!(killed.success());
 }
@@ -264,7 +175,7 @@ async fn kill_takes_the_whole_process_group() {
     let (mut input, mut output) =
         agent.start_command(&["sh", "-c", "sleep 1000 & echo $!; wait"]).await;
     let ExecEvent::Stdout(pid) = output.next().await.unwrap() else { panic!("no pid") };
-    let child = format!("/proc/{}", std::str::from_utf8(&pid).unwrap().trim());
+    let child = String::from_utf8(pid.to_vec()).unwrap();
 
     input.kill().await.unwrap();
 
@@ -293,7 +204,7 @@ async fn command_dies_with_its_client() {
 
     drop((input, output));
 
-    gone(&format!("/proc/{}", std::str::from_utf8(&pid).unwrap().trim())).await;
+    gone(std::str::from_utf8(&pid).unwrap()).await;
     assert_eq!(agent.run_shell("echo still here").await.stdout(), "still here\n");
 }
 
@@ -328,17 +239,82 @@ async fn shutdown_ends_the_agent() {
 
     agent.client.shut_down().await.unwrap();
 
-    let Agent { _process: mut process, .. } = agent;
+    let Agent { mut process, .. } = agent;
     let status = timeout(LIMIT, process.wait()).await.unwrap().unwrap();
     assert!(status.success());
 }
 
-async fn gone(process: &str) {
-    timeout(LIMIT, async {
-        while std::path::Path::new(process).exists() {
-            sleep(Duration::from_millis(5)).await;
+#[tokio::test]
+async fn time_limit_ends_the_whole_group_and_says_so() {
+    let agent = Agent::start().await;
+    let request = ExecRequest {
+        timeout_ms: Some(50),
+        ..crate::agent::shell("echo begun; sleep 1000 & wait")
+    };
+
+    let ran = agent.run_request(request).await.unwrap();
+
+    assert_eq!((ran.stdout(), ran.code, ran.timed_out), ("begun\n", 143, true));
+}
+
+#[tokio::test]
+async fn command_that_ignores_its_time_limit_is_killed() {
+    let agent = Agent::start().await;
+    let script = "trap '' TERM; while :; do sleep 0.01; done";
+    let request = ExecRequest { timeout_ms: Some(20), ..crate::agent::shell(script) };
+
+    let ran = agent.run_request(request).await.unwrap();
+
+    assert_eq!((ran.code, ran.timed_out), (137, true));
+}
+
+#[tokio::test]
+async fn signal_passes_input_that_nobody_reads() {
+    let agent = Agent::start().await;
+    let (mut input, output) = agent.start_command(&["sleep", "1000"]).await;
+    // More than the queue and all buffers hold: the connection is stuck.
+    let flooded = timeout(Duration::from_millis(200), input.write(&vec![0; 16 << 20])).await;
+    assert!(flooded.is_err());
+
+    input.signal(9).await.unwrap();
+
+    assert_eq!(collect(output).await.unwrap().code, 137);
+}
+
+#[tokio::test]
+async fn command_that_reads_nothing_dies_with_its_client_all_the_same() {
+    let agent = Agent::start().await;
+    let (mut input, mut output) =
+        agent.start_command(&["sh", "-c", "echo $$; exec sleep 1000"]).await;
+    let ExecEvent::Stdout(pid) = output.next().await.unwrap() else { panic!("no pid") };
+    drop(timeout(Duration::from_millis(200), input.write(&vec![0; 16 << 20])).await);
+
+    drop((input, output));
+
+    gone(std::str::from_utf8(&pid).unwrap()).await;
+}
+
+#[tokio::test]
+async fn unknown_user_and_missing_rights_are_told() {
+    let agent = Agent::start().await;
+    let request = |user: &str| ExecRequest {
+        user: Some(user.to_owned()),
+        ..crate::agent::command(&["id", "-u"])
+    };
+
+    let error = agent.run_request(request("no-such-user")).await.unwrap_err();
+    assert!(
+        matches!(&error, CallError::Agent(agent) if agent.kind == ErrorKind::NoSuchUser),
+        "{error}"
+    );
+    let root = agent.run_request(request("root")).await;
+    match root {
+        Ok(ran) => assert_eq!(ran.stdout(), "0\n"),
+        Err(error) => {
+            assert!(
+                matches!(&error, CallError::Agent(agent) if agent.kind == ErrorKind::PermissionDenied),
+                "{error}"
+            );
         }
-    })
-    .await
-    .unwrap_or_else(|_| panic!("{process} is still there"));
+    }
 }

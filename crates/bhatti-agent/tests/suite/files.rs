@@ -1,0 +1,342 @@
+//! Files: reading, writing, listing, changing, watching.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::time::Duration;
+
+use bhatti_agent::{CallError, ReadOptions};
+use bhatti_proto::{ErrorKind, FileEventKind, FrameType};
+use tokio::time::timeout;
+
+use crate::agent::{Agent, LIMIT};
+
+async fn write(agent: &Agent, path: &str, mode: &str, content: &[u8]) -> Result<(), CallError> {
+    agent.client.write_file(path, mode, content.len() as u64, content).await
+}
+
+async fn read(agent: &Agent, path: &str, options: ReadOptions) -> Result<Vec<u8>, CallError> {
+    let reading = async { agent.client.read_file(path, options).await?.read_to_end().await };
+    timeout(LIMIT, reading).await.expect("the read ends")
+}
+
+async fn read_all(agent: &Agent, path: &str) -> Result<Vec<u8>, CallError> {
+    read(agent, path, ReadOptions::default()).await
+}
+
+fn kind(error: &CallError) -> ErrorKind {
+    match error {
+        CallError::Agent(agent) => agent.kind,
+        other => panic!("no refusal with a reason: {other}"),
+    }
+}
+
+fn part(offset: u32, limit: u32, max_bytes: u64) -> ReadOptions {
+    let some = |number: u32| Some(number).filter(|number| *number > 0);
+    ReadOptions {
+        offset: some(offset),
+        limit: some(limit),
+        max_bytes: Some(max_bytes).filter(|bytes| *bytes > 0),
+    }
+}
+
+/// Names in the test's directory.
+fn names(agent: &Agent) -> Vec<String> {
+    let entries = fs::read_dir(agent.path("")).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn content_of_every_kind_and_size_survives() {
+    let agent = Agent::start().await;
+    let large: Vec<u8> = (0..10 << 20).map(|at: u32| (at % 251).to_le_bytes()[0]).collect();
+    let all_bytes: Vec<u8> = (0..=255).collect();
+    for (name, content) in
+        [("empty", &b""[..]), ("text", b"hello\n"), ("bytes", &all_bytes), ("größe ☃", &large)]
+    {
+        let path = agent.path(name);
+
+        write(&agent, &path, "0644", content).await.unwrap();
+
+        assert!(read_all(&agent, &path).await.unwrap() == content, "{name}");
+        assert!(fs::read(&path).unwrap() == content, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn write_applies_the_mode_to_the_bit_and_makes_parents() {
+    let agent = Agent::start().await;
+    for (mode, bits) in
+        [("0600", 0o600), ("0666", 0o666), ("0777", 0o777), ("4755", 0o4755), ("", 0o644)]
+    {
+        let path = agent.path(&format!("new/deep/{bits}"));
+
+        write(&agent, &path, mode, b"x").await.unwrap();
+
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, bits, "{mode}");
+    }
+    let refused = write(&agent, &agent.path("x"), "rw-r--r--", b"x").await.unwrap_err();
+    assert_eq!(kind(&refused), ErrorKind::BadRequest);
+}
+
+#[tokio::test]
+async fn overwriting_replaces_and_a_link_is_not_followed() {
+    let agent = Agent::start().await;
+    let (file, link) = (agent.path("file"), agent.path("link"));
+    write(&agent, &file, "", b"much longer content").await.unwrap();
+    symlink(&file, &link).unwrap();
+
+    write(&agent, &file, "", b"short").await.unwrap();
+    write(&agent, &link, "", b"its own").await.unwrap();
+
+    assert_eq!(fs::read(&file).unwrap(), b"short");
+    assert!(!fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(names(&agent).len(), 2);
+}
+
+#[tokio::test]
+async fn excess_and_missing_bytes_leave_the_file_as_it_was() {
+    let agent = Agent::start().await;
+    let path = agent.path("file");
+    write(&agent, &path, "", b"before").await.unwrap();
+
+    let mut upload = agent.client.begin_write(&path, "", 3).await.unwrap();
+    drop(upload.write(b"12345").await);
+    assert_eq!(kind(&upload.finish().await.unwrap_err()), ErrorKind::BadRequest);
+    let mut upload = agent.client.begin_write(&path, "", 100).await.unwrap();
+    upload.write(b"some").await.unwrap();
+    drop(upload);
+
+    let cleaned = || names(&agent) == ["file"];
+    crate::agent::until("temporary files are gone", cleaned).await;
+    assert_eq!(fs::read(&path).unwrap(), b"before");
+}
+
+#[tokio::test]
+async fn writers_of_one_file_do_not_mix_and_readers_see_whole_files() {
+    let agent = Agent::start().await;
+    let path = agent.path("shared");
+    write(&agent, &path, "", &[b'0'; 200_000]).await.unwrap();
+    let writers: Vec<_> = (1..=5u8)
+        .map(|digit| {
+            let (client, path) = (agent.client.clone(), path.clone());
+            tokio::spawn(async move {
+                let content = vec![b'0' + digit; 200_000];
+                for _ in 0..5 {
+                    client.write_file(&path, "", content.len() as u64, &content[..]).await.unwrap();
+                }
+            })
+        })
+        .collect();
+
+    for _ in 0..30 {
+        let content = read_all(&agent, &path).await.unwrap();
+        assert!(content.len() == 200_000 && content.iter().all(|byte| *byte == content[0]));
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    assert_eq!(names(&agent), ["shared"]);
+}
+
+#[tokio::test]
+async fn part_of_a_file_is_the_files_own_bytes() {
+    let agent = Agent::start().await;
+    let path = agent.path("lines");
+    let lines: String = (1..=100).map(|number| format!("line {number}\n")).collect();
+    write(&agent, &path, "", lines.as_bytes()).await.unwrap();
+    let between = |from: usize, to: usize| {
+        (from..=to).map(|number| format!("line {number}\n")).collect::<String>()
+    };
+
+    let cases = [
+        (part(0, 10, 0), between(1, 10)),
+        (part(50, 0, 0), between(50, 100)),
+        (part(50, 10, 0), between(50, 59)),
+        (part(0, 0, 10), "line 1\nlin".to_owned()),
+        (part(0, 3, 50_000), between(1, 3)),
+        (part(0, 2000, 50), lines[..50].to_owned()),
+        (part(101, 5, 0), String::new()),
+        (part(1, 0, 0), lines.clone()),
+    ];
+    for (options, expected) in cases {
+        let content = read(&agent, &path, options).await.unwrap();
+        assert_eq!(String::from_utf8(content).unwrap(), expected, "{options:?}");
+    }
+
+    let odd = agent.path("odd");
+    write(&agent, &odd, "", b"a\r\nb").await.unwrap();
+    assert_eq!(read(&agent, &odd, part(0, 10, 0)).await.unwrap(), b"a\r\nb");
+}
+
+#[tokio::test]
+async fn line_of_a_megabyte_stops_nothing() {
+    let agent = Agent::start().await;
+    let path = agent.path("long");
+    let content = [b"first\n".to_vec(), vec![b'x'; 1 << 20], b"\nlast\n".to_vec()].concat();
+    write(&agent, &path, "", &content).await.unwrap();
+
+    assert!(read(&agent, &path, part(0, 10, 0)).await.unwrap() == content);
+    assert_eq!(read(&agent, &path, part(3, 1, 0)).await.unwrap(), b"last\n");
+}
+
+#[tokio::test]
+async fn hundred_thousand_lines_are_read_in_part() {
+    let agent = Agent::start().await;
+    let path = agent.path("many");
+    let lines: String = (1..=100_000).map(|number| format!("line {number}\n")).collect();
+    write(&agent, &path, "", lines.as_bytes()).await.unwrap();
+
+    let content = read(&agent, &path, part(0, 2000, 0)).await.unwrap();
+
+    assert_eq!(content.len(), 18_893);
+    assert!(content.ends_with(b"line 2000\n"));
+}
+
+#[tokio::test]
+async fn what_is_no_regular_file_is_refused_at_once() {
+    let agent = Agent::start().await;
+    let (fifo, socket) = (agent.path("fifo"), agent.path("socket"));
+    assert!(bhatti_host::process::command("mkfifo").arg(&fifo).status().await.unwrap().success());
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let cases = [
+        (fifo.as_str(), ErrorKind::NotRegular),
+        (&socket, ErrorKind::NotRegular),
+        ("/dev/null", ErrorKind::NotRegular),
+        ("/tmp", ErrorKind::IsDirectory),
+        ("/nope/x", ErrorKind::NotFound),
+        ("", ErrorKind::BadRequest),
+        ("a\0b", ErrorKind::BadRequest),
+    ];
+
+    for (path, expected) in cases {
+        assert_eq!(kind(&read_all(&agent, path).await.unwrap_err()), expected, "{path:?}");
+    }
+    let too_long = "x".repeat(4097);
+    assert_eq!(kind(&read_all(&agent, &too_long).await.unwrap_err()), ErrorKind::BadRequest);
+    let below_a_file = write(&agent, "/etc/passwd/x", "", b"").await.unwrap_err();
+    assert_eq!(kind(&below_a_file), ErrorKind::NotDirectory);
+}
+
+#[tokio::test]
+async fn stat_tells_of_files_directories_and_links() {
+    let agent = Agent::start().await;
+    let (file, link) = (agent.path("file"), agent.path("link"));
+    write(&agent, &file, "0640", b"1234567").await.unwrap();
+    symlink("file", &link).unwrap();
+
+    let info = agent.client.stat(&file).await.unwrap();
+    assert_eq!((&*info.name, info.size, &*info.mode, info.is_dir), ("file", 7, "0640", false));
+    assert!(info.mtime > 1_700_000_000 && info.symlink_target.is_none());
+    let info = agent.client.stat(&link).await.unwrap();
+    assert_eq!((&*info.name, info.size, info.symlink_target.as_deref()), ("link", 7, Some("file")));
+    let info = agent.client.stat("/tmp/").await.unwrap();
+    assert_eq!((&*info.name, &*info.mode, info.is_dir), ("tmp", "0777", true));
+    assert_eq!(kind(&agent.client.stat("/nope").await.unwrap_err()), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn listing_has_every_entry_in_order() {
+    let agent = Agent::start().await;
+    let directory = agent.path("many");
+    fs::create_dir(&directory).unwrap();
+    assert_eq!(agent.client.list_directory(&directory).await.unwrap(), []);
+    let mut expected: Vec<String> =
+        (0..10_500).map(|number| format!("{}{number}", "n".repeat(60))).collect();
+    for name in &expected {
+        fs::write(format!("{directory}/{name}"), "").unwrap();
+    }
+    expected.sort();
+
+    let listed = agent.client.list_directory(&directory).await.unwrap();
+
+    assert!(listed.iter().map(|info| &info.name).eq(&expected));
+    assert_eq!(
+        kind(&agent.client.list_directory("/etc/passwd").await.unwrap_err()),
+        ErrorKind::NotDirectory
+    );
+    assert_eq!(kind(&agent.client.list_directory("/nope").await.unwrap_err()), ErrorKind::NotFound);
+    // An old host gets one frame, with the true total.
+    let mut raw = agent.raw().await;
+    raw.send(FrameType::FILE_LS_REQ, &format!(r#"{{"path":"{directory}"}}"#)).await;
+    let frame = raw.next().await.unwrap();
+    let entries: Vec<bhatti_proto::FileInfo> = frame.json().unwrap();
+    let last = &entries[entries.len() - 1].name;
+    assert_eq!(*last, format!("... truncated at {} entries (10500 total)", entries.len() - 1));
+}
+
+#[tokio::test]
+async fn directories_are_made_renamed_and_removed() {
+    let agent = Agent::start().await;
+    let (one, deep, other) = (agent.path("one"), agent.path("one/two/three"), agent.path("other"));
+
+    agent.client.make_directory(&one, "0700", false).await.unwrap();
+    assert_eq!(fs::metadata(&one).unwrap().permissions().mode() & 0o7777, 0o700);
+    let exists = agent.client.make_directory(&one, "", false).await.unwrap_err();
+    assert_eq!(kind(&exists), ErrorKind::AlreadyExists);
+    agent.client.make_directory(&deep, "", true).await.unwrap();
+    agent.client.make_directory(&deep, "", true).await.unwrap();
+    write(&agent, &format!("{deep}/file"), "", b"x").await.unwrap();
+
+    agent.client.rename(&one, &other).await.unwrap();
+    assert!(fs::exists(format!("{other}/two/three/file")).unwrap());
+    let full = agent.client.remove(&other, false).await.unwrap_err();
+    assert_eq!(kind(&full), ErrorKind::NotEmpty);
+    agent.client.remove(&other, true).await.unwrap();
+    assert_eq!(names(&agent), Vec::<String>::new());
+    assert_eq!(kind(&agent.client.remove(&other, true).await.unwrap_err()), ErrorKind::NotFound);
+    assert_eq!(kind(&agent.client.rename(&one, &other).await.unwrap_err()), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn removing_a_link_leaves_what_it_leads_to() {
+    let agent = Agent::start().await;
+    let (directory, link) = (agent.path("directory"), agent.path("link"));
+    fs::create_dir(&directory).unwrap();
+    fs::write(agent.path("directory/file"), "").unwrap();
+    symlink(&directory, &link).unwrap();
+
+    agent.client.remove(&link, true).await.unwrap();
+
+    assert!(fs::exists(agent.path("directory/file")).unwrap() && !fs::exists(&link).unwrap());
+}
+
+#[tokio::test]
+async fn watch_tells_what_happens_from_its_first_event_on() {
+    let agent = Agent::start().await;
+    fs::create_dir(agent.path("watched")).unwrap();
+    let mut events = agent.client.watch(&agent.path("watched")).await.unwrap();
+    let mut next = async || timeout(LIMIT, events.next()).await.unwrap().unwrap();
+    assert_eq!(next().await.unwrap().kind, FileEventKind::Watching);
+
+    fs::write(agent.path("watched/a"), "content").unwrap();
+    let created = next().await.unwrap();
+    assert_eq!((created.kind, created.name.as_deref()), (FileEventKind::Created, Some("a")));
+    assert_eq!(next().await.unwrap().kind, FileEventKind::Modified);
+    fs::remove_file(agent.path("watched/a")).unwrap();
+    loop {
+        let event = next().await.unwrap();
+        if event.kind == FileEventKind::Removed {
+            assert_eq!(event.name.as_deref(), Some("a"));
+            break;
+        }
+    }
+    fs::remove_dir(agent.path("watched")).unwrap();
+    while next().await.is_some() {}
+    let missing = agent.client.watch("/nope").await.unwrap().next().await.unwrap_err();
+    assert_eq!(kind(&missing), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn dropped_read_ends_and_the_agent_goes_on() {
+    let agent = Agent::start().await;
+    let path = agent.path("large");
+    fs::File::create(&path).unwrap().set_len(10 << 30).unwrap();
+    let mut content = agent.client.read_file(&path, ReadOptions::default()).await.unwrap();
+    content.next().await.unwrap();
+
+    drop(content);
+
+    let answered =
+        timeout(Duration::from_secs(5), agent.client.stat(&path)).await.unwrap().unwrap();
+    assert_eq!(answered.size, 10 << 30);
+}

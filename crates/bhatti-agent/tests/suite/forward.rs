@@ -1,0 +1,67 @@
+//! TCP forwarding.
+
+use bhatti_agent::CallError;
+use bhatti_proto::FrameType;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+use crate::agent::Agent;
+
+/// A listener on a loopback address, that serves one connection by echoing it until its end, and then says goodbye.
+async fn echo(address: &str) -> u16 {
+    let listener = TcpListener::bind((address, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let (mut from, mut to) = stream.split();
+        tokio::io::copy(&mut from, &mut to).await.unwrap();
+        to.write_all(b"bye").await.unwrap();
+    });
+    port
+}
+
+#[tokio::test]
+async fn each_direction_ends_for_itself() {
+    let agent = Agent::start().await;
+    for address in ["127.0.0.1", "::1"] {
+        let port = echo(address).await;
+        let stream = agent.client.forward(port).await.unwrap();
+        let (mut from, mut to) = tokio::io::split(stream);
+        let bytes: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();
+        let sent = bytes.clone();
+
+        let sending = tokio::spawn(async move {
+            to.write_all(&sent).await.unwrap();
+            to.shutdown().await.unwrap();
+        });
+        let mut echoed = Vec::new();
+        from.read_to_end(&mut echoed).await.unwrap();
+
+        sending.await.unwrap();
+        assert!(echoed == [bytes, b"bye".to_vec()].concat(), "{address}");
+    }
+}
+
+#[tokio::test]
+async fn closed_port_is_refused_in_the_originals_words() {
+    let agent = Agent::start().await;
+
+    let error = agent.client.forward(1).await.err().unwrap();
+
+    let CallError::ForwardRefused { port: 1, message } = error else { panic!("{error}") };
+    assert_eq!(message, "dial tcp 127.0.0.1:1: connect: connection refused");
+}
+
+#[tokio::test]
+async fn other_requests_are_refused() {
+    let agent = Agent::start().await;
+    let mut raw = agent.raw_forward().await;
+    raw.send(FrameType::EXEC_REQ, "{}").await;
+    assert_eq!(raw.text().await, (FrameType::ERROR, "expected FWD_REQ, got 0x10".to_owned()));
+
+    let mut raw = agent.raw_forward().await;
+    raw.send(FrameType::FWD_REQ, "{").await;
+    let (frame_type, json) = raw.text().await;
+    assert_eq!(frame_type, FrameType::FWD_RESP);
+    assert!(json.starts_with(r#"{"status":"error","message":"bad forward request: "#), "{json}");
+}

@@ -1,0 +1,113 @@
+//! What the agent gives at most, and that it goes on afterwards.
+
+use bhatti_agent::CallError;
+use bhatti_proto::{ErrorKind, ExecRequest, FrameType};
+
+use crate::agent::{Agent, command};
+
+fn is_limit(error: &CallError) -> bool {
+    matches!(error, CallError::Agent(agent) if agent.kind == ErrorKind::Limit)
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_told_and_room_comes_back() {
+    let agent = Agent::start_with(r#"{"connections": 3}"#).await;
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let mut connection = agent.raw().await;
+        connection.send(FrameType::EXEC_REQ, r#"{"argv":["sleep","1000"]}"#).await;
+        held.push(connection);
+    }
+    let mut refused = agent.raw().await;
+
+    assert_eq!(
+        refused.text().await,
+        (FrameType::ERROR, "too many connections: the limit is 3".to_owned())
+    );
+
+    held.clear();
+    let mut answered = false;
+    for _ in 0..500 {
+        answered = agent.run(&["true"]).await.is_ok();
+        if answered {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    assert!(answered);
+}
+
+#[tokio::test]
+async fn sessions_beyond_the_limit_are_refused_and_finished_ones_give_way() {
+    let agent = Agent::start_with(r#"{"sessions": 2, "finished_sessions": 2}"#).await;
+    for _ in 0..2 {
+        agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
+    }
+    let error = agent.client.create_detached(command(&["true"])).await.unwrap_err();
+    assert!(is_limit(&error), "{error}");
+
+    for id in ["s1", "s2"] {
+        agent.client.kill_session(id).await.unwrap();
+    }
+    let mut made = 0;
+    while made < 4 {
+        made += usize::from(agent.client.create_detached(command(&["true"])).await.is_ok());
+    }
+    assert!(agent.client.list_sessions().await.unwrap().len() <= 4);
+}
+
+#[tokio::test]
+async fn watches_beyond_the_limit_are_refused() {
+    let agent = Agent::start_with(r#"{"watches": 1}"#).await;
+    let mut first = agent.client.watch("/tmp").await.unwrap();
+    first.next().await.unwrap();
+
+    let error = agent.client.watch("/tmp").await.unwrap().next().await.unwrap_err();
+
+    assert!(is_limit(&error), "{error}");
+}
+
+#[tokio::test]
+async fn file_beyond_the_limit_is_refused_before_its_content() {
+    let agent = Agent::start_with(r#"{"file_bytes": 1000}"#).await;
+    let path = agent.path("file");
+
+    let error =
+        agent.client.begin_write(&path, "", 1001).await.unwrap().finish().await.unwrap_err();
+
+    assert!(is_limit(&error), "{error}");
+    assert!(!std::fs::exists(path).unwrap());
+}
+
+#[tokio::test]
+async fn silent_connection_and_stalled_write_end() {
+    let agent = Agent::start_with(r#"{"request_ms": 50}"#).await;
+    let mut silent = agent.raw().await;
+    assert_eq!(silent.text().await, (FrameType::ERROR, "no request came in time".to_owned()));
+
+    let upload = agent.client.begin_write(&agent.path("file"), "", 10).await.unwrap();
+    let error = upload.finish().await.unwrap_err();
+    assert!(is_limit(&error), "{error}");
+    assert_eq!(std::fs::read_dir(agent.path("")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn frame_beyond_the_limit_ends_its_connection_alone() {
+    let agent = Agent::start().await;
+    let mut raw = agent.raw().await;
+    raw.writer.send_raw(&[0, 0x20, 0, 0, 0x10]).await.unwrap();
+
+    assert!(raw.next().await.is_none());
+    assert_eq!(agent.run(&["true"]).await.unwrap().code, 0);
+}
+
+#[tokio::test]
+async fn job_may_not_ask_for_more_output_than_there_is() {
+    let agent = Agent::start().await;
+    let request = ExecRequest { output_limit: Some(u64::MAX), ..command(&["echo", "hi"]) };
+
+    let (info, _input, mut output) = agent.client.create_session(request).await.unwrap();
+
+    assert_eq!(info.output_start, Some(0));
+    assert_eq!(output.next().await.unwrap(), bhatti_agent::ExecEvent::Stdout("hi\n".into()));
+}

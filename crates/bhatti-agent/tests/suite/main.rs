@@ -1,0 +1,11 @@
+//! The agent in test mode, as a subprocess, asked by the client or byte by byte.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+mod agent;
+mod exec;
+mod files;
+mod forward;
+mod limits;
+mod sessions;
+mod settings;
+mod wire;

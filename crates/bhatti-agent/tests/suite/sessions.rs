@@ -1,0 +1,469 @@
+//! Sessions: terminals and jobs that survive their client.
+
+use std::time::Duration;
+
+use bhatti_agent::{CallError, ExecEvent, ExecInput, SessionOutput};
+use bhatti_proto::{ErrorKind, ExecRequest, FrameType, SessionInfo};
+use proptest::prelude::*;
+use tokio::time::timeout;
+
+use crate::agent::{Agent, LIMIT, command, gone, shell, until};
+
+fn terminal(script: &str) -> ExecRequest {
+    ExecRequest { tty: Some(true), ..shell(script) }
+}
+
+/// Reads until the text so far holds `wanted`.
+async fn read_until(output: &mut SessionOutput, wanted: &str) -> String {
+    let mut text = String::new();
+    while !text.contains(wanted) {
+        match timeout(LIMIT, output.next()).await.expect("output comes").unwrap() {
+            ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes) => {
+                text.push_str(&String::from_utf8_lossy(&bytes));
+            }
+            other => panic!("{other:?} instead of {wanted:?} behind {text:?}"),
+        }
+    }
+    text
+}
+
+/// Reads to the exit, and returns output and code.
+async fn read_to_exit(output: &mut SessionOutput) -> (Vec<u8>, i32) {
+    let mut all = Vec::new();
+    loop {
+        match timeout(LIMIT, output.next()).await.expect("the session ends").unwrap() {
+            ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes) => all.extend_from_slice(&bytes),
+            ExecEvent::Exit(code) => return (all, code),
+            ExecEvent::TimedOut => {}
+        }
+    }
+}
+
+async fn list_one(agent: &Agent) -> SessionInfo {
+    let sessions = agent.client.list_sessions().await.unwrap();
+    assert_eq!(sessions.len(), 1, "{sessions:?}");
+    sessions.into_iter().next().unwrap()
+}
+
+/// Waits until the only session is as wanted.
+async fn session_is(agent: &Agent, wanted: impl Fn(&SessionInfo) -> bool) {
+    let waiting = async {
+        while !wanted(&list_one(agent).await) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(LIMIT, waiting).await.unwrap();
+}
+
+fn is_no_such_session(error: &CallError) -> bool {
+    matches!(error, CallError::Agent(agent) if agent.kind == ErrorKind::NoSuchSession)
+}
+
+#[tokio::test]
+async fn terminal_relays_and_ends_with_its_process() {
+    let agent = Agent::start().await;
+    let request = ExecRequest { tty: Some(true), ..command(&["sh"]) };
+    let (info, mut input, mut output) = agent.client.create_session(request).await.unwrap();
+    assert_eq!(
+        (&*info.session_id, info.tty, info.running, info.attached),
+        ("s1", true, true, true)
+    );
+
+    input.write(b"stty -echo; echo sum $((40+2)); tty\n").await.unwrap();
+    let text = read_until(&mut output, "/dev/pts/").await;
+    assert!(text.contains("sum 42"), "{text}");
+
+    input.write(b"exit 7\n").await.unwrap();
+    assert_eq!(read_to_exit(&mut output).await.1, 7);
+}
+
+#[tokio::test]
+async fn terminal_has_the_size_that_it_was_given() {
+    let agent = Agent::start().await;
+    let request = ExecRequest {
+        rows: Some(50),
+        cols: Some(132),
+        ..terminal("stty size; read go; stty size")
+    };
+    let (_info, mut input, mut output) = agent.client.create_session(request).await.unwrap();
+    read_until(&mut output, "50 132").await;
+
+    input.resize(40, 120).await.unwrap();
+    input.write(b"go\n").await.unwrap();
+
+    read_until(&mut output, "40 120").await;
+}
+
+#[tokio::test]
+async fn session_survives_its_client_and_replays() {
+    let agent = Agent::start().await;
+    let (info, input, mut output) = agent
+        .client
+        .create_session(terminal("echo first; read go; echo second; read stop"))
+        .await
+        .unwrap();
+    read_until(&mut output, "first").await;
+    drop((input, output));
+    session_is(&agent, |session| !session.attached && session.running).await;
+
+    let (info, mut input, mut output) = agent.client.attach(&info.session_id, None).await.unwrap();
+    assert!(info.attached);
+    input.write(b"go\n").await.unwrap();
+
+    let text = read_until(&mut output, "second").await;
+    assert!(text.contains("first"), "{text}");
+}
+
+#[tokio::test]
+async fn second_client_displaces_the_first_and_keeps_the_session() {
+    let agent = Agent::start().await;
+    let (info, first_input, mut first) = agent
+        .client
+        .create_session(ExecRequest { max_idle_sec: Some(1), ..terminal("cat") })
+        .await
+        .unwrap();
+    let (_, mut input, mut second) = agent.client.attach(&info.session_id, None).await.unwrap();
+
+    assert_eq!(read_to_exit(&mut first).await.1, 0);
+    drop((first_input, first));
+    // What the first client's end does, it has done when a new connection has been served.
+    assert!(list_one(&agent).await.attached);
+    input.write(b"still here\n").await.unwrap();
+    read_until(&mut second, "still here").await;
+    // Nor does the first client's idle timer run on.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert!(list_one(&agent).await.running);
+}
+
+#[tokio::test]
+async fn kill_of_a_terminal_is_answered_by_its_exit() {
+    let agent = Agent::start().await;
+    let (_info, mut input, mut output) =
+        agent.client.create_session(terminal("echo up; exec sleep 1000")).await.unwrap();
+    read_until(&mut output, "up").await;
+
+    input.kill().await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await.1, 143);
+    assert!(agent.client.list_sessions().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn killed_session_tells_its_client_and_unknown_ones_are_refused() {
+    let agent = Agent::start().await;
+    let (info, _input, mut output) =
+        agent.client.create_session(terminal("exec sleep 1000")).await.unwrap();
+
+    agent.client.kill_session(&info.session_id).await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await.1, 137);
+    assert!(is_no_such_session(&agent.client.kill_session("s99").await.unwrap_err()));
+    assert!(is_no_such_session(&agent.client.attach("s99", None).await.err().unwrap()));
+}
+
+#[tokio::test]
+async fn idle_session_is_killed_and_a_watched_one_is_not() {
+    let agent = Agent::start().await;
+    let request = ExecRequest { max_idle_sec: Some(1), ..terminal("echo $$; exec sleep 1000") };
+    let (info, input, mut output) = agent.client.create_session(request).await.unwrap();
+    let pid = read_until(&mut output, "\n").await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert!(list_one(&agent).await.running);
+
+    drop((input, output));
+
+    gone(&pid).await;
+    session_is(&agent, |session| session.exit_code == Some(137)).await;
+    let (_, _input, mut output) = agent.client.attach(&info.session_id, None).await.unwrap();
+    assert_eq!(read_to_exit(&mut output).await.1, 137);
+}
+
+#[tokio::test]
+async fn ended_session_is_kept_for_its_code_and_then_goes() {
+    let agent = Agent::start_with(r#"{"finished_session_ms": 300}"#).await;
+    let (info, input, mut output) =
+        agent.client.create_session(terminal("echo out; read x; exit 5")).await.unwrap();
+    read_until(&mut output, "out").await;
+    drop(output);
+    let mut input = input;
+    drop(input.write(b"\n").await);
+    drop(input);
+    let _ = agent.client.attach(&info.session_id, None).await.map(drop);
+    agent.client.kill_session(&info.session_id).await.ok();
+    session_is(&agent, |session| !session.running).await;
+
+    until_async(|| async { agent.client.list_sessions().await.unwrap().is_empty() }).await;
+}
+
+async fn until_async<F: Future<Output = bool>>(mut holds: impl FnMut() -> F) {
+    let waiting = async {
+        while !holds().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LIMIT, waiting).await.unwrap();
+}
+
+#[tokio::test]
+async fn collected_session_is_gone() {
+    let agent = Agent::start().await;
+    let (info, input, output) = agent.client.create_session(terminal("exit 3")).await.unwrap();
+    drop((input, output));
+    // Its end may have been collected by that client already.
+    match agent.client.attach(&info.session_id, None).await {
+        Ok((_, _input, mut output)) => assert_eq!(read_to_exit(&mut output).await.1, 3),
+        Err(error) => assert!(is_no_such_session(&error)),
+    }
+
+    until_async(|| async {
+        matches!(agent.client.attach(&info.session_id, None).await, Err(error) if is_no_such_session(&error))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn scrollback_is_the_last_64_kib() {
+    let agent = Agent::start().await;
+    let script = "stty -opost; seq 10000 25000; printf END; read x";
+    let (info, input, mut output) = agent.client.create_session(terminal(script)).await.unwrap();
+    read_until(&mut output, "END").await;
+    drop((input, output));
+
+    // In the original's way: the scrollback is one frame.
+    let mut raw = agent.raw().await;
+    raw.send(FrameType::EXEC_REQ, &format!(r#"{{"argv":[],"session_id":"{}"}}"#, info.session_id))
+        .await;
+    assert_eq!(raw.next().await.unwrap().frame_type, FrameType::SESSION_INFO);
+    let (frame_type, scrollback) = raw.text().await;
+
+    assert_eq!((frame_type, scrollback.len()), (FrameType::STDOUT, 65_536));
+    assert!(scrollback.ends_with("25000\nEND") && !scrollback.contains("10000\n"));
+}
+
+#[tokio::test]
+async fn producer_at_full_speed_is_followed_without_gap_or_repetition() {
+    let agent = Agent::start().await;
+    let script = "stty -opost; exec seq 1 400000";
+    let (_info, _input, mut output) = agent.client.create_session(terminal(script)).await.unwrap();
+
+    let (all, code) = read_to_exit(&mut output).await;
+
+    let expected: String = (1..=400_000).map(|number| format!("{number}\n")).collect();
+    assert_eq!(code, 0);
+    assert!(String::from_utf8(all).unwrap() == expected);
+}
+
+#[tokio::test]
+async fn every_reattach_to_a_busy_terminal_sees_an_unbroken_sequence() {
+    let agent = Agent::start().await;
+    let script = "stty -opost; i=0; while :; do i=$((i+1)); echo $i; done";
+    let (info, input, output) = agent.client.create_session(terminal(script)).await.unwrap();
+    drop((input, output));
+
+    for _ in 0..60 {
+        let (_, _input, mut output) = agent.client.attach(&info.session_id, None).await.unwrap();
+        let mut text = String::new();
+        for _ in 0..4 {
+            let ExecEvent::Stdout(bytes) = timeout(LIMIT, output.next()).await.unwrap().unwrap()
+            else {
+                panic!()
+            };
+            text.push_str(std::str::from_utf8(&bytes).unwrap());
+        }
+        let lines: Vec<&str> = text.split('\n').collect();
+        // The first and the last line may be parts of lines.
+        let numbers: Vec<u64> =
+            lines[1..lines.len() - 1].iter().map(|line| line.parse().unwrap()).collect();
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "a gap or a repetition");
+    }
+    agent.client.kill_session(&info.session_id).await.unwrap();
+}
+
+#[tokio::test]
+async fn job_runs_without_a_client_and_keeps_both_streams_and_its_code() {
+    let agent = Agent::start().await;
+    let job =
+        agent.client.create_detached(shell("echo out; echo err >&2; cat; exit 9")).await.unwrap();
+    assert!(!job.tty && !job.attached);
+    session_is(&agent, |session| session.exit_code == Some(9)).await;
+
+    for _ in 0..2 {
+        let (_, _input, mut output) = agent.client.attach(&job.session_id, None).await.unwrap();
+        assert_eq!(output.next().await.unwrap(), ExecEvent::Stdout("out\n".into()));
+        assert_eq!(output.next().await.unwrap(), ExecEvent::Stderr("err\n".into()));
+        assert_eq!(output.next().await.unwrap(), ExecEvent::Exit(9));
+    }
+    agent.client.kill_session(&job.session_id).await.unwrap();
+    assert!(agent.client.list_sessions().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn cut_off_client_of_a_job_goes_on_without_losing_or_repeating_a_byte() {
+    let agent = Agent::start().await;
+    let expected: String = (1..=200_000).map(|number| format!("{number}\n")).collect();
+    let job = agent.client.create_detached(command(&["seq", "1", "200000"])).await.unwrap();
+
+    let (mut all, mut position, mut cuts) = (Vec::new(), 0, 0);
+    let code = 'reading: loop {
+        let (_, _input, mut output) =
+            agent.client.attach(&job.session_id, Some(position)).await.unwrap();
+        for _ in 0..=cuts % 5 {
+            match timeout(LIMIT, output.next()).await.unwrap().unwrap() {
+                ExecEvent::Stdout(bytes) => all.extend_from_slice(&bytes),
+                ExecEvent::Exit(code) => break 'reading code,
+                other => panic!("{other:?}"),
+            }
+            position = output.position();
+        }
+        cuts += 1;
+    };
+
+    assert_eq!(code, 0);
+    assert!(cuts > 5, "{cuts} cuts");
+    assert!(String::from_utf8(all).unwrap() == expected);
+}
+
+#[tokio::test]
+async fn job_keeps_no_more_than_it_may_and_says_where_it_begins() {
+    let agent = Agent::start().await;
+    let request = ExecRequest { output_limit: Some(64 * 1024), ..command(&["seq", "1", "100000"]) };
+    let job = agent.client.create_detached(request).await.unwrap();
+    session_is(&agent, |session| !session.running).await;
+
+    let (info, _input, mut output) = agent.client.attach(&job.session_id, Some(0)).await.unwrap();
+    let (kept, _) = read_to_exit(&mut output).await;
+
+    let (start, end) = (info.output_start.unwrap(), info.output_end.unwrap());
+    assert_eq!(end, 588_895);
+    assert!((32 * 1024..=64 * 1024).contains(&(end - start)), "{start}..{end}");
+    assert_eq!(kept.len() as u64, end - start);
+    assert!(kept.ends_with(b"\n99999\n100000\n"));
+}
+
+#[tokio::test]
+async fn attached_job_takes_input_and_its_end() {
+    let agent = Agent::start().await;
+    let (_info, mut input, mut output) =
+        agent.client.create_session(command(&["tr", "a-z", "A-Z"])).await.unwrap();
+
+    input.write(b"hello").await.unwrap();
+    input.end().await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await, (b"HELLO".to_vec(), 0));
+}
+
+#[tokio::test]
+async fn activity_counts_what_runs_and_who_watches() {
+    let agent = Agent::start().await;
+    assert_eq!(agent.client.activity().await.unwrap().last_activity_unix, 0);
+    let (_info, input, output) = agent.client.create_session(terminal("cat")).await.unwrap();
+    agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
+    let running = agent.start_command(&["sleep", "1000"]).await;
+
+    let activity = agent.client.activity().await.unwrap();
+    assert!(activity.last_activity_unix > 1_700_000_000);
+    assert_eq!((activity.active_sessions, activity.attached_sessions), (2, 1));
+    until_async(|| async { agent.client.activity().await.unwrap().running_jobs == 2 }).await;
+
+    drop((input, output, running));
+    until_async(|| async {
+        let activity = agent.client.activity().await.unwrap();
+        (activity.attached_sessions, activity.running_jobs) == (0, 1)
+    })
+    .await;
+    agent.client.kill_session("s2").await.unwrap();
+    agent.client.kill_session("s1").await.unwrap();
+    until("sessions end", || true).await;
+}
+
+/// What a client may do with sessions.
+#[derive(Clone, Debug)]
+enum Step {
+    Create,
+    CreateDetached,
+    Attach(usize),
+    Detach(usize),
+    Kill(usize),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        Just(Step::Create),
+        Just(Step::CreateDetached),
+        (0usize..6).prop_map(Step::Attach),
+        (0usize..6).prop_map(Step::Detach),
+        (0usize..6).prop_map(Step::Kill),
+    ];
+    prop::collection::vec(step, 1..14)
+}
+
+/// What the sessions should look like.
+#[derive(Default)]
+struct Model {
+    /// By creation: the id, and the client that is attached.
+    sessions: Vec<(String, Option<(ExecInput, SessionOutput)>)>,
+}
+
+async fn run_steps(steps: Vec<Step>) {
+    let agent = Agent::start().await;
+    let mut model = Model::default();
+    for step in steps {
+        let count = model.sessions.len();
+        match step {
+            Step::Create => {
+                let (info, input, output) =
+                    agent.client.create_session(terminal("exec sleep 1000")).await.unwrap();
+                model.sessions.push((info.session_id, Some((input, output))));
+            }
+            Step::CreateDetached => {
+                let info = agent.client.create_detached(terminal("exec sleep 1000")).await.unwrap();
+                model.sessions.push((info.session_id, None));
+            }
+            Step::Attach(index) if index < count => {
+                let (_, input, output) =
+                    agent.client.attach(&model.sessions[index].0, None).await.unwrap();
+                // The displaced client, if there is one, goes last.
+                let displaced = model.sessions[index].1.replace((input, output));
+                drop(displaced);
+            }
+            Step::Detach(index) if index < count => drop(model.sessions[index].1.take()),
+            Step::Kill(index) if index < count => {
+                let (id, client) = model.sessions.remove(index);
+                agent.client.kill_session(&id).await.unwrap();
+                let (_input, mut output) = match client {
+                    Some(client) => client,
+                    None => {
+                        let (_, input, output) = agent.client.attach(&id, None).await.unwrap();
+                        (input, output)
+                    }
+                };
+                assert_eq!(read_to_exit(&mut output).await.1, 137);
+            }
+            Step::Attach(_) | Step::Detach(_) | Step::Kill(_) => {}
+        }
+        let wanted: Vec<(String, bool, bool)> = model
+            .sessions
+            .iter()
+            .map(|(id, client)| (id.clone(), true, client.is_some()))
+            .collect();
+        until_async(|| async {
+            let listed = agent.client.list_sessions().await.unwrap().into_iter();
+            listed.map(|info| (info.session_id, info.running, info.attached)).collect::<Vec<_>>()
+                == wanted
+        })
+        .await;
+    }
+    for (id, _) in &model.sessions {
+        agent.client.kill_session(id).await.unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn registry_is_what_the_clients_made_of_it(steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(run_steps(steps));
+    }
+}

@@ -1,0 +1,187 @@
+//! The agent as PID 1 of a real guest.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bhatti_agent::{AgentClient, CallError};
+use bhatti_engine::{Engine, Vm, VmSpec};
+use bhatti_image::{DEFAULT_IMAGE, ImageStore};
+use bhatti_proto::{
+    Applied, ConfigFile, ExecRequest, GuestConfig, GuestEvent, Identity, IdentityReport,
+};
+use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_testkit::{LIMIT, dist, images};
+use bhatti_types::{CpuCount, MemoryMib, SandboxId};
+use tokio::time::timeout;
+
+/// A VM of a test's own, without a daemon.
+struct Guest {
+    engine: QemuEngine,
+    id: SandboxId,
+    directory: tempfile::TempDir,
+    vm: Arc<dyn Vm>,
+    client: AgentClient,
+}
+
+impl Guest {
+    async fn boot() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let files = ImageStore::new(images().parent().unwrap())
+            .boot_files(DEFAULT_IMAGE, &dist("lohar"))
+            .unwrap();
+        let entropy = std::process::id().to_be_bytes();
+        let id =
+            SandboxId::from_entropy([0, 0, 0, 0, entropy[0], entropy[1], entropy[2], entropy[3]]);
+        let spec = VmSpec {
+            id,
+            hostname: "guest".parse().unwrap(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::try_from(256).unwrap(),
+            directory: directory.path().join("vm"),
+            kernel: files.kernel,
+            initramfs: files.initramfs,
+            root_base: files.root,
+            boot_limit: LIMIT,
+        };
+        let engine = QemuEngine::new(PROGRAM.into());
+        let vm = engine.boot(&spec).await.unwrap();
+        let client = AgentClient::new(vm.channel());
+        Self { engine, id, directory, vm, client }
+    }
+
+    async fn run(&self, request: ExecRequest) -> Result<(i32, String, String), CallError> {
+        let (code, stdout, stderr) = timeout(LIMIT, self.client.run(request)).await.unwrap()?;
+        Ok((code, String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap()))
+    }
+
+    /// What a script says, as `user`.
+    async fn say(&self, user: Option<&str>, script: &str) -> String {
+        let request = ExecRequest { user: user.map(str::to_owned), ..shell(script) };
+        let (code, stdout, stderr) = self.run(request).await.unwrap();
+        assert_eq!(code, 0, "{script}: {stderr}");
+        stdout
+    }
+
+    async fn remove(self) {
+        self.engine.remove(self.id, &self.directory.path().join("vm")).await.unwrap();
+    }
+}
+
+fn shell(script: &str) -> ExecRequest {
+    ExecRequest { argv: ["sh", "-c", script].map(str::to_owned).to_vec(), ..ExecRequest::default() }
+}
+
+#[tokio::test]
+async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
+    let guest = Guest::boot().await;
+    let file = ConfigFile { content: "c2VjcmV0IGtleQ==".into(), mode: "0600".into() };
+    let config = GuestConfig {
+        sandbox_id: guest.id.to_string(),
+        hostname: "renamed".into(),
+        token: "CANARY-token".into(),
+        env: [("GREETING".to_owned(), "hello".to_owned())].into(),
+        files: [("/home/user/.key".to_owned(), file)].into(),
+        dns: vec!["192.0.2.53".into()],
+        init: "echo init as $(id -un) in $PWD; sleep 1000".into(),
+        ..GuestConfig::default()
+    };
+    guest.client.configure(&config).await.unwrap();
+    let guest = Guest { client: guest.client.with_token(b"CANARY-token"), ..guest };
+
+    let facts = guest
+        .say(None, "id -un; echo $HOME $USER $GREETING; pwd; id -Gn; sudo -n id -u; hostname")
+        .await;
+    assert_eq!(facts, "user\n/home/user user hello\n/workspace\nuser\n0\nrenamed\n");
+    assert_eq!(guest.say(Some("root"), "id -u; echo $HOME").await, "0\n/root\n");
+    let facts = guest
+        .say(
+            None,
+            "stat -c '%U %a' ~/.key; cat ~/.key; grep renamed /etc/hosts; cat /etc/resolv.conf",
+        )
+        .await;
+    assert_eq!(facts, "user 600\nsecret key127.0.0.1 localhost renamed\nnameserver 192.0.2.53\n");
+    guest.client.write_file("/workspace/new/file", "0666", 1, &b"x"[..]).await.unwrap();
+    assert_eq!(guest.say(None, "stat -c '%U %a' /workspace/new/file").await, "user 666\n");
+    let (_, _input, mut output) = guest.client.attach("init", None).await.unwrap();
+    let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert!(format!("{said:?}").contains("init as user in /workspace"), "{said:?}");
+
+    // The token is in no file, and in no environment but the agent's memory.
+    let search = "grep -rsl CANARY / --exclude-dir=proc --exclude-dir=sys; grep -l CANARY /proc/[0-9]*/environ 2>/dev/null; true";
+    assert_eq!(guest.say(Some("root"), search).await, "");
+    guest.remove().await;
+}
+
+#[tokio::test]
+async fn nothing_that_users_do_to_memory_or_processes_reaches_the_agent() {
+    let guest = Guest::boot().await;
+    let mut events = guest.client.events().await.unwrap();
+
+    let scores =
+        "cat /proc/1/oom_score_adj /proc/self/oom_score_adj /proc/self/cgroup /proc/1/cgroup";
+    assert_eq!(guest.say(None, scores).await, "-1000\n0\n0::/user\n0::/\n");
+    let hog = "import time\nx=[]\nwhile True: x.append(bytearray(1<<20))";
+    let python = ExecRequest {
+        argv: ["python3", "-c", hog].map(str::to_owned).to_vec(),
+        ..ExecRequest::default()
+    };
+    assert_eq!(guest.run(python).await.unwrap().0, 137);
+    let GuestEvent::OomKill { name, .. } = timeout(LIMIT, events.next()).await.unwrap().unwrap();
+    assert_eq!(name, "python3");
+
+    let bomb = ExecRequest {
+        timeout_ms: Some(3000),
+        ..shell("bomb() { bomb | bomb & }; bomb; sleep 1000")
+    };
+    assert!(guest.run(bomb).await.is_ok());
+    // The bomb's processes go on; the agent serves all the same, and can clear them away.
+    assert!(guest.client.list_directory("/").await.unwrap().len() > 5);
+    let kill = "echo 1 > /sys/fs/cgroup/user/cgroup.kill";
+    let killed = ExecRequest { user: Some("root".into()), ..shell(kill) };
+    drop(timeout(Duration::from_secs(30), guest.client.run(killed)).await);
+    guest.client.wait_ready(LIMIT).await.unwrap();
+    guest.remove().await;
+}
+
+#[tokio::test]
+async fn guest_takes_another_identity_and_shuts_down_in_order() {
+    let guest = Guest::boot().await;
+    let before = guest.say(None, "cat /etc/machine-id").await;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let later = now + Duration::from_secs(5 * 24 * 3600);
+    let identity = Identity {
+        entropy: "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".into(),
+        wall_clock_ns: u64::try_from(later.as_nanos()).unwrap(),
+        machine_id: "0123456789abcdef0123456789abcdef".into(),
+        config: GuestConfig { hostname: "fork".into(), ..GuestConfig::default() },
+    };
+
+    let report = guest.client.assume_identity(&identity).await.unwrap();
+
+    let done = || Applied::Done;
+    let expected = IdentityReport {
+        rng: done(),
+        wall_clock: done(),
+        hostname: done(),
+        machine_id: done(),
+        token: done(),
+        environment: done(),
+        files: Applied::Nothing,
+        connections: Applied::Nothing,
+    };
+    assert_eq!(report, expected);
+    let facts = guest.say(None, "hostname; cat /etc/machine-id; date +%s").await;
+    let facts: Vec<&str> = facts.lines().collect();
+    assert_eq!(facts[..2], ["fork", "0123456789abcdef0123456789abcdef"]);
+    assert_ne!(facts[1], before.trim());
+    let clock: u64 = facts[2].parse().unwrap();
+    assert!((later.as_secs()..later.as_secs() + 60).contains(&clock), "{clock}");
+
+    let script =
+        "trap 'echo orderly > /workspace/ended; sync; exit 0' TERM; while :; do sleep 0.1; done";
+    guest.client.create_detached(shell(script)).await.unwrap();
+    guest.client.shut_down().await.unwrap();
+    timeout(LIMIT, guest.vm.ended()).await.unwrap();
+    guest.remove().await;
+}
