@@ -12,6 +12,9 @@ use crate::frame::{FrameError, FrameType, encode, parse};
 /// Bytes asked of the stream at once: a full chunk with its header.
 const READ_BYTES: usize = crate::CHUNK_BYTES + 64;
 
+/// Bytes asked of a fresh stream, which begins with a request: most are smaller.
+const FIRST_READ_BYTES: usize = 2048;
+
 /// A frame that was received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
@@ -87,7 +90,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 payload.advance(5);
                 return Ok(Some(Frame { frame_type, payload }));
             }
-            self.buffer.reserve(READ_BYTES);
+            self.buffer.reserve(if self.buffer.capacity() == 0 {
+                FIRST_READ_BYTES
+            } else {
+                READ_BYTES
+            });
             if self.inner.read_buf(&mut self.buffer).await.map_err(ReadFrameError::Io)? == 0 {
                 return if self.buffer.is_empty() {
                     Ok(None)

@@ -2,17 +2,21 @@
 
 use std::fs;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bhatti_agent::{AgentClient, UnixChannel};
 use bhatti_api::{CreateSandbox, StreamRequest};
 use bhatti_client::{Client, CommandEvent};
+use bhatti_proto::ExecRequest;
 use bhatti_testkit::{TestDaemon, dist};
 use tokio::time::Instant;
 
 /// How often each figure is measured. A p99 needs a hundred.
 const ROUNDS: usize = 100;
 const CREATES: usize = 10;
+const AGENT_ROUNDS: usize = 500;
 
 /// Measures and prints.
 pub(crate) fn run() -> Result<()> {
@@ -25,6 +29,9 @@ async fn measure() -> Result<()> {
     show("serve: process start to /health answering", startup().await?);
     let daemon = TestDaemon::start().await;
     println!("{:44} {:>26.1} MiB", "idle daemon, resident", resident_mib(daemon.pid())?);
+    drop(daemon);
+    agent().await?;
+    let daemon = TestDaemon::start().await;
     let size = fs::metadata(dist("lohar"))?.len();
     println!("{:44} {:>26.2} MiB", "lohar on disk", mib(size));
 
@@ -49,6 +56,51 @@ async fn measure() -> Result<()> {
     show("exec `true`, a new connection each", execs);
     daemon.client.destroy("bench").await?;
     Ok(())
+}
+
+/// The agent in test mode against the bare costs of a process, taken in turns.
+async fn agent() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let channel = UnixChannel {
+        control: directory.path().join("control"),
+        forward: directory.path().join("forward"),
+    };
+    let mut command = bhatti_host::process::command(dist("lohar"));
+    command
+        .env("LOHAR_TEST", "1")
+        .env("LOHAR_SOCK", &channel.control)
+        .env("LOHAR_FWD_SOCK", &channel.forward);
+    let process = command.stderr(Stdio::null()).spawn()?;
+    let client = AgentClient::new(Arc::new(channel));
+    client.wait_ready(Duration::from_secs(10)).await?;
+    println!(
+        "{:44} {:>26.2} MiB",
+        "lohar, idle, resident",
+        resident_mib(process.id().context("it runs")?)?
+    );
+    let (mut through_agent, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..AGENT_ROUNDS {
+        let began = Instant::now();
+        #[expect(clippy::disallowed_methods, reason = "the bare cost is what is measured")]
+        let status = std::process::Command::new("/usr/bin/true").status()?;
+        bare.push(began.elapsed());
+        ensure!(status.success(), "true failed");
+        let request = ExecRequest { argv: vec!["true".to_owned()], ..ExecRequest::default() };
+        let began = Instant::now();
+        let (code, ..) = client.run(request).await?;
+        through_agent.push(began.elapsed());
+        ensure!(code == 0, "true failed");
+    }
+    let ratio = median(&mut through_agent).as_secs_f64() / median(&mut bare).as_secs_f64();
+    show("`true`: fork, exec and wait", bare);
+    show("`true` through the agent in test mode", through_agent);
+    println!("{:44} {ratio:>26.2} ×", "  of the bare cost, by p50");
+    Ok(())
+}
+
+fn median(times: &mut [Duration]) -> Duration {
+    times.sort();
+    times[times.len() / 2]
 }
 
 async fn startup() -> Result<Vec<Duration>> {
