@@ -47,6 +47,11 @@ add_backports() {
     local uri
     uri=$(mirror)
     if [ -z "$uri" ]; then
+        # A machine whose lists were never fetched, or were cleaned away, knows no mirror yet.
+        apt update
+        uri=$(mirror)
+    fi
+    if [ -z "$uri" ]; then
         echo "error: no mirror of Debian 12 (bookworm) is configured in apt" >&2
         exit 1
     fi
@@ -62,7 +67,9 @@ need mke2fs e2fsprogs
 need curl curl
 need tar tar
 if [ "$(id -u)" != 0 ]; then
+    # Without root, mmdebstrap and mke2fs work under these.
     need fakeroot fakeroot
+    need fakechroot fakechroot
 fi
 if [ "${1:-}" = test ]; then
     need ps procps

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./scripts/install-packages.sh test
+cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest
 make --no-print-directory build
 mkdir -p target/test-data
 dist/bhatti setup --data-dir "$PWD/target/test-data"

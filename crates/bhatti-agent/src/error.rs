@@ -1,6 +1,7 @@
 //! How calls fail.
 
 use std::io;
+use std::time::Duration;
 
 use bhatti_engine::ChannelError;
 use bhatti_proto::{AgentError, ReadFrameError, SendJsonError};
@@ -37,6 +38,12 @@ pub enum CallError {
     /// The connection broke off before the answer, or while a command ran.
     #[error("the connection to the sandbox was lost while the command ran")]
     Lost,
+    /// The guest does not answer.
+    #[error("the sandbox does not answer: it did not start the command within {} s", limit.as_secs())]
+    Silent {
+        /// The time that it had.
+        limit: Duration,
+    },
     /// The connection brought something that is no frame.
     #[error("the guest agent sent something that is no frame")]
     Garbled(#[source] ReadFrameError),

@@ -1,7 +1,10 @@
 //! A command that runs in the guest.
 
-use bhatti_proto::{CHUNK_BYTES, ExecRequest, FrameType, SignalRequest, parse_exit};
+use std::time::Duration;
+
+use bhatti_proto::{CHUNK_BYTES, ExecRequest, Frame, FrameType, SignalRequest, parse_exit};
 use bytes::Bytes;
+use tokio::time::timeout;
 
 use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
 
@@ -38,7 +41,8 @@ impl AgentClient {
         request.exec_id = Some(exec_id.clone());
         let (reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
         let target = SignalRequest { exec_id: Some(exec_id), ..SignalRequest::default() };
-        Ok((ExecInput { client: self.clone(), target, writer }, ExecOutput { reader }))
+        let control = ExecControl { client: self.clone(), target };
+        Ok((ExecInput { control, writer }, ExecOutput { reader, first: None }))
     }
 
     /// Runs a command to its end, and returns its exit code with all that it wrote.
@@ -64,9 +68,27 @@ impl AgentClient {
 
 /// The way to a command or session.
 pub struct ExecInput {
+    pub(crate) control: ExecControl,
+    pub(crate) writer: Writer,
+}
+
+/// A way to a command or session past its input.
+#[derive(Clone)]
+pub struct ExecControl {
     pub(crate) client: AgentClient,
     pub(crate) target: SignalRequest,
-    pub(crate) writer: Writer,
+}
+
+impl ExecControl {
+    /// Signals its process group, past any input that it has not read yet.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the command has ended, or the agent cannot be reached.
+    pub async fn signal(&self, signal: u8) -> Result<(), CallError> {
+        let request = SignalRequest { signal, error_details: true, ..self.target.clone() };
+        self.client.act(FrameType::SIGNAL_REQ, &request).await
+    }
 }
 
 impl ExecInput {
@@ -100,18 +122,19 @@ impl ExecInput {
         self.send(FrameType::RESIZE, &bhatti_proto::resize_payload(rows, cols)).await
     }
 
-    /// Signals its process group, past any input that it has not read yet.
+    /// The way past the input.
+    #[must_use]
+    pub fn control(&self) -> ExecControl {
+        self.control.clone()
+    }
+
+    /// As [`ExecControl::signal`].
     ///
     /// # Errors
     ///
     /// Returns an error if the command has ended, or the agent cannot be reached.
     pub async fn signal(&mut self, signal: u8) -> Result<(), CallError> {
-        self.client
-            .act(
-                FrameType::SIGNAL_REQ,
-                &SignalRequest { signal, error_details: true, ..self.target.clone() },
-            )
-            .await
+        self.control.signal(signal).await
     }
 
     /// Kills its process group; a terminal session is asked to end, as if its line had been hung up.
@@ -131,9 +154,29 @@ impl ExecInput {
 /// The way from a command.
 pub struct ExecOutput {
     pub(crate) reader: Reader,
+    pub(crate) first: Option<ExecEvent>,
 }
 
 impl ExecOutput {
+    /// Waits until the command runs, for agents that say so: a guest that hangs is told from a command that is silent.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`CallError::Agent`] if the command could not be started, [`CallError::Silent`] if the guest does not say within `limit`.
+    pub async fn started(&mut self, limit: Duration) -> Result<(), CallError> {
+        let started = async {
+            let frame = next(&mut self.reader).await?;
+            if let Some(error) = refusal(&frame) {
+                return Err(error);
+            }
+            if frame.frame_type != FrameType::STARTED {
+                self.first = Some(event(&frame)?.ok_or(CallError::Unexpected)?);
+            }
+            Ok(())
+        };
+        timeout(limit, started).await.unwrap_or(Err(CallError::Silent { limit }))
+    }
+
     /// Waits for the next event.
     ///
     /// # Errors
@@ -145,21 +188,30 @@ impl ExecOutput {
     ///
     /// Cancel safe.
     pub async fn next(&mut self) -> Result<ExecEvent, CallError> {
+        if let Some(first) = self.first.take() {
+            return Ok(first);
+        }
         loop {
             let frame = next(&mut self.reader).await?;
             if let Some(error) = refusal(&frame) {
                 return Err(error);
             }
-            return match frame.frame_type {
-                FrameType::STDOUT => Ok(ExecEvent::Stdout(frame.payload)),
-                FrameType::STDERR => Ok(ExecEvent::Stderr(frame.payload)),
-                FrameType::TIMEOUT => Ok(ExecEvent::TimedOut),
-                FrameType::EXIT => {
-                    parse_exit(&frame.payload).map(ExecEvent::Exit).ok_or(CallError::Unexpected)
-                }
-                // What a newer agent may say beyond this is not for us.
-                _ => continue,
-            };
+            // What a newer agent may say beyond what we know is not for us.
+            if let Some(event) = event(&frame)? {
+                return Ok(event);
+            }
         }
     }
+}
+
+fn event(frame: &Frame) -> Result<Option<ExecEvent>, CallError> {
+    Ok(Some(match frame.frame_type {
+        FrameType::STDOUT => ExecEvent::Stdout(frame.payload.clone()),
+        FrameType::STDERR => ExecEvent::Stderr(frame.payload.clone()),
+        FrameType::TIMEOUT => ExecEvent::TimedOut,
+        FrameType::EXIT => {
+            ExecEvent::Exit(parse_exit(&frame.payload).ok_or(CallError::Unexpected)?)
+        }
+        _ => return Ok(None),
+    }))
 }

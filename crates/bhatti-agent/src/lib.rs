@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{ReadHalf, WriteHalf};
 
 pub use error::CallError;
-pub use exec::{ExecEvent, ExecInput, ExecOutput};
+pub use exec::{ExecControl, ExecEvent, ExecInput, ExecOutput};
 pub use file::{FileContent, FileEvents, FileUpload, ReadOptions};
 pub use guest::GuestEvents;
 pub use session::SessionOutput;

@@ -2,7 +2,7 @@
 
 use bhatti_proto::{ExecRequest, FrameType, SessionInfo, SessionRef, SignalRequest};
 
-use crate::{AgentClient, CallError, ExecEvent, ExecInput, ExecOutput, expect};
+use crate::{AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, expect};
 
 /// The way from a session, with the place in its output. Dropping it, with the input, detaches.
 pub struct SessionOutput {
@@ -96,8 +96,8 @@ impl AgentClient {
             .output_offset
             .unwrap_or(first)
             .clamp(first, info.output_end.unwrap_or(u64::MAX));
-        let input = ExecInput { client: self.clone(), target, writer };
-        Ok((info, input, SessionOutput { output: ExecOutput { reader }, position }))
+        let input = ExecInput { control: ExecControl { client: self.clone(), target }, writer };
+        Ok((info, input, SessionOutput { output: ExecOutput { reader, first: None }, position }))
     }
 
     /// All sessions, oldest first.

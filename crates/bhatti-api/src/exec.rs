@@ -119,6 +119,10 @@ pub enum ExecEvent {
     },
 }
 
+/// Bytes of standard input that a client may have sent and not yet had acknowledged. Who keeps to it is never made to wait with a
+/// message half sent, and so can always send a signal.
+pub const STDIN_WINDOW_BYTES: u64 = 1 << 20;
+
 /// Text messages from the client on the WebSocket of a streamed command. The first one is `Start`; standard input travels in binary
 /// messages, see [`channel`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,6 +152,11 @@ pub enum StreamRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum StreamServerMessage {
+    /// The command's side has taken so many more bytes of standard input: see [`STDIN_WINDOW_BYTES`].
+    StdinAck {
+        /// How many.
+        bytes: u64,
+    },
     /// The command ended. Nothing follows.
     Exit {
         /// Its exit code; 128 plus the signal that ended it.

@@ -10,7 +10,8 @@ mod user;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use exec::{
-    ExecEvent, ExecRequest, ExecResult, Output, StreamRequest, StreamServerMessage, channel,
+    ExecEvent, ExecRequest, ExecResult, Output, STDIN_WINDOW_BYTES, StreamRequest,
+    StreamServerMessage, channel,
 };
 pub use health::Health;
 pub use sandbox::{CreateSandbox, Deleted, Sandbox};

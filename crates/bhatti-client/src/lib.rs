@@ -26,7 +26,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use connect::{ConnectError, Endpoint, ParseUrlError};
-pub use stream::{CommandEvent, CommandInput, CommandOutput};
+pub use stream::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX};
 
 /// A call failed.
 #[derive(Debug, thiserror::Error)]

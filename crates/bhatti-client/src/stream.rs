@@ -1,6 +1,8 @@
 //! A command whose streams travel on a WebSocket.
 
-use bhatti_api::{ErrorBody, StreamRequest, StreamServerMessage, channel};
+use std::sync::Arc;
+
+use bhatti_api::{ErrorBody, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, channel};
 use bytes::{Buf, Bytes};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
@@ -8,6 +10,7 @@ use http::Request;
 use http::header::{
     AUTHORIZATION, CONNECTION, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
 };
+use tokio::sync::Semaphore;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -18,7 +21,7 @@ use crate::{ClientError, Endpoint, parse};
 type Socket = WebSocketStream<Box<dyn Stream>>;
 
 /// Input that one message carries at most, in bytes.
-const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 
 /// Something that a command did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,10 +35,16 @@ pub enum CommandEvent {
 }
 
 /// The way to a command. Dropping both halves kills it.
-pub struct CommandInput(SplitSink<Socket, Message>);
+pub struct CommandInput {
+    sink: SplitSink<Socket, Message>,
+    window: Arc<Semaphore>,
+}
 
 /// The way from a command. Dropping both halves kills it.
-pub struct CommandOutput(SplitStream<Socket>);
+pub struct CommandOutput {
+    stream: SplitStream<Socket>,
+    window: Arc<Semaphore>,
+}
 
 pub(crate) async fn start(
     endpoint: &Endpoint,
@@ -57,9 +66,11 @@ pub(crate) async fn start(
     let stream = endpoint.connect().await?;
     let (socket, _) = tokio_tungstenite::client_async(request, stream).await.map_err(refused)?;
     let (sink, output) = socket.split();
-    let mut input = CommandInput(sink);
+    let window =
+        Arc::new(Semaphore::new(usize::try_from(STDIN_WINDOW_BYTES).unwrap_or(MESSAGE_BYTES_MAX)));
+    let mut input = CommandInput { sink, window: Arc::clone(&window) };
     input.send_text(start).await?;
-    Ok((input, CommandOutput(output)))
+    Ok((input, CommandOutput { stream: output, window }))
 }
 
 fn refused(error: Error) -> ClientError {
@@ -79,17 +90,33 @@ fn lost(error: Error) -> ClientError {
 }
 
 impl CommandInput {
-    /// Writes to the command's standard input. Waits while the command does not read.
+    /// Waits until a [`write`](Self::write) of [`MESSAGE_BYTES_MAX`] bytes does not wait for the command. The output must be polled
+    /// meanwhile: it brings the news.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn ready(&self) {
+        let bytes = u32::try_from(MESSAGE_BYTES_MAX).unwrap_or(u32::MAX);
+        // The window is never closed.
+        drop(self.window.acquire_many(bytes).await);
+    }
+
+    /// Writes to the command's standard input. Waits while the command does not read; the output must be polled meanwhile.
     ///
     /// # Errors
     ///
     /// Returns an error if the connection is gone.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ClientError> {
         for chunk in bytes.chunks(MESSAGE_BYTES_MAX) {
+            let length = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
+            if let Ok(room) = self.window.acquire_many(length).await {
+                room.forget();
+            }
             let mut message = Vec::with_capacity(1 + chunk.len());
             message.push(channel::STDIN);
             message.extend_from_slice(chunk);
-            self.0.send(Message::binary(message)).await.map_err(lost)?;
+            self.sink.send(Message::binary(message)).await.map_err(lost)?;
         }
         Ok(())
     }
@@ -115,7 +142,7 @@ impl CommandInput {
     async fn send_text(&mut self, message: &StreamRequest) -> Result<(), ClientError> {
         let json = serde_json::to_string(message)
             .map_err(|error| ClientError::Unexpected(error.to_string()))?;
-        self.0.send(Message::text(json)).await.map_err(lost)
+        self.sink.send(Message::text(json)).await.map_err(lost)
     }
 }
 
@@ -131,13 +158,40 @@ impl CommandOutput {
     /// Cancel safe.
     pub async fn next(&mut self) -> Result<CommandEvent, ClientError> {
         loop {
-            match self.0.next().await {
+            match self.stream.next().await {
                 Some(Ok(Message::Binary(bytes))) => return output_event(bytes),
-                Some(Ok(Message::Text(json))) => return last_event(&json),
+                Some(Ok(Message::Text(json))) => {
+                    if let Some(event) = self.text_event(&json)? {
+                        return Ok(event);
+                    }
+                }
                 Some(Ok(Message::Close(_))) | None => return Err(ClientError::StreamLost(None)),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(lost(error)),
             }
+        }
+    }
+}
+
+impl CommandOutput {
+    fn text_event(&self, json: &str) -> Result<Option<CommandEvent>, ClientError> {
+        match serde_json::from_str(json) {
+            Ok(StreamServerMessage::Exit { exit_code }) => Ok(Some(CommandEvent::Exit(exit_code))),
+            Ok(StreamServerMessage::StdinAck { bytes }) => {
+                // No daemon acknowledges more than was sent; one that did would only open the window wider.
+                self.window
+                    .add_permits(usize::try_from(bytes).unwrap_or_default().min(MESSAGE_BYTES_MAX));
+                Ok(None)
+            }
+            Ok(StreamServerMessage::Error { error, code, hint }) => {
+                Err(ClientError::Refused(ErrorBody {
+                    error,
+                    code,
+                    hint,
+                    request_id: String::new(),
+                }))
+            }
+            Err(_) => Err(ClientError::Unexpected(json.chars().take(200).collect())),
         }
     }
 }
@@ -149,15 +203,5 @@ fn output_event(mut bytes: Bytes) -> Result<CommandEvent, ClientError> {
         Some(channel::STDOUT) => Ok(CommandEvent::Stdout(bytes)),
         Some(channel::STDERR) => Ok(CommandEvent::Stderr(bytes)),
         _ => Err(ClientError::Unexpected("bytes of an unknown stream".to_owned())),
-    }
-}
-
-fn last_event(json: &str) -> Result<CommandEvent, ClientError> {
-    match serde_json::from_str(json) {
-        Ok(StreamServerMessage::Exit { exit_code }) => Ok(CommandEvent::Exit(exit_code)),
-        Ok(StreamServerMessage::Error { error, code, hint }) => {
-            Err(ClientError::Refused(ErrorBody { error, code, hint, request_id: String::new() }))
-        }
-        Err(_) => Err(ClientError::Unexpected(json.chars().take(200).collect())),
     }
 }

@@ -64,6 +64,13 @@ pub enum RemoveError {
         /// The process.
         pid: u32,
     },
+    /// Its VMM could not be looked for.
+    #[error("failed to look for the virtual machine's process")]
+    Process {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A file stays.
     #[error("failed to remove `{}`", path.display())]
     Files {

@@ -3,6 +3,10 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Writes that this process has begun.
+static WRITES: AtomicU64 = AtomicU64::new(0);
 
 /// Writes `content` to `path` atomically and durably: a temporary file beside it, fsync, rename, fsync of the directory.
 ///
@@ -12,8 +16,11 @@ use std::path::Path;
 pub fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let directory = parent(path)?;
     let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let temporary = directory.join(format!(".{}.{}.tmp", name.display(), std::process::id()));
-    let written = File::create(&temporary)
+    // Writers of one name, here or in another process, never share a temporary file.
+    let number = WRITES.fetch_add(1, Ordering::Relaxed);
+    let temporary =
+        directory.join(format!(".{}.{}-{number}.tmp", name.display(), std::process::id()));
+    let written = File::create_new(&temporary)
         .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
         .and_then(|()| rename(&temporary, path));
     if written.is_err() {
@@ -50,6 +57,27 @@ mod tests {
         write(&file, b"new").unwrap();
 
         assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn writers_at_once_each_write_whole_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+
+        std::thread::scope(|scope| {
+            for byte in 0..8u8 {
+                let file = &file;
+                scope.spawn(move || {
+                    for _ in 0..20 {
+                        write(file, &[byte; 50_000]).unwrap();
+                        let read = fs::read(file).unwrap();
+                        assert!(read.len() == 50_000 && read.iter().all(|other| *other == read[0]));
+                    }
+                });
+            }
+        });
+
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 

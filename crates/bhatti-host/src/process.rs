@@ -9,8 +9,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 
+use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::setsid;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
 
 pub use follow::{Followed, ProcessId};
 
@@ -31,6 +32,17 @@ pub fn command(program: impl AsRef<OsStr>) -> tokio::process::Command {
         .stdin(Stdio::null())
         .kill_on_drop(true);
     command
+}
+
+/// Settles this process as a daemon: what it makes is its owner's alone, and it may open as many files as the machine lets it.
+///
+/// # Errors
+///
+/// Returns the error of raising the limit.
+pub fn settle_daemon() -> io::Result<()> {
+    umask(Mode::from_raw_mode(0o077));
+    let limit = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
 /// Starts a process that outlives its starter: a session of its own, nothing inherited but `inherited` (under the same numbers) and

@@ -42,6 +42,19 @@ pub(crate) fn of_file(path: &Path) -> io::Result<String> {
     Ok(short(hasher.finalize()))
 }
 
+/// A hash of all files below a directory, with their names.
+pub(crate) fn of_tree(directory: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let mut entries = std::fs::read_dir(directory)?.collect::<io::Result<Vec<_>>>()?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let path = entry.path();
+        let hash = if entry.file_type()?.is_dir() { of_tree(&path)? } else { of_file(&path)? };
+        text.push_str(&format!("{} {hash}\n", entry.file_name().to_string_lossy()));
+    }
+    Ok(of_bytes(text.as_bytes()))
+}
+
 /// Where the next stored data is, at or behind `from`; `None` at the end.
 fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     match seek(file, SeekFrom::Data(from)) {

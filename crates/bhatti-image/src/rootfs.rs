@@ -33,6 +33,29 @@ rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 "#;
 
+/// Makes the file `$2` of `$3` bytes out of the tar `$1`. All of it is written now: a guest that finished the work lazily would dirty
+/// pages of its own.
+const MAKE_EXT4: &str = r#"set -e
+mkdir root
+tar -C root --numeric-owner -xf "$1"
+mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root "$2" "$3"
+"#;
+
+/// What keeps mmdebstrap from leaving anything behind, however we end: it dies with us, and its mounts are its own.
+const CONFINEMENT: [&str; 11] = [
+    "--pdeathsig",
+    "KILL",
+    "--",
+    "unshare",
+    "--mount",
+    "--propagation",
+    "private",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "mmdebstrap",
+];
+
 /// A root file system could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
@@ -80,7 +103,15 @@ pub(crate) async fn build_minimal(
     let tar_text = tar.to_string_lossy();
     let hook = format!("--customize-hook={}", customize.display());
     let include = format!("--include={PACKAGES}");
-    let mut arguments = vec![
+    let is_root = rustix::process::geteuid().is_root();
+    let (program, confinement, mode) = if is_root {
+        ("setpriv", &CONFINEMENT[..], "--mode=root")
+    } else {
+        ("setpriv", &["--pdeathsig", "KILL", "--", "mmdebstrap"][..], "--mode=fakechroot")
+    };
+    let mut arguments = confinement.to_vec();
+    arguments.extend([
+        mode,
         "--variant=minbase",
         "--format=tar",
         r#"--aptopt=Apt::Install-Recommends "false""#,
@@ -91,12 +122,12 @@ pub(crate) async fn build_minimal(
         &hook,
         SUITE,
         &tar_text,
-    ];
+    ]);
     arguments.extend(sources.iter().map(String::as_str));
     let failed = |step| move |source| RootfsError::Build { step, source };
     // Its own messages begin so; the rest is what the packages' scripts have to say.
     let mut own_messages = |text: &str| text.strip_prefix("I: ").map_or((), &mut *line);
-    run("mmdebstrap", &arguments, scratch, &mut own_messages)
+    run(program, &arguments, scratch, &mut own_messages)
         .await
         .map_err(failed("assemble the root file system"))?;
     line("writing the file system");
@@ -111,18 +142,12 @@ fn write_program(path: &Path, text: &str) -> io::Result<()> {
 
 /// Unpacks `tar` and writes it into an ext4 file. Where we are not root, fakeroot remembers who owns what.
 async fn make_ext4(scratch: &Path, tar: &Path, image: &Path) -> Result<(), ToolError> {
-    // All of it is written now: a guest that finished the work lazily would dirty pages of its own.
-    let script = format!(
-        "set -e; mkdir root; tar -C root --numeric-owner -xf '{}'; \
-         mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root '{}' {DISK_SIZE}",
-        tar.display(),
-        image.display(),
-    );
-    let shell = ["sh", "-c", &script];
+    let (tar, image) = (tar.to_string_lossy(), image.to_string_lossy());
+    let arguments = ["-c", MAKE_EXT4, "make-ext4", &tar, &image, DISK_SIZE];
     if rustix::process::geteuid().is_root() {
-        run_quietly(shell[0], &shell[1..], scratch).await?;
+        run_quietly("sh", &arguments, scratch).await?;
     } else {
-        run_quietly("fakeroot", &shell, scratch).await?;
+        run_quietly("fakeroot", &[&["sh"], &arguments[..]].concat(), scratch).await?;
     }
     Ok(())
 }

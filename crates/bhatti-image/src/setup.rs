@@ -131,7 +131,7 @@ async fn set_up_kernel(
         KernelFrom::Package(package) => kernel::from_package(&package, build.path(), &made).await,
     }
     .map_err(SetupError::Kernel)?;
-    let name = format!("kernel-{}", hash_file(&made.join("vmlinux"))?);
+    let name = format!("kernel-{}", hash_tree(&made)?);
     let artefact = build.finish(store, &made, name, source_text)?;
     progress.end(&artefact.name);
     index.kernel = Some(artefact);
@@ -261,8 +261,12 @@ fn sync_tree(path: &Path) -> io::Result<()> {
 }
 
 fn describe_file(image: &Path, modules: Option<&Path>) -> Result<String, SetupError> {
-    let modules = modules.map_or_else(|| "none".into(), |modules| modules.display().to_string());
+    let modules = modules.map_or_else(|| Ok("none".to_owned()), hash_tree)?;
     Ok(format!("file {} modules {modules}", hash_file(image)?))
+}
+
+fn hash_tree(path: &Path) -> Result<String, StoreError> {
+    content_hash::of_tree(path).map_err(file_error("read", path))
 }
 
 fn hash_file(path: &Path) -> Result<String, StoreError> {

@@ -48,6 +48,8 @@ fn package_of(program: &str) -> &'static str {
         "mmdebstrap" => "mmdebstrap",
         "fakeroot" => "fakeroot",
         "mke2fs" => "e2fsprogs",
+        "fakechroot" => "fakechroot",
+        "setpriv" | "unshare" => "util-linux",
         "tar" => "tar",
         "dpkg-deb" | "dpkg" => "dpkg",
         _ => "apt",

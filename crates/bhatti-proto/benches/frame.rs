@@ -29,7 +29,7 @@ fn write(criterion: &mut Criterion) {
             bencher.iter(|| {
                 writer.get_mut().clear();
                 at_once(writer.send(FrameType::STDOUT, black_box(&payload)))
-                    .expect("memory takes all")
+                    .expect("memory takes all");
             });
         });
     }
@@ -90,7 +90,7 @@ fn json(criterion: &mut Criterion) {
         bencher.iter(|| {
             writer.get_mut().clear();
             at_once(writer.send_json(FrameType::EXEC_REQ, black_box(&request)))
-                .expect("memory takes all")
+                .expect("memory takes all");
         });
     });
 }

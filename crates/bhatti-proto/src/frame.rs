@@ -46,6 +46,8 @@ impl FrameType {
     pub const ERROR_DETAILS: Self = Self(0x0a);
     /// Guest to host: the command is being ended because its time is over; [`EXIT`](Self::EXIT) follows. Not in the original protocol.
     pub const TIMEOUT: Self = Self(0x0b);
+    /// Guest to host: the command runs. Sent to hosts that asked for `error_details`. Not in the original protocol.
+    pub const STARTED: Self = Self(0x0c);
     /// Host to guest: [`ExecRequest`](crate::ExecRequest).
     pub const EXEC_REQ: Self = Self(0x10);
     /// Host to guest: the token, as raw bytes.

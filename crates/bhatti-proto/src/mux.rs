@@ -6,23 +6,29 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::io::{AsyncRead as FuturesRead, AsyncWrite as FuturesWrite};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
 /// Streams that may be open at once on one channel.
-pub const STREAMS_MAX: usize = 2048;
+pub const STREAMS_MAX: usize = 1024;
+
+/// Streams that yamux may know beyond those: ones that are closed here, and not yet on the other side.
+const CLOSING_STREAMS: usize = 1024;
 
 /// Open requests that may wait for the driver.
 const OPEN_QUEUE: usize = 64;
 
 fn config() -> yamux::Config {
     let mut config = yamux::Config::default();
-    config.set_max_num_streams(STREAMS_MAX);
-    config.set_max_connection_receive_window(Some(STREAMS_MAX * yamux_window_bytes()));
+    config.set_max_num_streams(STREAMS_MAX + CLOSING_STREAMS);
+    config.set_max_connection_receive_window(Some(
+        (STREAMS_MAX + CLOSING_STREAMS) * yamux_window_bytes(),
+    ));
     config
 }
 
@@ -31,15 +37,22 @@ const fn yamux_window_bytes() -> usize {
     256 * 1024
 }
 
-/// The channel is gone, and with it all its streams.
+/// A stream could not be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the agent channel is closed")]
-pub struct ChannelClosed;
+pub enum OpenError {
+    /// The channel is gone, and with it all its streams.
+    #[error("the agent channel is closed")]
+    Closed,
+    /// [`STREAMS_MAX`] streams are open.
+    #[error("{STREAMS_MAX} operations run in this sandbox already")]
+    TooMany,
+}
 
 /// Opens streams: the host's handle of a multiplexed channel.
 #[derive(Clone, Debug)]
 pub struct Opener {
     requests: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+    room: Arc<Semaphore>,
 }
 
 impl Opener {
@@ -51,7 +64,7 @@ impl Opener {
     {
         let (requests, waiting) = mpsc::channel(OPEN_QUEUE);
         let connection = yamux::Connection::new(io.compat(), config(), yamux::Mode::Client);
-        (Self { requests }, drive(connection, waiting))
+        (Self { requests, room: Arc::new(Semaphore::new(STREAMS_MAX)) }, drive(connection, waiting))
     }
 
     /// Whether the channel has ended.
@@ -64,15 +77,17 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// Returns [`ChannelClosed`] if the channel has ended.
-    pub async fn open(&self, port: u32) -> Result<MuxStream, ChannelClosed> {
+    /// Returns an error if the channel has ended or too many streams are open. Waits while the guest lags far behind in taking notice
+    /// of streams: give it a limit.
+    pub async fn open(&self, port: u32) -> Result<MuxStream, OpenError> {
+        let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| OpenError::TooMany)?;
         let (reply, stream) = oneshot::channel();
-        self.requests.send(reply).await.map_err(|_| ChannelClosed)?;
-        let stream = stream.await.map_err(|_| ChannelClosed)?.compat();
-        let mut stream = MuxStream { stream, _keeps_channel: self.requests.clone() };
+        self.requests.send(reply).await.map_err(|_| OpenError::Closed)?;
+        let stream = stream.await.map_err(|_| OpenError::Closed)?.compat();
+        let mut stream = MuxStream { stream, _keeps_channel: self.requests.clone(), _room: room };
         tokio::io::AsyncWriteExt::write_all(&mut stream, &port.to_be_bytes())
             .await
-            .map_err(|_| ChannelClosed)?;
+            .map_err(|_| OpenError::Closed)?;
         Ok(stream)
     }
 }
@@ -121,6 +136,7 @@ async fn drive<S>(
 pub struct MuxStream {
     stream: Compat<yamux::Stream>,
     _keeps_channel: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+    _room: OwnedSemaphorePermit,
 }
 
 impl AsyncRead for MuxStream {
@@ -256,8 +272,27 @@ mod tests {
         drop(far);
         driver.await.unwrap();
 
-        assert_eq!(opener.open(1024).await.unwrap_err(), ChannelClosed);
+        assert_eq!(opener.open(1024).await.unwrap_err(), OpenError::Closed);
         assert!(opener.is_closed());
+    }
+
+    #[tokio::test]
+    async fn streams_beyond_the_limit_are_refused_and_harm_no_others() {
+        let (opener, _driver) = echo_channel();
+        let mut streams = Vec::new();
+        for _ in 0..STREAMS_MAX {
+            let mut stream = opener.open(1024).await.unwrap();
+            stream.read_u32().await.unwrap();
+            streams.push(stream);
+        }
+
+        assert_eq!(opener.open(1024).await.unwrap_err(), OpenError::TooMany);
+
+        streams.pop();
+        streams[0].write_all(b"still").await.unwrap();
+        let mut echoed = [0; 5];
+        streams[0].read_exact(&mut echoed).await.unwrap();
+        opener.open(1024).await.unwrap();
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
 use bhatti_host::socket;
-use bhatti_proto::mux::Opener;
+use bhatti_proto::mux::{OpenError, Opener};
 use bhatti_proto::resync::{Epoch, greet};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
@@ -55,16 +55,20 @@ impl QemuChannel {
 #[async_trait]
 impl AgentChannel for QemuChannel {
     async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
-        // A channel that has just broken is found out by using it: once.
-        for _ in 0..2 {
-            let connected = timeout(RECONNECT_LIMIT, self.connected()).await;
-            let opener = connected
-                .map_err(|_| ChannelError(io::ErrorKind::TimedOut.into()))?
-                .map_err(ChannelError)?;
-            if let Ok(stream) = opener.open(port).await {
-                return Ok(Box::new(stream));
+        let failed = |kind: io::ErrorKind| ChannelError(kind.into());
+        let open = async {
+            // A channel that has just broken is found out by using it: once.
+            for _ in 0..2 {
+                match self.connected().await.map_err(ChannelError)?.open(port).await {
+                    Ok(stream) => return Ok(Box::new(stream) as Box<dyn AgentStream>),
+                    Err(OpenError::Closed) => {}
+                    Err(error @ OpenError::TooMany) => {
+                        return Err(ChannelError(io::Error::other(error)));
+                    }
+                }
             }
-        }
-        Err(ChannelError(io::ErrorKind::BrokenPipe.into()))
+            Err(failed(io::ErrorKind::BrokenPipe))
+        };
+        timeout(RECONNECT_LIMIT, open).await.map_err(|_| failed(io::ErrorKind::TimedOut))?
     }
 }

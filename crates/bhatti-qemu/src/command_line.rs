@@ -63,7 +63,10 @@ impl Command<'_> {
         arguments.add("-device", "virtserialport,chardev=agent,name=agent");
         arguments.add(
             "-drive",
-            format!("id=root,if=none,format=qcow2,discard=unmap,file={}", value(root_disk)),
+            format!(
+                "id=root,if=none,format=qcow2,discard=unmap,werror=report,rerror=report,file={}",
+                value(root_disk)
+            ),
         );
         arguments.add("-device", "virtio-blk-device,drive=root,serial=root");
         arguments.add("-kernel", spec.kernel.to_string_lossy());

@@ -4,22 +4,28 @@ use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bhatti_host::socket;
 use parking_lot::Mutex;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
 
 pub(crate) const SOCKET: &str = "console.sock";
 
 /// What is kept, in bytes.
 const KEPT_BYTES: usize = 16 * 1024;
 
+/// How long the last words of a VMM may be on their way, and how often to look.
+const COMPLETE_LIMIT: Duration = Duration::from_millis(500);
+const COMPLETE_LOOK: Duration = Duration::from_millis(5);
+
 /// Reads the console for as long as it lives.
 pub(crate) struct Console {
     kept: Arc<Mutex<VecDeque<u8>>>,
-    reading: AbortHandle,
+    reading: JoinHandle<()>,
 }
 
 impl Console {
@@ -29,7 +35,7 @@ impl Console {
         stream.set_nonblocking(true)?;
         let stream = UnixStream::from_std(stream)?;
         let kept = Arc::default();
-        let reading = tokio::spawn(read(stream, Arc::clone(&kept))).abort_handle();
+        let reading = tokio::spawn(read(stream, Arc::clone(&kept)));
         Ok(Self { kept, reading })
     }
 
@@ -37,6 +43,19 @@ impl Console {
     pub(crate) fn tail(&self) -> String {
         let mut kept = self.kept.lock();
         String::from_utf8_lossy(kept.make_contiguous()).replace('\r', "")
+    }
+}
+
+impl Console {
+    /// Waits until the last words of a VMM that has ended are there, or for a moment if it has not.
+    pub(crate) async fn complete(&self) {
+        let complete = async {
+            while !self.reading.is_finished() {
+                sleep(COMPLETE_LOOK).await;
+            }
+        };
+        // What has not come by then does not come.
+        drop(timeout(COMPLETE_LIMIT, complete).await);
     }
 }
 

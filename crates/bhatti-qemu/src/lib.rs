@@ -99,7 +99,10 @@ impl Engine for QemuEngine {
     }
 
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
-        let process = self.find_process(id, directory).map_err(|_| AdoptError::Gone)?;
+        let process = self.find_process(id, directory).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => AdoptError::Gone,
+            _ => AdoptError::Broken { step: "look for the VM's process", source },
+        })?;
         let vm = QemuVm::attach(process, directory);
         Ok(Arc::new(vm.map_err(|source| AdoptError::Broken {
             step: "connect to the VM's console",
@@ -130,6 +133,16 @@ impl QemuEngine {
     fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
         match Record::read(directory) {
             Ok(record) => Followed::adopt(record.process()),
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::InvalidData
+                        | io::ErrorKind::UnexpectedEof
+                ) =>
+            {
+                Err(error)
+            }
             // Without a directory there never was a process.
             Err(_) if !directory.exists() => Err(io::ErrorKind::NotFound.into()),
             Err(_) => {

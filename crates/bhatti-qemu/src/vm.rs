@@ -45,11 +45,11 @@ impl QemuVm {
                 // The channel breaks because QEMU ends; the other branch would have told so in a moment.
                 Ok(Err(_)) if timeout(RECONNECT_LIMIT, vm.process.ended()).await.is_ok() => {}
                 Ok(Err(source)) => return Err(BootError::Prepare { step: "reach the guest agent", source }),
-                Err(_) => return Err(BootError::TimedOut { limit: spec.boot_limit, console: vm.last_words() }),
+                Err(_) => return Err(BootError::TimedOut { limit: spec.boot_limit, console: vm.last_words().await }),
             },
             () = vm.process.ended() => {}
         }
-        Err(BootError::Ended { console: vm.last_words() })
+        Err(BootError::Ended { console: vm.last_words().await })
     }
 
     fn start(spec: &VmSpec, command: &Command<'_>) -> Result<Self, BootError> {
@@ -81,12 +81,16 @@ impl QemuVm {
         Ok(Self { directory: directory.to_owned(), process, channel, console })
     }
 
-    /// What the guest and QEMU said last.
-    fn last_words(&self) -> String {
+    /// What the guest said last. What QEMU itself said names files of this host, and so goes to our log alone.
+    async fn last_words(&self) -> String {
         let log = fs::read(self.directory.join(LOG)).unwrap_or_default();
         let log =
             String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
-        format!("{}{log}", self.console.tail())
+        if !log.trim().is_empty() {
+            tracing::warn!(log, "QEMU complained");
+        }
+        self.console.complete().await;
+        self.console.tail()
     }
 }
 
@@ -116,6 +120,6 @@ impl Vm for QemuVm {
     }
 
     fn console_tail(&self) -> String {
-        self.last_words()
+        self.console.tail()
     }
 }

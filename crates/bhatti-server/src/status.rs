@@ -1,14 +1,16 @@
 //! Errors as responses: the only place that knows HTTP's numbers.
 
+use std::io;
+
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
 use bhatti_engine::BootError;
-use bhatti_proto::ErrorKind;
+use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{StoreError, UserInsertError};
-use bhatti_supervisor::{CreateError, UseError};
+use bhatti_supervisor::{CreateError, DestroyError, UseError};
 use bhatti_types::{Denied, Report};
 use serde::Serialize;
 
@@ -123,6 +125,9 @@ impl From<UseError> for ApiError {
             }
             UseError::Denied(denied) => denied.into(),
             UseError::Exec(error) => error.into(),
+            UseError::Destroy(DestroyError::AlreadyGone) => {
+                Self::new(ErrorCode::NotFound, error.to_string())
+            }
             UseError::Store(_) | UseError::Destroy(_) => Self::internal(&error),
         }
     }
@@ -167,6 +172,11 @@ impl From<CallError> for ApiError {
                 Self::new(ErrorCode::BadRequest, error.to_string())
             }
             CallError::Entropy => Self::internal(&error),
+            CallError::Send(SendJsonError::Send(ref cause)) if cause.kind() == io::ErrorKind::InvalidInput => {
+                Self::new(ErrorCode::BodyTooLarge, "the command with its environment is too long")
+            }
+            CallError::Silent { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
+                .hint("the guest may be out of memory or halted; destroy it and create another: bhatti destroy NAME"),
             CallError::Channel(_)
             | CallError::Content(_)
             | CallError::Send(_)

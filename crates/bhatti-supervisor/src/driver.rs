@@ -162,10 +162,12 @@ impl Driver {
     }
 
     async fn destroy(&self) -> Result<(), DestroyError> {
-        self.shared
-            .store
-            .set_sandbox_state(self.id, SandboxState::Destroyed)
-            .map_err(DestroyError::Store)?;
+        // A store on a full disk cannot note what is about to happen. What the sandbox's files take is then the room that it lacks, so
+        // they go all the same; a daemon that dies in between finds a running sandbox without a VM, which is true.
+        let noted = self.shared.store.set_sandbox_state(self.id, SandboxState::Destroyed);
+        if let Err(error) = noted {
+            warn!(sandbox = %self.id, error = %Report(&error), "Failed to note that a sandbox is being destroyed");
+        }
         self.publish(SandboxState::Destroyed, None);
         self.shared.registry.remove(self.id);
         self.shared

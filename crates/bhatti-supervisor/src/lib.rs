@@ -26,6 +26,9 @@ pub use recover::RecoverError;
 
 use registry::Registry;
 
+/// How long a guest may take to start a command.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
 /// What a supervisor works with.
 pub struct Config {
     /// Where the sandboxes' directories are.
@@ -112,11 +115,11 @@ impl Supervisor {
         self.shared.store.count_sandboxes()
     }
 
-    /// Starts a command in a sandbox.
+    /// Starts a command in a sandbox, and waits until it runs.
     ///
     /// # Errors
     ///
-    /// Returns an error if there is no such sandbox, it cannot be used, or its agent cannot be reached.
+    /// Returns an error if there is no such sandbox, it cannot be used, its agent does not answer, or the command cannot be started.
     pub async fn exec(
         &self,
         owner: UserId,
@@ -124,7 +127,9 @@ impl Supervisor {
         request: ExecRequest,
     ) -> Result<(ExecInput, ExecOutput), UseError> {
         let row = self.find(owner, id_or_name)?;
-        Ok(self.agent(row.id)?.exec(request).await?)
+        let (input, mut output) = self.agent(row.id)?.exec(request).await?;
+        output.started(START_LIMIT).await?;
+        Ok((input, output))
     }
 
     /// Destroys a sandbox, whatever its state, and waits until nothing of it is left.

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::{CpuCount, MemoryMib, SandboxName};
 
+/// The longest environment, in bytes, counted as a process has it. With a command of the largest request body it fits one frame.
+const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
+
 /// An environment that no process could have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidEnvironment {
@@ -12,6 +15,14 @@ pub enum InvalidEnvironment {
     Name {
         /// The name as given.
         name: String,
+    },
+    /// All variables together are too long.
+    #[error(
+        "the environment has {bytes} bytes; at most {ENVIRONMENT_BYTES_MAX} are passed to processes"
+    )]
+    TooLong {
+        /// Their length.
+        bytes: usize,
     },
     /// A variable's value holds NUL.
     #[error("invalid value of environment variable `{name}`: it must not hold NUL")]
@@ -43,6 +54,10 @@ impl TryFrom<BTreeMap<String, String>> for Environment {
     type Error = InvalidEnvironment;
 
     fn try_from(variables: BTreeMap<String, String>) -> Result<Self, InvalidEnvironment> {
+        let bytes = variables.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
+        if bytes > ENVIRONMENT_BYTES_MAX {
+            return Err(InvalidEnvironment::TooLong { bytes });
+        }
         for (name, value) in &variables {
             if name.is_empty() || name.contains(['=', '\0']) {
                 return Err(InvalidEnvironment::Name { name: name.clone() });

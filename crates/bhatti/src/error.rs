@@ -23,16 +23,29 @@ pub(crate) struct CliError {
     pub(crate) hint: Option<String>,
     pub(crate) code: Option<ErrorCode>,
     pub(crate) exit: u8,
+    is_interrupted: bool,
 }
 
 impl CliError {
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: None, code: None, exit: EXIT_FAILED }
+        Self {
+            message: message.into(),
+            hint: None,
+            code: None,
+            exit: EXIT_FAILED,
+            is_interrupted: false,
+        }
     }
 
     /// An error with all its causes.
     pub(crate) fn of(error: &dyn Error) -> Self {
         Self::new(Report(error).to_string())
+    }
+
+    /// Ended by a signal.
+    pub(crate) fn interrupted(signal: u8) -> Self {
+        Self { exit: 128 + signal, is_interrupted: true, ..Self::new("interrupted") }
+            .hint("what is left of the command ends when the sandbox notices")
     }
 
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
@@ -44,7 +57,7 @@ impl CliError {
         let exit = match self.code {
             Some(ErrorCode::CommandNotFound) => EXIT_NOT_FOUND,
             Some(ErrorCode::CommandNotExecutable) => EXIT_NOT_EXECUTABLE,
-            _ if self.exit == EXIT_PIPE => EXIT_PIPE,
+            _ if self.exit == EXIT_PIPE || self.is_interrupted => self.exit,
             _ => EXIT_OURS,
         };
         Self { exit, ..self }

@@ -100,7 +100,7 @@ async fn disk_that_fills_up_during_the_build_leaves_nothing_half_made() {
     // Room enough to begin, taken away by somebody else as soon as the build has begun.
     let script = format!(
         "{bhatti} setup --data-dir '{data}' --kernel {kernel} & setup=$!
-         while ! ls -d '{data}'/images/.build-* >/dev/null 2>&1; do :; done
+         while ! ls -d '{data}'/images/.build-* >/dev/null 2>&1; do kill -0 $setup 2>/dev/null || break; done
          dd if=/dev/zero of='{data}/hog' bs=1M >/dev/null 2>&1
          wait $setup; code=$?; ls -A '{data}/images'; exit $code",
         bhatti = bhatti.display(),

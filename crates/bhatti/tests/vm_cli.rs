@@ -107,13 +107,54 @@ async fn command_dies_with_the_command_line_that_started_it() {
     kill_process(sleeping.id().unwrap());
     sleeping.wait().await.unwrap();
 
+    command_is_gone(&daemon, "sleep 4321").await;
+}
+
+#[tokio::test]
+async fn input_that_nobody_reads_holds_up_neither_signals_nor_the_end() {
+    let daemon = TestDaemon::start().await;
+    assert!(run(&daemon, &["create", "--name", "dev"]).await.status.success());
+    let flood = || std::fs::File::open("/dev/zero").unwrap();
+
+    let mut quick =
+        daemon.cli(&["exec", "dev", "--", "sh", "-c", "head -c 3000000 /dev/zero; exit 7"]);
+    let quick = quick.stdin(flood()).output().await.unwrap();
+    assert_eq!(
+        (quick.stdout.len(), quick.status.code()),
+        (3_000_000, Some(7)),
+        "{}",
+        stderr(&quick)
+    );
+
+    for (signal, code) in [("-INT", Some(130)), ("-KILL", None)] {
+        let mut sleeping =
+            daemon.cli(&["exec", "dev", "--", "sh", "-c", "echo ready; exec sleep 4322"]);
+        let mut sleeping = sleeping.stdin(flood()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(sleeping.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("ready"));
+        let pid = sleeping.id().unwrap().to_string();
+        assert!(
+            bhatti_host::process::command("kill")
+                .args([signal, &pid])
+                .status()
+                .await
+                .unwrap()
+                .success()
+        );
+        assert_eq!(sleeping.wait().await.unwrap().code(), code);
+        command_is_gone(&daemon, "sleep 4322").await;
+    }
+}
+
+/// Waits until no process of the sandbox has this command line.
+async fn command_is_gone(daemon: &TestDaemon, command: &str) {
     for _ in 0..200 {
-        let found = run(&daemon, &["exec", "dev", "--", "pgrep", "-f", "sleep 4321"]).await;
+        let found = run(daemon, &["exec", "dev", "--", "pgrep", "-xf", command]).await;
         if found.status.code() == Some(1) {
             return;
         }
     }
-    panic!("the command outlives its client");
+    panic!("`{command}` outlives its client");
 }
 
 #[tokio::test]

@@ -266,3 +266,37 @@ async fn guest_that_does_not_come_up_is_an_error_with_its_last_words() {
     assert_eq!(daemon.client.list().await.unwrap(), []);
     assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
 }
+
+#[tokio::test]
+async fn three_hundred_quiet_commands_leave_room_for_another() {
+    let daemon = TestDaemon::start().await;
+    let request = CreateSandbox { memory_mb: Some(1024), ..named("dev") };
+    daemon.client.create(&request).await.unwrap();
+    let mut quiet = Vec::new();
+    for _ in 0..300 {
+        quiet.push(daemon.client.start_command("dev", &start(&["sleep", "1000"])).await.unwrap());
+    }
+
+    let ran = timeout(LIMIT, run(&daemon.client, "dev", &["echo", "room"])).await.unwrap().unwrap();
+
+    assert_eq!(ran.stdout, b"room\n");
+}
+
+#[tokio::test]
+async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let halt = "import ctypes; ctypes.CDLL(None).reboot(0xcdef0123)";
+    let (_input, _output) =
+        daemon.client.start_command("dev", &start(&["sudo", "python3", "-c", halt])).await.unwrap();
+    // The command that halts the guest never answers; nor does any other from then on.
+    let error = loop {
+        match timeout(2 * LIMIT, run(&daemon.client, "dev", &["true"])).await.unwrap() {
+            Ok(ran) => assert_eq!(ran.code, 0),
+            Err(error) => break error,
+        }
+    };
+
+    assert_eq!(code_of(&error), Some(ErrorCode::ConnectionLost));
+    daemon.client.destroy("dev").await.unwrap();
+}

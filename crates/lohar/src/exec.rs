@@ -43,6 +43,17 @@ pub(crate) async fn serve<T: Transport>(
     }
     let process = launch::piped(agent, &request)?;
     let _running = agent.register(request.exec_id, process.group);
+    // Kills what was started if the host does not hear of it.
+    let started = async {
+        if request.error_details {
+            writer.send(FrameType::STARTED, &[]).await.map_err(host_gone)?;
+        }
+        Ok(())
+    };
+    if let Err(gone) = started.await {
+        kill_group(process.group, Signal::KILL);
+        return Err(gone);
+    }
     relay(process, request.timeout_ms, reader, writer).await
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -38,7 +39,8 @@ impl Followed {
     ///
     /// # Errors
     ///
-    /// Returns [`io::ErrorKind::NotFound`] if it has ended, even if another process has its number now.
+    /// Returns [`io::ErrorKind::NotFound`] if it has ended, even if another process has its number now. Any other error says nothing
+    /// about the process.
     pub fn adopt(id: ProcessId) -> io::Result<Self> {
         let followed = Self::open(id)?;
         // Looked at only now: the descriptor keeps the number from being used again.
@@ -79,7 +81,10 @@ impl Followed {
             .filter(|pid| *pid > 1)
             .and_then(Pid::from_raw)
             .ok_or_else(gone)?;
-        let descriptor = pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(|_| gone())?;
+        let descriptor = pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(|error| match error {
+            Errno::SRCH => gone(),
+            error => error.into(),
+        })?;
         // SAFETY: an `OwnedFd` names the same open file for as long as it lives.
         #[expect(unsafe_code, reason = "the runtime asks for a promise about the descriptor")]
         let descriptor =

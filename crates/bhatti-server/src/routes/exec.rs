@@ -47,8 +47,15 @@ pub(crate) async fn run(
     if wants_lines {
         return Ok(lines(input, output, stdin));
     }
-    // The input half lives until the command has ended: without it the command would be killed.
-    let (_input, result) = tokio::join!(feed(input, stdin), collect(output));
+    // A command may end without having read its input; the input half lives until then, for without it the command is killed.
+    let feed_on = async {
+        let _input = feed(input, stdin).await;
+        std::future::pending::<()>().await;
+    };
+    let result = tokio::select! {
+        result = collect(output) => result,
+        () = feed_on => return Err(ApiError::new(ErrorCode::Internal, "the input ended the command")),
+    };
     Ok(Json(result?).into_response())
 }
 

@@ -2,7 +2,14 @@
 //!
 //! The first message starts it. After that, binary messages carry the streams, the first byte saying which; text messages carry the
 //! rest. See [`bhatti_api::channel`], [`StreamRequest`] and [`StreamServerMessage`].
+//!
+//! ```text
+//!  client ──► receive ──► queue of one window ──► feed ──► command's input        (signals and the client's end pass the queue)
+//!  client ◄── send ◄───── acknowledgements ◄───────┘
+//!               ▲───────────────────────────────────────── command's output
+//! ```
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Extension;
@@ -11,11 +18,13 @@ use axum::extract::ws::{
 };
 use axum::extract::{Path, State};
 use axum::response::Response;
-use bhatti_agent::{ExecEvent, ExecInput, ExecOutput};
-use bhatti_api::{ErrorCode, StreamRequest, StreamServerMessage, channel};
+use bhatti_agent::{ExecControl, ExecEvent, ExecInput, ExecOutput};
+use bhatti_api::{ErrorCode, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, channel};
 use bhatti_types::UserId;
+use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::exec::agent_request;
@@ -27,8 +36,18 @@ use crate::status::ApiError;
 /// How long a client may take to say what to start.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a client may take to read the last message and close. A socket that is dropped before, with input of the client's unread,
+/// would be reset, and take output with it that is still on its way.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+
 type Sender = SplitSink<WebSocket, Message>;
 type Receiver = SplitStream<WebSocket>;
+
+/// Something for the command's input.
+enum Input {
+    Bytes(Bytes),
+    End,
+}
 
 pub(crate) async fn run(
     State(state): State<AppState>,
@@ -43,17 +62,20 @@ pub(crate) async fn run(
     Ok(upgrade.on_upgrade(move |socket| async move {
         let (mut sender, mut receiver) = socket.split();
         let last = match start(&state, owner, &called, &mut receiver).await {
-            Ok((input, output)) => relay(input, output, &mut sender, receiver).await,
+            Ok((input, output)) => relay(input, output, &mut sender, &mut receiver).await,
             Err(error) => Some(error_message(error)),
         };
-        // The client may be gone: then nothing of this arrives, and nothing has to.
-        if let Some(last) = last
-            && let Ok(json) = serde_json::to_string(&last)
-        {
-            drop(sender.send(Message::text(json)).await);
-            drop(sender.close().await);
+        if let Some(last) = last {
+            // The client may be gone: then nothing of this arrives, and nothing has to.
+            drop(timeout(CLOSE_LIMIT, close(&last, &mut sender, &mut receiver)).await);
         }
     }))
+}
+
+async fn close(last: &StreamServerMessage, sender: &mut Sender, receiver: &mut Receiver) {
+    if send(last, sender).await.is_some() && sender.close().await.is_ok() {
+        while let Some(Ok(_)) = receiver.next().await {}
+    }
 }
 
 async fn start(
@@ -82,17 +104,41 @@ async fn relay(
     input: ExecInput,
     output: ExecOutput,
     sender: &mut Sender,
-    receiver: Receiver,
+    receiver: &mut Receiver,
 ) -> Option<StreamServerMessage> {
+    let control = input.control();
+    // Bounded by the window that `receive` checks.
+    let (queue, queued) = mpsc::unbounded_channel();
+    let (acknowledge, acknowledged) = mpsc::unbounded_channel();
+    let feed_on = async {
+        feed(input, queued, acknowledge).await;
+        std::future::pending::<()>().await;
+    };
+    let taken = AtomicU64::new(0);
     tokio::select! {
-        last = send_output(output, sender) => last,
-        error = receive_input(input, receiver) => error.map(error_message),
+        last = send_output(output, acknowledged, &taken, sender) => last,
+        error = receive(&control, queue, &taken, receiver) => error.map(error_message),
+        () = feed_on => None,
     }
 }
 
-async fn send_output(mut output: ExecOutput, sender: &mut Sender) -> Option<StreamServerMessage> {
+/// Sends output and acknowledgements until the command has ended.
+async fn send_output(
+    mut output: ExecOutput,
+    mut acknowledged: mpsc::UnboundedReceiver<u64>,
+    taken: &AtomicU64,
+    sender: &mut Sender,
+) -> Option<StreamServerMessage> {
     loop {
-        let (stream, bytes) = match output.next().await {
+        let event = tokio::select! {
+            event = output.next() => event,
+            Some(bytes) = acknowledged.recv() => {
+                taken.fetch_add(bytes, Ordering::Relaxed);
+                send(&StreamServerMessage::StdinAck { bytes }, sender).await?;
+                continue;
+            }
+        };
+        let (stream, bytes) = match event {
             Ok(ExecEvent::Stdout(bytes)) => (channel::STDOUT, bytes),
             Ok(ExecEvent::Stderr(bytes)) => (channel::STDERR, bytes),
             Ok(ExecEvent::TimedOut) => continue,
@@ -106,43 +152,74 @@ async fn send_output(mut output: ExecOutput, sender: &mut Sender) -> Option<Stre
     }
 }
 
-/// Passes input on until the client goes away or sends something that makes no sense.
-async fn receive_input(mut input: ExecInput, mut receiver: Receiver) -> Option<ApiError> {
-    let mut takes_input = true;
+/// Writes queued input to the command. One that takes no more, or has ended, leaves the rest unread; its output says how it ended.
+async fn feed(
+    mut input: ExecInput,
+    mut queued: mpsc::UnboundedReceiver<Input>,
+    acknowledge: mpsc::UnboundedSender<u64>,
+) {
+    while let Some(next) = queued.recv().await {
+        let (length, fed) = match next {
+            Input::Bytes(bytes) => (bytes.len() as u64, input.write(&bytes).await),
+            Input::End => (0, input.end().await),
+        };
+        if fed.is_err() {
+            break;
+        }
+        // Nobody is told any more when the command has ended.
+        let _: Result<(), mpsc::error::SendError<u64>> = acknowledge.send(length);
+    }
+    // The half lives on: without it the command would be killed.
+    std::future::pending::<()>().await;
+}
+
+/// Takes what the client sends, until it goes away or sends something that makes no sense.
+async fn receive(
+    control: &ExecControl,
+    queue: mpsc::UnboundedSender<Input>,
+    taken: &AtomicU64,
+    receiver: &mut Receiver,
+) -> Option<ApiError> {
+    let bad = |what: String| Some(ApiError::new(ErrorCode::BadRequest, what));
+    let mut sent = 0;
     loop {
-        let passed_on = match receiver.next().await {
-            Some(Ok(Message::Binary(bytes))) => match bytes.split_first() {
-                Some((&channel::STDIN, stdin)) if takes_input => input.write(stdin).await,
-                Some((&channel::STDIN, _)) => Ok(()),
-                _ => {
-                    return Some(ApiError::new(
-                        ErrorCode::BadRequest,
-                        "binary messages begin with the byte 1",
+        let input = match receiver.next().await {
+            Some(Ok(Message::Binary(mut bytes))) if bytes.first() == Some(&channel::STDIN) => {
+                let bytes = bytes.split_off(1);
+                sent += bytes.len() as u64;
+                if sent - taken.load(Ordering::Relaxed) > STDIN_WINDOW_BYTES {
+                    return bad(format!(
+                        "more than {STDIN_WINDOW_BYTES} bytes of input came unacknowledged"
                     ));
                 }
-            },
+                Input::Bytes(bytes)
+            }
+            Some(Ok(Message::Binary(_))) => {
+                return bad("binary messages begin with the byte 1".to_owned());
+            }
             Some(Ok(Message::Text(json))) => match serde_json::from_str(&json) {
-                Ok(StreamRequest::StdinEof) => input.end().await,
-                Ok(StreamRequest::Signal { signal }) => input.signal(signal).await,
+                Ok(StreamRequest::StdinEof) => Input::End,
+                Ok(StreamRequest::Signal { signal }) => {
+                    // A command that has just ended needs no signal.
+                    drop(control.signal(signal).await);
+                    continue;
+                }
                 Ok(StreamRequest::Start { .. }) => {
-                    return Some(ApiError::new(
-                        ErrorCode::BadRequest,
-                        "the command has been started",
-                    ));
+                    return bad("the command has been started".to_owned());
                 }
-                Err(error) => {
-                    return Some(ApiError::new(
-                        ErrorCode::BadRequest,
-                        format!("invalid json: {error}"),
-                    ));
-                }
+                Err(error) => return bad(format!("invalid json: {error}")),
             },
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => Ok(()),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
             Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
         };
-        // A command that has ended takes no more; its output says how it ended.
-        takes_input = takes_input && passed_on.is_ok();
+        // Nobody takes it any more when the command has ended.
+        drop(queue.send(input));
     }
+}
+
+async fn send(message: &StreamServerMessage, sender: &mut Sender) -> Option<()> {
+    let json = serde_json::to_string(message).ok()?;
+    sender.send(Message::text(json)).await.ok()
 }
 
 fn error_message(error: ApiError) -> StreamServerMessage {

@@ -1,19 +1,24 @@
 //! `bhatti exec`.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use bhatti_api::StreamRequest;
-use bhatti_client::{CommandEvent, CommandInput, CommandOutput};
+use bhatti_client::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX};
 use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use tokio::time::Instant;
 
 use super::Context;
 use crate::cli::Exec;
 use crate::error::CliError;
 
-/// Input that is read at once, in bytes.
-const READ_BYTES: usize = 64 * 1024;
+/// So many signals within such a time end us, whatever the command does.
+const INSISTING_SIGNALS: usize = 3;
+const INSISTING: Duration = Duration::from_secs(2);
 
 /// Signals that are the command's rather than ours.
 const FORWARDED: [SignalKind; 4] =
@@ -57,13 +62,23 @@ async fn feed(mut input: CommandInput) -> CliError {
         Err(error) => return error.into(),
     };
     let mut stdin = tokio::io::stdin();
-    let mut buffer = vec![0; READ_BYTES];
-    let mut stdin_open = true;
+    let (mut buffer, mut unsent, mut stdin_open) = (vec![0; MESSAGE_BYTES_MAX], 0, true);
+    let mut recent = VecDeque::new();
     loop {
         let sent = tokio::select! {
-            number = next_signal(&mut signals) => input.signal(number).await,
-            read = stdin.read(&mut buffer), if stdin_open => match read {
-                Ok(length @ 1..) => input.write(&buffer[..length]).await,
+            number = next_signal(&mut signals) => {
+                if is_insisting(&mut recent) {
+                    return CliError::interrupted(number);
+                }
+                input.signal(number).await
+            }
+            // A command that does not read holds up its input, and not its signals.
+            () = input.ready(), if unsent > 0 => input.write(&buffer[..std::mem::take(&mut unsent)]).await,
+            read = stdin.read(&mut buffer), if stdin_open && unsent == 0 => match read {
+                Ok(length @ 1..) => {
+                    unsent = length;
+                    Ok(())
+                }
                 Ok(_) => {
                     stdin_open = false;
                     input.end().await
@@ -75,6 +90,14 @@ async fn feed(mut input: CommandInput) -> CliError {
             return std::future::pending().await;
         }
     }
+}
+
+/// Whether somebody signals again and again: then it is us who are to end.
+fn is_insisting(recent: &mut VecDeque<Instant>) -> bool {
+    let now = Instant::now();
+    recent.retain(|earlier| now - *earlier < INSISTING);
+    recent.push_back(now);
+    recent.len() >= INSISTING_SIGNALS
 }
 
 async fn next_signal(signals: &mut [Signal]) -> u8 {

@@ -30,6 +30,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliError> {
     let started = Instant::now();
+    bhatti_host::process::settle_daemon()?;
     start_logging();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(context, arguments, started));
@@ -63,17 +64,18 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
     };
     let state = AppState { supervisor, store, started };
-    let unix = serve_unix(state.clone(), data_dir, stopping(stopped.clone()))
-        .map_err(|error| CliError::of(&error))?;
     let mut servers = tokio::task::JoinSet::new();
-    servers.spawn(unix);
     if let Some(address) = arguments.listen.or(config.listen) {
-        let (address, tcp) = serve_tcp(state.clone(), address, stopping(stopped))
+        let (address, tcp) = serve_tcp(state.clone(), address, stopping(stopped.clone()))
             .await
             .map_err(|error| CliError::of(&error))?;
         servers.spawn(tcp);
         info!(%address, "Listening for callers with an API key");
     }
+    // Last: whoever finds the socket finds everything.
+    let unix = serve_unix(state.clone(), data_dir, stopping(stopped))
+        .map_err(|error| CliError::of(&error))?;
+    servers.spawn(unix);
     let engine = state.supervisor.capabilities();
     let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator.as_str(), startup_ms, "Daemon ready");
