@@ -178,10 +178,15 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
     let clock: u64 = facts[2].parse().unwrap();
     assert!((later.as_secs()..later.as_secs() + 60).contains(&clock), "{clock}");
 
-    let script =
-        "trap 'echo orderly > /workspace/ended; sync; exit 0' TERM; while :; do sleep 0.1; done";
-    guest.client.create_detached(shell(script)).await.unwrap();
+    let script = "trap 'echo asked to end >/dev/console; exit 0' TERM; echo ready; while :; do sleep 0.1; done";
+    let stubborn = "trap '' TERM; while :; do sleep 0.1; done";
+    let as_root = |script: &str| ExecRequest { user: Some("root".into()), ..shell(script) };
+    let (_, _input, mut output) = guest.client.create_session(as_root(script)).await.unwrap();
+    timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    guest.client.create_detached(as_root(stubborn)).await.unwrap();
     guest.client.shut_down().await.unwrap();
     timeout(LIMIT, guest.vm.ended()).await.unwrap();
+    let asked = || guest.vm.console_tail().contains("asked to end");
+    bhatti_testkit::wait_for("the process's last words", asked).await;
     guest.remove().await;
 }

@@ -27,7 +27,7 @@ pub use recover::RecoverError;
 use registry::Registry;
 
 /// How long a guest may take to start a command.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(15);
 
 /// What a supervisor works with.
 pub struct Config {

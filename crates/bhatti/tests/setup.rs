@@ -155,3 +155,36 @@ async fn killed_setup_leaves_nothing_in_place_and_the_next_one_goes_on() {
     );
     assert!(!stdout.contains(".build-"), "{stdout}");
 }
+
+#[tokio::test]
+async fn kernel_with_other_modules_is_another_kernel() {
+    if !is_root() {
+        return skip(
+            "a kernel with other modules",
+            "keeping the set-up from building all needs a small disk, and so root",
+        );
+    }
+    let data = tempfile::tempdir().unwrap();
+    let modules = tempfile::tempdir().unwrap();
+    fs::write(modules.path().join("virtio_blk.ko"), b"\x7fELF\0depends=\0").unwrap();
+    // With too little room for the image, each ends behind the kernel.
+    let script = format!(
+        "for modules in '' '--modules {modules}'; do {bhatti} setup --data-dir '{data}' --kernel {kernel} $modules; done; \
+         ls -d '{data}'/images/kernel-*; cat '{data}'/images/kernel-*/modules/00-virtio_blk.ko >/dev/null && echo collected",
+        modules = modules.path().display(),
+        bhatti = dist("bhatti").display(),
+        data = data.path().display(),
+        kernel = kernel().display(),
+    );
+
+    let output = on_small_disk(data.path(), "900m", &script).await;
+
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(
+        stdout.lines().filter(|line| line.contains("/images/kernel-")).count(),
+        2,
+        "{stdout}{}",
+        stderr(&output)
+    );
+    assert!(stdout.ends_with("collected\n"), "{stdout}");
+}

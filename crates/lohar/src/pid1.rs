@@ -84,12 +84,14 @@ fn boot_and_serve() -> Result<(), BootError> {
         let reaper = Reaper::start().step("watch for children")?;
         let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), true);
         tokio::task::spawn_local(oom::report_kills(Rc::clone(&agent)));
+        // The channel is served meanwhile: the answer to whoever asked has to get out.
+        let shut_down = async {
+            agent.shutdown_requested().await;
+            power::end_all_processes().await;
+        };
         tokio::select! {
             served = channel::serve(&agent) => served.step("serve the agent channel"),
-            () = agent.shutdown_requested() => {
-                power::end_all_processes().await;
-                Ok(())
-            }
+            () = shut_down => Ok(()),
         }
     })
 }

@@ -179,18 +179,18 @@ async fn idle_session_is_killed_and_a_watched_one_is_not() {
 }
 
 #[tokio::test]
-async fn ended_session_is_kept_for_its_code_and_then_goes() {
-    let agent = Agent::start_with(r#"{"finished_session_ms": 300}"#).await;
-    let (info, input, mut output) =
-        agent.client.create_session(terminal("echo out; read x; exit 5")).await.unwrap();
-    read_until(&mut output, "out").await;
-    drop(output);
-    let mut input = input;
-    drop(input.write(b"\n").await);
-    drop(input);
-    let _ = agent.client.attach(&info.session_id, None).await.map(drop);
-    agent.client.kill_session(&info.session_id).await.ok();
-    session_is(&agent, |session| !session.running).await;
+async fn ended_session_is_kept_for_its_code() {
+    let agent = Agent::start().await;
+    agent.client.create_detached(terminal("exit 5")).await.unwrap();
+
+    session_is(&agent, |session| session.exit_code == Some(5)).await;
+}
+
+#[tokio::test]
+async fn ended_session_goes_when_its_time_is_over() {
+    let agent = Agent::start_with(r#"{"finished_session_ms": 50, "finished_job_ms": 50}"#).await;
+    agent.client.create_detached(terminal("exit 5")).await.unwrap();
+    agent.client.create_detached(shell("exit 5")).await.unwrap();
 
     until_async(|| async { agent.client.list_sessions().await.unwrap().is_empty() }).await;
 }

@@ -55,7 +55,7 @@ impl Finding {
 pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let data_dir = &context.data_dir;
     let lohar = paths::lohar();
-    let findings = vec![
+    let mut findings = vec![
         accelerator(),
         qemu(&Config::read(data_dir)?.qemu()).await,
         tool("mmdebstrap", "mmdebstrap").await,
@@ -66,6 +66,11 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
         images(data_dir, lohar.ok()),
         daemon(context).await,
     ];
+    if !rustix::process::geteuid().is_root() {
+        // What root does by right, mmdebstrap and mke2fs do under these.
+        findings.push(tool("fakechroot", "fakechroot").await);
+        findings.push(tool("fakeroot", "fakeroot").await);
+    }
     let healthy = findings.iter().all(|finding| finding.verdict != Verdict::Missing);
     context
         .output

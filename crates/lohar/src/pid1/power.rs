@@ -19,6 +19,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Asks every process to end, then makes them.
 pub(super) async fn end_all_processes() {
+    // Even without a process to wait for, the host's answer takes a moment.
+    sleep(LOOK_INTERVAL).await;
     for (signal, limit) in [(Signal::TERM, TERM_LIMIT), (Signal::KILL, KILL_LIMIT)] {
         signal_all(signal);
         let deadline = Instant::now() + limit;
