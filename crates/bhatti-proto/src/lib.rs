@@ -24,8 +24,9 @@ pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
     ActivityInfo, AgentError, Applied, ConfigFile, ConfigVolume, ErrorKind, ExecRequest, FileEvent,
     FileEventKind, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest,
-    ForwardRequest, ForwardResponse, GuestConfig, GuestEvent, Identity, IdentityReport,
-    MkdirRequest, RemoveRequest, RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk,
+    ForwardRequest, ForwardResponse, GuestConfig, GuestEvent, GuestNetwork, Identity,
+    IdentityReport, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo, SessionRef,
+    SignalRequest, StatusOk,
 };
 
 /// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.

@@ -408,6 +408,24 @@ pub struct GuestConfig {
     /// Who processes run as unless a request says otherwise; the usual user if empty.
     #[serde(default)]
     pub user: String,
+    /// The address of its network card; absent if it has none. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<GuestNetwork>,
+}
+
+/// The address of a network card.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestNetwork {
+    /// The card's name in the guest.
+    pub interface: String,
+    /// Its IPv4 address with the prefix length: `10.0.1.2/24`.
+    pub address: String,
+    /// Where everything beyond that goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
+    /// Its link address; the card's own if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
 }
 
 /// What a restored guest is to be from now on, so that it is not its parent any more.
@@ -455,6 +473,8 @@ pub struct IdentityReport {
     pub environment: Applied,
     /// The files were written.
     pub files: Applied,
+    /// The network card has its address.
+    pub addresses: Applied,
     /// The parent's connections were cut.
     pub connections: Applied,
 }

@@ -8,7 +8,8 @@ use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{Engine, Vm, VmSpec};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
 use bhatti_proto::{
-    Applied, ConfigFile, ExecRequest, GuestConfig, GuestEvent, Identity, IdentityReport,
+    Applied, ConfigFile, ExecRequest, GuestConfig, GuestEvent, GuestNetwork, Identity,
+    IdentityReport,
 };
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_testkit::{LIMIT, dist, images};
@@ -144,17 +145,31 @@ async fn nothing_that_users_do_to_memory_or_processes_reaches_the_agent() {
     guest.remove().await;
 }
 
+/// The addresses of the only interface of a guest without a network card.
+const ADDRESSES: &str = "ip -4 -o address show dev lo | awk '{print $4}'";
+
+fn network(address: &str) -> GuestNetwork {
+    GuestNetwork { interface: "lo".into(), address: address.into(), ..GuestNetwork::default() }
+}
+
 #[tokio::test]
 async fn guest_takes_another_identity_and_shuts_down_in_order() {
     let guest = Guest::boot().await;
     let before = guest.say(None, "cat /etc/machine-id").await;
+    let parent = GuestConfig { network: Some(network("10.9.8.7/24")), ..GuestConfig::default() };
+    guest.client.configure(&parent).await.unwrap();
+    assert_eq!(guest.say(None, ADDRESSES).await, "10.9.8.7/24\n");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let later = now + Duration::from_secs(5 * 24 * 3600);
     let identity = Identity {
         entropy: "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=".into(),
         wall_clock_ns: u64::try_from(later.as_nanos()).unwrap(),
         machine_id: "0123456789abcdef0123456789abcdef".into(),
-        config: GuestConfig { hostname: "fork".into(), ..GuestConfig::default() },
+        config: GuestConfig {
+            hostname: "fork".into(),
+            network: Some(network("10.9.8.8/24")),
+            ..GuestConfig::default()
+        },
     };
 
     let report = guest.client.assume_identity(&identity).await.unwrap();
@@ -168,9 +183,11 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
         token: done(),
         environment: done(),
         files: Applied::Nothing,
+        addresses: done(),
         connections: Applied::Nothing,
     };
     assert_eq!(report, expected);
+    assert_eq!(guest.say(None, ADDRESSES).await, "10.9.8.8/24\n");
     let facts = guest.say(None, "hostname; cat /etc/machine-id; date +%s").await;
     let facts: Vec<&str> = facts.lines().collect();
     assert_eq!(facts[..2], ["fork", "0123456789abcdef0123456789abcdef"]);

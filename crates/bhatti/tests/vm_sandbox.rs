@@ -322,11 +322,11 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
             .await
             .unwrap()
         {
-            Ok((_input, mut output)) => match timeout(Duration::from_secs(20), output.next()).await
-            {
-                Ok(Err(error)) => break error,
-                Ok(Ok(_)) | Err(_) => {}
-            },
+            Ok((_input, mut output)) => {
+                if let Ok(Err(error)) = timeout(Duration::from_secs(20), output.next()).await {
+                    break error;
+                }
+            }
             Err(error) => break error,
         }
     };

@@ -26,6 +26,7 @@ mod launch;
 mod limits;
 mod log;
 mod lookup;
+mod netlink;
 mod oom;
 mod pid1;
 mod reaper;

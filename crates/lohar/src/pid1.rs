@@ -7,7 +7,6 @@
 //! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
 
 mod mounts;
-mod network;
 mod power;
 mod root;
 
@@ -22,7 +21,7 @@ use tokio::task::LocalSet;
 use crate::agent::Agent;
 use crate::limits::Limits;
 use crate::reaper::Reaper;
-use crate::{channel, log, oom};
+use crate::{channel, log, netlink, oom};
 
 /// Where jobs keep their output.
 const STATE_DIR: &str = "/var/lib/lohar";
@@ -66,7 +65,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     root::switch_to(&disk).step("mount the root disk")?;
     mounts::late();
     for (step, done) in [
-        ("bring the loopback up", network::loopback_up()),
+        ("bring the loopback up", netlink::loopback_up()),
         ("protect the agent's memory", oom::protect_agent()),
     ] {
         if let Err(error) = done {

@@ -13,6 +13,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::{system, write_files};
 use crate::agent::Agent;
+use crate::netlink;
 
 /// `RNDRESEEDCRNG` of linux/random.h: the generator takes its key anew from the pool.
 const RESEED: libc::c_ulong = 0x5207;
@@ -34,6 +35,10 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             Ok(()) if config.files.is_empty() => Applied::Nothing,
             Ok(()) => Applied::Done,
             Err(error) => Applied::Failed { message: error.message },
+        },
+        addresses: match &config.network {
+            Some(network) => guest(&|| netlink::configure(network)),
+            None => Applied::Nothing,
         },
         // Those of the agent went with the channel. Without a network card there are no others.
         connections: Applied::Nothing,

@@ -9,6 +9,7 @@ use bhatti_proto::{AgentError, ConfigVolume, GuestConfig};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::sethostname;
 
+use crate::netlink;
 use crate::refusal::io_refused;
 use crate::user::USUAL_UID;
 
@@ -23,6 +24,10 @@ pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
         let lines: String =
             config.dns.iter().map(|server| format!("nameserver {server}\n")).collect();
         replace(path, &lines).map_err(|error| io_refused("write", path, &error))?;
+    }
+    if let Some(network) = &config.network {
+        let failed = |error| io_refused("configure", Path::new(&network.interface), &error);
+        netlink::configure(network).map_err(failed)?;
     }
     for volume in &config.volumes {
         let failed = |error| io_refused("mount", Path::new(&volume.mount), &error);

@@ -1,0 +1,266 @@
+//! Interfaces, addresses and routes, by the kernel's route netlink: rtnetlink(7), linux/rtnetlink.h, linux/if_addr.h.
+//!
+//! ```text
+//!  nlmsghdr   length u32 · type u16 · flags u16 · sequence u32 · port u32     all in the machine's byte order
+//!  body       ifinfomsg, ifaddrmsg or rtmsg
+//!  attributes length u16 · type u16 · value, each padded to four bytes
+//! ```
+
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+
+use bhatti_proto::GuestNetwork;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
+};
+
+const HEADER_BYTES: usize = 16;
+const ADDRESS_BODY_BYTES: usize = 8;
+const ANSWER_BYTES: usize = 32 * 1024;
+
+const ERROR: u16 = 2;
+const DONE: u16 = 3;
+const NEW_LINK: u16 = 16;
+const NEW_ADDRESS: u16 = 20;
+const DELETE_ADDRESS: u16 = 21;
+const GET_ADDRESS: u16 = 22;
+const NEW_ROUTE: u16 = 24;
+
+const REQUEST: u16 = 0x1;
+const ACKNOWLEDGE: u16 = 0x4;
+const REPLACE: u16 = 0x100;
+const DUMP: u16 = 0x300;
+const CREATE: u16 = 0x400;
+
+const LINK_ADDRESS: u16 = 1;
+const ADDRESS: u16 = 1;
+const LOCAL: u16 = 2;
+const ROUTE_INTERFACE: u16 = 4;
+const ROUTE_GATEWAY: u16 = 5;
+
+const UP: u32 = 1;
+const INET: u8 = 2;
+const TABLE_MAIN: u8 = 254;
+const PROTOCOL_BOOT: u8 = 3;
+const UNICAST: u8 = 1;
+
+/// Brings `lo` up; the kernel gives it its addresses.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    Netlink::open()?.link_up(index("lo")?, None)
+}
+
+/// Gives an interface the address and route of `network`, in place of what it had.
+pub(crate) fn configure(network: &GuestNetwork) -> io::Result<()> {
+    let (address, prefix) = parse_address(&network.address)?;
+    let mac = network.mac.as_deref().map(parse_mac).transpose()?;
+    let gateway: Option<Ipv4Addr> =
+        network.gateway.as_deref().map(str::parse).transpose().map_err(io::Error::other)?;
+    let index = index(&network.interface)?;
+    let netlink = Netlink::open()?;
+    netlink.link_up(index, mac)?;
+    // The old ones first: a new one of their network would be secondary to them, and go with them.
+    for (other, prefix) in netlink.addresses(index)? {
+        netlink.change_address(DELETE_ADDRESS, index, other, prefix)?;
+    }
+    netlink.change_address(NEW_ADDRESS, index, address, prefix)?;
+    gateway.map_or(Ok(()), |gateway| netlink.default_route(index, gateway))
+}
+
+fn index(interface: &str) -> io::Result<u32> {
+    // A name is no path: the kernel allows neither `/` nor `..` in it.
+    if interface.contains('/') || interface.starts_with('.') {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let text = fs::read_to_string(format!("/sys/class/net/{interface}/ifindex"))?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
+fn parse_address(text: &str) -> io::Result<(Ipv4Addr, u8)> {
+    let bad = || {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("`{text}` is no address with a prefix length"),
+        )
+    };
+    let (address, prefix) = text.split_once('/').ok_or_else(bad)?;
+    let prefix = prefix.parse().ok().filter(|prefix| *prefix <= 32).ok_or_else(bad)?;
+    Ok((address.parse().map_err(|_| bad())?, prefix))
+}
+
+fn parse_mac(text: &str) -> io::Result<[u8; 6]> {
+    let bad =
+        || io::Error::new(io::ErrorKind::InvalidInput, format!("`{text}` is no link address"));
+    let bytes: Option<Vec<u8>> =
+        text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes.and_then(|bytes| bytes.try_into().ok()).ok_or_else(bad)
+}
+
+struct Netlink(OwnedFd);
+
+impl Netlink {
+    fn open() -> io::Result<Self> {
+        // Protocol 0 is `NETLINK_ROUTE`.
+        Ok(Self(socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?))
+    }
+
+    fn link_up(&self, index: u32, mac: Option<[u8; 6]>) -> io::Result<()> {
+        let mut body = vec![0; 4];
+        body.extend_from_slice(&index.to_ne_bytes());
+        body.extend_from_slice(&UP.to_ne_bytes());
+        body.extend_from_slice(&UP.to_ne_bytes());
+        if let Some(mac) = mac {
+            attribute(&mut body, LINK_ADDRESS, &mac);
+        }
+        self.change(NEW_LINK, 0, &body)
+    }
+
+    fn change_address(
+        &self,
+        kind: u16,
+        index: u32,
+        address: Ipv4Addr,
+        prefix: u8,
+    ) -> io::Result<()> {
+        let mut body = vec![INET, prefix, 0, 0];
+        body.extend_from_slice(&index.to_ne_bytes());
+        attribute(&mut body, LOCAL, &address.octets());
+        attribute(&mut body, ADDRESS, &address.octets());
+        self.change(kind, if kind == NEW_ADDRESS { CREATE | REPLACE } else { 0 }, &body)
+    }
+
+    fn default_route(&self, index: u32, gateway: Ipv4Addr) -> io::Result<()> {
+        let mut body = vec![INET, 0, 0, 0, TABLE_MAIN, PROTOCOL_BOOT, 0, UNICAST, 0, 0, 0, 0];
+        attribute(&mut body, ROUTE_GATEWAY, &gateway.octets());
+        attribute(&mut body, ROUTE_INTERFACE, &index.to_ne_bytes());
+        self.change(NEW_ROUTE, CREATE | REPLACE, &body)
+    }
+
+    /// The addresses of an interface, with their prefix lengths.
+    fn addresses(&self, index: u32) -> io::Result<Vec<(Ipv4Addr, u8)>> {
+        self.send(GET_ADDRESS, DUMP, &[INET, 0, 0, 0, 0, 0, 0, 0])?;
+        let mut found = Vec::new();
+        loop {
+            let answer = self.receive()?;
+            for (kind, body) in messages(&answer) {
+                match kind {
+                    NEW_ADDRESS if body.len() >= ADDRESS_BODY_BYTES => {
+                        let of_interface = body[4..8] == index.to_ne_bytes();
+                        let local = attributes(&body[ADDRESS_BODY_BYTES..])
+                            .find(|(kind, _)| *kind == LOCAL);
+                        let octets = local.and_then(|(_, value)| value.first_chunk::<4>());
+                        found.extend(
+                            octets
+                                .filter(|_| of_interface)
+                                .map(|octets| (Ipv4Addr::from(*octets), body[1])),
+                        );
+                    }
+                    ERROR => return Err(error_of(body)),
+                    DONE => return Ok(found),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Sends a request and waits for its acknowledgement.
+    fn change(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+        self.send(kind, flags | ACKNOWLEDGE, body)?;
+        let answer = self.receive()?;
+        let code =
+            messages(&answer).find(|(kind, _)| *kind == ERROR).map(|(_, body)| error_code(body));
+        match code {
+            Some(0) => Ok(()),
+            Some(code) => Err(io::Error::from_raw_os_error(code)),
+            None => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    fn send(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(HEADER_BYTES + body.len()).map_err(io::Error::other)?;
+        let mut message = length.to_ne_bytes().to_vec();
+        message.extend_from_slice(&kind.to_ne_bytes());
+        message.extend_from_slice(&(flags | REQUEST).to_ne_bytes());
+        message.extend_from_slice(&[0; 8]);
+        message.extend_from_slice(body);
+        send(&self.0, &message, SendFlags::empty())?;
+        Ok(())
+    }
+
+    fn receive(&self) -> io::Result<Vec<u8>> {
+        let mut answer = vec![0; ANSWER_BYTES];
+        let (length, _) = recv(&self.0, &mut answer[..], RecvFlags::empty())?;
+        answer.truncate(length);
+        Ok(answer)
+    }
+}
+
+/// The error of an acknowledgement, as a positive number; 0 is none.
+fn error_code(body: &[u8]) -> i32 {
+    body.first_chunk::<4>().map_or(libc::EPROTO, |code| -i32::from_ne_bytes(*code))
+}
+
+fn error_of(body: &[u8]) -> io::Error {
+    io::Error::from_raw_os_error(error_code(body))
+}
+
+fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
+    body.extend_from_slice(&length.to_ne_bytes());
+    body.extend_from_slice(&kind.to_ne_bytes());
+    body.extend_from_slice(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+}
+
+/// Messages as (type, body).
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
+        let kind = u16::from_ne_bytes([*bytes.get(4)?, *bytes.get(5)?]);
+        let body = bytes.get(HEADER_BYTES..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, body))
+    })
+}
+
+/// Attributes as (type, value).
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+        let kind = u16::from_ne_bytes([*bytes.get(2)?, *bytes.get(3)?]);
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_checked() {
+        assert_eq!(parse_address("10.0.1.2/24").unwrap(), (Ipv4Addr::new(10, 0, 1, 2), 24));
+        assert_eq!(parse_mac("02:00:00:00:00:0a").unwrap(), [2, 0, 0, 0, 0, 10]);
+        for bad in ["10.0.1.2", "10.0.1.2/33", "10.0.1/24", "x/24", ""] {
+            assert!(parse_address(bad).is_err(), "{bad}");
+        }
+        assert!(parse_mac("02:00").is_err() && index("../lo").is_err());
+    }
+
+    #[test]
+    fn loopback_has_the_address_that_the_kernel_gave_it() {
+        let netlink = Netlink::open().unwrap();
+
+        let addresses = netlink.addresses(index("lo").unwrap()).unwrap();
+
+        assert!(addresses.contains(&(Ipv4Addr::LOCALHOST, 8)), "{addresses:?}");
+    }
+
+    #[test]
+    fn attributes_and_messages_of_nonsense_end() {
+        assert_eq!(attributes(&[0; 64]).count(), 0);
+        assert_eq!(messages(&[0xff; 64]).count(), 0);
+    }
+}
