@@ -68,6 +68,18 @@ async fn sandbox_lives_its_life_on_the_command_line() {
         assert!(stderr(&failed).starts_with("error: "), "{}", stderr(&failed));
     }
 
+    let as_json = run(
+        &daemon,
+        &["--json", "exec", "dev", "--", "sh", "-c", "printf 'a\\377'; echo b >&2; exit 3"],
+    )
+    .await;
+    let json: Value = serde_json::from_str(stdout(&as_json)).unwrap();
+    assert_eq!((as_json.status.code(), &json["exit_code"]), (Some(3), &Value::from(3)));
+    assert_eq!(
+        (&json["stderr"], &json["stdout_base64"]),
+        (&Value::from("b\n"), &Value::from("Yf8="))
+    );
+
     stdin_and_signals_reach_the_command(&daemon).await;
 
     let destroyed = run(&daemon, &["destroy", "dev"]).await;

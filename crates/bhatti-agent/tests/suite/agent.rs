@@ -22,7 +22,7 @@ pub(crate) struct Agent {
 }
 
 /// The agent's binary: what `make build` made, or the one that `BHATTI_LOHAR` names.
-fn lohar() -> PathBuf {
+pub(crate) fn lohar() -> PathBuf {
     let built = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../dist/lohar");
     std::env::var_os("BHATTI_LOHAR").map_or(built, PathBuf::from)
 }

@@ -111,3 +111,14 @@ async fn job_may_not_ask_for_more_output_than_there_is() {
     assert_eq!(info.output_start, Some(0));
     assert_eq!(output.next().await.unwrap(), bhatti_agent::ExecEvent::Stdout("hi\n".into()));
 }
+
+#[tokio::test]
+async fn agent_refuses_to_be_pid_1_of_a_machine_that_it_does_not_run() {
+    let output = bhatti_host::process::command(crate::agent::lohar()).output().await.unwrap();
+
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&output.stderr)
+            .starts_with("lohar: refusing to run: this is not PID 1")
+    );
+}

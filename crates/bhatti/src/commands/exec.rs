@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bhatti_api::StreamRequest;
+use bhatti_api::{ExecResult, Output, StreamRequest};
 use bhatti_client::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX};
 use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -33,7 +33,9 @@ async fn run_command(context: &Context, arguments: Exec) -> Result<ExitCode, Cli
     let start = StreamRequest::Start { cmd: command, env: env.into_iter().collect(), cwd: workdir };
     let (input, output) = context.client.start_command(&sandbox, &start).await?;
     let code = tokio::select! {
-        code = print(output) => code?,
+        code = async {
+            if context.output.json { print_json(context, output).await } else { print(output).await }
+        } => code?,
         error = feed(input) => return Err(error),
     };
     // Codes are what the command's own kernel allows: 0 to 255.
@@ -48,6 +50,28 @@ async fn print(mut output: CommandOutput) -> Result<i32, CliError> {
             CommandEvent::Exit(code) => return Ok(code),
         }
     }
+}
+
+/// Prints the result in one piece, as the API does.
+async fn print_json(context: &Context, mut output: CommandOutput) -> Result<i32, CliError> {
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let exit_code = loop {
+        match output.next().await? {
+            CommandEvent::Stdout(bytes) => stdout.extend_from_slice(&bytes),
+            CommandEvent::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+            CommandEvent::Exit(code) => break code,
+        }
+    };
+    let (stdout, stderr) = (Output::new(stdout), Output::new(stderr));
+    let result = ExecResult {
+        exit_code,
+        stdout: stdout.text,
+        stderr: stderr.text,
+        stdout_base64: stdout.base64,
+        stderr_base64: stderr.base64,
+    };
+    context.output.show(&result, |_| String::new())?;
+    Ok(exit_code)
 }
 
 fn write(stream: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
