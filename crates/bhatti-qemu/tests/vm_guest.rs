@@ -64,8 +64,15 @@ impl Guest {
         stdout
     }
 
-    async fn remove(self) {
+    async fn remove(&self) {
         self.engine.remove(self.id, &self.directory.path().join("vm")).await.unwrap();
+    }
+}
+
+impl Drop for Guest {
+    /// A test that failed leaves no VM behind either.
+    fn drop(&mut self) {
+        bhatti_testkit::kill_vmm(&self.directory.path().join("vm"), &self.id.to_string());
     }
 }
 
@@ -75,7 +82,7 @@ fn shell(script: &str) -> ExecRequest {
 
 #[tokio::test]
 async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
-    let guest = Guest::boot().await;
+    let mut guest = Guest::boot().await;
     let file = ConfigFile { content: "c2VjcmV0IGtleQ==".into(), mode: "0600".into() };
     let config = GuestConfig {
         sandbox_id: guest.id.to_string(),
@@ -88,7 +95,7 @@ async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
         ..GuestConfig::default()
     };
     guest.client.configure(&config).await.unwrap();
-    let guest = Guest { client: guest.client.with_token(b"CANARY-token"), ..guest };
+    guest.client = guest.client.with_token(b"CANARY-token");
 
     let facts = guest
         .say(None, "id -un; echo $HOME $USER $GREETING; pwd; id -Gn; sudo -n id -u; hostname")

@@ -142,13 +142,23 @@ impl TestDaemon {
     }
 }
 
+/// Kills the VMM of a sandbox that a test made without a daemon, if it still runs.
+pub fn kill_vmm(directory: &Path, id: &str) {
+    if let Some(pid) = vmm_pid_of(directory, id) {
+        std_command("kill", &["-9", &pid.to_string()]);
+    }
+}
+
 /// The process on record in a sandbox's directory, if it is still this sandbox's.
 fn vmm_pid(directory: &Path) -> Option<u32> {
+    vmm_pid_of(directory, directory.file_name()?.to_str()?)
+}
+
+fn vmm_pid_of(directory: &Path, name: &str) -> Option<u32> {
     let record: serde_json::Value =
         serde_json::from_slice(&fs::read(directory.join("vm.json")).ok()?).ok()?;
     let pid = u32::try_from(record["pid"].as_u64()?).ok()?;
     let command_line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let name = directory.file_name()?.to_str()?;
     String::from_utf8_lossy(&command_line).contains(name).then_some(pid)
 }
 

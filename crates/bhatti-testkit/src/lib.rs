@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-pub use daemon::{Serve, TestDaemon, kill_process};
+pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm};
 pub use skip::skip;
 
 /// How long anything that a test waits for may take.

@@ -5,12 +5,17 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bhatti_proto::mux::AcceptedStream;
 use bhatti_proto::{FrameReader, FrameWriter};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// How long a host that was refused may go on talking.
+const HEAR_OUT_LIMIT: Duration = Duration::from_secs(1);
 
 /// A byte stream from the host.
 pub(crate) trait Transport: AsyncRead + AsyncWrite + Unpin + 'static {
@@ -49,6 +54,20 @@ pub(crate) fn split<T: Transport>(transport: T) -> (Half<T>, Half<T>) {
 }
 
 impl<T: Transport> Half<T> {
+    /// Another handle of the connection.
+    pub(crate) fn another(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+
+    /// Reads what the host still has to say, until it has heard what we said last and goes. A socket that is closed with something unread
+    /// is reset, and takes with it what the host has not read yet.
+    pub(crate) async fn hear_out(mut self) {
+        let mut ignored = [0; 4096];
+        let hear = async { while matches!(self.read(&mut ignored).await, Ok(1..)) {} };
+        // One that goes on talking is cut off.
+        drop(timeout(HEAR_OUT_LIMIT, hear).await);
+    }
+
     /// See [`Transport::host_is_gone`].
     pub(crate) fn host_is_gone(&self) -> bool {
         self.0.borrow().host_is_gone()

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use crate::agent::Agent;
-use crate::connection::{HostReader, HostWriter, Transport, split};
+use crate::connection::{Half, HostReader, HostWriter, Transport, split};
 use crate::limits::AUTH_LIMIT;
 use crate::refusal::{OpError, bad_json, host_gone, refused, tell};
 use crate::{exec, file, forward, session, settings};
@@ -21,14 +21,11 @@ pub(crate) fn spawn_control<T: Transport>(agent: &Rc<Agent>, transport: T) {
     let agent = Rc::clone(agent);
     tokio::task::spawn_local(async move {
         let (from_host, to_host) = split(transport);
+        let rest = from_host.another();
         let (reader, mut writer) = (FrameReader::new(from_host), FrameWriter::new(to_host));
         let mut details = false;
         let served = control(&agent, reader, &mut writer, &mut details).await;
-        // Whatever could not be said could not be said.
-        if let Err(OpError::Refused(error)) = served {
-            drop(tell(&mut writer, details, &error).await);
-        }
-        drop(writer.shutdown().await);
+        close(served, writer, details, rest).await;
     });
 }
 
@@ -37,16 +34,33 @@ pub(crate) fn spawn_forward<T: Transport>(agent: &Rc<Agent>, transport: T) {
     let agent = Rc::clone(agent);
     tokio::task::spawn_local(async move {
         let (from_host, to_host) = split(transport);
+        let rest = from_host.another();
         let (mut reader, mut writer) = (FrameReader::new(from_host), FrameWriter::new(to_host));
         let served = async {
             let _counted = agent.count_connection()?;
             let Some(frame) = first_frame(&agent, &mut reader).await? else { return Ok(()) };
             forward::serve(&agent, &frame, reader, &mut writer).await
         };
-        if let Err(OpError::Refused(error)) = served.await {
-            drop(tell(&mut writer, false, &error).await);
-        }
+        let served = served.await;
+        close(served, writer, false, rest).await;
     });
+}
+
+/// Ends a connection: says why, if it was refused, and sees to it that this is heard.
+async fn close<T: Transport>(
+    served: Result<(), OpError>,
+    mut writer: HostWriter<T>,
+    details: bool,
+    rest: Half<T>,
+) {
+    // Whatever could not be said could not be said.
+    if let Err(OpError::Refused(error)) = served {
+        drop(tell(&mut writer, details, &error).await);
+        drop(writer.shutdown().await);
+        rest.hear_out().await;
+    } else {
+        drop(writer.shutdown().await);
+    }
 }
 
 /// Receives the request, behind the authentication if there is one to be. `None` if the host says nothing.

@@ -122,3 +122,32 @@ async fn agent_refuses_to_be_pid_1_of_a_machine_that_it_does_not_run() {
             .starts_with("lohar: refusing to run: this is not PID 1")
     );
 }
+
+#[tokio::test]
+async fn agent_without_descriptors_waits_for_some_instead_of_spinning() {
+    let agent = Agent::start().await;
+    let pid = agent.process.id().unwrap().to_string();
+    // Room for what it has open, and a few connections.
+    let limited = bhatti_host::process::command("prlimit")
+        .args(["--pid", &pid, "--nofile=40"])
+        .status()
+        .await;
+    assert!(limited.unwrap().success());
+    let spent = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let mut held = Vec::new();
+    for _ in 0..80 {
+        held.push(agent.raw().await);
+    }
+
+    // A hundred clock ticks are a second: whoever spins spends most of them.
+    let before = spent();
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    assert!(spent() - before < 10, "{} ticks", spent() - before);
+
+    held.clear();
+    agent.client.wait_ready(crate::agent::LIMIT).await.unwrap();
+}
