@@ -8,8 +8,8 @@ use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{Engine, Vm, VmSpec};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
 use bhatti_proto::{
-    Applied, ConfigFile, ExecRequest, GuestConfig, GuestEvent, GuestNetwork, Identity,
-    IdentityReport,
+    Applied, ConfigFile, ConfigVolume, ExecRequest, GuestConfig, GuestEvent, GuestNetwork,
+    Identity, IdentityReport,
 };
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_testkit::{LIMIT, dist, images};
@@ -80,6 +80,11 @@ fn shell(script: &str) -> ExecRequest {
     ExecRequest { argv: ["sh", "-c", script].map(str::to_owned).to_vec(), ..ExecRequest::default() }
 }
 
+/// A volume in memory: what its device is makes no difference to how it is mounted.
+fn volume(mount: &str, read_only: bool) -> ConfigVolume {
+    ConfigVolume { device: "volume".into(), mount: mount.into(), fs: "tmpfs".into(), read_only }
+}
+
 #[tokio::test]
 async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
     let mut guest = Guest::boot().await;
@@ -91,6 +96,7 @@ async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
         env: [("GREETING".to_owned(), "hello".to_owned())].into(),
         files: [("/home/user/.key".to_owned(), file)].into(),
         dns: vec!["192.0.2.53".into()],
+        volumes: vec![volume("/data", false), volume("/data/fixed", true)],
         init: "echo init as $(id -un) in $PWD; sleep 1000".into(),
         ..GuestConfig::default()
     };
@@ -109,6 +115,9 @@ async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
         )
         .await;
     assert_eq!(facts, "user 600\nsecret key127.0.0.1 localhost renamed\nnameserver 192.0.2.53\n");
+    let mounts =
+        "stat -c '%U %n' /data; touch /data/x; grep -c ' /data/fixed tmpfs ro,' /proc/mounts";
+    assert_eq!(guest.say(None, mounts).await, "user /data\n1\n");
     guest.client.write_file("/workspace/new/file", "0666", 1, &b"x"[..]).await.unwrap();
     assert_eq!(guest.say(None, "stat -c '%U %a' /workspace/new/file").await, "user 666\n");
     let (_, _input, mut output) = guest.client.attach("init", None).await.unwrap();

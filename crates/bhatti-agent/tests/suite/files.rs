@@ -341,3 +341,16 @@ async fn dropped_read_ends_and_the_agent_goes_on() {
         timeout(Duration::from_secs(5), agent.client.stat(&path)).await.unwrap().unwrap();
     assert_eq!(answered.size, 10 << 30);
 }
+
+#[tokio::test]
+async fn script_that_was_written_runs_at_once_and_again_after_each_change() {
+    let agent = Agent::start().await;
+    let path = agent.path("script");
+    for number in 0..10 {
+        write(&agent, &path, "0755", format!("#!/bin/sh\necho {number}\n").as_bytes())
+            .await
+            .unwrap();
+
+        assert_eq!(agent.run(&[&path]).await.unwrap().stdout(), format!("{number}\n"));
+    }
+}

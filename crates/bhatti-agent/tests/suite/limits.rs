@@ -151,3 +151,15 @@ async fn agent_without_descriptors_waits_for_some_instead_of_spinning() {
     held.clear();
     agent.client.wait_ready(crate::agent::LIMIT).await.unwrap();
 }
+
+#[tokio::test]
+async fn waiting_for_an_agent_that_never_comes_ends() {
+    let agent = Agent::start().await;
+    agent.client.wait_ready(crate::agent::LIMIT).await.unwrap();
+    let Agent { client, mut process, .. } = agent;
+    process.kill().await.unwrap();
+
+    let error = client.wait_ready(std::time::Duration::from_millis(100)).await.unwrap_err();
+
+    assert!(matches!(error, CallError::Channel(_)), "{error}");
+}
