@@ -8,6 +8,9 @@ use tokio::time::timeout;
 
 use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
 
+/// The signal that nothing survives.
+const SIGKILL: u8 = 9;
+
 /// Something that a command did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecEvent {
@@ -42,7 +45,9 @@ impl AgentClient {
         let (reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
         let target = SignalRequest { exec_id: Some(exec_id), ..SignalRequest::default() };
         let control = ExecControl { client: self.clone(), target };
-        Ok((ExecInput { control, writer }, ExecOutput { reader, first: None }))
+        let half_close = self.channel.carries_half_close();
+        let input = ExecInput { control, writer, half_close, ended: false };
+        Ok((input, ExecOutput { reader, first: None }))
     }
 
     /// Runs a command to its end, and returns its exit code with all that it wrote.
@@ -70,6 +75,10 @@ impl AgentClient {
 pub struct ExecInput {
     pub(crate) control: ExecControl,
     pub(crate) writer: Writer,
+    /// Whether the end of the input is also the end of our direction of the connection: an agent that does not know the frame needs it.
+    pub(crate) half_close: bool,
+    /// Whether our direction of the connection is closed.
+    pub(crate) ended: bool,
 }
 
 /// A way to a command or session past its input.
@@ -110,7 +119,12 @@ impl ExecInput {
     ///
     /// Returns an error if the connection is gone.
     pub async fn end(&mut self) -> Result<(), CallError> {
-        self.send(FrameType::STDIN_EOF, &[]).await
+        self.send(FrameType::STDIN_EOF, &[]).await?;
+        if self.half_close {
+            self.ended = true;
+            self.writer.shutdown().await.map_err(CallError::Write)?;
+        }
+        Ok(())
     }
 
     /// Tells its terminal how large it is.
@@ -143,6 +157,9 @@ impl ExecInput {
     ///
     /// Returns an error if the connection is gone.
     pub async fn kill(&mut self) -> Result<(), CallError> {
+        if self.ended {
+            return self.control.signal(SIGKILL).await;
+        }
         self.send(FrameType::KILL, &[]).await
     }
 

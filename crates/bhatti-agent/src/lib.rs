@@ -9,6 +9,7 @@ mod file;
 mod guest;
 mod session;
 mod unix;
+mod vsock;
 
 use std::sync::Arc;
 
@@ -27,6 +28,7 @@ pub use file::{FileContent, FileEvents, FileUpload, ReadOptions};
 pub use guest::GuestEvents;
 pub use session::SessionOutput;
 pub use unix::UnixChannel;
+pub use vsock::VsockChannel;
 
 type Reader = FrameReader<ReadHalf<Box<dyn AgentStream>>>;
 type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;

@@ -96,7 +96,9 @@ impl AgentClient {
             .output_offset
             .unwrap_or(first)
             .clamp(first, info.output_end.unwrap_or(u64::MAX));
-        let input = ExecInput { control: ExecControl { client: self.clone(), target }, writer };
+        // To a session, the end of the connection says that its client has left.
+        let control = ExecControl { client: self.clone(), target };
+        let input = ExecInput { control, writer, half_close: false, ended: false };
         Ok((info, input, SessionOutput { output: ExecOutput { reader, first: None }, position }))
     }
 

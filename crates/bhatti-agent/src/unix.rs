@@ -28,4 +28,8 @@ impl AgentChannel for UnixChannel {
         let stream = UnixStream::connect(path).await.map_err(ChannelError)?;
         Ok(Box::new(stream))
     }
+
+    fn carries_half_close(&self) -> bool {
+        true
+    }
 }

@@ -28,4 +28,10 @@ pub trait AgentChannel: Send + Sync {
     ///
     /// Cancel safe.
     async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError>;
+
+    /// Whether the agent still notices that a stream was dropped when its sending direction had been closed before. One connection per
+    /// stream does that; a stream that shares its connection need not.
+    fn carries_half_close(&self) -> bool {
+        false
+    }
 }

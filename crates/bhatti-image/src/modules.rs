@@ -8,7 +8,7 @@ use liblzma::read::XzDecoder;
 use ruzstd::decoding::StreamingDecoder;
 
 /// What lohar loads, whatever these depend on first. A kernel that has one built in has no file of it.
-const WANTED: [&str; 2] = ["virtio_mmio", "virtio_blk"];
+const WANTED: [&str; 4] = ["virtio_mmio", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"];
 
 /// Kernel modules could not be collected.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +24,11 @@ pub enum ModuleError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What a kernel's source says of its modules: a bhatti that wants others makes its kernel anew.
+pub(crate) fn wanted() -> String {
+    format!(" with modules {}", WANTED.join(","))
 }
 
 /// Copies the wanted modules of `tree`, uncompressed, to `target/NN-name.ko`, numbered in the order of loading.

@@ -10,7 +10,7 @@ use crate::apt::Package;
 use crate::kernel::{self, KernelError};
 use crate::rootfs::{self, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
-use crate::{DEFAULT_IMAGE, content_hash};
+use crate::{DEFAULT_IMAGE, content_hash, modules};
 
 /// What a build needs at its fullest: packages, their tree, its tar and the image, in bytes.
 const BUILD_BYTES: u64 = 2 << 30;
@@ -163,13 +163,20 @@ async fn plan_kernel<'a>(
     let (source_text, from) = match source {
         KernelSource::Debian => {
             // One of Debian's stays, however old: a newer one is fetched when this one is removed.
-            if let Some(kernel) = present.filter(|kernel| kernel.source.starts_with(PACKAGE_SOURCE))
-            {
+            let is_ours = |source: &str| {
+                source.starts_with(PACKAGE_SOURCE) && source.ends_with(&modules::wanted())
+            };
+            if let Some(kernel) = present.filter(|kernel| is_ours(&kernel.source)) {
                 return Ok(KernelPlan::Keep(kernel.name.clone()));
             }
             let package = kernel::debian_package().await.map_err(SetupError::Kernel)?;
             (
-                format!("{PACKAGE_SOURCE}{} {}", package.name, package.version),
+                format!(
+                    "{PACKAGE_SOURCE}{} {}{}",
+                    package.name,
+                    package.version,
+                    modules::wanted()
+                ),
                 KernelFrom::Package(package),
             )
         }
@@ -261,8 +268,8 @@ fn sync_tree(path: &Path) -> io::Result<()> {
 }
 
 fn describe_file(image: &Path, modules: Option<&Path>) -> Result<String, SetupError> {
-    let modules = modules.map_or_else(|| Ok("none".to_owned()), hash_tree)?;
-    Ok(format!("file {} modules {modules}", hash_file(image)?))
+    let tree = modules.map_or_else(|| Ok("none".to_owned()), hash_tree)?;
+    Ok(format!("file {} tree {tree}{}", hash_file(image)?, modules::wanted()))
 }
 
 fn hash_tree(path: &Path) -> Result<String, StoreError> {

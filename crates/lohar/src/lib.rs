@@ -1,7 +1,7 @@
 //! lohar, the guest agent.
 //!
 //! ```text
-//!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel; powers off on request
+//!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel and vsock; powers off on request
 //!        └─ test mode serves the same protocol on two Unix sockets, without root and without a VM
 //!
 //!  serve      one connection = one operation; authentication, limits, dispatch
@@ -37,6 +37,7 @@ mod session;
 mod settings;
 mod test_mode;
 mod user;
+mod vsock;
 mod watched;
 
 use std::process::ExitCode;

@@ -6,12 +6,12 @@
 //!  attributes length u16 · type u16 · value, each padded to four bytes
 //! ```
 
-use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use bhatti_proto::GuestNetwork;
+use rustix::net::netdevice::name_to_index;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
@@ -69,12 +69,8 @@ pub(crate) fn configure(network: &GuestNetwork) -> io::Result<()> {
 }
 
 fn index(interface: &str) -> io::Result<u32> {
-    // A name is no path: the kernel allows neither `/` nor `..` in it.
-    if interface.contains('/') || interface.starts_with('.') {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let text = fs::read_to_string(format!("/sys/class/net/{interface}/ifindex"))?;
-    text.trim().parse().map_err(io::Error::other)
+    let any = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    Ok(name_to_index(any, interface)?)
 }
 
 fn parse_address(text: &str) -> io::Result<(Ipv4Addr, u8)> {
@@ -237,6 +233,10 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 
 #[cfg(test)]
 mod tests {
+    use bhatti_host::process::command;
+    use bhatti_testkit::skip;
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+
     use super::*;
 
     #[test]
@@ -256,6 +256,67 @@ mod tests {
         let addresses = netlink.addresses(index("lo").unwrap()).unwrap();
 
         assert!(addresses.contains(&(Ipv4Addr::LOCALHOST, 8)), "{addresses:?}");
+    }
+
+    /// Runs `test` with a network of its own, so that nothing it does reaches the machine's, in which `eth0` is one end of a cable.
+    fn with_own_network(test: impl FnOnce() + Send + 'static) {
+        let in_thread = move || {
+            // SAFETY: only this thread's view of the network changes.
+            #[expect(unsafe_code, reason = "a thread may not lose what others share with it")]
+            if let Err(error) = unsafe { unshare_unsafe(UnshareFlags::NEWNET) } {
+                skip("addresses, routes and link addresses by netlink", &error.to_string());
+                return;
+            }
+            ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+            ip(&["link", "set", "eth1", "up"]);
+            test();
+        };
+        std::thread::spawn(in_thread).join().unwrap();
+    }
+
+    fn ip(arguments: &[&str]) -> String {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let output =
+            runtime.block_on(async { command("ip").args(arguments).output().await }).unwrap();
+        assert!(output.status.success(), "ip {arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn network(address: &str, gateway: &str, mac: &str) -> GuestNetwork {
+        GuestNetwork {
+            interface: "eth0".into(),
+            address: address.into(),
+            gateway: Some(gateway.into()),
+            mac: Some(mac.into()),
+        }
+    }
+
+    #[test]
+    fn interface_has_the_address_link_address_and_route_of_the_last_configuration_only() {
+        with_own_network(|| {
+            configure(&network("10.1.2.3/24", "10.1.2.1", "02:00:00:00:00:01")).unwrap();
+            configure(&network("10.1.2.9/24", "10.1.2.254", "02:00:00:00:00:02")).unwrap();
+
+            let link = ip(&["-o", "link", "show", "eth0"]);
+            assert!(link.contains("02:00:00:00:00:02") && link.contains(",UP"), "{link}");
+            let addresses = ip(&["-o", "-4", "address", "show", "eth0"]);
+            assert!(
+                addresses.contains("10.1.2.9/24") && addresses.lines().count() == 1,
+                "{addresses}"
+            );
+            let routes = ip(&["route", "show", "default"]);
+            assert!(routes.starts_with("default via 10.1.2.254 dev eth0"), "{routes}");
+            assert_eq!(routes.lines().count(), 1, "{routes}");
+        });
+    }
+
+    #[test]
+    fn interface_that_is_not_there_is_an_error() {
+        with_own_network(|| {
+            ip(&["link", "delete", "eth0"]);
+            let wanted = network("10.1.2.3/24", "10.1.2.1", "02:00:00:00:00:01");
+            assert_eq!(configure(&wanted).unwrap_err().raw_os_error(), Some(libc::ENODEV));
+        });
     }
 
     #[test]

@@ -21,6 +21,7 @@ use tokio::task::LocalSet;
 use crate::agent::Agent;
 use crate::limits::Limits;
 use crate::reaper::Reaper;
+use crate::vsock::Vsock;
 use crate::{channel, log, netlink, oom};
 
 /// Where jobs keep their output.
@@ -89,8 +90,23 @@ fn boot_and_serve() -> Result<(), BootError> {
             power::end_all_processes().await;
         };
         tokio::select! {
-            served = channel::serve(&agent) => served.step("serve the agent channel"),
+            served = serve(&agent) => served.step("serve the agent channel"),
             () = shut_down => Ok(()),
         }
     })
+}
+
+/// Serves the host over whatever the hypervisor gave the guest.
+async fn serve(agent: &Rc<Agent>) -> io::Result<()> {
+    let Some(vsock) = Vsock::open()? else { return channel::serve(agent).await };
+    let port = async {
+        match channel::serve(agent).await {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => std::future::pending().await,
+            served => served,
+        }
+    };
+    tokio::select! {
+        served = port => served,
+        () = vsock.serve(agent) => Ok(()),
+    }
 }

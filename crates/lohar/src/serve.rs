@@ -1,6 +1,7 @@
 //! Serves connections: one connection, one operation.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use bhatti_proto::{
     AgentError, ErrorKind, Frame, FrameReader, FrameType, FrameWriter, Identity, MkdirRequest,
@@ -15,6 +16,9 @@ use crate::connection::{Half, HostReader, HostWriter, Transport, split};
 use crate::limits::AUTH_LIMIT;
 use crate::refusal::{OpError, bad_json, host_gone, refused, tell};
 use crate::{exec, file, forward, session, settings};
+
+/// The pause after a failed accept.
+pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Serves one connection to the control port, in a task of its own.
 pub(crate) fn spawn_control<T: Transport>(agent: &Rc<Agent>, transport: T) {

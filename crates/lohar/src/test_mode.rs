@@ -4,7 +4,6 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::LocalSet;
@@ -13,10 +12,7 @@ use crate::agent::Agent;
 use crate::limits::Limits;
 use crate::log;
 use crate::reaper::Reaper;
-use crate::serve::{spawn_control, spawn_forward};
-
-/// The pause after a failed accept.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
 
 /// Serves until killed.
 pub(crate) fn run() -> ExitCode {

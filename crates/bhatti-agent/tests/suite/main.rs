@@ -8,4 +8,5 @@ mod forward;
 mod limits;
 mod sessions;
 mod settings;
+mod vsock;
 mod wire;

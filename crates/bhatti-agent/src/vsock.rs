@@ -1,0 +1,66 @@
+//! The agent behind a hypervisor's hybrid vsock: a Unix socket on the host, on which each connection begins by naming the guest's port.
+
+use std::io;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+/// The longest greeting: `OK`, a space, and a port of the host's.
+const GREETING_BYTES: usize = 32;
+
+/// Connects through the hypervisor's socket, one connection per stream.
+#[derive(Clone, Debug)]
+pub struct VsockChannel {
+    /// The hypervisor's socket.
+    pub socket: PathBuf,
+}
+
+#[async_trait]
+impl AgentChannel for VsockChannel {
+    async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
+        let stream = self.connect(port).await.map_err(ChannelError)?;
+        Ok(Box::new(stream))
+    }
+
+    fn carries_half_close(&self) -> bool {
+        true
+    }
+}
+
+impl VsockChannel {
+    async fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.socket).await?;
+        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+        let greeting = read_line(&mut stream).await?;
+        if !greeting.starts_with(b"OK ") {
+            let shown = String::from_utf8_lossy(&greeting);
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("the hypervisor answered `{}` instead of `OK`", shown.escape_default()),
+            ));
+        }
+        Ok(stream)
+    }
+}
+
+/// Reads a line and nothing behind it: that is the agent's.
+async fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    while line.len() < GREETING_BYTES {
+        match stream.read_u8().await {
+            Ok(b'\n') => return Ok(line),
+            Ok(byte) => line.push(byte),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ConnectionRefused,
+                    "nothing in the guest listens on this port",
+                ));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(line)
+}

@@ -1,0 +1,97 @@
+//! The agent through a hypervisor's hybrid vsock: a relay that says what Firecracker does.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bhatti_agent::{AgentClient, CallError, ExecEvent, VsockChannel};
+use bhatti_proto::{CONTROL_PORT, FORWARD_PORT};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream, copy_bidirectional};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
+
+use crate::agent::{Agent, LIMIT, collect, shell};
+
+/// Relays to the agent's sockets in `directory`.
+fn relay(directory: &Path) -> PathBuf {
+    let socket = directory.join("vsock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let directory = directory.to_owned();
+    tokio::spawn(async move {
+        while let Ok((host, _)) = listener.accept().await {
+            let directory = directory.clone();
+            tokio::spawn(async move { connect(host, &directory).await });
+        }
+    });
+    socket
+}
+
+async fn connect(host: UnixStream, directory: &Path) -> io::Result<()> {
+    let mut host = BufStream::new(host);
+    let mut line = String::new();
+    host.read_line(&mut line).await?;
+    let ports = [
+        (format!("CONNECT {CONTROL_PORT}\n"), "control"),
+        (format!("CONNECT {FORWARD_PORT}\n"), "forward"),
+    ];
+    // A port that nobody listens on gets no answer.
+    let Some((_, name)) = ports.iter().find(|(request, _)| *request == line) else { return Ok(()) };
+    let mut guest = UnixStream::connect(directory.join(name)).await?;
+    host.write_all(b"OK 1073741824\n").await?;
+    host.flush().await?;
+    copy_bidirectional(&mut host, &mut guest).await.map(drop)
+}
+
+async fn agent_behind_vsock() -> (Agent, AgentClient) {
+    let agent = Agent::start().await;
+    let socket = relay(agent.directory.path());
+    (agent, AgentClient::new(Arc::new(VsockChannel { socket })))
+}
+
+#[tokio::test]
+async fn command_takes_input_to_its_end_and_answers_through_vsock() {
+    let (_agent, client) = agent_behind_vsock().await;
+    let (mut input, output) = client.exec(shell("cat; echo done >&2; exit 3")).await.unwrap();
+    input.write(&[0xf7; 100_000]).await.unwrap();
+
+    input.end().await.unwrap();
+
+    let ran = collect(output).await.unwrap();
+    assert_eq!(
+        (ran.stdout, ran.stderr.as_slice(), ran.code),
+        (vec![0xf7; 100_000], &b"done\n"[..], 3)
+    );
+}
+
+#[tokio::test]
+async fn command_whose_input_has_ended_can_still_be_killed() {
+    let (_agent, client) = agent_behind_vsock().await;
+    let (mut input, mut output) = client.exec(shell("cat; echo up; sleep 1000")).await.unwrap();
+    input.end().await.unwrap();
+    let up = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert_eq!(up, ExecEvent::Stdout("up\n".into()));
+
+    input.kill().await.unwrap();
+
+    assert_eq!(collect(output).await.unwrap().code, 128 + 9);
+}
+
+#[tokio::test]
+async fn hypervisor_that_refuses_is_an_error_that_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("vsock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let client = AgentClient::new(Arc::new(VsockChannel { socket }));
+    for (answer, said) in [("", "nothing in the guest listens"), ("NO\n", "answered `NO`")] {
+        let refuse = async {
+            let (mut host, _) = listener.accept().await.unwrap();
+            let mut request = String::new();
+            BufStream::new(&mut host).read_line(&mut request).await.unwrap();
+            host.write_all(answer.as_bytes()).await.unwrap();
+        };
+        let (activity, ()) = tokio::join!(client.activity(), refuse);
+
+        let CallError::Channel(error) = activity.unwrap_err() else { panic!("another error") };
+        assert!(error.0.to_string().contains(said), "{error:?}");
+    }
+}
