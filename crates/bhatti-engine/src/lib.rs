@@ -7,6 +7,9 @@
 
 mod boot;
 mod channel;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod snapshot;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +20,10 @@ use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName};
 
 pub use boot::{AdoptError, BootError, RemoveError};
 pub use channel::{AgentChannel, AgentStream, ChannelError};
+pub use snapshot::{
+    Captured, Disks, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
+    SnapshotRequest, Staged, VmmError,
+};
 
 /// What executes the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +52,8 @@ pub struct Capabilities {
     pub name: &'static str,
     /// What executes the guest's instructions.
     pub accelerator: Accelerator,
+    /// What saved VMs depend on beside their files: another value, and none of them can be restored.
+    pub machine: String,
 }
 
 /// A VM to be made.
@@ -87,12 +96,30 @@ pub trait Engine: Send + Sync {
     /// Not cancel safe: what was made stays until [`remove`](Self::remove).
     async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError>;
 
+    /// Starts a VMM that waits for a snapshot: most of the time that a restore takes.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the snapshot cannot be used. Nothing of the VM is then left that was not there before.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: what was made stays until [`remove`](Self::remove).
+    async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError>;
+
     /// Takes up the VM in `directory` that an earlier daemon booted.
     ///
     /// # Errors
     ///
     /// Returns [`AdoptError::Gone`] if it does not run any more.
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError>;
+
+    /// Ends the VM of `id`, if it runs, and keeps its files. May be called in any state, and again.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it does not end.
+    async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError>;
 
     /// Ends the VM of `id`, if it runs, and removes everything of it. May be called in any state, and again.
     ///
@@ -107,6 +134,38 @@ pub trait Engine: Send + Sync {
 pub trait Vm: Send + Sync {
     /// The way to its agent.
     fn channel(&self) -> Arc<dyn AgentChannel>;
+
+    /// Whether its vCPUs run.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the VMM does not answer.
+    async fn is_running(&self) -> Result<bool, VmmError>;
+
+    /// Stops its vCPUs. Does nothing to a paused VM.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the VMM does not answer.
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// Lets its vCPUs run. Does nothing to a running VM.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the VMM does not answer.
+    async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Takes what a snapshot needs of the paused VM.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed. The VM is paused as before, and nothing of the snapshot is left.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: a directory beside the snapshot's, with a name that ends in `.tmp`, may stay.
+    async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError>;
 
     /// Waits until its VMM has ended.
     ///

@@ -6,5 +6,6 @@ pub mod clock;
 pub mod disk;
 pub mod durable;
 pub mod kvm;
+pub mod memory;
 pub mod process;
 pub mod socket;

@@ -6,6 +6,15 @@ use std::path::Path;
 use bhatti_engine::{Accelerator, VmSpec};
 use bhatti_types::SandboxId;
 
+use crate::record::Machine;
+
+/// Changes with every change of the machine that QEMU is told to make, devices and their order included: a saved VM can only be restored
+/// on the machine that it was saved on.
+pub(crate) const LAYOUT: u32 = 1;
+
+/// The name of the root disk for the monitor.
+pub(crate) const ROOT_DRIVE: &str = "root";
+
 /// The sockets that QEMU listens on, already made.
 pub(crate) struct Sockets<'a> {
     pub(crate) agent: BorrowedFd<'a>,
@@ -18,62 +27,76 @@ pub(crate) fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
-/// What all VMs of an engine are started with.
-pub(crate) struct Command<'a> {
-    pub(crate) program: &'a Path,
-    pub(crate) accelerator: Accelerator,
-    /// The time stamp counter's frequency.
-    pub(crate) tsc_khz: Option<u64>,
+/// The arguments that make the machine: the same for a boot and for a restore.
+///
+/// `pit=off,pic=off` with the TSC's frequency on the kernel's command line: a microvm has no timer that its kernel could trust for
+/// calibration, and with QEMU's default ones most boots die under software emulation. Without a configuration section and a description of
+/// the devices, a file of device states alone is what an incoming migration expects.
+pub(crate) fn machine_arguments(
+    accelerator: Accelerator,
+    id: SandboxId,
+    machine: &Machine,
+    directory: &Path,
+    sockets: &Sockets<'_>,
+) -> Vec<String> {
+    let mut arguments = Arguments::default();
+    arguments.add("-name", vm_name(id));
+    arguments.add(
+        "-M",
+        "microvm,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=ram,suppress-vmdesc=on",
+    );
+    arguments.add("-global", "migration.send-configuration=off");
+    let (accel, cpu) = match accelerator {
+        Accelerator::Kvm => ("kvm", "host"),
+        Accelerator::Tcg => ("tcg,thread=multi", "max"),
+    };
+    arguments.add("-accel", accel);
+    arguments.add("-cpu", cpu);
+    arguments.add("-smp", machine.cpus.to_string());
+    arguments.add("-m", format!("{}M", machine.memory_mib));
+    // Private to this VM, and the file opened for reading alone: others stand on it.
+    arguments.add(
+        "-object",
+        format!(
+            "memory-backend-file,id=ram,size={}M,share=off,readonly=on,rom=off,mem-path={}",
+            machine.memory_mib,
+            value(&directory.join(&machine.memory))
+        ),
+    );
+    arguments.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
+    arguments.add("-display", "none");
+    arguments
+        .add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    arguments.listen("qmp", sockets.qmp);
+    arguments.add("-mon", "chardev=qmp,mode=control");
+    arguments.listen("console", sockets.console);
+    arguments.add("-serial", "chardev:console");
+    arguments.listen("agent", sockets.agent);
+    arguments.add("-device", "virtio-serial-device,max_ports=2");
+    arguments.add("-device", "virtserialport,chardev=agent,name=agent");
+    arguments.add(
+        "-drive",
+        format!(
+            "id={ROOT_DRIVE},if=none,format=qcow2,discard=unmap,werror=report,rerror=report,file={}",
+            value(&directory.join(&machine.disk))
+        ),
+    );
+    arguments.add("-device", format!("virtio-blk-device,drive={ROOT_DRIVE},serial=root"));
+    arguments.0
 }
 
-impl Command<'_> {
-    /// The arguments for booting `spec`.
-    ///
-    /// `pit=off,pic=off` with the TSC's frequency on the kernel's command line: a microvm has no timer that its kernel could trust for
-    /// calibration, and with QEMU's default ones most boots die under software emulation.
-    pub(crate) fn boot_arguments(
-        &self,
-        spec: &VmSpec,
-        root_disk: &Path,
-        sockets: &Sockets<'_>,
-    ) -> Vec<String> {
-        let mut arguments = Arguments::default();
-        arguments.add("-name", vm_name(spec.id));
-        arguments.add("-M", "microvm,pit=off,pic=off,rtc=on,isa-serial=on");
-        let (accel, cpu) = match self.accelerator {
-            Accelerator::Kvm => ("kvm", "host"),
-            Accelerator::Tcg => ("tcg,thread=multi", "max"),
-        };
-        arguments.add("-accel", accel);
-        arguments.add("-cpu", cpu);
-        arguments.add("-smp", spec.cpus.to_string());
-        arguments.add("-m", format!("{}M", spec.memory.get()));
-        arguments.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
-        arguments.add("-display", "none");
-        arguments.add(
-            "-sandbox",
-            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        );
-        arguments.listen("qmp", sockets.qmp);
-        arguments.add("-mon", "chardev=qmp,mode=control");
-        arguments.listen("console", sockets.console);
-        arguments.add("-serial", "chardev:console");
-        arguments.listen("agent", sockets.agent);
-        arguments.add("-device", "virtio-serial-device,max_ports=2");
-        arguments.add("-device", "virtserialport,chardev=agent,name=agent");
-        arguments.add(
-            "-drive",
-            format!(
-                "id=root,if=none,format=qcow2,discard=unmap,werror=report,rerror=report,file={}",
-                value(root_disk)
-            ),
-        );
-        arguments.add("-device", "virtio-blk-device,drive=root,serial=root");
-        arguments.add("-kernel", spec.kernel.to_string_lossy());
-        arguments.add("-initrd", spec.initramfs.to_string_lossy());
-        arguments.add("-append", kernel_command_line(spec, self.tsc_khz));
-        arguments.0
-    }
+/// The arguments by which the machine boots.
+pub(crate) fn boot_arguments(spec: &VmSpec, tsc_khz: Option<u64>) -> Vec<String> {
+    let mut arguments = Arguments::default();
+    arguments.add("-kernel", spec.kernel.to_string_lossy());
+    arguments.add("-initrd", spec.initramfs.to_string_lossy());
+    arguments.add("-append", kernel_command_line(spec, tsc_khz));
+    arguments.0
+}
+
+/// The arguments by which the machine waits for its state, and does not run when it has it.
+pub(crate) fn restore_arguments() -> Vec<String> {
+    ["-incoming", "defer", "-S"].map(str::to_owned).to_vec()
 }
 
 fn kernel_command_line(spec: &VmSpec, tsc_khz: Option<u64>) -> String {

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!  <sandbox directory>/
-//!    root.qcow2      the root disk: an overlay over the image
+//!    disk-*.qcow2    the root disk's layers, the lowest over the image
+//!    memory-*.img    what the memory is a private mapping of
+//!    snapshot/       of a VM that sleeps: see `manifest`
 //!    agent.sock      the agent channel, multiplexed (bhatti_proto::mux)
 //!    console.sock    the guest's console
 //!    qmp.sock        QEMU's monitor
@@ -13,21 +15,30 @@
 //! The sockets are made before QEMU starts and handed to it, so there is nothing to wait for until the guest speaks. QEMU runs in a
 //! session of its own and outlives the daemon. The guest's console goes to a socket, not a file: a hostile guest could fill the disk.
 
+mod capture;
 mod channel;
 mod command_line;
 mod console;
+mod files;
+mod manifest;
 mod overlay;
+mod pages;
+mod qmp;
 mod record;
+mod restore;
 mod vm;
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Accelerator, AdoptError, BootError, Capabilities, Engine, RemoveError, Vm, VmSpec,
+    Accelerator, AdoptError, BootError, Capabilities, Engine, RemoveError, RestoreError,
+    RestoreSpec, Staged, Vm, VmSpec,
 };
 use bhatti_host::process::Followed;
 use bhatti_host::{clock, kvm};
@@ -35,9 +46,7 @@ use bhatti_types::SandboxId;
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
-pub use overlay::{OverlayError, create as create_overlay};
-
-use command_line::Command;
+use qmp::Qmp;
 use record::Record;
 use vm::QemuVm;
 
@@ -50,9 +59,17 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs VMs with QEMU.
 pub struct QemuEngine {
-    program: PathBuf,
-    accelerator: Accelerator,
+    setup: Setup,
     tsc_khz: Arc<OnceCell<Option<u64>>>,
+}
+
+/// What all VMs of an engine are started with.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    pub(crate) program: PathBuf,
+    pub(crate) accelerator: Accelerator,
+    /// What saved VMs depend on: another value, and they cannot be restored.
+    pub(crate) depends_on: String,
 }
 
 impl QemuEngine {
@@ -60,7 +77,14 @@ impl QemuEngine {
     #[must_use]
     pub fn new(program: PathBuf) -> Self {
         let accelerator = if kvm::check().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg };
-        Self { program, accelerator, tsc_khz: Arc::default() }
+        let depends_on = format!(
+            "{} {} {} layout {}",
+            std::env::consts::ARCH,
+            accelerator.as_str(),
+            kind_of_program(&program),
+            command_line::LAYOUT
+        );
+        Self { setup: Setup { program, accelerator, depends_on }, tsc_khz: Arc::default() }
     }
 
     /// Measures now what the first boot would otherwise wait for.
@@ -81,17 +105,30 @@ async fn measured(tsc_khz: &OnceCell<Option<u64>>) -> Option<u64> {
 #[async_trait]
 impl Engine for QemuEngine {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "qemu", accelerator: self.accelerator }
+        Capabilities {
+            name: "qemu",
+            accelerator: self.setup.accelerator,
+            machine: self.setup.depends_on.clone(),
+        }
     }
 
     async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError> {
         let tsc_khz = measured(&self.tsc_khz).await;
-        let command = Command { program: &self.program, accelerator: self.accelerator, tsc_khz };
-        match QemuVm::boot(spec, &command).await {
+        match vm::boot(spec, &self.setup, tsc_khz).await {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(error) => {
-                if let Err(left) = self.remove(spec.id, &spec.directory).await {
-                    tracing::error!(sandbox = %spec.id, error = %left, "Failed to clean up after a failed boot");
+                self.clean_up(spec.id, &spec.directory).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError> {
+        match restore::stage(spec, &self.setup).await {
+            Ok(waiting) => Ok(Box::new(waiting)),
+            Err(error) => {
+                if spec.disks == bhatti_engine::Disks::Frozen {
+                    self.clean_up(spec.id, &spec.directory).await;
                 }
                 Err(error)
             }
@@ -103,21 +140,29 @@ impl Engine for QemuEngine {
             io::ErrorKind::NotFound => AdoptError::Gone,
             _ => AdoptError::Broken { step: "look for the VM's process", source },
         })?;
-        let vm = QemuVm::attach(process, directory);
-        Ok(Arc::new(vm.map_err(|source| AdoptError::Broken {
+        let attach = || {
+            let machine = Record::read(directory)?.machine;
+            QemuVm::attach(process, directory, machine, Qmp::new(), self.setup.depends_on.clone())
+        };
+        Ok(Arc::new(attach().map_err(|source| AdoptError::Broken {
             step: "connect to the VM's console",
             source,
         })?))
     }
 
+    async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
+        let process = match self.find_process(id, directory) {
+            Ok(process) => process,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(RemoveError::Process { source }),
+        };
+        process.kill();
+        let pid = process.id().pid;
+        timeout(KILL_LIMIT, process.ended()).await.map_err(|_| RemoveError::Unkillable { pid })
+    }
+
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        if let Ok(process) = self.find_process(id, directory) {
-            process.kill();
-            let pid = process.id().pid;
-            timeout(KILL_LIMIT, process.ended())
-                .await
-                .map_err(|_| RemoveError::Unkillable { pid })?;
-        }
+        self.kill(id, directory).await?;
         match tokio::fs::remove_dir_all(directory).await {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(RemoveError::Files { path: directory.to_owned(), source })
@@ -128,27 +173,45 @@ impl Engine for QemuEngine {
 }
 
 impl QemuEngine {
+    async fn clean_up(&self, id: SandboxId, directory: &Path) {
+        if let Err(left) = self.remove(id, directory).await {
+            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not come up");
+        }
+    }
+
     /// The VMM process of a sandbox: the one on record, or, if the daemon died before it could write the record, the one that carries
     /// the sandbox's name.
     fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        match Record::read(directory) {
-            Ok(record) => Followed::adopt(record.process()),
+        // Without a directory there never was a process.
+        if !directory.exists() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let recorded = Record::read(directory).and_then(|record| Followed::adopt(record.process()));
+        match recorded {
             Err(error)
-                if !matches!(
+                if matches!(
                     error.kind(),
                     io::ErrorKind::NotFound
                         | io::ErrorKind::InvalidData
                         | io::ErrorKind::UnexpectedEof
                 ) =>
             {
-                Err(error)
-            }
-            // Without a directory there never was a process.
-            Err(_) if !directory.exists() => Err(io::ErrorKind::NotFound.into()),
-            Err(_) => {
-                let program = self.program.file_name().unwrap_or_default().to_string_lossy();
+                let program = self.setup.program.file_name().unwrap_or_default().to_string_lossy();
                 Followed::find_by_argument(&program, &command_line::vm_name(id))
             }
+            recorded => recorded,
         }
     }
+}
+
+/// Tells one build of a program from another, without running it.
+fn kind_of_program(program: &Path) -> String {
+    const PLACES: [&str; 6] =
+        ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    let places = PLACES.iter().map(|place| Path::new(place).join(program));
+    let found = places.filter_map(|path| fs::metadata(path).ok()).find(fs::Metadata::is_file);
+    found.map_or_else(
+        || "unknown".to_owned(),
+        |file| format!("{} bytes of {}", file.len(), file.mtime()),
+    )
 }

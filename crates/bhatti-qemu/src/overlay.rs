@@ -1,4 +1,4 @@
-//! Empty qcow2 overlays over a raw image.
+//! Layers of a disk: empty qcow2 overlays over a raw image or another overlay.
 //!
 //! Written here rather than by `qemu-img`, whose start takes longer than all the rest of making a sandbox's files. The layout is that
 //! of QEMU's docs/interop/qcow2.txt, version 3, with four clusters: header, refcount table, refcount block, first-level table.
@@ -6,27 +6,35 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER_BYTES: usize = 1 << CLUSTER_BITS;
 const HEADER_BYTES: u32 = 104;
+/// Where the header holds the disk's size.
+const DISK_BYTES_OFFSET: u64 = 24;
 const MAGIC: &[u8; 4] = b"QFI\xfb";
 const VERSION: u32 = 3;
 /// Refcounts of 2^4 bits.
 const REFCOUNT_ORDER: u32 = 4;
 const BACKING_FORMAT_EXTENSION: u32 = 0xe279_2aca;
 
+/// How the name of a qcow2 file ends.
+const QCOW2: &str = ".qcow2";
+/// The most layers that a disk may have: QEMU keeps each of them open.
+pub(crate) const LAYERS_MAX: usize = 64;
+
 /// The bytes that one entry of the first-level table covers: a cluster of second-level entries, each for a cluster.
 const L1_ENTRY_BYTES: u64 = (CLUSTER_BYTES as u64 / 8) * CLUSTER_BYTES as u64;
 /// The bytes that the one cluster of first-level entries can cover.
 const DISK_BYTES_MAX: u64 = L1_ENTRY_BYTES * (CLUSTER_BYTES as u64 / 8);
-/// The longest path of a base that fits into the header's cluster, by the format's own rule.
-const BASE_PATH_BYTES_MAX: usize = 1023;
+/// The longest name of a base, by the rule of file systems; the format's own is 1023.
+const BASE_NAME_BYTES_MAX: usize = 255;
 
 /// An overlay could not be made.
 #[derive(Debug, thiserror::Error)]
-pub enum OverlayError {
+pub(crate) enum OverlayError {
     /// The base cannot be used.
     #[error("failed to open the base image `{}`", path.display())]
     Base {
@@ -53,24 +61,76 @@ pub enum OverlayError {
     },
 }
 
-/// Creates an empty overlay at `path` over the raw image `base`, of the same size. `base` should be absolute.
+/// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw otherwise. The overlay names it without
+/// its directory, so that both can be moved together.
 ///
 /// # Errors
 ///
 /// Returns an error if the base cannot be used or the overlay not written; `path` must not exist yet. Blocks on disk.
-pub fn create(path: &Path, base: &Path) -> Result<(), OverlayError> {
-    let metadata = fs::metadata(base)
-        .map_err(|source| OverlayError::Base { path: base.to_owned(), source })?;
-    if metadata.len() > DISK_BYTES_MAX || base.as_os_str().len() > BASE_PATH_BYTES_MAX {
-        return Err(OverlayError::Unsupported { path: base.to_owned() });
+pub(crate) fn create(path: &Path, base: &str) -> Result<(), OverlayError> {
+    let base_path = path.with_file_name(base);
+    let disk_bytes = disk_bytes(&base_path)
+        .map_err(|source| OverlayError::Base { path: base_path.clone(), source })?;
+    if disk_bytes > DISK_BYTES_MAX || base.len() > BASE_NAME_BYTES_MAX {
+        return Err(OverlayError::Unsupported { path: base_path });
     }
-    let image = empty_image(metadata.len(), base.as_os_str().as_bytes());
+    let image = empty_image(disk_bytes, base);
     File::create_new(path)
         .and_then(|mut file| file.write_all(&image))
         .map_err(|source| OverlayError::Write { path: path.to_owned(), source })
 }
 
-fn empty_image(disk_bytes: u64, base: &[u8]) -> Vec<u8> {
+/// The names of all layers below and including `top` in `directory`, from the top down.
+pub(crate) fn chain(directory: &Path, top: &str) -> io::Result<Vec<String>> {
+    let mut layers = vec![top.to_owned()];
+    while let Some(base) = base_of(&directory.join(&layers[layers.len() - 1]))? {
+        layers.push(base);
+        if layers.len() > LAYERS_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a disk with too many layers"));
+        }
+    }
+    Ok(layers)
+}
+
+/// The name of the file that an overlay stands on; `None` for a raw image.
+fn base_of(path: &Path) -> io::Result<Option<String>> {
+    if !is_qcow2(path) {
+        return Ok(None);
+    }
+    let bad =
+        || io::Error::new(io::ErrorKind::InvalidData, format!("{} is no overlay", path.display()));
+    let file = File::open(path)?;
+    let mut header = [0; 20];
+    file.read_exact_at(&mut header, 0)?;
+    let offset = u64::from_be_bytes(*header[8..].first_chunk().ok_or_else(bad)?);
+    let length = u32::from_be_bytes(*header[16..].first_chunk().ok_or_else(bad)?) as usize;
+    if !header.starts_with(MAGIC) || length > BASE_NAME_BYTES_MAX {
+        return Err(bad());
+    }
+    let mut name = vec![0; length];
+    file.read_exact_at(&mut name, offset)?;
+    let name = String::from_utf8(name).map_err(|_| bad())?;
+    // A name, not a path: what a VMM wrote must not lead anywhere else.
+    let is_name = !name.is_empty() && !name.contains('/') && !name.starts_with('.');
+    is_name.then_some(Some(name)).ok_or_else(bad)
+}
+
+fn is_qcow2(path: &Path) -> bool {
+    path.as_os_str().as_bytes().ends_with(QCOW2.as_bytes())
+}
+
+/// The size of the disk in a file.
+fn disk_bytes(path: &Path) -> io::Result<u64> {
+    if !is_qcow2(path) {
+        return Ok(fs::metadata(path)?.len());
+    }
+    let mut size = [0; 8];
+    File::open(path)?.read_exact_at(&mut size, DISK_BYTES_OFFSET)?;
+    Ok(u64::from_be_bytes(size))
+}
+
+fn empty_image(disk_bytes: u64, base: &str) -> Vec<u8> {
+    let format = if base.ends_with(QCOW2) { "qcow2" } else { "raw" };
     let cluster = |number: u64| number * CLUSTER_BYTES as u64;
     let (refcount_table, refcount_block, l1_table) = (cluster(1), cluster(2), cluster(3));
     // Below 2^13 entries by the check above.
@@ -95,10 +155,11 @@ fn empty_image(disk_bytes: u64, base: &[u8]) -> Vec<u8> {
     image.extend_from_slice(&REFCOUNT_ORDER.to_be_bytes());
     image.extend_from_slice(&HEADER_BYTES.to_be_bytes());
     image.extend_from_slice(&BACKING_FORMAT_EXTENSION.to_be_bytes());
-    image.extend_from_slice(&3u32.to_be_bytes());
-    image.extend_from_slice(b"raw\0\0\0\0\0");
+    image.extend_from_slice(&u32::try_from(format.len()).unwrap_or(u32::MAX).to_be_bytes());
+    image.extend_from_slice(format.as_bytes());
+    image.resize(image.len() + 8 - format.len(), 0);
     image.extend_from_slice(&[0; 8]); // the last extension
-    image.extend_from_slice(base);
+    image.extend_from_slice(base.as_bytes());
     image.resize(4 * CLUSTER_BYTES, 0);
     image[CLUSTER_BYTES..CLUSTER_BYTES + 8].copy_from_slice(&refcount_block.to_be_bytes());
     for used in 0..4 {
@@ -128,7 +189,7 @@ mod tests {
             fs::write(&base, "the base's content").unwrap();
             File::options().write(true).open(&base).unwrap().set_len(bytes).unwrap();
 
-            create(&overlay, &base).unwrap();
+            create(&overlay, base.file_name().unwrap().to_str().unwrap()).unwrap();
 
             let (base_text, overlay_text) = (base.to_str().unwrap(), overlay.to_str().unwrap());
             assert!(qemu_img(&["check", overlay_text]).await.contains("No errors"));
@@ -146,9 +207,44 @@ mod tests {
         fs::write(&base, [0; 512]).unwrap();
         fs::write(&overlay, "somebody's").unwrap();
 
-        let error = create(&overlay, &base).unwrap_err();
+        let error = create(&overlay, "base").unwrap_err();
 
         assert!(matches!(error, OverlayError::Write { .. }), "{error}");
         assert_eq!(fs::read(&overlay).unwrap(), b"somebody's");
+    }
+
+    #[tokio::test]
+    async fn chain_of_layers_can_be_moved_and_is_known_from_the_top_down() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("image.ext4"), vec![7; 1 << 20]).unwrap();
+        create(&path("disk-a.qcow2"), "image.ext4").unwrap();
+        create(&path("disk-b.qcow2"), "disk-a.qcow2").unwrap();
+
+        let moved = directory.path().with_extension("moved");
+        fs::rename(directory.path(), &moved).unwrap();
+
+        assert_eq!(
+            chain(&moved, "disk-b.qcow2").unwrap(),
+            ["disk-b.qcow2", "disk-a.qcow2", "image.ext4"]
+        );
+        let top = moved.join("disk-b.qcow2");
+        let checked = qemu_img(&["check", top.to_str().unwrap()]).await;
+        assert!(checked.contains("No errors"), "{checked}");
+        let image = moved.join("image.ext4");
+        let pair = [image.to_str().unwrap(), top.to_str().unwrap()];
+        let compared = qemu_img(&["compare", "-f", "raw", "-F", "qcow2", pair[0], pair[1]]).await;
+        assert!(compared.contains("Images are identical"), "{compared}");
+        fs::remove_dir_all(moved).unwrap();
+    }
+
+    #[test]
+    fn overlay_that_points_elsewhere_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let overlay = directory.path().join("disk.qcow2");
+        for base in ["../image", "/etc/passwd", ""] {
+            fs::write(&overlay, empty_image(512, base)).unwrap();
+            assert!(chain(directory.path(), "disk.qcow2").is_err(), "{base}");
+        }
     }
 }

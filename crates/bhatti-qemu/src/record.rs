@@ -5,24 +5,43 @@ use std::io;
 use std::path::Path;
 
 use bhatti_host::process::ProcessId;
+use bhatti_types::{CpuCount, MemoryMib};
 use serde::{Deserialize, Serialize};
 
 const FILE: &str = "vm.json";
 
-/// The VMM process of a sandbox.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The VMM process of a sandbox, and what it was started with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
-    pid: u32,
-    started_ticks: u64,
+    pub(crate) pid: u32,
+    pub(crate) started_ticks: u64,
+    pub(crate) machine: Machine,
+}
+
+/// A VM but for its process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    pub(crate) cpus: u8,
+    pub(crate) memory_mib: u32,
+    /// The file in its directory that its memory is a private mapping of.
+    pub(crate) memory: String,
+    /// The topmost layer of its disk, in its directory.
+    pub(crate) disk: String,
+}
+
+impl Machine {
+    pub(crate) fn new(cpus: CpuCount, memory: MemoryMib, base: String, disk: String) -> Self {
+        Self { cpus: cpus.get(), memory_mib: memory.get(), memory: base, disk }
+    }
 }
 
 impl Record {
-    pub(crate) const fn new(process: ProcessId) -> Self {
+    pub(crate) fn new(process: ProcessId, machine: Machine) -> Self {
         let ProcessId { pid, started_ticks } = process;
-        Self { pid, started_ticks }
+        Self { pid, started_ticks, machine }
     }
 
-    pub(crate) const fn process(self) -> ProcessId {
+    pub(crate) const fn process(&self) -> ProcessId {
         ProcessId { pid: self.pid, started_ticks: self.started_ticks }
     }
 
@@ -30,9 +49,11 @@ impl Record {
         Ok(serde_json::from_slice(&fs::read(directory.join(FILE))?)?)
     }
 
-    /// Not made durable: the process does not outlive the machine either. A torn record is as good as none.
-    pub(crate) fn write(self, directory: &Path) -> io::Result<()> {
-        fs::write(directory.join(FILE), serde_json::to_vec(&self)?)
+    /// Whole or not at all; not flushed, for the process does not outlive the machine either.
+    pub(crate) fn write(&self, directory: &Path) -> io::Result<()> {
+        let temporary = directory.join("vm.json.tmp");
+        fs::write(&temporary, serde_json::to_vec(self)?)?;
+        fs::rename(temporary, directory.join(FILE))
     }
 }
 
@@ -43,7 +64,13 @@ mod tests {
     #[test]
     fn record_survives_and_a_torn_one_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        let record = Record::new(ProcessId { pid: 7, started_ticks: 8 });
+        let machine = Machine::new(
+            CpuCount::ONE,
+            MemoryMib::DEFAULT,
+            "memory".to_owned(),
+            "disk.qcow2".to_owned(),
+        );
+        let record = Record::new(ProcessId { pid: 7, started_ticks: 8 }, machine);
         record.write(directory.path()).unwrap();
         assert_eq!(Record::read(directory.path()).unwrap(), record);
 

@@ -7,112 +7,204 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use bhatti_engine::{AgentChannel, BootError, Vm, VmSpec};
+use bhatti_engine::{
+    AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
+};
 use bhatti_host::process::{Followed, spawn_detached};
 use bhatti_host::socket;
+use bhatti_types::SandboxId;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
-use crate::command_line::{Command, Sockets};
+use crate::command_line::{self, Sockets};
 use crate::console::{self, Console};
-use crate::overlay;
-use crate::record::Record;
+use crate::qmp::{self, COMMAND_LIMIT, Qmp};
+use crate::record::{Machine, Record};
+use crate::{Setup, capture, files, overlay};
 
 const LOG: &str = "vmm.log";
-const QMP_SOCKET: &str = "qmp.sock";
-const ROOT_DISK: &str = "root.qcow2";
 
 /// The end of QEMU's log that errors show, in bytes.
 const LOG_TAIL_BYTES: usize = 4096;
 
-/// A VM that runs.
+/// How long QEMU may take to stop the vCPUs: it waits for the disk's writes.
+const PAUSE_LIMIT: Duration = Duration::from_secs(60);
+
+/// A VM that runs, or is paused.
 pub(crate) struct QemuVm {
-    directory: PathBuf,
-    process: Followed,
+    pub(crate) directory: PathBuf,
+    pub(crate) process: Followed,
+    pub(crate) qmp: Arc<Qmp>,
+    /// What QEMU was told to be.
+    pub(crate) machine: Mutex<Machine>,
+    /// What saved VMs of this engine depend on.
+    pub(crate) depends_on: String,
     channel: Arc<QemuChannel>,
     console: Console,
 }
 
-impl QemuVm {
-    /// Boots a VM. What was made stays where it is if that fails.
-    pub(crate) async fn boot(spec: &VmSpec, command: &Command<'_>) -> Result<Self, BootError> {
-        let vm = Self::start(spec, command)?;
-        tokio::select! {
-            connected = timeout(spec.boot_limit, vm.channel.connect()) => match connected {
-                Ok(Ok(())) => return Ok(vm),
-                // The channel breaks because QEMU ends; the other branch would have told so in a moment.
-                Ok(Err(_)) if timeout(RECONNECT_LIMIT, vm.process.ended()).await.is_ok() => {}
-                Ok(Err(source)) => return Err(BootError::Prepare { step: "reach the guest agent", source }),
-                Err(_) => return Err(BootError::TimedOut { limit: spec.boot_limit, console: vm.last_words().await }),
-            },
-            () = vm.process.ended() => {}
+/// Boots a VM. What was made stays where it is if that fails.
+pub(crate) async fn boot(
+    spec: &VmSpec,
+    setup: &Setup,
+    tsc_khz: Option<u64>,
+) -> Result<QemuVm, BootError> {
+    let machine = prepare(spec).map_err(|(step, source)| BootError::Prepare { step, source })?;
+    let arguments = command_line::boot_arguments(spec, tsc_khz);
+    let process = start(setup, spec.id, &spec.directory, &machine, arguments).map_err(
+        |source| match source.kind() {
+            io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
+            _ => BootError::Prepare { step: "start QEMU", source },
+        },
+    )?;
+    let vm =
+        QemuVm::attach(process, &spec.directory, machine, Qmp::new(), setup.depends_on.clone())
+            .map_err(|source| BootError::Prepare { step: "connect to the VM's console", source })?;
+    vm.wait_for_agent(spec.boot_limit).await?;
+    Ok(vm)
+}
+
+/// Makes the files of a VM that is to boot.
+fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
+    let directory = &spec.directory;
+    create_private(directory).map_err(|source| ("create the VM's directory", source))?;
+    let make_disk = || {
+        let base = spec.root_base.file_name().and_then(|name| name.to_str());
+        let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
+        files::share(&spec.root_base, directory, base)?;
+        let disk = files::new_layer_name()?;
+        overlay::create(&directory.join(&disk), base).map_err(io::Error::other)?;
+        Ok(disk)
+    };
+    let disk = make_disk().map_err(|source| ("create the root disk", source))?;
+    let memory = files::create_empty_memory(directory, spec.memory)
+        .map_err(|source| ("create the memory's file", source))?;
+    Ok(Machine::new(spec.cpus, spec.memory, memory, disk))
+}
+
+/// Creates a directory that is its owner's alone.
+pub(crate) fn create_private(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
+/// Starts QEMU in `directory` and records its process.
+pub(crate) fn start(
+    setup: &Setup,
+    id: SandboxId,
+    directory: &Path,
+    machine: &Machine,
+    arguments: Vec<String>,
+) -> io::Result<Followed> {
+    let listen = |name| {
+        // An earlier VM's.
+        match fs::remove_file(directory.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
-        Err(BootError::Ended { console: vm.last_words().await })
-    }
+        socket::listen_in(directory, name)
+    };
+    let inherited: [UnixListener; 3] =
+        [listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(qmp::SOCKET)?];
+    let [agent, console, qmp] = inherited.each_ref().map(AsFd::as_fd);
+    let sockets = Sockets { agent, console, qmp };
+    let mut all =
+        command_line::machine_arguments(setup.accelerator, id, machine, directory, &sockets);
+    all.extend(arguments);
+    let log = File::create(directory.join(LOG))?;
+    let process = spawn_detached(setup.program.as_os_str(), &all, &[agent, console, qmp], &log)?;
+    Record::new(process.id(), machine.clone()).write(directory)?;
+    Ok(process)
+}
 
-    fn start(spec: &VmSpec, command: &Command<'_>) -> Result<Self, BootError> {
-        let directory = &spec.directory;
-        let failed = |step| move |source| BootError::Prepare { step, source };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed("create the VM's directory"))?;
-        let root_disk = directory.join(ROOT_DISK);
-        overlay::create(&root_disk, &spec.root_base)
-            .map_err(|error| failed("create the root disk")(io::Error::other(error)))?;
-        let listen =
-            |name| socket::listen_in(directory, name).map_err(failed("create the VM's sockets"));
-        let (agent, console, qmp) =
-            (listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(QMP_SOCKET)?);
-        let sockets = Sockets { agent: agent.as_fd(), console: console.as_fd(), qmp: qmp.as_fd() };
-        let arguments = command.boot_arguments(spec, &root_disk, &sockets);
-        let process = spawn(command.program, directory, &arguments, [&agent, &console, &qmp])?;
-        Record::new(process.id()).write(directory).map_err(failed("record the VM's process"))?;
-        Self::attach(process, directory).map_err(failed("connect to the VM's console"))
-    }
-
+impl QemuVm {
     /// Takes up the VM of `process`. Its agent is not asked: a guest that is paused or busy is alive all the same.
-    pub(crate) fn attach(process: Followed, directory: &Path) -> io::Result<Self> {
-        let console = Console::connect(directory)?;
-        let channel = Arc::new(QemuChannel::new(directory));
-        Ok(Self { directory: directory.to_owned(), process, channel, console })
+    pub(crate) fn attach(
+        process: Followed,
+        directory: &Path,
+        machine: Machine,
+        qmp: Arc<Qmp>,
+        depends_on: String,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            directory: directory.to_owned(),
+            process,
+            qmp,
+            machine: Mutex::new(machine),
+            depends_on,
+            channel: Arc::new(QemuChannel::new(directory)),
+            console: Console::connect(directory)?,
+        })
+    }
+
+    async fn wait_for_agent(&self, limit: Duration) -> Result<(), BootError> {
+        tokio::select! {
+            connected = timeout(limit, self.channel.connect()) => match connected {
+                Ok(Ok(())) => return Ok(()),
+                // The channel breaks because QEMU ends; the other branch would have told so in a moment.
+                Ok(Err(_)) if timeout(RECONNECT_LIMIT, self.process.ended()).await.is_ok() => {}
+                Ok(Err(source)) => return Err(BootError::Prepare { step: "reach the guest agent", source }),
+                Err(_) => return Err(BootError::TimedOut { limit, console: self.last_words().await }),
+            },
+            () = self.process.ended() => {}
+        }
+        Err(BootError::Ended { console: self.last_words().await })
     }
 
     /// What the guest said last. What QEMU itself said names files of this host, and so goes to our log alone.
     async fn last_words(&self) -> String {
-        let log = fs::read(self.directory.join(LOG)).unwrap_or_default();
-        let log =
-            String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
-        if !log.trim().is_empty() {
-            tracing::warn!(log, "QEMU complained");
-        }
+        report_log(&self.directory);
         self.console.complete().await;
         self.console.tail()
     }
+
+    /// Writes down what the machine is now.
+    pub(crate) fn record(&self, machine: Machine) -> io::Result<()> {
+        Record::new(self.process.id(), machine.clone()).write(&self.directory)?;
+        *self.machine.lock() = machine;
+        Ok(())
+    }
+
+    pub(crate) async fn ask(&self, command: &str, arguments: Value) -> Result<Value, VmmError> {
+        self.qmp.execute(&self.directory, command, arguments, COMMAND_LIMIT).await
+    }
 }
 
-fn spawn(
-    program: &Path,
-    directory: &Path,
-    arguments: &[String],
-    sockets: [&UnixListener; 3],
-) -> Result<Followed, BootError> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => BootError::NotInstalled { program: program.to_owned() },
-        _ => BootError::Prepare { step: "start QEMU", source },
-    };
-    let log = File::create(directory.join(LOG)).map_err(failed)?;
-    let inherited = sockets.map(AsFd::as_fd);
-    spawn_detached(program.as_os_str(), arguments, &inherited, &log).map_err(failed)
+/// Logs what QEMU had to say.
+pub(crate) fn report_log(directory: &Path) {
+    let log = fs::read(directory.join(LOG)).unwrap_or_default();
+    let log =
+        String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
+    if !log.trim().is_empty() {
+        tracing::warn!(log, "QEMU complained");
+    }
 }
 
 #[async_trait]
 impl Vm for QemuVm {
     fn channel(&self) -> Arc<dyn AgentChannel> {
         Arc::clone(&self.channel) as Arc<dyn AgentChannel>
+    }
+
+    async fn is_running(&self) -> Result<bool, VmmError> {
+        let status = self.ask("query-status", json!({})).await?;
+        status["running"].as_bool().ok_or(VmmError::Garbled)
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.qmp.execute(&self.directory, "stop", json!({}), PAUSE_LIMIT).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.ask("cont", json!({})).await.map(drop)
+    }
+
+    async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {
+        capture::capture(self, request).await
     }
 
     async fn ended(&self) {

@@ -1,0 +1,298 @@
+//! What every engine must do, as tests that it runs on real VMs: an engine is done when it passes.
+//!
+//! Each part takes a [`Bench`] with a fresh directory, makes its own VMs there and leaves none behind. A part that finds a fault panics.
+#![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use bhatti_types::SandboxId;
+
+use crate::{
+    AdoptError, Disks, Engine, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
+    SnapshotRequest, Vm, VmSpec,
+};
+
+/// How long anything here may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs scripts in a guest, by its agent.
+#[async_trait]
+pub trait Shell: Send + Sync {
+    /// Runs a script as root and returns what it printed, without the last newline. Panics if it fails.
+    async fn run(&self, vm: &dyn Vm, script: &str) -> String;
+}
+
+/// An engine on trial.
+pub struct Bench<'a> {
+    /// The engine.
+    pub engine: &'a dyn Engine,
+    /// A way into its guests.
+    pub shell: &'a dyn Shell,
+    /// A VM that boots; its directory does not exist yet.
+    pub spec: VmSpec,
+}
+
+/// A VM that is booted, lives, is let go of, taken up, killed and removed.
+pub async fn lifecycle(bench: &Bench<'_>) {
+    let (engine, spec) = (bench.engine, &bench.spec);
+    assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
+    engine.remove(spec.id, &spec.directory).await.unwrap();
+
+    let vm = engine.boot(spec).await.unwrap();
+    bench.run(&vm, "echo marker >/dev/shm/marker").await;
+    drop(vm);
+    let vm = engine.adopt(spec.id, &spec.directory).await.unwrap();
+    assert_eq!(bench.run(&vm, "cat /dev/shm/marker").await, "marker");
+    vm.pause().await.unwrap();
+    drop(vm);
+    let vm = engine.adopt(spec.id, &spec.directory).await.unwrap();
+    assert!(!vm.is_running().await.unwrap(), "a paused VM is alive, and stays paused");
+
+    engine.kill(spec.id, &spec.directory).await.unwrap();
+    tokio::time::timeout(LIMIT, vm.ended()).await.expect("its end is told");
+    engine.kill(spec.id, &spec.directory).await.unwrap();
+    assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
+    assert!(spec.directory.exists(), "killing keeps the files");
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+}
+
+/// Pause and resume, each of them twice.
+pub async fn thermal(bench: &Bench<'_>) {
+    let vm = bench.engine.boot(&bench.spec).await.unwrap();
+    bench
+        .run(&vm, "(while :; do echo x >>/dev/shm/ticks; sleep 0.01; done) >/dev/null 2>&1 &")
+        .await;
+    for _ in 0..3 {
+        vm.pause().await.unwrap();
+        vm.pause().await.unwrap();
+        assert!(!vm.is_running().await.unwrap());
+
+        vm.resume().await.unwrap();
+        vm.resume().await.unwrap();
+        assert!(vm.is_running().await.unwrap());
+        let more = "a=$(wc -l </dev/shm/ticks); until [ $(wc -l </dev/shm/ticks) -gt $a ]; do sleep 0.01; done; echo ticks";
+        assert_eq!(bench.run(&vm, more).await, "ticks", "the process goes on");
+    }
+    bench.remove(&[bench.spec.id], &[&bench.spec.directory]).await;
+}
+
+/// One VM through a full snapshot and three diffs, with data of every phase in memory and on the disk.
+pub async fn snapshot_cycles(bench: &Bench<'_>) {
+    let spec = &bench.spec;
+    let mut vm = bench.engine.boot(spec).await.unwrap();
+    bench.run(&vm, "sleep 100000 >/dev/null 2>&1 & echo $! >/dev/shm/sleeper").await;
+    let kinds = [MemoryKind::Full, MemoryKind::Diff, MemoryKind::Diff, MemoryKind::Diff];
+    for (phase, kind) in kinds.into_iter().enumerate() {
+        let script = format!(
+            "head -c 3000000 /dev/urandom >/dev/shm/p{phase}; cp /dev/shm/p{phase} /root/p{phase}; cd /; sha256sum dev/shm/p* root/p*"
+        );
+        let sums = bench.run(&vm, &script).await;
+
+        vm = bench.sleep_and_wake(vm, Some(kind)).await;
+
+        assert_eq!(bench.run(&vm, "cd /; sha256sum dev/shm/p* root/p*").await, sums, "{phase}");
+        assert_eq!(bench.run(&vm, "kill -0 $(cat /dev/shm/sleeper) && echo alive").await, "alive");
+    }
+    // From the disk alone, past the page cache: what was written before is there.
+    let check = "sync; echo 3 >/proc/sys/vm/drop_caches; cat /root/p* | sha256sum; cat /dev/shm/p* | sha256sum";
+    let sums = bench.run(&vm, check).await;
+    let (on_disk, in_memory) = sums.split_once('\n').unwrap();
+    assert_eq!(on_disk, in_memory);
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+}
+
+/// Two forks of a VM that runs, and one of a fork: nobody sees what another writes, and what they stand on does not change.
+pub async fn fork(bench: &Bench<'_>) {
+    let spec = &bench.spec;
+    let parent = bench.engine.boot(spec).await.unwrap();
+    bench.run(&parent, "echo parent | tee /dev/shm/who >/root/who; sync").await;
+    let snapshot = spec.directory.with_extension("frozen");
+    bench.snapshot(&parent, &snapshot, None, Disks::Frozen).await;
+    parent.resume().await.unwrap();
+    let before = content(&snapshot, &spec.root_base);
+
+    let (ids, places): (Vec<_>, Vec<_>) = (1..=3).map(|number| bench.another(number)).unzip();
+    let first = bench.wake(ids[0], &places[0], &snapshot, Disks::Frozen).await.unwrap();
+    let second = bench.wake(ids[1], &places[1], &snapshot, Disks::Frozen).await.unwrap();
+    let vms = [(&parent, "parent"), (&first, "first"), (&second, "second")];
+    for (vm, name) in vms {
+        assert_eq!(bench.run(vm, "cat /dev/shm/who /root/who").await, "parent\nparent", "{name}");
+    }
+    for (vm, name) in vms {
+        bench.run(vm, &format!("echo {name} | tee /dev/shm/who >/root/who; head -c 9000000 /dev/urandom >/root/big; sync")).await;
+    }
+    let generation = spec.directory.with_extension("second");
+    bench.snapshot(&second, &generation, Some(MemoryKind::Diff), Disks::Frozen).await;
+    bench.remove(&[ids[1]], &[&places[1]]).await;
+    let third = bench.wake(ids[2], &places[2], &generation, Disks::Frozen).await.unwrap();
+    for (vm, name) in [(&parent, "parent"), (&first, "first"), (&third, "second")] {
+        let script = "cat /dev/shm/who; echo 3 >/proc/sys/vm/drop_caches; cat /root/who";
+        assert_eq!(bench.run(vm, script).await, format!("{name}\n{name}"));
+    }
+    assert!(content(&snapshot, &spec.root_base) == before, "a snapshot never changes");
+    // What a VM stands on is its own: it sleeps and wakes without the snapshot that it came from.
+    fs::remove_dir_all(&snapshot).unwrap();
+    fs::remove_dir_all(&generation).unwrap();
+    let first = bench.sleep_and_wake_at(first, ids[0], &places[0], None).await;
+    assert_eq!(bench.run(&first, "cat /dev/shm/who /root/who").await, "first\nfirst");
+    bench.remove(&[spec.id, ids[0], ids[2]], &[&spec.directory, &places[0], &places[2]]).await;
+}
+
+/// What cannot be saved or restored is refused, and changes nothing.
+pub async fn failure(bench: &Bench<'_>) {
+    let (engine, spec) = (bench.engine, &bench.spec);
+    let vm = engine.boot(spec).await.unwrap();
+    bench.run(&vm, "echo marker >/dev/shm/marker").await;
+    let place = spec.directory.join("snapshot");
+    let request = SnapshotRequest { directory: place.clone(), memory: None, disks: Disks::InPlace };
+    let refused = vm.capture(&request).await.err().unwrap();
+    assert!(matches!(refused, SnapshotError::NotPaused), "{refused}");
+    vm.pause().await.unwrap();
+    fs::write(&place, "somebody's").unwrap();
+    vm.capture(&request).await.err().expect("a place that is taken");
+    assert_eq!(fs::read(&place).unwrap(), b"somebody's");
+    fs::remove_file(&place).unwrap();
+    // Given up, before and after it was whole but for its name.
+    drop(vm.capture(&request).await.unwrap());
+    let captured = vm.capture(&request).await.unwrap();
+    fs::write(&place, "in the way").unwrap();
+    captured.finish().await.expect_err("a place that was taken meanwhile");
+    fs::remove_file(&place).unwrap();
+    let mut left = names(&spec.directory);
+    left.retain(|name| name.starts_with("snapshot"));
+    assert_eq!(left, Vec::<String>::new());
+    vm.resume().await.unwrap();
+    assert_eq!(bench.run(&vm, "cat /dev/shm/marker").await, "marker", "the VM goes on");
+
+    bench.snapshot(&vm, &place, Some(MemoryKind::Diff), Disks::InPlace).await;
+    engine.kill(spec.id, &spec.directory).await.unwrap();
+    for name in names(&place) {
+        let path = place.join(&name);
+        let whole = fs::read(&path).unwrap();
+        let mut flipped = whole.clone();
+        let middle = flipped.len() / 2;
+        flipped[middle] ^= 0x10;
+        for damaged in [&whole[..middle], &[][..], &flipped] {
+            fs::write(&path, damaged).unwrap();
+            let refused = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await;
+            let error = refused.err().unwrap_or_else(|| panic!("{name} is damaged"));
+            let told = matches!(
+                error,
+                RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale
+            );
+            assert!(told, "{name}: {error:?}");
+            assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
+        }
+        fs::write(&path, whole).unwrap();
+    }
+    let none = spec.directory.join("none");
+    let missing = bench.wake(spec.id, &spec.directory, &none, Disks::InPlace).await;
+    assert!(matches!(missing, Err(RestoreError::Damaged { .. })));
+    // After all that, the snapshot is as good as before.
+    let vm = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await.unwrap();
+    assert_eq!(bench.run(&vm, "cat /dev/shm/marker").await, "marker");
+    // The disk is written: that memory must never come back.
+    bench.run(&vm, "echo newer >/root/newer; sync").await;
+    engine.kill(spec.id, &spec.directory).await.unwrap();
+    let stale = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await;
+    assert!(matches!(stale, Err(RestoreError::Stale)));
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+}
+
+impl Bench<'_> {
+    async fn run(&self, vm: &Arc<dyn Vm>, script: &str) -> String {
+        self.shell.run(vm.as_ref(), script).await
+    }
+
+    /// Pauses a VM and saves it.
+    async fn snapshot(
+        &self,
+        vm: &Arc<dyn Vm>,
+        directory: &Path,
+        memory: Option<MemoryKind>,
+        disks: Disks,
+    ) -> SnapshotInfo {
+        vm.pause().await.unwrap();
+        let request = SnapshotRequest { directory: directory.to_owned(), memory, disks };
+        let info = vm.capture(&request).await.unwrap().finish().await.unwrap();
+        assert!(memory.is_none_or(|memory| memory == info.memory));
+        assert!(!vm.is_running().await.unwrap(), "it is for the caller to let it run");
+        info
+    }
+
+    async fn wake(
+        &self,
+        id: SandboxId,
+        directory: &Path,
+        snapshot: &Path,
+        disks: Disks,
+    ) -> Result<Arc<dyn Vm>, RestoreError> {
+        let spec = RestoreSpec {
+            id,
+            directory: directory.to_owned(),
+            snapshot: snapshot.to_owned(),
+            disks,
+            limit: LIMIT,
+        };
+        let vm = self.engine.stage(&spec).await?.load().await?;
+        assert!(!vm.is_running().await.unwrap(), "it is for the caller to let it run");
+        vm.resume().await.unwrap();
+        Ok(vm)
+    }
+
+    async fn sleep_and_wake(&self, vm: Arc<dyn Vm>, memory: Option<MemoryKind>) -> Arc<dyn Vm> {
+        self.sleep_and_wake_at(vm, self.spec.id, &self.spec.directory, memory).await
+    }
+
+    async fn sleep_and_wake_at(
+        &self,
+        vm: Arc<dyn Vm>,
+        id: SandboxId,
+        directory: &Path,
+        memory: Option<MemoryKind>,
+    ) -> Arc<dyn Vm> {
+        let snapshot = directory.join("snapshot");
+        self.snapshot(&vm, &snapshot, memory, Disks::InPlace).await;
+        self.engine.kill(id, directory).await.unwrap();
+        let vm = self.wake(id, directory, &snapshot, Disks::InPlace).await.unwrap();
+        fs::remove_dir_all(snapshot).unwrap();
+        vm
+    }
+
+    /// An id and a directory beside the first VM's.
+    fn another(&self, number: u8) -> (SandboxId, PathBuf) {
+        let mut entropy = [number; 8];
+        entropy[..4].copy_from_slice(&std::process::id().to_be_bytes());
+        let id = SandboxId::from_entropy(entropy);
+        (id, self.spec.directory.with_file_name(id.to_string()))
+    }
+
+    async fn remove(&self, ids: &[SandboxId], directories: &[&Path]) {
+        for (id, directory) in ids.iter().zip(directories) {
+            self.engine.remove(*id, directory).await.unwrap();
+            assert!(!directory.exists());
+        }
+    }
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// All files of a snapshot: of the image, which is large and mostly empty, when it was written last; of the others, their bytes.
+fn content(directory: &Path, image: &Path) -> Vec<(String, SystemTime, Vec<u8>)> {
+    let mut names = names(directory);
+    names.sort();
+    let read = |name: String| {
+        let path = directory.join(&name);
+        let written = fs::metadata(&path).unwrap().modified().unwrap();
+        let bytes = if image.ends_with(&name) { Vec::new() } else { fs::read(path).unwrap() };
+        (name, written, bytes)
+    };
+    names.into_iter().map(read).collect()
+}

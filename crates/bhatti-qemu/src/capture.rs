@@ -1,0 +1,228 @@
+//! Takes snapshots: what needs the VM paused first, what only needs time afterwards.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_engine::{
+    Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm,
+};
+use bhatti_host::durable;
+use bhatti_host::memory::MappedFile;
+use serde_json::json;
+use tokio::task::spawn_blocking;
+
+use crate::command_line::ROOT_DRIVE;
+use crate::manifest::{self, DEVICES, Generation, Manifest, Memory, PAGES};
+use crate::record::Machine;
+use crate::vm::{QemuVm, create_private};
+use crate::{files, overlay, pages};
+
+/// How long QEMU may take to write the state of its devices.
+const SAVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// A diff that is more than this part of a full snapshot, and not small, is not worth its base.
+const FULL_WORTH: u64 = 2;
+const SMALL_DIFF_BYTES: u64 = 64 << 20;
+
+/// A directory that is removed unless it is kept.
+struct Draft(Option<PathBuf>);
+
+impl Draft {
+    fn path(&self) -> &Path {
+        self.0.as_deref().unwrap_or_else(|| Path::new(""))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0
+            && let Err(error) = fs::remove_dir_all(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "Failed to remove an unfinished snapshot");
+        }
+    }
+}
+
+/// See [`Vm::capture`].
+pub(crate) async fn capture(
+    vm: &QemuVm,
+    request: &SnapshotRequest,
+) -> Result<Box<dyn Captured>, SnapshotError> {
+    let vmm = |step| move |source| SnapshotError::Vmm { step, source };
+    if vm.is_running().await.map_err(vmm("say whether it runs"))? {
+        return Err(SnapshotError::NotPaused);
+    }
+    let version = vm.qmp.version(&vm.directory).await.map_err(vmm("say its version"))?;
+    let draft = create_draft(&request.directory)?;
+    let devices = draft.path().join(DEVICES);
+    let arguments = json!({"filename": devices});
+    vm.qmp
+        .execute(&vm.directory, "xen-save-devices-state", arguments, SAVE_LIMIT)
+        .await
+        .map_err(vmm("save the devices"))?;
+    let (memory, machine, memory_bytes) = save_memory(vm, request, draft.path()).await?;
+    let disk = machine.disk.clone();
+    if request.disks == Disks::Frozen {
+        freeze(vm, draft.path(), &disk).await?;
+    }
+    let manifest = Manifest {
+        format: manifest::FORMAT,
+        vmm_version: version,
+        vmm_machine: vm.depends_on.clone(),
+        machine,
+        memory,
+        memory_bytes,
+        devices_hash: String::new(),
+        devices_bytes: 0,
+        disk_generation: None,
+    };
+    let disks_directory = match request.disks {
+        Disks::InPlace => vm.directory.clone(),
+        Disks::Frozen => draft.path().to_owned(),
+    };
+    let disk = disks_directory.join(disk);
+    Ok(Box::new(Draught {
+        draft,
+        place: request.directory.clone(),
+        manifest,
+        disk,
+        disks: request.disks,
+    }))
+}
+
+fn create_draft(place: &Path) -> Result<Draft, SnapshotError> {
+    let failed = |step| move |source| SnapshotError::File { step, source };
+    if place.exists() {
+        return Err(failed("make room for the snapshot")(io::ErrorKind::AlreadyExists.into()));
+    }
+    let mut name = place.file_name().unwrap_or_default().to_owned();
+    name.push(".tmp");
+    let path = place.with_file_name(name);
+    match fs::remove_dir_all(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("remove an unfinished snapshot")(error));
+        }
+        _ => {}
+    }
+    create_private(&path).map_err(failed("create the snapshot's directory"))?;
+    Ok(Draft(Some(path)))
+}
+
+/// Saves the memory, and whatever it stands on.
+async fn save_memory(
+    vm: &QemuVm,
+    request: &SnapshotRequest,
+    draft: &Path,
+) -> Result<(Memory, Machine, u64), SnapshotError> {
+    let failed = |source| SnapshotError::File { step: "save the memory", source };
+    let mut machine = vm.machine.lock().clone();
+    let (pid, wanted, disks) = (vm.process.id().pid, request.memory, request.disks);
+    let (base, draft) = (vm.directory.join(&machine.memory), draft.to_owned());
+    let saved = spawn_blocking(move || -> io::Result<(Memory, Machine, u64)> {
+        let mapped = MappedFile::open(pid, &base)?;
+        let kind = match wanted {
+            Some(kind) => kind,
+            None => choose(pages::measure(&mapped, &base)?),
+        };
+        match kind {
+            MemoryKind::Diff => {
+                let (bytes, hash) = pages::write_diff(&mapped, &draft.join(PAGES))?;
+                if disks == Disks::Frozen {
+                    files::share(&base, &draft, &machine.memory)?;
+                }
+                Ok((Memory::Diff { hash: hash.to_string() }, machine, bytes))
+            }
+            MemoryKind::Full => {
+                let unnamed = draft.join("memory.new");
+                let (bytes, hash) = pages::write_full(&mapped, &base, &unnamed)?;
+                machine.memory = files::memory_name(&hash);
+                fs::rename(unnamed, draft.join(&machine.memory))?;
+                Ok((Memory::Full { hash: hash.to_string() }, machine, bytes))
+            }
+        }
+    });
+    saved.await.map_err(io::Error::other).and_then(|saved| saved).map_err(failed)
+}
+
+const fn choose((private_bytes, all_bytes): (u64, u64)) -> MemoryKind {
+    if private_bytes > SMALL_DIFF_BYTES && private_bytes > all_bytes / FULL_WORTH {
+        MemoryKind::Full
+    } else {
+        MemoryKind::Diff
+    }
+}
+
+/// Gives the snapshot the disk as it is, and the VM a new layer over it.
+async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotError> {
+    let failed = |source| SnapshotError::File { step: "freeze the disk", source };
+    let layers = overlay::chain(&vm.directory, disk).map_err(failed)?;
+    if layers.len() >= overlay::LAYERS_MAX {
+        return Err(SnapshotError::Unsupported(
+            "the disk has too many layers: it was forked or saved too often",
+        ));
+    }
+    let layer = files::new_layer_name().map_err(failed)?;
+    let path = vm.directory.join(&layer);
+    overlay::create(&path, disk).map_err(|error| failed(io::Error::other(error)))?;
+    let before = vm.machine.lock().clone();
+    // Before QEMU writes to the new layer: whoever finds it empty finds the old one below it.
+    vm.record(Machine { disk: layer, ..before.clone() }).map_err(failed)?;
+    let arguments = json!({
+        "device": ROOT_DRIVE, "snapshot-file": path, "format": "qcow2", "mode": "existing",
+    });
+    if let Err(source) = vm.ask("blockdev-snapshot-sync", arguments).await {
+        vm.record(before).map_err(failed)?;
+        fs::remove_file(&path).map_err(failed)?;
+        return Err(SnapshotError::Vmm { step: "freeze the disk", source });
+    }
+    files::share_layers(&vm.directory, disk, draft).map_err(failed)
+}
+
+/// A snapshot on its way to the disk.
+struct Draught {
+    draft: Draft,
+    place: PathBuf,
+    manifest: Manifest,
+    disk: PathBuf,
+    disks: Disks,
+}
+
+#[async_trait]
+impl Captured for Draught {
+    async fn finish(self: Box<Self>) -> Result<SnapshotInfo, SnapshotError> {
+        let finished = spawn_blocking(move || self.settle());
+        let failed = |source| SnapshotError::File { step: "put the snapshot in place", source };
+        finished.await.map_err(io::Error::other).and_then(|settled| settled).map_err(failed)
+    }
+}
+
+impl Draught {
+    fn settle(mut self) -> io::Result<SnapshotInfo> {
+        let directory = self.draft.path().to_owned();
+        let devices = fs::read(directory.join(DEVICES))?;
+        self.manifest.devices_hash = blake3::hash(&devices).to_string();
+        self.manifest.devices_bytes = devices.len() as u64;
+        let memory = match &self.manifest.memory {
+            Memory::Full { .. } => &self.manifest.machine.memory,
+            Memory::Diff { .. } => PAGES,
+        };
+        for file in [directory.join(DEVICES), directory.join(memory), self.disk.clone()] {
+            File::open(file)?.sync_all()?;
+        }
+        if self.disks == Disks::InPlace {
+            self.manifest.disk_generation = Some(Generation::of(&self.disk)?);
+        }
+        let text = serde_json::to_vec_pretty(&self.manifest)?;
+        durable::write(&directory.join(manifest::FILE), &text)?;
+        durable::rename(&directory, &self.place)?;
+        self.draft.0 = None;
+        Ok(SnapshotInfo {
+            memory: self.manifest.memory.kind(),
+            memory_bytes: self.manifest.memory_bytes,
+            device_bytes: self.manifest.devices_bytes,
+        })
+    }
+}

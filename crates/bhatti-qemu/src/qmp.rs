@@ -1,0 +1,219 @@
+//! QEMU's monitor: docs/interop/qmp-spec.rst. Lines of JSON; events are not for us.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_engine::VmmError;
+use bhatti_host::socket;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+pub(crate) const SOCKET: &str = "qmp.sock";
+
+/// How long a command may take that touches no disk. QEMU's main loop serves them between other work.
+pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+
+/// The longest line that is taken from a VMM.
+const LINE_BYTES_MAX: u64 = 1 << 20;
+
+/// The monitor of one VMM. It serves one connection at a time, so there is one.
+pub(crate) struct Qmp {
+    connection: Mutex<Option<Connection>>,
+}
+
+struct Connection {
+    stream: BufReader<UnixStream>,
+    version: String,
+    last_id: u64,
+}
+
+/// A message from QEMU.
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "QMP")]
+    greeting: Option<Greeting>,
+    id: Option<u64>,
+    #[serde(rename = "return")]
+    value: Option<Value>,
+    error: Option<Refusal>,
+}
+
+#[derive(Deserialize)]
+struct Greeting {
+    version: Version,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    qemu: Numbers,
+    package: String,
+}
+
+#[derive(Deserialize)]
+struct Numbers {
+    major: u32,
+    minor: u32,
+    micro: u32,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    desc: String,
+}
+
+impl Qmp {
+    /// The monitor of a VMM, not connected yet.
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { connection: Mutex::new(None) })
+    }
+
+    /// QEMU's version, with that of its package.
+    pub(crate) async fn version(&self, directory: &Path) -> Result<String, VmmError> {
+        let limited = timeout(COMMAND_LIMIT, async {
+            let mut slot = self.connection.lock().await;
+            let connection = match slot.take() {
+                Some(connection) => connection,
+                None => Connection::open(directory).await?,
+            };
+            let version = connection.version.clone();
+            *slot = Some(connection);
+            Ok(version)
+        });
+        limited.await.unwrap_or(Err(VmmError::Silent { limit: COMMAND_LIMIT }))
+    }
+
+    /// Has QEMU do something, and returns its answer.
+    ///
+    /// # Cancel safety
+    ///
+    /// The command may have been carried out or not; the monitor is connected anew.
+    pub(crate) async fn execute(
+        &self,
+        directory: &Path,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Value, VmmError> {
+        let limited = timeout(limit, async {
+            let mut slot = self.connection.lock().await;
+            // Out of its place while it is used: what is cut off in the middle is not used again.
+            let mut connection = match slot.take() {
+                Some(connection) => connection,
+                None => Connection::open(directory).await?,
+            };
+            let answer = connection.execute(command, &arguments).await;
+            if matches!(answer, Ok(_) | Err(VmmError::Refused(_))) {
+                *slot = Some(connection);
+            }
+            answer
+        });
+        limited.await.unwrap_or(Err(VmmError::Silent { limit }))
+    }
+}
+
+impl Connection {
+    async fn open(directory: &Path) -> Result<Self, VmmError> {
+        let stream = socket::connect_in(directory, SOCKET)?;
+        stream.set_nonblocking(true)?;
+        let stream = BufReader::new(UnixStream::from_std(stream)?);
+        let mut connection = Self { stream, version: String::new(), last_id: 0 };
+        let Greeting { version: Version { qemu: Numbers { major, minor, micro }, package } } =
+            connection.receive().await?.greeting.ok_or(VmmError::Garbled)?;
+        connection.version = format!("{major}.{minor}.{micro} {package}").trim_end().to_owned();
+        connection.execute("qmp_capabilities", &json!({})).await?;
+        Ok(connection)
+    }
+
+    async fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, VmmError> {
+        self.last_id += 1;
+        let request = json!({"execute": command, "arguments": arguments, "id": self.last_id});
+        self.stream.write_all(format!("{request}\n").as_bytes()).await?;
+        loop {
+            let message = self.receive().await?;
+            if message.id != Some(self.last_id) {
+                continue;
+            }
+            return match (message.value, message.error) {
+                (Some(value), _) => Ok(value),
+                (None, Some(refusal)) => Err(VmmError::Refused(refusal.desc)),
+                (None, None) => Err(VmmError::Garbled),
+            };
+        }
+    }
+
+    async fn receive(&mut self) -> Result<Message, VmmError> {
+        let mut line = Vec::new();
+        let length = (&mut self.stream).take(LINE_BYTES_MAX).read_until(b'\n', &mut line).await?;
+        if length == 0 {
+            return Err(VmmError::Unreachable(io::ErrorKind::UnexpectedEof.into()));
+        }
+        serde_json::from_slice(&line).map_err(|_| VmmError::Garbled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A monitor that answers each line with what `answers` says.
+    fn monitor(directory: &Path, answers: Vec<&'static str>) {
+        let listener: UnixListener = socket::listen_in(directory, SOCKET).unwrap();
+        std::thread::spawn(move || {
+            use std::io::{BufRead, BufReader, Write};
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            for answer in answers {
+                stream.write_all(answer.as_bytes()).unwrap();
+                if lines.next().is_none() {
+                    return;
+                }
+            }
+        });
+    }
+
+    const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"Debian\"}}}\n";
+
+    #[tokio::test]
+    async fn answers_are_told_from_events_and_refusals() {
+        let directory = tempfile::tempdir().unwrap();
+        let answers = vec![
+            GREETING,
+            "{\"return\": {}, \"id\": 1}\n",
+            "{\"event\": \"STOP\"}\n{\"return\": {\"status\": \"paused\"}, \"id\": 2}\n",
+            "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 3}\n",
+            "nonsense\n",
+            "",
+        ];
+        monitor(directory.path(), answers);
+        let qmp = Qmp::new();
+        let ask = |command: &'static str| {
+            qmp.execute(directory.path(), command, json!({}), COMMAND_LIMIT)
+        };
+
+        assert_eq!(qmp.version(directory.path()).await.unwrap(), "10.0.2 Debian");
+        assert_eq!(ask("query-status").await.unwrap()["status"], "paused");
+        assert!(matches!(ask("x").await, Err(VmmError::Refused(why)) if why == "no"));
+        assert!(matches!(ask("x").await, Err(VmmError::Garbled)));
+    }
+
+    #[tokio::test]
+    async fn monitor_that_says_nothing_is_silent_and_one_that_is_gone_unreachable() {
+        let directory = tempfile::tempdir().unwrap();
+        let qmp = Qmp::new();
+        let limit = Duration::from_millis(20);
+        let ask = || qmp.execute(directory.path(), "stop", json!({}), limit);
+        assert!(matches!(ask().await, Err(VmmError::Unreachable(_))));
+
+        let _listener = socket::listen_in(directory.path(), SOCKET).unwrap();
+
+        assert!(matches!(ask().await, Err(VmmError::Silent { .. })));
+    }
+}
