@@ -4,7 +4,7 @@
 use bhatti_proto::{
     ActivityInfo, AgentError, ExecRequest, FileEvent, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse,
     FileWriteRequest, ForwardRequest, ForwardResponse, GuestConfig, GuestEvent, Identity, IdentityReport, MkdirRequest,
-    RemoveRequest, RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk,
+    RemoveRequest, RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk, Suspend, Woken,
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -22,6 +22,6 @@ fuzz_target!(|bytes: &[u8]| {
     check!(
         bytes, ActivityInfo, AgentError, ExecRequest, FileEvent, FileInfo, FilePathRequest, FileReadRequest,
         FileReadResponse, FileWriteRequest, ForwardRequest, ForwardResponse, GuestConfig, GuestEvent, Identity,
-        IdentityReport, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk,
+        IdentityReport, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk, Suspend, Woken,
     );
 });

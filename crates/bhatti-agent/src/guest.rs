@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     ActivityInfo, ExecRequest, FrameType, GuestConfig, GuestEvent, Identity, IdentityReport,
+    Suspend, Woken,
 };
 use tokio::time::{sleep, timeout};
 
@@ -51,6 +52,25 @@ impl AgentClient {
     /// Returns an error if the agent cannot be asked.
     pub async fn assume_identity(&self, identity: &Identity) -> Result<IdentityReport, CallError> {
         self.ask(FrameType::IDENTITY_REQ, identity, FrameType::IDENTITY_RESP).await
+    }
+
+    /// Has the guest stand still, but for its agent, until it is told that it has woken or who it is. With `sync`, what was written to its
+    /// disks is on them first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be asked, or its processes do not stand still.
+    pub async fn suspend(&self, sync: bool) -> Result<(), CallError> {
+        self.act(FrameType::SUSPEND_REQ, &Suspend { sync }).await
+    }
+
+    /// Tells the guest that it has stood still. Does no harm to one that has not.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be asked.
+    pub async fn woken(&self, woken: &Woken) -> Result<(), CallError> {
+        self.act(FrameType::WOKEN_REQ, woken).await
     }
 
     /// What happened in the guest lately.

@@ -110,6 +110,11 @@ impl FrameType {
     pub const IDENTITY_REQ: Self = Self(0x62);
     /// Guest to host: [`IdentityReport`](crate::IdentityReport). Not in the original protocol.
     pub const IDENTITY_RESP: Self = Self(0x63);
+    /// Host to guest: [`Suspend`](crate::Suspend), before a snapshot: no process of a user runs from the answer on, until this guest is
+    /// told that it has woken or who it is. This and the next one are answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    pub const SUSPEND_REQ: Self = Self(0x64);
+    /// Host to guest: [`Woken`](crate::Woken), after each pause. Not in the original protocol.
+    pub const WOKEN_REQ: Self = Self(0x65);
 }
 
 impl fmt::Display for FrameType {

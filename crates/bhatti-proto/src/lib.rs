@@ -13,6 +13,7 @@
 //! that old and new ends understand each other.
 
 mod frame;
+mod guest;
 mod io;
 mod message;
 pub mod mux;
@@ -20,13 +21,16 @@ pub mod resync;
 
 pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parsed, encode, parse};
 pub use frame::{exit_payload, parse_exit, parse_resize, resize_payload};
+pub use guest::{
+    Applied, ConfigFile, ConfigVolume, GuestConfig, GuestNetwork, Identity, IdentityReport,
+    Suspend, Woken,
+};
 pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
-    ActivityInfo, AgentError, Applied, ConfigFile, ConfigVolume, ErrorKind, ExecRequest, FileEvent,
-    FileEventKind, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest,
-    ForwardRequest, ForwardResponse, GuestConfig, GuestEvent, GuestNetwork, Identity,
-    IdentityReport, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo, SessionRef,
-    SignalRequest, StatusOk,
+    ActivityInfo, AgentError, ErrorKind, ExecRequest, FileEvent, FileEventKind, FileInfo,
+    FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest, ForwardRequest,
+    ForwardResponse, GuestEvent, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo,
+    SessionRef, SignalRequest, StatusOk,
 };
 
 /// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.

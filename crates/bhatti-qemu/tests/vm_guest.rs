@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bhatti_agent::{AgentClient, CallError};
+use bhatti_agent::{AgentClient, CallError, ExecEvent};
 use bhatti_engine::{Engine, Vm, VmSpec};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
 use bhatti_proto::{
     Applied, ConfigFile, ConfigVolume, ExecRequest, GuestConfig, GuestEvent, GuestNetwork,
-    Identity, IdentityReport,
+    Identity, IdentityReport, Woken,
 };
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_testkit::{LIMIT, dist, images};
@@ -200,6 +200,7 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
         environment: done(),
         files: Applied::Nothing,
         addresses: done(),
+        first_setup: Applied::Nothing,
         connections: Applied::Nothing,
     };
     assert_eq!(report, expected);
@@ -221,5 +222,58 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
     timeout(LIMIT, guest.vm.ended()).await.unwrap();
     let asked = || guest.vm.console_tail().contains("asked to end");
     bhatti_testkit::wait_for("the process's last words", asked).await;
+    guest.remove().await;
+}
+
+#[tokio::test]
+async fn suspended_guest_stands_still_until_it_has_another_identity_or_is_woken() {
+    let guest = Guest::boot().await;
+    let ticking = "while :; do echo x >>/dev/shm/ticks; sleep 0.01; done";
+    guest.client.create_detached(shell(ticking)).await.unwrap();
+    let ticks = async || guest.client.stat("/dev/shm/ticks").await.map_or(0, |file| file.size);
+    let goes_on = async || {
+        let before = ticks().await;
+        let more = async { while ticks().await <= before {} };
+        timeout(LIMIT, more).await.expect("the process goes on");
+    };
+    goes_on().await;
+
+    guest.client.suspend(true).await.unwrap();
+    guest.client.suspend(false).await.unwrap();
+    let before = ticks().await;
+    // A command of the host's starts among the users', and stands still with them.
+    let (_input, mut output) = guest.client.exec(shell("echo started")).await.unwrap();
+    timeout(Duration::from_millis(200), output.next()).await.expect_err("nothing runs");
+    assert_eq!(ticks().await, before);
+
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let wall_clock_ns = u64::try_from(now.as_nanos()).unwrap();
+    let woken = Woken { entropy: "AAECAwQFBgc=".into(), wall_clock_ns };
+    guest.client.woken(&woken).await.unwrap();
+    let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert_eq!(said, ExecEvent::Stdout("started\n".into()));
+    goes_on().await;
+
+    // A guest that was never configured, as a template's is: the identity brings all of a configuration.
+    guest.client.suspend(false).await.unwrap();
+    let config = GuestConfig {
+        hostname: "fork".into(),
+        init: "hostname; sleep 1000".into(),
+        dns: vec!["192.0.2.53".into()],
+        ..GuestConfig::default()
+    };
+    let identity = Identity {
+        entropy: "AAECAwQFBgc=".into(),
+        wall_clock_ns,
+        machine_id: "0123456789abcdef0123456789abcdef".into(),
+        config,
+    };
+    let report = guest.client.assume_identity(&identity).await.unwrap();
+    assert_eq!(report.first_setup, Applied::Done);
+    let (_, _input, mut output) = guest.client.attach("init", None).await.unwrap();
+    let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert!(format!("{said:?}").contains("fork"), "{said:?}");
+    assert_eq!(guest.say(None, "cat /etc/resolv.conf").await, "nameserver 192.0.2.53\n");
+    goes_on().await;
     guest.remove().await;
 }

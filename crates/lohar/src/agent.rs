@@ -42,6 +42,8 @@ pub(crate) struct Agent {
     last_activity: Cell<i64>,
     shutdown_asked: Cell<bool>,
     shutdown: Notify,
+    suspended: Cell<bool>,
+    awake: Notify,
 }
 
 /// Something that is counted for as long as it lives.
@@ -80,6 +82,8 @@ impl Agent {
             last_activity: Cell::new(0),
             shutdown_asked: Cell::new(false),
             shutdown: Notify::new(),
+            suspended: Cell::new(false),
+            awake: Notify::new(),
         })
     }
 
@@ -138,6 +142,19 @@ impl Agent {
             active_sessions,
             attached_sessions,
             running_jobs: jobs + self.running_commands.get(),
+        }
+    }
+
+    /// Whether the users' processes stand still.
+    pub(crate) fn set_suspended(&self, suspended: bool) {
+        self.suspended.set(suspended);
+        self.awake.notify_waiters();
+    }
+
+    /// Waits until a process can be started: one that is born frozen never gets to its program, and whoever starts it waits for that.
+    pub(crate) async fn awake(&self) {
+        while self.suspended.get() {
+            self.awake.notified().await;
         }
     }
 

@@ -10,6 +10,7 @@
 //!  file       reads, writes, lists, changes and watches files
 //!  forward    relays a connection to a TCP port of the loopback
 //!  settings   what the host made of this guest, after the boot and after each restore
+//!  suspend    stands still around a snapshot
 //!  launch     starts a process as the right user in the right place
 //!  reaper     the only caller of wait(2)
 //! ```
@@ -35,6 +36,7 @@ pub mod ring;
 mod serve;
 mod session;
 mod settings;
+mod suspend;
 mod test_mode;
 mod user;
 mod vsock;

@@ -15,7 +15,7 @@ use crate::agent::Agent;
 use crate::connection::{Half, HostReader, HostWriter, Transport, split};
 use crate::limits::AUTH_LIMIT;
 use crate::refusal::{OpError, bad_json, host_gone, refused, tell};
-use crate::{exec, file, forward, session, settings};
+use crate::{exec, file, forward, session, settings, suspend};
 
 /// The pause after a failed accept.
 pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -98,7 +98,10 @@ async fn control<T: Transport>(
     let Some(frame) = first_frame(agent, &mut reader).await? else { return Ok(()) };
     *details = wants_details(&frame);
     match frame.frame_type {
-        FrameType::EXEC_REQ => exec::serve(agent, &frame, reader, writer).await,
+        FrameType::EXEC_REQ => {
+            agent.awake().await;
+            exec::serve(agent, &frame, reader, writer).await
+        }
         FrameType::FILE_READ_REQ => {
             agent.touch();
             file::read(&request(&frame)?, writer).await
@@ -145,6 +148,11 @@ async fn simple(agent: &Rc<Agent>, frame: &Frame) -> Result<(), OpError> {
         FrameType::FILE_REMOVE_REQ => file::remove(&request::<RemoveRequest>(frame)?).await,
         FrameType::FILE_RENAME_REQ => Ok(file::rename(&request::<RenameRequest>(frame)?)?),
         FrameType::CONFIG_REQ => settings::configure(agent, &request(frame)?),
+        FrameType::SUSPEND_REQ => suspend::suspend(agent, &request(frame)?).await,
+        FrameType::WOKEN_REQ => {
+            suspend::wake(agent, &request(frame)?);
+            Ok(())
+        }
         FrameType::SHUTDOWN_REQ => Ok(()),
         unknown => {
             Err(refused(ErrorKind::BadRequest, format!("unexpected frame type {unknown}")).into())

@@ -16,7 +16,7 @@ use crate::file::{Owner, parse_mode, write_whole};
 use crate::refusal::{OpError, refused};
 use crate::session::start_init;
 
-pub(crate) use identity::assume;
+pub(crate) use identity::{assume, feed_random, set_clock};
 
 /// Permission bits of a configured file that names none.
 const FILE_MODE: u32 = 0o644;
@@ -65,10 +65,14 @@ pub(crate) fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), O
     }
     write_files(agent, &config.files)?;
     agent.settings.borrow_mut().take_over(config);
+    start_init_of(agent, config);
+    Ok(())
+}
+
+fn start_init_of(agent: &Rc<Agent>, config: &GuestConfig) {
     if !config.init.is_empty() {
         start_init(agent, &config.init);
     }
-    Ok(())
 }
 
 fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Result<(), AgentError> {

@@ -11,14 +11,14 @@ use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{Applied, Identity, IdentityReport};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
-use super::{system, write_files};
+use super::{start_init_of, system, write_files};
 use crate::agent::Agent;
-use crate::netlink;
+use crate::{netlink, suspend};
 
 /// `RNDRESEEDCRNG` of linux/random.h: the generator takes its key anew from the pool.
 const RESEED: libc::c_ulong = 0x5207;
 
-/// Serves one `IDENTITY_REQ`: does all of it, whatever fails, and reports each part.
+/// Serves one `IDENTITY_REQ`: does all of it, whatever fails, and reports each part. Only then do the users' processes go on.
 pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let config = &identity.config;
     let guest = |apply: &dyn Fn() -> io::Result<()>| {
@@ -40,10 +40,20 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             Some(network) => guest(&|| netlink::configure(network)),
             None => Applied::Nothing,
         },
+        first_setup: if agent.settings.borrow().configured {
+            Applied::Nothing
+        } else {
+            guest(&|| system::apply_once(config).map_err(|error| io::Error::other(error.message)))
+        },
         // Those of the agent went with the channel. Without a network card there are no others.
         connections: Applied::Nothing,
     };
+    let first = !agent.settings.borrow().configured;
     agent.settings.borrow_mut().take_over(config);
+    suspend::thaw(agent);
+    if first {
+        start_init_of(agent, config);
+    }
     report
 }
 
@@ -55,7 +65,7 @@ fn applied(result: io::Result<()>) -> Applied {
 }
 
 /// Mixes the host's bytes into the pool, and only then has the generator take its key from it.
-fn feed_random(entropy: &str) -> io::Result<()> {
+pub(crate) fn feed_random(entropy: &str) -> io::Result<()> {
     let bytes = STANDARD.decode(entropy).map_err(io::Error::other)?;
     let mut random = File::options().write(true).open("/dev/urandom")?;
     random.write_all(&bytes)?;
@@ -65,7 +75,7 @@ fn feed_random(entropy: &str) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
+pub(crate) fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
     const SECOND_NS: u64 = 1_000_000_000;
     let tv_sec = i64::try_from(wall_clock_ns / SECOND_NS).map_err(io::Error::other)?;
     let tv_nsec = i64::try_from(wall_clock_ns % SECOND_NS).map_err(io::Error::other)?;

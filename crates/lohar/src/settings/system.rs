@@ -19,15 +19,20 @@ pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
         let failed = |error| io_refused("set hostname", Path::new(&config.hostname), &error);
         set_hostname(&config.hostname).map_err(failed)?;
     }
+    if let Some(network) = &config.network {
+        let failed = |error| io_refused("configure", Path::new(&network.interface), &error);
+        netlink::configure(network).map_err(failed)?;
+    }
+    apply_once(config)
+}
+
+/// Makes what a guest gets once and never again.
+pub(super) fn apply_once(config: &GuestConfig) -> Result<(), AgentError> {
     if !config.dns.is_empty() {
         let path = Path::new("/etc/resolv.conf");
         let lines: String =
             config.dns.iter().map(|server| format!("nameserver {server}\n")).collect();
         replace(path, &lines).map_err(|error| io_refused("write", path, &error))?;
-    }
-    if let Some(network) = &config.network {
-        let failed = |error| io_refused("configure", Path::new(&network.interface), &error);
-        netlink::configure(network).map_err(failed)?;
     }
     for volume in &config.volumes {
         let failed = |error| io_refused("mount", Path::new(&volume.mount), &error);
