@@ -47,7 +47,7 @@ impl AgentClient {
         let control = ExecControl { client: self.clone(), target };
         let half_close = self.channel.carries_half_close();
         let input = ExecInput { control, writer, half_close, ended: false };
-        Ok((input, ExecOutput { reader, first: None }))
+        Ok((input, ExecOutput { reader, first: None, _held: None }))
     }
 
     /// Runs a command to its end, and returns its exit code with all that it wrote.
@@ -172,9 +172,16 @@ impl ExecInput {
 pub struct ExecOutput {
     pub(crate) reader: Reader,
     pub(crate) first: Option<ExecEvent>,
+    pub(crate) _held: Option<Box<dyn Send + Sync>>,
 }
 
 impl ExecOutput {
+    /// Keeps something for as long as the output is waited for.
+    #[must_use]
+    pub fn holding(self, held: impl Send + Sync + 'static) -> Self {
+        Self { _held: Some(Box::new(held)), ..self }
+    }
+
     /// Waits until the command runs, for agents that say so: a guest that hangs is told from a command that is silent.
     ///
     /// # Errors

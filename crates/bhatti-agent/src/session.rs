@@ -99,7 +99,11 @@ impl AgentClient {
         // To a session, the end of the connection says that its client has left.
         let control = ExecControl { client: self.clone(), target };
         let input = ExecInput { control, writer, half_close: false, ended: false };
-        Ok((info, input, SessionOutput { output: ExecOutput { reader, first: None }, position }))
+        Ok((
+            info,
+            input,
+            SessionOutput { output: ExecOutput { reader, first: None, _held: None }, position },
+        ))
     }
 
     /// All sessions, oldest first.

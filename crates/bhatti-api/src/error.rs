@@ -34,6 +34,10 @@ pub enum ErrorCode {
     ConnectionLost,
     /// Something has to be set up on this host first.
     NotSetUp,
+    /// The host has no memory for it right now: try again later.
+    Busy,
+    /// A snapshot is damaged, or was taken on another machine or before the disk was written.
+    SnapshotUnusable,
     /// The virtual machine did not come up.
     BootFailed,
     /// The daemon is at fault.

@@ -14,5 +14,7 @@ pub use exec::{
     StreamServerMessage, channel,
 };
 pub use health::Health;
-pub use sandbox::{CreateSandbox, Deleted, Sandbox};
+pub use sandbox::{
+    CreateSandbox, Deleted, ForkSandbox, Forks, Sandbox, StartSandbox, UpdateSandbox,
+};
 pub use user::{CreateUser, CreatedUser, User};

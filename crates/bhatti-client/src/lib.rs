@@ -14,7 +14,8 @@ mod connect;
 mod stream;
 
 use bhatti_api::{
-    CreateSandbox, CreateUser, CreatedUser, Deleted, ErrorBody, Health, Sandbox, User,
+    CreateSandbox, CreateUser, CreatedUser, Deleted, ErrorBody, ForkSandbox, Forks, Health,
+    Sandbox, StartSandbox, UpdateSandbox, User,
 };
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
@@ -105,6 +106,68 @@ impl Client {
     /// Returns an error if the call fails.
     pub async fn inspect(&self, sandbox: &str) -> Result<Sandbox, ClientError> {
         self.call(Method::GET, &sandbox_path(sandbox, ""), None::<&()>).await
+    }
+
+    /// Changes a sandbox.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn update(
+        &self,
+        sandbox: &str,
+        request: &UpdateSandbox,
+    ) -> Result<Sandbox, ClientError> {
+        self.call(Method::PATCH, &sandbox_path(sandbox, ""), Some(request)).await
+    }
+
+    /// Pauses a sandbox until somebody uses it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn pause(&self, sandbox: &str) -> Result<Sandbox, ClientError> {
+        self.call(Method::POST, &sandbox_path(sandbox, "/pause"), None::<&()>).await
+    }
+
+    /// Makes a sandbox hot, unless it was stopped.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn resume(&self, sandbox: &str) -> Result<Sandbox, ClientError> {
+        self.call(Method::POST, &sandbox_path(sandbox, "/resume"), None::<&()>).await
+    }
+
+    /// Saves a sandbox and ends its VM, until it is started.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn stop(&self, sandbox: &str) -> Result<Sandbox, ClientError> {
+        self.call(Method::POST, &sandbox_path(sandbox, "/stop"), None::<&()>).await
+    }
+
+    /// Starts a sandbox that was stopped.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn start(
+        &self,
+        sandbox: &str,
+        request: &StartSandbox,
+    ) -> Result<Sandbox, ClientError> {
+        self.call(Method::POST, &sandbox_path(sandbox, "/start"), Some(request)).await
+    }
+
+    /// Forks a sandbox: its memory, its processes and its disk.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn fork(&self, sandbox: &str, request: &ForkSandbox) -> Result<Forks, ClientError> {
+        self.call(Method::POST, &sandbox_path(sandbox, "/fork"), Some(request)).await
     }
 
     /// Destroys a sandbox.

@@ -75,6 +75,8 @@ pub struct VmSpec {
     pub initramfs: PathBuf,
     /// The root file system that the root disk begins as. Never written.
     pub root_base: PathBuf,
+    /// Whether the disk that is in `directory` already is the root disk, with all that is on it.
+    pub keep_disk: bool,
     /// How long it may take until the agent answers.
     pub boot_limit: Duration,
 }

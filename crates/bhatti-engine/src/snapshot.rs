@@ -1,7 +1,7 @@
 //! Saving a VM and starting it again.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,9 +90,6 @@ pub trait Staged: Send + Sync {
     ///
     /// Not cancel safe: the VMM stays.
     async fn load(self: Box<Self>) -> Result<Arc<dyn Vm>, RestoreError>;
-
-    /// The directory has been renamed.
-    fn moved(&mut self, directory: &Path);
 }
 
 /// A VM could not be saved. It is as it was before.

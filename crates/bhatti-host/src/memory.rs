@@ -20,6 +20,18 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const OF_FILE: u64 = 1 << 61;
 
+/// The machine's memory, in bytes.
+///
+/// # Errors
+///
+/// Returns an error if the kernel does not say.
+pub fn machine_bytes() -> io::Result<u64> {
+    let info = fs::read_to_string("/proc/meminfo")?;
+    let kib = info.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap_or_default();
+    let kib: u64 = kib.trim().trim_end_matches(" kB").parse().map_err(io::Error::other)?;
+    Ok(kib << 10)
+}
+
 /// The pages of a file that a process maps, in its memory.
 #[derive(Debug)]
 pub struct MappedFile {

@@ -117,7 +117,13 @@ impl Engine for QemuEngine {
         match vm::boot(spec, &self.setup, tsc_khz).await {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(error) => {
-                self.clean_up(spec.id, &spec.directory).await;
+                if spec.keep_disk {
+                    self.kill(spec.id, &spec.directory).await.unwrap_or_else(|left| {
+                        tracing::error!(sandbox = %spec.id, error = %left, "Failed to end a VM that did not boot");
+                    });
+                } else {
+                    self.clean_up(spec.id, &spec.directory).await;
+                }
                 Err(error)
             }
         }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -194,9 +194,5 @@ impl Staged for Waiting {
         let vm =
             QemuVm::attach(self.process, &self.directory, self.machine, self.qmp, self.depends_on);
         Ok(Arc::new(vm.map_err(file("connect to the VM's console"))?))
-    }
-
-    fn moved(&mut self, directory: &Path) {
-        directory.clone_into(&mut self.directory);
     }
 }

@@ -73,7 +73,11 @@ pub(crate) async fn boot(
 fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
     let directory = &spec.directory;
     create_private(directory).map_err(|source| ("create the VM's directory", source))?;
+    let kept = spec.keep_disk.then(|| Record::read(directory));
     let make_disk = || {
+        if let Some(record) = kept {
+            return Ok(record?.machine.disk);
+        }
         let base = spec.root_base.file_name().and_then(|name| name.to_str());
         let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
         files::share(&spec.root_base, directory, base)?;
@@ -82,7 +86,8 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         Ok(disk)
     };
     let disk = make_disk().map_err(|source| ("create the root disk", source))?;
-    let memory = files::create_empty_memory(directory, spec.memory)
+    let memory = files::remove_other_memory(directory, "")
+        .and_then(|()| files::create_empty_memory(directory, spec.memory))
         .map_err(|source| ("create the memory's file", source))?;
     Ok(Machine::new(spec.cpus, spec.memory, memory, disk))
 }

@@ -46,6 +46,7 @@ async fn on_trial(part: impl AsyncFnOnce(&Bench<'_>)) {
         kernel: files.kernel,
         initramfs: files.initramfs,
         root_base: files.root,
+        keep_disk: false,
         boot_limit: LIMIT,
     };
     let _killer = Killer(directory.path().to_owned());

@@ -43,6 +43,7 @@ impl Guest {
             kernel: files.kernel,
             initramfs: files.initramfs,
             root_base: files.root,
+            keep_disk: false,
             boot_limit: LIMIT,
         };
         let engine = QemuEngine::new(PROGRAM.into());

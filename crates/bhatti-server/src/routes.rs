@@ -20,7 +20,15 @@ pub(crate) fn router() -> Router<AppState> {
     Router::new()
         .route("/health", get(health::get))
         .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
-        .route("/sandboxes/{sandbox}", get(sandboxes::get).delete(sandboxes::destroy))
+        .route(
+            "/sandboxes/{sandbox}",
+            get(sandboxes::get).patch(sandboxes::update).delete(sandboxes::destroy),
+        )
+        .route("/sandboxes/{sandbox}/pause", post(sandboxes::pause))
+        .route("/sandboxes/{sandbox}/resume", post(sandboxes::resume))
+        .route("/sandboxes/{sandbox}/stop", post(sandboxes::stop))
+        .route("/sandboxes/{sandbox}/start", post(sandboxes::start))
+        .route("/sandboxes/{sandbox}/fork", post(sandboxes::fork))
         .route("/sandboxes/{sandbox}/exec", post(exec::run))
         .route("/sandboxes/{sandbox}/exec/ws", get(exec_stream::run))
         .route("/users", get(users::list).post(users::create))

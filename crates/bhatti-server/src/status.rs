@@ -3,16 +3,22 @@
 use std::io;
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
-use bhatti_engine::BootError;
+use bhatti_engine::{BootError, RestoreError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{StoreError, UserInsertError};
-use bhatti_supervisor::{CreateError, DestroyError, UseError};
+use bhatti_supervisor::{
+    Busy, CreateError, DestroyError, ForkError, TemplateError, TransitionError, UseError,
+};
 use bhatti_types::{Denied, Report};
 use serde::Serialize;
+
+/// When to come back to a host whose memory is in use, in seconds.
+const RETRY_AFTER_SEC: &str = "10";
 
 /// An error for the caller. [`crate::request_id`] gives it its body.
 #[derive(Clone, Debug)]
@@ -46,6 +52,9 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = status(self.code).into_response();
+        if self.code == ErrorCode::Busy {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SEC));
+        }
         response.extensions_mut().insert(self);
         response
     }
@@ -66,10 +75,12 @@ const fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::Forbidden => StatusCode::FORBIDDEN,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::NameTaken | ErrorCode::WrongState => StatusCode::CONFLICT,
+        ErrorCode::NameTaken | ErrorCode::WrongState | ErrorCode::SnapshotUnusable => {
+            StatusCode::CONFLICT
+        }
         ErrorCode::BodyTooLarge | ErrorCode::OutputTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::ConnectionLost => StatusCode::BAD_GATEWAY,
-        ErrorCode::NotSetUp => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::NotSetUp | ErrorCode::Busy => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::BootFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -97,22 +108,88 @@ impl From<CreateError> for ApiError {
             CreateError::Images(bhatti_image::StoreError::Missing(missing)) => {
                 Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
             }
-            CreateError::Boot(BootError::NotInstalled { .. }) => {
-                Self::new(ErrorCode::NotSetUp, Report(&error).to_string())
-                    .hint("`bhatti doctor` says how to install it")
+            CreateError::Busy(busy) | CreateError::Template(TemplateError::Busy(busy)) => {
+                (*busy).into()
             }
-            // The guest's own last words hold no path of this host.
-            CreateError::Boot(boot @ (BootError::Ended { .. } | BootError::TimedOut { .. })) => {
-                tracing::warn!(error = %boot, "Sandbox did not boot");
-                Self::new(ErrorCode::BootFailed, boot.to_string())
-            }
-            CreateError::Boot(_)
+            CreateError::TooMuchEnvironment => Self::new(ErrorCode::BadRequest, error.to_string()),
+            CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
+            CreateError::Boot(boot) => boot_error(boot, &error),
+            CreateError::Restore(restore) => restore_error(restore),
+            CreateError::Template(_)
+            | CreateError::Vmm(_)
             | CreateError::Unconfigured(_)
             | CreateError::Images(_)
             | CreateError::Store(_)
-            | CreateError::Entropy
+            | CreateError::Entropy(_)
             | CreateError::Name(_)
             | CreateError::Interrupted => Self::internal(&error),
+        }
+    }
+}
+
+fn boot_error(boot: &BootError, whole: &dyn std::error::Error) -> ApiError {
+    match boot {
+        BootError::NotInstalled { .. } => {
+            ApiError::new(ErrorCode::NotSetUp, Report(whole).to_string())
+                .hint("`bhatti doctor` says how to install it")
+        }
+        // The guest's own last words hold no path of this host.
+        BootError::Ended { .. } | BootError::TimedOut { .. } => {
+            tracing::warn!(error = %boot, "Sandbox did not boot");
+            ApiError::new(ErrorCode::BootFailed, boot.to_string())
+        }
+        BootError::Prepare { .. } => ApiError::internal(whole),
+    }
+}
+
+fn restore_error(error: &RestoreError) -> ApiError {
+    match error {
+        RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale => {
+            tracing::warn!(error = %Report(error), "Snapshot cannot be used");
+            ApiError::new(ErrorCode::SnapshotUnusable, error.to_string())
+                .hint("boot it from its disk, without its memory: bhatti start --cold-boot NAME")
+        }
+        RestoreError::Vmm { .. } | RestoreError::File { .. } => ApiError::internal(error),
+    }
+}
+
+impl From<Busy> for ApiError {
+    fn from(busy: Busy) -> Self {
+        let error = Self::new(ErrorCode::Busy, busy.to_string());
+        match busy {
+            Busy::InUse { .. } => error.hint("try again later, or stop or destroy a sandbox"),
+            Busy::TooLarge { .. } => Self { code: ErrorCode::BadRequest, ..error }
+                .hint("ask for less memory, or raise memory_budget_mb in the configuration"),
+        }
+    }
+}
+
+impl From<TransitionError> for ApiError {
+    fn from(error: TransitionError) -> Self {
+        match &error {
+            TransitionError::Denied(denied) => (*denied).into(),
+            TransitionError::Busy(busy) => (*busy).into(),
+            TransitionError::Restore(restore) => restore_error(restore),
+            TransitionError::Boot(boot) => boot_error(boot, &error),
+            TransitionError::Vmm(_)
+            | TransitionError::Save(_)
+            | TransitionError::Unconfigured(_)
+            | TransitionError::End(_)
+            | TransitionError::Consume(_)
+            | TransitionError::Store(_)
+            | TransitionError::Entropy(_)
+            | TransitionError::Restless => Self::internal(&error),
+        }
+    }
+}
+
+impl From<ForkError> for ApiError {
+    fn from(error: ForkError) -> Self {
+        match error {
+            ForkError::Use(error) => error.into(),
+            ForkError::Parent(error) => error.into(),
+            ForkError::Create(error) => error.into(),
+            ForkError::Count(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
         }
     }
 }
@@ -125,6 +202,7 @@ impl From<UseError> for ApiError {
             }
             UseError::Denied(denied) => denied.into(),
             UseError::Exec(error) => error.into(),
+            UseError::Transition(error) => error.into(),
             UseError::Destroy(DestroyError::AlreadyGone) => {
                 Self::new(ErrorCode::NotFound, error.to_string())
             }
@@ -137,7 +215,10 @@ impl From<Denied> for ApiError {
     fn from(denied: Denied) -> Self {
         let error = Self::new(ErrorCode::WrongState, denied.to_string());
         match denied {
-            Denied::Failed(_) => error.hint("destroy it and create another: bhatti destroy NAME"),
+            Denied::Failed(_) => error.hint(
+                "boot it from its disk: bhatti start --cold-boot NAME, or destroy it: bhatti destroy NAME",
+            ),
+            Denied::Stopped => error.hint("start it: bhatti start NAME"),
             Denied::StillCreating => error.hint("wait until it is running"),
             Denied::Destroyed => error,
         }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use rusqlite::Connection;
 
-pub use sandboxes::{InsertError, SandboxRow};
+pub use sandboxes::{InsertError, NewSandbox, SandboxRow};
 pub use users::{UserInsertError, UserRow};
 
 /// The store's file in the data directory.

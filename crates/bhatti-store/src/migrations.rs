@@ -6,7 +6,8 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 1] = ["
+const STEPS: [&str; 2] = [
+    "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
         name         TEXT NOT NULL UNIQUE,
@@ -30,7 +31,49 @@ const STEPS: [&str; 1] = ["
     ) STRICT;
 
     CREATE UNIQUE INDEX sandboxes_name ON sandboxes (owner, name) WHERE state <> 'destroyed';
-"];
+",
+    // Sandboxes that sleep, what they came from, who they are to their guests; named snapshots.
+    "
+    CREATE TABLE sandboxes_2 (
+        id          TEXT PRIMARY KEY,
+        owner       TEXT NOT NULL REFERENCES users (id),
+        name        TEXT NOT NULL,
+        state       TEXT NOT NULL CHECK (state IN ('creating', 'running', 'stopped', 'failed', 'destroyed')),
+        fail_reason TEXT CHECK ((fail_reason IS NOT NULL) = (state = 'failed')),
+        cpus        INTEGER NOT NULL CHECK (cpus > 0),
+        memory_mib  INTEGER NOT NULL CHECK (memory_mib > 0),
+        environment TEXT NOT NULL,
+        created_at  TEXT NOT NULL,
+        keep_hot    INTEGER NOT NULL CHECK (keep_hot IN (0, 1)),
+        origin      TEXT NOT NULL,
+        agent_token TEXT NOT NULL,
+        identity    TEXT
+    ) STRICT;
+
+    INSERT INTO sandboxes_2 (id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at,
+                             keep_hot, origin, agent_token, identity)
+        SELECT id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, 0, 'boot', '', NULL
+        FROM sandboxes;
+    DROP TABLE sandboxes;
+    ALTER TABLE sandboxes_2 RENAME TO sandboxes;
+    CREATE UNIQUE INDEX sandboxes_name ON sandboxes (owner, name) WHERE state <> 'destroyed';
+
+    CREATE TABLE snapshots (
+        id           TEXT PRIMARY KEY,
+        owner        TEXT NOT NULL REFERENCES users (id),
+        name         TEXT NOT NULL,
+        sandbox_id   TEXT NOT NULL,
+        sandbox_name TEXT NOT NULL,
+        cpus         INTEGER NOT NULL CHECK (cpus > 0),
+        memory_mib   INTEGER NOT NULL CHECK (memory_mib > 0),
+        agent_token  TEXT NOT NULL,
+        memory_kind  TEXT NOT NULL CHECK (memory_kind IN ('full', 'diff')),
+        memory_bytes INTEGER NOT NULL,
+        created_at   TEXT NOT NULL,
+        UNIQUE (owner, name)
+    ) STRICT;
+",
+];
 
 /// Takes the steps that are missing, each in a transaction of its own.
 pub(crate) fn run(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {

@@ -9,8 +9,7 @@ use rusqlite::{ErrorCode, OptionalExtension, Row, params};
 
 use crate::{Store, StoreError, changed_one, now};
 
-const COLUMNS: &str =
-    "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at";
+const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, identity";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +24,27 @@ pub struct SandboxRow {
     pub state: SandboxState,
     /// When it was made (RFC 3339).
     pub created_at: String,
+    /// What it was made from: `boot`, or `template`, `sandbox` or `snapshot` and an id.
+    pub origin: String,
+    /// What its agent wants every connection to begin with; nothing if empty.
+    pub agent_token: String,
+    /// What its guest did to become itself, in JSON.
+    pub identity: Option<String>,
+}
+
+/// A sandbox to be added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSandbox {
+    /// Its id.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub owner: UserId,
+    /// What it was asked to be.
+    pub spec: SandboxSpec,
+    /// See [`SandboxRow::origin`].
+    pub origin: String,
+    /// See [`SandboxRow::agent_token`].
+    pub agent_token: String,
 }
 
 /// A sandbox could not be added.
@@ -44,17 +64,22 @@ impl Store {
     /// # Errors
     ///
     /// Returns [`InsertError::NameTaken`] if its owner has a sandbox of that name.
-    pub fn insert_sandbox(
-        &self,
-        id: SandboxId,
-        owner: UserId,
-        spec: SandboxSpec,
-    ) -> Result<SandboxRow, InsertError> {
-        let row = SandboxRow { id, owner, spec, state: SandboxState::Creating, created_at: now() };
+    pub fn insert_sandbox(&self, new: NewSandbox) -> Result<SandboxRow, InsertError> {
+        let NewSandbox { id, owner, spec, origin, agent_token } = new;
+        let row = SandboxRow {
+            id,
+            owner,
+            spec,
+            state: SandboxState::Creating,
+            created_at: now(),
+            origin,
+            agent_token,
+            identity: None,
+        };
         let (state, reason) = state_columns(row.state);
         let inserted = self.connection.lock().execute(
             &format!(
-                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
+                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL)"
             ),
             params![
                 row.id.to_string(),
@@ -66,6 +91,9 @@ impl Store {
                 row.spec.memory.get(),
                 environment_text(&row.spec.environment),
                 row.created_at,
+                row.spec.keep_hot,
+                row.origin,
+                row.agent_token,
             ],
         );
         match inserted {
@@ -99,6 +127,18 @@ impl Store {
             .transpose()
     }
 
+    /// The sandbox of this id.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn get_sandbox(&self, id: SandboxId) -> Result<Option<SandboxRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query =
+            connection.prepare_cached(&format!("SELECT {COLUMNS} FROM sandboxes WHERE id = ?1"))?;
+        query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
+    }
+
     /// The sandboxes of `owner`, or of everybody, newest first.
     ///
     /// # Errors
@@ -123,6 +163,30 @@ impl Store {
         let mut query = connection
             .prepare_cached("SELECT count(*) FROM sandboxes WHERE state <> 'destroyed'")?;
         Ok(query.query_row([], |row| row.get(0))?)
+    }
+
+    /// Writes down what a sandbox's guest did to become itself.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
+    pub fn set_sandbox_identity(&self, id: SandboxId, report: &str) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        let mut update =
+            connection.prepare_cached("UPDATE sandboxes SET identity = ?2 WHERE id = ?1")?;
+        changed_one(update.execute(params![id.to_string(), report])?)
+    }
+
+    /// Writes down whether a sandbox stays hot.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
+    pub fn set_sandbox_keep_hot(&self, id: SandboxId, keep_hot: bool) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        let mut update =
+            connection.prepare_cached("UPDATE sandboxes SET keep_hot = ?2 WHERE id = ?1")?;
+        changed_one(update.execute(params![id.to_string(), keep_hot])?)
     }
 
     /// Writes down where a sandbox stands.
@@ -152,7 +216,10 @@ impl Store {
 const fn state_columns(state: SandboxState) -> (&'static str, Option<&'static str>) {
     let reason = match state {
         SandboxState::Failed(reason) => Some(reason.as_str()),
-        SandboxState::Creating | SandboxState::Running | SandboxState::Destroyed => None,
+        SandboxState::Creating
+        | SandboxState::Running
+        | SandboxState::Stopped
+        | SandboxState::Destroyed => None,
     };
     (state.as_str(), reason)
 }
@@ -184,6 +251,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
     let state = match (text(3)?.as_str(), reason) {
         ("creating", None) => SandboxState::Creating,
         ("running", None) => SandboxState::Running,
+        ("stopped", None) => SandboxState::Stopped,
         ("destroyed", None) => SandboxState::Destroyed,
         ("failed", Some(reason)) => {
             SandboxState::Failed(reason.parse().map_err(|error| damaged(&error))?)
@@ -198,9 +266,13 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             cpus: CpuCount::try_from(number(5)?).map_err(|error| damaged(&error))?,
             memory: MemoryMib::try_from(number(6)?).map_err(|error| damaged(&error))?,
             environment: parse_environment(&text(7)?)?,
+            keep_hot: row.get(9)?,
         },
         state,
         created_at: text(8)?,
+        origin: text(10)?,
+        agent_token: text(11)?,
+        identity: row.get(12)?,
     })
 }
 
@@ -222,6 +294,17 @@ mod tests {
             cpus: CpuCount::try_from(2).unwrap(),
             memory: MemoryMib::DEFAULT,
             environment: Environment::try_from(BTreeMap::from(variables)).unwrap(),
+            keep_hot: true,
+        }
+    }
+
+    fn new(id: SandboxId) -> NewSandbox {
+        NewSandbox {
+            id,
+            owner: UserId::ADMIN,
+            spec: spec("dev"),
+            origin: "template x".to_owned(),
+            agent_token: "secret".to_owned(),
         }
     }
 
@@ -234,24 +317,29 @@ mod tests {
     #[test]
     fn row_survives_with_every_field() {
         let (data, store) = store();
-        let inserted = store.insert_sandbox(id(1), UserId::ADMIN, spec("dev")).unwrap();
+        let inserted = store.insert_sandbox(new(id(1))).unwrap();
+        store.set_sandbox_identity(id(1), "{}").unwrap();
+        store.set_sandbox_keep_hot(id(1), false).unwrap();
+        let identity = Some("{}".to_owned());
+        let spec = SandboxSpec { keep_hot: false, ..inserted.spec };
+        let expected = SandboxRow { identity, spec, ..inserted };
         drop(store);
 
         let store = Store::open(data.path()).unwrap();
 
-        assert_eq!(store.find_sandbox(UserId::ADMIN, "dev").unwrap(), Some(inserted));
+        assert_eq!(store.find_sandbox(UserId::ADMIN, "dev").unwrap(), Some(expected));
     }
 
     #[test]
     fn name_is_taken_until_its_sandbox_is_destroyed() {
         let (_data, store) = store();
-        store.insert_sandbox(id(1), UserId::ADMIN, spec("dev")).unwrap();
+        store.insert_sandbox(new(id(1))).unwrap();
 
-        let taken = store.insert_sandbox(id(2), UserId::ADMIN, spec("dev"));
+        let taken = store.insert_sandbox(new(id(2)));
         assert!(matches!(taken, Err(InsertError::NameTaken(_))));
 
         store.set_sandbox_state(id(1), SandboxState::Destroyed).unwrap();
-        store.insert_sandbox(id(3), UserId::ADMIN, spec("dev")).unwrap();
+        store.insert_sandbox(new(id(3))).unwrap();
         assert_eq!(store.count_sandboxes().unwrap(), 1);
     }
 
@@ -262,7 +350,7 @@ mod tests {
             .insert_user("other".parse().unwrap(), UserId::from_entropy([9; 8]), &[1; 32])
             .unwrap()
             .id;
-        let row = store.insert_sandbox(id(1), UserId::ADMIN, spec("dev")).unwrap();
+        let row = store.insert_sandbox(new(id(1))).unwrap();
 
         for called in ["dev", &id(1).to_string()] {
             assert_eq!(store.find_sandbox(UserId::ADMIN, called).unwrap().as_ref(), Some(&row));
@@ -274,10 +362,11 @@ mod tests {
     #[test]
     fn every_state_survives() {
         let (_data, store) = store();
-        store.insert_sandbox(id(1), UserId::ADMIN, spec("dev")).unwrap();
+        store.insert_sandbox(new(id(1))).unwrap();
 
         for state in [
             SandboxState::Running,
+            SandboxState::Stopped,
             SandboxState::Failed(FailReason::VmmExited),
             SandboxState::Destroyed,
         ] {

@@ -1,25 +1,33 @@
-//! Creating a sandbox.
+//! Creating a sandbox: by forking a template, or something that was saved, or by booting.
 
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_agent::{AgentClient, CallError};
-use bhatti_engine::{BootError, Vm, VmSpec};
+use bhatti_agent::CallError;
+use bhatti_engine::{BootError, RestoreError, Vm, VmSpec, VmmError};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
-use bhatti_proto::GuestConfig;
-use bhatti_store::{InsertError, SandboxRow, StoreError};
+use bhatti_proto::{Applied, IdentityReport};
+use bhatti_store::{InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
     CpuCount, Environment, MemoryMib, ParseNameError, Report, SandboxId, SandboxName, SandboxSpec,
     SandboxState, UserId,
 };
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
+use crate::access::Running;
+use crate::admission::Busy;
 use crate::driver::{Driver, directory};
+use crate::identity::{self, random, random_hex};
+use crate::spares::{self, Spare, Stage};
+use crate::steps::Step;
+use crate::templates::{Recipe, Template, TemplateError};
 use crate::{Shared, Supervisor};
 
-/// How long a guest that has booted may take to be configured.
+/// How long a guest that runs may take to be told who it is.
 const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a sandbox is asked to be. What is left out is chosen.
@@ -33,6 +41,10 @@ pub struct SandboxRequest {
     pub memory: Option<MemoryMib>,
     /// The environment of its processes.
     pub environment: Environment,
+    /// Whether it stays hot.
+    pub keep_hot: bool,
+    /// Whether it boots, rather than being forked from a template.
+    pub cold_boot: bool,
 }
 
 /// A sandbox could not be created. Nothing of it is left.
@@ -47,6 +59,18 @@ pub enum CreateError {
     /// Its VM did not boot.
     #[error("failed to boot the sandbox")]
     Boot(#[from] BootError),
+    /// Its template could not be made.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// What it was to be forked from cannot be used.
+    #[error("failed to fork the sandbox")]
+    Restore(#[from] RestoreError),
+    /// Its VM could not be started.
+    #[error("failed to start the sandbox's virtual machine")]
+    Vmm(#[from] VmmError),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Busy(#[from] Busy),
     /// Its guest did not take its configuration.
     #[error("failed to configure the sandbox's guest")]
     Unconfigured(#[source] CallError),
@@ -55,10 +79,13 @@ pub enum CreateError {
     Store(#[from] StoreError),
     /// This host gives no random bytes.
     #[error("failed to draw an id")]
-    Entropy,
+    Entropy(#[from] getrandom::Error),
     /// A name could not be made up.
     #[error(transparent)]
     Name(#[from] ParseNameError),
+    /// Its environment is too long.
+    #[error("the environment is too long together with the parent's")]
+    TooMuchEnvironment,
     /// The daemon is going down.
     #[error("the daemon stopped before the sandbox was up")]
     Interrupted,
@@ -69,6 +96,34 @@ impl From<InsertError> for CreateError {
         match error {
             InsertError::NameTaken(name) => Self::NameTaken(name),
             InsertError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
+/// What a sandbox begins as.
+pub(crate) enum Beginning {
+    /// Nothing: it boots.
+    Boot(BootFiles),
+    /// A template.
+    Template { recipe: Recipe, template: Template, spare: Option<Spare> },
+    /// Something that was saved: its directory, and what its agent wants every connection to begin with.
+    Saved { snapshot: PathBuf, token: String, origin: String },
+}
+
+impl Beginning {
+    fn origin(&self) -> String {
+        match self {
+            Self::Boot(_) => "boot".to_owned(),
+            Self::Template { template, .. } => format!("template {}", template.key),
+            Self::Saved { origin, .. } => origin.clone(),
+        }
+    }
+
+    /// A spare lies where its sandbox will lie.
+    fn id(&self) -> Option<SandboxId> {
+        match self {
+            Self::Template { spare: Some(spare), .. } => Some(spare.id),
+            _ => None,
         }
     }
 }
@@ -91,36 +146,84 @@ impl Supervisor {
         let shared = &self.shared;
         // Before there is a row: what is not set up at all needs none.
         let files = boot_files(shared).await?;
-        let entropy = entropy()?;
-        let id = SandboxId::from_entropy(entropy);
-        let name = match request.name {
-            Some(name) => name,
-            None => {
-                format!("sandbox-{:02x}{:02x}{:02x}", entropy[0], entropy[1], entropy[2]).parse()?
-            }
-        };
         let spec = SandboxSpec {
-            name,
+            name: request.name.map_or_else(made_up_name, Ok)?,
             cpus: request.cpus.unwrap_or(CpuCount::ONE),
             memory: request.memory.unwrap_or(MemoryMib::DEFAULT),
             environment: request.environment,
+            keep_hot: request.keep_hot,
         };
-        let row = shared.store.insert_sandbox(id, owner, spec)?;
-        let driver = Driver::register(shared, id, SandboxState::Creating, None);
+        let beginning = if request.cold_boot {
+            Beginning::Boot(files)
+        } else {
+            let recipe = Recipe { files, cpus: spec.cpus, memory: spec.memory };
+            let template = shared.templates.get(shared, &recipe).await?;
+            let spare = shared.spares.take(&template);
+            Beginning::Template { recipe, template, spare }
+        };
+        self.create_from(owner, spec, beginning).await
+    }
+
+    /// Makes the template of sandboxes that ask for nothing in particular, unless it is there.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed.
+    pub async fn warm_up(&self) -> Result<(), CreateError> {
+        let shared = &self.shared;
+        let files = boot_files(shared).await?;
+        let recipe = Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
+        let template = shared.templates.get(shared, &recipe).await?;
+        shared.spares.fill(shared, &template, recipe.memory).await;
+        Ok(())
+    }
+
+    /// Starts what is kept ready, if there is a template to start it from.
+    pub async fn get_ready(&self) {
+        let shared = &self.shared;
+        let Ok(files) = boot_files(shared).await else { return };
+        let recipe = Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
+        if let Some(template) = shared.templates.find(shared, &recipe) {
+            shared.spares.fill(shared, &template, recipe.memory).await;
+        }
+    }
+
+    pub(crate) async fn create_from(
+        &self,
+        owner: UserId,
+        spec: SandboxSpec,
+        beginning: Beginning,
+    ) -> Result<SandboxRow, CreateError> {
+        let shared = &self.shared;
+        let id = match beginning.id() {
+            Some(id) => id,
+            None => SandboxId::from_entropy(random()?),
+        };
+        let (origin, agent_token) = (beginning.origin(), random_hex()?);
+        let new = NewSandbox { id, owner, spec, origin, agent_token };
+        let row = match shared.store.insert_sandbox(new) {
+            Ok(row) => row,
+            Err(error) => {
+                if let Beginning::Template { spare: Some(spare), .. } = beginning {
+                    shared.spares.put_back(spare);
+                }
+                return Err(error.into());
+            }
+        };
+        let driver = Driver::register(shared, &row, SandboxState::Creating);
+        driver.reached(Step::Inserted);
         let (reply, created) = oneshot::channel();
         let shared = Arc::clone(shared);
         // In a task of its own: the caller may go away, the sandbox is to be up or gone all the same.
         tokio::spawn(async move {
-            match boot(&shared, &driver, &row, &files).await {
-                Ok(()) => {
-                    drop(reply.send(Ok(SandboxRow { state: SandboxState::Running, ..row })));
+            match bring_up(&shared, &driver, &row, beginning).await {
+                Ok(identity) => {
+                    let row = SandboxRow { state: SandboxState::Running, identity, ..row };
+                    drop(reply.send(Ok(row)));
                     driver.run().await;
                 }
                 Err(error) => {
-                    if let Err(error) = driver.abandon() {
-                        error!(sandbox = %id, error = %Report(&error), "Failed to forget a sandbox that did not boot");
-                    }
-                    drop(reply.send(Err(error)));
+                    drop(reply.send(Err(undo(&shared, driver, error).await)));
                 }
             }
         });
@@ -128,7 +231,12 @@ impl Supervisor {
     }
 }
 
-async fn boot_files(shared: &Arc<Shared>) -> Result<BootFiles, CreateError> {
+pub(crate) fn made_up_name() -> Result<SandboxName, CreateError> {
+    let [a, b, c] = random()?;
+    Ok(format!("sandbox-{a:02x}{b:02x}{c:02x}").parse()?)
+}
+
+pub(crate) async fn boot_files(shared: &Arc<Shared>) -> Result<BootFiles, CreateError> {
     let shared = Arc::clone(shared);
     let found = tokio::task::spawn_blocking(move || {
         shared.config.images.boot_files(DEFAULT_IMAGE, &shared.config.lohar)
@@ -136,54 +244,171 @@ async fn boot_files(shared: &Arc<Shared>) -> Result<BootFiles, CreateError> {
     Ok(found.await.map_err(|_| CreateError::Interrupted)??)
 }
 
+/// Takes away what there is of a sandbox that did not come up.
+async fn undo(shared: &Shared, driver: Driver, error: CreateError) -> CreateError {
+    let id = driver.id;
+    if let Err(left) = shared.engine.remove(id, &driver.directory()).await {
+        error!(sandbox = %id, error = %Report(&left), "Failed to remove a sandbox that did not come up");
+    }
+    if let Err(error) = driver.abandon() {
+        error!(sandbox = %id, error = %Report(&error), "Failed to forget a sandbox that did not come up");
+    }
+    error
+}
+
+/// Brings a sandbox's VM up, and makes it this sandbox's own. Returns what its guest did for that.
+async fn bring_up(
+    shared: &Arc<Shared>,
+    driver: &Driver,
+    row: &SandboxRow,
+    beginning: Beginning,
+) -> Result<Option<String>, CreateError> {
+    let began = Instant::now();
+    let report = match beginning {
+        Beginning::Boot(files) => {
+            boot(shared, driver, row, files).await?;
+            None
+        }
+        Beginning::Template { recipe, template, spare } => {
+            let running = fork_template(shared, row, &recipe, &template, spare).await?;
+            let report = settle(driver, row, running).await?;
+            let shared = Arc::clone(shared);
+            tokio::spawn(
+                async move { shared.spares.fill(&shared, &template, recipe.memory).await },
+            );
+            Some(report)
+        }
+        Beginning::Saved { snapshot, token, .. } => {
+            let admitted = shared.admit(row.spec.memory).await?;
+            let vm = spares::stage(shared, row.id, &snapshot).await?.load().await?;
+            Some(settle(driver, row, Running::new(vm, &token, admitted)).await?)
+        }
+    };
+    let create_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(sandbox = %row.id, name = %row.spec.name, origin = row.origin, create_ms, "Sandbox created");
+    Ok(report)
+}
+
+/// Makes a paused VM from a template. One that cannot be used, however that came, is made anew once.
+async fn fork_template(
+    shared: &Arc<Shared>,
+    row: &SandboxRow,
+    recipe: &Recipe,
+    template: &Template,
+    spare: Option<Spare>,
+) -> Result<Running, CreateError> {
+    if let Some(spare) = spare {
+        let (stage, admitted) = spare.claim(shared).map_err(|source| RestoreError::File {
+            step: "claim a VM that was started ahead",
+            source,
+        })?;
+        match stage.load().await {
+            Ok(vm) => return Ok(Running::new(vm, "", admitted)),
+            Err(error) => {
+                warn!(error = %Report(&error), "A VM that was started ahead cannot be used");
+                spares::remove(shared, row.id).await;
+            }
+        }
+    }
+    let admitted = shared.admit(row.spec.memory).await?;
+    let vm = match restore(shared, row.id, &template.directory).await {
+        Ok(vm) => vm,
+        Err(error) => {
+            warn!(error = %Report(&error), "A template cannot be used");
+            spares::remove(shared, row.id).await;
+            shared.templates.discard(template);
+            let template = shared.templates.get(shared, recipe).await?;
+            restore(shared, row.id, &template.directory).await?
+        }
+    };
+    Ok(Running::new(vm, "", admitted))
+}
+
+async fn restore(
+    shared: &Shared,
+    id: SandboxId,
+    snapshot: &Path,
+) -> Result<Arc<dyn Vm>, RestoreError> {
+    Stage::Waiting(spares::stage(shared, id, snapshot).await?).load().await
+}
+
+/// Lets a VM run that was another one, and makes its guest this sandbox's own. Returns its report.
+async fn settle(
+    driver: &Driver,
+    row: &SandboxRow,
+    running: Running,
+) -> Result<String, CreateError> {
+    running.vm.resume().await?;
+    driver.reached(Step::Running);
+    let identity = identity::identity(row)?;
+    let assumed = timeout(CONFIGURE_LIMIT, running.agent.assume_identity(&identity)).await;
+    let report = assumed
+        .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
+        .map_err(CreateError::Unconfigured)?;
+    warn_of_failures(row, &report);
+    let text = serde_json::to_string(&report).map_err(io::Error::other).unwrap_or_default();
+    driver.shared.store.set_sandbox_identity(row.id, &text)?;
+    driver.running(running.with_token(&row.agent_token))?;
+    Ok(text)
+}
+
+fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
+    let IdentityReport {
+        rng,
+        wall_clock,
+        hostname,
+        machine_id,
+        token,
+        environment,
+        files,
+        first_setup,
+        addresses,
+        connections,
+    } = report;
+    let parts = [
+        rng,
+        wall_clock,
+        hostname,
+        machine_id,
+        token,
+        environment,
+        files,
+        first_setup,
+        addresses,
+        connections,
+    ];
+    for part in parts {
+        if let Applied::Failed { message } = part {
+            warn!(sandbox = %row.id, message, "Guest did not become itself in every part");
+        }
+    }
+}
+
 async fn boot(
     shared: &Arc<Shared>,
     driver: &Driver,
     row: &SandboxRow,
-    files: &BootFiles,
+    files: BootFiles,
 ) -> Result<(), CreateError> {
-    let began = Instant::now();
+    let admitted = shared.admit(row.spec.memory).await?;
     let vm_spec = VmSpec {
         id: row.id,
         hostname: row.spec.name.clone(),
         cpus: row.spec.cpus,
         memory: row.spec.memory,
         directory: directory(shared, row.id),
-        kernel: files.kernel.clone(),
-        initramfs: files.initramfs.clone(),
-        root_base: files.root.clone(),
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        root_base: files.root,
+        keep_disk: false,
         boot_limit: shared.config.boot_limit,
     };
     let vm = shared.engine.boot(&vm_spec).await?;
-    if let Err(error) = settle(driver, row, vm).await {
-        shared.engine.remove(row.id, &vm_spec.directory).await.unwrap_or_else(|left| {
-            error!(sandbox = %row.id, error = %Report(&left), "Failed to remove a sandbox that could not be recorded");
-        });
-        return Err(error);
-    }
-    let boot_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(sandbox = %row.id, name = %row.spec.name, boot_ms, "Sandbox booted");
-    Ok(())
-}
-
-/// Makes a guest that has booted this sandbox's own.
-async fn settle(driver: &Driver, row: &SandboxRow, vm: Arc<dyn Vm>) -> Result<(), CreateError> {
-    let config = GuestConfig {
-        sandbox_id: row.id.to_string(),
-        hostname: row.spec.name.to_string(),
-        env: row.spec.environment.as_map().clone(),
-        ..GuestConfig::default()
-    };
-    let agent = AgentClient::new(vm.channel());
-    let configured = timeout(CONFIGURE_LIMIT, agent.configure(&config)).await;
+    let running = Running::new(vm, "", admitted);
+    let configured =
+        timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row))).await;
     configured
-        .map_err(|_| CreateError::Unconfigured(CallError::Lost))?
+        .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
         .map_err(CreateError::Unconfigured)?;
-    Ok(driver.running(vm)?)
-}
-
-fn entropy() -> Result<[u8; 8], CreateError> {
-    let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes).map_err(|_| CreateError::Entropy)?;
-    Ok(bytes)
+    Ok(driver.running(running.with_token(&row.agent_token))?)
 }

@@ -1,26 +1,79 @@
 //! The driver of one sandbox: the only writer of its state.
 //!
 //! ```text
-//!  requests ──►┌────────┐ publishes   state and VM, for whoever uses the sandbox
+//!  requests ──►┌────────┐ sets        `Access`: state, VM, whether it can be used right now
 //!              │ driver │────────────►
-//!  VMM ends ──►└────────┘ writes      the row, before every effect
+//!  VMM ends ──►│        │ writes      the row, before every effect
+//!  deadline ──►└────────┘
 //! ```
 //!
-//! It lives from the sandbox's creation, or the daemon's start, to the sandbox's destruction.
+//! It lives from the sandbox's creation, or the daemon's start, to the sandbox's destruction. One request is served after the other, so
+//! a hundred that want the sandbox awake find it awake after the first.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bhatti_engine::{RemoveError, Vm};
-use bhatti_store::StoreError;
-use bhatti_types::{Denied, FailReason, Report, SandboxId, SandboxState};
-use tokio::sync::{mpsc, oneshot, watch};
+use bhatti_agent::{AgentClient, CallError};
+use bhatti_engine::{
+    BootError, MemoryKind, RemoveError, RestoreError, SnapshotError, SnapshotInfo, VmmError,
+};
+use bhatti_store::{SandboxRow, StoreError};
+use bhatti_types::{Denied, FailReason, MemoryMib, Report, SandboxId, SandboxState, Thermal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Duration, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::Shared;
+use crate::access::{Access, Entry, Lease, Running};
+use crate::admission::Busy;
+use crate::steps::Step;
 
 /// Requests that may wait for a driver.
 const REQUEST_QUEUE: usize = 16;
+
+/// How often a sandbox that was woken is found asleep again, before the caller is told so.
+const ENTRY_ATTEMPTS: u32 = 16;
+
+/// A sandbox did not become what it was asked to be. It is what it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum TransitionError {
+    /// It is in no state for that.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// Its VMM did not do what it was asked to.
+    #[error("the sandbox's virtual machine failed")]
+    Vmm(#[from] VmmError),
+    /// It could not be saved.
+    #[error("failed to save the sandbox")]
+    Save(#[from] SnapshotError),
+    /// It could not be woken.
+    #[error("failed to wake the sandbox")]
+    Restore(#[from] RestoreError),
+    /// It did not boot.
+    #[error("failed to boot the sandbox")]
+    Boot(#[from] BootError),
+    /// Its guest did not take its configuration.
+    #[error("failed to configure the sandbox's guest")]
+    Unconfigured(#[source] CallError),
+    /// Its VMM does not end.
+    #[error("failed to end the sandbox's virtual machine")]
+    End(#[source] RemoveError),
+    /// Its snapshot could not be marked.
+    #[error("failed to consume the sandbox's snapshot")]
+    Consume(#[source] std::io::Error),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// This host gives no random bytes.
+    #[error("failed to draw random bytes")]
+    Entropy(#[from] getrandom::Error),
+    /// It goes to sleep again and again before it can be used.
+    #[error("the sandbox does not stay awake")]
+    Restless,
+}
 
 /// A sandbox could not be destroyed as a whole. The next start of the daemon tries again.
 #[derive(Debug, thiserror::Error)]
@@ -36,35 +89,79 @@ pub enum DestroyError {
     AlreadyGone,
 }
 
-/// What a driver lets others see.
-#[derive(Clone)]
-struct Published {
-    state: SandboxState,
-    vm: Option<Arc<dyn Vm>>,
+/// A sandbox that was saved while it went on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Saved {
+    pub(crate) info: SnapshotInfo,
+    /// How long its processes stood still.
+    pub(crate) paused: Duration,
 }
 
-enum Request {
+type Reply<T = ()> = oneshot::Sender<Result<T, TransitionError>>;
+
+/// What a driver can be asked for.
+pub(crate) enum Request {
+    Wake(Reply),
+    Pause(Reply),
+    Stop(Reply),
+    Start {
+        cold_boot: bool,
+        reply: Reply,
+    },
+    KeepHot {
+        keep_hot: bool,
+        reply: Reply,
+    },
+    Save {
+        directory: PathBuf,
+        memory: Option<MemoryKind>,
+        reply: Reply<Saved>,
+    },
+    /// Saves the memory and gives it back, unless somebody uses the sandbox.
+    GiveMemory,
+    /// The same, whoever uses it: the daemon stops.
+    Sleep(Reply),
     Destroy(oneshot::Sender<Result<(), DestroyError>>),
 }
 
 enum Event {
     Request(Request),
     VmmEnded,
+    Deadline,
+    Changed,
 }
 
 /// The way to a driver.
 #[derive(Clone)]
 pub(crate) struct Handle {
     requests: mpsc::Sender<Request>,
-    published: watch::Receiver<Published>,
+    pub(crate) access: Arc<Access>,
 }
 
 impl Handle {
-    /// The VM, if processes can be started in it.
-    pub(crate) fn vm(&self) -> Result<Arc<dyn Vm>, Denied> {
-        let published = self.published.borrow();
-        published.state.admit_use()?;
-        published.vm.clone().ok_or(Denied::StillCreating)
+    /// Uses the sandbox: wakes it first if it sleeps, and keeps it hot until the lease is dropped.
+    pub(crate) async fn enter(&self) -> Result<(AgentClient, Lease), TransitionError> {
+        for _ in 0..ENTRY_ATTEMPTS {
+            match self.access.enter()? {
+                Entry::Hot(agent, lease) => return Ok((agent, lease)),
+                Entry::Asleep => self.ask(Request::Wake).await?,
+            }
+        }
+        Err(TransitionError::Restless)
+    }
+
+    pub(crate) async fn ask<T>(
+        &self,
+        request: impl FnOnce(Reply<T>) -> Request,
+    ) -> Result<T, TransitionError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).await.map_err(|_| Denied::Destroyed)?;
+        answer.await.map_err(|_| Denied::Destroyed)?
+    }
+
+    /// Asks for memory, if the driver has nothing else to do.
+    pub(crate) fn ask_for_memory(&self) {
+        drop(self.requests.try_send(Request::GiveMemory));
     }
 
     pub(crate) async fn destroy(&self) -> Result<(), DestroyError> {
@@ -76,24 +173,28 @@ impl Handle {
 
 /// Drives one sandbox.
 pub(crate) struct Driver {
-    id: SandboxId,
-    shared: Arc<Shared>,
+    pub(crate) id: SandboxId,
+    pub(crate) memory: MemoryMib,
+    pub(crate) token: String,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) access: Arc<Access>,
     requests: mpsc::Receiver<Request>,
-    published: watch::Sender<Published>,
 }
 
 impl Driver {
     /// A driver of a sandbox that stands at `state`, registered; it does nothing until it is run.
-    pub(crate) fn register(
-        shared: &Arc<Shared>,
-        id: SandboxId,
-        state: SandboxState,
-        vm: Option<Arc<dyn Vm>>,
-    ) -> Self {
+    pub(crate) fn register(shared: &Arc<Shared>, row: &SandboxRow, state: SandboxState) -> Self {
         let (requests, waiting) = mpsc::channel(REQUEST_QUEUE);
-        let (publisher, published) = watch::channel(Published { state, vm });
-        shared.registry.insert(id, Handle { requests, published });
-        Self { id, shared: Arc::clone(shared), requests: waiting, published: publisher }
+        let access = Access::new(state, row.spec.keep_hot);
+        shared.registry.insert(row.id, Handle { requests, access: Arc::clone(&access) });
+        Self {
+            id: row.id,
+            memory: row.spec.memory,
+            token: row.agent_token.clone(),
+            shared: Arc::clone(shared),
+            access,
+            requests: waiting,
+        }
     }
 
     /// Where the sandbox's files are.
@@ -101,18 +202,25 @@ impl Driver {
         directory(&self.shared, self.id)
     }
 
+    /// See [`crate::steps`].
+    pub(crate) fn reached(&self, step: Step) {
+        crate::steps::reached(step, self.shared.config.crash_at);
+    }
+
     /// Drives the sandbox until it is destroyed.
     pub(crate) async fn run(mut self) {
-        while self.published.borrow().state != SandboxState::Destroyed {
+        while self.access.state() != SandboxState::Destroyed {
             let Some(event) = self.next_event().await else { return };
             self.apply(event).await;
         }
     }
 
-    /// The sandbox's VM runs.
-    pub(crate) fn running(&self, vm: Arc<dyn Vm>) -> Result<(), StoreError> {
+    /// The sandbox's VM runs, and its guest is its own.
+    pub(crate) fn running(&self, running: Running) -> Result<(), StoreError> {
         self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
-        self.publish(SandboxState::Running, Some(vm));
+        self.access.set_vm(Some(running), Thermal::Hot);
+        self.access.set_state(SandboxState::Running);
+        self.access.touch();
         Ok(())
     }
 
@@ -123,42 +231,74 @@ impl Driver {
     }
 
     async fn next_event(&mut self) -> Option<Event> {
-        let vm = self.published.borrow().vm.clone();
+        let running = self.access.running();
         let ended = async {
-            match &vm {
-                Some(vm) => vm.ended().await,
+            match &running {
+                Some(running) => running.vm.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        let thermal = &self.shared.config.thermal;
+        let deadline = self.access.deadline(thermal.warm_after, thermal.cold_after);
+        let deadline = async {
+            match deadline {
+                Some(deadline) => sleep_until(deadline).await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
             request = self.requests.recv() => request.map(Event::Request),
             () = ended => Some(Event::VmmEnded),
+            () = deadline => Some(Event::Deadline),
+            () = self.access.changed.notified() => Some(Event::Changed),
         }
     }
 
     async fn apply(&self, event: Event) {
         match event {
             Event::VmmEnded => self.fail(FailReason::VmmExited),
-            Event::Request(Request::Destroy(reply)) => {
+            Event::Deadline => self.cool().await,
+            Event::Changed => {}
+            Event::Request(request) => self.serve(request).await,
+        }
+    }
+
+    /// Whoever asked may be gone by the time of the answer.
+    async fn serve(&self, request: Request) {
+        match request {
+            Request::Wake(reply) => drop(reply.send(self.wake().await)),
+            Request::Pause(reply) => drop(reply.send(self.pause_as_asked().await)),
+            Request::Stop(reply) => drop(reply.send(self.stop().await)),
+            Request::Start { cold_boot, reply } => drop(reply.send(self.start(cold_boot).await)),
+            Request::KeepHot { keep_hot, reply } => {
+                drop(reply.send(self.set_keep_hot(keep_hot).await));
+            }
+            Request::Save { directory, memory, reply } => {
+                drop(reply.send(self.save(&directory, memory).await));
+            }
+            Request::GiveMemory => self.give_memory().await,
+            Request::Sleep(reply) => drop(reply.send(self.sleep(false).await)),
+            Request::Destroy(reply) => {
                 let destroyed = self.destroy().await;
                 if let Err(error) = &destroyed {
                     error!(sandbox = %self.id, error = %Report(error), "Failed to destroy a sandbox");
                 }
-                // Whoever asked may be gone.
                 drop(reply.send(destroyed));
             }
         }
     }
 
-    fn fail(&self, reason: FailReason) {
-        let vm = self.published.borrow().vm.clone();
-        let console = vm.map(|vm| vm.console_tail()).unwrap_or_default();
+    /// The sandbox is not what it was, and nobody asked for it.
+    pub(crate) fn fail(&self, reason: FailReason) {
+        let console =
+            self.access.running().map(|running| running.vm.console_tail()).unwrap_or_default();
         warn!(sandbox = %self.id, %reason, console, "Sandbox failed");
         let state = SandboxState::Failed(reason);
         if let Err(error) = self.shared.store.set_sandbox_state(self.id, state) {
             error!(sandbox = %self.id, error = %Report(&error), "Failed to write a sandbox's state");
         }
-        self.publish(state, None);
+        self.access.set_state(state);
+        self.access.set_vm(None, Thermal::Cold);
     }
 
     async fn destroy(&self) -> Result<(), DestroyError> {
@@ -168,20 +308,19 @@ impl Driver {
         if let Err(error) = noted {
             warn!(sandbox = %self.id, error = %Report(&error), "Failed to note that a sandbox is being destroyed");
         }
-        self.publish(SandboxState::Destroyed, None);
+        self.reached(Step::DestroyNoted);
+        self.access.set_state(SandboxState::Destroyed);
+        self.access.set_vm(None, Thermal::Cold);
         self.shared.registry.remove(self.id);
         self.shared
             .engine
             .remove(self.id, &self.directory())
             .await
             .map_err(DestroyError::Remove)?;
+        self.reached(Step::Removed);
         self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
         info!(sandbox = %self.id, "Sandbox destroyed");
         Ok(())
-    }
-
-    fn publish(&self, state: SandboxState, vm: Option<Arc<dyn Vm>>) {
-        self.published.send_replace(Published { state, vm });
     }
 }
 

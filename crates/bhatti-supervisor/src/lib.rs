@@ -4,30 +4,54 @@
 //! The row in the store is written before the effect that it announces, so a daemon that dies at any point leaves a row from which the
 //! next one knows what to do: see [`Supervisor::recover`].
 
+mod access;
+mod admission;
 mod create;
 mod driver;
+mod fork;
+mod identity;
 mod recover;
 mod registry;
+mod spares;
+mod steps;
+mod templates;
+mod transition;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
+use bhatti_agent::{CallError, ExecInput, ExecOutput};
 use bhatti_engine::{Capabilities, Engine};
 use bhatti_image::ImageStore;
 use bhatti_proto::ExecRequest;
 use bhatti_store::{SandboxRow, Store, StoreError};
-use bhatti_types::{Denied, SandboxId, UserId};
+use bhatti_types::{Denied, MemoryMib, Report, SandboxName, Thermal, UserId};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::warn;
 
+pub use admission::Busy;
 pub use create::{CreateError, SandboxRequest};
-pub use driver::DestroyError;
+pub use driver::{DestroyError, TransitionError};
+pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use recover::RecoverError;
+pub use steps::{Step, UnknownStep};
+pub use templates::TemplateError;
 
+use admission::{Admission, Admitted};
+use driver::{Handle, Request};
 use registry::Registry;
+use spares::Spares;
+use templates::Templates;
 
 /// How long a guest may take to start a command.
 const START_LIMIT: Duration = Duration::from_secs(15);
+
+/// Sandboxes that are saved at once when the daemon stops, and how long each of them may take.
+const SLEEPING_AT_ONCE: usize = 10;
+const SLEEP_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a supervisor works with.
 pub struct Config {
@@ -39,6 +63,33 @@ pub struct Config {
     pub lohar: PathBuf,
     /// How long a VM may take to boot.
     pub boot_limit: Duration,
+    /// Where the snapshots are that do not belong to one sandbox.
+    pub snapshots_dir: PathBuf,
+    /// Where the templates are, what they may take of the disk, and what their guests are called.
+    pub templates_dir: PathBuf,
+    /// See [`templates_dir`](Self::templates_dir).
+    pub templates_bytes: u64,
+    /// See [`templates_dir`](Self::templates_dir).
+    pub template_hostname: SandboxName,
+    /// VMMs that are kept waiting for a state, and VMs that have it and are kept paused.
+    pub ready_vmms: usize,
+    /// See [`ready_vmms`](Self::ready_vmms).
+    pub ready_forks: usize,
+    /// The memory of all sandboxes that have a process, in MiB.
+    pub memory_budget_mib: usize,
+    /// When sandboxes cool.
+    pub thermal: ThermalConfig,
+    /// For tests: the step at which the daemon ends.
+    pub crash_at: Option<Step>,
+}
+
+/// When a sandbox that nobody uses cools.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThermalConfig {
+    /// From hot to warm.
+    pub warm_after: Duration,
+    /// From warm to cold.
+    pub cold_after: Duration,
 }
 
 /// Creates, runs and destroys sandboxes.
@@ -52,6 +103,21 @@ pub(crate) struct Shared {
     pub(crate) store: Arc<Store>,
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) registry: Registry,
+    pub(crate) admission: Admission,
+    pub(crate) templates: Templates,
+    pub(crate) spares: Spares,
+}
+
+impl Shared {
+    /// Sets memory aside for a VM. Sandboxes that nobody uses give theirs first.
+    pub(crate) async fn admit(&self, memory: MemoryMib) -> Result<Admitted, Busy> {
+        if let Some(admitted) = self.admission.admit_now(memory) {
+            return Ok(admitted);
+        }
+        self.spares.clear(self).await;
+        let make_room = || self.registry.for_each(Handle::ask_for_memory);
+        self.admission.admit(memory, make_room).await
+    }
 }
 
 /// A sandbox could not be used.
@@ -72,13 +138,29 @@ pub enum UseError {
     /// It could not be destroyed.
     #[error(transparent)]
     Destroy(#[from] DestroyError),
+    /// It did not become what it was asked to be, or could not be woken.
+    #[error(transparent)]
+    Transition(#[from] TransitionError),
 }
 
 impl Supervisor {
     /// A supervisor that knows no sandbox yet: see [`recover`](Self::recover).
     #[must_use]
     pub fn new(config: Config, store: Arc<Store>, engine: Arc<dyn Engine>) -> Self {
-        Self { shared: Arc::new(Shared { config, store, engine, registry: Registry::default() }) }
+        let admission = Admission::new(config.memory_budget_mib);
+        let templates = Templates::new(config.templates_dir.clone(), config.templates_bytes);
+        let (registry, spares) = (Registry::default(), Spares::default());
+        Self {
+            shared: Arc::new(Shared {
+                config,
+                store,
+                engine,
+                registry,
+                admission,
+                templates,
+                spares,
+            }),
+        }
     }
 
     /// What the engine can do.
@@ -127,9 +209,107 @@ impl Supervisor {
         request: ExecRequest,
     ) -> Result<(ExecInput, ExecOutput), UseError> {
         let row = self.find(owner, id_or_name)?;
-        let (input, mut output) = self.agent(row.id)?.exec(request).await?;
+        let (agent, lease) = self.handle(&row, id_or_name)?.enter().await?;
+        let (input, mut output) = agent.exec(request).await?;
         output.started(START_LIMIT).await?;
-        Ok((input, output))
+        Ok((input, output.holding(lease)))
+    }
+
+    /// Pauses a sandbox until somebody uses it. Does nothing to one that sleeps.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it cannot be paused; it is then what it was before.
+    pub async fn pause(&self, owner: UserId, id_or_name: &str) -> Result<SandboxRow, UseError> {
+        self.change(owner, id_or_name, Request::Pause).await
+    }
+
+    /// Makes a sandbox hot, unless it was stopped.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it cannot be woken; it is then what it was before.
+    pub async fn resume(&self, owner: UserId, id_or_name: &str) -> Result<SandboxRow, UseError> {
+        self.change(owner, id_or_name, Request::Wake).await
+    }
+
+    /// Saves a sandbox and ends its VM, until it is started.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it cannot be stopped; it then runs as before.
+    pub async fn stop(&self, owner: UserId, id_or_name: &str) -> Result<SandboxRow, UseError> {
+        self.change(owner, id_or_name, Request::Stop).await
+    }
+
+    /// Starts a sandbox that was stopped; with `cold_boot` without its memory, which is then lost.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it cannot be started; it is then what it was before.
+    pub async fn start(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+        cold_boot: bool,
+    ) -> Result<SandboxRow, UseError> {
+        self.change(owner, id_or_name, |reply| Request::Start { cold_boot, reply }).await
+    }
+
+    /// Has a sandbox stay hot, or not.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot be made hot.
+    pub async fn set_keep_hot(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+        keep_hot: bool,
+    ) -> Result<SandboxRow, UseError> {
+        self.change(owner, id_or_name, |reply| Request::KeepHot { keep_hot, reply }).await
+    }
+
+    /// What a running sandbox costs right now.
+    #[must_use]
+    pub fn thermal(&self, row: &SandboxRow) -> Option<Thermal> {
+        self.shared.registry.get(row.id)?.access.thermal()
+    }
+
+    /// Ends what nobody asked for. Sandboxes go on, unless `sleep` says that they are to be saved: then some at a time are.
+    pub async fn shut_down(&self, sleep: bool) {
+        self.shared.spares.clear(&self.shared).await;
+        if !sleep {
+            return;
+        }
+        let turns = Arc::new(Semaphore::new(SLEEPING_AT_ONCE));
+        let mut sleeping = JoinSet::new();
+        for handle in self.shared.registry.all() {
+            let turns = Arc::clone(&turns);
+            sleeping.spawn(async move {
+                let _turn = turns.acquire_owned().await;
+                let slept = timeout(SLEEP_LIMIT, handle.ask(Request::Sleep)).await;
+                match slept {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        warn!(error = %Report(&error), "Sandbox was not saved; it goes on");
+                    }
+                    Err(_) => warn!("Sandbox was not saved in time; it goes on"),
+                }
+            });
+        }
+        sleeping.join_all().await;
+    }
+
+    async fn change(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+        request: impl FnOnce(tokio::sync::oneshot::Sender<Result<(), TransitionError>>) -> Request,
+    ) -> Result<SandboxRow, UseError> {
+        let row = self.find(owner, id_or_name)?;
+        self.handle(&row, id_or_name)?.ask(request).await?;
+        self.find(owner, &row.id.to_string())
     }
 
     /// Destroys a sandbox, whatever its state, and waits until nothing of it is left.
@@ -142,18 +322,11 @@ impl Supervisor {
     ///
     /// A destruction that has begun goes on.
     pub async fn destroy(&self, owner: UserId, id_or_name: &str) -> Result<(), UseError> {
-        let id = self.find(owner, id_or_name)?.id;
-        let handle = self
-            .shared
-            .registry
-            .get(id)
-            .ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))?;
-        Ok(handle.destroy().await?)
+        let row = self.find(owner, id_or_name)?;
+        Ok(self.handle(&row, id_or_name)?.destroy().await?)
     }
 
-    fn agent(&self, id: SandboxId) -> Result<AgentClient, Denied> {
-        let handle = self.shared.registry.get(id).ok_or(Denied::Destroyed)?;
-        let vm = handle.vm()?;
-        Ok(AgentClient::new(vm.channel()))
+    pub(crate) fn handle(&self, row: &SandboxRow, called: &str) -> Result<Handle, UseError> {
+        self.shared.registry.get(row.id).ok_or_else(|| UseError::NotFound(called.to_owned()))
     }
 }

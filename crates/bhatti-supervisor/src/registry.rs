@@ -16,6 +16,14 @@ impl Registry {
         self.0.lock().get(&id).cloned()
     }
 
+    pub(crate) fn all(&self) -> Vec<Handle> {
+        self.0.lock().values().cloned().collect()
+    }
+
+    pub(crate) fn for_each(&self, act: impl Fn(&Handle)) {
+        self.0.lock().values().for_each(act);
+    }
+
     pub(crate) fn insert(&self, id: SandboxId, handle: Handle) {
         self.0.lock().insert(id, handle);
     }

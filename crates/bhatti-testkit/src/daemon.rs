@@ -8,7 +8,7 @@ use bhatti_client::Client;
 use tempfile::TempDir;
 use tokio::process::Child;
 
-use crate::{dist, images, wait_for};
+use crate::{dist, images, templates, wait_for};
 
 /// How a test's daemon is started.
 #[derive(Clone, Debug)]
@@ -64,8 +64,11 @@ impl TestDaemon {
             .tempdir()
             .expect("a directory can be made");
         if let Some(images) = &serve.images {
-            std::os::unix::fs::symlink(images, data.path().join("images"))
-                .expect("a link can be made");
+            // Templates are shared as well: they are made once and never changed.
+            for (there, name) in [(images.clone(), "images"), (templates(), "templates")] {
+                std::os::unix::fs::symlink(there, data.path().join(name))
+                    .expect("a link can be made");
+            }
         }
         fs::write(data.path().join("config.yaml"), &serve.config).expect("a file can be written");
         let client = Client::unix(data.path());
@@ -133,12 +136,31 @@ impl TestDaemon {
         command
     }
 
+    /// The directories of its sandboxes, without those of VMs that wait to become one.
+    #[must_use]
+    pub fn sandbox_directories(&self) -> Vec<PathBuf> {
+        let all = fs::read_dir(self.data.path().join("sandboxes")).into_iter().flatten().flatten();
+        all.map(|entry| entry.path()).filter(|path| !path.join("spare").exists()).collect()
+    }
+
     /// The VMM processes of its sandboxes.
     #[must_use]
     pub fn vmm_pids(&self) -> Vec<u32> {
-        let sandboxes =
-            fs::read_dir(self.data.path().join("sandboxes")).into_iter().flatten().flatten();
-        sandboxes.filter_map(|entry| vmm_pid(&entry.path())).collect()
+        self.sandbox_directories().iter().filter_map(|directory| vmm_pid(directory)).collect()
+    }
+
+    /// All VMM processes that it has started, those ahead of demand among them, whatever is on record of them.
+    #[must_use]
+    pub fn all_vmm_pids(&self) -> Vec<u32> {
+        let directory = self.data.path().to_string_lossy().into_owned();
+        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_ours = |pid: &u32| {
+            let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let command_line = String::from_utf8_lossy(&command_line);
+            command_line.starts_with("qemu-system") && command_line.contains(&directory)
+        };
+        pids.filter(is_ours).collect()
     }
 }
 
@@ -182,7 +204,7 @@ impl Drop for TestDaemon {
     fn drop(&mut self) {
         // Dropping the process kills it; it is gone before its VMs, and cannot mark them as failed.
         drop(self.process.take());
-        for pid in self.vmm_pids() {
+        for pid in self.all_vmm_pids() {
             std_command("kill", &["-9", &pid.to_string()]);
         }
     }

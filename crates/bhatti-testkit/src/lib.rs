@@ -51,6 +51,18 @@ pub fn images() -> PathBuf {
     path.canonicalize().expect("a directory that exists has a path")
 }
 
+/// The templates that all tests' daemons share.
+///
+/// # Panics
+///
+/// Panics if there is no place for them.
+#[must_use]
+pub fn templates() -> PathBuf {
+    let path = repository().join("target/test-data/templates");
+    std::fs::create_dir_all(&path).expect("a directory can be made");
+    path.canonicalize().expect("a directory that exists has a path")
+}
+
 /// Waits until `condition` holds.
 ///
 /// # Panics

@@ -11,7 +11,7 @@ mod size;
 mod spec;
 
 pub use id::{ParseIdError, SandboxId, UserId};
-pub use lifecycle::{Denied, FailReason, SandboxState, UnknownReason};
+pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
 pub use name::{ParseNameError, SandboxName, UserName};
 pub use report::Report;
 pub use size::{CpuCount, MemoryMib, OutOfRange};

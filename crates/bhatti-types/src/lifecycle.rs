@@ -1,15 +1,15 @@
 //! The sandbox lifecycle.
 //!
 //! ```text
-//!  creating ──► running ──► destroyed
-//!      │           │            ▲
-//!      │           ▼            │
-//!      │         failed ────────┤
-//!      └────────────────────────┘
+//!  creating ──► running ◄──► stopped ──► destroyed
+//!      │         │     ▲                      ▲
+//!      │         ▼     │ (a cold boot)        │
+//!      │         failed ──────────────────────┤
+//!      └──────────────────────────────────────┘
 //! ```
 //!
-//! A sandbox that could not be created leaves nothing behind. One whose VM died is `failed`, with the reason, until it is
-//! destroyed. Only the sandbox's driver task changes its state; the row in the store is written before the effect it announces.
+//! A sandbox that could not be created leaves nothing behind. One that runs is hot, warm or cold, and any request makes it hot. One that was
+//! stopped stays so until it is started. One whose VM died is `failed`, with the reason, until it is booted anew or destroyed. Only the sandbox's driver task changes its state; the row in the store is written before the effect it announces.
 
 use std::fmt;
 use std::str::FromStr;
@@ -19,12 +19,37 @@ use std::str::FromStr;
 pub enum SandboxState {
     /// Its VM is being made; it cannot be used yet.
     Creating,
-    /// Its VM runs.
+    /// It can be used; whether its VM runs right now is a matter of [`Thermal`].
     Running,
+    /// Somebody stopped it. Its memory and processes are in a snapshot.
+    Stopped,
     /// Its VM is gone without having been asked to go.
     Failed(FailReason),
     /// It is being taken away; what is left of it goes with the next start of the daemon at the latest.
     Destroyed,
+}
+
+/// What a running sandbox costs right now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Thermal {
+    /// Its vCPUs run.
+    Hot,
+    /// Its vCPUs are paused, and its memory is kept.
+    Warm,
+    /// It has no process; its memory is in a snapshot.
+    Cold,
+}
+
+impl Thermal {
+    /// The word for it in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Hot => "hot",
+            Self::Warm => "warm",
+            Self::Cold => "cold",
+        }
+    }
 }
 
 /// Why a sandbox is [`SandboxState::Failed`].
@@ -44,6 +69,9 @@ pub enum Denied {
     /// It is not up yet.
     #[error("sandbox is still being created")]
     StillCreating,
+    /// Somebody stopped it.
+    #[error("sandbox is stopped")]
+    Stopped,
     /// Its VM died.
     #[error("sandbox has failed: {0}")]
     Failed(FailReason),
@@ -62,6 +90,7 @@ impl SandboxState {
         match self {
             Self::Creating => Err(Denied::StillCreating),
             Self::Running => Ok(()),
+            Self::Stopped => Err(Denied::Stopped),
             Self::Failed(reason) => Err(Denied::Failed(reason)),
             Self::Destroyed => Err(Denied::Destroyed),
         }
@@ -73,6 +102,7 @@ impl SandboxState {
         match self {
             Self::Creating => "creating",
             Self::Running => "running",
+            Self::Stopped => "stopped",
             Self::Failed(_) => "failed",
             Self::Destroyed => "destroyed",
         }
@@ -129,6 +159,7 @@ mod tests {
 
         assert_eq!(SandboxState::Creating.admit_use(), Err(Denied::StillCreating));
         assert_eq!(SandboxState::Running.admit_use(), Ok(()));
+        assert_eq!(SandboxState::Stopped.admit_use(), Err(Denied::Stopped));
         assert_eq!(SandboxState::Failed(failed).admit_use(), Err(Denied::Failed(failed)));
         assert_eq!(SandboxState::Destroyed.admit_use(), Err(Denied::Destroyed));
     }

@@ -81,6 +81,8 @@ pub struct SandboxSpec {
     pub memory: MemoryMib,
     /// The environment of every process that is started in it.
     pub environment: Environment,
+    /// Whether it stays hot, however long nobody uses it.
+    pub keep_hot: bool,
 }
 
 #[cfg(test)]

@@ -56,6 +56,21 @@ pub(crate) enum Command {
         after_help = "Example:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none."
     )]
     Exec(Exec),
+    /// Pause sandboxes until somebody uses them; their memory is kept
+    #[command(after_help = "Example:\n  bhatti pause dev")]
+    Pause(Targets),
+    /// Resume sandboxes that are paused or saved
+    #[command(after_help = "Example:\n  bhatti resume dev")]
+    Resume(Targets),
+    /// Stop sandboxes: save their memory and processes, until they are started
+    #[command(after_help = "Example:\n  bhatti stop dev")]
+    Stop(Targets),
+    /// Start sandboxes that were stopped, where they were
+    #[command(after_help = "Example:\n  bhatti start dev")]
+    Start(Start),
+    /// Fork a running sandbox: its memory, its processes and its disk
+    #[command(after_help = "Example:\n  bhatti fork dev --name try --count 3")]
+    Fork(Fork),
     /// Destroy sandboxes
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti destroy dev")]
     Destroy(Targets),
@@ -77,6 +92,9 @@ pub(crate) struct Setup {
     /// The modules of --kernel, as in /lib/modules/RELEASE [default: all that is needed is built in]
     #[arg(long, value_name = "DIR", requires = "kernel")]
     pub(crate) modules: Option<PathBuf>,
+    /// Do not boot a guest to fork sandboxes from; the first `create` does it then
+    #[arg(long)]
+    pub(crate) no_template: bool,
 }
 
 #[derive(Debug, Args)]
@@ -84,6 +102,9 @@ pub(crate) struct Serve {
     /// Also listen on this address, for callers with an API key [default: the configuration's]
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// Save all sandboxes when the daemon stops, rather than leave them to the next one
+    #[arg(long)]
+    pub(crate) stop_sandboxes: bool,
 }
 
 #[derive(Debug, Args)]
@@ -100,6 +121,40 @@ pub(crate) struct Create {
     /// A variable for its processes; may be given several times
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(crate) env: Vec<(String, String)>,
+    /// Keep it hot, however long nobody uses it
+    #[arg(long)]
+    pub(crate) keep_hot: bool,
+    /// Boot it, rather than fork it from a template
+    #[arg(long)]
+    pub(crate) cold_boot: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Start {
+    /// Names or ids
+    #[arg(required = true)]
+    pub(crate) sandboxes: Vec<String>,
+    /// Boot from the disk; what was in the memory is lost
+    #[arg(long)]
+    pub(crate) cold_boot: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fork {
+    /// Name or id of the parent
+    pub(crate) sandbox: String,
+    /// How many forks [default: 1]
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) count: Option<u32>,
+    /// The fork's name; several are called NAME-1, NAME-2, … [default: random ones]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// A variable for processes to come; may be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Let processes to come have the parent's environment, too
+    #[arg(long)]
+    pub(crate) inherit_env: bool,
 }
 
 #[derive(Debug, Args)]

@@ -4,10 +4,13 @@ mod create;
 mod destroy;
 mod doctor;
 mod exec;
+mod fork;
 mod inspect;
+mod lifecycle;
 mod list;
 mod serve;
 mod setup;
+mod supervisor;
 mod user;
 mod version;
 
@@ -57,6 +60,11 @@ pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
             Command::List => list::run(&context).await,
             Command::Inspect(target) => inspect::run(&context, &target).await,
             Command::Exec(arguments) => return exec::run(&context, arguments).await,
+            Command::Pause(targets) => lifecycle::pause(&context, &targets).await,
+            Command::Resume(targets) => lifecycle::resume(&context, &targets).await,
+            Command::Stop(targets) => lifecycle::stop(&context, &targets).await,
+            Command::Start(arguments) => lifecycle::start(&context, &arguments).await,
+            Command::Fork(arguments) => fork::run(&context, arguments).await,
             Command::Destroy(targets) => destroy::run(&context, &targets).await,
             Command::User(command) => user::run(&context, command).await,
             Command::Doctor => return doctor::run(&context).await,

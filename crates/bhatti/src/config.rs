@@ -22,6 +22,48 @@ pub(crate) struct Config {
     pub(crate) qemu: Option<PathBuf>,
     /// How long a VM may take to boot, in seconds; 60 if absent.
     pub(crate) boot_timeout_sec: Option<u32>,
+    /// When sandboxes that nobody uses are paused and saved.
+    pub(crate) thermal: Thermal,
+    /// VMMs that wait for a sandbox to be created; 1 if absent.
+    pub(crate) ready_vmms: Option<usize>,
+    /// VMs that wait for a sandbox to be created, with their memory; none if absent.
+    pub(crate) ready_forks: Option<usize>,
+    /// What templates may take of the disk, in MiB; 8192 if absent.
+    pub(crate) template_budget_mb: Option<u64>,
+    /// The memory of all sandboxes that are hot or warm, in MiB; all but 1024 of the machine's if absent.
+    pub(crate) memory_budget_mb: Option<usize>,
+}
+
+/// See [`Config::thermal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Thermal {
+    /// From hot to warm (paused), in milliseconds or seconds; 30 s if absent.
+    pub(crate) warm_after_ms: Option<u64>,
+    pub(crate) warm_after_sec: Option<u64>,
+    /// From warm to cold (saved), likewise; 30 min if absent.
+    pub(crate) cold_after_ms: Option<u64>,
+    pub(crate) cold_after_sec: Option<u64>,
+}
+
+const WARM_AFTER: Duration = Duration::from_secs(30);
+const COLD_AFTER: Duration = Duration::from_secs(30 * 60);
+const TEMPLATE_BUDGET_MIB: u64 = 8192;
+/// What the sandboxes leave to the rest of the machine, in MiB.
+const MEMORY_LEFT_MIB: usize = 1024;
+
+impl Thermal {
+    pub(crate) fn warm_after(self) -> Duration {
+        chosen(self.warm_after_ms, self.warm_after_sec, WARM_AFTER)
+    }
+
+    pub(crate) fn cold_after(self) -> Duration {
+        chosen(self.cold_after_ms, self.cold_after_sec, COLD_AFTER)
+    }
+}
+
+fn chosen(ms: Option<u64>, sec: Option<u64>, default: Duration) -> Duration {
+    ms.map(Duration::from_millis).or_else(|| sec.map(Duration::from_secs)).unwrap_or(default)
 }
 
 impl Config {
@@ -41,6 +83,21 @@ impl Config {
     /// See [`qemu`](Self::qemu).
     pub(crate) fn qemu(&self) -> PathBuf {
         self.qemu.clone().unwrap_or_else(|| bhatti_qemu::PROGRAM.into())
+    }
+
+    /// See [`template_budget_mb`](Self::template_budget_mb).
+    pub(crate) fn template_bytes(&self) -> u64 {
+        self.template_budget_mb.unwrap_or(TEMPLATE_BUDGET_MIB) << 20
+    }
+
+    /// See [`memory_budget_mb`](Self::memory_budget_mb).
+    pub(crate) fn memory_budget_mib(&self) -> io::Result<usize> {
+        if let Some(budget) = self.memory_budget_mb {
+            return Ok(budget);
+        }
+        let bytes = bhatti_host::memory::machine_bytes()?;
+        let mib = usize::try_from(bytes >> 20).map_err(io::Error::other)?;
+        Ok(mib.saturating_sub(MEMORY_LEFT_MIB).max(mib / 2))
     }
 
     /// See [`boot_timeout_sec`](Self::boot_timeout_sec).

@@ -67,6 +67,7 @@ async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
         cpus: Some(2),
         memory_mb: Some(384),
         env: [("GREETING".to_owned(), "hello = world".to_owned())].into(),
+        ..CreateSandbox::default()
     };
     let sandbox = daemon.client.create(&request).await.unwrap();
     assert_eq!((&*sandbox.status, sandbox.cpus, sandbox.memory_mb), ("running", 2, 384));
@@ -214,7 +215,7 @@ async fn killed_vmm_is_an_error_at_once_and_a_state_that_can_be_left() {
     let refused = run(&daemon.client, "dev", &["true"]).await.unwrap_err();
     assert_eq!(code_of(&refused), Some(ErrorCode::WrongState));
     daemon.client.destroy("dev").await.unwrap();
-    assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
 }
 
 #[tokio::test]
@@ -271,7 +272,7 @@ async fn daemon_killed_during_a_creation_leaves_nothing_half_made() {
 
     wait_for("the VMM's end", || !std::path::Path::new(&format!("/proc/{vmm}")).exists()).await;
     assert_eq!(daemon.client.list().await.unwrap(), []);
-    assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
     daemon.client.create(&named("dev")).await.unwrap();
 }
 
@@ -291,7 +292,7 @@ async fn guest_that_does_not_come_up_is_an_error_with_its_last_words() {
     assert_eq!(body.code, ErrorCode::BootFailed);
     assert!(body.error.contains("Kernel panic"), "{}", body.error);
     assert_eq!(daemon.client.list().await.unwrap(), []);
-    assert_eq!(std::fs::read_dir(daemon.data_dir().join("sandboxes")).unwrap().count(), 0);
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
 }
 
 #[tokio::test]

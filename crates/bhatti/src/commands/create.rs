@@ -8,8 +8,9 @@ use crate::cli::Create;
 use crate::error::CliError;
 
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
-    let Create { name, cpus, memory, env } = arguments;
-    let request = CreateSandbox { name, cpus, memory_mb: memory, env: env.into_iter().collect() };
+    let Create { name, cpus, memory, env, keep_hot, cold_boot } = arguments;
+    let env = env.into_iter().collect();
+    let request = CreateSandbox { name, cpus, memory_mb: memory, env, keep_hot, cold_boot };
     let began = Instant::now();
     let sandbox = context.client.create(&request).await?;
     let seconds = began.elapsed().as_secs_f64();

@@ -3,6 +3,7 @@
 use bhatti_api::Sandbox;
 
 use super::Context;
+use super::lifecycle::status;
 use crate::cli::Target;
 use crate::error::CliError;
 
@@ -15,12 +16,27 @@ fn describe(sandbox: &Sandbox) -> String {
     let mut lines = vec![
         format!("id:       {}", sandbox.id),
         format!("name:     {}", sandbox.name),
-        format!("status:   {}", sandbox.status),
+        format!("status:   {}", status(sandbox)),
     ];
     lines.extend(sandbox.reason.iter().map(|reason| format!("reason:   {reason}")));
     lines.push(format!("cpus:     {}", sandbox.cpus));
     lines.push(format!("memory:   {} MiB", sandbox.memory_mb));
     lines.push(format!("created:  {}", sandbox.created_at));
+    lines.push(format!("origin:   {}", sandbox.origin));
+    if sandbox.keep_hot {
+        lines.push("keep hot: yes".to_owned());
+    }
+    lines.extend(sandbox.identity.iter().filter_map(|report| report.as_object()).map(identity));
     lines.extend(sandbox.env.iter().map(|(name, value)| format!("env:      {name}={value}")));
     lines.join("\n")
+}
+
+/// What a guest did to become itself, in one line.
+fn identity(report: &serde_json::Map<String, serde_json::Value>) -> String {
+    let part = |(name, part): (&String, &serde_json::Value)| match part["result"].as_str() {
+        Some("done") => Some(name.clone()),
+        Some("failed") => Some(format!("{name} FAILED: {}", part["message"])),
+        _ => None,
+    };
+    format!("identity: {}", report.iter().filter_map(part).collect::<Vec<_>>().join(", "))
 }

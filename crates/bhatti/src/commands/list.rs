@@ -3,6 +3,7 @@
 use bhatti_api::Sandbox;
 
 use super::Context;
+use super::lifecycle::status;
 use crate::error::CliError;
 use crate::output::table;
 
@@ -18,7 +19,7 @@ fn row(sandbox: &Sandbox) -> Vec<String> {
     vec![
         sandbox.id.clone(),
         sandbox.name.clone(),
-        sandbox.status.clone(),
+        status(sandbox),
         sandbox.cpus.to_string(),
         format!("{} MiB", sandbox.memory_mb),
         sandbox.created_at.chars().take("2026-01-02T03:04:05".len()).collect(),

@@ -7,19 +7,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_engine::Engine;
-use bhatti_image::ImageStore;
-use bhatti_qemu::QemuEngine;
 use bhatti_server::{AppState, serve_tcp, serve_unix};
 use bhatti_store::Store;
-use bhatti_supervisor::Supervisor;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
-use super::Context;
+use super::{Context, supervisor};
 use crate::cli::Serve;
 use crate::config::Config;
 use crate::error::CliError;
@@ -55,7 +51,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let _lock = lock(data_dir)?;
     let config = Config::read(data_dir)?;
     let store = Arc::new(Store::open(data_dir).map_err(|error| CliError::of(&error))?);
-    let supervisor = supervisor(data_dir, &config, &store)?;
+    let supervisor = supervisor::make(data_dir, &config, &store)?;
     supervisor.recover().await.map_err(|error| CliError::of(&error))?;
 
     let (stop, stopped) = watch::channel(false);
@@ -80,32 +76,21 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator.as_str(), startup_ms, "Daemon ready");
 
+    let ahead = state.supervisor.clone();
+    tokio::spawn(async move { ahead.get_ready().await });
+
     wait_for_signal().await?;
-    info!("Stopping; sandboxes go on running");
+    if arguments.stop_sandboxes {
+        info!("Stopping; sandboxes are saved");
+    } else {
+        info!("Stopping; sandboxes go on running");
+    }
     stop.send_replace(true);
     if timeout(DRAIN_LIMIT, servers.join_all()).await.is_err() {
         warn!("Cut off requests that were still running");
     }
+    state.supervisor.shut_down(arguments.stop_sandboxes).await;
     Ok(())
-}
-
-fn supervisor(
-    data_dir: &Path,
-    config: &Config,
-    store: &Arc<Store>,
-) -> Result<Supervisor, CliError> {
-    let sandboxes_dir = data_dir.join("sandboxes");
-    paths::create_data_dir(&sandboxes_dir)?;
-    let engine = QemuEngine::new(config.qemu());
-    tokio::spawn(engine.prepare());
-    let engine: Arc<dyn Engine> = Arc::new(engine);
-    let config = bhatti_supervisor::Config {
-        sandboxes_dir,
-        images: ImageStore::new(data_dir),
-        lohar: paths::lohar()?,
-        boot_limit: config.boot_limit(),
-    };
-    Ok(Supervisor::new(config, Arc::clone(store), engine))
 }
 
 /// Makes sure that this is the only daemon on the data directory. The lock ends with the process, however it ends.

@@ -1,0 +1,57 @@
+//! Who a guest is.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bhatti_proto::{GuestConfig, Identity, Woken};
+use bhatti_store::SandboxRow;
+
+/// What a guest's random number generator gets from the host, in bytes.
+const ENTROPY_BYTES: usize = 32;
+
+/// Random bytes of this host.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// 32 hex digits that nobody else has.
+pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
+    Ok(format!("{:032x}", u128::from_ne_bytes(random()?)))
+}
+
+/// What a sandbox's guest is to be.
+pub(crate) fn config(row: &SandboxRow) -> GuestConfig {
+    GuestConfig {
+        sandbox_id: row.id.to_string(),
+        hostname: row.spec.name.to_string(),
+        token: row.agent_token.clone(),
+        env: row.spec.environment.as_map().clone(),
+        ..GuestConfig::default()
+    }
+}
+
+/// Makes a restored guest this sandbox's own.
+pub(crate) fn identity(row: &SandboxRow) -> Result<Identity, getrandom::Error> {
+    Ok(Identity {
+        entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
+        wall_clock_ns: wall_clock_ns(),
+        machine_id: random_hex()?,
+        config: config(row),
+    })
+}
+
+/// Tells a guest that it has stood still.
+pub(crate) fn woken() -> Result<Woken, getrandom::Error> {
+    Ok(Woken {
+        entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
+        wall_clock_ns: wall_clock_ns(),
+    })
+}
+
+fn wall_clock_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}

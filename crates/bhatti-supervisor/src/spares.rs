@@ -1,0 +1,178 @@
+//! VMs ahead of demand: VMMs that wait for a template's state, or have it and are paused. Most of the time that a creation takes is then
+//! over before it begins.
+//!
+//! A spare lies where the sandbox that it becomes will lie, with a marker in its directory until then. A later daemon removes those that it
+//! finds: nobody is waiting for them.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm};
+use bhatti_types::{MemoryMib, Report, SandboxId};
+use parking_lot::Mutex;
+use tracing::{error, warn};
+
+use crate::Shared;
+use crate::admission::Admitted;
+use crate::driver::directory;
+use crate::identity::random;
+use crate::templates::Template;
+
+/// What marks a directory as a spare's.
+const MARKER: &str = "spare";
+
+/// How long a VMM may take to start, or to load a state.
+pub(crate) const RESTORE_LIMIT: Duration = Duration::from_secs(60);
+
+/// A VM that waits to become a sandbox.
+pub(crate) struct Spare {
+    pub(crate) id: SandboxId,
+    pub(crate) stage: Stage,
+    template: Template,
+    admitted: Admitted,
+}
+
+/// How far it is.
+pub(crate) enum Stage {
+    /// The VMM waits for the state.
+    Waiting(Box<dyn Staged>),
+    /// It has it, and is paused.
+    Loaded(Arc<dyn Vm>),
+}
+
+/// The spares of a daemon: of one template, the one that was asked for last.
+#[derive(Default)]
+pub(crate) struct Spares {
+    spares: Mutex<VecDeque<Spare>>,
+    filling: tokio::sync::Mutex<()>,
+}
+
+impl Spare {
+    /// Takes the mark away: from now on it is a sandbox's. Returns how far it is, and its memory.
+    pub(crate) fn claim(self, shared: &Shared) -> io::Result<(Stage, Admitted)> {
+        fs::remove_file(directory(shared, self.id).join(MARKER))?;
+        Ok((self.stage, self.admitted))
+    }
+}
+
+impl Stage {
+    /// Goes all the way.
+    pub(crate) async fn load(self) -> Result<Arc<dyn Vm>, RestoreError> {
+        match self {
+            Self::Waiting(staged) => staged.load().await,
+            Self::Loaded(vm) => Ok(vm),
+        }
+    }
+}
+
+/// Starts a VMM over `snapshot`, for the sandbox `id`.
+pub(crate) async fn stage(
+    shared: &Shared,
+    id: SandboxId,
+    snapshot: &Path,
+) -> Result<Box<dyn Staged>, RestoreError> {
+    let spec = RestoreSpec {
+        id,
+        directory: directory(shared, id),
+        snapshot: snapshot.to_owned(),
+        disks: Disks::Frozen,
+        limit: RESTORE_LIMIT,
+    };
+    shared.engine.stage(&spec).await
+}
+
+impl Spares {
+    /// Takes a spare of this template.
+    pub(crate) fn take(&self, template: &Template) -> Option<Spare> {
+        let mut spares = self.spares.lock();
+        let place = spares.iter().position(|spare| spare.template == *template)?;
+        spares.remove(place)
+    }
+
+    /// Puts a spare back that was not used.
+    pub(crate) fn put_back(&self, spare: Spare) {
+        self.spares.lock().push_front(spare);
+    }
+
+    /// Makes spares of this template until there are enough, and removes others.
+    pub(crate) async fn fill(&self, shared: &Shared, template: &Template, memory: MemoryMib) {
+        // Whoever fills now fills for all that asked meanwhile.
+        let Ok(_filling) = self.filling.try_lock() else { return };
+        let others: Vec<Spare> = {
+            let mut spares = self.spares.lock();
+            let (same, others) = spares.drain(..).partition(|spare| spare.template == *template);
+            *spares = same;
+            others.into()
+        };
+        for other in others {
+            remove(shared, other.id).await;
+        }
+        loop {
+            let number = self.spares.lock().len();
+            if number >= shared.config.ready_vmms.max(shared.config.ready_forks) {
+                return;
+            }
+            // Spares take no memory that a sandbox could have.
+            let Some(admitted) = shared.admission.admit_now(memory) else { return };
+            let load = number < shared.config.ready_forks;
+            match make(shared, template, load, admitted).await {
+                Ok(spare) => self.spares.lock().push_back(spare),
+                Err(error) => {
+                    warn!(error = %Report(&error), "Failed to start a VM ahead of demand");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Removes all spares.
+    pub(crate) async fn clear(&self, shared: &Shared) {
+        // One that is being made is found by the next daemon.
+        let spares: Vec<Spare> = self.spares.lock().drain(..).collect();
+        for spare in spares {
+            remove(shared, spare.id).await;
+        }
+    }
+}
+
+async fn make(
+    shared: &Shared,
+    template: &Template,
+    load: bool,
+    admitted: Admitted,
+) -> Result<Spare, RestoreError> {
+    let failed = |step| move |source| RestoreError::File { step, source };
+    let random = random().map_err(io::Error::other).map_err(failed("draw an id"))?;
+    let id = SandboxId::from_entropy(random);
+    let place: PathBuf = directory(shared, id);
+    fs::create_dir(&place)
+        .and_then(|()| fs::write(place.join(MARKER), ""))
+        .map_err(failed("create the VM's directory"))?;
+    let made = async {
+        let stage = Stage::Waiting(stage(shared, id, &template.directory).await?);
+        Ok(if load { Stage::Loaded(stage.load().await?) } else { stage })
+    };
+    match made.await {
+        Ok(stage) => Ok(Spare { id, stage, template: template.clone(), admitted }),
+        Err(error) => {
+            remove(shared, id).await;
+            Err(error)
+        }
+    }
+}
+
+/// Whether a directory is that of a spare.
+pub(crate) fn is_spare(directory: &Path) -> bool {
+    directory.join(MARKER).exists()
+}
+
+/// Ends a spare.
+pub(crate) async fn remove(shared: &Shared, id: SandboxId) {
+    if let Err(left) = shared.engine.remove(id, &directory(shared, id)).await {
+        error!(sandbox = %id, error = %Report(&left), "Failed to remove a VM that nobody needed");
+    }
+}

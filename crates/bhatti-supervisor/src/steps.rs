@@ -1,0 +1,106 @@
+//! The steps of a sandbox's transitions, by name, so that a test can end the daemon at each of them.
+
+use std::str::FromStr;
+
+/// A step that has just been taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Paused, nothing saved.
+    Paused,
+    /// Resumed, the guest not told.
+    Resumed,
+    /// A stop is in the row, nothing else done.
+    StopNoted,
+    /// Saved, the VMM alive.
+    Saved,
+    /// Saved, and the VMM ended.
+    Ended,
+    /// A start is in the row, nothing else done.
+    StartNoted,
+    /// A snapshot is loaded, and still valid.
+    Loaded,
+    /// A snapshot is loaded and consumed, the VM still paused.
+    Consumed,
+    /// A VM that was restored runs, the guest not told.
+    Woken,
+    /// A fork's snapshot is captured, the parent still paused.
+    Captured,
+    /// A fork's snapshot is in place, no fork made.
+    Frozen,
+    /// A new sandbox is in its row, nothing else done.
+    Inserted,
+    /// A new sandbox's VM runs, its guest not told who it is.
+    Running,
+    /// A destruction is in the row, nothing else done.
+    DestroyNoted,
+    /// A sandbox's files are gone, its row is not.
+    Removed,
+}
+
+impl Step {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::Paused,
+        Self::Resumed,
+        Self::StopNoted,
+        Self::Saved,
+        Self::Ended,
+        Self::StartNoted,
+        Self::Loaded,
+        Self::Consumed,
+        Self::Woken,
+        Self::Captured,
+        Self::Frozen,
+        Self::Inserted,
+        Self::Running,
+        Self::DestroyNoted,
+        Self::Removed,
+    ];
+
+    /// Its name.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Paused => "paused",
+            Self::Resumed => "resumed",
+            Self::StopNoted => "stop_noted",
+            Self::Saved => "saved",
+            Self::Ended => "ended",
+            Self::StartNoted => "start_noted",
+            Self::Loaded => "loaded",
+            Self::Consumed => "consumed",
+            Self::Woken => "woken",
+            Self::Captured => "captured",
+            Self::Frozen => "frozen",
+            Self::Inserted => "inserted",
+            Self::Running => "running",
+            Self::DestroyNoted => "destroy_noted",
+            Self::Removed => "removed",
+        }
+    }
+}
+
+/// No step has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no step")]
+pub struct UnknownStep(String);
+
+impl FromStr for Step {
+    type Err = UnknownStep;
+
+    fn from_str(name: &str) -> Result<Self, UnknownStep> {
+        Self::ALL
+            .into_iter()
+            .find(|step| step.as_str() == name)
+            .ok_or_else(|| UnknownStep(name.to_owned()))
+    }
+}
+
+/// Ends the daemon, as `kill -9` would, if it is to end at this step.
+pub(crate) fn reached(step: Step, crash_at: Option<Step>) {
+    tracing::debug!(step = step.as_str(), "Step taken");
+    if crash_at == Some(step) {
+        tracing::warn!(step = step.as_str(), "Ending here, as asked");
+        std::process::abort();
+    }
+}

@@ -1,0 +1,299 @@
+//! Templates: for each image and shape a guest that has booted, from which sandboxes are forked.
+//!
+//! A template is a snapshot in `<templates>/<key>`. The key is a hash of all that it depends on: files that are named by their content,
+//! the shape, the VMM. So a template is never changed and never out of date; one that nothing asks for any more is the first to go.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bhatti_agent::{AgentClient, CallError};
+use bhatti_engine::{
+    BootError, Disks, MemoryKind, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
+};
+use bhatti_image::BootFiles;
+use bhatti_proto::ExecRequest;
+use bhatti_types::{CpuCount, MemoryMib, Report, SandboxId};
+use parking_lot::Mutex;
+use tokio::time::{Duration, Instant, timeout};
+use tracing::{error, info, warn};
+
+use crate::Shared;
+use crate::admission::Busy;
+use crate::identity::random;
+
+/// Held by who makes a template.
+const LOCK: &str = ".lock";
+
+/// How the directories of templates that are being made begin.
+const MAKING: &str = ".make-";
+
+/// How long the first processes of a guest may take.
+const WARM_UP_LIMIT: Duration = Duration::from_secs(30);
+
+/// A template could not be made. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// Its guest did not boot.
+    #[error("failed to boot the template")]
+    Boot(#[from] BootError),
+    /// Its agent failed.
+    #[error("failed to prepare the template's guest")]
+    Agent(#[from] CallError),
+    /// It could not be paused.
+    #[error("failed to pause the template")]
+    Pause(#[from] VmmError),
+    /// It could not be saved.
+    #[error("failed to save the template")]
+    Save(#[from] SnapshotError),
+    /// Another process makes one, and cannot be waited for.
+    #[error("failed to lock the templates")]
+    Lock(#[source] io::Error),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// This host gives no random bytes.
+    #[error("failed to draw an id")]
+    Entropy(#[from] getrandom::Error),
+}
+
+/// What a template is made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Recipe {
+    pub(crate) files: BootFiles,
+    pub(crate) cpus: CpuCount,
+    pub(crate) memory: MemoryMib,
+}
+
+/// The templates of a daemon.
+pub(crate) struct Templates {
+    directory: PathBuf,
+    budget_bytes: u64,
+    /// One at a time makes a template, however many ask for it.
+    making: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// A template that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Template {
+    pub(crate) key: String,
+    pub(crate) directory: PathBuf,
+}
+
+impl Templates {
+    pub(crate) fn new(directory: PathBuf, budget_bytes: u64) -> Self {
+        Self { directory, budget_bytes, making: Mutex::default() }
+    }
+
+    /// The template of a recipe, if there is one.
+    pub(crate) fn find(&self, shared: &Shared, recipe: &Recipe) -> Option<Template> {
+        let key = key(&shared.engine.capabilities().machine, recipe);
+        let template = Template { directory: self.directory.join(&key), key };
+        template.directory.exists().then_some(template)
+    }
+
+    /// The template of a recipe: made first if there is none.
+    pub(crate) async fn get(
+        &self,
+        shared: &Shared,
+        recipe: &Recipe,
+    ) -> Result<Template, TemplateError> {
+        let key = key(&shared.engine.capabilities().machine, recipe);
+        let template = Template { directory: self.directory.join(&key), key };
+        if !template.directory.exists() {
+            let turn = Arc::clone(self.making.lock().entry(template.key.clone()).or_default());
+            let _turn = turn.lock().await;
+            let _others_turn = lock(&self.directory).await.map_err(TemplateError::Lock)?;
+            if !template.directory.exists() {
+                make(shared, recipe, &template, &self.directory).await?;
+                self.evict(&template.key);
+            }
+        }
+        // For the choice of what goes first; a template is as good without.
+        drop(File::open(&template.directory).and_then(|file| file.set_modified(SystemTime::now())));
+        Ok(template)
+    }
+
+    /// Takes a template away that proved to be of no use.
+    pub(crate) fn discard(&self, template: &Template) {
+        warn!(template = template.key, "Removing a template that cannot be used");
+        self.remove(&template.directory);
+    }
+
+    /// Takes away what an earlier daemon was making.
+    pub(crate) async fn recover(&self, shared: &Shared) -> io::Result<()> {
+        // Somebody is making one right now: a set-up, or a daemon that shares them.
+        let lock = File::create(self.directory.join(LOCK))?;
+        if lock.try_lock().is_err() {
+            return Ok(());
+        }
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let Some(id) = name.strip_prefix(MAKING).and_then(|id| id.parse().ok()) {
+                if let Err(left) = shared.engine.remove(id, &entry.path()).await {
+                    error!(template = name, error = %Report(&left), "Failed to remove an unfinished template");
+                }
+            } else if name.ends_with(".tmp") || name.ends_with(".gone") {
+                self.remove(&entry.path());
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes those that were used least recently until the rest fits the budget: never `kept`, and none on which a VM stands, for that
+    /// would free nothing.
+    fn evict(&self, kept: &str) {
+        let mut others = match self.usage() {
+            Ok(templates) => templates,
+            Err(error) => {
+                warn!(%error, "Failed to look for templates to remove");
+                return;
+            }
+        };
+        let mut bytes: u64 = others.iter().map(|usage| usage.bytes).sum();
+        others.sort_by_key(|usage| usage.used);
+        for usage in others {
+            if bytes <= self.budget_bytes {
+                return;
+            }
+            if usage.shared || usage.directory.ends_with(kept) {
+                continue;
+            }
+            info!(template = %usage.directory.display(), bytes = usage.bytes, "Removing a template that is used least");
+            self.remove(&usage.directory);
+            bytes -= usage.bytes;
+        }
+    }
+
+    fn usage(&self) -> io::Result<Vec<Usage>> {
+        let mut templates = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().contains('.') {
+                continue;
+            }
+            let mut usage = Usage {
+                directory: entry.path(),
+                used: entry.metadata()?.modified()?,
+                bytes: 0,
+                shared: false,
+            };
+            for file in fs::read_dir(entry.path())? {
+                let (file, name) = file.map(|file| (file.metadata(), file.file_name()))?;
+                let (file, name) = (file?, name.to_string_lossy().into_owned());
+                if name.ends_with(".ext4") {
+                    continue;
+                }
+                usage.bytes += file.blocks() * 512;
+                usage.shared |= file.nlink() > 1;
+            }
+            templates.push(usage);
+        }
+        Ok(templates)
+    }
+
+    /// Renames first: what is half removed is no template.
+    fn remove(&self, directory: &Path) {
+        let gone = directory.with_extension("gone");
+        let removed = match fs::rename(directory, &gone) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            renamed => renamed.and_then(|()| fs::remove_dir_all(&gone)),
+        };
+        if let Err(error) = removed {
+            warn!(path = %directory.display(), %error, "Failed to remove a template");
+        }
+    }
+}
+
+struct Usage {
+    directory: PathBuf,
+    used: SystemTime,
+    bytes: u64,
+    shared: bool,
+}
+
+fn key(machine: &str, recipe: &Recipe) -> String {
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let Recipe { files, cpus, memory } = recipe;
+    // The kernel's directory is named by its content, the other files are themselves.
+    let kernel = files.kernel.parent().map(name).unwrap_or_default();
+    let text = [
+        machine,
+        &kernel,
+        &name(&files.initramfs),
+        &name(&files.root),
+        &cpus.get().to_string(),
+        &memory.get().to_string(),
+    ]
+    .join("\n");
+    blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
+}
+
+/// Waits until no other process makes a template.
+async fn lock(directory: &Path) -> io::Result<File> {
+    let file = File::create(directory.join(LOCK))?;
+    let locked = tokio::task::spawn_blocking(move || file.lock().map(|()| file));
+    locked.await.map_err(io::Error::other)?
+}
+
+async fn make(
+    shared: &Shared,
+    recipe: &Recipe,
+    template: &Template,
+    directory: &Path,
+) -> Result<(), TemplateError> {
+    let began = Instant::now();
+    let id = SandboxId::from_entropy(random()?);
+    let spec = VmSpec {
+        id,
+        hostname: shared.config.template_hostname.clone(),
+        cpus: recipe.cpus,
+        memory: recipe.memory,
+        directory: directory.join(format!("{MAKING}{id}")),
+        kernel: recipe.files.kernel.clone(),
+        initramfs: recipe.files.initramfs.clone(),
+        root_base: recipe.files.root.clone(),
+        keep_disk: false,
+        boot_limit: shared.config.boot_limit,
+    };
+    let _admitted = shared.admit(recipe.memory).await?;
+    let vm = shared.engine.boot(&spec).await?;
+    let saved = save(vm.as_ref(), &template.directory).await;
+    if let Err(left) = shared.engine.remove(id, &spec.directory).await {
+        error!(error = %Report(&left), "Failed to remove the VM that a template was made of");
+    }
+    saved?;
+    let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(
+        template = template.key,
+        cpus = recipe.cpus.get(),
+        memory_mb = recipe.memory.get(),
+        make_ms,
+        "Made a template"
+    );
+    Ok(())
+}
+
+async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), TemplateError> {
+    let agent = AgentClient::new(vm.channel());
+    // What every command needs is then in the memory of every fork.
+    let argv = ["sh", "-c", "true"].map(str::to_owned).to_vec();
+    let first = agent.run(ExecRequest { argv, ..ExecRequest::default() });
+    timeout(WARM_UP_LIMIT, first)
+        .await
+        .map_err(|_| CallError::Silent { limit: WARM_UP_LIMIT })??;
+    agent.suspend(true).await?;
+    vm.pause().await?;
+    let request = SnapshotRequest {
+        directory: directory.to_owned(),
+        memory: Some(MemoryKind::Full),
+        disks: Disks::Frozen,
+    };
+    vm.capture(&request).await?.finish().await?;
+    Ok(())
+}

@@ -1,0 +1,383 @@
+//! From hot to cold and back.
+//!
+//! ```text
+//!        suspend, pause          save, end
+//!   hot ───────────────► warm ─────────────► cold
+//!    ▲ ◄───────────────   │                    │
+//!    │   resume, tell     │                    │ load, consume, resume, tell
+//!    └────────────────────┴────────────────────┘
+//! ```
+//!
+//! What fails leaves the sandbox where it was: a VM that could not be saved runs on, a snapshot that could not be loaded stays. A snapshot is
+//! consumed before its VM runs, so it is never restored twice; a VMM ends only when the snapshot is on the disk.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bhatti_engine::{Disks, MemoryKind, RestoreSpec, SnapshotRequest, VmSpec};
+use bhatti_types::{Denied, Report, SandboxState, Thermal};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use crate::access::Running;
+use crate::create::boot_files;
+use crate::driver::{Driver, Saved, TransitionError};
+use crate::identity;
+use crate::spares::RESTORE_LIMIT;
+use crate::steps::Step;
+
+/// The snapshot of a sandbox that sleeps, in its directory, and one that its VM has gone on from.
+pub(crate) const SNAPSHOT: &str = "snapshot";
+pub(crate) const CONSUMED: &str = "snapshot.used";
+
+/// How long a guest may take to stand still, without and with its disks.
+const SUSPEND_LIMIT: Duration = Duration::from_secs(2);
+const SYNC_LIMIT: Duration = Duration::from_secs(25);
+
+/// How long a guest may take to be told something, or to say what it does.
+const TELL_LIMIT: Duration = Duration::from_secs(10);
+const ACTIVITY_LIMIT: Duration = Duration::from_secs(1);
+
+impl Driver {
+    /// Makes the sandbox hot, if it is one that runs.
+    pub(crate) async fn wake(&self) -> Result<(), TransitionError> {
+        self.access.state().admit_use()?;
+        match (self.access.running(), self.access.thermal()) {
+            (Some(_), Some(Thermal::Hot)) => Ok(()),
+            (Some(running), _) => self.resume(&running).await,
+            (None, _) => self.wake_cold().await,
+        }
+    }
+
+    /// Pauses the sandbox because somebody wants it so. The next request wakes it.
+    pub(crate) async fn pause_as_asked(&self) -> Result<(), TransitionError> {
+        self.access.state().admit_use()?;
+        match self.access.running() {
+            Some(running) if self.access.thermal() == Some(Thermal::Hot) => {
+                self.pause(&running, false).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops the sandbox until it is started.
+    pub(crate) async fn stop(&self) -> Result<(), TransitionError> {
+        match self.access.state() {
+            SandboxState::Stopped => return Ok(()),
+            state => state.admit_use()?,
+        }
+        self.shared.store.set_sandbox_state(self.id, SandboxState::Stopped)?;
+        self.reached(Step::StopNoted);
+        self.access.set_state(SandboxState::Stopped);
+        let slept = self.sleep(true).await;
+        if slept.is_err() {
+            self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
+            self.access.set_state(SandboxState::Running);
+        }
+        slept
+    }
+
+    /// Starts a sandbox that was stopped, or, by booting, one that failed.
+    pub(crate) async fn start(&self, cold_boot: bool) -> Result<(), TransitionError> {
+        let before = self.access.state();
+        match before {
+            SandboxState::Running if self.access.running().is_some() => return self.wake().await,
+            SandboxState::Failed(_) if cold_boot => {}
+            SandboxState::Stopped | SandboxState::Running => {}
+            SandboxState::Creating | SandboxState::Failed(_) | SandboxState::Destroyed => {
+                before.admit_use()?;
+            }
+        }
+        if cold_boot {
+            self.boot_again().await?;
+            return Ok(());
+        }
+        self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
+        self.reached(Step::StartNoted);
+        let woken = self.wake_cold().await;
+        if woken.is_ok() {
+            self.access.set_state(SandboxState::Running);
+        } else {
+            self.shared.store.set_sandbox_state(self.id, before)?;
+        }
+        woken
+    }
+
+    pub(crate) async fn set_keep_hot(&self, keep_hot: bool) -> Result<(), TransitionError> {
+        self.shared.store.set_sandbox_keep_hot(self.id, keep_hot)?;
+        self.access.set_keep_hot(keep_hot);
+        if keep_hot && self.access.state() == SandboxState::Running {
+            return self.wake().await;
+        }
+        Ok(())
+    }
+
+    /// The sandbox has not been used for a while.
+    pub(crate) async fn cool(&self) {
+        let Some(running) = self.access.running() else { return };
+        let cooled = match self.access.thermal() {
+            Some(Thermal::Hot) => {
+                if is_busy(&running).await || !self.access.close_if_unused() {
+                    self.access.touch();
+                    return;
+                }
+                self.pause(&running, false).await
+            }
+            _ => self.sleep(false).await,
+        };
+        if let Err(error) = cooled {
+            warn!(sandbox = %self.id, error = %Report(&error), "Failed to let a sandbox cool");
+            self.access.touch();
+        }
+    }
+
+    /// Another sandbox needs the memory.
+    pub(crate) async fn give_memory(&self) {
+        if self.access.thermal() == Some(Thermal::Warm)
+            && let Err(error) = self.sleep(false).await
+        {
+            warn!(sandbox = %self.id, error = %Report(&error), "Failed to save a sandbox whose memory was wanted");
+        }
+    }
+
+    /// Saves the sandbox, and lets it go on: for forks, and for snapshots with a name.
+    pub(crate) async fn save(
+        &self,
+        directory: &Path,
+        memory: Option<MemoryKind>,
+    ) -> Result<Saved, TransitionError> {
+        self.access.state().admit_use()?;
+        if self.access.running().is_none() {
+            self.wake_cold().await?;
+        }
+        let running = self.access.running().ok_or(TransitionError::Restless)?;
+        let was_hot = self.access.thermal() == Some(Thermal::Hot);
+        let began = Instant::now();
+        if was_hot {
+            self.pause(&running, false).await?;
+        }
+        let request =
+            SnapshotRequest { directory: directory.to_owned(), memory, disks: Disks::Frozen };
+        let captured = running.vm.capture(&request).await;
+        self.reached(Step::Captured);
+        if was_hot {
+            self.resume(&running).await?;
+        }
+        let paused = began.elapsed();
+        let info = captured?.finish().await?;
+        Ok(Saved { info, paused })
+    }
+
+    /// From hot to warm.
+    async fn pause(&self, running: &Running, sync: bool) -> Result<(), TransitionError> {
+        self.access.set_thermal(Thermal::Warm);
+        let limit = if sync { SYNC_LIMIT } else { SUSPEND_LIMIT };
+        match timeout(limit, running.agent.suspend(sync)).await {
+            Ok(Ok(())) => {}
+            // Its memory is kept all the same; only what its processes see of the time in between is less exact.
+            Ok(Err(error)) => {
+                warn!(sandbox = %self.id, error = %Report(&error), "Guest does not stand still");
+            }
+            Err(_) => {
+                warn!(sandbox = %self.id, "Guest does not answer; it is paused as it is");
+            }
+        }
+        if let Err(error) = running.vm.pause().await {
+            self.tell_woken(running).await;
+            self.access.set_thermal(Thermal::Hot);
+            return Err(error.into());
+        }
+        self.reached(Step::Paused);
+        Ok(())
+    }
+
+    /// From warm to hot.
+    async fn resume(&self, running: &Running) -> Result<(), TransitionError> {
+        // Left by an end that did not come: from here on it is older than the VM.
+        remove(self.directory().join(SNAPSHOT)).await.map_err(TransitionError::Consume)?;
+        running.vm.resume().await?;
+        self.reached(Step::Resumed);
+        self.tell_woken(running).await;
+        self.access.set_thermal(Thermal::Hot);
+        self.access.touch();
+        Ok(())
+    }
+
+    /// From hot or warm to cold. With `sync`, the guest writes its disks first.
+    pub(crate) async fn sleep(&self, sync: bool) -> Result<(), TransitionError> {
+        let Some(running) = self.access.running() else { return Ok(()) };
+        let was_warm = self.access.thermal() == Some(Thermal::Warm);
+        let was_hot = !was_warm && running.vm.is_running().await?;
+        if was_hot {
+            self.pause(&running, sync).await?;
+        }
+        let began = Instant::now();
+        let slept = self.save_and_end(&running).await;
+        match slept {
+            Ok(info) => {
+                let save_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                info!(sandbox = %self.id, kind = ?info.memory, memory_bytes = info.memory_bytes, save_ms, "Sandbox sleeps");
+                Ok(())
+            }
+            Err(error) => {
+                if was_hot && let Err(error) = self.resume(&running).await {
+                    warn!(sandbox = %self.id, error = %Report(&error), "Failed to resume a sandbox that could not be saved");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn save_and_end(
+        &self,
+        running: &Running,
+    ) -> Result<bhatti_engine::SnapshotInfo, TransitionError> {
+        let directory = self.directory();
+        // Of an end that did not come: the VM may have run since.
+        remove(directory.join(SNAPSHOT)).await.map_err(TransitionError::Consume)?;
+        let request = SnapshotRequest {
+            directory: directory.join(SNAPSHOT),
+            memory: None,
+            disks: Disks::InPlace,
+        };
+        let info = running.vm.capture(&request).await?.finish().await?;
+        self.reached(Step::Saved);
+        self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
+        self.access.set_vm(None, Thermal::Cold);
+        self.reached(Step::Ended);
+        Ok(info)
+    }
+
+    /// From cold to hot.
+    async fn wake_cold(&self) -> Result<(), TransitionError> {
+        let admitted = self.shared.admit(self.memory).await?;
+        let directory = self.directory();
+        let (snapshot, consumed) = (directory.join(SNAPSHOT), directory.join(CONSUMED));
+        let spec = RestoreSpec {
+            id: self.id,
+            directory: directory.clone(),
+            snapshot: snapshot.clone(),
+            disks: Disks::InPlace,
+            limit: RESTORE_LIMIT,
+        };
+        let loaded = async { self.shared.engine.stage(&spec).await?.load().await };
+        let vm = match loaded.await {
+            Ok(vm) => vm,
+            Err(error) => {
+                self.end_failed_wake().await;
+                return Err(error.into());
+            }
+        };
+        self.reached(Step::Loaded);
+        let begun = async {
+            // One that an earlier wake could not remove.
+            remove(consumed.clone()).await.map_err(TransitionError::Consume)?;
+            rename(&snapshot, &consumed).await.map_err(TransitionError::Consume)?;
+            self.reached(Step::Consumed);
+            if let Err(error) = vm.resume().await {
+                // It did not run; the snapshot is what it was.
+                self.end_failed_wake().await;
+                rename(&consumed, &snapshot).await.map_err(TransitionError::Consume)?;
+                return Err(error.into());
+            }
+            Ok(())
+        };
+        if let Err(error) = begun.await {
+            self.end_failed_wake().await;
+            return Err(error);
+        }
+        self.reached(Step::Woken);
+        let running = Running::new(vm, &self.token, admitted);
+        self.access.set_vm(Some(running.clone()), Thermal::Warm);
+        self.tell_woken(&running).await;
+        self.access.set_thermal(Thermal::Hot);
+        self.access.touch();
+        if let Err(error) = remove(consumed).await {
+            warn!(sandbox = %self.id, %error, "Failed to remove a snapshot that was used");
+        }
+        Ok(())
+    }
+
+    async fn end_failed_wake(&self) {
+        if let Err(error) = self.shared.engine.kill(self.id, &self.directory()).await {
+            warn!(sandbox = %self.id, error = %Report(&error), "Failed to end a VM that did not wake");
+        }
+    }
+
+    /// Boots the sandbox from its disk, without its memory.
+    async fn boot_again(&self) -> Result<(), TransitionError> {
+        let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
+        let files = boot_files(&self.shared).await.map_err(|_| Denied::StillCreating)?;
+        let admitted = self.shared.admit(self.memory).await?;
+        let directory = self.directory();
+        self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
+        for gone in [SNAPSHOT, CONSUMED] {
+            remove(directory.join(gone)).await.map_err(TransitionError::Consume)?;
+        }
+        let spec = VmSpec {
+            id: self.id,
+            hostname: row.spec.name.clone(),
+            cpus: row.spec.cpus,
+            memory: row.spec.memory,
+            directory,
+            kernel: files.kernel,
+            initramfs: files.initramfs,
+            root_base: files.root,
+            keep_disk: true,
+            boot_limit: self.shared.config.boot_limit,
+        };
+        let vm = self.shared.engine.boot(&spec).await?;
+        let running = Running::new(vm, "", admitted);
+        let configured =
+            timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row))).await;
+        let silent = || bhatti_agent::CallError::Silent { limit: TELL_LIMIT };
+        if let Err(error) = configured.unwrap_or_else(|_| Err(silent())) {
+            self.end_failed_wake().await;
+            return Err(TransitionError::Unconfigured(error));
+        }
+        Ok(self.running(running.with_token(&self.token))?)
+    }
+
+    /// Tells the guest that it has stood still. It runs, whether it listens or not.
+    pub(crate) async fn tell_woken(&self, running: &Running) {
+        let told = async {
+            let woken = identity::woken()?;
+            timeout(TELL_LIMIT, running.agent.woken(&woken))
+                .await
+                .map_err(|_| {
+                    TransitionError::Unconfigured(bhatti_agent::CallError::Silent {
+                        limit: TELL_LIMIT,
+                    })
+                })?
+                .map_err(TransitionError::Unconfigured)
+        };
+        if let Err(error) = told.await {
+            warn!(sandbox = %self.id, error = %Report(&error), "Guest was not told that it has woken");
+        }
+    }
+}
+
+/// Whether something in the guest goes on without a client: asked while it runs, for a paused guest cannot answer.
+async fn is_busy(running: &Running) -> bool {
+    match timeout(ACTIVITY_LIMIT, running.agent.activity()).await {
+        Ok(Ok(activity)) => activity.running_jobs > 0 || activity.attached_sessions > 0,
+        // A guest that does not say so is not busy with anything of ours.
+        Ok(Err(_)) | Err(_) => false,
+    }
+}
+
+async fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (from.to_owned(), to.to_owned());
+    let renamed = spawn_blocking(move || bhatti_host::durable::rename(&from, &to)).await;
+    renamed.map_err(io::Error::other)?
+}
+
+/// Removes a directory that need not be there.
+async fn remove(directory: PathBuf) -> io::Result<()> {
+    match tokio::fs::remove_dir_all(directory).await {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,51 @@
+//! The supervisor of a data directory: of the daemon, and of a set-up that makes the first template.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bhatti_engine::Engine;
+use bhatti_image::ImageStore;
+use bhatti_qemu::QemuEngine;
+use bhatti_store::Store;
+use bhatti_supervisor::{Supervisor, ThermalConfig};
+
+use crate::config::Config;
+use crate::error::CliError;
+use crate::paths;
+
+/// Names the step at which the daemon ends, as if it had been killed: for tests of what the next daemon makes of that.
+const CRASH_AT: &str = "BHATTI_TEST_CRASH_AT";
+
+pub(super) fn make(
+    data_dir: &Path,
+    config: &Config,
+    store: &Arc<Store>,
+) -> Result<Supervisor, CliError> {
+    let directory = |name: &str| {
+        let directory = data_dir.join(name);
+        paths::create_data_dir(&directory).map(|()| directory)
+    };
+    let engine = QemuEngine::new(config.qemu());
+    tokio::spawn(engine.prepare());
+    let engine: Arc<dyn Engine> = Arc::new(engine);
+    let crash_at = std::env::var(CRASH_AT).ok().map(|step| step.parse()).transpose();
+    let config = bhatti_supervisor::Config {
+        sandboxes_dir: directory("sandboxes")?,
+        images: ImageStore::new(data_dir),
+        lohar: paths::lohar()?,
+        boot_limit: config.boot_limit(),
+        snapshots_dir: directory("snapshots")?,
+        templates_dir: directory("templates")?,
+        templates_bytes: config.template_bytes(),
+        template_hostname: "template".parse().map_err(|error| CliError::of(&error))?,
+        ready_vmms: config.ready_vmms.unwrap_or(1),
+        ready_forks: config.ready_forks.unwrap_or(0),
+        memory_budget_mib: config.memory_budget_mib()?,
+        thermal: ThermalConfig {
+            warm_after: config.thermal.warm_after(),
+            cold_after: config.thermal.cold_after(),
+        },
+        crash_at: crash_at.map_err(|error| CliError::of(&error))?,
+    };
+    Ok(Supervisor::new(config, Arc::clone(store), engine))
+}
