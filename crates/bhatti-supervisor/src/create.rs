@@ -211,7 +211,7 @@ impl Supervisor {
             }
         };
         let driver = Driver::register(shared, &row, SandboxState::Creating);
-        driver.reached(Step::Inserted);
+        driver.reached(Step::Inserted).await;
         let (reply, created) = oneshot::channel();
         let shared = Arc::clone(shared);
         // In a task of its own: the caller may go away, the sandbox is to be up or gone all the same.
@@ -339,7 +339,7 @@ async fn settle(
     running: Running,
 ) -> Result<String, CreateError> {
     running.vm.resume().await?;
-    driver.reached(Step::Running);
+    driver.reached(Step::Running).await;
     let identity = identity::identity(row)?;
     let assumed = timeout(CONFIGURE_LIMIT, running.agent.assume_identity(&identity)).await;
     let report = assumed

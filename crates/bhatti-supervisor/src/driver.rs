@@ -203,8 +203,10 @@ impl Driver {
     }
 
     /// See [`crate::steps`].
-    pub(crate) fn reached(&self, step: Step) {
-        crate::steps::reached(step, self.shared.config.crash_at);
+    pub(crate) async fn reached(&self, step: Step) {
+        if crate::steps::reached(step, self.shared.config.fault) {
+            drop(self.shared.engine.kill(self.id, &self.directory()).await);
+        }
     }
 
     /// Drives the sandbox until it is destroyed.
@@ -308,7 +310,7 @@ impl Driver {
         if let Err(error) = noted {
             warn!(sandbox = %self.id, error = %Report(&error), "Failed to note that a sandbox is being destroyed");
         }
-        self.reached(Step::DestroyNoted);
+        self.reached(Step::DestroyNoted).await;
         self.access.set_state(SandboxState::Destroyed);
         self.access.set_vm(None, Thermal::Cold);
         self.shared.registry.remove(self.id);
@@ -317,7 +319,7 @@ impl Driver {
             .remove(self.id, &self.directory())
             .await
             .map_err(DestroyError::Remove)?;
-        self.reached(Step::Removed);
+        self.reached(Step::Removed).await;
         self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
         info!(sandbox = %self.id, "Sandbox destroyed");
         Ok(())

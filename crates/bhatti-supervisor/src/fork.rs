@@ -88,7 +88,7 @@ impl Supervisor {
         let snapshot = self.shared.config.snapshots_dir.join(format!("{FORKING}{name}"));
         let directory = snapshot.clone();
         let saved = handle.ask(|reply| Request::Save { directory, memory: None, reply }).await?;
-        steps::reached(Step::Frozen, self.shared.config.crash_at);
+        steps::reached(Step::Frozen, self.shared.config.fault);
         let made = self.make_forks(owner, &parent, &request, count, &snapshot).await;
         // The forks have hard links of all that they stand on.
         if let Err(error) = tokio::fs::remove_dir_all(&snapshot).await {

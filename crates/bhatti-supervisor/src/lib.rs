@@ -37,7 +37,7 @@ pub use create::{CreateError, SandboxRequest};
 pub use driver::{DestroyError, TransitionError};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use recover::RecoverError;
-pub use steps::{Step, UnknownStep};
+pub use steps::{Fault, Step, UnknownStep};
 pub use templates::TemplateError;
 
 use admission::{Admission, Admitted};
@@ -79,8 +79,8 @@ pub struct Config {
     pub memory_budget_mib: usize,
     /// When sandboxes cool.
     pub thermal: ThermalConfig,
-    /// For tests: the step at which the daemon ends.
-    pub crash_at: Option<Step>,
+    /// For tests: what goes wrong, and when.
+    pub fault: Option<Fault>,
 }
 
 /// When a sandbox that nobody uses cools.
@@ -278,7 +278,7 @@ impl Supervisor {
 
     /// Ends what nobody asked for. Sandboxes go on, unless `sleep` says that they are to be saved: then some at a time are.
     pub async fn shut_down(&self, sleep: bool) {
-        self.shared.spares.clear(&self.shared).await;
+        self.shared.spares.close(&self.shared).await;
         if !sleep {
             return;
         }

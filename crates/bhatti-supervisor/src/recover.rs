@@ -155,6 +155,7 @@ async fn take_up_running(driver: &Driver, running: Running) {
     driver.access.set_vm(Some(running.clone()), thermal);
     if thermal == Thermal::Hot {
         driver.tell_woken(&running).await;
+        driver.forget_consumed().await;
     }
 }
 

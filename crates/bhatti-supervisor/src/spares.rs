@@ -9,6 +9,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm};
@@ -49,6 +50,7 @@ pub(crate) enum Stage {
 pub(crate) struct Spares {
     spares: Mutex<VecDeque<Spare>>,
     filling: tokio::sync::Mutex<()>,
+    closed: AtomicBool,
 }
 
 impl Spare {
@@ -113,7 +115,9 @@ impl Spares {
         }
         loop {
             let number = self.spares.lock().len();
-            if number >= shared.config.ready_vmms.max(shared.config.ready_forks) {
+            if self.closed.load(Ordering::Relaxed)
+                || number >= shared.config.ready_vmms.max(shared.config.ready_forks)
+            {
                 return;
             }
             // Spares take no memory that a sandbox could have.
@@ -129,9 +133,15 @@ impl Spares {
         }
     }
 
+    /// Removes all spares, and makes no more.
+    pub(crate) async fn close(&self, shared: &Shared) {
+        self.closed.store(true, Ordering::Relaxed);
+        let _filling = self.filling.lock().await;
+        self.clear(shared).await;
+    }
+
     /// Removes all spares.
     pub(crate) async fn clear(&self, shared: &Shared) {
-        // One that is being made is found by the next daemon.
         let spares: Vec<Spare> = self.spares.lock().drain(..).collect();
         for spare in spares {
             remove(shared, spare.id).await;

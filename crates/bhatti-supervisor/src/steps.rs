@@ -1,4 +1,4 @@
-//! The steps of a sandbox's transitions, by name, so that a test can end the daemon at each of them.
+//! The steps of a sandbox's transitions, by name, so that a test can have something go wrong at each of them.
 
 use std::str::FromStr;
 
@@ -96,11 +96,32 @@ impl FromStr for Step {
     }
 }
 
-/// Ends the daemon, as `kill -9` would, if it is to end at this step.
-pub(crate) fn reached(step: Step, crash_at: Option<Step>) {
-    tracing::debug!(step = step.as_str(), "Step taken");
-    if crash_at == Some(step) {
+/// Something that goes wrong at a step, because a test wants it to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The daemon dies, as of `kill -9`.
+    Daemon(Step),
+    /// The sandbox's VMM dies.
+    Vmm(Step),
+}
+
+impl FromStr for Fault {
+    type Err = UnknownStep;
+
+    fn from_str(text: &str) -> Result<Self, UnknownStep> {
+        match text.split_once(':') {
+            Some(("daemon", step)) => step.parse().map(Self::Daemon),
+            Some(("vmm", step)) => step.parse().map(Self::Vmm),
+            _ => Err(UnknownStep(text.to_owned())),
+        }
+    }
+}
+
+/// Has the fault happen that is to happen at this step. Returns whether it is the VMM's death.
+pub(crate) fn reached(step: Step, fault: Option<Fault>) -> bool {
+    if fault == Some(Fault::Daemon(step)) {
         tracing::warn!(step = step.as_str(), "Ending here, as asked");
         std::process::abort();
     }
+    fault == Some(Fault::Vmm(step))
 }

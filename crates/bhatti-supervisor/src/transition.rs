@@ -69,7 +69,7 @@ impl Driver {
             state => state.admit_use()?,
         }
         self.shared.store.set_sandbox_state(self.id, SandboxState::Stopped)?;
-        self.reached(Step::StopNoted);
+        self.reached(Step::StopNoted).await;
         self.access.set_state(SandboxState::Stopped);
         let slept = self.sleep(true).await;
         if slept.is_err() {
@@ -95,7 +95,7 @@ impl Driver {
             return Ok(());
         }
         self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
-        self.reached(Step::StartNoted);
+        self.reached(Step::StartNoted).await;
         let woken = self.wake_cold().await;
         if woken.is_ok() {
             self.access.set_state(SandboxState::Running);
@@ -161,7 +161,7 @@ impl Driver {
         let request =
             SnapshotRequest { directory: directory.to_owned(), memory, disks: Disks::Frozen };
         let captured = running.vm.capture(&request).await;
-        self.reached(Step::Captured);
+        self.reached(Step::Captured).await;
         if was_hot {
             self.resume(&running).await?;
         }
@@ -189,7 +189,7 @@ impl Driver {
             self.access.set_thermal(Thermal::Hot);
             return Err(error.into());
         }
-        self.reached(Step::Paused);
+        self.reached(Step::Paused).await;
         Ok(())
     }
 
@@ -198,7 +198,8 @@ impl Driver {
         // Left by an end that did not come: from here on it is older than the VM.
         remove(self.directory().join(SNAPSHOT)).await.map_err(TransitionError::Consume)?;
         running.vm.resume().await?;
-        self.reached(Step::Resumed);
+        self.reached(Step::Resumed).await;
+        self.forget_consumed().await;
         self.tell_woken(running).await;
         self.access.set_thermal(Thermal::Hot);
         self.access.touch();
@@ -243,10 +244,10 @@ impl Driver {
             disks: Disks::InPlace,
         };
         let info = running.vm.capture(&request).await?.finish().await?;
-        self.reached(Step::Saved);
+        self.reached(Step::Saved).await;
         self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
         self.access.set_vm(None, Thermal::Cold);
-        self.reached(Step::Ended);
+        self.reached(Step::Ended).await;
         Ok(info)
     }
 
@@ -270,12 +271,12 @@ impl Driver {
                 return Err(error.into());
             }
         };
-        self.reached(Step::Loaded);
+        self.reached(Step::Loaded).await;
         let begun = async {
             // One that an earlier wake could not remove.
             remove(consumed.clone()).await.map_err(TransitionError::Consume)?;
             rename(&snapshot, &consumed).await.map_err(TransitionError::Consume)?;
-            self.reached(Step::Consumed);
+            self.reached(Step::Consumed).await;
             if let Err(error) = vm.resume().await {
                 // It did not run; the snapshot is what it was.
                 self.end_failed_wake().await;
@@ -288,16 +289,21 @@ impl Driver {
             self.end_failed_wake().await;
             return Err(error);
         }
-        self.reached(Step::Woken);
+        self.reached(Step::Woken).await;
         let running = Running::new(vm, &self.token, admitted);
         self.access.set_vm(Some(running.clone()), Thermal::Warm);
         self.tell_woken(&running).await;
         self.access.set_thermal(Thermal::Hot);
         self.access.touch();
-        if let Err(error) = remove(consumed).await {
+        self.forget_consumed().await;
+        Ok(())
+    }
+
+    /// Removes the snapshot that a VM that runs has gone on from.
+    pub(crate) async fn forget_consumed(&self) {
+        if let Err(error) = remove(self.directory().join(CONSUMED)).await {
             warn!(sandbox = %self.id, %error, "Failed to remove a snapshot that was used");
         }
-        Ok(())
     }
 
     async fn end_failed_wake(&self) {

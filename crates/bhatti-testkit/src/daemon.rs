@@ -21,6 +21,8 @@ pub struct Serve {
     pub images: Option<PathBuf>,
     /// Further arguments.
     pub arguments: Vec<String>,
+    /// What goes wrong and when: `daemon:STEP` or `vmm:STEP`, with the steps of `bhatti_supervisor::Step`.
+    pub fault: Option<String>,
 }
 
 impl Default for Serve {
@@ -30,6 +32,7 @@ impl Default for Serve {
             program: dist("bhatti"),
             images: Some(images()),
             arguments: Vec::new(),
+            fault: None,
         }
     }
 }
@@ -102,6 +105,38 @@ impl TestDaemon {
         self.process.take().expect("the daemon runs").kill().await.expect("a child can be killed");
     }
 
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not.
+    pub async fn ended(&mut self) {
+        let mut process = self.process.take().expect("the daemon runs");
+        let ended = tokio::time::timeout(crate::LIMIT, process.wait()).await;
+        ended.expect("the daemon ends").expect("a child can be waited for");
+    }
+
+    /// Has it stop as an administrator would, and waits for that.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not.
+    pub async fn terminate(&mut self) {
+        let terminated = std_command("kill", &[&self.pid().to_string()]);
+        assert!(terminated, "the daemon runs");
+        self.ended().await;
+    }
+
+    /// Starts it on the same data directory, in another way.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not come up.
+    pub async fn serve_with(&mut self, change: impl FnOnce(&mut Serve)) {
+        change(&mut self.serve);
+        self.serve().await;
+    }
+
     /// Starts it, on the same data directory.
     ///
     /// # Panics
@@ -113,6 +148,7 @@ impl TestDaemon {
             File::options().create(true).append(true).open(&log).expect("the log can be written");
         let mut command = bhatti_host::process::command(&self.serve.program);
         command.arg("serve").args(&self.serve.arguments).arg("--data-dir").arg(self.data.path());
+        command.envs(self.serve.fault.iter().map(|fault| ("BHATTI_TEST_FAULT", fault)));
         command.stdout(Stdio::null()).stderr(output);
         self.process = Some(command.spawn().expect("the daemon can be started"));
         let socket = self.data.path().to_owned();
@@ -194,7 +230,7 @@ pub fn kill_process(pid: u32) {
     assert!(status, "process {pid} could not be killed");
 }
 
-fn std_command(program: &str, arguments: &[&str]) -> bool {
+pub(crate) fn std_command(program: &str, arguments: &[&str]) -> bool {
     #[expect(clippy::disallowed_methods, reason = "a test's clean-up runs outside any runtime")]
     let status = std::process::Command::new(program).args(arguments).status();
     status.is_ok_and(|status| status.success())

@@ -5,6 +5,8 @@
 //! [`TestDaemon`].
 
 mod daemon;
+mod files;
+mod sandbox;
 mod skip;
 
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm};
+pub use files::{SmallDisk, check_disk, hashes};
+pub use sandbox::{Ran, code_of, collect, named, run, shell, start};
 pub use skip::skip;
 
 /// How long anything that a test waits for may take.

@@ -5,59 +5,13 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, StreamRequest};
-use bhatti_client::{Client, ClientError, CommandEvent, CommandOutput};
-use bhatti_testkit::{LIMIT, Serve, TestDaemon, kill_process, wait_for};
+use bhatti_api::{CreateSandbox, CreateUser, ErrorCode};
+use bhatti_client::{Client, ClientError, CommandEvent};
+use bhatti_testkit::{
+    LIMIT, Ran, Serve, TestDaemon, code_of, collect, kill_process, named, run, shell, start,
+    wait_for,
+};
 use tokio::time::{Instant, timeout};
-
-fn named(name: &str) -> CreateSandbox {
-    CreateSandbox { name: Some(name.to_owned()), ..CreateSandbox::default() }
-}
-
-fn start(command: &[&str]) -> StreamRequest {
-    let cmd = command.iter().map(|&argument| argument.to_owned()).collect();
-    StreamRequest::Start { cmd, env: [].into(), cwd: None }
-}
-
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Ran {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    code: i32,
-}
-
-async fn collect(mut output: CommandOutput) -> Result<Ran, ClientError> {
-    let mut ran = Ran::default();
-    loop {
-        match timeout(LIMIT, output.next()).await.expect("the command goes on")? {
-            CommandEvent::Stdout(bytes) => ran.stdout.extend_from_slice(&bytes),
-            CommandEvent::Stderr(bytes) => ran.stderr.extend_from_slice(&bytes),
-            CommandEvent::Exit(code) => {
-                ran.code = code;
-                return Ok(ran);
-            }
-        }
-    }
-}
-
-async fn run(client: &Client, sandbox: &str, command: &[&str]) -> Result<Ran, ClientError> {
-    let (mut input, output) = client.start_command(sandbox, &start(command)).await?;
-    input.end().await?;
-    collect(output).await
-}
-
-async fn shell(client: &Client, sandbox: &str, script: &str) -> String {
-    let ran = run(client, sandbox, &["sh", "-c", script]).await.unwrap();
-    assert_eq!(ran.code, 0, "{script}: {}", String::from_utf8_lossy(&ran.stderr));
-    String::from_utf8(ran.stdout).unwrap()
-}
-
-fn code_of(error: &ClientError) -> Option<ErrorCode> {
-    match error {
-        ClientError::Refused(body) => Some(body.code),
-        _ => None,
-    }
-}
 
 #[tokio::test]
 async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {

@@ -31,7 +31,7 @@ impl Followed {
     /// Follows a child of this process. Must be called inside a Tokio runtime.
     pub(super) fn child(pid: u32) -> io::Result<Self> {
         // Nobody else reaps our children, so the number is still the child's.
-        let id = ProcessId { pid, started_ticks: started_ticks(pid)? };
+        let id = ProcessId { pid, started_ticks: stat(pid)?.started_ticks };
         Self::open(id)
     }
 
@@ -44,7 +44,9 @@ impl Followed {
     pub fn adopt(id: ProcessId) -> io::Result<Self> {
         let followed = Self::open(id)?;
         // Looked at only now: the descriptor keeps the number from being used again.
-        if started_ticks(id.pid)? == id.started_ticks {
+        let Stat { state, started_ticks } = stat(id.pid)?;
+        // One that has ended and that nobody has collected yet is as gone as any.
+        if started_ticks == id.started_ticks && !matches!(state, 'Z' | 'X') {
             Ok(followed)
         } else {
             Err(io::ErrorKind::NotFound.into())
@@ -67,7 +69,7 @@ impl Followed {
                 path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes())
             });
             if is_program && arguments.any(|found| found == argument.as_bytes()) {
-                let id = ProcessId { pid, started_ticks: started_ticks(pid)? };
+                let id = ProcessId { pid, started_ticks: stat(pid)?.started_ticks };
                 return Self::adopt(id);
             }
         }
@@ -128,14 +130,21 @@ impl Drop for Followed {
     }
 }
 
-fn started_ticks(pid: u32) -> io::Result<u64> {
+/// What `/proc/PID/stat` says: proc_pid_stat(5).
+struct Stat {
+    state: char,
+    started_ticks: u64,
+}
+
+fn stat(pid: u32) -> io::Result<Stat> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The second field, the command in parentheses, may hold anything; the twentieth after it is the one.
-    let after_command = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let field = after_command.split_whitespace().nth(19).and_then(|ticks| ticks.parse().ok());
-    field.ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, "no start time in /proc/PID/stat")
-    })
+    // The second field, the command in parentheses, may hold anything; the state follows, and the nineteenth after it is the start.
+    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
+    let state = fields.next().and_then(|state| state.chars().next());
+    let started_ticks = fields.nth(18).and_then(|ticks| ticks.parse().ok());
+    state.zip(started_ticks).map(|(state, started_ticks)| Stat { state, started_ticks }).ok_or_else(
+        || io::Error::new(io::ErrorKind::InvalidData, "no state or start time in /proc/PID/stat"),
+    )
 }
 
 #[cfg(test)]
@@ -181,6 +190,22 @@ mod tests {
         assert!(Followed::adopt(process.id()).is_ok());
         process.kill();
         process.ended().await;
+    }
+
+    #[tokio::test]
+    async fn process_that_has_ended_and_was_not_collected_is_gone() {
+        let process = sleeper("zombie-adoption");
+        process.kill();
+        let ended = async {
+            while stat(process.id().pid).unwrap().state != 'Z' {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(5), ended).await.unwrap();
+
+        let zombie = Followed::adopt(process.id());
+
+        assert_eq!(zombie.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[tokio::test]

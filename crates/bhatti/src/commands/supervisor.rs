@@ -13,8 +13,8 @@ use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
 
-/// Names the step at which the daemon ends, as if it had been killed: for tests of what the next daemon makes of that.
-const CRASH_AT: &str = "BHATTI_TEST_CRASH_AT";
+/// What goes wrong and when, `daemon:STEP` or `vmm:STEP`: for tests of what becomes of the sandbox then.
+const FAULT: &str = "BHATTI_TEST_FAULT";
 
 pub(super) fn make(
     data_dir: &Path,
@@ -28,7 +28,7 @@ pub(super) fn make(
     let engine = QemuEngine::new(config.qemu());
     tokio::spawn(engine.prepare());
     let engine: Arc<dyn Engine> = Arc::new(engine);
-    let crash_at = std::env::var(CRASH_AT).ok().map(|step| step.parse()).transpose();
+    let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
     let config = bhatti_supervisor::Config {
         sandboxes_dir: directory("sandboxes")?,
         images: ImageStore::new(data_dir),
@@ -45,7 +45,7 @@ pub(super) fn make(
             warm_after: config.thermal.warm_after(),
             cold_after: config.thermal.cold_after(),
         },
-        crash_at: crash_at.map_err(|error| CliError::of(&error))?,
+        fault: fault.map_err(|error| CliError::of(&error))?,
     };
     Ok(Supervisor::new(config, Arc::clone(store), engine))
 }

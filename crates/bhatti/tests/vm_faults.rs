@@ -1,0 +1,188 @@
+//! The daemon or a VMM dies at each step of a sandbox's transitions: nothing that was finished is lost, nothing is left over, and there
+//! is a way out.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use bhatti_api::{ForkSandbox, StartSandbox};
+use bhatti_client::Client;
+use bhatti_testkit::{Serve, TestDaemon, named, shell, wait_for};
+
+const LEAVE: &str =
+    "echo marker >/dev/shm/ram; sleep 100000 >/dev/null 2>&1 & echo $! >/dev/shm/pid";
+const FIND: &str = "cat /dev/shm/ram; kill -0 $(cat /dev/shm/pid) && echo alive";
+const FOUND: &str = "marker\nalive\n";
+
+/// A daemon without VMs ahead of demand, so that what runs is what it made of its sandboxes.
+async fn daemon() -> TestDaemon {
+    let config = "ready_vmms: 0\n".to_owned();
+    TestDaemon::start_with(Serve { config, ..Serve::default() }).await
+}
+
+/// A daemon with a sandbox that has a marker and a process, and then a fault ahead.
+async fn with_sandbox(fault: &str) -> TestDaemon {
+    let mut daemon = daemon().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    shell(&daemon.client, "dev", LEAVE).await;
+    daemon.terminate().await;
+    daemon.serve_with(|serve| serve.fault = Some(fault.to_owned())).await;
+    daemon
+}
+
+/// Does something that may fail, for the daemon or the VMM dies meanwhile.
+async fn attempt(client: &Client, what: &str) {
+    match what {
+        "pause" => drop(client.pause("dev").await),
+        "resume" => {
+            drop(client.pause("dev").await);
+            drop(client.resume("dev").await);
+        }
+        "stop" => drop(client.stop("dev").await),
+        "start" => {
+            drop(client.stop("dev").await);
+            drop(client.start("dev", &StartSandbox::default()).await);
+        }
+        "fork" => {
+            let fork = ForkSandbox { name: Some("fork".into()), ..Default::default() };
+            drop(client.fork("dev", &fork).await);
+        }
+        "create" => drop(client.create(&named("other")).await),
+        "destroy" => drop(client.destroy("dev").await),
+        _ => panic!("{what}"),
+    }
+}
+
+/// Makes the sandbox usable by what its state calls for.
+async fn bring_back(client: &Client) {
+    if client.inspect("dev").await.unwrap().status == "stopped" {
+        client.start("dev", &StartSandbox::default()).await.unwrap();
+    }
+}
+
+/// Nothing is there but what the sandboxes need.
+async fn nothing_is_left(daemon: &TestDaemon, sandboxes: &[&str]) {
+    let mut names: Vec<_> =
+        daemon.client.list().await.unwrap().into_iter().map(|sandbox| sandbox.name).collect();
+    names.sort();
+    assert_eq!(names, sandboxes);
+    assert_eq!(daemon.sandbox_directories().len(), sandboxes.len());
+    assert_eq!(std::fs::read_dir(daemon.data_dir().join("snapshots")).unwrap().count(), 0);
+    wait_for("a VMM for each sandbox", || daemon.all_vmm_pids().len() == sandboxes.len()).await;
+    for directory in daemon.sandbox_directories() {
+        let left = ["snapshot", "snapshot.used", "snapshot.tmp"];
+        let left: Vec<_> = left.iter().filter(|name| directory.join(name).exists()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    for name in sandboxes {
+        daemon.client.destroy(name).await.unwrap();
+    }
+    wait_for("the VMMs' end", || daemon.all_vmm_pids().is_empty()).await;
+    assert!(daemon.sandbox_directories().is_empty());
+}
+
+/// The daemon dies at a step, and the next one finds the sandbox with all that it had.
+async fn daemon_dies(step: &str, during: &str) {
+    let mut daemon = with_sandbox(&format!("daemon:{step}")).await;
+    attempt(&daemon.client, during).await;
+    daemon.ended().await;
+
+    daemon.serve_with(|serve| serve.fault = None).await;
+
+    bring_back(&daemon.client).await;
+    assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND, "{step} of {during}");
+    nothing_is_left(&daemon, &["dev"]).await;
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_pauses_or_resumes_loses_nothing() {
+    daemon_dies("paused", "pause").await;
+    daemon_dies("resumed", "resume").await;
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_stops_loses_nothing() {
+    for step in ["stop_noted", "paused", "saved", "ended"] {
+        daemon_dies(step, "stop").await;
+    }
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_starts_loses_nothing() {
+    for step in ["start_noted", "loaded", "consumed", "woken"] {
+        daemon_dies(step, "start").await;
+    }
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_forks_or_creates_loses_nothing() {
+    for step in ["captured", "frozen", "inserted", "running"] {
+        daemon_dies(step, "fork").await;
+    }
+    for step in ["inserted", "running"] {
+        daemon_dies(step, "create").await;
+    }
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_destroys_finishes_that() {
+    for step in ["destroy_noted", "removed"] {
+        let mut daemon = with_sandbox(&format!("daemon:{step}")).await;
+        attempt(&daemon.client, "destroy").await;
+        daemon.ended().await;
+
+        daemon.serve_with(|serve| serve.fault = None).await;
+
+        nothing_is_left(&daemon, &[]).await;
+    }
+}
+
+/// A VMM that dies takes its memory with it, unless that is on the disk already; the sandbox can then be booted.
+async fn vmm_dies(step: &str, during: &str, memory_is_safe: bool) {
+    let mut daemon = with_sandbox(&format!("vmm:{step}")).await;
+    shell(&daemon.client, "dev", "echo on disk >/workspace/file; sync").await;
+    attempt(&daemon.client, during).await;
+    daemon.terminate().await;
+    daemon.serve_with(|serve| serve.fault = None).await;
+    let client = &daemon.client;
+
+    let state = client.inspect("dev").await.unwrap();
+    if memory_is_safe {
+        bring_back(client).await;
+        assert_eq!(shell(client, "dev", FIND).await, FOUND, "{step} of {during}: {state:?}");
+    } else {
+        assert_eq!(state.status, "failed", "{step} of {during}");
+        let refused = client.start("dev", &StartSandbox::default()).await.unwrap_err();
+        assert!(refused.to_string().contains("failed"), "{refused}");
+        client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap();
+        assert_eq!(shell(client, "dev", "cat /workspace/file; ls /dev/shm").await, "on disk\n");
+    }
+    nothing_is_left(&daemon, &["dev"]).await;
+}
+
+#[tokio::test]
+async fn vmm_that_dies_before_its_memory_is_saved_leaves_a_disk_to_boot_from() {
+    vmm_dies("paused", "stop", false).await;
+    vmm_dies("resumed", "resume", false).await;
+    vmm_dies("captured", "fork", false).await;
+    vmm_dies("woken", "start", false).await;
+}
+
+#[tokio::test]
+async fn vmm_that_dies_after_its_memory_is_saved_loses_nothing() {
+    vmm_dies("saved", "stop", true).await;
+    vmm_dies("loaded", "start", true).await;
+    vmm_dies("consumed", "start", true).await;
+}
+
+#[tokio::test]
+async fn fork_whose_vmm_dies_leaves_its_parent_alone() {
+    for step in ["inserted", "running"] {
+        let mut daemon = with_sandbox(&format!("vmm:{step}")).await;
+        attempt(&daemon.client, "fork").await;
+        daemon.terminate().await;
+        daemon.serve_with(|serve| serve.fault = None).await;
+
+        assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND, "{step}");
+        if step == "running" {
+            nothing_is_left(&daemon, &["dev"]).await;
+        }
+    }
+}

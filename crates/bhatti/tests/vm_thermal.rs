@@ -1,0 +1,375 @@
+//! Sandboxes that sleep, wake and are forked, through the real daemon.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bhatti_api::{CreateSandbox, ErrorCode, ForkSandbox, StartSandbox, UpdateSandbox};
+use bhatti_client::Client;
+use bhatti_testkit::{
+    LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, hashes, is_root, named, run, shell,
+    skip, wait_for,
+};
+use tokio::time::timeout;
+
+/// Leaves a marker in memory and a process.
+const LEAVE: &str =
+    "echo marker >/dev/shm/ram; sleep 100000 >/dev/null 2>&1 & echo $! >/dev/shm/pid";
+/// Finds both.
+const FIND: &str = "cat /dev/shm/ram; kill -0 $(cat /dev/shm/pid) && echo alive";
+const FOUND: &str = "marker\nalive\n";
+
+fn with_config(config: &str) -> Serve {
+    Serve { config: config.to_owned(), ..Serve::default() }
+}
+
+async fn thermal_is(client: &Client, sandbox: &str, wanted: &str) {
+    let becomes = async {
+        while client.inspect(sandbox).await.unwrap().thermal.as_deref() != Some(wanted) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LIMIT, becomes).await.unwrap_or_else(|_| panic!("{sandbox} does not become {wanted}"));
+}
+
+#[tokio::test]
+async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
+    let config = "thermal: {warm_after_ms: 300, cold_after_ms: 300}\n";
+    let daemon = TestDaemon::start_with(with_config(config)).await;
+    let client = &daemon.client;
+    client.create(&named("idle")).await.unwrap();
+    client.create(&CreateSandbox { keep_hot: true, ..named("kept") }).await.unwrap();
+    client.create(&named("used")).await.unwrap();
+    shell(client, "idle", LEAVE).await;
+    let user = client.clone();
+    let using = tokio::spawn(async move { shell(&user, "used", "sleep 3; echo done").await });
+
+    thermal_is(client, "idle", "warm").await;
+    assert_eq!(shell(client, "idle", FIND).await, FOUND);
+    thermal_is(client, "idle", "cold").await;
+    assert_eq!(daemon.vmm_pids().len(), 2, "a cold sandbox has no process");
+    for name in ["kept", "used"] {
+        assert_eq!(client.inspect(name).await.unwrap().thermal.as_deref(), Some("hot"), "{name}");
+    }
+    assert_eq!(shell(client, "idle", FIND).await, FOUND);
+    assert_eq!(using.await.unwrap(), "done\n");
+    thermal_is(client, "used", "cold").await;
+
+    // One that is to be hot is made so.
+    let hot = UpdateSandbox { keep_hot: Some(true) };
+    assert_eq!(client.update("used", &hot).await.unwrap().thermal.as_deref(), Some("hot"));
+}
+
+#[tokio::test]
+async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempotent() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    shell(&daemon.client, "dev", LEAVE).await;
+    for _ in 0..2 {
+        assert_eq!(daemon.client.pause("dev").await.unwrap().thermal.as_deref(), Some("warm"));
+    }
+    for _ in 0..2 {
+        assert_eq!(daemon.client.resume("dev").await.unwrap().thermal.as_deref(), Some("hot"));
+    }
+    for _ in 0..2 {
+        assert_eq!(daemon.client.stop("dev").await.unwrap().status, "stopped");
+    }
+    assert_eq!(daemon.vmm_pids(), Vec::<u32>::new());
+    for refused in [
+        run(&daemon.client, "dev", &["true"]).await.unwrap_err(),
+        daemon.client.resume("dev").await.unwrap_err(),
+        daemon.client.pause("dev").await.unwrap_err(),
+        daemon.client.fork("dev", &ForkSandbox::default()).await.unwrap_err(),
+    ] {
+        assert_eq!(code_of(&refused), Some(ErrorCode::WrongState), "{refused}");
+    }
+
+    daemon.terminate().await;
+    daemon.serve().await;
+
+    assert_eq!(daemon.client.inspect("dev").await.unwrap().status, "stopped");
+    for _ in 0..2 {
+        let started = daemon.client.start("dev", &StartSandbox::default()).await.unwrap();
+        assert_eq!(started.thermal.as_deref(), Some("hot"));
+    }
+    assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND);
+    let directory = &daemon.sandbox_directories()[0];
+    assert!(!directory.join("snapshot").exists(), "a snapshot is consumed");
+}
+
+#[tokio::test]
+async fn daemon_leaves_its_sandboxes_to_the_next_one_or_saves_them() {
+    let mut daemon = TestDaemon::start().await;
+    for name in ["hot", "warm"] {
+        daemon.client.create(&named(name)).await.unwrap();
+        shell(&daemon.client, name, LEAVE).await;
+    }
+    daemon.client.pause("warm").await.unwrap();
+    daemon.terminate().await;
+    assert_eq!(daemon.all_vmm_pids().len(), 2, "nothing that nobody asked for is left");
+
+    daemon.serve_with(|serve| serve.arguments.push("--stop-sandboxes".to_owned())).await;
+    for name in ["warm", "hot"] {
+        assert_eq!(daemon.client.inspect(name).await.unwrap().thermal.as_deref(), Some(name));
+    }
+    daemon.terminate().await;
+    assert_eq!(daemon.all_vmm_pids(), Vec::<u32>::new());
+
+    daemon.serve_with(|serve| serve.arguments.clear()).await;
+    for name in ["warm", "hot"] {
+        assert_eq!(daemon.client.inspect(name).await.unwrap().thermal.as_deref(), Some("cold"));
+        assert_eq!(shell(&daemon.client, name, FIND).await, FOUND);
+    }
+}
+
+#[tokio::test]
+async fn hundred_requests_at_once_wake_a_sandbox_once() {
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    let config = "hundred";
+    shell(client, "dev", &format!("echo {config} >/dev/shm/ram")).await;
+    for cold in [false, true] {
+        client.pause("dev").await.unwrap();
+        if cold {
+            client.stop("dev").await.unwrap();
+            // As one that cooled by itself: a stop is sticky.
+            client.start("dev", &StartSandbox::default()).await.unwrap();
+            client.pause("dev").await.unwrap();
+        }
+        let requests: Vec<_> = (0..100)
+            .map(|_| {
+                let client = client.clone();
+                tokio::spawn(async move {
+                    run(&client, "dev", &["cat", "/dev/shm/ram"]).await.map(|ran| ran.stdout)
+                })
+            })
+            .collect();
+        for request in requests {
+            assert_eq!(request.await.unwrap().unwrap(), b"hundred\n", "cold: {cold}");
+        }
+        assert_eq!(daemon.vmm_pids().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn hundred_requests_at_once_wake_a_cold_sandbox_once() {
+    let config = "thermal: {warm_after_ms: 100, cold_after_ms: 100}\nready_vmms: 0\n";
+    let daemon = TestDaemon::start_with(with_config(config)).await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    shell(&daemon.client, "dev", LEAVE).await;
+    thermal_is(&daemon.client, "dev", "cold").await;
+
+    let requests = (0..100).map(|_| {
+        let client = daemon.client.clone();
+        tokio::spawn(async move { shell(&client, "dev", FIND).await })
+    });
+    for request in requests.collect::<Vec<_>>() {
+        assert_eq!(request.await.unwrap(), FOUND);
+    }
+
+    assert!(daemon.all_vmm_pids().len() <= 1);
+    let woken = daemon.log().matches("Sandbox sleeps").count();
+    assert!(woken <= 3, "it went to sleep {woken} times");
+}
+
+#[tokio::test]
+async fn destroyed_sandbox_is_never_woken() {
+    let daemon = TestDaemon::start().await;
+    let rounds = (0..2).map(|worker| {
+        let client = daemon.client.clone();
+        tokio::spawn(async move {
+            for round in 0..100 {
+                let name = format!("w{worker}-{round}");
+                client.create(&named(&name)).await.unwrap();
+                if round % 10 == 0 {
+                    client.stop(&name).await.unwrap();
+                } else {
+                    client.pause(&name).await.unwrap();
+                }
+                let waking = {
+                    let (client, name) = (client.clone(), name.clone());
+                    tokio::spawn(async move {
+                        drop(client.start(&name, &StartSandbox::default()).await);
+                        drop(run(&client, &name, &["true"]).await);
+                    })
+                };
+                client.destroy(&name).await.unwrap();
+                waking.await.unwrap();
+            }
+        })
+    });
+    for round in rounds.collect::<Vec<_>>() {
+        round.await.unwrap();
+    }
+
+    assert_eq!(daemon.client.list().await.unwrap(), []);
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+    wait_for("no VMM but the one ahead of demand", || daemon.all_vmm_pids().len() <= 1).await;
+}
+
+#[tokio::test]
+async fn twenty_stops_under_traffic_keep_memory_and_disk() {
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    shell(client, "dev", LEAVE).await;
+    let traffic = "cd /workspace; while :; do head -c 300000 /dev/urandom >t; sync t; sha256sum t >t.sum; cat t >>log; [ $(stat -c %s log) -lt 20000000 ] || : >log; echo x >>/dev/shm/rounds; done";
+    shell(client, "dev", &format!("({traffic}) >/dev/null 2>&1 &")).await;
+    shell(client, "dev", "head -c 5000000 /dev/urandom >/workspace/fixed; sha256sum /workspace/fixed >/dev/shm/fixed.sum").await;
+    let mut rounds = 0;
+    for cycle in 0..20 {
+        let script = "while [ $(wc -l </dev/shm/rounds) -le ROUNDS ]; do sleep 0.05; done; wc -l </dev/shm/rounds";
+        let now = shell(client, "dev", &script.replace("ROUNDS", &rounds.to_string())).await;
+        rounds = now.trim().parse::<u64>().unwrap();
+        client.stop("dev").await.unwrap();
+        client.start("dev", &StartSandbox::default()).await.unwrap();
+        assert_eq!(shell(client, "dev", FIND).await, FOUND, "cycle {cycle}");
+        let sum = shell(client, "dev", "sha256sum -c /dev/shm/fixed.sum").await;
+        assert!(sum.contains("OK"), "cycle {cycle}: {sum}");
+    }
+    let complaints = "pkill -f '[h]ead -c 300000'; sudo dmesg | grep -ciE 'ext4.*(error|corrupt)|lockup' || true";
+    assert_eq!(shell(client, "dev", complaints).await, "0\n");
+    client.stop("dev").await.unwrap();
+    let directory = daemon.sandbox_directories().remove(0);
+    check_disk(&directory).await;
+}
+
+#[tokio::test]
+async fn forks_are_others_and_their_parent_goes_on() {
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    let secret = [("SECRET".to_owned(), "CANARY".to_owned())].into();
+    client.create(&CreateSandbox { env: secret, ..named("parent") }).await.unwrap();
+    shell(client, "parent", LEAVE).await;
+    shell(
+        client,
+        "parent",
+        "while :; do echo x >>/dev/shm/ticks; sleep 0.01; done >/dev/null 2>&1 &",
+    )
+    .await;
+    let request = ForkSandbox { count: Some(2), name: Some("fork".into()), ..Default::default() };
+
+    let forks = client.fork("parent", &request).await.unwrap();
+
+    let who = "head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id; hostname; cat /proc/sys/kernel/random/uuid";
+    let mut seen = Vec::new();
+    for name in ["parent", "fork-1", "fork-2"] {
+        assert_eq!(shell(client, name, FIND).await, FOUND, "{name}");
+        seen.extend(shell(client, name, who).await.lines().map(str::to_owned));
+        let more = "a=$(wc -l </dev/shm/ticks); until [ $(wc -l </dev/shm/ticks) -gt $a ]; do sleep 0.01; done; echo on";
+        assert_eq!(shell(client, name, more).await, "on\n", "{name}");
+    }
+    let all = seen.len();
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), all, "{seen:?}");
+    assert_eq!(shell(client, "parent", "echo $SECRET").await, "CANARY\n");
+    assert_eq!(shell(client, "fork-1", "echo $SECRET").await, "\n");
+    let inherit =
+        ForkSandbox { inherit_env: true, name: Some("heir".into()), ..Default::default() };
+    client.fork("parent", &inherit).await.unwrap();
+    assert_eq!(shell(client, "heir", "echo $SECRET").await, "CANARY\n");
+    for fork in &forks.sandboxes {
+        let report = fork.identity.as_ref().unwrap();
+        for part in ["rng", "wall_clock", "hostname", "machine_id", "token", "environment"] {
+            assert_eq!(report[part]["result"], "done", "{part}");
+        }
+        let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+        let clock = shell(client, &fork.name, "date +%s%3N").await;
+        let after = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+        let clock: u128 = clock.trim().parse().unwrap();
+        assert!((before - 100..after + 100).contains(&clock), "{before} {clock} {after}");
+    }
+
+    // Each goes its own way, whatever becomes of the others.
+    for name in ["parent", "fork-1"] {
+        shell(client, name, &format!("echo {name} >/dev/shm/ram")).await;
+    }
+    client.destroy("parent").await.unwrap();
+    client.stop("fork-1").await.unwrap();
+    client.start("fork-1", &StartSandbox::default()).await.unwrap();
+    assert_eq!(shell(client, "fork-1", FIND).await, "fork-1\nalive\n");
+    assert_eq!(shell(client, "fork-2", FIND).await, FOUND);
+    let taken = ForkSandbox { count: Some(3), name: Some("fork".into()), ..Default::default() };
+    let refused = client.fork("fork-2", &taken).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::NameTaken));
+    let mut names: Vec<_> =
+        client.list().await.unwrap().into_iter().map(|sandbox| sandbox.name).collect();
+    names.sort();
+    assert_eq!(names, ["fork-1", "fork-2", "heir"], "of forks that cannot all be made none stays");
+    assert_eq!(shell(client, "fork-2", FIND).await, FOUND);
+}
+
+#[tokio::test]
+async fn template_never_changes_whatever_its_forks_write() {
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    let created = client.create(&named("one")).await.unwrap();
+    let key = created.origin.strip_prefix("template ").unwrap();
+    let template = daemon.data_dir().join("templates").join(key);
+    let before = hashes(&template);
+
+    client.create(&named("two")).await.unwrap();
+    for name in ["one", "two"] {
+        shell(client, name, "head -c 20000000 /dev/urandom | tee /dev/shm/x >/workspace/x; sync")
+            .await;
+        client.stop(name).await.unwrap();
+        client.start(name, &StartSandbox::default()).await.unwrap();
+    }
+
+    assert_eq!(hashes(&template), before);
+}
+
+#[tokio::test]
+async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
+    if !is_root() {
+        skip("a stop on a full disk", "mounting a small one needs root");
+        return;
+    }
+    let mut daemon = TestDaemon::start().await;
+    daemon.terminate().await;
+    let _mounted = SmallDisk::mount(&daemon.data_dir().join("sandboxes"), "24m").await;
+    daemon.serve().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    shell(client, "dev", LEAVE).await;
+    shell(client, "dev", "head -c 40000000 /dev/urandom >/dev/shm/much").await;
+
+    let refused = client.stop("dev").await.unwrap_err();
+
+    assert_eq!(code_of(&refused), Some(ErrorCode::Internal));
+    assert_eq!(client.inspect("dev").await.unwrap().thermal.as_deref(), Some("hot"));
+    assert_eq!(shell(client, "dev", FIND).await, FOUND);
+    let directory = daemon.sandbox_directories().remove(0);
+    assert!(!directory.join("snapshot").exists() && !directory.join("snapshot.tmp").exists());
+    shell(client, "dev", "rm /dev/shm/much").await;
+    client.destroy("dev").await.unwrap();
+    // There is room for what little a new one has to save.
+    client.create(&named("small")).await.unwrap();
+    client.stop("small").await.unwrap();
+    client.start("small", &StartSandbox::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
+    let config = "memory_budget_mb: 1200\nready_vmms: 0\n";
+    let daemon = TestDaemon::start_with(with_config(config)).await;
+    let client = &daemon.client;
+    for name in ["one", "two"] {
+        client.create(&named(name)).await.unwrap();
+        shell(client, name, LEAVE).await;
+    }
+
+    let refused = client.create(&named("three")).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::Busy));
+    let too_large = CreateSandbox { memory_mb: Some(4096), ..named("large") };
+    let refused = client.create(&too_large).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::BadRequest));
+    assert_eq!(client.list().await.unwrap().len(), 2);
+
+    client.pause("one").await.unwrap();
+    client.create(&named("three")).await.unwrap();
+    assert_eq!(client.inspect("one").await.unwrap().thermal.as_deref(), Some("cold"));
+    client.pause("two").await.unwrap();
+    assert_eq!(shell(client, "one", FIND).await, FOUND);
+}
