@@ -15,6 +15,13 @@ use tokio::time::timeout;
 
 pub(crate) const SOCKET: &str = "agent.sock";
 
+/// How long the first attempt at a connection waits for the agent; each further one waits twice as long, up to a limit.
+///
+/// A connection that is lost while the guest writes can leave QEMU's port throttled for good: the failed write closes the port, which lifts
+/// the throttle, and only then throttles it (`flush_buf` of hw/char/virtio-console.c, QEMU 10). Another closing lifts it.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(250);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(4);
+
 /// How long a guest that runs may take to answer a new connection.
 pub(crate) const RECONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -40,6 +47,18 @@ impl QemuChannel {
         if let Some(opener) = slot.as_ref().filter(|opener| !opener.is_closed()) {
             return Ok(opener.clone());
         }
+        let mut limit = FIRST_ATTEMPT;
+        loop {
+            if let Ok(opener) = timeout(limit, self.attempt()).await {
+                let opener = opener?;
+                *slot = Some(opener.clone());
+                return Ok(opener);
+            }
+            limit = LONGEST_ATTEMPT.min(2 * limit);
+        }
+    }
+
+    async fn attempt(&self) -> io::Result<Opener> {
         let stream = socket::connect_in(&self.directory, SOCKET)?;
         stream.set_nonblocking(true)?;
         let mut epoch = Epoch::default();
@@ -47,7 +66,6 @@ impl QemuChannel {
         let stream = greet(UnixStream::from_std(stream)?, epoch).await.map_err(io::Error::other)?;
         let (opener, driver) = Opener::new(stream);
         tokio::spawn(driver);
-        *slot = Some(opener.clone());
         Ok(opener)
     }
 }

@@ -238,6 +238,15 @@ pub(crate) fn std_command(program: &str, arguments: &[&str]) -> bool {
 
 impl Drop for TestDaemon {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            #[expect(
+                clippy::print_stderr,
+                reason = "a test that failed shows what the daemon said"
+            )]
+            {
+                eprintln!("--- the daemon's log:\n{}---", self.log());
+            }
+        }
         // Dropping the process kills it; it is gone before its VMs, and cannot mark them as failed.
         drop(self.process.take());
         for pid in self.all_vmm_pids() {
