@@ -91,6 +91,10 @@ pub struct Identity {
     pub machine_id: String,
     /// Everything else, in place of the parent's.
     pub config: GuestConfig,
+    /// Whether this is only for practice: what is done once stays to be done, and the settings stay what they are. Under software emulation
+    /// the first time of everything takes many times as long as the second.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub rehearsal: bool,
 }
 
 /// What came of one part of an identity.

@@ -187,6 +187,7 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
             network: Some(network("10.9.8.8/24")),
             ..GuestConfig::default()
         },
+        rehearsal: false,
     };
 
     let report = guest.client.assume_identity(&identity).await.unwrap();
@@ -268,7 +269,12 @@ async fn suspended_guest_stands_still_until_it_has_another_identity_or_is_woken(
         wall_clock_ns,
         machine_id: "0123456789abcdef0123456789abcdef".into(),
         config,
+        rehearsal: true,
     };
+    let report = guest.client.assume_identity(&identity).await.unwrap();
+    assert_eq!(report.first_setup, Applied::Nothing);
+    goes_on().await;
+    let identity = Identity { rehearsal: false, ..identity };
     let report = guest.client.assume_identity(&identity).await.unwrap();
     assert_eq!(report.first_setup, Applied::Done);
     let (_, _input, mut output) = guest.client.attach("init", None).await.unwrap();

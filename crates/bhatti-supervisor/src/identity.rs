@@ -40,6 +40,18 @@ pub(crate) fn identity(row: &SandboxRow) -> Result<Identity, getrandom::Error> {
         wall_clock_ns: wall_clock_ns(),
         machine_id: random_hex()?,
         config: config(row),
+        rehearsal: false,
+    })
+}
+
+/// An identity for practice.
+pub(crate) fn rehearsal() -> Result<Identity, getrandom::Error> {
+    Ok(Identity {
+        entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
+        wall_clock_ns: wall_clock_ns(),
+        machine_id: random_hex()?,
+        config: GuestConfig { hostname: "template".to_owned(), ..GuestConfig::default() },
+        rehearsal: true,
     })
 }
 

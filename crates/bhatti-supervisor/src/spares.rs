@@ -12,19 +12,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm};
+use bhatti_proto::ExecRequest;
 use bhatti_types::{MemoryMib, Report, SandboxId};
 use parking_lot::Mutex;
+use tokio::time::{sleep, timeout};
 use tracing::{error, warn};
 
 use crate::Shared;
 use crate::admission::Admitted;
 use crate::driver::directory;
-use crate::identity::random;
+use crate::identity::{self, random};
 use crate::templates::Template;
 
 /// What marks a directory as a spare's.
 const MARKER: &str = "spare";
+
+/// How long after a creation the next VM is made ready.
+const FILL_PAUSE: Duration = Duration::from_millis(200);
+
+/// How long a VM ahead of demand may take to practise.
+const REHEARSAL_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a VMM may take to start, or to load a state.
 pub(crate) const RESTORE_LIMIT: Duration = Duration::from_secs(60);
@@ -104,6 +113,8 @@ impl Spares {
     pub(crate) async fn fill(&self, shared: &Shared, template: &Template, memory: MemoryMib) {
         // Whoever fills now fills for all that asked meanwhile.
         let Ok(_filling) = self.filling.try_lock() else { return };
+        // Not while whoever has just taken one goes to work.
+        sleep(FILL_PAUSE).await;
         let others: Vec<Spare> = {
             let mut spares = self.spares.lock();
             let (same, others) = spares.drain(..).partition(|spare| spare.template == *template);
@@ -164,7 +175,12 @@ async fn make(
         .map_err(failed("create the VM's directory"))?;
     let made = async {
         let stage = Stage::Waiting(stage(shared, id, &template.directory).await?);
-        Ok(if load { Stage::Loaded(stage.load().await?) } else { stage })
+        if !load {
+            return Ok(stage);
+        }
+        let vm = stage.load().await?;
+        rehearse(vm.as_ref()).await?;
+        Ok(Stage::Loaded(vm))
     };
     match made.await {
         Ok(stage) => Ok(Spare { id, stage, template: template.clone(), admitted }),
@@ -173,6 +189,27 @@ async fn make(
             Err(error)
         }
     }
+}
+
+/// Has a VM do once what every new sandbox does, and pauses it again. Under software emulation, where a guest's code is translated when it
+/// runs for the first time, that is most of what a creation and the first command take.
+async fn rehearse(vm: &dyn Vm) -> Result<(), RestoreError> {
+    let failed = |step| move |source| RestoreError::Vmm { step, source };
+    vm.resume().await.map_err(failed("run a VM ahead of demand"))?;
+    let agent = AgentClient::new(vm.channel());
+    let practice = async {
+        agent.assume_identity(&identity::rehearsal().map_err(|_| CallError::Entropy)?).await?;
+        let command = || ExecRequest { argv: vec!["true".to_owned()], ..ExecRequest::default() };
+        agent.run(command()).await?;
+        agent.suspend(false).await
+    };
+    let practised = timeout(REHEARSAL_LIMIT, practice).await;
+    let practised = practised.unwrap_or(Err(CallError::Silent { limit: REHEARSAL_LIMIT }));
+    practised.map_err(io::Error::other).map_err(|source| RestoreError::File {
+        step: "have a VM ahead of demand do what sandboxes do",
+        source,
+    })?;
+    vm.pause().await.map_err(failed("pause a VM ahead of demand"))
 }
 
 /// Whether a directory is that of a spare.

@@ -26,7 +26,7 @@ pub(crate) struct Config {
     pub(crate) thermal: Thermal,
     /// VMMs that wait for a sandbox to be created; 1 if absent.
     pub(crate) ready_vmms: Option<usize>,
-    /// VMs that wait for a sandbox to be created, with their memory; none if absent.
+    /// Of those, how many have their memory and have run what every sandbox runs; if absent, 1 under software emulation, else none.
     pub(crate) ready_forks: Option<usize>,
     /// What templates may take of the disk, in MiB; 8192 if absent.
     pub(crate) template_budget_mb: Option<u64>,

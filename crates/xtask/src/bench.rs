@@ -1,5 +1,7 @@
 //! Prints the figures that the project promises, as measured here and now.
 
+mod forks;
+
 use std::fs;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -18,14 +20,19 @@ const ROUNDS: usize = 100;
 const CREATES: usize = 10;
 const AGENT_ROUNDS: usize = 500;
 
-/// Measures and prints.
-pub(crate) fn run() -> Result<()> {
+/// Measures and prints: everything, or what `only` names.
+pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(measure())
+    runtime.block_on(async {
+        println!("{:44} {:>4} {:>10} {:>10} {:>10} {:>10}", "", "n", "p50", "p95", "p99", "max");
+        if only != Some("forks") {
+            measure().await?;
+        }
+        forks::measure().await
+    })
 }
 
 async fn measure() -> Result<()> {
-    println!("{:44} {:>4} {:>10} {:>10} {:>10}", "", "n", "p50", "p99", "max");
     show("serve: process start to /health answering", startup().await?);
     let daemon = TestDaemon::start().await;
     println!("{:44} {:>26.1} MiB", "idle daemon, resident", resident_mib(daemon.pid())?);
@@ -35,7 +42,7 @@ async fn measure() -> Result<()> {
     let size = fs::metadata(dist("lohar"))?.len();
     println!("{:44} {:>26.2} MiB", "lohar on disk", mib(size));
 
-    let request = CreateSandbox { name: Some("bench".into()), ..CreateSandbox::default() };
+    let request = CreateSandbox { cold_boot: true, ..bhatti_testkit::named("bench") };
     let mut creates = Vec::new();
     for _ in 0..CREATES {
         let began = Instant::now();
@@ -137,7 +144,8 @@ fn show(what: &str, mut times: Vec<Duration>) {
     let rank = |percent: usize| times[(times.len() * percent).div_ceil(100).max(1) - 1];
     let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
     let p99 = if times.len() >= ROUNDS { ms(rank(99)) } else { "-".to_owned() };
-    println!("{what:44} {:>4} {:>10} {p99:>10} {:>10}", times.len(), ms(rank(50)), ms(rank(100)));
+    let (p50, p95, max) = (ms(rank(50)), ms(rank(95)), ms(rank(100)));
+    println!("{what:44} {:>4} {p50:>10} {p95:>10} {p99:>10} {max:>10}", times.len());
 }
 
 fn resident_mib(pid: u32) -> Result<f64> {

@@ -12,7 +12,8 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(),
-        ["bench"] => bench::run(),
-        _ => bail!("usage: cargo xtask tidy | bench"),
+        ["bench"] => bench::run(None),
+        ["bench", "forks"] => bench::run(Some("forks")),
+        _ => bail!("usage: cargo xtask tidy | bench [forks]"),
     }
 }

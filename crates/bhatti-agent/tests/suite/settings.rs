@@ -89,8 +89,12 @@ async fn identity_replaces_token_environment_and_files() {
         ..GuestConfig::default()
     };
 
-    let identity =
-        Identity { entropy: "AAAA".into(), machine_id: "0".repeat(32), config, wall_clock_ns: 1 };
+    let identity = Identity {
+        entropy: "AAAA".into(),
+        machine_id: "0".repeat(32),
+        config,
+        ..Identity::default()
+    };
     let report = agent.client.with_token(b"old").assume_identity(&identity).await.unwrap();
 
     assert_eq!(

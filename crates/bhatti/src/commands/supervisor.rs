@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bhatti_engine::Engine;
+use bhatti_engine::{Accelerator, Engine};
 use bhatti_image::ImageStore;
 use bhatti_qemu::QemuEngine;
 use bhatti_store::Store;
@@ -27,6 +27,9 @@ pub(super) fn make(
     };
     let engine = QemuEngine::new(config.qemu());
     tokio::spawn(engine.prepare());
+    // A VMM that waits saves little where what it runs has to be translated first; a VM that has run everything once saves nearly all.
+    let emulated = engine.capabilities().accelerator == Accelerator::Tcg;
+    let forks_by_default = usize::from(emulated && config.ready_vmms != Some(0));
     let engine: Arc<dyn Engine> = Arc::new(engine);
     let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
     let config = bhatti_supervisor::Config {
@@ -39,7 +42,7 @@ pub(super) fn make(
         templates_bytes: config.template_bytes(),
         template_hostname: "template".parse().map_err(|error| CliError::of(&error))?,
         ready_vmms: config.ready_vmms.unwrap_or(1),
-        ready_forks: config.ready_forks.unwrap_or(0),
+        ready_forks: config.ready_forks.unwrap_or(forks_by_default),
         memory_budget_mib: config.memory_budget_mib()?,
         thermal: ThermalConfig {
             warm_after: config.thermal.warm_after(),

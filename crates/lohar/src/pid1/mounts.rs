@@ -67,7 +67,8 @@ const LATE: [Mount; 6] = [
         target: "/sys/fs/cgroup",
         kind: "cgroup2",
         flags: NO_SUID_DEV_EXEC,
-        options: c"",
+        // Every command is moved to the users' cgroup: without this each move waits for a grace period of RCU, some milliseconds.
+        options: c"favordynmods",
     },
 ];
 

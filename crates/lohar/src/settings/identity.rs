@@ -40,7 +40,7 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             Some(network) => guest(&|| netlink::configure(network)),
             None => Applied::Nothing,
         },
-        first_setup: if agent.settings.borrow().configured {
+        first_setup: if agent.settings.borrow().configured || identity.rehearsal {
             Applied::Nothing
         } else {
             guest(&|| system::apply_once(config).map_err(|error| io::Error::other(error.message)))
@@ -48,6 +48,10 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         // Those of the agent went with the channel. Without a network card there are no others.
         connections: Applied::Nothing,
     };
+    if identity.rehearsal {
+        suspend::thaw(agent);
+        return report;
+    }
     let first = !agent.settings.borrow().configured;
     agent.settings.borrow_mut().take_over(config);
     suspend::thaw(agent);

@@ -1,0 +1,269 @@
+//! What forks, sleeping and waking cost.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bhatti_agent::AgentClient;
+use bhatti_api::{CreateSandbox, ForkSandbox, StartSandbox};
+use bhatti_engine::{Disks, Engine, MemoryKind, RestoreSpec, SnapshotRequest, Vm};
+use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_testkit::{Serve, TestDaemon, named, run, wait_for};
+use bhatti_types::SandboxId;
+use tokio::time::Instant;
+
+use super::{ROUNDS, median, mib, show};
+
+/// How often what takes long is measured.
+const FEW: usize = 50;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Measures and prints.
+pub(super) async fn measure() -> Result<()> {
+    let config = "ready_vmms: 0\n".to_owned();
+    let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let origin = daemon.client.create(&named("first")).await?.origin;
+    let template = origin.strip_prefix("template ").context("it was forked from a template")?;
+    let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
+    daemon.client.destroy("first").await?;
+
+    let bare = bare_forks(&template).await?;
+    let cold = creates(&daemon, FEW, false).await?;
+    ratio("create without a VMM waiting, and first exec", &cold, "a bare fork", bare);
+    show("create without a VMM waiting, and first exec", cold);
+    daemon.terminate().await;
+    std::fs::write(daemon.data_dir().join("config.yaml"), "ready_vmms: 1\n")?;
+    daemon.serve().await;
+    let waiting = creates(&daemon, FEW, true).await?;
+    ratio("create with a VMM waiting, and first exec", &waiting, "a bare fork", bare);
+    show("create with a VMM waiting, and first exec", waiting);
+    sleeping(&mut daemon, bare).await?;
+    forking(&daemon).await
+}
+
+fn ratio(what: &str, times: &[Duration], of: &str, base: Duration) {
+    let times = median(&mut times.to_vec()).as_secs_f64();
+    println!("{:44} {:>26.2} × {of}", format!("  {what}"), times / base.as_secs_f64());
+}
+
+/// The engine alone: a VM from a template until its agent answers.
+async fn bare_forks(template: &Path) -> Result<Duration> {
+    let engine = QemuEngine::new(PROGRAM.into());
+    let place = tempfile::tempdir()?;
+    let mut parts: [Vec<Duration>; 4] = Default::default();
+    let mut whole = Vec::new();
+    for round in 0..FEW {
+        let mut entropy = [0; 8];
+        entropy[..4].copy_from_slice(&std::process::id().to_be_bytes());
+        entropy[4..].copy_from_slice(&u32::try_from(round)?.to_be_bytes());
+        let id = SandboxId::from_entropy(entropy);
+        let directory = place.path().join(id.to_string());
+        let spec = RestoreSpec {
+            id,
+            directory: directory.clone(),
+            snapshot: template.to_owned(),
+            disks: Disks::Frozen,
+            limit: LIMIT,
+        };
+        let began = Instant::now();
+        let staged = engine.stage(&spec).await?;
+        parts[0].push(began.elapsed());
+        let loading = Instant::now();
+        let vm = staged.load().await?;
+        parts[1].push(loading.elapsed());
+        let resuming = Instant::now();
+        vm.resume().await?;
+        parts[2].push(resuming.elapsed());
+        let answering = Instant::now();
+        AgentClient::new(vm.channel()).activity().await?;
+        parts[3].push(answering.elapsed());
+        whole.push(began.elapsed());
+        if round == 0 {
+            memory(vm.as_ref(), &directory).await?;
+        }
+        engine.remove(id, &directory).await?;
+    }
+    let names = ["process start to QMP", "state loaded", "vCPUs run", "agent answers"];
+    for (name, times) in names.into_iter().zip(parts) {
+        show(&format!("bare fork: {name}"), times);
+    }
+    let bare = median(&mut whole);
+    show("bare fork: all of it", whole);
+    Ok(bare)
+}
+
+/// What an idle fork has of its own.
+async fn memory(_vm: &dyn Vm, directory: &Path) -> Result<()> {
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(directory.join("vm.json"))?)?;
+    let pid = record["pid"].as_u64().context("a pid")?;
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    for field in ["Pss:", "Private_Dirty:", "Pss_Anon:"] {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        let what = format!("an idle fork's memory: {}", field.trim_end_matches(':'));
+        println!("{what:44} {:>26.1} MiB", mib(kib << 10));
+    }
+    Ok(())
+}
+
+async fn creates(daemon: &TestDaemon, rounds: usize, wait: bool) -> Result<Vec<Duration>> {
+    let mut times = Vec::new();
+    let (mut created, mut first) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        if wait {
+            wait_for("a VMM that waits", || daemon.all_vmm_pids().len() == 1).await;
+            // It has started when it answers; that takes a moment longer than its process.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let began = Instant::now();
+        daemon.client.create(&named("bench")).await?;
+        created.push(began.elapsed());
+        let running = Instant::now();
+        exec(daemon).await?;
+        first.push(running.elapsed());
+        times.push(began.elapsed());
+        daemon.client.destroy("bench").await?;
+    }
+    show("  of that: POST /sandboxes", created);
+    show("  of that: the first exec", first);
+    Ok(times)
+}
+
+async fn exec(daemon: &TestDaemon) -> Result<()> {
+    let ran = run(&daemon.client, "bench", &["true"]).await?;
+    ensure!(ran.code == 0, "true failed");
+    Ok(())
+}
+
+async fn sleeping(daemon: &mut TestDaemon, bare: Duration) -> Result<()> {
+    let client = &daemon.client.clone();
+    client.create(&named("bench")).await?;
+    let (mut hot, mut warm, mut cold) = (Vec::new(), Vec::new(), Vec::new());
+    exec(daemon).await?;
+    for _ in 0..ROUNDS {
+        let began = Instant::now();
+        exec(daemon).await?;
+        hot.push(began.elapsed());
+        client.pause("bench").await?;
+        let began = Instant::now();
+        exec(daemon).await?;
+        warm.push(began.elapsed());
+    }
+    for _ in 0..FEW {
+        client.stop("bench").await?;
+        let began = Instant::now();
+        client.start("bench", &StartSandbox::default()).await?;
+        exec(daemon).await?;
+        cold.push(began.elapsed());
+    }
+    let added = median(&mut warm.clone()).as_secs_f64() - median(&mut hot.clone()).as_secs_f64();
+    show("exec on a hot sandbox", hot);
+    show("wake from warm, and exec", warm);
+    println!("{:44} {:>26.2} ms", "  of that, by waking", added * 1e3);
+    ratio("wake from cold, and exec", &cold, "a bare fork", bare);
+    show("wake from cold, and exec", cold);
+    client.destroy("bench").await?;
+    snapshots(daemon).await
+}
+
+/// Diffs against full snapshots, and diffs of more and more pages.
+async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
+    let client = &daemon.client.clone();
+    client.create(&named("bench")).await?;
+    exec(daemon).await?;
+    client.pause("bench").await?;
+    let directory: PathBuf = daemon.sandbox_directories().remove(0);
+    let id: SandboxId =
+        directory.file_name().and_then(|name| name.to_str()).context("an id")?.parse()?;
+    let engine = QemuEngine::new(PROGRAM.into());
+    let mut full = Vec::new();
+    for dirty_mib in [0_u64, 1, 10, 100, 300] {
+        if dirty_mib > 0 {
+            let script = format!("head -c {dirty_mib}M /dev/urandom >/dev/shm/x");
+            let ran = run(client, "bench", &["sudo", "sh", "-c", &script]).await?;
+            ensure!(ran.code == 0, "it could not be dirtied");
+            client.pause("bench").await?;
+        }
+        let place = directory.with_extension("bench");
+        let mut diff = Vec::new();
+        let mut bytes = 0;
+        // The monitor serves one at a time.
+        daemon.terminate().await;
+        let vm: Arc<dyn Vm> = engine.adopt(id, &directory).await?;
+        for _ in 0..5 {
+            bytes = snapshot(vm.as_ref(), &place, MemoryKind::Diff, &mut diff).await?;
+            if dirty_mib == 0 {
+                snapshot(vm.as_ref(), &place, MemoryKind::Full, &mut full).await?;
+            }
+        }
+        let what = format!("diff snapshot, {dirty_mib} MiB dirtied, {:.1} MiB written", mib(bytes));
+        if dirty_mib == 0 {
+            let base = median(&mut full);
+            ratio("diff snapshot of an idle sandbox", &diff, "a full one", base);
+            println!("{:44} {:>26.2} %", "  of its RAM, in bytes", 100.0 * mib(bytes) / 512.0);
+        }
+        show(&what, diff);
+        drop(vm);
+        daemon.serve().await;
+    }
+    show("full snapshot of an idle 512 MiB sandbox", full);
+    client.destroy("bench").await?;
+    Ok(())
+}
+
+async fn snapshot(
+    vm: &dyn Vm,
+    place: &Path,
+    memory: MemoryKind,
+    times: &mut Vec<Duration>,
+) -> Result<u64> {
+    let request = SnapshotRequest {
+        directory: place.to_owned(),
+        memory: Some(memory),
+        disks: Disks::InPlace,
+    };
+    let began = Instant::now();
+    let info = vm.capture(&request).await?.finish().await?;
+    times.push(began.elapsed());
+    std::fs::remove_dir_all(place)?;
+    Ok(info.memory_bytes + info.device_bytes)
+}
+
+async fn forking(daemon: &TestDaemon) -> Result<()> {
+    let client = &daemon.client;
+    client.create(&CreateSandbox { keep_hot: true, ..named("bench") }).await?;
+    exec(daemon).await?;
+    let (mut paused, mut one) = (Vec::new(), Vec::new());
+    for _ in 0..FEW {
+        let began = Instant::now();
+        let forks = client.fork("bench", &ForkSandbox::default()).await?;
+        let fork = &forks.sandboxes[0].id;
+        ensure!(run(client, fork, &["true"]).await?.code == 0, "true failed");
+        one.push(began.elapsed());
+        paused.push(Duration::from_micros(forks.parent_paused_us));
+        client.destroy(fork).await?;
+    }
+    show("fork of an idle sandbox: its parent's pause", paused);
+    let mut many = Vec::new();
+    for _ in 0..5 {
+        let began = Instant::now();
+        let request = ForkSandbox { count: Some(20), ..ForkSandbox::default() };
+        let forks = client.fork("bench", &request).await?.sandboxes;
+        for fork in &forks {
+            ensure!(run(client, &fork.id, &["true"]).await?.code == 0, "true failed");
+        }
+        many.push(began.elapsed());
+        for fork in forks {
+            client.destroy(&fork.id).await?;
+        }
+    }
+    ratio("20 forks until all answer", &many, "one", median(&mut one.clone()));
+    show("fork, and the fork's first exec", one);
+    show("20 forks until all answer", many);
+    client.destroy("bench").await?;
+    Ok(())
+}
