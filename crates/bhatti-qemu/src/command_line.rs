@@ -8,9 +8,10 @@ use bhatti_types::SandboxId;
 
 use crate::record::Machine;
 
-/// Changes with every change of the machine that QEMU is told to make, devices and their order included: a saved VM can only be restored
+/// Changes with every change of the machine that QEMU is told to make, devices, their order and the
+/// kernel's command line included: a saved VM can only be restored
 /// on the machine that it was saved on.
-pub(crate) const LAYOUT: u32 = 1;
+pub(crate) const LAYOUT: u32 = 2;
 
 /// The name of the root disk for the monitor.
 pub(crate) const ROOT_DRIVE: &str = "root";
@@ -101,9 +102,10 @@ pub(crate) fn restore_arguments() -> Vec<String> {
 
 fn kernel_command_line(spec: &VmSpec, tsc_khz: Option<u64>) -> String {
     let tsc = tsc_khz.map(|khz| format!(" tsc_early_khz={khz} tsc=reliable")).unwrap_or_default();
-    // `hostname=` is the kernel's own parameter. A kernel that panics reboots at once, which ends QEMU.
+    // `hostname=` is the kernel's own parameter. A kernel that panics reboots at once, which ends QEMU. Of the security modules, those
+    // stay that do nothing unless somebody has them do it.
     format!(
-        "console=ttyS0 earlyprintk=ttyS0,115200 quiet reboot=t panic=-1{tsc} hostname={} rdinit=/lohar",
+        "console=ttyS0 earlyprintk=ttyS0,115200 quiet reboot=t panic=-1{tsc} lsm=landlock,yama,bpf audit=0 hostname={} rdinit=/lohar",
         spec.hostname
     )
 }

@@ -281,12 +281,13 @@ async fn make(
 
 async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), TemplateError> {
     let agent = AgentClient::new(vm.channel());
-    // What every command needs is then in the memory of every fork.
-    let argv = ["sh", "-c", "true"].map(str::to_owned).to_vec();
-    let first = agent.run(ExecRequest { argv, ..ExecRequest::default() });
-    timeout(WARM_UP_LIMIT, first)
-        .await
-        .map_err(|_| CallError::Silent { limit: WARM_UP_LIMIT })??;
+    // What every command needs is then in the memory of every fork, and no disk is read for it.
+    for argv in [&["true"][..], &["sh", "-c", "ls >/dev/null; cat /dev/null"]] {
+        let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
+        let first = agent.run(ExecRequest { argv, ..ExecRequest::default() });
+        let silent = |_| CallError::Silent { limit: WARM_UP_LIMIT };
+        timeout(WARM_UP_LIMIT, first).await.map_err(silent)??;
+    }
     agent.suspend(true).await?;
     vm.pause().await?;
     let request = SnapshotRequest {

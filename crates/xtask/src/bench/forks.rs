@@ -18,6 +18,10 @@ use super::{ROUNDS, median, mib, show};
 /// How often what takes long is measured.
 const FEW: usize = 50;
 
+/// How long a VM ahead of demand takes from its process's start until it is ready.
+const VMM_WAITS: Duration = Duration::from_millis(100);
+const VM_PRACTISES: Duration = Duration::from_millis(1500);
+
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Measures and prints.
@@ -30,15 +34,18 @@ pub(super) async fn measure() -> Result<()> {
     daemon.client.destroy("first").await?;
 
     let bare = bare_forks(&template).await?;
-    let cold = creates(&daemon, FEW, false).await?;
-    ratio("create without a VMM waiting, and first exec", &cold, "a bare fork", bare);
-    show("create without a VMM waiting, and first exec", cold);
-    daemon.terminate().await;
-    std::fs::write(daemon.data_dir().join("config.yaml"), "ready_vmms: 1\n")?;
-    daemon.serve().await;
-    let waiting = creates(&daemon, FEW, true).await?;
-    ratio("create with a VMM waiting, and first exec", &waiting, "a bare fork", bare);
-    show("create with a VMM waiting, and first exec", waiting);
+    for (what, config, wait) in [
+        ("create with nothing ready, and first exec", "ready_vmms: 0\n", None),
+        ("create with a VMM waiting, and first exec", "ready_forks: 0\n", Some(VMM_WAITS)),
+        ("create as by default, and first exec", "", Some(VM_PRACTISES)),
+    ] {
+        daemon.terminate().await;
+        std::fs::write(daemon.data_dir().join("config.yaml"), config)?;
+        daemon.serve().await;
+        let times = creates(&daemon, wait).await?;
+        ratio(what, &times, "a bare fork", bare);
+        show(what, times);
+    }
     sleeping(&mut daemon, bare).await?;
     forking(&daemon).await
 }
@@ -100,24 +107,20 @@ async fn memory(_vm: &dyn Vm, directory: &Path) -> Result<()> {
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(directory.join("vm.json"))?)?;
     let pid = record["pid"].as_u64().context("a pid")?;
-    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     for field in ["Pss:", "Private_Dirty:", "Pss_Anon:"] {
-        let line = rollup.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
-        let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
-        let what = format!("an idle fork's memory: {}", field.trim_end_matches(':'));
-        println!("{what:44} {:>26.1} MiB", mib(kib << 10));
+        let what = format!("one idle fork's memory: {}", field.trim_end_matches(':'));
+        println!("{what:44} {:>26.1} MiB", rollup_mib(pid, field)?);
     }
     Ok(())
 }
 
-async fn creates(daemon: &TestDaemon, rounds: usize, wait: bool) -> Result<Vec<Duration>> {
+async fn creates(daemon: &TestDaemon, wait: Option<Duration>) -> Result<Vec<Duration>> {
     let mut times = Vec::new();
     let (mut created, mut first) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        if wait {
-            wait_for("a VMM that waits", || daemon.all_vmm_pids().len() == 1).await;
-            // It has started when it answers; that takes a moment longer than its process.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..FEW {
+        if let Some(wait) = wait {
+            wait_for("a VM ahead of demand", || daemon.all_vmm_pids().len() == 1).await;
+            tokio::time::sleep(wait).await;
         }
         let began = Instant::now();
         daemon.client.create(&named("bench")).await?;
@@ -183,7 +186,9 @@ async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
     let mut full = Vec::new();
     for dirty_mib in [0_u64, 1, 10, 100, 300] {
         if dirty_mib > 0 {
-            let script = format!("head -c {dirty_mib}M /dev/urandom >/dev/shm/x");
+            let script = format!(
+                "mount -o remount,size=400m /dev/shm; head -c {dirty_mib}M /dev/urandom >/dev/shm/x"
+            );
             let ran = run(client, "bench", &["sudo", "sh", "-c", &script]).await?;
             ensure!(ran.code == 0, "it could not be dirtied");
             client.pause("bench").await?;
@@ -237,33 +242,55 @@ async fn forking(daemon: &TestDaemon) -> Result<()> {
     let client = &daemon.client;
     client.create(&CreateSandbox { keep_hot: true, ..named("bench") }).await?;
     exec(daemon).await?;
-    let (mut paused, mut one) = (Vec::new(), Vec::new());
+    let (mut paused, mut one, mut first) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..FEW {
         let began = Instant::now();
         let forks = client.fork("bench", &ForkSandbox::default()).await?;
-        let fork = &forks.sandboxes[0].id;
-        ensure!(run(client, fork, &["true"]).await?.code == 0, "true failed");
         one.push(began.elapsed());
+        let fork = &forks.sandboxes[0].id;
+        let running = Instant::now();
+        ensure!(run(client, fork, &["true"]).await?.code == 0, "true failed");
+        first.push(running.elapsed());
         paused.push(Duration::from_micros(forks.parent_paused_us));
         client.destroy(fork).await?;
     }
     show("fork of an idle sandbox: its parent's pause", paused);
     let mut many = Vec::new();
-    for _ in 0..5 {
+    for round in 0..5 {
         let began = Instant::now();
         let request = ForkSandbox { count: Some(20), ..ForkSandbox::default() };
         let forks = client.fork("bench", &request).await?.sandboxes;
-        for fork in &forks {
-            ensure!(run(client, &fork.id, &["true"]).await?.code == 0, "true failed");
-        }
         many.push(began.elapsed());
+        if round == 0 {
+            memory_of_forks(daemon).await?;
+        }
         for fork in forks {
             client.destroy(&fork.id).await?;
         }
     }
     ratio("20 forks until all answer", &many, "one", median(&mut one.clone()));
-    show("fork, and the fork's first exec", one);
+    show("fork until it answers", one);
+    show("  and its first exec", first);
     show("20 forks until all answer", many);
     client.destroy("bench").await?;
     Ok(())
+}
+
+/// What each of many idle forks adds.
+async fn memory_of_forks(daemon: &TestDaemon) -> Result<()> {
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let pids = daemon.vmm_pids();
+    let pss: Result<Vec<f64>> = pids.iter().map(|pid| rollup_mib((*pid).into(), "Pss:")).collect();
+    let mut pss = pss?;
+    pss.sort_by(f64::total_cmp);
+    let what = format!("memory (PSS) that each of {} forks adds", pss.len() - 1);
+    println!("{what:44} {:>26.1} MiB", pss[pss.len() / 2]);
+    Ok(())
+}
+
+fn rollup_mib(pid: u64, field: &str) -> Result<f64> {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(mib(kib << 10))
 }
