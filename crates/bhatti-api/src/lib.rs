@@ -6,6 +6,7 @@ mod error;
 mod exec;
 mod health;
 mod sandbox;
+mod snapshot;
 mod user;
 
 pub use error::{ErrorBody, ErrorCode};
@@ -17,4 +18,5 @@ pub use health::Health;
 pub use sandbox::{
     CreateSandbox, Deleted, ForkSandbox, Forks, Sandbox, StartSandbox, UpdateSandbox,
 };
+pub use snapshot::{CreateSnapshot, ResumeSnapshot, Snapshot};
 pub use user::{CreateUser, CreatedUser, User};

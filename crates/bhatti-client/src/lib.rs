@@ -14,8 +14,8 @@ mod connect;
 mod stream;
 
 use bhatti_api::{
-    CreateSandbox, CreateUser, CreatedUser, Deleted, ErrorBody, ForkSandbox, Forks, Health,
-    Sandbox, StartSandbox, UpdateSandbox, User,
+    CreateSandbox, CreateSnapshot, CreateUser, CreatedUser, Deleted, ErrorBody, ForkSandbox, Forks,
+    Health, ResumeSnapshot, Sandbox, Snapshot, StartSandbox, UpdateSandbox, User,
 };
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
@@ -179,6 +179,59 @@ impl Client {
         self.call(Method::DELETE, &sandbox_path(sandbox, ""), None::<&()>).await
     }
 
+    /// Saves a sandbox under a name; it goes on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn create_snapshot(
+        &self,
+        sandbox: &str,
+        request: &CreateSnapshot,
+    ) -> Result<Snapshot, ClientError> {
+        self.call(Method::POST, &sandbox_path(sandbox, "/checkpoint"), Some(request)).await
+    }
+
+    /// The caller's snapshots, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_snapshots(&self) -> Result<Vec<Snapshot>, ClientError> {
+        self.call(Method::GET, "/snapshots", None::<&()>).await
+    }
+
+    /// One snapshot, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn inspect_snapshot(&self, name: &str) -> Result<Snapshot, ClientError> {
+        self.call(Method::GET, &segment_path("/snapshots/", name, ""), None::<&()>).await
+    }
+
+    /// Makes a sandbox of a snapshot, which stays.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn resume_snapshot(
+        &self,
+        name: &str,
+        request: &ResumeSnapshot,
+    ) -> Result<Sandbox, ClientError> {
+        self.call(Method::POST, &segment_path("/snapshots/", name, "/resume"), Some(request)).await
+    }
+
+    /// Deletes a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn delete_snapshot(&self, name: &str) -> Result<Deleted, ClientError> {
+        self.call(Method::DELETE, &segment_path("/snapshots/", name, ""), None::<&()>).await
+    }
+
     /// Makes a user. Its key is in the answer, and nowhere else.
     ///
     /// # Errors
@@ -249,10 +302,15 @@ fn parse<T: DeserializeOwned>(succeeded: bool, body: &[u8]) -> Result<T, ClientE
     Err(serde_json::from_slice(body).map_or_else(unexpected, ClientError::Refused))
 }
 
-/// The path of a sandbox. What a person typed may hold anything: it must stay one segment.
+/// The path of a sandbox.
 fn sandbox_path(sandbox: &str, rest: &str) -> String {
-    let mut path = "/sandboxes/".to_owned();
-    for byte in sandbox.bytes() {
+    segment_path("/sandboxes/", sandbox, rest)
+}
+
+/// The path of something that a person named. What was typed may hold anything: it must stay one segment.
+fn segment_path(before: &str, typed: &str, rest: &str) -> String {
+    let mut path = before.to_owned();
+    for byte in typed.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {
             path.push(char::from(byte));
         } else {

@@ -4,6 +4,7 @@ mod exec;
 mod exec_stream;
 mod health;
 mod sandboxes;
+mod snapshots;
 mod users;
 
 use axum::Router;
@@ -31,6 +32,10 @@ pub(crate) fn router() -> Router<AppState> {
         .route("/sandboxes/{sandbox}/fork", post(sandboxes::fork))
         .route("/sandboxes/{sandbox}/exec", post(exec::run))
         .route("/sandboxes/{sandbox}/exec/ws", get(exec_stream::run))
+        .route("/sandboxes/{sandbox}/checkpoint", post(snapshots::create))
+        .route("/snapshots", get(snapshots::list))
+        .route("/snapshots/{snapshot}", get(snapshots::get).delete(snapshots::delete))
+        .route("/snapshots/{snapshot}/resume", post(snapshots::resume))
         .route("/users", get(users::list).post(users::create))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)

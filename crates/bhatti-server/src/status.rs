@@ -12,7 +12,8 @@ use bhatti_engine::{BootError, RestoreError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{StoreError, UserInsertError};
 use bhatti_supervisor::{
-    Busy, CreateError, DestroyError, ForkError, TemplateError, TransitionError, UseError,
+    Busy, CreateError, DestroyError, ForkError, SnapshotOpError, TemplateError, TransitionError,
+    UseError,
 };
 use bhatti_types::{Denied, Report};
 use serde::Serialize;
@@ -179,6 +180,24 @@ impl From<TransitionError> for ApiError {
             | TransitionError::Store(_)
             | TransitionError::Entropy(_)
             | TransitionError::Restless => Self::internal(&error),
+        }
+    }
+}
+
+impl From<SnapshotOpError> for ApiError {
+    fn from(error: SnapshotOpError) -> Self {
+        match error {
+            SnapshotOpError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string())
+                .hint("list them: bhatti snapshot list"),
+            SnapshotOpError::NameTaken(ref name) => {
+                Self::new(ErrorCode::NameTaken, error.to_string()).hint(format!(
+                    "choose another name, or delete it: bhatti snapshot delete {name}"
+                ))
+            }
+            SnapshotOpError::Use(error) => error.into(),
+            SnapshotOpError::Save(error) => error.into(),
+            SnapshotOpError::Create(error) => error.into(),
+            SnapshotOpError::Store(_) | SnapshotOpError::Remove(_) => Self::internal(&error),
         }
     }
 }

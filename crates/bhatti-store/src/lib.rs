@@ -8,6 +8,7 @@
 
 mod migrations;
 mod sandboxes;
+mod snapshots;
 mod users;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use parking_lot::Mutex;
 use rusqlite::Connection;
 
 pub use sandboxes::{InsertError, NewSandbox, SandboxRow};
+pub use snapshots::{SnapshotInsertError, SnapshotRow};
 pub use users::{UserInsertError, UserRow};
 
 /// The store's file in the data directory.

@@ -12,6 +12,7 @@ mod fork;
 mod identity;
 mod recover;
 mod registry;
+mod snapshots;
 mod spares;
 mod steps;
 mod templates;
@@ -37,6 +38,7 @@ pub use create::{CreateError, SandboxRequest};
 pub use driver::{DestroyError, TransitionError};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use recover::RecoverError;
+pub use snapshots::{ResumeRequest, SnapshotOpError};
 pub use steps::{Fault, Step, UnknownStep};
 pub use templates::TemplateError;
 

@@ -12,7 +12,7 @@ mod spec;
 
 pub use id::{ParseIdError, SandboxId, UserId};
 pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
-pub use name::{ParseNameError, SandboxName, UserName};
+pub use name::{ParseNameError, SandboxName, SnapshotName, UserName};
 pub use report::Report;
 pub use size::{CpuCount, MemoryMib, OutOfRange};
 pub use spec::{Environment, InvalidEnvironment, SandboxSpec};

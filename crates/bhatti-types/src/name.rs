@@ -63,6 +63,11 @@ name! {
 }
 
 name! {
+    /// The name of a snapshot, unique among its owner's.
+    SnapshotName, "snapshot"
+}
+
+name! {
     /// The name of a user, unique on this daemon.
     UserName, "user"
 }

@@ -74,6 +74,9 @@ pub(crate) enum Command {
     /// Destroy sandboxes
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti destroy dev")]
     Destroy(Targets),
+    /// Save sandboxes under a name, and make others of them
+    #[command(subcommand)]
+    Snapshot(Snapshot),
     /// Manage the daemon's users
     #[command(subcommand)]
     User(User),
@@ -183,6 +186,48 @@ pub(crate) struct Exec {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Save a running sandbox, which goes on
+    #[command(after_help = "Example:\n  bhatti snapshot create dev ready")]
+    Create {
+        /// Name or id of the sandbox
+        sandbox: String,
+        /// The snapshot's name
+        name: String,
+    },
+    /// List snapshots
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one snapshot
+    Inspect {
+        /// Its name
+        name: String,
+    },
+    /// Make a sandbox of a snapshot
+    #[command(after_help = "Example:\n  bhatti snapshot resume ready --name again")]
+    Resume {
+        /// The snapshot's name
+        snapshot: String,
+        /// The sandbox's name [default: a random one]
+        #[arg(long)]
+        name: Option<String>,
+        /// A variable for processes to come; may be given several times
+        #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+        env: Vec<(String, String)>,
+        /// Keep it hot, however long nobody uses it
+        #[arg(long)]
+        keep_hot: bool,
+    },
+    /// Delete snapshots; sandboxes that were made of them stay
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

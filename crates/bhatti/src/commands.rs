@@ -10,6 +10,7 @@ mod lifecycle;
 mod list;
 mod serve;
 mod setup;
+mod snapshot;
 mod supervisor;
 mod user;
 mod version;
@@ -66,6 +67,7 @@ pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
             Command::Start(arguments) => lifecycle::start(&context, &arguments).await,
             Command::Fork(arguments) => fork::run(&context, arguments).await,
             Command::Destroy(targets) => destroy::run(&context, &targets).await,
+            Command::Snapshot(command) => snapshot::run(&context, command).await,
             Command::User(command) => user::run(&context, command).await,
             Command::Doctor => return doctor::run(&context).await,
             Command::Version => version::run(&context),

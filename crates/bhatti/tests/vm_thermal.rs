@@ -3,7 +3,10 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bhatti_api::{CreateSandbox, ErrorCode, ForkSandbox, StartSandbox, UpdateSandbox};
+use bhatti_api::{
+    CreateSandbox, CreateSnapshot, ErrorCode, ForkSandbox, ResumeSnapshot, StartSandbox,
+    UpdateSandbox,
+};
 use bhatti_client::Client;
 use bhatti_testkit::{
     LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, hashes, is_root, named, run, shell,
@@ -372,4 +375,49 @@ async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
     assert_eq!(client.inspect("one").await.unwrap().thermal.as_deref(), Some("cold"));
     client.pause("two").await.unwrap();
     assert_eq!(shell(client, "one", FIND).await, FOUND);
+}
+
+#[tokio::test]
+async fn snapshot_with_a_name_outlives_its_sandbox_and_its_copies() {
+    let mut daemon = TestDaemon::start().await;
+    let client = daemon.client.clone();
+    client.create(&named("dev")).await.unwrap();
+    shell(&client, "dev", LEAVE).await;
+    shell(&client, "dev", "echo disk >/workspace/file").await;
+    let name = |name: &str| CreateSnapshot { name: name.to_owned() };
+
+    let snapshot = client.create_snapshot("dev", &name("ready")).await.unwrap();
+    shell(&client, "dev", "echo later | tee /workspace/file >/dev/shm/ram").await;
+    let taken = client.create_snapshot("dev", &name("ready")).await.unwrap_err();
+    assert_eq!(code_of(&taken), Some(ErrorCode::NameTaken));
+    assert_eq!((snapshot.sandbox.as_str(), snapshot.kind.as_str()), ("dev", "diff"));
+    client.destroy("dev").await.unwrap();
+    daemon.terminate().await;
+    daemon.serve().await;
+
+    assert_eq!(client.list_snapshots().await.unwrap(), [snapshot]);
+    for copy in ["one", "two"] {
+        let request = ResumeSnapshot { name: Some(copy.into()), ..Default::default() };
+        let sandbox = client.resume_snapshot("ready", &request).await.unwrap();
+        assert!(sandbox.origin.starts_with("snapshot "), "{}", sandbox.origin);
+        assert_eq!(shell(&client, copy, FIND).await, FOUND);
+        assert_eq!(
+            shell(&client, copy, "cat /workspace/file; hostname").await,
+            format!("disk\n{copy}\n")
+        );
+    }
+    client.create_snapshot("one", &name("second")).await.unwrap();
+    client.delete_snapshot("ready").await.unwrap();
+    let gone = client.resume_snapshot("ready", &ResumeSnapshot::default()).await.unwrap_err();
+    assert_eq!(code_of(&gone), Some(ErrorCode::NotFound));
+    client.stop("two").await.unwrap();
+    client.start("two", &StartSandbox::default()).await.unwrap();
+    assert_eq!(shell(&client, "two", FIND).await, FOUND);
+    // Generation upon generation, with nothing left of those before.
+    client.destroy("one").await.unwrap();
+    let request = ResumeSnapshot { name: Some("three".into()), ..Default::default() };
+    client.resume_snapshot("second", &request).await.unwrap();
+    assert_eq!(shell(&client, "three", FIND).await, FOUND);
+    client.delete_snapshot("second").await.unwrap();
+    assert_eq!(std::fs::read_dir(daemon.data_dir().join("snapshots")).unwrap().count(), 0);
 }

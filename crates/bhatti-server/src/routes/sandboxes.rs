@@ -122,7 +122,7 @@ pub(crate) async fn destroy(
     Ok(Json(Deleted { status: "destroyed".to_owned() }))
 }
 
-fn parse_name(name: Option<String>) -> Result<Option<SandboxName>, ApiError> {
+pub(super) fn parse_name(name: Option<String>) -> Result<Option<SandboxName>, ApiError> {
     name.map(|name| name.parse()).transpose().map_err(|error| ApiError::bad_request(&error))
 }
 
@@ -144,7 +144,7 @@ fn parse(request: CreateSandbox) -> Result<SandboxRequest, ApiError> {
     })
 }
 
-fn sandbox(state: &AppState, row: SandboxRow) -> Sandbox {
+pub(super) fn sandbox(state: &AppState, row: SandboxRow) -> Sandbox {
     let reason = match row.state {
         SandboxState::Failed(reason) => Some(reason.to_string()),
         SandboxState::Creating

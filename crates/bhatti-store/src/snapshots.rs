@@ -1,0 +1,181 @@
+//! The table of named snapshots.
+
+use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName, SnapshotName, UserId};
+use rusqlite::{ErrorCode, OptionalExtension, Row, params};
+
+use crate::{Store, StoreError, changed_one, now};
+
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at";
+
+/// A named snapshot as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotRow {
+    /// Its id, which names its directory.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub owner: UserId,
+    /// Its name.
+    pub name: SnapshotName,
+    /// The sandbox that was saved, by the id and the name that it had then.
+    pub sandbox_id: SandboxId,
+    /// See [`sandbox_id`](Self::sandbox_id).
+    pub sandbox_name: SandboxName,
+    /// Its vCPUs.
+    pub cpus: CpuCount,
+    /// Its memory.
+    pub memory: MemoryMib,
+    /// What the agent in it wants every connection to begin with.
+    pub agent_token: String,
+    /// Whether it holds all of the memory, rather than what differs from something else.
+    pub is_full: bool,
+    /// The pages of memory in it, in bytes.
+    pub memory_bytes: u64,
+    /// When it was taken (RFC 3339); the store sets it.
+    pub created_at: String,
+}
+
+/// A snapshot could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotInsertError {
+    /// Its owner has one of that name.
+    #[error("snapshot `{0}` already exists")]
+    NameTaken(SnapshotName),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Store {
+    /// Adds a snapshot that is in place.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotInsertError::NameTaken`] if its owner has a snapshot of that name.
+    pub fn insert_snapshot(&self, row: SnapshotRow) -> Result<SnapshotRow, SnapshotInsertError> {
+        let row = SnapshotRow { created_at: now(), ..row };
+        let inserted = self.connection.lock().execute(
+            &format!(
+                "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"
+            ),
+            params![
+                row.id.to_string(),
+                row.owner.to_string(),
+                row.name.as_str(),
+                row.sandbox_id.to_string(),
+                row.sandbox_name.as_str(),
+                row.cpus.get(),
+                row.memory.get(),
+                row.agent_token,
+                if row.is_full { "full" } else { "diff" },
+                row.memory_bytes,
+                row.created_at,
+            ],
+        );
+        match inserted {
+            Ok(_) => Ok(row),
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
+                Err(SnapshotInsertError::NameTaken(row.name))
+            }
+            Err(error) => Err(SnapshotInsertError::Store(error.into())),
+        }
+    }
+
+    /// The snapshot that `owner` calls so.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_snapshot(
+        &self,
+        owner: UserId,
+        name: &str,
+    ) -> Result<Option<SnapshotRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2"
+        ))?;
+        let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
+        found.optional()?.transpose()
+    }
+
+    /// The snapshots of `owner`, or of everybody, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_snapshots(&self, owner: Option<UserId>) -> Result<Vec<SnapshotRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM snapshots WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
+        ))?;
+        let owner = owner.map(|owner| owner.to_string());
+        query.query_map([owner], |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// Forgets a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such snapshot.
+    pub fn delete_snapshot(&self, id: SandboxId) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        changed_one(connection.execute("DELETE FROM snapshots WHERE id = ?1", [id.to_string()])?)
+    }
+}
+
+fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    let number = |index: usize| row.get::<_, u64>(index);
+    fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError> {
+        result.map_err(|error| StoreError::Damaged(error.to_string()))
+    }
+    Ok(SnapshotRow {
+        id: parsed(text(0)?.parse())?,
+        owner: parsed(text(1)?.parse())?,
+        name: parsed(text(2)?.parse())?,
+        sandbox_id: parsed(text(3)?.parse())?,
+        sandbox_name: parsed(text(4)?.parse())?,
+        cpus: parsed(CpuCount::try_from(number(5)?))?,
+        memory: parsed(MemoryMib::try_from(number(6)?))?,
+        agent_token: text(7)?,
+        is_full: text(8)? == "full",
+        memory_bytes: number(9)?,
+        created_at: text(10)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshot_survives_with_every_field_until_it_is_forgotten() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let id = SandboxId::from_entropy([1; 8]);
+        let row = SnapshotRow {
+            id,
+            owner: UserId::ADMIN,
+            name: "ready".parse().unwrap(),
+            sandbox_id: SandboxId::from_entropy([2; 8]),
+            sandbox_name: "dev".parse().unwrap(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            agent_token: "token".to_owned(),
+            is_full: true,
+            memory_bytes: 4096,
+            created_at: String::new(),
+        };
+        let inserted = store.insert_snapshot(row.clone()).unwrap();
+        drop(store);
+
+        let store = Store::open(data.path()).unwrap();
+
+        assert_eq!(store.find_snapshot(UserId::ADMIN, "ready").unwrap(), Some(inserted.clone()));
+        assert_eq!(store.list_snapshots(None).unwrap(), [inserted]);
+        let again = SnapshotRow { id: SandboxId::from_entropy([3; 8]), ..row };
+        assert!(matches!(store.insert_snapshot(again), Err(SnapshotInsertError::NameTaken(_))));
+        store.delete_snapshot(id).unwrap();
+        assert!(matches!(store.delete_snapshot(id), Err(StoreError::NoSuchRow)));
+    }
+}

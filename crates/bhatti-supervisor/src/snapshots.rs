@@ -1,0 +1,179 @@
+//! Snapshots with a name: a sandbox as it was, from which others can be made.
+
+use std::io;
+use std::path::PathBuf;
+
+use bhatti_engine::MemoryKind;
+use bhatti_store::{SandboxRow, SnapshotInsertError, SnapshotRow, StoreError};
+use bhatti_types::{
+    Environment, Report, SandboxId, SandboxName, SandboxSpec, SnapshotName, UserId,
+};
+use tracing::{info, warn};
+
+use crate::create::{Beginning, CreateError, made_up_name};
+use crate::driver::{Request, TransitionError};
+use crate::identity::random;
+use crate::{Supervisor, UseError};
+
+/// What is asked of a sandbox that is made from a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResumeRequest {
+    /// Its name; a random one if absent.
+    pub name: Option<SandboxName>,
+    /// The environment of processes to come.
+    pub environment: Environment,
+    /// Whether it stays hot.
+    pub keep_hot: bool,
+}
+
+/// Something could not be done with a snapshot. Everything is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotOpError {
+    /// Its owner has no such snapshot.
+    #[error("snapshot `{0}` not found")]
+    NotFound(String),
+    /// Its owner has one of that name.
+    #[error("snapshot `{0}` already exists")]
+    NameTaken(SnapshotName),
+    /// There is no such sandbox to save.
+    #[error(transparent)]
+    Use(#[from] UseError),
+    /// The sandbox could not be saved.
+    #[error(transparent)]
+    Save(#[from] TransitionError),
+    /// A sandbox could not be made of it.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its files could not be removed.
+    #[error("failed to remove the snapshot's files")]
+    Remove(#[source] io::Error),
+}
+
+impl Supervisor {
+    /// Saves a sandbox under a name; it goes on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed; nothing of the snapshot is left then.
+    pub async fn create_snapshot(
+        &self,
+        owner: UserId,
+        sandbox: &str,
+        name: SnapshotName,
+    ) -> Result<SnapshotRow, SnapshotOpError> {
+        let shared = &self.shared;
+        let row = self.find(owner, sandbox)?;
+        if shared.store.find_snapshot(owner, name.as_str())?.is_some() {
+            return Err(SnapshotOpError::NameTaken(name));
+        }
+        let id = SandboxId::from_entropy(random().map_err(CreateError::Entropy)?);
+        let directory = self.snapshot_directory(id);
+        let place = directory.clone();
+        let save = |reply| Request::Save { directory: place, memory: None, reply };
+        let saved = self.handle(&row, sandbox)?.ask(save).await?;
+        let snapshot = SnapshotRow {
+            id,
+            owner,
+            name,
+            sandbox_id: row.id,
+            sandbox_name: row.spec.name,
+            cpus: row.spec.cpus,
+            memory: row.spec.memory,
+            agent_token: row.agent_token,
+            is_full: saved.info.memory == MemoryKind::Full,
+            memory_bytes: saved.info.memory_bytes,
+            created_at: String::new(),
+        };
+        match shared.store.insert_snapshot(snapshot) {
+            Ok(snapshot) => {
+                info!(snapshot = %snapshot.name, sandbox = %snapshot.sandbox_id, memory_bytes = snapshot.memory_bytes, "Sandbox saved under a name");
+                Ok(snapshot)
+            }
+            Err(error) => {
+                if let Err(error) = tokio::fs::remove_dir_all(&directory).await {
+                    warn!(path = %directory.display(), %error, "Failed to remove a snapshot that could not be recorded");
+                }
+                Err(match error {
+                    SnapshotInsertError::NameTaken(name) => SnapshotOpError::NameTaken(name),
+                    SnapshotInsertError::Store(error) => error.into(),
+                })
+            }
+        }
+    }
+
+    /// The snapshot that `owner` calls so.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SnapshotOpError::NotFound`] if there is none.
+    pub fn find_snapshot(&self, owner: UserId, name: &str) -> Result<SnapshotRow, SnapshotOpError> {
+        let found = self.shared.store.find_snapshot(owner, name)?;
+        found.ok_or_else(|| SnapshotOpError::NotFound(name.to_owned()))
+    }
+
+    /// The snapshots of `owner`, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_snapshots(&self, owner: UserId) -> Result<Vec<SnapshotRow>, StoreError> {
+        self.shared.store.list_snapshots(Some(owner))
+    }
+
+    /// Makes a sandbox of a snapshot, which stays.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed; nothing of the sandbox is left then.
+    pub async fn resume_snapshot(
+        &self,
+        owner: UserId,
+        name: &str,
+        request: ResumeRequest,
+    ) -> Result<SandboxRow, SnapshotOpError> {
+        let snapshot = self.find_snapshot(owner, name)?;
+        let spec = SandboxSpec {
+            name: request.name.map_or_else(made_up_name, Ok)?,
+            cpus: snapshot.cpus,
+            memory: snapshot.memory,
+            environment: request.environment,
+            keep_hot: request.keep_hot,
+        };
+        let beginning = Beginning::Saved {
+            snapshot: self.snapshot_directory(snapshot.id),
+            token: snapshot.agent_token,
+            origin: format!("snapshot {}", snapshot.id),
+        };
+        Ok(self.create_from(owner, spec, beginning).await?)
+    }
+
+    /// Deletes a snapshot. Sandboxes that were made of it keep what they need.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such snapshot or it cannot be removed.
+    pub async fn delete_snapshot(&self, owner: UserId, name: &str) -> Result<(), SnapshotOpError> {
+        let snapshot = self.find_snapshot(owner, name)?;
+        let directory = self.snapshot_directory(snapshot.id);
+        // Under this name the next daemon removes it, if this one does not come to it.
+        let gone = directory.with_extension("tmp");
+        match tokio::fs::rename(&directory, &gone).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(SnapshotOpError::Remove(error));
+            }
+            _ => {}
+        }
+        self.shared.store.delete_snapshot(snapshot.id)?;
+        if let Err(error) = tokio::fs::remove_dir_all(&gone).await {
+            warn!(path = %gone.display(), error = %Report(&error), "Failed to remove a snapshot's files");
+        }
+        Ok(())
+    }
+
+    fn snapshot_directory(&self, id: SandboxId) -> PathBuf {
+        self.shared.config.snapshots_dir.join(id.to_string())
+    }
+}
