@@ -70,6 +70,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
         // What root does by right, mmdebstrap and mke2fs do under these.
         findings.push(tool("fakechroot", "fakechroot").await);
         findings.push(tool("fakeroot", "fakeroot").await);
+        findings.extend(memory_access());
     }
     let healthy = findings.iter().all(|finding| finding.verdict != Verdict::Missing);
     context
@@ -184,6 +185,19 @@ fn images(data_dir: &Path, lohar: Option<PathBuf>) -> Finding {
         Some(Err(error)) => Finding::missing("images", Report(&error).to_string(), "bhatti setup"),
         None => Finding::missing("images", "not looked at without the guest agent", "make build"),
     }
+}
+
+/// Snapshots read and write the memory of VMMs, which Yama lets only root do unless told otherwise.
+fn memory_access() -> Option<Finding> {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?;
+    let restricted = scope.trim() != "0";
+    restricted.then(|| {
+        Finding::missing(
+            "snapshots",
+            "this kernel keeps users out of the memory of their own processes (ptrace_scope)",
+            "sudo sysctl kernel.yama.ptrace_scope=0, or run the daemon as root",
+        )
+    })
 }
 
 async fn daemon(context: &Context) -> Finding {

@@ -77,6 +77,13 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
         let began = Instant::now();
         let staged = engine.stage(&spec).await?;
         parts[0].push(began.elapsed());
+        if round == 0 {
+            println!(
+                "{:44} {:>26.1} MiB",
+                "a VMM that waits: Pss",
+                rollup_mib(vmm(&directory)?, "Pss:")?
+            );
+        }
         let loading = Instant::now();
         let vm = staged.load().await?;
         parts[1].push(loading.elapsed());
@@ -88,7 +95,7 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
         parts[3].push(answering.elapsed());
         whole.push(began.elapsed());
         if round == 0 {
-            memory(vm.as_ref(), &directory).await?;
+            memory(&directory).await?;
         }
         engine.remove(id, &directory).await?;
     }
@@ -102,11 +109,9 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
 }
 
 /// What an idle fork has of its own.
-async fn memory(_vm: &dyn Vm, directory: &Path) -> Result<()> {
+async fn memory(directory: &Path) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let record: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(directory.join("vm.json"))?)?;
-    let pid = record["pid"].as_u64().context("a pid")?;
+    let pid = vmm(directory)?;
     for field in ["Pss:", "Private_Dirty:", "Pss_Anon:"] {
         let what = format!("one idle fork's memory: {}", field.trim_end_matches(':'));
         println!("{what:44} {:>26.1} MiB", rollup_mib(pid, field)?);
@@ -274,6 +279,13 @@ async fn forking(daemon: &TestDaemon) -> Result<()> {
     show("20 forks until all answer", many);
     client.destroy("bench").await?;
     Ok(())
+}
+
+/// The process of the VM in a directory.
+fn vmm(directory: &Path) -> Result<u64> {
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(directory.join("vm.json"))?)?;
+    record["pid"].as_u64().context("a pid")
 }
 
 /// What each of many idle forks adds.
