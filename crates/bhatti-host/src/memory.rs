@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -58,10 +59,12 @@ impl MappedFile {
     /// Returns an error if it does not map the file, or this process may not look into its memory (see ptrace(2): it must be of the same
     /// user, and Yama's `ptrace_scope` 0, unless this one is root).
     pub fn open(pid: u32, path: &Path) -> io::Result<Self> {
-        let file = fs::metadata(path)?;
-        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let path = fs::canonicalize(path)?;
+        let inode = fs::metadata(&path)?.ino();
+        let maps = fs::read(format!("/proc/{pid}/maps"))?;
+        let lines = maps.split(|byte| *byte == b'\n');
         let mappings: Vec<Mapping> =
-            maps.lines().filter_map(|line| parse_mapping(line, file.ino())).collect();
+            lines.filter_map(|line| parse_mapping(line, inode, &path)).collect();
         if mappings.is_empty() {
             let message = format!("process {pid} does not map {}", path.display());
             return Err(io::Error::new(io::ErrorKind::NotFound, message));
@@ -116,9 +119,15 @@ impl MappedFile {
     }
 }
 
-/// A line of `/proc/PID/maps` (proc_pid_maps(5)), if it maps this inode: addresses, permissions, offset, device, inode, path.
-fn parse_mapping(line: &str, inode: u64) -> Option<Mapping> {
-    let mut fields = line.split_ascii_whitespace();
+/// A line of `/proc/PID/maps` (proc_pid_maps(5)), if it maps this file: addresses, permissions, offset, device, inode, path. The inode
+/// alone could be that of a file on another file system, and the device's number is none that stat(2) knows on some.
+fn parse_mapping(line: &[u8], inode: u64, path: &Path) -> Option<Mapping> {
+    let start = line.iter().position(|byte| *byte == b'/')?;
+    // A line break in a path is the only thing that is escaped.
+    if line[start..] != *path.as_os_str().as_bytes() {
+        return None;
+    }
+    let mut fields = std::str::from_utf8(&line[..start]).ok()?.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let (offset, mapped) = (fields.nth(1)?, fields.nth(1)?);
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();

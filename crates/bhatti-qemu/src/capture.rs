@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm,
+    Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm, VmmError,
 };
 use bhatti_host::durable;
 use bhatti_host::memory::MappedFile;
@@ -174,8 +174,11 @@ async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotErr
         "device": ROOT_DRIVE, "snapshot-file": path, "format": "qcow2", "mode": "existing",
     });
     if let Err(source) = vm.ask("blockdev-snapshot-sync", arguments).await {
-        vm.record(before).map_err(failed)?;
-        fs::remove_file(&path).map_err(failed)?;
+        // Only a refusal says that it was not done. Otherwise the new layer stays: empty, it is as good as none.
+        if matches!(source, VmmError::Refused(_)) {
+            vm.record(before).map_err(failed)?;
+            fs::remove_file(&path).map_err(failed)?;
+        }
         return Err(SnapshotError::Vmm { step: "freeze the disk", source });
     }
     files::share_layers(&vm.directory, disk, draft).map_err(failed)

@@ -150,10 +150,17 @@ impl Engine for QemuEngine {
             let machine = Record::read(directory)?.machine;
             QemuVm::attach(process, directory, machine, Qmp::new(), self.setup.depends_on.clone())
         };
-        Ok(Arc::new(attach().map_err(|source| AdoptError::Broken {
-            step: "connect to the VM's console",
-            source,
-        })?))
+        let vm = attach()
+            .map_err(|source| AdoptError::Broken { step: "connect to the VM's console", source })?;
+        if vm.waits_for_state().await {
+            // Its state is still where it was to come from; this process has none.
+            self.kill(id, directory).await.map_err(|left| AdoptError::Broken {
+                step: "end a VM that was being restored",
+                source: io::Error::other(left),
+            })?;
+            return Err(AdoptError::Gone);
+        }
+        Ok(Arc::new(vm))
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {

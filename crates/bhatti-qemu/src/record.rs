@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use bhatti_host::durable;
 use bhatti_host::process::ProcessId;
 use bhatti_types::{CpuCount, MemoryMib};
 use serde::{Deserialize, Serialize};
@@ -49,11 +50,9 @@ impl Record {
         Ok(serde_json::from_slice(&fs::read(directory.join(FILE))?)?)
     }
 
-    /// Whole or not at all; not flushed, for the process does not outlive the machine either.
+    /// Durably: the process does not outlive the machine, but the disk does, and this says which it is.
     pub(crate) fn write(&self, directory: &Path) -> io::Result<()> {
-        let temporary = directory.join("vm.json.tmp");
-        fs::write(&temporary, serde_json::to_vec(self)?)?;
-        fs::rename(temporary, directory.join(FILE))
+        durable::write(&directory.join(FILE), &serde_json::to_vec(self)?)
     }
 }
 

@@ -167,6 +167,12 @@ impl QemuVm {
         self.console.tail()
     }
 
+    /// Whether this is a VMM that was started for a snapshot and has not loaded it.
+    pub(crate) async fn waits_for_state(&self) -> bool {
+        let status = self.ask("query-status", json!({})).await;
+        status.is_ok_and(|status| status["status"] == "inmigrate")
+    }
+
     /// Writes down what the machine is now.
     pub(crate) fn record(&self, machine: Machine) -> io::Result<()> {
         Record::new(self.process.id(), machine.clone()).write(&self.directory)?;

@@ -8,7 +8,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
-use bhatti_engine::{BootError, RestoreError};
+use bhatti_engine::{BootError, RestoreError, SnapshotError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{StoreError, UserInsertError};
 use bhatti_supervisor::{
@@ -112,7 +112,9 @@ impl From<CreateError> for ApiError {
             CreateError::Busy(busy) | CreateError::Template(TemplateError::Busy(busy)) => {
                 (*busy).into()
             }
-            CreateError::TooMuchEnvironment => Self::new(ErrorCode::BadRequest, error.to_string()),
+            CreateError::TooMuchEnvironment | CreateError::Name(_) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
             CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
             CreateError::Boot(boot) => boot_error(boot, &error),
             CreateError::Restore(restore) => restore_error(restore),
@@ -122,7 +124,6 @@ impl From<CreateError> for ApiError {
             | CreateError::Images(_)
             | CreateError::Store(_)
             | CreateError::Entropy(_)
-            | CreateError::Name(_)
             | CreateError::Interrupted => Self::internal(&error),
         }
     }
@@ -172,6 +173,12 @@ impl From<TransitionError> for ApiError {
             TransitionError::Busy(busy) => (*busy).into(),
             TransitionError::Restore(restore) => restore_error(restore),
             TransitionError::Boot(boot) => boot_error(boot, &error),
+            TransitionError::Save(SnapshotError::Unsupported(_)) => {
+                Self::new(ErrorCode::WrongState, Report(&error).to_string())
+                    .hint("create another and copy into it what you need")
+            }
+            TransitionError::Moving => Self::new(ErrorCode::WrongState, error.to_string())
+                .hint("its guest is very busy; try again"),
             TransitionError::Vmm(_)
             | TransitionError::Save(_)
             | TransitionError::Unconfigured(_)
@@ -197,7 +204,9 @@ impl From<SnapshotOpError> for ApiError {
             SnapshotOpError::Use(error) => error.into(),
             SnapshotOpError::Save(error) => error.into(),
             SnapshotOpError::Create(error) => error.into(),
-            SnapshotOpError::Store(_) | SnapshotOpError::Remove(_) => Self::internal(&error),
+            SnapshotOpError::Store(_) | SnapshotOpError::Place(_) | SnapshotOpError::Remove(_) => {
+                Self::internal(&error)
+            }
         }
     }
 }

@@ -60,11 +60,8 @@ impl Admission {
         memory: MemoryMib,
         make_room: impl FnOnce(),
     ) -> Result<Admitted, Busy> {
-        let wanted_mib = memory.get() + VMM_MIB;
-        let budget_mib = self.budget_mib;
-        if wanted_mib as usize > budget_mib {
-            return Err(Busy::TooLarge { wanted_mib, budget_mib });
-        }
+        self.check(memory)?;
+        let (wanted_mib, budget_mib) = (memory.get() + VMM_MIB, self.budget_mib);
         if let Ok(permit) = Arc::clone(&self.free).try_acquire_many_owned(wanted_mib) {
             return Ok(Admitted(Some(permit)));
         }
@@ -77,6 +74,15 @@ impl Admission {
                 Err(Busy::InUse { wanted_mib, free_mib, budget_mib })
             }
         }
+    }
+
+    /// Refuses what will never fit.
+    pub(crate) fn check(&self, memory: MemoryMib) -> Result<(), Busy> {
+        let (wanted_mib, budget_mib) = (memory.get() + VMM_MIB, self.budget_mib);
+        if wanted_mib as usize > budget_mib {
+            return Err(Busy::TooLarge { wanted_mib, budget_mib });
+        }
+        Ok(())
     }
 
     /// Sets memory aside, if there is any right now.

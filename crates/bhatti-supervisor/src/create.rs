@@ -313,13 +313,14 @@ async fn fork_template(
     let admitted = shared.admit(row.spec.memory).await?;
     let vm = match restore(shared, row.id, &template.directory).await {
         Ok(vm) => vm,
-        Err(error) => {
+        Err(error @ (RestoreError::Damaged { .. } | RestoreError::Mismatch { .. })) => {
             warn!(error = %Report(&error), "A template cannot be used");
             spares::remove(shared, row.id).await;
-            shared.templates.discard(template);
+            shared.templates.discard(template).await;
             let template = shared.templates.get(shared, recipe).await?;
             restore(shared, row.id, &template.directory).await?
         }
+        Err(error) => return Err(error.into()),
     };
     Ok(Running::new(vm, "", admitted))
 }

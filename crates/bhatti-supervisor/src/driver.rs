@@ -70,6 +70,9 @@ pub enum TransitionError {
     /// This host gives no random bytes.
     #[error("failed to draw random bytes")]
     Entropy(#[from] getrandom::Error),
+    /// Its guest does not stand still: what would be saved could not become another before it goes on.
+    #[error("the sandbox's processes do not stand still")]
+    Moving,
     /// It goes to sleep again and again before it can be used.
     #[error("the sandbox does not stay awake")]
     Restless,
@@ -258,7 +261,7 @@ impl Driver {
 
     async fn apply(&self, event: Event) {
         match event {
-            Event::VmmEnded => self.fail(FailReason::VmmExited),
+            Event::VmmEnded => self.vmm_ended(),
             Event::Deadline => self.cool().await,
             Event::Changed => {}
             Event::Request(request) => self.serve(request).await,

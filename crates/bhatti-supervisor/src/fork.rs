@@ -71,8 +71,20 @@ impl Supervisor {
     ///
     /// # Cancel safety
     ///
-    /// Forks that are being made come up.
+    /// A fork that has begun is finished.
     pub async fn fork(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+        request: ForkRequest,
+    ) -> Result<Forked, ForkError> {
+        let (supervisor, parent) = (self.clone(), id_or_name.to_owned());
+        let forked =
+            tokio::spawn(async move { supervisor.fork_all(owner, &parent, request).await });
+        forked.await.map_err(|_| CreateError::Interrupted)?
+    }
+
+    async fn fork_all(
         &self,
         owner: UserId,
         id_or_name: &str,
@@ -109,8 +121,10 @@ impl Supervisor {
         snapshot: &std::path::Path,
     ) -> Result<Vec<SandboxRow>, CreateError> {
         let mut forks = JoinSet::new();
-        for number in 1..=count {
-            let spec = fork_spec(parent, request, number, count)?;
+        // All of them first: a name that cannot be is told before anything is made.
+        let specs: Result<Vec<SandboxSpec>, CreateError> =
+            (1..=count).map(|number| fork_spec(parent, request, number, count)).collect();
+        for spec in specs? {
             let beginning = Beginning::Saved {
                 snapshot: PathBuf::from(snapshot),
                 token: parent.agent_token.clone(),

@@ -116,6 +116,8 @@ impl Shared {
         if let Some(admitted) = self.admission.admit_now(memory) {
             return Ok(admitted);
         }
+        self.admission.check(memory)?;
+        let _waiting = self.spares.hold_back();
         self.spares.clear(self).await;
         let make_room = || self.registry.for_each(Handle::ask_for_memory);
         self.admission.admit(memory, make_room).await

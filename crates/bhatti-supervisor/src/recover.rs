@@ -19,12 +19,13 @@ use std::path::Path;
 
 use bhatti_engine::AdoptError;
 use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::{FailReason, Report, SandboxState, Thermal};
+use bhatti_types::{FailReason, Report, SandboxId, SandboxState, Thermal};
 use tracing::{error, info, warn};
 
 use crate::access::Running;
 use crate::driver::{Driver, directory};
 use crate::fork::FORKING;
+use crate::snapshots::SAVING;
 use crate::transition::{CONSUMED, SNAPSHOT};
 use crate::{Supervisor, spares};
 
@@ -48,7 +49,8 @@ impl Supervisor {
     pub async fn recover(&self) -> Result<(), RecoverError> {
         let rows = self.shared.store.list_sandboxes(None)?;
         self.look_at_unknown_directories(&rows).await.map_err(RecoverError::List)?;
-        self.remove_unfinished_forks().await.map_err(RecoverError::List)?;
+        let named = self.shared.store.list_snapshots(None)?.into_iter().map(|row| row.id).collect();
+        self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
         self.shared.templates.recover(&self.shared).await.map_err(RecoverError::List)?;
         for row in rows {
             match row.state {
@@ -107,10 +109,14 @@ impl Supervisor {
                 Driver::register(&self.shared, row, failed)
             }
         };
+        let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
         let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
         tokio::spawn(async move {
             if stopping && let Err(error) = driver.stop().await {
                 error!(sandbox = %driver.id, error = %Report(&error), "Failed to finish a stop");
+            }
+            if keep_hot && let Err(error) = driver.wake().await {
+                warn!(sandbox = %driver.id, error = %Report(&error), "Failed to wake a sandbox that is to be hot");
             }
             driver.run().await;
         });
@@ -135,12 +141,19 @@ impl Supervisor {
         Ok(())
     }
 
-    async fn remove_unfinished_forks(&self) -> io::Result<()> {
+    /// What was being saved is finished if it is in a row, and else removed: whoever asked for it got no answer.
+    async fn settle_snapshots(&self, named: &HashSet<SandboxId>) -> io::Result<()> {
         for entry in std::fs::read_dir(&self.shared.config.snapshots_dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with(FORKING) || name.ends_with(".tmp") {
-                tokio::fs::remove_dir_all(entry.path()).await?;
+            let saved: Option<SandboxId> = name.strip_prefix(SAVING).and_then(|id| id.parse().ok());
+            match saved {
+                Some(id) if named.contains(&id) => {
+                    tokio::fs::rename(entry.path(), entry.path().with_file_name(id.to_string()))
+                        .await?;
+                }
+                None if !name.starts_with(FORKING) && !name.ends_with(".tmp") => {}
+                _ => tokio::fs::remove_dir_all(entry.path()).await?,
             }
         }
         Ok(())

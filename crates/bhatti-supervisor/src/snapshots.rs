@@ -13,7 +13,11 @@ use tracing::{info, warn};
 use crate::create::{Beginning, CreateError, made_up_name};
 use crate::driver::{Request, TransitionError};
 use crate::identity::random;
+use crate::steps::{self, Step};
 use crate::{Supervisor, UseError};
+
+/// How the directories begin of snapshots that are in no row yet.
+pub(crate) const SAVING: &str = ".save-";
 
 /// What is asked of a sandbox that is made from a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,6 +51,9 @@ pub enum SnapshotOpError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Its files could not be put in place; the next start of the daemon tries again.
+    #[error("failed to put the snapshot's files in place")]
+    Place(#[source] io::Error),
     /// Its files could not be removed.
     #[error("failed to remove the snapshot's files")]
     Remove(#[source] io::Error),
@@ -58,7 +65,22 @@ impl Supervisor {
     /// # Errors
     ///
     /// Returns the step that failed; nothing of the snapshot is left then.
+    ///
+    /// # Cancel safety
+    ///
+    /// A snapshot that has begun is finished.
     pub async fn create_snapshot(
+        &self,
+        owner: UserId,
+        sandbox: &str,
+        name: SnapshotName,
+    ) -> Result<SnapshotRow, SnapshotOpError> {
+        let (supervisor, sandbox) = (self.clone(), sandbox.to_owned());
+        let made = tokio::spawn(async move { supervisor.save_as(owner, &sandbox, name).await });
+        made.await.map_err(|_| CreateError::Interrupted)?
+    }
+
+    async fn save_as(
         &self,
         owner: UserId,
         sandbox: &str,
@@ -70,10 +92,12 @@ impl Supervisor {
             return Err(SnapshotOpError::NameTaken(name));
         }
         let id = SandboxId::from_entropy(random().map_err(CreateError::Entropy)?);
-        let directory = self.snapshot_directory(id);
+        // Its own name when it is in its row: see `recover`.
+        let directory = shared.config.snapshots_dir.join(format!("{SAVING}{id}"));
         let place = directory.clone();
         let save = |reply| Request::Save { directory: place, memory: None, reply };
         let saved = self.handle(&row, sandbox)?.ask(save).await?;
+        steps::reached(Step::Unnamed, shared.config.fault);
         let snapshot = SnapshotRow {
             id,
             owner,
@@ -89,6 +113,8 @@ impl Supervisor {
         };
         match shared.store.insert_snapshot(snapshot) {
             Ok(snapshot) => {
+                let place = self.snapshot_directory(id);
+                tokio::fs::rename(&directory, place).await.map_err(SnapshotOpError::Place)?;
                 info!(snapshot = %snapshot.name, sandbox = %snapshot.sandbox_id, memory_bytes = snapshot.memory_bytes, "Sandbox saved under a name");
                 Ok(snapshot)
             }

@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bhatti_agent::{AgentClient, CallError};
@@ -60,6 +60,17 @@ pub(crate) struct Spares {
     spares: Mutex<VecDeque<Spare>>,
     filling: tokio::sync::Mutex<()>,
     closed: AtomicBool,
+    /// Requests that wait for memory: spares have none before them.
+    held_back: Arc<AtomicUsize>,
+}
+
+/// As long as it lives, no spare is made.
+pub(crate) struct HeldBack(Arc<AtomicUsize>);
+
+impl Drop for HeldBack {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Spare {
@@ -127,6 +138,7 @@ impl Spares {
         loop {
             let number = self.spares.lock().len();
             if self.closed.load(Ordering::Relaxed)
+                || self.held_back.load(Ordering::SeqCst) > 0
                 || number >= shared.config.ready_vmms.max(shared.config.ready_forks)
             {
                 return;
@@ -135,13 +147,24 @@ impl Spares {
             let Some(admitted) = shared.admission.admit_now(memory) else { return };
             let load = number < shared.config.ready_forks;
             match make(shared, template, load, admitted).await {
-                Ok(spare) => self.spares.lock().push_back(spare),
+                Ok(spare) => {
+                    self.spares.lock().push_back(spare);
+                    if self.held_back.load(Ordering::SeqCst) > 0 {
+                        self.clear(shared).await;
+                    }
+                }
                 Err(error) => {
                     warn!(error = %Report(&error), "Failed to start a VM ahead of demand");
                     return;
                 }
             }
         }
+    }
+
+    /// Makes no spare for as long as the answer lives.
+    pub(crate) fn hold_back(&self) -> HeldBack {
+        self.held_back.fetch_add(1, Ordering::SeqCst);
+        HeldBack(Arc::clone(&self.held_back))
     }
 
     /// Removes all spares, and makes no more.

@@ -17,6 +17,8 @@ pub enum Step {
     Ended,
     /// A start is in the row, nothing else done.
     StartNoted,
+    /// A VMM waits for the snapshot.
+    Staged,
     /// A snapshot is loaded, and still valid.
     Loaded,
     /// A snapshot is loaded and consumed, the VM still paused.
@@ -27,6 +29,8 @@ pub enum Step {
     Captured,
     /// A fork's snapshot is in place, no fork made.
     Frozen,
+    /// A snapshot with a name is saved, and in no row yet.
+    Unnamed,
     /// A new sandbox is in its row, nothing else done.
     Inserted,
     /// A new sandbox's VM runs, its guest not told who it is.
@@ -39,18 +43,20 @@ pub enum Step {
 
 impl Step {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Paused,
         Self::Resumed,
         Self::StopNoted,
         Self::Saved,
         Self::Ended,
         Self::StartNoted,
+        Self::Staged,
         Self::Loaded,
         Self::Consumed,
         Self::Woken,
         Self::Captured,
         Self::Frozen,
+        Self::Unnamed,
         Self::Inserted,
         Self::Running,
         Self::DestroyNoted,
@@ -67,11 +73,13 @@ impl Step {
             Self::Saved => "saved",
             Self::Ended => "ended",
             Self::StartNoted => "start_noted",
+            Self::Staged => "staged",
             Self::Loaded => "loaded",
             Self::Consumed => "consumed",
             Self::Woken => "woken",
             Self::Captured => "captured",
             Self::Frozen => "frozen",
+            Self::Unnamed => "unnamed",
             Self::Inserted => "inserted",
             Self::Running => "running",
             Self::DestroyNoted => "destroy_noted",

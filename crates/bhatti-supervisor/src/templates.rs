@@ -56,6 +56,9 @@ pub enum TemplateError {
     /// There is no memory for it.
     #[error(transparent)]
     Busy(#[from] Busy),
+    /// It was taken away again, or the daemon is going down.
+    #[error("the template is not there")]
+    Interrupted,
     /// This host gives no random bytes.
     #[error("failed to draw an id")]
     Entropy(#[from] getrandom::Error),
@@ -82,6 +85,8 @@ pub(crate) struct Templates {
 pub(crate) struct Template {
     pub(crate) key: String,
     pub(crate) directory: PathBuf,
+    /// Tells it from one that was made anew in its place.
+    inode: u64,
 }
 
 impl Templates {
@@ -92,36 +97,47 @@ impl Templates {
     /// The template of a recipe, if there is one.
     pub(crate) fn find(&self, shared: &Shared, recipe: &Recipe) -> Option<Template> {
         let key = key(&shared.engine.capabilities().machine, recipe);
-        let template = Template { directory: self.directory.join(&key), key };
-        template.directory.exists().then_some(template)
+        self.existing(&key)
     }
 
-    /// The template of a recipe: made first if there is none.
+    fn existing(&self, key: &str) -> Option<Template> {
+        let directory = self.directory.join(key);
+        let inode = fs::metadata(&directory).ok()?.ino();
+        Some(Template { key: key.to_owned(), directory, inode })
+    }
+
+    /// The template of a recipe: made first if there is none. In a task of its own: whoever asked may go away.
     pub(crate) async fn get(
         &self,
-        shared: &Shared,
+        shared: &Arc<Shared>,
         recipe: &Recipe,
     ) -> Result<Template, TemplateError> {
         let key = key(&shared.engine.capabilities().machine, recipe);
-        let template = Template { directory: self.directory.join(&key), key };
-        if !template.directory.exists() {
-            let turn = Arc::clone(self.making.lock().entry(template.key.clone()).or_default());
-            let _turn = turn.lock().await;
-            let _others_turn = lock(&self.directory).await.map_err(TemplateError::Lock)?;
-            if !template.directory.exists() {
-                make(shared, recipe, &template, &self.directory).await?;
-                self.evict(&template.key);
+        let template = match self.existing(&key) {
+            Some(template) => template,
+            None => {
+                let (shared, recipe) = (Arc::clone(shared), recipe.clone());
+                let made = tokio::spawn(async move { make_first(&shared, &recipe, &key).await });
+                made.await.map_err(|_| TemplateError::Interrupted)??
             }
-        }
+        };
         // For the choice of what goes first; a template is as good without.
         drop(File::open(&template.directory).and_then(|file| file.set_modified(SystemTime::now())));
         Ok(template)
     }
 
-    /// Takes a template away that proved to be of no use.
-    pub(crate) fn discard(&self, template: &Template) {
-        warn!(template = template.key, "Removing a template that cannot be used");
-        self.remove(&template.directory);
+    fn turn(&self, key: &str) -> Arc<tokio::sync::Mutex<()>> {
+        Arc::clone(self.making.lock().entry(key.to_owned()).or_default())
+    }
+
+    /// Takes a template away that proved to be of no use, unless it was made anew already.
+    pub(crate) async fn discard(&self, template: &Template) {
+        let turn = self.turn(&template.key);
+        let _turn = turn.lock().await;
+        if self.existing(&template.key).as_ref() == Some(template) {
+            warn!(template = template.key, "Removing a template that cannot be used");
+            self.remove(&template.directory);
+        }
     }
 
     /// Takes away what an earlier daemon was making.
@@ -241,10 +257,28 @@ async fn lock(directory: &Path) -> io::Result<File> {
     locked.await.map_err(io::Error::other)?
 }
 
+/// Makes a template, unless somebody else has done so meanwhile.
+async fn make_first(
+    shared: &Arc<Shared>,
+    recipe: &Recipe,
+    key: &str,
+) -> Result<Template, TemplateError> {
+    let templates = &shared.templates;
+    let turn = templates.turn(key);
+    let _turn = turn.lock().await;
+    let _others_turn = lock(&templates.directory).await.map_err(TemplateError::Lock)?;
+    if let Some(template) = templates.existing(key) {
+        return Ok(template);
+    }
+    make(shared, recipe, key, &templates.directory).await?;
+    templates.evict(key);
+    templates.existing(key).ok_or(TemplateError::Interrupted)
+}
+
 async fn make(
     shared: &Shared,
     recipe: &Recipe,
-    template: &Template,
+    key: &str,
     directory: &Path,
 ) -> Result<(), TemplateError> {
     let began = Instant::now();
@@ -263,14 +297,14 @@ async fn make(
     };
     let _admitted = shared.admit(recipe.memory).await?;
     let vm = shared.engine.boot(&spec).await?;
-    let saved = save(vm.as_ref(), &template.directory).await;
+    let saved = save(vm.as_ref(), &directory.join(key)).await;
     if let Err(left) = shared.engine.remove(id, &spec.directory).await {
         error!(error = %Report(&left), "Failed to remove the VM that a template was made of");
     }
     saved?;
     let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(
-        template = template.key,
+        template = key,
         cpus = recipe.cpus.get(),
         memory_mb = recipe.memory.get(),
         make_ms,

@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::{Disks, MemoryKind, RestoreSpec, SnapshotRequest, VmSpec};
-use bhatti_types::{Denied, Report, SandboxState, Thermal};
+use bhatti_types::{Denied, FailReason, Report, SandboxState, Thermal};
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::access::Running;
@@ -38,6 +38,9 @@ const SYNC_LIMIT: Duration = Duration::from_secs(25);
 
 /// How long a guest may take to be told something, or to say what it does.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// How often a guest that did not listen is told again, and the pause in between.
+const TELL_AGAIN: u32 = 30;
+const TELL_PAUSE: Duration = Duration::from_secs(2);
 const ACTIVITY_LIMIT: Duration = Duration::from_secs(1);
 
 impl Driver {
@@ -56,7 +59,7 @@ impl Driver {
         self.access.state().admit_use()?;
         match self.access.running() {
             Some(running) if self.access.thermal() == Some(Thermal::Hot) => {
-                self.pause(&running, false).await
+                self.pause(&running, false).await.map(drop)
             }
             _ => Ok(()),
         }
@@ -73,8 +76,9 @@ impl Driver {
         self.access.set_state(SandboxState::Stopped);
         let slept = self.sleep(true).await;
         if slept.is_err() {
-            self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
+            // Whatever the store says to it: a daemon that finds a stopped sandbox with a VM finishes the stop.
             self.access.set_state(SandboxState::Running);
+            self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
         }
         slept
     }
@@ -82,8 +86,13 @@ impl Driver {
     /// Starts a sandbox that was stopped, or, by booting, one that failed.
     pub(crate) async fn start(&self, cold_boot: bool) -> Result<(), TransitionError> {
         let before = self.access.state();
+        if self.access.running().is_some() && before != SandboxState::Creating {
+            // Never another VM beside the one that is there.
+            self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
+            self.access.set_state(SandboxState::Running);
+            return self.wake().await;
+        }
         match before {
-            SandboxState::Running if self.access.running().is_some() => return self.wake().await,
             SandboxState::Failed(_) if cold_boot => {}
             SandboxState::Stopped | SandboxState::Running => {}
             SandboxState::Creating | SandboxState::Failed(_) | SandboxState::Destroyed => {
@@ -123,7 +132,7 @@ impl Driver {
                     self.access.touch();
                     return;
                 }
-                self.pause(&running, false).await
+                self.pause(&running, false).await.map(drop)
             }
             _ => self.sleep(false).await,
         };
@@ -149,36 +158,34 @@ impl Driver {
         memory: Option<MemoryKind>,
     ) -> Result<Saved, TransitionError> {
         self.access.state().admit_use()?;
-        if self.access.running().is_none() {
-            self.wake_cold().await?;
-        }
+        // One that was paused may not have stood still then.
+        self.wake().await?;
         let running = self.access.running().ok_or(TransitionError::Restless)?;
-        let was_hot = self.access.thermal() == Some(Thermal::Hot);
         let began = Instant::now();
-        if was_hot {
-            self.pause(&running, false).await?;
+        if !self.pause(&running, false).await? {
+            self.resume(&running).await?;
+            return Err(TransitionError::Moving);
         }
         let request =
             SnapshotRequest { directory: directory.to_owned(), memory, disks: Disks::Frozen };
         let captured = running.vm.capture(&request).await;
         self.reached(Step::Captured).await;
-        if was_hot {
-            self.resume(&running).await?;
-        }
+        self.resume(&running).await?;
         let paused = began.elapsed();
         let info = captured?.finish().await?;
         Ok(Saved { info, paused })
     }
 
-    /// From hot to warm.
-    async fn pause(&self, running: &Running, sync: bool) -> Result<(), TransitionError> {
+    /// From hot to warm. Returns whether the guest's processes stood still before.
+    async fn pause(&self, running: &Running, sync: bool) -> Result<bool, TransitionError> {
         self.access.set_thermal(Thermal::Warm);
         let limit = if sync { SYNC_LIMIT } else { SUSPEND_LIMIT };
-        match timeout(limit, running.agent.suspend(sync)).await {
+        let suspended = timeout(limit, running.agent.suspend(sync)).await;
+        match &suspended {
             Ok(Ok(())) => {}
             // Its memory is kept all the same; only what its processes see of the time in between is less exact.
             Ok(Err(error)) => {
-                warn!(sandbox = %self.id, error = %Report(&error), "Guest does not stand still");
+                warn!(sandbox = %self.id, error = %Report(error), "Guest does not stand still");
             }
             Err(_) => {
                 warn!(sandbox = %self.id, "Guest does not answer; it is paused as it is");
@@ -190,14 +197,19 @@ impl Driver {
             return Err(error.into());
         }
         self.reached(Step::Paused).await;
-        Ok(())
+        Ok(matches!(suspended, Ok(Ok(()))))
     }
 
     /// From warm to hot.
     async fn resume(&self, running: &Running) -> Result<(), TransitionError> {
         // Left by an end that did not come: from here on it is older than the VM.
-        remove(self.directory().join(SNAPSHOT)).await.map_err(TransitionError::Consume)?;
-        running.vm.resume().await?;
+        let left = self.consume().await?;
+        if let Err(error) = running.vm.resume().await {
+            if left {
+                self.put_back().await?;
+            }
+            return Err(error.into());
+        }
         self.reached(Step::Resumed).await;
         self.forget_consumed().await;
         self.tell_woken(running).await;
@@ -255,15 +267,18 @@ impl Driver {
     async fn wake_cold(&self) -> Result<(), TransitionError> {
         let admitted = self.shared.admit(self.memory).await?;
         let directory = self.directory();
-        let (snapshot, consumed) = (directory.join(SNAPSHOT), directory.join(CONSUMED));
         let spec = RestoreSpec {
             id: self.id,
             directory: directory.clone(),
-            snapshot: snapshot.clone(),
+            snapshot: directory.join(SNAPSHOT),
             disks: Disks::InPlace,
             limit: RESTORE_LIMIT,
         };
-        let loaded = async { self.shared.engine.stage(&spec).await?.load().await };
+        let loaded = async {
+            let staged = self.shared.engine.stage(&spec).await?;
+            self.reached(Step::Staged).await;
+            staged.load().await
+        };
         let vm = match loaded.await {
             Ok(vm) => vm,
             Err(error) => {
@@ -273,14 +288,12 @@ impl Driver {
         };
         self.reached(Step::Loaded).await;
         let begun = async {
-            // One that an earlier wake could not remove.
-            remove(consumed.clone()).await.map_err(TransitionError::Consume)?;
-            rename(&snapshot, &consumed).await.map_err(TransitionError::Consume)?;
+            self.consume().await?;
             self.reached(Step::Consumed).await;
             if let Err(error) = vm.resume().await {
                 // It did not run; the snapshot is what it was.
                 self.end_failed_wake().await;
-                rename(&consumed, &snapshot).await.map_err(TransitionError::Consume)?;
+                self.put_back().await?;
                 return Err(error.into());
             }
             Ok(())
@@ -297,6 +310,37 @@ impl Driver {
         self.access.touch();
         self.forget_consumed().await;
         Ok(())
+    }
+
+    /// Marks the snapshot as used, if there is one. Returns whether there is.
+    async fn consume(&self) -> Result<bool, TransitionError> {
+        let directory = self.directory();
+        let (snapshot, consumed) = (directory.join(SNAPSHOT), directory.join(CONSUMED));
+        if !snapshot.exists() {
+            return Ok(false);
+        }
+        // One that an earlier wake could not remove.
+        remove(consumed.clone()).await.map_err(TransitionError::Consume)?;
+        rename(&snapshot, &consumed).await.map_err(TransitionError::Consume)?;
+        Ok(true)
+    }
+
+    /// The snapshot was not used after all.
+    async fn put_back(&self) -> Result<(), TransitionError> {
+        let directory = self.directory();
+        let renamed = rename(&directory.join(CONSUMED), &directory.join(SNAPSHOT)).await;
+        renamed.map_err(TransitionError::Consume)
+    }
+
+    /// The VMM has ended by itself. If it was to end, and what it had is on the disk, nothing is lost.
+    pub(crate) fn vmm_ended(&self) {
+        let saved = self.directory().join(SNAPSHOT).exists();
+        if saved && self.access.thermal() == Some(Thermal::Warm) {
+            info!(sandbox = %self.id, "A paused VM ended whose memory is saved");
+            self.access.set_vm(None, Thermal::Cold);
+        } else {
+            self.fail(FailReason::VmmExited);
+        }
     }
 
     /// Removes the snapshot that a VM that runs has gone on from.
@@ -346,8 +390,25 @@ impl Driver {
         Ok(self.running(running.with_token(&self.token))?)
     }
 
-    /// Tells the guest that it has stood still. It runs, whether it listens or not.
+    /// Tells the guest that it has stood still. One that does not listen is told again in the background: its processes stand still until
+    /// it has heard.
     pub(crate) async fn tell_woken(&self, running: &Running) {
+        if !self.try_tell_woken(running).await {
+            let (id, agent) = (self.id, running.agent.clone());
+            tokio::spawn(async move {
+                for _ in 0..TELL_AGAIN {
+                    let Ok(woken) = identity::woken() else { return };
+                    if matches!(timeout(TELL_LIMIT, agent.woken(&woken)).await, Ok(Ok(()))) {
+                        info!(sandbox = %id, "Guest was told at last that it has woken");
+                        return;
+                    }
+                    sleep(TELL_PAUSE).await;
+                }
+            });
+        }
+    }
+
+    async fn try_tell_woken(&self, running: &Running) -> bool {
         let told = async {
             let woken = identity::woken()?;
             timeout(TELL_LIMIT, running.agent.woken(&woken))
@@ -359,9 +420,11 @@ impl Driver {
                 })?
                 .map_err(TransitionError::Unconfigured)
         };
-        if let Err(error) = told.await {
-            warn!(sandbox = %self.id, error = %Report(&error), "Guest was not told that it has woken");
+        let told = told.await;
+        if let Err(error) = &told {
+            warn!(sandbox = %self.id, error = %Report(error), "Guest was not told that it has woken");
         }
+        told.is_ok()
     }
 }
 

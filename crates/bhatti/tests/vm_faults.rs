@@ -2,7 +2,7 @@
 //! is a way out.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
-use bhatti_api::{ForkSandbox, StartSandbox};
+use bhatti_api::{CreateSnapshot, ForkSandbox, StartSandbox};
 use bhatti_client::Client;
 use bhatti_testkit::{Serve, TestDaemon, named, shell, wait_for};
 
@@ -43,6 +43,10 @@ async fn attempt(client: &Client, what: &str) {
         "fork" => {
             let fork = ForkSandbox { name: Some("fork".into()), ..Default::default() };
             drop(client.fork("dev", &fork).await);
+        }
+        "snapshot" => {
+            let request = CreateSnapshot { name: "named".into() };
+            drop(client.create_snapshot("dev", &request).await);
         }
         "create" => drop(client.create(&named("other")).await),
         "destroy" => drop(client.destroy("dev").await),
@@ -106,7 +110,7 @@ async fn daemon_that_dies_while_it_stops_loses_nothing() {
 
 #[tokio::test]
 async fn daemon_that_dies_while_it_starts_loses_nothing() {
-    for step in ["start_noted", "loaded", "consumed", "woken"] {
+    for step in ["start_noted", "staged", "loaded", "consumed", "woken"] {
         daemon_dies(step, "start").await;
     }
 }
@@ -118,6 +122,9 @@ async fn daemon_that_dies_while_it_forks_or_creates_loses_nothing() {
     }
     for step in ["inserted", "running"] {
         daemon_dies(step, "create").await;
+    }
+    for step in ["captured", "unnamed"] {
+        daemon_dies(step, "snapshot").await;
     }
 }
 
@@ -168,6 +175,7 @@ async fn vmm_that_dies_before_its_memory_is_saved_leaves_a_disk_to_boot_from() {
 #[tokio::test]
 async fn vmm_that_dies_after_its_memory_is_saved_loses_nothing() {
     vmm_dies("saved", "stop", true).await;
+    vmm_dies("staged", "start", true).await;
     vmm_dies("loaded", "start", true).await;
     vmm_dies("consumed", "start", true).await;
 }

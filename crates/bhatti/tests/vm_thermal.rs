@@ -217,7 +217,7 @@ async fn twenty_stops_under_traffic_keep_memory_and_disk() {
     client.create(&named("dev")).await.unwrap();
     shell(client, "dev", LEAVE).await;
     let traffic = "cd /workspace; while :; do head -c 300000 /dev/urandom >t; sync t; sha256sum t >t.sum; cat t >>log; [ $(stat -c %s log) -lt 20000000 ] || : >log; echo x >>/dev/shm/rounds; done";
-    shell(client, "dev", &format!("({traffic}) >/dev/null 2>&1 &")).await;
+    shell(client, "dev", &format!(": >/dev/shm/rounds; ({traffic}) >/dev/null 2>&1 &")).await;
     shell(client, "dev", "head -c 5000000 /dev/urandom >/workspace/fixed; sha256sum /workspace/fixed >/dev/shm/fixed.sum").await;
     let mut rounds = 0;
     for cycle in 0..20 {
@@ -299,6 +299,10 @@ async fn forks_are_others_and_their_parent_goes_on() {
     let mut names: Vec<_> =
         client.list().await.unwrap().into_iter().map(|sandbox| sandbox.name).collect();
     names.sort();
+    let long = ForkSandbox { count: Some(10), name: Some("x".repeat(61)), ..Default::default() };
+    let refused = client.fork("fork-2", &long).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::BadRequest), "{refused}");
+    assert_eq!(client.list().await.unwrap().len(), 3);
     assert_eq!(names, ["fork-1", "fork-2", "heir"], "of forks that cannot all be made none stays");
     assert_eq!(shell(client, "fork-2", FIND).await, FOUND);
 }

@@ -43,6 +43,7 @@ pub(crate) struct Agent {
     shutdown_asked: Cell<bool>,
     shutdown: Notify,
     suspended: Cell<bool>,
+    wakes: Cell<u64>,
     awake: Notify,
 }
 
@@ -83,6 +84,7 @@ impl Agent {
             shutdown_asked: Cell::new(false),
             shutdown: Notify::new(),
             suspended: Cell::new(false),
+            wakes: Cell::new(0),
             awake: Notify::new(),
         })
     }
@@ -145,8 +147,16 @@ impl Agent {
         }
     }
 
+    /// How often the guest was woken.
+    pub(crate) fn wakes(&self) -> u64 {
+        self.wakes.get()
+    }
+
     /// Whether the users' processes stand still.
     pub(crate) fn set_suspended(&self, suspended: bool) {
+        if !suspended {
+            self.wakes.set(self.wakes.get() + 1);
+        }
         self.suspended.set(suspended);
         self.awake.notify_waiters();
     }

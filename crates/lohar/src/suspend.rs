@@ -27,8 +27,12 @@ pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpEr
         return Ok(());
     }
     let suspended = async {
+        let wakes = agent.wakes();
         if request.sync {
             sync().await?;
+        }
+        if agent.wakes() != wakes {
+            return Err(io::Error::other("the guest was woken meanwhile"));
         }
         agent.set_suspended(true);
         freeze().await
