@@ -45,8 +45,8 @@ pub fn settle_daemon() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
-/// Starts a process that outlives its starter: a session of its own, nothing inherited but `inherited` (under the same numbers) and
-/// `output` for both output streams.
+/// Starts a process that outlives its starter: a session of its own, an environment of `PATH` and `environment`, nothing inherited but
+/// `inherited` (under the same numbers) and `output` for both output streams.
 ///
 /// # Errors
 ///
@@ -54,6 +54,7 @@ pub fn settle_daemon() -> io::Result<()> {
 pub fn spawn_detached(
     program: &OsStr,
     arguments: &[String],
+    environment: &[(&str, &str)],
     inherited: &[BorrowedFd<'_>],
     output: &File,
 ) -> io::Result<Followed> {
@@ -62,7 +63,8 @@ pub fn spawn_detached(
         reason = "this is the place that the rule sends everybody to"
     )]
     let mut command = std::process::Command::new(program);
-    command.args(arguments).env_clear().env("PATH", PATH).current_dir("/").stdin(Stdio::null());
+    command.args(arguments).env_clear().env("PATH", PATH).envs(environment.iter().copied());
+    command.current_dir("/").stdin(Stdio::null());
     command.stdout(output.try_clone()?).stderr(output.try_clone()?);
     let descriptors: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     let prepare = move || {

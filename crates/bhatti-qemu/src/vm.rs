@@ -29,6 +29,9 @@ use crate::{Setup, capture, files, overlay};
 
 const LOG: &str = "vmm.log";
 
+/// One heap for all of QEMU's threads: more of them only hold more memory that nobody uses.
+const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
+
 /// The end of QEMU's log that errors show, in bytes.
 const LOG_TAIL_BYTES: usize = 4096;
 
@@ -121,7 +124,8 @@ pub(crate) fn start(
         command_line::machine_arguments(setup.accelerator, id, machine, directory, &sockets);
     all.extend(arguments);
     let log = File::create(directory.join(LOG))?;
-    let process = spawn_detached(setup.program.as_os_str(), &all, &[agent, console, qmp], &log)?;
+    let program = setup.program.as_os_str();
+    let process = spawn_detached(program, &all, &ENVIRONMENT, &[agent, console, qmp], &log)?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }

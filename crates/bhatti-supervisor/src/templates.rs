@@ -332,3 +332,92 @@ async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), TemplateError> {
     vm.capture(&request).await?.finish().await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A template of a MiB that was used so many seconds after another.
+    fn template(directory: &Path, key: &str, used: u64) -> PathBuf {
+        let template = directory.join(key);
+        fs::create_dir(&template).unwrap();
+        fs::write(template.join("memory-1.img"), vec![1; usize::try_from(MIB).unwrap()]).unwrap();
+        // The image is the image store's.
+        fs::write(template.join("rootfs.ext4"), vec![1; usize::try_from(8 * MIB).unwrap()])
+            .unwrap();
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 + used);
+        File::open(&template).unwrap().set_modified(time).unwrap();
+        template
+    }
+
+    #[test]
+    fn least_used_templates_go_first_and_those_in_use_stay() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("templates");
+        fs::create_dir(&directory).unwrap();
+        let used = template(&directory, "used", 0);
+        fs::hard_link(used.join("memory-1.img"), place.path().join("of-a-fork")).unwrap();
+        for (key, when) in [("new", 1), ("old", 2), ("older", 3), ("recent", 4)] {
+            template(&directory, key, when);
+        }
+        fs::write(directory.join(LOCK), "").unwrap();
+        // Room for three, and a little for what directories take.
+        let templates = Templates::new(directory.clone(), 3 * MIB + MIB / 2);
+
+        templates.evict("new");
+
+        let mut left: Vec<String> = fs::read_dir(&directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, [".lock", "new", "recent", "used"]);
+    }
+
+    #[test]
+    fn key_tells_every_ingredient_apart() {
+        let files = BootFiles {
+            kernel: "/data/kernel-1/vmlinux".into(),
+            initramfs: "/data/initramfs-1.cpio".into(),
+            root: "/data/rootfs-1.ext4".into(),
+        };
+        let recipe =
+            Recipe { files: files.clone(), cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
+        let same = BootFiles { kernel: "/elsewhere/kernel-1/vmlinux".into(), ..files.clone() };
+        assert_eq!(key("m", &recipe), key("m", &Recipe { files: same, ..recipe.clone() }));
+        let others = [
+            key("other", &recipe),
+            key("m", &Recipe { cpus: CpuCount::try_from(2).unwrap(), ..recipe.clone() }),
+            key("m", &Recipe { memory: MemoryMib::try_from(1024).unwrap(), ..recipe.clone() }),
+            key(
+                "m",
+                &Recipe {
+                    files: BootFiles { kernel: "/data/kernel-2/vmlinux".into(), ..files.clone() },
+                    ..recipe.clone()
+                },
+            ),
+            key(
+                "m",
+                &Recipe {
+                    files: BootFiles {
+                        initramfs: "/data/initramfs-2.cpio".into(),
+                        ..files.clone()
+                    },
+                    ..recipe.clone()
+                },
+            ),
+            key(
+                "m",
+                &Recipe {
+                    files: BootFiles { root: "/data/rootfs-2.ext4".into(), ..files },
+                    ..recipe.clone()
+                },
+            ),
+            key("m", &recipe),
+        ];
+        let different: std::collections::HashSet<&String> = others.iter().collect();
+        assert_eq!(different.len(), others.len());
+    }
+}

@@ -164,6 +164,7 @@ mod tests {
             OsStr::new("sh"),
             &["-c".into(), "sleep 60".into(), argument.into()],
             &[],
+            &[],
             &output,
         )
         .unwrap()
