@@ -1,11 +1,13 @@
 //! Forking a sandbox that runs.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
 use bhatti_store::SandboxRow;
 use bhatti_types::{Environment, Report, SandboxName, SandboxSpec, UserId};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
@@ -121,6 +123,7 @@ impl Supervisor {
         snapshot: &std::path::Path,
     ) -> Result<Vec<SandboxRow>, CreateError> {
         let mut forks = JoinSet::new();
+        let turns = Arc::new(Semaphore::new(forks_at_once()));
         // All of them first: a name that cannot be is told before anything is made.
         let specs: Result<Vec<SandboxSpec>, CreateError> =
             (1..=count).map(|number| fork_spec(parent, request, number, count)).collect();
@@ -130,8 +133,11 @@ impl Supervisor {
                 token: parent.agent_token.clone(),
                 origin: format!("sandbox {}", parent.id),
             };
-            let supervisor = self.clone();
-            forks.spawn(async move { supervisor.create_from(owner, spec, beginning).await });
+            let (supervisor, turns) = (self.clone(), Arc::clone(&turns));
+            forks.spawn(async move {
+                let _turn = turns.acquire_owned().await;
+                supervisor.create_from(owner, spec, beginning).await
+            });
         }
         let (mut made, mut failed) = (Vec::new(), None);
         for fork in forks.join_all().await {
@@ -151,6 +157,11 @@ impl Supervisor {
         }
         Err(failed)
     }
+}
+
+/// Forks that come up at the same time: more than the processors can run only take turns.
+fn forks_at_once() -> usize {
+    std::thread::available_parallelism().map_or(2, |processors| processors.get())
 }
 
 fn fork_spec(
