@@ -45,6 +45,16 @@ impl AgentClient {
         self.act(FrameType::CONFIG_REQ, config).await
     }
 
+    /// Waits until the agent can be reached. What is said next arrives at once.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot.
+    pub async fn reach(&self) -> Result<(), CallError> {
+        // A stream that says nothing: opening it takes the connection.
+        self.open(bhatti_proto::CONTROL_PORT).await.map(drop)
+    }
+
     /// Gives a restored guest another identity, and returns what came of each part.
     ///
     /// # Errors

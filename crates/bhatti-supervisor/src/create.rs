@@ -30,6 +30,9 @@ use crate::{Shared, Supervisor};
 /// How long a guest that runs may take to be told who it is.
 const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
 
+/// The error of a new sandbox's clock that is put up with.
+const CLOCK_EXACT: Duration = Duration::from_millis(10);
+
 /// What a sandbox is asked to be. What is left out is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SandboxRequest {
@@ -341,15 +344,26 @@ async fn settle(
 ) -> Result<String, CreateError> {
     running.vm.resume().await?;
     driver.reached(Step::Running).await;
-    let identity = identity::identity(row)?;
-    let assumed = timeout(CONFIGURE_LIMIT, running.agent.assume_identity(&identity)).await;
+    let began = Instant::now();
+    let assumed = timeout(CONFIGURE_LIMIT, async {
+        running.agent.reach().await?;
+        // Only now: the time in it is the time when it arrives.
+        let identity = identity::identity(row).map_err(|_| CallError::Entropy)?;
+        running.agent.assume_identity(&identity).await
+    });
     let report = assumed
+        .await
         .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
         .map_err(CreateError::Unconfigured)?;
     warn_of_failures(row, &report);
     let text = serde_json::to_string(&report).map_err(io::Error::other).unwrap_or_default();
     driver.shared.store.set_sandbox_identity(row.id, &text)?;
-    driver.running(running.with_token(&row.agent_token))?;
+    let running = running.with_token(&row.agent_token);
+    if began.elapsed() > CLOCK_EXACT {
+        // What took so long made the clock late; this does not.
+        driver.tell_woken(&running).await;
+    }
+    driver.running(running)?;
     Ok(text)
 }
 

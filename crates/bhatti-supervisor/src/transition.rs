@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bhatti_agent::CallError;
 use bhatti_engine::{Disks, MemoryKind, RestoreSpec, SnapshotRequest, VmSpec};
 use bhatti_types::{Denied, FailReason, Report, SandboxState, Thermal};
 use tokio::task::spawn_blocking;
@@ -38,6 +39,9 @@ const SYNC_LIMIT: Duration = Duration::from_secs(25);
 
 /// How long a guest may take to be told something, or to say what it does.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// The error of a guest's clock that is put up with.
+const TELL_EXACT: Duration = Duration::from_millis(10);
+
 /// How often a guest that did not listen is told again, and the pause in between.
 const TELL_AGAIN: u32 = 30;
 const TELL_PAUSE: Duration = Duration::from_secs(2);
@@ -382,7 +386,7 @@ impl Driver {
         let running = Running::new(vm, "", admitted);
         let configured =
             timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row))).await;
-        let silent = || bhatti_agent::CallError::Silent { limit: TELL_LIMIT };
+        let silent = || CallError::Silent { limit: TELL_LIMIT };
         if let Err(error) = configured.unwrap_or_else(|_| Err(silent())) {
             self.end_failed_wake().await;
             return Err(TransitionError::Unconfigured(error));
@@ -393,7 +397,13 @@ impl Driver {
     /// Tells the guest that it has stood still. One that does not listen is told again in the background: its processes stand still until
     /// it has heard.
     pub(crate) async fn tell_woken(&self, running: &Running) {
-        if !self.try_tell_woken(running).await {
+        let began = Instant::now();
+        let mut told = self.try_tell_woken(running).await;
+        if told && began.elapsed() > TELL_EXACT {
+            // What took so long made the clock late; the second time nothing does.
+            told = self.try_tell_woken(running).await;
+        }
+        if !told {
             let (id, agent) = (self.id, running.agent.clone());
             tokio::spawn(async move {
                 for _ in 0..TELL_AGAIN {
@@ -409,18 +419,13 @@ impl Driver {
     }
 
     async fn try_tell_woken(&self, running: &Running) -> bool {
-        let told = async {
-            let woken = identity::woken()?;
-            timeout(TELL_LIMIT, running.agent.woken(&woken))
-                .await
-                .map_err(|_| {
-                    TransitionError::Unconfigured(bhatti_agent::CallError::Silent {
-                        limit: TELL_LIMIT,
-                    })
-                })?
-                .map_err(TransitionError::Unconfigured)
-        };
-        let told = told.await;
+        let told = timeout(TELL_LIMIT, async {
+            running.agent.reach().await?;
+            // Only now: the time in it is the time when it arrives.
+            let woken = identity::woken().map_err(|_| CallError::Entropy)?;
+            running.agent.woken(&woken).await
+        });
+        let told = told.await.unwrap_or(Err(CallError::Silent { limit: TELL_LIMIT }));
         if let Err(error) = &told {
             warn!(sandbox = %self.id, error = %Report(error), "Guest was not told that it has woken");
         }

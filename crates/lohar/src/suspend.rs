@@ -49,8 +49,9 @@ pub(crate) fn wake(agent: &Agent, woken: &Woken) {
         return;
     }
     for (step, done) in [
-        ("feed the random number generator", feed_random(&woken.entropy)),
+        // First: it is later with everything else that is done before.
         ("set the clock", set_clock(woken.wall_clock_ns)),
+        ("feed the random number generator", feed_random(&woken.entropy)),
     ] {
         if let Err(error) = done {
             log::line(format_args!("failed to {step}: {error}"));

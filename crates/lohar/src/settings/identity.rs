@@ -24,9 +24,11 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let guest = |apply: &dyn Fn() -> io::Result<()>| {
         if agent.is_guest { applied(apply()) } else { Applied::Nothing }
     };
+    // First: it is later with everything else that is done before.
+    let wall_clock = guest(&|| set_clock(identity.wall_clock_ns));
     let report = IdentityReport {
         rng: guest(&|| feed_random(&identity.entropy)),
-        wall_clock: guest(&|| set_clock(identity.wall_clock_ns)),
+        wall_clock,
         hostname: guest(&|| system::set_hostname(&config.hostname)),
         machine_id: guest(&|| fs::write("/etc/machine-id", format!("{}\n", identity.machine_id))),
         token: Applied::Done,
