@@ -121,6 +121,7 @@ impl From<CreateError> for ApiError {
             CreateError::Template(_)
             | CreateError::Vmm(_)
             | CreateError::Unconfigured(_)
+            | CreateError::Report(_)
             | CreateError::Images(_)
             | CreateError::Store(_)
             | CreateError::Entropy(_)
@@ -173,6 +174,9 @@ impl From<TransitionError> for ApiError {
             TransitionError::Busy(busy) => (*busy).into(),
             TransitionError::Restore(restore) => restore_error(restore),
             TransitionError::Boot(boot) => boot_error(boot, &error),
+            TransitionError::Images(bhatti_image::StoreError::Missing(missing)) => {
+                Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
+            }
             TransitionError::Save(SnapshotError::Unsupported(_)) => {
                 Self::new(ErrorCode::WrongState, Report(&error).to_string())
                     .hint("create another and copy into it what you need")
@@ -182,6 +186,7 @@ impl From<TransitionError> for ApiError {
             TransitionError::Vmm(_)
             | TransitionError::Save(_)
             | TransitionError::Unconfigured(_)
+            | TransitionError::Images(_)
             | TransitionError::End(_)
             | TransitionError::Consume(_)
             | TransitionError::Store(_)

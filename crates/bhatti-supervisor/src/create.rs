@@ -1,6 +1,5 @@
 //! Creating a sandbox: by forking a template, or something that was saved, or by booting.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +76,9 @@ pub enum CreateError {
     /// Its guest did not take its configuration.
     #[error("failed to configure the sandbox's guest")]
     Unconfigured(#[source] CallError),
+    /// What its guest reported cannot be kept.
+    #[error("failed to keep the guest's report")]
+    Report(#[from] serde_json::Error),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -356,7 +358,7 @@ async fn settle(
         .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
         .map_err(CreateError::Unconfigured)?;
     warn_of_failures(row, &report);
-    let text = serde_json::to_string(&report).map_err(io::Error::other).unwrap_or_default();
+    let text = serde_json::to_string(&report)?;
     driver.shared.store.set_sandbox_identity(row.id, &text)?;
     let running = running.with_token(&row.agent_token);
     if began.elapsed() > CLOCK_EXACT {

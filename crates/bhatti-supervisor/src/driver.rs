@@ -55,6 +55,9 @@ pub enum TransitionError {
     /// It did not boot.
     #[error("failed to boot the sandbox")]
     Boot(#[from] BootError),
+    /// What it boots from is not there.
+    #[error(transparent)]
+    Images(#[from] bhatti_image::StoreError),
     /// Its guest did not take its configuration.
     #[error("failed to configure the sandbox's guest")]
     Unconfigured(#[source] CallError),

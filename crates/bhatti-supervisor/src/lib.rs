@@ -17,6 +17,7 @@ mod spares;
 mod steps;
 mod templates;
 mod transition;
+mod wake;
 
 use std::path::PathBuf;
 use std::sync::Arc;

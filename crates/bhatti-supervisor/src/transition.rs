@@ -15,18 +15,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bhatti_agent::CallError;
-use bhatti_engine::{Disks, MemoryKind, RestoreSpec, SnapshotRequest, VmSpec};
-use bhatti_types::{Denied, FailReason, Report, SandboxState, Thermal};
+use bhatti_engine::{Disks, MemoryKind, SnapshotRequest};
+use bhatti_types::{FailReason, Report, SandboxState, Thermal};
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use crate::access::Running;
-use crate::create::boot_files;
 use crate::driver::{Driver, Saved, TransitionError};
-use crate::identity;
-use crate::spares::RESTORE_LIMIT;
 use crate::steps::Step;
 
 /// The snapshot of a sandbox that sleeps, in its directory, and one that its VM has gone on from.
@@ -37,14 +33,7 @@ pub(crate) const CONSUMED: &str = "snapshot.used";
 const SUSPEND_LIMIT: Duration = Duration::from_secs(2);
 const SYNC_LIMIT: Duration = Duration::from_secs(25);
 
-/// How long a guest may take to be told something, or to say what it does.
-const TELL_LIMIT: Duration = Duration::from_secs(10);
-/// The error of a guest's clock that is put up with.
-const TELL_EXACT: Duration = Duration::from_millis(10);
-
-/// How often a guest that did not listen is told again, and the pause in between.
-const TELL_AGAIN: u32 = 30;
-const TELL_PAUSE: Duration = Duration::from_secs(2);
+/// How long a guest may take to say what it does.
 const ACTIVITY_LIMIT: Duration = Duration::from_secs(1);
 
 impl Driver {
@@ -267,57 +256,8 @@ impl Driver {
         Ok(info)
     }
 
-    /// From cold to hot.
-    async fn wake_cold(&self) -> Result<(), TransitionError> {
-        let admitted = self.shared.admit(self.memory).await?;
-        let directory = self.directory();
-        let spec = RestoreSpec {
-            id: self.id,
-            directory: directory.clone(),
-            snapshot: directory.join(SNAPSHOT),
-            disks: Disks::InPlace,
-            limit: RESTORE_LIMIT,
-        };
-        let loaded = async {
-            let staged = self.shared.engine.stage(&spec).await?;
-            self.reached(Step::Staged).await;
-            staged.load().await
-        };
-        let vm = match loaded.await {
-            Ok(vm) => vm,
-            Err(error) => {
-                self.end_failed_wake().await;
-                return Err(error.into());
-            }
-        };
-        self.reached(Step::Loaded).await;
-        let begun = async {
-            self.consume().await?;
-            self.reached(Step::Consumed).await;
-            if let Err(error) = vm.resume().await {
-                // It did not run; the snapshot is what it was.
-                self.end_failed_wake().await;
-                self.put_back().await?;
-                return Err(error.into());
-            }
-            Ok(())
-        };
-        if let Err(error) = begun.await {
-            self.end_failed_wake().await;
-            return Err(error);
-        }
-        self.reached(Step::Woken).await;
-        let running = Running::new(vm, &self.token, admitted);
-        self.access.set_vm(Some(running.clone()), Thermal::Warm);
-        self.tell_woken(&running).await;
-        self.access.set_thermal(Thermal::Hot);
-        self.access.touch();
-        self.forget_consumed().await;
-        Ok(())
-    }
-
     /// Marks the snapshot as used, if there is one. Returns whether there is.
-    async fn consume(&self) -> Result<bool, TransitionError> {
+    pub(crate) async fn consume(&self) -> Result<bool, TransitionError> {
         let directory = self.directory();
         let (snapshot, consumed) = (directory.join(SNAPSHOT), directory.join(CONSUMED));
         if !snapshot.exists() {
@@ -330,7 +270,7 @@ impl Driver {
     }
 
     /// The snapshot was not used after all.
-    async fn put_back(&self) -> Result<(), TransitionError> {
+    pub(crate) async fn put_back(&self) -> Result<(), TransitionError> {
         let directory = self.directory();
         let renamed = rename(&directory.join(CONSUMED), &directory.join(SNAPSHOT)).await;
         renamed.map_err(TransitionError::Consume)
@@ -353,84 +293,6 @@ impl Driver {
             warn!(sandbox = %self.id, %error, "Failed to remove a snapshot that was used");
         }
     }
-
-    async fn end_failed_wake(&self) {
-        if let Err(error) = self.shared.engine.kill(self.id, &self.directory()).await {
-            warn!(sandbox = %self.id, error = %Report(&error), "Failed to end a VM that did not wake");
-        }
-    }
-
-    /// Boots the sandbox from its disk, without its memory.
-    async fn boot_again(&self) -> Result<(), TransitionError> {
-        let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
-        let files = boot_files(&self.shared).await.map_err(|_| Denied::StillCreating)?;
-        let admitted = self.shared.admit(self.memory).await?;
-        let directory = self.directory();
-        self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
-        for gone in [SNAPSHOT, CONSUMED] {
-            remove(directory.join(gone)).await.map_err(TransitionError::Consume)?;
-        }
-        let spec = VmSpec {
-            id: self.id,
-            hostname: row.spec.name.clone(),
-            cpus: row.spec.cpus,
-            memory: row.spec.memory,
-            directory,
-            kernel: files.kernel,
-            initramfs: files.initramfs,
-            root_base: files.root,
-            keep_disk: true,
-            boot_limit: self.shared.config.boot_limit,
-        };
-        let vm = self.shared.engine.boot(&spec).await?;
-        let running = Running::new(vm, "", admitted);
-        let configured =
-            timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row))).await;
-        let silent = || CallError::Silent { limit: TELL_LIMIT };
-        if let Err(error) = configured.unwrap_or_else(|_| Err(silent())) {
-            self.end_failed_wake().await;
-            return Err(TransitionError::Unconfigured(error));
-        }
-        Ok(self.running(running.with_token(&self.token))?)
-    }
-
-    /// Tells the guest that it has stood still. One that does not listen is told again in the background: its processes stand still until
-    /// it has heard.
-    pub(crate) async fn tell_woken(&self, running: &Running) {
-        let began = Instant::now();
-        let mut told = self.try_tell_woken(running).await;
-        if told && began.elapsed() > TELL_EXACT {
-            // What took so long made the clock late; the second time nothing does.
-            told = self.try_tell_woken(running).await;
-        }
-        if !told {
-            let (id, agent) = (self.id, running.agent.clone());
-            tokio::spawn(async move {
-                for _ in 0..TELL_AGAIN {
-                    let Ok(woken) = identity::woken() else { return };
-                    if matches!(timeout(TELL_LIMIT, agent.woken(&woken)).await, Ok(Ok(()))) {
-                        info!(sandbox = %id, "Guest was told at last that it has woken");
-                        return;
-                    }
-                    sleep(TELL_PAUSE).await;
-                }
-            });
-        }
-    }
-
-    async fn try_tell_woken(&self, running: &Running) -> bool {
-        let told = timeout(TELL_LIMIT, async {
-            running.agent.reach().await?;
-            // Only now: the time in it is the time when it arrives.
-            let woken = identity::woken().map_err(|_| CallError::Entropy)?;
-            running.agent.woken(&woken).await
-        });
-        let told = told.await.unwrap_or(Err(CallError::Silent { limit: TELL_LIMIT }));
-        if let Err(error) = &told {
-            warn!(sandbox = %self.id, error = %Report(error), "Guest was not told that it has woken");
-        }
-        told.is_ok()
-    }
 }
 
 /// Whether something in the guest goes on without a client: asked while it runs, for a paused guest cannot answer.
@@ -449,7 +311,7 @@ async fn rename(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Removes a directory that need not be there.
-async fn remove(directory: PathBuf) -> io::Result<()> {
+pub(crate) async fn remove(directory: PathBuf) -> io::Result<()> {
     match tokio::fs::remove_dir_all(directory).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

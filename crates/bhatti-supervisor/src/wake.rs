@@ -1,0 +1,159 @@
+//! Coming back: from a snapshot, or from the disk alone, and telling the guest so.
+
+use std::time::Duration;
+
+use bhatti_agent::CallError;
+use bhatti_engine::{Disks, RestoreSpec, VmSpec};
+use bhatti_types::{Denied, Report, Thermal};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{info, warn};
+
+use crate::access::Running;
+use crate::create::{CreateError, boot_files};
+use crate::driver::{Driver, TransitionError};
+use crate::identity;
+use crate::spares::RESTORE_LIMIT;
+use crate::steps::Step;
+use crate::transition::{CONSUMED, SNAPSHOT, remove};
+
+/// How long a guest may take to be told something.
+const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// The error of a guest's clock that is put up with.
+const TELL_EXACT: Duration = Duration::from_millis(10);
+
+/// How often a guest that did not listen is told again, and the pause in between.
+const TELL_AGAIN: u32 = 30;
+const TELL_PAUSE: Duration = Duration::from_secs(2);
+
+impl Driver {
+    /// From cold to hot.
+    pub(crate) async fn wake_cold(&self) -> Result<(), TransitionError> {
+        let admitted = self.shared.admit(self.memory).await?;
+        let directory = self.directory();
+        let spec = RestoreSpec {
+            id: self.id,
+            directory: directory.clone(),
+            snapshot: directory.join(SNAPSHOT),
+            disks: Disks::InPlace,
+            limit: RESTORE_LIMIT,
+        };
+        let loaded = async {
+            let staged = self.shared.engine.stage(&spec).await?;
+            self.reached(Step::Staged).await;
+            staged.load().await
+        };
+        let vm = match loaded.await {
+            Ok(vm) => vm,
+            Err(error) => {
+                self.end_failed_wake().await;
+                return Err(error.into());
+            }
+        };
+        self.reached(Step::Loaded).await;
+        if let Err(error) = self.consume().await {
+            self.end_failed_wake().await;
+            return Err(error);
+        }
+        self.reached(Step::Consumed).await;
+        if let Err(error) = vm.resume().await {
+            // It did not run; the snapshot is what it was.
+            self.end_failed_wake().await;
+            self.put_back().await?;
+            return Err(error.into());
+        }
+        self.reached(Step::Woken).await;
+        let running = Running::new(vm, &self.token, admitted);
+        self.access.set_vm(Some(running.clone()), Thermal::Warm);
+        self.tell_woken(&running).await;
+        self.access.set_thermal(Thermal::Hot);
+        self.access.touch();
+        self.forget_consumed().await;
+        Ok(())
+    }
+
+    async fn end_failed_wake(&self) {
+        if let Err(error) = self.shared.engine.kill(self.id, &self.directory()).await {
+            warn!(sandbox = %self.id, error = %Report(&error), "Failed to end a VM that did not wake");
+        }
+    }
+
+    /// Boots the sandbox from its disk, without its memory.
+    pub(crate) async fn boot_again(&self) -> Result<(), TransitionError> {
+        let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
+        let files = boot_files(&self.shared).await.map_err(|error| match error {
+            CreateError::Images(error) => TransitionError::Images(error),
+            _ => Denied::Destroyed.into(),
+        })?;
+        let admitted = self.shared.admit(self.memory).await?;
+        let directory = self.directory();
+        self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
+        for gone in [SNAPSHOT, CONSUMED] {
+            remove(directory.join(gone)).await.map_err(TransitionError::Consume)?;
+        }
+        let spec = VmSpec {
+            id: self.id,
+            hostname: row.spec.name.clone(),
+            cpus: row.spec.cpus,
+            memory: row.spec.memory,
+            directory,
+            kernel: files.kernel,
+            initramfs: files.initramfs,
+            root_base: files.root,
+            keep_disk: true,
+            boot_limit: self.shared.config.boot_limit,
+        };
+        let vm = self.shared.engine.boot(&spec).await?;
+        let running = Running::new(vm, "", admitted);
+        let configured =
+            timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row))).await;
+        let silent = || CallError::Silent { limit: TELL_LIMIT };
+        if let Err(error) = configured.unwrap_or_else(|_| Err(silent())) {
+            self.end_failed_wake().await;
+            return Err(TransitionError::Unconfigured(error));
+        }
+        Ok(self.running(running.with_token(&self.token))?)
+    }
+
+    /// Tells the guest that it has stood still. One that does not listen is told again in the background: its processes stand still until
+    /// it has heard.
+    pub(crate) async fn tell_woken(&self, running: &Running) {
+        let began = Instant::now();
+        let mut told = self.try_tell_woken(running).await;
+        if told && began.elapsed() > TELL_EXACT {
+            // What took so long made the clock late; the second time nothing does.
+            told = self.try_tell_woken(running).await;
+        }
+        if !told {
+            let (id, agent) = (self.id, running.agent.clone());
+            let access = std::sync::Arc::clone(&self.access);
+            tokio::spawn(async move {
+                for _ in 0..TELL_AGAIN {
+                    sleep(TELL_PAUSE).await;
+                    if access.thermal() != Some(Thermal::Hot) {
+                        // It was paused since: it must stand still now, and is told when it is resumed.
+                        return;
+                    }
+                    let Ok(woken) = identity::woken() else { return };
+                    if matches!(timeout(TELL_LIMIT, agent.woken(&woken)).await, Ok(Ok(()))) {
+                        info!(sandbox = %id, "Guest was told at last that it has woken");
+                        return;
+                    }
+                }
+            });
+        }
+    }
+
+    async fn try_tell_woken(&self, running: &Running) -> bool {
+        let told = timeout(TELL_LIMIT, async {
+            running.agent.reach().await?;
+            // Only now: the time in it is the time when it arrives.
+            let woken = identity::woken().map_err(|_| CallError::Entropy)?;
+            running.agent.woken(&woken).await
+        });
+        let told = told.await.unwrap_or(Err(CallError::Silent { limit: TELL_LIMIT }));
+        if let Err(error) = &told {
+            warn!(sandbox = %self.id, error = %Report(error), "Guest was not told that it has woken");
+        }
+        told.is_ok()
+    }
+}
