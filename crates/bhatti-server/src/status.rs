@@ -251,6 +251,7 @@ impl From<Denied> for ApiError {
             Denied::Failed(_) => error.hint(
                 "boot it from its disk: bhatti start --cold-boot NAME, or destroy it: bhatti destroy NAME",
             ),
+            Denied::Running => error.hint("a cold boot loses its memory; stop it first: bhatti stop NAME"),
             Denied::Stopped => error.hint("start it: bhatti start NAME"),
             Denied::StillCreating => error.hint("wait until it is running"),
             Denied::Destroyed => error,

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::{Disks, MemoryKind, SnapshotRequest};
-use bhatti_types::{FailReason, Report, SandboxState, Thermal};
+use bhatti_types::{Denied, FailReason, Report, SandboxState, Thermal};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
@@ -80,6 +80,9 @@ impl Driver {
     pub(crate) async fn start(&self, cold_boot: bool) -> Result<(), TransitionError> {
         let before = self.access.state();
         if self.access.running().is_some() && before != SandboxState::Creating {
+            if cold_boot {
+                return Err(Denied::Running.into());
+            }
             // Never another VM beside the one that is there.
             self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
             self.access.set_state(SandboxState::Running);

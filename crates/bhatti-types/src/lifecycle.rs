@@ -72,6 +72,9 @@ pub enum Denied {
     /// Somebody stopped it.
     #[error("sandbox is stopped")]
     Stopped,
+    /// It runs, and would lose its memory.
+    #[error("sandbox is running")]
+    Running,
     /// Its VM died.
     #[error("sandbox has failed: {0}")]
     Failed(FailReason),

@@ -94,6 +94,9 @@ async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempoten
         let started = daemon.client.start("dev", &StartSandbox::default()).await.unwrap();
         assert_eq!(started.thermal.as_deref(), Some("hot"));
     }
+    let cold = StartSandbox { cold_boot: true };
+    let refused = daemon.client.start("dev", &cold).await.unwrap_err();
+    assert_eq!(code_of(&refused), Some(ErrorCode::WrongState), "it would lose its memory");
     assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND);
     let directory = &daemon.sandbox_directories()[0];
     assert!(!directory.join("snapshot").exists(), "a snapshot is consumed");
