@@ -80,6 +80,15 @@ impl FileUpload {
         Ok(())
     }
 
+    /// Says that a content of unknown size is complete.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub async fn end(&mut self) -> Result<(), CallError> {
+        self.writer.send(FrameType::STDIN_EOF, &[]).await.map_err(CallError::Write)
+    }
+
     /// Waits until the file is there, durably.
     ///
     /// # Errors
@@ -146,7 +155,8 @@ impl AgentClient {
         Ok(FileContent { info, reader, _writer: writer })
     }
 
-    /// Begins to write a file of exactly `size` bytes. `mode` are its permission bits in octal, `0644` if empty.
+    /// Begins to write a file of exactly `size` bytes, or, without one, until [`FileUpload::end`]. `mode` are its permission bits in octal,
+    /// `0644` if empty.
     ///
     /// # Errors
     ///
@@ -155,13 +165,13 @@ impl AgentClient {
         &self,
         path: &str,
         mode: &str,
-        size: u64,
+        size: Option<u64>,
     ) -> Result<FileUpload, CallError> {
-        let size = i64::try_from(size).map_err(|_| CallError::Unexpected)?;
         let request = FileWriteRequest {
             path: path.to_owned(),
             mode: mode.to_owned(),
-            size,
+            size: i64::try_from(size.unwrap_or_default()).map_err(|_| CallError::Unexpected)?,
+            until_eof: size.is_none(),
             error_details: true,
         };
         let (reader, writer) = self.request(FrameType::FILE_WRITE_REQ, &request).await?;
@@ -180,7 +190,7 @@ impl AgentClient {
         size: u64,
         content: impl AsyncRead + Unpin,
     ) -> Result<(), CallError> {
-        let mut upload = self.begin_write(path, mode, size).await?;
+        let mut upload = self.begin_write(path, mode, Some(size)).await?;
         let mut content = content.take(size);
         let mut buffer = vec![0; CHUNK_BYTES];
         let mut left = size;

@@ -28,6 +28,12 @@ impl SessionOutput {
         Ok(event)
     }
 
+    /// Keeps something for as long as the output is waited for.
+    #[must_use]
+    pub fn holding(self, held: impl Send + Sync + 'static) -> Self {
+        Self { output: self.output.holding(held), ..self }
+    }
+
     /// The place of the next byte of a job's output.
     #[must_use]
     pub const fn position(&self) -> u64 {
@@ -79,6 +85,26 @@ impl AgentClient {
         let session_id = Some(session_id.to_owned());
         self.session(ExecRequest { session_id, output_offset: from, ..ExecRequest::default() })
             .await
+    }
+
+    /// Follows a job's output beside its client, from byte `from` on.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such session, or it has a terminal.
+    pub async fn observe(
+        &self,
+        session_id: &str,
+        from: Option<u64>,
+    ) -> Result<(SessionInfo, ExecInput, SessionOutput), CallError> {
+        let session_id = Some(session_id.to_owned());
+        self.session(ExecRequest {
+            session_id,
+            output_offset: from,
+            observe: true,
+            ..ExecRequest::default()
+        })
+        .await
     }
 
     async fn session(

@@ -62,6 +62,10 @@ pub struct ExecRequest {
     /// When attaching: the byte of the output to go on from; all that is kept if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_offset: Option<u64>,
+    /// When attaching to a job: whether to follow its output beside its client, whoever that is, rather than to take its place. Output
+    /// that is pushed out before it was sent is left out. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub observe: bool,
     /// Bytes of output that a session without a terminal keeps; the agent's default if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit: Option<u64>,
@@ -266,6 +270,9 @@ pub struct FileWriteRequest {
     pub mode: String,
     /// The size of the content, in bytes.
     pub size: i64,
+    /// Whether the content ends with [`STDIN_EOF`](crate::FrameType::STDIN_EOF), its size being unknown. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub until_eof: bool,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
@@ -391,6 +398,7 @@ mod tests {
             session: true,
             detach: true,
             output_offset: Some(0),
+            observe: true,
             output_limit: Some(1),
         };
 

@@ -99,16 +99,34 @@ async fn excess_and_missing_bytes_leave_the_file_as_it_was() {
     let path = agent.path("file");
     write(&agent, &path, "", b"before").await.unwrap();
 
-    let mut upload = agent.client.begin_write(&path, "", 3).await.unwrap();
+    let mut upload = agent.client.begin_write(&path, "", Some(3)).await.unwrap();
     drop(upload.write(b"12345").await);
     assert_eq!(kind(&upload.finish().await.unwrap_err()), ErrorKind::BadRequest);
-    let mut upload = agent.client.begin_write(&path, "", 100).await.unwrap();
+    let mut upload = agent.client.begin_write(&path, "", Some(100)).await.unwrap();
     upload.write(b"some").await.unwrap();
     drop(upload);
 
     let cleaned = || names(&agent) == ["file"];
     crate::agent::until("temporary files are gone", cleaned).await;
     assert_eq!(fs::read(&path).unwrap(), b"before");
+}
+
+#[tokio::test]
+async fn content_of_unknown_size_is_a_file_only_when_its_end_has_come() {
+    let agent = Agent::start().await;
+    let path = agent.path("file");
+    let mut upload = agent.client.begin_write(&path, "0600", None).await.unwrap();
+    upload.write(b"first ").await.unwrap();
+    drop(upload);
+    crate::agent::until("temporary files are gone", || names(&agent).is_empty()).await;
+
+    let mut upload = agent.client.begin_write(&path, "0600", None).await.unwrap();
+    upload.write(b"first ").await.unwrap();
+    upload.write(b"second").await.unwrap();
+    upload.end().await.unwrap();
+    upload.finish().await.unwrap();
+
+    assert_eq!(read_all(&agent, &path).await.unwrap(), b"first second");
 }
 
 #[tokio::test]

@@ -73,8 +73,12 @@ async fn file_beyond_the_limit_is_refused_before_its_content() {
     let path = agent.path("file");
 
     let error =
-        agent.client.begin_write(&path, "", 1001).await.unwrap().finish().await.unwrap_err();
+        agent.client.begin_write(&path, "", Some(1001)).await.unwrap().finish().await.unwrap_err();
 
+    assert!(is_limit(&error), "{error}");
+    let mut unknown = agent.client.begin_write(&path, "", None).await.unwrap();
+    drop(unknown.write(&[0; 1001]).await);
+    let error = unknown.finish().await.unwrap_err();
     assert!(is_limit(&error), "{error}");
     assert!(!std::fs::exists(path).unwrap());
 }
@@ -85,7 +89,7 @@ async fn silent_connection_and_stalled_write_end() {
     let mut silent = agent.raw().await;
     assert_eq!(silent.text().await, (FrameType::ERROR, "no request came in time".to_owned()));
 
-    let upload = agent.client.begin_write(&agent.path("file"), "", 10).await.unwrap();
+    let upload = agent.client.begin_write(&agent.path("file"), "", Some(10)).await.unwrap();
     let error = upload.finish().await.unwrap_err();
     assert!(is_limit(&error), "{error}");
     assert_eq!(std::fs::read_dir(agent.path("")).unwrap().count(), 0);

@@ -326,6 +326,22 @@ async fn cut_off_client_of_a_job_goes_on_without_losing_or_repeating_a_byte() {
 }
 
 #[tokio::test]
+async fn observers_follow_a_job_beside_its_client() {
+    let agent = Agent::start().await;
+    let (job, mut input, mut attached) =
+        agent.client.create_session(command(&["cat"])).await.unwrap();
+    let (_, _first, mut observed) = agent.client.observe(&job.session_id, None).await.unwrap();
+    let (_, _second, mut late) = agent.client.observe(&job.session_id, Some(2)).await.unwrap();
+
+    input.write(b"hello").await.unwrap();
+    input.end().await.unwrap();
+
+    assert_eq!(read_to_exit(&mut attached).await.0, b"hello");
+    assert_eq!(read_to_exit(&mut observed).await, (b"hello".to_vec(), 0));
+    assert_eq!(read_to_exit(&mut late).await, (b"llo".to_vec(), 0));
+}
+
+#[tokio::test]
 async fn job_keeps_no_more_than_it_may_and_says_where_it_begins() {
     let agent = Agent::start().await;
     let request = ExecRequest { output_limit: Some(64 * 1024), ..command(&["seq", "1", "100000"]) };

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bhatti_proto::{AgentError, ErrorKind, FileWriteRequest, FrameType, StatusOk};
 use tokio::time::timeout;
@@ -32,39 +33,65 @@ pub(crate) async fn write<T: Transport>(
     let path = checked(&request.path)?;
     let negative = |_| refused(ErrorKind::BadRequest, "file size must be >= 0");
     let size = u64::try_from(request.size).map_err(negative)?;
-    if size > agent.limits.file_bytes {
-        let message = format!("file too large: {size} > {} bytes", agent.limits.file_bytes);
-        return Err(refused(ErrorKind::Limit, message).into());
+    let limit = agent.limits.file_bytes;
+    if size > limit {
+        return Err(too_large(size, limit).into());
     }
     let mode = parse_mode(&request.mode, FILE_MODE)?;
     let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
     let mut new = NewFile::create(&path, owner)?;
-    let mut written = 0;
-    while written < size {
-        let lost =
-            || refused(ErrorKind::Other, format!("connection lost after {written}/{size} bytes"));
-        let stalled = |_| {
-            refused(ErrorKind::Limit, format!("no data came in time, after {written}/{size} bytes"))
-        };
-        let next = timeout(agent.limits.request(), reader.next()).await.map_err(stalled)?;
-        let frame = next.ok().flatten().ok_or_else(lost)?;
-        if frame.frame_type != FrameType::STDIN {
-            continue;
-        }
-        written += frame.payload.len() as u64;
-        if written > size {
-            return Err(refused(
-                ErrorKind::BadRequest,
-                format!("more than the announced {size} bytes came"),
-            )
-            .into());
-        }
-        new.write(&frame.payload)?;
-    }
+    let length = Length { announced: (!request.until_eof).then_some(size), limit };
+    receive(agent.limits.request(), length, &mut reader, &mut new).await?;
     // Waits for the disk, which nobody else should have to.
     let finished = tokio::task::spawn_blocking(move || new.finish(mode));
     finished.await.map_err(|_| refused(ErrorKind::Other, "the write was interrupted"))??;
     Ok(writer.send_json(FrameType::FILE_WRITE_RESP, &StatusOk { status: "ok".to_owned() }).await?)
+}
+
+/// How much content is to come.
+struct Length {
+    /// The size; `None` if it ends when the host says so.
+    announced: Option<u64>,
+    limit: u64,
+}
+
+/// Moves the content into the file.
+async fn receive<T: Transport>(
+    patience: Duration,
+    Length { announced, limit }: Length,
+    reader: &mut HostReader<T>,
+    new: &mut NewFile,
+) -> Result<(), OpError> {
+    let mut written = 0;
+    let of = announced.map_or_else(String::new, |size| format!("/{size}"));
+    while announced != Some(written) {
+        let lost =
+            || refused(ErrorKind::Other, format!("connection lost after {written}{of} bytes"));
+        let stalled = |_| {
+            refused(ErrorKind::Limit, format!("no data came in time, after {written}{of} bytes"))
+        };
+        let next = timeout(patience, reader.next()).await.map_err(stalled)?;
+        let frame = next.ok().flatten().ok_or_else(lost)?;
+        match frame.frame_type {
+            FrameType::STDIN => {}
+            FrameType::STDIN_EOF if announced.is_none() => return Ok(()),
+            _ => continue,
+        }
+        written += frame.payload.len() as u64;
+        if let Some(size) = announced.filter(|size| written > *size) {
+            let message = format!("more than the announced {size} bytes came");
+            return Err(refused(ErrorKind::BadRequest, message).into());
+        }
+        if written > limit {
+            return Err(too_large(written, limit).into());
+        }
+        new.write(&frame.payload)?;
+    }
+    Ok(())
+}
+
+fn too_large(size: u64, limit: u64) -> AgentError {
+    refused(ErrorKind::Limit, format!("file too large: {size} > {limit} bytes"))
 }
 
 /// Writes a file that is at hand as a whole.

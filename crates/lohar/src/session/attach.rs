@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bhatti_proto::{ExecRequest, FrameType, exit_payload, parse_resize};
+use bhatti_proto::{ErrorKind, ExecRequest, FrameType, exit_payload, parse_resize};
 use rustix::process::Signal;
 use tokio::sync::Semaphore;
 
@@ -13,7 +13,7 @@ use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::exec::input;
 use crate::launch::set_size;
-use crate::refusal::{OpError, host_gone};
+use crate::refusal::{OpError, host_gone, refused};
 
 /// Serves an `EXEC_REQ` that names a session.
 pub(crate) async fn serve_attach<T: Transport>(
@@ -23,6 +23,9 @@ pub(crate) async fn serve_attach<T: Transport>(
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
     let session = find(agent, request.session_id.as_deref().unwrap_or_default())?;
+    if request.observe {
+        return observe(&session, request.output_offset, reader, writer).await;
+    }
     serve(agent, &session, request.output_offset, reader, writer).await
 }
 
@@ -58,6 +61,48 @@ pub(super) async fn serve<T: Transport>(
         agent.sessions.remove(session);
     }
     Ok(())
+}
+
+/// Sends a job's output, and its end, to somebody who is not its client.
+async fn observe<T: Transport>(
+    session: &Session,
+    from: Option<u64>,
+    mut reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    if !session.is_job() {
+        return Err(refused(ErrorKind::BadRequest, "only a job can be observed").into());
+    }
+    writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
+    let host_gone_away = async { while let Ok(Some(_)) = reader.next().await {} };
+    tokio::select! {
+        code = send_output(session, from.unwrap_or_default(), writer) => {
+            writer.send(FrameType::EXIT, &exit_payload(code?)).await.map_err(host_gone)
+        }
+        () = host_gone_away => Err(OpError::HostGone),
+    }
+}
+
+/// Sends output from a place on, until the process has ended, and returns its exit code.
+async fn send_output<T: Transport>(
+    session: &Session,
+    mut position: u64,
+    writer: &mut HostWriter<T>,
+) -> Result<i32, OpError> {
+    loop {
+        let mut changed = std::pin::pin!(session.changed.notified());
+        // From here on no change is missed.
+        changed.as_mut().enable();
+        let piece = session.output.borrow_mut().read(position);
+        if let Some(Piece { frame_type, bytes, at }) = piece {
+            position = at + bytes.len() as u64;
+            writer.send(frame_type, &bytes).await.map_err(host_gone)?;
+        } else if let Some(code) = session.exit_code.get() {
+            return Ok(code);
+        } else {
+            changed.await;
+        }
+    }
 }
 
 /// An attachment, which ends with its owner.
