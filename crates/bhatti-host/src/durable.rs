@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,13 +15,30 @@ static WRITES: AtomicU64 = AtomicU64::new(0);
 ///
 /// Returns the first error; `path` is then as it was, and the temporary file is gone.
 pub fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_with_mode(path, content, 0o666)
+}
+
+/// The same, for a file that only its owner may read.
+///
+/// # Errors
+///
+/// As [`write`].
+pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_with_mode(path, content, 0o600)
+}
+
+fn write_with_mode(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let directory = parent(path)?;
     let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
     // Writers of one name, here or in another process, never share a temporary file.
     let number = WRITES.fetch_add(1, Ordering::Relaxed);
     let temporary =
         directory.join(format!(".{}.{}-{number}.tmp", name.display(), std::process::id()));
-    let written = File::create_new(&temporary)
+    let written = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&temporary)
         .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
         .and_then(|()| rename(&temporary, path));
     if written.is_err() {
