@@ -28,12 +28,6 @@ impl SessionOutput {
         Ok(event)
     }
 
-    /// Keeps something for as long as the output is waited for.
-    #[must_use]
-    pub fn holding(self, held: impl Send + Sync + 'static) -> Self {
-        Self { output: self.output.holding(held), ..self }
-    }
-
     /// The place of the next byte of a job's output.
     #[must_use]
     pub const fn position(&self) -> u64 {

@@ -1,9 +1,10 @@
 //! Errors.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What went wrong, for programs. The words are stable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
     /// The request makes no sense.
@@ -36,6 +37,32 @@ pub enum ErrorCode {
     NotSetUp,
     /// The host has no memory for it right now: try again later.
     Busy,
+    /// The caller has as much as it may have.
+    QuotaExceeded,
+    /// The caller asks too often: see the `Retry-After` header.
+    RateLimited,
+    /// There is something of that name in the guest.
+    AlreadyExists,
+    /// The directory in the guest is not empty.
+    NotEmpty,
+    /// The path in the guest is a directory, or something else that is no file.
+    NotAFile,
+    /// The path in the guest is no directory.
+    NotADirectory,
+    /// The guest's kernel does not permit it.
+    PermissionDenied,
+    /// The guest's disk is full.
+    NoSpace,
+    /// A limit of the guest's agent is reached.
+    GuestLimit,
+    /// The session has another client.
+    Attached,
+    /// Nothing listens at the port in the guest.
+    PortRefused,
+    /// What listens at the port answered nothing that makes sense.
+    BadGateway,
+    /// What listens at the port did not answer in time.
+    GatewayTimeout,
     /// A snapshot is damaged, or was taken on another machine or before the disk was written.
     SnapshotUnusable,
     /// The virtual machine did not come up.
@@ -45,7 +72,7 @@ pub enum ErrorCode {
 }
 
 /// The body of every response that is an error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     /// For a person.
     pub error: String,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::ErrorCode;
 
@@ -18,8 +19,11 @@ pub mod channel {
     pub const STDERR: u8 = 3;
 }
 
+/// The exit code of a command whose time was over.
+pub const TIMED_OUT: i32 = 124;
+
 /// Runs a command and waits for it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExecRequest {
     /// The command and its arguments.
@@ -34,6 +38,96 @@ pub struct ExecRequest {
     /// Standard input; empty if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
+    /// Who it runs as, a name or a number; the image's usual user if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Seconds after which it is ended, its exit code being 124; never if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_sec: Option<u32>,
+    /// Whether it is a job, which runs on without a client.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detach: bool,
+}
+
+/// A command that runs, or ran, without a client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Job {
+    /// Its id.
+    pub id: String,
+    /// The command, joined by single spaces.
+    pub cmd: String,
+    /// Whether it runs.
+    pub running: bool,
+    /// Its exit code, once it has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// When it was started, in seconds since 1970.
+    pub created_at: i64,
+    /// The first byte of its output that is kept.
+    pub output_start: u64,
+    /// The byte behind the last one of its output so far.
+    pub output_end: u64,
+}
+
+/// A terminal session, or a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Session {
+    /// Its id.
+    pub session_id: String,
+    /// Its command, joined by single spaces.
+    pub argv: String,
+    /// Whether it has a terminal.
+    pub tty: bool,
+    /// Whether its process runs.
+    pub running: bool,
+    /// The exit code, once the process has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// Whether a client is attached.
+    pub attached: bool,
+    /// When it was created, in seconds since 1970.
+    pub created_at: i64,
+}
+
+/// Text messages from the client on the WebSocket of a shell. Every other message, text or binary, is what was typed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ShellRequest {
+    /// Its window has another size.
+    Resize {
+        /// Rows.
+        rows: u16,
+        /// Columns.
+        cols: u16,
+    },
+}
+
+/// Text messages from the server on the WebSocket of a shell. Output travels in binary messages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ShellServerMessage {
+    /// The client is attached. Comes first.
+    Session {
+        /// To come back to it.
+        session_id: String,
+        /// Whether it was made just now.
+        new: bool,
+    },
+    /// The session ended. Nothing follows.
+    Exit {
+        /// Its exit code; 128 plus the signal that ended it.
+        exit_code: i32,
+    },
+    /// There is no session, or it was lost. Nothing follows.
+    Error {
+        /// For a person.
+        error: String,
+        /// For a program.
+        code: ErrorCode,
+        /// What to do about it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
+    },
 }
 
 /// Bytes that a command wrote. JSON holds text only, so what is not UTF-8 comes twice: readable, and exactly.
@@ -69,7 +163,7 @@ impl Output {
 }
 
 /// How a command ended, with all that it wrote.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ExecResult {
     /// Its exit code; 128 plus the signal that ended it.
     pub exit_code: i32,
@@ -86,7 +180,7 @@ pub struct ExecResult {
 }
 
 /// One line of a streamed command's output.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ExecEvent {
     /// It wrote to standard output.
@@ -125,7 +219,7 @@ pub const STDIN_WINDOW_BYTES: u64 = 1 << 20;
 
 /// Text messages from the client on the WebSocket of a streamed command. The first one is `Start`; standard input travels in binary
 /// messages, see [`channel`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum StreamRequest {
     /// Starts the command.
@@ -138,6 +232,12 @@ pub enum StreamRequest {
         /// Working directory; `/workspace` if absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         cwd: Option<String>,
+        /// Who it runs as, a name or a number; the image's usual user if absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        user: Option<String>,
+        /// Seconds after which it is ended, its exit code 124; never if absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        timeout_sec: Option<u32>,
     },
     /// Ends standard input.
     StdinEof,
@@ -149,7 +249,7 @@ pub enum StreamRequest {
 }
 
 /// Text messages from the server on the WebSocket of a streamed command. Output travels in binary messages, see [`channel`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum StreamServerMessage {
     /// The command's side has taken so many more bytes of standard input: see [`STDIN_WINDOW_BYTES`].

@@ -1,9 +1,10 @@
 //! Health.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Whether and how the daemon runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Health {
     /// `ok`.
     pub status: String,

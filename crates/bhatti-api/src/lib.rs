@@ -3,20 +3,32 @@
 //! Requests refuse unknown fields: every field has an effect. Responses may gain fields; clients ignore what they do not know.
 
 mod error;
+mod event;
 mod exec;
+mod file;
 mod health;
+mod image;
+mod port;
 mod sandbox;
+mod secret;
 mod snapshot;
+mod template;
 mod user;
 
 pub use error::{ErrorBody, ErrorCode};
+pub use event::Event;
 pub use exec::{
-    ExecEvent, ExecRequest, ExecResult, Output, STDIN_WINDOW_BYTES, StreamRequest,
-    StreamServerMessage, channel,
+    ExecEvent, ExecRequest, ExecResult, Job, Output, STDIN_WINDOW_BYTES, Session, ShellRequest,
+    ShellServerMessage, StreamRequest, StreamServerMessage, TIMED_OUT, channel,
 };
+pub use file::{Done, FileEntry, MakeDirectory, RenameFile};
 pub use health::Health;
+pub use image::Image;
+pub use port::{Port, Publication, PublishPort};
 pub use sandbox::{
-    CreateSandbox, Deleted, ForkSandbox, Forks, Sandbox, StartSandbox, UpdateSandbox,
+    CreateSandbox, Deleted, ForkSandbox, Forks, NewFile, Sandbox, StartSandbox, UpdateSandbox,
 };
+pub use secret::{Secret, SetSecret};
 pub use snapshot::{CreateSnapshot, ResumeSnapshot, Snapshot};
-pub use user::{CreateUser, CreatedUser, User};
+pub use template::{CreateTemplate, Template};
+pub use user::{CreateUser, CreatedUser, Limits, Ticket, UpdateUser, User};

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Makes a sandbox.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateSandbox {
     /// Its name; `sandbox-` and six hex digits if absent.
@@ -26,19 +27,63 @@ pub struct CreateSandbox {
     /// Whether it boots, rather than being forked from a template.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cold_boot: bool,
+    /// The template that says what is left out here, by name or id.
+    #[serde(default, alias = "template_id", skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// The image that its disk begins as; the usual one if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// A script that runs when it is up, as the session `init`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
+    /// Files that are put into it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<NewFile>,
+    /// Names of secrets that are variables of its environment, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<String>,
+    /// What is noted on it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Seconds after which it is destroyed; never if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_sec: Option<u32>,
+}
+
+/// A file that is put into a new sandbox.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewFile {
+    /// Its absolute path.
+    pub path: String,
+    /// Its content, as text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+    /// Its content in base64, instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_base64: Option<String>,
+    /// Its permission bits in octal; `0644` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
 }
 
 /// Changes a sandbox. What is absent stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UpdateSandbox {
+    /// Another name. Its host name stays what it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Labels that it gets; those that are `null` it loses.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, Option<String>>,
     /// Whether it stays hot, however long nobody uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_hot: Option<bool>,
 }
 
 /// Starts a sandbox that was stopped.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StartSandbox {
     /// Whether it boots from its disk. What was in its memory is lost then.
@@ -47,7 +92,7 @@ pub struct StartSandbox {
 }
 
 /// Forks a sandbox.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkSandbox {
     /// How many forks; 1 if absent.
@@ -62,10 +107,16 @@ pub struct ForkSandbox {
     /// Whether the parent's environment is theirs too.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub inherit_env: bool,
+    /// Names of secrets that are variables of their environment. The parent's are not theirs unless named here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<String>,
+    /// What is noted on them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// What came of a fork.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Forks {
     /// The forks.
     pub sandboxes: Vec<Sandbox>,
@@ -76,7 +127,7 @@ pub struct Forks {
 }
 
 /// A sandbox.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Sandbox {
     /// Its id.
     pub id: String,
@@ -98,17 +149,32 @@ pub struct Sandbox {
     pub env: BTreeMap<String, String>,
     /// Whether it stays hot, however long nobody uses it.
     pub keep_hot: bool,
+    /// What is noted on it.
+    pub labels: BTreeMap<String, String>,
+    /// Names of the secrets that it was given.
+    pub secrets: Vec<String>,
+    /// The image that its disk began as.
+    pub image: String,
+    /// Who made it: a user's id.
+    pub created_by: String,
     /// When it was made (RFC 3339).
     pub created_at: String,
+    /// When it was stopped (RFC 3339), if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_at: Option<String>,
+    /// When it is destroyed (RFC 3339), if ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<String>,
     /// What it was made from: `boot`, or `template`, `sandbox` or `snapshot` and an id.
     pub origin: String,
     /// What its guest did to become itself after it had been another, part by part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
     pub identity: Option<serde_json::Value>,
 }
 
 /// Says that something was taken away.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Deleted {
     /// `destroyed` or `deleted`.
     pub status: String,

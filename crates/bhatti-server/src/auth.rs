@@ -1,25 +1,34 @@
 //! Who is calling.
+//!
+//! A caller on the network shows a key in the `Authorization` header. A WebSocket's client that can set no header shows a ticket or the
+//! key in the query; both are taken out of the request here, so that no log, handler or guest ever sees them.
 
 use axum::extract::{Request, State};
-use axum::http::header::AUTHORIZATION;
+use axum::http::Uri;
+use axum::http::header::{AUTHORIZATION, UPGRADE};
+use axum::http::uri::PathAndQuery;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use bhatti_types::UserId;
 
 use crate::status::ApiError;
-use crate::{AppState, Listener, keys};
+use crate::{AppState, Listener, keys, tickets};
 
-/// The only path that needs no caller. Compared with the path as it was sent: nothing is decoded or resolved, here or later.
-const PUBLIC_PATH: &str = "/health";
+/// The paths that need no caller. Compared with the path as it was sent: nothing is decoded or resolved, here or later.
+const PUBLIC_PATHS: [&str; 2] = ["/health", "/openapi.json"];
 
 /// Who is calling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Caller(pub(crate) UserId);
 
 impl Caller {
+    pub(crate) fn is_admin(self) -> bool {
+        self.0 == UserId::ADMIN
+    }
+
     pub(crate) fn require_admin(self) -> Result<(), ApiError> {
-        if self.0 == UserId::ADMIN {
+        if self.is_admin() {
             return Ok(());
         }
         Err(ApiError::new(ErrorCode::Forbidden, "only the admin may do this")
@@ -32,8 +41,9 @@ pub(crate) async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Response {
-    if request.uri().path() != PUBLIC_PATH {
-        match caller(&state, listener, &request) {
+    let shown = take_from_query(&mut request);
+    if !PUBLIC_PATHS.contains(&request.uri().path()) {
+        match caller(&state, listener, &request, shown) {
             Ok(caller) => drop(request.extensions_mut().insert(caller)),
             Err(error) => return error.into_response(),
         }
@@ -41,15 +51,93 @@ pub(crate) async fn authenticate(
     next.run(request).await
 }
 
-fn caller(state: &AppState, listener: Listener, request: &Request) -> Result<Caller, ApiError> {
+/// What a request shows in its query.
+#[derive(Debug, PartialEq, Eq)]
+enum Shown {
+    Ticket(String),
+    Key(String),
+}
+
+fn caller(
+    state: &AppState,
+    listener: Listener,
+    request: &Request,
+    shown: Option<Shown>,
+) -> Result<Caller, ApiError> {
     if listener == Listener::Unix {
         return Ok(Caller(UserId::ADMIN));
     }
+    let invalid = || ApiError::new(ErrorCode::Unauthorized, "invalid api key");
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = header.and_then(|value| value.strip_prefix("Bearer ")).filter(|key| !key.is_empty());
-    let key =
-        key.ok_or_else(|| ApiError::new(ErrorCode::Unauthorized, "authorization required"))?;
-    let user = state.store.find_user_by_key_hash(&keys::hash(key))?;
-    user.map(|user| Caller(user.id))
-        .ok_or_else(|| ApiError::new(ErrorCode::Unauthorized, "invalid api key"))
+    let key = match (key, shown) {
+        (Some(key), _) => key.to_owned(),
+        // Anything but a WebSocket can set a header: what is in a URL is kept in histories and logs of others.
+        (None, Some(shown)) if request.headers().contains_key(UPGRADE) => match shown {
+            Shown::Key(key) => key,
+            Shown::Ticket(ticket) => {
+                let owner = state.tickets.redeem(&ticket);
+                return owner.map(Caller).ok_or_else(|| {
+                    ApiError::new(ErrorCode::Unauthorized, "the ticket is used, old or unknown")
+                        .hint("draw another: POST /ws-ticket")
+                });
+            }
+        },
+        (None, _) => return Err(ApiError::new(ErrorCode::Unauthorized, "authorization required")),
+    };
+    let user = state.store.find_user_by_key_hash(&keys::hash(&key))?;
+    user.map(|user| Caller(user.id)).ok_or_else(invalid)
+}
+
+/// Takes ticket and key out of the query.
+fn take_from_query(request: &mut Request) -> Option<Shown> {
+    let query = request.uri().query()?;
+    let (mut shown, mut rest) = (None, Vec::new());
+    for pair in query.split('&') {
+        match pair.split_once('=') {
+            // Known by how they begin: an application behind the proxy may have parameters of the same name.
+            Some(("ticket", ticket)) if ticket.starts_with(tickets::PREFIX) => {
+                shown = Some(Shown::Ticket(ticket.to_owned()));
+            }
+            Some(("token", key)) if key.starts_with(keys::PREFIX) => {
+                shown = shown.or_else(|| Some(Shown::Key(key.to_owned())));
+            }
+            _ => rest.push(pair),
+        }
+    }
+    shown.as_ref()?;
+    let path = request.uri().path();
+    let rest = rest.join("&");
+    let path_and_query = if rest.is_empty() { path.to_owned() } else { format!("{path}?{rest}") };
+    let mut parts = request.uri().clone().into_parts();
+    parts.path_and_query = Some(PathAndQuery::try_from(path_and_query).ok()?);
+    *request.uri_mut() = Uri::from_parts(parts).ok()?;
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::*;
+
+    fn taken(uri: &str) -> (Option<Shown>, String) {
+        let mut request = Request::builder().uri(uri).body(Body::empty()).unwrap();
+        (take_from_query(&mut request), request.uri().to_string())
+    }
+
+    #[test]
+    fn what_is_shown_in_the_query_goes_no_further() {
+        let ticket = Some(Shown::Ticket("bht-ticket_1".into()));
+        assert_eq!(taken("/a?x=1&ticket=bht-ticket_1&y=%2F"), (ticket, "/a?x=1&y=%2F".into()));
+        let key = Some(Shown::Key("bht_k".into()));
+        assert_eq!(taken("/a?token=bht_k"), (key, "/a".into()));
+    }
+
+    #[test]
+    fn other_parameters_stay_as_they_are() {
+        for uri in ["/a", "/a?", "/a?token=csrf&x=%20", "/a?ticket=1"] {
+            assert_eq!(taken(uri), (None, uri.to_owned()));
+        }
+    }
 }

@@ -4,7 +4,8 @@ use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
 
-const PREFIX: &str = "bht_";
+/// What every key begins with.
+pub(crate) const PREFIX: &str = "bht_";
 
 /// Draws a key.
 ///
@@ -12,12 +13,17 @@ const PREFIX: &str = "bht_";
 ///
 /// Returns an error if this host gives no random bytes: a key that could be guessed is never made.
 pub(crate) fn generate() -> Result<String, getrandom::Error> {
+    Ok(PREFIX.to_owned() + &random_hex()?)
+}
+
+/// 64 hex digits that nobody can guess.
+pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
     let mut secret = [0; 32];
     getrandom::fill(&mut secret)?;
-    Ok(secret.iter().fold(PREFIX.to_owned(), |mut key, byte| {
+    Ok(secret.iter().fold(String::new(), |mut hex, byte| {
         // Writing into a string cannot fail.
-        let _infallible: std::fmt::Result = write!(key, "{byte:02x}");
-        key
+        let _infallible: std::fmt::Result = write!(hex, "{byte:02x}");
+        hex
     }))
 }
 

@@ -4,36 +4,134 @@
 //! came through; what an error looks like after, in one place.
 
 mod auth;
+mod extract;
 mod json;
 mod keys;
+mod metrics;
+mod proxy;
+mod rates;
 mod request_id;
 mod routes;
 mod serve;
+mod shells;
 mod status;
+mod tickets;
 mod utf8;
+mod websocket;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
+use bhatti_image::ImageStore;
 use bhatti_store::Store;
 use bhatti_supervisor::Supervisor;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-pub use serve::{ServeError, serve_tcp, serve_unix};
+pub use metrics::HttpMetrics;
+pub use proxy::public_router;
+pub use routes::open_api;
+pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
+
+use rates::Rates;
+use shells::Shells;
+use tickets::Tickets;
 
 /// The daemon's socket in the data directory.
 pub const SOCKET: &str = "bhatti.sock";
 
 /// What handlers work with.
 #[derive(Clone)]
-pub struct AppState {
+pub struct AppState(Arc<Inner>);
+
+/// See [`AppState`].
+pub struct Inner {
     /// The sandboxes.
     pub supervisor: Supervisor,
-    /// The users.
+    /// The users, and what they wrote down.
     pub store: Arc<Store>,
+    /// The images.
+    pub images: ImageStore,
     /// When the daemon started.
     pub started: Instant,
+    /// How published ports are reached.
+    pub public: PublicAddress,
+    /// How long an application in a guest may take to begin its answer.
+    pub proxy_limit: Duration,
+    /// What is measured.
+    pub metrics: HttpMetrics,
+    /// Becomes true when the daemon stops: streams without an end of their own end then.
+    pub stopping: watch::Receiver<bool>,
+    pub(crate) tickets: Tickets,
+    pub(crate) rates: Rates,
+    pub(crate) shells: Shells,
+}
+
+/// How published ports are reached from outside.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PublicAddress {
+    /// The listener for published ports, if there is one.
+    pub listener: Option<SocketAddr>,
+    /// The domain under which each alias is a host name.
+    pub zone: Option<String>,
+}
+
+/// What a state is made of.
+pub struct StateParts {
+    /// See [`Inner::supervisor`].
+    pub supervisor: Supervisor,
+    /// See [`Inner::store`].
+    pub store: Arc<Store>,
+    /// See [`Inner::images`].
+    pub images: ImageStore,
+    /// See [`Inner::started`].
+    pub started: Instant,
+    /// See [`Inner::public`].
+    pub public: PublicAddress,
+    /// See [`Inner::proxy_limit`].
+    pub proxy_limit: Duration,
+    /// See [`Inner::stopping`].
+    pub stopping: watch::Receiver<bool>,
+}
+
+impl AppState {
+    /// The state of one daemon.
+    #[must_use]
+    pub fn new(parts: StateParts) -> Self {
+        let StateParts { supervisor, store, images, started, public, proxy_limit, stopping } =
+            parts;
+        let metrics = HttpMetrics::new(&supervisor);
+        Self(Arc::new(Inner {
+            supervisor,
+            store,
+            images,
+            started,
+            public,
+            proxy_limit,
+            metrics,
+            stopping,
+            tickets: Tickets::default(),
+            rates: Rates::default(),
+            shells: Shells::default(),
+        }))
+    }
+
+    /// Resolves when the daemon stops.
+    pub(crate) async fn stopped(&self) {
+        // A sender that is gone is a daemon that stops.
+        drop(self.stopping.clone().wait_for(|stopping| *stopping).await.map(|_| ()));
+    }
+}
+
+impl std::ops::Deref for AppState {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
 }
 
 /// Where a request came in, which decides how its caller is known.
@@ -48,7 +146,9 @@ pub enum Listener {
 /// The API as served on `listener`.
 pub fn router(state: AppState, listener: Listener) -> Router {
     routes::router()
+        .layer(from_fn_with_state(state.clone(), rates::limit))
         .layer(from_fn_with_state((state.clone(), listener), auth::authenticate))
+        .layer(from_fn_with_state(state.clone(), metrics::measure))
         .layer(from_fn(request_id::identify))
         .with_state(state)
 }

@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::extract::Request;
 use axum::http::HeaderValue;
+use axum::http::header::RETRY_AFTER;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::{ErrorBody, ErrorCode};
@@ -26,9 +27,12 @@ pub(crate) async fn identify(request: Request, next: Next) -> Response {
 }
 
 fn finish(mut response: Response, request_id: &str) -> Response {
-    if let Some(ApiError { code, message, hint }) = response.extensions_mut().remove() {
+    if let Some(ApiError { code, message, hint, .. }) = response.extensions_mut().remove() {
         let body = ErrorBody { error: message, code, hint, request_id: request_id.to_owned() };
         let mut with_body = (response.status(), Json(body)).into_response();
+        if let Some(wait) = response.headers_mut().remove(RETRY_AFTER) {
+            with_body.headers_mut().insert(RETRY_AFTER, wait);
+        }
         if code == ErrorCode::Unauthorized {
             with_body.headers_mut().insert("www-authenticate", HeaderValue::from_static("Bearer"));
         }

@@ -1,45 +1,135 @@
-//! The routes, one file per resource.
+//! The routes, one file per resource. Each is described where it is written; [`open_api`] gathers the descriptions.
 
+mod events;
 mod exec;
 mod exec_stream;
+mod files;
 mod health;
+mod images;
+mod jobs;
+mod ports;
+mod publish;
 mod sandboxes;
+mod secrets;
+mod sessions;
+mod shell;
 mod snapshots;
+mod tar;
+mod templates;
 mod users;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
-use bhatti_api::ErrorCode;
+use axum::routing::{any, get};
+use bhatti_api::{ErrorBody, ErrorCode};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{Modify, OpenApi};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use crate::AppState;
 use crate::json::BODY_BYTES_MAX;
 use crate::status::ApiError;
+use crate::{AppState, proxy};
+
+/// Description of what all routes have in common.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "bhatti",
+        description = "Runs untrusted code and AI agents in Linux microVMs.\n\nEvery error has the body `ErrorBody`. Sandboxes are addressed by id or name.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    modifiers(&BearerKey),
+    security(("api_key" = [])),
+    components(schemas(ErrorBody, ErrorCode))
+)]
+struct Description;
+
+struct BearerKey;
+
+impl Modify for BearerKey {
+    fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
+        let bearer = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some(
+                "An API key. WebSockets also take `?ticket=` (see `POST /ws-ticket`) or `?token=`. The daemon's Unix socket asks for none.",
+            ))
+            .build();
+        let components = api.components.get_or_insert_default();
+        components.add_security_scheme("api_key", SecurityScheme::Http(bearer));
+    }
+}
+
+fn described() -> OpenApiRouter<AppState> {
+    let small = OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(health::get))
+        .routes(routes!(health::metrics))
+        .routes(routes!(sandboxes::list, sandboxes::create))
+        .routes(routes!(sandboxes::get, sandboxes::update, sandboxes::destroy))
+        .routes(routes!(sandboxes::pause))
+        .routes(routes!(sandboxes::resume))
+        .routes(routes!(sandboxes::stop))
+        .routes(routes!(sandboxes::start))
+        .routes(routes!(sandboxes::fork))
+        .routes(routes!(exec::run))
+        .routes(routes!(exec_stream::run))
+        .routes(routes!(shell::run))
+        .routes(routes!(jobs::list))
+        .routes(routes!(jobs::get, jobs::kill))
+        .routes(routes!(jobs::output))
+        .routes(routes!(sessions::list))
+        .routes(routes!(sessions::kill))
+        .routes(routes!(files::make_directory))
+        .routes(routes!(files::rename))
+        .routes(routes!(ports::list))
+        .routes(routes!(ports::list_all))
+        .routes(routes!(publish::list, publish::publish))
+        .routes(routes!(publish::unpublish))
+        .routes(routes!(snapshots::create))
+        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::get, snapshots::delete))
+        .routes(routes!(snapshots::resume))
+        .routes(routes!(templates::list, templates::create))
+        .routes(routes!(templates::get, templates::delete))
+        .routes(routes!(secrets::list, secrets::set))
+        .routes(routes!(secrets::delete))
+        .routes(routes!(images::list))
+        .routes(routes!(images::get))
+        .routes(routes!(users::list, users::create))
+        .routes(routes!(users::get, users::update, users::delete))
+        .routes(routes!(users::rotate_key))
+        .routes(routes!(users::ticket))
+        .routes(routes!(events::list))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
+    // What comes here is passed on as it comes, and may be of any length.
+    let streamed = OpenApiRouter::new()
+        .routes(routes!(files::read, files::stat, files::write, files::remove))
+        .routes(routes!(tar::download, tar::upload))
+        .routes(routes!(proxy::to_port))
+        .layer(DefaultBodyLimit::disable());
+    small.merge(streamed)
+}
+
+/// The description of the API.
+#[must_use]
+pub fn open_api() -> utoipa::openapi::OpenApi {
+    described().into_openapi()
+}
 
 /// Every route of the API.
 pub(crate) fn router() -> Router<AppState> {
-    Router::new()
-        .route("/health", get(health::get))
-        .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
-        .route(
-            "/sandboxes/{sandbox}",
-            get(sandboxes::get).patch(sandboxes::update).delete(sandboxes::destroy),
-        )
-        .route("/sandboxes/{sandbox}/pause", post(sandboxes::pause))
-        .route("/sandboxes/{sandbox}/resume", post(sandboxes::resume))
-        .route("/sandboxes/{sandbox}/stop", post(sandboxes::stop))
-        .route("/sandboxes/{sandbox}/start", post(sandboxes::start))
-        .route("/sandboxes/{sandbox}/fork", post(sandboxes::fork))
-        .route("/sandboxes/{sandbox}/exec", post(exec::run))
-        .route("/sandboxes/{sandbox}/exec/ws", get(exec_stream::run))
-        .route("/sandboxes/{sandbox}/checkpoint", post(snapshots::create))
-        .route("/snapshots", get(snapshots::list))
-        .route("/snapshots/{snapshot}", get(snapshots::get).delete(snapshots::delete))
-        .route("/snapshots/{snapshot}/resume", post(snapshots::resume))
-        .route("/users", get(users::list).post(users::create))
+    let (router, api) = described().split_for_parts();
+    let description = axum::body::Bytes::from(serde_json::to_vec(&api).unwrap_or_default());
+    let describe = move || async move {
+        ([(axum::http::header::CONTENT_TYPE, "application/json")], description)
+    };
+    router
+        // The same as `proxy::to_port`, for the paths below.
+        .route("/sandboxes/{sandbox}/proxy/{port}/", any(proxy::to_path))
+        .route("/sandboxes/{sandbox}/proxy/{port}/{*rest}", any(proxy::to_path))
+        .route("/openapi.json", get(describe))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
 }
 
 async fn no_route() -> ApiError {

@@ -6,10 +6,12 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use axum::Router;
+use axum::serve::ListenerExt;
 use bhatti_host::socket;
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::{AppState, Listener, SOCKET, router};
+use crate::{AppState, Listener, SOCKET, public_router, router};
 
 /// The daemon cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -63,10 +65,44 @@ pub async fn serve_tcp(
     address: SocketAddr,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
-    let failed = |source| ServeError::Tcp { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
-    let app = router(state, Listener::Tcp);
+    serve_on(router(state, Listener::Tcp), bind(address).await?, stop)
+}
+
+/// Serves published ports on a listener until `stop` resolves.
+///
+/// # Errors
+///
+/// Returns an error if the listener cannot be used.
+pub fn serve_public(
+    state: AppState,
+    listener: TcpListener,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
+    serve_on(public_router(state), listener, stop)
+}
+
+/// Listens on a TCP address.
+///
+/// # Errors
+///
+/// Returns an error if the address cannot be used.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|source| ServeError::Tcp { address, source })
+}
+
+fn serve_on(
+    app: Router,
+    listener: TcpListener,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
+    let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+    let address =
+        listener.local_addr().map_err(|source| ServeError::Tcp { address: unknown, source })?;
+    let app = app.into_make_service_with_connect_info::<SocketAddr>();
+    let listener = listener.tap_io(|stream| {
+        // Without it, small answers wait for the acknowledgement of earlier ones; with it missing, nothing is wrong.
+        drop(stream.set_nodelay(true));
+    });
     Ok((address, async move { axum::serve(listener, app).with_graceful_shutdown(stop).await }))
 }
 

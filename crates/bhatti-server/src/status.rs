@@ -1,6 +1,7 @@
 //! Errors as responses: the only place that knows HTTP's numbers.
 
 use std::io;
+use std::time::Duration;
 
 use axum::Json;
 use axum::http::header::RETRY_AFTER;
@@ -10,16 +11,21 @@ use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
 use bhatti_engine::{BootError, RestoreError, SnapshotError};
 use bhatti_proto::{ErrorKind, SendJsonError};
-use bhatti_store::{StoreError, UserInsertError};
-use bhatti_supervisor::{
-    Busy, CreateError, DestroyError, ForkError, SnapshotOpError, TemplateError, TransitionError,
-    UseError,
+use bhatti_store::{
+    ChangeError, PublishError, StoreError, TemplateInsertError, UserDeleteError, UserInsertError,
 };
-use bhatti_types::{Denied, Report};
+use bhatti_supervisor::{
+    Busy, CreateError, DestroyError, EditError, ForkError, SecretError, SnapshotOpError,
+    TemplateError, TransitionError, UseError,
+};
+use bhatti_types::{Denied, QuotaExceeded, Report};
 use serde::Serialize;
 
-/// When to come back to a host whose memory is in use, in seconds.
-const RETRY_AFTER_SEC: &str = "10";
+/// When to come back to a host whose memory is in use.
+const BUSY_RETRY: Duration = Duration::from_secs(10);
+
+/// When to come back for more than the caller may have: something has to be given up first, by a person or a program.
+const QUOTA_RETRY: Duration = Duration::from_secs(60);
 
 /// An error for the caller. [`crate::request_id`] gives it its body.
 #[derive(Clone, Debug)]
@@ -27,11 +33,17 @@ pub(crate) struct ApiError {
     pub(crate) code: ErrorCode,
     pub(crate) message: String,
     pub(crate) hint: Option<String>,
+    retry_after: Option<Duration>,
 }
 
 impl ApiError {
     pub(crate) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None }
+        Self { code, message: message.into(), hint: None, retry_after: None }
+    }
+
+    /// When asking again makes sense.
+    pub(crate) fn retry_after(self, wait: Duration) -> Self {
+        Self { retry_after: Some(wait), ..self }
     }
 
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
@@ -42,8 +54,14 @@ impl ApiError {
         Self::new(ErrorCode::BadRequest, Report(error).to_string())
     }
 
+    /// The daemon is going down.
+    pub(crate) fn stopping() -> Self {
+        Self::new(ErrorCode::ConnectionLost, "the daemon is stopping")
+            .hint("the sandbox goes on; come back when the daemon is up again")
+    }
+
     /// Hides an error that is ours: it may name paths of this host, so only the log gets it.
-    fn internal(error: &dyn std::error::Error) -> Self {
+    pub(crate) fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %Report(error), "Request failed");
         Self::new(ErrorCode::Internal, "internal error")
             .hint("the daemon's log has the cause under this request id")
@@ -53,8 +71,10 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = status(self.code).into_response();
-        if self.code == ErrorCode::Busy {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SEC));
+        if let Some(wait) = self.retry_after {
+            // Not earlier than that: a second that has begun counts.
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         response.extensions_mut().insert(self);
         response
@@ -73,14 +93,25 @@ const fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::CommandNotExecutable
         | ErrorCode::BadWorkingDirectory => StatusCode::BAD_REQUEST,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
-        ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+        ErrorCode::Forbidden | ErrorCode::PermissionDenied => StatusCode::FORBIDDEN,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::NameTaken | ErrorCode::WrongState | ErrorCode::SnapshotUnusable => {
-            StatusCode::CONFLICT
-        }
+        ErrorCode::NameTaken
+        | ErrorCode::WrongState
+        | ErrorCode::SnapshotUnusable
+        | ErrorCode::AlreadyExists
+        | ErrorCode::NotEmpty
+        | ErrorCode::NotAFile
+        | ErrorCode::NotADirectory
+        | ErrorCode::GuestLimit
+        | ErrorCode::Attached => StatusCode::CONFLICT,
+        ErrorCode::QuotaExceeded | ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+        ErrorCode::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::BodyTooLarge | ErrorCode::OutputTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-        ErrorCode::ConnectionLost => StatusCode::BAD_GATEWAY,
+        ErrorCode::ConnectionLost | ErrorCode::PortRefused | ErrorCode::BadGateway => {
+            StatusCode::BAD_GATEWAY
+        }
         ErrorCode::NotSetUp | ErrorCode::Busy => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::BootFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }
@@ -112,14 +143,23 @@ impl From<CreateError> for ApiError {
             CreateError::Busy(busy) | CreateError::Template(TemplateError::Busy(busy)) => {
                 (*busy).into()
             }
-            CreateError::TooMuchEnvironment | CreateError::Name(_) => {
+            CreateError::Quota(quota) => quota.clone().into(),
+            CreateError::Secret(SecretError::NotFound(_)) => {
                 Self::new(ErrorCode::BadRequest, error.to_string())
+                    .hint("set it first: bhatti secret set NAME")
             }
+            CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
+                .hint("list the images: GET /images"),
+            CreateError::TooMuchEnvironment
+            | CreateError::Name(_)
+            | CreateError::FilePath(_)
+            | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
             CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
             CreateError::Boot(boot) => boot_error(boot, &error),
             CreateError::Restore(restore) => restore_error(restore),
             CreateError::Template(_)
             | CreateError::Vmm(_)
+            | CreateError::Secret(_)
             | CreateError::Unconfigured(_)
             | CreateError::Report(_)
             | CreateError::Images(_)
@@ -160,7 +200,9 @@ impl From<Busy> for ApiError {
     fn from(busy: Busy) -> Self {
         let error = Self::new(ErrorCode::Busy, busy.to_string());
         match busy {
-            Busy::InUse { .. } => error.hint("try again later, or stop or destroy a sandbox"),
+            Busy::InUse { .. } => {
+                error.hint("try again later, or stop or destroy a sandbox").retry_after(BUSY_RETRY)
+            }
             Busy::TooLarge { .. } => Self { code: ErrorCode::BadRequest, ..error }
                 .hint("ask for less memory, or raise memory_budget_mb in the configuration"),
         }
@@ -206,6 +248,7 @@ impl From<SnapshotOpError> for ApiError {
                     "choose another name, or delete it: bhatti snapshot delete {name}"
                 ))
             }
+            SnapshotOpError::Quota(quota) => quota.into(),
             SnapshotOpError::Use(error) => error.into(),
             SnapshotOpError::Save(error) => error.into(),
             SnapshotOpError::Create(error) => error.into(),
@@ -244,6 +287,81 @@ impl From<UseError> for ApiError {
     }
 }
 
+impl From<QuotaExceeded> for ApiError {
+    fn from(error: QuotaExceeded) -> Self {
+        if error.passes() {
+            Self::new(ErrorCode::QuotaExceeded, error.to_string())
+                .hint("destroy or delete one first, or ask the admin for more")
+                .retry_after(QUOTA_RETRY)
+        } else {
+            Self::new(ErrorCode::BadRequest, error.to_string())
+        }
+    }
+}
+
+impl From<EditError> for ApiError {
+    fn from(error: EditError) -> Self {
+        match error {
+            EditError::Use(error) => error.into(),
+            EditError::Change(error @ ChangeError::NameTaken(_)) => {
+                Self::new(ErrorCode::NameTaken, error.to_string())
+            }
+            EditError::Change(ChangeError::Label(error)) => Self::bad_request(&error),
+            EditError::Change(ChangeError::Store(error)) => error.into(),
+        }
+    }
+}
+
+impl From<SecretError> for ApiError {
+    fn from(error: SecretError) -> Self {
+        match error {
+            SecretError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()),
+            SecretError::Value => Self::new(ErrorCode::BadRequest, error.to_string()),
+            SecretError::Seal(_) | SecretError::Unseal { .. } | SecretError::Store(_) => {
+                Self::internal(&error)
+            }
+        }
+    }
+}
+
+impl From<TemplateInsertError> for ApiError {
+    fn from(error: TemplateInsertError) -> Self {
+        match error {
+            TemplateInsertError::NameTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string()),
+            TemplateInsertError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<PublishError> for ApiError {
+    fn from(error: PublishError) -> Self {
+        match error {
+            PublishError::AliasTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string())
+                .hint("choose another alias, or none"),
+            PublishError::Published(_) => {
+                Self::new(ErrorCode::NameTaken, error.to_string()).hint("unpublish the port first")
+            }
+            PublishError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<UserDeleteError> for ApiError {
+    fn from(error: UserDeleteError) -> Self {
+        match error {
+            UserDeleteError::Owns { .. } => Self::new(ErrorCode::WrongState, error.to_string())
+                .hint("destroy or delete them first"),
+            UserDeleteError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<getrandom::Error> for ApiError {
+    fn from(error: getrandom::Error) -> Self {
+        Self::internal(&error)
+    }
+}
+
 impl From<Denied> for ApiError {
     fn from(denied: Denied) -> Self {
         let error = Self::new(ErrorCode::WrongState, denied.to_string());
@@ -262,29 +380,10 @@ impl From<Denied> for ApiError {
 impl From<CallError> for ApiError {
     fn from(error: CallError) -> Self {
         match error {
-            CallError::Agent(start) => {
-                let code = match start.kind {
-                    ErrorKind::NotFound => ErrorCode::CommandNotFound,
-                    ErrorKind::NotExecutable => ErrorCode::CommandNotExecutable,
-                    ErrorKind::BadCwd => ErrorCode::BadWorkingDirectory,
-                    ErrorKind::BadRequest => ErrorCode::BadRequest,
-                    ErrorKind::Other => ErrorCode::Internal,
-                    ErrorKind::NoSuchUser
-                    | ErrorKind::NoSuchSession
-                    | ErrorKind::IsDirectory
-                    | ErrorKind::NotDirectory
-                    | ErrorKind::NotRegular
-                    | ErrorKind::AlreadyExists
-                    | ErrorKind::NotEmpty
-                    | ErrorKind::PermissionDenied
-                    | ErrorKind::NoSpace
-                    | ErrorKind::Limit
-                    | ErrorKind::Unauthorized => ErrorCode::BadRequest,
-                };
-                Self::new(code, start.message)
-            }
-            CallError::Refused(_) | CallError::ForwardRefused { .. } => {
-                Self::new(ErrorCode::BadRequest, error.to_string())
+            CallError::Agent(refused) => Self::new(agent_code(refused.kind), refused.message),
+            CallError::Refused(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
+            CallError::ForwardRefused { .. } => {
+                Self::new(ErrorCode::PortRefused, error.to_string())
             }
             CallError::Entropy => Self::internal(&error),
             CallError::Send(SendJsonError::Send(ref cause)) if cause.kind() == io::ErrorKind::InvalidInput => {
@@ -302,5 +401,39 @@ impl From<CallError> for ApiError {
                 Self::new(ErrorCode::ConnectionLost, Report(&error).to_string())
             }
         }
+    }
+}
+
+/// What the agent's refusal of a command is called.
+const fn agent_code(kind: ErrorKind) -> ErrorCode {
+    match kind {
+        ErrorKind::NotFound => ErrorCode::CommandNotFound,
+        ErrorKind::NotExecutable => ErrorCode::CommandNotExecutable,
+        ErrorKind::BadCwd => ErrorCode::BadWorkingDirectory,
+        ErrorKind::BadRequest | ErrorKind::NoSuchUser => ErrorCode::BadRequest,
+        ErrorKind::NoSuchSession => ErrorCode::NotFound,
+        ErrorKind::IsDirectory | ErrorKind::NotRegular => ErrorCode::NotAFile,
+        ErrorKind::NotDirectory => ErrorCode::NotADirectory,
+        ErrorKind::AlreadyExists => ErrorCode::AlreadyExists,
+        ErrorKind::NotEmpty => ErrorCode::NotEmpty,
+        ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
+        ErrorKind::NoSpace => ErrorCode::NoSpace,
+        ErrorKind::Limit => ErrorCode::GuestLimit,
+        // Our own token: the guest's agent is not the one that it should be.
+        ErrorKind::Unauthorized => ErrorCode::ConnectionLost,
+        ErrorKind::Other => ErrorCode::Internal,
+    }
+}
+
+/// The same error about a file: what is not found is no command.
+pub(crate) fn file_error(error: CallError) -> ApiError {
+    match error {
+        CallError::Agent(refused) if refused.kind == ErrorKind::NotFound => {
+            ApiError::new(ErrorCode::NotFound, refused.message)
+        }
+        CallError::Agent(refused) if refused.kind == ErrorKind::Other => {
+            ApiError::new(ErrorCode::BadRequest, refused.message)
+        }
+        error => error.into(),
     }
 }

@@ -6,9 +6,13 @@
 //! A commit survives the death of the daemon at any point. Rows describe VMs, which do not survive the machine, so commits are not
 //! flushed one by one (`synchronous = NORMAL`): a power cut may lose the last ones, never the file's soundness.
 
+mod events;
 mod migrations;
+mod publications;
 mod sandboxes;
+mod secrets;
 mod snapshots;
+mod templates;
 mod users;
 
 use std::path::{Path, PathBuf};
@@ -16,9 +20,15 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use rusqlite::Connection;
 
-pub use sandboxes::{InsertError, NewSandbox, SandboxRow};
+pub use events::{EventFilter, EventRow, NewEvent};
+pub use publications::{PublicationRow, PublishError};
+pub use sandboxes::{
+    ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow,
+};
+pub use secrets::SecretRow;
 pub use snapshots::{SnapshotInsertError, SnapshotRow};
-pub use users::{UserInsertError, UserRow};
+pub use templates::{TemplateInsertError, TemplateRow};
+pub use users::{UserDeleteError, UserInsertError, UserRow};
 
 /// The store's file in the data directory.
 pub const FILE: &str = "state.db";
@@ -83,9 +93,45 @@ impl Store {
     }
 }
 
+/// A transaction that may write: what it reads first stays true until it has written.
+fn immediate(connection: &mut Connection) -> Result<rusqlite::Transaction<'_>, StoreError> {
+    Ok(connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?)
+}
+
 /// Turns "nothing was changed" into an error: an update that hits no row is a bug or a race, never a success.
 fn changed_one(changed: usize) -> Result<(), StoreError> {
     if changed == 1 { Ok(()) } else { Err(StoreError::NoSuchRow) }
+}
+
+/// Reads what a column holds in JSON.
+fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|error| StoreError::Damaged(error.to_string()))
+}
+
+/// What a column is to hold in JSON: maps and lists of text, which always can be written.
+fn to_json(value: &impl serde::Serialize) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|error| StoreError::Damaged(error.to_string()))
+}
+
+/// What a column holds, parsed.
+fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError> {
+    result.map_err(|error| StoreError::Damaged(error.to_string()))
+}
+
+/// The names of secrets in a column.
+fn parse_secrets(text: &str) -> Result<Vec<bhatti_types::SecretName>, StoreError> {
+    let names: Vec<String> = from_json(text)?;
+    names.iter().map(|name| parsed(name.parse())).collect()
+}
+
+/// The names of secrets for a column.
+fn secrets_text(secrets: &[bhatti_types::SecretName]) -> Result<String, StoreError> {
+    to_json(&secrets.iter().map(bhatti_types::SecretName::as_str).collect::<Vec<_>>())
+}
+
+/// Whether an error says that a row of that kind is there already.
+fn is_taken(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation)
 }
 
 /// The current time as the store keeps it: RFC 3339, in UTC, to the microsecond.

@@ -6,7 +6,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 2] = [
+const STEPS: [&str; 3] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -71,6 +71,68 @@ const STEPS: [&str; 2] = [
         memory_bytes INTEGER NOT NULL,
         created_at   TEXT NOT NULL,
         UNIQUE (owner, name)
+    ) STRICT;
+",
+    // What users may have; labels, secrets, init scripts and an end of sandboxes; events; what users write down to create from; ports
+    // that are published.
+    "
+    ALTER TABLE users ADD COLUMN max_sandboxes INTEGER DEFAULT 5 CHECK (max_sandboxes >= 0);
+    ALTER TABLE users ADD COLUMN max_cpus INTEGER DEFAULT 4 CHECK (max_cpus >= 0);
+    ALTER TABLE users ADD COLUMN max_memory_mib INTEGER DEFAULT 4096 CHECK (max_memory_mib >= 0);
+    ALTER TABLE users ADD COLUMN max_snapshots INTEGER DEFAULT 5 CHECK (max_snapshots >= 0);
+    UPDATE users SET max_sandboxes = NULL, max_cpus = NULL, max_memory_mib = NULL, max_snapshots = NULL
+        WHERE id = '0000000000000000';
+
+    ALTER TABLE sandboxes ADD COLUMN labels TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(labels));
+    ALTER TABLE sandboxes ADD COLUMN secrets TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(secrets));
+    ALTER TABLE sandboxes ADD COLUMN init TEXT NOT NULL DEFAULT '';
+    ALTER TABLE sandboxes ADD COLUMN expires_at INTEGER CHECK (expires_at > 0);
+    ALTER TABLE sandboxes ADD COLUMN stopped_at TEXT;
+    ALTER TABLE sandboxes ADD COLUMN image TEXT NOT NULL DEFAULT 'minimal';
+    ALTER TABLE snapshots ADD COLUMN image TEXT NOT NULL DEFAULT 'minimal';
+    CREATE INDEX sandboxes_order ON sandboxes (owner, created_at DESC, id);
+
+    CREATE TABLE secrets (
+        owner      TEXT NOT NULL REFERENCES users (id),
+        name       TEXT NOT NULL,
+        ciphertext BLOB NOT NULL,
+        created_at TEXT NOT NULL,
+        updated_at TEXT NOT NULL,
+        PRIMARY KEY (owner, name)
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE templates (
+        id          TEXT PRIMARY KEY,
+        owner       TEXT NOT NULL REFERENCES users (id),
+        name        TEXT NOT NULL,
+        image       TEXT NOT NULL,
+        cpus        INTEGER NOT NULL CHECK (cpus > 0),
+        memory_mib  INTEGER NOT NULL CHECK (memory_mib > 0),
+        environment TEXT NOT NULL CHECK (json_valid(environment)),
+        labels      TEXT NOT NULL CHECK (json_valid(labels)),
+        secrets     TEXT NOT NULL CHECK (json_valid(secrets)),
+        init        TEXT NOT NULL,
+        created_at  TEXT NOT NULL,
+        UNIQUE (owner, name)
+    ) STRICT;
+
+    CREATE TABLE events (
+        id           INTEGER PRIMARY KEY AUTOINCREMENT,
+        at           TEXT NOT NULL,
+        kind         TEXT NOT NULL,
+        owner        TEXT NOT NULL,
+        sandbox_id   TEXT,
+        sandbox_name TEXT,
+        detail       TEXT NOT NULL CHECK (json_valid(detail))
+    ) STRICT;
+    CREATE INDEX events_owner ON events (owner, id);
+
+    CREATE TABLE publications (
+        alias      TEXT PRIMARY KEY,
+        sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
+        port       INTEGER NOT NULL CHECK (port BETWEEN 1 AND 65535),
+        created_at TEXT NOT NULL,
+        UNIQUE (sandbox_id, port)
     ) STRICT;
 ",
 ];

@@ -3,13 +3,19 @@
 use std::collections::BTreeMap;
 
 use bhatti_types::{
-    CpuCount, Environment, MemoryMib, SandboxId, SandboxName, SandboxSpec, SandboxState, UserId,
+    CpuCount, Environment, InvalidLabel, Labels, MemoryMib, QuotaExceeded, SandboxId, SandboxName,
+    SandboxSpec, SandboxState, UserId,
 };
-use rusqlite::{ErrorCode, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, changed_one, now};
+use crate::users::quota_of;
+use crate::{
+    Store, StoreError, changed_one, from_json, immediate, is_taken, now, parse_secrets, parsed,
+    secrets_text, to_json,
+};
 
-const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, identity";
+const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
+     identity, labels, secrets, init, expires_at, stopped_at, image";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +36,10 @@ pub struct SandboxRow {
     pub agent_token: String,
     /// What its guest did to become itself, in JSON.
     pub identity: Option<String>,
+    /// When it is destroyed, in seconds since 1970; never if absent.
+    pub expires_at: Option<u64>,
+    /// When it was stopped (RFC 3339), if it is.
+    pub stopped_at: Option<String>,
 }
 
 /// A sandbox to be added.
@@ -45,6 +55,28 @@ pub struct NewSandbox {
     pub origin: String,
     /// See [`SandboxRow::agent_token`].
     pub agent_token: String,
+    /// See [`SandboxRow::expires_at`].
+    pub expires_at: Option<u64>,
+}
+
+/// Which sandboxes are wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SandboxFilter {
+    /// Those with all of these labels.
+    pub labels: BTreeMap<String, String>,
+    /// Those behind this one in the list, by when it was made and its id.
+    pub after: Option<(String, String)>,
+    /// How many; all if absent.
+    pub limit: Option<u32>,
+}
+
+/// A change of what a person gave a sandbox.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SandboxChange {
+    /// Another name.
+    pub name: Option<SandboxName>,
+    /// Labels that it gets, or, without a value, loses.
+    pub labels: BTreeMap<String, Option<String>>,
 }
 
 /// A sandbox could not be added.
@@ -53,19 +85,51 @@ pub enum InsertError {
     /// Its owner has one of that name.
     #[error("sandbox `{0}` already exists")]
     NameTaken(SandboxName),
+    /// Its owner may have no more, or none so large.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
+impl From<rusqlite::Error> for InsertError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// A sandbox could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// Its owner has another of that name.
+    #[error("sandbox `{0}` already exists")]
+    NameTaken(SandboxName),
+    /// Its labels would be none.
+    #[error(transparent)]
+    Label(#[from] InvalidLabel),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for ChangeError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
 impl Store {
-    /// Adds a sandbox in the state `creating`.
+    /// Adds a sandbox in the state `creating`, within what its owner may have.
     ///
     /// # Errors
     ///
-    /// Returns [`InsertError::NameTaken`] if its owner has a sandbox of that name.
+    /// As [`admit_sandbox`](Self::admit_sandbox).
     pub fn insert_sandbox(&self, new: NewSandbox) -> Result<SandboxRow, InsertError> {
-        let NewSandbox { id, owner, spec, origin, agent_token } = new;
+        let NewSandbox { id, owner, spec, origin, agent_token, expires_at } = new;
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        admit(&transaction, owner, &spec)?;
         let row = SandboxRow {
             id,
             owner,
@@ -75,11 +139,13 @@ impl Store {
             origin,
             agent_token,
             identity: None,
+            expires_at,
+            stopped_at: None,
         };
         let (state, reason) = state_columns(row.state);
-        let inserted = self.connection.lock().execute(
+        transaction.execute(
             &format!(
-                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL)"
+                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17)"
             ),
             params![
                 row.id.to_string(),
@@ -94,15 +160,25 @@ impl Store {
                 row.spec.keep_hot,
                 row.origin,
                 row.agent_token,
+                to_json(row.spec.labels.as_map())?,
+                secrets_text(&row.spec.secrets)?,
+                row.spec.init,
+                row.expires_at,
+                row.spec.image.as_str(),
             ],
-        );
-        match inserted {
-            Ok(_) => Ok(row),
-            Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
-                Err(InsertError::NameTaken(row.spec.name))
-            }
-            Err(error) => Err(InsertError::Store(error.into())),
-        }
+        )?;
+        transaction.commit()?;
+        Ok(row)
+    }
+
+    /// Whether `owner` may have such a sandbox, before the work of making one.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`InsertError::NameTaken`] if its owner has a sandbox of that name, [`InsertError::Quota`] if it may have no more, or
+    /// none so large.
+    pub fn admit_sandbox(&self, owner: UserId, spec: &SandboxSpec) -> Result<(), InsertError> {
+        admit(&self.connection.lock(), owner, spec)
     }
 
     /// The sandbox that `owner` calls by this id or name.
@@ -139,18 +215,78 @@ impl Store {
         query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
     }
 
-    /// The sandboxes of `owner`, or of everybody, newest first.
+    /// The sandboxes of everybody, newest first.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn list_sandboxes(&self, owner: Option<UserId>) -> Result<Vec<SandboxRow>, StoreError> {
+    pub fn list_all_sandboxes(&self) -> Result<Vec<SandboxRow>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM sandboxes WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
+            "SELECT {COLUMNS} FROM sandboxes ORDER BY created_at DESC, id"
         ))?;
-        let owner = owner.map(|owner| owner.to_string());
-        query.query_map([owner], |row| Ok(read(row)))?.map(|row| row?).collect()
+        query.query_map([], |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// The sandboxes of `owner` that a filter lets through, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_sandboxes(
+        &self,
+        owner: UserId,
+        filter: &SandboxFilter,
+    ) -> Result<Vec<SandboxRow>, StoreError> {
+        let SandboxFilter { labels, after, limit } = filter;
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
+               AND (?2 IS NULL OR created_at < ?2 OR (created_at = ?2 AND id > ?3))
+               AND (?4 = '{{}}' OR NOT EXISTS (
+                   SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (
+                       SELECT 1 FROM json_each(sandboxes.labels) AS has
+                       WHERE has.key = wanted.key AND has.value = wanted.value)))
+             ORDER BY created_at DESC, id LIMIT ?5"
+        ))?;
+        let (created_at, id) = after.as_ref().map(|(at, id)| (at, id)).unzip();
+        let limit = limit.map_or(-1, i64::from);
+        let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
+        query.query_map(parameters, |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// Changes what a person gave a sandbox, all of it or nothing.
+    ///
+    /// # Errors
+    ///
+    /// Returns what would be wrong with the result.
+    pub fn change_sandbox(&self, id: SandboxId, change: SandboxChange) -> Result<(), ChangeError> {
+        let SandboxChange { name, labels } = change;
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        let text: Option<String> = transaction
+            .query_row("SELECT labels FROM sandboxes WHERE id = ?1", [id.to_string()], |row| {
+                row.get(0)
+            })
+            .optional()?;
+        let before = parse_labels(&text.ok_or(StoreError::NoSuchRow)?)?;
+        let after = before.changed(labels)?;
+        let changed = transaction.execute(
+            "UPDATE sandboxes SET labels = ?2, name = coalesce(?3, name) WHERE id = ?1",
+            params![
+                id.to_string(),
+                to_json(after.as_map())?,
+                name.as_ref().map(SandboxName::as_str)
+            ],
+        );
+        match (changed, name) {
+            (Ok(changed), _) => changed_one(changed)?,
+            (Err(error), Some(name)) if is_taken(&error) => {
+                return Err(ChangeError::NameTaken(name));
+            }
+            (Err(error), _) => return Err(error.into()),
+        }
+        Ok(transaction.commit()?)
     }
 
     /// How many sandboxes there are.
@@ -197,9 +333,11 @@ impl Store {
     pub fn set_sandbox_state(&self, id: SandboxId, state: SandboxState) -> Result<(), StoreError> {
         let (state, reason) = state_columns(state);
         let connection = self.connection.lock();
-        let mut update = connection
-            .prepare_cached("UPDATE sandboxes SET state = ?2, fail_reason = ?3 WHERE id = ?1")?;
-        changed_one(update.execute(params![id.to_string(), state, reason])?)
+        let mut update = connection.prepare_cached(
+            "UPDATE sandboxes SET state = ?2, fail_reason = ?3, stopped_at = CASE WHEN ?2 = 'stopped' THEN coalesce(stopped_at, ?4) END
+             WHERE id = ?1",
+        )?;
+        changed_one(update.execute(params![id.to_string(), state, reason, now()])?)
     }
 
     /// Forgets a sandbox.
@@ -237,11 +375,35 @@ fn parse_environment(text: &str) -> Result<Environment, StoreError> {
     let variables: Option<BTreeMap<_, _>> = text.split_terminator('\0').map(variable).collect();
     let variables =
         variables.ok_or_else(|| StoreError::Damaged("an environment without `=`".to_owned()))?;
-    Environment::try_from(variables).map_err(|error| damaged(&error))
+    parsed(Environment::try_from(variables))
 }
 
-fn damaged(error: &dyn std::error::Error) -> StoreError {
-    StoreError::Damaged(error.to_string())
+fn parse_labels(text: &str) -> Result<Labels, StoreError> {
+    parsed(Labels::try_from(from_json::<BTreeMap<_, _>>(text)?))
+}
+
+/// See [`Store::admit_sandbox`]. A name that is taken is said first: it is no matter of how many there are.
+fn admit(connection: &Connection, owner: UserId, spec: &SandboxSpec) -> Result<(), InsertError> {
+    let quota = quota_of(connection, owner)?;
+    let mut query = connection.prepare_cached(
+        "SELECT count(*), coalesce(max(name = ?2), 0) FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'",
+    )?;
+    let parameters = params![owner.to_string(), spec.name.as_str()];
+    let (used, taken): (u32, bool) =
+        query.query_row(parameters, |row| Ok((row.get(0)?, row.get(1)?)))?;
+    if taken {
+        return Err(InsertError::NameTaken(spec.name.clone()));
+    }
+    if let Some(max) = quota.cpus_per_sandbox.filter(|max| u32::from(spec.cpus.get()) > *max) {
+        return Err(QuotaExceeded::Cpus { max }.into());
+    }
+    if let Some(max) = quota.memory_mib_per_sandbox.filter(|max| spec.memory.get() > *max) {
+        return Err(QuotaExceeded::Memory { max }.into());
+    }
+    match quota.sandboxes {
+        Some(max) if used >= max => Err(QuotaExceeded::Sandboxes { used, max }.into()),
+        _ => Ok(()),
+    }
 }
 
 fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
@@ -253,36 +415,40 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         ("running", None) => SandboxState::Running,
         ("stopped", None) => SandboxState::Stopped,
         ("destroyed", None) => SandboxState::Destroyed,
-        ("failed", Some(reason)) => {
-            SandboxState::Failed(reason.parse().map_err(|error| damaged(&error))?)
-        }
+        ("failed", Some(reason)) => SandboxState::Failed(parsed(reason.parse())?),
         (state, _) => return Err(StoreError::Damaged(format!("the state `{state}`"))),
     };
     Ok(SandboxRow {
-        id: text(0)?.parse().map_err(|error| damaged(&error))?,
-        owner: text(1)?.parse().map_err(|error| damaged(&error))?,
+        id: parsed(text(0)?.parse())?,
+        owner: parsed(text(1)?.parse())?,
         spec: SandboxSpec {
-            name: text(2)?.parse().map_err(|error| damaged(&error))?,
-            cpus: CpuCount::try_from(number(5)?).map_err(|error| damaged(&error))?,
-            memory: MemoryMib::try_from(number(6)?).map_err(|error| damaged(&error))?,
+            name: parsed(text(2)?.parse())?,
+            cpus: parsed(CpuCount::try_from(number(5)?))?,
+            memory: parsed(MemoryMib::try_from(number(6)?))?,
             environment: parse_environment(&text(7)?)?,
             keep_hot: row.get(9)?,
+            labels: parse_labels(&text(13)?)?,
+            secrets: parse_secrets(&text(14)?)?,
+            init: text(15)?,
+            image: parsed(text(18)?.parse())?,
         },
         state,
         created_at: text(8)?,
         origin: text(10)?,
         agent_token: text(11)?,
         identity: row.get(12)?,
+        expires_at: row.get(16)?,
+        stopped_at: row.get(17)?,
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use bhatti_types::FailReason;
+pub(crate) mod tests {
+    use bhatti_types::{FailReason, Quota};
 
     use super::*;
 
-    fn id(number: u8) -> SandboxId {
+    pub(crate) fn id(number: u8) -> SandboxId {
         SandboxId::from_entropy([number; 8])
     }
 
@@ -295,16 +461,21 @@ mod tests {
             memory: MemoryMib::DEFAULT,
             environment: Environment::try_from(BTreeMap::from(variables)).unwrap(),
             keep_hot: true,
+            labels: Labels::try_from(BTreeMap::from([("k".to_owned(), "v".to_owned())])).unwrap(),
+            secrets: vec!["TOKEN".parse().unwrap()],
+            init: "echo hi".to_owned(),
+            image: "minimal".parse().unwrap(),
         }
     }
 
-    fn new(id: SandboxId) -> NewSandbox {
+    pub(crate) fn new(id: SandboxId) -> NewSandbox {
         NewSandbox {
             id,
             owner: UserId::ADMIN,
             spec: spec("dev"),
             origin: "template x".to_owned(),
             agent_token: "secret".to_owned(),
+            expires_at: Some(7),
         }
     }
 
@@ -347,7 +518,12 @@ mod tests {
     fn sandbox_is_found_by_id_and_name_by_its_owner_alone() {
         let (_data, store) = store();
         let other = store
-            .insert_user("other".parse().unwrap(), UserId::from_entropy([9; 8]), &[1; 32])
+            .insert_user(
+                "other".parse().unwrap(),
+                UserId::from_entropy([9; 8]),
+                &[1; 32],
+                Quota::USUAL,
+            )
             .unwrap()
             .id;
         let row = store.insert_sandbox(new(id(1))).unwrap();
@@ -356,7 +532,7 @@ mod tests {
             assert_eq!(store.find_sandbox(UserId::ADMIN, called).unwrap().as_ref(), Some(&row));
             assert_eq!(store.find_sandbox(other, called).unwrap(), None);
         }
-        assert_eq!(store.list_sandboxes(Some(other)).unwrap(), []);
+        assert_eq!(store.list_sandboxes(other, &SandboxFilter::default()).unwrap(), []);
     }
 
     #[test]
@@ -371,8 +547,90 @@ mod tests {
             SandboxState::Destroyed,
         ] {
             store.set_sandbox_state(id(1), state).unwrap();
-            assert_eq!(store.list_sandboxes(None).unwrap()[0].state, state);
+            let row = store.get_sandbox(id(1)).unwrap().unwrap();
+            assert_eq!(row.state, state);
+            assert_eq!(row.stopped_at.is_some(), state == SandboxState::Stopped);
         }
+    }
+
+    #[test]
+    fn quota_is_kept_whatever_is_asked_at_once() {
+        let (_data, store) = store();
+        let owner = UserId::from_entropy([9; 8]);
+        let quota = Quota { sandboxes: Some(3), cpus_per_sandbox: Some(2), ..Quota::USUAL };
+        store.insert_user("other".parse().unwrap(), owner, &[1; 32], quota).unwrap();
+        let make = |number: u8, cpus: u64| {
+            let mut new = NewSandbox { owner, ..new(id(number)) };
+            new.spec.name = format!("s{number}").parse().unwrap();
+            new.spec.cpus = CpuCount::try_from(cpus).unwrap();
+            store.insert_sandbox(new)
+        };
+
+        let made = std::thread::scope(|scope| {
+            let makers: Vec<_> = (0..8).map(|n| scope.spawn(move || make(n, 1).is_ok())).collect();
+            makers.into_iter().filter_map(|maker| maker.join().ok()).filter(|made| *made).count()
+        });
+
+        assert_eq!(made, 3);
+        let full = make(9, 1).unwrap_err();
+        assert!(matches!(full, InsertError::Quota(QuotaExceeded::Sandboxes { used: 3, max: 3 })));
+        let large = make(9, 3).unwrap_err();
+        assert!(matches!(large, InsertError::Quota(QuotaExceeded::Cpus { max: 2 })));
+    }
+
+    #[test]
+    fn list_is_filtered_by_labels_and_comes_in_pages() {
+        let (_data, store) = store();
+        for number in 1..=5 {
+            let mut new = new(id(number));
+            new.spec.name = format!("s{number}").parse().unwrap();
+            store.insert_sandbox(new).unwrap();
+        }
+        let change = |key: &str, value: Option<&str>| SandboxChange {
+            labels: [(key.to_owned(), value.map(str::to_owned))].into(),
+            ..SandboxChange::default()
+        };
+        store.change_sandbox(id(2), change("k", None)).unwrap();
+        store.change_sandbox(id(3), change("x", Some("y"))).unwrap();
+        let list = |labels: &[(&str, &str)], after, limit| {
+            let labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            let filter = SandboxFilter { labels, after, limit };
+            store.list_sandboxes(UserId::ADMIN, &filter).unwrap()
+        };
+        let names = |rows: &[SandboxRow]| -> Vec<String> {
+            rows.iter().map(|row| row.spec.name.to_string()).collect()
+        };
+
+        assert_eq!(names(&list(&[("k", "v")], None, None)), ["s5", "s4", "s3", "s1"]);
+        assert_eq!(names(&list(&[("k", "v"), ("x", "y")], None, None)), ["s3"]);
+        assert_eq!(names(&list(&[("k", "other")], None, None)), [""; 0]);
+        let page = list(&[], None, Some(2));
+        let after = page.last().map(|row| (row.created_at.clone(), row.id.to_string()));
+        assert_eq!(names(&page), ["s5", "s4"]);
+        assert_eq!(names(&list(&[], after, Some(2))), ["s3", "s2"]);
+    }
+
+    #[test]
+    fn change_that_is_refused_changes_nothing() {
+        let (_data, store) = store();
+        let row = store.insert_sandbox(new(id(1))).unwrap();
+        let mut other = new(id(2));
+        other.spec.name = "other".parse().unwrap();
+        store.insert_sandbox(other).unwrap();
+        let change = |name: &str, key: &str| SandboxChange {
+            name: Some(name.parse().unwrap()),
+            labels: [(key.to_owned(), Some("1".to_owned()))].into(),
+        };
+
+        let taken = store.change_sandbox(id(1), change("other", "a"));
+        assert!(matches!(taken, Err(ChangeError::NameTaken(_))));
+        let bad = store.change_sandbox(id(1), change("new", "a b"));
+        assert!(matches!(bad, Err(ChangeError::Label(_))));
+        assert_eq!(store.get_sandbox(id(1)).unwrap(), Some(row));
+
+        store.change_sandbox(id(1), change("new", "a")).unwrap();
+        let row = store.find_sandbox(UserId::ADMIN, "new").unwrap().unwrap();
+        assert_eq!(row.spec.labels.as_map().len(), 2);
     }
 
     #[test]

@@ -1,11 +1,14 @@
 //! The table of named snapshots.
 
-use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName, SnapshotName, UserId};
-use rusqlite::{ErrorCode, OptionalExtension, Row, params};
+use bhatti_types::{
+    CpuCount, ImageName, MemoryMib, QuotaExceeded, SandboxId, SandboxName, SnapshotName, UserId,
+};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, changed_one, now};
+use crate::users::quota_of;
+use crate::{Store, StoreError, changed_one, immediate, now, parsed};
 
-const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at";
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image";
 
 /// A named snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub struct SnapshotRow {
     pub is_full: bool,
     /// The pages of memory in it, in bytes.
     pub memory_bytes: u64,
+    /// The image that its disk began as.
+    pub image: ImageName,
     /// When it was taken (RFC 3339); the store sets it.
     pub created_at: String,
 }
@@ -40,6 +45,9 @@ pub enum SnapshotInsertError {
     /// Its owner has one of that name.
     #[error("snapshot `{0}` already exists")]
     NameTaken(SnapshotName),
+    /// Its owner may have no more.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -50,34 +58,47 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Returns [`SnapshotInsertError::NameTaken`] if its owner has a snapshot of that name.
+    /// Returns [`SnapshotInsertError::NameTaken`] if its owner has a snapshot of that name, [`SnapshotInsertError::Quota`] if it may have
+    /// no more.
     pub fn insert_snapshot(&self, row: SnapshotRow) -> Result<SnapshotRow, SnapshotInsertError> {
         let row = SnapshotRow { created_at: now(), ..row };
-        let inserted = self.connection.lock().execute(
-            &format!(
-                "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"
-            ),
-            params![
-                row.id.to_string(),
-                row.owner.to_string(),
-                row.name.as_str(),
-                row.sandbox_id.to_string(),
-                row.sandbox_name.as_str(),
-                row.cpus.get(),
-                row.memory.get(),
-                row.agent_token,
-                if row.is_full { "full" } else { "diff" },
-                row.memory_bytes,
-                row.created_at,
-            ],
-        );
-        match inserted {
-            Ok(_) => Ok(row),
-            Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
-                Err(SnapshotInsertError::NameTaken(row.name))
-            }
-            Err(error) => Err(SnapshotInsertError::Store(error.into())),
-        }
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        check(&transaction, row.owner, &row.name)?;
+        transaction
+            .execute(
+                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)"),
+                params![
+                    row.id.to_string(),
+                    row.owner.to_string(),
+                    row.name.as_str(),
+                    row.sandbox_id.to_string(),
+                    row.sandbox_name.as_str(),
+                    row.cpus.get(),
+                    row.memory.get(),
+                    row.agent_token,
+                    if row.is_full { "full" } else { "diff" },
+                    row.memory_bytes,
+                    row.created_at,
+                    row.image.as_str(),
+                ],
+            )
+            .map_err(StoreError::from)?;
+        transaction.commit().map_err(StoreError::from)?;
+        Ok(row)
+    }
+
+    /// Whether `owner` may have a snapshot of that name, before the work of taking one.
+    ///
+    /// # Errors
+    ///
+    /// As [`insert_snapshot`](Self::insert_snapshot).
+    pub fn admit_snapshot(
+        &self,
+        owner: UserId,
+        name: &SnapshotName,
+    ) -> Result<(), SnapshotInsertError> {
+        check(&self.connection.lock(), owner, name)
     }
 
     /// The snapshot that `owner` calls so.
@@ -123,12 +144,34 @@ impl Store {
     }
 }
 
+fn check(
+    connection: &Connection,
+    owner: UserId,
+    name: &SnapshotName,
+) -> Result<(), SnapshotInsertError> {
+    let quota = quota_of(connection, owner)?;
+    let (used, taken): (u32, bool) = connection
+        .prepare_cached(
+            "SELECT count(*), coalesce(max(name = ?2), 0) FROM snapshots WHERE owner = ?1",
+        )
+        .and_then(|mut query| {
+            query.query_row(params![owner.to_string(), name.as_str()], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
+        })
+        .map_err(StoreError::from)?;
+    if taken {
+        return Err(SnapshotInsertError::NameTaken(name.clone()));
+    }
+    match quota.snapshots {
+        Some(max) if used >= max => Err(QuotaExceeded::Snapshots { used, max }.into()),
+        _ => Ok(()),
+    }
+}
+
 fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
     let text = |index: usize| row.get::<_, String>(index);
     let number = |index: usize| row.get::<_, u64>(index);
-    fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError> {
-        result.map_err(|error| StoreError::Damaged(error.to_string()))
-    }
     Ok(SnapshotRow {
         id: parsed(text(0)?.parse())?,
         owner: parsed(text(1)?.parse())?,
@@ -141,6 +184,7 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
         is_full: text(8)? == "full",
         memory_bytes: number(9)?,
         created_at: text(10)?,
+        image: parsed(text(11)?.parse())?,
     })
 }
 
@@ -165,6 +209,7 @@ mod tests {
             is_full: true,
             memory_bytes: 4096,
             created_at: String::new(),
+            image: "minimal".parse().unwrap(),
         };
         let inserted = store.insert_snapshot(row.clone()).unwrap();
         drop(store);

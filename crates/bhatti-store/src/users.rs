@@ -1,9 +1,12 @@
 //! The table of users. Of their keys only hashes are kept.
 
-use bhatti_types::{UserId, UserName};
-use rusqlite::{ErrorCode, OptionalExtension, Row, params};
+use bhatti_types::{Quota, UserId, UserName};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, now};
+use crate::{Store, StoreError, changed_one, immediate, is_taken, now, parsed};
+
+const COLUMNS: &str =
+    "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots";
 
 /// A user as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +17,8 @@ pub struct UserRow {
     pub name: String,
     /// When it was made (RFC 3339).
     pub created_at: String,
+    /// What it may have.
+    pub quota: Quota,
 }
 
 /// A user could not be added.
@@ -27,6 +32,28 @@ pub enum UserInsertError {
     Store(#[from] StoreError),
 }
 
+/// A user could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub enum UserDeleteError {
+    /// It has something that would belong to nobody.
+    #[error("user has {count} {what}(s)")]
+    Owns {
+        /// How many.
+        count: u32,
+        /// Of what.
+        what: &'static str,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for UserDeleteError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
 impl Store {
     /// Adds a user whose key has this SHA-256.
     ///
@@ -38,17 +65,28 @@ impl Store {
         name: UserName,
         id: UserId,
         key_hash: &[u8; 32],
+        quota: Quota,
     ) -> Result<UserRow, UserInsertError> {
-        let row = UserRow { id, name: name.to_string(), created_at: now() };
+        let row = UserRow { id, name: name.to_string(), created_at: now(), quota };
+        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots } = quota;
         let inserted = self.connection.lock().execute(
-            "INSERT INTO users (id, name, api_key_hash, created_at) VALUES (?1, ?2, ?3, ?4)",
-            params![row.id.to_string(), row.name, key_hash, row.created_at],
+            &format!(
+                "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"
+            ),
+            params![
+                row.id.to_string(),
+                row.name,
+                row.created_at,
+                sandboxes,
+                cpus_per_sandbox,
+                memory_mib_per_sandbox,
+                snapshots,
+                key_hash
+            ],
         );
         match inserted {
             Ok(_) => Ok(row),
-            Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
-                Err(UserInsertError::NameTaken(name))
-            }
+            Err(error) if is_taken(&error) => Err(UserInsertError::NameTaken(name)),
             Err(error) => Err(UserInsertError::Store(error.into())),
         }
     }
@@ -64,8 +102,20 @@ impl Store {
     ) -> Result<Option<UserRow>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection
-            .prepare_cached("SELECT id, name, created_at FROM users WHERE api_key_hash = ?1")?;
+            .prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE api_key_hash = ?1"))?;
         query.query_row([key_hash], |row| Ok(read(row))).optional()?.transpose()
+    }
+
+    /// The user of that name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_user(&self, name: &str) -> Result<Option<UserRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query =
+            connection.prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE name = ?1"))?;
+        query.query_row([name], |row| Ok(read(row))).optional()?.transpose()
     }
 
     /// All users, oldest first.
@@ -76,41 +126,152 @@ impl Store {
     pub fn list_users(&self) -> Result<Vec<UserRow>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection
-            .prepare_cached("SELECT id, name, created_at FROM users ORDER BY created_at, id")?;
+            .prepare_cached(&format!("SELECT {COLUMNS} FROM users ORDER BY created_at, id"))?;
         query.query_map([], |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// Gives a user another key: the one that it had is none any more.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such user.
+    pub fn set_user_key(&self, id: UserId, key_hash: &[u8; 32]) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        let changed = connection.execute(
+            "UPDATE users SET api_key_hash = ?2 WHERE id = ?1",
+            params![id.to_string(), key_hash],
+        )?;
+        changed_one(changed)
+    }
+
+    /// Writes down what a user may have. What it has already stays.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such user.
+    pub fn set_user_quota(&self, id: UserId, quota: Quota) -> Result<(), StoreError> {
+        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots } = quota;
+        let connection = self.connection.lock();
+        let changed = connection.execute(
+            "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5 WHERE id = ?1",
+            params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots],
+        )?;
+        changed_one(changed)
+    }
+
+    /// Forgets a user that owns nothing.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`UserDeleteError::Owns`] if it owns something.
+    pub fn delete_user(&self, id: UserId) -> Result<(), UserDeleteError> {
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        for (table, what) in [
+            ("sandboxes", "sandbox"),
+            ("snapshots", "snapshot"),
+            ("secrets", "secret"),
+            ("templates", "template"),
+        ] {
+            let count: u32 = transaction.query_row(
+                &format!("SELECT count(*) FROM {table} WHERE owner = ?1"),
+                [id.to_string()],
+                |row| row.get(0),
+            )?;
+            if count > 0 {
+                return Err(UserDeleteError::Owns { count, what });
+            }
+        }
+        changed_one(transaction.execute("DELETE FROM users WHERE id = ?1", [id.to_string()])?)?;
+        Ok(transaction.commit()?)
     }
 }
 
+/// What a user may have.
+pub(crate) fn quota_of(connection: &Connection, id: UserId) -> Result<Quota, StoreError> {
+    let mut query =
+        connection.prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE id = ?1"))?;
+    let found = query.query_row([id.to_string()], quota).optional()?;
+    found.ok_or(StoreError::NoSuchRow)
+}
+
+fn quota(row: &Row<'_>) -> rusqlite::Result<Quota> {
+    Ok(Quota {
+        sandboxes: row.get(3)?,
+        cpus_per_sandbox: row.get(4)?,
+        memory_mib_per_sandbox: row.get(5)?,
+        snapshots: row.get(6)?,
+    })
+}
+
 fn read(row: &Row<'_>) -> Result<UserRow, StoreError> {
-    let id: String = row.get(0)?;
-    let id = id.parse().map_err(|error| StoreError::Damaged(format!("{error}")))?;
-    Ok(UserRow { id, name: row.get(1)?, created_at: row.get(2)? })
+    Ok(UserRow {
+        id: parsed(row.get::<_, String>(0)?.parse())?,
+        name: row.get(1)?,
+        created_at: row.get(2)?,
+        quota: quota(row)?,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn user_is_found_by_the_hash_of_its_key() {
+    fn store() -> (tempfile::TempDir, Store) {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
-        let alice = store
-            .insert_user("alice".parse().unwrap(), UserId::from_entropy([1; 8]), &[1; 32])
-            .unwrap();
+        (data, store)
+    }
 
-        assert_eq!(store.find_user_by_key_hash(&[1; 32]).unwrap(), Some(alice));
+    fn add(store: &Store, name: &str, number: u8) -> Result<UserRow, UserInsertError> {
+        let id = UserId::from_entropy([number; 8]);
+        store.insert_user(name.parse().unwrap(), id, &[number; 32], Quota::USUAL)
+    }
+
+    #[test]
+    fn user_is_found_by_the_hash_of_its_key_until_it_has_another() {
+        let (_data, store) = store();
+        let alice = add(&store, "alice", 1).unwrap();
+
+        assert_eq!(store.find_user_by_key_hash(&[1; 32]).unwrap().as_ref(), Some(&alice));
+        assert_eq!(store.find_user("alice").unwrap().as_ref(), Some(&alice));
         assert_eq!(store.find_user_by_key_hash(&[2; 32]).unwrap(), None);
+
+        store.set_user_key(alice.id, &[2; 32]).unwrap();
+        assert_eq!(store.find_user_by_key_hash(&[1; 32]).unwrap(), None);
+        assert_eq!(store.find_user_by_key_hash(&[2; 32]).unwrap(), Some(alice));
     }
 
     #[test]
     fn name_is_taken_once() {
-        let data = tempfile::tempdir().unwrap();
-        let store = Store::open(data.path()).unwrap();
+        let (_data, store) = store();
 
-        let taken =
-            store.insert_user("admin".parse().unwrap(), UserId::from_entropy([1; 8]), &[1; 32]);
+        assert!(matches!(add(&store, "admin", 1), Err(UserInsertError::NameTaken(_))));
+    }
 
-        assert!(matches!(taken, Err(UserInsertError::NameTaken(_))));
+    #[test]
+    fn quota_survives_and_can_be_changed() {
+        let (_data, store) = store();
+        let alice = add(&store, "alice", 1).unwrap();
+        let quota = Quota { sandboxes: None, snapshots: Some(0), ..Quota::USUAL };
+
+        store.set_user_quota(alice.id, quota).unwrap();
+
+        assert_eq!(store.find_user("alice").unwrap(), Some(UserRow { quota, ..alice }));
+        assert_eq!(store.find_user("admin").unwrap().unwrap().quota, Quota::default());
+    }
+
+    #[test]
+    fn user_that_owns_something_stays() {
+        let (_data, store) = store();
+        let alice = add(&store, "alice", 1).unwrap();
+        store.set_secret(alice.id, &"KEY".parse().unwrap(), b"x").unwrap();
+
+        let refused = store.delete_user(alice.id);
+        assert!(matches!(refused, Err(UserDeleteError::Owns { count: 1, what: "secret" })));
+
+        store.delete_secret(alice.id, "KEY").unwrap();
+        store.delete_user(alice.id).unwrap();
+        assert_eq!(store.find_user("alice").unwrap(), None);
     }
 }

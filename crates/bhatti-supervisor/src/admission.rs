@@ -85,6 +85,11 @@ impl Admission {
         Ok(())
     }
 
+    /// What is left, and what there is for all VMs, in MiB.
+    pub(crate) fn free_and_budget_mib(&self) -> (usize, usize) {
+        (self.free.available_permits(), self.budget_mib)
+    }
+
     /// Sets memory aside, if there is any right now.
     pub(crate) fn admit_now(&self, memory: MemoryMib) -> Option<Admitted> {
         let permit = Arc::clone(&self.free).try_acquire_many_owned(memory.get() + VMM_MIB);

@@ -1,17 +1,20 @@
 //! Creating a sandbox: by forking a template, or something that was saved, or by booting.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bhatti_agent::CallError;
 use bhatti_engine::{BootError, RestoreError, Vm, VmSpec, VmmError};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
-use bhatti_proto::{Applied, IdentityReport};
+use bhatti_proto::{Applied, ConfigFile, IdentityReport, PAYLOAD_BYTES_MAX};
 use bhatti_store::{InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
-    CpuCount, Environment, MemoryMib, ParseNameError, Report, SandboxId, SandboxName, SandboxSpec,
-    SandboxState, UserId,
+    CpuCount, Environment, ImageName, Labels, MemoryMib, ParseNameError, QuotaExceeded, Report,
+    SandboxId, SandboxName, SandboxSpec, SandboxState, SecretName, UserId,
 };
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
@@ -20,7 +23,8 @@ use tracing::{error, info, warn};
 use crate::access::Running;
 use crate::admission::Busy;
 use crate::driver::{Driver, directory};
-use crate::identity::{self, random, random_hex};
+use crate::identity::{self, Extras, random, random_hex};
+use crate::secrets::{self, SecretError};
 use crate::spares::{self, Spare, Stage};
 use crate::steps::Step;
 use crate::templates::{Recipe, Template, TemplateError};
@@ -28,6 +32,9 @@ use crate::{Shared, Supervisor};
 
 /// How long a guest that runs may take to be told who it is.
 const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
+
+/// The most that a guest is told at once, in bytes: one frame, and what else its identity has in it.
+const GUEST_CONFIG_BYTES_MAX: usize = PAYLOAD_BYTES_MAX - 1024;
 
 /// The error of a new sandbox's clock that is put up with.
 const CLOCK_EXACT: Duration = Duration::from_millis(10);
@@ -47,6 +54,44 @@ pub struct SandboxRequest {
     pub keep_hot: bool,
     /// Whether it boots, rather than being forked from a template.
     pub cold_boot: bool,
+    /// Its labels.
+    pub labels: Labels,
+    /// The secrets that are variables of its environment.
+    pub secrets: Vec<SecretName>,
+    /// A script that runs when it is up; none if empty.
+    pub init: String,
+    /// The image that its disk begins as; the usual one if absent.
+    pub image: Option<ImageName>,
+    /// Files that are put into it.
+    pub files: Vec<FileRequest>,
+    /// How long it lives; for ever if absent.
+    pub lifetime: Option<Duration>,
+}
+
+/// A file that is put into a sandbox.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileRequest {
+    /// Where: an absolute path.
+    pub path: String,
+    /// What.
+    pub content: Vec<u8>,
+    /// Its permission bits in octal; 0644 if empty.
+    pub mode: String,
+}
+
+/// A sandbox that is to be.
+pub(crate) struct New {
+    pub(crate) owner: UserId,
+    pub(crate) spec: SandboxSpec,
+    pub(crate) files: BTreeMap<String, ConfigFile>,
+    pub(crate) expires_at: Option<u64>,
+}
+
+impl New {
+    /// One without files that lives for ever.
+    pub(crate) const fn of(owner: UserId, spec: SandboxSpec) -> Self {
+        Self { owner, spec, files: BTreeMap::new(), expires_at: None }
+    }
 }
 
 /// A sandbox could not be created. Nothing of it is left.
@@ -55,6 +100,26 @@ pub enum CreateError {
     /// Its owner has one of that name.
     #[error("sandbox `{0}` already exists")]
     NameTaken(SandboxName),
+    /// Its owner may have no more, or none so large.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
+    /// There is no such image.
+    #[error("image `{0}` not found")]
+    NoSuchImage(ImageName),
+    /// It cannot have one of its secrets.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// A file that is put into it has no absolute path.
+    #[error("`{0}` is no absolute path of a file")]
+    FilePath(String),
+    /// What its guest is told does not fit one message.
+    #[error(
+        "environment, secrets, files and init script have {bytes} bytes together; at most {GUEST_CONFIG_BYTES_MAX} fit"
+    )]
+    TooMuch {
+        /// Their length, encoded.
+        bytes: usize,
+    },
     /// What it boots from is not there.
     #[error(transparent)]
     Images(#[from] bhatti_image::StoreError),
@@ -100,6 +165,7 @@ impl From<InsertError> for CreateError {
     fn from(error: InsertError) -> Self {
         match error {
             InsertError::NameTaken(name) => Self::NameTaken(name),
+            InsertError::Quota(quota) => Self::Quota(quota),
             InsertError::Store(error) => Self::Store(error),
         }
     }
@@ -149,15 +215,23 @@ impl Supervisor {
         request: SandboxRequest,
     ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
-        // Before there is a row: what is not set up at all needs none.
-        let files = boot_files(shared).await?;
         let spec = SandboxSpec {
             name: request.name.map_or_else(made_up_name, Ok)?,
             cpus: request.cpus.unwrap_or(CpuCount::ONE),
             memory: request.memory.unwrap_or(MemoryMib::DEFAULT),
             environment: request.environment,
             keep_hot: request.keep_hot,
+            labels: request.labels,
+            secrets: request.secrets,
+            init: request.init,
+            image: request.image.map_or_else(usual_image, Ok)?,
         };
+        // Before there is a row: what is not allowed, or not set up at all, needs none.
+        shared.store.admit_sandbox(owner, &spec)?;
+        secrets::read(shared, owner, &spec.secrets)?;
+        let files = boot_files(shared, &spec.image).await?;
+        let expires_at = request.lifetime.map(unix_seconds_after);
+        let guest_files = guest_files(request.files)?;
         let beginning = if request.cold_boot {
             Beginning::Boot(files)
         } else {
@@ -166,7 +240,7 @@ impl Supervisor {
             let spare = shared.spares.take(&template);
             Beginning::Template { recipe, template, spare }
         };
-        self.create_from(owner, spec, beginning).await
+        self.create_from(New { owner, spec, files: guest_files, expires_at }, beginning).await
     }
 
     /// Makes the template of sandboxes that ask for nothing in particular, unless it is there.
@@ -176,7 +250,7 @@ impl Supervisor {
     /// Returns the step that failed.
     pub async fn warm_up(&self) -> Result<(), CreateError> {
         let shared = &self.shared;
-        let files = boot_files(shared).await?;
+        let files = boot_files(shared, &usual_image()?).await?;
         let recipe = Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
         let template = shared.templates.get(shared, &recipe).await?;
         shared.spares.fill(shared, &template, recipe.memory).await;
@@ -186,7 +260,8 @@ impl Supervisor {
     /// Starts what is kept ready, if there is a template to start it from.
     pub async fn get_ready(&self) {
         let shared = &self.shared;
-        let Ok(files) = boot_files(shared).await else { return };
+        let Ok(image) = usual_image() else { return };
+        let Ok(files) = boot_files(shared, &image).await else { return };
         let recipe = Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
         if let Some(template) = shared.templates.find(shared, &recipe) {
             shared.spares.fill(shared, &template, recipe.memory).await;
@@ -195,17 +270,19 @@ impl Supervisor {
 
     pub(crate) async fn create_from(
         &self,
-        owner: UserId,
-        spec: SandboxSpec,
+        New { owner, spec, files, expires_at }: New,
         beginning: Beginning,
     ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
+        let began = Instant::now();
+        let secrets = secrets::read(shared, owner, &spec.secrets)?;
+        let extras = Extras { secrets, files };
         let id = match beginning.id() {
             Some(id) => id,
             None => SandboxId::from_entropy(random()?),
         };
         let (origin, agent_token) = (beginning.origin(), random_hex()?);
-        let new = NewSandbox { id, owner, spec, origin, agent_token };
+        let new = NewSandbox { id, owner, spec, origin, agent_token, expires_at };
         let row = match shared.store.insert_sandbox(new) {
             Ok(row) => row,
             Err(error) => {
@@ -221,8 +298,9 @@ impl Supervisor {
         let shared = Arc::clone(shared);
         // In a task of its own: the caller may go away, the sandbox is to be up or gone all the same.
         tokio::spawn(async move {
-            match bring_up(&shared, &driver, &row, beginning).await {
+            match bring_up(&shared, &driver, &row, &extras, beginning).await {
                 Ok(identity) => {
+                    announce(&shared, &row, began);
                     let row = SandboxRow { state: SandboxState::Running, identity, ..row };
                     drop(reply.send(Ok(row)));
                     driver.run().await;
@@ -241,12 +319,56 @@ pub(crate) fn made_up_name() -> Result<SandboxName, CreateError> {
     Ok(format!("sandbox-{a:02x}{b:02x}{c:02x}").parse()?)
 }
 
-pub(crate) async fn boot_files(shared: &Arc<Shared>) -> Result<BootFiles, CreateError> {
-    let shared = Arc::clone(shared);
+/// The image of sandboxes that ask for none.
+pub(crate) fn usual_image() -> Result<ImageName, CreateError> {
+    Ok(DEFAULT_IMAGE.parse()?)
+}
+
+pub(crate) async fn boot_files(
+    shared: &Arc<Shared>,
+    image: &ImageName,
+) -> Result<BootFiles, CreateError> {
+    let (shared, name) = (Arc::clone(shared), image.clone());
     let found = tokio::task::spawn_blocking(move || {
-        shared.config.images.boot_files(DEFAULT_IMAGE, &shared.config.lohar)
+        let images = &shared.config.images;
+        if name.as_str() != DEFAULT_IMAGE
+            && !images.images()?.iter().any(|image| image == name.as_str())
+        {
+            return Ok(None);
+        }
+        images.boot_files(name.as_str(), &shared.config.lohar).map(Some)
     });
-    Ok(found.await.map_err(|_| CreateError::Interrupted)??)
+    let files = found.await.map_err(|_| CreateError::Interrupted)??;
+    files.ok_or_else(|| CreateError::NoSuchImage(image.clone()))
+}
+
+/// The first second since 1970 that begins when `time` is over.
+fn unix_seconds_after(time: Duration) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let then = now.saturating_add(time);
+    then.as_secs() + u64::from(then.subsec_nanos() > 0)
+}
+
+/// Files as the guest is told them.
+fn guest_files(files: Vec<FileRequest>) -> Result<BTreeMap<String, ConfigFile>, CreateError> {
+    let file = |FileRequest { path, content, mode }: FileRequest| {
+        let is_file = path.starts_with('/') && !path.ends_with('/') && !path.contains('\0');
+        if !is_file || path.split('/').any(|part| part == "..") {
+            return Err(CreateError::FilePath(path));
+        }
+        Ok((path, ConfigFile { content: STANDARD.encode(content), mode }))
+    };
+    files.into_iter().map(file).collect()
+}
+
+fn announce(shared: &Shared, row: &SandboxRow, began: Instant) {
+    let took = began.elapsed();
+    shared.metrics.created(&row.origin, took);
+    let create_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    info!(sandbox = %row.id, name = %row.spec.name, origin = row.origin, create_ms, "Sandbox created");
+    let sandbox = Some((row.id, row.spec.name.to_string()));
+    let detail = serde_json::json!({ "origin": row.origin, "create_ms": create_ms });
+    shared.events.record("sandbox.created", row.owner, sandbox, detail);
 }
 
 /// Takes away what there is of a sandbox that did not come up.
@@ -266,17 +388,21 @@ async fn bring_up(
     shared: &Arc<Shared>,
     driver: &Driver,
     row: &SandboxRow,
+    extras: &Extras,
     beginning: Beginning,
 ) -> Result<Option<String>, CreateError> {
-    let began = Instant::now();
-    let report = match beginning {
+    let bytes = serde_json::to_vec(&identity::config(row, extras))?.len();
+    if bytes > GUEST_CONFIG_BYTES_MAX {
+        return Err(CreateError::TooMuch { bytes });
+    }
+    Ok(match beginning {
         Beginning::Boot(files) => {
-            boot(shared, driver, row, files).await?;
+            boot(shared, driver, row, extras, files).await?;
             None
         }
         Beginning::Template { recipe, template, spare } => {
             let running = fork_template(shared, row, &recipe, &template, spare).await?;
-            let report = settle(driver, row, running).await?;
+            let report = settle(driver, row, extras, running).await?;
             let shared = Arc::clone(shared);
             tokio::spawn(
                 async move { shared.spares.fill(&shared, &template, recipe.memory).await },
@@ -286,12 +412,9 @@ async fn bring_up(
         Beginning::Saved { snapshot, token, .. } => {
             let admitted = shared.admit(row.spec.memory).await?;
             let vm = spares::stage(shared, row.id, &snapshot).await?.load().await?;
-            Some(settle(driver, row, Running::new(vm, &token, admitted)).await?)
+            Some(settle(driver, row, extras, Running::new(vm, &token, admitted)).await?)
         }
-    };
-    let create_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(sandbox = %row.id, name = %row.spec.name, origin = row.origin, create_ms, "Sandbox created");
-    Ok(report)
+    })
 }
 
 /// Makes a paused VM from a template. One that cannot be used, however that came, is made anew once.
@@ -342,6 +465,7 @@ async fn restore(
 async fn settle(
     driver: &Driver,
     row: &SandboxRow,
+    extras: &Extras,
     running: Running,
 ) -> Result<String, CreateError> {
     running.vm.resume().await?;
@@ -350,7 +474,7 @@ async fn settle(
     let assumed = timeout(CONFIGURE_LIMIT, async {
         running.agent.reach().await?;
         // Only now: the time in it is the time when it arrives.
-        let identity = identity::identity(row).map_err(|_| CallError::Entropy)?;
+        let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
         running.agent.assume_identity(&identity).await
     });
     let report = assumed
@@ -405,6 +529,7 @@ async fn boot(
     shared: &Arc<Shared>,
     driver: &Driver,
     row: &SandboxRow,
+    extras: &Extras,
     files: BootFiles,
 ) -> Result<(), CreateError> {
     let admitted = shared.admit(row.spec.memory).await?;
@@ -423,7 +548,7 @@ async fn boot(
     let vm = shared.engine.boot(&vm_spec).await?;
     let running = Running::new(vm, "", admitted);
     let configured =
-        timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row))).await;
+        timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row, extras))).await;
     configured
         .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
         .map_err(CreateError::Unconfigured)?;

@@ -12,21 +12,27 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{
     BootError, MemoryKind, RemoveError, RestoreError, SnapshotError, SnapshotInfo, VmmError,
 };
 use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::{Denied, FailReason, MemoryMib, Report, SandboxId, SandboxState, Thermal};
+use bhatti_types::{
+    Denied, FailReason, MemoryMib, Report, SandboxId, SandboxState, Thermal, UserId,
+};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Duration, sleep_until};
+use tokio::time::{Duration, sleep, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::Shared;
 use crate::access::{Access, Entry, Lease, Running};
 use crate::admission::Busy;
 use crate::steps::Step;
+
+/// How often the wall clock is looked at by who waits for a time of it.
+const CLOCK_LOOK: Duration = Duration::from_secs(60);
 
 /// Requests that may wait for a driver.
 const REQUEST_QUEUE: usize = 16;
@@ -134,6 +140,7 @@ enum Event {
     Request(Request),
     VmmEnded,
     Deadline,
+    Expired,
     Changed,
 }
 
@@ -180,6 +187,8 @@ impl Handle {
 /// Drives one sandbox.
 pub(crate) struct Driver {
     pub(crate) id: SandboxId,
+    pub(crate) owner: UserId,
+    expires_at: Option<u64>,
     pub(crate) memory: MemoryMib,
     pub(crate) token: String,
     pub(crate) shared: Arc<Shared>,
@@ -195,6 +204,8 @@ impl Driver {
         shared.registry.insert(row.id, Handle { requests, access: Arc::clone(&access) });
         Self {
             id: row.id,
+            owner: row.owner,
+            expires_at: row.expires_at,
             memory: row.spec.memory,
             token: row.agent_token.clone(),
             shared: Arc::clone(shared),
@@ -258,6 +269,7 @@ impl Driver {
             request = self.requests.recv() => request.map(Event::Request),
             () = ended => Some(Event::VmmEnded),
             () = deadline => Some(Event::Deadline),
+            () = until(self.expires_at) => Some(Event::Expired),
             () = self.access.changed.notified() => Some(Event::Changed),
         }
     }
@@ -267,6 +279,7 @@ impl Driver {
             Event::VmmEnded => self.vmm_ended(),
             Event::Deadline => self.cool().await,
             Event::Changed => {}
+            Event::Expired => self.expire().await,
             Event::Request(request) => self.serve(request).await,
         }
     }
@@ -296,6 +309,21 @@ impl Driver {
         }
     }
 
+    /// Records something that happened to the sandbox.
+    pub(crate) fn record(&self, kind: &'static str, detail: serde_json::Value) {
+        let row = self.shared.store.get_sandbox(self.id);
+        let name = row.ok().flatten().map_or_else(String::new, |row| row.spec.name.to_string());
+        self.shared.events.record(kind, self.owner, Some((self.id, name)), detail);
+    }
+
+    /// The sandbox's time is over.
+    async fn expire(&self) {
+        self.record("sandbox.expired", serde_json::json!({}));
+        if let Err(error) = self.destroy().await {
+            error!(sandbox = %self.id, error = %Report(&error), "Failed to destroy a sandbox whose time was over");
+        }
+    }
+
     /// The sandbox is not what it was, and nobody asked for it.
     pub(crate) fn fail(&self, reason: FailReason) {
         let console =
@@ -307,6 +335,7 @@ impl Driver {
         }
         self.access.set_state(state);
         self.access.set_vm(None, Thermal::Cold);
+        self.record("sandbox.failed", serde_json::json!({ "reason": reason.to_string() }));
     }
 
     async fn destroy(&self) -> Result<(), DestroyError> {
@@ -326,9 +355,20 @@ impl Driver {
             .await
             .map_err(DestroyError::Remove)?;
         self.reached(Step::Removed).await;
+        self.record("sandbox.destroyed", serde_json::json!({}));
         self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
         info!(sandbox = %self.id, "Sandbox destroyed");
         Ok(())
+    }
+}
+
+/// Waits until a time in seconds since 1970; for ever without one.
+async fn until(unix_seconds: Option<u64>) {
+    let Some(at) = unix_seconds else { return std::future::pending().await };
+    let at = UNIX_EPOCH + Duration::from_secs(at);
+    // The wall clock may be set in between: it is looked at again now and then.
+    while let Ok(left) = at.duration_since(SystemTime::now()) {
+        sleep(left.min(CLOCK_LOOK)).await;
     }
 }
 

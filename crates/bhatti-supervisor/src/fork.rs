@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
 use bhatti_store::SandboxRow;
-use bhatti_types::{Environment, Report, SandboxName, SandboxSpec, UserId};
+use bhatti_types::{Environment, Labels, Report, SandboxName, SandboxSpec, SecretName, UserId};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use crate::create::{Beginning, CreateError};
+use crate::create::{Beginning, CreateError, New};
 use crate::driver::{Request, TransitionError};
 use crate::identity::random_hex;
 use crate::steps::{self, Step};
@@ -34,6 +34,10 @@ pub struct ForkRequest {
     pub environment: Environment,
     /// Whether the parent's environment is theirs too.
     pub inherit_environment: bool,
+    /// Their labels.
+    pub labels: Labels,
+    /// Their secrets. The parent's are never theirs unless named here.
+    pub secrets: Vec<SecretName>,
 }
 
 /// Forks that were made.
@@ -109,6 +113,10 @@ impl Supervisor {
             warn!(path = %snapshot.display(), %error, "Failed to remove what forks were made from");
         }
         let sandboxes = made?;
+        self.shared.metrics.fork_pause.observe(saved.paused.as_secs_f64());
+        let sandbox = Some((parent.id, parent.spec.name.to_string()));
+        let forks: Vec<String> = sandboxes.iter().map(|fork| fork.id.to_string()).collect();
+        self.record("sandbox.forked", owner, sandbox, serde_json::json!({ "forks": forks }));
         let pause_ms = u64::try_from(saved.paused.as_millis()).unwrap_or(u64::MAX);
         info!(sandbox = %parent.id, count, pause_ms, memory_bytes = saved.info.memory_bytes, "Sandbox forked");
         Ok(Forked { sandboxes, snapshot: saved.info, paused: saved.paused })
@@ -136,7 +144,7 @@ impl Supervisor {
             let (supervisor, turns) = (self.clone(), Arc::clone(&turns));
             forks.spawn(async move {
                 let _turn = turns.acquire_owned().await;
-                supervisor.create_from(owner, spec, beginning).await
+                supervisor.create_from(New::of(owner, spec), beginning).await
             });
         }
         let (mut made, mut failed) = (Vec::new(), None);
@@ -190,5 +198,9 @@ fn fork_spec(
         memory: parent.spec.memory,
         environment,
         keep_hot: false,
+        labels: request.labels.clone(),
+        secrets: request.secrets.clone(),
+        init: parent.spec.init.clone(),
+        image: parent.spec.image.clone(),
     })
 }

@@ -1,10 +1,11 @@
 //! Who a guest is.
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use bhatti_proto::{GuestConfig, Identity, Woken};
+use bhatti_proto::{ConfigFile, GuestConfig, Identity, Woken};
 use bhatti_store::SandboxRow;
 
 /// What a guest's random number generator gets from the host, in bytes.
@@ -22,24 +23,37 @@ pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
     Ok(format!("{:032x}", u128::from_ne_bytes(random()?)))
 }
 
-/// What a sandbox's guest is to be.
-pub(crate) fn config(row: &SandboxRow) -> GuestConfig {
+/// What a guest gets that is in no row.
+#[derive(Default)]
+pub(crate) struct Extras {
+    /// The values of its secrets, which are variables of its environment.
+    pub(crate) secrets: BTreeMap<String, String>,
+    /// Files, by path.
+    pub(crate) files: BTreeMap<String, ConfigFile>,
+}
+
+/// What a sandbox's guest is to be. A variable that was asked for by value wins over a secret of its name.
+pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
+    let mut env = extras.secrets.clone();
+    env.extend(row.spec.environment.as_map().clone());
     GuestConfig {
         sandbox_id: row.id.to_string(),
         hostname: row.spec.name.to_string(),
         token: row.agent_token.clone(),
-        env: row.spec.environment.as_map().clone(),
+        env,
+        files: extras.files.clone(),
+        init: row.spec.init.clone(),
         ..GuestConfig::default()
     }
 }
 
 /// Makes a restored guest this sandbox's own.
-pub(crate) fn identity(row: &SandboxRow) -> Result<Identity, getrandom::Error> {
+pub(crate) fn identity(row: &SandboxRow, extras: &Extras) -> Result<Identity, getrandom::Error> {
     Ok(Identity {
         entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
         wall_clock_ns: wall_clock_ns(),
         machine_id: random_hex()?,
-        config: config(row),
+        config: config(row, extras),
         rehearsal: false,
     })
 }

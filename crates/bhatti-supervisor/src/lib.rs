@@ -8,10 +8,13 @@ mod access;
 mod admission;
 mod create;
 mod driver;
+mod events;
 mod fork;
 mod identity;
+mod metrics;
 mod recover;
 mod registry;
+mod secrets;
 mod snapshots;
 mod spares;
 mod steps;
@@ -23,28 +26,33 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_agent::{CallError, ExecInput, ExecOutput};
+use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
 use bhatti_engine::{Capabilities, Engine};
 use bhatti_image::ImageStore;
 use bhatti_proto::ExecRequest;
-use bhatti_store::{SandboxRow, Store, StoreError};
+use bhatti_secret::SecretKey;
+use bhatti_store::{ChangeError, SandboxChange, SandboxFilter, SandboxRow, Store, StoreError};
 use bhatti_types::{Denied, MemoryMib, Report, SandboxName, Thermal, UserId};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::warn;
 
 pub use admission::Busy;
-pub use create::{CreateError, SandboxRequest};
+pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use driver::{DestroyError, TransitionError};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use recover::RecoverError;
+pub use secrets::SecretError;
 pub use snapshots::{ResumeRequest, SnapshotOpError};
 pub use steps::{Fault, Step, UnknownStep};
 pub use templates::TemplateError;
 
+use access::Lease;
 use admission::{Admission, Admitted};
 use driver::{Handle, Request};
+use events::Events;
+use metrics::Metrics;
 use registry::Registry;
 use spares::Spares;
 use templates::Templates;
@@ -80,6 +88,8 @@ pub struct Config {
     pub ready_forks: usize,
     /// The memory of all sandboxes that have a process, in MiB.
     pub memory_budget_mib: usize,
+    /// What secrets are unreadable without.
+    pub secret_key: SecretKey,
     /// When sandboxes cool.
     pub thermal: ThermalConfig,
     /// For tests: what goes wrong, and when.
@@ -109,6 +119,8 @@ pub(crate) struct Shared {
     pub(crate) admission: Admission,
     pub(crate) templates: Templates,
     pub(crate) spares: Spares,
+    pub(crate) events: Events,
+    pub(crate) metrics: Metrics,
 }
 
 impl Shared {
@@ -123,6 +135,26 @@ impl Shared {
         let make_room = || self.registry.for_each(Handle::ask_for_memory);
         self.admission.admit(memory, make_room).await
     }
+}
+
+/// Somebody uses a sandbox, for as long as this lives.
+pub struct SandboxUse {
+    /// Asks its agent.
+    pub agent: AgentClient,
+    /// Its id.
+    pub id: bhatti_types::SandboxId,
+    _lease: Lease,
+}
+
+/// A sandbox could not be edited. It is what it was.
+#[derive(Debug, thiserror::Error)]
+pub enum EditError {
+    /// There is no such sandbox.
+    #[error(transparent)]
+    Use(#[from] UseError),
+    /// What it would be cannot be.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
 }
 
 /// A sandbox could not be used.
@@ -155,6 +187,7 @@ impl Supervisor {
         let admission = Admission::new(config.memory_budget_mib);
         let templates = Templates::new(config.templates_dir.clone(), config.templates_bytes);
         let (registry, spares) = (Registry::default(), Spares::default());
+        let events = Events::new(Arc::clone(&store));
         Self {
             shared: Arc::new(Shared {
                 config,
@@ -164,6 +197,8 @@ impl Supervisor {
                 admission,
                 templates,
                 spares,
+                events,
+                metrics: Metrics::new(),
             }),
         }
     }
@@ -184,13 +219,47 @@ impl Supervisor {
         row.ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))
     }
 
-    /// The sandboxes of `owner`, newest first.
+    /// The sandboxes of `owner` that a filter lets through, newest first.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn list(&self, owner: UserId) -> Result<Vec<SandboxRow>, StoreError> {
-        self.shared.store.list_sandboxes(Some(owner))
+    pub fn list(
+        &self,
+        owner: UserId,
+        filter: &SandboxFilter,
+    ) -> Result<Vec<SandboxRow>, StoreError> {
+        self.shared.store.list_sandboxes(owner, filter)
+    }
+
+    /// Gives a sandbox another name or other labels. Its host name stays.
+    ///
+    /// # Errors
+    ///
+    /// Returns what would be wrong with the result.
+    pub fn edit(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+        change: SandboxChange,
+    ) -> Result<SandboxRow, EditError> {
+        let row = self.find(owner, id_or_name)?;
+        self.shared.store.change_sandbox(row.id, change)?;
+        let row = self.find(owner, &row.id.to_string())?;
+        let sandbox = Some((row.id, row.spec.name.to_string()));
+        self.record("sandbox.changed", owner, sandbox, serde_json::json!({}));
+        Ok(row)
+    }
+
+    /// Uses a sandbox: wakes it if it sleeps, and keeps it hot for as long as the use lives.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such sandbox or it cannot be used.
+    pub async fn enter(&self, owner: UserId, id_or_name: &str) -> Result<SandboxUse, UseError> {
+        let row = self.find(owner, id_or_name)?;
+        let (agent, lease) = self.handle(&row, id_or_name)?.enter().await?;
+        Ok(SandboxUse { agent, id: row.id, _lease: lease })
     }
 
     /// How many sandboxes all users have.
@@ -213,11 +282,12 @@ impl Supervisor {
         id_or_name: &str,
         request: ExecRequest,
     ) -> Result<(ExecInput, ExecOutput), UseError> {
-        let row = self.find(owner, id_or_name)?;
-        let (agent, lease) = self.handle(&row, id_or_name)?.enter().await?;
-        let (input, mut output) = agent.exec(request).await?;
+        let began = Instant::now();
+        let used = self.enter(owner, id_or_name).await?;
+        let (input, mut output) = used.agent.exec(request).await?;
         output.started(START_LIMIT).await?;
-        Ok((input, output.holding(lease)))
+        self.shared.metrics.exec_start.observe(began.elapsed().as_secs_f64());
+        Ok((input, output.holding(used)))
     }
 
     /// Pauses a sandbox until somebody uses it. Does nothing to one that sleeps.

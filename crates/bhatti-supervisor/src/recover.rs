@@ -47,7 +47,7 @@ impl Supervisor {
     ///
     /// Returns an error if the store or a directory cannot be read. A sandbox that makes trouble of its own is reported and left.
     pub async fn recover(&self) -> Result<(), RecoverError> {
-        let rows = self.shared.store.list_sandboxes(None)?;
+        let rows = self.shared.store.list_all_sandboxes()?;
         self.look_at_unknown_directories(&rows).await.map_err(RecoverError::List)?;
         let named = self.shared.store.list_snapshots(None)?.into_iter().map(|row| row.id).collect();
         self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
@@ -106,7 +106,10 @@ impl Supervisor {
                 warn!(sandbox = %row.id, error = %Report(&error), "Could not take up a sandbox");
                 let failed = SandboxState::Failed(reason);
                 self.shared.store.set_sandbox_state(row.id, failed)?;
-                Driver::register(&self.shared, row, failed)
+                let driver = Driver::register(&self.shared, row, failed);
+                driver
+                    .record("sandbox.failed", serde_json::json!({ "reason": reason.to_string() }));
+                driver
             }
         };
         let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use bhatti_engine::MemoryKind;
 use bhatti_store::{SandboxRow, SnapshotInsertError, SnapshotRow, StoreError};
 use bhatti_types::{
-    Environment, Report, SandboxId, SandboxName, SandboxSpec, SnapshotName, UserId,
+    Environment, Labels, QuotaExceeded, Report, SandboxId, SandboxName, SandboxSpec, SecretName,
+    SnapshotName, UserId,
 };
 use tracing::{info, warn};
 
-use crate::create::{Beginning, CreateError, made_up_name};
+use crate::create::{Beginning, CreateError, New, made_up_name};
 use crate::driver::{Request, TransitionError};
 use crate::identity::random;
 use crate::steps::{self, Step};
@@ -28,6 +29,10 @@ pub struct ResumeRequest {
     pub environment: Environment,
     /// Whether it stays hot.
     pub keep_hot: bool,
+    /// Its labels.
+    pub labels: Labels,
+    /// Its secrets.
+    pub secrets: Vec<SecretName>,
 }
 
 /// Something could not be done with a snapshot. Everything is as it was.
@@ -39,6 +44,9 @@ pub enum SnapshotOpError {
     /// Its owner has one of that name.
     #[error("snapshot `{0}` already exists")]
     NameTaken(SnapshotName),
+    /// Its owner may have no more.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// There is no such sandbox to save.
     #[error(transparent)]
     Use(#[from] UseError),
@@ -57,6 +65,16 @@ pub enum SnapshotOpError {
     /// Its files could not be removed.
     #[error("failed to remove the snapshot's files")]
     Remove(#[source] io::Error),
+}
+
+impl From<SnapshotInsertError> for SnapshotOpError {
+    fn from(error: SnapshotInsertError) -> Self {
+        match error {
+            SnapshotInsertError::NameTaken(name) => Self::NameTaken(name),
+            SnapshotInsertError::Quota(quota) => Self::Quota(quota),
+            SnapshotInsertError::Store(error) => Self::Store(error),
+        }
+    }
 }
 
 impl Supervisor {
@@ -88,9 +106,7 @@ impl Supervisor {
     ) -> Result<SnapshotRow, SnapshotOpError> {
         let shared = &self.shared;
         let row = self.find(owner, sandbox)?;
-        if shared.store.find_snapshot(owner, name.as_str())?.is_some() {
-            return Err(SnapshotOpError::NameTaken(name));
-        }
+        shared.store.admit_snapshot(owner, &name)?;
         let id = SandboxId::from_entropy(random().map_err(CreateError::Entropy)?);
         // Its own name when it is in its row: see `recover`.
         let directory = shared.config.snapshots_dir.join(format!("{SAVING}{id}"));
@@ -109,6 +125,7 @@ impl Supervisor {
             agent_token: row.agent_token,
             is_full: saved.info.memory == MemoryKind::Full,
             memory_bytes: saved.info.memory_bytes,
+            image: row.spec.image,
             created_at: String::new(),
         };
         match shared.store.insert_snapshot(snapshot) {
@@ -116,16 +133,17 @@ impl Supervisor {
                 let place = self.snapshot_directory(id);
                 tokio::fs::rename(&directory, place).await.map_err(SnapshotOpError::Place)?;
                 info!(snapshot = %snapshot.name, sandbox = %snapshot.sandbox_id, memory_bytes = snapshot.memory_bytes, "Sandbox saved under a name");
+                shared.metrics.fork_pause.observe(saved.paused.as_secs_f64());
+                let sandbox = Some((snapshot.sandbox_id, snapshot.sandbox_name.to_string()));
+                let detail = serde_json::json!({ "snapshot": snapshot.name.as_str() });
+                self.record("snapshot.created", owner, sandbox, detail);
                 Ok(snapshot)
             }
             Err(error) => {
                 if let Err(error) = tokio::fs::remove_dir_all(&directory).await {
                     warn!(path = %directory.display(), %error, "Failed to remove a snapshot that could not be recorded");
                 }
-                Err(match error {
-                    SnapshotInsertError::NameTaken(name) => SnapshotOpError::NameTaken(name),
-                    SnapshotInsertError::Store(error) => error.into(),
-                })
+                Err(error.into())
             }
         }
     }
@@ -167,13 +185,17 @@ impl Supervisor {
             memory: snapshot.memory,
             environment: request.environment,
             keep_hot: request.keep_hot,
+            labels: request.labels,
+            secrets: request.secrets,
+            init: String::new(),
+            image: snapshot.image,
         };
         let beginning = Beginning::Saved {
             snapshot: self.snapshot_directory(snapshot.id),
             token: snapshot.agent_token,
             origin: format!("snapshot {}", snapshot.id),
         };
-        Ok(self.create_from(owner, spec, beginning).await?)
+        Ok(self.create_from(New::of(owner, spec), beginning).await?)
     }
 
     /// Deletes a snapshot. Sandboxes that were made of it keep what they need.
@@ -193,6 +215,8 @@ impl Supervisor {
             _ => {}
         }
         self.shared.store.delete_snapshot(snapshot.id)?;
+        let detail = serde_json::json!({ "snapshot": snapshot.name.as_str() });
+        self.record("snapshot.deleted", owner, None, detail);
         if let Err(error) = tokio::fs::remove_dir_all(&gone).await {
             warn!(path = %gone.display(), error = %Report(&error), "Failed to remove a snapshot's files");
         }

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use bhatti_engine::{Disks, MemoryKind, SnapshotRequest};
 use bhatti_types::{Denied, FailReason, Report, SandboxState, Thermal};
+use serde_json::json;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
@@ -40,10 +41,28 @@ impl Driver {
     /// Makes the sandbox hot, if it is one that runs.
     pub(crate) async fn wake(&self) -> Result<(), TransitionError> {
         self.access.state().admit_use()?;
-        match (self.access.running(), self.access.thermal()) {
-            (Some(_), Some(Thermal::Hot)) => Ok(()),
-            (Some(running), _) => self.resume(&running).await,
-            (None, _) => self.wake_cold().await,
+        let began = Instant::now();
+        let (from, woken) = match (self.access.running(), self.access.thermal()) {
+            (Some(_), Some(Thermal::Hot)) => return Ok(()),
+            (Some(running), _) => (Thermal::Warm, self.resume(&running).await),
+            (None, _) => (Thermal::Cold, self.wake_cold().await),
+        };
+        self.note_wake(from, began, &woken);
+        woken
+    }
+
+    fn note_wake(&self, from: Thermal, began: Instant, woken: &Result<(), TransitionError>) {
+        let took = began.elapsed();
+        match woken {
+            Ok(()) => {
+                self.shared.metrics.woken(from, took);
+                let detail = json!({ "from": from.as_str(), "wake_ms": ms(took) });
+                self.record("thermal.woken", detail);
+            }
+            Err(TransitionError::Restore(error)) => {
+                self.record("snapshot.refused", json!({ "error": error.to_string() }));
+            }
+            Err(error) => self.record("thermal.wake_failed", json!({ "error": error.to_string() })),
         }
     }
 
@@ -52,7 +71,9 @@ impl Driver {
         self.access.state().admit_use()?;
         match self.access.running() {
             Some(running) if self.access.thermal() == Some(Thermal::Hot) => {
-                self.pause(&running, false).await.map(drop)
+                self.pause(&running, false).await?;
+                self.record("thermal.paused", json!({ "asked": true }));
+                Ok(())
             }
             _ => Ok(()),
         }
@@ -72,6 +93,10 @@ impl Driver {
             // Whatever the store says to it: a daemon that finds a stopped sandbox with a VM finishes the stop.
             self.access.set_state(SandboxState::Running);
             self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
+        }
+        match &slept {
+            Ok(()) => self.record("sandbox.stopped", json!({})),
+            Err(error) => self.record("sandbox.stop_failed", json!({ "error": error.to_string() })),
         }
         slept
     }
@@ -97,13 +122,17 @@ impl Driver {
         }
         if cold_boot {
             self.boot_again().await?;
+            self.record("sandbox.started", json!({ "cold_boot": true }));
             return Ok(());
         }
         self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
         self.reached(Step::StartNoted).await;
+        let began = Instant::now();
         let woken = self.wake_cold().await;
+        self.note_wake(Thermal::Cold, began, &woken);
         if woken.is_ok() {
             self.access.set_state(SandboxState::Running);
+            self.record("sandbox.started", json!({ "cold_boot": false }));
         } else {
             self.shared.store.set_sandbox_state(self.id, before)?;
         }
@@ -122,19 +151,22 @@ impl Driver {
     /// The sandbox has not been used for a while.
     pub(crate) async fn cool(&self) {
         let Some(running) = self.access.running() else { return };
-        let cooled = match self.access.thermal() {
+        let (kind, cooled) = match self.access.thermal() {
             Some(Thermal::Hot) => {
                 if is_busy(&running).await || !self.access.close_if_unused() {
                     self.access.touch();
                     return;
                 }
-                self.pause(&running, false).await.map(drop)
+                ("thermal.paused", self.pause(&running, false).await.map(drop))
             }
-            _ => self.sleep(false).await,
+            _ => ("thermal.saved", self.sleep(false).await),
         };
         if let Err(error) = cooled {
+            self.record("thermal.failed", json!({ "error": error.to_string() }));
             warn!(sandbox = %self.id, error = %Report(&error), "Failed to let a sandbox cool");
             self.access.touch();
+        } else {
+            self.record(kind, json!({ "asked": false }));
         }
     }
 
@@ -226,7 +258,9 @@ impl Driver {
         let slept = self.save_and_end(&running).await;
         match slept {
             Ok(info) => {
-                let save_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let took = began.elapsed();
+                self.shared.metrics.save.observe(took.as_secs_f64());
+                let save_ms = ms(took);
                 info!(sandbox = %self.id, kind = ?info.memory, memory_bytes = info.memory_bytes, save_ms, "Sandbox sleeps");
                 Ok(())
             }
@@ -305,6 +339,10 @@ async fn is_busy(running: &Running) -> bool {
         // A guest that does not say so is not busy with anything of ours.
         Ok(Err(_)) | Err(_) => false,
     }
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 async fn rename(from: &Path, to: &Path) -> io::Result<()> {

@@ -11,7 +11,8 @@ use tracing::{info, warn};
 use crate::access::Running;
 use crate::create::{CreateError, boot_files};
 use crate::driver::{Driver, TransitionError};
-use crate::identity;
+use crate::identity::{self, Extras};
+use crate::secrets;
 use crate::spares::RESTORE_LIMIT;
 use crate::steps::Step;
 use crate::transition::{CONSUMED, SNAPSHOT, remove};
@@ -80,10 +81,13 @@ impl Driver {
     /// Boots the sandbox from its disk, without its memory.
     pub(crate) async fn boot_again(&self) -> Result<(), TransitionError> {
         let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
-        let files = boot_files(&self.shared).await.map_err(|error| match error {
-            CreateError::Images(error) => TransitionError::Images(error),
-            _ => Denied::Destroyed.into(),
-        })?;
+        let files =
+            boot_files(&self.shared, &row.spec.image).await.map_err(|error| match error {
+                CreateError::Images(error) => TransitionError::Images(error),
+                _ => Denied::Destroyed.into(),
+            })?;
+        let secrets = secrets::read_what_is_left(&self.shared, row.owner, &row.spec.secrets);
+        let extras = Extras { secrets, ..Extras::default() };
         let admitted = self.shared.admit(self.memory).await?;
         let directory = self.directory();
         self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
@@ -105,7 +109,7 @@ impl Driver {
         let vm = self.shared.engine.boot(&spec).await?;
         let running = Running::new(vm, "", admitted);
         let configured =
-            timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row))).await;
+            timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row, &extras))).await;
         let silent = || CallError::Silent { limit: TELL_LIMIT };
         if let Err(error) = configured.unwrap_or_else(|_| Err(silent())) {
             self.end_failed_wake().await;

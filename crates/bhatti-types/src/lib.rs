@@ -4,15 +4,22 @@
 //! makes an id brings the entropy.
 
 mod id;
+mod label;
 mod lifecycle;
 mod name;
+mod quota;
 mod report;
 mod size;
 mod spec;
 
 pub use id::{ParseIdError, SandboxId, UserId};
+pub use label::{InvalidLabel, Labels};
 pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
-pub use name::{ParseNameError, SandboxName, SnapshotName, UserName};
+pub use name::{
+    Alias, ImageName, ParseAliasError, ParseNameError, ParseSecretNameError, SandboxName,
+    SecretName, SnapshotName, TemplateName, UserName,
+};
+pub use quota::{Quota, QuotaExceeded};
 pub use report::Report;
 pub use size::{CpuCount, MemoryMib, OutOfRange};
 pub use spec::{Environment, InvalidEnvironment, SandboxSpec};

@@ -72,6 +72,107 @@ name! {
     UserName, "user"
 }
 
+name! {
+    /// The name of an image, unique on this daemon.
+    ImageName, "image"
+}
+
+name! {
+    /// The name of a template that a user wrote, unique among its owner's.
+    TemplateName, "template"
+}
+
+/// A string that cannot be the name of a secret.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "invalid secret name `{text}`: it becomes an environment variable and must match [a-zA-Z_][a-zA-Z0-9_]{{0,62}}"
+)]
+pub struct ParseSecretNameError {
+    text: String,
+}
+
+/// The name of a secret, unique among its owner's: that of the environment variable which it becomes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SecretName(Box<str>);
+
+impl SecretName {
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SecretName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for SecretName {
+    type Err = ParseSecretNameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_name = text.len() <= NAME_BYTES_MAX
+            && text.bytes().next().is_some_and(|first| !first.is_ascii_digit())
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        if is_name {
+            Ok(Self(text.into()))
+        } else {
+            Err(ParseSecretNameError { text: text.chars().take(NAME_BYTES_MAX + 1).collect() })
+        }
+    }
+}
+
+/// Aliases that would be taken for something else.
+const RESERVED_ALIASES: [&str; 7] = ["www", "mail", "admin", "status", "ns1", "ns2", "api"];
+
+/// A string that cannot be an alias.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "invalid alias `{text}`: must match [a-z0-9][a-z0-9-]{{0,62}}, not end with `-` and be none of {}",
+    RESERVED_ALIASES.join(", ")
+)]
+pub struct ParseAliasError {
+    text: String,
+}
+
+/// What a published port is called: a DNS label, unique on this daemon.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Alias(Box<str>);
+
+impl Alias {
+    /// The alias as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Alias {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Alias {
+    type Err = ParseAliasError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        let is_alias = text.len() <= NAME_BYTES_MAX
+            && text.bytes().next().is_some_and(plain)
+            && text.bytes().last().is_some_and(plain)
+            && text.bytes().all(|byte| plain(byte) || byte == b'-')
+            && !RESERVED_ALIASES.contains(&text);
+        if is_alias {
+            Ok(Self(text.into()))
+        } else {
+            Err(ParseAliasError { text: text.chars().take(NAME_BYTES_MAX + 1).collect() })
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +192,25 @@ mod tests {
 
         for text in ["", "my sandbox", "a\nb", "a/b", "-a", ".a", "..", "é", "a%2f", &too_long] {
             assert!(text.parse::<SandboxName>().is_err(), "{text:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn secret_is_named_like_a_variable_and_alias_like_a_host() {
+        for (text, is_secret, is_alias) in [
+            ("API_KEY", true, false),
+            ("_x1", true, false),
+            ("web-1", false, true),
+            ("1web", false, true),
+            ("a.b", false, false),
+            ("web-", false, false),
+            ("-web", false, false),
+            ("api", true, false),
+            ("", false, false),
+            ("A=B", false, false),
+        ] {
+            assert_eq!(text.parse::<SecretName>().is_ok(), is_secret, "{text}");
+            assert_eq!(text.parse::<Alias>().is_ok(), is_alias, "{text}");
         }
     }
 

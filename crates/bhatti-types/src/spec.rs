@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{CpuCount, MemoryMib, SandboxName};
+use crate::{CpuCount, ImageName, Labels, MemoryMib, SandboxName, SecretName};
 
 /// The longest environment, in bytes, counted as a process has it. With a command of the largest request body it fits one frame.
 const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
@@ -83,6 +83,14 @@ pub struct SandboxSpec {
     pub environment: Environment,
     /// Whether it stays hot, however long nobody uses it.
     pub keep_hot: bool,
+    /// What is noted on it.
+    pub labels: Labels,
+    /// The secrets that are variables of its environment, too.
+    pub secrets: Vec<SecretName>,
+    /// A script that runs when it has booted; none if empty.
+    pub init: String,
+    /// The image that its disk began as.
+    pub image: ImageName,
 }
 
 #[cfg(test)]

@@ -32,6 +32,12 @@ pub(crate) struct Config {
     pub(crate) template_budget_mb: Option<u64>,
     /// The memory of all sandboxes that are hot or warm, in MiB; all but 1024 of the machine's if absent.
     pub(crate) memory_budget_mb: Option<usize>,
+    /// The address at which anybody reaches published ports; none if absent.
+    pub(crate) public_listen: Option<SocketAddr>,
+    /// The domain under which each alias of a published port is a host name; only `ALIAS.localhost` if absent.
+    pub(crate) public_zone: Option<String>,
+    /// How long an application in a sandbox may take to begin its answer, in seconds; 300 if absent.
+    pub(crate) proxy_timeout_sec: Option<u32>,
 }
 
 /// See [`Config::thermal`].
@@ -98,6 +104,11 @@ impl Config {
         let bytes = bhatti_host::memory::machine_bytes()?;
         let mib = usize::try_from(bytes >> 20).map_err(io::Error::other)?;
         Ok(mib.saturating_sub(MEMORY_LEFT_MIB).max(mib / 2))
+    }
+
+    /// See [`proxy_timeout_sec`](Self::proxy_timeout_sec).
+    pub(crate) fn proxy_limit(&self) -> Duration {
+        Duration::from_secs(self.proxy_timeout_sec.unwrap_or(300).into())
     }
 
     /// See [`boot_timeout_sec`](Self::boot_timeout_sec).

@@ -60,7 +60,7 @@ async fn bad_requests_get_the_status_and_code_of_the_callers_fault() {
         ("GET /sandboxes/nobody", b"", 404, "not_found"),
         ("DELETE /sandboxes/nobody", b"", 404, "not_found"),
         ("POST /sandboxes/nobody/exec", br#"{"cmd":["true"]}"#, 404, "not_found"),
-        ("GET /sandboxes/nobody/exec/ws", b"", 400, "bad_request"),
+        ("GET /sandboxes/nobody/exec/ws", b"", 404, "not_found"),
         ("GET /nothing", b"", 404, "not_found"),
         ("PUT /sandboxes", b"", 405, "method_not_allowed"),
     ];
@@ -149,7 +149,11 @@ async fn daemon_on_tcp() -> (TestDaemon, String) {
 #[tokio::test]
 async fn tcp_callers_need_a_key() {
     let (daemon, url) = daemon_on_tcp().await;
-    let user = daemon.client.create_user(&CreateUser { name: "alice".into() }).await.unwrap();
+    let user = daemon
+        .client
+        .create_user(&CreateUser { name: "alice".into(), ..CreateUser::default() })
+        .await
+        .unwrap();
 
     let alice = Client::http(&url, &user.api_key).unwrap();
     assert!(alice.list().await.unwrap().is_empty());
@@ -186,12 +190,23 @@ async fn no_spelling_of_a_path_passes_the_auth_layer() {
 #[tokio::test]
 async fn users_are_the_admins_business_and_their_names_unique() {
     let (daemon, url) = daemon_on_tcp().await;
-    let user = daemon.client.create_user(&CreateUser { name: "alice".into() }).await.unwrap();
+    let user = daemon
+        .client
+        .create_user(&CreateUser { name: "alice".into(), ..CreateUser::default() })
+        .await
+        .unwrap();
     let alice = Client::http(&url, &user.api_key).unwrap();
 
-    let again = daemon.client.create_user(&CreateUser { name: "alice".into() }).await.unwrap_err();
+    let again = daemon
+        .client
+        .create_user(&CreateUser { name: "alice".into(), ..CreateUser::default() })
+        .await
+        .unwrap_err();
     assert_eq!(refusal(again).0, ErrorCode::NameTaken);
-    let forbidden = alice.create_user(&CreateUser { name: "bob".into() }).await.unwrap_err();
+    let forbidden = alice
+        .create_user(&CreateUser { name: "bob".into(), ..CreateUser::default() })
+        .await
+        .unwrap_err();
     assert_eq!(refusal(forbidden).0, ErrorCode::Forbidden);
     assert_eq!(refusal(alice.list_users().await.unwrap_err()).0, ErrorCode::Forbidden);
     assert_eq!(daemon.client.list_users().await.unwrap().len(), 2);

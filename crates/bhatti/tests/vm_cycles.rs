@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use bhatti_api::{CreateSandbox, StreamRequest};
+use bhatti_api::CreateSandbox;
 use bhatti_client::{Client, CommandEvent};
 use bhatti_testkit::{TestDaemon, wait_for};
 
@@ -36,7 +36,7 @@ fn processes_with(text: &str) -> usize {
 
 async fn cycle(client: &Client) {
     let sandbox = client.create(&CreateSandbox::default()).await.unwrap();
-    let start = StreamRequest::Start { cmd: vec!["true".into()], env: [].into(), cwd: None };
+    let start = bhatti_testkit::start(&["true"]);
     let (_input, mut output) = client.start_command(&sandbox.id, &start).await.unwrap();
     assert_eq!(output.next().await.unwrap(), CommandEvent::Exit(0));
     client.destroy(&sandbox.id).await.unwrap();

@@ -124,7 +124,11 @@ async fn one_users_sandbox_does_not_exist_for_another() {
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let log = daemon.log();
     let address = log.rsplit("address=").next().unwrap().lines().next().unwrap().trim().to_owned();
-    let user = daemon.client.create_user(&CreateUser { name: "alice".into() }).await.unwrap();
+    let user = daemon
+        .client
+        .create_user(&CreateUser { name: "alice".into(), ..CreateUser::default() })
+        .await
+        .unwrap();
     let alice = Client::http(&format!("http://{address}"), &user.api_key).unwrap();
     let hers = alice.create(&named("dev")).await.unwrap();
 

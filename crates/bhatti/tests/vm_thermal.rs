@@ -58,7 +58,7 @@ async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
     thermal_is(client, "used", "cold").await;
 
     // One that is to be hot is made so.
-    let hot = UpdateSandbox { keep_hot: Some(true) };
+    let hot = UpdateSandbox { keep_hot: Some(true), ..UpdateSandbox::default() };
     assert_eq!(client.update("used", &hot).await.unwrap().thermal.as_deref(), Some("hot"));
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bhatti_agent::{AgentClient, UnixChannel};
-use bhatti_api::{CreateSandbox, StreamRequest};
+use bhatti_api::CreateSandbox;
 use bhatti_client::{Client, CommandEvent};
 use bhatti_proto::ExecRequest;
 use bhatti_testkit::{TestDaemon, dist};
@@ -130,8 +130,7 @@ async fn startup() -> Result<Vec<Duration>> {
 }
 
 async fn exec(client: &Client, command: &[&str]) -> Result<()> {
-    let cmd = command.iter().map(|&argument| argument.to_owned()).collect();
-    let start = StreamRequest::Start { cmd, env: [].into(), cwd: None };
+    let start = bhatti_testkit::start(command);
     let (_input, mut output) = client.start_command("bench", &start).await?;
     let event = output.next().await?;
     ensure!(event == CommandEvent::Exit(0), "the command did {event:?}");

@@ -1,21 +1,23 @@
 //! `/sandboxes/{sandbox}/exec`: runs a command, its output in one piece or line by line.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 
 use axum::body::Body;
-use axum::extract::{Path, State};
-use axum::http::HeaderMap;
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use bhatti_agent::{CallError, ExecInput, ExecOutput};
-use bhatti_api::{ErrorCode, ExecEvent, ExecRequest, ExecResult, Output};
-use bhatti_types::Environment;
+use bhatti_api::{ErrorCode, ExecEvent, ExecRequest, ExecResult, Output, TIMED_OUT};
+use bhatti_types::{Environment, UserId};
 use bytes::Bytes;
 use futures_util::stream;
 
 use crate::AppState;
 use crate::auth::Caller;
+use crate::extract::{ApiPath, accepts};
 use crate::json::ApiJson;
 use crate::status::ApiError;
 use crate::utf8::Utf8Pieces;
@@ -25,26 +27,32 @@ const NDJSON: &str = "application/x-ndjson";
 /// The most of each output stream that a response in one piece holds, in bytes.
 const BUFFERED_BYTES_MAX: usize = 10 << 20;
 
+/// Runs a command. The answer has all of its output; with `Accept: application/x-ndjson`, a line for each piece as it comes. With `detach`
+/// it is a job, and the answer comes at once.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/exec", tag = "exec", params(("sandbox" = String, Path)), request_body = ExecRequest,
+    responses((status = 200, content((ExecResult = "application/json"), (ExecEvent = "application/x-ndjson"))),
+        (status = 202, body = bhatti_api::Job, description = "It runs as a job."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
     headers: HeaderMap,
     ApiJson(request): ApiJson<ExecRequest>,
 ) -> Result<Response, ApiError> {
-    let ExecRequest { cmd, env, cwd, stdin } = request;
+    let ExecRequest { cmd, env, cwd, stdin, user, timeout_sec, detach } = request;
     // A sandbox that is not there is the better answer to a request that is wrong, too.
     state.supervisor.find(owner, &called)?;
-    let exec = agent_request(cmd, env, cwd)?;
+    let exec = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
+    if detach {
+        if stdin.is_some() {
+            return Err(ApiError::new(ErrorCode::BadRequest, "a job has no stdin")
+                .hint("write its input into a file first, or run it without detach"));
+        }
+        return start_job(&state, owner, &called, exec).await;
+    }
     let (input, output) = state.supervisor.exec(owner, &called, exec).await?;
     let stdin = stdin.unwrap_or_default();
-    let wants_lines =
-        headers.get(ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|accept| {
-            accept
-                .split(',')
-                .any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim() == NDJSON))
-        });
-    if wants_lines {
+    if accepts(&headers, NDJSON) {
         return Ok(lines(input, output, stdin));
     }
     // A command may end without having read its input; the input half lives until then, for without it the command is killed.
@@ -59,18 +67,43 @@ pub(crate) async fn run(
     Ok(Json(result?).into_response())
 }
 
+/// Starts a command that runs on without a client.
+async fn start_job(
+    state: &AppState,
+    owner: UserId,
+    called: &str,
+    exec: bhatti_proto::ExecRequest,
+) -> Result<Response, ApiError> {
+    let used = state.supervisor.enter(owner, called).await?;
+    let info = used.agent.create_detached(exec).await?;
+    let job = super::jobs::job(info);
+    let job = job.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the job got a terminal"))?;
+    Ok((StatusCode::ACCEPTED, Json(job)).into_response())
+}
+
+/// What is to be run.
+#[derive(Debug, Default)]
+pub(crate) struct Command {
+    pub(crate) cmd: Vec<String>,
+    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) cwd: Option<String>,
+    pub(crate) user: Option<String>,
+    pub(crate) timeout_sec: Option<u32>,
+}
+
 /// Checks a command and turns it into the agent's request.
-pub(crate) fn agent_request(
-    cmd: Vec<String>,
-    env: std::collections::BTreeMap<String, String>,
-    cwd: Option<String>,
-) -> Result<bhatti_proto::ExecRequest, ApiError> {
+pub(crate) fn agent_request(command: Command) -> Result<bhatti_proto::ExecRequest, ApiError> {
+    let Command { cmd, env, cwd, user, timeout_sec } = command;
     if cmd.first().is_none_or(String::is_empty) {
         return Err(ApiError::new(ErrorCode::BadRequest, "cmd required")
             .hint(r#"name a program and its arguments: {"cmd": ["echo", "hi"]}"#));
     }
+    if timeout_sec == Some(0) {
+        return Err(ApiError::new(ErrorCode::BadRequest, "timeout_sec must be at least 1"));
+    }
     let env = Environment::try_from(env).map_err(|error| ApiError::bad_request(&error))?.into_map();
-    Ok(bhatti_proto::ExecRequest { argv: cmd, env, cwd, ..Default::default() })
+    let timeout_ms = timeout_sec.map(|seconds| u64::from(seconds) * 1000);
+    Ok(bhatti_proto::ExecRequest { argv: cmd, env, cwd, user, timeout_ms, ..Default::default() })
 }
 
 /// Feeds the command. One that has closed its input, or is gone, says so on its output.
@@ -82,13 +115,14 @@ async fn feed(mut input: ExecInput, stdin: String) -> ExecInput {
 }
 
 async fn collect(mut output: ExecOutput) -> Result<ExecResult, ApiError> {
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let (mut stdout, mut stderr, mut timed_out) = (Vec::new(), Vec::new(), false);
     loop {
         match output.next().await? {
             bhatti_agent::ExecEvent::Stdout(bytes) => append(&mut stdout, &bytes)?,
             bhatti_agent::ExecEvent::Stderr(bytes) => append(&mut stderr, &bytes)?,
-            bhatti_agent::ExecEvent::TimedOut => {}
+            bhatti_agent::ExecEvent::TimedOut => timed_out = true,
             bhatti_agent::ExecEvent::Exit(exit_code) => {
+                let exit_code = if timed_out { TIMED_OUT } else { exit_code };
                 let (stdout, stderr) = (Output::new(stdout), Output::new(stderr));
                 return Ok(ExecResult {
                     exit_code,
@@ -123,6 +157,7 @@ fn lines(input: ExecInput, output: ExecOutput, stdin: String) -> Response {
         output,
         stdout: Utf8Pieces::default(),
         stderr: Utf8Pieces::default(),
+        timed_out: false,
         ended: false,
     };
     let body = stream::unfold(state, |mut state| async move {
@@ -141,6 +176,7 @@ struct Lines {
     output: ExecOutput,
     stdout: Utf8Pieces,
     stderr: Utf8Pieces,
+    timed_out: bool,
     ended: bool,
 }
 
@@ -155,8 +191,12 @@ impl Lines {
                 Ok(bhatti_agent::ExecEvent::Stderr(bytes)) => {
                     line(stderr_event(self.stderr.push(&bytes)))
                 }
-                Ok(bhatti_agent::ExecEvent::TimedOut) => Vec::new(),
+                Ok(bhatti_agent::ExecEvent::TimedOut) => {
+                    self.timed_out = true;
+                    Vec::new()
+                }
                 Ok(bhatti_agent::ExecEvent::Exit(exit_code)) => {
+                    let exit_code = if self.timed_out { TIMED_OUT } else { exit_code };
                     self.last(ExecEvent::Exit { exit_code })
                 }
                 Err(error) => {

@@ -13,35 +13,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Extension;
-use axum::extract::ws::{
-    Message, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection,
-};
-use axum::extract::{Path, State};
+use axum::extract::State;
+use axum::extract::ws::Message;
 use axum::response::Response;
 use bhatti_agent::{ExecControl, ExecEvent, ExecInput, ExecOutput};
-use bhatti_api::{ErrorCode, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, channel};
+use bhatti_api::{
+    ErrorCode, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, TIMED_OUT, channel,
+};
 use bhatti_types::UserId;
 use bytes::Bytes;
-use futures_util::stream::{SplitSink, SplitStream};
-use futures_util::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::exec::agent_request;
+use super::exec::{Command, agent_request};
 use crate::AppState;
 use crate::auth::Caller;
-use crate::json::BODY_BYTES_MAX;
+use crate::extract::ApiPath;
 use crate::status::ApiError;
+use crate::websocket::{Receiver, Sender, Upgrade, split};
 
 /// How long a client may take to say what to start.
 const START_LIMIT: Duration = Duration::from_secs(10);
-
-/// How long a client may take to read the last message and close. A socket that is dropped before, with input of the client's unread,
-/// would be reset, and take output with it that is still on its way.
-const CLOSE_LIMIT: Duration = Duration::from_secs(5);
-
-type Sender = SplitSink<WebSocket, Message>;
-type Receiver = SplitStream<WebSocket>;
 
 /// Something for the command's input.
 enum Input {
@@ -49,61 +41,61 @@ enum Input {
     End,
 }
 
+/// A command with its streams on a WebSocket. The first message is `StreamRequest` of type `start`; after that binary messages carry the
+/// streams, their first byte saying which (1 standard input, 2 output, 3 error), and text messages the rest.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/exec/ws", tag = "exec", params(("sandbox" = String, Path)),
+    responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+    ApiPath(called): ApiPath<String>,
+    upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
-    let upgrade = upgrade.map_err(|error| ApiError::bad_request(&error))?;
     // What can be refused with a proper status is.
     state.supervisor.find(owner, &called)?;
-    let upgrade = upgrade.max_message_size(BODY_BYTES_MAX);
+    let Upgrade(upgrade) = upgrade?;
     Ok(upgrade.on_upgrade(move |socket| async move {
-        let (mut sender, mut receiver) = socket.split();
-        let last = match start(&state, owner, &called, &mut receiver).await {
-            Ok((input, output)) => relay(input, output, &mut sender, &mut receiver).await,
+        let _open = state.metrics.open_websocket();
+        let (sender, mut receiver) = split(socket);
+        let last = match start(&state, owner, &called, &sender, &mut receiver).await {
+            Ok((input, output)) => relay(&state, input, output, &sender, &mut receiver).await,
             Err(error) => Some(error_message(error)),
         };
         if let Some(last) = last {
-            // The client may be gone: then nothing of this arrives, and nothing has to.
-            drop(timeout(CLOSE_LIMIT, close(&last, &mut sender, &mut receiver)).await);
+            sender.close(&last, &mut receiver).await;
         }
     }))
-}
-
-async fn close(last: &StreamServerMessage, sender: &mut Sender, receiver: &mut Receiver) {
-    if send(last, sender).await.is_some() && sender.close().await.is_ok() {
-        while let Some(Ok(_)) = receiver.next().await {}
-    }
 }
 
 async fn start(
     state: &AppState,
     owner: UserId,
     called: &str,
+    sender: &Sender,
     receiver: &mut Receiver,
 ) -> Result<(ExecInput, ExecOutput), ApiError> {
     let bad = |what: &str| ApiError::new(ErrorCode::BadRequest, what);
-    let first = timeout(START_LIMIT, receiver.next())
+    let first = timeout(START_LIMIT, receiver.next(sender))
         .await
         .map_err(|_| bad("no start message came in time"))?;
-    let Some(Ok(Message::Text(json))) = first else {
+    let Some(Message::Text(json)) = first else {
         return Err(bad("the first message must be text"));
     };
     let request =
         serde_json::from_str(&json).map_err(|error| bad(&format!("invalid json: {error}")))?;
-    let StreamRequest::Start { cmd, env, cwd } = request else {
+    let StreamRequest::Start { cmd, env, cwd, user, timeout_sec } = request else {
         return Err(bad("the first message must be `start`"));
     };
-    Ok(state.supervisor.exec(owner, called, agent_request(cmd, env, cwd)?).await?)
+    let request = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
+    Ok(state.supervisor.exec(owner, called, request).await?)
 }
 
 /// Relays until the command has ended, and returns the last message; none if the client has gone.
 async fn relay(
+    state: &AppState,
     input: ExecInput,
     output: ExecOutput,
-    sender: &mut Sender,
+    sender: &Sender,
     receiver: &mut Receiver,
 ) -> Option<StreamServerMessage> {
     let control = input.control();
@@ -117,8 +109,9 @@ async fn relay(
     let taken = AtomicU64::new(0);
     tokio::select! {
         last = send_output(output, acknowledged, &taken, sender) => last,
-        error = receive(&control, queue, &taken, receiver) => error.map(error_message),
+        error = receive(&control, queue, &taken, sender, receiver) => error.map(error_message),
         () = feed_on => None,
+        () = state.stopped() => Some(error_message(ApiError::stopping())),
     }
 }
 
@@ -127,28 +120,35 @@ async fn send_output(
     mut output: ExecOutput,
     mut acknowledged: mpsc::UnboundedReceiver<u64>,
     taken: &AtomicU64,
-    sender: &mut Sender,
+    sender: &Sender,
 ) -> Option<StreamServerMessage> {
+    let mut timed_out = false;
     loop {
         let event = tokio::select! {
             event = output.next() => event,
             Some(bytes) = acknowledged.recv() => {
                 taken.fetch_add(bytes, Ordering::Relaxed);
-                send(&StreamServerMessage::StdinAck { bytes }, sender).await?;
+                sender.send_json(&StreamServerMessage::StdinAck { bytes }).await?;
                 continue;
             }
         };
         let (stream, bytes) = match event {
             Ok(ExecEvent::Stdout(bytes)) => (channel::STDOUT, bytes),
             Ok(ExecEvent::Stderr(bytes)) => (channel::STDERR, bytes),
-            Ok(ExecEvent::TimedOut) => continue,
-            Ok(ExecEvent::Exit(exit_code)) => return Some(StreamServerMessage::Exit { exit_code }),
+            Ok(ExecEvent::TimedOut) => {
+                timed_out = true;
+                continue;
+            }
+            Ok(ExecEvent::Exit(exit_code)) => {
+                let exit_code = if timed_out { TIMED_OUT } else { exit_code };
+                return Some(StreamServerMessage::Exit { exit_code });
+            }
             Err(error) => return Some(error_message(error.into())),
         };
         let mut message = Vec::with_capacity(1 + bytes.len());
         message.push(stream);
         message.extend_from_slice(&bytes);
-        sender.send(Message::binary(message)).await.ok()?;
+        sender.send(Message::binary(message)).await?;
     }
 }
 
@@ -178,13 +178,14 @@ async fn receive(
     control: &ExecControl,
     queue: mpsc::UnboundedSender<Input>,
     taken: &AtomicU64,
+    sender: &Sender,
     receiver: &mut Receiver,
 ) -> Option<ApiError> {
     let bad = |what: String| Some(ApiError::new(ErrorCode::BadRequest, what));
     let mut sent = 0;
     loop {
-        let input = match receiver.next().await {
-            Some(Ok(Message::Binary(mut bytes))) if bytes.first() == Some(&channel::STDIN) => {
+        let input = match receiver.next(sender).await? {
+            Message::Binary(mut bytes) if bytes.first() == Some(&channel::STDIN) => {
                 let bytes = bytes.split_off(1);
                 sent += bytes.len() as u64;
                 if sent - taken.load(Ordering::Relaxed) > STDIN_WINDOW_BYTES {
@@ -194,10 +195,10 @@ async fn receive(
                 }
                 Input::Bytes(bytes)
             }
-            Some(Ok(Message::Binary(_))) => {
+            Message::Binary(_) => {
                 return bad("binary messages begin with the byte 1".to_owned());
             }
-            Some(Ok(Message::Text(json))) => match serde_json::from_str(&json) {
+            Message::Text(json) => match serde_json::from_str(&json) {
                 Ok(StreamRequest::StdinEof) => Input::End,
                 Ok(StreamRequest::Signal { signal }) => {
                     // A command that has just ended needs no signal.
@@ -209,17 +210,11 @@ async fn receive(
                 }
                 Err(error) => return bad(format!("invalid json: {error}")),
             },
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
-            Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => continue,
         };
         // Nobody takes it any more when the command has ended.
         drop(queue.send(input));
     }
-}
-
-async fn send(message: &StreamServerMessage, sender: &mut Sender) -> Option<()> {
-    let json = serde_json::to_string(message).ok()?;
-    sender.send(Message::text(json)).await.ok()
 }
 
 fn error_message(error: ApiError) -> StreamServerMessage {

@@ -1,12 +1,18 @@
-//! `/health`.
+//! `/health` and `/metrics`.
 
-use axum::Json;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use bhatti_api::Health;
 
 use crate::AppState;
+use crate::auth::Caller;
 use crate::status::ApiError;
 
+/// Whether and how the daemon runs. Needs no key.
+#[utoipa::path(get, path = "/health", tag = "daemon", security(()),
+    responses((status = 200, body = Health), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, ApiError> {
     let engine = state.supervisor.capabilities();
     Ok(Json(Health {
@@ -17,6 +23,19 @@ pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, A
         sandboxes: state.supervisor.count()?,
         uptime: uptime(state.started.elapsed().as_secs()),
     }))
+}
+
+/// What the daemon measures, in the text format of Prometheus. For the admin.
+#[utoipa::path(get, path = "/metrics", tag = "daemon",
+    responses((status = 200, body = String, content_type = "application/openmetrics-text"), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn metrics(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Response, ApiError> {
+    caller.require_admin()?;
+    let text = state.metrics.text().map_err(|error| ApiError::internal(&error))?;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(CONTENT_TYPE, kind)], text).into_response())
 }
 
 fn uptime(seconds: u64) -> String {

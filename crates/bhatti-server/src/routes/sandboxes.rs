@@ -1,109 +1,231 @@
 //! `/sandboxes`.
 
-use axum::extract::{Path, State};
-use axum::response::Response;
+use axum::extract::State;
+use axum::http::header::LINK;
+use axum::http::{HeaderMap, HeaderValue};
+use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use bhatti_api::{
-    CreateSandbox, Deleted, ForkSandbox, Forks, Sandbox, StartSandbox, UpdateSandbox,
+    CreateSandbox, Deleted, ErrorCode, ForkSandbox, Forks, Sandbox, StartSandbox, UpdateSandbox,
 };
-use bhatti_store::SandboxRow;
-use bhatti_supervisor::{ForkRequest, SandboxRequest};
-use bhatti_types::{CpuCount, Environment, MemoryMib, SandboxName, SandboxState};
+use bhatti_store::{SandboxChange, SandboxFilter, SandboxRow};
+use bhatti_supervisor::{CreateError, ForkRequest};
+use bhatti_types::{Environment, SandboxState, UserId};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+mod parse;
 
 use crate::AppState;
 use crate::auth::Caller;
+use crate::extract::{ApiPath, ApiQuery};
 use crate::json::ApiJson;
 use crate::status::{ApiError, created};
 
+pub(super) use parse::{labels, name as parse_name, secrets};
+
+/// Says that a sandbox was there before.
+const EXISTING: &str = "x-bhatti-existing";
+
+/// The most that one page of a list has.
+const PAGE_MAX: u32 = 1000;
+
+/// What of the list is wanted.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ListQuery {
+    /// `KEY=VALUE`: only sandboxes with this label; several must all be there.
+    #[serde(default)]
+    label: Vec<String>,
+    /// The most to return, 1 to 1000; all if absent. A `Link` header with `rel="next"` leads to the rest.
+    limit: Option<u32>,
+    /// Where to go on, from a `Link` header.
+    after: Option<String>,
+}
+
+/// Lists the caller's sandboxes, newest first.
+#[utoipa::path(get, path = "/sandboxes", tag = "sandboxes", params(ListQuery),
+    responses((status = 200, body = Vec<Sandbox>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<Sandbox>>, ApiError> {
-    let rows = state.supervisor.list(owner)?;
-    Ok(Json(rows.into_iter().map(|row| sandbox(&state, row)).collect()))
+    ApiQuery(query): ApiQuery<ListQuery>,
+) -> Result<Response, ApiError> {
+    let filter = parse::filter(query, PAGE_MAX)?;
+    let rows = state.supervisor.list(owner, &filter)?;
+    let next = next_page(&filter, &rows);
+    let sandboxes: Vec<Sandbox> = rows.into_iter().map(|row| listed(&state, row)).collect();
+    let mut response = Json(sandboxes).into_response();
+    if let Some(link) = next.and_then(|link| HeaderValue::try_from(link).ok()) {
+        response.headers_mut().insert(LINK, link);
+    }
+    Ok(response)
 }
 
+/// Where a list that was cut goes on.
+fn next_page(filter: &SandboxFilter, rows: &[SandboxRow]) -> Option<String> {
+    let limit = filter.limit.filter(|limit| rows.len() >= *limit as usize)?;
+    let last = rows.last()?;
+    let mut pairs = vec![
+        ("limit".to_owned(), limit.to_string()),
+        ("after".to_owned(), format!("{}~{}", last.created_at, last.id)),
+    ];
+    pairs.extend(filter.labels.iter().map(|(k, v)| ("label".to_owned(), format!("{k}={v}"))));
+    let query = serde_html_form::to_string(&pairs).ok()?;
+    Some(format!("</sandboxes?{query}>; rel=\"next\""))
+}
+
+/// How a name that is taken is dealt with.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct CreateQuery {
+    /// `return`: a sandbox of that name that is there already is the answer, with the header `X-Bhatti-Existing: true`.
+    if_exists: Option<IfExists>,
+}
+
+#[derive(Clone, Copy, Deserialize, PartialEq, Eq, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum IfExists {
+    Return,
+}
+
+/// Creates a sandbox and waits until it can be used.
+#[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", params(CreateQuery), request_body = CreateSandbox,
+    responses((status = 201, body = Sandbox), (status = 200, body = Sandbox, description = "It was there already."),
+        (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
+    ApiQuery(query): ApiQuery<CreateQuery>,
     ApiJson(request): ApiJson<CreateSandbox>,
 ) -> Result<Response, ApiError> {
-    let row = state.supervisor.create(owner, parse(request)?).await?;
-    Ok(created(sandbox(&state, row)))
+    let template = match &request.template {
+        Some(called) => {
+            let found = state.store.find_template(owner, called)?;
+            Some(found.ok_or_else(|| {
+                ApiError::new(ErrorCode::NotFound, format!("template `{called}` not found"))
+            })?)
+        }
+        None => None,
+    };
+    let request = parse::create(request, template)?;
+    let name = request.name.clone();
+    match state.supervisor.create(owner, request).await {
+        Ok(row) => Ok(created(sandbox(&state, row))),
+        Err(CreateError::NameTaken(taken)) if query.if_exists == Some(IfExists::Return) => {
+            let name = name.map_or_else(|| taken.to_string(), |name| name.to_string());
+            let row = state.supervisor.find(owner, &name)?;
+            let existing = HeaderMap::from_iter([(
+                axum::http::HeaderName::from_static(EXISTING),
+                HeaderValue::from_static("true"),
+            )]);
+            Ok((existing, Json(sandbox(&state, row))).into_response())
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
+/// One sandbox.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}", tag = "sandboxes", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let row = state.supervisor.find(owner, &called)?;
     Ok(Json(sandbox(&state, row)))
 }
 
+/// Changes a sandbox's name, labels, or whether it stays hot.
+#[utoipa::path(patch, path = "/sandboxes/{sandbox}", tag = "sandboxes", params(("sandbox" = String, Path)),
+    request_body = UpdateSandbox, responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn update(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<UpdateSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let UpdateSandbox { keep_hot } = request;
-    let row = match keep_hot {
-        Some(keep_hot) => state.supervisor.set_keep_hot(owner, &called, keep_hot).await?,
-        None => state.supervisor.find(owner, &called)?,
-    };
+    let UpdateSandbox { name, labels, keep_hot } = request;
+    let mut row = state.supervisor.find(owner, &called)?;
+    let change = SandboxChange { name: parse::name(name)?, labels };
+    if change != SandboxChange::default() {
+        row = state.supervisor.edit(owner, &row.id.to_string(), change)?;
+    }
+    if let Some(keep_hot) = keep_hot {
+        row = state.supervisor.set_keep_hot(owner, &row.id.to_string(), keep_hot).await?;
+    }
     Ok(Json(sandbox(&state, row)))
 }
 
+/// Pauses a sandbox until somebody uses it.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/pause", tag = "sandboxes", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn pause(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let row = state.supervisor.pause(owner, &called).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
+/// Makes a sandbox hot, unless it was stopped.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/resume", tag = "sandboxes", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resume(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let row = state.supervisor.resume(owner, &called).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
+/// Saves a sandbox, with its memory and processes, and ends its VM, until it is started.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/stop", tag = "sandboxes", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn stop(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let row = state.supervisor.stop(owner, &called).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
+/// Starts a sandbox that was stopped.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/start", tag = "sandboxes", params(("sandbox" = String, Path)),
+    request_body = StartSandbox, responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn start(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<StartSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let row = state.supervisor.start(owner, &called, request.cold_boot).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
+/// Forks a sandbox: its memory, its processes and its disk. It goes on meanwhile.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/fork", tag = "sandboxes", params(("sandbox" = String, Path)),
+    request_body = ForkSandbox, responses((status = 201, body = Forks), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn fork(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<ForkSandbox>,
 ) -> Result<Response, ApiError> {
-    let ForkSandbox { count, name, env, inherit_env } = request;
+    let ForkSandbox { count, name, env, inherit_env, secrets, labels } = request;
     let request = ForkRequest {
         count,
-        name: parse_name(name)?,
+        name: parse::name(name)?,
         environment: Environment::try_from(env).map_err(|error| ApiError::bad_request(&error))?,
         inherit_environment: inherit_env,
+        labels: parse::labels(labels)?,
+        secrets: parse::secrets(&secrets)?,
     };
     let forked = state.supervisor.fork(owner, &called, request).await?;
     Ok(created(Forks {
@@ -113,38 +235,32 @@ pub(crate) async fn fork(
     }))
 }
 
+/// Destroys a sandbox, and waits until nothing of it is left.
+#[utoipa::path(delete, path = "/sandboxes/{sandbox}", tag = "sandboxes", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn destroy(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
     state.supervisor.destroy(owner, &called).await?;
     Ok(Json(Deleted { status: "destroyed".to_owned() }))
 }
 
-pub(super) fn parse_name(name: Option<String>) -> Result<Option<SandboxName>, ApiError> {
-    name.map(|name| name.parse()).transpose().map_err(|error| ApiError::bad_request(&error))
+/// The sandbox that `owner` calls so; the error that everybody gets who calls one that is not theirs.
+pub(super) fn find(state: &AppState, owner: UserId, called: &str) -> Result<SandboxRow, ApiError> {
+    Ok(state.supervisor.find(owner, called)?)
 }
 
-fn parse(request: CreateSandbox) -> Result<SandboxRequest, ApiError> {
-    let CreateSandbox { name, cpus, memory_mb, env, keep_hot, cold_boot } = request;
-    Ok(SandboxRequest {
-        name: parse_name(name)?,
-        cpus: cpus
-            .map(CpuCount::try_from)
-            .transpose()
-            .map_err(|error| ApiError::bad_request(&error))?,
-        memory: memory_mb
-            .map(MemoryMib::try_from)
-            .transpose()
-            .map_err(|error| ApiError::bad_request(&error))?,
-        environment: Environment::try_from(env).map_err(|error| ApiError::bad_request(&error))?,
-        keep_hot,
-        cold_boot,
-    })
+/// A sandbox with all that is known of it.
+pub(super) fn sandbox(state: &AppState, mut row: SandboxRow) -> Sandbox {
+    let identity = row.identity.take();
+    let identity = identity.and_then(|report| serde_json::from_str(&report).ok());
+    Sandbox { identity, ..listed(state, row) }
 }
 
-pub(super) fn sandbox(state: &AppState, row: SandboxRow) -> Sandbox {
+/// A sandbox as lists have it.
+fn listed(state: &AppState, row: SandboxRow) -> Sandbox {
     let reason = match row.state {
         SandboxState::Failed(reason) => Some(reason.to_string()),
         SandboxState::Creating
@@ -163,8 +279,14 @@ pub(super) fn sandbox(state: &AppState, row: SandboxRow) -> Sandbox {
         memory_mb: row.spec.memory.get().into(),
         env: row.spec.environment.into_map(),
         keep_hot: row.spec.keep_hot,
+        labels: row.spec.labels.into_map(),
+        secrets: row.spec.secrets.iter().map(ToString::to_string).collect(),
+        image: row.spec.image.to_string(),
+        created_by: row.owner.to_string(),
         created_at: row.created_at,
+        stopped_at: row.stopped_at,
+        expires_at: row.expires_at.and_then(parse::rfc3339),
         origin: row.origin,
-        identity: row.identity.and_then(|report| serde_json::from_str(&report).ok()),
+        identity: None,
     }
 }

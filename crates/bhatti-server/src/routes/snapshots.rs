@@ -1,6 +1,6 @@
 //! `/snapshots`, and the making of one: `/sandboxes/{sandbox}/checkpoint`.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::Response;
 use axum::{Extension, Json};
 use bhatti_api::{CreateSnapshot, Deleted, ResumeSnapshot, Snapshot};
@@ -8,16 +8,20 @@ use bhatti_store::SnapshotRow;
 use bhatti_supervisor::ResumeRequest;
 use bhatti_types::Environment;
 
-use super::sandboxes::{parse_name, sandbox};
+use super::sandboxes::{labels, parse_name, sandbox, secrets};
 use crate::AppState;
 use crate::auth::Caller;
+use crate::extract::ApiPath;
 use crate::json::ApiJson;
 use crate::status::{ApiError, created};
 
+/// Saves a sandbox under a name; it goes on meanwhile.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/checkpoint", tag = "snapshots", params(("sandbox" = String, Path)),
+    request_body = CreateSnapshot, responses((status = 201, body = Snapshot), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(called): Path<String>,
+    ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<CreateSnapshot>,
 ) -> Result<Response, ApiError> {
     let name = request.name.parse().map_err(|error| ApiError::bad_request(&error))?;
@@ -25,6 +29,9 @@ pub(crate) async fn create(
     Ok(created(snapshot(row)))
 }
 
+/// Lists the caller's snapshots, newest first.
+#[utoipa::path(get, path = "/snapshots", tag = "snapshots",
+    responses((status = 200, body = Vec<Snapshot>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
@@ -32,18 +39,24 @@ pub(crate) async fn list(
     Ok(Json(state.supervisor.list_snapshots(owner)?.into_iter().map(snapshot).collect()))
 }
 
+/// One snapshot.
+#[utoipa::path(get, path = "/snapshots/{snapshot}", tag = "snapshots", params(("snapshot" = String, Path)),
+    responses((status = 200, body = Snapshot), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(name): Path<String>,
+    ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Snapshot>, ApiError> {
     Ok(Json(snapshot(state.supervisor.find_snapshot(owner, &name)?)))
 }
 
+/// Makes a sandbox of a snapshot, which stays.
+#[utoipa::path(post, path = "/snapshots/{snapshot}/resume", tag = "snapshots", params(("snapshot" = String, Path)),
+    request_body = ResumeSnapshot, responses((status = 201, body = bhatti_api::Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resume(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(name): Path<String>,
+    ApiPath(name): ApiPath<String>,
     ApiJson(request): ApiJson<ResumeSnapshot>,
 ) -> Result<Response, ApiError> {
     let request = ResumeRequest {
@@ -51,15 +64,20 @@ pub(crate) async fn resume(
         environment: Environment::try_from(request.env)
             .map_err(|error| ApiError::bad_request(&error))?,
         keep_hot: request.keep_hot,
+        labels: labels(request.labels)?,
+        secrets: secrets(&request.secrets)?,
     };
     let row = state.supervisor.resume_snapshot(owner, &name, request).await?;
     Ok(created(sandbox(&state, row)))
 }
 
+/// Deletes a snapshot. Sandboxes that were made of it stay.
+#[utoipa::path(delete, path = "/snapshots/{snapshot}", tag = "snapshots", params(("snapshot" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    Path(name): Path<String>,
+    ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
     state.supervisor.delete_snapshot(owner, &name).await?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))

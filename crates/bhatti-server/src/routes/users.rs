@@ -1,44 +1,172 @@
-//! `/users`.
+//! `/users`, and the tickets by which they open WebSockets.
 
 use axum::extract::State;
 use axum::response::Response;
 use axum::{Extension, Json};
-use bhatti_api::{CreateUser, CreatedUser, ErrorCode, User};
-use bhatti_types::{UserId, UserName};
+use bhatti_api::{CreateUser, CreatedUser, Deleted, ErrorCode, Limits, Ticket, UpdateUser, User};
+use bhatti_store::UserRow;
+use bhatti_types::{Quota, UserId, UserName};
+use serde_json::json;
 
 use crate::auth::Caller;
+use crate::extract::ApiPath;
 use crate::json::ApiJson;
 use crate::status::{ApiError, created};
-use crate::{AppState, keys};
+use crate::{AppState, keys, tickets};
 
+/// Lists all users, oldest first. For the admin.
+#[utoipa::path(get, path = "/users", tag = "users",
+    responses((status = 200, body = Vec<User>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
 ) -> Result<Json<Vec<User>>, ApiError> {
     caller.require_admin()?;
-    let users = state.store.list_users()?.into_iter();
-    Ok(Json(
-        users
-            .map(|row| User { id: row.id.to_string(), name: row.name, created_at: row.created_at })
-            .collect(),
-    ))
+    Ok(Json(state.store.list_users()?.into_iter().map(user).collect()))
 }
 
+/// Makes a user. Its key is in the answer, and nowhere else. For the admin.
+#[utoipa::path(post, path = "/users", tag = "users", request_body = CreateUser,
+    responses((status = 201, body = CreatedUser), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     ApiJson(request): ApiJson<CreateUser>,
 ) -> Result<Response, ApiError> {
     caller.require_admin()?;
-    let name: UserName = request.name.parse().map_err(|error| ApiError::bad_request(&error))?;
-    let no_entropy = |_| ApiError::new(ErrorCode::Internal, "this host gives no random bytes");
-    let api_key = keys::generate().map_err(no_entropy)?;
-    let id = UserId::from_entropy(getrandom::u64().map_err(no_entropy)?.to_be_bytes());
-    let row = state.store.insert_user(name, id, &keys::hash(&api_key))?;
-    Ok(created(CreatedUser {
+    let CreateUser {
+        name,
+        max_sandboxes,
+        max_cpus_per_sandbox,
+        max_memory_mb_per_sandbox,
+        max_snapshots,
+    } = request;
+    let name: UserName = name.parse().map_err(|error| ApiError::bad_request(&error))?;
+    let quota = Quota {
+        sandboxes: max_sandboxes.or(Quota::USUAL.sandboxes),
+        cpus_per_sandbox: max_cpus_per_sandbox.or(Quota::USUAL.cpus_per_sandbox),
+        memory_mib_per_sandbox: max_memory_mb_per_sandbox.or(Quota::USUAL.memory_mib_per_sandbox),
+        snapshots: max_snapshots.or(Quota::USUAL.snapshots),
+    };
+    let api_key = keys::generate()?;
+    let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
+    let row = state.store.insert_user(name, id, &keys::hash(&api_key), quota)?;
+    state.supervisor.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
+    Ok(created(with_key(row, api_key)))
+}
+
+/// One user. For the admin.
+#[utoipa::path(get, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Its name")),
+    responses((status = 200, body = User), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<User>, ApiError> {
+    Ok(Json(user(find(&state, caller, &name)?)))
+}
+
+/// Changes what a user may have. For the admin.
+#[utoipa::path(patch, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Its name")),
+    request_body = UpdateUser, responses((status = 200, body = User), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn update(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+    ApiJson(request): ApiJson<UpdateUser>,
+) -> Result<Json<User>, ApiError> {
+    let row = find(&state, caller, &name)?;
+    not_the_admin(&row)?;
+    let UpdateUser {
+        max_sandboxes,
+        max_cpus_per_sandbox,
+        max_memory_mb_per_sandbox,
+        max_snapshots,
+    } = request;
+    let before = row.quota;
+    let quota = Quota {
+        sandboxes: max_sandboxes.or(before.sandboxes),
+        cpus_per_sandbox: max_cpus_per_sandbox.or(before.cpus_per_sandbox),
+        memory_mib_per_sandbox: max_memory_mb_per_sandbox.or(before.memory_mib_per_sandbox),
+        snapshots: max_snapshots.or(before.snapshots),
+    };
+    state.store.set_user_quota(row.id, quota)?;
+    state.supervisor.record("user.changed", UserId::ADMIN, None, json!({ "user": row.name }));
+    Ok(Json(user(UserRow { quota, ..row })))
+}
+
+/// Deletes a user that owns nothing. For the admin.
+#[utoipa::path(delete, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Its name")),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<Deleted>, ApiError> {
+    let row = find(&state, caller, &name)?;
+    not_the_admin(&row)?;
+    state.store.delete_user(row.id)?;
+    state.supervisor.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+/// Gives a user another key: the one that it had is none any more. For the admin.
+#[utoipa::path(post, path = "/users/{user}/rotate-key", tag = "users", params(("user" = String, Path, description = "Its name")),
+    responses((status = 200, body = CreatedUser), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn rotate_key(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<CreatedUser>, ApiError> {
+    let row = find(&state, caller, &name)?;
+    not_the_admin(&row)?;
+    let api_key = keys::generate()?;
+    state.store.set_user_key(row.id, &keys::hash(&api_key))?;
+    state.supervisor.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
+    Ok(Json(with_key(row, api_key)))
+}
+
+/// Draws a ticket, by which a client that can set no header opens one WebSocket: `?ticket=`.
+#[utoipa::path(post, path = "/ws-ticket", tag = "users",
+    responses((status = 201, body = Ticket), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn ticket(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+) -> Result<Response, ApiError> {
+    let ticket = state.tickets.issue(owner)?;
+    let expires_in_sec = u32::try_from(tickets::GOOD_FOR.as_secs()).unwrap_or(u32::MAX);
+    Ok(created(Ticket { ticket, expires_in_sec }))
+}
+
+fn find(state: &AppState, caller: Caller, name: &str) -> Result<UserRow, ApiError> {
+    caller.require_admin()?;
+    let found = state.store.find_user(name)?;
+    found.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("user `{name}` not found")))
+}
+
+fn not_the_admin(row: &UserRow) -> Result<(), ApiError> {
+    if row.id != UserId::ADMIN {
+        return Ok(());
+    }
+    let message = "the admin owns this machine: it has no key, no limits, and cannot be deleted";
+    Err(ApiError::new(ErrorCode::BadRequest, message))
+}
+
+fn with_key(row: UserRow, api_key: String) -> CreatedUser {
+    CreatedUser { id: row.id.to_string(), name: row.name, created_at: row.created_at, api_key }
+}
+
+fn user(row: UserRow) -> User {
+    let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots } = row.quota;
+    User {
         id: row.id.to_string(),
         name: row.name,
         created_at: row.created_at,
-        api_key,
-    }))
+        limits: Limits {
+            max_sandboxes: sandboxes,
+            max_cpus_per_sandbox: cpus_per_sandbox,
+            max_memory_mb_per_sandbox: memory_mib_per_sandbox,
+            max_snapshots: snapshots,
+        },
+    }
 }

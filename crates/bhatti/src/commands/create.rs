@@ -10,7 +10,15 @@ use crate::error::CliError;
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
     let Create { name, cpus, memory, env, keep_hot, cold_boot } = arguments;
     let env = env.into_iter().collect();
-    let request = CreateSandbox { name, cpus, memory_mb: memory, env, keep_hot, cold_boot };
+    let request = CreateSandbox {
+        name,
+        cpus,
+        memory_mb: memory,
+        env,
+        keep_hot,
+        cold_boot,
+        ..CreateSandbox::default()
+    };
     let began = Instant::now();
     let sandbox = context.client.create(&request).await?;
     let seconds = began.elapsed().as_secs_f64();

@@ -30,7 +30,13 @@ pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
 
 async fn run_command(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
     let Exec { sandbox, env, workdir, command } = arguments;
-    let start = StreamRequest::Start { cmd: command, env: env.into_iter().collect(), cwd: workdir };
+    let start = StreamRequest::Start {
+        cmd: command,
+        env: env.into_iter().collect(),
+        cwd: workdir,
+        user: None,
+        timeout_sec: None,
+    };
     let (input, output) = context.client.start_command(&sandbox, &start).await?;
     let code = tokio::select! {
         code = async {

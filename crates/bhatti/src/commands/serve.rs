@@ -7,8 +7,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_server::{AppState, serve_tcp, serve_unix};
+use bhatti_image::ImageStore;
+use bhatti_server::{
+    AppState, PublicAddress, StateParts, bind, serve_public, serve_tcp, serve_unix,
+};
 use bhatti_store::Store;
+use bhatti_types::UserId;
+use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
@@ -59,7 +65,22 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         // A sender that is gone is a daemon that stops.
         drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
     };
-    let state = AppState { supervisor, store, started };
+    let public = match config.public_listen {
+        Some(address) => Some(bind(address).await.map_err(|error| CliError::of(&error))?),
+        None => None,
+    };
+    let state = AppState::new(StateParts {
+        supervisor,
+        store,
+        images: ImageStore::new(data_dir),
+        started,
+        public: PublicAddress {
+            listener: public.as_ref().map(TcpListener::local_addr).transpose()?,
+            zone: config.public_zone.clone(),
+        },
+        proxy_limit: config.proxy_limit(),
+        stopping: stopped.clone(),
+    });
     let mut servers = tokio::task::JoinSet::new();
     if let Some(address) = arguments.listen.or(config.listen) {
         let (address, tcp) = serve_tcp(state.clone(), address, stopping(stopped.clone()))
@@ -67,6 +88,12 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
             .map_err(|error| CliError::of(&error))?;
         servers.spawn(tcp);
         info!(%address, "Listening for callers with an API key");
+    }
+    if let Some(listener) = public {
+        let (address, public) = serve_public(state.clone(), listener, stopping(stopped.clone()))
+            .map_err(|error| CliError::of(&error))?;
+        servers.spawn(public);
+        info!(%address, "Listening for anybody who wants a published port");
     }
     // Last: whoever finds the socket finds everything.
     let unix = serve_unix(state.clone(), data_dir, stopping(stopped))
@@ -78,6 +105,13 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
 
     let ahead = state.supervisor.clone();
     tokio::spawn(async move { ahead.get_ready().await });
+    tokio::spawn(state.supervisor.clone().prune_events());
+    state.supervisor.record(
+        "daemon.started",
+        UserId::ADMIN,
+        None,
+        json!({ "version": env!("CARGO_PKG_VERSION") }),
+    );
 
     wait_for_signal().await?;
     if arguments.stop_sandboxes {
@@ -90,6 +124,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         warn!("Cut off requests that were still running");
     }
     state.supervisor.shut_down(arguments.stop_sandboxes).await;
+    state.supervisor.record("daemon.stopped", UserId::ADMIN, None, json!({}));
     Ok(())
 }
 

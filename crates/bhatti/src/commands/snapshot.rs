@@ -26,7 +26,12 @@ pub(super) async fn run(context: &Context, command: cli::Snapshot) -> Result<(),
             output.show(&client.inspect_snapshot(&name).await?, describe)
         }
         cli::Snapshot::Resume { snapshot, name, env, keep_hot } => {
-            let request = ResumeSnapshot { name, env: env.into_iter().collect(), keep_hot };
+            let request = ResumeSnapshot {
+                name,
+                env: env.into_iter().collect(),
+                keep_hot,
+                ..ResumeSnapshot::default()
+            };
             let sandbox = client.resume_snapshot(&snapshot, &request).await?;
             output.show(&sandbox, |sandbox| format!("{}\t{}", sandbox.id, sandbox.name))
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bhatti_engine::{Accelerator, Engine};
 use bhatti_image::ImageStore;
 use bhatti_qemu::QemuEngine;
+use bhatti_secret::{KeyError, SecretKey};
 use bhatti_store::Store;
 use bhatti_supervisor::{Supervisor, ThermalConfig};
 
@@ -44,6 +45,7 @@ pub(super) fn make(
         ready_vmms: config.ready_vmms.unwrap_or(1),
         ready_forks: config.ready_forks.unwrap_or(forks_by_default),
         memory_budget_mib: config.memory_budget_mib()?,
+        secret_key: secret_key(data_dir, store)?,
         thermal: ThermalConfig {
             warm_after: config.thermal.warm_after(),
             cold_after: config.thermal.cold_after(),
@@ -51,4 +53,17 @@ pub(super) fn make(
         fault: fault.map_err(|error| CliError::of(&error))?,
     };
     Ok(Supervisor::new(config, Arc::clone(store), engine))
+}
+
+/// The key of the data directory. Where there are secrets, it has to be there already.
+fn secret_key(data_dir: &Path, store: &Store) -> Result<SecretKey, CliError> {
+    let needed = store.has_secrets().map_err(|error| CliError::of(&error))?;
+    SecretKey::open(data_dir, needed).map_err(|error| {
+        let hint = "restore it from a backup, or delete the file if no secret is worth keeping";
+        match error {
+            KeyError::Damaged { .. } => CliError::of(&error).hint(hint),
+            KeyError::Missing { .. } => CliError::of(&error).hint("restore it from a backup"),
+            KeyError::File { .. } => CliError::of(&error),
+        }
+    })
 }

@@ -10,7 +10,8 @@ use crate::output::table;
 pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError> {
     match command {
         User::Create { name } => {
-            let user = context.client.create_user(&CreateUser { name }).await?;
+            let user =
+                context.client.create_user(&CreateUser { name, ..CreateUser::default() }).await?;
             context.output.show(&user, |user| {
                 format!(
                     "user {} created\nAPI key: {}\nIt is shown this once. Use it with:\n  export BHATTI_URL=http://HOST:PORT BHATTI_TOKEN={}",

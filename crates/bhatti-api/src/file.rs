@@ -1,0 +1,53 @@
+//! Files in a sandbox.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A file or directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FileEntry {
+    /// Its base name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: i64,
+    /// Its permission bits as four octal digits.
+    pub mode: String,
+    /// Whether it is a directory.
+    pub is_dir: bool,
+    /// Its modification time, in seconds since 1970.
+    pub mtime: i64,
+    /// Where it leads, if it is a symbolic link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub symlink_target: Option<String>,
+}
+
+/// Renames a file or directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RenameFile {
+    /// Its path.
+    pub from: String,
+    /// Its new path.
+    pub to: String,
+}
+
+/// Makes a directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MakeDirectory {
+    /// Its path.
+    pub path: String,
+    /// Its permission bits in octal; `0755` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// Whether missing parents are made, too, and it may exist already.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub parents: bool,
+}
+
+/// Says that it was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Done {
+    /// `ok`.
+    pub status: String,
+}

@@ -1,0 +1,85 @@
+//! What the daemon measures, in the text format of Prometheus.
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use bhatti_supervisor::Supervisor;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+use tokio::time::Instant;
+
+use crate::AppState;
+
+type Labels = [(&'static str, String); 3];
+
+/// The metrics of the HTTP API, with the supervisor's.
+pub struct HttpMetrics {
+    registry: Registry,
+    requests: Family<Labels, Histogram, fn() -> Histogram>,
+    websockets: Gauge,
+}
+
+/// A WebSocket is open for as long as this lives.
+pub(crate) struct OpenWebSocket(Gauge);
+
+impl Drop for OpenWebSocket {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+impl HttpMetrics {
+    /// Metrics that nothing has been counted in.
+    pub(crate) fn new(supervisor: &Supervisor) -> Self {
+        let mut registry = Registry::default();
+        let durations: fn() -> Histogram =
+            || Histogram::new(exponential_buckets(0.000_25, 2.0, 18));
+        let requests = Family::new_with_constructor(durations);
+        registry.register(
+            "bhatti_http_request_seconds",
+            "From a request to the head of its answer",
+            requests.clone(),
+        );
+        let websockets = Gauge::default();
+        registry.register("bhatti_websockets", "WebSockets that are open", websockets.clone());
+        supervisor.register_metrics(&mut registry);
+        Self { registry, requests, websockets }
+    }
+
+    /// Counts a WebSocket.
+    pub(crate) fn open_websocket(&self) -> OpenWebSocket {
+        self.websockets.inc();
+        OpenWebSocket(self.websockets.clone())
+    }
+
+    /// All of it as text.
+    pub(crate) fn text(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+/// Measures each request by its route, so that there are no more series than routes.
+pub(crate) async fn measure(
+    State(state): State<AppState>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let route = request.extensions().get::<MatchedPath>();
+    let route = route.map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    let method = match request.method().as_str() {
+        known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
+        _ => "other",
+    };
+    let method = method.to_owned();
+    let began = Instant::now();
+    let response = next.run(request).await;
+    let status = response.status().as_str().to_owned();
+    let labels = [("method", method), ("route", route), ("status", status)];
+    state.metrics.requests.get_or_create(&labels).observe(began.elapsed().as_secs_f64());
+    response
+}

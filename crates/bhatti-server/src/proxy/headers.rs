@@ -1,0 +1,151 @@
+//! Which headers go along.
+
+use axum::http::header::{
+    AUTHORIZATION, CONNECTION, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::{keys, tickets};
+
+/// Headers that are about one connection (RFC 9110, 7.6.1). The body is framed anew, and who asks to go on is told so here.
+const HOP_BY_HOP: [HeaderName; 9] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-authenticate"),
+    HeaderName::from_static("proxy-authorization"),
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    EXPECT,
+];
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
+
+/// The protocol that both sides want to change to.
+pub(super) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let wants = connection_options(headers).any(|option| option.eq_ignore_ascii_case("upgrade"));
+    headers.get(UPGRADE).filter(|_| wants).cloned()
+}
+
+/// Takes away what is about one connection.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> =
+        connection_options(headers).filter_map(|option| option.parse().ok()).collect();
+    for name in HOP_BY_HOP.iter().chain(&named) {
+        headers.remove(name);
+    }
+}
+
+fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(CONNECTION).into_iter();
+    values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',').map(str::trim))
+}
+
+/// Takes away what the caller showed to be let in. An application's own credentials go along.
+pub(super) fn strip_credentials(headers: &mut HeaderMap) {
+    let is_ours = |value: &HeaderValue| {
+        let value = value.as_bytes();
+        let ours = [keys::PREFIX, tickets::PREFIX];
+        ours.iter().any(|prefix| value.windows(prefix.len()).any(|part| part == prefix.as_bytes()))
+    };
+    if headers.get_all(AUTHORIZATION).iter().any(is_ours) {
+        headers.remove(AUTHORIZATION);
+    }
+}
+
+/// Says where the request came from.
+pub(super) fn forward(
+    headers: &mut HeaderMap,
+    port: u16,
+    prefix: &str,
+    peer: Option<std::net::IpAddr>,
+) {
+    let host = headers.remove(HOST);
+    if let Some(host) = host.filter(|_| !headers.contains_key(FORWARDED_HOST)) {
+        headers.insert(FORWARDED_HOST, host);
+    }
+    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static("http"));
+    if let Ok(prefix) = HeaderValue::from_str(prefix) {
+        headers.insert(FORWARDED_PREFIX, prefix);
+    }
+    if let Some(peer) = peer {
+        let before: Vec<&str> =
+            headers.get_all(FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok()).collect();
+        let chain = [before, vec![peer.to_string().as_str()]].concat().join(", ");
+        if let Ok(chain) = HeaderValue::from_str(&chain) {
+            headers.insert(FORWARDED_FOR, chain);
+        }
+    }
+    if let Ok(host) = HeaderValue::from_str(&format!("localhost:{port}")) {
+        headers.insert(HOST, host);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let pair = |(name, value): &(&'static str, &'static str)| {
+            (HeaderName::from_static(name), HeaderValue::from_static(value))
+        };
+        pairs.iter().map(pair).collect()
+    }
+
+    #[test]
+    fn what_is_about_one_connection_stays_there() {
+        let mut all = headers(&[
+            ("connection", "close, X-Private"),
+            ("x-private", "1"),
+            ("keep-alive", "1"),
+            ("transfer-encoding", "chunked"),
+            ("te", "trailers"),
+            ("upgrade", "h2c"),
+            ("expect", "100-continue"),
+            ("x-public", "1"),
+        ]);
+
+        assert_eq!(upgrade(&all), None);
+        strip_hop_by_hop(&mut all);
+
+        assert_eq!(all, headers(&[("x-public", "1")]));
+    }
+
+    #[test]
+    fn upgrade_is_wanted_if_both_headers_say_so() {
+        let both = headers(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")]);
+
+        assert_eq!(upgrade(&both), Some(HeaderValue::from_static("websocket")));
+    }
+
+    #[test]
+    fn our_credentials_stay_and_the_applications_go_along() {
+        let mut ours = headers(&[("authorization", "Bearer bht_0123")]);
+        let mut theirs = headers(&[("authorization", "Basic dXNlcjpwYXNz")]);
+
+        strip_credentials(&mut ours);
+        strip_credentials(&mut theirs);
+
+        assert!(ours.is_empty() && theirs.contains_key("authorization"));
+    }
+
+    #[test]
+    fn application_is_told_where_the_request_came_from() {
+        let mut all = headers(&[("host", "box:8080"), ("x-forwarded-for", "10.0.0.1")]);
+
+        forward(&mut all, 3000, "/p", Some("127.0.0.1".parse().unwrap()));
+
+        let expected = headers(&[
+            ("host", "localhost:3000"),
+            ("x-forwarded-for", "10.0.0.1, 127.0.0.1"),
+            ("x-forwarded-host", "box:8080"),
+            ("x-forwarded-proto", "http"),
+            ("x-forwarded-prefix", "/p"),
+        ]);
+        assert_eq!(all, expected);
+    }
+}

@@ -1,0 +1,100 @@
+//! The listener for published ports. Whoever reaches it needs no key, and reaches nothing else.
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::header::{HOST, LOCATION};
+use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::from_fn;
+use axum::response::{IntoResponse, Response};
+use bhatti_api::ErrorCode;
+
+use super::{Target, relay, split_path, with_query};
+use crate::status::ApiError;
+use crate::{AppState, request_id};
+
+/// The domain whose names always lead to this machine.
+const LOCAL_ZONE: &str = "localhost";
+
+/// Serves published ports: by host name, `alias.zone`, and by path, `/alias/…`.
+pub fn public_router(state: AppState) -> Router {
+    Router::new().fallback(pass_on).layer(from_fn(request_id::identify)).with_state(state)
+}
+
+async fn pass_on(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let uri = request.uri();
+    let (alias, prefix, path) = match alias_of_host(request.headers(), state.public.zone.as_deref())
+    {
+        Some(alias) => (alias.to_owned(), "", uri.path()),
+        None => {
+            let (prefix, rest) = split_path(uri.path(), 1);
+            (prefix.trim_start_matches('/').to_owned(), prefix, rest)
+        }
+    };
+    let missing = || ApiError::new(ErrorCode::NotFound, "nothing is published here");
+    let published = state.store.find_publication(&alias)?.ok_or_else(missing)?;
+    state.rates.check_public(published.sandbox_id).map_err(|wait| {
+        ApiError::new(ErrorCode::RateLimited, "too many requests").retry_after(wait)
+    })?;
+    if path.is_empty() {
+        // So that relative links lead below the alias.
+        let location = with_query(&format!("{prefix}/"), uri.query());
+        return Ok((StatusCode::PERMANENT_REDIRECT, [(LOCATION, location)]).into_response());
+    }
+    let target = Target {
+        port: published.port,
+        path_and_query: with_query(path, uri.query()),
+        prefix: prefix.to_owned(),
+    };
+    let called = published.sandbox_id.to_string();
+    let used = state.supervisor.enter(published.owner, &called).await.map_err(|error| {
+        // Who is no user of this daemon is told no more of a sandbox than that it cannot be reached.
+        let error = ApiError::from(error);
+        if error.code == ErrorCode::Busy { error } else { unreachable_now() }
+    })?;
+    relay::relay(&state, used, target, request).await
+}
+
+fn unreachable_now() -> ApiError {
+    ApiError::new(ErrorCode::BadGateway, "the application cannot be reached right now")
+}
+
+/// The alias in a host name: the label before the zone.
+fn alias_of_host<'a>(headers: &'a HeaderMap, zone: Option<&str>) -> Option<&'a str> {
+    let host = headers.get(HOST)?.to_str().ok()?;
+    let host = host.rsplit_once(':').map_or(host, |(host, _port)| host);
+    [zone, Some(LOCAL_ZONE)].into_iter().flatten().find_map(|zone| {
+        let alias = strip_suffix_ignoring_case(host, zone)?.strip_suffix('.')?;
+        (!alias.is_empty() && !alias.contains('.')).then_some(alias)
+    })
+}
+
+fn strip_suffix_ignoring_case<'a>(text: &'a str, suffix: &str) -> Option<&'a str> {
+    let at = text.len().checked_sub(suffix.len()).filter(|at| text.is_char_boundary(*at))?;
+    let (head, tail) = text.split_at(at);
+    tail.eq_ignore_ascii_case(suffix).then_some(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn alias_is_the_label_before_the_zone() {
+        for (host, alias) in [
+            ("web-1.sb.example.com", Some("web-1")),
+            ("web-1.SB.example.com:8443", Some("web-1")),
+            ("web-1.localhost:80", Some("web-1")),
+            ("a.b.sb.example.com", None),
+            ("sb.example.com", None),
+            (".sb.example.com", None),
+            ("evilsb.example.com", None),
+            ("127.0.0.1:80", None),
+            ("[::1]:80", None),
+        ] {
+            let headers = HeaderMap::from_iter([(HOST, HeaderValue::from_static(host))]);
+            assert_eq!(alias_of_host(&headers, Some("sb.example.com")), alias, "{host}");
+        }
+    }
+}

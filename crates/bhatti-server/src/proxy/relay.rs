@@ -1,0 +1,121 @@
+//! Passing one request on.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{ConnectInfo, Request};
+use axum::http::header::{CONNECTION, UPGRADE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::Response;
+use bhatti_api::ErrorCode;
+use bhatti_supervisor::SandboxUse;
+use http_body_util::BodyExt;
+use hyper::client::conn::http1;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncWriteExt, copy};
+use tokio::time::timeout;
+
+use super::{Target, headers};
+use crate::AppState;
+use crate::status::ApiError;
+
+/// Headers that an application's answer may have.
+const HEADERS_MAX: usize = 512;
+
+/// How long one side of a connection may go on when the other has ended it.
+const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
+
+/// Passes a request on, and returns the answer of the application.
+pub(super) async fn relay(
+    state: &AppState,
+    used: SandboxUse,
+    target: Target,
+    mut request: Request,
+) -> Result<Response, ApiError> {
+    let Target { port, path_and_query, prefix } = target;
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
+    let wanted = headers::upgrade(request.headers());
+    let client = hyper::upgrade::on(&mut request);
+    headers::strip_hop_by_hop(request.headers_mut());
+    headers::strip_credentials(request.headers_mut());
+    headers::forward(request.headers_mut(), port, &prefix, peer);
+    if let Some(protocol) = &wanted {
+        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        request.headers_mut().insert(UPGRADE, protocol.clone());
+    }
+    *request.uri_mut() = path_and_query.parse().map_err(|error| ApiError::bad_request(&error))?;
+    *request.version_mut() = axum::http::Version::HTTP_11;
+
+    let mut response = ask(state, &used, port, request).await?;
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        if wanted.is_none() {
+            let message = format!("port {port} changed to a protocol that nobody asked for");
+            return Err(ApiError::new(ErrorCode::BadGateway, message));
+        }
+        let application = hyper::upgrade::on(&mut response);
+        tokio::spawn(tunnel(state.clone(), used, client, application));
+        return Ok(response.map(|_| Body::empty()));
+    }
+    headers::strip_hop_by_hop(response.headers_mut());
+    // The sandbox stays hot until the last byte has gone out.
+    Ok(response.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            let _in_use = &used;
+            frame
+        }))
+    }))
+}
+
+async fn ask(
+    state: &AppState,
+    used: &SandboxUse,
+    port: u16,
+    request: Request,
+) -> Result<hyper::Response<hyper::body::Incoming>, ApiError> {
+    let stream = used.agent.forward(port).await?;
+    let bad = |error: hyper::Error| {
+        let message = format!("port {port} gave no answer that makes sense: {error}");
+        ApiError::new(ErrorCode::BadGateway, message)
+    };
+    let answered = async {
+        let (mut sender, connection) = http1::Builder::new()
+            .max_headers(HEADERS_MAX)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(bad)?;
+        // Ends with the answer, or with whoever waits for it.
+        tokio::spawn(connection.with_upgrades());
+        sender.send_request(request).await.map_err(bad)
+    };
+    timeout(state.proxy_limit, answered).await.unwrap_or_else(|_| {
+        let seconds = state.proxy_limit.as_secs();
+        let message = format!("port {port} did not begin to answer within {seconds} s");
+        Err(ApiError::new(ErrorCode::GatewayTimeout, message))
+    })
+}
+
+/// Relays bytes both ways until both sides have ended, or one has and the other takes too long.
+async fn tunnel(state: AppState, used: SandboxUse, client: OnUpgrade, application: OnUpgrade) {
+    let _open = state.metrics.open_websocket();
+    let (Ok(client), Ok(application)) = (client.await, application.await) else { return };
+    // What came right behind the answer's head is in there.
+    let (mut from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
+    let (mut from_application, mut to_application) = tokio::io::split(TokioIo::new(application));
+    let up = async {
+        drop(copy(&mut from_client, &mut to_application).await);
+        drop(to_application.shutdown().await);
+    };
+    let down = async {
+        drop(copy(&mut from_application, &mut to_client).await);
+        drop(to_client.shutdown().await);
+    };
+    let (mut up, mut down) = (std::pin::pin!(up), std::pin::pin!(down));
+    tokio::select! {
+        () = &mut up => drop(timeout(HALF_OPEN_LIMIT, down).await),
+        () = &mut down => drop(timeout(HALF_OPEN_LIMIT, up).await),
+        () = state.stopped() => {}
+    }
+    drop(used);
+}

@@ -1,0 +1,123 @@
+//! How often a user may ask.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::Method;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bhatti_api::ErrorCode;
+use bhatti_types::{SandboxId, UserId};
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::status::ApiError;
+
+/// Requests of one kind that a user may make.
+struct Rate {
+    per_minute: NonZeroU32,
+    burst: NonZeroU32,
+}
+
+const fn rate(per_minute: u32, burst: u32) -> Rate {
+    match (NonZeroU32::new(per_minute), NonZeroU32::new(burst)) {
+        (Some(per_minute), Some(burst)) => Rate { per_minute, burst },
+        _ => panic!("a rate is not zero"),
+    }
+}
+
+/// Making something that has memory or a disk.
+const CREATE: Rate = rate(30, 10);
+/// Using a sandbox.
+const USE: Rate = rate(600, 30);
+/// Looking.
+const READ: Rate = rate(1200, 60);
+/// What an application in a sandbox is asked: one page may ask for a hundred things.
+const PROXY: Rate = rate(6000, 2000);
+
+/// The rates of all users. Only those who showed a key have one, so there are no more than users.
+pub(crate) struct Rates {
+    create: DefaultKeyedRateLimiter<UserId>,
+    use_: DefaultKeyedRateLimiter<UserId>,
+    read: DefaultKeyedRateLimiter<UserId>,
+    proxy: DefaultKeyedRateLimiter<UserId>,
+    public: DefaultKeyedRateLimiter<SandboxId>,
+}
+
+impl Default for Rates {
+    fn default() -> Self {
+        let quota =
+            |Rate { per_minute, burst }: Rate| Quota::per_minute(per_minute).allow_burst(burst);
+        Self {
+            create: RateLimiter::keyed(quota(CREATE)),
+            use_: RateLimiter::keyed(quota(USE)),
+            read: RateLimiter::keyed(quota(READ)),
+            proxy: RateLimiter::keyed(quota(PROXY)),
+            public: RateLimiter::keyed(quota(PROXY)),
+        }
+    }
+}
+
+impl Rates {
+    /// Counts a request to a published port of a sandbox, whoever makes it; or returns when the next one may come.
+    pub(crate) fn check_public(&self, sandbox: SandboxId) -> Result<(), Duration> {
+        let checked = self.public.check_key(&sandbox);
+        checked.map_err(|until| until.wait_time_from(DefaultClock::default().now()))
+    }
+
+    /// Counts a request; or returns when the next one may come.
+    fn check(&self, user: UserId, method: &Method, route: &str) -> Result<(), Duration> {
+        let limiter = match (method, route) {
+            (_, route) if route.contains("/proxy/") => &self.proxy,
+            (
+                &Method::POST,
+                "/sandboxes"
+                | "/sandboxes/{sandbox}/fork"
+                | "/sandboxes/{sandbox}/checkpoint"
+                | "/snapshots/{snapshot}/resume",
+            ) => &self.create,
+            (_, "/sandboxes/{sandbox}/ws" | "/sandboxes/{sandbox}/exec/ws") => &self.use_,
+            (&Method::GET | &Method::HEAD, _) => &self.read,
+            _ => &self.use_,
+        };
+        limiter
+            .check_key(&user)
+            .map_err(|until| until.wait_time_from(DefaultClock::default().now()))
+    }
+}
+
+/// Lets a request through if its user has not made too many. The admin, who owns the machine, may make any number.
+pub(crate) async fn limit(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<Caller>().copied();
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    if let (Some(caller), Some(route)) = (caller, route)
+        && !caller.is_admin()
+        && let Err(wait) = state.rates.check(caller.0, request.method(), &route)
+    {
+        return ApiError::new(ErrorCode::RateLimited, "too many requests")
+            .retry_after(wait)
+            .into_response();
+    }
+    next.run(request).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn burst_is_let_through_and_no_more() {
+        let rates = Rates::default();
+        let (alice, bob) = (UserId::from_entropy([1; 8]), UserId::from_entropy([2; 8]));
+        let create = |user| rates.check(user, &Method::POST, "/sandboxes");
+
+        assert_eq!((0..50).filter(|_| create(alice).is_ok()).count(), 10);
+        let wait = create(alice).unwrap_err();
+        assert!(wait > Duration::ZERO && wait <= Duration::from_secs(2), "{wait:?}");
+        assert!(create(bob).is_ok());
+        assert!(rates.check(alice, &Method::GET, "/sandboxes").is_ok());
+    }
+}

@@ -1,0 +1,138 @@
+//! `/events`: what happened, and what happens.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::sse::{self, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use bhatti_api::{ErrorCode, Event};
+use bhatti_store::{EventFilter, EventRow};
+use futures_util::stream;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::{ApiQuery, accepts};
+use crate::status::ApiError;
+
+const EVENT_STREAM: &str = "text/event-stream";
+
+/// The most that one answer has, and has if nothing else is said.
+const LIMIT_MAX: u32 = 1000;
+const LIMIT: u32 = 100;
+
+/// How often a silent stream says that it is there.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Which events are wanted.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct EventsQuery {
+    /// Only those whose type begins so.
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    /// Only those of this sandbox, by id or name. Sandboxes that are gone have events, too.
+    sandbox: Option<String>,
+    /// Only those behind this one, oldest first. Without it the latest ones come.
+    after: Option<u64>,
+    /// How many, 1 to 1000; 100 if absent. A stream has no end.
+    limit: Option<u32>,
+}
+
+/// Lists the caller's events, or, with `Accept: text/event-stream`, goes on telling them. A stream begins behind `after` or the header
+/// `Last-Event-ID`, or with what happens from now on. The admin sees everybody's.
+#[utoipa::path(get, path = "/events", tag = "events", params(EventsQuery),
+    responses((status = 200, content((Vec<Event> = "application/json"), (String = "text/event-stream"))),
+        (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    ApiQuery(query): ApiQuery<EventsQuery>,
+) -> Result<Response, ApiError> {
+    let limit = query.limit.unwrap_or(LIMIT);
+    if !(1..=LIMIT_MAX).contains(&limit) {
+        return Err(ApiError::new(
+            ErrorCode::BadRequest,
+            format!("limit must be 1 to {LIMIT_MAX}"),
+        ));
+    }
+    let filter = EventFilter {
+        owner: (!caller.is_admin()).then_some(caller.0),
+        kind_prefix: query.kind,
+        sandbox: query.sandbox,
+        after: query.after.unwrap_or_default(),
+        limit,
+        latest: query.after.is_none(),
+    };
+    if accepts(&headers, EVENT_STREAM) {
+        return follow(state, &headers, filter, query.after);
+    }
+    let events: Vec<Event> =
+        state.supervisor.list_events(&filter)?.into_iter().map(event).collect();
+    Ok(Json(events).into_response())
+}
+
+/// Events as they happen. Each is read from the store, so a client that is slow or comes back misses none.
+fn follow(
+    state: AppState,
+    headers: &HeaderMap,
+    filter: EventFilter,
+    after: Option<u64>,
+) -> Result<Response, ApiError> {
+    let watch = state.supervisor.watch_events();
+    let last_seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
+    let after = match last_seen.or(after) {
+        Some(after) => after,
+        None => {
+            let latest = EventFilter { limit: 1, latest: true, ..EventFilter::default() };
+            state.supervisor.list_events(&latest)?.last().map_or(0, |event| event.id)
+        }
+    };
+    let filter = EventFilter { after, latest: false, limit: LIMIT, ..filter };
+    let events =
+        stream::unfold((state, watch, filter), |(state, mut watch, mut filter)| async move {
+            let rows = loop {
+                // Before the look: what happens after it is seen by the next one.
+                watch.mark_unchanged();
+                match state.supervisor.list_events(&filter) {
+                    Ok(rows) if rows.is_empty() => {}
+                    Ok(rows) => break rows,
+                    Err(_) => return None,
+                }
+                tokio::select! {
+                    changed = watch.changed() => changed.ok()?,
+                    () = state.stopped() => return None,
+                }
+            };
+            filter.after = rows.last().map_or(filter.after, |row| row.id);
+            let events: Vec<_> =
+                rows.into_iter().map(|row| Ok::<_, Infallible>(sse_event(row))).collect();
+            Some((stream::iter(events), (state, watch, filter)))
+        });
+    let events = futures_util::StreamExt::flatten(events);
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+}
+
+fn sse_event(row: EventRow) -> sse::Event {
+    let (id, kind) = (row.id.to_string(), row.kind.clone());
+    let json = serde_json::to_string(&event(row)).unwrap_or_default();
+    sse::Event::default().id(id).event(kind).data(json)
+}
+
+fn event(row: EventRow) -> Event {
+    Event {
+        id: row.id,
+        at: row.at,
+        kind: row.kind,
+        sandbox_id: row.sandbox_id,
+        sandbox_name: row.sandbox_name,
+        user_id: row.owner.to_string(),
+        detail: row.detail,
+    }
+}

@@ -1,0 +1,233 @@
+//! `/sandboxes/{sandbox}/files`: files in the guest.
+
+use std::io;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use bhatti_agent::{FileContent, FileUpload, ReadOptions};
+use bhatti_api::{Deleted, Done, ErrorCode, FileEntry, MakeDirectory, RenameFile};
+use bhatti_proto::FileInfo;
+use futures_util::{StreamExt, stream};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::{ApiPath, ApiQuery};
+use crate::json::ApiJson;
+use crate::status::{ApiError, file_error};
+
+/// The size of the whole file, in bytes, whatever part of it is sent.
+const SIZE: HeaderName = HeaderName::from_static("x-file-size");
+const MODE: HeaderName = HeaderName::from_static("x-file-mode");
+const IS_DIR: HeaderName = HeaderName::from_static("x-file-isdir");
+
+/// Which file, and what of it.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ReadQuery {
+    /// Its path.
+    path: String,
+    /// Whether the entries of a directory are wanted.
+    #[serde(default)]
+    ls: bool,
+    /// The first line, counted from 1.
+    offset: Option<u32>,
+    /// The most lines.
+    limit: Option<u32>,
+    /// The most bytes.
+    max_bytes: Option<u64>,
+}
+
+/// Reads a file, or some lines of it; or lists a directory.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), ReadQuery),
+    responses((status = 200, content((Vec<u8> = "application/octet-stream"), (Vec<FileEntry> = "application/json"))),
+        (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn read(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(query): ApiQuery<ReadQuery>,
+) -> Result<Response, ApiError> {
+    let ReadQuery { path, ls, offset, limit, max_bytes } = query;
+    let used = state.supervisor.enter(owner, &called).await?;
+    if ls {
+        if offset.is_some() || limit.is_some() || max_bytes.is_some() {
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                "ls takes no offset, limit or max_bytes",
+            ));
+        }
+        let entries = used.agent.list_directory(&path).await.map_err(file_error)?;
+        return Ok(Json(entries.into_iter().map(entry).collect::<Vec<_>>()).into_response());
+    }
+    let options = ReadOptions { offset, limit, max_bytes };
+    let content = used.agent.read_file(&path, options).await.map_err(file_error)?;
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(SIZE, HeaderValue::from(content.info.size));
+    headers.insert(MODE, header_value(&content.info.mode));
+    let body = Body::from_stream(stream::unfold(Some((content, used)), next_piece));
+    Ok((headers, body).into_response())
+}
+
+/// The next piece of a file; an error cuts the answer off, so that a part is never taken for the whole.
+async fn next_piece<T>(
+    reading: Option<(FileContent, T)>,
+) -> Option<(io::Result<bytes::Bytes>, Option<(FileContent, T)>)> {
+    let (mut content, used) = reading?;
+    match content.next().await {
+        Ok(Some(bytes)) => Some((Ok(bytes), Some((content, used)))),
+        Ok(None) => None,
+        Err(error) => Some((Err(io::Error::other(error)), None)),
+    }
+}
+
+/// Which file.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct PathQuery {
+    /// Its path.
+    path: String,
+}
+
+/// Facts about a file or directory, in headers.
+#[utoipa::path(head, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), PathQuery),
+    responses((status = 200, headers(("X-File-Size" = i64), ("X-File-Mode" = String), ("X-File-IsDir" = bool))),
+        (status = "default", description = "An error, without a body.")))]
+pub(crate) async fn stat(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(PathQuery { path }): ApiQuery<PathQuery>,
+) -> Result<Response, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let info = used.agent.stat(&path).await.map_err(file_error)?;
+    let headers = [
+        (SIZE, HeaderValue::from(info.size)),
+        (MODE, header_value(&info.mode)),
+        (IS_DIR, header_value(if info.is_dir { "true" } else { "false" })),
+    ];
+    Ok(headers.into_response())
+}
+
+/// Where a file is written.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct WriteQuery {
+    /// Its path.
+    path: String,
+    /// Its permission bits in octal; `0644` if absent.
+    mode: Option<String>,
+}
+
+/// Writes a file, whole or not at all. Its content may be of any length, announced or not.
+#[utoipa::path(put, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), WriteQuery),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn write(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(WriteQuery { path, mode }): ApiQuery<WriteQuery>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Done>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let mode = mode.unwrap_or_default();
+    let upload = used.agent.begin_write(&path, &mode, length).await.map_err(file_error)?;
+    send_content(upload, length.is_none(), body).await?;
+    Ok(Json(Done { status: "ok".to_owned() }))
+}
+
+async fn send_content(mut upload: FileUpload, until_eof: bool, body: Body) -> Result<(), ApiError> {
+    let mut content = body.into_data_stream();
+    while let Some(piece) = content.next().await {
+        // A client that goes away leaves the guest's file as it was.
+        let piece = piece.map_err(|_| {
+            ApiError::new(ErrorCode::BadRequest, "the content broke off before its end")
+        })?;
+        if upload.write(&piece).await.is_err() {
+            // A guest that does not take more has said why.
+            return upload.finish().await.map_err(file_error);
+        }
+    }
+    if until_eof {
+        drop(upload.end().await);
+    }
+    upload.finish().await.map_err(file_error)
+}
+
+/// What is removed.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct RemoveQuery {
+    /// Its path.
+    path: String,
+    /// Whether a directory goes with all that is in it.
+    #[serde(default)]
+    recursive: bool,
+}
+
+/// Removes a file or directory.
+#[utoipa::path(delete, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), RemoveQuery),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn remove(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(RemoveQuery { path, recursive }): ApiQuery<RemoveQuery>,
+) -> Result<Json<Deleted>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    used.agent.remove(&path, recursive).await.map_err(file_error)?;
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+/// Makes a directory.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/files/mkdir", tag = "files", params(("sandbox" = String, Path)),
+    request_body = MakeDirectory, responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn make_directory(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiJson(request): ApiJson<MakeDirectory>,
+) -> Result<Json<Done>, ApiError> {
+    let MakeDirectory { path, mode, parents } = request;
+    let used = state.supervisor.enter(owner, &called).await?;
+    let mode = mode.unwrap_or_default();
+    used.agent.make_directory(&path, &mode, parents).await.map_err(file_error)?;
+    Ok(Json(Done { status: "ok".to_owned() }))
+}
+
+/// Renames a file or directory, replacing what a rename replaces.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/files/rename", tag = "files", params(("sandbox" = String, Path)),
+    request_body = RenameFile, responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn rename(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiJson(request): ApiJson<RenameFile>,
+) -> Result<Json<Done>, ApiError> {
+    let RenameFile { from, to } = request;
+    let used = state.supervisor.enter(owner, &called).await?;
+    used.agent.rename(&from, &to).await.map_err(file_error)?;
+    Ok(Json(Done { status: "ok".to_owned() }))
+}
+
+fn header_value(text: &str) -> HeaderValue {
+    HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+fn entry(info: FileInfo) -> FileEntry {
+    let FileInfo { name, size, mode, is_dir, mtime, symlink_target } = info;
+    FileEntry { name, size, mode, is_dir, mtime, symlink_target }
+}

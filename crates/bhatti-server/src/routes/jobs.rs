@@ -1,0 +1,148 @@
+//! `/sandboxes/{sandbox}/jobs`: commands that run without a client.
+
+use std::io;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
+use bhatti_api::{Deleted, ErrorCode, Job};
+use bhatti_proto::SessionInfo;
+use bhatti_supervisor::SandboxUse;
+use bytes::Bytes;
+use futures_util::stream;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::{ApiPath, ApiQuery};
+use crate::status::ApiError;
+
+/// Lists the jobs that run, and those that ended lately, oldest first.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs", tag = "jobs", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Vec<Job>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+) -> Result<Json<Vec<Job>>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    Ok(Json(used.agent.list_sessions().await?.into_iter().filter_map(job).collect()))
+}
+
+/// One job.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs/{job}", tag = "jobs", params(("sandbox" = String, Path), ("job" = String, Path)),
+    responses((status = 200, body = Job), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath((called, id)): ApiPath<(String, String)>,
+) -> Result<Json<Job>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let mut jobs = used.agent.list_sessions().await?.into_iter().filter_map(job);
+    let missing = || ApiError::new(ErrorCode::NotFound, format!("job `{id}` not found"));
+    jobs.find(|job| job.id == id).map(Json).ok_or_else(missing)
+}
+
+/// Kills a job, or forgets one that has ended.
+#[utoipa::path(delete, path = "/sandboxes/{sandbox}/jobs/{job}", tag = "jobs", params(("sandbox" = String, Path), ("job" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn kill(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath((called, id)): ApiPath<(String, String)>,
+) -> Result<Json<Deleted>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    used.agent.kill_session(&id).await?;
+    Ok(Json(Deleted { status: "killed".to_owned() }))
+}
+
+/// Which output is wanted.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct OutputQuery {
+    /// The byte to begin with; the first one that is kept if absent.
+    offset: Option<u64>,
+    /// Whether output that is still to come is wanted, until the job ends.
+    #[serde(default)]
+    follow: bool,
+}
+
+/// A job's output, both streams as they were written. `X-Output-Offset` is the place of the first byte.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs/{job}/output", tag = "jobs",
+    params(("sandbox" = String, Path), ("job" = String, Path), OutputQuery),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn output(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath((called, id)): ApiPath<(String, String)>,
+    ApiQuery(OutputQuery { offset, follow }): ApiQuery<OutputQuery>,
+) -> Result<Response, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let (info, input, output) = used.agent.observe(&id, offset).await?;
+    let begin = output.position();
+    let until = if follow { u64::MAX } else { info.output_end.unwrap_or_default() };
+    let place = Place { output, until, state, _used: used, _input: input };
+    let body = stream::unfold(place, |mut place| async move {
+        let bytes = place.next().await?;
+        Some((bytes, place))
+    });
+    let headers = [
+        (CONTENT_TYPE.as_str(), "application/octet-stream".to_owned()),
+        ("x-output-offset", begin.to_string()),
+    ];
+    Ok((headers, Body::from_stream(body)).into_response())
+}
+
+/// How far a client has come in a job's output.
+struct Place {
+    output: SessionOutput,
+    until: u64,
+    state: AppState,
+    _used: SandboxUse,
+    /// Its end would end the output, too.
+    _input: ExecInput,
+}
+
+impl Place {
+    /// The next piece; an error, which cuts the answer off, if the sandbox is lost before the end.
+    async fn next(&mut self) -> Option<io::Result<Bytes>> {
+        if self.output.position() >= self.until {
+            return None;
+        }
+        loop {
+            let event = tokio::select! {
+                event = self.output.next() => event,
+                () = self.state.stopped() => return None,
+            };
+            match event {
+                Ok(ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) => {
+                    let excess = self.output.position().saturating_sub(self.until);
+                    let keep =
+                        bytes.len().saturating_sub(usize::try_from(excess).unwrap_or(usize::MAX));
+                    return Some(Ok(bytes.slice(..keep)));
+                }
+                Ok(ExecEvent::TimedOut) => {}
+                Ok(ExecEvent::Exit(_)) => return None,
+                Err(error) => return Some(Err(io::Error::other(error))),
+            }
+        }
+    }
+}
+
+/// A session without a terminal.
+pub(super) fn job(info: SessionInfo) -> Option<Job> {
+    (!info.tty).then(|| Job {
+        id: info.session_id,
+        cmd: info.argv,
+        running: info.running,
+        exit_code: info.exit_code,
+        created_at: info.created_at,
+        output_start: info.output_start.unwrap_or_default(),
+        output_end: info.output_end.unwrap_or_default(),
+    })
+}

@@ -1,0 +1,107 @@
+//! `/sandboxes/{sandbox}/ports` and `/ports`: what listens in guests.
+
+use std::collections::BTreeSet;
+
+use axum::extract::State;
+use axum::{Extension, Json};
+use bhatti_agent::{AgentClient, CallError, ReadOptions};
+use bhatti_api::Port;
+use bhatti_store::SandboxFilter;
+use bhatti_types::{SandboxId, Thermal};
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::ApiPath;
+use crate::status::ApiError;
+
+/// The kernel's tables of TCP sockets.
+const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
+
+/// The state of a socket that listens, in them.
+const LISTEN: &str = "0A";
+
+/// Lists the TCP ports that something listens at in a sandbox.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/ports", tag = "ports", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+) -> Result<Json<Vec<Port>>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let ports = listening(&used.agent).await?;
+    Ok(Json(ports.into_iter().map(|number| port(used.id, number, false)).collect()))
+}
+
+/// Lists the TCP ports of all of the caller's sandboxes that are hot. Wakes none.
+#[utoipa::path(get, path = "/ports", tag = "ports",
+    responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list_all(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+) -> Result<Json<Vec<Port>>, ApiError> {
+    let mut all = Vec::new();
+    for row in state.supervisor.list(owner, &SandboxFilter::default())? {
+        if state.supervisor.thermal(&row) != Some(Thermal::Hot) {
+            continue;
+        }
+        // One that cools, or goes, in this moment has no ports.
+        let Ok(used) = state.supervisor.enter(owner, &row.id.to_string()).await else { continue };
+        let ports = listening(&used.agent).await.unwrap_or_default();
+        all.extend(ports.into_iter().map(|number| port(row.id, number, true)));
+    }
+    Ok(Json(all))
+}
+
+async fn listening(agent: &AgentClient) -> Result<BTreeSet<u16>, CallError> {
+    let mut ports = BTreeSet::new();
+    for table in TABLES {
+        match agent.read_file(table, ReadOptions::default()).await {
+            Ok(content) => {
+                let text = content.read_to_end().await?;
+                ports.extend(parse(&String::from_utf8_lossy(&text)));
+            }
+            // A guest without IPv6 has no table of it.
+            Err(CallError::Agent(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(ports)
+}
+
+/// The ports of sockets that listen: the second column is `ADDRESS:PORT` in hexadecimal, the fourth the state.
+fn parse(table: &str) -> impl Iterator<Item = u16> {
+    table.lines().skip(1).filter_map(|line| {
+        let mut columns = line.split_whitespace().skip(1);
+        let local = columns.next()?;
+        let state = columns.nth(1)?;
+        let (_, port) = local.rsplit_once(':')?;
+        (state == LISTEN).then(|| u16::from_str_radix(port, 16).ok()).flatten()
+    })
+}
+
+fn port(sandbox: SandboxId, number: u16, with_id: bool) -> Port {
+    Port {
+        container_port: number,
+        proxy_url: format!("/sandboxes/{sandbox}/proxy/{number}/"),
+        sandbox_id: with_id.then(|| sandbox.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_that_listen_are_found() {
+        let table = "\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0
+   1: 0100007F:0016 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 2 1 0 20 4 30 10 -1
+   2: 00000000000000000000000000000000:0050 00000000000000000000000000000000:0000 0A 0 0
+   nonsense
+";
+
+        assert_eq!(parse(table).collect::<Vec<_>>(), [8080, 80]);
+    }
+}

@@ -1,0 +1,103 @@
+//! `/sandboxes/{sandbox}/publish`: ports that anybody may reach.
+
+use axum::extract::State;
+use axum::response::Response;
+use axum::{Extension, Json};
+use bhatti_api::{Deleted, ErrorCode, Publication, PublishPort};
+use bhatti_store::{PublicationRow, SandboxRow, StoreError};
+use bhatti_types::Alias;
+use serde_json::json;
+
+use super::sandboxes::find;
+use crate::auth::Caller;
+use crate::extract::ApiPath;
+use crate::json::ApiJson;
+use crate::status::{ApiError, created};
+use crate::{AppState, PublicAddress};
+
+/// The longest part of a sandbox's name in an alias, in bytes: with `-` and six digits it stays a DNS label.
+const NAME_BYTES_MAX: usize = 56;
+
+/// Lists the published ports of a sandbox.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/publish", tag = "ports", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Vec<Publication>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+) -> Result<Json<Vec<Publication>>, ApiError> {
+    let row = find(&state, owner, &called)?;
+    let rows = state.store.list_publications(row.id)?;
+    Ok(Json(rows.into_iter().map(|row| publication(&state, row)).collect()))
+}
+
+/// Publishes a port under an alias: whoever reaches the daemon's public listener reaches it, without a key, and wakes the sandbox. A port
+/// that is published already stays what it is.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/publish", tag = "ports", params(("sandbox" = String, Path)), request_body = PublishPort,
+    responses((status = 201, body = Publication), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn publish(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiJson(request): ApiJson<PublishPort>,
+) -> Result<Response, ApiError> {
+    let row = find(&state, owner, &called)?;
+    let PublishPort { port, alias } = request;
+    if port == 0 {
+        return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
+    }
+    let wanted = alias.map(|alias| alias.parse::<Alias>()).transpose();
+    let wanted = wanted.map_err(|error| ApiError::bad_request(&error))?;
+    let published = state.store.publish(row.id, port, wanted, made_up_alias(&row)?)?;
+    let detail = json!({ "port": port, "alias": published.alias.as_str() });
+    let sandbox = Some((row.id, row.spec.name.to_string()));
+    state.supervisor.record("port.published", owner, sandbox, detail);
+    Ok(created(publication(&state, published)))
+}
+
+/// Takes a published port back.
+#[utoipa::path(delete, path = "/sandboxes/{sandbox}/publish/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn unpublish(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath((called, port)): ApiPath<(String, u16)>,
+) -> Result<Json<Deleted>, ApiError> {
+    let row = find(&state, owner, &called)?;
+    state.store.unpublish(row.id, port).map_err(|error| match error {
+        StoreError::NoSuchRow => {
+            ApiError::new(ErrorCode::NotFound, format!("port {port} is not published"))
+        }
+        error => error.into(),
+    })?;
+    let sandbox = Some((row.id, row.spec.name.to_string()));
+    state.supervisor.record("port.unpublished", owner, sandbox, json!({ "port": port }));
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+/// The sandbox's name, as far as it can be part of a host name, and six hex digits.
+fn made_up_alias(row: &SandboxRow) -> Result<Alias, ApiError> {
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+    let name: String = row.spec.name.as_str().chars().take(NAME_BYTES_MAX).map(plain).collect();
+    let digits = getrandom::u32()? & 0xff_ffff;
+    format!("{name}-{digits:06x}").parse().map_err(|error| ApiError::internal(&error))
+}
+
+fn publication(state: &AppState, row: PublicationRow) -> Publication {
+    Publication {
+        urls: urls(&state.public, row.alias.as_str()),
+        alias: row.alias.to_string(),
+        port: row.port,
+        sandbox_id: row.sandbox_id.to_string(),
+        created_at: row.created_at,
+    }
+}
+
+fn urls(public: &PublicAddress, alias: &str) -> Vec<String> {
+    let Some(address) = public.listener else { return Vec::new() };
+    let mut urls = vec![format!("http://{address}/{alias}/")];
+    if let Some(zone) = &public.zone {
+        urls.insert(0, format!("http://{alias}.{zone}:{}/", address.port()));
+    }
+    urls
+}

@@ -1,0 +1,151 @@
+//! What is asked of sandboxes, checked.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bhatti_api::{CreateSandbox, ErrorCode, NewFile};
+use bhatti_store::{SandboxFilter, TemplateRow};
+use bhatti_supervisor::{FileRequest, SandboxRequest};
+use bhatti_types::{CpuCount, Environment, Labels, MemoryMib, SandboxName, SecretName};
+
+use super::ListQuery;
+use crate::status::ApiError;
+
+pub(in crate::routes) fn name(name: Option<String>) -> Result<Option<SandboxName>, ApiError> {
+    name.map(|name| name.parse()).transpose().map_err(|error| ApiError::bad_request(&error))
+}
+
+pub(in crate::routes) fn labels(labels: BTreeMap<String, String>) -> Result<Labels, ApiError> {
+    Labels::try_from(labels).map_err(|error| ApiError::bad_request(&error))
+}
+
+pub(in crate::routes) fn secrets(names: &[String]) -> Result<Vec<SecretName>, ApiError> {
+    names.iter().map(|name| name.parse().map_err(|error| ApiError::bad_request(&error))).collect()
+}
+
+pub(super) fn filter(query: ListQuery, page_max: u32) -> Result<SandboxFilter, ApiError> {
+    let bad = |message: String| ApiError::new(ErrorCode::BadRequest, message);
+    let ListQuery { label, limit, after } = query;
+    let pair = |label: &String| match label.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err(bad(format!("invalid label filter `{label}`: expected KEY=VALUE"))),
+    };
+    let labels = label.iter().map(pair).collect::<Result<_, _>>()?;
+    if limit.is_some_and(|limit| !(1..=page_max).contains(&limit)) {
+        return Err(bad(format!("limit must be 1 to {page_max}")));
+    }
+    let cursor = |after: String| match after.split_once('~') {
+        Some((at, id)) => Ok((at.to_owned(), id.to_owned())),
+        None => Err(bad("invalid cursor: take it from a Link header".to_owned())),
+    };
+    Ok(SandboxFilter { labels, limit, after: after.map(cursor).transpose()? })
+}
+
+/// A request with what a template says where it says nothing.
+pub(super) fn create(
+    request: CreateSandbox,
+    template: Option<TemplateRow>,
+) -> Result<SandboxRequest, ApiError> {
+    let bad = |error: &dyn std::error::Error| ApiError::bad_request(error);
+    let CreateSandbox {
+        name: wanted_name,
+        cpus,
+        memory_mb,
+        env,
+        keep_hot,
+        cold_boot,
+        template: called,
+        image,
+        init,
+        files,
+        secrets: wanted_secrets,
+        labels: wanted_labels,
+        timeout_sec,
+    } = request;
+    let mut base = template.map(of_template).unwrap_or_default();
+    // A sandbox of a template is called after it.
+    base.name = match name(wanted_name)? {
+        Some(name) => Some(name),
+        None => called.map(|called| named_after(&called)).transpose()?.flatten(),
+    };
+    if let Some(cpus) = cpus {
+        base.cpus = Some(CpuCount::try_from(cpus).map_err(|error| bad(&error))?);
+    }
+    if let Some(memory) = memory_mb {
+        base.memory = Some(MemoryMib::try_from(memory).map_err(|error| bad(&error))?);
+    }
+    if let Some(image) = image {
+        base.image = Some(image.parse().map_err(|error| bad(&error))?);
+    }
+    if let Some(init) = init {
+        base.init = init;
+    }
+    let mut environment = base.environment.into_map();
+    environment.extend(env);
+    base.environment = Environment::try_from(environment).map_err(|error| bad(&error))?;
+    let mut all_labels = base.labels.into_map();
+    all_labels.extend(wanted_labels);
+    base.labels = labels(all_labels)?;
+    for secret in secrets(&wanted_secrets)? {
+        if !base.secrets.contains(&secret) {
+            base.secrets.push(secret);
+        }
+    }
+    if timeout_sec == Some(0) {
+        return Err(ApiError::new(ErrorCode::BadRequest, "timeout_sec must be at least 1"));
+    }
+    Ok(SandboxRequest {
+        keep_hot,
+        cold_boot,
+        files: files.into_iter().map(file).collect::<Result<_, _>>()?,
+        lifetime: timeout_sec.map(|seconds| Duration::from_secs(seconds.into())),
+        ..base
+    })
+}
+
+fn of_template(row: TemplateRow) -> SandboxRequest {
+    SandboxRequest {
+        cpus: Some(row.cpus),
+        memory: Some(row.memory),
+        environment: row.environment,
+        labels: row.labels,
+        secrets: row.secrets,
+        init: row.init,
+        image: Some(row.image),
+        ..SandboxRequest::default()
+    }
+}
+
+/// The template's name and six hex digits, if that is a name.
+fn named_after(template: &str) -> Result<Option<SandboxName>, ApiError> {
+    let digits = getrandom::u32()? & 0xff_ffff;
+    Ok(format!("{template}-{digits:06x}").parse().ok())
+}
+
+fn file(file: NewFile) -> Result<FileRequest, ApiError> {
+    let NewFile { path, content, content_base64, mode } = file;
+    let bad =
+        |what: &str| ApiError::new(ErrorCode::BadRequest, format!("invalid file `{path}`: {what}"));
+    let content = match (content, content_base64) {
+        (Some(text), None) => text.into_bytes(),
+        (None, Some(encoded)) => {
+            STANDARD.decode(encoded).map_err(|_| bad("its content is no base64"))?
+        }
+        (None, None) | (Some(_), Some(_)) => {
+            return Err(bad("it needs either content or content_base64"));
+        }
+    };
+    let mode = mode.unwrap_or_default();
+    if !mode.is_empty() && u32::from_str_radix(&mode, 8).map_or(true, |bits| bits > 0o7777) {
+        return Err(bad("its mode is no octal number up to 7777"));
+    }
+    Ok(FileRequest { path, content, mode })
+}
+
+/// A time in seconds since 1970, as text.
+pub(super) fn rfc3339(seconds: u64) -> Option<String> {
+    let seconds = i64::try_from(seconds).ok()?;
+    jiff::Timestamp::from_second(seconds).ok().map(|at| at.to_string())
+}

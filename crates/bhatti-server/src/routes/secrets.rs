@@ -1,0 +1,52 @@
+//! `/secrets`.
+
+use axum::extract::State;
+use axum::response::Response;
+use axum::{Extension, Json};
+use bhatti_api::{Deleted, Secret, SetSecret};
+use bhatti_store::SecretRow;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::ApiPath;
+use crate::json::ApiJson;
+use crate::status::{ApiError, created};
+
+/// Lists the caller's secrets by name. Nothing ever returns their values.
+#[utoipa::path(get, path = "/secrets", tag = "secrets",
+    responses((status = 200, body = Vec<Secret>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+) -> Result<Json<Vec<Secret>>, ApiError> {
+    Ok(Json(state.supervisor.list_secrets(owner)?.into_iter().map(secret).collect()))
+}
+
+/// Sets a secret, new or not. Sandboxes that have it keep the value that they got.
+#[utoipa::path(post, path = "/secrets", tag = "secrets", request_body = SetSecret,
+    responses((status = 201, body = Secret), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn set(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiJson(request): ApiJson<SetSecret>,
+) -> Result<Response, ApiError> {
+    let SetSecret { name, value } = request;
+    let name = name.parse().map_err(|error| ApiError::bad_request(&error))?;
+    Ok(created(secret(state.supervisor.set_secret(owner, &name, &value)?)))
+}
+
+/// Deletes a secret. Sandboxes that have it keep it.
+#[utoipa::path(delete, path = "/secrets/{name}", tag = "secrets", params(("name" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<Deleted>, ApiError> {
+    state.supervisor.delete_secret(owner, &name)?;
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+fn secret(row: SecretRow) -> Secret {
+    Secret { name: row.name, created_at: row.created_at, updated_at: row.updated_at }
+}

@@ -1,0 +1,49 @@
+//! `/sandboxes/{sandbox}/sessions`: processes that survive their client.
+
+use axum::extract::State;
+use axum::{Extension, Json};
+use bhatti_api::{Deleted, Session};
+use bhatti_proto::SessionInfo;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::ApiPath;
+use crate::status::ApiError;
+
+/// Lists terminal sessions and jobs, oldest first.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/sessions", tag = "sessions", params(("sandbox" = String, Path)),
+    responses((status = 200, body = Vec<Session>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+) -> Result<Json<Vec<Session>>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    Ok(Json(used.agent.list_sessions().await?.into_iter().map(session).collect()))
+}
+
+/// Kills a session's process.
+#[utoipa::path(delete, path = "/sandboxes/{sandbox}/sessions/{session}", tag = "sessions",
+    params(("sandbox" = String, Path), ("session" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn kill(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath((called, id)): ApiPath<(String, String)>,
+) -> Result<Json<Deleted>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    used.agent.kill_session(&id).await?;
+    Ok(Json(Deleted { status: "killed".to_owned() }))
+}
+
+fn session(info: SessionInfo) -> Session {
+    Session {
+        session_id: info.session_id,
+        argv: info.argv,
+        tty: info.tty,
+        running: info.running,
+        exit_code: info.exit_code,
+        attached: info.attached,
+        created_at: info.created_at,
+    }
+}

@@ -1,0 +1,206 @@
+//! `/sandboxes/{sandbox}/ws`: a terminal on a WebSocket.
+//!
+//! Output goes to the client in binary messages. What the client sends is what was typed, unless it is a text message with a
+//! [`ShellRequest`]. A client that goes away leaves the session running; who attaches later first gets what it missed, as far as the
+//! guest has kept it.
+
+use axum::Extension;
+use axum::extract::State;
+use axum::extract::ws::Message;
+use axum::response::Response;
+use bhatti_agent::{CallError, ExecEvent, ExecInput, SessionOutput};
+use bhatti_api::{ErrorCode, ShellRequest, ShellServerMessage};
+use bhatti_proto::{ExecRequest, SessionInfo};
+use bhatti_supervisor::SandboxUse;
+use bhatti_types::UserId;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::{ApiPath, ApiQuery};
+use crate::shells::Claim;
+use crate::status::ApiError;
+use crate::websocket::{Receiver, Sender, Upgrade, split};
+
+/// Runs the best shell that the image has, as a login shell.
+const SHELL: &str =
+    "for s in zsh bash sh; do s=$(command -v $s) && exec env SHELL=\"$s\" \"$s\" -li; done";
+
+/// Which session is wanted.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ShellQuery {
+    /// The session to come back to.
+    session: Option<String>,
+    /// Whether a new session is wanted, even if there is one without a client; the newest of those is taken otherwise.
+    #[serde(default)]
+    new: bool,
+    /// Rows of the terminal; 24 if absent.
+    rows: Option<u16>,
+    /// Columns of the terminal; 80 if absent.
+    cols: Option<u16>,
+    /// The command of a new session and its arguments, one by one; a login shell if absent.
+    #[serde(default)]
+    cmd: Vec<String>,
+    /// Who a new session runs as; the image's usual user if absent.
+    user: Option<String>,
+    /// Where a new session begins.
+    cwd: Option<String>,
+}
+
+/// A session with its client.
+struct Attached {
+    used: SandboxUse,
+    info: SessionInfo,
+    is_new: bool,
+    input: ExecInput,
+    output: SessionOutput,
+    _claim: Claim,
+}
+
+/// A terminal session on a WebSocket, new or one that its client had left. The first message is `ShellServerMessage` of type `session`.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/ws", tag = "sessions", params(("sandbox" = String, Path), ShellQuery),
+    responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn run(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(query): ApiQuery<ShellQuery>,
+    upgrade: Result<Upgrade, ApiError>,
+) -> Result<Response, ApiError> {
+    state.supervisor.find(owner, &called)?;
+    let Upgrade(upgrade) = upgrade?;
+    Ok(upgrade.on_upgrade(move |socket| async move {
+        let _open = state.metrics.open_websocket();
+        let (sender, mut receiver) = split(socket);
+        let last = match attach(&state, owner, &called, query).await {
+            Ok(attached) => relay(&state, attached, &sender, &mut receiver).await,
+            Err(error) => Some(error_message(error)),
+        };
+        if let Some(last) = last {
+            sender.close(&last, &mut receiver).await;
+        }
+    }))
+}
+
+async fn attach(
+    state: &AppState,
+    owner: UserId,
+    called: &str,
+    query: ShellQuery,
+) -> Result<Attached, ApiError> {
+    let used = state.supervisor.enter(owner, called).await?;
+    let (rows, cols) = (query.rows, query.cols);
+    if let Some(id) = &query.session {
+        let claim = state.shells.claim(used.id, id).ok_or_else(|| {
+            ApiError::new(ErrorCode::Attached, format!("session {id} has another client"))
+                .hint("end that one first, or open a new session: ?new=true")
+        })?;
+        return take_up(used, id, claim, rows, cols).await;
+    }
+    if !query.new && query.cmd.is_empty() {
+        let sessions = used.agent.list_sessions().await?;
+        // The newest first. One that somebody claims meanwhile, or that ends, is simply not taken.
+        for info in sessions.into_iter().rev().filter(|info| info.tty && info.running) {
+            if let Some(claim) = state.shells.claim(used.id, &info.session_id) {
+                return take_up(used, &info.session_id, claim, rows, cols).await;
+            }
+        }
+    }
+    create(state, used, query).await
+}
+
+async fn take_up(
+    used: SandboxUse,
+    id: &str,
+    claim: Claim,
+    rows: Option<u16>,
+    cols: Option<u16>,
+) -> Result<Attached, ApiError> {
+    let (info, mut input, output) = used.agent.attach(id, None).await?;
+    if !info.tty {
+        return Err(ApiError::new(ErrorCode::BadRequest, format!("session {id} has no terminal"))
+            .hint("it is a job: read its output instead"));
+    }
+    if let (Some(rows), Some(cols)) = (rows, cols) {
+        input.resize(rows, cols).await?;
+    }
+    Ok(Attached { used, info, is_new: false, input, output, _claim: claim })
+}
+
+async fn create(
+    state: &AppState,
+    used: SandboxUse,
+    query: ShellQuery,
+) -> Result<Attached, ApiError> {
+    let shell = || ["/bin/sh", "-c", SHELL].map(str::to_owned).to_vec();
+    let request = ExecRequest {
+        argv: if query.cmd.is_empty() { shell() } else { query.cmd },
+        env: [("TERM".to_owned(), "xterm-256color".to_owned())].into(),
+        tty: Some(true),
+        rows: query.rows,
+        cols: query.cols,
+        user: query.user,
+        cwd: query.cwd,
+        ..ExecRequest::default()
+    };
+    let (info, input, output) = used.agent.create_session(request).await?;
+    let claim = state.shells.claim(used.id, &info.session_id);
+    let claim = claim
+        .ok_or_else(|| ApiError::new(ErrorCode::Attached, "another client was faster to attach"))?;
+    Ok(Attached { used, info, is_new: true, input, output, _claim: claim })
+}
+
+/// Relays until the session has ended, and returns the last message; none if the client has gone, which leaves the session running.
+async fn relay(
+    state: &AppState,
+    attached: Attached,
+    sender: &Sender,
+    receiver: &mut Receiver,
+) -> Option<ShellServerMessage> {
+    let Attached { used: _used, info, is_new, input, output, _claim } = attached;
+    let session = ShellServerMessage::Session { session_id: info.session_id, new: is_new };
+    sender.send_json(&session).await?;
+    tokio::select! {
+        last = send_output(output, sender) => last,
+        () = receive(input, sender, receiver) => None,
+        () = state.stopped() => Some(error_message(ApiError::stopping())),
+    }
+}
+
+async fn send_output(mut output: SessionOutput, sender: &Sender) -> Option<ShellServerMessage> {
+    loop {
+        match output.next().await {
+            Ok(ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) => {
+                sender.send(Message::Binary(bytes)).await?;
+            }
+            Ok(ExecEvent::TimedOut) => {}
+            Ok(ExecEvent::Exit(exit_code)) => return Some(ShellServerMessage::Exit { exit_code }),
+            Err(error) => return Some(error_message(error.into())),
+        }
+    }
+}
+
+/// Passes on what is typed, until the client goes away. A session that takes no more says so by its output.
+async fn receive(mut input: ExecInput, sender: &Sender, receiver: &mut Receiver) {
+    while let Some(message) = receiver.next(sender).await {
+        let passed = match message {
+            Message::Text(text) => match serde_json::from_str(&text) {
+                Ok(ShellRequest::Resize { rows, cols }) => input.resize(rows, cols).await,
+                // Whoever types something that looks like JSON means it.
+                Err(_) => input.write(text.as_bytes()).await,
+            },
+            Message::Binary(bytes) => input.write(&bytes).await,
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
+        };
+        if let Err(CallError::Write(_)) = passed {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn error_message(error: ApiError) -> ShellServerMessage {
+    ShellServerMessage::Error { error: error.message, code: error.code, hint: error.hint }
+}

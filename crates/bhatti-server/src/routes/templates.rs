@@ -1,0 +1,112 @@
+//! `/templates`: what a user wrote down to create sandboxes from.
+
+use axum::extract::State;
+use axum::response::Response;
+use axum::{Extension, Json};
+use bhatti_api::{CreateTemplate, Deleted, ErrorCode, Template};
+use bhatti_image::DEFAULT_IMAGE;
+use bhatti_store::TemplateRow;
+use bhatti_types::{CpuCount, Environment, MemoryMib, SandboxId, UserId};
+
+use super::sandboxes::{labels, secrets};
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::ApiPath;
+use crate::json::ApiJson;
+use crate::status::{ApiError, created};
+
+/// Lists the caller's templates, newest first.
+#[utoipa::path(get, path = "/templates", tag = "templates",
+    responses((status = 200, body = Vec<Template>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+) -> Result<Json<Vec<Template>>, ApiError> {
+    Ok(Json(state.store.list_templates(owner)?.into_iter().map(template).collect()))
+}
+
+/// Makes a template.
+#[utoipa::path(post, path = "/templates", tag = "templates", request_body = CreateTemplate,
+    responses((status = 201, body = Template), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiJson(request): ApiJson<CreateTemplate>,
+) -> Result<Response, ApiError> {
+    let row = parse(owner, request)?;
+    Ok(created(template(state.store.insert_template(row)?)))
+}
+
+/// One template.
+#[utoipa::path(get, path = "/templates/{template}", tag = "templates", params(("template" = String, Path)),
+    responses((status = 200, body = Template), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+) -> Result<Json<Template>, ApiError> {
+    Ok(Json(template(find(&state, owner, &called)?)))
+}
+
+/// Deletes a template. Sandboxes that were made from it stay.
+#[utoipa::path(delete, path = "/templates/{template}", tag = "templates", params(("template" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+) -> Result<Json<Deleted>, ApiError> {
+    state.store.delete_template(find(&state, owner, &called)?.id)?;
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+fn find(state: &AppState, owner: UserId, called: &str) -> Result<TemplateRow, ApiError> {
+    let found = state.store.find_template(owner, called)?;
+    let missing = || ApiError::new(ErrorCode::NotFound, format!("template `{called}` not found"));
+    found.ok_or_else(missing)
+}
+
+fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError> {
+    let bad = |error: &dyn std::error::Error| ApiError::bad_request(error);
+    let CreateTemplate {
+        name,
+        image,
+        cpus,
+        memory_mb,
+        env,
+        secrets: wanted_secrets,
+        labels: wanted_labels,
+        init,
+    } = request;
+    let image = image.as_deref().unwrap_or(DEFAULT_IMAGE);
+    let cpus = cpus.map_or(Ok(CpuCount::ONE), CpuCount::try_from);
+    let memory = memory_mb.map_or(Ok(MemoryMib::DEFAULT), MemoryMib::try_from);
+    Ok(TemplateRow {
+        id: SandboxId::from_entropy(getrandom::u64()?.to_be_bytes()),
+        owner,
+        name: name.parse().map_err(|error| bad(&error))?,
+        image: image.parse().map_err(|error| bad(&error))?,
+        cpus: cpus.map_err(|error| bad(&error))?,
+        memory: memory.map_err(|error| bad(&error))?,
+        environment: Environment::try_from(env).map_err(|error| bad(&error))?,
+        labels: labels(wanted_labels)?,
+        secrets: secrets(&wanted_secrets)?,
+        init: init.unwrap_or_default(),
+        created_at: String::new(),
+    })
+}
+
+fn template(row: TemplateRow) -> Template {
+    Template {
+        id: row.id.to_string(),
+        name: row.name.to_string(),
+        image: row.image.to_string(),
+        cpus: row.cpus.get().into(),
+        memory_mb: row.memory.get().into(),
+        env: row.environment.into_map(),
+        secrets: row.secrets.iter().map(ToString::to_string).collect(),
+        labels: row.labels.into_map(),
+        init: row.init,
+        created_at: row.created_at,
+    }
+}

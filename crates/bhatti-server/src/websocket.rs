@@ -1,0 +1,141 @@
+//! What all WebSockets have in common: dead peers are noticed, and the daemon's end ends them.
+
+use std::time::Duration;
+
+use axum::extract::FromRequestParts;
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::http::HeaderValue;
+use axum::http::header::{HOST, ORIGIN};
+use axum::http::request::Parts;
+use bhatti_api::ErrorCode;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use tokio::sync::Mutex;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
+
+use crate::json::BODY_BYTES_MAX;
+use crate::status::ApiError;
+
+/// How often a peer is asked for a sign of life, and how long it may give none. One that takes no output right now, as a pager does, is
+/// not counted as silent.
+const PING_EVERY: Duration = Duration::from_secs(30);
+const SILENCE_LIMIT: Duration = Duration::from_secs(90);
+
+/// How long a peer that takes output at all takes to take a ping.
+const PING_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long a client may take to read the last message and close. A socket that is dropped before, with input of the client's unread,
+/// would be reset, and take output with it that is still on its way.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// A request that wants to become a WebSocket.
+pub(crate) struct Upgrade(pub(crate) WebSocketUpgrade);
+
+impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        // Browsers let any page open a WebSocket to anywhere, and say which page it was.
+        let host = parts.headers.get(HOST).map(HeaderValue::as_bytes).unwrap_or_default();
+        let origin = parts.headers.get(ORIGIN).map(HeaderValue::as_bytes);
+        if origin.is_some_and(|origin| !is_of_host(origin, host)) {
+            return Err(ApiError::new(
+                ErrorCode::Forbidden,
+                "this page may open no WebSocket here",
+            ));
+        }
+        let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
+        upgrade
+            .map(|upgrade| Self(upgrade.max_message_size(BODY_BYTES_MAX)))
+            .map_err(|error| ApiError::bad_request(&error))
+    }
+}
+
+/// Whether an origin, `scheme://host`, is of this host.
+fn is_of_host(origin: &[u8], host: &[u8]) -> bool {
+    let schemes: [&[u8]; 2] = [b"http://", b"https://"];
+    let of = schemes.iter().find_map(|scheme| origin.strip_prefix(*scheme));
+    of.is_some_and(|of| of.eq_ignore_ascii_case(host))
+}
+
+/// The way to a peer, for several who have something to say.
+pub(crate) struct Sender(Mutex<SplitSink<WebSocket, Message>>);
+
+/// The way from a peer.
+pub(crate) struct Receiver {
+    messages: SplitStream<WebSocket>,
+    pings: Interval,
+    heard: Instant,
+}
+
+/// Splits a socket.
+pub(crate) fn split(socket: WebSocket) -> (Sender, Receiver) {
+    let (sender, messages) = socket.split();
+    let mut pings = interval(PING_EVERY);
+    pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    pings.reset();
+    (Sender(Mutex::new(sender)), Receiver { messages, pings, heard: Instant::now() })
+}
+
+impl Sender {
+    /// Sends a message; `None` if the peer does not take it.
+    pub(crate) async fn send(&self, message: Message) -> Option<()> {
+        self.0.lock().await.send(message).await.ok()
+    }
+
+    /// Sends a ping, if the peer takes anything right now; `None` if it has gone.
+    async fn ping(&self) -> Option<bool> {
+        let Ok(mut sender) = self.0.try_lock() else { return Some(false) };
+        match timeout(PING_LIMIT, sender.send(Message::Ping(Vec::new().into()))).await {
+            Ok(sent) => sent.ok().map(|()| true),
+            Err(_) => Some(false),
+        }
+    }
+
+    /// Sends a message in JSON.
+    pub(crate) async fn send_json(&self, message: &impl serde::Serialize) -> Option<()> {
+        let json = serde_json::to_string(message).ok()?;
+        self.send(Message::text(json)).await
+    }
+
+    /// Sends the last message and waits until the peer has it, if it is still there.
+    pub(crate) async fn close(&self, last: &impl serde::Serialize, receiver: &mut Receiver) {
+        let closing = async {
+            if self.send_json(last).await.is_some() && self.0.lock().await.close().await.is_ok() {
+                while let Some(Ok(_)) = receiver.messages.next().await {}
+            }
+        };
+        // The peer may be gone: then nothing of this arrives, and nothing has to.
+        drop(timeout(CLOSE_LIMIT, closing).await);
+    }
+}
+
+impl Receiver {
+    /// Waits for a message with something in it; `None` when the peer has gone, or is silent for too long.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub(crate) async fn next(&mut self, sender: &Sender) -> Option<Message> {
+        loop {
+            tokio::select! {
+                message = self.messages.next() => {
+                    self.heard = Instant::now();
+                    match message {
+                        Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                        Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+                        Some(Ok(message)) => return Some(message),
+                    }
+                }
+                _ = self.pings.tick() => {
+                    if self.heard.elapsed() > SILENCE_LIMIT {
+                        return None;
+                    }
+                    if !sender.ping().await? {
+                        self.heard = Instant::now();
+                    }
+                }
+            }
+        }
+    }
+}

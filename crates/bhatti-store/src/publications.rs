@@ -1,0 +1,161 @@
+//! The table of published ports.
+
+use bhatti_types::{Alias, SandboxId, UserId};
+use rusqlite::{OptionalExtension, Row, params};
+
+use crate::{Store, StoreError, changed_one, immediate, is_taken, now, parsed};
+
+const SELECT: &str = "SELECT p.alias, p.sandbox_id, p.port, p.created_at, s.owner
+     FROM publications p JOIN sandboxes s ON s.id = p.sandbox_id AND s.state <> 'destroyed'";
+
+/// A published port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicationRow {
+    /// What it is called.
+    pub alias: Alias,
+    /// The sandbox.
+    pub sandbox_id: SandboxId,
+    /// The port in its guest.
+    pub port: u16,
+    /// When it was published (RFC 3339).
+    pub created_at: String,
+    /// Whose sandbox it is.
+    pub owner: UserId,
+}
+
+/// A port could not be published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The alias names another port, of whoever's sandbox.
+    #[error("alias `{0}` is in use")]
+    AliasTaken(Alias),
+    /// The port is published already, under another alias than the one that was asked for.
+    #[error("port {} is published as `{}` already", .0.port, .0.alias)]
+    Published(PublicationRow),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for PublishError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl Store {
+    /// Publishes a port; one that is published already stays what it is. Without an alias that was asked for, `fallback` is taken.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the alias is in use, or the port has another.
+    pub fn publish(
+        &self,
+        sandbox: SandboxId,
+        port: u16,
+        wanted: Option<Alias>,
+        fallback: Alias,
+    ) -> Result<PublicationRow, PublishError> {
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        let sql = format!("{SELECT} WHERE p.sandbox_id = ?1 AND p.port = ?2");
+        let there = || {
+            let parameters = params![sandbox.to_string(), port];
+            transaction.query_row(&sql, parameters, |row| Ok(read(row))).optional()?.transpose()
+        };
+        if let Some(row) = there()? {
+            return match wanted {
+                Some(wanted) if wanted != row.alias => Err(PublishError::Published(row)),
+                _ => Ok(row),
+            };
+        }
+        let alias = wanted.unwrap_or(fallback);
+        let inserted = transaction.execute(
+            "INSERT INTO publications (alias, sandbox_id, port, created_at) VALUES (?1, ?2, ?3, ?4)",
+            params![alias.as_str(), sandbox.to_string(), port, now()],
+        );
+        match inserted {
+            Ok(_) => {}
+            Err(error) if is_taken(&error) => return Err(PublishError::AliasTaken(alias)),
+            Err(error) => return Err(error.into()),
+        }
+        let row = there()?.ok_or(StoreError::NoSuchRow)?;
+        transaction.commit()?;
+        Ok(row)
+    }
+
+    /// The port of that alias.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_publication(&self, alias: &str) -> Result<Option<PublicationRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!("{SELECT} WHERE p.alias = ?1"))?;
+        query.query_row([alias], |row| Ok(read(row))).optional()?.transpose()
+    }
+
+    /// The published ports of a sandbox, by number.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_publications(&self, sandbox: SandboxId) -> Result<Vec<PublicationRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection
+            .prepare_cached(&format!("{SELECT} WHERE p.sandbox_id = ?1 ORDER BY p.port"))?;
+        query.query_map([sandbox.to_string()], |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// Takes a published port back.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if it is not published.
+    pub fn unpublish(&self, sandbox: SandboxId, port: u16) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        let deleted = connection.execute(
+            "DELETE FROM publications WHERE sandbox_id = ?1 AND port = ?2",
+            params![sandbox.to_string(), port],
+        )?;
+        changed_one(deleted)
+    }
+}
+
+fn read(row: &Row<'_>) -> Result<PublicationRow, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    Ok(PublicationRow {
+        alias: parsed(text(0)?.parse())?,
+        sandbox_id: parsed(text(1)?.parse())?,
+        port: row.get(2)?,
+        created_at: text(3)?,
+        owner: parsed(text(4)?.parse())?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandboxes::tests::{id, new};
+
+    #[test]
+    fn alias_is_one_ports_until_its_sandbox_is_gone() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        store.insert_sandbox(new(id(1))).unwrap();
+        let alias = |text: &str| text.parse::<Alias>().unwrap();
+
+        let row = store.publish(id(1), 80, None, alias("web-1")).unwrap();
+        let again = store.publish(id(1), 80, None, alias("web-2")).unwrap();
+        assert_eq!(again, row);
+        let other = store.publish(id(1), 80, Some(alias("mine")), alias("web-3"));
+        assert!(matches!(other, Err(PublishError::Published(_))));
+        let taken = store.publish(id(1), 81, Some(alias("web-1")), alias("web-3"));
+        assert!(matches!(taken, Err(PublishError::AliasTaken(_))));
+
+        assert_eq!(store.find_publication("web-1").unwrap(), Some(row.clone()));
+        assert_eq!(store.list_publications(id(1)).unwrap(), [row]);
+        store.delete_sandbox(id(1)).unwrap();
+        assert_eq!(store.find_publication("web-1").unwrap(), None);
+    }
+}

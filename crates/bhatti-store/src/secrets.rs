@@ -1,0 +1,122 @@
+//! The table of secrets: their names, and what has been made unreadable of their values.
+
+use bhatti_types::{SecretName, UserId};
+use rusqlite::{OptionalExtension, params};
+
+use crate::{Store, StoreError, changed_one, now};
+
+/// A secret without its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretRow {
+    /// Its name.
+    pub name: String,
+    /// When it was first set (RFC 3339).
+    pub created_at: String,
+    /// When it was last set (RFC 3339).
+    pub updated_at: String,
+}
+
+impl Store {
+    /// Sets a secret, new or not.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn set_secret(
+        &self,
+        owner: UserId,
+        name: &SecretName,
+        ciphertext: &[u8],
+    ) -> Result<SecretRow, StoreError> {
+        let connection = self.connection.lock();
+        let mut upsert = connection.prepare_cached(
+            "INSERT INTO secrets (owner, name, ciphertext, created_at, updated_at) VALUES (?1, ?2, ?3, ?4, ?4)
+             ON CONFLICT (owner, name) DO UPDATE SET ciphertext = ?3, updated_at = ?4
+             RETURNING created_at, updated_at",
+        )?;
+        let parameters = params![owner.to_string(), name.as_str(), ciphertext, now()];
+        Ok(upsert.query_row(parameters, |row| {
+            Ok(SecretRow {
+                name: name.to_string(),
+                created_at: row.get(0)?,
+                updated_at: row.get(1)?,
+            })
+        })?)
+    }
+
+    /// The ciphertext of a secret.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn get_secret(&self, owner: UserId, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection
+            .prepare_cached("SELECT ciphertext FROM secrets WHERE owner = ?1 AND name = ?2")?;
+        Ok(query.query_row(params![owner.to_string(), name], |row| row.get(0)).optional()?)
+    }
+
+    /// The secrets of `owner`, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_secrets(&self, owner: UserId) -> Result<Vec<SecretRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(
+            "SELECT name, created_at, updated_at FROM secrets WHERE owner = ?1 ORDER BY name",
+        )?;
+        let rows = query.query_map([owner.to_string()], |row| {
+            Ok(SecretRow { name: row.get(0)?, created_at: row.get(1)?, updated_at: row.get(2)? })
+        })?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// Whether anybody has a secret.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn has_secrets(&self) -> Result<bool, StoreError> {
+        let connection = self.connection.lock();
+        Ok(connection.query_row("SELECT EXISTS (SELECT 1 FROM secrets)", [], |row| row.get(0))?)
+    }
+
+    /// Forgets a secret.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such secret.
+    pub fn delete_secret(&self, owner: UserId, name: &str) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        let deleted = connection.execute(
+            "DELETE FROM secrets WHERE owner = ?1 AND name = ?2",
+            params![owner.to_string(), name],
+        )?;
+        changed_one(deleted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secret_is_its_owners_and_is_set_again() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let name = "TOKEN".parse().unwrap();
+        let first = store.set_secret(UserId::ADMIN, &name, b"1").unwrap();
+
+        let second = store.set_secret(UserId::ADMIN, &name, b"2").unwrap();
+
+        assert_eq!(second.created_at, first.created_at);
+        assert_eq!(store.get_secret(UserId::ADMIN, "TOKEN").unwrap(), Some(b"2".to_vec()));
+        let other = UserId::from_entropy([1; 8]);
+        assert_eq!(store.get_secret(other, "TOKEN").unwrap(), None);
+        assert!(matches!(store.delete_secret(other, "TOKEN"), Err(StoreError::NoSuchRow)));
+        assert_eq!(store.list_secrets(UserId::ADMIN).unwrap(), [second]);
+        store.delete_secret(UserId::ADMIN, "TOKEN").unwrap();
+        assert_eq!(store.list_secrets(UserId::ADMIN).unwrap(), []);
+    }
+}

@@ -1,0 +1,186 @@
+//! The table of templates: what users wrote down to create sandboxes from.
+
+use bhatti_types::{
+    CpuCount, Environment, ImageName, Labels, MemoryMib, SandboxId, SecretName, TemplateName,
+    UserId,
+};
+use rusqlite::{OptionalExtension, Row, params};
+
+use crate::{
+    Store, StoreError, changed_one, from_json, is_taken, now, parse_secrets, parsed, secrets_text,
+    to_json,
+};
+
+const COLUMNS: &str =
+    "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at";
+
+/// A template as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TemplateRow {
+    /// Its id.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub owner: UserId,
+    /// Its name.
+    pub name: TemplateName,
+    /// The image that its sandboxes have.
+    pub image: ImageName,
+    /// Their vCPUs.
+    pub cpus: CpuCount,
+    /// Their memory.
+    pub memory: MemoryMib,
+    /// Their environment.
+    pub environment: Environment,
+    /// Their labels.
+    pub labels: Labels,
+    /// Their secrets.
+    pub secrets: Vec<SecretName>,
+    /// Their init script.
+    pub init: String,
+    /// When it was made (RFC 3339); the store sets it.
+    pub created_at: String,
+}
+
+/// A template could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateInsertError {
+    /// Its owner has one of that name.
+    #[error("template `{0}` already exists")]
+    NameTaken(TemplateName),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Store {
+    /// Adds a template.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`TemplateInsertError::NameTaken`] if its owner has one of that name.
+    pub fn insert_template(&self, row: TemplateRow) -> Result<TemplateRow, TemplateInsertError> {
+        let row = TemplateRow { created_at: now(), ..row };
+        let parameters = params![
+            row.id.to_string(),
+            row.owner.to_string(),
+            row.name.as_str(),
+            row.image.as_str(),
+            row.cpus.get(),
+            row.memory.get(),
+            to_json(row.environment.as_map())?,
+            to_json(row.labels.as_map())?,
+            secrets_text(&row.secrets)?,
+            row.init,
+            row.created_at,
+        ];
+        let sql = format!(
+            "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"
+        );
+        match self.connection.lock().execute(&sql, parameters) {
+            Ok(_) => Ok(row),
+            Err(error) if is_taken(&error) => Err(TemplateInsertError::NameTaken(row.name)),
+            Err(error) => Err(TemplateInsertError::Store(error.into())),
+        }
+    }
+
+    /// The template that `owner` calls by this id or name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_template(
+        &self,
+        owner: UserId,
+        called: &str,
+    ) -> Result<Option<TemplateRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM templates WHERE owner = ?1 AND (id = ?2 OR name = ?2)
+             ORDER BY id = ?2 DESC LIMIT 1"
+        ))?;
+        let parameters = params![owner.to_string(), called];
+        query.query_row(parameters, |row| Ok(read(row))).optional()?.transpose()
+    }
+
+    /// The templates of `owner`, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_templates(&self, owner: UserId) -> Result<Vec<TemplateRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
+        ))?;
+        query.query_map([owner.to_string()], |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// Forgets a template. What was made from it stays.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such template.
+    pub fn delete_template(&self, id: SandboxId) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        changed_one(connection.execute("DELETE FROM templates WHERE id = ?1", [id.to_string()])?)
+    }
+}
+
+fn read(row: &Row<'_>) -> Result<TemplateRow, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    Ok(TemplateRow {
+        id: parsed(text(0)?.parse())?,
+        owner: parsed(text(1)?.parse())?,
+        name: parsed(text(2)?.parse())?,
+        image: parsed(text(3)?.parse())?,
+        cpus: parsed(CpuCount::try_from(row.get::<_, u64>(4)?))?,
+        memory: parsed(MemoryMib::try_from(row.get::<_, u64>(5)?))?,
+        environment: parsed(Environment::try_from(from_json::<std::collections::BTreeMap<_, _>>(
+            &text(6)?,
+        )?))?,
+        labels: parsed(Labels::try_from(from_json::<std::collections::BTreeMap<_, _>>(&text(
+            7,
+        )?)?))?,
+        secrets: parse_secrets(&text(8)?)?,
+        init: text(9)?,
+        created_at: text(10)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn template_survives_with_every_field_until_it_is_forgotten() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let pair = |key: &str, value: &str| {
+            std::collections::BTreeMap::from([(key.to_owned(), value.to_owned())])
+        };
+        let row = TemplateRow {
+            id: SandboxId::from_entropy([1; 8]),
+            owner: UserId::ADMIN,
+            name: "ci".parse().unwrap(),
+            image: "minimal".parse().unwrap(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            environment: Environment::try_from(pair("A", "\"1\n")).unwrap(),
+            labels: Labels::try_from(pair("k", "v")).unwrap(),
+            secrets: vec!["TOKEN".parse().unwrap()],
+            init: "echo hi".to_owned(),
+            created_at: String::new(),
+        };
+        let inserted = store.insert_template(row.clone()).unwrap();
+
+        let found = store.find_template(UserId::ADMIN, "ci").unwrap();
+        assert_eq!(found.as_ref(), Some(&inserted));
+        assert_eq!(store.list_templates(UserId::ADMIN).unwrap(), [inserted]);
+        assert_eq!(store.find_template(UserId::from_entropy([1; 8]), "ci").unwrap(), None);
+        let again = TemplateRow { id: SandboxId::from_entropy([2; 8]), ..row.clone() };
+        let taken = store.insert_template(again);
+        assert!(matches!(taken, Err(TemplateInsertError::NameTaken(_))));
+        store.delete_template(row.id).unwrap();
+        assert!(matches!(store.delete_template(row.id), Err(StoreError::NoSuchRow)));
+    }
+}

@@ -1,0 +1,65 @@
+//! What a user may have.
+
+/// What one user may have at most; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quota {
+    /// Sandboxes.
+    pub sandboxes: Option<u32>,
+    /// vCPUs of one sandbox.
+    pub cpus_per_sandbox: Option<u32>,
+    /// Memory of one sandbox, in MiB.
+    pub memory_mib_per_sandbox: Option<u32>,
+    /// Named snapshots.
+    pub snapshots: Option<u32>,
+}
+
+impl Quota {
+    /// That of a user for whom nothing else was said.
+    pub const USUAL: Self = Self {
+        sandboxes: Some(5),
+        cpus_per_sandbox: Some(4),
+        memory_mib_per_sandbox: Some(4096),
+        snapshots: Some(5),
+    };
+}
+
+/// A user would have more than it may.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QuotaExceeded {
+    /// It has as many sandboxes as it may.
+    #[error("sandbox limit reached ({used}/{max})")]
+    Sandboxes {
+        /// How many it has.
+        used: u32,
+        /// How many it may have.
+        max: u32,
+    },
+    /// It has as many snapshots as it may.
+    #[error("snapshot limit reached ({used}/{max})")]
+    Snapshots {
+        /// How many it has.
+        used: u32,
+        /// How many it may have.
+        max: u32,
+    },
+    /// The sandbox is to have too many vCPUs.
+    #[error("max {max} CPUs per sandbox")]
+    Cpus {
+        /// How many it may have.
+        max: u32,
+    },
+    /// The sandbox is to have too much memory.
+    #[error("max {max} MB memory per sandbox")]
+    Memory {
+        /// How much it may have, in MiB.
+        max: u32,
+    },
+}
+
+impl QuotaExceeded {
+    /// Whether giving something up helps; asking for less does otherwise.
+    #[must_use]
+    pub const fn passes(&self) -> bool {
+        matches!(self, Self::Sandboxes { .. } | Self::Snapshots { .. })
+    }
+}
