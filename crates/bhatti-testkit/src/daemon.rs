@@ -158,6 +158,31 @@ impl TestDaemon {
         .await;
     }
 
+    /// The address that it logged with this message.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it did not.
+    #[must_use]
+    pub fn address(&self, message: &str) -> std::net::SocketAddr {
+        let log = self.log();
+        let line = log.lines().rev().find(|line| line.contains(message));
+        let address = line.and_then(|line| line.rsplit("address=").next());
+        address.and_then(|address| address.trim().parse().ok()).expect("the daemon says where")
+    }
+
+    /// Where it listens for callers with a key, given `listen` in its configuration.
+    #[must_use]
+    pub fn api_address(&self) -> std::net::SocketAddr {
+        self.address("Listening for callers with an API key")
+    }
+
+    /// Where it serves published ports, given `public_listen` in its configuration.
+    #[must_use]
+    pub fn public_address(&self) -> std::net::SocketAddr {
+        self.address("Listening for anybody who wants a published port")
+    }
+
     /// What it has logged so far.
     #[must_use]
     pub fn log(&self) -> String {

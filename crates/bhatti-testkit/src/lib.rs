@@ -6,6 +6,7 @@
 
 mod daemon;
 mod files;
+mod http;
 mod sandbox;
 mod skip;
 
@@ -16,11 +17,25 @@ use tokio::time::{sleep, timeout};
 
 pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm};
 pub use files::{SmallDisk, check_disk, hashes};
+pub use http::{Answer, Api, Socket, json_message, message};
 pub use sandbox::{Ran, code_of, collect, named, run, shell, start};
 pub use skip::skip;
 
 /// How long anything that a test waits for may take.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a process has in memory, in MiB.
+///
+/// # Panics
+///
+/// Panics if there is no such process.
+#[must_use]
+pub fn resident_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.expect("its memory is counted") / 1024
+}
 
 /// The root of the repository.
 #[must_use]

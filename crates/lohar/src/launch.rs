@@ -191,7 +191,7 @@ fn environment(
         ("PATH", DEFAULT_PATH),
         ("TERM", "xterm-256color"),
         ("HOME", home),
-        ("LANG", "en_US.UTF-8"),
+        ("LANG", "C.UTF-8"),
     ];
     if let Some(user) = user {
         defaults.extend([("USER", user.name.as_str()), ("LOGNAME", &user.name)]);

@@ -46,7 +46,7 @@ pub(crate) struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 512,
+            connections: 2048,
             sessions: 64,
             finished_sessions: 64,
             watches: 64,

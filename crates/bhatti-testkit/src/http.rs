@@ -1,0 +1,242 @@
+//! Requests as they are, for what the client does not hide: statuses, headers, bytes on their way.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use http::header::{AUTHORIZATION, HOST};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use crate::{LIMIT, TestDaemon};
+
+/// A connection to a daemon.
+pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
+
+/// A WebSocket to a daemon.
+pub type Socket = WebSocketStream<Box<dyn Connection>>;
+
+/// Asks a daemon, as one caller.
+#[derive(Clone, Debug)]
+pub struct Api {
+    place: Place,
+    key: Option<String>,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
+
+/// What came back, as a whole.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Bytes,
+}
+
+impl Answer {
+    /// The body as JSON; null if it is none.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or(Value::Null)
+    }
+
+    /// The body as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// The status as a number, with the error code of the body.
+    #[must_use]
+    pub fn refusal(&self) -> (u16, String) {
+        (self.status.as_u16(), self.json()["code"].as_str().unwrap_or_default().to_owned())
+    }
+}
+
+impl Api {
+    /// The admin of a daemon.
+    #[must_use]
+    pub fn admin(daemon: &TestDaemon) -> Self {
+        Self { place: Place::Unix(daemon.data_dir().to_owned()), key: None }
+    }
+
+    /// A caller on the network, with a key or none.
+    #[must_use]
+    pub fn tcp(address: SocketAddr, key: Option<&str>) -> Self {
+        Self { place: Place::Tcp(address), key: key.map(str::to_owned) }
+    }
+
+    /// Sends a request and waits for the whole answer.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is none.
+    pub async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Answer {
+        let response = self.begin(method, path, headers, body).await;
+        let (parts, body) = response.into_parts();
+        let body = timeout(LIMIT, body.collect()).await.expect("the answer ends");
+        let body = body.expect("the answer is whole").to_bytes();
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    /// Sends JSON.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is no answer.
+    pub async fn call(&self, method: &str, path: &str, body: &Value) -> Answer {
+        let json = [("content-type", "application/json")];
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.send(method, path, &json, body).await
+    }
+
+    /// Asks.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is no answer.
+    pub async fn get(&self, path: &str) -> Answer {
+        self.send("GET", path, &[], "").await
+    }
+
+    /// Sends a request and waits for the head of the answer.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is none.
+    pub async fn begin(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Response<Incoming> {
+        let method: Method = method.parse().expect("a method");
+        let request = self.request(path, headers).method(method).body(Full::new(body.into()));
+        let stream = TokioIo::new(self.connect().await);
+        let handshake = http1::Builder::new().max_headers(1000).handshake(stream);
+        let (mut sender, connection) = handshake.await.expect("the daemon speaks HTTP");
+        // Ends with the answer.
+        tokio::spawn(connection);
+        let answered = timeout(LIMIT, sender.send_request(request.expect("a request"))).await;
+        answered.expect("the daemon answers").expect("the answer is one")
+    }
+
+    /// Opens a WebSocket, or returns the answer that came instead.
+    ///
+    /// # Errors
+    ///
+    /// Returns what the daemon answered.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it answers nothing.
+    pub async fn websocket(&self, path: &str, headers: &[(&str, &str)]) -> Result<Socket, Answer> {
+        let key = generate_key();
+        let upgrade = [
+            ("connection", "Upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", &key),
+        ];
+        let request = self.request(&format!("ws://x{path}"), &[headers, &upgrade].concat());
+        let request = request.body(()).expect("a request");
+        let opening = tokio_tungstenite::client_async(request, self.connect().await);
+        match timeout(LIMIT, opening).await.expect("the daemon answers") {
+            Ok((socket, _)) => Ok(socket),
+            Err(Error::Http(response)) => {
+                let (parts, body) = response.into_parts();
+                let body = Bytes::from(body.unwrap_or_default());
+                Err(Answer { status: parts.status, headers: parts.headers, body })
+            }
+            Err(error) => panic!("no answer to a WebSocket: {error}"),
+        }
+    }
+
+    /// Connects.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the daemon cannot be reached.
+    pub async fn connect(&self) -> Box<dyn Connection> {
+        match &self.place {
+            Place::Unix(data_dir) => {
+                let stream = bhatti_host::socket::connect_in(data_dir, "bhatti.sock");
+                let stream = stream.expect("the daemon listens");
+                stream.set_nonblocking(true).expect("a socket");
+                Box::new(UnixStream::from_std(stream).expect("a socket"))
+            }
+            Place::Tcp(address) => {
+                Box::new(TcpStream::connect(address).await.expect("the daemon listens"))
+            }
+        }
+    }
+
+    fn request(&self, path: &str, headers: &[(&str, &str)]) -> http::request::Builder {
+        let mut request = Request::builder().uri(path);
+        if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+            request = request.header(HOST, "daemon.test");
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(key) = &self.key {
+            request = request.header(AUTHORIZATION, format!("Bearer {key}"));
+        }
+        request
+    }
+}
+
+/// Waits for a message of a WebSocket; `None` at its end.
+///
+/// # Panics
+///
+/// Panics if none comes.
+pub async fn message(socket: &mut Socket) -> Option<Message> {
+    loop {
+        let next = timeout(LIMIT, socket.next()).await.expect("a message comes");
+        match next {
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+            Some(Ok(message)) => return Some(message),
+        }
+    }
+}
+
+/// Waits for a text message and returns it as JSON.
+///
+/// # Panics
+///
+/// Panics if another one, or none, comes.
+pub async fn json_message(socket: &mut Socket) -> Value {
+    match message(socket).await {
+        Some(Message::Text(text)) => serde_json::from_str(&text).expect("JSON"),
+        other => panic!("no text message: {other:?}"),
+    }
+}

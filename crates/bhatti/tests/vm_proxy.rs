@@ -1,0 +1,302 @@
+//! Ports of a real guest, through the API and through aliases. The application in the guest says exactly what arrived.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use bhatti_testkit::{Api, Serve, TestDaemon, json_message, message, wait_for};
+use futures_util::{SinkExt, StreamExt};
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Message;
+
+const UPSTREAM: &str = include_str!("guest/upstream.py");
+
+/// A daemon with a sandbox in which the application listens at port 8000.
+async fn with_application(config: &str) -> (TestDaemon, Api) {
+    let daemon = TestDaemon::start_with(Serve { config: config.into(), ..Serve::default() }).await;
+    let api = Api::admin(&daemon);
+    let files = json!([{ "path": "/tmp/upstream.py", "content": UPSTREAM }]);
+    let created = api.call("POST", "/sandboxes", &json!({ "name": "dev", "files": files })).await;
+    assert_eq!(created.status, 201, "{}", created.text());
+    let serve = json!({ "cmd": ["python3", "/tmp/upstream.py", "8000"], "detach": true });
+    assert_eq!(api.call("POST", "/sandboxes/dev/exec", &serve).await.status, 202);
+    let listening = async { while api.get("/sandboxes/dev/ports").await.json() == json!([]) {} };
+    timeout(bhatti_testkit::LIMIT, listening).await.expect("the application listens");
+    (daemon, api)
+}
+
+/// A header that arrived, or null.
+fn arrived(echo: &Value, name: &str) -> Value {
+    let headers = echo["headers"].as_array().unwrap();
+    headers.iter().find(|pair| pair[0] == name).map_or(Value::Null, |pair| pair[1].clone())
+}
+
+#[tokio::test]
+async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
+    let (daemon, api) = with_application("listen: 127.0.0.1:0\n").await;
+    let base = "/sandboxes/dev/proxy/8000";
+
+    // Path and query, as they were sent.
+    let echo = api.get(&format!("{base}/a%2Fb//c/?q=%20&token=csrf")).await.json();
+    assert_eq!(echo["path"], "/a%2Fb//c/?q=%20&token=csrf");
+    assert_eq!(api.get(base).await.json()["path"], "/");
+    assert_eq!(api.get(&format!("{base}/")).await.json()["path"], "/");
+
+    // Headers and credentials.
+    let headers = [
+        ("connection", "x-private"),
+        ("x-private", "1"),
+        ("te", "trailers"),
+        ("expect", "100-continue"),
+        ("authorization", "Basic dTpw"),
+        ("cookie", "a=b"),
+    ];
+    let answer = api.send("POST", &format!("{base}/x"), &headers, "hello").await;
+    let echo = answer.json();
+    for gone in ["x-private", "te", "expect", "transfer-encoding"] {
+        assert_eq!(arrived(&echo, gone), Value::Null, "{gone}");
+    }
+    assert_eq!(arrived(&echo, "authorization"), "Basic dTpw");
+    assert_eq!((&arrived(&echo, "cookie"), &echo["length"]), (&json!("a=b"), &json!(5)));
+    assert_eq!(arrived(&echo, "host"), "localhost:8000");
+    assert_eq!(arrived(&echo, "x-forwarded-host"), "daemon.test");
+    assert_eq!(arrived(&echo, "x-forwarded-prefix"), base);
+    for gone in ["connection", "keep-alive", "x-hop"] {
+        assert!(!answer.headers.contains_key(gone), "{gone}");
+    }
+    assert_eq!(answer.headers["x-end"], "1");
+
+    // Every method; a body with HEAD there is none.
+    for method in ["PUT", "PATCH", "DELETE", "OPTIONS"] {
+        assert_eq!(api.send(method, &format!("{base}/m"), &[], "").await.json()["method"], method);
+    }
+    let head = api.send("HEAD", &format!("{base}/h"), &[], "").await;
+    assert_eq!((head.headers["x-head"].to_str().unwrap(), head.body.len()), ("yes", 0));
+    assert!(head.headers["content-length"].to_str().unwrap().parse::<u64>().unwrap() > 0);
+
+    // Statuses, large heads, bodies in chunks.
+    assert_eq!(api.get(&format!("{base}/status")).await.status, 418);
+    let large = api.get(&format!("{base}/large")).await;
+    assert_eq!((large.text().as_str(), large.headers["x-long"].len()), ("large", 30_000));
+    assert_eq!(api.get(&format!("{base}/chunked")).await.text(), "hello");
+    let body = vec![b'x'; 3 << 20];
+    let echo = api.send("POST", &format!("{base}/up"), &[], body).await.json();
+    assert_eq!(echo["length"], 3 << 20);
+
+    // What a caller on the network shows to be let in stays here.
+    let user = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let key = user["api_key"].as_str().unwrap();
+    let bob = Api::tcp(daemon.api_address(), Some(key));
+    assert_eq!(bob.get(base).await.refusal(), (404, "not_found".to_owned()));
+    let with_key = api.send("GET", base, &[("authorization", &format!("Bearer {key}"))], "").await;
+    assert_eq!(arrived(&with_key.json(), "authorization"), Value::Null);
+    let path = format!("{base}/?token={key}&ticket=bht-ticket_0&z=1");
+    assert_eq!(api.get(&path).await.json()["path"], "/?z=1");
+}
+
+#[tokio::test]
+async fn application_that_does_not_answer_is_the_right_error() {
+    let (daemon, api) = with_application("proxy_timeout_sec: 2\n").await;
+    let base = "/sandboxes/dev/proxy";
+    for (path, status, code) in [
+        ("/8000/silent", 504, "gateway_timeout"),
+        ("/8000/close", 502, "bad_gateway"),
+        ("/8000/garbage", 502, "bad_gateway"),
+        ("/9999/", 502, "port_refused"),
+        ("/0/", 400, "bad_request"),
+        ("/65536/", 400, "bad_request"),
+        ("/http/", 400, "bad_request"),
+    ] {
+        let answer = api.get(&format!("{base}{path}")).await;
+        assert_eq!(answer.refusal(), (status, code.to_owned()), "{path}: {}", answer.text());
+    }
+    assert_eq!(api.get("/sandboxes/nobody/proxy/80/").await.refusal().0, 404);
+
+    // Whoever goes away leaves nothing behind.
+    let count = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    let before = count();
+    for _ in 0..20 {
+        let mut gone = api.connect().await;
+        let head = format!("GET {base}/8000/silent HTTP/1.1\r\nHost: x\r\n\r\n");
+        tokio::io::AsyncWriteExt::write_all(&mut gone, head.as_bytes()).await.unwrap();
+    }
+    wait_for("descriptors of clients that went away are closed", || count() <= before).await;
+}
+
+#[tokio::test]
+async fn events_arrive_one_by_one() {
+    let (_daemon, api) = with_application("").await;
+    let base = "/sandboxes/dev/proxy/8000";
+
+    let mut events = api.begin("GET", &format!("{base}/events"), &[], "").await.into_body();
+    let mut next = async || {
+        let frame = timeout(bhatti_testkit::LIMIT, events.frame()).await.unwrap();
+        frame.unwrap().unwrap().into_data().unwrap()
+    };
+
+    // The second one comes only when it is asked for, and it is asked for only when the first one has come.
+    assert_eq!(next().await, "data: first\n\n");
+    assert_eq!(api.get(&format!("{base}/go")).await.text(), "gone");
+    assert_eq!(next().await, "data: second\n\n");
+}
+
+#[tokio::test]
+async fn websockets_pass_and_keep_the_sandbox_hot() {
+    let config = "thermal: { warm_after_ms: 300 }\nlisten: 127.0.0.1:0\n";
+    let (daemon, api) = with_application(config).await;
+    let mut socket = api.websocket("/sandboxes/dev/proxy/8000/ws?x=1", &[]).await.unwrap();
+
+    // What came in one packet with the head of the answer is not lost.
+    assert_eq!(message(&mut socket).await, Some(Message::text("early")));
+    for text in ["hello", &"y".repeat(60_000)] {
+        socket.send(Message::text(text)).await.unwrap();
+        assert_eq!(message(&mut socket).await, Some(Message::text(text)));
+    }
+    // The job would keep it hot, too.
+    let jobs = api.get("/sandboxes/dev/jobs").await.json();
+    assert_eq!(jobs[0]["running"], true);
+    drop(socket);
+
+    // Without a client and without a job the sandbox cools; the next WebSocket wakes it.
+    let serve = "setsid python3 /tmp/upstream.py 8001 >/dev/null 2>&1 &";
+    let exec = json!({ "cmd": ["sh", "-c", serve] });
+    assert_eq!(api.call("POST", "/sandboxes/dev/exec", &exec).await.status, 200);
+    let listening = async {
+        while api.get("/sandboxes/dev/ports").await.json().as_array().unwrap().len() < 2 {}
+    };
+    timeout(bhatti_testkit::LIMIT, listening).await.expect("the second application listens");
+    let job = format!("/sandboxes/dev/jobs/{}", jobs[0]["id"].as_str().unwrap());
+    assert_eq!(api.call("DELETE", &job, &Value::Null).await.status, 200);
+    let warm = async {
+        while api.get("/sandboxes/dev").await.json()["thermal"] == "hot" {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    timeout(bhatti_testkit::LIMIT, warm).await.expect("the sandbox cools");
+    let mut socket = api.websocket("/sandboxes/dev/proxy/8001/ws", &[]).await.unwrap();
+    assert_eq!(message(&mut socket).await, Some(Message::text("early")));
+    assert_eq!(api.get("/sandboxes/dev").await.json()["thermal"], "hot");
+    drop(daemon);
+}
+
+#[tokio::test]
+async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
+    let config = "public_listen: 127.0.0.1:0\npublic_zone: sb.test\n";
+    let (daemon, api) = with_application(config).await;
+    let public = Api::tcp(daemon.public_address(), None);
+    let publish = json!({ "port": 8000, "alias": "web" });
+    let published = api.call("POST", "/sandboxes/dev/publish", &publish).await;
+    assert_eq!(published.status, 201);
+    assert_eq!(published.json()["urls"].as_array().unwrap().len(), 2);
+    // Again is the same; another name for it, or another port of the name, is not.
+    assert_eq!(api.call("POST", "/sandboxes/dev/publish", &publish).await.json(), published.json());
+    for taken in
+        [json!({ "port": 8000, "alias": "other" }), json!({ "port": 8001, "alias": "web" })]
+    {
+        let answer = api.call("POST", "/sandboxes/dev/publish", &taken).await;
+        assert_eq!(answer.refusal(), (409, "name_taken".to_owned()));
+    }
+    for bad in
+        [json!({ "port": 0 }), json!({ "port": 1, "alias": "A_b" }), json!({ "port": 70000 })]
+    {
+        assert_eq!(
+            api.call("POST", "/sandboxes/dev/publish", &bad).await.refusal().0,
+            400,
+            "{bad}"
+        );
+    }
+
+    let by_path = public.get("/web/a/b?c").await.json();
+    assert_eq!(
+        (&by_path["path"], arrived(&by_path, "x-forwarded-prefix")),
+        (&json!("/a/b?c"), json!("/web"))
+    );
+    let redirect = public.get("/web?c").await;
+    assert_eq!(
+        (redirect.status.as_u16(), redirect.headers["location"].to_str().unwrap()),
+        (308, "/web/?c")
+    );
+    for host in ["web.sb.test", "web.localhost:80"] {
+        let headers =
+            [("host", host), ("authorization", "Bearer bht_x"), ("x-forwarded-for", "1.2.3.4")];
+        let by_name = public.send("GET", "/a", &headers, "").await.json();
+        assert_eq!(by_name["path"], "/a");
+        assert_eq!(arrived(&by_name, "authorization"), Value::Null);
+        assert_eq!(arrived(&by_name, "x-forwarded-host"), host);
+        assert_eq!(arrived(&by_name, "x-forwarded-for"), "1.2.3.4, 127.0.0.1");
+    }
+    let mut socket = public.websocket("/web/ws", &[]).await.unwrap();
+    assert_eq!(message(&mut socket).await, Some(Message::text("early")));
+    drop(socket);
+    for nothing in ["/", "/other/", "/sandboxes", "/health", "/..%2fweb/", "/WEB/"] {
+        assert_eq!(public.get(nothing).await.refusal(), (404, "not_found".to_owned()), "{nothing}");
+    }
+
+    // It wakes what is paused, and says no more than that it cannot be reached of what is stopped.
+    assert_eq!(
+        api.call("POST", "/sandboxes/dev/pause", &Value::Null).await.json()["thermal"],
+        "warm"
+    );
+    assert_eq!(public.get("/web/woken").await.json()["path"], "/woken");
+    assert_eq!(api.call("POST", "/sandboxes/dev/stop", &Value::Null).await.status, 200);
+    let stopped = public.get("/web/").await;
+    assert_eq!(stopped.refusal(), (502, "bad_gateway".to_owned()));
+    assert!(!stopped.text().contains("dev"), "{}", stopped.text());
+    assert_eq!(api.call("POST", "/sandboxes/dev/start", &Value::Null).await.status, 200);
+    assert_eq!(public.get("/web/again").await.json()["path"], "/again");
+
+    assert_eq!(api.call("DELETE", "/sandboxes/dev/publish/8000", &Value::Null).await.status, 200);
+    assert_eq!(api.call("DELETE", "/sandboxes/dev/publish/8000", &Value::Null).await.status, 404);
+    assert_eq!(public.get("/web/").await.status, 404);
+    let auto = api.call("POST", "/sandboxes/dev/publish", &json!({ "port": 8000 })).await.json();
+    let alias = auto["alias"].as_str().unwrap().to_owned();
+    assert!(alias.starts_with("dev-") && alias.len() == 10, "{alias}");
+    assert_eq!(api.call("DELETE", "/sandboxes/dev", &Value::Null).await.status, 200);
+    assert_eq!(public.get(&format!("/{alias}/")).await.status, 404);
+}
+
+#[tokio::test]
+async fn a_thousand_idle_websockets_are_no_burden() {
+    let (daemon, api) = with_application("").await;
+    let mut sockets = Vec::new();
+    for number in 0..1000 {
+        let socket = api.websocket("/sandboxes/dev/proxy/8000/ws", &[]).await;
+        let mut socket = socket.unwrap_or_else(|answer| panic!("{number}: {}", answer.text()));
+        assert_eq!(message(&mut socket).await, Some(Message::text("early")));
+        sockets.push(socket);
+    }
+    let (first, last) = (0, sockets.len() - 1);
+    for index in [first, last / 2, last] {
+        sockets[index].send(Message::text("still here")).await.unwrap();
+        assert_eq!(message(&mut sockets[index]).await, Some(Message::text("still here")));
+    }
+    let exec = json!({ "cmd": ["true"] });
+    assert_eq!(api.call("POST", "/sandboxes/dev/exec", &exec).await.json()["exit_code"], 0);
+    let rss = bhatti_testkit::resident_mib(daemon.pid());
+    assert!(rss < 150, "the daemon has {rss} MiB");
+
+    sockets.clear();
+    let count = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    wait_for("all descriptors are closed", || count() < 50).await;
+}
+
+#[tokio::test]
+async fn command_and_shell_sockets_take_no_page_of_another_origin() {
+    let (daemon, api) = with_application("").await;
+    for path in ["/sandboxes/dev/ws?new=true", "/sandboxes/dev/exec/ws"] {
+        for origin in ["http://evil.test", "null", "http://daemon.test.evil.test"] {
+            let refused = api.websocket(path, &[("origin", origin)]).await.err().unwrap();
+            assert_eq!(refused.refusal(), (403, "forbidden".to_owned()), "{path} {origin}");
+        }
+        let mut own = api.websocket(path, &[("origin", "http://daemon.test")]).await.unwrap();
+        if path.contains("exec") {
+            own.send(Message::text(r#"{"type":"start","cmd":["true"]}"#)).await.unwrap();
+            assert_eq!(json_message(&mut own).await, json!({ "type": "exit", "exit_code": 0 }));
+        } else {
+            assert_eq!(json_message(&mut own).await["type"], "session");
+        }
+        drop(own.close(None).await);
+        while own.next().await.is_some() {}
+    }
+    drop(daemon);
+}
