@@ -139,3 +139,17 @@ async fn no_route() -> ApiError {
 async fn no_method() -> ApiError {
     ApiError::new(ErrorCode::MethodNotAllowed, "method not allowed")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COMMITTED: &str = include_str!("../../../docs/openapi.json");
+
+    #[test]
+    fn committed_description_is_the_codes() {
+        let described = serde_json::to_string_pretty(&open_api()).unwrap() + "\n";
+
+        assert!(COMMITTED == described, "run `cargo xtask openapi`");
+    }
+}

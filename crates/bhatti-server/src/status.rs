@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{LOCATION, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::CallError;
@@ -84,6 +84,21 @@ impl IntoResponse for ApiError {
 /// A response to a request that made something.
 pub(crate) fn created<T: Serialize>(body: T) -> Response {
     (StatusCode::CREATED, Json(body)).into_response()
+}
+
+/// A response to a request whose work goes on.
+pub(crate) fn accepted<T: Serialize>(body: T) -> Response {
+    (StatusCode::ACCEPTED, Json(body)).into_response()
+}
+
+/// A response that leads elsewhere, with the same method and body.
+pub(crate) fn moved(location: String) -> Response {
+    (StatusCode::PERMANENT_REDIRECT, [(LOCATION, location)]).into_response()
+}
+
+/// Whether an answer is that the connection changes to another protocol.
+pub(crate) fn changes_protocol<T>(response: &axum::http::Response<T>) -> bool {
+    response.status() == StatusCode::SWITCHING_PROTOCOLS
 }
 
 const fn status(code: ErrorCode) -> StatusCode {

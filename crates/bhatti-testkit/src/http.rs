@@ -19,7 +19,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use crate::{LIMIT, TestDaemon};
+use crate::{LIMIT, Serve, TestDaemon};
 
 /// A connection to a daemon.
 pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -70,6 +70,21 @@ impl Answer {
     #[must_use]
     pub fn refusal(&self) -> (u16, String) {
         (self.status.as_u16(), self.json()["code"].as_str().unwrap_or_default().to_owned())
+    }
+}
+
+impl TestDaemon {
+    /// A daemon with a sandbox, and its admin.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is none of either.
+    pub async fn with_sandbox(config: &str, request: &Value) -> (Self, Api) {
+        let daemon = Self::start_with(Serve { config: config.into(), ..Serve::default() }).await;
+        let api = Api::admin(&daemon);
+        let created = api.call("POST", "/sandboxes", request).await;
+        assert_eq!(created.status, 201, "{}", created.text());
+        (daemon, api)
     }
 }
 
@@ -146,6 +161,28 @@ impl Api {
         tokio::spawn(connection);
         let answered = timeout(LIMIT, sender.send_request(request.expect("a request"))).await;
         answered.expect("the daemon answers").expect("the answer is one")
+    }
+
+    /// Runs a command in a sandbox.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it cannot be run.
+    pub async fn exec(&self, sandbox: &str, request: Value) -> Value {
+        let answer = self.call("POST", &format!("/sandboxes/{sandbox}/exec"), &request).await;
+        assert!(answer.status.is_success(), "{}", answer.text());
+        answer.json()
+    }
+
+    /// Runs a script in a sandbox that succeeds, and returns what it printed.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it fails.
+    pub async fn sh(&self, sandbox: &str, script: &str) -> String {
+        let ran = self.exec(sandbox, serde_json::json!({ "cmd": ["sh", "-c", script] })).await;
+        assert_eq!(ran["exit_code"], 0, "{ran}");
+        ran["stdout"].as_str().expect("text").to_owned()
     }
 
     /// Opens a WebSocket, or returns the answer that came instead.

@@ -211,3 +211,118 @@ async fn users_are_the_admins_business_and_their_names_unique() {
     assert_eq!(refusal(alice.list_users().await.unwrap_err()).0, ErrorCode::Forbidden);
     assert_eq!(daemon.client.list_users().await.unwrap().len(), 2);
 }
+
+#[tokio::test]
+async fn user_has_limits_and_another_key_and_can_be_deleted() {
+    let (daemon, url) = daemon_on_tcp().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let tcp = |key: &str| bhatti_testkit::Api::tcp(daemon.api_address(), Some(key));
+    let request =
+        json!({ "name": "bob", "max_sandboxes": 0, "max_cpus_per_sandbox": 2, "max_snapshots": 1 });
+    let made = api.call("POST", "/users", &request).await.json();
+    let bob = tcp(made["api_key"].as_str().unwrap());
+
+    let full = bob.call("POST", "/sandboxes", &json!({})).await;
+    assert_eq!(full.refusal(), (429, "quota_exceeded".to_owned()));
+    assert_eq!(full.headers["retry-after"], "60");
+    for large in [json!({ "cpus": 3 }), json!({ "memory_mb": 8192 })] {
+        let refused = bob.call("POST", "/sandboxes", &large).await;
+        assert_eq!(refused.refusal(), (400, "bad_request".to_owned()), "{large}");
+    }
+    let limits = api.get("/users/bob").await.json()["limits"].clone();
+    let expected = json!({ "max_sandboxes": 0, "max_cpus_per_sandbox": 2, "max_memory_mb_per_sandbox": 4096, "max_snapshots": 1 });
+    assert_eq!(limits, expected);
+    let changed = api.call("PATCH", "/users/bob", &json!({ "max_sandboxes": 7 })).await.json();
+    assert_eq!(
+        (&changed["limits"]["max_sandboxes"], &changed["limits"]["max_snapshots"]),
+        (&json!(7), &json!(1))
+    );
+
+    let rotated = api.call("POST", "/users/bob/rotate-key", &Value::Null).await.json();
+    assert_eq!(bob.get("/sandboxes").await.status, 401);
+    let bob = tcp(rotated["api_key"].as_str().unwrap());
+    assert_eq!(
+        bob.call("POST", "/secrets", &json!({ "name": "K", "value": "v" })).await.status,
+        201
+    );
+    let owns = api.call("DELETE", "/users/bob", &Value::Null).await;
+    assert_eq!(owns.refusal(), (409, "wrong_state".to_owned()));
+    assert_eq!(bob.call("DELETE", "/secrets/K", &Value::Null).await.status, 200);
+    assert_eq!(api.call("DELETE", "/users/bob", &Value::Null).await.status, 200);
+    assert_eq!(bob.get("/sandboxes").await.status, 401);
+    for (method, path) in
+        [("DELETE", "/users/admin"), ("POST", "/users/admin/rotate-key"), ("PATCH", "/users/admin")]
+    {
+        assert_eq!(api.call(method, path, &Value::Null).await.refusal().0, 400, "{method} {path}");
+    }
+    drop(url);
+}
+
+#[tokio::test]
+async fn who_asks_too_often_is_told_when_to_come_back() {
+    let (daemon, _url) = daemon_on_tcp().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let made = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let bob = bhatti_testkit::Api::tcp(daemon.api_address(), made["api_key"].as_str());
+
+    let mut answers = Vec::new();
+    for _ in 0..15 {
+        answers.push(bob.send("POST", "/sandboxes", &[], "{").await);
+    }
+
+    let limited: Vec<_> = answers.iter().filter(|answer| answer.status == 429).collect();
+    assert!((4..=5).contains(&limited.len()), "{answers:?}");
+    let wait = limited[0].headers["retry-after"].to_str().unwrap();
+    assert!(["1", "2"].contains(&wait), "{wait}");
+    // Looking is another matter, and so is the admin.
+    assert_eq!(bob.get("/sandboxes").await.status, 200);
+    for _ in 0..100 {
+        assert_eq!(api.get("/sandboxes").await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn metrics_are_the_admins() {
+    let (daemon, _url) = daemon_on_tcp().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    assert_eq!(api.get("/sandboxes").await.status, 200);
+
+    let metrics = api.get("/metrics").await;
+
+    assert!(
+        metrics.headers["content-type"]
+            .to_str()
+            .unwrap()
+            .starts_with("application/openmetrics-text")
+    );
+    let text = metrics.text();
+    let line =
+        r#"bhatti_http_request_seconds_count{method="GET",route="/sandboxes",status="200"} 1"#;
+    assert!(text.contains(line), "{text}");
+    assert!(text.contains(r#"bhatti_sandboxes{state="hot"} 0"#), "{text}");
+}
+
+#[tokio::test]
+async fn damaged_or_missing_key_of_secrets_stops_the_daemon_and_stays_what_it_is() {
+    let mut daemon = TestDaemon::start().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let secret = json!({ "name": "K", "value": "v" });
+    assert_eq!(api.call("POST", "/secrets", &secret).await.status, 201);
+    daemon.terminate().await;
+    let key = daemon.data_dir().join("age.key");
+    let good = std::fs::read(&key).unwrap();
+
+    for (content, complaint) in [(Some(""), "holds no age key"), (None, "is missing")] {
+        match content {
+            Some(content) => std::fs::write(&key, content).unwrap(),
+            None => std::fs::remove_file(&key).unwrap(),
+        }
+        let refused = daemon.cli(&["serve"]).output().await.unwrap();
+        let stderr = String::from_utf8(refused.stderr).unwrap();
+        assert!(stderr.contains(complaint) && !refused.status.success(), "{stderr}");
+    }
+
+    std::fs::write(&key, good).unwrap();
+    daemon.serve().await;
+    assert_eq!(api.get("/secrets").await.json()[0]["name"], "K");
+}

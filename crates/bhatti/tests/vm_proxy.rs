@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
-use bhatti_testkit::{Api, Serve, TestDaemon, json_message, message, wait_for};
+use bhatti_testkit::{Api, TestDaemon, json_message, message, wait_for};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -13,11 +13,9 @@ const UPSTREAM: &str = include_str!("guest/upstream.py");
 
 /// A daemon with a sandbox in which the application listens at port 8000.
 async fn with_application(config: &str) -> (TestDaemon, Api) {
-    let daemon = TestDaemon::start_with(Serve { config: config.into(), ..Serve::default() }).await;
-    let api = Api::admin(&daemon);
     let files = json!([{ "path": "/tmp/upstream.py", "content": UPSTREAM }]);
-    let created = api.call("POST", "/sandboxes", &json!({ "name": "dev", "files": files })).await;
-    assert_eq!(created.status, 201, "{}", created.text());
+    let request = json!({ "name": "dev", "files": files });
+    let (daemon, api) = TestDaemon::with_sandbox(config, &request).await;
     let serve = json!({ "cmd": ["python3", "/tmp/upstream.py", "8000"], "detach": true });
     assert_eq!(api.call("POST", "/sandboxes/dev/exec", &serve).await.status, 202);
     let listening = async { while api.get("/sandboxes/dev/ports").await.json() == json!([]) {} };

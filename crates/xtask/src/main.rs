@@ -1,9 +1,11 @@
 //! The developers' own commands.
 //!
-//! `cargo xtask tidy` checks what compilers do not; `cargo xtask bench` prints the figures that the project promises.
+//! `cargo xtask tidy` checks what compilers do not; `cargo xtask openapi` writes down the description of the API;
+//! `cargo xtask bench` prints the figures that the project promises.
 #![expect(clippy::print_stdout, reason = "a command line prints")]
 
 mod bench;
+mod openapi;
 mod tidy;
 
 use anyhow::{Result, bail};
@@ -12,8 +14,9 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(),
+        ["openapi"] => openapi::run(),
         ["bench"] => bench::run(None),
         ["bench", "forks"] => bench::run(Some("forks")),
-        _ => bail!("usage: cargo xtask tidy | bench [forks]"),
+        _ => bail!("usage: cargo xtask tidy | openapi | bench [forks]"),
     }
 }

@@ -2,14 +2,14 @@
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::header::{HOST, LOCATION};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::HeaderMap;
+use axum::http::header::HOST;
 use axum::middleware::from_fn;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use bhatti_api::ErrorCode;
 
 use super::{Target, relay, split_path, with_query};
-use crate::status::ApiError;
+use crate::status::{ApiError, moved};
 use crate::{AppState, request_id};
 
 /// The domain whose names always lead to this machine.
@@ -38,7 +38,7 @@ async fn pass_on(State(state): State<AppState>, request: Request) -> Result<Resp
     if path.is_empty() {
         // So that relative links lead below the alias.
         let location = with_query(&format!("{prefix}/"), uri.query());
-        return Ok((StatusCode::PERMANENT_REDIRECT, [(LOCATION, location)]).into_response());
+        return Ok(moved(location));
     }
     let target = Target {
         port: published.port,

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request};
+use axum::http::HeaderValue;
 use axum::http::header::{CONNECTION, UPGRADE};
-use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
 use bhatti_supervisor::SandboxUse;
@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use super::{Target, headers};
 use crate::AppState;
-use crate::status::ApiError;
+use crate::status::{ApiError, changes_protocol};
 
 /// Headers that an application's answer may have.
 const HEADERS_MAX: usize = 512;
@@ -49,7 +49,7 @@ pub(super) async fn relay(
     *request.version_mut() = axum::http::Version::HTTP_11;
 
     let mut response = ask(state, &used, port, request).await?;
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+    if changes_protocol(&response) {
         if wanted.is_none() {
             let message = format!("port {port} changed to a protocol that nobody asked for");
             return Err(ApiError::new(ErrorCode::BadGateway, message));

@@ -5,8 +5,8 @@ use std::convert::Infallible;
 
 use axum::body::Body;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use bhatti_agent::{CallError, ExecInput, ExecOutput};
@@ -19,7 +19,7 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, accepts};
 use crate::json::ApiJson;
-use crate::status::ApiError;
+use crate::status::{ApiError, accepted};
 use crate::utf8::Utf8Pieces;
 
 const NDJSON: &str = "application/x-ndjson";
@@ -78,7 +78,7 @@ async fn start_job(
     let info = used.agent.create_detached(exec).await?;
     let job = super::jobs::job(info);
     let job = job.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the job got a terminal"))?;
-    Ok((StatusCode::ACCEPTED, Json(job)).into_response())
+    Ok(accepted(job))
 }
 
 /// What is to be run.

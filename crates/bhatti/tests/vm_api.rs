@@ -1,0 +1,353 @@
+//! What the API does with a real guest: commands, jobs, terminals, files, and what a sandbox is made with.
+
+use std::time::Duration;
+
+use bhatti_testkit::{Api, LIMIT, Serve, Socket, TestDaemon, json_message, message, wait_for};
+use futures_util::SinkExt;
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Message;
+
+#[tokio::test]
+async fn sandbox_is_what_its_template_and_request_say() {
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let canary = "canary-5f1b";
+    let secret = json!({ "name": "TOKEN", "value": canary });
+    let set = api.call("POST", "/secrets", &secret).await;
+    assert_eq!((set.status.as_u16(), set.json()["name"].as_str()), (201, Some("TOKEN")));
+    let template = json!({
+        "name": "ci", "env": { "A": "template", "B": "template" }, "secrets": ["TOKEN"], "memory_mb": 256,
+        "labels": { "team": "x", "stage": "t" }, "init": "echo $TOKEN >/tmp/init",
+    });
+    assert_eq!(api.call("POST", "/templates", &template).await.status, 201);
+    let again = api.call("POST", "/templates", &template).await;
+    assert_eq!(again.refusal(), (409, "name_taken".to_owned()));
+
+    let request = json!({
+        "name": "dev", "template": "ci", "env": { "B": "request" }, "labels": { "stage": "r" }, "memory_mb": 512,
+        "files": [
+            { "path": "/opt/text", "content": "größe\n", "mode": "0600" },
+            { "path": "/workspace/bytes", "content_base64": "AP8=" },
+        ],
+    });
+    let created = api.call("POST", "/sandboxes", &request).await.json();
+    assert_eq!(created["labels"], json!({ "team": "x", "stage": "r" }));
+    assert_eq!((&created["memory_mb"], &created["secrets"]), (&json!(512), &json!(["TOKEN"])));
+    assert_eq!(created["env"], json!({ "A": "template", "B": "request" }));
+
+    assert_eq!(api.sh("dev", "echo $A $B $TOKEN").await, format!("template request {canary}\n"));
+    let files = "cat /opt/text; stat -c %a /opt/text; od -An -tx1 /workspace/bytes";
+    assert_eq!(api.sh("dev", files).await, "größe\n600\n 00 ff\n");
+    let wait = "until [ -s /tmp/init ]; do sleep 0.05; done; cat /tmp/init";
+    assert_eq!(api.sh("dev", wait).await, format!("{canary}\n"));
+
+    // A name that is there.
+    let dev = json!({ "name": "dev" });
+    assert_eq!(api.call("POST", "/sandboxes", &dev).await.refusal(), (409, "name_taken".into()));
+    let existing = api.call("POST", "/sandboxes?if_exists=return", &dev).await;
+    assert_eq!(
+        (existing.status.as_u16(), &existing.headers["x-bhatti-existing"]),
+        (200, &"true".parse().unwrap())
+    );
+    assert_eq!(existing.json()["id"], created["id"]);
+
+    // A fork has none of the parent's secrets unless it is given them.
+    for (name, secrets, token) in [("poor", json!([]), ""), ("rich", json!(["TOKEN"]), canary)] {
+        let request = json!({ "name": name, "secrets": secrets });
+        assert_eq!(api.call("POST", "/sandboxes/dev/fork", &request).await.status, 201);
+        let echo = json!({ "cmd": ["sh", "-c", "printf %s $TOKEN"] });
+        let ran = api.call("POST", &format!("/sandboxes/{name}/exec"), &echo).await.json();
+        assert_eq!(ran["stdout"], token, "{name}");
+    }
+
+    // The value is nowhere that it can be read.
+    assert!(!api.get("/secrets").await.text().contains(canary));
+    assert!(!api.get("/sandboxes/dev").await.text().contains(canary));
+    assert!(!api.get("/events?limit=1000").await.text().contains(canary));
+    assert!(!daemon.log().contains(canary));
+    for file in ["state.db", "state.db-wal"] {
+        let content = std::fs::read(daemon.data_dir().join(file)).unwrap();
+        assert!(!content.windows(canary.len()).any(|part| part == canary.as_bytes()), "{file}");
+    }
+    assert_eq!(api.call("DELETE", "/secrets/TOKEN", &Value::Null).await.status, 200);
+    let missing = json!({ "name": "x", "template": "ci" });
+    let missing = api.call("POST", "/sandboxes", &missing).await;
+    assert_eq!(missing.refusal(), (400, "bad_request".into()));
+    assert!(missing.text().contains("TOKEN"));
+}
+
+#[tokio::test]
+async fn name_and_labels_can_be_changed_and_are_found() {
+    let request = json!({ "name": "dev", "labels": { "a": "1", "b": "2" } });
+    let (_daemon, api) = TestDaemon::with_sandbox("", &request).await;
+    let change = json!({ "name": "new", "labels": { "a": null, "c": "3" } });
+
+    let changed = api.call("PATCH", "/sandboxes/dev", &change).await.json();
+
+    assert_eq!(
+        (&changed["name"], &changed["labels"]),
+        (&json!("new"), &json!({ "b": "2", "c": "3" }))
+    );
+    assert_eq!(api.get("/sandboxes/dev").await.status, 404);
+    for (query, found) in [("label=b%3D2", 1), ("label=b%3D2&label=c%3D3", 1), ("label=b%3D3", 0)] {
+        let list = api.get(&format!("/sandboxes?{query}")).await.json();
+        assert_eq!(list.as_array().unwrap().len(), found, "{query}");
+    }
+    for (query, status) in [
+        ("label=b", 400),
+        ("limit=0", 400),
+        ("limit=1001", 400),
+        ("after=x", 400),
+        ("colour=red", 400),
+    ] {
+        assert_eq!(api.get(&format!("/sandboxes?{query}")).await.status, status, "{query}");
+    }
+    let bad = json!({ "labels": { "a b": "1" } });
+    assert_eq!(api.call("PATCH", "/sandboxes/new", &bad).await.refusal().0, 400);
+}
+
+#[tokio::test]
+async fn sandbox_whose_time_is_over_is_gone() {
+    let (daemon, api) =
+        TestDaemon::with_sandbox("", &json!({ "name": "dev", "timeout_sec": 2 })).await;
+    assert!(api.get("/sandboxes/dev").await.json()["expires_at"].is_string());
+
+    let gone = async {
+        while api.get("/sandboxes/dev").await.status != 404 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(LIMIT, gone).await.unwrap();
+
+    wait_for("its files are gone", || daemon.sandbox_directories().is_empty()).await;
+    let events = api.get("/events?type=sandbox").await.json();
+    let kinds: Vec<_> = events.as_array().unwrap().iter().map(|event| &event["type"]).collect();
+    assert_eq!(kinds, ["sandbox.created", "sandbox.expired", "sandbox.destroyed"]);
+}
+
+#[tokio::test]
+async fn command_has_its_user_and_its_time() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+
+    let root = api
+        .exec(
+            "dev",
+            json!({ "cmd": ["id", "-u"], "user": "root", "cwd": "/", "env": { "X": "1" } }),
+        )
+        .await;
+    assert_eq!(root["stdout"], "0\n");
+    let slow = api
+        .exec("dev", json!({ "cmd": ["sh", "-c", "echo begun; sleep 100"], "timeout_sec": 1 }))
+        .await;
+    assert_eq!((&slow["exit_code"], &slow["stdout"]), (&json!(124), &json!("begun\n")));
+    let lines = [("accept", "application/x-ndjson")];
+    let body = r#"{"cmd":["sleep","100"],"timeout_sec":1}"#;
+    let streamed = api.send("POST", "/sandboxes/dev/exec", &lines, body).await;
+    assert_eq!(streamed.text(), "{\"type\":\"exit\",\"exit_code\":124}\n");
+    for (request, code) in [
+        (json!({ "cmd": ["id"], "user": "nobody-here" }), "bad_request"),
+        (json!({ "cmd": ["id"], "timeout_sec": 0 }), "bad_request"),
+        (json!({ "cmd": ["id"], "detach": true, "stdin": "x" }), "bad_request"),
+        (json!({ "cmd": ["/no/such"], "detach": true }), "command_not_found"),
+        (json!({ "cmd": ["id"], "tty": true }), "bad_request"),
+    ] {
+        let refused = api.call("POST", "/sandboxes/dev/exec", &request).await;
+        assert_eq!(refused.refusal(), (400, code.to_owned()), "{request}");
+    }
+}
+
+#[tokio::test]
+async fn job_runs_without_a_client_and_keeps_the_sandbox_hot() {
+    let (_daemon, api) =
+        TestDaemon::with_sandbox("thermal: { warm_after_ms: 200 }\n", &json!({ "name": "dev" }))
+            .await;
+    let script = "echo first; until [ -e /tmp/go ]; do sleep 0.05; done; echo second; exit 3";
+    let job = api.exec("dev", json!({ "cmd": ["sh", "-c", script], "detach": true })).await;
+    let path = format!("/sandboxes/dev/jobs/{}", job["id"].as_str().unwrap());
+
+    // Longer than it takes to be paused: who is paused at once would never get to the end.
+    let mut events =
+        api.begin("GET", &format!("{path}/output?follow=true"), &[], "").await.into_body();
+    let first = timeout(LIMIT, events.frame()).await.unwrap().unwrap().unwrap();
+    assert_eq!(first.into_data().unwrap(), "first\n");
+    drop(events);
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(api.get("/sandboxes/dev").await.json()["thermal"], "hot");
+
+    let followers: Vec<_> = (0..3)
+        .map(|_| {
+            let (api, path) = (api.clone(), format!("{path}/output?follow=true&offset=2"));
+            tokio::spawn(async move { api.get(&path).await.text() })
+        })
+        .collect();
+    let so_far = api.get(&format!("{path}/output")).await;
+    assert_eq!(
+        (so_far.text().as_str(), &so_far.headers["x-output-offset"]),
+        ("first\n", &"0".parse().unwrap())
+    );
+    api.sh("dev", "touch /tmp/go").await;
+    for follower in followers {
+        assert_eq!(follower.await.unwrap(), "rst\nsecond\n");
+    }
+    let ended = async {
+        while api.get(&path).await.json()["running"] == true {}
+        api.get(&path).await.json()
+    };
+    let ended = timeout(LIMIT, ended).await.unwrap();
+    assert_eq!((&ended["exit_code"], &ended["output_end"]), (&json!(3), &json!(13)));
+    assert_eq!(api.call("DELETE", &path, &Value::Null).await.status, 200);
+    assert_eq!(api.get(&path).await.refusal(), (404, "not_found".into()));
+
+    let job = api.exec("dev", json!({ "cmd": ["sleep", "1000"], "detach": true })).await;
+    let path = format!("/sandboxes/dev/jobs/{}", job["id"].as_str().unwrap());
+    assert_eq!(api.call("DELETE", &path, &Value::Null).await.status, 200);
+    let killed = async { while api.get(&path).await.json()["running"] == true {} };
+    timeout(LIMIT, killed).await.unwrap();
+    assert_eq!(api.get(&path).await.json()["exit_code"], 137);
+}
+
+/// Waits until a terminal has shown something.
+async fn shows(socket: &mut Socket, wanted: &str) -> String {
+    let mut shown = String::new();
+    while !shown.contains(wanted) {
+        match message(socket).await {
+            Some(Message::Binary(bytes)) => shown.push_str(&String::from_utf8_lossy(&bytes)),
+            other => panic!("{other:?} came behind {shown:?}"),
+        }
+    }
+    shown
+}
+
+async fn open_shell(api: &Api, query: &str) -> (Socket, Value) {
+    let opened = api.websocket(&format!("/sandboxes/dev/ws{query}"), &[]).await;
+    let mut socket = opened.unwrap_or_else(|answer| panic!("{}", answer.text()));
+    let first = json_message(&mut socket).await;
+    (socket, first)
+}
+
+#[tokio::test]
+async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let (mut socket, first) = open_shell(&api, "?rows=30&cols=100").await;
+    assert_eq!(first["new"], true);
+    let id = first["session_id"].as_str().unwrap().to_owned();
+    socket.send(Message::text("stty size; echo $((6*7))\n")).await.unwrap();
+    let shown = shows(&mut socket, "42\r\n").await;
+    assert!(shown.contains("30 100"), "{shown}");
+    let resize = r#"{"type":"resize","rows":40,"cols":120}"#;
+    socket.send(Message::text(resize)).await.unwrap();
+    socket.send(Message::binary(&b"stty size; echo re''sized\n"[..])).await.unwrap();
+    assert!(shows(&mut socket, "resized\r\n").await.contains("40 120"));
+
+    // Another client is refused as long as this one is there, and gets a session of its own if it names none.
+    let (_, refused) = open_shell(&api, &format!("?session={id}")).await;
+    assert_eq!((&refused["type"], &refused["code"]), (&json!("error"), &json!("attached")));
+    let (mut own, other) = open_shell(&api, "").await;
+    assert_eq!(other["new"], true);
+    own.send(Message::text("exit 5\n")).await.unwrap();
+    let exit = loop {
+        if let Message::Text(text) = message(&mut own).await.unwrap() {
+            break serde_json::from_str::<Value>(&text).unwrap();
+        }
+    };
+    assert_eq!(exit, json!({ "type": "exit", "exit_code": 5 }));
+
+    // Left, it goes on, and is taken up where it was.
+    socket.send(Message::text("sleep 0.3; echo while''away\n")).await.unwrap();
+    drop(socket);
+    let detached =
+        async { while api.get("/sandboxes/dev/sessions").await.json()[0]["attached"] == true {} };
+    timeout(LIMIT, detached).await.unwrap();
+    let (mut back, again) = open_shell(&api, "").await;
+    assert_eq!(again, json!({ "type": "session", "session_id": id, "new": false }));
+    shows(&mut back, "whileaway\r\n").await;
+    let killed = api.call("DELETE", &format!("/sandboxes/dev/sessions/{id}"), &Value::Null).await;
+    assert_eq!(killed.status, 200);
+    let (_, gone) = open_shell(&api, "?session=s99").await;
+    assert_eq!(gone["code"], "not_found");
+    for query in ["?rows=x", "?colour=red", "?session=a&session=b"] {
+        let refused = api.websocket(&format!("/sandboxes/dev/ws{query}"), &[]).await.err().unwrap();
+        assert_eq!(refused.status, 400, "{query}");
+    }
+}
+
+#[tokio::test]
+async fn tickets_and_keys_open_websockets_and_reach_no_log() {
+    let config = "listen: 127.0.0.1:0\n";
+    let daemon = TestDaemon::start_with(Serve { config: config.into(), ..Serve::default() }).await;
+    let admin = Api::admin(&daemon);
+    let user = admin.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let key = user["api_key"].as_str().unwrap();
+    let bob = Api::tcp(daemon.api_address(), Some(key));
+    let nobody = Api::tcp(daemon.api_address(), None);
+    assert_eq!(bob.call("POST", "/sandboxes", &json!({ "name": "dev" })).await.status, 201);
+    let ticket = async || {
+        let issued = bob.call("POST", "/ws-ticket", &Value::Null).await;
+        assert_eq!(issued.status, 201);
+        issued.json()["ticket"].as_str().unwrap().to_owned()
+    };
+    let drawn = ticket().await;
+
+    for query in [format!("ticket={drawn}"), format!("token={key}")] {
+        let path = format!("/sandboxes/dev/exec/ws?{query}");
+        let mut socket =
+            nobody.websocket(&path, &[]).await.unwrap_or_else(|a| panic!("{}", a.text()));
+        socket.send(Message::text(r#"{"type":"start","cmd":["true"]}"#)).await.unwrap();
+        assert_eq!(json_message(&mut socket).await["exit_code"], 0);
+    }
+    // A ticket is good once; neither is good for anything but a WebSocket; a wrong one is none.
+    let unused = ticket().await;
+    for (path, wanted) in [
+        (format!("/sandboxes/dev/exec/ws?ticket={drawn}"), "unauthorized"),
+        ("/sandboxes/dev/exec/ws?ticket=bht-ticket_0".to_owned(), "unauthorized"),
+        ("/sandboxes/dev/exec/ws?token=bht_0".to_owned(), "unauthorized"),
+        ("/sandboxes/dev/exec/ws".to_owned(), "unauthorized"),
+    ] {
+        let refused = nobody.websocket(&path, &[]).await.err().unwrap();
+        assert_eq!(refused.refusal(), (401, wanted.to_owned()), "{path}");
+    }
+    for query in [format!("token={key}"), format!("ticket={unused}")] {
+        let refused = nobody.get(&format!("/sandboxes?{query}")).await;
+        assert_eq!(refused.refusal(), (401, "unauthorized".to_owned()));
+        assert_eq!(refused.headers["www-authenticate"], "Bearer");
+    }
+    for secret in [key, drawn.as_str(), unused.as_str()] {
+        assert!(!daemon.log().contains(secret));
+    }
+}
+
+#[tokio::test]
+async fn events_are_told_as_they_happen_and_none_is_missed() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let sse = [("accept", "text/event-stream")];
+    let mut live = api.begin("GET", "/events?type=sandbox", &sse, "").await.into_body();
+    api.call("POST", "/sandboxes/dev/stop", &Value::Null).await;
+    let next = async |live: &mut hyper::body::Incoming| {
+        let mut text = String::new();
+        while !text.contains("\n\n") {
+            let frame = timeout(LIMIT, live.frame()).await.unwrap().unwrap().unwrap();
+            text.push_str(&String::from_utf8_lossy(&frame.into_data().unwrap()));
+        }
+        text
+    };
+    let stopped = next(&mut live).await;
+    assert!(stopped.contains("event: sandbox.stopped"), "{stopped}");
+    let id = stopped.lines().find_map(|line| line.strip_prefix("id: ")).unwrap().to_owned();
+    drop(live);
+
+    // What happens while nobody listens is told to who comes back.
+    api.call("POST", "/sandboxes/dev/start", &Value::Null).await;
+    let headers = [sse[0], ("last-event-id", &id)];
+    let mut again = api.begin("GET", "/events?type=sandbox", &headers, "").await.into_body();
+    assert!(next(&mut again).await.contains("event: sandbox.started"));
+
+    let history = api.get("/events?sandbox=dev&after=0").await.json();
+    let kinds: Vec<_> =
+        history.as_array().unwrap().iter().map(|event| event["type"].clone()).collect();
+    assert_eq!(kinds, ["sandbox.created", "sandbox.stopped", "thermal.woken", "sandbox.started"]);
+    for query in ["limit=0", "limit=1001", "after=x"] {
+        assert_eq!(api.get(&format!("/events?{query}")).await.status, 400, "{query}");
+    }
+}

@@ -1,0 +1,170 @@
+//! Files in a real guest.
+
+use bhatti_testkit::{LIMIT, TestDaemon};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+#[tokio::test]
+async fn files_are_read_written_listed_and_removed() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let files = "/sandboxes/dev/files";
+    let content: Vec<u8> = (0..300_000u32).map(|at| (at % 251).to_le_bytes()[0]).collect();
+    let put = async |query: &str, body: &[u8]| {
+        api.send("PUT", &format!("{files}?path={query}"), &[], Bytes::copy_from_slice(body)).await
+    };
+    assert_eq!(put("/workspace/d/f&mode=0640", &content).await.json(), json!({ "status": "ok" }));
+    let read = api.get(&format!("{files}?path=/workspace/d/f")).await;
+    assert!(read.body == content);
+    assert_eq!(read.headers["x-file-size"], "300000");
+    let head = api.send("HEAD", &format!("{files}?path=/workspace/d/f"), &[], "").await;
+    let header = |name: &str| head.headers[name].to_str().unwrap().to_owned();
+    assert_eq!(
+        [header("x-file-size"), header("x-file-mode"), header("x-file-isdir")],
+        ["300000", "0640", "false"]
+    );
+    put("/workspace/lines", b"one\ntwo\nthree\n").await;
+    for (query, part) in [
+        ("offset=2", "two\nthree\n"),
+        ("limit=1", "one\n"),
+        ("offset=2&limit=1", "two\n"),
+        ("max_bytes=5", "one\nt"),
+    ] {
+        let read = api.get(&format!("{files}?path=/workspace/lines&{query}")).await;
+        assert_eq!(
+            (read.text().as_str(), &read.headers["x-file-size"]),
+            (part, &"14".parse().unwrap()),
+            "{query}"
+        );
+    }
+    let list = api.get(&format!("{files}?path=/workspace&ls=true")).await.json();
+    let names: Vec<_> =
+        list.as_array().unwrap().iter().map(|entry| entry["name"].clone()).collect();
+    assert_eq!(names, ["d", "lines"]);
+
+    let call = async |method: &str, path: &str, body: Value| api.call(method, path, &body).await;
+    let mkdir = json!({ "path": "/workspace/a/b", "parents": true });
+    assert_eq!(call("POST", &format!("{files}/mkdir"), mkdir).await.status, 200);
+    let rename = json!({ "from": "/workspace/lines", "to": "/workspace/a/b/lines" });
+    assert_eq!(call("POST", &format!("{files}/rename"), rename.clone()).await.status, 200);
+    for (method, path, body, refusal) in [
+        ("GET", "?path=/nope", Value::Null, (404, "not_found")),
+        ("GET", "?path=/workspace", Value::Null, (409, "not_a_file")),
+        ("GET", "?path=/dev/zero", Value::Null, (409, "not_a_file")),
+        ("GET", "?path=/etc/passwd&ls=true", Value::Null, (409, "not_a_directory")),
+        ("GET", "?path=/workspace&ls=true&limit=1", Value::Null, (400, "bad_request")),
+        ("GET", "", Value::Null, (400, "bad_request")),
+        ("GET", "?path=/etc/passwd&offset=-1", Value::Null, (400, "bad_request")),
+        ("PUT", "?path=/workspace", Value::Null, (409, "not_a_file")),
+        ("PUT", "?path=/x&mode=999", Value::Null, (400, "bad_request")),
+        ("DELETE", "?path=/workspace/a", Value::Null, (409, "not_empty")),
+        ("DELETE", "?path=/nope", Value::Null, (404, "not_found")),
+        ("POST", "/mkdir", json!({ "path": "/workspace/a" }), (409, "already_exists")),
+        ("POST", "/rename", rename, (404, "not_found")),
+    ] {
+        let refused = call(method, &format!("{files}{path}"), body).await;
+        assert_eq!(
+            refused.refusal(),
+            (refusal.0, refusal.1.to_owned()),
+            "{method} {path}: {}",
+            refused.text()
+        );
+    }
+    let remove = format!("{files}?path=/workspace/a&recursive=true");
+    assert_eq!(call("DELETE", &remove, Value::Null).await.status, 200);
+}
+
+#[tokio::test]
+async fn upload_is_whole_or_not_at_all() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let files = "/sandboxes/dev/files";
+    let path = format!("{files}?path=/workspace/d/f");
+    assert_eq!(api.send("PUT", &path, &[], "old").await.status, 200);
+
+    let mut cut = api.connect().await;
+    let begin = format!(
+        "PUT {files}?path=/workspace/d/f HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nnew"
+    );
+    cut.write_all(begin.as_bytes()).await.unwrap();
+    drop(cut);
+    let temporary = "ls -A /workspace/d";
+    let settled = async { while api.sh("dev", temporary).await != "f\n" {} };
+    timeout(LIMIT, settled).await.unwrap();
+    assert!(api.get(&format!("{files}?path=/workspace/d/f")).await.body == "old");
+
+    // One whose length nobody announced.
+    let mut chunked = api.connect().await;
+    let begin = format!(
+        "PUT {files}?path=/workspace/d/f HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nnew\r\n5\r\n file\r\n0\r\n\r\n"
+    );
+    chunked.write_all(begin.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    chunked.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(api.get(&format!("{files}?path=/workspace/d/f")).await.text(), "new file");
+}
+
+#[tokio::test]
+async fn directories_go_down_and_up_as_archives() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    api.sh("dev", "mkdir -p /workspace/a/b && echo one >/workspace/a/1 && echo two >/workspace/a/b/2 && chmod 700 /workspace/a/b/2").await;
+
+    let archive = api.get("/sandboxes/dev/tar?path=/workspace/a").await;
+    assert_eq!(
+        (archive.status.as_u16(), &archive.headers["content-type"]),
+        (200, &"application/x-tar".parse().unwrap())
+    );
+    let put = api.send("PUT", "/sandboxes/dev/tar?path=/workspace/new/c", &[], archive.body).await;
+    assert_eq!(put.json(), json!({ "status": "ok" }));
+
+    assert_eq!(
+        api.sh("dev", "diff -r /workspace/a /workspace/new/c; stat -c %a /workspace/new/c/b/2")
+            .await,
+        "700\n"
+    );
+    for (path, refusal) in
+        [("/nope", (404, "not_found")), ("/etc/passwd", (409, "not_a_directory"))]
+    {
+        let refused = api.get(&format!("/sandboxes/dev/tar?path={path}")).await;
+        assert_eq!(refused.refusal(), (refusal.0, refusal.1.to_owned()), "{path}");
+    }
+    let nonsense =
+        api.send("PUT", "/sandboxes/dev/tar?path=/workspace/x", &[], "no archive at all").await;
+    assert_eq!(nonsense.refusal(), (400, "bad_request".to_owned()));
+}
+
+#[tokio::test]
+async fn a_gibibyte_goes_up_and_down_in_constant_memory() {
+    const GIB: u64 = 1 << 30;
+    let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let before = bhatti_testkit::resident_mib(daemon.pid());
+    let mut up = api.connect().await;
+    let head = format!(
+        "PUT /sandboxes/dev/files?path=/workspace/gib HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {GIB}\r\n\r\n"
+    );
+    up.write_all(head.as_bytes()).await.unwrap();
+    let piece = vec![0x5a; 1 << 20];
+    let (mut peak, mut sent) = (0, 0);
+    while sent < GIB {
+        up.write_all(&piece).await.unwrap();
+        sent += piece.len() as u64;
+        peak = peak.max(bhatti_testkit::resident_mib(daemon.pid()));
+    }
+    let mut answer = String::new();
+    up.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.contains(r#"{"status":"ok"}"#), "{answer}");
+
+    let mut body =
+        api.begin("GET", "/sandboxes/dev/files?path=/workspace/gib", &[], "").await.into_body();
+    let mut received = 0;
+    while let Some(frame) = body.frame().await {
+        let bytes = frame.unwrap().into_data().unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0x5a));
+        received += bytes.len() as u64;
+        peak = peak.max(bhatti_testkit::resident_mib(daemon.pid()));
+    }
+    assert_eq!(received, GIB);
+    assert!(peak < before + 32, "the daemon grew from {before} to {peak} MiB");
+}

@@ -1,0 +1,147 @@
+//! What is one user's does not exist for another: on every route there is, as the API describes itself.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bhatti_testkit::{Answer, Api, Serve, TestDaemon};
+use serde_json::{Map, Value, json};
+
+/// A request that makes sense, to a route of the description.
+struct Call {
+    method: String,
+    path: String,
+    route: String,
+    body: Value,
+}
+
+/// All routes, with the parameters of their paths filled in.
+fn calls(api: &Value, names: &BTreeMap<&str, &str>) -> Vec<Call> {
+    let mut calls = Vec::new();
+    for (route, operations) in api["paths"].as_object().expect("paths") {
+        for (method, operation) in operations.as_object().expect("operations") {
+            let mut path = route.clone();
+            for (parameter, name) in names {
+                path = path.replace(&format!("{{{parameter}}}"), name);
+            }
+            assert!(!path.contains('{'), "{route} has a parameter that this test does not know");
+            let required = operation["parameters"].as_array().into_iter().flatten();
+            let queries: Vec<String> = required
+                .filter(|parameter| parameter["in"] == "query" && parameter["required"] == true)
+                .map(|parameter| {
+                    format!("{}=/etc/hostname", parameter["name"].as_str().expect("a name"))
+                })
+                .collect();
+            if !queries.is_empty() {
+                path = format!("{path}?{}", queries.join("&"));
+            }
+            let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+            let body = if schema.is_null() { Value::Null } else { example(api, schema) };
+            calls.push(Call { method: method.to_uppercase(), path, route: route.clone(), body });
+        }
+    }
+    calls
+}
+
+/// The least that a schema takes.
+fn example(api: &Value, schema: &Value) -> Value {
+    if let Some(reference) = schema["$ref"].as_str() {
+        return example(api, api.pointer(reference.trim_start_matches('#')).expect("a schema"));
+    }
+    match schema["type"].as_str() {
+        Some("object") => {
+            let required = schema["required"].as_array().into_iter().flatten();
+            let fields = required.map(|name| {
+                let name = name.as_str().expect("a name");
+                (name.to_owned(), example(api, &schema["properties"][name]))
+            });
+            Value::Object(fields.collect::<Map<_, _>>())
+        }
+        Some("integer") => json!(8000),
+        Some("array") => json!(["true"]),
+        _ => json!("x"),
+    }
+}
+
+/// Sends a call. Rates are another matter: they are the caller's own.
+async fn send(caller: &Api, call: &Call) -> Answer {
+    loop {
+        let answer = caller.call(&call.method, &call.path, &call.body).await;
+        if answer.refusal().1 != "rate_limited" {
+            return answer;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// What an answer says, but for the name that was asked for.
+fn said(answer: &Answer, name: &str) -> (u16, String, String) {
+    let (status, code) = answer.refusal();
+    let error = answer.json()["error"].as_str().unwrap_or_default().replace(name, "NAME");
+    (status, code, error)
+}
+
+#[tokio::test]
+async fn what_is_one_users_does_not_exist_for_another() {
+    let config = "listen: 127.0.0.1:0\n".to_owned();
+    let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let admin = Api::admin(&daemon);
+    let user = async |name: &str| {
+        let made = admin.call("POST", "/users", &json!({ "name": name })).await.json();
+        Api::tcp(daemon.api_address(), made["api_key"].as_str())
+    };
+    let (alice, bob) = (user("alice").await, user("bob").await);
+    for (path, body) in [
+        ("/secrets", json!({ "name": "hers", "value": "v" })),
+        ("/templates", json!({ "name": "hers" })),
+        ("/sandboxes", json!({ "name": "hers" })),
+        ("/sandboxes/hers/checkpoint", json!({ "name": "hers" })),
+        ("/sandboxes/hers/publish", json!({ "port": 8000 })),
+    ] {
+        let made = alice.call("POST", path, &body).await;
+        assert_eq!(made.status, 201, "{path}: {}", made.text());
+    }
+    let api = admin.get("/openapi.json").await.json();
+    let owned = ["sandbox", "snapshot", "template", "name"];
+    let names = |of: &'static str| {
+        let mut names: BTreeMap<_, _> = owned.iter().map(|parameter| (*parameter, of)).collect();
+        names.extend([
+            ("port", "8000"),
+            ("job", "s1"),
+            ("session", "s1"),
+            ("user", "alice"),
+            ("image", "minimal"),
+        ]);
+        names
+    };
+    let (hers, nobodys) = (calls(&api, &names("hers")), calls(&api, &names("nobodys")));
+    let nobody = Api::tcp(daemon.api_address(), None);
+    let mut seen = 0;
+
+    for (call, control) in hers.iter().zip(&nobodys) {
+        let what = format!("{} {}", call.method, call.path);
+        if call.route != "/health" {
+            assert_eq!(send(&nobody, call).await.status, 401, "{what}");
+        }
+        let answer = send(&bob, call).await;
+        if owned.iter().any(|parameter| call.route.contains(&format!("{{{parameter}}}"))) {
+            assert_eq!(answer.status, 404, "{what}: {}", answer.text());
+            let nothing = send(&bob, control).await;
+            assert_eq!(said(&answer, "hers"), said(&nothing, "nobodys"), "{what}");
+            seen += 1;
+        } else if call.route.starts_with("/users") || call.route == "/metrics" {
+            assert_eq!(answer.refusal(), (403, "forbidden".to_owned()), "{what}");
+        } else if call.method == "GET" {
+            assert!(!answer.text().contains("hers"), "{what}: {}", answer.text());
+        }
+    }
+
+    assert!(seen > 30, "only {seen} routes were tried");
+    let ran = alice.exec("hers", json!({ "cmd": ["echo", "well"] })).await;
+    assert_eq!(ran["stdout"], "well\n");
+    for list in
+        ["/sandboxes", "/snapshots", "/templates", "/secrets", "/sandboxes/hers/publish", "/events"]
+    {
+        let items = alice.get(list).await.json();
+        assert!(!items.as_array().expect("a list").is_empty(), "{list}: {items}");
+    }
+}
