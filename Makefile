@@ -3,7 +3,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test check bench install clean
+.PHONY: build quickstart test check api-check bench install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -22,6 +22,10 @@ check:
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --release --locked --workspace --no-deps --document-private-items
 	cargo xtask tidy
+
+# Asks a daemon thousands of things that the API's description allows; a few minutes.
+api-check: build
+	./scripts/api-check.sh
 
 bench: build
 	cargo xtask bench

@@ -41,7 +41,7 @@ use crate::{AppState, proxy};
     ),
     modifiers(&BearerKey),
     security(("api_key" = [])),
-    components(schemas(ErrorBody, ErrorCode))
+    components(schemas(ErrorBody, ErrorCode, sandboxes::IfExists))
 )]
 struct Description;
 

@@ -90,6 +90,8 @@ impl Store {
              ORDER BY id {order} LIMIT ?5"
         ))?;
         let owner = owner.map(|owner| owner.to_string());
+        // No event has a number beyond SQLite's.
+        let after = i64::try_from(*after).unwrap_or(i64::MAX);
         let parameters = params![after, owner, kind_prefix, sandbox, limit];
         let mut rows: Vec<EventRow> = query
             .query_map(parameters, |row| Ok(read(row)))?
@@ -158,6 +160,7 @@ mod tests {
         assert_eq!(ids(&store, all()), [1, 2]);
         assert_eq!(ids(&store, EventFilter { latest: true, ..all() }), [2, 3]);
         assert_eq!(ids(&store, EventFilter { after: 2, ..all() }), [3]);
+        assert_eq!(ids(&store, EventFilter { after: u64::MAX, ..all() }), [0; 0]);
         assert_eq!(ids(&store, EventFilter { owner: Some(other), ..all() }), [3]);
         assert_eq!(ids(&store, EventFilter { kind_prefix: Some("snap".into()), ..all() }), [3]);
         assert_eq!(ids(&store, EventFilter { sandbox: Some("s2".into()), ..all() }), [2, 3]);

@@ -87,7 +87,7 @@ pub(crate) struct CreateQuery {
 
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum IfExists {
+pub(super) enum IfExists {
     Return,
 }
 
