@@ -159,6 +159,8 @@ pub(crate) fn run(connection: &mut Connection, path: &Path) -> Result<(), StoreE
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use rusqlite::Connection;
 
     use crate::{FILE, Store, StoreError};
@@ -199,5 +201,61 @@ mod tests {
         };
 
         assert!(path.ends_with(FILE));
+    }
+
+    /// A store as the first daemon left it: before anything slept.
+    fn first_version(path: &Path) -> Connection {
+        let connection = Connection::open(path.join(FILE)).unwrap();
+        connection.execute_batch("PRAGMA journal_mode = WAL;").unwrap();
+        connection.execute_batch(super::STEPS[0]).unwrap();
+        connection.pragma_update(None, "user_version", 1).unwrap();
+        for number in 0..50 {
+            let id = format!("{number:016x}");
+            let parameters = [id.as_str(), &format!("s{number}")];
+            let insert = "INSERT INTO sandboxes VALUES (?1, '0000000000000000', ?2, 'running', NULL, 2, 512, 'A=b', '2026')";
+            connection.execute(insert, parameters).unwrap();
+        }
+        connection
+    }
+
+    fn sandboxes(path: &Path) -> Vec<String> {
+        let rows = Store::open(path).unwrap().list_all_sandboxes().unwrap();
+        assert!(rows.iter().all(|row| row.spec.environment.as_map()["A"] == "b"));
+        let mut names: Vec<_> = rows.iter().map(|row| row.spec.name.to_string()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn daemon_that_dies_anywhere_in_a_migration_loses_nothing() {
+        let data = tempfile::tempdir().unwrap();
+        let mut connection = first_version(data.path());
+        let deaths = tempfile::tempdir().unwrap();
+        // The files as a death at this moment would leave them, every few instructions of SQLite's.
+        let (from, to) = (data.path().to_owned(), deaths.path().to_owned());
+        let mut count = 0;
+        let die = move || {
+            count += 1;
+            if count % 40 == 0 {
+                let place = to.join(count.to_string());
+                std::fs::create_dir(&place).unwrap();
+                for file in [FILE.to_owned(), format!("{FILE}-wal")] {
+                    std::fs::copy(from.join(&file), place.join(&file)).unwrap();
+                }
+            }
+            false
+        };
+        connection.progress_handler(20, Some(die)).unwrap();
+
+        super::run(&mut connection, data.path()).unwrap();
+
+        drop(connection);
+        let all = sandboxes(data.path());
+        assert_eq!(all.len(), 50);
+        let deaths: Vec<_> = std::fs::read_dir(deaths.path()).unwrap().collect();
+        assert!(deaths.len() > 20, "died {} times", deaths.len());
+        for death in deaths {
+            assert_eq!(sandboxes(&death.unwrap().path()), all);
+        }
     }
 }

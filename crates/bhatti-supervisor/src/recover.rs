@@ -187,3 +187,6 @@ fn settle_snapshot(directory: &Path) -> bool {
     }
     snapshot.exists()
 }
+
+#[cfg(test)]
+mod tests;

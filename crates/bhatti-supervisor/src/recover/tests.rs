@@ -1,0 +1,300 @@
+//! What becomes of every row and every VMM, without VMs. The same with real ones: `vm_sandbox`, `vm_faults` and `vm_thermal` of the daemon.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_engine::{
+    Accelerator, AgentChannel, AgentStream, BootError, Capabilities, Captured, ChannelError,
+    Engine, RemoveError, RestoreError, RestoreSpec, SnapshotError, SnapshotRequest, Staged, Vm,
+    VmSpec, VmmError,
+};
+use bhatti_image::ImageStore;
+use bhatti_secret::SecretKey;
+use bhatti_store::{NewSandbox, Store};
+use bhatti_types::{CpuCount, Environment, Labels, MemoryMib, SandboxName, SandboxSpec, UserId};
+use parking_lot::Mutex;
+
+use super::*;
+use crate::{Config, ThermalConfig};
+
+/// What is found of a sandbox's VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Running,
+    Paused,
+    Broken,
+    Nothing,
+}
+
+/// The reality that a daemon comes to.
+#[derive(Default)]
+struct Reality {
+    found: Mutex<HashMap<SandboxId, Found>>,
+}
+
+struct FoundVm {
+    runs: bool,
+}
+
+#[async_trait]
+impl Engine for Reality {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { name: "reality", accelerator: Accelerator::Tcg, machine: "m".to_owned() }
+    }
+
+    async fn boot(&self, _: &VmSpec) -> Result<Arc<dyn Vm>, BootError> {
+        panic!("recovery boots nothing")
+    }
+
+    async fn stage(&self, _: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError> {
+        panic!("recovery restores nothing")
+    }
+
+    async fn adopt(&self, id: SandboxId, _: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
+        match self.found.lock().get(&id).copied().unwrap_or(Found::Nothing) {
+            Found::Nothing => Err(AdoptError::Gone),
+            Found::Broken => Err(AdoptError::Broken {
+                step: "connect",
+                source: io::ErrorKind::ConnectionRefused.into(),
+            }),
+            found => Ok(Arc::new(FoundVm { runs: found == Found::Running })),
+        }
+    }
+
+    async fn kill(&self, id: SandboxId, _: &Path) -> Result<(), RemoveError> {
+        self.found.lock().remove(&id);
+        Ok(())
+    }
+
+    async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
+        self.found.lock().remove(&id);
+        drop(std::fs::remove_dir_all(directory));
+        Ok(())
+    }
+}
+
+struct Deaf;
+
+#[async_trait]
+impl AgentChannel for Deaf {
+    async fn open(&self, _: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
+        Err(ChannelError(io::ErrorKind::ConnectionRefused.into()))
+    }
+}
+
+#[async_trait]
+impl Vm for FoundVm {
+    fn channel(&self) -> Arc<dyn AgentChannel> {
+        Arc::new(Deaf)
+    }
+
+    async fn is_running(&self) -> Result<bool, VmmError> {
+        Ok(self.runs)
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    async fn capture(&self, _: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {
+        Err(SnapshotError::Unsupported("there is no VM"))
+    }
+
+    async fn ended(&self) {
+        std::future::pending().await;
+    }
+
+    fn console_tail(&self) -> String {
+        String::new()
+    }
+}
+
+/// What is found of a sandbox's snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Saved {
+    No,
+    Yes,
+    Used,
+}
+
+/// A data directory with a store.
+struct Place {
+    data: tempfile::TempDir,
+    store: Arc<Store>,
+    reality: Arc<Reality>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        for directory in ["sandboxes", "snapshots", "templates"] {
+            std::fs::create_dir(data.path().join(directory)).unwrap();
+        }
+        let store = Arc::new(Store::open(data.path()).unwrap());
+        Self { data, store, reality: Arc::default() }
+    }
+
+    fn directory(&self, id: SandboxId) -> std::path::PathBuf {
+        self.data.path().join("sandboxes").join(id.to_string())
+    }
+
+    /// Puts a sandbox in place as an earlier daemon left it.
+    fn leave(&self, number: u8, state: SandboxState, found: Found, saved: Saved) -> SandboxId {
+        let id = SandboxId::from_entropy([number; 8]);
+        let spec = SandboxSpec {
+            name: format!("s{number}").parse::<SandboxName>().unwrap(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            environment: Environment::default(),
+            keep_hot: false,
+            labels: Labels::default(),
+            secrets: Vec::new(),
+            init: String::new(),
+            image: "minimal".parse().unwrap(),
+        };
+        let (origin, agent_token) = ("boot".to_owned(), String::new());
+        let new =
+            NewSandbox { id, owner: UserId::ADMIN, spec, origin, agent_token, expires_at: None };
+        self.store.insert_sandbox(new).unwrap();
+        self.store.set_sandbox_state(id, state).unwrap();
+        let directory = self.directory(id);
+        std::fs::create_dir(&directory).unwrap();
+        match saved {
+            Saved::No => {}
+            Saved::Yes => std::fs::create_dir(directory.join(SNAPSHOT)).unwrap(),
+            Saved::Used => std::fs::create_dir(directory.join(CONSUMED)).unwrap(),
+        }
+        self.reality.found.lock().insert(id, found);
+        id
+    }
+
+    async fn recover(&self) -> Supervisor {
+        let path = self.data.path();
+        let config = Config {
+            sandboxes_dir: path.join("sandboxes"),
+            images: ImageStore::new(path),
+            lohar: path.join("lohar"),
+            boot_limit: Duration::from_secs(1),
+            snapshots_dir: path.join("snapshots"),
+            templates_dir: path.join("templates"),
+            templates_bytes: 0,
+            template_hostname: "template".parse().unwrap(),
+            ready_vmms: 0,
+            ready_forks: 0,
+            memory_budget_mib: 4096,
+            secret_key: SecretKey::open(path, false).unwrap(),
+            thermal: ThermalConfig {
+                warm_after: Duration::from_secs(3600),
+                cold_after: Duration::from_secs(3600),
+            },
+            fault: None,
+        };
+        let engine: Arc<dyn Engine> = Arc::clone(&self.reality) as _;
+        let supervisor = Supervisor::new(config, Arc::clone(&self.store), engine);
+        supervisor.recover().await.unwrap();
+        supervisor
+    }
+}
+
+const RUNNING: SandboxState = SandboxState::Running;
+const STOPPED: SandboxState = SandboxState::Stopped;
+const CRASHED: SandboxState = SandboxState::Failed(FailReason::VmmExited);
+const MISSING: SandboxState = SandboxState::Failed(FailReason::VmmMissing);
+const UNUSABLE: SandboxState = SandboxState::Failed(FailReason::VmmUnusable);
+
+#[tokio::test]
+async fn every_row_and_reality_come_to_one_truth_however_often() {
+    use Found::{Broken, Nothing, Paused, Running};
+    use Saved::{No, Used, Yes};
+    use Thermal::{Cold, Hot, Warm};
+    let cases = [
+        (RUNNING, Running, No, Some((RUNNING, Some(Hot)))),
+        (RUNNING, Running, Used, Some((RUNNING, Some(Hot)))),
+        (RUNNING, Paused, No, Some((RUNNING, Some(Warm)))),
+        (RUNNING, Nothing, Yes, Some((RUNNING, Some(Cold)))),
+        (RUNNING, Nothing, Used, Some((RUNNING, Some(Cold)))),
+        (RUNNING, Nothing, No, Some((MISSING, None))),
+        (RUNNING, Broken, No, Some((UNUSABLE, None))),
+        (STOPPED, Nothing, Yes, Some((STOPPED, None))),
+        (STOPPED, Nothing, No, Some((STOPPED, None))),
+        (CRASHED, Nothing, No, Some((CRASHED, None))),
+        (SandboxState::Creating, Running, No, None),
+        (SandboxState::Creating, Nothing, No, None),
+        (SandboxState::Destroyed, Running, Yes, None),
+        (SandboxState::Destroyed, Nothing, No, None),
+    ];
+    let place = Place::new();
+    let numbered = (1..).zip(&cases);
+    let ids: Vec<SandboxId> = numbered
+        .map(|(number, (state, found, saved, _))| place.leave(number, *state, *found, *saved))
+        .collect();
+
+    for round in 1..=2 {
+        let supervisor = place.recover().await;
+        for (id, (state, found, saved, expected)) in ids.iter().zip(&cases) {
+            let what = format!("round {round}: {state:?}, {found:?}, {saved:?}");
+            let row = place.store.get_sandbox(*id).unwrap();
+            let truth = row.as_ref().map(|row| (row.state, supervisor.thermal(row)));
+            assert_eq!(truth, *expected, "{what}");
+            assert_eq!(place.directory(*id).exists(), expected.is_some(), "{what}");
+            if expected.is_none() {
+                assert_eq!(place.reality.found.lock().get(id), None, "{what}: its VMM lives");
+            }
+        }
+    }
+    let used_again = place.directory(ids[4]);
+    assert!(used_again.join(SNAPSHOT).exists() && !used_again.join(CONSUMED).exists());
+}
+
+#[tokio::test]
+async fn stop_that_was_cut_off_is_finished_or_undone() {
+    let place = Place::new();
+    // Its VM cannot be saved: then it goes on, rather than being lost.
+    let id = place.leave(1, STOPPED, Found::Running, Saved::No);
+
+    let _supervisor = place.recover().await;
+
+    let undone = async {
+        while place.store.get_sandbox(id).unwrap().unwrap().state != RUNNING {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), undone).await.unwrap();
+    assert_eq!(place.reality.found.lock()[&id], Found::Running);
+}
+
+#[tokio::test]
+async fn what_the_store_does_not_know_is_left_alone() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::Yes);
+    // A store that was restored from an older copy.
+    place.store.delete_sandbox(id).unwrap();
+    std::fs::create_dir(place.data.path().join("sandboxes/not-an-id")).unwrap();
+
+    let supervisor = place.recover().await;
+
+    assert!(place.directory(id).join(SNAPSHOT).exists());
+    assert_eq!(place.reality.found.lock()[&id], Found::Running);
+    assert!(place.data.path().join("sandboxes/not-an-id").exists());
+    assert_eq!(supervisor.count().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn snapshots_that_were_being_made_are_finished_or_gone() {
+    let place = Place::new();
+    let snapshots = place.data.path().join("snapshots");
+    let id = SandboxId::from_entropy([7; 8]);
+    for name in [format!("{SAVING}{id}"), format!("{FORKING}abc"), "x.tmp".to_owned()] {
+        std::fs::create_dir(snapshots.join(name)).unwrap();
+    }
+
+    place.recover().await;
+
+    assert_eq!(std::fs::read_dir(snapshots).unwrap().count(), 0);
+}
