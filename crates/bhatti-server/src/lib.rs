@@ -40,6 +40,9 @@ use rates::Rates;
 use shells::Shells;
 use tickets::Tickets;
 
+/// How often a daemon that stops looks whether its WebSockets have ended.
+const DRAIN_LOOK: Duration = Duration::from_millis(10);
+
 /// The daemon's socket in the data directory.
 pub const SOCKET: &str = "bhatti.sock";
 
@@ -117,6 +120,13 @@ impl AppState {
             rates: Rates::default(),
             shells: Shells::default(),
         }))
+    }
+
+    /// Waits until no WebSocket is open.
+    pub async fn drained(&self) {
+        while self.metrics.open_websockets() > 0 {
+            tokio::time::sleep(DRAIN_LOOK).await;
+        }
     }
 
     /// Resolves when the daemon stops.

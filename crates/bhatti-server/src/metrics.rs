@@ -55,6 +55,10 @@ impl HttpMetrics {
         OpenWebSocket(self.websockets.clone())
     }
 
+    pub(crate) fn open_websockets(&self) -> i64 {
+        self.websockets.get()
+    }
+
     /// All of it as text.
     pub(crate) fn text(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();

@@ -108,6 +108,18 @@ pub(crate) struct Serve {
     /// Save all sandboxes when the daemon stops, rather than leave them to the next one
     #[arg(long)]
     pub(crate) stop_sandboxes: bool,
+    /// How the log is written
+    #[arg(long, value_enum, env = "BHATTI_LOG_FORMAT", default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    /// A line for a person.
+    Text,
+    /// An object of JSON per line.
+    Json,
 }
 
 #[derive(Debug, Args)]

@@ -351,3 +351,56 @@ async fn events_are_told_as_they_happen_and_none_is_missed() {
         assert_eq!(api.get(&format!("/events?{query}")).await.status, 400, "{query}");
     }
 }
+
+#[tokio::test]
+async fn daemon_that_stops_ends_its_streams_and_leaves_the_sandbox() {
+    let (mut daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let (mut shell, _) = open_shell(&api, "").await;
+    let mut command = api
+        .websocket("/sandboxes/dev/exec/ws", &[])
+        .await
+        .unwrap_or_else(|a| panic!("{}", a.text()));
+    command
+        .send(Message::text(r#"{"type":"start","cmd":["sh","-c","echo up; sleep 1000"]}"#))
+        .await
+        .unwrap();
+    assert_eq!(message(&mut command).await, Some(Message::binary(&b"\x02up\n"[..])));
+    let sse = [("accept", "text/event-stream")];
+    let mut events = api.begin("GET", "/events", &sse, "").await.into_body();
+    let job = api.exec("dev", json!({ "cmd": ["sleep", "1000"], "detach": true })).await;
+    let follow = format!("/sandboxes/dev/jobs/{}/output?follow=true", job["id"].as_str().unwrap());
+    let mut output = api.begin("GET", &follow, &[], "").await.into_body();
+    api.sh("dev", "echo marker >/dev/shm/ram").await;
+
+    // As clients do, these read what comes.
+    let command = tokio::spawn(async move { json_message(&mut command).await });
+    let shell = tokio::spawn(async move {
+        loop {
+            if let Message::Text(text) = message(&mut shell).await.unwrap() {
+                return text.to_string();
+            }
+        }
+    });
+    let events = tokio::spawn(async move { while events.frame().await.is_some() {} });
+    let output = tokio::spawn(async move { output.frame().await.is_none() });
+
+    let began = tokio::time::Instant::now();
+    daemon.terminate().await;
+
+    // Sooner than what is cut off.
+    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    assert_eq!(command.await.unwrap()["code"], "connection_lost");
+    assert!(shell.await.unwrap().contains("the daemon is stopping"));
+    events.await.unwrap();
+    assert!(output.await.unwrap());
+    daemon.serve_with(|serve| serve.arguments = vec!["--log-format=json".to_owned()]).await;
+    assert_eq!(api.sh("dev", "cat /dev/shm/ram").await, "marker\n");
+    let log = daemon.log();
+    let ready = log.lines().rev().find(|line| line.contains("Daemon ready")).unwrap();
+    let ready: Value = serde_json::from_str(ready).unwrap();
+    assert_eq!((&ready["level"], &ready["fields"]["engine"]), (&json!("INFO"), &json!("qemu")));
+    let kinds = api.get("/events?type=daemon&after=0").await.json();
+    let kinds: Vec<_> =
+        kinds.as_array().unwrap().iter().map(|event| event["type"].clone()).collect();
+    assert_eq!(kinds, ["daemon.started", "daemon.stopped", "daemon.started"]);
+}

@@ -107,7 +107,7 @@ impl Vm for FoundVm {
     }
 
     async fn ended(&self) {
-        std::future::pending().await;
+        std::future::pending::<()>().await;
     }
 
     fn console_tail(&self) -> String {

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
 use super::{Context, supervisor};
-use crate::cli::Serve;
+use crate::cli::{LogFormat, Serve};
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
@@ -33,22 +33,25 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 pub(super) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliError> {
     let started = Instant::now();
     bhatti_host::process::settle_daemon()?;
-    start_logging();
+    start_logging(arguments.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(context, arguments, started));
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
 }
 
-fn start_logging() {
+fn start_logging(format: LogFormat) {
     let filter = EnvFilter::try_from_env("BHATTI_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_ansi(ansi)
-        .with_target(false)
-        .init();
+        .with_target(false);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
 }
 
 async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result<(), CliError> {
@@ -120,7 +123,12 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         info!("Stopping; sandboxes go on running");
     }
     stop.send_replace(true);
-    if timeout(DRAIN_LIMIT, servers.join_all()).await.is_err() {
+    let drained = async {
+        servers.join_all().await;
+        // The servers do not count what became a WebSocket.
+        state.drained().await;
+    };
+    if timeout(DRAIN_LIMIT, drained).await.is_err() {
         warn!("Cut off requests that were still running");
     }
     state.supervisor.shut_down(arguments.stop_sandboxes).await;
