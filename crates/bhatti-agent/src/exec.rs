@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use bhatti_proto::{CHUNK_BYTES, ExecRequest, Frame, FrameType, SignalRequest, parse_exit};
+use bhatti_proto::{
+    CHUNK_BYTES, CONTROL_PORT, ExecRequest, Frame, FrameType, SendJsonError, SignalRequest,
+    parse_exit,
+};
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -35,18 +38,40 @@ impl AgentClient {
     /// # Cancel safety
     ///
     /// Dropping the future leaves no command behind.
-    pub async fn exec(
+    pub async fn exec(&self, request: ExecRequest) -> Result<(ExecInput, ExecOutput), CallError> {
+        self.exec_with_input(request, None).await
+    }
+
+    /// The same; `whole_input`, if it is at hand and short, travels with the request, and the command's input ends with it.
+    ///
+    /// # Errors
+    ///
+    /// As [`exec`](Self::exec).
+    pub async fn exec_with_input(
         &self,
         mut request: ExecRequest,
+        whole_input: Option<&[u8]>,
     ) -> Result<(ExecInput, ExecOutput), CallError> {
         let exec_id = format!("{:016x}", getrandom::u64().map_err(|_| CallError::Entropy)?);
         request.error_details = true;
         request.exec_id = Some(exec_id.clone());
-        let (reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
+        let (reader, mut writer) = self.open(CONTROL_PORT).await?;
+        writer.queue_json(FrameType::EXEC_REQ, &request).map_err(CallError::Send)?;
+        if let Some(bytes) = whole_input {
+            for chunk in bytes.chunks(CHUNK_BYTES) {
+                writer.queue(FrameType::STDIN, chunk).map_err(CallError::Write)?;
+            }
+            writer.queue(FrameType::STDIN_EOF, &[]).map_err(CallError::Write)?;
+        }
+        writer.flush().await.map_err(|error| CallError::Send(SendJsonError::Send(error)))?;
+        let half_close = self.channel.carries_half_close();
+        let ended = half_close && whole_input.is_some();
+        if ended {
+            writer.shutdown().await.map_err(CallError::Write)?;
+        }
         let target = SignalRequest { exec_id: Some(exec_id), ..SignalRequest::default() };
         let control = ExecControl { client: self.clone(), target };
-        let half_close = self.channel.carries_half_close();
-        let input = ExecInput { control, writer, half_close, ended: false };
+        let input = ExecInput { control, writer, half_close, ended };
         Ok((input, ExecOutput { reader, first: None, _held: None }))
     }
 
@@ -56,9 +81,7 @@ impl AgentClient {
     ///
     /// Returns an error if it cannot be started or is lost.
     pub async fn run(&self, request: ExecRequest) -> Result<(i32, Vec<u8>, Vec<u8>), CallError> {
-        let (mut input, mut output) = self.exec(request).await?;
-        // A command that is over already, or never began, takes no end; its output says which.
-        drop(input.end().await);
+        let (_input, mut output) = self.exec_with_input(request, Some(&[])).await?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         loop {
             match output.next().await? {

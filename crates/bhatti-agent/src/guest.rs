@@ -51,8 +51,9 @@ impl AgentClient {
     ///
     /// Returns an error if it cannot.
     pub async fn reach(&self) -> Result<(), CallError> {
-        // A stream that says nothing: opening it takes the connection.
-        self.open(bhatti_proto::CONTROL_PORT).await.map(drop)
+        // A stream that asks nothing: opening it takes the connection.
+        let (_reader, mut writer) = self.open(bhatti_proto::CONTROL_PORT).await?;
+        writer.flush().await.map_err(CallError::Write)
     }
 
     /// Gives a restored guest another identity, and returns what came of each part.

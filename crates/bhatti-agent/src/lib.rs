@@ -82,7 +82,8 @@ impl AgentClient {
         let (reader, writer) = tokio::io::split(self.channel.open(port).await?);
         let mut writer = FrameWriter::new(writer);
         if let Some(token) = &self.token {
-            writer.send(FrameType::AUTH, token).await.map_err(CallError::Write)?;
+            // It travels with the request.
+            writer.queue(FrameType::AUTH, token).map_err(CallError::Write)?;
         }
         Ok((FrameReader::new(reader), writer))
     }

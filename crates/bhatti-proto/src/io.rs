@@ -121,15 +121,62 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 pub struct FrameWriter<W> {
     inner: W,
     buffer: Vec<u8>,
+    /// Whether the buffer holds frames that go out with the next one.
+    queued: bool,
 }
 
 impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Writes frames to `inner`.
     pub const fn new(inner: W) -> Self {
-        Self { inner, buffer: Vec::new() }
+        Self { inner, buffer: Vec::new(), queued: false }
     }
 
-    /// Sends one frame and flushes.
+    /// Keeps a frame until the next one is sent, so that both arrive in one piece.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`io::ErrorKind::InvalidInput`] if the payload fits in no frame.
+    pub fn queue(&mut self, frame_type: FrameType, payload: &[u8]) -> io::Result<()> {
+        if !self.queued {
+            self.buffer.clear();
+        }
+        encode(&mut self.buffer, frame_type, payload)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        self.queued = true;
+        Ok(())
+    }
+
+    /// Keeps a frame whose payload is `message` as JSON.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the message cannot be encoded.
+    pub fn queue_json<T: Serialize>(
+        &mut self,
+        frame_type: FrameType,
+        message: &T,
+    ) -> Result<(), SendJsonError> {
+        let json = serde_json::to_vec(message).map_err(SendJsonError::Encode)?;
+        self.queue(frame_type, &json).map_err(SendJsonError::Send)
+    }
+
+    /// Sends the frames that were kept, and flushes.
+    ///
+    /// # Errors
+    ///
+    /// Returns the stream's error.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: part of a frame may have been sent.
+    pub async fn flush(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.queued) {
+            self.inner.write_all(&self.buffer).await?;
+        }
+        self.inner.flush().await
+    }
+
+    /// Sends one frame, behind those that were kept, and flushes.
     ///
     /// # Errors
     ///
@@ -139,11 +186,8 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     ///
     /// Not cancel safe: part of the frame may have been sent.
     pub async fn send(&mut self, frame_type: FrameType, payload: &[u8]) -> io::Result<()> {
-        self.buffer.clear();
-        encode(&mut self.buffer, frame_type, payload)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        self.inner.write_all(&self.buffer).await?;
-        self.inner.flush().await
+        self.queue(frame_type, payload)?;
+        self.flush().await
     }
 
     /// Sends one frame whose payload is `message` as JSON.

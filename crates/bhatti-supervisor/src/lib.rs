@@ -271,7 +271,8 @@ impl Supervisor {
         self.shared.store.count_sandboxes()
     }
 
-    /// Starts a command in a sandbox, and waits until it runs.
+    /// Starts a command in a sandbox, and waits until it runs. `whole_input`, if it is at hand and short, travels with the request, and
+    /// the command's input ends with it.
     ///
     /// # Errors
     ///
@@ -281,10 +282,11 @@ impl Supervisor {
         owner: UserId,
         id_or_name: &str,
         request: ExecRequest,
+        whole_input: Option<&[u8]>,
     ) -> Result<(ExecInput, ExecOutput), UseError> {
         let began = Instant::now();
         let used = self.enter(owner, id_or_name).await?;
-        let (input, mut output) = used.agent.exec(request).await?;
+        let (input, mut output) = used.agent.exec_with_input(request, whole_input).await?;
         output.started(START_LIMIT).await?;
         self.shared.metrics.exec_start.observe(began.elapsed().as_secs_f64());
         Ok((input, output.holding(used)))

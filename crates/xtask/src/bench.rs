@@ -1,5 +1,6 @@
 //! Prints the figures that the project promises, as measured here and now.
 
+mod api;
 mod forks;
 
 use std::fs;
@@ -25,10 +26,16 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         println!("{:44} {:>4} {:>10} {:>10} {:>10} {:>10}", "", "n", "p50", "p95", "p99", "max");
-        if only != Some("forks") {
+        if only.is_none() {
             measure().await?;
         }
-        forks::measure().await
+        if only.is_none_or(|only| only == "api") {
+            api::measure().await?;
+        }
+        if only.is_none_or(|only| only == "forks") {
+            forks::measure().await?;
+        }
+        Ok(())
     })
 }
 

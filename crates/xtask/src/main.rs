@@ -16,7 +16,7 @@ fn main() -> Result<()> {
         ["tidy"] => tidy::run(),
         ["openapi"] => openapi::run(),
         ["bench"] => bench::run(None),
-        ["bench", "forks"] => bench::run(Some("forks")),
-        _ => bail!("usage: cargo xtask tidy | openapi | bench [forks]"),
+        ["bench", only @ ("api" | "forks")] => bench::run(Some(only)),
+        _ => bail!("usage: cargo xtask tidy | openapi | bench [api | forks]"),
     }
 }

@@ -24,6 +24,9 @@ use crate::utf8::Utf8Pieces;
 
 const NDJSON: &str = "application/x-ndjson";
 
+/// Input that is sent with the command, in bytes: it fits the window of its stream, so that nobody waits for a guest that does not read.
+const SHORT_INPUT_BYTES: usize = 64 * 1024;
+
 /// The most of each output stream that a response in one piece holds, in bytes.
 const BUFFERED_BYTES_MAX: usize = 10 << 20;
 
@@ -50,14 +53,19 @@ pub(crate) async fn run(
         }
         return start_job(&state, owner, &called, exec).await;
     }
-    let (input, output) = state.supervisor.exec(owner, &called, exec).await?;
     let stdin = stdin.unwrap_or_default();
+    let (at_hand, rest) = if stdin.len() <= SHORT_INPUT_BYTES {
+        (Some(stdin.as_bytes()), None)
+    } else {
+        (None, Some(stdin.clone()))
+    };
+    let (input, output) = state.supervisor.exec(owner, &called, exec, at_hand).await?;
     if accepts(&headers, NDJSON) {
-        return Ok(lines(input, output, stdin));
+        return Ok(lines(input, output, rest));
     }
     // A command may end without having read its input; the input half lives until then, for without it the command is killed.
     let feed_on = async {
-        let _input = feed(input, stdin).await;
+        let _input = feed(input, rest).await;
         std::future::pending::<()>().await;
     };
     let result = tokio::select! {
@@ -106,9 +114,11 @@ pub(crate) fn agent_request(command: Command) -> Result<bhatti_proto::ExecReques
     Ok(bhatti_proto::ExecRequest { argv: cmd, env, cwd, user, timeout_ms, ..Default::default() })
 }
 
-/// Feeds the command. One that has closed its input, or is gone, says so on its output.
-async fn feed(mut input: ExecInput, stdin: String) -> ExecInput {
-    if input.write(stdin.as_bytes()).await.is_ok() {
+/// Feeds the command what it has not been given yet. One that has closed its input, or is gone, says so on its output.
+async fn feed(mut input: ExecInput, rest: Option<String>) -> ExecInput {
+    if let Some(stdin) = rest
+        && input.write(stdin.as_bytes()).await.is_ok()
+    {
         drop(input.end().await);
     }
     input
@@ -149,8 +159,8 @@ fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
 }
 
 /// A response that grows a line with each event. A client that goes away takes the command with it.
-fn lines(input: ExecInput, output: ExecOutput, stdin: String) -> Response {
-    let feeding = Box::pin(feed(input, stdin));
+fn lines(input: ExecInput, output: ExecOutput, rest: Option<String>) -> Response {
+    let feeding = Box::pin(feed(input, rest));
     let state = Lines {
         feeding: Some(feeding),
         _input: None,

@@ -87,7 +87,7 @@ async fn start(
         return Err(bad("the first message must be `start`"));
     };
     let request = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
-    Ok(state.supervisor.exec(owner, called, request).await?)
+    Ok(state.supervisor.exec(owner, called, request, None).await?)
 }
 
 /// Relays until the command has ended, and returns the last message; none if the client has gone.

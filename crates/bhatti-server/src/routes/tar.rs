@@ -47,8 +47,7 @@ pub(crate) async fn download(
         return Err(ApiError::new(ErrorCode::NotADirectory, format!("{path} is not a directory")));
     }
     let request = tar(&["-cf", "-", "-C", &path, "--", "."]);
-    let (mut input, output) = state.supervisor.exec(owner, &called, request).await?;
-    drop(input.end().await);
+    let (input, output) = state.supervisor.exec(owner, &called, request, Some(&[])).await?;
     let mut archive = Archive { input, output, complaint: Vec::new() };
     // What fails at once, as a directory that is not there, is a proper error.
     let Some(first) = archive.next().await else {
@@ -79,7 +78,7 @@ pub(crate) async fn upload(
     let used = state.supervisor.enter(owner, &called).await?;
     used.agent.make_directory(&path, "", true).await.map_err(file_error)?;
     let request = tar(&["-xf", "-", "-C", &path]);
-    let (mut input, output) = state.supervisor.exec(owner, &called, request).await?;
+    let (mut input, output) = state.supervisor.exec(owner, &called, request, None).await?;
     let feed = async {
         let mut content = body.into_data_stream();
         while let Some(piece) = content.next().await {

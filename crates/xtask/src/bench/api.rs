@@ -1,0 +1,266 @@
+//! What the HTTP API costs over what it stands on.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use bhatti_agent::AgentClient;
+use bhatti_engine::{Disks, Engine, RestoreSpec, Vm};
+use bhatti_proto::{ExecRequest, Woken};
+use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_store::{NewSandbox, Store};
+use bhatti_testkit::{Api, TestDaemon};
+use bhatti_types::{
+    CpuCount, Environment, Labels, MemoryMib, SandboxId, SandboxSpec, SandboxState, UserId,
+};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::Request;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
+
+use super::{median, resident_mib, show};
+
+/// Sandboxes in the store, and of those that run.
+const ROWS: u16 = 1000;
+const RUNNING: usize = 10;
+
+const REQUESTS: usize = 500;
+const EXECS: usize = 200;
+const AT_ONCE: usize = 100;
+
+/// What passes through the proxy each time, in bytes.
+const TRANSFER: usize = 64 << 20;
+const TRANSFERS: usize = 5;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Answers any request with as many zeros as its path says.
+const SERVER: &str = r#"
+import socketserver
+class H(socketserver.StreamRequestHandler):
+    def handle(self):
+        n = int(self.rfile.readline().split(b"/")[1].split()[0])
+        while self.rfile.readline().strip(): pass
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % n)
+        zeros = bytes(1 << 20)
+        for _ in range(n >> 20): self.wfile.write(zeros)
+socketserver.ThreadingTCPServer.allow_reuse_address = True
+socketserver.ThreadingTCPServer(("127.0.0.1", 8000), H).serve_forever()
+"#;
+
+/// Measures and prints.
+pub(super) async fn measure() -> Result<()> {
+    let mut daemon = TestDaemon::start().await;
+    let origin = daemon.client.create(&bhatti_testkit::named("bench")).await?.origin;
+    let template = origin.strip_prefix("template ").context("it was forked from a template")?;
+    let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
+    daemon.terminate().await;
+    fill(daemon.data_dir())?;
+    daemon.serve().await;
+    let api = Api::admin(&daemon);
+
+    requests(&api).await?;
+    let bare = BareVm::start(&template).await?;
+    execs(&api, &bare).await?;
+    at_once(&api).await?;
+    proxy(&api, &bare).await?;
+    for number in 1..RUNNING {
+        daemon.client.create(&bhatti_testkit::named(&format!("running-{number}"))).await?;
+    }
+    let what = format!("daemon, {ROWS} sandboxes, {RUNNING} running, resident");
+    println!("{what:44} {:>26.1} MiB", resident_mib(daemon.pid())?);
+    bare.engine.remove(bare.id, bare.place.path()).await?;
+    Ok(())
+}
+
+/// Sandboxes that were stopped long ago.
+fn fill(data_dir: &Path) -> Result<()> {
+    let store = Store::open(data_dir)?;
+    for number in 0..ROWS {
+        let mut entropy = [0xbe; 8];
+        entropy[6..].copy_from_slice(&number.to_be_bytes());
+        let id = SandboxId::from_entropy(entropy);
+        let spec = SandboxSpec {
+            name: format!("stopped-{number}").parse()?,
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            environment: Environment::default(),
+            keep_hot: false,
+            labels: Labels::default(),
+            secrets: Vec::new(),
+            init: String::new(),
+            image: "minimal".parse()?,
+        };
+        let (origin, agent_token) = ("boot".to_owned(), String::new());
+        let owner = UserId::ADMIN;
+        store.insert_sandbox(NewSandbox {
+            id,
+            owner,
+            spec,
+            origin,
+            agent_token,
+            expires_at: None,
+        })?;
+        store.set_sandbox_state(id, SandboxState::Stopped)?;
+    }
+    Ok(())
+}
+
+/// A connection that is kept.
+async fn kept(api: &Api) -> Result<SendRequest<Full<Bytes>>> {
+    let (sender, connection) = http1::handshake(TokioIo::new(api.connect().await)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+async fn send(
+    sender: &mut SendRequest<Full<Bytes>>,
+    method: &str,
+    path: &str,
+    body: String,
+) -> Result<Bytes> {
+    let request = Request::builder().method(method).uri(path).header("host", "bench");
+    let response = sender.send_request(request.body(Full::new(Bytes::from(body)))?).await?;
+    ensure!(response.status().is_success(), "{path}: {}", response.status());
+    Ok(response.into_body().collect().await?.to_bytes())
+}
+
+async fn requests(api: &Api) -> Result<()> {
+    let mut sender = kept(api).await?;
+    for (what, path) in
+        [("GET /health", "/health"), ("GET /sandboxes, with 1,000 of them", "/sandboxes")]
+    {
+        let mut times = Vec::new();
+        for _ in 0..REQUESTS {
+            let began = Instant::now();
+            send(&mut sender, "GET", path, String::new()).await?;
+            times.push(began.elapsed());
+        }
+        show(what, times);
+    }
+    Ok(())
+}
+
+/// A VM that no daemon has: what the daemon's own figures are over.
+struct BareVm {
+    engine: QemuEngine,
+    id: SandboxId,
+    place: tempfile::TempDir,
+    agent: AgentClient,
+    _vm: Arc<dyn Vm>,
+}
+
+impl BareVm {
+    async fn start(template: &Path) -> Result<Self> {
+        let engine = QemuEngine::new(PROGRAM.into());
+        let place = tempfile::tempdir()?;
+        let mut entropy = [0xba; 8];
+        entropy[..4].copy_from_slice(&std::process::id().to_be_bytes());
+        let id = SandboxId::from_entropy(entropy);
+        let spec = RestoreSpec {
+            id,
+            directory: place.path().join("vm"),
+            snapshot: template.to_owned(),
+            disks: Disks::Frozen,
+            limit: LIMIT,
+        };
+        let vm = engine.stage(&spec).await?.load().await?;
+        vm.resume().await?;
+        let agent = AgentClient::new(vm.channel());
+        agent.reach().await?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
+        let entropy = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=".to_owned();
+        agent.woken(&Woken { entropy, wall_clock_ns: u64::try_from(now)? }).await?;
+        Ok(Self { engine, id, place, agent, _vm: vm })
+    }
+}
+
+/// The same command through HTTP and on the channel alone, in turns, in two VMs of one template.
+async fn execs(api: &Api, bare: &BareVm) -> Result<()> {
+    let mut sender = kept(api).await?;
+    let body = json!({ "cmd": ["true"] }).to_string();
+    let (mut http, mut channel) = (Vec::new(), Vec::new());
+    for round in 0..EXECS + 20 {
+        let began = Instant::now();
+        send(&mut sender, "POST", "/sandboxes/bench/exec", body.clone()).await?;
+        let through_http = began.elapsed();
+        let request = ExecRequest { argv: vec!["true".to_owned()], ..ExecRequest::default() };
+        let began = Instant::now();
+        let (code, ..) = bare.agent.run(request).await?;
+        let on_channel = began.elapsed();
+        ensure!(code == 0, "true failed");
+        // The first ones translate the guest's code.
+        if round >= 20 {
+            http.push(through_http);
+            channel.push(on_channel);
+        }
+    }
+    let over = median(&mut http).as_secs_f64() - median(&mut channel).as_secs_f64();
+    show("exec `true` through HTTP, connection kept", http);
+    show("exec `true` on the agent channel alone", channel);
+    println!("{:44} {:>26.2} ms", "  over the channel alone, by p50", over * 1e3);
+    Ok(())
+}
+
+async fn at_once(api: &Api) -> Result<()> {
+    let began = Instant::now();
+    let mut commands = tokio::task::JoinSet::new();
+    for number in 0..AT_ONCE {
+        let api = api.clone();
+        commands.spawn(async move {
+            let ran = api.exec("bench", json!({ "cmd": ["echo", number.to_string()] })).await;
+            ran["exit_code"] == 0 && ran["stdout"] == format!("{number}\n")
+        });
+    }
+    let succeeded = commands.join_all().await.into_iter().filter(|succeeded| *succeeded).count();
+    let what = format!("{AT_ONCE} execs at once: {succeeded} succeeded");
+    println!("{what:44} {:>26.1} ms", began.elapsed().as_secs_f64() * 1e3);
+    Ok(())
+}
+
+/// Bytes of an application: through the proxy, and on a stream of the agent channel alone.
+async fn proxy(api: &Api, bare: &BareVm) -> Result<()> {
+    let serve = ["python3", "-c", SERVER].map(str::to_owned).to_vec();
+    let job = json!({ "cmd": serve, "detach": true });
+    api.exec("bench", job).await;
+    let request = ExecRequest { argv: serve, ..ExecRequest::default() };
+    bare.agent.create_detached(request).await?;
+    let path = format!("/sandboxes/bench/proxy/8000/{TRANSFER}");
+    let listening = async {
+        while api.get("/sandboxes/bench/proxy/8000/0").await.status != 200
+            || bare.agent.forward(8000).await.is_err()
+        {}
+    };
+    tokio::time::timeout(LIMIT, listening).await?;
+
+    let (mut proxied, mut raw) = (Vec::new(), Vec::new());
+    for _ in 0..TRANSFERS {
+        let began = Instant::now();
+        let answer = api.get(&path).await;
+        ensure!(answer.body.len() == TRANSFER, "{} bytes came", answer.body.len());
+        proxied.push(began.elapsed());
+        let began = Instant::now();
+        let mut stream = bare.agent.forward(8000).await?;
+        stream.write_all(format!("GET /{TRANSFER} HTTP/1.1\r\n\r\n").as_bytes()).await?;
+        let mut buffer = vec![0; 64 * 1024];
+        let mut received = 0;
+        while received < TRANSFER {
+            let length = stream.read(&mut buffer).await?;
+            ensure!(length > 0, "it broke off after {received} bytes");
+            received += length;
+        }
+        raw.push(began.elapsed());
+    }
+    let rate =
+        |times: &mut [Duration]| TRANSFER as f64 / f64::from(1 << 20) / median(times).as_secs_f64();
+    let (proxied, raw) = (rate(&mut proxied), rate(&mut raw));
+    println!("{:44} {proxied:>24.0} MiB/s", "64 MiB through the proxy, p50 of 5");
+    println!("{:44} {raw:>24.0} MiB/s", "  on the agent channel alone");
+    println!("{:44} {:>26.2} ×", "  of the channel's rate", proxied / raw);
+    Ok(())
+}
