@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use bhatti_agent::AgentClient;
 use bhatti_engine::{Disks, Engine, RestoreSpec, Vm};
-use bhatti_proto::{ExecRequest, Woken};
+use bhatti_proto::{ExecRequest, GuestConfig, Identity};
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_store::{NewSandbox, Store};
 use bhatti_testkit::{Api, TestDaemon};
@@ -175,7 +175,15 @@ impl BareVm {
         agent.reach().await?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
         let entropy = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=".to_owned();
-        agent.woken(&Woken { entropy, wall_clock_ns: u64::try_from(now)? }).await?;
+        // As every sandbox's guest does: a guest that has become somebody has other settings than a template's.
+        let identity = Identity {
+            entropy,
+            wall_clock_ns: u64::try_from(now)?,
+            machine_id: "0".repeat(32),
+            config: GuestConfig { hostname: "bare".to_owned(), ..GuestConfig::default() },
+            rehearsal: false,
+        };
+        agent.assume_identity(&identity).await?;
         Ok(Self { engine, id, place, agent, _vm: vm })
     }
 }
