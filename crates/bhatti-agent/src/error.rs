@@ -47,6 +47,14 @@ pub enum CallError {
     /// The connection brought something that is no frame.
     #[error("the guest agent sent something that is no frame")]
     Garbled(#[source] ReadFrameError),
+    /// The guest says more than is taken.
+    #[error("the guest's answer is too long: more than {limit} {what}")]
+    TooMuch {
+        /// How much is taken.
+        limit: usize,
+        /// Of what.
+        what: &'static str,
+    },
     /// The agent answered something else than was asked.
     #[error("the guest agent answered something else than was asked")]
     Unexpected,

@@ -9,6 +9,9 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::{AgentClient, CallError, Reader, Writer, expect, next, refusal};
 
+/// The most entries of a directory that are taken, give or take a frame.
+const ENTRIES_MAX: usize = 100_000;
+
 /// Which part of a file is read; by default all of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadOptions {
@@ -47,15 +50,18 @@ impl FileContent {
         }
     }
 
-    /// Reads the rest.
+    /// Reads the rest, if it has no more than `limit` bytes.
     ///
     /// # Errors
     ///
-    /// As [`next`](Self::next).
-    pub async fn read_to_end(mut self) -> Result<Vec<u8>, CallError> {
+    /// As [`next`](Self::next); [`CallError::TooMuch`] if there are more.
+    pub async fn read_to_end(mut self, limit: usize) -> Result<Vec<u8>, CallError> {
         let mut content = Vec::new();
         while let Some(bytes) = self.next().await? {
             content.extend_from_slice(&bytes);
+            if content.len() > limit {
+                return Err(CallError::TooMuch { limit, what: "bytes" });
+            }
         }
         Ok(content)
     }
@@ -170,7 +176,8 @@ impl AgentClient {
         let request = FileWriteRequest {
             path: path.to_owned(),
             mode: mode.to_owned(),
-            size: i64::try_from(size.unwrap_or_default()).map_err(|_| CallError::Unexpected)?,
+            // An agent that does not know such writes refuses the size, rather than to take it for that of an empty file.
+            size: size.map_or(Ok(-1), i64::try_from).map_err(|_| CallError::Unexpected)?,
             until_eof: size.is_none(),
             error_details: true,
         };
@@ -234,6 +241,9 @@ impl AgentClient {
                 Err(error) => return Err(error),
             };
             match frame.frame_type {
+                FrameType::FILE_LS_RESP if entries.len() >= ENTRIES_MAX => {
+                    return Err(CallError::TooMuch { limit: ENTRIES_MAX, what: "entries" });
+                }
                 FrameType::FILE_LS_RESP => {
                     entries
                         .extend(frame.json::<Vec<FileInfo>>().map_err(|_| CallError::Unexpected)?);

@@ -41,7 +41,7 @@ pub struct ExecRequest {
     /// Who it runs as, a name or a number; the image's usual user if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Seconds after which it is ended, its exit code being 124; never if absent.
+    /// Seconds after which it is ended; never if absent. Its exit code is then 124, that of a job 128 plus the signal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_sec: Option<u32>,
     /// Whether it is a job, which runs on without a client.

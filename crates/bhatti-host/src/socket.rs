@@ -1,16 +1,36 @@
-//! Unix sockets in a directory, however long its path.
+//! Unix sockets in a directory, however long its path; and peers that vanish.
 //!
 //! A socket's address holds 107 bytes of path. Addressed through an open descriptor of its directory (`/proc/self/fd/N/name`) any
 //! directory will do.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::sockopt;
 
 fn short_path(directory: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
+}
+
+/// When a peer that says nothing is asked whether it is there, how often, and how many times in vain.
+const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(60);
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(15);
+const KEEP_ALIVE_TIMES: u32 = 4;
+
+/// Has the kernel notice when a peer has vanished without a word.
+///
+/// # Errors
+///
+/// Returns the error of setting the options.
+pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
+    sockopt::set_socket_keepalive(&socket, true)?;
+    sockopt::set_tcp_keepidle(&socket, KEEP_ALIVE_AFTER)?;
+    sockopt::set_tcp_keepintvl(&socket, KEEP_ALIVE_EVERY)?;
+    Ok(sockopt::set_tcp_keepcnt(&socket, KEEP_ALIVE_TIMES)?)
 }
 
 /// Binds and listens at `directory/name`.

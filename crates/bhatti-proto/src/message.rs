@@ -101,6 +101,8 @@ pub enum ErrorKind {
     PermissionDenied,
     /// The guest's disk is full.
     NoSpace,
+    /// The content is larger than the agent takes. New.
+    TooLarge,
     /// A limit of the agent is reached.
     Limit,
     /// The connection did not authenticate.
@@ -268,7 +270,7 @@ pub struct FileWriteRequest {
     /// The permission bits in octal.
     #[serde(default)]
     pub mode: String,
-    /// The size of the content, in bytes.
+    /// The size of the content, in bytes; -1 if it is unknown.
     pub size: i64,
     /// Whether the content ends with [`STDIN_EOF`](crate::FrameType::STDIN_EOF), its size being unknown. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]

@@ -3,6 +3,8 @@
 //! A handler parses, makes one call of the supervisor and converts. Who may call is decided before, by the listener that the request
 //! came through; what an error looks like after, in one place.
 
+mod accept;
+mod answers;
 mod auth;
 mod extract;
 mod json;
@@ -11,6 +13,7 @@ mod metrics;
 mod proxy;
 mod rates;
 mod request_id;
+mod revocations;
 mod routes;
 mod serve;
 mod shells;
@@ -25,9 +28,11 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
+use bhatti_api::ErrorCode;
 use bhatti_image::ImageStore;
 use bhatti_store::Store;
 use bhatti_supervisor::Supervisor;
+use bhatti_types::UserId;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -36,8 +41,12 @@ pub use proxy::public_router;
 pub use routes::open_api;
 pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
 
+use answers::AnswerMemory;
+use proxy::Visits;
 use rates::Rates;
+use revocations::Revocations;
 use shells::Shells;
+use status::ApiError;
 use tickets::Tickets;
 
 /// How often a daemon that stops looks whether its WebSockets have ended.
@@ -71,6 +80,9 @@ pub struct Inner {
     pub(crate) tickets: Tickets,
     pub(crate) rates: Rates,
     pub(crate) shells: Shells,
+    pub(crate) visits: Visits,
+    pub(crate) sessions: Revocations,
+    pub(crate) answers: AnswerMemory,
 }
 
 /// How published ports are reached from outside.
@@ -119,6 +131,9 @@ impl AppState {
             tickets: Tickets::default(),
             rates: Rates::default(),
             shells: Shells::default(),
+            visits: Visits::default(),
+            sessions: Revocations::default(),
+            answers: AnswerMemory::default(),
         }))
     }
 
@@ -126,6 +141,16 @@ impl AppState {
     pub async fn drained(&self) {
         while self.metrics.open_websockets() > 0 {
             tokio::time::sleep(DRAIN_LOOK).await;
+        }
+    }
+
+    /// Resolves when what a user has opened has to end, and says why.
+    pub(crate) async fn ended(&self, owner: UserId) -> ApiError {
+        tokio::select! {
+            () = self.stopped() => ApiError::stopping(),
+            () = self.sessions.revoked(owner) => {
+                ApiError::new(ErrorCode::Unauthorized, "the key was changed")
+            }
         }
     }
 

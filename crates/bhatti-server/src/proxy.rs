@@ -5,6 +5,7 @@
 mod headers;
 mod public;
 mod relay;
+mod visits;
 
 use axum::Extension;
 use axum::extract::{Request, State};
@@ -17,6 +18,7 @@ use crate::extract::ApiPath;
 use crate::status::ApiError;
 
 pub use public::public_router;
+pub(crate) use visits::Visits;
 
 /// An application in a sandbox, as a request is to reach it.
 struct Target {
@@ -45,13 +47,28 @@ pub(crate) async fn to_port(
 pub(crate) async fn to_path(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    ApiPath(parameters): ApiPath<Vec<(String, String)>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let [(_, called), (_, port), ..] = &parameters[..] else {
-        return Err(ApiError::new(ErrorCode::NotFound, "not found"));
-    };
-    pass_on(&state, caller, called, port, request).await
+    // Not by the router, which would decode the rest as well: that is the application's, and need not be text.
+    let mut segments = request.uri().path().split('/').skip(2);
+    let called = segments.next().and_then(decode).unwrap_or_default();
+    let port = segments.nth(1).unwrap_or_default().to_owned();
+    pass_on(&state, caller, &called, &port, request).await
+}
+
+/// Decodes a segment of a path, once; `None` if it is no text.
+fn decode(segment: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(segment.len());
+    let mut rest = segment.bytes();
+    while let Some(byte) = rest.next() {
+        if byte == b'%' {
+            let digits = [rest.next()?, rest.next()?];
+            bytes.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+        } else {
+            bytes.push(byte);
+        }
+    }
+    String::from_utf8(bytes).ok()
 }
 
 async fn pass_on(
@@ -69,7 +86,7 @@ async fn pass_on(
     let target =
         Target { port, path_and_query: with_query(rest, uri.query()), prefix: prefix.to_owned() };
     let used = state.supervisor.enter(owner, called).await?;
-    relay::relay(state, used, target, request).await
+    relay::relay(state, (used, ()), target, request).await
 }
 
 /// Splits a path behind its first `segments` segments.
@@ -96,6 +113,8 @@ mod tests {
         ] {
             assert_eq!(split_path(path, 4), (prefix, rest));
         }
+        assert_eq!(decode("d%2Fv"), Some("d/v".to_owned()));
+        assert_eq!([decode("%e9"), decode("%2"), decode("%zz")], [None, None, None]);
         assert_eq!(with_query("", Some("a=%20")), "/?a=%20");
         assert_eq!(with_query("/x", None), "/x");
     }

@@ -38,6 +38,9 @@ const READ: Rate = rate(1200, 60);
 /// What an application in a sandbox is asked: one page may ask for a hundred things.
 const PROXY: Rate = rate(6000, 2000);
 
+/// Sandboxes whose requests are counted, before those are forgotten that nobody asks.
+const SANDBOXES_KEPT: usize = 10_000;
+
 /// The rates of all users. Only those who showed a key have one, so there are no more than users.
 pub(crate) struct Rates {
     create: DefaultKeyedRateLimiter<UserId>,
@@ -64,6 +67,10 @@ impl Default for Rates {
 impl Rates {
     /// Counts a request to a published port of a sandbox, whoever makes it; or returns when the next one may come.
     pub(crate) fn check_public(&self, sandbox: SandboxId) -> Result<(), Duration> {
+        if self.public.len() > SANDBOXES_KEPT {
+            // Those that nobody asked lately have all of their burst anyway.
+            self.public.retain_recent();
+        }
         let checked = self.public.check_key(&sandbox);
         checked.map_err(|until| until.wait_time_from(DefaultClock::default().now()))
     }

@@ -7,11 +7,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use axum::Router;
-use axum::serve::ListenerExt;
 use bhatti_host::socket;
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::{AppState, Listener, SOCKET, public_router, router};
+use crate::{AppState, Listener, SOCKET, accept, public_router, router};
 
 /// The daemon cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -45,14 +44,13 @@ pub fn serve_unix<S>(
     state: AppState,
     data_dir: &Path,
     stop: S,
-) -> Result<impl Future<Output = io::Result<()>> + use<S>, ServeError>
+) -> Result<impl Future<Output = ()> + use<S>, ServeError>
 where
     S: Future<Output = ()> + Send + 'static,
 {
     let failed = |source| ServeError::Unix { path: data_dir.join(SOCKET), source };
     let listener = listen(data_dir).map_err(failed)?;
-    let app = router(state, Listener::Unix);
-    Ok(async move { axum::serve(listener, app).with_graceful_shutdown(stop).await })
+    Ok(accept::serve(listener, router(state, Listener::Unix), stop))
 }
 
 /// Serves the API on a TCP address until `stop` resolves. Returns the address that it really has.
@@ -64,7 +62,7 @@ pub async fn serve_tcp(
     state: AppState,
     address: SocketAddr,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
+) -> Result<(SocketAddr, impl Future<Output = ()>), ServeError> {
     serve_on(router(state, Listener::Tcp), bind(address).await?, stop)
 }
 
@@ -77,7 +75,7 @@ pub fn serve_public(
     state: AppState,
     listener: TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
+) -> Result<(SocketAddr, impl Future<Output = ()>), ServeError> {
     serve_on(public_router(state), listener, stop)
 }
 
@@ -94,16 +92,11 @@ fn serve_on(
     app: Router,
     listener: TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(SocketAddr, impl Future<Output = io::Result<()>>), ServeError> {
+) -> Result<(SocketAddr, impl Future<Output = ()>), ServeError> {
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
     let address =
         listener.local_addr().map_err(|source| ServeError::Tcp { address: unknown, source })?;
-    let app = app.into_make_service_with_connect_info::<SocketAddr>();
-    let listener = listener.tap_io(|stream| {
-        // Without it, small answers wait for the acknowledgement of earlier ones; with it missing, nothing is wrong.
-        drop(stream.set_nodelay(true));
-    });
-    Ok((address, async move { axum::serve(listener, app).with_graceful_shutdown(stop).await }))
+    Ok((address, accept::serve(listener, app, stop)))
 }
 
 /// Makes the socket under another name, gives it to its owner alone, and only then puts it in place: over one that an earlier daemon

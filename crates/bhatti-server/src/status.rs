@@ -134,7 +134,11 @@ const fn status(code: ErrorCode) -> StatusCode {
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
-        Self::internal(&error)
+        match error {
+            // Somebody else was faster to take it away.
+            StoreError::NoSuchRow => Self::new(ErrorCode::NotFound, "it is not there any more"),
+            error => Self::internal(&error),
+        }
     }
 }
 
@@ -168,6 +172,7 @@ impl From<CreateError> for ApiError {
             CreateError::TooMuchEnvironment
             | CreateError::Name(_)
             | CreateError::FilePath(_)
+            | CreateError::Files(_)
             | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
             CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
             CreateError::Boot(boot) => boot_error(boot, &error),
@@ -332,6 +337,7 @@ impl From<SecretError> for ApiError {
         match error {
             SecretError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()),
             SecretError::Value => Self::new(ErrorCode::BadRequest, error.to_string()),
+            SecretError::Quota(quota) => quota.into(),
             SecretError::Seal(_) | SecretError::Unseal { .. } | SecretError::Store(_) => {
                 Self::internal(&error)
             }
@@ -343,6 +349,7 @@ impl From<TemplateInsertError> for ApiError {
     fn from(error: TemplateInsertError) -> Self {
         match error {
             TemplateInsertError::NameTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string()),
+            TemplateInsertError::Quota(quota) => quota.into(),
             TemplateInsertError::Store(error) => error.into(),
         }
     }
@@ -356,6 +363,7 @@ impl From<PublishError> for ApiError {
             PublishError::Published(_) => {
                 Self::new(ErrorCode::NameTaken, error.to_string()).hint("unpublish the port first")
             }
+            PublishError::Quota(quota) => quota.into(),
             PublishError::Store(error) => error.into(),
         }
     }
@@ -406,6 +414,7 @@ impl From<CallError> for ApiError {
             }
             CallError::Silent { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
                 .hint("the guest may be out of memory or halted; destroy it and create another: bhatti destroy NAME"),
+            CallError::TooMuch { .. } => Self::new(ErrorCode::OutputTooLarge, error.to_string()),
             CallError::Channel(_)
             | CallError::Content(_)
             | CallError::Send(_)
@@ -433,6 +442,7 @@ const fn agent_code(kind: ErrorKind) -> ErrorCode {
         ErrorKind::NotEmpty => ErrorCode::NotEmpty,
         ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
         ErrorKind::NoSpace => ErrorCode::NoSpace,
+        ErrorKind::TooLarge => ErrorCode::BodyTooLarge,
         ErrorKind::Limit => ErrorCode::GuestLimit,
         // Our own token: the guest's agent is not the one that it should be.
         ErrorKind::Unauthorized => ErrorCode::ConnectionLost,

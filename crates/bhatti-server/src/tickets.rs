@@ -39,6 +39,11 @@ impl Tickets {
         Ok(ticket)
     }
 
+    /// Makes all tickets of a user good for nothing.
+    pub(crate) fn forget(&self, owner: UserId) {
+        self.0.lock().retain(|_, (of, _)| *of != owner);
+    }
+
     /// Takes a ticket, and returns whose it is.
     pub(crate) fn redeem(&self, ticket: &str) -> Option<UserId> {
         let (owner, until) = self.0.lock().remove(&keys::hash(ticket))?;

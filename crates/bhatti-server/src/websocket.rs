@@ -46,7 +46,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
         }
         let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
         upgrade
-            .map(|upgrade| Self(upgrade.max_message_size(BODY_BYTES_MAX)))
+            .map(|upgrade| {
+                Self(upgrade.max_message_size(BODY_BYTES_MAX).max_frame_size(BODY_BYTES_MAX))
+            })
             .map_err(|error| ApiError::bad_request(&error))
     }
 }
@@ -123,7 +125,13 @@ impl Receiver {
                     self.heard = Instant::now();
                     match message {
                         Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                        Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+                        Some(Ok(Message::Close(_))) => {
+                            // The answer to it lies ready.
+                            let answering = async { sender.0.lock().await.flush().await };
+                            drop(timeout(CLOSE_LIMIT, answering).await);
+                            return None;
+                        }
+                        Some(Err(_)) | None => return None,
                         Some(Ok(message)) => return Some(message),
                     }
                 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bhatti_types::{SandboxId, UserId};
-use rusqlite::{Row, params};
+use rusqlite::{Row, ToSql, params};
 
 use crate::{Store, StoreError, from_json, now, parsed, to_json};
 
@@ -81,20 +81,31 @@ impl Store {
     /// Returns an error if the store fails.
     pub fn list_events(&self, filter: &EventFilter) -> Result<Vec<EventRow>, StoreError> {
         let EventFilter { owner, kind_prefix, sandbox, after, limit, latest } = filter;
+        // No event has a number beyond SQLite's.
+        let after = i64::try_from(*after).unwrap_or(i64::MAX);
+        let owner = owner.map(|owner| owner.to_string());
+        // Only what is asked for is in the query, so that its index is used.
+        let mut conditions = vec!["id > ?1"];
+        let mut parameters: Vec<&dyn ToSql> = vec![&after, limit];
+        for (wanted, condition) in [
+            (&owner, "owner = ?#"),
+            (kind_prefix, "substr(kind, 1, length(?#)) = ?#"),
+            (sandbox, "(sandbox_id = ?# OR sandbox_name = ?#)"),
+        ] {
+            if let Some(text) = wanted {
+                parameters.push(text);
+                conditions.push(condition);
+            }
+        }
+        let conditions = numbered(&conditions);
         let order = if *latest { "DESC" } else { "ASC" };
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached(&format!(
             "SELECT id, at, kind, owner, sandbox_id, sandbox_name, detail FROM events
-             WHERE id > ?1 AND (?2 IS NULL OR owner = ?2) AND (?3 IS NULL OR substr(kind, 1, length(?3)) = ?3)
-               AND (?4 IS NULL OR sandbox_id = ?4 OR sandbox_name = ?4)
-             ORDER BY id {order} LIMIT ?5"
+             WHERE {conditions} ORDER BY id {order} LIMIT ?2"
         ))?;
-        let owner = owner.map(|owner| owner.to_string());
-        // No event has a number beyond SQLite's.
-        let after = i64::try_from(*after).unwrap_or(i64::MAX);
-        let parameters = params![after, owner, kind_prefix, sandbox, limit];
         let mut rows: Vec<EventRow> = query
-            .query_map(parameters, |row| Ok(read(row)))?
+            .query_map(&parameters[..], |row| Ok(read(row)))?
             .map(|row| row?)
             .collect::<Result<_, _>>()?;
         if *latest {
@@ -103,7 +114,7 @@ impl Store {
         Ok(rows)
     }
 
-    /// Forgets all events but the latest `keep`, and those that happened before `before`, in time since 1970. Returns how many.
+    /// Forgets all events but the latest `keep` of each user, and those that happened before `before`, in time since 1970. Returns how many.
     ///
     /// # Errors
     ///
@@ -113,10 +124,19 @@ impl Store {
         let before = parsed(jiff::Timestamp::from_second(before))?;
         let connection = self.connection.lock();
         Ok(connection.execute(
-            "DELETE FROM events WHERE at < ?2 OR id <= (SELECT max(id) FROM events) - ?1",
+            "DELETE FROM events WHERE at < ?2 OR id IN (
+                 SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY id DESC) AS place FROM events)
+                 WHERE place > ?1)",
             params![keep, format!("{before:.6}")],
         )?)
     }
+}
+
+/// Conditions in one, with the numbers of their parameters: the first is `?1`, the others are `?3` and so on.
+fn numbered(conditions: &[&str]) -> String {
+    let number =
+        |(place, condition): (usize, &&str)| condition.replace("?#", &format!("?{}", place + 2));
+    conditions.iter().enumerate().map(number).collect::<Vec<_>>().join(" AND ")
 }
 
 fn read(row: &Row<'_>) -> Result<EventRow, StoreError> {

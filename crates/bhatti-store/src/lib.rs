@@ -17,6 +17,7 @@ mod users;
 
 use std::path::{Path, PathBuf};
 
+use bhatti_types::QuotaExceeded;
 use parking_lot::Mutex;
 use rusqlite::Connection;
 
@@ -129,9 +130,43 @@ fn secrets_text(secrets: &[bhatti_types::SecretName]) -> Result<String, StoreErr
     to_json(&secrets.iter().map(bhatti_types::SecretName::as_str).collect::<Vec<_>>())
 }
 
+/// Refuses one more of something that is only counted.
+fn check_count(
+    connection: &Connection,
+    sql: &str,
+    of: &str,
+    what: &'static str,
+    max: u32,
+) -> Result<(), CountError> {
+    let used: u32 = connection.query_row(sql, [of], |row| row.get(0)).map_err(StoreError::from)?;
+    if used >= max {
+        return Err(CountError::TooMany(QuotaExceeded::Count { what, used, max }));
+    }
+    Ok(())
+}
+
+/// Something is one too many, or the store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CountError {
+    /// It is one too many.
+    #[error(transparent)]
+    TooMany(QuotaExceeded),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for CountError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
 /// Whether an error says that a row of that kind is there already.
 fn is_taken(error: &rusqlite::Error) -> bool {
-    error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation)
+    let code = error.sqlite_error().map(|error| error.extended_code);
+    code == Some(rusqlite::ffi::SQLITE_CONSTRAINT_UNIQUE)
+        || code == Some(rusqlite::ffi::SQLITE_CONSTRAINT_PRIMARYKEY)
 }
 
 /// The current time as the store keeps it: RFC 3339, in UTC, to the microsecond.

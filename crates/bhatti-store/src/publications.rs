@@ -1,9 +1,14 @@
 //! The table of published ports.
 
-use bhatti_types::{Alias, SandboxId, UserId};
+use bhatti_types::{Alias, QuotaExceeded, SandboxId, UserId};
 use rusqlite::{OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, changed_one, immediate, is_taken, now, parsed};
+use crate::{
+    CountError, Store, StoreError, changed_one, check_count, immediate, is_taken, now, parsed,
+};
+
+/// The most published ports of one sandbox.
+const PORTS_MAX: u32 = 64;
 
 const SELECT: &str = "SELECT p.alias, p.sandbox_id, p.port, p.created_at, s.owner
      FROM publications p JOIN sandboxes s ON s.id = p.sandbox_id AND s.state <> 'destroyed'";
@@ -32,6 +37,9 @@ pub enum PublishError {
     /// The port is published already, under another alias than the one that was asked for.
     #[error("port {} is published as `{}` already", .0.port, .0.alias)]
     Published(PublicationRow),
+    /// The sandbox has as many as it may.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -69,6 +77,13 @@ impl Store {
                 _ => Ok(row),
             };
         }
+        let count = "SELECT count(*) FROM publications WHERE sandbox_id = ?1";
+        let published =
+            check_count(&transaction, count, &sandbox.to_string(), "published port", PORTS_MAX);
+        published.map_err(|error| match error {
+            CountError::TooMany(quota) => PublishError::Quota(quota),
+            CountError::Store(error) => PublishError::Store(error),
+        })?;
         let alias = wanted.unwrap_or(fallback);
         let inserted = transaction.execute(
             "INSERT INTO publications (alias, sandbox_id, port, created_at) VALUES (?1, ?2, ?3, ?4)",

@@ -3,7 +3,10 @@
 use bhatti_types::{SecretName, UserId};
 use rusqlite::{OptionalExtension, params};
 
-use crate::{Store, StoreError, changed_one, now};
+use crate::{CountError, Store, StoreError, changed_one, check_count, immediate, now};
+
+/// The most secrets of one user.
+const SECRETS_MAX: u32 = 1000;
 
 /// A secret without its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,27 +24,49 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Returns an error if the store fails.
+    /// Returns [`CountError::TooMany`] if `owner` has as many as it may.
     pub fn set_secret(
         &self,
         owner: UserId,
         name: &SecretName,
         ciphertext: &[u8],
-    ) -> Result<SecretRow, StoreError> {
-        let connection = self.connection.lock();
-        let mut upsert = connection.prepare_cached(
+    ) -> Result<SecretRow, CountError> {
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        let is_new: bool = transaction.query_row(
+            "SELECT NOT EXISTS (SELECT 1 FROM secrets WHERE owner = ?1 AND name = ?2)",
+            params![owner.to_string(), name.as_str()],
+            |row| row.get(0),
+        )?;
+        if is_new {
+            let count = "SELECT count(*) FROM secrets WHERE owner = ?1";
+            check_count(&transaction, count, &owner.to_string(), "secret", SECRETS_MAX)?;
+        }
+        let mut upsert = transaction.prepare_cached(
             "INSERT INTO secrets (owner, name, ciphertext, created_at, updated_at) VALUES (?1, ?2, ?3, ?4, ?4)
              ON CONFLICT (owner, name) DO UPDATE SET ciphertext = ?3, updated_at = ?4
              RETURNING created_at, updated_at",
         )?;
         let parameters = params![owner.to_string(), name.as_str(), ciphertext, now()];
-        Ok(upsert.query_row(parameters, |row| {
+        let row = upsert.query_row(parameters, |row| {
             Ok(SecretRow {
                 name: name.to_string(),
                 created_at: row.get(0)?,
                 updated_at: row.get(1)?,
             })
-        })?)
+        })?;
+        drop(upsert);
+        transaction.commit()?;
+        Ok(row)
+    }
+
+    /// Forgets all secrets of everybody, which nothing can read any more. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn forget_all_secrets(&self) -> Result<usize, StoreError> {
+        Ok(self.connection.lock().execute("DELETE FROM secrets", [])?)
     }
 
     /// The ciphertext of a secret.

@@ -1,18 +1,21 @@
 //! The table of templates: what users wrote down to create sandboxes from.
 
 use bhatti_types::{
-    CpuCount, Environment, ImageName, Labels, MemoryMib, SandboxId, SecretName, TemplateName,
-    UserId,
+    CpuCount, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SandboxId, SecretName,
+    TemplateName, UserId,
 };
 use rusqlite::{OptionalExtension, Row, params};
 
 use crate::{
-    Store, StoreError, changed_one, from_json, is_taken, now, parse_secrets, parsed, secrets_text,
-    to_json,
+    CountError, Store, StoreError, changed_one, check_count, from_json, immediate, is_taken, now,
+    parse_secrets, parsed, secrets_text, to_json,
 };
 
 const COLUMNS: &str =
     "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at";
+
+/// The most templates of one user.
+const TEMPLATES_MAX: u32 = 200;
 
 /// A template as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,9 +50,21 @@ pub enum TemplateInsertError {
     /// Its owner has one of that name.
     #[error("template `{0}` already exists")]
     NameTaken(TemplateName),
+    /// Its owner has as many as it may.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl From<CountError> for TemplateInsertError {
+    fn from(error: CountError) -> Self {
+        match error {
+            CountError::TooMany(quota) => Self::Quota(quota),
+            CountError::Store(error) => Self::Store(error),
+        }
+    }
 }
 
 impl Store {
@@ -76,8 +91,15 @@ impl Store {
         let sql = format!(
             "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"
         );
-        match self.connection.lock().execute(&sql, parameters) {
-            Ok(_) => Ok(row),
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        let count = "SELECT count(*) FROM templates WHERE owner = ?1";
+        check_count(&transaction, count, &row.owner.to_string(), "template", TEMPLATES_MAX)?;
+        match transaction.execute(&sql, parameters) {
+            Ok(_) => {
+                transaction.commit().map_err(StoreError::from)?;
+                Ok(row)
+            }
             Err(error) if is_taken(&error) => Err(TemplateInsertError::NameTaken(row.name)),
             Err(error) => Err(TemplateInsertError::Store(error.into())),
         }

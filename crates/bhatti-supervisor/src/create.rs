@@ -83,14 +83,22 @@ pub struct FileRequest {
 pub(crate) struct New {
     pub(crate) owner: UserId,
     pub(crate) spec: SandboxSpec,
+    /// The values of its secrets.
+    pub(crate) secrets: BTreeMap<String, String>,
     pub(crate) files: BTreeMap<String, ConfigFile>,
     pub(crate) expires_at: Option<u64>,
 }
 
 impl New {
-    /// One without files that lives for ever.
-    pub(crate) const fn of(owner: UserId, spec: SandboxSpec) -> Self {
-        Self { owner, spec, files: BTreeMap::new(), expires_at: None }
+    /// One without files that lives for ever, if `owner` may have it.
+    pub(crate) fn of(
+        shared: &Shared,
+        owner: UserId,
+        spec: SandboxSpec,
+    ) -> Result<Self, CreateError> {
+        shared.store.admit_sandbox(owner, &spec)?;
+        let secrets = secrets::read(shared, owner, &spec.secrets)?;
+        Ok(Self { owner, spec, secrets, files: BTreeMap::new(), expires_at: None })
     }
 }
 
@@ -112,6 +120,9 @@ pub enum CreateError {
     /// A file that is put into it has no absolute path.
     #[error("`{0}` is no absolute path of a file")]
     FilePath(String),
+    /// The guest could not write a file.
+    #[error("the sandbox's guest could not write its files: {0}")]
+    Files(String),
     /// What its guest is told does not fit one message.
     #[error(
         "environment, secrets, files and init script have {bytes} bytes together; at most {GUEST_CONFIG_BYTES_MAX} fit"
@@ -228,7 +239,7 @@ impl Supervisor {
         };
         // Before there is a row: what is not allowed, or not set up at all, needs none.
         shared.store.admit_sandbox(owner, &spec)?;
-        secrets::read(shared, owner, &spec.secrets)?;
+        let secrets = secrets::read(shared, owner, &spec.secrets)?;
         let files = boot_files(shared, &spec.image).await?;
         let expires_at = request.lifetime.map(unix_seconds_after);
         let guest_files = guest_files(request.files)?;
@@ -240,7 +251,8 @@ impl Supervisor {
             let spare = shared.spares.take(&template);
             Beginning::Template { recipe, template, spare }
         };
-        self.create_from(New { owner, spec, files: guest_files, expires_at }, beginning).await
+        self.create_from(New { owner, spec, secrets, files: guest_files, expires_at }, beginning)
+            .await
     }
 
     /// Makes the template of sandboxes that ask for nothing in particular, unless it is there.
@@ -270,12 +282,11 @@ impl Supervisor {
 
     pub(crate) async fn create_from(
         &self,
-        New { owner, spec, files, expires_at }: New,
+        New { owner, spec, secrets, files, expires_at }: New,
         beginning: Beginning,
     ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
         let began = Instant::now();
-        let secrets = secrets::read(shared, owner, &spec.secrets)?;
         let extras = Extras { secrets, files };
         let id = match beginning.id() {
             Some(id) => id,
@@ -482,6 +493,11 @@ async fn settle(
         .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
         .map_err(CreateError::Unconfigured)?;
     warn_of_failures(row, &report);
+    if let Applied::Failed { message } = &report.files
+        && !extras.files.is_empty()
+    {
+        return Err(CreateError::Files(message.clone()));
+    }
     let text = serde_json::to_string(&report)?;
     driver.shared.store.set_sandbox_identity(row.id, &text)?;
     let running = running.with_token(&row.agent_token);
@@ -549,8 +565,13 @@ async fn boot(
     let running = Running::new(vm, "", admitted);
     let configured =
         timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row, extras))).await;
-    configured
-        .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
-        .map_err(CreateError::Unconfigured)?;
+    let configured = configured.unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }));
+    configured.map_err(|error| match error {
+        CallError::Agent(refused) if !extras.files.is_empty() => {
+            CreateError::Files(refused.message)
+        }
+        CallError::Refused(message) if !extras.files.is_empty() => CreateError::Files(message),
+        error => CreateError::Unconfigured(error),
+    })?;
     Ok(driver.running(running.with_token(&row.agent_token))?)
 }

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::Supervisor;
 
-/// How many events are kept, and how long.
+/// How many events of each user are kept, and how long.
 const KEPT_MAX: u64 = 100_000;
 const KEPT_FOR: Duration = Duration::from_secs(90 * 24 * 3600);
 

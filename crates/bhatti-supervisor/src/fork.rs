@@ -144,7 +144,8 @@ impl Supervisor {
             let (supervisor, turns) = (self.clone(), Arc::clone(&turns));
             forks.spawn(async move {
                 let _turn = turns.acquire_owned().await;
-                supervisor.create_from(New::of(owner, spec), beginning).await
+                let new = New::of(&supervisor.shared, owner, spec)?;
+                supervisor.create_from(new, beginning).await
             });
         }
         let (mut made, mut failed) = (Vec::new(), None);

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use bhatti_secret::{SealError, UnsealError};
-use bhatti_store::{SecretRow, StoreError};
-use bhatti_types::{SecretName, UserId};
+use bhatti_store::{CountError, SecretRow, StoreError};
+use bhatti_types::{QuotaExceeded, SecretName, UserId};
 
 use crate::{Shared, Supervisor};
 
@@ -32,9 +32,21 @@ pub enum SecretError {
         #[source]
         source: UnsealError,
     },
+    /// Its owner has as many as it may.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// The store failed.
     #[error(transparent)]
     Store(StoreError),
+}
+
+impl From<CountError> for SecretError {
+    fn from(error: CountError) -> Self {
+        match error {
+            CountError::TooMany(quota) => Self::Quota(quota),
+            CountError::Store(error) => Self::Store(error),
+        }
+    }
 }
 
 impl From<StoreError> for SecretError {

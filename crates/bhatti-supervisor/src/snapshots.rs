@@ -195,7 +195,8 @@ impl Supervisor {
             token: snapshot.agent_token,
             origin: format!("snapshot {}", snapshot.id),
         };
-        Ok(self.create_from(New::of(owner, spec), beginning).await?)
+        let new = New::of(&self.shared, owner, spec)?;
+        Ok(self.create_from(new, beginning).await?)
     }
 
     /// Deletes a snapshot. Sandboxes that were made of it keep what they need.

@@ -42,6 +42,16 @@ pub enum QuotaExceeded {
         /// How many it may have.
         max: u32,
     },
+    /// It has as many of something as anybody may.
+    #[error("{what} limit reached ({used}/{max})")]
+    Count {
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        used: u32,
+        /// How many it may have.
+        max: u32,
+    },
     /// The sandbox is to have too many vCPUs.
     #[error("max {max} CPUs per sandbox")]
     Cpus {
@@ -60,6 +70,6 @@ impl QuotaExceeded {
     /// Whether giving something up helps; asking for less does otherwise.
     #[must_use]
     pub const fn passes(&self) -> bool {
-        matches!(self, Self::Sandboxes { .. } | Self::Snapshots { .. })
+        matches!(self, Self::Sandboxes { .. } | Self::Snapshots { .. } | Self::Count { .. })
     }
 }

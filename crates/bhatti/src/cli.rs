@@ -108,6 +108,9 @@ pub(crate) struct Serve {
     /// Save all sandboxes when the daemon stops, rather than leave them to the next one
     #[arg(long)]
     pub(crate) stop_sandboxes: bool,
+    /// Forget all secrets, and the key that they need, before starting: for a key that is lost
+    #[arg(long)]
+    pub(crate) forget_secrets: bool,
     /// How the log is written
     #[arg(long, value_enum, env = "BHATTI_LOG_FORMAT", default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,

@@ -325,4 +325,11 @@ async fn damaged_or_missing_key_of_secrets_stops_the_daemon_and_stays_what_it_is
     std::fs::write(&key, good).unwrap();
     daemon.serve().await;
     assert_eq!(api.get("/secrets").await.json()[0]["name"], "K");
+
+    // Without the key there is a way on, too.
+    daemon.terminate().await;
+    std::fs::write(&key, "damaged").unwrap();
+    daemon.serve_with(|serve| serve.arguments = vec!["--forget-secrets".to_owned()]).await;
+    assert_eq!(api.get("/secrets").await.json(), json!([]));
+    assert_eq!(api.call("POST", "/secrets", &secret).await.status, 201);
 }

@@ -79,6 +79,42 @@ async fn sandbox_is_what_its_template_and_request_say() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_put_into_a_sandbox_is_an_error_and_leaves_nothing() {
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let files = |path: &str| json!([{ "path": path, "content": "x" }]);
+    let many: Vec<String> = (0..65).map(|number| format!("S{number}")).collect();
+    for request in [
+        json!({ "files": files("/tmp") }),
+        json!({ "files": files("/tmp"), "cold_boot": true }),
+        json!({ "files": files("/proc/x") }),
+        json!({ "files": files("relative") }),
+        json!({ "files": files("/a/../b") }),
+        json!({ "files": [{ "path": "/x" }] }),
+        json!({ "files": [{ "path": "/x", "content_base64": "?" }] }),
+        json!({ "files": [{ "path": "/x", "content": "", "mode": "8" }] }),
+        json!({ "secrets": ["MISSING"] }),
+        json!({ "secrets": many }),
+        json!({ "init": "x".repeat(70_000) }),
+        json!({ "image": "missing" }),
+        json!({ "timeout_sec": 0 }),
+        json!({ "labels": { "bhatti.sh/x": "1" } }),
+        json!({ "volumes": [] }),
+    ] {
+        let refused = api.call("POST", "/sandboxes", &request).await;
+        assert_eq!(
+            refused.refusal(),
+            (400, "bad_request".to_owned()),
+            "{request}: {}",
+            refused.text()
+        );
+    }
+    assert_eq!(api.call("POST", "/sandboxes", &json!({ "template": "x" })).await.status, 404);
+    assert_eq!(api.get("/sandboxes").await.json(), json!([]));
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+}
+
+#[tokio::test]
 async fn name_and_labels_can_be_changed_and_are_found() {
     let request = json!({ "name": "dev", "labels": { "a": "1", "b": "2" } });
     let (_daemon, api) = TestDaemon::with_sandbox("", &request).await;
@@ -91,12 +127,18 @@ async fn name_and_labels_can_be_changed_and_are_found() {
         (&json!("new"), &json!({ "b": "2", "c": "3" }))
     );
     assert_eq!(api.get("/sandboxes/dev").await.status, 404);
-    for (query, found) in [("label=b%3D2", 1), ("label=b%3D2&label=c%3D3", 1), ("label=b%3D3", 0)] {
+    for (query, found) in [
+        ("label=b%3D2", 1),
+        ("label=b%3D2&label=c%3D3", 1),
+        ("label=b%3D3", 0),
+        ("label=b%3D2&label=b%3D2", 1),
+    ] {
         let list = api.get(&format!("/sandboxes?{query}")).await.json();
         assert_eq!(list.as_array().unwrap().len(), found, "{query}");
     }
     for (query, status) in [
         ("label=b", 400),
+        ("label=b%3D1&label=b%3D2", 400),
         ("limit=0", 400),
         ("limit=1001", 400),
         ("after=x", 400),
@@ -263,7 +305,22 @@ async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
     let (mut back, again) = open_shell(&api, "").await;
     assert_eq!(again, json!({ "type": "session", "session_id": id, "new": false }));
     shows(&mut back, "whileaway\r\n").await;
+
+    // A client that goes while the program reads nothing is noticed all the same.
+    back.send(Message::text("sleep 1000\n")).await.unwrap();
+    back.send(Message::text("y".repeat(900_000))).await.unwrap();
+    drop(back);
+    let back = async {
+        loop {
+            let (socket, first) = open_shell(&api, &format!("?session={id}")).await;
+            if first["type"] == "session" {
+                return socket;
+            }
+        }
+    };
+    let back = timeout(LIMIT, back).await.unwrap();
     let killed = api.call("DELETE", &format!("/sandboxes/dev/sessions/{id}"), &Value::Null).await;
+    drop(back);
     assert_eq!(killed.status, 200);
     let (_, gone) = open_shell(&api, "?session=s99").await;
     assert_eq!(gone["code"], "not_found");
@@ -297,6 +354,24 @@ async fn tickets_and_keys_open_websockets_and_reach_no_log() {
         socket.send(Message::text(r#"{"type":"start","cmd":["true"]}"#)).await.unwrap();
         assert_eq!(json_message(&mut socket).await["exit_code"], 0);
     }
+    // Whoever came with a key that was changed goes.
+    let path = format!("/sandboxes/dev/exec/ws?ticket={}", ticket().await);
+    let mut cut = nobody.websocket(&path, &[]).await.unwrap_or_else(|a| panic!("{}", a.text()));
+    cut.send(Message::text(r#"{"type":"start","cmd":["sh","-c","echo up; cat"]}"#)).await.unwrap();
+    assert_eq!(message(&mut cut).await, Some(Message::binary(&b"\x02up\n"[..])));
+    let unused = ticket().await;
+    let rotated = admin.call("POST", "/users/bob/rotate-key", &Value::Null).await;
+    assert_eq!(json_message(&mut cut).await["code"], "unauthorized");
+    let refused = nobody.websocket(&format!("/sandboxes/dev/exec/ws?ticket={unused}"), &[]).await;
+    assert_eq!(refused.err().unwrap().status, 401);
+    let rotated = rotated.json();
+    let key = rotated["api_key"].as_str().unwrap();
+    let bob = Api::tcp(daemon.api_address(), Some(key));
+    let ticket = async || {
+        let issued = bob.call("POST", "/ws-ticket", &Value::Null).await;
+        issued.json()["ticket"].as_str().unwrap().to_owned()
+    };
+
     // A ticket is good once; neither is good for anything but a WebSocket; a wrong one is none.
     let unused = ticket().await;
     for (path, wanted) in [

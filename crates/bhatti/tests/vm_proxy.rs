@@ -6,6 +6,7 @@ use bhatti_testkit::{Api, TestDaemon, json_message, message, wait_for};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -35,6 +36,8 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
     let base = "/sandboxes/dev/proxy/8000";
 
     // Path and query, as they were sent.
+    let latin = api.get(&format!("{base}/%E9%00")).await.json();
+    assert_eq!(latin["path"], "/%E9%00");
     let echo = api.get(&format!("{base}/a%2Fb//c/?q=%20&token=csrf")).await.json();
     assert_eq!(echo["path"], "/a%2Fb//c/?q=%20&token=csrf");
     assert_eq!(api.get(base).await.json()["path"], "/");
@@ -71,6 +74,16 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
     let head = api.send("HEAD", &format!("{base}/h"), &[], "").await;
     assert_eq!((head.headers["x-head"].to_str().unwrap(), head.body.len()), ("yes", 0));
     assert!(head.headers["content-length"].to_str().unwrap().parse::<u64>().unwrap() > 0);
+
+    // A body where nobody expects one.
+    let mut get = api.connect().await;
+    let request = format!(
+        "GET {base}/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    );
+    get.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    get.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.contains(r#""length": 5"#), "{answer}");
 
     // Statuses, large heads, bodies in chunks.
     assert_eq!(api.get(&format!("{base}/status")).await.status, 418);
@@ -116,7 +129,7 @@ async fn application_that_does_not_answer_is_the_right_error() {
     for _ in 0..20 {
         let mut gone = api.connect().await;
         let head = format!("GET {base}/8000/silent HTTP/1.1\r\nHost: x\r\n\r\n");
-        tokio::io::AsyncWriteExt::write_all(&mut gone, head.as_bytes()).await.unwrap();
+        gone.write_all(head.as_bytes()).await.unwrap();
     }
     wait_for("descriptors of clients that went away are closed", || count() <= before).await;
 }

@@ -15,7 +15,7 @@ async fn write(agent: &Agent, path: &str, mode: &str, content: &[u8]) -> Result<
 }
 
 async fn read(agent: &Agent, path: &str, options: ReadOptions) -> Result<Vec<u8>, CallError> {
-    let reading = async { agent.client.read_file(path, options).await?.read_to_end().await };
+    let reading = async { agent.client.read_file(path, options).await?.read_to_end(1 << 30).await };
     timeout(LIMIT, reading).await.expect("the read ends")
 }
 

@@ -5,6 +5,10 @@ use bhatti_proto::{ErrorKind, ExecRequest, FrameType};
 
 use crate::agent::{Agent, command};
 
+fn is_too_large(error: &CallError) -> bool {
+    matches!(error, CallError::Agent(refused) if refused.kind == ErrorKind::TooLarge)
+}
+
 fn is_limit(error: &CallError) -> bool {
     matches!(error, CallError::Agent(agent) if agent.kind == ErrorKind::Limit)
 }
@@ -75,11 +79,11 @@ async fn file_beyond_the_limit_is_refused_before_its_content() {
     let error =
         agent.client.begin_write(&path, "", Some(1001)).await.unwrap().finish().await.unwrap_err();
 
-    assert!(is_limit(&error), "{error}");
+    assert!(is_too_large(&error), "{error}");
     let mut unknown = agent.client.begin_write(&path, "", None).await.unwrap();
     drop(unknown.write(&[0; 1001]).await);
     let error = unknown.finish().await.unwrap_err();
-    assert!(is_limit(&error), "{error}");
+    assert!(is_too_large(&error), "{error}");
     assert!(!std::fs::exists(path).unwrap());
 }
 

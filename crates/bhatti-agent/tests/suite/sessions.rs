@@ -338,7 +338,38 @@ async fn observers_follow_a_job_beside_its_client() {
 
     assert_eq!(read_to_exit(&mut attached).await.0, b"hello");
     assert_eq!(read_to_exit(&mut observed).await, (b"hello".to_vec(), 0));
-    assert_eq!(read_to_exit(&mut late).await, (b"llo".to_vec(), 0));
+    // Nothing was there yet: then what comes first is what it gets.
+    assert_eq!(read_to_exit(&mut late).await, (b"hello".to_vec(), 0));
+    let (_, _third, mut part) = agent.client.observe(&job.session_id, Some(2)).await.unwrap();
+    assert_eq!(read_to_exit(&mut part).await, (b"llo".to_vec(), 0));
+}
+
+#[tokio::test]
+async fn observer_that_is_too_slow_is_told_of_the_hole() {
+    let agent = Agent::start().await;
+    let script = "read go; head -c 50000000 /dev/zero; echo end";
+    let request = ExecRequest { output_limit: Some(64 * 1024), ..shell(script) };
+    let (job, mut input, attached) = agent.client.create_session(request).await.unwrap();
+    let (_, _observer, mut observed) = agent.client.observe(&job.session_id, None).await.unwrap();
+    input.write(b"go\n").await.unwrap();
+    // A client would hold the job back; an observer does not.
+    drop((input, attached));
+    session_is(&agent, |session| !session.running).await;
+
+    let told = loop {
+        match timeout(LIMIT, observed.next()).await.unwrap() {
+            Ok(ExecEvent::Stdout(bytes)) => assert!(bytes.iter().all(|byte| *byte == 0)),
+            other => break other,
+        }
+    };
+
+    assert!(
+        matches!(&told, Err(CallError::Agent(refused)) if refused.kind == ErrorKind::Limit),
+        "{told:?}"
+    );
+    let (_, _observer, mut late) =
+        agent.client.observe(&job.session_id, Some(u64::MAX)).await.unwrap();
+    assert_eq!(late.next().await.unwrap(), ExecEvent::Exit(0));
 }
 
 #[tokio::test]

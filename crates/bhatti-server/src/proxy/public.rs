@@ -1,5 +1,7 @@
 //! The listener for published ports. Whoever reaches it needs no key, and reaches nothing else.
 
+use std::time::Duration;
+
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
@@ -11,6 +13,9 @@ use bhatti_api::ErrorCode;
 use super::{Target, relay, split_path, with_query};
 use crate::status::{ApiError, moved};
 use crate::{AppState, request_id};
+
+/// When a visitor may come back.
+const RETRY: Duration = Duration::from_secs(10);
 
 /// The domain whose names always lead to this machine.
 const LOCAL_ZONE: &str = "localhost";
@@ -24,7 +29,7 @@ async fn pass_on(State(state): State<AppState>, request: Request) -> Result<Resp
     let uri = request.uri();
     let (alias, prefix, path) = match alias_of_host(request.headers(), state.public.zone.as_deref())
     {
-        Some(alias) => (alias.to_owned(), "", uri.path()),
+        Some(alias) => (alias.to_ascii_lowercase(), "", uri.path()),
         None => {
             let (prefix, rest) = split_path(uri.path(), 1);
             (prefix.trim_start_matches('/').to_owned(), prefix, rest)
@@ -48,14 +53,24 @@ async fn pass_on(State(state): State<AppState>, request: Request) -> Result<Resp
     let called = published.sandbox_id.to_string();
     let used = state.supervisor.enter(published.owner, &called).await.map_err(|error| {
         // Who is no user of this daemon is told no more of a sandbox than that it cannot be reached.
-        let error = ApiError::from(error);
-        if error.code == ErrorCode::Busy { error } else { unreachable_now() }
+        hidden(&ApiError::from(error))
     })?;
-    relay::relay(&state, used, target, request).await
+    let slot = state.visits.enter(published.sandbox_id).ok_or_else(|| {
+        ApiError::new(ErrorCode::Busy, "the application has too many visitors").retry_after(RETRY)
+    })?;
+    let passed_on = relay::relay(&state, (used, slot), target, request).await;
+    passed_on.map_err(|error| hidden(&error))
 }
 
-fn unreachable_now() -> ApiError {
-    ApiError::new(ErrorCode::BadGateway, "the application cannot be reached right now")
+/// The same error, without what a stranger need not know.
+fn hidden(error: &ApiError) -> ApiError {
+    match error.code {
+        ErrorCode::Busy => ApiError::new(ErrorCode::Busy, "the host is busy").retry_after(RETRY),
+        ErrorCode::GatewayTimeout => {
+            ApiError::new(ErrorCode::GatewayTimeout, "the application does not answer")
+        }
+        _ => ApiError::new(ErrorCode::BadGateway, "the application cannot be reached right now"),
+    }
 }
 
 /// The alias in a host name: the label before the zone.

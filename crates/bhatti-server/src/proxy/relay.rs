@@ -1,12 +1,14 @@
 //! Passing one request on.
 
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request};
 use axum::http::HeaderValue;
-use axum::http::header::{CONNECTION, UPGRADE};
+use axum::http::header::{CONNECTION, TRANSFER_ENCODING, UPGRADE};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
 use bhatti_supervisor::SandboxUse;
@@ -14,8 +16,9 @@ use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::io::{AsyncWriteExt, copy};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{Target, headers};
 use crate::AppState;
@@ -30,7 +33,7 @@ const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
 /// Passes a request on, and returns the answer of the application.
 pub(super) async fn relay(
     state: &AppState,
-    used: SandboxUse,
+    (used, visit): (SandboxUse, impl Send + Sync + 'static),
     target: Target,
     mut request: Request,
 ) -> Result<Response, ApiError> {
@@ -38,7 +41,12 @@ pub(super) async fn relay(
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
     let wanted = headers::upgrade(request.headers());
     let client = hyper::upgrade::on(&mut request);
+    let has_body = request.headers().contains_key(TRANSFER_ENCODING);
     headers::strip_hop_by_hop(request.headers_mut());
+    if has_body {
+        // Of some methods nobody expects one.
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
     headers::strip_credentials(request.headers_mut());
     headers::forward(request.headers_mut(), port, &prefix, peer);
     if let Some(protocol) = &wanted {
@@ -55,14 +63,14 @@ pub(super) async fn relay(
             return Err(ApiError::new(ErrorCode::BadGateway, message));
         }
         let application = hyper::upgrade::on(&mut response);
-        tokio::spawn(tunnel(state.clone(), used, client, application));
+        tokio::spawn(tunnel(state.clone(), (used, visit), client, application));
         return Ok(response.map(|_| Body::empty()));
     }
     headers::strip_hop_by_hop(response.headers_mut());
     // The sandbox stays hot until the last byte has gone out.
     Ok(response.map(|body| {
         Body::new(body.map_frame(move |frame| {
-            let _in_use = &used;
+            let _in_use = (&used, &visit);
             frame
         }))
     }))
@@ -74,12 +82,21 @@ async fn ask(
     port: u16,
     request: Request,
 ) -> Result<hyper::Response<hyper::body::Incoming>, ApiError> {
-    let stream = used.agent.forward(port).await?;
     let bad = |error: hyper::Error| {
         let message = format!("port {port} gave no answer that makes sense: {error}");
         ApiError::new(ErrorCode::BadGateway, message)
     };
-    let answered = async {
+    // The application's time begins when it has the whole request; while that is on its way, with the last piece of it.
+    let last_piece = Arc::new(Mutex::new(Instant::now()));
+    let progress = Arc::clone(&last_piece);
+    let request = request.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            *progress.lock() = Instant::now();
+            frame
+        }))
+    });
+    let mut answered = pin!(async {
+        let stream = used.agent.forward(port).await?;
         let (mut sender, connection) = http1::Builder::new()
             .max_headers(HEADERS_MAX)
             .handshake(TokioIo::new(stream))
@@ -88,16 +105,23 @@ async fn ask(
         // Ends with the answer, or with whoever waits for it.
         tokio::spawn(connection.with_upgrades());
         sender.send_request(request).await.map_err(bad)
-    };
-    timeout(state.proxy_limit, answered).await.unwrap_or_else(|_| {
-        let seconds = state.proxy_limit.as_secs();
-        let message = format!("port {port} did not begin to answer within {seconds} s");
-        Err(ApiError::new(ErrorCode::GatewayTimeout, message))
-    })
+    });
+    loop {
+        let until = *last_piece.lock() + state.proxy_limit;
+        match timeout_at(until, &mut answered).await {
+            Ok(answer) => return answer,
+            Err(_) if *last_piece.lock() + state.proxy_limit > until => {}
+            Err(_) => {
+                let seconds = state.proxy_limit.as_secs();
+                let message = format!("port {port} did not begin to answer within {seconds} s");
+                return Err(ApiError::new(ErrorCode::GatewayTimeout, message));
+            }
+        }
+    }
 }
 
 /// Relays bytes both ways until both sides have ended, or one has and the other takes too long.
-async fn tunnel(state: AppState, used: SandboxUse, client: OnUpgrade, application: OnUpgrade) {
+async fn tunnel<T>(state: AppState, used: T, client: OnUpgrade, application: OnUpgrade) {
     let _open = state.metrics.open_websocket();
     let (Ok(client), Ok(application)) = (client.await, application.await) else { return };
     // What came right behind the answer's head is in there.

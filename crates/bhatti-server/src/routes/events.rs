@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use bhatti_api::{ErrorCode, Event};
 use bhatti_store::{EventFilter, EventRow};
+use bhatti_types::UserId;
 use futures_util::stream;
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -99,15 +100,16 @@ fn follow(
         stream::unfold((state, watch, filter), |(state, mut watch, mut filter)| async move {
             let rows = loop {
                 // Before the look: what happens after it is seen by the next one.
-                watch.mark_unchanged();
+                let latest = *watch.borrow_and_update();
                 match state.supervisor.list_events(&filter) {
-                    Ok(rows) if rows.is_empty() => {}
+                    // Nothing up to there is wanted: it need not be looked through again.
+                    Ok(rows) if rows.is_empty() => filter.after = filter.after.max(latest),
                     Ok(rows) => break rows,
                     Err(_) => return None,
                 }
                 tokio::select! {
                     changed = watch.changed() => changed.ok()?,
-                    () = state.stopped() => return None,
+                    _ended = state.ended(filter.owner.unwrap_or(UserId::ADMIN)) => return None,
                 }
             };
             filter.after = rows.last().map_or(filter.after, |row| row.id);

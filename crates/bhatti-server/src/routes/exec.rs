@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::stream;
 
 use crate::AppState;
+use crate::answers::Part;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, accepts};
 use crate::json::ApiJson;
@@ -69,7 +70,7 @@ pub(crate) async fn run(
         std::future::pending::<()>().await;
     };
     let result = tokio::select! {
-        result = collect(output) => result,
+        result = collect(output, state.answers.part()) => result,
         () = feed_on => return Err(ApiError::new(ErrorCode::Internal, "the input ended the command")),
     };
     Ok(Json(result?).into_response())
@@ -124,9 +125,14 @@ async fn feed(mut input: ExecInput, rest: Option<String>) -> ExecInput {
     input
 }
 
-async fn collect(mut output: ExecOutput) -> Result<ExecResult, ApiError> {
+async fn collect(mut output: ExecOutput, mut part: Part) -> Result<ExecResult, ApiError> {
     let (mut stdout, mut stderr, mut timed_out) = (Vec::new(), Vec::new(), false);
     loop {
+        if !part.grow_to(stdout.len() + stderr.len()) {
+            let message = "too many commands with long output run; this one was killed";
+            return Err(ApiError::new(ErrorCode::Busy, message)
+                .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
+        }
         match output.next().await? {
             bhatti_agent::ExecEvent::Stdout(bytes) => append(&mut stdout, &bytes)?,
             bhatti_agent::ExecEvent::Stderr(bytes) => append(&mut stderr, &bytes)?,

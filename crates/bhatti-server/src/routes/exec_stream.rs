@@ -58,7 +58,9 @@ pub(crate) async fn run(
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let last = match start(&state, owner, &called, &sender, &mut receiver).await {
-            Ok((input, output)) => relay(&state, input, output, &sender, &mut receiver).await,
+            Ok((input, output)) => {
+                relay((&state, owner), input, output, &sender, &mut receiver).await
+            }
             Err(error) => Some(error_message(error)),
         };
         if let Some(last) = last {
@@ -92,7 +94,7 @@ async fn start(
 
 /// Relays until the command has ended, and returns the last message; none if the client has gone.
 async fn relay(
-    state: &AppState,
+    (state, owner): (&AppState, UserId),
     input: ExecInput,
     output: ExecOutput,
     sender: &Sender,
@@ -111,7 +113,7 @@ async fn relay(
         last = send_output(output, acknowledged, &taken, sender) => last,
         error = receive(&control, queue, &taken, sender, receiver) => error.map(error_message),
         () = feed_on => None,
-        () = state.stopped() => Some(error_message(ApiError::stopping())),
+        ended = state.ended(owner) => Some(error_message(ended)),
     }
 }
 
@@ -182,11 +184,14 @@ async fn receive(
     receiver: &mut Receiver,
 ) -> Option<ApiError> {
     let bad = |what: String| Some(ApiError::new(ErrorCode::BadRequest, what));
-    let mut sent = 0;
+    let (mut sent, mut ended) = (0, false);
     loop {
         let input = match receiver.next(sender).await? {
             Message::Binary(mut bytes) if bytes.first() == Some(&channel::STDIN) => {
                 let bytes = bytes.split_off(1);
+                if bytes.is_empty() || ended {
+                    continue;
+                }
                 sent += bytes.len() as u64;
                 if sent - taken.load(Ordering::Relaxed) > STDIN_WINDOW_BYTES {
                     return bad(format!(
@@ -199,7 +204,11 @@ async fn receive(
                 return bad("binary messages begin with the byte 1".to_owned());
             }
             Message::Text(json) => match serde_json::from_str(&json) {
-                Ok(StreamRequest::StdinEof) => Input::End,
+                Ok(StreamRequest::StdinEof) if ended => continue,
+                Ok(StreamRequest::StdinEof) => {
+                    ended = true;
+                    Input::End
+                }
                 Ok(StreamRequest::Signal { signal }) => {
                     // A command that has just ended needs no signal.
                     drop(control.signal(signal).await);

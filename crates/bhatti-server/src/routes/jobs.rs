@@ -11,6 +11,7 @@ use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
 use bhatti_api::{Deleted, ErrorCode, Job};
 use bhatti_proto::SessionInfo;
 use bhatti_supervisor::SandboxUse;
+use bhatti_types::UserId;
 use bytes::Bytes;
 use futures_util::stream;
 use serde::Deserialize;
@@ -86,7 +87,7 @@ pub(crate) async fn output(
     let (info, input, output) = used.agent.observe(&id, offset).await?;
     let begin = output.position();
     let until = if follow { u64::MAX } else { info.output_end.unwrap_or_default() };
-    let place = Place { output, until, state, _used: used, _input: input };
+    let place = Place { output, until, state, owner, _used: used, _input: input };
     let body = stream::unfold(place, |mut place| async move {
         let bytes = place.next().await?;
         Some((bytes, place))
@@ -103,6 +104,7 @@ struct Place {
     output: SessionOutput,
     until: u64,
     state: AppState,
+    owner: UserId,
     _used: SandboxUse,
     /// Its end would end the output, too.
     _input: ExecInput,
@@ -117,7 +119,7 @@ impl Place {
         loop {
             let event = tokio::select! {
                 event = self.output.next() => event,
-                () = self.state.stopped() => return None,
+                _ended = self.state.ended(self.owner) => return None,
             };
             match event {
                 Ok(ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) => {

@@ -1,6 +1,7 @@
 //! `/sandboxes/{sandbox}/ports` and `/ports`: what listens in guests.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::{Extension, Json};
@@ -8,6 +9,7 @@ use bhatti_agent::{AgentClient, CallError, ReadOptions};
 use bhatti_api::Port;
 use bhatti_store::SandboxFilter;
 use bhatti_types::{SandboxId, Thermal};
+use tokio::time::timeout;
 
 use crate::AppState;
 use crate::auth::Caller;
@@ -16,6 +18,12 @@ use crate::status::ApiError;
 
 /// The kernel's tables of TCP sockets.
 const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
+
+/// The most that is read of a table, in bytes: a guest may put anything there.
+const TABLE_BYTES_MAX: usize = 4 << 20;
+
+/// How long one of many guests may take.
+const GUEST_LIMIT: Duration = Duration::from_secs(2);
 
 /// The state of a socket that listens, in them.
 const LISTEN: &str = "0A";
@@ -45,9 +53,12 @@ pub(crate) async fn list_all(
         if state.supervisor.thermal(&row) != Some(Thermal::Hot) {
             continue;
         }
-        // One that cools, or goes, in this moment has no ports.
-        let Ok(used) = state.supervisor.enter(owner, &row.id.to_string()).await else { continue };
-        let ports = listening(&used.agent).await.unwrap_or_default();
+        // One that cools, goes, or does not answer has no ports.
+        let asked = async {
+            let used = state.supervisor.enter(owner, &row.id.to_string()).await.ok()?;
+            listening(&used.agent).await.ok()
+        };
+        let ports = timeout(GUEST_LIMIT, asked).await.ok().flatten().unwrap_or_default();
         all.extend(ports.into_iter().map(|number| port(row.id, number, true)));
     }
     Ok(Json(all))
@@ -58,7 +69,7 @@ async fn listening(agent: &AgentClient) -> Result<BTreeSet<u16>, CallError> {
     for table in TABLES {
         match agent.read_file(table, ReadOptions::default()).await {
             Ok(content) => {
-                let text = content.read_to_end().await?;
+                let text = content.read_to_end(TABLE_BYTES_MAX).await?;
                 ports.extend(parse(&String::from_utf8_lossy(&text)));
             }
             // A guest without IPv6 has no table of it.

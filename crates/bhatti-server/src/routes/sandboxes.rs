@@ -22,7 +22,7 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::ApiJson;
 use crate::status::{ApiError, created};
 
-pub(super) use parse::{labels, name as parse_name, secrets};
+pub(super) use parse::{init, labels, name as parse_name, secrets};
 
 /// Says that a sandbox was there before.
 const EXISTING: &str = "x-bhatti-existing";

@@ -4,16 +4,20 @@
 //! [`ShellRequest`]. A client that goes away leaves the session running; who attaches later first gets what it missed, as far as the
 //! guest has kept it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use axum::Extension;
 use axum::extract::State;
 use axum::extract::ws::Message;
 use axum::response::Response;
-use bhatti_agent::{CallError, ExecEvent, ExecInput, SessionOutput};
+use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
 use bhatti_api::{ErrorCode, ShellRequest, ShellServerMessage};
 use bhatti_proto::{ExecRequest, SessionInfo};
 use bhatti_supervisor::SandboxUse;
 use bhatti_types::UserId;
+use bytes::Bytes;
 use serde::Deserialize;
+use tokio::sync::mpsc;
 use utoipa::IntoParams;
 
 use crate::AppState;
@@ -50,6 +54,28 @@ pub(crate) struct ShellQuery {
     cwd: Option<String>,
 }
 
+/// Input that may wait for a program that does not read, in bytes.
+const TYPED_BYTES_MAX: usize = 1 << 20;
+
+/// What one message costs beside its bytes.
+const MESSAGE_BYTES: usize = 64;
+
+/// Something for a terminal.
+enum Typed {
+    Bytes(Bytes),
+    Resize { rows: u16, cols: u16 },
+}
+
+impl Typed {
+    fn cost(&self) -> usize {
+        MESSAGE_BYTES
+            + match self {
+                Self::Bytes(bytes) => bytes.len(),
+                Self::Resize { .. } => 0,
+            }
+    }
+}
+
 /// A session with its client.
 struct Attached {
     used: SandboxUse,
@@ -76,7 +102,7 @@ pub(crate) async fn run(
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let last = match attach(&state, owner, &called, query).await {
-            Ok(attached) => relay(&state, attached, &sender, &mut receiver).await,
+            Ok(attached) => relay((&state, owner), attached, &sender, &mut receiver).await,
             Err(error) => Some(error_message(error)),
         };
         if let Some(last) = last {
@@ -93,6 +119,9 @@ async fn attach(
 ) -> Result<Attached, ApiError> {
     let used = state.supervisor.enter(owner, called).await?;
     let (rows, cols) = (query.rows, query.cols);
+    // One after the other: a session that is made here is not taken by who looks for one without a client.
+    let door = state.shells.door(used.id);
+    let _turn = door.lock().await;
     if let Some(id) = &query.session {
         let claim = state.shells.claim(used.id, id).ok_or_else(|| {
             ApiError::new(ErrorCode::Attached, format!("session {id} has another client"))
@@ -104,8 +133,12 @@ async fn attach(
         let sessions = used.agent.list_sessions().await?;
         // The newest first. One that somebody claims meanwhile, or that ends, is simply not taken.
         for info in sessions.into_iter().rev().filter(|info| info.tty && info.running) {
-            if let Some(claim) = state.shells.claim(used.id, &info.session_id) {
-                return take_up(used, &info.session_id, claim, rows, cols).await;
+            let Some(claim) = state.shells.claim(used.id, &info.session_id) else { continue };
+            let used = state.supervisor.enter(owner, called).await?;
+            match take_up(used, &info.session_id, claim, rows, cols).await {
+                Err(ApiError { code: ErrorCode::NotFound, .. }) => {}
+                Ok(attached) if !attached.info.running => {}
+                taken => return taken,
             }
         }
     }
@@ -155,7 +188,7 @@ async fn create(
 
 /// Relays until the session has ended, and returns the last message; none if the client has gone, which leaves the session running.
 async fn relay(
-    state: &AppState,
+    (state, owner): (&AppState, UserId),
     attached: Attached,
     sender: &Sender,
     receiver: &mut Receiver,
@@ -163,10 +196,13 @@ async fn relay(
     let Attached { used: _used, info, is_new, input, output, _claim } = attached;
     let session = ShellServerMessage::Session { session_id: info.session_id, new: is_new };
     sender.send_json(&session).await?;
+    let (queue, queued) = mpsc::unbounded_channel();
+    let waiting = AtomicUsize::new(0);
     tokio::select! {
         last = send_output(output, sender) => last,
-        () = receive(input, sender, receiver) => None,
-        () = state.stopped() => Some(error_message(ApiError::stopping())),
+        error = receive(queue, &waiting, sender, receiver) => error.map(error_message),
+        () = feed(input, queued, &waiting) => None,
+        ended = state.ended(owner) => Some(error_message(ended)),
     }
 }
 
@@ -183,22 +219,53 @@ async fn send_output(mut output: SessionOutput, sender: &Sender) -> Option<Shell
     }
 }
 
-/// Passes on what is typed, until the client goes away. A session that takes no more says so by its output.
-async fn receive(mut input: ExecInput, sender: &Sender, receiver: &mut Receiver) {
-    while let Some(message) = receiver.next(sender).await {
-        let passed = match message {
+/// Takes what is typed, until the client goes away, however long the terminal's program does not read.
+async fn receive(
+    queue: mpsc::UnboundedSender<Typed>,
+    waiting: &AtomicUsize,
+    sender: &Sender,
+    receiver: &mut Receiver,
+) -> Option<ApiError> {
+    loop {
+        let typed = match receiver.next(sender).await? {
             Message::Text(text) => match serde_json::from_str(&text) {
-                Ok(ShellRequest::Resize { rows, cols }) => input.resize(rows, cols).await,
+                Ok(ShellRequest::Resize { rows, cols }) => Typed::Resize { rows, cols },
                 // Whoever types something that looks like JSON means it.
-                Err(_) => input.write(text.as_bytes()).await,
+                Err(_) => Typed::Bytes(text.into()),
             },
-            Message::Binary(bytes) => input.write(&bytes).await,
-            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
+            Message::Binary(bytes) => Typed::Bytes(bytes),
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => continue,
         };
-        if let Err(CallError::Write(_)) = passed {
-            std::future::pending::<()>().await;
+        if waiting.fetch_add(typed.cost(), Ordering::Relaxed) > TYPED_BYTES_MAX {
+            let message = format!("more than {TYPED_BYTES_MAX} bytes of input wait to be read");
+            return Some(
+                ApiError::new(ErrorCode::BadRequest, message).hint("upload it as a file instead"),
+            );
         }
+        // Nobody takes it any more when the session has ended.
+        drop(queue.send(typed));
     }
+}
+
+/// Writes queued input to the terminal. A session that takes no more says by its output how it ended.
+async fn feed(
+    mut input: ExecInput,
+    mut queued: mpsc::UnboundedReceiver<Typed>,
+    waiting: &AtomicUsize,
+) {
+    while let Some(typed) = queued.recv().await {
+        let cost = typed.cost();
+        let fed = match typed {
+            Typed::Bytes(bytes) => input.write(&bytes).await,
+            Typed::Resize { rows, cols } => input.resize(rows, cols).await,
+        };
+        if fed.is_err() {
+            break;
+        }
+        waiting.fetch_sub(cost, Ordering::Relaxed);
+    }
+    // The half lives on: without it the client would be detached.
+    std::future::pending::<()>().await;
 }
 
 fn error_message(error: ApiError) -> ShellServerMessage {

@@ -8,7 +8,7 @@ use bhatti_image::DEFAULT_IMAGE;
 use bhatti_store::TemplateRow;
 use bhatti_types::{CpuCount, Environment, MemoryMib, SandboxId, UserId};
 
-use super::sandboxes::{labels, secrets};
+use super::sandboxes::{init as check_init, labels, secrets};
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
@@ -91,7 +91,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         environment: Environment::try_from(env).map_err(|error| bad(&error))?,
         labels: labels(wanted_labels)?,
         secrets: secrets(&wanted_secrets)?,
-        init: init.unwrap_or_default(),
+        init: check_init(init)?.unwrap_or_default(),
         created_at: String::new(),
     })
 }

@@ -106,6 +106,8 @@ pub(crate) async fn delete(
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
     state.store.delete_user(row.id)?;
+    state.tickets.forget(row.id);
+    state.sessions.revoke(row.id);
     state.supervisor.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
@@ -122,6 +124,9 @@ pub(crate) async fn rotate_key(
     not_the_admin(&row)?;
     let api_key = keys::generate()?;
     state.store.set_user_key(row.id, &keys::hash(&api_key))?;
+    // Whoever came with the old one goes.
+    state.tickets.forget(row.id);
+    state.sessions.revoke(row.id);
     state.supervisor.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(with_key(row, api_key)))
 }

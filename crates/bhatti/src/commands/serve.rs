@@ -60,6 +60,9 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let _lock = lock(data_dir)?;
     let config = Config::read(data_dir)?;
     let store = Arc::new(Store::open(data_dir).map_err(|error| CliError::of(&error))?);
+    if arguments.forget_secrets {
+        forget_secrets(data_dir, &store)?;
+    }
     let supervisor = supervisor::make(data_dir, &config, &store)?;
     supervisor.recover().await.map_err(|error| CliError::of(&error))?;
 
@@ -133,6 +136,17 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     }
     state.supervisor.shut_down(arguments.stop_sandboxes).await;
     state.supervisor.record("daemon.stopped", UserId::ADMIN, None, json!({}));
+    Ok(())
+}
+
+/// Gives up secrets that nothing can read any more. The key's file is kept beside, in case it is wanted after all.
+fn forget_secrets(data_dir: &Path, store: &Store) -> Result<(), CliError> {
+    let forgotten = store.forget_all_secrets().map_err(|error| CliError::of(&error))?;
+    let key = data_dir.join(bhatti_secret::FILE);
+    if key.exists() {
+        fs::rename(&key, key.with_extension("key.old"))?;
+    }
+    warn!(forgotten, "Secrets were forgotten");
     Ok(())
 }
 

@@ -59,10 +59,10 @@ pub(super) fn make(
 fn secret_key(data_dir: &Path, store: &Store) -> Result<SecretKey, CliError> {
     let needed = store.has_secrets().map_err(|error| CliError::of(&error))?;
     SecretKey::open(data_dir, needed).map_err(|error| {
-        let hint = "restore it from a backup, or delete the file if no secret is worth keeping";
+        let hint =
+            "restore it from a backup; or give the secrets up: bhatti serve --forget-secrets";
         match error {
-            KeyError::Damaged { .. } => CliError::of(&error).hint(hint),
-            KeyError::Missing { .. } => CliError::of(&error).hint("restore it from a backup"),
+            KeyError::Damaged { .. } | KeyError::Missing { .. } => CliError::of(&error).hint(hint),
             KeyError::File { .. } => CliError::of(&error),
         }
     })

@@ -32,15 +32,15 @@ pub(crate) async fn write<T: Transport>(
 ) -> Result<(), OpError> {
     let path = checked(&request.path)?;
     let negative = |_| refused(ErrorKind::BadRequest, "file size must be >= 0");
-    let size = u64::try_from(request.size).map_err(negative)?;
-    let limit = agent.limits.file_bytes;
-    if size > limit {
+    let size = if request.until_eof { Ok(None) } else { u64::try_from(request.size).map(Some) };
+    let (size, limit) = (size.map_err(negative)?, agent.limits.file_bytes);
+    if let Some(size) = size.filter(|size| *size > limit) {
         return Err(too_large(size, limit).into());
     }
     let mode = parse_mode(&request.mode, FILE_MODE)?;
     let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
     let mut new = NewFile::create(&path, owner)?;
-    let length = Length { announced: (!request.until_eof).then_some(size), limit };
+    let length = Length { announced: size, limit };
     receive(agent.limits.request(), length, &mut reader, &mut new).await?;
     // Waits for the disk, which nobody else should have to.
     let finished = tokio::task::spawn_blocking(move || new.finish(mode));
@@ -91,7 +91,7 @@ async fn receive<T: Transport>(
 }
 
 fn too_large(size: u64, limit: u64) -> AgentError {
-    refused(ErrorKind::Limit, format!("file too large: {size} > {limit} bytes"))
+    refused(ErrorKind::TooLarge, format!("file too large: {size} > {limit} bytes"))
 }
 
 /// Writes a file that is at hand as a whole.

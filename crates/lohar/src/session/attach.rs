@@ -76,25 +76,35 @@ async fn observe<T: Transport>(
     writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
     let host_gone_away = async { while let Ok(Some(_)) = reader.next().await {} };
     tokio::select! {
-        code = send_output(session, from.unwrap_or_default(), writer) => {
+        code = send_output(session, from, writer) => {
             writer.send(FrameType::EXIT, &exit_payload(code?)).await.map_err(host_gone)
         }
         () = host_gone_away => Err(OpError::HostGone),
     }
 }
 
-/// Sends output from a place on, until the process has ended, and returns its exit code.
+/// Sends output from a place on, until the process has ended, and returns its exit code. Ends with an error where output was pushed out
+/// before it was sent: what comes behind a hole is not what it seems.
 async fn send_output<T: Transport>(
     session: &Session,
-    mut position: u64,
+    from: Option<u64>,
     writer: &mut HostWriter<T>,
 ) -> Result<i32, OpError> {
+    let (start, end) = {
+        let output = session.output.borrow();
+        (output.start(), output.end())
+    };
+    let mut position = from.unwrap_or(start).clamp(start, end);
     loop {
         let mut changed = std::pin::pin!(session.changed.notified());
         // From here on no change is missed.
         changed.as_mut().enable();
         let piece = session.output.borrow_mut().read(position);
         if let Some(Piece { frame_type, bytes, at }) = piece {
+            if at != position {
+                let message = format!("output from {position} to {at} is not kept any more");
+                return Err(refused(ErrorKind::Limit, message).into());
+            }
             position = at + bytes.len() as u64;
             writer.send(frame_type, &bytes).await.map_err(host_gone)?;
         } else if let Some(code) = session.exit_code.get() {

@@ -13,6 +13,23 @@ use bhatti_types::{CpuCount, Environment, Labels, MemoryMib, SandboxName, Secret
 use super::ListQuery;
 use crate::status::ApiError;
 
+/// The most secrets of one sandbox.
+const SECRETS_MAX: usize = 64;
+
+/// The longest init script, in bytes.
+const INIT_BYTES_MAX: usize = 64 * 1024;
+
+pub(in crate::routes) fn init(script: Option<String>) -> Result<Option<String>, ApiError> {
+    match script {
+        Some(script) if script.len() > INIT_BYTES_MAX || script.contains('\0') => {
+            let message = format!("an init script has at most {INIT_BYTES_MAX} bytes and no NUL");
+            Err(ApiError::new(ErrorCode::BadRequest, message)
+                .hint("put it into a file, and run that"))
+        }
+        script => Ok(script),
+    }
+}
+
 pub(in crate::routes) fn name(name: Option<String>) -> Result<Option<SandboxName>, ApiError> {
     name.map(|name| name.parse()).transpose().map_err(|error| ApiError::bad_request(&error))
 }
@@ -22,17 +39,32 @@ pub(in crate::routes) fn labels(labels: BTreeMap<String, String>) -> Result<Labe
 }
 
 pub(in crate::routes) fn secrets(names: &[String]) -> Result<Vec<SecretName>, ApiError> {
-    names.iter().map(|name| name.parse().map_err(|error| ApiError::bad_request(&error))).collect()
+    if names.len() > SECRETS_MAX {
+        let message = format!("{} secrets are too many: at most {SECRETS_MAX}", names.len());
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
+    let mut secrets: Vec<SecretName> = Vec::new();
+    for name in names {
+        let name = name.parse().map_err(|error| ApiError::bad_request(&error))?;
+        if !secrets.contains(&name) {
+            secrets.push(name);
+        }
+    }
+    Ok(secrets)
 }
 
 pub(super) fn filter(query: ListQuery, page_max: u32) -> Result<SandboxFilter, ApiError> {
     let bad = |message: String| ApiError::new(ErrorCode::BadRequest, message);
     let ListQuery { label, limit, after } = query;
-    let pair = |label: &String| match label.split_once('=') {
-        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
-        None => Err(bad(format!("invalid label filter `{label}`: expected KEY=VALUE"))),
-    };
-    let labels = label.iter().map(pair).collect::<Result<_, _>>()?;
+    let mut labels = BTreeMap::new();
+    for label in &label {
+        let Some((key, value)) = label.split_once('=') else {
+            return Err(bad(format!("invalid label filter `{label}`: expected KEY=VALUE")));
+        };
+        if labels.insert(key.to_owned(), value.to_owned()).is_some_and(|other| other != value) {
+            return Err(bad(format!("no sandbox has two values of the label `{key}`")));
+        }
+    }
     if limit.is_some_and(|limit| !(1..=page_max).contains(&limit)) {
         return Err(bad(format!("limit must be 1 to {page_max}")));
     }
@@ -58,7 +90,7 @@ pub(super) fn create(
         cold_boot,
         template: called,
         image,
-        init,
+        init: wanted_init,
         files,
         secrets: wanted_secrets,
         labels: wanted_labels,
@@ -79,8 +111,8 @@ pub(super) fn create(
     if let Some(image) = image {
         base.image = Some(image.parse().map_err(|error| bad(&error))?);
     }
-    if let Some(init) = init {
-        base.init = init;
+    if let Some(script) = init(wanted_init)? {
+        base.init = script;
     }
     let mut environment = base.environment.into_map();
     environment.extend(env);
