@@ -11,6 +11,7 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
+use bhatti_types::UserId;
 
 use crate::AppState;
 use crate::auth::Caller;
@@ -22,6 +23,8 @@ pub(crate) use visits::Visits;
 
 /// An application in a sandbox, as a request is to reach it.
 struct Target {
+    /// Whose key let the request in; none is needed for a published port.
+    caller: Option<UserId>,
     port: u16,
     /// The path and query that it is asked for.
     path_and_query: String,
@@ -83,8 +86,12 @@ async fn pass_on(
     let uri = request.uri();
     // The path as it was sent: what is encoded in it is the application's.
     let (prefix, rest) = split_path(uri.path(), 4);
-    let target =
-        Target { port, path_and_query: with_query(rest, uri.query()), prefix: prefix.to_owned() };
+    let target = Target {
+        caller: Some(owner),
+        port,
+        path_and_query: with_query(rest, uri.query()),
+        prefix: prefix.to_owned(),
+    };
     let used = state.supervisor.enter(owner, called).await?;
     relay::relay(state, (used, ()), target, request).await
 }

@@ -256,14 +256,16 @@ impl Api {
 ///
 /// Panics if none comes.
 pub async fn message(socket: &mut Socket) -> Option<Message> {
-    loop {
-        let next = timeout(LIMIT, socket.next()).await.expect("a message comes");
-        match next {
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-            Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
-            Some(Ok(message)) => return Some(message),
+    let next = async {
+        loop {
+            match socket.next().await {
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+                Some(Ok(message)) => return Some(message),
+            }
         }
-    }
+    };
+    timeout(LIMIT, next).await.expect("a message comes")
 }
 
 /// Waits for a text message and returns it as JSON.

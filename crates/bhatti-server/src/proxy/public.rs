@@ -46,6 +46,7 @@ async fn pass_on(State(state): State<AppState>, request: Request) -> Result<Resp
         return Ok(moved(location));
     }
     let target = Target {
+        caller: None,
         port: published.port,
         path_and_query: with_query(path, uri.query()),
         prefix: prefix.to_owned(),

@@ -12,6 +12,7 @@ use axum::http::header::{CONNECTION, TRANSFER_ENCODING, UPGRADE};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
 use bhatti_supervisor::SandboxUse;
+use bhatti_types::UserId;
 use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
@@ -37,7 +38,7 @@ pub(super) async fn relay(
     target: Target,
     mut request: Request,
 ) -> Result<Response, ApiError> {
-    let Target { port, path_and_query, prefix } = target;
+    let Target { caller, port, path_and_query, prefix } = target;
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
     let wanted = headers::upgrade(request.headers());
     let client = hyper::upgrade::on(&mut request);
@@ -63,7 +64,15 @@ pub(super) async fn relay(
             return Err(ApiError::new(ErrorCode::BadGateway, message));
         }
         let application = hyper::upgrade::on(&mut response);
-        tokio::spawn(tunnel(state.clone(), (used, visit), client, application));
+        let state = state.clone();
+        tokio::spawn(async move {
+            let _open = state.metrics.open_websocket();
+            tokio::select! {
+                () = tunnel(client, application) => {}
+                () = ended(&state, caller) => {}
+            }
+            drop((used, visit));
+        });
         return Ok(response.map(|_| Body::empty()));
     }
     headers::strip_hop_by_hop(response.headers_mut());
@@ -121,8 +130,7 @@ async fn ask(
 }
 
 /// Relays bytes both ways until both sides have ended, or one has and the other takes too long.
-async fn tunnel<T>(state: AppState, used: T, client: OnUpgrade, application: OnUpgrade) {
-    let _open = state.metrics.open_websocket();
+async fn tunnel(client: OnUpgrade, application: OnUpgrade) {
     let (Ok(client), Ok(application)) = (client.await, application.await) else { return };
     // What came right behind the answer's head is in there.
     let (mut from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
@@ -139,7 +147,13 @@ async fn tunnel<T>(state: AppState, used: T, client: OnUpgrade, application: OnU
     tokio::select! {
         () = &mut up => drop(timeout(HALF_OPEN_LIMIT, down).await),
         () = &mut down => drop(timeout(HALF_OPEN_LIMIT, up).await),
-        () = state.stopped() => {}
     }
-    drop(used);
+}
+
+/// Resolves when the daemon stops, or the key that let the caller in is none any more.
+async fn ended(state: &AppState, caller: Option<UserId>) {
+    match caller {
+        Some(caller) => drop(state.ended(caller).await),
+        None => state.stopped().await,
+    }
 }

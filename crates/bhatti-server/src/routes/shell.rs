@@ -4,7 +4,9 @@
 //! [`ShellRequest`]. A client that goes away leaves the session running; who attaches later first gets what it missed, as far as the
 //! guest has kept it.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use axum::Extension;
 use axum::extract::State;
@@ -18,6 +20,7 @@ use bhatti_types::UserId;
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use utoipa::IntoParams;
 
 use crate::AppState;
@@ -53,6 +56,9 @@ pub(crate) struct ShellQuery {
     /// Where a new session begins.
     cwd: Option<String>,
 }
+
+/// How long a program may take to read what was typed last when its client has left.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Input that may wait for a program that does not read, in bytes.
 const TYPED_BYTES_MAX: usize = 1 << 20;
@@ -198,10 +204,15 @@ async fn relay(
     sender.send_json(&session).await?;
     let (queue, queued) = mpsc::unbounded_channel();
     let waiting = AtomicUsize::new(0);
+    let mut feed = pin!(feed(input, queued, &waiting));
     tokio::select! {
         last = send_output(output, sender) => last,
-        error = receive(queue, &waiting, sender, receiver) => error.map(error_message),
-        () = feed(input, queued, &waiting) => None,
+        error = receive(queue, &waiting, sender, receiver) => {
+            // What was typed before the client left is meant, if the program reads it.
+            drop(timeout(LEAVE_LIMIT, feed).await);
+            error.map(error_message)
+        }
+        () = &mut feed => None,
         ended = state.ended(owner) => Some(error_message(ended)),
     }
 }
@@ -247,13 +258,14 @@ async fn receive(
     }
 }
 
-/// Writes queued input to the terminal. A session that takes no more says by its output how it ended.
+/// Writes queued input to the terminal, until nobody queues any. A session that takes no more says by its output how it ended.
 async fn feed(
     mut input: ExecInput,
     mut queued: mpsc::UnboundedReceiver<Typed>,
     waiting: &AtomicUsize,
 ) {
-    while let Some(typed) = queued.recv().await {
+    loop {
+        let Some(typed) = queued.recv().await else { return };
         let cost = typed.cost();
         let fed = match typed {
             Typed::Bytes(bytes) => input.write(&bytes).await,
