@@ -479,3 +479,37 @@ async fn daemon_that_stops_ends_its_streams_and_leaves_the_sandbox() {
         kinds.as_array().unwrap().iter().map(|event| event["type"].clone()).collect();
     assert_eq!(kinds, ["daemon.started", "daemon.stopped", "daemon.started"]);
 }
+
+#[tokio::test]
+async fn damaged_snapshot_is_refused_with_an_event_and_the_disk_still_boots() {
+    let (mut daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    api.sh("dev", "echo kept >/workspace/kept; sync").await;
+    assert_eq!(api.call("POST", "/sandboxes/dev/stop", &Value::Null).await.status, 200);
+    let snapshot = daemon.sandbox_directories()[0].join("snapshot");
+    let files: Vec<_> = std::fs::read_dir(&snapshot).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(files.len() >= 3, "{files:?}");
+
+    for file in &files {
+        let whole = std::fs::read(file).unwrap();
+        for part in [0, whole.len() / 2] {
+            std::fs::write(file, &whole[..part]).unwrap();
+            daemon.kill().await;
+            daemon.serve().await;
+            assert_eq!(api.get("/sandboxes/dev").await.json()["status"], "stopped");
+            let refused = api.call("POST", "/sandboxes/dev/start", &Value::Null).await;
+            let what = format!("{} of {part} bytes", file.display());
+            assert_eq!(refused.refusal(), (409, "snapshot_unusable".to_owned()), "{what}");
+            let events = api.get("/events?type=snapshot.refused&sandbox=dev").await.json();
+            assert!(
+                events.as_array().unwrap().last().unwrap()["detail"]["error"].is_string(),
+                "{what}"
+            );
+        }
+        std::fs::write(file, whole).unwrap();
+    }
+
+    std::fs::write(&files[0], "").unwrap();
+    let cold = json!({ "cold_boot": true });
+    assert_eq!(api.call("POST", "/sandboxes/dev/start", &cold).await.status, 200);
+    assert_eq!(api.sh("dev", "cat /workspace/kept").await, "kept\n");
+}
