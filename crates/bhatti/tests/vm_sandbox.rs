@@ -293,3 +293,76 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
     assert_eq!(code_of(&error), Some(ErrorCode::ConnectionLost));
     daemon.client.destroy("dev").await.unwrap();
 }
+
+#[tokio::test]
+async fn another_process_with_the_number_of_a_vmm_is_left_alone() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let directory = daemon.sandbox_directories().remove(0);
+    let record = directory.join("vm.json");
+    let mut reused: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    let vmm = daemon.vmm_pids()[0];
+    daemon.kill().await;
+    kill_process(vmm);
+    let mut bystander =
+        bhatti_host::process::command("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
+    reused["pid"] = bystander.id().unwrap().into();
+    std::fs::write(&record, reused.to_string()).unwrap();
+
+    daemon.serve().await;
+
+    let found = daemon.client.inspect("dev").await.unwrap();
+    assert_eq!(found.status, "failed");
+    daemon.client.destroy("dev").await.unwrap();
+    assert!(bystander.try_wait().unwrap().is_none(), "a process of somebody else was ended");
+    assert!(!directory.exists());
+}
+
+#[tokio::test]
+async fn store_of_an_older_copy_takes_nothing_from_what_it_does_not_know() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.client.create(&named("old")).await.unwrap();
+    daemon.terminate().await;
+    let files = ["state.db", "state.db-wal", "state.db-shm"];
+    let older = copy_of(&daemon, &files);
+    daemon.serve().await;
+    daemon.client.create(&named("new")).await.unwrap();
+    shell(&daemon.client, "new", "echo marker >/dev/shm/ram").await;
+    daemon.client.destroy("old").await.unwrap();
+    daemon.terminate().await;
+    let newer = copy_of(&daemon, &files);
+    put_copy(&daemon, &files, &older);
+
+    daemon.serve().await;
+
+    // The one that it knows is gone, and says so; the one that it does not know lives on, and is found by the store that does.
+    assert_eq!(daemon.client.inspect("old").await.unwrap().status, "failed");
+    assert_eq!(
+        code_of(&daemon.client.inspect("new").await.unwrap_err()),
+        Some(ErrorCode::NotFound)
+    );
+    assert!(
+        daemon.log().contains("Found a sandbox that the store does not know; it is left alone")
+    );
+    daemon.terminate().await;
+    put_copy(&daemon, &files, &newer);
+    daemon.serve().await;
+    assert_eq!(shell(&daemon.client, "new", "cat /dev/shm/ram").await, "marker\n");
+}
+
+/// A copy of a store that no daemon has open.
+fn copy_of(daemon: &TestDaemon, files: &[&str; 3]) -> [Option<Vec<u8>>; 3] {
+    files.map(|name| std::fs::read(daemon.data_dir().join(name)).ok())
+}
+
+/// Puts a copy of a store in place.
+fn put_copy(daemon: &TestDaemon, files: &[&str; 3], copy: &[Option<Vec<u8>>; 3]) {
+    for (name, content) in files.iter().zip(copy) {
+        let path = daemon.data_dir().join(name);
+        drop(std::fs::remove_file(&path));
+        if let Some(content) = content {
+            std::fs::write(path, content).unwrap();
+        }
+    }
+}
