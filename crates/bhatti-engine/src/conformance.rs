@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use bhatti_types::SandboxId;
@@ -24,6 +24,15 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub trait Shell: Send + Sync {
     /// Runs a script as root and returns what it printed, without the last newline. Panics if it fails.
     async fn run(&self, vm: &dyn Vm, script: &str) -> String;
+
+    /// Has a guest stand still, as before every snapshot.
+    async fn suspend(&self, vm: &dyn Vm);
+
+    /// Tells a guest that stood still that it is still the one that it was.
+    async fn wake(&self, vm: &dyn Vm);
+
+    /// Makes a restored guest another one, of this name, with random bytes and the wall clock of this host.
+    async fn become_another(&self, vm: &dyn Vm, name: &str);
 }
 
 /// An engine on trial.
@@ -140,6 +149,51 @@ pub async fn fork(bench: &Bench<'_>) {
     let first = bench.sleep_and_wake_at(first, ids[0], &places[0], None).await;
     assert_eq!(bench.run(&first, "cat /dev/shm/who /root/who").await, "first\nfirst");
     bench.remove(&[spec.id, ids[0], ids[2]], &[&spec.directory, &places[0], &places[2]]).await;
+}
+
+/// Restored guests become others before any of their processes goes on, and their parent stays who it was.
+pub async fn identity(bench: &Bench<'_>) {
+    let spec = &bench.spec;
+    let parent = bench.engine.boot(spec).await.unwrap();
+    let who = "hostname; echo id $(cat /etc/machine-id); head -c 16 /dev/urandom | od -An -tx1";
+    let watch = "(while :; do hostname; sleep 0.01; done) >/dev/shm/seen 2>&1 &";
+    bench.run(&parent, watch).await;
+    let before = bench.run(&parent, who).await;
+    bench.shell.suspend(&*parent).await;
+    let snapshot = spec.directory.with_extension("frozen");
+    bench.snapshot(&parent, &snapshot, None, Disks::Frozen).await;
+    parent.resume().await.unwrap();
+    bench.shell.wake(&*parent).await;
+
+    let mut seen = vec![before.clone()];
+    let (ids, places): (Vec<_>, Vec<_>) = (1..=2).map(|number| bench.another(number)).unzip();
+    for (number, name) in [(0, "one"), (1, "two")] {
+        let fork =
+            bench.wake(ids[number], &places[number], &snapshot, Disks::Frozen).await.unwrap();
+        bench.shell.become_another(&*fork, name).await;
+        seen.push(bench.run(&fork, who).await);
+        let host = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+        let earliest = host();
+        let clock: u128 = bench.run(&fork, "date +%s%3N").await.parse().unwrap();
+        let exact = earliest - 100..=host() + 100;
+        assert!(exact.contains(&clock), "{name}: {clock} is not in {exact:?}");
+        // What ran before went on as somebody else: it never saw the parent's name again.
+        let names = "sed -n '/one\\|two/,$p' /dev/shm/seen | sort -u";
+        let until = format!("until grep -q {name} /dev/shm/seen; do sleep 0.01; done; {names}");
+        assert_eq!(bench.run(&fork, &until).await, name);
+    }
+    let parts: Vec<Vec<&str>> = seen.iter().map(|who| who.lines().collect()).collect();
+    for part in 0..3 {
+        let distinct: std::collections::BTreeSet<&str> =
+            parts.iter().map(|who| who[part]).collect();
+        assert_eq!(distinct.len(), 3, "{seen:?}");
+    }
+    let after = bench.run(&parent, who).await;
+    assert_eq!(
+        before.lines().take(2).collect::<Vec<_>>(),
+        after.lines().take(2).collect::<Vec<_>>()
+    );
+    bench.remove(&[spec.id, ids[0], ids[1]], &[&spec.directory, &places[0], &places[1]]).await;
 }
 
 /// What cannot be saved or restored is refused, and changes nothing.

@@ -44,9 +44,14 @@ pub(crate) async fn run(
     ApiJson(request): ApiJson<ExecRequest>,
 ) -> Result<Response, ApiError> {
     let ExecRequest { cmd, env, cwd, stdin, user, timeout_sec, detach } = request;
-    // A sandbox that is not there is the better answer to a request that is wrong, too.
-    state.supervisor.find(owner, &called)?;
-    let exec = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
+    let exec = match agent_request(Command { cmd, env, cwd, user, timeout_sec }) {
+        Ok(exec) => exec,
+        Err(error) => {
+            // A sandbox that is not there is the better answer.
+            state.supervisor.find(owner, &called)?;
+            return Err(error);
+        }
+    };
     if detach {
         if stdin.is_some() {
             return Err(ApiError::new(ErrorCode::BadRequest, "a job has no stdin")
