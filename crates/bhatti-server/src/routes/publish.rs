@@ -96,6 +96,10 @@ fn publication(state: &AppState, row: PublicationRow) -> Publication {
 fn urls(public: &PublicAddress, alias: &str) -> Vec<String> {
     let Some(address) = public.listener else { return Vec::new() };
     let mut urls = vec![format!("http://{address}/{alias}/")];
+    // By name first: an application at the root of a host needs no links that know better.
+    if address.ip().is_loopback() {
+        urls.insert(0, format!("http://{alias}.localhost:{}/", address.port()));
+    }
     if let Some(zone) = &public.zone {
         urls.insert(0, format!("http://{alias}.{zone}:{}/", address.port()));
     }
