@@ -35,8 +35,10 @@ pub(crate) struct Limits {
     pub(crate) job_output_bytes: u64,
     /// The largest file that can be written, in bytes.
     pub(crate) file_bytes: u64,
-    /// Milliseconds that a connection may take to say what it wants, and a write may go without a byte.
+    /// Milliseconds that a connection may take to say what it wants.
     pub(crate) request_ms: u64,
+    /// Milliseconds that a write may go without a byte: who produces its content may have to think.
+    pub(crate) write_ms: u64,
     /// Milliseconds for which a terminal session is kept after its end.
     pub(crate) finished_session_ms: u64,
     /// Milliseconds for which a job is kept after its end.
@@ -53,6 +55,7 @@ impl Default for Limits {
             job_output_bytes: 64 << 20,
             file_bytes: 64 << 30,
             request_ms: 30_000,
+            write_ms: 3_600_000,
             finished_session_ms: 30_000,
             finished_job_ms: 24 * 3600 * 1000,
         }
@@ -60,6 +63,11 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// See [`write_ms`](Self::write_ms).
+    pub(crate) const fn write(&self) -> Duration {
+        Duration::from_millis(self.write_ms)
+    }
+
     /// See [`request_ms`](Self::request_ms).
     pub(crate) const fn request(&self) -> Duration {
         Duration::from_millis(self.request_ms)

@@ -89,7 +89,7 @@ async fn file_beyond_the_limit_is_refused_before_its_content() {
 
 #[tokio::test]
 async fn silent_connection_and_stalled_write_end() {
-    let agent = Agent::start_with(r#"{"request_ms": 50}"#).await;
+    let agent = Agent::start_with(r#"{"request_ms": 50, "write_ms": 50}"#).await;
     let mut silent = agent.raw().await;
     assert_eq!(silent.text().await, (FrameType::ERROR, "no request came in time".to_owned()));
 

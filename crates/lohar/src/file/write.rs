@@ -41,7 +41,7 @@ pub(crate) async fn write<T: Transport>(
     let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
     let mut new = NewFile::create(&path, owner)?;
     let length = Length { announced: size, limit };
-    receive(agent.limits.request(), length, &mut reader, &mut new).await?;
+    receive(agent.limits.write(), length, &mut reader, &mut new).await?;
     // Waits for the disk, which nobody else should have to.
     let finished = tokio::task::spawn_blocking(move || new.finish(mode));
     finished.await.map_err(|_| refused(ErrorKind::Other, "the write was interrupted"))??;
