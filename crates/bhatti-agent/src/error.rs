@@ -39,7 +39,7 @@ pub enum CallError {
     #[error("the connection to the sandbox was lost while the command ran")]
     Lost,
     /// The guest does not answer.
-    #[error("the sandbox does not answer: it did not start the command within {} s", limit.as_secs())]
+    #[error("the sandbox does not answer: it said nothing within {} s", limit.as_secs())]
     Silent {
         /// The time that it had.
         limit: Duration,

@@ -7,7 +7,7 @@ use bhatti_proto::{
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use crate::{AgentClient, CallError, Reader, Writer, expect, next, refusal};
+use crate::{AgentClient, CallError, Reader, Writer, expect, expect_soon, next, refusal};
 
 /// The most entries of a directory that are taken, give or take a frame.
 const ENTRIES_MAX: usize = 100_000;
@@ -156,7 +156,7 @@ impl AgentClient {
             error_details: true,
         };
         let (mut reader, writer) = self.request(FrameType::FILE_READ_REQ, &request).await?;
-        let info = expect(&mut reader, FrameType::FILE_READ_RESP).await?;
+        let info = expect_soon(&mut reader, FrameType::FILE_READ_RESP).await?;
         let info = info.json().map_err(|_| CallError::Unexpected)?;
         Ok(FileContent { info, reader, _writer: writer })
     }

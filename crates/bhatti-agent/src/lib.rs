@@ -12,6 +12,7 @@ mod unix;
 mod vsock;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bhatti_engine::{AgentChannel, AgentStream};
 use bhatti_proto::{
@@ -21,6 +22,7 @@ use bhatti_proto::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{ReadHalf, WriteHalf};
+use tokio::time::timeout;
 
 pub use error::CallError;
 pub use exec::{ExecControl, ExecEvent, ExecInput, ExecOutput};
@@ -29,6 +31,9 @@ pub use guest::GuestEvents;
 pub use session::SessionOutput;
 pub use unix::UnixChannel;
 pub use vsock::VsockChannel;
+
+/// How long a guest may take to answer what takes no time.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 type Reader = FrameReader<ReadHalf<Box<dyn AgentStream>>>;
 type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
@@ -121,7 +126,7 @@ impl AgentClient {
         answer: FrameType,
     ) -> Result<T, CallError> {
         let (mut reader, _writer) = self.request(kind, request).await?;
-        expect(&mut reader, answer).await?.json().map_err(|_| CallError::Unexpected)
+        expect_soon(&mut reader, answer).await?.json().map_err(|_| CallError::Unexpected)
     }
 }
 
@@ -148,6 +153,12 @@ fn refusal(frame: &Frame) -> Option<CallError> {
         }
         _ => None,
     }
+}
+
+/// The same, from a guest that has nothing to do for it that takes long: one that hangs is told from one that works.
+async fn expect_soon(reader: &mut Reader, wanted: FrameType) -> Result<Frame, CallError> {
+    let answer = timeout(ANSWER_LIMIT, expect(reader, wanted)).await;
+    answer.unwrap_or(Err(CallError::Silent { limit: ANSWER_LIMIT }))
 }
 
 /// Receives a frame of this type, or the refusal that came instead.

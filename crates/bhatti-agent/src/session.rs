@@ -2,7 +2,7 @@
 
 use bhatti_proto::{ExecRequest, FrameType, SessionInfo, SessionRef, SignalRequest};
 
-use crate::{AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, expect};
+use crate::{AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, expect_soon};
 
 /// The way from a session, with the place in its output. Dropping it, with the input, detaches.
 pub struct SessionOutput {
@@ -107,7 +107,7 @@ impl AgentClient {
     ) -> Result<(SessionInfo, ExecInput, SessionOutput), CallError> {
         let request = ExecRequest { error_details: true, ..request };
         let (mut reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
-        let frame = expect(&mut reader, FrameType::SESSION_INFO).await?;
+        let frame = expect_soon(&mut reader, FrameType::SESSION_INFO).await?;
         let info: SessionInfo = frame.json().map_err(|_| CallError::Unexpected)?;
         let target =
             SignalRequest { session_id: Some(info.session_id.clone()), ..SignalRequest::default() };
@@ -133,7 +133,7 @@ impl AgentClient {
     /// Returns an error if the agent cannot be asked.
     pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, CallError> {
         let (mut reader, _writer) = self.bare_request(FrameType::EXEC_LIST_REQ).await?;
-        expect(&mut reader, FrameType::EXEC_LIST_RESP)
+        expect_soon(&mut reader, FrameType::EXEC_LIST_RESP)
             .await?
             .json()
             .map_err(|_| CallError::Unexpected)

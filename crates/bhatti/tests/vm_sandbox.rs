@@ -8,8 +8,8 @@ use std::time::Duration;
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode};
 use bhatti_client::{Client, ClientError, CommandEvent};
 use bhatti_testkit::{
-    LIMIT, Ran, Serve, TestDaemon, code_of, collect, kill_process, named, run, shell, start,
-    wait_for,
+    Api, LIMIT, Ran, Serve, TestDaemon, code_of, collect, json_message, kill_process, named, run,
+    shell, start, wait_for,
 };
 use tokio::time::{Instant, timeout};
 
@@ -291,6 +291,19 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
     };
 
     assert_eq!(code_of(&error), Some(ErrorCode::ConnectionLost));
+    // So is everything else that takes no time.
+    let api = Api::admin(&daemon);
+    let get = async |path: &str| api.get(&format!("/sandboxes/dev/{path}")).await.refusal();
+    let shell = async {
+        let mut socket = api.websocket("/sandboxes/dev/ws", &[]).await.ok().unwrap();
+        json_message(&mut socket).await["code"].clone()
+    };
+    let (sessions, file, ports, shell) =
+        tokio::join!(get("sessions"), get("files?path=/etc/hostname"), get("ports"), shell);
+    for refusal in [sessions, file, ports] {
+        assert_eq!(refusal, (502, "connection_lost".to_owned()));
+    }
+    assert_eq!(shell, "connection_lost");
     daemon.client.destroy("dev").await.unwrap();
 }
 
