@@ -66,6 +66,7 @@ need mmdebstrap mmdebstrap
 need mke2fs e2fsprogs
 need curl curl
 need tar tar
+need nft nftables
 if [ "$(id -u)" != 0 ]; then
     # Without root, mmdebstrap and mke2fs work under these.
     need fakeroot fakeroot
@@ -74,6 +75,8 @@ fi
 if [ "${1:-}" = test ]; then
     need ps procps
     need unshare util-linux
+    need ip iproute2
+    need ping iputils-ping
 fi
 
 if ! qemu_is_there || ! kernel_is_known || [ ${#missing[@]} -gt 0 ]; then

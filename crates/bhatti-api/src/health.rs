@@ -14,6 +14,8 @@ pub struct Health {
     pub engine: String,
     /// What executes the guests' instructions: `kvm`, or `tcg` for software emulation.
     pub accelerator: String,
+    /// How sandboxes are connected unless they say otherwise: `nat` or `none`.
+    pub network: String,
     /// Sandboxes of all users.
     pub sandboxes: u64,
     /// How long the daemon has run, as `2h15m30s`.

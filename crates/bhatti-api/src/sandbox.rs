@@ -48,6 +48,13 @@ pub struct CreateSandbox {
     /// Seconds after which it is destroyed; never if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_sec: Option<u32>,
+    /// `nat`: it reaches its siblings and the world, but neither this host nor private networks; `none`: it has no network card. As this host
+    /// can if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// Private ranges that it may reach all the same, such as `192.168.1.0/24`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_allow: Vec<String>,
 }
 
 /// A file that is put into a new sandbox.
@@ -155,6 +162,13 @@ pub struct Sandbox {
     pub secrets: Vec<String>,
     /// The image that its disk began as.
     pub image: String,
+    /// How it is connected: `nat` or `none`.
+    pub network: String,
+    /// Private ranges that it may reach all the same.
+    pub network_allow: Vec<String>,
+    /// Its address among its siblings, if it has a network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<String>,
     /// Who made it: a user's id.
     pub created_by: String,
     /// When it was made (RFC 3339).

@@ -290,6 +290,7 @@ impl Bench<'_> {
             directory: directory.to_owned(),
             snapshot: snapshot.to_owned(),
             disks,
+            tap: None,
             limit: LIMIT,
         };
         let vm = self.engine.stage(&spec).await?.load().await?;

@@ -77,6 +77,9 @@ pub struct VmSpec {
     pub root_base: PathBuf,
     /// Whether the disk that is in `directory` already is the root disk, with all that is on it.
     pub keep_disk: bool,
+    /// The interface of this host that its network card is to end at; it has no card if absent. The engine makes it, it is down and
+    /// belongs to no bridge, and it ends with the VM.
+    pub tap: Option<String>,
     /// How long it may take until the agent answers.
     pub boot_limit: Duration,
 }

@@ -73,6 +73,8 @@ pub struct RestoreSpec {
     /// Where its disks come from: [`Disks::InPlace`] takes up those that are in `directory`, [`Disks::Frozen`] makes the directory,
     /// with layers over the snapshot's.
     pub disks: Disks,
+    /// See [`VmSpec::tap`](crate::VmSpec::tap): there is to be one if the VM that was saved had one, and none if it had none.
+    pub tap: Option<String>,
     /// How long the VMM may take.
     pub limit: Duration,
 }

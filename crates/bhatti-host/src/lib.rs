@@ -7,5 +7,8 @@ pub mod disk;
 pub mod durable;
 pub mod kvm;
 pub mod memory;
+pub mod namespace;
 pub mod process;
+
 pub mod socket;
+pub mod tap;

@@ -8,7 +8,8 @@ use liblzma::read::XzDecoder;
 use ruzstd::decoding::StreamingDecoder;
 
 /// What lohar loads, whatever these depend on first. A kernel that has one built in has no file of it.
-const WANTED: [&str; 4] = ["virtio_mmio", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"];
+const WANTED: [&str; 5] =
+    ["virtio_mmio", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "tcp_diag"];
 
 /// Kernel modules could not be collected.
 #[derive(Debug, thiserror::Error)]

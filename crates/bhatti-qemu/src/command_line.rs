@@ -11,16 +11,28 @@ use crate::record::Machine;
 /// Changes with every change of the machine that QEMU is told to make, devices, their order and the
 /// kernel's command line included: a saved VM can only be restored
 /// on the machine that it was saved on.
-pub(crate) const LAYOUT: u32 = 2;
+pub(crate) const LAYOUT: u32 = 3;
 
 /// The name of the root disk for the monitor.
 pub(crate) const ROOT_DRIVE: &str = "root";
 
-/// The sockets that QEMU listens on, already made.
-pub(crate) struct Sockets<'a> {
+/// The link address of a card before its guest has another.
+const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
+
+/// What QEMU is handed, already open: the sockets that it listens on, and the tap that its network card ends at.
+pub(crate) struct Handed<'a> {
     pub(crate) agent: BorrowedFd<'a>,
     pub(crate) console: BorrowedFd<'a>,
     pub(crate) qmp: BorrowedFd<'a>,
+    pub(crate) tap: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Handed<'a> {
+    /// All of it.
+    pub(crate) fn all(&self) -> Vec<BorrowedFd<'a>> {
+        let Self { agent, console, qmp, tap } = *self;
+        [agent, console, qmp].into_iter().chain(tap).collect()
+    }
 }
 
 /// The name by which the process of a sandbox's VM can be found.
@@ -38,7 +50,7 @@ pub(crate) fn machine_arguments(
     id: SandboxId,
     machine: &Machine,
     directory: &Path,
-    sockets: &Sockets<'_>,
+    handed: &Handed<'_>,
 ) -> Vec<String> {
     let mut arguments = Arguments::default();
     arguments.add("-name", vm_name(id));
@@ -68,11 +80,11 @@ pub(crate) fn machine_arguments(
     arguments.add("-display", "none");
     arguments
         .add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
-    arguments.listen("qmp", sockets.qmp);
+    arguments.listen("qmp", handed.qmp);
     arguments.add("-mon", "chardev=qmp,mode=control");
-    arguments.listen("console", sockets.console);
+    arguments.listen("console", handed.console);
     arguments.add("-serial", "chardev:console");
-    arguments.listen("agent", sockets.agent);
+    arguments.listen("agent", handed.agent);
     arguments.add("-device", "virtio-serial-device,max_ports=2");
     arguments.add("-device", "virtserialport,chardev=agent,name=agent");
     arguments.add(
@@ -83,6 +95,10 @@ pub(crate) fn machine_arguments(
         ),
     );
     arguments.add("-device", format!("virtio-blk-device,drive={ROOT_DRIVE},serial=root"));
+    if let Some(tap) = handed.tap {
+        arguments.add("-netdev", format!("tap,id=net,fd={}", tap.as_raw_fd()));
+        arguments.add("-device", format!("virtio-net-device,netdev=net,mac={UNCONFIGURED_MAC}"));
+    }
     arguments.0
 }
 

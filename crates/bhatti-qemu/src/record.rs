@@ -6,7 +6,6 @@ use std::path::Path;
 
 use bhatti_host::durable;
 use bhatti_host::process::ProcessId;
-use bhatti_types::{CpuCount, MemoryMib};
 use serde::{Deserialize, Serialize};
 
 const FILE: &str = "vm.json";
@@ -28,12 +27,8 @@ pub(crate) struct Machine {
     pub(crate) memory: String,
     /// The topmost layer of its disk, in its directory.
     pub(crate) disk: String,
-}
-
-impl Machine {
-    pub(crate) fn new(cpus: CpuCount, memory: MemoryMib, base: String, disk: String) -> Self {
-        Self { cpus: cpus.get(), memory_mib: memory.get(), memory: base, disk }
-    }
+    /// Whether it has a network card.
+    pub(crate) has_network: bool,
 }
 
 impl Record {
@@ -63,12 +58,13 @@ mod tests {
     #[test]
     fn record_survives_and_a_torn_one_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        let machine = Machine::new(
-            CpuCount::ONE,
-            MemoryMib::DEFAULT,
-            "memory".to_owned(),
-            "disk.qcow2".to_owned(),
-        );
+        let machine = Machine {
+            cpus: 1,
+            memory_mib: 512,
+            memory: "memory".to_owned(),
+            disk: "disk.qcow2".to_owned(),
+            has_network: true,
+        };
         let record = Record::new(ProcessId { pid: 7, started_ticks: 8 }, machine);
         record.write(directory.path()).unwrap();
         assert_eq!(Record::read(directory.path()).unwrap(), record);

@@ -41,10 +41,14 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     let failed = |step| move |source| RestoreError::File { step, source };
     let manifest = Manifest::read(&spec.snapshot)?;
     same("machine", &manifest.vmm_machine, &setup.depends_on)?;
+    let card = |is_there: bool| if is_there { "present" } else { "absent" };
+    let has_network = manifest.machine.has_network;
+    same("network card", card(has_network), card(spec.tap.is_some()))?;
     let machine = prepare(spec, &manifest)?;
     let arguments = command_line::restore_arguments();
-    let process = vm::start(setup, spec.id, &spec.directory, &machine, arguments)
-        .map_err(failed("start QEMU"))?;
+    let process =
+        vm::start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
+            .map_err(failed("start QEMU"))?;
     let waiting = Waiting {
         directory: spec.directory.clone(),
         snapshot: spec.snapshot.clone(),

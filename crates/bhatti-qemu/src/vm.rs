@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
-use crate::command_line::{self, Sockets};
+use crate::command_line::{self, Handed};
 use crate::console::{self, Console};
 use crate::qmp::{self, COMMAND_LIMIT, Qmp};
 use crate::record::{Machine, Record};
@@ -59,12 +59,11 @@ pub(crate) async fn boot(
 ) -> Result<QemuVm, BootError> {
     let machine = prepare(spec).map_err(|(step, source)| BootError::Prepare { step, source })?;
     let arguments = command_line::boot_arguments(spec, tsc_khz);
-    let process = start(setup, spec.id, &spec.directory, &machine, arguments).map_err(
-        |source| match source.kind() {
+    let process = start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
+        .map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
             _ => BootError::Prepare { step: "start QEMU", source },
-        },
-    )?;
+        })?;
     let vm =
         QemuVm::attach(process, &spec.directory, machine, Qmp::new(), setup.depends_on.clone())
             .map_err(|source| BootError::Prepare { step: "connect to the VM's console", source })?;
@@ -92,7 +91,13 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
     let memory = files::remove_other_memory(directory, "")
         .and_then(|()| files::create_empty_memory(directory, spec.memory))
         .map_err(|source| ("create the memory's file", source))?;
-    Ok(Machine::new(spec.cpus, spec.memory, memory, disk))
+    Ok(Machine {
+        cpus: spec.cpus.get(),
+        memory_mib: spec.memory.get(),
+        memory,
+        disk,
+        has_network: spec.tap.is_some(),
+    })
 }
 
 /// Creates a directory that is its owner's alone.
@@ -106,6 +111,7 @@ pub(crate) fn start(
     id: SandboxId,
     directory: &Path,
     machine: &Machine,
+    tap: Option<&str>,
     arguments: Vec<String>,
 ) -> io::Result<Followed> {
     let listen = |name| {
@@ -119,13 +125,14 @@ pub(crate) fn start(
     let inherited: [UnixListener; 3] =
         [listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(qmp::SOCKET)?];
     let [agent, console, qmp] = inherited.each_ref().map(AsFd::as_fd);
-    let sockets = Sockets { agent, console, qmp };
+    let tap = tap.map(bhatti_host::tap::create).transpose()?;
+    let handed = Handed { agent, console, qmp, tap: tap.as_ref().map(AsFd::as_fd) };
     let mut all =
-        command_line::machine_arguments(setup.accelerator, id, machine, directory, &sockets);
+        command_line::machine_arguments(setup.accelerator, id, machine, directory, &handed);
     all.extend(arguments);
     let log = File::create(directory.join(LOG))?;
     let program = setup.program.as_os_str();
-    let process = spawn_detached(program, &all, &ENVIRONMENT, &[agent, console, qmp], &log)?;
+    let process = spawn_detached(program, &all, &ENVIRONMENT, &handed.all(), &log)?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }

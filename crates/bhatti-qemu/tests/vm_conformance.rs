@@ -95,6 +95,7 @@ async fn on_trial(part: impl AsyncFnOnce(&Bench<'_>)) {
         initramfs: files.initramfs,
         root_base: files.root,
         keep_disk: false,
+        tap: None,
         boot_limit: LIMIT,
     };
     let _killer = Killer(directory.path().to_owned());

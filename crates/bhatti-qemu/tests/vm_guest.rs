@@ -44,6 +44,7 @@ impl Guest {
             initramfs: files.initramfs,
             root_base: files.root,
             keep_disk: false,
+            tap: None,
             boot_limit: LIMIT,
         };
         let engine = QemuEngine::new(PROGRAM.into());

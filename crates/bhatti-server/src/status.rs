@@ -12,11 +12,12 @@ use bhatti_api::ErrorCode;
 use bhatti_engine::{BootError, RestoreError, SnapshotError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{
-    ChangeError, PublishError, StoreError, TemplateInsertError, UserDeleteError, UserInsertError,
+    ChangeError, NetworkAssignError, PublishError, StoreError, TemplateInsertError,
+    UserDeleteError, UserInsertError,
 };
 use bhatti_supervisor::{
-    Busy, CreateError, DestroyError, EditError, ForkError, SecretError, SnapshotOpError,
-    TemplateError, TransitionError, UseError,
+    Busy, CreateError, DestroyError, EditError, ForkError, NetworkError, SecretError,
+    SnapshotOpError, TemplateError, TransitionError, UseError,
 };
 use bhatti_types::{Denied, QuotaExceeded, Report};
 use serde::Serialize;
@@ -167,6 +168,7 @@ impl From<CreateError> for ApiError {
                 Self::new(ErrorCode::BadRequest, error.to_string())
                     .hint("set it first: bhatti secret set NAME")
             }
+            CreateError::Network(network) => network_error(network),
             CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
                 .hint("list the images: GET /images"),
             CreateError::TooMuchEnvironment
@@ -205,6 +207,22 @@ fn boot_error(boot: &BootError, whole: &dyn std::error::Error) -> ApiError {
     }
 }
 
+fn network_error(error: &NetworkError) -> ApiError {
+    match error {
+        NetworkError::Unavailable(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
+            .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
+        NetworkError::NotAllowable(_) => ApiError::new(ErrorCode::Forbidden, error.to_string())
+            .hint("the admin may add it to network_allowable in the configuration"),
+        NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
+        NetworkError::Assign(NetworkAssignError::Exhausted { .. }) => {
+            ApiError::new(ErrorCode::Busy, error.to_string())
+        }
+        NetworkError::Assign(NetworkAssignError::Store(_))
+        | NetworkError::Host(_)
+        | NetworkError::Store(_) => ApiError::internal(error),
+    }
+}
+
 fn restore_error(error: &RestoreError) -> ApiError {
     match error {
         RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale => {
@@ -236,6 +254,7 @@ impl From<TransitionError> for ApiError {
             TransitionError::Busy(busy) => (*busy).into(),
             TransitionError::Restore(restore) => restore_error(restore),
             TransitionError::Boot(boot) => boot_error(boot, &error),
+            TransitionError::Network(network) => network_error(network),
             TransitionError::Images(bhatti_image::StoreError::Missing(missing)) => {
                 Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
             }

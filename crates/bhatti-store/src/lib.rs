@@ -8,6 +8,7 @@
 
 mod events;
 mod migrations;
+mod networks;
 mod publications;
 mod sandboxes;
 mod secrets;
@@ -22,6 +23,7 @@ use parking_lot::Mutex;
 use rusqlite::Connection;
 
 pub use events::{EventFilter, EventRow, NewEvent};
+pub use networks::{NetworkAssignError, NetworkRow, PortRow};
 pub use publications::{PublicationRow, PublishError};
 pub use sandboxes::{
     ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow,
@@ -128,6 +130,12 @@ fn parse_secrets(text: &str) -> Result<Vec<bhatti_types::SecretName>, StoreError
 /// The names of secrets for a column.
 fn secrets_text(secrets: &[bhatti_types::SecretName]) -> Result<String, StoreError> {
     to_json(&secrets.iter().map(bhatti_types::SecretName::as_str).collect::<Vec<_>>())
+}
+
+/// A network as two columns hold it.
+fn network_spec(mode: &str, allow: &str) -> Result<bhatti_types::NetworkSpec, StoreError> {
+    let (mode, allow) = (parsed(mode.parse())?, networks::allowance(allow)?);
+    Ok(bhatti_types::NetworkSpec { mode, allow })
 }
 
 /// Refuses one more of something that is only counted.

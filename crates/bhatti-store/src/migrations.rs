@@ -6,7 +6,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 3] = [
+const STEPS: [&str; 4] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -134,6 +134,24 @@ const STEPS: [&str; 3] = [
         created_at TEXT NOT NULL,
         UNIQUE (sandbox_id, port)
     ) STRICT;
+",
+    // Networks; which of the daemons on a host this is.
+    "
+    CREATE TABLE instance (number INTEGER NOT NULL CHECK (number BETWEEN 1 AND 4294967295)) STRICT;
+    INSERT INTO instance VALUES ((random() & 4294967295) | 2147483648);
+
+    CREATE TABLE networks (
+        owner  TEXT PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE,
+        number INTEGER NOT NULL UNIQUE CHECK (number >= 0),
+        subnet TEXT NOT NULL UNIQUE
+    ) STRICT, WITHOUT ROWID;
+
+    ALTER TABLE sandboxes ADD COLUMN network TEXT NOT NULL DEFAULT 'none';
+    ALTER TABLE sandboxes ADD COLUMN network_allow TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(network_allow));
+    ALTER TABLE sandboxes ADD COLUMN address TEXT;
+    CREATE UNIQUE INDEX sandboxes_address ON sandboxes (address) WHERE address IS NOT NULL;
+    ALTER TABLE snapshots ADD COLUMN network TEXT NOT NULL DEFAULT 'none';
+    ALTER TABLE snapshots ADD COLUMN network_allow TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(network_allow));
 ",
 ];
 

@@ -1,21 +1,23 @@
 //! The table of sandboxes.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 use bhatti_types::{
-    CpuCount, Environment, InvalidLabel, Labels, MemoryMib, QuotaExceeded, SandboxId, SandboxName,
-    SandboxSpec, SandboxState, UserId,
+    CpuCount, Environment, InvalidLabel, Labels, MemoryMib, NetworkMode, QuotaExceeded, SandboxId,
+    SandboxName, SandboxSpec, SandboxState, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use crate::networks::{AddressError, free_address};
 use crate::users::quota_of;
 use crate::{
-    Store, StoreError, changed_one, from_json, immediate, is_taken, now, parse_secrets, parsed,
-    secrets_text, to_json,
+    Store, StoreError, changed_one, from_json, immediate, is_taken, network_spec, now,
+    parse_secrets, parsed, secrets_text, to_json,
 };
 
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
-     identity, labels, secrets, init, expires_at, stopped_at, image";
+     identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub struct SandboxRow {
     pub expires_at: Option<u64>,
     /// When it was stopped (RFC 3339), if it is.
     pub stopped_at: Option<String>,
+    /// Its address in its owner's network, if it has a network card.
+    pub address: Option<Ipv4Addr>,
 }
 
 /// A sandbox to be added.
@@ -93,6 +97,15 @@ pub enum InsertError {
     Store(#[from] StoreError),
 }
 
+impl From<AddressError> for InsertError {
+    fn from(error: AddressError) -> Self {
+        match error {
+            AddressError::Quota(quota) => Self::Quota(quota),
+            AddressError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
 impl From<rusqlite::Error> for InsertError {
     fn from(error: rusqlite::Error) -> Self {
         Self::Store(error.into())
@@ -130,6 +143,10 @@ impl Store {
         let mut connection = self.connection.lock();
         let transaction = immediate(&mut connection)?;
         admit(&transaction, owner, &spec)?;
+        let address = match spec.network.mode {
+            NetworkMode::None => None,
+            NetworkMode::Nat => Some(free_address(&transaction, owner)?),
+        };
         let row = SandboxRow {
             id,
             owner,
@@ -141,11 +158,12 @@ impl Store {
             identity: None,
             expires_at,
             stopped_at: None,
+            address,
         };
         let (state, reason) = state_columns(row.state);
         transaction.execute(
             &format!(
-                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17)"
+                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20)"
             ),
             params![
                 row.id.to_string(),
@@ -165,6 +183,9 @@ impl Store {
                 row.spec.init,
                 row.expires_at,
                 row.spec.image.as_str(),
+                row.spec.network.mode.as_str(),
+                to_json(&row.spec.network.allow.to_texts())?,
+                row.address.map(|address| address.to_string()),
             ],
         )?;
         transaction.commit()?;
@@ -409,7 +430,7 @@ fn admit(connection: &Connection, owner: UserId, spec: &SandboxSpec) -> Result<(
 fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
     let text = |index: usize| row.get::<_, String>(index);
     let number = |index: usize| row.get::<_, u64>(index);
-    let reason: Option<String> = row.get(4)?;
+    let (reason, address): (Option<String>, Option<String>) = (row.get(4)?, row.get(21)?);
     let state = match (text(3)?.as_str(), reason) {
         ("creating", None) => SandboxState::Creating,
         ("running", None) => SandboxState::Running,
@@ -431,6 +452,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             secrets: parse_secrets(&text(14)?)?,
             init: text(15)?,
             image: parsed(text(18)?.parse())?,
+            network: network_spec(&text(19)?, &text(20)?)?,
         },
         state,
         created_at: text(8)?,
@@ -439,6 +461,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         identity: row.get(12)?,
         expires_at: row.get(16)?,
         stopped_at: row.get(17)?,
+        address: address.map(|address| parsed(address.parse())).transpose()?,
     })
 }
 

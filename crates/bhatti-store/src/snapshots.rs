@@ -1,14 +1,15 @@
 //! The table of named snapshots.
 
 use bhatti_types::{
-    CpuCount, ImageName, MemoryMib, QuotaExceeded, SandboxId, SandboxName, SnapshotName, UserId,
+    CpuCount, ImageName, MemoryMib, NetworkSpec, QuotaExceeded, SandboxId, SandboxName,
+    SnapshotName, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::users::quota_of;
-use crate::{Store, StoreError, changed_one, immediate, now, parsed};
+use crate::{Store, StoreError, changed_one, immediate, network_spec, now, parsed, to_json};
 
-const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image";
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow";
 
 /// A named snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub struct SnapshotRow {
     pub memory_bytes: u64,
     /// The image that its disk began as.
     pub image: ImageName,
+    /// How it was connected.
+    pub network: NetworkSpec,
     /// When it was taken (RFC 3339); the store sets it.
     pub created_at: String,
 }
@@ -67,7 +70,7 @@ impl Store {
         check(&transaction, row.owner, &row.name)?;
         transaction
             .execute(
-                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)"),
+                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"),
                 params![
                     row.id.to_string(),
                     row.owner.to_string(),
@@ -81,6 +84,8 @@ impl Store {
                     row.memory_bytes,
                     row.created_at,
                     row.image.as_str(),
+                    row.network.mode.as_str(),
+                    to_json(&row.network.allow.to_texts())?,
                 ],
             )
             .map_err(StoreError::from)?;
@@ -185,6 +190,7 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
         memory_bytes: number(9)?,
         created_at: text(10)?,
         image: parsed(text(11)?.parse())?,
+        network: network_spec(&text(12)?, &text(13)?)?,
     })
 }
 
@@ -210,6 +216,10 @@ mod tests {
             memory_bytes: 4096,
             created_at: String::new(),
             image: "minimal".parse().unwrap(),
+            network: NetworkSpec {
+                mode: bhatti_types::NetworkMode::Nat,
+                allow: bhatti_types::Allowance::parse(&["10.0.0.0/8"]).unwrap(),
+            },
         };
         let inserted = store.insert_snapshot(row.clone()).unwrap();
         drop(store);

@@ -1,43 +1,36 @@
 //! Creating a sandbox: by forking a template, or something that was saved, or by booting.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_agent::CallError;
-use bhatti_engine::{BootError, RestoreError, Vm, VmSpec, VmmError};
+use bhatti_engine::{BootError, RestoreError, VmmError};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
-use bhatti_proto::{Applied, ConfigFile, IdentityReport, PAYLOAD_BYTES_MAX};
+use bhatti_proto::ConfigFile;
 use bhatti_store::{InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
-    CpuCount, Environment, ImageName, Labels, MemoryMib, ParseNameError, QuotaExceeded, Report,
-    SandboxId, SandboxName, SandboxSpec, SandboxState, SecretName, UserId,
+    Allowance, CpuCount, Environment, ImageName, Labels, MemoryMib, NetworkMode, NetworkSpec,
+    ParseNameError, QuotaExceeded, Report, SandboxId, SandboxName, SandboxSpec, SandboxState,
+    SecretName, UserId,
 };
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout};
-use tracing::{error, info, warn};
+use tokio::time::Instant;
+use tracing::{error, info};
 
-use crate::access::Running;
 use crate::admission::Busy;
-use crate::driver::{Driver, directory};
-use crate::identity::{self, Extras, random, random_hex};
+use crate::bring_up::{GUEST_CONFIG_BYTES_MAX, bring_up};
+use crate::driver::Driver;
+use crate::identity::{Extras, random, random_hex};
+use crate::networks::NetworkError;
 use crate::secrets::{self, SecretError};
-use crate::spares::{self, Spare, Stage};
+use crate::spares::Spare;
 use crate::steps::Step;
 use crate::templates::{Recipe, Template, TemplateError};
 use crate::{Shared, Supervisor};
-
-/// How long a guest that runs may take to be told who it is.
-const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
-
-/// The most that a guest is told at once, in bytes: one frame, and what else its identity has in it.
-const GUEST_CONFIG_BYTES_MAX: usize = PAYLOAD_BYTES_MAX - 1024;
-
-/// The error of a new sandbox's clock that is put up with.
-const CLOCK_EXACT: Duration = Duration::from_millis(10);
 
 /// What a sandbox is asked to be. What is left out is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,6 +59,10 @@ pub struct SandboxRequest {
     pub files: Vec<FileRequest>,
     /// How long it lives; for ever if absent.
     pub lifetime: Option<Duration>,
+    /// How it is connected; as this host can if absent.
+    pub network: Option<NetworkMode>,
+    /// What it may reach beyond what everybody may.
+    pub allow: Allowance,
 }
 
 /// A file that is put into a sandbox.
@@ -91,12 +88,13 @@ pub(crate) struct New {
 
 impl New {
     /// One without files that lives for ever, if `owner` may have it.
-    pub(crate) fn of(
+    pub(crate) async fn of(
         shared: &Shared,
         owner: UserId,
         spec: SandboxSpec,
     ) -> Result<Self, CreateError> {
         shared.store.admit_sandbox(owner, &spec)?;
+        shared.admit_network(owner, &spec.network).await?;
         let secrets = secrets::read(shared, owner, &spec.secrets)?;
         Ok(Self { owner, spec, secrets, files: BTreeMap::new(), expires_at: None })
     }
@@ -111,6 +109,9 @@ pub enum CreateError {
     /// Its owner may have no more, or none so large.
     #[error(transparent)]
     Quota(QuotaExceeded),
+    /// It cannot have its network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// There is no such image.
     #[error("image `{0}` not found")]
     NoSuchImage(ImageName),
@@ -236,9 +237,14 @@ impl Supervisor {
             secrets: request.secrets,
             init: request.init,
             image: request.image.map_or_else(usual_image, Ok)?,
+            network: NetworkSpec {
+                mode: request.network.unwrap_or_else(|| shared.usual_network()),
+                allow: request.allow,
+            },
         };
         // Before there is a row: what is not allowed, or not set up at all, needs none.
         shared.store.admit_sandbox(owner, &spec)?;
+        shared.admit_network(owner, &spec.network).await?;
         let secrets = secrets::read(shared, owner, &spec.secrets)?;
         let files = boot_files(shared, &spec.image).await?;
         let expires_at = request.lifetime.map(unix_seconds_after);
@@ -246,7 +252,8 @@ impl Supervisor {
         let beginning = if request.cold_boot {
             Beginning::Boot(files)
         } else {
-            let recipe = Recipe { files, cpus: spec.cpus, memory: spec.memory };
+            let has_network = spec.network.mode == NetworkMode::Nat;
+            let recipe = Recipe { files, cpus: spec.cpus, memory: spec.memory, has_network };
             let template = shared.templates.get(shared, &recipe).await?;
             let spare = shared.spares.take(&template);
             Beginning::Template { recipe, template, spare }
@@ -263,7 +270,7 @@ impl Supervisor {
     pub async fn warm_up(&self) -> Result<(), CreateError> {
         let shared = &self.shared;
         let files = boot_files(shared, &usual_image()?).await?;
-        let recipe = Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
+        let recipe = usual_recipe(shared, files);
         let template = shared.templates.get(shared, &recipe).await?;
         shared.spares.fill(shared, &template, recipe.memory).await;
         Ok(())
@@ -274,7 +281,7 @@ impl Supervisor {
         let shared = &self.shared;
         let Ok(image) = usual_image() else { return };
         let Ok(files) = boot_files(shared, &image).await else { return };
-        let recipe = Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
+        let recipe = usual_recipe(shared, files);
         if let Some(template) = shared.templates.find(shared, &recipe) {
             shared.spares.fill(shared, &template, recipe.memory).await;
         }
@@ -323,6 +330,12 @@ impl Supervisor {
         });
         created.await.map_err(|_| CreateError::Interrupted)?
     }
+}
+
+/// What sandboxes that ask for nothing in particular are forked from.
+fn usual_recipe(shared: &Shared, files: BootFiles) -> Recipe {
+    let has_network = shared.usual_network() == NetworkMode::Nat;
+    Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT, has_network }
 }
 
 pub(crate) fn made_up_name() -> Result<SandboxName, CreateError> {
@@ -388,190 +401,12 @@ async fn undo(shared: &Shared, driver: Driver, error: CreateError) -> CreateErro
     if let Err(left) = shared.engine.remove(id, &driver.directory()).await {
         error!(sandbox = %id, error = %Report(&left), "Failed to remove a sandbox that did not come up");
     }
+    let had_network = driver.address.is_some();
     if let Err(error) = driver.abandon() {
         error!(sandbox = %id, error = %Report(&error), "Failed to forget a sandbox that did not come up");
     }
+    if had_network {
+        shared.settle_networks().await;
+    }
     error
-}
-
-/// Brings a sandbox's VM up, and makes it this sandbox's own. Returns what its guest did for that.
-async fn bring_up(
-    shared: &Arc<Shared>,
-    driver: &Driver,
-    row: &SandboxRow,
-    extras: &Extras,
-    beginning: Beginning,
-) -> Result<Option<String>, CreateError> {
-    let bytes = serde_json::to_vec(&identity::config(row, extras))?.len();
-    if bytes > GUEST_CONFIG_BYTES_MAX {
-        return Err(CreateError::TooMuch { bytes });
-    }
-    Ok(match beginning {
-        Beginning::Boot(files) => {
-            boot(shared, driver, row, extras, files).await?;
-            None
-        }
-        Beginning::Template { recipe, template, spare } => {
-            let running = fork_template(shared, row, &recipe, &template, spare).await?;
-            let report = settle(driver, row, extras, running).await?;
-            let shared = Arc::clone(shared);
-            tokio::spawn(
-                async move { shared.spares.fill(&shared, &template, recipe.memory).await },
-            );
-            Some(report)
-        }
-        Beginning::Saved { snapshot, token, .. } => {
-            let admitted = shared.admit(row.spec.memory).await?;
-            let vm = spares::stage(shared, row.id, &snapshot).await?.load().await?;
-            Some(settle(driver, row, extras, Running::new(vm, &token, admitted)).await?)
-        }
-    })
-}
-
-/// Makes a paused VM from a template. One that cannot be used, however that came, is made anew once.
-async fn fork_template(
-    shared: &Arc<Shared>,
-    row: &SandboxRow,
-    recipe: &Recipe,
-    template: &Template,
-    spare: Option<Spare>,
-) -> Result<Running, CreateError> {
-    if let Some(spare) = spare {
-        let (stage, admitted) = spare.claim(shared).map_err(|source| RestoreError::File {
-            step: "claim a VM that was started ahead",
-            source,
-        })?;
-        match stage.load().await {
-            Ok(vm) => return Ok(Running::new(vm, "", admitted)),
-            Err(error) => {
-                warn!(error = %Report(&error), "A VM that was started ahead cannot be used");
-                spares::remove(shared, row.id).await;
-            }
-        }
-    }
-    let admitted = shared.admit(row.spec.memory).await?;
-    let vm = match restore(shared, row.id, &template.directory).await {
-        Ok(vm) => vm,
-        Err(error @ (RestoreError::Damaged { .. } | RestoreError::Mismatch { .. })) => {
-            warn!(error = %Report(&error), "A template cannot be used");
-            spares::remove(shared, row.id).await;
-            shared.templates.discard(template).await;
-            let template = shared.templates.get(shared, recipe).await?;
-            restore(shared, row.id, &template.directory).await?
-        }
-        Err(error) => return Err(error.into()),
-    };
-    Ok(Running::new(vm, "", admitted))
-}
-
-async fn restore(
-    shared: &Shared,
-    id: SandboxId,
-    snapshot: &Path,
-) -> Result<Arc<dyn Vm>, RestoreError> {
-    Stage::Waiting(spares::stage(shared, id, snapshot).await?).load().await
-}
-
-/// Lets a VM run that was another one, and makes its guest this sandbox's own. Returns its report.
-async fn settle(
-    driver: &Driver,
-    row: &SandboxRow,
-    extras: &Extras,
-    running: Running,
-) -> Result<String, CreateError> {
-    running.vm.resume().await?;
-    driver.reached(Step::Running).await;
-    let began = Instant::now();
-    let assumed = timeout(CONFIGURE_LIMIT, async {
-        running.agent.reach().await?;
-        // Only now: the time in it is the time when it arrives.
-        let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
-        running.agent.assume_identity(&identity).await
-    });
-    let report = assumed
-        .await
-        .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
-        .map_err(CreateError::Unconfigured)?;
-    warn_of_failures(row, &report);
-    if let Applied::Failed { message } = &report.files
-        && !extras.files.is_empty()
-    {
-        return Err(CreateError::Files(message.clone()));
-    }
-    let text = serde_json::to_string(&report)?;
-    driver.shared.store.set_sandbox_identity(row.id, &text)?;
-    let running = running.with_token(&row.agent_token);
-    if began.elapsed() > CLOCK_EXACT {
-        // What took so long made the clock late; this does not.
-        driver.tell_woken(&running).await;
-    }
-    driver.running(running)?;
-    Ok(text)
-}
-
-fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
-    let IdentityReport {
-        rng,
-        wall_clock,
-        hostname,
-        machine_id,
-        token,
-        environment,
-        files,
-        first_setup,
-        addresses,
-        connections,
-    } = report;
-    let parts = [
-        rng,
-        wall_clock,
-        hostname,
-        machine_id,
-        token,
-        environment,
-        files,
-        first_setup,
-        addresses,
-        connections,
-    ];
-    for part in parts {
-        if let Applied::Failed { message } = part {
-            warn!(sandbox = %row.id, message, "Guest did not become itself in every part");
-        }
-    }
-}
-
-async fn boot(
-    shared: &Arc<Shared>,
-    driver: &Driver,
-    row: &SandboxRow,
-    extras: &Extras,
-    files: BootFiles,
-) -> Result<(), CreateError> {
-    let admitted = shared.admit(row.spec.memory).await?;
-    let vm_spec = VmSpec {
-        id: row.id,
-        hostname: row.spec.name.clone(),
-        cpus: row.spec.cpus,
-        memory: row.spec.memory,
-        directory: directory(shared, row.id),
-        kernel: files.kernel,
-        initramfs: files.initramfs,
-        root_base: files.root,
-        keep_disk: false,
-        boot_limit: shared.config.boot_limit,
-    };
-    let vm = shared.engine.boot(&vm_spec).await?;
-    let running = Running::new(vm, "", admitted);
-    let configured =
-        timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row, extras))).await;
-    let configured = configured.unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }));
-    configured.map_err(|error| match error {
-        CallError::Agent(refused) if !extras.files.is_empty() => {
-            CreateError::Files(refused.message)
-        }
-        CallError::Refused(message) if !extras.files.is_empty() => CreateError::Files(message),
-        error => CreateError::Unconfigured(error),
-    })?;
-    Ok(driver.running(running.with_token(&row.agent_token))?)
 }

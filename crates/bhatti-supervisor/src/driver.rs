@@ -10,6 +10,7 @@
 //! It lives from the sandbox's creation, or the daemon's start, to the sandbox's destruction. One request is served after the other, so
 //! a hundred that want the sandbox awake find it awake after the first.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -29,6 +30,7 @@ use tracing::{error, info, warn};
 use crate::Shared;
 use crate::access::{Access, Entry, Lease, Running};
 use crate::admission::Busy;
+use crate::networks::NetworkError;
 use crate::steps::Step;
 
 /// How often the wall clock is looked at by who waits for a time of it.
@@ -67,6 +69,9 @@ pub enum TransitionError {
     /// Its guest did not take its configuration.
     #[error("failed to configure the sandbox's guest")]
     Unconfigured(#[source] CallError),
+    /// Its network could not be set up.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Its VMM does not end.
     #[error("failed to end the sandbox's virtual machine")]
     End(#[source] RemoveError),
@@ -190,6 +195,7 @@ pub(crate) struct Driver {
     pub(crate) owner: UserId,
     expires_at: Option<u64>,
     pub(crate) memory: MemoryMib,
+    pub(crate) address: Option<Ipv4Addr>,
     pub(crate) token: String,
     pub(crate) shared: Arc<Shared>,
     pub(crate) access: Arc<Access>,
@@ -207,6 +213,7 @@ impl Driver {
             owner: row.owner,
             expires_at: row.expires_at,
             memory: row.spec.memory,
+            address: row.address,
             token: row.agent_token.clone(),
             shared: Arc::clone(shared),
             access,
@@ -357,6 +364,9 @@ impl Driver {
         self.reached(Step::Removed).await;
         self.record("sandbox.destroyed", serde_json::json!({}));
         self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
+        if self.address.is_some() {
+            self.shared.settle_networks().await;
+        }
         info!(sandbox = %self.id, "Sandbox destroyed");
         Ok(())
     }

@@ -144,7 +144,7 @@ impl Supervisor {
             let (supervisor, turns) = (self.clone(), Arc::clone(&turns));
             forks.spawn(async move {
                 let _turn = turns.acquire_owned().await;
-                let new = New::of(&supervisor.shared, owner, spec)?;
+                let new = New::of(&supervisor.shared, owner, spec).await?;
                 supervisor.create_from(new, beginning).await
             });
         }
@@ -203,5 +203,6 @@ fn fork_spec(
         secrets: request.secrets.clone(),
         init: parent.spec.init.clone(),
         image: parent.spec.image.clone(),
+        network: parent.spec.network.clone(),
     })
 }

@@ -8,6 +8,8 @@ use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{ConfigFile, GuestConfig, Identity, Woken};
 use bhatti_store::SandboxRow;
 
+use crate::networks;
+
 /// What a guest's random number generator gets from the host, in bytes.
 const ENTROPY_BYTES: usize = 32;
 
@@ -36,6 +38,7 @@ pub(crate) struct Extras {
 pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
     let mut env = extras.secrets.clone();
     env.extend(row.spec.environment.as_map().clone());
+    let (network, dns) = networks::of_guest(row);
     GuestConfig {
         sandbox_id: row.id.to_string(),
         hostname: row.spec.name.to_string(),
@@ -43,6 +46,8 @@ pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
         env,
         files: extras.files.clone(),
         init: row.spec.init.clone(),
+        network,
+        dns,
         ..GuestConfig::default()
     }
 }
@@ -59,12 +64,13 @@ pub(crate) fn identity(row: &SandboxRow, extras: &Extras) -> Result<Identity, ge
 }
 
 /// An identity for practice.
-pub(crate) fn rehearsal() -> Result<Identity, getrandom::Error> {
+pub(crate) fn rehearsal(has_network: bool) -> Result<Identity, getrandom::Error> {
+    let network = has_network.then(networks::rehearsal);
     Ok(Identity {
         entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
         wall_clock_ns: wall_clock_ns(),
         machine_id: random_hex()?,
-        config: GuestConfig { hostname: "template".to_owned(), ..GuestConfig::default() },
+        config: GuestConfig { hostname: "template".to_owned(), network, ..GuestConfig::default() },
         rehearsal: true,
     })
 }

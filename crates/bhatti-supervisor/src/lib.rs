@@ -6,12 +6,14 @@
 
 mod access;
 mod admission;
+mod bring_up;
 mod create;
 mod driver;
 mod events;
 mod fork;
 mod identity;
 mod metrics;
+mod networks;
 mod recover;
 mod registry;
 mod secrets;
@@ -32,7 +34,7 @@ use bhatti_image::ImageStore;
 use bhatti_proto::ExecRequest;
 use bhatti_secret::SecretKey;
 use bhatti_store::{ChangeError, SandboxChange, SandboxFilter, SandboxRow, Store, StoreError};
-use bhatti_types::{Denied, MemoryMib, Report, SandboxName, Thermal, UserId};
+use bhatti_types::{Denied, MemoryMib, NetworkMode, Report, SandboxName, Thermal, UserId};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
@@ -42,6 +44,7 @@ pub use admission::Busy;
 pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use driver::{DestroyError, TransitionError};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
+pub use networks::{NetworkConfig, NetworkError};
 pub use recover::RecoverError;
 pub use secrets::SecretError;
 pub use snapshots::{ResumeRequest, SnapshotOpError};
@@ -92,6 +95,8 @@ pub struct Config {
     pub secret_key: SecretKey,
     /// When sandboxes cool.
     pub thermal: ThermalConfig,
+    /// Where sandboxes' networks are.
+    pub network: NetworkConfig,
     /// For tests: what goes wrong, and when.
     pub fault: Option<Fault>,
 }
@@ -209,6 +214,16 @@ impl Supervisor {
         self.shared.engine.capabilities()
     }
 
+    /// How sandboxes are connected that ask for nothing in particular, or why they have no network.
+    ///
+    /// # Errors
+    ///
+    /// Returns why this host's network cannot be used.
+    pub fn network(&self) -> Result<NetworkMode, &str> {
+        let host = self.shared.config.network.host.as_ref();
+        host.map(|_| self.shared.usual_network()).map_err(String::as_str)
+    }
+
     /// The sandbox that `owner` calls so.
     ///
     /// # Errors
@@ -245,6 +260,7 @@ impl Supervisor {
     ) -> Result<SandboxRow, EditError> {
         let row = self.find(owner, id_or_name)?;
         self.shared.store.change_sandbox(row.id, change)?;
+        self.shared.rename_in_networks();
         let row = self.find(owner, &row.id.to_string())?;
         let sandbox = Some((row.id, row.spec.name.to_string()));
         self.record("sandbox.changed", owner, sandbox, serde_json::json!({}));

@@ -52,6 +52,8 @@ impl Supervisor {
         let named = self.shared.store.list_snapshots(None)?.into_iter().map(|row| row.id).collect();
         self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
         self.shared.templates.recover(&self.shared).await.map_err(RecoverError::List)?;
+        // Before any sandbox goes on: the rules may have been lost.
+        self.shared.settle_networks().await;
         for row in rows {
             match row.state {
                 SandboxState::Creating | SandboxState::Destroyed => self.finish_removal(&row).await,
@@ -72,6 +74,9 @@ impl Supervisor {
         }
         match self.shared.store.delete_sandbox(row.id) {
             Ok(()) => {
+                if row.address.is_some() {
+                    self.shared.settle_networks().await;
+                }
                 info!(sandbox = %row.id, state = row.state.as_str(), "Removed what was left of a sandbox");
             }
             Err(error) => {
@@ -168,6 +173,9 @@ async fn take_up_running(driver: &Driver, running: Running) {
     let runs = running.vm.is_running().await;
     let thermal = if matches!(runs, Ok(false)) { Thermal::Warm } else { Thermal::Hot };
     info!(sandbox = %driver.id, thermal = thermal.as_str(), "Took up a sandbox");
+    if let Err(error) = driver.connect_network().await {
+        error!(sandbox = %driver.id, error = %Report(&error), "Failed to connect a sandbox that was taken up");
+    }
     driver.access.set_vm(Some(running.clone()), thermal);
     if thermal == Thermal::Hot {
         driver.tell_woken(&running).await;

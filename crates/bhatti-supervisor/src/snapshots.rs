@@ -126,6 +126,7 @@ impl Supervisor {
             is_full: saved.info.memory == MemoryKind::Full,
             memory_bytes: saved.info.memory_bytes,
             image: row.spec.image,
+            network: row.spec.network,
             created_at: String::new(),
         };
         match shared.store.insert_snapshot(snapshot) {
@@ -189,13 +190,14 @@ impl Supervisor {
             secrets: request.secrets,
             init: String::new(),
             image: snapshot.image,
+            network: snapshot.network,
         };
         let beginning = Beginning::Saved {
             snapshot: self.snapshot_directory(snapshot.id),
             token: snapshot.agent_token,
             origin: format!("snapshot {}", snapshot.id),
         };
-        let new = New::of(&self.shared, owner, spec)?;
+        let new = New::of(&self.shared, owner, spec).await?;
         Ok(self.create_from(new, beginning).await?)
     }
 

@@ -24,6 +24,7 @@ use crate::Shared;
 use crate::admission::Admitted;
 use crate::driver::directory;
 use crate::identity::{self, random};
+use crate::networks;
 use crate::templates::Template;
 
 /// What marks a directory as a spare's.
@@ -96,12 +97,14 @@ pub(crate) async fn stage(
     shared: &Shared,
     id: SandboxId,
     snapshot: &Path,
+    has_network: bool,
 ) -> Result<Box<dyn Staged>, RestoreError> {
     let spec = RestoreSpec {
         id,
         directory: directory(shared, id),
         snapshot: snapshot.to_owned(),
         disks: Disks::Frozen,
+        tap: networks::tap(id, has_network),
         limit: RESTORE_LIMIT,
     };
     shared.engine.stage(&spec).await
@@ -197,12 +200,13 @@ async fn make(
         .and_then(|()| fs::write(place.join(MARKER), ""))
         .map_err(failed("create the VM's directory"))?;
     let made = async {
-        let stage = Stage::Waiting(stage(shared, id, &template.directory).await?);
+        let stage =
+            Stage::Waiting(stage(shared, id, &template.directory, template.has_network).await?);
         if !load {
             return Ok(stage);
         }
         let vm = stage.load().await?;
-        rehearse(vm.as_ref()).await?;
+        rehearse(vm.as_ref(), template.has_network).await?;
         Ok(Stage::Loaded(vm))
     };
     match made.await {
@@ -216,12 +220,13 @@ async fn make(
 
 /// Has a VM do once what every new sandbox does, and pauses it again. Under software emulation, where a guest's code is translated when it
 /// runs for the first time, that is most of what a creation and the first command take.
-async fn rehearse(vm: &dyn Vm) -> Result<(), RestoreError> {
+async fn rehearse(vm: &dyn Vm, has_network: bool) -> Result<(), RestoreError> {
     let failed = |step| move |source| RestoreError::Vmm { step, source };
     vm.resume().await.map_err(failed("run a VM ahead of demand"))?;
     let agent = AgentClient::new(vm.channel());
     let practice = async {
-        agent.assume_identity(&identity::rehearsal().map_err(|_| CallError::Entropy)?).await?;
+        let identity = identity::rehearsal(has_network).map_err(|_| CallError::Entropy)?;
+        agent.assume_identity(&identity).await?;
         let command = || ExecRequest { argv: vec!["true".to_owned()], ..ExecRequest::default() };
         agent.run(command()).await?;
         agent.suspend(false).await

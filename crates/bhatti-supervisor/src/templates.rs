@@ -25,6 +25,7 @@ use tracing::{error, info, warn};
 use crate::Shared;
 use crate::admission::Busy;
 use crate::identity::random;
+use crate::networks;
 
 /// Held by who makes a template.
 const LOCK: &str = ".lock";
@@ -70,6 +71,8 @@ pub(crate) struct Recipe {
     pub(crate) files: BootFiles,
     pub(crate) cpus: CpuCount,
     pub(crate) memory: MemoryMib,
+    /// Whether there is a network card.
+    pub(crate) has_network: bool,
 }
 
 /// The templates of a daemon.
@@ -85,6 +88,8 @@ pub(crate) struct Templates {
 pub(crate) struct Template {
     pub(crate) key: String,
     pub(crate) directory: PathBuf,
+    /// Whether it has a network card.
+    pub(crate) has_network: bool,
     /// Tells it from one that was made anew in its place.
     inode: u64,
 }
@@ -97,13 +102,13 @@ impl Templates {
     /// The template of a recipe, if there is one.
     pub(crate) fn find(&self, shared: &Shared, recipe: &Recipe) -> Option<Template> {
         let key = key(&shared.engine.capabilities().machine, recipe);
-        self.existing(&key)
+        self.existing(&key, recipe)
     }
 
-    fn existing(&self, key: &str) -> Option<Template> {
+    fn existing(&self, key: &str, recipe: &Recipe) -> Option<Template> {
         let directory = self.directory.join(key);
-        let inode = fs::metadata(&directory).ok()?.ino();
-        Some(Template { key: key.to_owned(), directory, inode })
+        let inode = inode_of(&directory)?;
+        Some(Template { key: key.to_owned(), directory, has_network: recipe.has_network, inode })
     }
 
     /// The template of a recipe: made first if there is none. In a task of its own: whoever asked may go away.
@@ -113,7 +118,7 @@ impl Templates {
         recipe: &Recipe,
     ) -> Result<Template, TemplateError> {
         let key = key(&shared.engine.capabilities().machine, recipe);
-        let template = match self.existing(&key) {
+        let template = match self.existing(&key, recipe) {
             Some(template) => template,
             None => {
                 let (shared, recipe) = (Arc::clone(shared), recipe.clone());
@@ -134,7 +139,7 @@ impl Templates {
     pub(crate) async fn discard(&self, template: &Template) {
         let turn = self.turn(&template.key);
         let _turn = turn.lock().await;
-        if self.existing(&template.key).as_ref() == Some(template) {
+        if inode_of(&template.directory) == Some(template.inode) {
             warn!(template = template.key, "Removing a template that cannot be used");
             self.remove(&template.directory);
         }
@@ -226,6 +231,10 @@ impl Templates {
     }
 }
 
+fn inode_of(directory: &Path) -> Option<u64> {
+    Some(fs::metadata(directory).ok()?.ino())
+}
+
 struct Usage {
     directory: PathBuf,
     used: SystemTime,
@@ -235,7 +244,7 @@ struct Usage {
 
 fn key(machine: &str, recipe: &Recipe) -> String {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let Recipe { files, cpus, memory } = recipe;
+    let Recipe { files, cpus, memory, has_network } = recipe;
     // The kernel's directory is named by its content, the other files are themselves.
     let kernel = files.kernel.parent().map(name).unwrap_or_default();
     let text = [
@@ -245,6 +254,7 @@ fn key(machine: &str, recipe: &Recipe) -> String {
         &name(&files.root),
         &cpus.get().to_string(),
         &memory.get().to_string(),
+        if *has_network { "network" } else { "no network" },
     ]
     .join("\n");
     blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
@@ -267,12 +277,12 @@ async fn make_first(
     let turn = templates.turn(key);
     let _turn = turn.lock().await;
     let _others_turn = lock(&templates.directory).await.map_err(TemplateError::Lock)?;
-    if let Some(template) = templates.existing(key) {
+    if let Some(template) = templates.existing(key, recipe) {
         return Ok(template);
     }
     make(shared, recipe, key, &templates.directory).await?;
     templates.evict(key);
-    templates.existing(key).ok_or(TemplateError::Interrupted)
+    templates.existing(key, recipe).ok_or(TemplateError::Interrupted)
 }
 
 async fn make(
@@ -293,6 +303,7 @@ async fn make(
         initramfs: recipe.files.initramfs.clone(),
         root_base: recipe.files.root.clone(),
         keep_disk: false,
+        tap: networks::tap(id, recipe.has_network),
         boot_limit: shared.config.boot_limit,
     };
     let _admitted = shared.admit(recipe.memory).await?;
@@ -383,12 +394,17 @@ mod tests {
             initramfs: "/data/initramfs-1.cpio".into(),
             root: "/data/rootfs-1.ext4".into(),
         };
-        let recipe =
-            Recipe { files: files.clone(), cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT };
+        let recipe = Recipe {
+            files: files.clone(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            has_network: true,
+        };
         let same = BootFiles { kernel: "/elsewhere/kernel-1/vmlinux".into(), ..files.clone() };
         assert_eq!(key("m", &recipe), key("m", &Recipe { files: same, ..recipe.clone() }));
         let others = [
             key("other", &recipe),
+            key("m", &Recipe { has_network: false, ..recipe.clone() }),
             key("m", &Recipe { cpus: CpuCount::try_from(2).unwrap(), ..recipe.clone() }),
             key("m", &Recipe { memory: MemoryMib::try_from(1024).unwrap(), ..recipe.clone() }),
             key(

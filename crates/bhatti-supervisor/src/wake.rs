@@ -12,6 +12,7 @@ use crate::access::Running;
 use crate::create::{CreateError, boot_files};
 use crate::driver::{Driver, TransitionError};
 use crate::identity::{self, Extras};
+use crate::networks::{self, NetworkError};
 use crate::secrets;
 use crate::spares::RESTORE_LIMIT;
 use crate::steps::Step;
@@ -36,6 +37,7 @@ impl Driver {
             directory: directory.clone(),
             snapshot: directory.join(SNAPSHOT),
             disks: Disks::InPlace,
+            tap: networks::tap(self.id, self.address.is_some()),
             limit: RESTORE_LIMIT,
         };
         let loaded = async {
@@ -43,11 +45,19 @@ impl Driver {
             self.reached(Step::Staged).await;
             staged.load().await
         };
-        let vm = match loaded.await {
+        let (loaded, enforced) =
+            tokio::join!(loaded, self.shared.enforce_network(self.owner, self.address));
+        let connected = async {
+            let vm = loaded?;
+            enforced?;
+            self.connect_network().await?;
+            Ok(vm)
+        };
+        let vm = match connected.await {
             Ok(vm) => vm,
             Err(error) => {
                 self.end_failed_wake().await;
-                return Err(error.into());
+                return Err(error);
             }
         };
         self.reached(Step::Loaded).await;
@@ -70,6 +80,11 @@ impl Driver {
         self.access.touch();
         self.forget_consumed().await;
         Ok(())
+    }
+
+    /// Connects the sandbox's tap. Does nothing to one that is connected.
+    pub(crate) async fn connect_network(&self) -> Result<(), NetworkError> {
+        self.shared.connect_network(self.id, self.owner, self.address).await
     }
 
     async fn end_failed_wake(&self) {
@@ -104,9 +119,15 @@ impl Driver {
             initramfs: files.initramfs,
             root_base: files.root,
             keep_disk: true,
+            tap: networks::tap(row.id, row.address.is_some()),
             boot_limit: self.shared.config.boot_limit,
         };
+        self.shared.enforce_network(row.owner, row.address).await?;
         let vm = self.shared.engine.boot(&spec).await?;
+        if let Err(error) = self.connect_network().await {
+            self.end_failed_wake().await;
+            return Err(error.into());
+        }
         let running = Running::new(vm, "", admitted);
         let configured =
             timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row, &extras))).await;

@@ -8,7 +8,7 @@ use bhatti_client::Client;
 use tempfile::TempDir;
 use tokio::process::Child;
 
-use crate::{dist, images, templates, wait_for};
+use crate::{dist, enter_own_network, images, templates, wait_for};
 
 /// How a test's daemon is started.
 #[derive(Clone, Debug)]
@@ -56,12 +56,13 @@ impl TestDaemon {
         Self::start_with(Serve::default()).await
     }
 
-    /// Starts a daemon as told.
+    /// Starts a daemon as told, in a network of its own, in which the calling thread is from now on, too.
     ///
     /// # Panics
     ///
     /// Panics if it does not come up.
     pub async fn start_with(serve: Serve) -> Self {
+        enter_own_network();
         let data = tempfile::Builder::new()
             .prefix("bhatti-test-")
             .tempdir()

@@ -7,6 +7,7 @@
 mod daemon;
 mod files;
 mod http;
+mod network;
 mod sandbox;
 mod skip;
 
@@ -18,6 +19,7 @@ use tokio::time::{sleep, timeout};
 pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm};
 pub use files::{SmallDisk, check_disk, hashes};
 pub use http::{Answer, Api, Socket, json_message, message};
+pub use network::enter_own_network;
 pub use sandbox::{Ran, code_of, collect, named, run, shell, start};
 pub use skip::skip;
 

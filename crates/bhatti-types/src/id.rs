@@ -22,6 +22,12 @@ macro_rules! id {
             pub const fn from_entropy(bytes: [u8; 8]) -> Self {
                 Self(bytes)
             }
+
+            /// The id as a number.
+            #[must_use]
+            pub const fn as_u64(self) -> u64 {
+                u64::from_be_bytes(self.0)
+            }
         }
 
         impl fmt::Display for $name {

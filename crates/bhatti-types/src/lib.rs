@@ -7,6 +7,7 @@ mod id;
 mod label;
 mod lifecycle;
 mod name;
+mod network;
 mod quota;
 mod report;
 mod size;
@@ -18,6 +19,9 @@ pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
 pub use name::{
     Alias, ImageName, ParseAliasError, ParseNameError, ParseSecretNameError, SandboxName,
     SecretName, SnapshotName, TemplateName, UserName,
+};
+pub use network::{
+    Allowance, InvalidAllowance, NEVER_REACHED, NetworkMode, NetworkSpec, UnknownNetworkMode,
 };
 pub use quota::{Quota, QuotaExceeded};
 pub use report::Report;

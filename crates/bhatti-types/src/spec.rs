@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{CpuCount, ImageName, Labels, MemoryMib, SandboxName, SecretName};
+use crate::{CpuCount, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName, SecretName};
 
 /// The longest environment, in bytes, counted as a process has it. With a command of the largest request body it fits one frame.
 const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
@@ -91,6 +91,8 @@ pub struct SandboxSpec {
     pub init: String,
     /// The image that its disk began as.
     pub image: ImageName,
+    /// How it is connected.
+    pub network: NetworkSpec,
 }
 
 #[cfg(test)]

@@ -145,6 +145,12 @@ pub(crate) struct Create {
     /// Boot it, rather than fork it from a template
     #[arg(long)]
     pub(crate) cold_boot: bool,
+    /// How it is connected: nat or none [default: as this host can]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) network: Option<String>,
+    /// A private range that it may reach all the same; may be given several times
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) allow_cidr: Vec<String>,
 }
 
 #[derive(Debug, Args)]

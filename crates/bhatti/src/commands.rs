@@ -8,6 +8,7 @@ mod fork;
 mod inspect;
 mod lifecycle;
 mod list;
+mod network;
 mod serve;
 mod setup;
 mod snapshot;

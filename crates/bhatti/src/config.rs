@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::Ipv4Net;
 use serde::Deserialize;
 
 use crate::error::CliError;
@@ -38,6 +39,25 @@ pub(crate) struct Config {
     pub(crate) public_zone: Option<String>,
     /// How long an application in a sandbox may take to begin its answer, in seconds; 300 if absent.
     pub(crate) proxy_timeout_sec: Option<u32>,
+    /// Whether sandboxes have networks: where this host can make some, if absent.
+    pub(crate) network: NetworkUse,
+    /// Where users' networks of 256 addresses come from; 10.213.0.0/16 if absent.
+    pub(crate) network_range: Option<String>,
+    /// What private ranges users other than the admin may let their sandboxes reach; none if absent.
+    pub(crate) network_allowable: Vec<String>,
+    /// Who is asked for names that are no sandbox's; this host's own name servers if absent.
+    pub(crate) dns: Option<Vec<IpAddr>>,
+}
+
+/// See [`Config::network`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum NetworkUse {
+    /// Where this host can make some.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// See [`Config::thermal`].
@@ -52,6 +72,9 @@ pub(crate) struct Thermal {
     pub(crate) cold_after_sec: Option<u64>,
 }
 
+const NETWORK_RANGE: &str = "10.213.0.0/16";
+/// The prefix of one network.
+const NETWORK_BITS: u8 = 24;
 const WARM_AFTER: Duration = Duration::from_secs(30);
 const COLD_AFTER: Duration = Duration::from_secs(30 * 60);
 const TEMPLATE_BUDGET_MIB: u64 = 8192;
@@ -89,6 +112,16 @@ impl Config {
     /// See [`qemu`](Self::qemu).
     pub(crate) fn qemu(&self) -> PathBuf {
         self.qemu.clone().unwrap_or_else(|| bhatti_qemu::PROGRAM.into())
+    }
+
+    /// See [`network_range`](Self::network_range).
+    pub(crate) fn network_range(&self) -> Result<Ipv4Net, CliError> {
+        let text = self.network_range.as_deref().unwrap_or(NETWORK_RANGE);
+        let range: Option<Ipv4Net> = text.parse().ok();
+        let range = range.filter(|range| range.prefix_len() <= NETWORK_BITS);
+        let bad = || CliError::new(format!("`{text}` is no range of IPv4 networks"));
+        let hint = "network_range in config.yaml is one such as 10.213.0.0/16";
+        Ok(range.ok_or_else(|| bad().hint(hint))?.trunc())
     }
 
     /// See [`template_budget_mb`](Self::template_budget_mb).

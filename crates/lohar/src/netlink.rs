@@ -6,6 +6,9 @@
 //!  attributes length u16 · type u16 · value, each padded to four bytes
 //! ```
 
+mod sockets;
+
+use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
@@ -13,7 +16,7 @@ use std::os::fd::OwnedFd;
 use bhatti_proto::GuestNetwork;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
 
 const HEADER_BYTES: usize = 16;
@@ -40,6 +43,10 @@ const LOCAL: u16 = 2;
 const ROUTE_INTERFACE: u16 = 4;
 const ROUTE_GATEWAY: u16 = 5;
 
+/// `NETLINK_ROUTE` and `NETLINK_SOCK_DIAG`.
+const ROUTE: Option<Protocol> = None;
+const SOCKETS: Option<Protocol> = Some(rustix::net::netlink::SOCK_DIAG);
+
 const UP: u32 = 1;
 const INET: u8 = 2;
 const TABLE_MAIN: u8 = 254;
@@ -48,24 +55,46 @@ const UNICAST: u8 = 1;
 
 /// Brings `lo` up; the kernel gives it its addresses.
 pub(crate) fn loopback_up() -> io::Result<()> {
-    Netlink::open()?.link_up(index("lo")?, None)
+    Netlink::open(ROUTE)?.link_up(index("lo")?, None)
 }
 
-/// Gives an interface the address and route of `network`, in place of what it had.
-pub(crate) fn configure(network: &GuestNetwork) -> io::Result<()> {
+/// Gives an interface the address and route of `network`, in place of what it had. Returns the addresses that it has no more.
+pub(crate) fn configure(network: &GuestNetwork) -> io::Result<Vec<Ipv4Addr>> {
     let (address, prefix) = parse_address(&network.address)?;
     let mac = network.mac.as_deref().map(parse_mac).transpose()?;
     let gateway: Option<Ipv4Addr> =
         network.gateway.as_deref().map(str::parse).transpose().map_err(io::Error::other)?;
     let index = index(&network.interface)?;
-    let netlink = Netlink::open()?;
+    let netlink = Netlink::open(ROUTE)?;
+    // The network is one of the fourth version; there is nobody to ask for an address of the sixth.
+    switch_off_ipv6(&network.interface)?;
     netlink.link_up(index, mac)?;
+    let mut left = Vec::new();
     // The old ones first: a new one of their network would be secondary to them, and go with them.
     for (other, prefix) in netlink.addresses(index)? {
         netlink.change_address(DELETE_ADDRESS, index, other, prefix)?;
+        left.push(other);
     }
+    left.retain(|other| *other != address);
     netlink.change_address(NEW_ADDRESS, index, address, prefix)?;
-    gateway.map_or(Ok(()), |gateway| netlink.default_route(index, gateway))
+    gateway.map_or(Ok(()), |gateway| netlink.default_route(index, gateway))?;
+    Ok(left)
+}
+
+/// Ends the TCP connections from these addresses: their other ends belong to somebody else. Returns how many there were.
+pub(crate) fn cut_connections(addresses: &[Ipv4Addr]) -> io::Result<usize> {
+    if addresses.is_empty() {
+        return Ok(0);
+    }
+    sockets::cut(&Netlink::open(SOCKETS)?, addresses)
+}
+
+fn switch_off_ipv6(interface: &str) -> io::Result<()> {
+    match fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1") {
+        // A kernel without it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written,
+    }
 }
 
 fn index(interface: &str) -> io::Result<u32> {
@@ -96,9 +125,10 @@ fn parse_mac(text: &str) -> io::Result<[u8; 6]> {
 struct Netlink(OwnedFd);
 
 impl Netlink {
-    fn open() -> io::Result<Self> {
-        // Protocol 0 is `NETLINK_ROUTE`.
-        Ok(Self(socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?))
+    fn open(protocol: Option<Protocol>) -> io::Result<Self> {
+        let socket =
+            socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)?;
+        Ok(Self(socket))
     }
 
     fn link_up(&self, index: u32, mac: Option<[u8; 6]>) -> io::Result<()> {
@@ -135,26 +165,30 @@ impl Netlink {
 
     /// The addresses of an interface, with their prefix lengths.
     fn addresses(&self, index: u32) -> io::Result<Vec<(Ipv4Addr, u8)>> {
-        self.send(GET_ADDRESS, DUMP, &[INET, 0, 0, 0, 0, 0, 0, 0])?;
         let mut found = Vec::new();
+        self.list(GET_ADDRESS, &[INET, 0, 0, 0, 0, 0, 0, 0], |kind, body| {
+            if kind != NEW_ADDRESS || body.len() < ADDRESS_BODY_BYTES {
+                return;
+            }
+            let of_interface = body[4..8] == index.to_ne_bytes();
+            let local = attributes(&body[ADDRESS_BODY_BYTES..]).find(|(kind, _)| *kind == LOCAL);
+            let octets = local.and_then(|(_, value)| value.first_chunk::<4>());
+            let octets = octets.filter(|_| of_interface);
+            found.extend(octets.map(|octets| (Ipv4Addr::from(*octets), body[1])));
+        })?;
+        Ok(found)
+    }
+
+    /// Asks for all of something, and hands over each message of the answer.
+    fn list(&self, kind: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        self.send(kind, DUMP, body)?;
         loop {
             let answer = self.receive()?;
             for (kind, body) in messages(&answer) {
                 match kind {
-                    NEW_ADDRESS if body.len() >= ADDRESS_BODY_BYTES => {
-                        let of_interface = body[4..8] == index.to_ne_bytes();
-                        let local = attributes(&body[ADDRESS_BODY_BYTES..])
-                            .find(|(kind, _)| *kind == LOCAL);
-                        let octets = local.and_then(|(_, value)| value.first_chunk::<4>());
-                        found.extend(
-                            octets
-                                .filter(|_| of_interface)
-                                .map(|octets| (Ipv4Addr::from(*octets), body[1])),
-                        );
-                    }
                     ERROR => return Err(error_of(body)),
-                    DONE => return Ok(found),
-                    _ => {}
+                    DONE => return Ok(()),
+                    kind => each(kind, body),
                 }
             }
         }
@@ -251,7 +285,7 @@ mod tests {
 
     #[test]
     fn loopback_has_the_address_that_the_kernel_gave_it() {
-        let netlink = Netlink::open().unwrap();
+        let netlink = Netlink::open(ROUTE).unwrap();
 
         let addresses = netlink.addresses(index("lo").unwrap()).unwrap();
 

@@ -1,4 +1,4 @@
-use bhatti_types::{FailReason, Quota};
+use bhatti_types::{Allowance, FailReason, NetworkSpec, Quota};
 
 use super::*;
 
@@ -19,6 +19,7 @@ fn spec(name: &str) -> SandboxSpec {
         secrets: vec!["TOKEN".parse().unwrap()],
         init: "echo hi".to_owned(),
         image: "minimal".parse().unwrap(),
+        network: NetworkSpec { mode: NetworkMode::None, allow: Allowance::default() },
     }
 }
 

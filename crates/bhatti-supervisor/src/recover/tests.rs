@@ -13,11 +13,14 @@ use bhatti_engine::{
 use bhatti_image::ImageStore;
 use bhatti_secret::SecretKey;
 use bhatti_store::{NewSandbox, Store};
-use bhatti_types::{CpuCount, Environment, Labels, MemoryMib, SandboxName, SandboxSpec, UserId};
+use bhatti_types::{
+    Allowance, CpuCount, Environment, Labels, MemoryMib, NetworkSpec, SandboxName, SandboxSpec,
+    UserId,
+};
 use parking_lot::Mutex;
 
 use super::*;
-use crate::{Config, ThermalConfig};
+use crate::{Config, NetworkConfig, ThermalConfig};
 
 /// What is found of a sandbox's VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,6 +160,7 @@ impl Place {
             secrets: Vec::new(),
             init: String::new(),
             image: "minimal".parse().unwrap(),
+            network: NetworkSpec::default(),
         };
         let (origin, agent_token) = ("boot".to_owned(), String::new());
         let new =
@@ -192,6 +196,11 @@ impl Place {
             thermal: ThermalConfig {
                 warm_after: Duration::from_secs(3600),
                 cold_after: Duration::from_secs(3600),
+            },
+            network: NetworkConfig {
+                host: Err("this is a test".to_owned()),
+                range: "10.213.0.0/16".parse().unwrap(),
+                allowable: Allowance::default(),
             },
             fault: None,
         };

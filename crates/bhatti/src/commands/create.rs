@@ -8,7 +8,7 @@ use crate::cli::Create;
 use crate::error::CliError;
 
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
-    let Create { name, cpus, memory, env, keep_hot, cold_boot } = arguments;
+    let Create { name, cpus, memory, env, keep_hot, cold_boot, network, allow_cidr } = arguments;
     let env = env.into_iter().collect();
     let request = CreateSandbox {
         name,
@@ -17,6 +17,8 @@ pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
         env,
         keep_hot,
         cold_boot,
+        network,
+        network_allow: allow_cidr,
         ..CreateSandbox::default()
     };
     let began = Instant::now();

@@ -63,7 +63,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     if arguments.forget_secrets {
         forget_secrets(data_dir, &store)?;
     }
-    let supervisor = supervisor::make(data_dir, &config, &store)?;
+    let supervisor = supervisor::make(data_dir, &config, &store).await?;
     supervisor.recover().await.map_err(|error| CliError::of(&error))?;
 
     let (stop, stopped) = watch::channel(false);
@@ -105,9 +105,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let unix = serve_unix(state.clone(), data_dir, stopping(stopped))
         .map_err(|error| CliError::of(&error))?;
     servers.spawn(unix);
-    let engine = state.supervisor.capabilities();
-    let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator.as_str(), startup_ms, "Daemon ready");
+    announce(&state, data_dir, started);
 
     let ahead = state.supervisor.clone();
     tokio::spawn(async move { ahead.get_ready().await });
@@ -137,6 +135,17 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     state.supervisor.shut_down(arguments.stop_sandboxes).await;
     state.supervisor.record("daemon.stopped", UserId::ADMIN, None, json!({}));
     Ok(())
+}
+
+/// Says what this daemon is.
+fn announce(state: &AppState, data_dir: &Path, started: Instant) {
+    match state.supervisor.network() {
+        Ok(mode) => info!(network = mode.as_str(), "Sandboxes have a network"),
+        Err(why) => warn!(why, "Sandboxes have no network"),
+    }
+    let engine = state.supervisor.capabilities();
+    let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator.as_str(), startup_ms, "Daemon ready");
 }
 
 /// Gives up secrets that nothing can read any more. The key's file is kept beside, in case it is wanted after all.

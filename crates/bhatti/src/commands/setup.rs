@@ -45,7 +45,7 @@ async fn warm_up(context: &Context, skip: bool) -> Result<(), CliError> {
     let config =
         Config { ready_vmms: Some(0), ready_forks: Some(0), ..Config::read(&context.data_dir)? };
     let store = Store::open(&context.data_dir).map_err(|error| CliError::of(&error))?;
-    let supervisor = supervisor::make(&context.data_dir, &config, &Arc::new(store))?;
+    let supervisor = supervisor::make(&context.data_dir, &config, &Arc::new(store)).await?;
     let began = Instant::now();
     let made = supervisor.warm_up().await;
     made.map_err(|error| {

@@ -10,6 +10,7 @@ use bhatti_secret::{KeyError, SecretKey};
 use bhatti_store::Store;
 use bhatti_supervisor::{Supervisor, ThermalConfig};
 
+use super::network;
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
@@ -17,7 +18,7 @@ use crate::paths;
 /// What goes wrong and when, `daemon:STEP` or `vmm:STEP`: for tests of what becomes of the sandbox then.
 const FAULT: &str = "BHATTI_TEST_FAULT";
 
-pub(super) fn make(
+pub(super) async fn make(
     data_dir: &Path,
     config: &Config,
     store: &Arc<Store>,
@@ -33,6 +34,7 @@ pub(super) fn make(
     let forks_by_default = usize::from(emulated && config.ready_vmms != Some(0));
     let engine: Arc<dyn Engine> = Arc::new(engine);
     let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
+    let network = network::open(config, store).await?;
     let config = bhatti_supervisor::Config {
         sandboxes_dir: directory("sandboxes")?,
         images: ImageStore::new(data_dir),
@@ -50,6 +52,7 @@ pub(super) fn make(
             warm_after: config.thermal.warm_after(),
             cold_after: config.thermal.cold_after(),
         },
+        network,
         fault: fault.map_err(|error| CliError::of(&error))?,
     };
     Ok(Supervisor::new(config, Arc::clone(store), engine))

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bhatti_proto::{Applied, Identity, IdentityReport};
+use bhatti_proto::{Applied, GuestNetwork, Identity, IdentityReport};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::{start_init_of, system, write_files};
@@ -26,6 +26,7 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     };
     // First: it is later with everything else that is done before.
     let wall_clock = guest(&|| set_clock(identity.wall_clock_ns));
+    let (addresses, connections) = move_to(config.network.as_ref().filter(|_| agent.is_guest));
     let report = IdentityReport {
         rng: guest(&|| feed_random(&identity.entropy)),
         wall_clock,
@@ -38,17 +39,13 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             Ok(()) => Applied::Done,
             Err(error) => Applied::Failed { message: error.message },
         },
-        addresses: match &config.network {
-            Some(network) => guest(&|| netlink::configure(network)),
-            None => Applied::Nothing,
-        },
+        addresses,
         first_setup: if agent.settings.borrow().configured || identity.rehearsal {
             Applied::Nothing
         } else {
             guest(&|| system::apply_once(config).map_err(|error| io::Error::other(error.message)))
         },
-        // Those of the agent went with the channel. Without a network card there are no others.
-        connections: Applied::Nothing,
+        connections,
     };
     if identity.rehearsal {
         suspend::thaw(agent);
@@ -61,6 +58,21 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         start_init_of(agent, config);
     }
     report
+}
+
+/// Gives the network card its address, and cuts the connections of the one that it had. Those of the agent went with the channel.
+fn move_to(network: Option<&GuestNetwork>) -> (Applied, Applied) {
+    let Some(network) = network else { return (Applied::Nothing, Applied::Nothing) };
+    match netlink::configure(network) {
+        Ok(left) => {
+            let connections = match netlink::cut_connections(&left) {
+                Ok(0) => Applied::Nothing,
+                cut => applied(cut.map(drop)),
+            };
+            (Applied::Done, connections)
+        }
+        Err(error) => (applied(Err(error)), Applied::Nothing),
+    }
 }
 
 fn applied(result: io::Result<()>) -> Applied {

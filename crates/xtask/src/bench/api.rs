@@ -12,7 +12,8 @@ use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_store::{NewSandbox, Store};
 use bhatti_testkit::{Api, TestDaemon};
 use bhatti_types::{
-    CpuCount, Environment, Labels, MemoryMib, SandboxId, SandboxSpec, SandboxState, UserId,
+    CpuCount, Environment, Labels, MemoryMib, NetworkSpec, SandboxId, SandboxSpec, SandboxState,
+    UserId,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -95,6 +96,7 @@ fn fill(data_dir: &Path) -> Result<()> {
             secrets: Vec::new(),
             init: String::new(),
             image: "minimal".parse()?,
+            network: NetworkSpec::default(),
         };
         let (origin, agent_token) = ("boot".to_owned(), String::new());
         let owner = UserId::ADMIN;
@@ -167,6 +169,7 @@ impl BareVm {
             directory: place.path().join("vm"),
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
+            tap: None,
             limit: LIMIT,
         };
         let vm = engine.stage(&spec).await?.load().await?;

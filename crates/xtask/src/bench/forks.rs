@@ -72,6 +72,7 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
             directory: directory.clone(),
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
+            tap: None,
             limit: LIMIT,
         };
         let began = Instant::now();

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use bhatti_api::{CreateSandbox, ErrorCode, NewFile};
 use bhatti_store::{SandboxFilter, TemplateRow};
 use bhatti_supervisor::{FileRequest, SandboxRequest};
-use bhatti_types::{CpuCount, Environment, Labels, MemoryMib, SandboxName, SecretName};
+use bhatti_types::{Allowance, CpuCount, Environment, Labels, MemoryMib, SandboxName, SecretName};
 
 use super::ListQuery;
 use crate::status::ApiError;
@@ -95,6 +95,8 @@ pub(super) fn create(
         secrets: wanted_secrets,
         labels: wanted_labels,
         timeout_sec,
+        network,
+        network_allow,
     } = request;
     let mut base = template.map(of_template).unwrap_or_default();
     // A sandbox of a template is called after it.
@@ -132,6 +134,8 @@ pub(super) fn create(
         keep_hot,
         cold_boot,
         files: files.into_iter().map(file).collect::<Result<_, _>>()?,
+        network: network.map(|mode| mode.parse()).transpose().map_err(|error| bad(&error))?,
+        allow: Allowance::parse(&network_allow).map_err(|error| bad(&error))?,
         lifetime: timeout_sec.map(|seconds| Duration::from_secs(seconds.into())),
         ..base
     })

@@ -1,0 +1,269 @@
+//! The networks of sandboxes on this host.
+//!
+//! ```text
+//!  sandbox ─ eth0 ═ bh… (tap) ─┐                         ┌─ this host: refused, but for names
+//!  sandbox ─ eth0 ═ bh… (tap) ─┴─ bhatti<n> (bridge) ────┼─ other networks: refused
+//!                                 10.213.<n>.1/24        └─ elsewhere: masqueraded
+//! ```
+//!
+//! One bridge per user. What there is to be is a [`Plan`], declared as a whole; [`Host::apply`] makes the host so, and may be called again
+//! at any time. What is on the host and not this daemon's own is never touched: bridges carry its mark in their link address, the tables of
+//! the packet filter its name. Taps are the VMMs': they end with them, so none can be left over.
+
+mod links;
+mod names;
+mod resolver;
+mod rules;
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::Stdio;
+
+use bhatti_host::process::command;
+use bhatti_types::{Allowance, Report};
+use ipnet::Ipv4Net;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Mutex;
+
+pub use links::Taken;
+pub use names::{Instance, Mac, bridge_name, tap_name};
+
+use links::Links;
+use resolver::Resolver;
+
+/// The packet filter's program.
+const NFT: &str = "nft";
+
+/// Whether this host passes on what is not for itself.
+const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// A user's network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// Its number on this host.
+    pub number: u32,
+    /// Its addresses: 256 of them.
+    pub subnet: Ipv4Net,
+}
+
+/// A sandbox's place in a network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// The interface on this host.
+    pub tap: String,
+    /// The number of its network.
+    pub network: u32,
+    /// The sandbox's address.
+    pub address: Ipv4Addr,
+    /// What siblings call it.
+    pub name: String,
+    /// What it may reach beyond what everybody may.
+    pub allow: Allowance,
+}
+
+/// All that there is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The networks in which there are sandboxes.
+    pub networks: Vec<Network>,
+    /// The sandboxes, whether they have a VM or not.
+    pub ports: Vec<Port>,
+}
+
+/// The host's network could not be made what it is to be.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The kernel refused something.
+    #[error("failed to {step}: {message}")]
+    Netlink {
+        /// What was being done.
+        step: &'static str,
+        /// What it said.
+        message: String,
+    },
+    /// Netlink cannot be used.
+    #[error("failed to open netlink")]
+    Open(#[source] io::Error),
+    /// An interface of this name is somebody else's.
+    #[error("the interface `{name}` belongs to somebody else")]
+    Taken {
+        /// Its name.
+        name: String,
+    },
+    /// An interface is not there.
+    #[error("there is no interface `{name}`")]
+    Missing {
+        /// Its name.
+        name: String,
+    },
+    /// The packet filter did not take the rules.
+    #[error("nft refused the rules: {message}")]
+    Rules {
+        /// What it said.
+        message: String,
+    },
+    /// The packet filter's program cannot be run.
+    #[error("failed to run `nft`")]
+    Nft(#[source] io::Error),
+    /// A setting of the kernel cannot be made.
+    #[error("failed to write `{path}`")]
+    File {
+        /// The setting.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The resolver of a network cannot listen.
+    #[error("failed to listen on {address}")]
+    Resolver {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl NetError {
+    fn netlink(step: &'static str) -> impl Fn(rtnetlink::Error) -> Self {
+        move |error| {
+            let message = match error {
+                rtnetlink::Error::NetlinkError(error) => error.to_io().to_string(),
+                error => error.to_string(),
+            };
+            Self::Netlink { step, message }
+        }
+    }
+}
+
+/// This host's network, as one daemon sees it.
+pub struct Host {
+    instance: Instance,
+    links: Links,
+    resolver: Resolver,
+    /// One change at a time, and one list of everything: the kernel has busy sockets start no second.
+    changing: Mutex<()>,
+}
+
+impl Host {
+    /// Takes hold of the host's network, and sees whether it can be changed. Must be called within a runtime. Names that are no sandbox's
+    /// are asked of `upstreams`.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it cannot be changed.
+    pub async fn open(instance: Instance, upstreams: Vec<IpAddr>) -> Result<Self, NetError> {
+        let links = Links::open(instance).map_err(NetError::Open)?;
+        let resolver = Resolver::new(upstreams);
+        let host = Self { instance, links, resolver, changing: Mutex::default() };
+        // The rules of nobody: the same that the first sandbox will need.
+        host.check().await?;
+        Ok(host)
+    }
+
+    async fn check(&self) -> Result<(), NetError> {
+        nft(&["--check"], &rules::script(self.instance, &Plan::default())).await
+    }
+
+    /// What others have on this host.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the kernel does not say.
+    pub async fn taken(&self) -> Result<Taken, NetError> {
+        let _turn = self.changing.lock().await;
+        self.links.taken().await
+    }
+
+    /// Makes the host what `plan` says, and what is there beyond it, of this daemon's, goes. `plan` is asked for when it is this change's turn.
+    ///
+    /// # Errors
+    ///
+    /// Returns what could not be done, unless it is about another network than the one of the number `needed`: that is logged, for nobody
+    /// suffers by it who asked. The rules are then the new ones or the old ones, never in between.
+    pub async fn apply<E: From<NetError>>(
+        &self,
+        needed: Option<u32>,
+        plan: impl FnOnce() -> Result<Plan, E>,
+    ) -> Result<(), E> {
+        let _turn = self.changing.lock().await;
+        let plan = plan()?;
+        self.make_so(needed, &plan).await?;
+        Ok(())
+    }
+
+    async fn make_so(&self, needed: Option<u32>, plan: &Plan) -> Result<(), NetError> {
+        let there = self.links.bridges().await?;
+        // The rules come first, and go last: no bridge is ever without them.
+        nft(&[], &rules::script(self.instance, plan)).await?;
+        for network in &plan.networks {
+            match self.set_up(network, &there).await {
+                Err(error) if needed != Some(network.number) => {
+                    let bridge = bridge_name(network.number);
+                    tracing::error!(bridge, error = %Report(&error), "A network cannot be set up");
+                }
+                done => done?,
+            }
+        }
+        for bridge in &there {
+            if !plan.networks.iter().any(|network| network.number == bridge.number) {
+                self.links.remove_bridge(bridge).await?;
+            }
+        }
+        self.resolver.keep(plan);
+        if plan.networks.is_empty() { Ok(()) } else { enable_forwarding() }
+    }
+
+    async fn set_up(&self, network: &Network, there: &[links::Bridge]) -> Result<(), NetError> {
+        self.links.ensure_bridge(network, there).await?;
+        self.resolver.serve(network)
+    }
+
+    /// Changes what siblings are called, and nothing else.
+    pub fn rename(&self, plan: &Plan) {
+        self.resolver.keep(plan);
+    }
+
+    /// Connects a sandbox's tap with its network. Before that, nothing passes it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if either is not there.
+    pub async fn connect(&self, tap: &str, network: u32) -> Result<(), NetError> {
+        self.links.connect(tap, &bridge_name(network)).await
+    }
+}
+
+/// Has `nft` do a script, all of it or nothing.
+async fn nft(arguments: &[&str], script: &str) -> Result<(), NetError> {
+    let mut nft = command(NFT);
+    nft.args(arguments).args(["-f", "-"]).stdin(Stdio::piped());
+    nft.stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut process = nft.spawn().map_err(NetError::Nft)?;
+    let input = process.stdin.take();
+    let written = async {
+        if let Some(mut input) = input {
+            // If it closes the pipe, it says itself why.
+            drop(input.write_all(script.as_bytes()).await);
+        }
+    };
+    let ((), output) = tokio::join!(written, process.wait_with_output());
+    let output = output.map_err(NetError::Nft)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let message = String::from_utf8_lossy(&output.stderr);
+    let first: Vec<&str> = message.lines().take(3).collect();
+    Err(NetError::Rules { message: first.join(" ") })
+}
+
+/// Has this host pass on what is not for itself: without that, nothing leaves a network.
+fn enable_forwarding() -> Result<(), NetError> {
+    let failed = |source| NetError::File { path: FORWARDING.to_owned(), source };
+    if std::fs::read_to_string(FORWARDING).map_err(failed)?.trim() == "0" {
+        std::fs::write(FORWARDING, "1").map_err(failed)?;
+        tracing::info!("This host forwards packets from now on, for its sandboxes");
+    }
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! Names: each network has a resolver at its gateway's address, which knows the sandboxes in it and asks others about the rest.
+//!
+//! A resolver answers for everything, for one that says "no such name" is believed: no other would be asked.
+
+mod answer;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tracing::debug;
+
+use crate::{NetError, Network, Plan};
+use answer::{Answer, answer};
+
+const PORT: u16 = 53;
+
+/// The largest datagram; names that are answered from here fit easily, and what comes from elsewhere says itself that it was cut.
+const DATAGRAM_BYTES_MAX: usize = 4096;
+
+/// How long another resolver may take.
+const UPSTREAM_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a caller may keep a connection.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
+
+/// Questions that one network may have open at once.
+const OPEN_QUESTIONS: usize = 256;
+
+/// The sandboxes of a network by name, in lower case.
+type Names = HashMap<String, Ipv4Addr>;
+
+/// The resolvers of all networks.
+pub(crate) struct Resolver {
+    upstreams: Arc<[IpAddr]>,
+    networks: Mutex<HashMap<u32, Served>>,
+}
+
+/// A network's resolver, for as long as this lives.
+struct Served {
+    gateway: Ipv4Addr,
+    names: Arc<Mutex<Names>>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// What one question needs.
+#[derive(Clone)]
+struct Known {
+    names: Arc<Mutex<Names>>,
+    upstreams: Arc<[IpAddr]>,
+    open: Arc<Semaphore>,
+}
+
+impl Resolver {
+    pub(crate) fn new(upstreams: Vec<IpAddr>) -> Self {
+        Self { upstreams: upstreams.into(), networks: Mutex::default() }
+    }
+
+    /// Serves a network.
+    pub(crate) fn serve(&self, network: &Network) -> Result<(), NetError> {
+        let mut networks = self.networks.lock();
+        let gateway = network.gateway();
+        if networks.get(&network.number).is_none_or(|served| served.gateway != gateway) {
+            networks.remove(&network.number);
+            networks.insert(network.number, self.start(gateway)?);
+        }
+        Ok(())
+    }
+
+    /// Takes over the names of a plan, and ends the resolvers of networks that are not in it.
+    pub(crate) fn keep(&self, plan: &Plan) {
+        let mut networks = self.networks.lock();
+        networks.retain(|number, _| plan.networks.iter().any(|network| network.number == *number));
+        for (number, served) in networks.iter() {
+            let ports = plan.ports.iter().filter(|port| port.network == *number);
+            let mut names = Names::new();
+            for port in ports {
+                // Of names that differ in case alone, which DNS does not see, the first is meant.
+                names.entry(port.name.to_ascii_lowercase()).or_insert(port.address);
+            }
+            *served.names.lock() = names;
+        }
+    }
+
+    fn start(&self, gateway: Ipv4Addr) -> Result<Served, NetError> {
+        let address = SocketAddr::from((gateway, PORT));
+        let failed = |source| NetError::Resolver { address, source };
+        let datagrams = std::net::UdpSocket::bind(address).map_err(failed)?;
+        datagrams.set_nonblocking(true).map_err(failed)?;
+        let datagrams = UdpSocket::from_std(datagrams).map_err(failed)?;
+        let connections = std::net::TcpListener::bind(address).map_err(failed)?;
+        connections.set_nonblocking(true).map_err(failed)?;
+        let connections = TcpListener::from_std(connections).map_err(failed)?;
+        let names = Arc::default();
+        let known = Known {
+            names: Arc::clone(&names),
+            upstreams: Arc::clone(&self.upstreams),
+            open: Arc::new(Semaphore::new(OPEN_QUESTIONS)),
+        };
+        let tasks = [
+            tokio::spawn(serve_datagrams(Arc::new(datagrams), known.clone())),
+            tokio::spawn(serve_connections(connections, known)),
+        ];
+        Ok(Served { gateway, names, tasks })
+    }
+}
+
+async fn serve_datagrams(socket: Arc<UdpSocket>, known: Known) {
+    let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
+    loop {
+        let Ok(turn) = Arc::clone(&known.open).acquire_owned().await else { return };
+        let (length, from) = match socket.recv_from(&mut buffer).await {
+            Ok(received) => received,
+            // Of an answer that nobody took.
+            Err(error) => {
+                debug!(%error, "Resolver got an error");
+                continue;
+            }
+        };
+        let (socket, known, question) =
+            (Arc::clone(&socket), known.clone(), buffer[..length].to_vec());
+        tokio::spawn(async move {
+            let _turn = turn;
+            if let Some(answer) = known.ask(&question, ask_by_datagram).await {
+                drop(socket.send_to(&answer, from).await);
+            }
+        });
+    }
+}
+
+async fn serve_connections(listener: TcpListener, known: Known) {
+    loop {
+        let Ok(turn) = Arc::clone(&known.open).acquire_owned().await else { return };
+        let connection = match listener.accept().await {
+            Ok((connection, _)) => connection,
+            Err(error) => {
+                debug!(%error, "Resolver got no connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let known = known.clone();
+        tokio::spawn(async move {
+            let _turn = turn;
+            drop(timeout(CONNECTION_LIMIT, converse(connection, &known)).await);
+        });
+    }
+}
+
+/// Answers the questions of one connection, one after the other.
+async fn converse(mut connection: TcpStream, known: &Known) -> io::Result<()> {
+    loop {
+        let question = read_message(&mut connection).await?;
+        let Some(answer) = known.ask(&question, ask_by_connection).await else { return Ok(()) };
+        write_message(&mut connection, &answer).await?;
+    }
+}
+
+async fn read_message(connection: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut message = vec![0; usize::from(connection.read_u16().await?)];
+    connection.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+async fn write_message(connection: &mut TcpStream, message: &[u8]) -> io::Result<()> {
+    let length = u16::try_from(message.len()).map_err(io::Error::other)?;
+    connection.write_u16(length).await?;
+    connection.write_all(message).await
+}
+
+impl Known {
+    /// The answer to a question; none if it is none.
+    async fn ask(
+        &self,
+        question: &[u8],
+        ask: impl AsyncFn(IpAddr, &[u8]) -> io::Result<Vec<u8>>,
+    ) -> Option<Vec<u8>> {
+        let answered = answer(question, &self.names.lock())?;
+        let failure = match answered {
+            Answer::Known(answer) => return Some(answer),
+            Answer::Ask { failure } => failure,
+        };
+        for upstream in self.upstreams.iter() {
+            match timeout(UPSTREAM_LIMIT, ask(*upstream, question)).await {
+                Ok(Ok(answer)) if answer.get(..2) == question.get(..2) => return Some(answer),
+                other => debug!(%upstream, ?other, "Resolver got no answer"),
+            }
+        }
+        Some(failure)
+    }
+}
+
+async fn ask_by_datagram(upstream: IpAddr, question: &[u8]) -> io::Result<Vec<u8>> {
+    let any: IpAddr = match upstream {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // A port of its own for each question: who would forge an answer has to guess it.
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect((upstream, PORT)).await?;
+    socket.send(question).await?;
+    let mut answer = vec![0; DATAGRAM_BYTES_MAX];
+    let length = socket.recv(&mut answer).await?;
+    answer.truncate(length);
+    Ok(answer)
+}
+
+async fn ask_by_connection(upstream: IpAddr, question: &[u8]) -> io::Result<Vec<u8>> {
+    let mut connection = TcpStream::connect((upstream, PORT)).await?;
+    write_message(&mut connection, question).await?;
+    read_message(&mut connection).await
+}

@@ -1,0 +1,192 @@
+//! What may pass: the rules of all networks, as a script of nft(8).
+//!
+//! ```text
+//!  tap ─► bridge prerouting: the sandbox's own addresses, IPv4 and ARP, or dropped
+//!           ├─► another tap of the same bridge: passes
+//!           ├─► this host:   the network's resolver, what is allowed, or refused
+//!           └─► elsewhere:   other networks are refused, what is allowed passes, private ranges are refused, the rest passes, masqueraded
+//!  elsewhere ─► tap: answers, or dropped
+//! ```
+//!
+//! Taps are known by their group, which is the daemon's own number: one that no sandbox of the plan has passes nothing.
+//!
+//! Two tables, of the families `bridge` and `inet`, in the daemon's own name. They are declared whole and replaced in one transaction: at no
+//! time is there half a policy. Chains of others are not touched; what they drop stays dropped.
+
+use std::net::Ipv4Addr;
+
+use bhatti_types::NEVER_REACHED;
+
+use crate::names::{Instance, Mac, bridge_name};
+use crate::{Network, Plan, Port};
+
+/// Ranges that are nobody's on the public network, and so may be this host's neighbours.
+const PRIVATE: [&str; 8] = [
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "192.88.99.0/24",
+    "240.0.0.0/4",
+];
+
+/// The name of both tables.
+pub(crate) fn table(instance: Instance) -> String {
+    format!("bhatti_{instance}")
+}
+
+/// Both tables as they are to be. Without networks there are none.
+pub(crate) fn script(instance: Instance, plan: &Plan) -> String {
+    let table = table(instance);
+    let mut script = String::new();
+    for family in ["bridge", "inet"] {
+        // What is not there cannot be deleted; declaring it first makes sure that it is.
+        script += &format!("table {family} {table} {{}}\ndelete table {family} {table}\n");
+    }
+    if !plan.networks.is_empty() {
+        script += &bridge_table(instance, &table, plan);
+        script += &inet_table(&table, plan);
+    }
+    script
+}
+
+fn bridge_table(instance: Instance, table: &str, plan: &Plan) -> String {
+    let sources = plan.ports.iter().map(|Port { tap, address, .. }| {
+        format!("{} . {} . {address}", quoted(tap), Mac::of_guest(*address))
+    });
+    format!(
+        "table bridge {table} {{
+{}	chain prerouting {{
+		type filter hook prerouting priority -300; policy accept;
+		iifgroup {instance} goto from_guest
+	}}
+	chain from_guest {{
+		ether type ip iifname . ether saddr . ip saddr @sources accept
+		ether type arp iifname . ether saddr . arp saddr ip @sources iifname . arp saddr ether . arp saddr ip @sources accept
+		counter drop
+	}}
+}}
+",
+        set("sources", "ifname . ether_addr . ipv4_addr", "", sources),
+        instance = instance.0,
+    )
+}
+
+fn inet_table(table: &str, plan: &Plan) -> String {
+    let bridge = |network: &Network| quoted(&bridge_name(network.number));
+    let networks = &plan.networks;
+    let allowed = plan.ports.iter().flat_map(|port| {
+        let ranges = port.allow.ranges().iter();
+        ranges.map(|range| format!("{} . {range}", port.address))
+    });
+    let sets = [
+        set("bridges", "ifname", "", networks.iter().map(bridge)),
+        // Where a module sends what is bridged through the hooks of what is routed, siblings meet here.
+        set(
+            "same",
+            "ifname . ifname",
+            "",
+            networks.iter().map(|network| format!("{0} . {0}", bridge(network))),
+        ),
+        set(
+            "gateways",
+            "ifname . ipv4_addr",
+            "",
+            networks.iter().map(|network| format!("{} . {}", bridge(network), network.gateway())),
+        ),
+        set(
+            "networks",
+            "ipv4_addr",
+            INTERVAL,
+            networks.iter().map(|network| network.subnet.to_string()),
+        ),
+        set("allowed", "ipv4_addr . ipv4_addr", INTERVAL, allowed),
+        set("never", "ipv4_addr", INTERVAL, NEVER_REACHED.map(|range| range.to_string())),
+        set("private", "ipv4_addr", INTERVAL, PRIVATE.map(str::to_owned)),
+    ]
+    .concat();
+    format!(
+        "table inet {table} {{
+{sets}	chain input {{
+		type filter hook input priority filter - 10; policy accept;
+		iifname @bridges goto to_host
+	}}
+	chain to_host {{
+		ct state established,related accept
+		iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 accept
+		ip daddr @networks reject with icmpx admin-prohibited
+		ip daddr @never reject with icmpx admin-prohibited
+		ip saddr . ip daddr @allowed accept
+		reject with icmpx admin-prohibited
+	}}
+	chain forward {{
+		type filter hook forward priority filter - 10; policy accept;
+		iifname @bridges goto from_guest
+		oifname @bridges goto to_guest
+	}}
+	chain from_guest {{
+		iifname . oifname @same accept
+		oifname @bridges reject with icmpx admin-prohibited
+		meta nfproto != ipv4 drop
+		ct state established,related accept
+		ip daddr @networks reject with icmpx admin-prohibited
+		ip daddr @never reject with icmpx admin-prohibited
+		ip saddr . ip daddr @allowed accept
+		ip daddr @private reject with icmpx admin-prohibited
+		accept
+	}}
+	chain to_guest {{
+		ct state established,related accept
+		drop
+	}}
+	chain postrouting {{
+		type nat hook postrouting priority srcnat; policy accept;
+		ip saddr @networks oifname != @bridges masquerade
+	}}
+}}
+"
+    )
+}
+
+const INTERVAL: &str = "\t\tflags interval\n";
+
+fn set(name: &str, kind: &str, flags: &str, elements: impl IntoIterator<Item = String>) -> String {
+    let elements: Vec<String> = elements.into_iter().collect();
+    let mut set = format!("\tset {name} {{\n\t\ttype {kind}\n{flags}");
+    if !elements.is_empty() {
+        set += &format!("\t\telements = {{ {} }}\n", elements.join(", "));
+    }
+    set + "\t}\n"
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{name}\"")
+}
+
+impl Network {
+    /// This host's own address in it.
+    #[must_use]
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.address(1)
+    }
+
+    /// The address of this number in it.
+    #[must_use]
+    pub fn address(&self, number: u8) -> Ipv4Addr {
+        let [a, b, c, _] = self.subnet.network().octets();
+        Ipv4Addr::new(a, b, c, number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_declared_for_nobody() {
+        let script = script(Instance(1), &Plan::default());
+        assert!(script.lines().all(|line| line.ends_with("{}") || line.starts_with("delete")));
+    }
+}

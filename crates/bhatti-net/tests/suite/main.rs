@@ -1,0 +1,307 @@
+//! Real packets through real bridges and rules, in a network of the test's own; guests are namespaces behind a cable instead of a tap.
+
+#![expect(clippy::unwrap_used, reason = "what a test cannot set up, it cannot test")]
+
+mod place;
+
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+
+use bhatti_net::{Host, Instance, NetError, Network, Plan, bridge_name};
+use bhatti_testkit::enter_own_network;
+use bhatti_types::Allowance;
+
+use place::{Guest, LIMIT, ask_name, ip, nft, port_of};
+
+const WEB: u16 = 8080;
+
+/// Whether this test can run; says so if it cannot.
+fn ready(what: &str) -> bool {
+    let ready = enter_own_network();
+    if !ready {
+        bhatti_testkit::skip(what, "a network of one's own needs root");
+    }
+    ready
+}
+
+fn network(number: u32) -> Network {
+    let subnet = format!("10.213.{number}.0/24").parse().unwrap();
+    Network { number, subnet }
+}
+
+fn address(network: u32, number: u8) -> Ipv4Addr {
+    let network = u8::try_from(network).unwrap();
+    Ipv4Addr::new(10, 213, network, number)
+}
+
+/// A guest at each of these addresses, called after its last number.
+async fn guests(host: &Host, at: &[(u32, u8)]) -> (Plan, Vec<Guest>) {
+    let mut plan = Plan::default();
+    for (number, place) in at {
+        if !plan.networks.contains(&network(*number)) {
+            plan.networks.push(network(*number));
+        }
+        let name = format!("s{place}");
+        plan.ports.push(port_of(*number, address(*number, *place), &name, Allowance::default()));
+    }
+    apply(host, &plan).await.unwrap();
+    let mut guests = Vec::new();
+    for port in &plan.ports {
+        let guest = Guest::start(&port.tap, port.address);
+        host.connect(&port.tap, port.network).await.unwrap();
+        guest.wait_for_link();
+        guests.push(guest);
+    }
+    (plan, guests)
+}
+
+async fn apply(host: &Host, plan: &Plan) -> Result<(), NetError> {
+    host.apply(plan.networks.first().map(|network| network.number), || Ok(plan.clone())).await
+}
+
+async fn open(instance: u32) -> Host {
+    Host::open(Instance(instance), vec![Ipv4Addr::LOCALHOST.into()]).await.unwrap()
+}
+
+fn at(address: Ipv4Addr) -> SocketAddr {
+    SocketAddrV4::new(address, WEB).into()
+}
+
+#[tokio::test]
+async fn siblings_reach_each_other_and_other_users_do_not_whatever_the_bridges_do() {
+    if !ready("traffic between sandboxes") {
+        return;
+    }
+    let host = open(1).await;
+    let (_plan, guests) = guests(&host, &[(0, 2), (0, 3), (1, 2)]).await;
+    let [alice, sibling, bob] = &guests[..] else { panic!("three guests") };
+    for guest in &guests {
+        guest.serve(WEB);
+    }
+    // With a module that sends what is bridged through the rules for what is routed, and without.
+    for filtered in ["1", "0"] {
+        let setting = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        if std::fs::write(setting, filtered).is_err() {
+            bhatti_testkit::skip("siblings with br_netfilter", "this kernel has it not loaded");
+        }
+        assert_eq!(alice.get(at(sibling.address)), Ok(alice.address.to_string()));
+        assert_eq!(sibling.get(at(alice.address)), Ok(sibling.address.to_string()));
+        assert!(alice.get(at(bob.address)).is_err(), "another user's sandbox");
+        assert!(bob.get(at(alice.address)).is_err(), "another user's sandbox");
+    }
+    assert_eq!(bob.get(at(bob.address)), Ok(bob.address.to_string()), "it was there");
+}
+
+#[tokio::test]
+async fn world_is_reached_and_neither_this_host_nor_private_ranges_nor_metadata() {
+    const PRIVATE: [[u8; 4]; 5] =
+        [[10, 99, 0, 1], [172, 16, 5, 1], [192, 168, 77, 1], [100, 64, 1, 1], [198, 18, 0, 9]];
+    if !ready("what sandboxes reach") {
+        return;
+    }
+    let host = open(1).await;
+    let private = PRIVATE.map(Ipv4Addr::from);
+    let metadata = Ipv4Addr::new(169, 254, 169, 254);
+    let public = Ipv4Addr::new(203, 0, 113, 1);
+    let world = Guest::world(&[&private[..], &[metadata, public]].concat());
+    world.serve(WEB);
+    let (mut plan, guests) = guests(&host, &[(0, 2), (0, 3)]).await;
+    let [guest, other] = &guests[..] else { panic!("two guests") };
+    guest.serve(WEB);
+    for ours in [world.gateway(), network(0).gateway(), Ipv4Addr::LOCALHOST] {
+        place::serve_here(SocketAddrV4::new(ours, WEB));
+    }
+
+    let seen = guest.get(at(public));
+    assert_eq!(seen, Ok(world.gateway().to_string()), "as this host's own");
+    for denied in private.into_iter().chain([metadata]) {
+        assert!(place::get_here(at(denied)).is_ok(), "{denied} is there");
+        assert!(guest.get(at(denied)).is_err(), "{denied} was reached");
+    }
+    for ours in [world.gateway(), network(0).gateway()] {
+        assert!(place::get_here(at(ours)).is_ok(), "{ours} is there");
+        assert!(guest.get(at(ours)).is_err(), "{ours} was reached");
+    }
+    // Nobody comes in, not even who knows the way.
+    assert!(world.get(at(guest.address)).is_err(), "it was reached from outside");
+    assert!(place::get_here(at(guest.address)).is_ok(), "it was there");
+
+    // What is allowed is allowed to one, and never what is this host's own or link-local.
+    plan.ports[0].allow = Allowance::parse(&["0.0.0.0/0"]).unwrap();
+    apply(&host, &plan).await.unwrap();
+    for allowed in private {
+        assert!(guest.get(at(allowed)).is_ok(), "{allowed} is allowed");
+        assert!(other.get(at(allowed)).is_err(), "{allowed} is another's");
+    }
+    assert!(guest.get(at(metadata)).is_err(), "metadata was reached");
+    assert!(guest.get(at(network(0).gateway())).is_err(), "the gateway was reached");
+    assert!(guest.get(at(world.gateway())).is_ok(), "this host's own address is in the range");
+}
+
+#[tokio::test]
+async fn forged_source_passes_no_tap_and_neither_does_the_sixth_version() {
+    if !ready("forged sources") {
+        return;
+    }
+    let host = open(1).await;
+    let (_plan, guests) = guests(&host, &[(0, 2), (0, 3), (0, 4)]).await;
+    let [forger, victim, witness] = &guests[..] else { panic!("three guests") };
+    victim.serve(WEB);
+    assert!(forger.get(at(victim.address)).is_ok());
+
+    forger.ip(&["address", "add", "10.213.0.9/24", "dev", "eth0"]);
+    let forged = forger.get_from(address(0, 9), at(victim.address));
+    assert!(forged.is_err(), "an address of nobody's");
+    forger.ip(&["address", "add", "10.213.0.4/32", "dev", "eth0"]);
+    assert!(forger.get_from(witness.address, at(victim.address)).is_err(), "a sibling's address");
+    assert!(witness.get(at(victim.address)).is_ok(), "whose own traffic goes on");
+    assert!(forger.get_from(forger.address, at(victim.address)).is_ok());
+
+    for guest in [forger, victim] {
+        guest.ip(&[
+            "address",
+            "add",
+            &format!("fd00::{}/64", guest.address.octets()[3]),
+            "dev",
+            "eth0",
+            "nodad",
+        ]);
+    }
+    assert!(forger.get("[fd00::3]:8080".parse().unwrap()).is_err(), "the sixth version");
+    assert!(victim.get("[fd00::3]:8080".parse().unwrap()).is_ok(), "it was there");
+
+    forger.ip(&["link", "set", "eth0", "address", "06:62:0a:d5:00:04"]);
+    assert!(forger.get_from(forger.address, at(victim.address)).is_err(), "a forged link address");
+}
+
+#[tokio::test]
+async fn address_that_comes_back_is_reached_at_once() {
+    if !ready("addresses that come back") {
+        return;
+    }
+    let host = open(1).await;
+    let (mut plan, mut guests) = guests(&host, &[(0, 2), (0, 3)]).await;
+    let sibling = guests.remove(0);
+    for life in 0..10 {
+        guests[0].serve(WEB);
+        let began = tokio::time::Instant::now();
+        assert!(sibling.get(at(address(0, 3))).is_ok(), "life {life}");
+        assert!(began.elapsed() < LIMIT / 2, "life {life}: it waited for a stale entry");
+        guests.remove(0).end();
+        plan.ports[1] = port_of(0, address(0, 3), &format!("life{life}"), Allowance::default());
+        apply(&host, &plan).await.unwrap();
+        let guest = Guest::start(&plan.ports[1].tap, plan.ports[1].address);
+        host.connect(&plan.ports[1].tap, 0).await.unwrap();
+        guest.wait_for_link();
+        guests.push(guest);
+    }
+}
+
+#[tokio::test]
+async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing() {
+    if !ready("a whole network") {
+        return;
+    }
+    let host = open(1).await;
+    let ports = (2..=254).map(|number| {
+        let name = format!("s{number}");
+        port_of(0, address(0, number), &name, Allowance::default())
+    });
+    let mut plan = Plan { networks: vec![network(0)], ports: ports.collect() };
+    apply(&host, &plan).await.unwrap();
+    let (first, last) = (
+        Guest::start(&plan.ports[0].tap, address(0, 2)),
+        Guest::start(&plan.ports[252].tap, address(0, 254)),
+    );
+    for port in [0, 252] {
+        host.connect(&plan.ports[port].tap, 0).await.unwrap();
+    }
+    first.wait_for_link();
+    last.wait_for_link();
+    last.serve(WEB);
+    let there = || (nft(&["list", "ruleset"]), ip(&["-brief", "address"]), ip(&["route"]));
+    // Counters count what was dropped meanwhile.
+    let plain = |ruleset: String| -> Vec<String> {
+        ruleset.lines().filter(|line| !line.contains("counter")).map(str::to_owned).collect()
+    };
+    let before = there();
+
+    apply(&host, &plan).await.unwrap();
+
+    let after = there();
+    assert_eq!(plain(before.0), plain(after.0));
+    assert_eq!((before.1, before.2), (after.1, after.2));
+    assert!(first.get(at(last.address)).is_ok());
+    plan.ports.truncate(1);
+    apply(&host, &plan).await.unwrap();
+    assert!(first.get(at(last.address)).is_err(), "it is no sandbox's any more");
+}
+
+#[tokio::test]
+async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
+    if !ready("two daemons on one host") {
+        return;
+    }
+    let (one, two) = (open(1).await, open(2).await);
+    nft(&["add", "table", "inet", "somebodys"]);
+    ip(&["link", "add", "bhatti5", "type", "bridge"]);
+    ip(&["link", "add", "tap0", "type", "veth", "peer", "name", "tap1"]);
+    let (plan, first) = guests(&one, &[(0, 2), (0, 3)]).await;
+    first[1].serve(WEB);
+    let alone = nft(&["list", "ruleset"]);
+
+    assert!(two.taken().await.unwrap().holds(&network(0)), "its name and range are taken");
+    assert!(two.taken().await.unwrap().holds(&network(5)), "somebody else's bridge");
+    assert!(!one.taken().await.unwrap().holds(&network(0)), "they are its own");
+    let (_, second) = guests(&two, &[(1, 2), (1, 3)]).await;
+    second[1].serve(WEB);
+    assert!(first[0].get(at(first[1].address)).is_ok());
+    assert!(second[0].get(at(second[1].address)).is_ok());
+    assert!(first[0].get(at(second[1].address)).is_err(), "of another daemon");
+    for (number, taken) in [(0, "bhatti0"), (5, "bhatti5")] {
+        let foreign = Plan { networks: vec![network(number)], ports: Vec::new() };
+        let refused = apply(&two, &foreign).await;
+        assert!(matches!(&refused, Err(NetError::Taken { name }) if name == taken), "{refused:?}");
+    }
+    apply(&two, &Plan::default()).await.unwrap();
+
+    assert_eq!(nft(&["list", "ruleset"]).lines().count(), alone.lines().count());
+    let links = ip(&["-brief", "link"]);
+    assert!(!links.contains(&bridge_name(1)), "{links}");
+    for kept in ["bhatti0", "bhatti5", "tap0"] {
+        assert!(links.contains(kept), "{kept}: {links}");
+    }
+    assert!(first[0].get(at(first[1].address)).is_ok(), "it goes on");
+
+    // The next daemon of the same data directory takes up what is there, and takes away what is not to be.
+    drop(one);
+    let next = open(1).await;
+    apply(&next, &plan).await.unwrap();
+    assert!(first[0].get(at(first[1].address)).is_ok());
+    apply(&next, &Plan::default()).await.unwrap();
+    assert_eq!(nft(&["list", "ruleset"]).trim(), "table inet somebodys {\n}");
+    assert!(!ip(&["-brief", "link"]).contains("bhatti0"));
+}
+
+#[tokio::test]
+async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
+    if !ready("names") {
+        return;
+    }
+    let host = open(1).await;
+    let (mut plan, guests) = guests(&host, &[(0, 2), (0, 3), (1, 9)]).await;
+    place::serve_names_here("example.com", Ipv4Addr::new(203, 0, 113, 7));
+    let (guest, gateway) = (&guests[0], network(0).gateway());
+
+    for by_connection in [false, true] {
+        let ask = |name| ask_name(guest, gateway, name, by_connection);
+        assert_eq!(ask("s3").await, Ok(vec![address(0, 3)]));
+        assert_eq!(ask("S3.sb").await, Ok(vec![address(0, 3)]));
+        assert_eq!(ask("s9.sb").await, Err("NameError".to_owned()), "another user's");
+        assert_eq!(ask("example.com").await, Ok(vec![Ipv4Addr::new(203, 0, 113, 7)]));
+        assert_eq!(ask("elsewhere.org").await, Err("NameError".to_owned()));
+    }
+    plan.ports[1].name = "renamed".to_owned();
+    host.rename(&plan);
+    assert_eq!(ask_name(guest, gateway, "renamed", false).await, Ok(vec![address(0, 3)]));
+    assert_eq!(ask_name(guest, gateway, "s3.sb", false).await, Err("NameError".to_owned()));
+}

@@ -1,0 +1,293 @@
+//! The table of networks: one for each user who has had a sandbox with a network card.
+
+use std::collections::HashSet;
+use std::net::Ipv4Addr;
+
+use bhatti_types::{Allowance, QuotaExceeded, SandboxId, SandboxName, UserId};
+use ipnet::Ipv4Net;
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use crate::{Store, StoreError, from_json, immediate, parsed};
+
+/// The prefix of a network.
+const NETWORK_BITS: u8 = 24;
+
+/// The addresses that sandboxes have in it, by their last number: the first is this host's.
+const FIRST_ADDRESS: u8 = 2;
+const LAST_ADDRESS: u8 = 254;
+
+/// A user's network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetworkRow {
+    /// Its number on this host.
+    pub number: u32,
+    /// Its addresses.
+    pub subnet: Ipv4Net,
+}
+
+/// A sandbox with a network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortRow {
+    /// The sandbox.
+    pub sandbox: SandboxId,
+    /// Its name.
+    pub name: SandboxName,
+    /// Its owner's network.
+    pub network: NetworkRow,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// What it may reach beyond what everybody may.
+    pub allow: Allowance,
+}
+
+/// A user could not be given a network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkAssignError {
+    /// All are given out, or not free on this host.
+    #[error(
+        "no network is free in {range}: `network_range` in the configuration says where they come from"
+    )]
+    Exhausted {
+        /// Where they come from.
+        range: Ipv4Net,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for NetworkAssignError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl Store {
+    /// What tells this store's daemon from others on its host.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn instance(&self) -> Result<u32, StoreError> {
+        let connection = self.connection.lock();
+        Ok(connection.query_row("SELECT number FROM instance", [], |row| row.get(0))?)
+    }
+
+    /// The network of `owner`, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_network(&self, owner: UserId) -> Result<Option<NetworkRow>, StoreError> {
+        network_of(&self.connection.lock(), owner)
+    }
+
+    /// Gives `owner` the first network of `range` that nobody has and that `is_free`. One that it has stays, if it is free or in use.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`NetworkAssignError::Exhausted`] if there is none.
+    pub fn assign_network(
+        &self,
+        owner: UserId,
+        range: Ipv4Net,
+        is_free: impl Fn(&NetworkRow) -> bool,
+    ) -> Result<NetworkRow, NetworkAssignError> {
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        if let Some(network) = network_of(&transaction, owner)? {
+            if is_free(&network) || !addresses_of(&transaction, owner)?.is_empty() {
+                return Ok(network);
+            }
+            transaction.execute("DELETE FROM networks WHERE owner = ?1", [owner.to_string()])?;
+        }
+        let others = all(&transaction)?;
+        let is_nobodys = |network: &NetworkRow| {
+            others.iter().all(|other| {
+                other.number != network.number && !other.subnet.contains(&network.subnet)
+            })
+        };
+        let subnets = range.subnets(NETWORK_BITS).into_iter().flatten();
+        let mut networks = (0..).zip(subnets).map(|(number, subnet)| NetworkRow { number, subnet });
+        let found = networks.find(|network| is_nobodys(network) && is_free(network));
+        let network = found.ok_or(NetworkAssignError::Exhausted { range })?;
+        transaction.execute(
+            "INSERT INTO networks (owner, number, subnet) VALUES (?1, ?2, ?3)",
+            params![owner.to_string(), network.number, network.subnet.to_string()],
+        )?;
+        transaction.commit()?;
+        Ok(network)
+    }
+
+    /// The sandboxes of everybody that have a network card.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_ports(&self) -> Result<Vec<PortRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(
+            "SELECT number, subnet, id, name, address, network_allow FROM sandboxes JOIN networks USING (owner)
+             WHERE address IS NOT NULL ORDER BY created_at, id",
+        )?;
+        query.query_map([], |row| Ok(port(row)))?.map(|row| row?).collect()
+    }
+}
+
+fn port(row: &Row<'_>) -> Result<PortRow, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    Ok(PortRow {
+        network: network(row)?,
+        sandbox: parsed(text(2)?.parse())?,
+        name: parsed(text(3)?.parse())?,
+        address: parsed(text(4)?.parse())?,
+        allow: allowance(&text(5)?)?,
+    })
+}
+
+fn network(row: &Row<'_>) -> Result<NetworkRow, StoreError> {
+    Ok(NetworkRow { number: row.get(0)?, subnet: parsed(row.get::<_, String>(1)?.parse())? })
+}
+
+/// What a column says of ranges that are allowed.
+pub(crate) fn allowance(text: &str) -> Result<Allowance, StoreError> {
+    parsed(Allowance::parse(&from_json::<Vec<String>>(text)?))
+}
+
+fn all(connection: &Connection) -> Result<Vec<NetworkRow>, StoreError> {
+    let mut query = connection.prepare_cached("SELECT number, subnet FROM networks")?;
+    query.query_map([], |row| Ok(network(row)))?.map(|row| row?).collect()
+}
+
+fn network_of(connection: &Connection, owner: UserId) -> Result<Option<NetworkRow>, StoreError> {
+    let mut query =
+        connection.prepare_cached("SELECT number, subnet FROM networks WHERE owner = ?1")?;
+    query.query_row([owner.to_string()], |row| Ok(network(row))).optional()?.transpose()
+}
+
+fn addresses_of(connection: &Connection, owner: UserId) -> Result<HashSet<Ipv4Addr>, StoreError> {
+    let mut query = connection
+        .prepare_cached("SELECT address FROM sandboxes WHERE owner = ?1 AND address IS NOT NULL")?;
+    let addresses = query.query_map([owner.to_string()], |row| row.get::<_, String>(0))?;
+    addresses.map(|address| parsed(address?.parse())).collect()
+}
+
+/// An address could not be given out.
+pub(crate) enum AddressError {
+    Quota(QuotaExceeded),
+    Store(StoreError),
+}
+
+impl From<StoreError> for AddressError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+/// The first address in the network of `owner` that no sandbox has.
+pub(crate) fn free_address(
+    connection: &Connection,
+    owner: UserId,
+) -> Result<Ipv4Addr, AddressError> {
+    let network = network_of(connection, owner)?.ok_or(StoreError::NoSuchRow)?;
+    let used = addresses_of(connection, owner)?;
+    let [a, b, c, _] = network.subnet.network().octets();
+    let mut addresses = (FIRST_ADDRESS..=LAST_ADDRESS).map(|d| Ipv4Addr::new(a, b, c, d));
+    addresses.find(|address| !used.contains(address)).ok_or_else(|| {
+        let used = u32::try_from(used.len()).unwrap_or(u32::MAX);
+        AddressError::Quota(QuotaExceeded::Count { what: "network address", used, max: used })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use bhatti_types::{NetworkMode, NetworkSpec, Quota};
+
+    use super::*;
+    use crate::InsertError;
+    use crate::sandboxes::tests::new;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        (data, store)
+    }
+
+    fn range(text: &str) -> Ipv4Net {
+        text.parse().unwrap()
+    }
+
+    fn user(store: &Store, number: u8) -> UserId {
+        let id = UserId::from_entropy([number; 8]);
+        let name = format!("user-{number}").parse().unwrap();
+        store.insert_user(name, id, &[number; 32], Quota::default()).unwrap();
+        id
+    }
+
+    #[test]
+    fn networks_are_given_out_once_and_what_is_not_free_is_passed_over() {
+        let (_data, store) = store();
+        let (alice, bob) = (user(&store, 1), user(&store, 2));
+
+        let hers = store.assign_network(alice, range("10.213.0.0/22"), |_| true).unwrap();
+        let his = store.assign_network(bob, range("10.213.0.0/22"), |it| it.number != 1).unwrap();
+
+        assert_eq!((hers.number, hers.subnet), (0, range("10.213.0.0/24")));
+        assert_eq!((his.number, his.subnet), (2, range("10.213.2.0/24")));
+        assert_eq!(store.assign_network(alice, range("10.9.0.0/16"), |_| true).unwrap(), hers);
+        let moved = store.assign_network(alice, range("10.213.0.0/22"), |it| it.number == 3);
+        assert_eq!(moved.unwrap().number, 3, "nobody was in it");
+        let carol = user(&store, 3);
+        let none = store.assign_network(carol, range("10.213.2.0/24"), |_| true);
+        assert!(matches!(none, Err(NetworkAssignError::Exhausted { .. })));
+    }
+
+    #[test]
+    fn subnets_go_beyond_a_byte() {
+        let (_data, store) = store();
+        for (owner, wanted, subnet) in [
+            (1, 0, "10.0.0.0/24"),
+            (2, 254, "10.0.254.0/24"),
+            (3, 255, "10.0.255.0/24"),
+            (4, 256, "10.1.0.0/24"),
+            (5, 65_535, "10.255.255.0/24"),
+        ] {
+            let owner = user(&store, owner);
+            let network =
+                store.assign_network(owner, range("10.0.0.0/8"), |it| it.number == wanted);
+            assert_eq!(network.unwrap().subnet, range(subnet));
+        }
+    }
+
+    #[test]
+    fn addresses_are_the_first_free_ones_and_come_back() {
+        let (_data, store) = store();
+        let alice = user(&store, 1);
+        store.assign_network(alice, range("10.213.0.0/16"), |_| true).unwrap();
+        let add = |number: u8| {
+            let mut new = new(SandboxId::from_entropy([number; 8]));
+            new.owner = alice;
+            new.spec.name = format!("s{number}").parse().unwrap();
+            new.spec.network = NetworkSpec {
+                mode: NetworkMode::Nat,
+                allow: Allowance::parse(&["10.1.1.1"]).unwrap(),
+            };
+            store.insert_sandbox(new)
+        };
+        for number in 0..253 {
+            let row = add(number).unwrap();
+            assert_eq!(row.address, Some(Ipv4Addr::new(10, 213, 0, number + 2)));
+        }
+        assert!(matches!(
+            add(253),
+            Err(InsertError::Quota(QuotaExceeded::Count { used: 253, .. }))
+        ));
+
+        store.delete_sandbox(SandboxId::from_entropy([7; 8])).unwrap();
+
+        assert_eq!(add(254).unwrap().address, Some(Ipv4Addr::new(10, 213, 0, 9)));
+        let ports = store.list_ports().unwrap();
+        assert_eq!(ports.len(), 253);
+        assert_eq!(ports[0].allow.to_texts(), ["10.1.1.1/32"]);
+    }
+}

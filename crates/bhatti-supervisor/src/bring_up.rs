@@ -1,0 +1,267 @@
+//! A new sandbox's VM: from a template, from something that was saved, or by booting; and its guest, which becomes this sandbox's own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_agent::CallError;
+use bhatti_engine::{RestoreError, Vm, VmSpec};
+use bhatti_image::BootFiles;
+use bhatti_proto::{Applied, IdentityReport, PAYLOAD_BYTES_MAX};
+use bhatti_store::SandboxRow;
+use bhatti_types::{Report, SandboxId};
+use tokio::time::{Instant, timeout};
+use tracing::warn;
+
+use crate::Shared;
+use crate::access::Running;
+use crate::create::{Beginning, CreateError};
+use crate::driver::{Driver, directory};
+use crate::identity::{self, Extras};
+use crate::networks::{self, NetworkError};
+use crate::spares::{self, Spare, Stage};
+use crate::steps::Step;
+use crate::templates::{Recipe, Template};
+
+/// How long a guest that runs may take to be told who it is.
+const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
+
+/// The most that a guest is told at once, in bytes: one frame, and what else its identity has in it.
+pub(crate) const GUEST_CONFIG_BYTES_MAX: usize = PAYLOAD_BYTES_MAX - 1024;
+
+/// The error of a new sandbox's clock that is put up with.
+const CLOCK_EXACT: Duration = Duration::from_millis(10);
+
+/// Brings a sandbox's VM up, and makes it this sandbox's own. Returns what its guest did for that.
+pub(crate) async fn bring_up(
+    shared: &Arc<Shared>,
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    beginning: Beginning,
+) -> Result<Option<String>, CreateError> {
+    let bytes = serde_json::to_vec(&identity::config(row, extras))?.len();
+    if bytes > GUEST_CONFIG_BYTES_MAX {
+        return Err(CreateError::TooMuch { bytes });
+    }
+    Ok(match beginning {
+        Beginning::Boot(files) => {
+            boot(shared, driver, row, extras, files).await?;
+            None
+        }
+        Beginning::Template { recipe, template, spare } => {
+            // Nothing passes a tap that is not connected, so a guest in which no process of anybody runs yet need not wait for the rules.
+            let may_run = row.spec.init.is_empty();
+            let enforced = shared.enforce_network(row.owner, row.address);
+            let forked = fork_template(shared, row, &recipe, &template, spare);
+            let report = settle(driver, row, extras, forked, enforced, may_run).await?;
+            let shared = Arc::clone(shared);
+            tokio::spawn(
+                async move { shared.spares.fill(&shared, &template, recipe.memory).await },
+            );
+            Some(report)
+        }
+        Beginning::Saved { snapshot, token, .. } => {
+            let restored = async {
+                let admitted = shared.admit(row.spec.memory).await?;
+                let vm = restore(shared, row.id, &snapshot, row.address.is_some()).await?;
+                Ok(Running::new(vm, &token, admitted))
+            };
+            let enforced = shared.enforce_network(row.owner, row.address);
+            Some(settle(driver, row, extras, restored, enforced, false).await?)
+        }
+    })
+}
+
+/// Makes a paused VM from a template. One that cannot be used, however that came, is made anew once.
+async fn fork_template(
+    shared: &Arc<Shared>,
+    row: &SandboxRow,
+    recipe: &Recipe,
+    template: &Template,
+    spare: Option<Spare>,
+) -> Result<Running, CreateError> {
+    if let Some(spare) = spare {
+        let (stage, admitted) = spare.claim(shared).map_err(|source| RestoreError::File {
+            step: "claim a VM that was started ahead",
+            source,
+        })?;
+        match stage.load().await {
+            Ok(vm) => return Ok(Running::new(vm, "", admitted)),
+            Err(error) => {
+                warn!(error = %Report(&error), "A VM that was started ahead cannot be used");
+                spares::remove(shared, row.id).await;
+            }
+        }
+    }
+    let admitted = shared.admit(row.spec.memory).await?;
+    let vm = match restore(shared, row.id, &template.directory, recipe.has_network).await {
+        Ok(vm) => vm,
+        Err(error @ (RestoreError::Damaged { .. } | RestoreError::Mismatch { .. })) => {
+            warn!(error = %Report(&error), "A template cannot be used");
+            spares::remove(shared, row.id).await;
+            shared.templates.discard(template).await;
+            let template = shared.templates.get(shared, recipe).await?;
+            restore(shared, row.id, &template.directory, recipe.has_network).await?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Running::new(vm, "", admitted))
+}
+
+async fn restore(
+    shared: &Shared,
+    id: SandboxId,
+    snapshot: &Path,
+    has_network: bool,
+) -> Result<Arc<dyn Vm>, RestoreError> {
+    Stage::Waiting(spares::stage(shared, id, snapshot, has_network).await?).load().await
+}
+
+/// Lets a VM run that was another one, and makes its guest this sandbox's own. Returns its report. `enforced` are its network's rules: the
+/// tap is connected when they are in force. With `early`, the VM runs meanwhile.
+async fn settle(
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    restored: impl Future<Output = Result<Running, CreateError>>,
+    enforced: impl Future<Output = Result<(), NetworkError>>,
+    early: bool,
+) -> Result<String, CreateError> {
+    let connect = || driver.shared.connect_network(row.id, row.owner, row.address);
+    let (running, report) = if early {
+        let restored = async {
+            let running = restored.await?;
+            let report = become_itself(driver, row, extras, &running).await;
+            Ok::<_, CreateError>((running, report))
+        };
+        // To their ends, both: what is half done cannot be undone.
+        let (restored, enforced) = tokio::join!(restored, enforced);
+        let restored = restored?;
+        enforced?;
+        connect().await?;
+        restored
+    } else {
+        let (restored, enforced) = tokio::join!(restored, enforced);
+        let running = restored?;
+        enforced?;
+        connect().await?;
+        let report = become_itself(driver, row, extras, &running).await;
+        (running, report)
+    };
+    let Itself { report, took } = report?;
+    warn_of_failures(row, &report);
+    if let Applied::Failed { message } = &report.files
+        && !extras.files.is_empty()
+    {
+        return Err(CreateError::Files(message.clone()));
+    }
+    let text = serde_json::to_string(&report)?;
+    driver.shared.store.set_sandbox_identity(row.id, &text)?;
+    let running = running.with_token(&row.agent_token);
+    if took > CLOCK_EXACT {
+        // What took so long made the clock late; this does not.
+        driver.tell_woken(&running).await;
+    }
+    driver.running(running)?;
+    Ok(text)
+}
+
+/// What a guest reported, and how long it took.
+struct Itself {
+    report: IdentityReport,
+    took: Duration,
+}
+
+/// Lets a VM run, and makes its guest this sandbox's own.
+async fn become_itself(
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<Itself, CreateError> {
+    running.vm.resume().await?;
+    driver.reached(Step::Running).await;
+    let began = Instant::now();
+    let assumed = timeout(CONFIGURE_LIMIT, async {
+        running.agent.reach().await?;
+        // Only now: the time in it is the time when it arrives.
+        let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
+        running.agent.assume_identity(&identity).await
+    });
+    let report = assumed
+        .await
+        .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
+        .map_err(CreateError::Unconfigured)?;
+    Ok(Itself { report, took: began.elapsed() })
+}
+
+fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
+    let IdentityReport {
+        rng,
+        wall_clock,
+        hostname,
+        machine_id,
+        token,
+        environment,
+        files,
+        first_setup,
+        addresses,
+        connections,
+    } = report;
+    let parts = [
+        rng,
+        wall_clock,
+        hostname,
+        machine_id,
+        token,
+        environment,
+        files,
+        first_setup,
+        addresses,
+        connections,
+    ];
+    for part in parts {
+        if let Applied::Failed { message } = part {
+            warn!(sandbox = %row.id, message, "Guest did not become itself in every part");
+        }
+    }
+}
+
+async fn boot(
+    shared: &Arc<Shared>,
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    files: BootFiles,
+) -> Result<(), CreateError> {
+    let admitted = shared.admit(row.spec.memory).await?;
+    let vm_spec = VmSpec {
+        id: row.id,
+        hostname: row.spec.name.clone(),
+        cpus: row.spec.cpus,
+        memory: row.spec.memory,
+        directory: directory(shared, row.id),
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        root_base: files.root,
+        keep_disk: false,
+        tap: networks::tap(row.id, row.address.is_some()),
+        boot_limit: shared.config.boot_limit,
+    };
+    shared.enforce_network(row.owner, row.address).await?;
+    let vm = shared.engine.boot(&vm_spec).await?;
+    shared.connect_network(row.id, row.owner, row.address).await?;
+    let running = Running::new(vm, "", admitted);
+    let configured =
+        timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row, extras))).await;
+    let configured = configured.unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }));
+    configured.map_err(|error| match error {
+        CallError::Agent(refused) if !extras.files.is_empty() => {
+            CreateError::Files(refused.message)
+        }
+        CallError::Refused(message) if !extras.files.is_empty() => CreateError::Files(message),
+        error => CreateError::Unconfigured(error),
+    })?;
+    Ok(driver.running(running.with_token(&row.agent_token))?)
+}

@@ -1,0 +1,199 @@
+//! Which network a sandbox is in, and that its rules are in force before it runs.
+//!
+//! What there is to be is in the store: an address belongs to a sandbox from its row's first moment to its last. The host is made so before a
+//! VM runs, in every way that leads there, and once more when the row is gone.
+
+use std::net::Ipv4Addr;
+
+use bhatti_net::{Host, NetError, Network, Plan, Port, tap_name};
+use bhatti_proto::GuestNetwork;
+use bhatti_store::{NetworkAssignError, NetworkRow, PortRow, SandboxRow, StoreError};
+use bhatti_types::{Allowance, NetworkMode, NetworkSpec, Report, SandboxId, UserId};
+use ipnet::Ipv4Net;
+use tracing::error;
+
+use crate::Shared;
+
+/// The card's name in the guest: it has one.
+const INTERFACE: &str = "eth0";
+
+/// Networks as the configuration has them.
+pub struct NetworkConfig {
+    /// This host's network, or why it cannot be used.
+    pub host: Result<Host, String>,
+    /// Where users' networks come from.
+    pub range: Ipv4Net,
+    /// What users other than the admin may allow their sandboxes to reach.
+    pub allowable: Allowance,
+}
+
+/// A sandbox cannot have its network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// This daemon can make none.
+    #[error("sandboxes have no network here: {0}")]
+    Unavailable(String),
+    /// Its owner may not let it reach that.
+    #[error("only the admin may let a sandbox reach {0}")]
+    NotAllowable(Ipv4Net),
+    /// Something is allowed to a sandbox that reaches nothing.
+    #[error("a sandbox without a network reaches nothing, and so can be allowed nothing")]
+    NothingToAllow,
+    /// Its owner can be given no network.
+    #[error(transparent)]
+    Assign(#[from] NetworkAssignError),
+    /// The host could not be made what it is to be.
+    #[error("failed to set up the sandbox's network")]
+    Host(#[from] NetError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Shared {
+    fn host(&self) -> Result<&Host, NetworkError> {
+        let host = self.config.network.host.as_ref();
+        host.map_err(|why| NetworkError::Unavailable(why.clone()))
+    }
+
+    /// How sandboxes are connected that ask for nothing in particular.
+    pub(crate) fn usual_network(&self) -> NetworkMode {
+        match self.config.network.host {
+            Ok(_) => NetworkMode::Nat,
+            Err(_) => NetworkMode::None,
+        }
+    }
+
+    /// Whether `owner` may have such a network; gives it one if it has none yet.
+    pub(crate) async fn admit_network(
+        &self,
+        owner: UserId,
+        wanted: &NetworkSpec,
+    ) -> Result<(), NetworkError> {
+        let NetworkSpec { mode, allow } = wanted;
+        if *mode == NetworkMode::None {
+            let nothing = allow.ranges().is_empty();
+            return if nothing { Ok(()) } else { Err(NetworkError::NothingToAllow) };
+        }
+        let host = self.host()?;
+        if owner != UserId::ADMIN
+            && let Some(range) = allow.first_outside(&self.config.network.allowable)
+        {
+            return Err(NetworkError::NotAllowable(range));
+        }
+        let has_sandboxes = || {
+            let ports = self.store.list_ports()?;
+            Ok::<_, StoreError>(
+                self.store
+                    .find_network(owner)?
+                    .is_some_and(|network| ports.iter().any(|port| port.network == network)),
+            )
+        };
+        if has_sandboxes()? {
+            return Ok(());
+        }
+        let taken = host.taken().await?;
+        let is_free = |row: &NetworkRow| !taken.holds(&network(row));
+        self.store.assign_network(owner, self.config.network.range, is_free)?;
+        Ok(())
+    }
+
+    /// Makes sure that the rules of a sandbox are in force.
+    pub(crate) async fn enforce_network(
+        &self,
+        owner: UserId,
+        address: Option<Ipv4Addr>,
+    ) -> Result<(), NetworkError> {
+        if address.is_none() {
+            return Ok(());
+        }
+        let network = self.store.find_network(owner)?.ok_or(StoreError::NoSuchRow)?;
+        self.host()?.apply(Some(network.number), || Ok(plan(&self.store.list_ports()?))).await
+    }
+
+    /// Connects a sandbox's tap with its owner's network.
+    pub(crate) async fn connect_network(
+        &self,
+        id: SandboxId,
+        owner: UserId,
+        address: Option<Ipv4Addr>,
+    ) -> Result<(), NetworkError> {
+        if address.is_none() {
+            return Ok(());
+        }
+        let network = self.store.find_network(owner)?.ok_or(StoreError::NoSuchRow)?;
+        Ok(self.host()?.connect(&tap_name(id), network.number).await?)
+    }
+
+    /// Takes away what the host has of sandboxes that are no more. What stays now goes with the next change.
+    pub(crate) async fn settle_networks(&self) {
+        let Ok(host) = self.host() else { return };
+        let settled: Result<(), NetworkError> =
+            host.apply(None, || Ok(plan(&self.store.list_ports()?))).await;
+        if let Err(error) = settled {
+            error!(error = %Report(&error), "Failed to bring this host's network up to date");
+        }
+    }
+
+    /// Takes over what sandboxes are called now.
+    pub(crate) fn rename_in_networks(&self) {
+        let Ok(host) = self.host() else { return };
+        match self.store.list_ports() {
+            Ok(ports) => host.rename(&plan(&ports)),
+            Err(error) => {
+                error!(error = %Report(&error), "Failed to tell the resolvers of a new name");
+            }
+        }
+    }
+}
+
+/// The interface of this host at which a sandbox's card ends, if it is to have one.
+pub(crate) fn tap(id: SandboxId, has_network: bool) -> Option<String> {
+    has_network.then(|| tap_name(id))
+}
+
+/// A network for practice, in a range that is nobody's: for documentation.
+pub(crate) fn rehearsal() -> GuestNetwork {
+    of_address(Ipv4Addr::new(192, 0, 2, 2))
+}
+
+/// What a sandbox's guest is told of its network, and whom it is to ask for names.
+pub(crate) fn of_guest(row: &SandboxRow) -> (Option<GuestNetwork>, Vec<String>) {
+    let Some(address) = row.address else { return (None, Vec::new()) };
+    let network = of_address(address);
+    let dns = network.gateway.clone().into_iter().collect();
+    (Some(network), dns)
+}
+
+fn of_address(address: Ipv4Addr) -> GuestNetwork {
+    let [a, b, c, _] = address.octets();
+    GuestNetwork {
+        interface: INTERFACE.to_owned(),
+        address: format!("{address}/24"),
+        gateway: Some(Ipv4Addr::new(a, b, c, 1).to_string()),
+        mac: Some(bhatti_net::Mac::of_guest(address).to_string()),
+    }
+}
+
+fn network(row: &NetworkRow) -> Network {
+    let NetworkRow { number, subnet } = *row;
+    Network { number, subnet }
+}
+
+fn plan(rows: &[PortRow]) -> Plan {
+    let mut plan = Plan::default();
+    for PortRow { sandbox, name, network: row, address, allow } in rows {
+        let of_port = network(row);
+        if !plan.networks.contains(&of_port) {
+            plan.networks.push(of_port);
+        }
+        plan.ports.push(Port {
+            tap: tap_name(*sandbox),
+            network: of_port.number,
+            address: *address,
+            name: name.to_string(),
+            allow: allow.clone(),
+        });
+    }
+    plan
+}

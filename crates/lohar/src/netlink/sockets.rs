@@ -1,0 +1,92 @@
+//! Ends TCP connections by sock_diag(7): linux/inet_diag.h.
+
+use std::io;
+use std::net::Ipv4Addr;
+
+use super::{INET, Netlink};
+
+const BY_FAMILY: u16 = 20;
+const DESTROY: u16 = 21;
+
+const TCP: u8 = 6;
+
+/// All states but that of listening: who listens is nobody's connection.
+const CONNECTED: u32 = !(1 << 10);
+
+/// `inet_diag_sockid` within `inet_diag_msg` and `inet_diag_req_v2`, and the source address within it.
+const ID_IN_MESSAGE: usize = 4;
+const ID_IN_REQUEST: usize = 8;
+const ID_BYTES: usize = 48;
+const SOURCE_IN_ID: usize = 4;
+
+/// See [`super::cut_connections`].
+pub(super) fn cut(netlink: &Netlink, addresses: &[Ipv4Addr]) -> io::Result<usize> {
+    let mut found = Vec::new();
+    netlink.list(BY_FAMILY, &request(&[0; ID_BYTES]), |kind, body| {
+        let id = body.get(ID_IN_MESSAGE..ID_IN_MESSAGE + ID_BYTES).filter(|_| kind == BY_FAMILY);
+        let source = id.and_then(|id| id[SOURCE_IN_ID..].first_chunk::<4>());
+        if source.is_some_and(|source| addresses.contains(&Ipv4Addr::from(*source))) {
+            found.extend(id.map(<[u8]>::to_vec));
+        }
+    })?;
+    let mut cut = 0;
+    for id in found {
+        match netlink.change(DESTROY, 0, &request(&id)) {
+            Ok(()) => cut += 1,
+            // It ended by itself.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(cut)
+}
+
+/// `inet_diag_req_v2`.
+fn request(id: &[u8]) -> Vec<u8> {
+    let mut body = vec![INET, TCP, 0, 0];
+    body.extend_from_slice(&CONNECTED.to_ne_bytes());
+    body.extend_from_slice(id);
+    debug_assert_eq!(body.len(), ID_IN_REQUEST + ID_BYTES);
+    body
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::netlink::SOCKETS;
+
+    /// On the loopback: an address of it that nobody else uses.
+    #[test]
+    fn connections_from_an_address_end_and_others_go_on() {
+        let (left, kept) = (Ipv4Addr::new(127, 213, 7, 9), Ipv4Addr::LOCALHOST);
+        let listener = TcpListener::bind((left, 0)).unwrap();
+        let other = TcpListener::bind((kept, 0)).unwrap();
+        let mut connection = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut accepted = listener.accept().unwrap().0;
+        let going_on = TcpStream::connect(other.local_addr().unwrap()).unwrap();
+
+        let netlink = match Netlink::open(SOCKETS) {
+            Ok(netlink) => netlink,
+            Err(error) => panic!("{error}"),
+        };
+        let cut = match cut(&netlink, &[left]) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                bhatti_testkit::skip(
+                    "ending connections by sock_diag",
+                    "this kernel has no SOCK_DESTROY",
+                );
+                return;
+            }
+            cut => cut.unwrap(),
+        };
+
+        assert!(cut >= 1);
+        assert!(accepted.read(&mut [0]).is_err(), "it was ended");
+        assert!(connection.read(&mut [0]).is_err() || cut == 1);
+        assert_eq!(going_on.take_error().unwrap().map(|error| error.kind()), None);
+        assert!(listener.set_nonblocking(true).is_ok(), "who listens goes on");
+    }
+}
