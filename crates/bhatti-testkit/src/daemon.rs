@@ -106,26 +106,26 @@ impl TestDaemon {
         self.process.take().expect("the daemon runs").kill().await.expect("a child can be killed");
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends by itself. Returns whether it ended in order.
     ///
     /// # Panics
     ///
-    /// Panics if it does not.
-    pub async fn ended(&mut self) {
+    /// Panics if it does not end.
+    pub async fn ended(&mut self) -> bool {
         let mut process = self.process.take().expect("the daemon runs");
         let ended = tokio::time::timeout(crate::LIMIT, process.wait()).await;
-        ended.expect("the daemon ends").expect("a child can be waited for");
+        ended.expect("the daemon ends").expect("a child can be waited for").success()
     }
 
     /// Has it stop as an administrator would, and waits for that.
     ///
     /// # Panics
     ///
-    /// Panics if it does not.
+    /// Panics if it does not, or not in order.
     pub async fn terminate(&mut self) {
         let terminated = std_command("kill", &[&self.pid().to_string()]);
         assert!(terminated, "the daemon runs");
-        self.ended().await;
+        assert!(self.ended().await, "the daemon was killed by what asked it to stop");
     }
 
     /// Starts it on the same data directory, in another way.

@@ -333,3 +333,12 @@ async fn damaged_or_missing_key_of_secrets_stops_the_daemon_and_stays_what_it_is
     assert_eq!(api.get("/secrets").await.json(), json!([]));
     assert_eq!(api.call("POST", "/secrets", &secret).await.status, 201);
 }
+
+#[tokio::test]
+async fn daemon_that_is_asked_to_stop_as_soon_as_it_can_be_called_stops_in_order() {
+    let mut daemon = TestDaemon::start_with(Serve { images: None, ..Serve::default() }).await;
+    for _ in 0..10 {
+        daemon.terminate().await;
+        daemon.serve().await;
+    }
+}

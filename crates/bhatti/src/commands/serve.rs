@@ -15,7 +15,7 @@ use bhatti_store::Store;
 use bhatti_types::UserId;
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
@@ -59,6 +59,8 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     paths::create_data_dir(data_dir)?;
     let _lock = lock(data_dir)?;
     let config = Config::read(data_dir)?;
+    // Before anybody can know that this daemon is there, and ask it to stop.
+    let mut stop_signal = StopSignal::catch()?;
     let store = Arc::new(Store::open(data_dir).map_err(|error| CliError::of(&error))?);
     if arguments.forget_secrets {
         forget_secrets(data_dir, &store)?;
@@ -117,7 +119,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         json!({ "version": env!("CARGO_PKG_VERSION") }),
     );
 
-    wait_for_signal().await?;
+    stop_signal.wait().await;
     if arguments.stop_sandboxes {
         info!("Stopping; sandboxes are saved");
     } else {
@@ -178,12 +180,25 @@ fn lock(data_dir: &Path) -> Result<File, CliError> {
     }
 }
 
-async fn wait_for_signal() -> io::Result<()> {
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The end of the daemon, as it is asked for.
+struct StopSignal {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignal {
+    /// From here on a signal does not kill the daemon, but is waited for.
+    fn catch() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
-    Ok(())
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
