@@ -14,6 +14,7 @@ mod secret;
 mod snapshot;
 mod template;
 mod user;
+mod volume;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use event::Event;
@@ -32,3 +33,7 @@ pub use secret::{Secret, SetSecret};
 pub use snapshot::{CreateSnapshot, ResumeSnapshot, Snapshot};
 pub use template::{CreateTemplate, Template};
 pub use user::{CreateUser, CreatedUser, Limits, Ticket, UpdateUser, User};
+pub use volume::{
+    AttachVolume, AttachedVolume, CloneVolume, CreateVolume, NewVolume, ResizeVolume, Volume,
+    VolumeUser,
+};

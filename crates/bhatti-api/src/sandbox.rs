@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::{AttachVolume, AttachedVolume, NewVolume};
+
 /// Makes a sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -55,6 +57,12 @@ pub struct CreateSandbox {
     /// Private ranges that it may reach all the same, such as `192.168.1.0/24`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_allow: Vec<String>,
+    /// Volumes that it has, in the order in which they are mounted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<AttachVolume>,
+    /// Volumes of its own, which end with it; they are mounted after the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub new_volumes: Vec<NewVolume>,
 }
 
 /// A file that is put into a new sandbox.
@@ -169,6 +177,8 @@ pub struct Sandbox {
     /// Its address among its siblings, if it has a network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<String>,
+    /// Its volumes, in the order in which they were mounted.
+    pub volumes: Vec<AttachedVolume>,
     /// Who made it: a user's id.
     pub created_by: String,
     /// When it was made (RFC 3339).

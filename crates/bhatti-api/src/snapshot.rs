@@ -53,6 +53,8 @@ pub struct Snapshot {
     pub kind: String,
     /// The pages of memory in it, in bytes.
     pub memory_bytes: u64,
+    /// The names of the volumes that it has copies of.
+    pub volumes: Vec<String>,
     /// When it was taken (RFC 3339).
     pub created_at: String,
 }

@@ -14,6 +14,8 @@ pub struct Limits {
     pub max_memory_mb_per_sandbox: Option<u32>,
     /// Named snapshots.
     pub max_snapshots: Option<u32>,
+    /// Volumes, all together, in MiB.
+    pub max_volume_mb: Option<u32>,
 }
 
 /// Makes a user.
@@ -34,6 +36,9 @@ pub struct CreateUser {
     /// How many named snapshots it may have; 5 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_snapshots: Option<u32>,
+    /// How large its volumes may be together, in MiB; 20480 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_volume_mb: Option<u32>,
 }
 
 /// Changes what a user may have. What is absent stays; what it has already stays, too.
@@ -52,6 +57,9 @@ pub struct UpdateUser {
     /// Named snapshots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_snapshots: Option<u32>,
+    /// Volumes, all together, in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_volume_mb: Option<u32>,
 }
 
 /// A user that was just made, or was given another key. The key is shown this once.

@@ -14,8 +14,9 @@ mod connect;
 mod stream;
 
 use bhatti_api::{
-    CreateSandbox, CreateSnapshot, CreateUser, CreatedUser, Deleted, ErrorBody, ForkSandbox, Forks,
-    Health, ResumeSnapshot, Sandbox, Snapshot, StartSandbox, UpdateSandbox, User,
+    CloneVolume, CreateSandbox, CreateSnapshot, CreateUser, CreateVolume, CreatedUser, Deleted,
+    ErrorBody, ForkSandbox, Forks, Health, ResizeVolume, ResumeSnapshot, Sandbox, Snapshot,
+    StartSandbox, UpdateSandbox, User, Volume,
 };
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
@@ -190,6 +191,68 @@ impl Client {
         request: &CreateSnapshot,
     ) -> Result<Snapshot, ClientError> {
         self.call(Method::POST, &sandbox_path(sandbox, "/checkpoint"), Some(request)).await
+    }
+
+    /// Makes an empty volume.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon cannot be reached or refuses.
+    pub async fn create_volume(&self, request: &CreateVolume) -> Result<Volume, ClientError> {
+        self.call(Method::POST, "/volumes", Some(request)).await
+    }
+
+    /// The caller's volumes, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon cannot be reached or refuses.
+    pub async fn list_volumes(&self) -> Result<Vec<Volume>, ClientError> {
+        self.call(Method::GET, "/volumes", None::<&()>).await
+    }
+
+    /// One volume, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon cannot be reached or refuses.
+    pub async fn inspect_volume(&self, name: &str) -> Result<Volume, ClientError> {
+        self.call(Method::GET, &segment_path("/volumes/", name, ""), None::<&()>).await
+    }
+
+    /// Makes a volume larger.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon cannot be reached or refuses.
+    pub async fn resize_volume(
+        &self,
+        name: &str,
+        request: &ResizeVolume,
+    ) -> Result<Volume, ClientError> {
+        self.call(Method::POST, &segment_path("/volumes/", name, "/resize"), Some(request)).await
+    }
+
+    /// Copies a volume.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon cannot be reached or refuses.
+    pub async fn clone_volume(
+        &self,
+        name: &str,
+        request: &CloneVolume,
+    ) -> Result<Volume, ClientError> {
+        self.call(Method::POST, &segment_path("/volumes/", name, "/clone"), Some(request)).await
+    }
+
+    /// Deletes a volume.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon cannot be reached or refuses.
+    pub async fn delete_volume(&self, name: &str) -> Result<Deleted, ClientError> {
+        self.call(Method::DELETE, &segment_path("/volumes/", name, ""), None::<&()>).await
     }
 
     /// The caller's snapshots, newest first.

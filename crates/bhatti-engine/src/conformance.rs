@@ -202,7 +202,12 @@ pub async fn failure(bench: &Bench<'_>) {
     let vm = engine.boot(spec).await.unwrap();
     bench.run(&vm, "echo marker >/dev/shm/marker").await;
     let place = spec.directory.join("snapshot");
-    let request = SnapshotRequest { directory: place.clone(), memory: None, disks: Disks::InPlace };
+    let request = SnapshotRequest {
+        directory: place.clone(),
+        memory: None,
+        disks: Disks::InPlace,
+        copies: Vec::new(),
+    };
     let refused = vm.capture(&request).await.err().unwrap();
     assert!(matches!(refused, SnapshotError::NotPaused), "{refused}");
     vm.pause().await.unwrap();
@@ -271,7 +276,8 @@ impl Bench<'_> {
         disks: Disks,
     ) -> SnapshotInfo {
         vm.pause().await.unwrap();
-        let request = SnapshotRequest { directory: directory.to_owned(), memory, disks };
+        let request =
+            SnapshotRequest { directory: directory.to_owned(), memory, disks, copies: Vec::new() };
         let info = vm.capture(&request).await.unwrap().finish().await.unwrap();
         assert!(memory.is_none_or(|memory| memory == info.memory));
         assert!(!vm.is_running().await.unwrap(), "it is for the caller to let it run");
@@ -291,6 +297,7 @@ impl Bench<'_> {
             snapshot: snapshot.to_owned(),
             disks,
             tap: None,
+            volumes: Vec::new(),
             limit: LIMIT,
         };
         let vm = self.engine.stage(&spec).await?.load().await?;

@@ -21,7 +21,7 @@ use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName};
 pub use boot::{AdoptError, BootError, RemoveError};
 pub use channel::{AgentChannel, AgentStream, ChannelError};
 pub use snapshot::{
-    Captured, Disks, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
+    Captured, Disks, FileCopy, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
     SnapshotRequest, Staged, VmmError,
 };
 
@@ -56,6 +56,15 @@ pub struct Capabilities {
     pub machine: String,
 }
 
+/// A file that a VM has as a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeFile {
+    /// The file: a disk as it is.
+    pub path: PathBuf,
+    /// Whether the VM only reads it, as any number may at once; who writes it is alone.
+    pub read_only: bool,
+}
+
 /// A VM to be made.
 #[derive(Clone, Debug)]
 pub struct VmSpec {
@@ -80,6 +89,8 @@ pub struct VmSpec {
     /// The interface of this host that its network card is to end at; it has no card if absent. The engine makes it, it is down and
     /// belongs to no bridge, and it ends with the VM.
     pub tap: Option<String>,
+    /// What is in its places for volumes; `None` is an empty place. Its guest knows them as disks with the serials `volume0` and so on.
+    pub volumes: Vec<Option<VolumeFile>>,
     /// How long it may take until the agent answers.
     pub boot_limit: Duration,
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bhatti_types::SandboxId;
 
-use crate::Vm;
+use crate::{Vm, VolumeFile};
 
 /// Which pages of memory a snapshot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,17 @@ pub struct SnapshotRequest {
     pub memory: Option<MemoryKind>,
     /// Its disks.
     pub disks: Disks,
+    /// Files that are copied into it while the VM is paused.
+    pub copies: Vec<FileCopy>,
+}
+
+/// A file that is copied into a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileCopy {
+    /// The file.
+    pub from: PathBuf,
+    /// Its name in the snapshot.
+    pub name: String,
 }
 
 /// A snapshot that was taken.
@@ -75,6 +86,8 @@ pub struct RestoreSpec {
     pub disks: Disks,
     /// See [`VmSpec::tap`](crate::VmSpec::tap): there is to be one if the VM that was saved had one, and none if it had none.
     pub tap: Option<String>,
+    /// See [`VmSpec::volumes`](crate::VmSpec::volumes): as many places as the VM that was saved had.
+    pub volumes: Vec<Option<VolumeFile>>,
     /// How long the VMM may take.
     pub limit: Duration,
 }

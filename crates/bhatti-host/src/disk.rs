@@ -1,7 +1,14 @@
-//! Room on a file system.
+//! Room on a file system, and large files in it.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
+
+use rustix::fs::{copy_file_range, ioctl_ficlone, seek};
+use rustix::io::Errno;
+
+/// The most that one call copies, in bytes.
+const COPY_BYTES: u64 = 1 << 30;
 
 /// Bytes that may still be written below `directory`.
 ///
@@ -11,4 +18,93 @@ use std::path::Path;
 pub fn free_bytes(directory: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(directory)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Copies a file as it is: shared with the original where the file system can, else with its holes, so that it takes what has been written alone.
+///
+/// # Errors
+///
+/// Returns an error if `to` is there already, or a file cannot be read or written. `to` may then be there in part.
+pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    let (source, mut target) = (File::open(from)?, File::create_new(to)?);
+    match ioctl_ficlone(&target, &source) {
+        Ok(()) => return Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let size = source.metadata()?.len();
+    target.set_len(size)?;
+    let mut at = 0;
+    while let Some((start, end)) = next_data(&source, at)? {
+        copy_range(&source, &mut target, start, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// The next part of a file, from `at` on, that is no hole.
+fn next_data(file: &File, at: u64) -> io::Result<Option<(u64, u64)>> {
+    let start = match seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => return Ok(None),
+        start => start?,
+    };
+    Ok(Some((start, seek(file, rustix::fs::SeekFrom::Hole(start))?)))
+}
+
+fn copy_range(source: &File, target: &mut File, start: u64, end: u64) -> io::Result<()> {
+    let (mut from, mut to) = (start, start);
+    while from < end {
+        let left = usize::try_from((end - from).min(COPY_BYTES)).map_err(io::Error::other)?;
+        match copy_file_range(source, Some(&mut from), &*target, Some(&mut to), left) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            // Between file systems that cannot.
+            Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                return copy_through(source, target, from, end);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_through(mut source: &File, target: &mut File, start: u64, end: u64) -> io::Result<()> {
+    source.seek(SeekFrom::Start(start))?;
+    target.seek(SeekFrom::Start(start))?;
+    let copied = io::copy(&mut io::Read::take(source, end - start), target)?;
+    if copied == end - start { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn copy_has_the_content_and_the_holes() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        let file = File::create(&from).unwrap();
+        file.set_len(64 << 20).unwrap();
+        for (at, byte) in [(0, 1), (5 << 20, 2), ((64 << 20) - 1, 3)] {
+            file.write_all_at(&[byte], at).unwrap();
+        }
+
+        copy(&from, &to).unwrap();
+
+        assert!(fs::read(&from).unwrap() == fs::read(&to).unwrap());
+        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20, "it has holes");
+        assert_eq!(copy(&from, &to).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        for empty in [0, 1 << 20] {
+            let (from, to) = (
+                directory.path().join(format!("e{empty}")),
+                directory.path().join(format!("c{empty}")),
+            );
+            File::create(&from).unwrap().set_len(empty).unwrap();
+            copy(&from, &to).unwrap();
+            assert_eq!(fs::metadata(&to).unwrap().len(), empty);
+        }
+    }
 }

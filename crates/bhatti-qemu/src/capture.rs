@@ -7,16 +7,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm, VmmError,
+    Captured, Disks, FileCopy, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm,
+    VmmError,
 };
-use bhatti_host::durable;
 use bhatti_host::memory::MappedFile;
+use bhatti_host::{disk, durable};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
 use crate::command_line::ROOT_DRIVE;
 use crate::manifest::{self, DEVICES, Generation, Manifest, Memory, PAGES};
-use crate::record::Machine;
+use crate::record::{Machine, Volume};
 use crate::vm::{QemuVm, create_private};
 use crate::{files, overlay, pages};
 
@@ -68,6 +69,7 @@ pub(crate) async fn capture(
     if request.disks == Disks::Frozen {
         freeze(vm, draft.path(), &disk).await?;
     }
+    copy_files(&request.copies, draft.path()).await?;
     let manifest = Manifest {
         format: manifest::FORMAT,
         vmm_version: version,
@@ -78,6 +80,7 @@ pub(crate) async fn capture(
         devices_hash: String::new(),
         devices_bytes: 0,
         disk_generation: None,
+        volume_generations: Vec::new(),
     };
     let disks_directory = match request.disks {
         Disks::InPlace => vm.directory.clone(),
@@ -90,7 +93,17 @@ pub(crate) async fn capture(
         manifest,
         disk,
         disks: request.disks,
+        copies: request.copies.iter().map(|copy| copy.name.clone()).collect(),
     }))
+}
+
+async fn copy_files(copies: &[FileCopy], draft: &Path) -> Result<(), SnapshotError> {
+    let (copies, draft) = (copies.to_vec(), draft.to_owned());
+    let copied = spawn_blocking(move || {
+        copies.iter().try_for_each(|copy| disk::copy(&copy.from, &draft.join(&copy.name)))
+    });
+    let failed = |source| SnapshotError::File { step: "copy a volume", source };
+    copied.await.map_err(io::Error::other).and_then(|copied| copied).map_err(failed)
 }
 
 fn create_draft(place: &Path) -> Result<Draft, SnapshotError> {
@@ -191,6 +204,7 @@ struct Draught {
     manifest: Manifest,
     disk: PathBuf,
     disks: Disks,
+    copies: Vec<String>,
 }
 
 #[async_trait]
@@ -203,6 +217,18 @@ impl Captured for Draught {
 }
 
 impl Draught {
+    /// When the volumes that the guest writes were written last.
+    fn volume_generations(&self) -> io::Result<Vec<Option<Generation>>> {
+        let generation = |volume: &Option<Volume>| match volume {
+            Some(volume) if !volume.read_only => {
+                File::open(&volume.path)?.sync_all()?;
+                Generation::of(&volume.path).map(Some)
+            }
+            _ => Ok(None),
+        };
+        self.manifest.machine.volumes.iter().map(generation).collect()
+    }
+
     fn settle(mut self) -> io::Result<SnapshotInfo> {
         let directory = self.draft.path().to_owned();
         let devices = fs::read(directory.join(DEVICES))?;
@@ -212,11 +238,13 @@ impl Draught {
             Memory::Full { .. } => &self.manifest.machine.memory,
             Memory::Diff { .. } => PAGES,
         };
-        for file in [directory.join(DEVICES), directory.join(memory), self.disk.clone()] {
+        let files = [directory.join(DEVICES), directory.join(memory), self.disk.clone()];
+        for file in files.into_iter().chain(self.copies.iter().map(|name| directory.join(name))) {
             File::open(file)?.sync_all()?;
         }
         if self.disks == Disks::InPlace {
             self.manifest.disk_generation = Some(Generation::of(&self.disk)?);
+            self.manifest.volume_generations = self.volume_generations()?;
         }
         let text = serde_json::to_vec_pretty(&self.manifest)?;
         durable::write(&directory.join(manifest::FILE), &text)?;

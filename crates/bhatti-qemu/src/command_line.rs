@@ -6,7 +6,7 @@ use std::path::Path;
 use bhatti_engine::{Accelerator, VmSpec};
 use bhatti_types::SandboxId;
 
-use crate::record::Machine;
+use crate::record::{Machine, Volume};
 
 /// Changes with every change of the machine that QEMU is told to make, devices, their order and the
 /// kernel's command line included: a saved VM can only be restored
@@ -15,6 +15,9 @@ pub(crate) const LAYOUT: u32 = 3;
 
 /// The name of the root disk for the monitor.
 pub(crate) const ROOT_DRIVE: &str = "root";
+
+/// The size of a disk that is none.
+const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
 
 /// The link address of a card before its guest has another.
 const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
@@ -95,11 +98,28 @@ pub(crate) fn machine_arguments(
         ),
     );
     arguments.add("-device", format!("virtio-blk-device,drive={ROOT_DRIVE},serial=root"));
+    for (slot, volume) in machine.volumes.iter().enumerate() {
+        arguments.add("-drive", volume_drive(slot, volume.as_ref()));
+        arguments
+            .add("-device", format!("virtio-blk-device,drive=volume{slot},serial=volume{slot}"));
+    }
     if let Some(tap) = handed.tap {
         arguments.add("-netdev", format!("tap,id=net,fd={}", tap.as_raw_fd()));
         arguments.add("-device", format!("virtio-net-device,netdev=net,mac={UNCONFIGURED_MAC}"));
     }
     arguments.0
+}
+
+/// A place for a volume, and what is in it. QEMU locks the file: of two that would write it, the second does not start.
+fn volume_drive(slot: usize, volume: Option<&Volume>) -> String {
+    let drive = format!("id=volume{slot},if=none,werror=report,rerror=report");
+    match volume {
+        None => format!("{drive},driver=null-co,size={EMPTY_VOLUME_BYTES}"),
+        Some(Volume { path, read_only }) => {
+            let access = if *read_only { "readonly=on" } else { "discard=unmap" };
+            format!("{drive},format=raw,{access},file={}", value(path))
+        }
+    }
 }
 
 /// The arguments by which the machine boots.

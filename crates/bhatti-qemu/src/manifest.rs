@@ -7,6 +7,7 @@
 //!    memory.pages        of a diff: the pages that differ from the base
 //!    memory-<hash>.img   of a full snapshot: all memory; of a diff with frozen disks: its base
 //!    disk-*.qcow2, …     with frozen disks: all layers
+//!    …                   whatever else was to be copied into it
 //! ```
 
 use std::fs;
@@ -24,7 +25,7 @@ pub(crate) const DEVICES: &str = "device.state";
 pub(crate) const PAGES: &str = "memory.pages";
 
 /// The version of this layout.
-pub(crate) const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Manifest {
@@ -40,6 +41,8 @@ pub(crate) struct Manifest {
     pub(crate) devices_bytes: u64,
     /// Of a disk that stays in place: when it was written last. It is the generation that the memory belongs to.
     pub(crate) disk_generation: Option<Generation>,
+    /// The same of the volumes that it writes, each in its place.
+    pub(crate) volume_generations: Vec<Option<Generation>>,
 }
 
 /// Which pages there are, and their hash.

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use bhatti_engine::VolumeFile;
 use bhatti_host::durable;
 use bhatti_host::process::ProcessId;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,26 @@ pub(crate) struct Machine {
     pub(crate) disk: String,
     /// Whether it has a network card.
     pub(crate) has_network: bool,
+    /// What is in its places for volumes.
+    pub(crate) volumes: Vec<Option<Volume>>,
+}
+
+/// A file that it has as a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Volume {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+impl From<VolumeFile> for Volume {
+    fn from(VolumeFile { path, read_only }: VolumeFile) -> Self {
+        Self { path, read_only }
+    }
+}
+
+/// What a machine has in its places for volumes.
+pub(crate) fn volumes(files: &[Option<VolumeFile>]) -> Vec<Option<Volume>> {
+    files.iter().cloned().map(|file| file.map(Volume::from)).collect()
 }
 
 impl Record {
@@ -64,6 +85,7 @@ mod tests {
             memory: "memory".to_owned(),
             disk: "disk.qcow2".to_owned(),
             has_network: true,
+            volumes: vec![None, Some(Volume { path: "/v.ext4".into(), read_only: true })],
         };
         let record = Record::new(ProcessId { pid: 7, started_ticks: 8 }, machine);
         record.write(directory.path()).unwrap();

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::manifest::{DEVICES, Generation, Manifest, Memory, PAGES, damaged, same};
 use crate::qmp::Qmp;
-use crate::record::Machine;
+use crate::record::{self, Machine};
 use crate::vm::{self, QemuVm, create_private, report_log};
 use crate::{Setup, command_line, files, overlay};
 
@@ -44,7 +44,11 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     let card = |is_there: bool| if is_there { "present" } else { "absent" };
     let has_network = manifest.machine.has_network;
     same("network card", card(has_network), card(spec.tap.is_some()))?;
-    let machine = prepare(spec, &manifest)?;
+    let places = |number: usize| number.to_string();
+    let volumes = &manifest.machine.volumes;
+    same("places for volumes", &places(volumes.len()), &places(spec.volumes.len()))?;
+    let mut machine = prepare(spec, &manifest)?;
+    machine.volumes = record::volumes(&spec.volumes);
     let arguments = command_line::restore_arguments();
     let process =
         vm::start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
@@ -80,6 +84,7 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
                 return Err(RestoreError::Stale);
             }
             overlay::chain(to, &machine.disk).map_err(missing)?;
+            check_volumes(spec, manifest)?;
             if matches!(manifest.memory, Memory::Full { .. }) {
                 files::share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
             }
@@ -107,6 +112,21 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
         return Err(damaged("its memory has another size"));
     }
     Ok(machine)
+}
+
+/// Volumes that the guest writes hold what they held when it was saved: what it knows of them has to be true.
+fn check_volumes(spec: &RestoreSpec, manifest: &Manifest) -> Result<(), RestoreError> {
+    for (volume, then) in spec.volumes.iter().zip(&manifest.volume_generations) {
+        let (Some(volume), Some(then)) = (volume, then) else { continue };
+        let now = Generation::of(&volume.path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => damaged("a volume's file is gone"),
+            _ => RestoreError::File { step: "look at a volume's file", source },
+        })?;
+        if now != *then {
+            return Err(RestoreError::Stale);
+        }
+    }
+    Ok(())
 }
 
 impl Waiting {

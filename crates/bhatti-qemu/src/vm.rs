@@ -24,7 +24,7 @@ use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
 use crate::command_line::{self, Handed};
 use crate::console::{self, Console};
 use crate::qmp::{self, COMMAND_LIMIT, Qmp};
-use crate::record::{Machine, Record};
+use crate::record::{self, Machine, Record};
 use crate::{Setup, capture, files, overlay};
 
 const LOG: &str = "vmm.log";
@@ -97,6 +97,7 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         memory,
         disk,
         has_network: spec.tap.is_some(),
+        volumes: record::volumes(&spec.volumes),
     })
 }
 

@@ -96,6 +96,7 @@ async fn on_trial(part: impl AsyncFnOnce(&Bench<'_>)) {
         root_base: files.root,
         keep_disk: false,
         tap: None,
+        volumes: Vec::new(),
         boot_limit: LIMIT,
     };
     let _killer = Killer(directory.path().to_owned());

@@ -45,6 +45,7 @@ impl Guest {
             root_base: files.root,
             keep_disk: false,
             tap: None,
+            volumes: Vec::new(),
             boot_limit: LIMIT,
         };
         let engine = QemuEngine::new(PROGRAM.into());

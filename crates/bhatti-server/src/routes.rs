@@ -17,6 +17,7 @@ mod snapshots;
 mod tar;
 mod templates;
 mod users;
+mod volumes;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -93,6 +94,10 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(templates::get, templates::delete))
         .routes(routes!(secrets::list, secrets::set))
         .routes(routes!(secrets::delete))
+        .routes(routes!(volumes::list, volumes::create))
+        .routes(routes!(volumes::get, volumes::delete))
+        .routes(routes!(volumes::resize))
+        .routes(routes!(volumes::clone))
         .routes(routes!(images::list))
         .routes(routes!(images::get))
         .routes(routes!(users::list, users::create))

@@ -12,12 +12,13 @@ use bhatti_api::ErrorCode;
 use bhatti_engine::{BootError, RestoreError, SnapshotError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{
-    ChangeError, NetworkAssignError, PublishError, StoreError, TemplateInsertError,
-    UserDeleteError, UserInsertError,
+    AttachError, ChangeError, NetworkAssignError, PublishError, StoreError, TemplateInsertError,
+    UserDeleteError, UserInsertError, VolumeError,
 };
 use bhatti_supervisor::{
     Busy, CreateError, DestroyError, EditError, ForkError, NetworkError, SecretError,
-    SnapshotOpError, TemplateError, TransitionError, UseError,
+    SnapshotOpError, TemplateError, TransitionError, UseError, VolumeFileError, VolumeOpError,
+    VolumeUseError,
 };
 use bhatti_types::{Denied, QuotaExceeded, Report};
 use serde::Serialize;
@@ -168,6 +169,11 @@ impl From<CreateError> for ApiError {
                 Self::new(ErrorCode::BadRequest, error.to_string())
                     .hint("set it first: bhatti secret set NAME")
             }
+            CreateError::Attach(attach) => attach_error(attach),
+            CreateError::VolumeUse(volume) => volume_error(volume),
+            CreateError::Volumes(_) | CreateError::Mount(_) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
             CreateError::Network(network) => network_error(network),
             CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
                 .hint("list the images: GET /images"),
@@ -204,6 +210,61 @@ fn boot_error(boot: &BootError, whole: &dyn std::error::Error) -> ApiError {
             ApiError::new(ErrorCode::BootFailed, boot.to_string())
         }
         BootError::Prepare { .. } => ApiError::internal(whole),
+    }
+}
+
+fn attach_error(error: &AttachError) -> ApiError {
+    match error {
+        AttachError::NotFound(name) => ApiError::new(ErrorCode::BadRequest, error.to_string())
+            .hint(format!("make it first: bhatti volume create {name}")),
+        AttachError::InUse { sandbox, .. } => ApiError::new(ErrorCode::WrongState, error.to_string())
+            .hint(format!("one sandbox writes a volume, or any number read it: destroy `{sandbox}`, or attach it read-only in all")),
+        AttachError::Busy(_) => {
+            ApiError::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
+        }
+        AttachError::Quota(quota) => quota.clone().into(),
+        AttachError::Store(_) => ApiError::internal(error),
+    }
+}
+
+fn volume_error(error: &VolumeUseError) -> ApiError {
+    match error {
+        VolumeUseError::File { source: VolumeFileError::Damaged { .. }, .. } => {
+            ApiError::new(ErrorCode::WrongState, Report(error).to_string())
+                .hint("the admin may mend it with e2fsck: nothing was changed")
+        }
+        VolumeUseError::Missing(_) | VolumeUseError::File { .. } => ApiError::internal(error),
+    }
+}
+
+impl From<VolumeOpError> for ApiError {
+    fn from(error: VolumeOpError) -> Self {
+        match error {
+            VolumeOpError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string())
+                .hint("list them: bhatti volume list"),
+            VolumeOpError::Refused(VolumeError::NameTaken(_)) => {
+                Self::new(ErrorCode::NameTaken, error.to_string()).hint("choose another name")
+            }
+            VolumeOpError::Refused(VolumeError::InUse { .. }) => {
+                Self::new(ErrorCode::WrongState, error.to_string()).hint("destroy them first")
+            }
+            VolumeOpError::Refused(VolumeError::Busy(_)) => {
+                Self::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
+            }
+            VolumeOpError::Refused(VolumeError::Shrinks { .. }) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
+            VolumeOpError::Refused(VolumeError::Quota(quota)) => quota.into(),
+            VolumeOpError::Refused(VolumeError::Store(error)) => error.into(),
+            VolumeOpError::File(VolumeFileError::Damaged { .. }) => {
+                Self::new(ErrorCode::WrongState, error.to_string())
+                    .hint("the admin may mend it with e2fsck: nothing was changed")
+            }
+            VolumeOpError::File(_)
+            | VolumeOpError::Place { .. }
+            | VolumeOpError::Entropy(_)
+            | VolumeOpError::Interrupted => Self::internal(&error),
+        }
     }
 }
 
@@ -254,6 +315,7 @@ impl From<TransitionError> for ApiError {
             TransitionError::Busy(busy) => (*busy).into(),
             TransitionError::Restore(restore) => restore_error(restore),
             TransitionError::Boot(boot) => boot_error(boot, &error),
+            TransitionError::Volume(volume) => volume_error(volume),
             TransitionError::Network(network) => network_error(network),
             TransitionError::Images(bhatti_image::StoreError::Missing(missing)) => {
                 Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")

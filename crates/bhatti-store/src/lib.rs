@@ -15,6 +15,7 @@ mod secrets;
 mod snapshots;
 mod templates;
 mod users;
+mod volumes;
 
 use std::path::{Path, PathBuf};
 
@@ -32,6 +33,9 @@ pub use secrets::SecretRow;
 pub use snapshots::{SnapshotInsertError, SnapshotRow};
 pub use templates::{TemplateInsertError, TemplateRow};
 pub use users::{UserDeleteError, UserInsertError, UserRow};
+pub use volumes::{
+    Attach, AttachError, AttachKind, Attachment, VolumeError, VolumeRow, VolumeWork,
+};
 
 /// The store's file in the data directory.
 pub const FILE: &str = "state.db";

@@ -6,7 +6,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 5] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -152,6 +152,34 @@ const STEPS: [&str; 4] = [
     CREATE UNIQUE INDEX sandboxes_address ON sandboxes (address) WHERE address IS NOT NULL;
     ALTER TABLE snapshots ADD COLUMN network TEXT NOT NULL DEFAULT 'none';
     ALTER TABLE snapshots ADD COLUMN network_allow TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(network_allow));
+",
+    // Volumes, and the sandboxes that have them; a volume that is none is the sandbox's own.
+    "
+    CREATE TABLE volumes (
+        id         TEXT PRIMARY KEY,
+        owner      TEXT NOT NULL REFERENCES users (id),
+        name       TEXT NOT NULL,
+        size_mib   INTEGER NOT NULL CHECK (size_mib > 0),
+        work       TEXT CHECK (work IN ('resize', 'clone')),
+        created_at TEXT NOT NULL,
+        UNIQUE (owner, name)
+    ) STRICT;
+
+    CREATE TABLE sandbox_volumes (
+        sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
+        slot       INTEGER NOT NULL CHECK (slot >= 0),
+        name       TEXT NOT NULL,
+        volume_id  TEXT REFERENCES volumes (id),
+        mount      TEXT NOT NULL,
+        read_only  INTEGER NOT NULL CHECK (read_only IN (0, 1)),
+        size_mib   INTEGER NOT NULL CHECK (size_mib > 0),
+        PRIMARY KEY (sandbox_id, slot)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX sandbox_volumes_volume ON sandbox_volumes (volume_id);
+
+    ALTER TABLE snapshots ADD COLUMN volumes TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(volumes));
+    ALTER TABLE users ADD COLUMN max_volumes_mib INTEGER DEFAULT 20480 CHECK (max_volumes_mib >= 0);
+    UPDATE users SET max_volumes_mib = NULL WHERE id = '0000000000000000';
 ",
 ];
 

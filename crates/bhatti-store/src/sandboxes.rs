@@ -11,6 +11,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::networks::{AddressError, free_address};
 use crate::users::quota_of;
+use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all, parse_attachments};
 use crate::{
     Store, StoreError, changed_one, from_json, immediate, is_taken, network_spec, now,
     parse_secrets, parsed, secrets_text, to_json,
@@ -44,6 +45,8 @@ pub struct SandboxRow {
     pub stopped_at: Option<String>,
     /// Its address in its owner's network, if it has a network card.
     pub address: Option<Ipv4Addr>,
+    /// Its volumes, in the order asked.
+    pub volumes: Vec<Attachment>,
 }
 
 /// A sandbox to be added.
@@ -61,6 +64,8 @@ pub struct NewSandbox {
     pub agent_token: String,
     /// See [`SandboxRow::expires_at`].
     pub expires_at: Option<u64>,
+    /// The volumes that it is to have.
+    pub volumes: Vec<Attach>,
 }
 
 /// Which sandboxes are wanted.
@@ -92,6 +97,9 @@ pub enum InsertError {
     /// Its owner may have no more, or none so large.
     #[error(transparent)]
     Quota(#[from] QuotaExceeded),
+    /// It cannot have one of its volumes.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -139,7 +147,7 @@ impl Store {
     ///
     /// As [`admit_sandbox`](Self::admit_sandbox).
     pub fn insert_sandbox(&self, new: NewSandbox) -> Result<SandboxRow, InsertError> {
-        let NewSandbox { id, owner, spec, origin, agent_token, expires_at } = new;
+        let NewSandbox { id, owner, spec, origin, agent_token, expires_at, volumes } = new;
         let mut connection = self.connection.lock();
         let transaction = immediate(&mut connection)?;
         admit(&transaction, owner, &spec)?;
@@ -147,7 +155,7 @@ impl Store {
             NetworkMode::None => None,
             NetworkMode::Nat => Some(free_address(&transaction, owner)?),
         };
-        let row = SandboxRow {
+        let mut row = SandboxRow {
             id,
             owner,
             spec,
@@ -159,6 +167,7 @@ impl Store {
             expires_at,
             stopped_at: None,
             address,
+            volumes: Vec::new(),
         };
         let (state, reason) = state_columns(row.state);
         transaction.execute(
@@ -188,6 +197,7 @@ impl Store {
                 row.address.map(|address| address.to_string()),
             ],
         )?;
+        row.volumes = attach_all(&transaction, id, owner, volumes)?;
         transaction.commit()?;
         Ok(row)
     }
@@ -215,7 +225,7 @@ impl Store {
         let connection = self.connection.lock();
         // An id wins over a name that looks like one.
         let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM sandboxes WHERE owner = ?1 AND (id = ?2 OR name = ?2) AND state <> 'destroyed'
+            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND (id = ?2 OR name = ?2) AND state <> 'destroyed'
              ORDER BY id = ?2 DESC LIMIT 1"
         ))?;
         query
@@ -231,8 +241,9 @@ impl Store {
     /// Returns an error if the store fails.
     pub fn get_sandbox(&self, id: SandboxId) -> Result<Option<SandboxRow>, StoreError> {
         let connection = self.connection.lock();
-        let mut query =
-            connection.prepare_cached(&format!("SELECT {COLUMNS} FROM sandboxes WHERE id = ?1"))?;
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE id = ?1"
+        ))?;
         query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
     }
 
@@ -244,7 +255,7 @@ impl Store {
     pub fn list_all_sandboxes(&self) -> Result<Vec<SandboxRow>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM sandboxes ORDER BY created_at DESC, id"
+            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes ORDER BY created_at DESC, id"
         ))?;
         query.query_map([], |row| Ok(read(row)))?.map(|row| row?).collect()
     }
@@ -262,7 +273,7 @@ impl Store {
         let SandboxFilter { labels, after, limit } = filter;
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
+            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
                AND (?2 IS NULL OR created_at < ?2 OR (created_at = ?2 AND id > ?3))
                AND (?4 = '{{}}' OR NOT EXISTS (
                    SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (
@@ -462,6 +473,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         expires_at: row.get(16)?,
         stopped_at: row.get(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
+        volumes: parse_attachments(&text(22)?)?,
     })
 }
 

@@ -7,9 +7,10 @@ use bhatti_types::{
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::users::quota_of;
+use crate::volumes::{Attachment, attachments_text, parse_attachments};
 use crate::{Store, StoreError, changed_one, immediate, network_spec, now, parsed, to_json};
 
-const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow";
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes";
 
 /// A named snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub struct SnapshotRow {
     pub image: ImageName,
     /// How it was connected.
     pub network: NetworkSpec,
+    /// The volumes that it had.
+    pub volumes: Vec<Attachment>,
     /// When it was taken (RFC 3339); the store sets it.
     pub created_at: String,
 }
@@ -70,7 +73,7 @@ impl Store {
         check(&transaction, row.owner, &row.name)?;
         transaction
             .execute(
-                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"),
+                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)"),
                 params![
                     row.id.to_string(),
                     row.owner.to_string(),
@@ -86,6 +89,7 @@ impl Store {
                     row.image.as_str(),
                     row.network.mode.as_str(),
                     to_json(&row.network.allow.to_texts())?,
+                    attachments_text(&row.volumes)?,
                 ],
             )
             .map_err(StoreError::from)?;
@@ -191,6 +195,7 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
         created_at: text(10)?,
         image: parsed(text(11)?.parse())?,
         network: network_spec(&text(12)?, &text(13)?)?,
+        volumes: parse_attachments(&text(14)?)?,
     })
 }
 
@@ -216,6 +221,13 @@ mod tests {
             memory_bytes: 4096,
             created_at: String::new(),
             image: "minimal".parse().unwrap(),
+            volumes: vec![Attachment {
+                name: "data".parse().unwrap(),
+                volume: Some(bhatti_types::VolumeId::from_entropy([4; 8])),
+                mount: "/data".parse().unwrap(),
+                read_only: true,
+                size: bhatti_types::VolumeMib::try_from(64).unwrap(),
+            }],
             network: NetworkSpec {
                 mode: bhatti_types::NetworkMode::Nat,
                 allow: bhatti_types::Allowance::parse(&["10.0.0.0/8"]).unwrap(),

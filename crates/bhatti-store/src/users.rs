@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use crate::{Store, StoreError, changed_one, immediate, is_taken, now, parsed};
 
 const COLUMNS: &str =
-    "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots";
+    "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots, max_volumes_mib";
 
 /// A user as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,10 +68,11 @@ impl Store {
         quota: Quota,
     ) -> Result<UserRow, UserInsertError> {
         let row = UserRow { id, name: name.to_string(), created_at: now(), quota };
-        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots } = quota;
+        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib } =
+            quota;
         let inserted = self.connection.lock().execute(
             &format!(
-                "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"
+                "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
             ),
             params![
                 row.id.to_string(),
@@ -81,6 +82,7 @@ impl Store {
                 cpus_per_sandbox,
                 memory_mib_per_sandbox,
                 snapshots,
+                volumes_mib,
                 key_hash
             ],
         );
@@ -150,11 +152,12 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such user.
     pub fn set_user_quota(&self, id: UserId, quota: Quota) -> Result<(), StoreError> {
-        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots } = quota;
+        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib } =
+            quota;
         let connection = self.connection.lock();
         let changed = connection.execute(
-            "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5 WHERE id = ?1",
-            params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots],
+            "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5, max_volumes_mib = ?6 WHERE id = ?1",
+            params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib],
         )?;
         changed_one(changed)
     }
@@ -172,6 +175,7 @@ impl Store {
             ("snapshots", "snapshot"),
             ("secrets", "secret"),
             ("templates", "template"),
+            ("volumes", "volume"),
         ] {
             let count: u32 = transaction.query_row(
                 &format!("SELECT count(*) FROM {table} WHERE owner = ?1"),
@@ -201,6 +205,7 @@ fn quota(row: &Row<'_>) -> rusqlite::Result<Quota> {
         cpus_per_sandbox: row.get(4)?,
         memory_mib_per_sandbox: row.get(5)?,
         snapshots: row.get(6)?,
+        volumes_mib: row.get(7)?,
     })
 }
 

@@ -9,7 +9,7 @@ use bhatti_engine::{RestoreError, Vm, VmSpec};
 use bhatti_image::BootFiles;
 use bhatti_proto::{Applied, IdentityReport, PAYLOAD_BYTES_MAX};
 use bhatti_store::SandboxRow;
-use bhatti_types::{Report, SandboxId};
+use bhatti_types::Report;
 use tokio::time::{Instant, timeout};
 use tracing::warn;
 
@@ -22,6 +22,7 @@ use crate::networks::{self, NetworkError};
 use crate::spares::{self, Spare, Stage};
 use crate::steps::Step;
 use crate::templates::{Recipe, Template};
+use crate::volumes::{self, OwnVolumes};
 
 /// How long a guest that runs may take to be told who it is.
 const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
@@ -55,16 +56,19 @@ pub(crate) async fn bring_up(
             let enforced = shared.enforce_network(row.owner, row.address);
             let forked = fork_template(shared, row, &recipe, &template, spare);
             let report = settle(driver, row, extras, forked, enforced, may_run).await?;
-            let shared = Arc::clone(shared);
-            tokio::spawn(
-                async move { shared.spares.fill(&shared, &template, recipe.memory).await },
-            );
+            // What has volumes is not kept ready: which they are is known when somebody asks.
+            if recipe.places == 0 {
+                let shared = Arc::clone(shared);
+                tokio::spawn(
+                    async move { shared.spares.fill(&shared, &template, recipe.memory).await },
+                );
+            }
             Some(report)
         }
         Beginning::Saved { snapshot, token, .. } => {
             let restored = async {
                 let admitted = shared.admit(row.spec.memory).await?;
-                let vm = restore(shared, row.id, &snapshot, row.address.is_some()).await?;
+                let vm = restore(shared, row, &snapshot, OwnVolumes::Saved(&snapshot)).await?;
                 Ok(Running::new(vm, &token, admitted))
             };
             let enforced = shared.enforce_network(row.owner, row.address);
@@ -95,27 +99,31 @@ async fn fork_template(
         }
     }
     let admitted = shared.admit(row.spec.memory).await?;
-    let vm = match restore(shared, row.id, &template.directory, recipe.has_network).await {
+    let vm = match restore(shared, row, &template.directory, OwnVolumes::Fresh).await {
         Ok(vm) => vm,
-        Err(error @ (RestoreError::Damaged { .. } | RestoreError::Mismatch { .. })) => {
+        Err(CreateError::Restore(
+            error @ (RestoreError::Damaged { .. } | RestoreError::Mismatch { .. }),
+        )) => {
             warn!(error = %Report(&error), "A template cannot be used");
             spares::remove(shared, row.id).await;
             shared.templates.discard(template).await;
             let template = shared.templates.get(shared, recipe).await?;
-            restore(shared, row.id, &template.directory, recipe.has_network).await?
+            restore(shared, row, &template.directory, OwnVolumes::Fresh).await?
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(error),
     };
     Ok(Running::new(vm, "", admitted))
 }
 
 async fn restore(
     shared: &Shared,
-    id: SandboxId,
+    row: &SandboxRow,
     snapshot: &Path,
-    has_network: bool,
-) -> Result<Arc<dyn Vm>, RestoreError> {
-    Stage::Waiting(spares::stage(shared, id, snapshot, has_network).await?).load().await
+    own: OwnVolumes<'_>,
+) -> Result<Arc<dyn Vm>, CreateError> {
+    let volumes = volumes::files(shared, row.id, &row.volumes, own).await?;
+    let staged = spares::stage(shared, row.id, snapshot, row.address.is_some(), volumes).await?;
+    Ok(Stage::Waiting(staged).load().await?)
 }
 
 /// Lets a VM run that was another one, and makes its guest this sandbox's own. Returns its report. `enforced` are its network's rules: the
@@ -155,6 +163,11 @@ async fn settle(
         && !extras.files.is_empty()
     {
         return Err(CreateError::Files(message.clone()));
+    }
+    if let Applied::Failed { message } = &report.first_setup
+        && !row.volumes.is_empty()
+    {
+        return Err(CreateError::Mount(message.clone()));
     }
     let text = serde_json::to_string(&report)?;
     driver.shared.store.set_sandbox_identity(row.id, &text)?;
@@ -247,6 +260,7 @@ async fn boot(
         root_base: files.root,
         keep_disk: false,
         tap: networks::tap(row.id, row.address.is_some()),
+        volumes: volumes::files(shared, row.id, &row.volumes, OwnVolumes::Fresh).await?,
         boot_limit: shared.config.boot_limit,
     };
     shared.enforce_network(row.owner, row.address).await?;
@@ -257,6 +271,7 @@ async fn boot(
         timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row, extras))).await;
     let configured = configured.unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }));
     configured.map_err(|error| match error {
+        CallError::Agent(refused) if !row.volumes.is_empty() => CreateError::Mount(refused.message),
         CallError::Agent(refused) if !extras.files.is_empty() => {
             CreateError::Files(refused.message)
         }

@@ -11,11 +11,11 @@ use bhatti_agent::CallError;
 use bhatti_engine::{BootError, RestoreError, VmmError};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
 use bhatti_proto::ConfigFile;
-use bhatti_store::{InsertError, NewSandbox, SandboxRow, StoreError};
+use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
     Allowance, CpuCount, Environment, ImageName, Labels, MemoryMib, NetworkMode, NetworkSpec,
     ParseNameError, QuotaExceeded, Report, SandboxId, SandboxName, SandboxSpec, SandboxState,
-    SecretName, UserId,
+    SecretName, UserId, VOLUMES_MAX,
 };
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -30,6 +30,7 @@ use crate::secrets::{self, SecretError};
 use crate::spares::Spare;
 use crate::steps::Step;
 use crate::templates::{Recipe, Template, TemplateError};
+use crate::volumes::{self, VolumeUseError};
 use crate::{Shared, Supervisor};
 
 /// What a sandbox is asked to be. What is left out is chosen.
@@ -63,6 +64,8 @@ pub struct SandboxRequest {
     pub network: Option<NetworkMode>,
     /// What it may reach beyond what everybody may.
     pub allow: Allowance,
+    /// Its volumes, in the order in which they are mounted.
+    pub volumes: Vec<Attach>,
 }
 
 /// A file that is put into a sandbox.
@@ -84,6 +87,7 @@ pub(crate) struct New {
     pub(crate) secrets: BTreeMap<String, String>,
     pub(crate) files: BTreeMap<String, ConfigFile>,
     pub(crate) expires_at: Option<u64>,
+    pub(crate) volumes: Vec<Attach>,
 }
 
 impl New {
@@ -92,11 +96,12 @@ impl New {
         shared: &Shared,
         owner: UserId,
         spec: SandboxSpec,
+        volumes: Vec<Attach>,
     ) -> Result<Self, CreateError> {
         shared.store.admit_sandbox(owner, &spec)?;
         shared.admit_network(owner, &spec.network).await?;
         let secrets = secrets::read(shared, owner, &spec.secrets)?;
-        Ok(Self { owner, spec, secrets, files: BTreeMap::new(), expires_at: None })
+        Ok(Self { owner, spec, secrets, files: BTreeMap::new(), expires_at: None, volumes })
     }
 }
 
@@ -112,6 +117,18 @@ pub enum CreateError {
     /// It cannot have its network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// It cannot have one of its volumes.
+    #[error(transparent)]
+    Attach(AttachError),
+    /// Two of its volumes would be at one place, or one of them twice, or there are too many.
+    #[error("{0}")]
+    Volumes(String),
+    /// A volume cannot be used.
+    #[error(transparent)]
+    VolumeUse(#[from] VolumeUseError),
+    /// The guest could not mount its volumes.
+    #[error("the sandbox's guest could not mount its volumes: {0}")]
+    Mount(String),
     /// There is no such image.
     #[error("image `{0}` not found")]
     NoSuchImage(ImageName),
@@ -177,7 +194,10 @@ impl From<InsertError> for CreateError {
     fn from(error: InsertError) -> Self {
         match error {
             InsertError::NameTaken(name) => Self::NameTaken(name),
-            InsertError::Quota(quota) => Self::Quota(quota),
+            InsertError::Quota(quota) | InsertError::Attach(AttachError::Quota(quota)) => {
+                Self::Quota(quota)
+            }
+            InsertError::Attach(error) => Self::Attach(error),
             InsertError::Store(error) => Self::Store(error),
         }
     }
@@ -242,6 +262,7 @@ impl Supervisor {
                 allow: request.allow,
             },
         };
+        check_volumes(&request.volumes)?;
         // Before there is a row: what is not allowed, or not set up at all, needs none.
         shared.store.admit_sandbox(owner, &spec)?;
         shared.admit_network(owner, &spec.network).await?;
@@ -253,13 +274,16 @@ impl Supervisor {
             Beginning::Boot(files)
         } else {
             let has_network = spec.network.mode == NetworkMode::Nat;
-            let recipe = Recipe { files, cpus: spec.cpus, memory: spec.memory, has_network };
+            let places = volumes::places(request.volumes.len());
+            let recipe =
+                Recipe { files, cpus: spec.cpus, memory: spec.memory, has_network, places };
             let template = shared.templates.get(shared, &recipe).await?;
             let spare = shared.spares.take(&template);
             Beginning::Template { recipe, template, spare }
         };
-        self.create_from(New { owner, spec, secrets, files: guest_files, expires_at }, beginning)
-            .await
+        let volumes = request.volumes;
+        let new = New { owner, spec, secrets, files: guest_files, expires_at, volumes };
+        self.create_from(new, beginning).await
     }
 
     /// Makes the template of sandboxes that ask for nothing in particular, unless it is there.
@@ -289,7 +313,7 @@ impl Supervisor {
 
     pub(crate) async fn create_from(
         &self,
-        New { owner, spec, secrets, files, expires_at }: New,
+        New { owner, spec, secrets, files, expires_at, volumes }: New,
         beginning: Beginning,
     ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
@@ -300,7 +324,7 @@ impl Supervisor {
             None => SandboxId::from_entropy(random()?),
         };
         let (origin, agent_token) = (beginning.origin(), random_hex()?);
-        let new = NewSandbox { id, owner, spec, origin, agent_token, expires_at };
+        let new = NewSandbox { id, owner, spec, origin, agent_token, expires_at, volumes };
         let row = match shared.store.insert_sandbox(new) {
             Ok(row) => row,
             Err(error) => {
@@ -335,7 +359,7 @@ impl Supervisor {
 /// What sandboxes that ask for nothing in particular are forked from.
 fn usual_recipe(shared: &Shared, files: BootFiles) -> Recipe {
     let has_network = shared.usual_network() == NetworkMode::Nat;
-    Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT, has_network }
+    Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT, has_network, places: 0 }
 }
 
 pub(crate) fn made_up_name() -> Result<SandboxName, CreateError> {
@@ -364,6 +388,29 @@ pub(crate) async fn boot_files(
     });
     let files = found.await.map_err(|_| CreateError::Interrupted)??;
     files.ok_or_else(|| CreateError::NoSuchImage(image.clone()))
+}
+
+/// Whether these can be the volumes of one sandbox.
+fn check_volumes(volumes: &[Attach]) -> Result<(), CreateError> {
+    if volumes.len() > VOLUMES_MAX {
+        let number = volumes.len();
+        return Err(CreateError::Volumes(format!(
+            "{number} volumes are too many: a sandbox has at most {VOLUMES_MAX}"
+        )));
+    }
+    for (place, volume) in volumes.iter().enumerate() {
+        for other in &volumes[..place] {
+            if other.mount == volume.mount {
+                let mount = &volume.mount;
+                return Err(CreateError::Volumes(format!("two volumes are at `{mount}`")));
+            }
+            if other.name == volume.name {
+                let name = &volume.name;
+                return Err(CreateError::Volumes(format!("two volumes are called `{name}`")));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The first second since 1970 that begins when `time` is over.

@@ -19,7 +19,7 @@ use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{
     BootError, MemoryKind, RemoveError, RestoreError, SnapshotError, SnapshotInfo, VmmError,
 };
-use bhatti_store::{SandboxRow, StoreError};
+use bhatti_store::{Attachment, SandboxRow, StoreError};
 use bhatti_types::{
     Denied, FailReason, MemoryMib, Report, SandboxId, SandboxState, Thermal, UserId,
 };
@@ -32,6 +32,7 @@ use crate::access::{Access, Entry, Lease, Running};
 use crate::admission::Busy;
 use crate::networks::NetworkError;
 use crate::steps::Step;
+use crate::volumes::{MadeFrom, VolumeUseError};
 
 /// How often the wall clock is looked at by who waits for a time of it.
 const CLOCK_LOOK: Duration = Duration::from_secs(60);
@@ -72,6 +73,9 @@ pub enum TransitionError {
     /// Its network could not be set up.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A volume cannot be used.
+    #[error(transparent)]
+    Volume(#[from] VolumeUseError),
     /// Its VMM does not end.
     #[error("failed to end the sandbox's virtual machine")]
     End(#[source] RemoveError),
@@ -132,6 +136,7 @@ pub(crate) enum Request {
     Save {
         directory: PathBuf,
         memory: Option<MemoryKind>,
+        made_from: MadeFrom,
         reply: Reply<Saved>,
     },
     /// Saves the memory and gives it back, unless somebody uses the sandbox.
@@ -196,6 +201,7 @@ pub(crate) struct Driver {
     expires_at: Option<u64>,
     pub(crate) memory: MemoryMib,
     pub(crate) address: Option<Ipv4Addr>,
+    pub(crate) volumes: Vec<Attachment>,
     pub(crate) token: String,
     pub(crate) shared: Arc<Shared>,
     pub(crate) access: Arc<Access>,
@@ -214,6 +220,7 @@ impl Driver {
             expires_at: row.expires_at,
             memory: row.spec.memory,
             address: row.address,
+            volumes: row.volumes.clone(),
             token: row.agent_token.clone(),
             shared: Arc::clone(shared),
             access,
@@ -301,8 +308,8 @@ impl Driver {
             Request::KeepHot { keep_hot, reply } => {
                 drop(reply.send(self.set_keep_hot(keep_hot).await));
             }
-            Request::Save { directory, memory, reply } => {
-                drop(reply.send(self.save(&directory, memory).await));
+            Request::Save { directory, memory, made_from, reply } => {
+                drop(reply.send(self.save(&directory, memory, made_from).await));
             }
             Request::GiveMemory => self.give_memory().await,
             Request::Sleep(reply) => drop(reply.send(self.sleep(false).await)),
@@ -353,6 +360,7 @@ impl Driver {
             warn!(sandbox = %self.id, error = %Report(&error), "Failed to note that a sandbox is being destroyed");
         }
         self.reached(Step::DestroyNoted).await;
+        self.write_volumes().await;
         self.access.set_state(SandboxState::Destroyed);
         self.access.set_vm(None, Thermal::Cold);
         self.shared.registry.remove(self.id);

@@ -15,6 +15,7 @@ use crate::create::{Beginning, CreateError, New};
 use crate::driver::{Request, TransitionError};
 use crate::identity::random_hex;
 use crate::steps::{self, Step};
+use crate::volumes::{self, MadeFrom};
 use crate::{Supervisor, UseError};
 
 /// How the directories begin in which forks find their parent.
@@ -105,7 +106,9 @@ impl Supervisor {
         let name = random_hex().map_err(CreateError::Entropy)?;
         let snapshot = self.shared.config.snapshots_dir.join(format!("{FORKING}{name}"));
         let directory = snapshot.clone();
-        let saved = handle.ask(|reply| Request::Save { directory, memory: None, reply }).await?;
+        let made_from = MadeFrom::Running;
+        let saved =
+            handle.ask(|reply| Request::Save { directory, memory: None, made_from, reply }).await?;
         steps::reached(Step::Frozen, self.shared.config.fault);
         let made = self.make_forks(owner, &parent, &request, count, &snapshot).await;
         // The forks have hard links of all that they stand on.
@@ -142,9 +145,10 @@ impl Supervisor {
                 origin: format!("sandbox {}", parent.id),
             };
             let (supervisor, turns) = (self.clone(), Arc::clone(&turns));
+            let volumes = volumes::of_fork(&parent.volumes, MadeFrom::Running);
             forks.spawn(async move {
                 let _turn = turns.acquire_owned().await;
-                let new = New::of(&supervisor.shared, owner, spec).await?;
+                let new = New::of(&supervisor.shared, owner, spec, volumes).await?;
                 supervisor.create_from(new, beginning).await
             });
         }

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{ConfigFile, GuestConfig, Identity, Woken};
 use bhatti_store::SandboxRow;
 
-use crate::networks;
+use crate::{networks, volumes};
 
 /// What a guest's random number generator gets from the host, in bytes.
 const ENTROPY_BYTES: usize = 32;
@@ -46,6 +46,7 @@ pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
         env,
         files: extras.files.clone(),
         init: row.spec.init.clone(),
+        volumes: volumes::of_guest(&row.volumes),
         network,
         dns,
         ..GuestConfig::default()

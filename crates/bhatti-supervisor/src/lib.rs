@@ -22,6 +22,7 @@ mod spares;
 mod steps;
 mod templates;
 mod transition;
+mod volumes;
 mod wake;
 
 use std::path::PathBuf;
@@ -50,6 +51,7 @@ pub use secrets::SecretError;
 pub use snapshots::{ResumeRequest, SnapshotOpError};
 pub use steps::{Fault, Step, UnknownStep};
 pub use templates::TemplateError;
+pub use volumes::{VolumeFileError, VolumeInfo, VolumeOpError, VolumeUseError};
 
 use access::Lease;
 use admission::{Admission, Admitted};
@@ -95,6 +97,8 @@ pub struct Config {
     pub secret_key: SecretKey,
     /// When sandboxes cool.
     pub thermal: ThermalConfig,
+    /// Where the volumes are.
+    pub volumes_dir: PathBuf,
     /// Where sandboxes' networks are.
     pub network: NetworkConfig,
     /// For tests: what goes wrong, and when.
@@ -126,6 +130,8 @@ pub(crate) struct Shared {
     pub(crate) spares: Spares,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,
+    /// One at a time checks a volume.
+    pub(crate) volume_checks: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
@@ -204,6 +210,7 @@ impl Supervisor {
                 spares,
                 events,
                 metrics: Metrics::new(),
+                volume_checks: tokio::sync::Mutex::default(),
             }),
         }
     }

@@ -52,6 +52,7 @@ impl Supervisor {
         let named = self.shared.store.list_snapshots(None)?.into_iter().map(|row| row.id).collect();
         self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
         self.shared.templates.recover(&self.shared).await.map_err(RecoverError::List)?;
+        self.settle_volumes().await.map_err(RecoverError::List)?;
         // Before any sandbox goes on: the rules may have been lost.
         self.shared.settle_networks().await;
         for row in rows {

@@ -15,6 +15,7 @@ use crate::create::{Beginning, CreateError, New, made_up_name};
 use crate::driver::{Request, TransitionError};
 use crate::identity::random;
 use crate::steps::{self, Step};
+use crate::volumes::{self, MadeFrom};
 use crate::{Supervisor, UseError};
 
 /// How the directories begin of snapshots that are in no row yet.
@@ -111,7 +112,12 @@ impl Supervisor {
         // Its own name when it is in its row: see `recover`.
         let directory = shared.config.snapshots_dir.join(format!("{SAVING}{id}"));
         let place = directory.clone();
-        let save = |reply| Request::Save { directory: place, memory: None, reply };
+        let save = |reply| Request::Save {
+            directory: place,
+            memory: None,
+            made_from: MadeFrom::Kept,
+            reply,
+        };
         let saved = self.handle(&row, sandbox)?.ask(save).await?;
         steps::reached(Step::Unnamed, shared.config.fault);
         let snapshot = SnapshotRow {
@@ -127,6 +133,7 @@ impl Supervisor {
             memory_bytes: saved.info.memory_bytes,
             image: row.spec.image,
             network: row.spec.network,
+            volumes: row.volumes,
             created_at: String::new(),
         };
         match shared.store.insert_snapshot(snapshot) {
@@ -197,7 +204,8 @@ impl Supervisor {
             token: snapshot.agent_token,
             origin: format!("snapshot {}", snapshot.id),
         };
-        let new = New::of(&self.shared, owner, spec).await?;
+        let volumes = volumes::of_fork(&snapshot.volumes, MadeFrom::Kept);
+        let new = New::of(&self.shared, owner, spec, volumes).await?;
         Ok(self.create_from(new, beginning).await?)
     }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bhatti_agent::{AgentClient, CallError};
-use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm};
+use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm, VolumeFile};
 use bhatti_proto::ExecRequest;
 use bhatti_types::{MemoryMib, Report, SandboxId};
 use parking_lot::Mutex;
@@ -98,6 +98,7 @@ pub(crate) async fn stage(
     id: SandboxId,
     snapshot: &Path,
     has_network: bool,
+    volumes: Vec<Option<VolumeFile>>,
 ) -> Result<Box<dyn Staged>, RestoreError> {
     let spec = RestoreSpec {
         id,
@@ -105,6 +106,7 @@ pub(crate) async fn stage(
         snapshot: snapshot.to_owned(),
         disks: Disks::Frozen,
         tap: networks::tap(id, has_network),
+        volumes,
         limit: RESTORE_LIMIT,
     };
     shared.engine.stage(&spec).await
@@ -200,8 +202,9 @@ async fn make(
         .and_then(|()| fs::write(place.join(MARKER), ""))
         .map_err(failed("create the VM's directory"))?;
     let made = async {
-        let stage =
-            Stage::Waiting(stage(shared, id, &template.directory, template.has_network).await?);
+        let stage = Stage::Waiting(
+            stage(shared, id, &template.directory, template.has_network, Vec::new()).await?,
+        );
         if !load {
             return Ok(stage);
         }

@@ -73,6 +73,8 @@ pub(crate) struct Recipe {
     pub(crate) memory: MemoryMib,
     /// Whether there is a network card.
     pub(crate) has_network: bool,
+    /// How many places there are for volumes.
+    pub(crate) places: usize,
 }
 
 /// The templates of a daemon.
@@ -244,7 +246,7 @@ struct Usage {
 
 fn key(machine: &str, recipe: &Recipe) -> String {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let Recipe { files, cpus, memory, has_network } = recipe;
+    let Recipe { files, cpus, memory, has_network, places } = recipe;
     // The kernel's directory is named by its content, the other files are themselves.
     let kernel = files.kernel.parent().map(name).unwrap_or_default();
     let text = [
@@ -255,6 +257,7 @@ fn key(machine: &str, recipe: &Recipe) -> String {
         &cpus.get().to_string(),
         &memory.get().to_string(),
         if *has_network { "network" } else { "no network" },
+        &places.to_string(),
     ]
     .join("\n");
     blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
@@ -304,6 +307,7 @@ async fn make(
         root_base: recipe.files.root.clone(),
         keep_disk: false,
         tap: networks::tap(id, recipe.has_network),
+        volumes: vec![None; recipe.places],
         boot_limit: shared.config.boot_limit,
     };
     let _admitted = shared.admit(recipe.memory).await?;
@@ -339,6 +343,7 @@ async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), TemplateError> {
         directory: directory.to_owned(),
         memory: Some(MemoryKind::Full),
         disks: Disks::Frozen,
+        copies: Vec::new(),
     };
     vm.capture(&request).await?.finish().await?;
     Ok(())
@@ -399,12 +404,14 @@ mod tests {
             cpus: CpuCount::ONE,
             memory: MemoryMib::DEFAULT,
             has_network: true,
+            places: 0,
         };
         let same = BootFiles { kernel: "/elsewhere/kernel-1/vmlinux".into(), ..files.clone() };
         assert_eq!(key("m", &recipe), key("m", &Recipe { files: same, ..recipe.clone() }));
         let others = [
             key("other", &recipe),
             key("m", &Recipe { has_network: false, ..recipe.clone() }),
+            key("m", &Recipe { places: 1, ..recipe.clone() }),
             key("m", &Recipe { cpus: CpuCount::try_from(2).unwrap(), ..recipe.clone() }),
             key("m", &Recipe { memory: MemoryMib::try_from(1024).unwrap(), ..recipe.clone() }),
             key(

@@ -25,6 +25,7 @@ use tracing::{info, warn};
 use crate::access::Running;
 use crate::driver::{Driver, Saved, TransitionError};
 use crate::steps::Step;
+use crate::volumes::{self, MadeFrom};
 
 /// The snapshot of a sandbox that sleeps, in its directory, and one that its VM has gone on from.
 pub(crate) const SNAPSHOT: &str = "snapshot";
@@ -184,6 +185,7 @@ impl Driver {
         &self,
         directory: &Path,
         memory: Option<MemoryKind>,
+        made_from: MadeFrom,
     ) -> Result<Saved, TransitionError> {
         self.access.state().admit_use()?;
         // One that was paused may not have stood still then.
@@ -194,8 +196,13 @@ impl Driver {
             self.resume(&running).await?;
             return Err(TransitionError::Moving);
         }
-        let request =
-            SnapshotRequest { directory: directory.to_owned(), memory, disks: Disks::Frozen };
+        let copies = volumes::copies(&self.shared, self.id, &self.volumes, made_from);
+        let request = SnapshotRequest {
+            directory: directory.to_owned(),
+            memory,
+            disks: Disks::Frozen,
+            copies,
+        };
         let captured = running.vm.capture(&request).await;
         self.reached(Step::Captured).await;
         self.resume(&running).await?;
@@ -207,6 +214,8 @@ impl Driver {
     /// From hot to warm. Returns whether the guest's processes stood still before.
     async fn pause(&self, running: &Running, sync: bool) -> Result<bool, TransitionError> {
         self.access.set_thermal(Thermal::Warm);
+        // Volumes outlive what is in the memory of who writes them.
+        let sync = sync || self.writes_volumes();
         let limit = if sync { SYNC_LIMIT } else { SUSPEND_LIMIT };
         let suspended = timeout(limit, running.agent.suspend(sync)).await;
         match &suspended {
@@ -226,6 +235,27 @@ impl Driver {
         }
         self.reached(Step::Paused).await;
         Ok(matches!(suspended, Ok(Ok(()))))
+    }
+
+    /// Whether anything is written to volumes here.
+    fn writes_volumes(&self) -> bool {
+        self.volumes.iter().any(|volume| !volume.read_only)
+    }
+
+    /// Has the guest write what it has of its volumes, before it ends. One that is paused has done so.
+    pub(crate) async fn write_volumes(&self) {
+        let named = self.volumes.iter().any(|volume| volume.volume.is_some() && !volume.read_only);
+        let Some(running) = self.access.running().filter(|_| named) else { return };
+        if self.access.thermal() != Some(Thermal::Hot) {
+            return;
+        }
+        match timeout(SYNC_LIMIT, running.agent.suspend(true)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                warn!(sandbox = %self.id, error = %Report(&error), "Guest did not write its volumes before its end");
+            }
+            Err(_) => warn!(sandbox = %self.id, "Guest did not write its volumes in time"),
+        }
     }
 
     /// From warm to hot.
@@ -284,6 +314,7 @@ impl Driver {
             directory: directory.join(SNAPSHOT),
             memory: None,
             disks: Disks::InPlace,
+            copies: Vec::new(),
         };
         let info = running.vm.capture(&request).await?.finish().await?;
         self.reached(Step::Saved).await;

@@ -17,6 +17,7 @@ use crate::secrets;
 use crate::spares::RESTORE_LIMIT;
 use crate::steps::Step;
 use crate::transition::{CONSUMED, SNAPSHOT, remove};
+use crate::volumes::{self, OwnVolumes};
 
 /// How long a guest may take to be told something.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
@@ -32,12 +33,15 @@ impl Driver {
     pub(crate) async fn wake_cold(&self) -> Result<(), TransitionError> {
         let admitted = self.shared.admit(self.memory).await?;
         let directory = self.directory();
+        let volumes =
+            volumes::files(&self.shared, self.id, &self.volumes, OwnVolumes::Kept).await?;
         let spec = RestoreSpec {
             id: self.id,
             directory: directory.clone(),
             snapshot: directory.join(SNAPSHOT),
             disks: Disks::InPlace,
             tap: networks::tap(self.id, self.address.is_some()),
+            volumes,
             limit: RESTORE_LIMIT,
         };
         let loaded = async {
@@ -120,6 +124,7 @@ impl Driver {
             root_base: files.root,
             keep_disk: true,
             tap: networks::tap(row.id, row.address.is_some()),
+            volumes: volumes::files(&self.shared, row.id, &row.volumes, OwnVolumes::Left).await?,
             boot_limit: self.shared.config.boot_limit,
         };
         self.shared.enforce_network(row.owner, row.address).await?;

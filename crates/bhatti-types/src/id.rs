@@ -63,6 +63,11 @@ id! {
 }
 
 id! {
+    /// The id of a volume, unique across machines.
+    VolumeId
+}
+
+id! {
     /// The id of a user.
     UserId
 }

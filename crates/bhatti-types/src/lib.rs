@@ -12,13 +12,14 @@ mod quota;
 mod report;
 mod size;
 mod spec;
+mod volume;
 
-pub use id::{ParseIdError, SandboxId, UserId};
+pub use id::{ParseIdError, SandboxId, UserId, VolumeId};
 pub use label::{InvalidLabel, Labels};
 pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
 pub use name::{
     Alias, ImageName, ParseAliasError, ParseNameError, ParseSecretNameError, SandboxName,
-    SecretName, SnapshotName, TemplateName, UserName,
+    SecretName, SnapshotName, TemplateName, UserName, VolumeName,
 };
 pub use network::{
     Allowance, InvalidAllowance, NEVER_REACHED, NetworkMode, NetworkSpec, UnknownNetworkMode,
@@ -27,3 +28,4 @@ pub use quota::{Quota, QuotaExceeded};
 pub use report::Report;
 pub use size::{CpuCount, MemoryMib, OutOfRange};
 pub use spec::{Environment, InvalidEnvironment, SandboxSpec};
+pub use volume::{InvalidMount, InvalidVolumeSize, MountPath, VOLUMES_MAX, VolumeMib};

@@ -82,6 +82,11 @@ name! {
     TemplateName, "template"
 }
 
+name! {
+    /// The name of a volume, unique among its owner's.
+    VolumeName, "volume"
+}
+
 /// A string that cannot be the name of a secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(

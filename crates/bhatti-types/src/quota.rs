@@ -11,6 +11,8 @@ pub struct Quota {
     pub memory_mib_per_sandbox: Option<u32>,
     /// Named snapshots.
     pub snapshots: Option<u32>,
+    /// Volumes, all together, in MiB.
+    pub volumes_mib: Option<u32>,
 }
 
 impl Quota {
@@ -20,6 +22,7 @@ impl Quota {
         cpus_per_sandbox: Some(4),
         memory_mib_per_sandbox: Some(4096),
         snapshots: Some(5),
+        volumes_mib: Some(20_480),
     };
 }
 
@@ -52,6 +55,18 @@ pub enum QuotaExceeded {
         /// How many it may have.
         max: u32,
     },
+    /// Its volumes would be too large together.
+    #[error(
+        "volume limit reached: {used} MiB are in use, {asked} more are asked for, {max} may be"
+    )]
+    Volumes {
+        /// How much it has, in MiB.
+        used: u64,
+        /// How much more was asked for, in MiB.
+        asked: u64,
+        /// How much it may have, in MiB.
+        max: u32,
+    },
     /// The sandbox is to have too many vCPUs.
     #[error("max {max} CPUs per sandbox")]
     Cpus {
@@ -70,6 +85,12 @@ impl QuotaExceeded {
     /// Whether giving something up helps; asking for less does otherwise.
     #[must_use]
     pub const fn passes(&self) -> bool {
-        matches!(self, Self::Sandboxes { .. } | Self::Snapshots { .. } | Self::Count { .. })
+        matches!(
+            self,
+            Self::Sandboxes { .. }
+                | Self::Snapshots { .. }
+                | Self::Count { .. }
+                | Self::Volumes { .. }
+        )
     }
 }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use bhatti_api::{AttachVolume, NewVolume};
 use clap::{Args, Parser, Subcommand};
 
 /// Runs untrusted code and AI agents in real Linux microVMs on a machine you own.
@@ -77,6 +78,9 @@ pub(crate) enum Command {
     /// Save sandboxes under a name, and make others of them
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Manage volumes: file systems that outlive sandboxes
+    #[command(subcommand)]
+    Volume(Volume),
     /// Manage the daemon's users
     #[command(subcommand)]
     User(User),
@@ -151,6 +155,12 @@ pub(crate) struct Create {
     /// A private range that it may reach all the same; may be given several times
     #[arg(long, value_name = "CIDR")]
     pub(crate) allow_cidr: Vec<String>,
+    /// A volume that it has, mounted there, read-only with `:ro`; may be given several times
+    #[arg(long, value_name = "NAME:/PATH[:ro]", value_parser = parse_volume)]
+    pub(crate) volume: Vec<AttachVolume>,
+    /// A volume of its own, which ends with it; may be given several times
+    #[arg(long, value_name = "NAME:MIB:/PATH", value_parser = parse_new_volume)]
+    pub(crate) new_volume: Vec<NewVolume>,
 }
 
 #[derive(Debug, Args)]
@@ -252,6 +262,51 @@ pub(crate) enum Snapshot {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum Volume {
+    /// Make an empty volume
+    #[command(after_help = "Example:\n  bhatti volume create data --size 4096")]
+    Create {
+        /// The volume's name
+        name: String,
+        /// Its size in MiB [default: 1024]
+        #[arg(long, value_name = "MIB")]
+        size: Option<u64>,
+    },
+    /// List volumes
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one volume
+    Inspect {
+        /// Its name
+        name: String,
+    },
+    /// Make a volume larger that no sandbox has
+    #[command(after_help = "Example:\n  bhatti volume resize data --size 8192")]
+    Resize {
+        /// Its name
+        name: String,
+        /// Its size from now on, in MiB
+        #[arg(long, value_name = "MIB")]
+        size: u64,
+    },
+    /// Copy a volume that no sandbox writes
+    #[command(after_help = "Example:\n  bhatti volume clone data data-2")]
+    Clone {
+        /// Its name
+        name: String,
+        /// The copy's name
+        copy: String,
+    },
+    /// Delete volumes that no sandbox has, with all that is in them
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum User {
     /// Make a user, and print the API key this once
     #[command(after_help = "Example:\n  bhatti user create alice")]
@@ -261,6 +316,24 @@ pub(crate) enum User {
     },
     /// List users
     List,
+}
+
+fn parse_volume(text: &str) -> Result<AttachVolume, String> {
+    let (name, target) = text.split_once(':').ok_or("expected NAME:/PATH or NAME:/PATH:ro")?;
+    let (target, readonly) = match target.strip_suffix(":ro") {
+        Some(target) => (target, true),
+        None => (target.strip_suffix(":rw").unwrap_or(target), false),
+    };
+    Ok(AttachVolume { name: name.to_owned(), target: target.to_owned(), readonly })
+}
+
+fn parse_new_volume(text: &str) -> Result<NewVolume, String> {
+    let parts: Vec<&str> = text.splitn(3, ':').collect();
+    let [name, size, mount] = parts[..] else {
+        return Err("expected NAME:MIB:/PATH".to_owned());
+    };
+    let size_mb = size.parse().map_err(|_| format!("`{size}` is no number of MiB"))?;
+    Ok(NewVolume { name: name.to_owned(), size_mb, mount: mount.to_owned() })
 }
 
 fn parse_variable(text: &str) -> Result<(String, String), String> {
@@ -277,6 +350,18 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn volumes_are_named_with_their_places() {
+        let volume = parse_volume("data:/srv/x:ro").unwrap();
+        assert_eq!((&*volume.name, &*volume.target, volume.readonly), ("data", "/srv/x", true));
+        let volume = parse_volume("data:/a:b").unwrap();
+        assert_eq!((&*volume.target, volume.readonly), ("/a:b", false));
+        let own = parse_new_volume("tmp:64:/scratch").unwrap();
+        assert_eq!((&*own.name, own.size_mb, &*own.mount), ("tmp", 64, "/scratch"));
+        assert!(parse_volume("data").is_err());
+        assert!(parse_new_volume("tmp:x:/scratch").is_err() && parse_new_volume("tmp:1").is_err());
     }
 
     #[test]

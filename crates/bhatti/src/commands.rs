@@ -15,6 +15,7 @@ mod snapshot;
 mod supervisor;
 mod user;
 mod version;
+mod volume;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,6 +70,7 @@ pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
             Command::Fork(arguments) => fork::run(&context, arguments).await,
             Command::Destroy(targets) => destroy::run(&context, &targets).await,
             Command::Snapshot(command) => snapshot::run(&context, command).await,
+            Command::Volume(command) => volume::run(&context, command).await,
             Command::User(command) => user::run(&context, command).await,
             Command::Doctor => return doctor::run(&context).await,
             Command::Version => version::run(&context),

@@ -93,6 +93,7 @@ async fn what_is_one_users_does_not_exist_for_another() {
     for (path, body) in [
         ("/secrets", json!({ "name": "hers", "value": "v" })),
         ("/templates", json!({ "name": "hers" })),
+        ("/volumes", json!({ "name": "hers", "size_mb": 16 })),
         ("/sandboxes", json!({ "name": "hers" })),
         ("/sandboxes/hers/checkpoint", json!({ "name": "hers" })),
         ("/sandboxes/hers/publish", json!({ "port": 8000 })),
@@ -101,7 +102,7 @@ async fn what_is_one_users_does_not_exist_for_another() {
         assert_eq!(made.status, 201, "{path}: {}", made.text());
     }
     let api = admin.get("/openapi.json").await.json();
-    let owned = ["sandbox", "snapshot", "template", "name"];
+    let owned = ["sandbox", "snapshot", "template", "volume", "name"];
     let names = |of: &'static str| {
         let mut names: BTreeMap<_, _> = owned.iter().map(|parameter| (*parameter, of)).collect();
         names.extend([

@@ -20,6 +20,7 @@
 mod agent;
 mod channel;
 mod connection;
+mod disk;
 mod exec;
 mod file;
 mod forward;

@@ -29,6 +29,8 @@ pub(crate) struct Settings {
     pub(crate) environment: BTreeMap<String, String>,
     /// Who processes run as.
     pub(crate) user: Option<String>,
+    /// Where volumes are mounted that are written to.
+    pub(crate) volumes: Vec<String>,
     configured: bool,
 }
 
@@ -47,6 +49,10 @@ impl Settings {
         self.token = some_text(&config.token).map(String::into_bytes);
         self.environment.clone_from(&config.env);
         self.user = some_text(&config.user);
+        if !self.configured {
+            let written = config.volumes.iter().filter(|volume| !volume.read_only);
+            self.volumes = written.map(|volume| volume.mount.clone()).collect();
+        }
         self.configured = true;
     }
 }

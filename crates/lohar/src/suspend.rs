@@ -3,9 +3,12 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use bhatti_proto::{ErrorKind, Suspend, Woken};
+use rustix::fs::{Mode, OFlags, fstat, open, stat};
+use rustix::io::Errno;
 use tokio::time::{sleep, timeout};
 
 use crate::agent::Agent;
@@ -17,6 +20,10 @@ use crate::settings::{feed_random, set_clock};
 /// How long the users' processes may take to stand still, and how often to look.
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 const FREEZE_LOOK: Duration = Duration::from_millis(1);
+
+/// `FIFREEZE` and `FITHAW` of linux/fs.h.
+const FREEZE: libc::Ioctl = 0xc004_5877_u32 as libc::Ioctl;
+const THAW: libc::Ioctl = 0xc004_5878_u32 as libc::Ioctl;
 
 /// How long the disks may take.
 const SYNC_LIMIT: Duration = Duration::from_secs(20);
@@ -35,7 +42,9 @@ pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpEr
             return Err(io::Error::other("the guest was woken meanwhile"));
         }
         agent.set_suspended(true);
-        freeze().await
+        freeze().await?;
+        // Last: who waits for a disk that stands still cannot be made to stand still.
+        if request.sync { freeze_volumes(agent).await } else { Ok(()) }
     };
     suspended.await.map_err(|error| {
         thaw(agent);
@@ -65,6 +74,7 @@ pub(crate) fn thaw(agent: &Agent) {
     if !agent.is_guest {
         return;
     }
+    thaw_volumes(agent);
     if let Err(error) = set_frozen(false) {
         log::line(format_args!("failed to let the processes run: {error}"));
     }
@@ -90,6 +100,47 @@ fn set_frozen(frozen: bool) -> io::Result<()> {
 fn is_frozen() -> io::Result<bool> {
     let events = fs::read_to_string(format!("{USER_CGROUP}/cgroup.events"))?;
     Ok(events.lines().any(|line| line == "frozen 1"))
+}
+
+/// Has the volumes hold all that was written to them, with nothing left to be replayed, until they are thawed.
+async fn freeze_volumes(agent: &Agent) -> io::Result<()> {
+    let volumes = agent.settings.borrow().volumes.clone();
+    let frozen = tokio::task::spawn_blocking(move || {
+        volumes.iter().rev().try_for_each(|mount| match change_volume(mount, FREEZE) {
+            // It is frozen already, or keeps nothing.
+            Err(Errno::BUSY | Errno::OPNOTSUPP) => Ok(()),
+            frozen => frozen,
+        })
+    });
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the volumes take too long");
+    Ok(timeout(SYNC_LIMIT, frozen).await.map_err(late)?.map_err(io::Error::other)??)
+}
+
+fn thaw_volumes(agent: &Agent) {
+    for mount in &agent.settings.borrow().volumes {
+        match change_volume(mount, THAW) {
+            // It is not frozen.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => log::line(format_args!("failed to thaw {mount}: {error}")),
+        }
+    }
+}
+
+/// Freezes or thaws the file system that is mounted at `mount`. If there is none any more, it is the root's, which stays as it is.
+fn change_volume(mount: &str, request: libc::Ioctl) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(mount, flags, Mode::empty())?;
+    if fstat(&directory)?.st_dev == stat("/")?.st_dev {
+        return Ok(());
+    }
+    // SAFETY: the descriptor is open, and the request reads no memory of ours.
+    #[expect(unsafe_code, reason = "no safe wrapper of this ioctl exists")]
+    let result = unsafe { libc::ioctl(directory.as_raw_fd(), request, 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+    }
 }
 
 async fn sync() -> io::Result<()> {

@@ -284,6 +284,7 @@ fn listed(state: &AppState, row: SandboxRow) -> Sandbox {
         image: row.spec.image.to_string(),
         network: row.spec.network.mode.as_str().to_owned(),
         network_allow: row.spec.network.allow.to_texts(),
+        volumes: row.volumes.iter().map(super::volumes::attached).collect(),
         ip: row.address.map(|address| address.to_string()),
         created_by: row.owner.to_string(),
         created_at: row.created_at,

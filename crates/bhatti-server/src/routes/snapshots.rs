@@ -93,6 +93,7 @@ fn snapshot(row: SnapshotRow) -> Snapshot {
         memory_mb: row.memory.get().into(),
         kind: if row.is_full { "full" } else { "diff" }.to_owned(),
         memory_bytes: row.memory_bytes,
+        volumes: row.volumes.iter().map(|volume| volume.name.to_string()).collect(),
         created_at: row.created_at,
     }
 }

@@ -40,6 +40,7 @@ pub(crate) async fn create(
         max_cpus_per_sandbox,
         max_memory_mb_per_sandbox,
         max_snapshots,
+        max_volume_mb,
     } = request;
     let name: UserName = name.parse().map_err(|error| ApiError::bad_request(&error))?;
     let quota = Quota {
@@ -47,6 +48,7 @@ pub(crate) async fn create(
         cpus_per_sandbox: max_cpus_per_sandbox.or(Quota::USUAL.cpus_per_sandbox),
         memory_mib_per_sandbox: max_memory_mb_per_sandbox.or(Quota::USUAL.memory_mib_per_sandbox),
         snapshots: max_snapshots.or(Quota::USUAL.snapshots),
+        volumes_mib: max_volume_mb.or(Quota::USUAL.volumes_mib),
     };
     let api_key = keys::generate()?;
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
@@ -82,6 +84,7 @@ pub(crate) async fn update(
         max_cpus_per_sandbox,
         max_memory_mb_per_sandbox,
         max_snapshots,
+        max_volume_mb,
     } = request;
     let before = row.quota;
     let quota = Quota {
@@ -89,6 +92,7 @@ pub(crate) async fn update(
         cpus_per_sandbox: max_cpus_per_sandbox.or(before.cpus_per_sandbox),
         memory_mib_per_sandbox: max_memory_mb_per_sandbox.or(before.memory_mib_per_sandbox),
         snapshots: max_snapshots.or(before.snapshots),
+        volumes_mib: max_volume_mb.or(before.volumes_mib),
     };
     state.store.set_user_quota(row.id, quota)?;
     state.supervisor.record("user.changed", UserId::ADMIN, None, json!({ "user": row.name }));
@@ -162,7 +166,8 @@ fn with_key(row: UserRow, api_key: String) -> CreatedUser {
 }
 
 fn user(row: UserRow) -> User {
-    let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots } = row.quota;
+    let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib } =
+        row.quota;
     User {
         id: row.id.to_string(),
         name: row.name,
@@ -172,6 +177,7 @@ fn user(row: UserRow) -> User {
             max_cpus_per_sandbox: cpus_per_sandbox,
             max_memory_mb_per_sandbox: memory_mib_per_sandbox,
             max_snapshots: snapshots,
+            max_volume_mb: volumes_mib,
         },
     }
 }

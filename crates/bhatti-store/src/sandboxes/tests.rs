@@ -31,6 +31,7 @@ pub(crate) fn new(id: SandboxId) -> NewSandbox {
         origin: "template x".to_owned(),
         agent_token: "secret".to_owned(),
         expires_at: Some(7),
+        volumes: Vec::new(),
     }
 }
 

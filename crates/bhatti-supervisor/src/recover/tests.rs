@@ -136,7 +136,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
-        for directory in ["sandboxes", "snapshots", "templates"] {
+        for directory in ["sandboxes", "snapshots", "templates", "volumes"] {
             std::fs::create_dir(data.path().join(directory)).unwrap();
         }
         let store = Arc::new(Store::open(data.path()).unwrap());
@@ -163,8 +163,15 @@ impl Place {
             network: NetworkSpec::default(),
         };
         let (origin, agent_token) = ("boot".to_owned(), String::new());
-        let new =
-            NewSandbox { id, owner: UserId::ADMIN, spec, origin, agent_token, expires_at: None };
+        let new = NewSandbox {
+            id,
+            owner: UserId::ADMIN,
+            spec,
+            origin,
+            agent_token,
+            expires_at: None,
+            volumes: Vec::new(),
+        };
         self.store.insert_sandbox(new).unwrap();
         self.store.set_sandbox_state(id, state).unwrap();
         let directory = self.directory(id);
@@ -197,6 +204,7 @@ impl Place {
                 warm_after: Duration::from_secs(3600),
                 cold_after: Duration::from_secs(3600),
             },
+            volumes_dir: path.join("volumes"),
             network: NetworkConfig {
                 host: Err("this is a test".to_owned()),
                 range: "10.213.0.0/16".parse().unwrap(),

@@ -8,7 +8,18 @@ use crate::cli::Create;
 use crate::error::CliError;
 
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
-    let Create { name, cpus, memory, env, keep_hot, cold_boot, network, allow_cidr } = arguments;
+    let Create {
+        name,
+        cpus,
+        memory,
+        env,
+        keep_hot,
+        cold_boot,
+        network,
+        allow_cidr,
+        volume,
+        new_volume,
+    } = arguments;
     let env = env.into_iter().collect();
     let request = CreateSandbox {
         name,
@@ -19,6 +30,8 @@ pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
         cold_boot,
         network,
         network_allow: allow_cidr,
+        volumes: volume,
+        new_volumes: new_volume,
         ..CreateSandbox::default()
     };
     let began = Instant::now();

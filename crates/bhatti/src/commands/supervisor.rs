@@ -52,6 +52,7 @@ pub(super) async fn make(
             warm_after: config.thermal.warm_after(),
             cold_after: config.thermal.cold_after(),
         },
+        volumes_dir: directory("volumes")?,
         network,
         fault: fault.map_err(|error| CliError::of(&error))?,
     };

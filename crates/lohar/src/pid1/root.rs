@@ -11,7 +11,7 @@ use rustix::process::{chdir, chroot};
 use rustix::system::finit_module;
 use rustix::thread::nanosleep;
 
-use crate::log;
+use crate::{disk, log};
 
 /// Modules that the initramfs brings, named in the order of loading.
 const MODULES: &str = "/modules";
@@ -55,15 +55,9 @@ pub(super) fn find_disk() -> io::Result<PathBuf> {
 }
 
 fn disk_with_serial(wanted: &str) -> io::Result<Option<PathBuf>> {
-    for entry in fs::read_dir("/sys/block")? {
-        let entry = entry?;
-        let serial = fs::read_to_string(entry.path().join("serial"));
-        let device = Path::new("/dev").join(entry.file_name());
-        if serial.is_ok_and(|serial| serial.trim_end() == wanted) && device.exists() {
-            return Ok(Some(device));
-        }
-    }
-    Ok(None)
+    let block = disk::block_with(wanted)?;
+    let device = block.map(|block| Path::new("/dev").join(block.file_name().unwrap_or_default()));
+    Ok(device.filter(|device| device.exists()))
 }
 
 /// Mounts `disk` and makes it the root, with the early file systems in it.

@@ -43,7 +43,10 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         first_setup: if agent.settings.borrow().configured || identity.rehearsal {
             Applied::Nothing
         } else {
-            guest(&|| system::apply_once(config).map_err(|error| io::Error::other(error.message)))
+            guest(&|| {
+                system::apply_once(config, system::Disks::Exchanged)
+                    .map_err(|error| io::Error::other(error.message))
+            })
         },
         connections,
     };

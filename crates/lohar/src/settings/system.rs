@@ -2,16 +2,19 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use bhatti_proto::{AgentError, ConfigVolume, GuestConfig};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::sethostname;
 
-use crate::netlink;
 use crate::refusal::io_refused;
 use crate::user::USUAL_UID;
+use crate::{disk, netlink};
+
+/// How a device is named by the serial of its disk: as udev(7) does.
+const BY_SERIAL: &str = "/dev/disk/by-id/virtio-";
 
 /// Makes the guest what the configuration says.
 pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
@@ -23,11 +26,20 @@ pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
         let failed = |error| io_refused("configure", Path::new(&network.interface), &error);
         netlink::configure(network).map_err(failed)?;
     }
-    apply_once(config)
+    apply_once(config, Disks::AsBooted)
+}
+
+/// What the guest's kernel knows of its disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Disks {
+    /// What they are.
+    AsBooted,
+    /// What they were before it was saved: others are in their places now.
+    Exchanged,
 }
 
 /// Makes what a guest gets once and never again.
-pub(super) fn apply_once(config: &GuestConfig) -> Result<(), AgentError> {
+pub(super) fn apply_once(config: &GuestConfig, disks: Disks) -> Result<(), AgentError> {
     if !config.dns.is_empty() {
         let path = Path::new("/etc/resolv.conf");
         let lines: String =
@@ -36,7 +48,7 @@ pub(super) fn apply_once(config: &GuestConfig) -> Result<(), AgentError> {
     }
     for volume in &config.volumes {
         let failed = |error| io_refused("mount", Path::new(&volume.mount), &error);
-        mount_volume(volume).map_err(failed)?;
+        mount_volume(volume, disks).map_err(failed)?;
     }
     Ok(())
 }
@@ -48,12 +60,17 @@ pub(super) fn set_hostname(name: &str) -> io::Result<()> {
     fs::write("/etc/hosts", format!("127.0.0.1 localhost {name}\n::1 localhost\n"))
 }
 
-fn mount_volume(volume: &ConfigVolume) -> io::Result<()> {
+fn mount_volume(volume: &ConfigVolume, disks: Disks) -> io::Result<()> {
     fs::create_dir_all(&volume.mount)?;
+    let device = match volume.device.strip_prefix(BY_SERIAL) {
+        Some(serial) => disk::find(serial, disks == Disks::Exchanged)?,
+        None => volume.device.clone().into(),
+    };
     let access = if volume.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     let flags = MountFlags::NOATIME | MountFlags::NOSUID | MountFlags::NODEV | access;
-    mount(volume.device.as_str(), volume.mount.as_str(), volume.fs.as_str(), flags, c"")?;
-    if !volume.read_only {
+    mount(device.as_path(), volume.mount.as_str(), volume.fs.as_str(), flags, c"")?;
+    // One that is nobody's yet is the usual user's; whom a user gave it to keeps it.
+    if !volume.read_only && fs::metadata(&volume.mount)?.uid() == 0 {
         chown(&volume.mount, Some(USUAL_UID), Some(USUAL_UID))?;
     }
     Ok(())

@@ -107,6 +107,7 @@ fn fill(data_dir: &Path) -> Result<()> {
             origin,
             agent_token,
             expires_at: None,
+            volumes: Vec::new(),
         })?;
         store.set_sandbox_state(id, SandboxState::Stopped)?;
     }
@@ -170,6 +171,7 @@ impl BareVm {
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
             tap: None,
+            volumes: Vec::new(),
             limit: LIMIT,
         };
         let vm = engine.stage(&spec).await?.load().await?;

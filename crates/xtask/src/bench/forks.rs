@@ -73,6 +73,7 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
             tap: None,
+            volumes: Vec::new(),
             limit: LIMIT,
         };
         let began = Instant::now();
@@ -236,6 +237,7 @@ async fn snapshot(
         directory: place.to_owned(),
         memory: Some(memory),
         disks: Disks::InPlace,
+        copies: Vec::new(),
     };
     let began = Instant::now();
     let info = vm.capture(&request).await?.finish().await?;

@@ -11,6 +11,7 @@ use bhatti_supervisor::{FileRequest, SandboxRequest};
 use bhatti_types::{Allowance, CpuCount, Environment, Labels, MemoryMib, SandboxName, SecretName};
 
 use super::ListQuery;
+use crate::routes::volumes::attachments;
 use crate::status::ApiError;
 
 /// The most secrets of one sandbox.
@@ -97,6 +98,8 @@ pub(super) fn create(
         timeout_sec,
         network,
         network_allow,
+        volumes,
+        new_volumes,
     } = request;
     let mut base = template.map(of_template).unwrap_or_default();
     // A sandbox of a template is called after it.
@@ -136,6 +139,7 @@ pub(super) fn create(
         files: files.into_iter().map(file).collect::<Result<_, _>>()?,
         network: network.map(|mode| mode.parse()).transpose().map_err(|error| bad(&error))?,
         allow: Allowance::parse(&network_allow).map_err(|error| bad(&error))?,
+        volumes: attachments(volumes, new_volumes)?,
         lifetime: timeout_sec.map(|seconds| Duration::from_secs(seconds.into())),
         ..base
     })

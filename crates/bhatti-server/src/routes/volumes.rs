@@ -1,0 +1,144 @@
+//! `/volumes`.
+
+use axum::extract::State;
+use axum::response::Response;
+use axum::{Extension, Json};
+use bhatti_api::{
+    AttachVolume, AttachedVolume, CloneVolume, CreateVolume, Deleted, NewVolume, ResizeVolume,
+    Volume, VolumeUser,
+};
+use bhatti_store::{Attach, AttachKind, Attachment};
+use bhatti_supervisor::VolumeInfo;
+use bhatti_types::{VolumeMib, VolumeName};
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::ApiPath;
+use crate::json::ApiJson;
+use crate::status::{ApiError, created};
+
+/// The size of a volume for which none was said, in MiB.
+const USUAL_MIB: u64 = 1024;
+
+/// Makes an empty volume.
+#[utoipa::path(post, path = "/volumes", tag = "volumes", request_body = CreateVolume,
+    responses((status = 201, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiJson(request): ApiJson<CreateVolume>,
+) -> Result<Response, ApiError> {
+    let (name, size) = (parse_name(&request.name)?, size(request.size_mb.unwrap_or(USUAL_MIB))?);
+    Ok(created(volume(state.supervisor.create_volume(owner, name, size).await?)))
+}
+
+/// Lists the caller's volumes, by name.
+#[utoipa::path(get, path = "/volumes", tag = "volumes",
+    responses((status = 200, body = Vec<Volume>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+) -> Result<Json<Vec<Volume>>, ApiError> {
+    Ok(Json(state.supervisor.list_volumes(owner)?.into_iter().map(volume).collect()))
+}
+
+/// One volume.
+#[utoipa::path(get, path = "/volumes/{volume}", tag = "volumes", params(("volume" = String, Path)),
+    responses((status = 200, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<Volume>, ApiError> {
+    Ok(Json(volume(state.supervisor.find_volume(owner, &name)?)))
+}
+
+/// Makes a volume larger that no sandbox has.
+#[utoipa::path(post, path = "/volumes/{volume}/resize", tag = "volumes", params(("volume" = String, Path)),
+    request_body = ResizeVolume, responses((status = 200, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn resize(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+    ApiJson(request): ApiJson<ResizeVolume>,
+) -> Result<Json<Volume>, ApiError> {
+    // Whose it is comes before what is wrong with the request.
+    state.supervisor.find_volume(owner, &name)?;
+    let size = size(request.size_mb)?;
+    Ok(Json(volume(state.supervisor.resize_volume(owner, &name, size).await?)))
+}
+
+/// Copies a volume that no sandbox writes.
+#[utoipa::path(post, path = "/volumes/{volume}/clone", tag = "volumes", params(("volume" = String, Path)),
+    request_body = CloneVolume, responses((status = 201, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn clone(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+    ApiJson(request): ApiJson<CloneVolume>,
+) -> Result<Response, ApiError> {
+    let copy = parse_name(&request.name)?;
+    Ok(created(volume(state.supervisor.clone_volume(owner, &name, copy).await?)))
+}
+
+/// Deletes a volume that no sandbox has, with all that is in it.
+#[utoipa::path(delete, path = "/volumes/{volume}", tag = "volumes", params(("volume" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<Deleted>, ApiError> {
+    state.supervisor.delete_volume(owner, &name).await?;
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+/// The volumes that a new sandbox is to have, in the order in which they are mounted.
+pub(super) fn attachments(
+    named: Vec<AttachVolume>,
+    own: Vec<NewVolume>,
+) -> Result<Vec<Attach>, ApiError> {
+    let named = named.into_iter().map(|AttachVolume { name, target, readonly }| {
+        attach(&name, &target, AttachKind::Named { read_only: readonly })
+    });
+    let own = own.into_iter().map(|NewVolume { name, size_mb, mount }| {
+        attach(&name, &mount, AttachKind::Own { size: size(size_mb)? })
+    });
+    named.chain(own).collect()
+}
+
+fn attach(name: &str, mount: &str, kind: AttachKind) -> Result<Attach, ApiError> {
+    let mount = mount.parse().map_err(|error| ApiError::bad_request(&error))?;
+    Ok(Attach { name: parse_name(name)?, mount, kind })
+}
+
+fn parse_name(name: &str) -> Result<VolumeName, ApiError> {
+    name.parse().map_err(|error| ApiError::bad_request(&error))
+}
+
+fn size(mib: u64) -> Result<VolumeMib, ApiError> {
+    VolumeMib::try_from(mib).map_err(|error| ApiError::bad_request(&error))
+}
+
+/// A sandbox's volume.
+pub(super) fn attached(volume: &Attachment) -> AttachedVolume {
+    AttachedVolume {
+        name: volume.name.to_string(),
+        target: volume.mount.to_string(),
+        readonly: volume.read_only,
+        size_mb: volume.size.get().into(),
+        ephemeral: volume.volume.is_none(),
+    }
+}
+
+fn volume(VolumeInfo { row, sandboxes, disk_bytes }: VolumeInfo) -> Volume {
+    let user = |(sandbox, readonly)| VolumeUser { sandbox, readonly };
+    Volume {
+        id: row.id.to_string(),
+        name: row.name.to_string(),
+        size_mb: row.size.get().into(),
+        disk_bytes,
+        attached_to: sandboxes.into_iter().map(user).collect(),
+        created_at: row.created_at,
+    }
+}

@@ -1,0 +1,507 @@
+//! The tables of volumes, and of the sandboxes that have them.
+
+use bhatti_types::{MountPath, QuotaExceeded, SandboxId, UserId, VolumeId, VolumeMib, VolumeName};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use serde::{Deserialize, Serialize};
+
+use crate::users::quota_of;
+use crate::{Store, StoreError, changed_one, from_json, immediate, now, parsed, to_json};
+
+const COLUMNS: &str = "id, owner, name, size_mib, work, created_at";
+
+/// A volume as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeRow {
+    /// Its id, which names its directory.
+    pub id: VolumeId,
+    /// Whose it is.
+    pub owner: UserId,
+    /// Its name.
+    pub name: VolumeName,
+    /// Its size.
+    pub size: VolumeMib,
+    /// What is being done with it, during which no sandbox gets it.
+    pub work: Option<VolumeWork>,
+    /// When it was made (RFC 3339); the store sets it.
+    pub created_at: String,
+}
+
+/// What is done with a volume while no sandbox may get it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VolumeWork {
+    /// It is made larger: no sandbox has it.
+    Resize,
+    /// It is copied: no sandbox writes it.
+    Clone,
+}
+
+impl VolumeWork {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Resize => "resize",
+            Self::Clone => "clone",
+        }
+    }
+}
+
+/// A volume that a sandbox is to have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attach {
+    /// Its name.
+    pub name: VolumeName,
+    /// Where it is mounted.
+    pub mount: MountPath,
+    /// Which it is.
+    pub kind: AttachKind,
+}
+
+/// Which volume a sandbox is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachKind {
+    /// The one that its owner calls so: for itself alone, or to read, with others.
+    Named {
+        /// Whether it is only read.
+        read_only: bool,
+    },
+    /// One of its own, which ends with it.
+    Own {
+        /// Its size.
+        size: VolumeMib,
+    },
+}
+
+/// A volume that a sandbox has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The volume's name.
+    pub name: VolumeName,
+    /// Which volume; one of the sandbox's own if absent.
+    pub volume: Option<VolumeId>,
+    /// Where it is mounted.
+    pub mount: MountPath,
+    /// Whether it is only read.
+    pub read_only: bool,
+    /// Its size.
+    pub size: VolumeMib,
+}
+
+/// An attachment in JSON.
+#[derive(Serialize, Deserialize)]
+struct Text {
+    name: String,
+    volume: Option<String>,
+    mount: String,
+    read_only: bool,
+    size_mib: u64,
+}
+
+/// A volume could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Its owner has none of that name.
+    #[error("volume `{0}` not found")]
+    NotFound(VolumeName),
+    /// Another sandbox has it.
+    #[error("volume `{name}` is attached to sandbox `{sandbox}`")]
+    InUse {
+        /// The volume.
+        name: VolumeName,
+        /// The sandbox.
+        sandbox: String,
+    },
+    /// Something else is being done with it.
+    #[error("volume `{0}` is being resized or copied")]
+    Busy(VolumeName),
+    /// All would be too large together.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for AttachError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// Something could not be done with a volume. It is what it was.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// Its owner has one of that name.
+    #[error("volume `{0}` already exists")]
+    NameTaken(VolumeName),
+    /// Sandboxes have it.
+    #[error("volume `{name}` is attached to {} ({})", count(sandboxes), sandboxes.join(", "))]
+    InUse {
+        /// The volume.
+        name: VolumeName,
+        /// The sandboxes.
+        sandboxes: Vec<String>,
+    },
+    /// Something else is being done with it.
+    #[error("volume `{0}` is being resized or copied")]
+    Busy(VolumeName),
+    /// It would not be larger.
+    #[error("volume `{name}` has {} MiB: it can only grow", size.get())]
+    Shrinks {
+        /// The volume.
+        name: VolumeName,
+        /// Its size.
+        size: VolumeMib,
+    },
+    /// All would be too large together.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for VolumeError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+fn count(sandboxes: &[String]) -> String {
+    match sandboxes.len() {
+        1 => "a sandbox".to_owned(),
+        number => format!("{number} sandboxes"),
+    }
+}
+
+impl Store {
+    /// Adds a volume that is in place.
+    ///
+    /// # Errors
+    ///
+    /// As [`admit_volume`](Self::admit_volume).
+    pub fn insert_volume(&self, row: VolumeRow) -> Result<VolumeRow, VolumeError> {
+        let row = VolumeRow { created_at: now(), ..row };
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        admit(&transaction, row.owner, &row.name, row.size)?;
+        transaction.execute(
+            &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, NULL, ?5)"),
+            params![
+                row.id.to_string(),
+                row.owner.to_string(),
+                row.name.as_str(),
+                row.size.get(),
+                row.created_at
+            ],
+        )?;
+        transaction.commit()?;
+        Ok(row)
+    }
+
+    /// Whether `owner` may have such a volume, before the work of making one.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`VolumeError::NameTaken`] if it has one of that name, [`VolumeError::Quota`] if all would be too large together.
+    pub fn admit_volume(
+        &self,
+        owner: UserId,
+        name: &VolumeName,
+        size: VolumeMib,
+    ) -> Result<(), VolumeError> {
+        admit(&self.connection.lock(), owner, name, size)
+    }
+
+    /// The volume that `owner` calls so.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_volume(&self, owner: UserId, name: &str) -> Result<Option<VolumeRow>, StoreError> {
+        find(&self.connection.lock(), owner, name)
+    }
+
+    /// The volumes of `owner`, or of everybody, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_volumes(&self, owner: Option<UserId>) -> Result<Vec<VolumeRow>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM volumes WHERE ?1 IS NULL OR owner = ?1 ORDER BY name, id"
+        ))?;
+        let owner = owner.map(|owner| owner.to_string());
+        query.query_map([owner], |row| Ok(read(row)))?.map(|row| row?).collect()
+    }
+
+    /// The names of the sandboxes that have a volume, and whether they only read it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn sandboxes_with_volume(&self, id: VolumeId) -> Result<Vec<(String, bool)>, StoreError> {
+        users_of(&self.connection.lock(), id)
+    }
+
+    /// Keeps a volume from sandboxes while something is done with it, until [`end_volume_work`](Self::end_volume_work). Returns it as it is.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`VolumeError::InUse`] if sandboxes have it in a way that does not go with that, [`VolumeError::Busy`] if something else is
+    /// done with it, and for a size that it is to have, what is wrong with that.
+    pub fn begin_volume_work(
+        &self,
+        id: VolumeId,
+        work: VolumeWork,
+        grow_to: Option<VolumeMib>,
+    ) -> Result<VolumeRow, VolumeError> {
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection)?;
+        let row = get(&transaction, id)?;
+        check_unused(&transaction, &row, work == VolumeWork::Clone)?;
+        if let Some(size) = grow_to {
+            let more = size.get().checked_sub(row.size.get()).filter(|more| *more > 0);
+            let shrinks = || VolumeError::Shrinks { name: row.name.clone(), size: row.size };
+            let more = u64::from(more.ok_or_else(shrinks)?);
+            check_quota::<VolumeError>(&transaction, row.owner, more)?;
+        }
+        transaction.execute(
+            "UPDATE volumes SET work = ?2 WHERE id = ?1",
+            params![id.to_string(), work.as_str()],
+        )?;
+        transaction.commit()?;
+        Ok(row)
+    }
+
+    /// Gives a volume back to sandboxes, with the size that it has now.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such volume.
+    pub fn end_volume_work(&self, id: VolumeId, size: VolumeMib) -> Result<(), StoreError> {
+        let connection = self.connection.lock();
+        changed_one(connection.execute(
+            "UPDATE volumes SET work = NULL, size_mib = ?2 WHERE id = ?1",
+            params![id.to_string(), size.get()],
+        )?)
+    }
+
+    /// Gives back what an earlier daemon was doing something with.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn end_all_volume_work(&self) -> Result<(), StoreError> {
+        self.connection.lock().execute("UPDATE volumes SET work = NULL", [])?;
+        Ok(())
+    }
+
+    /// Forgets a volume that no sandbox has. `remove` takes its files away before that is final.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`VolumeError::InUse`] if a sandbox has it.
+    pub fn delete_volume<E: From<VolumeError>>(
+        &self,
+        id: VolumeId,
+        remove: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut connection = self.connection.lock();
+        let transaction = immediate(&mut connection).map_err(VolumeError::from)?;
+        let row = get(&transaction, id).map_err(VolumeError::from)?;
+        check_unused(&transaction, &row, false)?;
+        transaction
+            .execute("DELETE FROM volumes WHERE id = ?1", [id.to_string()])
+            .map_err(VolumeError::from)?;
+        remove()?;
+        Ok(transaction.commit().map_err(VolumeError::from)?)
+    }
+}
+
+fn read(row: &Row<'_>) -> Result<VolumeRow, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    let work = match row.get::<_, Option<String>>(4)?.as_deref() {
+        None => None,
+        Some("resize") => Some(VolumeWork::Resize),
+        Some("clone") => Some(VolumeWork::Clone),
+        Some(other) => return Err(StoreError::Damaged(format!("the work `{other}`"))),
+    };
+    Ok(VolumeRow {
+        id: parsed(text(0)?.parse())?,
+        owner: parsed(text(1)?.parse())?,
+        name: parsed(text(2)?.parse())?,
+        size: parsed(VolumeMib::try_from(row.get::<_, u64>(3)?))?,
+        work,
+        created_at: text(5)?,
+    })
+}
+
+fn find(
+    connection: &Connection,
+    owner: UserId,
+    name: &str,
+) -> Result<Option<VolumeRow>, StoreError> {
+    let mut query = connection
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM volumes WHERE owner = ?1 AND name = ?2"))?;
+    let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
+    found.optional()?.transpose()
+}
+
+fn get(connection: &Connection, id: VolumeId) -> Result<VolumeRow, StoreError> {
+    let query = format!("SELECT {COLUMNS} FROM volumes WHERE id = ?1");
+    let found = connection.query_row(&query, [id.to_string()], |row| Ok(read(row))).optional()?;
+    found.ok_or(StoreError::NoSuchRow)?
+}
+
+fn users_of(connection: &Connection, id: VolumeId) -> Result<Vec<(String, bool)>, StoreError> {
+    let mut query = connection.prepare_cached(
+        "SELECT sandboxes.name, read_only FROM sandbox_volumes JOIN sandboxes ON sandboxes.id = sandbox_id
+         WHERE volume_id = ?1 ORDER BY sandboxes.name",
+    )?;
+    let users = query.query_map([id.to_string()], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    users.map(|user| Ok(user?)).collect()
+}
+
+fn check_unused(
+    connection: &Connection,
+    row: &VolumeRow,
+    readers_may: bool,
+) -> Result<(), VolumeError> {
+    let users = users_of(connection, row.id)?;
+    if users.iter().any(|(_, read_only)| !(*read_only && readers_may)) {
+        let sandboxes = users.into_iter().map(|(name, _)| name).collect();
+        return Err(VolumeError::InUse { name: row.name.clone(), sandboxes });
+    }
+    match row.work {
+        Some(_) => Err(VolumeError::Busy(row.name.clone())),
+        None => Ok(()),
+    }
+}
+
+fn admit(
+    connection: &Connection,
+    owner: UserId,
+    name: &VolumeName,
+    size: VolumeMib,
+) -> Result<(), VolumeError> {
+    if find(connection, owner, name.as_str())?.is_some() {
+        return Err(VolumeError::NameTaken(name.clone()));
+    }
+    check_quota(connection, owner, size.get().into())
+}
+
+/// Whether `owner` may have so much more, in MiB. Those of sandboxes count as well.
+fn check_quota<E: From<StoreError> + From<QuotaExceeded>>(
+    connection: &Connection,
+    owner: UserId,
+    asked: u64,
+) -> Result<(), E> {
+    let Some(max) = quota_of(connection, owner)?.volumes_mib else { return Ok(()) };
+    let mut query = connection
+        .prepare_cached(
+            "SELECT (SELECT coalesce(sum(size_mib), 0) FROM volumes WHERE owner = ?1)
+                  + (SELECT coalesce(sum(size_mib), 0) FROM sandbox_volumes JOIN sandboxes ON sandboxes.id = sandbox_id
+                     WHERE sandboxes.owner = ?1 AND volume_id IS NULL)",
+        )
+        .map_err(StoreError::from)?;
+    let used: u64 =
+        query.query_row([owner.to_string()], |row| row.get(0)).map_err(StoreError::from)?;
+    if asked > 0 && used + asked > u64::from(max) {
+        return Err(QuotaExceeded::Volumes { used, asked, max }.into());
+    }
+    Ok(())
+}
+
+/// Gives a new sandbox its volumes.
+pub(crate) fn attach_all(
+    connection: &Connection,
+    sandbox: SandboxId,
+    owner: UserId,
+    wanted: Vec<Attach>,
+) -> Result<Vec<Attachment>, AttachError> {
+    let mut attachments = Vec::new();
+    for (slot, attach) in wanted.into_iter().enumerate() {
+        let attachment = admit_attach(connection, owner, attach)?;
+        connection.execute(
+            "INSERT INTO sandbox_volumes (sandbox_id, slot, name, volume_id, mount, read_only, size_mib)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            params![
+                sandbox.to_string(),
+                slot,
+                attachment.name.as_str(),
+                attachment.volume.map(|id| id.to_string()),
+                attachment.mount.as_str(),
+                attachment.read_only,
+                attachment.size.get(),
+            ],
+        )?;
+        attachments.push(attachment);
+    }
+    Ok(attachments)
+}
+
+fn admit_attach(
+    connection: &Connection,
+    owner: UserId,
+    attach: Attach,
+) -> Result<Attachment, AttachError> {
+    let Attach { name, mount, kind } = attach;
+    let read_only = match kind {
+        AttachKind::Own { size } => {
+            check_quota::<AttachError>(connection, owner, size.get().into())?;
+            return Ok(Attachment { name, volume: None, mount, read_only: false, size });
+        }
+        AttachKind::Named { read_only } => read_only,
+    };
+    let Some(row) = find(connection, owner, name.as_str())? else {
+        return Err(AttachError::NotFound(name));
+    };
+    // To one that writes, or to any number that read.
+    let others = users_of(connection, row.id)?;
+    if let Some((sandbox, _)) = others.into_iter().find(|(_, reads)| !(*reads && read_only)) {
+        return Err(AttachError::InUse { name, sandbox });
+    }
+    if row.work.is_some() {
+        return Err(AttachError::Busy(name));
+    }
+    Ok(Attachment { name, volume: Some(row.id), mount, read_only, size: row.size })
+}
+
+/// The volumes of a sandbox, in their order, as one column of a query of the table of sandboxes.
+pub(crate) const ATTACHED: &str = "(SELECT coalesce(json_group_array(json_object(
+        'name', name, 'volume', volume_id, 'mount', mount, 'read_only', json(iif(read_only, 'true', 'false')), 'size_mib', size_mib)), '[]')
+     FROM (SELECT * FROM sandbox_volumes WHERE sandbox_id = sandboxes.id ORDER BY slot))";
+
+/// What a column says of volumes.
+pub(crate) fn parse_attachments(text: &str) -> Result<Vec<Attachment>, StoreError> {
+    if text == "[]" {
+        return Ok(Vec::new());
+    }
+    let texts: Vec<Text> = from_json(text)?;
+    let attachment = |text: Text| {
+        let volume = text.volume.map(|id| parsed(id.parse())).transpose()?;
+        Ok(Attachment {
+            name: parsed(text.name.parse())?,
+            volume,
+            mount: parsed(text.mount.parse())?,
+            read_only: text.read_only,
+            size: parsed(VolumeMib::try_from(text.size_mib))?,
+        })
+    };
+    texts.into_iter().map(attachment).collect()
+}
+
+/// What a column is to say of volumes.
+pub(crate) fn attachments_text(attachments: &[Attachment]) -> Result<String, StoreError> {
+    let text = |attachment: &Attachment| Text {
+        name: attachment.name.to_string(),
+        volume: attachment.volume.map(|id| id.to_string()),
+        mount: attachment.mount.to_string(),
+        read_only: attachment.read_only,
+        size_mib: attachment.size.get().into(),
+    };
+    to_json(&attachments.iter().map(text).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,221 @@
+//! A volume's file: an ext4 file system with nothing around it, made and mended by e2fsprogs, never mounted here.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::path::Path;
+
+use bhatti_host::{disk, process};
+use bhatti_types::VolumeMib;
+
+use super::blocking;
+
+/// Who owns a new volume's root: the guest's usual user.
+const ROOT_OWNER: &str = "1000:1000";
+
+/// Where a file system says what it is, and in that: its magic number, its state, features that who mounts it has to know.
+const SUPERBLOCK_OFFSET: u64 = 1024;
+const SUPERBLOCK_BYTES: usize = 1024;
+const MAGIC: (usize, [u8; 2]) = (0x38, [0x53, 0xef]);
+const STATE: usize = 0x3a;
+const INCOMPATIBLE: usize = 0x60;
+
+/// The state of one that was closed in order, and the feature of one whose journal has to be played back.
+const CLEAN: u8 = 1;
+const NEEDS_RECOVERY: u8 = 4;
+
+/// What e2fsck says if it mended what there was to mend: a bit each for errors and for a restart that a mounted one would need.
+const MENDED: i32 = 1 | 2;
+
+/// A volume's file could not be made or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeFileError {
+    /// A file could not be read or written.
+    #[error("failed to {step}")]
+    File {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A tool could not be run.
+    #[error("failed to run `{tool}`")]
+    Tool {
+        /// The tool.
+        tool: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A tool failed.
+    #[error("`{tool}` failed: {message}")]
+    Failed {
+        /// The tool.
+        tool: &'static str,
+        /// What it said.
+        message: String,
+    },
+    /// The file system is damaged beyond what is mended without asking.
+    #[error("the volume is damaged, and is not mended without asking; `e2fsck` said: {message}")]
+    Damaged {
+        /// What e2fsck said.
+        message: String,
+    },
+}
+
+fn failed(step: &'static str) -> impl Fn(io::Error) -> VolumeFileError {
+    move |source| VolumeFileError::File { step, source }
+}
+
+/// Creates a directory that is its owner's alone.
+pub(super) fn create_private(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
+/// Makes an empty file system; its file takes next to nothing of the disk.
+pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
+    let create = || File::create_new(path)?.set_len(size.bytes());
+    create().map_err(failed("create the volume's file"))?;
+    let owner = format!("root_owner={ROOT_OWNER}");
+    run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", &owner], path, &[]).await?;
+    sync(path).await
+}
+
+pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
+    let (source, target) = (from.to_owned(), to.to_owned());
+    let copied = blocking(move || disk::copy(&source, &target)).await;
+    copied.map_err(failed("copy the volume's file"))?;
+    sync(to).await
+}
+
+/// Makes the file system larger.
+pub(super) async fn grow(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
+    check(path, &["-f"]).await?;
+    let file = File::options().write(true).open(path);
+    file.and_then(|file| file.set_len(size.bytes()))
+        .map_err(failed("make the volume's file larger"))?;
+    run("resize2fs", &[], path, &[]).await?;
+    sync(path).await
+}
+
+/// Plays back the journal of a file system that was not closed in order, and mends what is mended without asking.
+pub(super) async fn settle(path: &Path) -> Result<(), VolumeFileError> {
+    if is_clean(path).map_err(failed("read the volume's file"))? {
+        return Ok(());
+    }
+    tracing::info!(path = %path.display(), "A volume was not closed in order; it is checked");
+    check(path, &[]).await?;
+    sync(path).await
+}
+
+/// Whether a file system was closed in order. One that is none is not.
+fn is_clean(path: &Path) -> io::Result<bool> {
+    let mut superblock = [0; SUPERBLOCK_BYTES];
+    File::open(path)?.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET)?;
+    let (at, magic) = MAGIC;
+    Ok(superblock[at..at + 2] == magic
+        && superblock[STATE] == CLEAN
+        && superblock[INCOMPATIBLE] & NEEDS_RECOVERY == 0)
+}
+
+async fn check(path: &Path, options: &[&str]) -> Result<(), VolumeFileError> {
+    let tool = "e2fsck";
+    let command = process::command(tool).arg("-p").args(options).arg(path).output().await;
+    let output = command.map_err(|source| VolumeFileError::Tool { tool, source })?;
+    match output.status.code() {
+        Some(code) if code & !MENDED == 0 => Ok(()),
+        _ => {
+            let message = said(&output.stdout, path) + &said(&output.stderr, path);
+            Err(VolumeFileError::Damaged { message })
+        }
+    }
+}
+
+async fn run(
+    tool: &'static str,
+    before: &[&str],
+    path: &Path,
+    after: &[&str],
+) -> Result<(), VolumeFileError> {
+    let command = process::command(tool).args(before).arg(path).args(after).output().await;
+    let output = command.map_err(|source| VolumeFileError::Tool { tool, source })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(VolumeFileError::Failed { tool, message: said(&output.stderr, path) })
+}
+
+/// What a tool said, without the name of our file.
+fn said(output: &[u8], path: &Path) -> String {
+    let text = String::from_utf8_lossy(output).replace(&*path.to_string_lossy(), "the volume");
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+async fn sync(path: &Path) -> Result<(), VolumeFileError> {
+    let file = path.to_owned();
+    let synced = blocking(move || {
+        File::open(&file)?.sync_all()?;
+        File::open(file.parent().unwrap_or(Path::new("/")))?.sync_all()
+    });
+    synced.await.map_err(failed("write the volume's file"))
+}
+
+/// What a file takes of the disk.
+pub(super) fn disk_bytes(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |file| file.blocks() * 512)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mib(size: u64) -> VolumeMib {
+        VolumeMib::try_from(size).unwrap()
+    }
+
+    /// The file system's size as it says itself, in MiB, and what e2fsck says to it.
+    async fn look(path: &Path) -> (u64, bool) {
+        let shown = process::command("dumpe2fs").arg("-h").arg(path).output().await.unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        let number = |name: &str| -> u64 {
+            let line = shown.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        };
+        let checked = process::command("e2fsck").arg("-fn").arg(path).output().await.unwrap();
+        ((number("Block count:") * number("Block size:")) >> 20, checked.status.success())
+    }
+
+    #[tokio::test]
+    async fn volume_is_small_until_it_is_filled_and_grows() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) =
+            (directory.path().join(super::super::FILE), directory.path().join("copy"));
+        make(&path, mib(1024)).await.unwrap();
+        assert_eq!(look(&path).await, (1024, true));
+        assert!(disk_bytes(&path) < 64 << 20, "{}", disk_bytes(&path));
+        assert!(is_clean(&path).unwrap());
+
+        grow(&path, mib(2048)).await.unwrap();
+        copy(&path, &other).await.unwrap();
+
+        assert_eq!(look(&path).await, (2048, true));
+        assert_eq!(look(&other).await, (2048, true));
+        assert!(make(&path, mib(16)).await.is_err(), "it is there");
+        assert_eq!(look(&path).await, (2048, true), "and stays");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_system_is_damaged_and_stays_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(super::super::FILE);
+        fs::write(&path, vec![7; 1 << 20]).unwrap();
+
+        for result in [settle(&path).await, grow(&path, mib(16)).await] {
+            let error = result.unwrap_err();
+            assert!(matches!(error, VolumeFileError::Damaged { .. }), "{error}");
+            assert!(!error.to_string().contains(&*directory.path().to_string_lossy()), "{error}");
+        }
+        assert_eq!(fs::read(&path).unwrap(), vec![7; 1 << 20]);
+    }
+}

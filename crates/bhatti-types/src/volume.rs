@@ -1,0 +1,186 @@
+//! Volumes: what they may be called, how large they may be, where they are mounted.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The most volumes of one sandbox: each takes a place on the machine's bus.
+pub const VOLUMES_MAX: usize = 8;
+
+/// The longest path at which a volume is mounted, in bytes.
+const MOUNT_BYTES_MAX: usize = 1024;
+
+/// The smallest volume that has room for a journal, and the largest, in MiB.
+const SIZE_MIB_MIN: u32 = 16;
+const SIZE_MIB_MAX: u32 = 16 << 20;
+
+/// Directories without which there is no guest: nothing is mounted over them, nor below.
+const CLOSED: [&str; 13] = [
+    "bin",
+    "boot",
+    "dev",
+    "etc",
+    "lib",
+    "lib32",
+    "lib64",
+    "libx32",
+    "proc",
+    "run",
+    "sbin",
+    "sys",
+    "lost+found",
+];
+
+/// Directories that hold those of others: something may be mounted below.
+const SHARED: [&str; 7] = ["home", "opt", "root", "srv", "tmp", "usr", "var"];
+
+/// Parts of `/usr` that are the guest's own.
+const CLOSED_IN_USR: [&str; 7] = ["bin", "lib", "lib32", "lib64", "libx32", "libexec", "sbin"];
+
+/// A path at which no volume is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("invalid mount path `{text}`: {why}")]
+pub struct InvalidMount {
+    text: String,
+    why: &'static str,
+}
+
+/// Where a volume is mounted in the guest: an absolute path without `.` and `..`, over no directory of the system.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MountPath(Box<str>);
+
+impl MountPath {
+    /// The path as text, without a slash at its end.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for MountPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for MountPath {
+    type Err = InvalidMount;
+
+    fn from_str(text: &str) -> Result<Self, InvalidMount> {
+        let refused = |why| {
+            let text = text.chars().take(64).collect();
+            Err(InvalidMount { text, why })
+        };
+        if !text.starts_with('/') {
+            return refused("it must begin with `/`");
+        }
+        if text.len() > MOUNT_BYTES_MAX {
+            return refused("it is too long");
+        }
+        if text.chars().any(char::is_control) {
+            return refused("it must not hold control characters");
+        }
+        let parts: Vec<&str> = text.split('/').filter(|part| !part.is_empty()).collect();
+        if parts.iter().any(|part| matches!(*part, "." | "..")) {
+            return refused("it must not hold `.` or `..`");
+        }
+        let is_system = match parts[..] {
+            [] => true,
+            [first] => CLOSED.contains(&first) || SHARED.contains(&first),
+            ["usr", second, ..] => CLOSED_IN_USR.contains(&second),
+            [first, ..] => CLOSED.contains(&first),
+        };
+        if is_system {
+            return refused("the system's own directories stay what they are");
+        }
+        Ok(Self(format!("/{}", parts.join("/")).into()))
+    }
+}
+
+/// A size that no volume has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a volume of {0} MiB cannot be: {SIZE_MIB_MIN} to {SIZE_MIB_MAX} MiB can")]
+pub struct InvalidVolumeSize(u64);
+
+/// The size of a volume, in MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VolumeMib(u32);
+
+impl VolumeMib {
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// In bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        (self.0 as u64) << 20
+    }
+}
+
+impl TryFrom<u64> for VolumeMib {
+    type Error = InvalidVolumeSize;
+
+    fn try_from(mib: u64) -> Result<Self, InvalidVolumeSize> {
+        match u32::try_from(mib) {
+            Ok(size) if (SIZE_MIB_MIN..=SIZE_MIB_MAX).contains(&size) => Ok(Self(size)),
+            _ => Err(InvalidVolumeSize(mib)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_mounted_where_the_system_is_not() {
+        for (text, path) in [
+            ("/data", "/data"),
+            ("/data/", "/data"),
+            ("//data//x", "/data/x"),
+            ("/workspace", "/workspace"),
+            ("/var/lib/postgresql", "/var/lib/postgresql"),
+            ("/usr/local/share/x", "/usr/local/share/x"),
+            ("/home/user/.cache", "/home/user/.cache"),
+            ("/mnt", "/mnt"),
+            ("/with space", "/with space"),
+        ] {
+            assert_eq!(text.parse::<MountPath>().map(|it| it.to_string()), Ok(path.to_owned()));
+        }
+        let long = format!("/{}", "x".repeat(1024));
+        for text in [
+            "",
+            "data",
+            "/",
+            "//",
+            "/etc",
+            "/etc/",
+            "/etc/x",
+            "/proc/1",
+            "/usr",
+            "/usr/bin",
+            "/usr/lib/x",
+            "/var",
+            "/tmp",
+            "/data/../etc",
+            "/./etc",
+            "/a\nb",
+            "/a\0b",
+            &long,
+        ] {
+            assert!(text.parse::<MountPath>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_bounds() {
+        for (mib, is_size) in
+            [(0, false), (15, false), (16, true), (16 << 20, true), (u64::MAX, false)]
+        {
+            assert_eq!(VolumeMib::try_from(mib).is_ok(), is_size, "{mib}");
+        }
+        assert_eq!(VolumeMib::try_from(16).unwrap().bytes(), 16 << 20);
+    }
+}

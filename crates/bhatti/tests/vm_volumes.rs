@@ -1,0 +1,245 @@
+//! Volumes in real guests: their content outlives whatever becomes of those who have them.
+
+use bhatti_testkit::{Api, Serve, TestDaemon, kill_process, wait_for};
+use serde_json::{Value, json};
+
+const NO_SPARES: &str = "ready_vmms: 0\n";
+
+async fn daemon() -> (TestDaemon, Api) {
+    let serve = Serve { config: NO_SPARES.into(), ..Serve::default() };
+    let daemon = TestDaemon::start_with(serve).await;
+    let api = Api::admin(&daemon);
+    (daemon, api)
+}
+
+/// Sends a request that succeeds.
+async fn post(api: &Api, path: &str, body: &Value) -> Value {
+    let answer = api.call("POST", path, body).await;
+    assert!(answer.status.is_success(), "{path}: {}", answer.text());
+    answer.json()
+}
+
+async fn delete(api: &Api, path: &str) {
+    let answer = api.call("DELETE", path, &Value::Null).await;
+    assert!(answer.status.is_success(), "{path}: {}", answer.text());
+}
+
+async fn volume(api: &Api, name: &str) {
+    post(api, "/volumes", &json!({ "name": name, "size_mb": 64 })).await;
+}
+
+fn named(name: &str, target: &str) -> Value {
+    json!({ "name": name, "target": target })
+}
+
+const THREE: &str = "cat /a/own /deep/b/own /c/own | tr '\\n' ' '; stat -c '%U' /a /c | uniq; \
+    findmnt -lno TARGET,OPTIONS -t ext4 | grep -v '^/ ' | awk '{print $1, substr($2, 1, 2)}' | sort | tr '\\n' ' '";
+
+#[tokio::test]
+async fn three_volumes_keep_what_is_in_each_through_every_life() {
+    let (mut daemon, api) = daemon().await;
+    for name in ["one", "two", "three"] {
+        volume(&api, name).await;
+    }
+    // In this order, which is neither that of their names nor of their making.
+    let volumes = json!([named("three", "/a"), named("one", "/deep/b"), named("two", "/c")]);
+    let new = json!([{ "name": "scratch", "size_mb": 32, "mount": "/scratch" }]);
+    let request = json!({ "name": "dev", "volumes": volumes, "new_volumes": new });
+    let created = post(&api, "/sandboxes", &request).await;
+    assert!(created["origin"].as_str().unwrap().starts_with("template "), "{created}");
+    assert_eq!(created["volumes"][1]["name"], "one");
+    assert_eq!(created["volumes"][3]["ephemeral"], true);
+    api.sh("dev", "echo 3 >/a/own; echo 1 >/deep/b/own; echo 2 >/c/own; echo s >/scratch/own")
+        .await;
+    let expected = "3 1 2 user\n/a rw /c rw /deep/b rw /scratch rw ";
+    let user = api.sh("dev", "stat -c %U /a").await;
+    let expected = expected.replace("user", user.trim());
+    assert_eq!(api.sh("dev", THREE).await, expected);
+
+    post(&api, "/sandboxes/dev/stop", &json!({})).await;
+    post(&api, "/sandboxes/dev/start", &json!({})).await;
+    assert_eq!(api.sh("dev", THREE).await, expected, "stopped and started");
+    daemon.kill().await;
+    daemon.serve().await;
+    assert_eq!(api.sh("dev", THREE).await, expected, "another daemon");
+    post(&api, "/sandboxes/dev/checkpoint", &json!({ "name": "saved" })).await;
+    api.sh("dev", "echo later | tee /a/own /deep/b/own /c/own /scratch/own").await;
+
+    // Made from the snapshot: copies of its own, as they were then.
+    let again = post(&api, "/snapshots/saved/resume", &json!({ "name": "again" })).await;
+    assert_eq!(api.sh("again", THREE).await, expected);
+    assert_eq!(api.sh("again", "cat /scratch/own").await, "s\n");
+    assert!(again["volumes"].as_array().unwrap().iter().all(|it| it["ephemeral"] == true));
+    // A fork has what there is now, and neither sees what the other does.
+    post(&api, "/sandboxes/dev/fork", &json!({ "name": "fork" })).await;
+    assert_eq!(api.sh("fork", "cat /a/own; echo fork >/a/own; sync").await, "later\n");
+    assert_eq!(
+        api.sh("dev", "cat /a/own; echo 3 >/a/own; echo 1 >/deep/b/own; echo 2 >/c/own").await,
+        "later\n"
+    );
+    assert_eq!(api.sh("fork", "cat /a/own").await, "fork\n");
+    post(&api, "/sandboxes/fork/stop", &json!({})).await;
+    post(&api, "/sandboxes/fork/start", &json!({ "cold_boot": true })).await;
+    assert_eq!(api.sh("fork", "cat /a/own /c/own").await, "fork\nlater\n");
+
+    // Destroyed, with nothing written by hand, and had by another.
+    delete(&api, "/sandboxes/dev").await;
+    let volumes = json!([named("one", "/deep/b"), named("two", "/c"), named("three", "/a")]);
+    post(&api, "/sandboxes", &json!({ "name": "heir", "volumes": volumes, "cold_boot": true }))
+        .await;
+    let expected = expected.replace(" /scratch rw", "");
+    assert_eq!(api.sh("heir", THREE).await, expected, "destroyed and made");
+    post(&api, "/sandboxes/heir/stop", &json!({})).await;
+    post(&api, "/sandboxes/heir/start", &json!({ "cold_boot": true })).await;
+    assert_eq!(api.sh("heir", THREE).await, expected, "booted from its disk");
+}
+
+#[tokio::test]
+async fn volume_whose_vmm_is_killed_while_it_is_written_keeps_what_was_synced() {
+    let (daemon, api) = daemon().await;
+    volume(&api, "data").await;
+    let request = json!({ "name": "dev", "volumes": [named("data", "/data")] });
+    post(&api, "/sandboxes", &request).await;
+    let write = "cd /data; i=0; while :; do i=$((i+1)); echo $i >f$i; sync f$i; echo $i >/tmp/last; head -c 100000 /dev/urandom >noise$((i%5)); done";
+    post(&api, "/sandboxes/dev/exec", &json!({ "cmd": ["sh", "-c", write], "detach": true })).await;
+    let synced = async |at_least: u32| loop {
+        let last = api.sh("dev", "cat /tmp/last 2>/dev/null || echo 0").await;
+        let last: u32 = last.trim().parse().unwrap_or(0);
+        if last >= at_least {
+            return last;
+        }
+    };
+    let last = synced(20).await;
+    kill_process(daemon.vmm_pids()[0]);
+    let failed = async || api.get("/sandboxes/dev").await.json()["status"] == "failed";
+    while !failed().await {}
+
+    let taken =
+        api.call("POST", "/sandboxes", &json!({ "volumes": [named("data", "/data")] })).await;
+    assert_eq!(taken.refusal(), (409, "wrong_state".to_owned()));
+    delete(&api, "/sandboxes/dev").await;
+    // Read only: nobody else could play the journal back.
+    let read = json!({ "name": "reader", "volumes": [{ "name": "data", "target": "/data", "readonly": true }] });
+    post(&api, "/sandboxes", &read).await;
+
+    let check =
+        format!("for i in $(seq {last}); do [ \"$(cat /data/f$i)\" = $i ] || echo $i; done");
+    assert_eq!(api.sh("reader", &check).await, "", "of {last} synced files");
+    let refused = api.exec("reader", json!({ "cmd": ["sh", "-c", "echo x >/data/x"] })).await;
+    assert_ne!(refused["exit_code"], 0);
+    assert!(daemon.log().contains("A volume was not closed in order"), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
+    let (daemon, api) = daemon().await;
+    volume(&api, "data").await;
+    let write = |name: &str| json!({ "name": name, "volumes": [named("data", "/data")] });
+    let (first, second) = (write("first"), write("second"));
+
+    let (one, two) = tokio::join!(
+        api.call("POST", "/sandboxes", &first),
+        api.call("POST", "/sandboxes", &second)
+    );
+
+    let mut statuses = [one.status.as_u16(), two.status.as_u16()];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [201, 409], "{} {}", one.text(), two.text());
+    let winner = if one.status == 201 { "first" } else { "second" };
+    api.sh(winner, "echo shared >/data/file").await;
+    for (method, path, body) in [
+        ("DELETE", "/volumes/data", Value::Null),
+        ("POST", "/volumes/data/resize", json!({ "size_mb": 128 })),
+        ("POST", "/volumes/data/clone", json!({ "name": "copy" })),
+    ] {
+        let refused = api.call(method, path, &body).await;
+        assert_eq!(refused.refusal(), (409, "wrong_state".to_owned()), "{method} {path}");
+    }
+    assert_eq!(api.get("/volumes/data").await.json()["attached_to"][0]["sandbox"], winner);
+    delete(&api, &format!("/sandboxes/{winner}")).await;
+
+    let volumes = json!([{ "name": "data", "target": "/data", "readonly": true }]);
+    for name in ["r1", "r2"] {
+        post(&api, "/sandboxes", &json!({ "name": name, "volumes": volumes })).await;
+        assert_eq!(api.sh(name, "cat /data/file").await, "shared\n");
+    }
+    let late = api.call("POST", "/sandboxes", &write("late")).await;
+    assert_eq!(late.refusal().0, 409);
+    post(&api, "/volumes/data/clone", &json!({ "name": "copy" })).await;
+    post(&api, "/sandboxes/r1/fork", &json!({ "name": "r3" })).await;
+    assert_eq!(api.sh("r3", "cat /data/file").await, "shared\n");
+    for name in ["r1", "r2", "r3"] {
+        delete(&api, &format!("/sandboxes/{name}")).await;
+    }
+
+    // Larger, and full: the guest's trouble alone.
+    post(&api, "/volumes/copy/resize", &json!({ "size_mb": 128 })).await;
+    post(&api, "/sandboxes", &json!({ "name": "dev", "volumes": [named("copy", "/data")] })).await;
+    let size = api.sh("dev", "df -m --output=size /data | tail -1").await;
+    assert!(size.trim().parse::<u32>().unwrap() > 100, "{size}");
+    let filled = api
+        .exec("dev", json!({ "cmd": ["sh", "-c", "head -c 300M /dev/urandom >/data/all"] }))
+        .await;
+    assert!(filled["stderr"].as_str().unwrap().contains("No space left"), "{filled}");
+    assert_eq!(
+        api.sh("dev", "cat /data/file; echo well >/workspace/x; cat /workspace/x").await,
+        "shared\nwell\n"
+    );
+    delete(&api, "/sandboxes/dev").await;
+    delete(&api, "/volumes/copy").await;
+    delete(&api, "/volumes/data").await;
+    wait_for("no volume's files", || {
+        std::fs::read_dir(daemon.data_dir().join("volumes")).unwrap().count() == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
+    let (daemon, api) = daemon().await;
+    let refusal = async |path: &str, body: Value| api.call("POST", path, &body).await.refusal();
+    let bad = (400, "bad_request".to_owned());
+    let long = "x".repeat(300);
+    for name in ["a/b", "../x", ".", "..", "", "a b", &long] {
+        assert_eq!(refusal("/volumes", json!({ "name": name })).await, bad, "{name}");
+        let attach = json!({ "volumes": [named(name, "/data")] });
+        assert_eq!(refusal("/sandboxes", attach).await, bad, "{name}");
+    }
+    for size in [json!(0), json!(1), json!(1u64 << 40)] {
+        assert_eq!(
+            refusal("/volumes", json!({ "name": "x", "size_mb": size })).await,
+            bad,
+            "{size}"
+        );
+    }
+    volume(&api, "data").await;
+    assert_eq!(refusal("/volumes", json!({ "name": "data" })).await.0, 409);
+    assert_eq!(refusal("/volumes/data/resize", json!({ "size_mb": 32 })).await, bad);
+    for target in ["data", "/", "/etc", "/usr/bin", "/data/../etc", "/proc/x"] {
+        let attach = json!({ "volumes": [named("data", target)] });
+        assert_eq!(refusal("/sandboxes", attach).await, bad, "{target}");
+    }
+    let own = |number: usize| json!({ "name": format!("v{number}"), "size_mb": 16, "mount": format!("/v{number}") });
+    for request in [
+        json!({ "volumes": [named("nothing", "/data")] }),
+        json!({ "volumes": [named("data", "/a"), named("data", "/b")] }),
+        json!({ "volumes": [named("data", "/v1")], "new_volumes": [own(1)] }),
+        json!({ "new_volumes": (0..9).map(own).collect::<Vec<_>>() }),
+    ] {
+        assert_eq!(refusal("/sandboxes", request.clone()).await, bad, "{request}");
+    }
+    assert_eq!(api.get("/sandboxes").await.json(), json!([]));
+    assert_eq!(api.get("/volumes").await.json().as_array().unwrap().len(), 1);
+
+    // As many as there may be; and what the daemon does not know stays where it is.
+    let many = json!({ "name": "many", "new_volumes": (0..8).map(own).collect::<Vec<_>>() });
+    post(&api, "/sandboxes", &many).await;
+    assert_eq!(api.sh("many", "findmnt -lno TARGET | grep -c /v").await, "8\n");
+    let stranger = daemon.data_dir().join("volumes/00000000deadbeef");
+    std::fs::create_dir(&stranger).unwrap();
+    let mut daemon = daemon;
+    daemon.terminate().await;
+    daemon.serve().await;
+    assert!(stranger.exists());
+    assert_eq!(api.get("/volumes").await.json()[0]["name"], "data");
+}
