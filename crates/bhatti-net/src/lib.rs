@@ -16,17 +16,18 @@ mod resolver;
 mod rules;
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Stdio;
 
 use bhatti_host::process::command;
-use bhatti_types::{Allowance, Report};
+use bhatti_types::{Allowance, NEVER_REACHED, Report};
 use ipnet::Ipv4Net;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Mutex;
 
 pub use links::Taken;
 pub use names::{Instance, Mac, bridge_name, tap_name};
+pub use resolver::Upstreams;
 
 use links::Links;
 use resolver::Resolver;
@@ -70,6 +71,18 @@ pub struct Plan {
     pub ports: Vec<Port>,
 }
 
+impl Plan {
+    /// One with everything in it that a plan can have.
+    fn sample() -> Self {
+        let range = NEVER_REACHED[0];
+        let network = Network { number: 0, subnet: range };
+        let allow = Allowance::parse(&["192.0.2.0/24"]).unwrap_or_default();
+        let (tap, name) = ("bh0".to_owned(), "sample".to_owned());
+        let port = Port { tap, network: 0, address: network.gateway(), name, allow };
+        Self { networks: vec![network], ports: vec![port] }
+    }
+}
+
 /// The host's network could not be made what it is to be.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
@@ -81,6 +94,9 @@ pub enum NetError {
         /// What it said.
         message: String,
     },
+    /// No tap can be made.
+    #[error("failed to make a tap")]
+    Tap(#[source] io::Error),
     /// Netlink cannot be used.
     #[error("failed to open netlink")]
     Open(#[source] io::Error),
@@ -153,17 +169,44 @@ impl Host {
     /// # Errors
     ///
     /// Returns why it cannot be changed.
-    pub async fn open(instance: Instance, upstreams: Vec<IpAddr>) -> Result<Self, NetError> {
+    pub async fn open(instance: Instance, upstreams: Upstreams) -> Result<Self, NetError> {
         let links = Links::open(instance).map_err(NetError::Open)?;
         let resolver = Resolver::new(upstreams);
         let host = Self { instance, links, resolver, changing: Mutex::default() };
-        // The rules of nobody: the same that the first sandbox will need.
         host.check().await?;
         Ok(host)
     }
 
+    /// Whether this host has what a sandbox needs.
     async fn check(&self) -> Result<(), NetError> {
-        nft(&["--check"], &rules::script(self.instance, &Plan::default())).await
+        // Rules of every kind, of which nothing stays.
+        nft(&["--check"], &rules::script(self.instance, &Plan::sample())).await?;
+        let probe = format!("bh{}", self.instance);
+        drop(bhatti_host::tap::create(&probe).map_err(NetError::Tap)?);
+        Ok(())
+    }
+
+    /// Whether the rules are there that were declared last.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if they are not.
+    pub async fn check_rules(&self) -> Result<(), NetError> {
+        let _turn = self.changing.lock().await;
+        let there = nft(&[], "list tables\n").await?;
+        match rules::missing(self.instance, &there) {
+            None => Ok(()),
+            Some(table) => Err(NetError::Rules { message: format!("the table {table} is gone") }),
+        }
+    }
+
+    /// Cuts a sandbox's tap off.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is not there.
+    pub async fn disconnect(&self, tap: &str) -> Result<(), NetError> {
+        self.links.disconnect(tap).await
     }
 
     /// What others have on this host.
@@ -235,11 +278,11 @@ impl Host {
     }
 }
 
-/// Has `nft` do a script, all of it or nothing.
-async fn nft(arguments: &[&str], script: &str) -> Result<(), NetError> {
+/// Has `nft` do a script, all of it or nothing. Returns what it prints.
+async fn nft(arguments: &[&str], script: &str) -> Result<String, NetError> {
     let mut nft = command(NFT);
     nft.args(arguments).args(["-f", "-"]).stdin(Stdio::piped());
-    nft.stdout(Stdio::null()).stderr(Stdio::piped());
+    nft.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = nft.spawn().map_err(NetError::Nft)?;
     let input = process.stdin.take();
     let written = async {
@@ -251,7 +294,7 @@ async fn nft(arguments: &[&str], script: &str) -> Result<(), NetError> {
     let ((), output) = tokio::join!(written, process.wait_with_output());
     let output = output.map_err(NetError::Nft)?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let message = String::from_utf8_lossy(&output.stderr);
     let first: Vec<&str> = message.lines().take(3).collect();

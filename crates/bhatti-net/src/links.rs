@@ -16,6 +16,9 @@ use crate::{NetError, Network};
 /// The longest prefix of a default route and of the halves that some set up instead: no network of this host's own.
 const DEFAULT_ROUTE_BITS: u8 = 1;
 
+/// Link addresses that a bridge learns: a guest that shows others fills no memory of this host.
+const LEARNED_MAX: u32 = 1024;
+
 /// A way to the kernel's route netlink.
 pub(crate) struct Links {
     handle: Handle,
@@ -125,7 +128,9 @@ impl Links {
 
     async fn create_bridge(&self, name: &str) -> Result<u32, NetError> {
         let mark = Mac::of_bridges(self.instance).0.to_vec();
-        let bridge = LinkBridge::new(name).down().address(mark).build();
+        // It learns nothing from frames that are for itself alone, which its rules do not see, and no more than a network can have.
+        let bridge = LinkBridge::new(name).down().address(mark);
+        let bridge = bridge.no_linklocal_learn(true).fdb_max_learned(LEARNED_MAX).build();
         let failed = NetError::netlink("create a bridge");
         self.handle.link().add(bridge).execute().await.map_err(failed)?;
         switch_off_ipv6(name)?;
@@ -158,10 +163,17 @@ impl Links {
         addresses.add(index, IpAddr::V4(gateway), bits).execute().await.map_err(failed)
     }
 
-    /// Removes a bridge of ours.
+    /// Removes a bridge of ours. Whoever is left at it has nothing any more.
     pub(crate) async fn remove_bridge(&self, bridge: &Bridge) -> Result<(), NetError> {
         if !bridge.is_ours {
             return Ok(());
+        }
+        let failed = NetError::netlink("list the interfaces");
+        let links: Vec<_> =
+            self.handle.link().get().execute().try_collect().await.map_err(failed)?;
+        let port = LinkAttribute::Controller(bridge.index);
+        for link in links.iter().filter(|link| link.attributes.contains(&port)) {
+            self.take_down(link.header.index).await?;
         }
         let removed = self.handle.link().del(bridge.index).execute().await;
         removed.map_err(NetError::netlink("remove a bridge"))
@@ -177,6 +189,18 @@ impl Links {
         self.handle.link().set(group).execute().await.map_err(failed)?;
         let port = LinkUnspec::new_with_index(tap).controller(bridge).up().build();
         self.handle.link().set(port).execute().await.map_err(NetError::netlink("connect a tap"))
+    }
+
+    /// Cuts a tap off.
+    pub(crate) async fn disconnect(&self, tap: &str) -> Result<(), NetError> {
+        let index = self.index(tap).await?;
+        self.take_down(index).await
+    }
+
+    async fn take_down(&self, index: u32) -> Result<(), NetError> {
+        let down = LinkUnspec::new_with_index(index).down().build();
+        let taken = self.handle.link().set(down).execute().await;
+        taken.map_err(NetError::netlink("take an interface down"))
     }
 
     async fn index(&self, name: &str) -> Result<u32, NetError> {

@@ -7,19 +7,21 @@ mod answer;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::debug;
 
+use crate::names::bridge_name;
 use crate::{NetError, Network, Plan};
-use answer::{Answer, answer};
+use answer::{Answer, answer, parse};
 
 const PORT: u16 = 53;
 
@@ -29,18 +31,42 @@ const DATAGRAM_BYTES_MAX: usize = 4096;
 /// How long another resolver may take.
 const UPSTREAM_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a caller may keep a connection.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
+/// How long a caller may keep a connection without asking.
+const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Questions that one network may have open at once.
+/// Questions that one network may have open at once, and connections.
 const OPEN_QUESTIONS: usize = 256;
+const CONNECTIONS: usize = 64;
+const CONNECTION_QUEUE: u32 = 64;
+
+/// Who is asked for names that are no sandbox's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upstreams {
+    /// These.
+    Fixed(Vec<IpAddr>),
+    /// Those whom a file such as `/etc/resolv.conf` names, whenever something is asked: they change with the host's own network.
+    In(PathBuf),
+}
+
+impl Upstreams {
+    fn now(&self) -> Vec<IpAddr> {
+        match self {
+            Self::Fixed(servers) => servers.clone(),
+            Self::In(file) => {
+                let text = std::fs::read_to_string(file).unwrap_or_default();
+                let server = |line: &str| line.strip_prefix("nameserver")?.trim().parse().ok();
+                text.lines().filter_map(server).collect()
+            }
+        }
+    }
+}
 
 /// The sandboxes of a network by name, in lower case.
 type Names = HashMap<String, Ipv4Addr>;
 
 /// The resolvers of all networks.
 pub(crate) struct Resolver {
-    upstreams: Arc<[IpAddr]>,
+    upstreams: Arc<Upstreams>,
     networks: Mutex<HashMap<u32, Served>>,
 }
 
@@ -63,13 +89,13 @@ impl Drop for Served {
 #[derive(Clone)]
 struct Known {
     names: Arc<Mutex<Names>>,
-    upstreams: Arc<[IpAddr]>,
+    upstreams: Arc<Upstreams>,
     open: Arc<Semaphore>,
 }
 
 impl Resolver {
-    pub(crate) fn new(upstreams: Vec<IpAddr>) -> Self {
-        Self { upstreams: upstreams.into(), networks: Mutex::default() }
+    pub(crate) fn new(upstreams: Upstreams) -> Self {
+        Self { upstreams: Arc::new(upstreams), networks: Mutex::default() }
     }
 
     /// Serves a network.
@@ -78,7 +104,7 @@ impl Resolver {
         let gateway = network.gateway();
         if networks.get(&network.number).is_none_or(|served| served.gateway != gateway) {
             networks.remove(&network.number);
-            networks.insert(network.number, self.start(gateway)?);
+            networks.insert(network.number, self.start(network)?);
         }
         Ok(())
     }
@@ -98,15 +124,21 @@ impl Resolver {
         }
     }
 
-    fn start(&self, gateway: Ipv4Addr) -> Result<Served, NetError> {
+    fn start(&self, network: &Network) -> Result<Served, NetError> {
+        let gateway = network.gateway();
         let address = SocketAddr::from((gateway, PORT));
         let failed = |source| NetError::Resolver { address, source };
+        // For this network alone: nobody else is to know its names, nor to have this host ask for them.
+        let bridge = bridge_name(network.number);
         let datagrams = std::net::UdpSocket::bind(address).map_err(failed)?;
         datagrams.set_nonblocking(true).map_err(failed)?;
         let datagrams = UdpSocket::from_std(datagrams).map_err(failed)?;
-        let connections = std::net::TcpListener::bind(address).map_err(failed)?;
-        connections.set_nonblocking(true).map_err(failed)?;
-        let connections = TcpListener::from_std(connections).map_err(failed)?;
+        datagrams.bind_device(Some(bridge.as_bytes())).map_err(failed)?;
+        let connections = TcpSocket::new_v4().map_err(failed)?;
+        connections.bind_device(Some(bridge.as_bytes())).map_err(failed)?;
+        connections.set_reuseaddr(true).map_err(failed)?;
+        connections.bind(address).map_err(failed)?;
+        let connections = connections.listen(CONNECTION_QUEUE).map_err(failed)?;
         let names = Arc::default();
         let known = Known {
             names: Arc::clone(&names),
@@ -145,8 +177,9 @@ async fn serve_datagrams(socket: Arc<UdpSocket>, known: Known) {
 }
 
 async fn serve_connections(listener: TcpListener, known: Known) {
+    let connections = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let Ok(turn) = Arc::clone(&known.open).acquire_owned().await else { return };
+        let Ok(turn) = Arc::clone(&connections).acquire_owned().await else { return };
         let connection = match listener.accept().await {
             Ok((connection, _)) => connection,
             Err(error) => {
@@ -158,17 +191,23 @@ async fn serve_connections(listener: TcpListener, known: Known) {
         let known = known.clone();
         tokio::spawn(async move {
             let _turn = turn;
-            drop(timeout(CONNECTION_LIMIT, converse(connection, &known)).await);
+            if let Err(error) = converse(connection, &known).await {
+                debug!(%error, "Resolver's connection ended");
+            }
         });
     }
 }
 
 /// Answers the questions of one connection, one after the other.
 async fn converse(mut connection: TcpStream, known: &Known) -> io::Result<()> {
+    let idle = |_| io::Error::from(io::ErrorKind::TimedOut);
     loop {
-        let question = read_message(&mut connection).await?;
-        let Some(answer) = known.ask(&question, ask_by_connection).await else { return Ok(()) };
-        write_message(&mut connection, &answer).await?;
+        let question = timeout(IDLE_LIMIT, read_message(&mut connection)).await.map_err(idle)??;
+        let Ok(turn) = known.open.acquire().await else { return Ok(()) };
+        let answer = known.ask(&question, ask_by_connection).await;
+        drop(turn);
+        let Some(answer) = answer else { return Ok(()) };
+        timeout(IDLE_LIMIT, write_message(&mut connection, &answer)).await.map_err(idle)??;
     }
 }
 
@@ -191,13 +230,14 @@ impl Known {
         question: &[u8],
         ask: impl AsyncFn(IpAddr, &[u8]) -> io::Result<Vec<u8>>,
     ) -> Option<Vec<u8>> {
-        let answered = answer(question, &self.names.lock())?;
+        let parsed = parse(question)?;
+        let answered = answer(&parsed, &self.names.lock());
         let failure = match answered {
             Answer::Known(answer) => return Some(answer),
             Answer::Ask { failure } => failure,
         };
-        for upstream in self.upstreams.iter() {
-            match timeout(UPSTREAM_LIMIT, ask(*upstream, question)).await {
+        for upstream in self.upstreams.now() {
+            match timeout(UPSTREAM_LIMIT, ask(upstream, question)).await {
                 Ok(Ok(answer)) if answer.get(..2) == question.get(..2) => return Some(answer),
                 other => debug!(%upstream, ?other, "Resolver got no answer"),
             }

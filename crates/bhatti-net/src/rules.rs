@@ -10,8 +10,11 @@
 //!
 //! Taps are known by their group, which is the daemon's own number: one that no sandbox of the plan has passes nothing.
 //!
-//! Two tables, of the families `bridge` and `inet`, in the daemon's own name. They are declared whole and replaced in one transaction: at no
-//! time is there half a policy. Chains of others are not touched; what they drop stays dropped.
+//! What is addressed to a bridge itself (`01:80:c2:00:00:0x`) passes none of its hooks, but comes in from the tap, as does all from a tap that is no
+//! port: this host hears nothing from there.
+//!
+//! Three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name. They are declared whole and replaced in one transaction: at
+//! no time is there half a policy. Chains of others are not touched; what they drop stays dropped.
 
 use std::net::Ipv4Addr;
 
@@ -32,22 +35,38 @@ const PRIVATE: [&str; 8] = [
     "240.0.0.0/4",
 ];
 
-/// The name of both tables.
-pub(crate) fn table(instance: Instance) -> String {
+/// The families of the tables.
+const FAMILIES: [&str; 3] = ["bridge", "inet", "arp"];
+
+/// Connections that one sandbox may have open through this host: the table that it keeps them in is everybody's.
+const CONNECTIONS_MAX: u32 = 4096;
+
+/// The name of all tables.
+fn table(instance: Instance) -> String {
     format!("bhatti_{instance}")
 }
 
-/// Both tables as they are to be. Without networks there are none.
+/// The first of the tables that a list of those that are there does not have.
+pub(crate) fn missing(instance: Instance, there: &str) -> Option<String> {
+    let tables = FAMILIES.map(|family| format!("{family} {}", table(instance)));
+    let is_there = |wanted: &String| {
+        there.lines().any(|line| line.strip_prefix("table ") == Some(wanted.as_str()))
+    };
+    tables.into_iter().find(|table| !is_there(table))
+}
+
+/// All tables as they are to be. Without networks there are none.
 pub(crate) fn script(instance: Instance, plan: &Plan) -> String {
     let table = table(instance);
     let mut script = String::new();
-    for family in ["bridge", "inet"] {
+    for family in FAMILIES {
         // What is not there cannot be deleted; declaring it first makes sure that it is.
         script += &format!("table {family} {table} {{}}\ndelete table {family} {table}\n");
     }
     if !plan.networks.is_empty() {
         script += &bridge_table(instance, &table, plan);
-        script += &inet_table(&table, plan);
+        script += &inet_table(instance, &table, plan);
+        script += &arp_table(instance, &table);
     }
     script
 }
@@ -74,14 +93,28 @@ fn bridge_table(instance: Instance, table: &str, plan: &Plan) -> String {
     )
 }
 
-fn inet_table(table: &str, plan: &Plan) -> String {
+fn arp_table(instance: Instance, table: &str) -> String {
+    format!(
+        "table arp {table} {{
+	chain input {{
+		type filter hook input priority -300; policy accept;
+		iifgroup {instance} drop
+	}}
+}}
+",
+        instance = instance.0
+    )
+}
+
+/// Whom and what the rules are about.
+fn inet_sets(plan: &Plan) -> String {
     let bridge = |network: &Network| quoted(&bridge_name(network.number));
     let networks = &plan.networks;
     let allowed = plan.ports.iter().flat_map(|port| {
         let ranges = port.allow.ranges().iter();
         ranges.map(|range| format!("{} . {range}", port.address))
     });
-    let sets = [
+    [
         set("bridges", "ifname", "", networks.iter().map(bridge)),
         // Where a module sends what is bridged through the hooks of what is routed, siblings meet here.
         set(
@@ -106,15 +139,29 @@ fn inet_table(table: &str, plan: &Plan) -> String {
         set("never", "ipv4_addr", INTERVAL, NEVER_REACHED.map(|range| range.to_string())),
         set("private", "ipv4_addr", INTERVAL, PRIVATE.map(str::to_owned)),
     ]
-    .concat();
+    .concat()
+}
+
+fn inet_table(instance: Instance, table: &str, plan: &Plan) -> String {
+    let sets = inet_sets(plan);
     format!(
         "table inet {table} {{
-{sets}	chain input {{
+{sets}	set flows {{
+		type ipv4_addr
+		size 65535
+		flags dynamic
+	}}
+	chain bypass {{
+		type filter hook prerouting priority raw; policy accept;
+		iifgroup {instance} drop
+	}}
+	chain input {{
 		type filter hook input priority filter - 10; policy accept;
 		iifname @bridges goto to_host
 	}}
 	chain to_host {{
 		ct state established,related accept
+		ct state new add @flows {{ ip saddr ct count over {CONNECTIONS_MAX} }} reject with icmpx admin-prohibited
 		iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 accept
 		ip daddr @networks reject with icmpx admin-prohibited
 		ip daddr @never reject with icmpx admin-prohibited
@@ -133,6 +180,7 @@ fn inet_table(table: &str, plan: &Plan) -> String {
 		ct state established,related accept
 		ip daddr @networks reject with icmpx admin-prohibited
 		ip daddr @never reject with icmpx admin-prohibited
+		ct state new add @flows {{ ip saddr ct count over {CONNECTIONS_MAX} }} reject with icmpx admin-prohibited
 		ip saddr . ip daddr @allowed accept
 		ip daddr @private reject with icmpx admin-prohibited
 		accept
@@ -146,7 +194,8 @@ fn inet_table(table: &str, plan: &Plan) -> String {
 		ip saddr @networks oifname != @bridges masquerade
 	}}
 }}
-"
+",
+        instance = instance.0
     )
 }
 

@@ -29,8 +29,10 @@ pub(crate) struct Machine {
     /// The topmost layer of its disk, in its directory.
     pub(crate) disk: String,
     /// Whether it has a network card.
+    #[serde(default)]
     pub(crate) has_network: bool,
     /// What is in its places for volumes.
+    #[serde(default)]
     pub(crate) volumes: Vec<Option<Volume>>,
 }
 

@@ -126,7 +126,9 @@ pub(crate) fn start(
     let inherited: [UnixListener; 3] =
         [listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(qmp::SOCKET)?];
     let [agent, console, qmp] = inherited.each_ref().map(AsFd::as_fd);
-    let tap = tap.map(bhatti_host::tap::create).transpose()?;
+    // Of another kind than what a program that is not there says.
+    let no_tap = |error| io::Error::other(format!("no tap can be made: {error}"));
+    let tap = tap.map(bhatti_host::tap::create).transpose().map_err(no_tap)?;
     let handed = Handed { agent, console, qmp, tap: tap.as_ref().map(AsFd::as_fd) };
     let mut all =
         command_line::machine_arguments(setup.accelerator, id, machine, directory, &handed);

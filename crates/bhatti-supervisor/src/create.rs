@@ -263,6 +263,9 @@ impl Supervisor {
             },
         };
         check_volumes(&request.volumes)?;
+        if request.network == Some(NetworkMode::None) && !spec.network.allow.ranges().is_empty() {
+            return Err(NetworkError::NothingToAllow.into());
+        }
         // Before there is a row: what is not allowed, or not set up at all, needs none.
         shared.store.admit_sandbox(owner, &spec)?;
         shared.admit_network(owner, &spec.network).await?;

@@ -221,6 +221,11 @@ impl Supervisor {
         self.shared.engine.capabilities()
     }
 
+    /// Looks after networks, for as long as it is polled.
+    pub async fn watch_networks(self) {
+        self.shared.watch_networks().await;
+    }
+
     /// How sandboxes are connected that ask for nothing in particular, or why they have no network.
     ///
     /// # Errors

@@ -10,12 +10,16 @@ use bhatti_proto::GuestNetwork;
 use bhatti_store::{NetworkAssignError, NetworkRow, PortRow, SandboxRow, StoreError};
 use bhatti_types::{Allowance, NetworkMode, NetworkSpec, Report, SandboxId, UserId};
 use ipnet::Ipv4Net;
-use tracing::error;
+use tokio::time::{Duration, sleep};
+use tracing::{error, warn};
 
 use crate::Shared;
 
 /// The card's name in the guest: it has one.
 const INTERFACE: &str = "eth0";
+
+/// How often to look whether the rules are there.
+const RULES_LOOK: Duration = Duration::from_secs(10);
 
 /// Networks as the configuration has them.
 pub struct NetworkConfig {
@@ -72,8 +76,12 @@ impl Shared {
     ) -> Result<(), NetworkError> {
         let NetworkSpec { mode, allow } = wanted;
         if *mode == NetworkMode::None {
-            let nothing = allow.ranges().is_empty();
-            return if nothing { Ok(()) } else { Err(NetworkError::NothingToAllow) };
+            if allow.ranges().is_empty() {
+                return Ok(());
+            }
+            // Nobody may have said that there is to be none: this host has none to give.
+            self.host()?;
+            return Err(NetworkError::NothingToAllow);
         }
         let host = self.host()?;
         if owner != UserId::ADMIN
@@ -132,6 +140,30 @@ impl Shared {
             host.apply(None, || Ok(plan(&self.store.list_ports()?))).await;
         if let Err(error) = settled {
             error!(error = %Report(&error), "Failed to bring this host's network up to date");
+        }
+    }
+
+    /// Cuts a sandbox off whose rules are not in force.
+    pub(crate) async fn disconnect_network(&self, id: SandboxId) {
+        let cut = match self.host() {
+            Ok(host) => host.disconnect(&tap_name(id)).await.map_err(NetworkError::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = cut {
+            error!(sandbox = %id, error = %Report(&error), "Failed to cut off a sandbox whose rules are not in force");
+        }
+    }
+
+    /// Looks now and then whether the rules are still there: others may flush what they did not make.
+    pub(crate) async fn watch_networks(&self) {
+        let Ok(host) = self.host() else { return };
+        loop {
+            sleep(RULES_LOOK).await;
+            let has_ports = self.store.list_ports().is_ok_and(|ports| !ports.is_empty());
+            if has_ports && let Err(error) = host.check_rules().await {
+                warn!(error = %Report(&error), "The rules of the sandboxes' networks are gone; they are declared again");
+                self.settle_networks().await;
+            }
         }
     }
 

@@ -174,8 +174,13 @@ async fn take_up_running(driver: &Driver, running: Running) {
     let runs = running.vm.is_running().await;
     let thermal = if matches!(runs, Ok(false)) { Thermal::Warm } else { Thermal::Hot };
     info!(sandbox = %driver.id, thermal = thermal.as_str(), "Took up a sandbox");
-    if let Err(error) = driver.connect_network().await {
+    let connected = async {
+        driver.shared.enforce_network(driver.owner, driver.address).await?;
+        driver.connect_network().await
+    };
+    if let Err(error) = connected.await {
         error!(sandbox = %driver.id, error = %Report(&error), "Failed to connect a sandbox that was taken up");
+        driver.shared.disconnect_network(driver.id).await;
     }
     driver.access.set_vm(Some(running.clone()), thermal);
     if thermal == Thermal::Hot {

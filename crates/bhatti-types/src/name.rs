@@ -8,21 +8,43 @@ const NAME_BYTES_MAX: usize = 63;
 
 /// A string that cannot be a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("invalid {kind} name `{text}`: must match [a-zA-Z0-9][a-zA-Z0-9._-]{{0,62}}")]
+#[error("invalid {kind} name `{text}`: must match {}", pattern(.dots))]
 pub struct ParseNameError {
     kind: &'static str,
     text: String,
+    dots: Dots,
 }
 
-fn is_name(text: &str) -> bool {
+/// Whether there may be dots in a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dots {
+    Allowed,
+    Refused,
+}
+
+const fn pattern(dots: &Dots) -> &'static str {
+    match dots {
+        Dots::Allowed => "[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}",
+        Dots::Refused => "[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}",
+    }
+}
+
+fn is_name(text: &str, dots: Dots) -> bool {
     let mut bytes = text.bytes();
     text.len() <= NAME_BYTES_MAX
         && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
-        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && bytes.all(|b| {
+            b.is_ascii_alphanumeric()
+                || matches!(b, b'_' | b'-')
+                || (b == b'.' && dots == Dots::Allowed)
+        })
 }
 
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+        name! { $(#[$doc])* $name, $kind, Dots::Allowed }
+    };
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $dots:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(Box<str>);
@@ -45,12 +67,12 @@ macro_rules! name {
             type Err = ParseNameError;
 
             fn from_str(text: &str) -> Result<Self, Self::Err> {
-                if is_name(text) {
+                if is_name(text, $dots) {
                     Ok(Self(text.into()))
                 } else {
                     // A name of megabytes is not worth repeating in its own error.
                     let text = text.chars().take(NAME_BYTES_MAX + 1).collect();
-                    Err(ParseNameError { kind: $kind, text })
+                    Err(ParseNameError { kind: $kind, text, dots: $dots })
                 }
             }
         }
@@ -84,7 +106,7 @@ name! {
 
 name! {
     /// The name of a volume, unique among its owner's.
-    VolumeName, "volume"
+    VolumeName, "volume", Dots::Refused
 }
 
 /// A string that cannot be the name of a secret.
@@ -197,6 +219,15 @@ mod tests {
 
         for text in ["", "my sandbox", "a\nb", "a/b", "-a", ".a", "..", "é", "a%2f", &too_long] {
             assert!(text.parse::<SandboxName>().is_err(), "{text:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn volume_has_no_dots_in_its_name() {
+        assert!("data_1-x".parse::<VolumeName>().is_ok());
+        for text in ["data.1", "data.", "..", "a/b"] {
+            let error = text.parse::<VolumeName>().unwrap_err().to_string();
+            assert!(error.ends_with("must match [a-zA-Z0-9][a-zA-Z0-9_-]{0,62}"), "{error}");
         }
     }
 

@@ -5,12 +5,14 @@ use std::str::FromStr;
 
 use ipnet::{Ipv4Net, PrefixLenError};
 
-/// Ranges that no sandbox reaches, whatever it is allowed: this host as it calls itself, link-local with the clouds' metadata, multicast.
-pub const NEVER_REACHED: [Ipv4Net; 4] = [
+/// Ranges that no sandbox reaches, whatever it is allowed: this host as it calls itself, link-local with the clouds' metadata, multicast, and the
+/// address at which one cloud's hosts talk to their machines.
+pub const NEVER_REACHED: [Ipv4Net; 5] = [
     range([0, 0, 0, 0], 8),
     range([127, 0, 0, 0], 8),
     range([169, 254, 0, 0], 16),
     range([224, 0, 0, 0], 4),
+    range([168, 63, 129, 16], 32),
 ];
 
 /// The most ranges that one sandbox is allowed.

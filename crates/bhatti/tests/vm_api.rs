@@ -99,7 +99,7 @@ async fn what_cannot_be_put_into_a_sandbox_is_an_error_and_leaves_nothing() {
         json!({ "image": "missing" }),
         json!({ "timeout_sec": 0 }),
         json!({ "labels": { "bhatti.sh/x": "1" } }),
-        json!({ "volumes": [] }),
+        json!({ "mounts": [] }),
     ] {
         let refused = api.call("POST", "/sandboxes", &request).await;
         assert_eq!(

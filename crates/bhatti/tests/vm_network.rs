@@ -226,6 +226,12 @@ async fn policy_is_in_force_in_every_life_of_a_sandbox_and_of_the_daemon() {
     daemon.serve().await;
     assert_eq!(both(&api).await, (true, false), "after the daemon's death");
     here("nft", &["flush", "ruleset"]);
+    wait_for("the rules that somebody flushed", || {
+        here("nft", &["list", "ruleset"]).contains("chain from_guest")
+    })
+    .await;
+    assert_eq!(both(&api).await, (true, false), "after somebody else's flush");
+    here("nft", &["flush", "ruleset"]);
     post(&api, "/sandboxes/shut/stop", &json!({})).await;
     post(&api, "/sandboxes/shut/start", &json!({})).await;
     assert!(!reaches_here(&api, "shut").await, "before it ran again");

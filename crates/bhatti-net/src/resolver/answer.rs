@@ -1,7 +1,6 @@
-//! One question, one answer.
+//! One question, one answer: RFC 1035, section 4. Only the header and the question are read; the rest is for who knows more.
 
-use simple_dns::rdata::{A, RData};
-use simple_dns::{CLASS, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
+use std::net::Ipv4Addr;
 
 use super::Names;
 
@@ -11,7 +10,33 @@ const TTL_SEC: u32 = 5;
 /// What sandboxes may be called instead of by their bare name.
 const SUFFIX: &str = ".sb";
 
+/// The longest question, in bytes; RFC 9715 has messages of that length fit any path.
+const QUESTION_BYTES_MAX: usize = 1232;
+
+const HEADER_BYTES: usize = 12;
+const NAME_BYTES_MAX: usize = 255;
+const LABEL_BYTES_MAX: u8 = 63;
+
+/// In the header's flags: that it is an answer, what is asked for, that somebody else may be asked, that somebody else is.
+const RESPONSE: u16 = 0x8000;
+const OPCODE: u16 = 0x7800;
+const RECURSION_DESIRED: u16 = 0x0100;
+const RECURSION_AVAILABLE: u16 = 0x0080;
+
+const NO_ERROR: u16 = 0;
+const SERVER_FAILURE: u16 = 2;
+const REFUSED: u16 = 5;
+
+const ADDRESS: u16 = 1;
+const ANY: u16 = 255;
+/// Whole zones rather than answers: this host may be trusted with them where its sandboxes are not.
+const TRANSFERS: [u16; 4] = [251, 252, 253, 254];
+const INTERNET: u16 = 1;
+/// The name of the question, which begins right behind the header.
+const SAME_NAME: u16 = 0xc000 | 12;
+
 /// What there is to say to a question.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     /// This.
     Known(Vec<u8>),
@@ -19,60 +44,128 @@ pub(super) enum Answer {
     Ask { failure: Vec<u8> },
 }
 
-/// Answers a question from the names of a network. What is no question gets no answer.
-pub(super) fn answer(question: &[u8], names: &Names) -> Option<Answer> {
-    let packet = Packet::parse(question).ok()?;
-    if packet.has_flags(PacketFlag::RESPONSE) {
+/// A question as it was asked.
+pub(super) struct Question<'a> {
+    id: u16,
+    recursion_desired: bool,
+    /// The name, in lower case.
+    name: String,
+    kind: u16,
+    class: u16,
+    /// Name, kind and class as they came.
+    bytes: &'a [u8],
+}
+
+/// Reads a message that asks one plain question; what is anything else is none.
+pub(super) fn parse(message: &[u8]) -> Option<Question<'_>> {
+    if message.len() > QUESTION_BYTES_MAX {
         return None;
     }
-    let mut reply = Packet::new_reply(packet.id());
-    reply.set_flags(PacketFlag::RECURSION_AVAILABLE);
-    if packet.has_flags(PacketFlag::RECURSION_DESIRED) {
-        reply.set_flags(PacketFlag::RECURSION_DESIRED);
+    let number = |at: usize| Some(u16::from_be_bytes(*message.get(at..)?.first_chunk()?));
+    let flags = number(2)?;
+    let is_plain = flags & (RESPONSE | OPCODE) == 0;
+    // One question, no answers, nothing authoritative, and perhaps what the asker can take.
+    let counts = (number(4)?, number(6)?, number(8)?);
+    if !is_plain || counts != (1, 0, 0) || number(10)? > 1 {
+        return None;
     }
-    let asked = packet.questions.first()?.clone();
-    let name = asked.qname.to_string().to_ascii_lowercase();
-    let is_ours = name.ends_with(SUFFIX);
-    let address = names.get(name.strip_suffix(SUFFIX).unwrap_or(&name)).copied();
-    reply.questions.push(asked.clone());
-    let Some(address) = address else {
-        *reply.rcode_mut() = if is_ours { RCODE::NameError } else { RCODE::ServerFailure };
-        let reply = reply.build_bytes_vec().ok()?;
-        return Some(if is_ours { Answer::Known(reply) } else { Answer::Ask { failure: reply } });
-    };
-    // Of another kind than an address of the fourth version there is nothing, and that is the answer.
-    if matches!(asked.qtype, QTYPE::TYPE(TYPE::A) | QTYPE::ANY) {
-        let data = RData::A(A::from(address));
-        reply.answers.push(ResourceRecord::new(asked.qname, CLASS::IN, TTL_SEC, data));
+    let (name, after) = parse_name(message)?;
+    let bytes = message.get(HEADER_BYTES..after + 4)?;
+    Some(Question {
+        id: number(0)?,
+        recursion_desired: flags & RECURSION_DESIRED != 0,
+        name,
+        kind: number(after)?,
+        class: number(after + 2)?,
+        bytes,
+    })
+}
+
+/// The name behind the header, and where it ends. In a question there is nothing before it that it could point to.
+fn parse_name(message: &[u8]) -> Option<(String, usize)> {
+    let (mut name, mut at) = (String::new(), HEADER_BYTES);
+    loop {
+        let length = *message.get(at)?;
+        at += 1;
+        if length == 0 {
+            return Some((name, at));
+        }
+        let label = message.get(at..at + usize::from(length))?;
+        at += usize::from(length);
+        if length > LABEL_BYTES_MAX || at - HEADER_BYTES > NAME_BYTES_MAX {
+            return None;
+        }
+        if !name.is_empty() {
+            name.push('.');
+        }
+        name.push_str(&String::from_utf8_lossy(label).to_ascii_lowercase());
     }
-    reply.build_bytes_vec().ok().map(Answer::Known)
+}
+
+/// Answers a question from the names of a network: bare ones, for one with a dot in it may be somebody's in the world.
+pub(super) fn answer(question: &Question<'_>, names: &Names) -> Answer {
+    if TRANSFERS.contains(&question.kind) {
+        return Answer::Known(reply(question, REFUSED, None));
+    }
+    let bare = question.name.strip_suffix(SUFFIX).unwrap_or(&question.name);
+    let known = names.get(bare).filter(|_| question.class == INTERNET && !bare.contains('.'));
+    match known {
+        None => Answer::Ask { failure: reply(question, SERVER_FAILURE, None) },
+        // Of another kind than an address of the fourth version there is nothing, and that is the answer.
+        Some(address) => {
+            let asked = matches!(question.kind, ADDRESS | ANY);
+            Answer::Known(reply(question, NO_ERROR, asked.then_some(*address)))
+        }
+    }
+}
+
+fn reply(question: &Question<'_>, code: u16, address: Option<Ipv4Addr>) -> Vec<u8> {
+    let desired = if question.recursion_desired { RECURSION_DESIRED } else { 0 };
+    let flags = RESPONSE | RECURSION_AVAILABLE | desired | code;
+    let answers = u16::from(address.is_some());
+    let mut reply = Vec::with_capacity(HEADER_BYTES + question.bytes.len() + 16);
+    for number in [question.id, flags, 1, answers, 0, 0] {
+        reply.extend_from_slice(&number.to_be_bytes());
+    }
+    reply.extend_from_slice(question.bytes);
+    if let Some(address) = address {
+        for number in [SAME_NAME, ADDRESS, INTERNET] {
+            reply.extend_from_slice(&number.to_be_bytes());
+        }
+        reply.extend_from_slice(&TTL_SEC.to_be_bytes());
+        reply.extend_from_slice(&4u16.to_be_bytes());
+        reply.extend_from_slice(&address.octets());
+    }
+    reply
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
-    use simple_dns::{Name, QCLASS, Question};
+    use simple_dns::rdata::RData;
+    use simple_dns::{CLASS, Name, Packet, QCLASS, RCODE, TYPE};
 
     use super::*;
 
-    fn ask(name: &str, kind: TYPE) -> Option<Answer> {
-        let names = Names::from([("dev".to_owned(), Ipv4Addr::new(10, 213, 0, 2))]);
+    fn question(name: &str, kind: TYPE) -> Vec<u8> {
         let mut packet = Packet::new_query(77);
-        let name = Name::new(name).unwrap();
-        packet.questions.push(Question::new(name, kind.into(), QCLASS::CLASS(CLASS::IN), false));
-        answer(&packet.build_bytes_vec().unwrap(), &names)
+        let (name, class) = (Name::new(name).unwrap(), QCLASS::CLASS(CLASS::IN));
+        packet.questions.push(simple_dns::Question::new(name, kind.into(), class, false));
+        packet.build_bytes_vec().unwrap()
     }
 
     /// The answer's code, and the addresses in it.
-    fn said(answer: Option<Answer>) -> (RCODE, Vec<Ipv4Addr>, bool) {
-        let (bytes, is_known) = match answer.unwrap() {
+    fn said(name: &str, kind: TYPE) -> (RCODE, Vec<Ipv4Addr>, bool) {
+        let names =
+            ["dev", "github.com"].map(|name| (name.to_owned(), Ipv4Addr::new(10, 213, 0, 2)));
+        let asked = question(name, kind);
+        let (bytes, is_known) = match answer(&parse(&asked).unwrap(), &Names::from(names)) {
             Answer::Known(bytes) => (bytes, true),
             Answer::Ask { failure } => (failure, false),
         };
         let packet = Packet::parse(&bytes).unwrap();
         assert_eq!((packet.id(), packet.questions.len()), (77, 1));
-        let address = |record: &ResourceRecord<'_>| match &record.rdata {
+        assert_eq!(packet.questions[0].qname.to_string(), name);
+        let address = |record: &simple_dns::ResourceRecord<'_>| match &record.rdata {
             RData::A(a) => Ipv4Addr::from(a.address),
             other => panic!("{other:?}"),
         };
@@ -83,23 +176,47 @@ mod tests {
     fn sibling_is_known_by_its_name_in_any_case_and_has_no_other_address() {
         let address = vec![Ipv4Addr::new(10, 213, 0, 2)];
         for name in ["dev", "DEV", "dev.sb", "Dev.SB"] {
-            assert_eq!(said(ask(name, TYPE::A)), (RCODE::NoError, address.clone(), true), "{name}");
-            assert_eq!(said(ask(name, TYPE::AAAA)), (RCODE::NoError, vec![], true), "{name}");
+            assert_eq!(said(name, TYPE::A), (RCODE::NoError, address.clone(), true), "{name}");
+            assert_eq!(said(name, TYPE::AAAA), (RCODE::NoError, vec![], true), "{name}");
         }
     }
 
     #[test]
-    fn others_know_other_names_but_not_ours() {
-        assert_eq!(said(ask("example.com", TYPE::A)), (RCODE::ServerFailure, vec![], false));
-        assert_eq!(said(ask("nobody.sb", TYPE::A)), (RCODE::NameError, vec![], true));
+    fn others_know_other_names_and_those_with_dots() {
+        for name in ["example.com", "nobody.sb", "github.com", "nobody"] {
+            assert_eq!(said(name, TYPE::A), (RCODE::ServerFailure, vec![], false), "{name}");
+        }
+        // Of a kind that this knows nothing of, too; but never whole zones.
+        let of_kind = |kind: u8| {
+            let mut asked = question("example.com", TYPE::A);
+            let at = asked.len() - 3;
+            asked[at] = kind;
+            answer(&parse(&asked).unwrap(), &Names::new())
+        };
+        assert!(matches!(of_kind(44), Answer::Ask { failure } if failure[3] & 15 == 2));
+        assert!(matches!(of_kind(252), Answer::Known(refusal) if refusal[3] & 15 == 5));
     }
 
     #[test]
-    fn what_is_no_question_gets_no_answer() {
-        for bytes in [&b""[..], b"x", &[0; 12], &[0xff; 64]] {
-            assert!(answer(bytes, &Names::new()).is_none(), "{bytes:?}");
+    fn what_is_no_plain_question_is_none() {
+        let plain = question("dev", TYPE::A);
+        assert!(parse(&plain).is_some());
+        let with = |at: usize, byte: u8| {
+            let mut message = plain.clone();
+            message[at] = byte;
+            message
+        };
+        // An answer, an update, two questions, an answer in it, two additions, a name that points.
+        for message in
+            [with(2, 0x80), with(2, 0x28), with(5, 2), with(7, 1), with(11, 2), with(12, 0xc0)]
+        {
+            assert!(parse(&message).is_none(), "{message:?}");
         }
-        let reply = Packet::new_reply(1).build_bytes_vec().unwrap();
-        assert!(answer(&reply, &Names::new()).is_none());
+        for bytes in [&b""[..], b"x", &[0; 12], &[0xff; 64], &[1; 300], &[0; 5000]] {
+            assert!(parse(bytes).is_none(), "{bytes:?}");
+        }
+        for length in 0..plain.len() {
+            assert!(parse(&plain[..length]).is_none(), "{length}");
+        }
     }
 }

@@ -135,6 +135,13 @@ impl Guest {
         answer_all(listener);
     }
 
+    pub(crate) fn send_datagram(&self, to: Ipv4Addr, port: u16) {
+        self.inside(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+            socket.send_to(b"hello", (to, port)).unwrap();
+        });
+    }
+
     /// What is answered at `to`: where it sees this come from.
     pub(crate) fn get(&self, to: SocketAddr) -> Result<String, String> {
         self.inside(|| get_here(to))

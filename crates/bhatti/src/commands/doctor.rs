@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use bhatti_host::kvm::{self, KvmUnusable};
 use bhatti_host::{disk, process};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
+use bhatti_net::{Host, Instance, NetError, Upstreams};
 use bhatti_types::Report;
 use serde::Serialize;
 
@@ -58,6 +59,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let mut findings = vec![
         accelerator(),
         qemu(&Config::read(data_dir)?.qemu()).await,
+        network().await,
         tool("mmdebstrap", "mmdebstrap").await,
         tool("mke2fs", "e2fsprogs").await,
         agent(&lohar),
@@ -135,6 +137,24 @@ async fn tool(program: &'static str, package: &str) -> Finding {
         Err(error) => {
             Finding::missing(program, error.to_string(), format!("apt-get install {package}"))
         }
+    }
+}
+
+/// Whether sandboxes can have networks. Without, they work all the same.
+async fn network() -> Finding {
+    // Nobody's number: nothing is changed.
+    match Host::open(Instance(1), Upstreams::Fixed(Vec::new())).await {
+        Ok(_) => Finding::good("network", "sandboxes can have networks"),
+        Err(error @ NetError::Nft(_)) => Finding::slow(
+            "network",
+            format!("none for sandboxes: {}", Report(&error)),
+            Some("apt-get install nftables"),
+        ),
+        Err(error) => Finding::slow(
+            "network",
+            format!("none for sandboxes: {}", Report(&error)),
+            Some("run the daemon as root, where /dev/net/tun can be opened"),
+        ),
     }
 }
 

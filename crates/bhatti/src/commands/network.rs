@@ -1,8 +1,6 @@
 //! The network of this host, as the configuration wants it used.
 
-use std::net::IpAddr;
-
-use bhatti_net::{Host, Instance};
+use bhatti_net::{Host, Instance, Upstreams};
 use bhatti_store::Store;
 use bhatti_supervisor::NetworkConfig;
 use bhatti_types::{Allowance, Report};
@@ -30,26 +28,7 @@ pub(super) async fn open(config: &Config, store: &Store) -> Result<NetworkConfig
 }
 
 /// Who is asked for names that are no sandbox's.
-fn upstreams(config: &Config) -> Vec<IpAddr> {
-    if let Some(servers) = &config.dns {
-        return servers.clone();
-    }
-    parse_resolvers(&std::fs::read_to_string(RESOLVERS).unwrap_or_default())
-}
-
-fn parse_resolvers(text: &str) -> Vec<IpAddr> {
-    let server = |line: &str| line.strip_prefix("nameserver")?.trim().parse().ok();
-    text.lines().filter_map(server).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn name_servers_are_those_of_the_host() {
-        let text = "# made by hand\nnameserver 127.0.0.53\nnameserver\t::1\noptions edns0\n";
-        let servers: Vec<IpAddr> = ["127.0.0.53", "::1"].map(|it| it.parse().unwrap()).to_vec();
-        assert_eq!(parse_resolvers(text), servers);
-    }
+fn upstreams(config: &Config) -> Upstreams {
+    let servers = config.dns.clone().map(Upstreams::Fixed);
+    servers.unwrap_or_else(|| Upstreams::In(RESOLVERS.into()))
 }

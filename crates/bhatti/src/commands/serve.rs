@@ -112,6 +112,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let ahead = state.supervisor.clone();
     tokio::spawn(async move { ahead.get_ready().await });
     tokio::spawn(state.supervisor.clone().prune_events());
+    tokio::spawn(state.supervisor.clone().watch_networks());
     state.supervisor.record(
         "daemon.started",
         UserId::ADMIN,

@@ -1,13 +1,14 @@
 //! Ends TCP connections by sock_diag(7): linux/inet_diag.h.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::{INET, Netlink};
 
 const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
 
+const INET6: u8 = 10;
 const TCP: u8 = 6;
 
 /// All states but that of listening: who listens is nobody's connection.
@@ -21,29 +22,41 @@ const SOURCE_IN_ID: usize = 4;
 
 /// See [`super::cut_connections`].
 pub(super) fn cut(netlink: &Netlink, addresses: &[Ipv4Addr]) -> io::Result<usize> {
-    let mut found = Vec::new();
-    netlink.list(BY_FAMILY, &request(&[0; ID_BYTES]), |kind, body| {
-        let id = body.get(ID_IN_MESSAGE..ID_IN_MESSAGE + ID_BYTES).filter(|_| kind == BY_FAMILY);
-        let source = id.and_then(|id| id[SOURCE_IN_ID..].first_chunk::<4>());
-        if source.is_some_and(|source| addresses.contains(&Ipv4Addr::from(*source))) {
-            found.extend(id.map(<[u8]>::to_vec));
-        }
-    })?;
     let mut cut = 0;
-    for id in found {
-        match netlink.change(DESTROY, 0, &request(&id)) {
-            Ok(()) => cut += 1,
-            // It ended by itself.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+    // Who listens for both versions has connections of the fourth under addresses of the sixth.
+    for family in [INET, INET6] {
+        let mut found = Vec::new();
+        netlink.list(BY_FAMILY, &request(family, &[0; ID_BYTES]), |kind, body| {
+            let id =
+                body.get(ID_IN_MESSAGE..ID_IN_MESSAGE + ID_BYTES).filter(|_| kind == BY_FAMILY);
+            if id.and_then(|id| source(family, id)).is_some_and(|it| addresses.contains(&it)) {
+                found.extend(id.map(<[u8]>::to_vec));
+            }
+        })?;
+        for id in found {
+            match netlink.change(DESTROY, 0, &request(family, &id)) {
+                Ok(()) => cut += 1,
+                // It ended by itself.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok(cut)
 }
 
+/// The address of the fourth version that a connection is from.
+fn source(family: u8, id: &[u8]) -> Option<Ipv4Addr> {
+    let source = &id[SOURCE_IN_ID..];
+    match family {
+        INET => source.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets)),
+        _ => Ipv6Addr::from(*source.first_chunk::<16>()?).to_ipv4_mapped(),
+    }
+}
+
 /// `inet_diag_req_v2`.
-fn request(id: &[u8]) -> Vec<u8> {
-    let mut body = vec![INET, TCP, 0, 0];
+fn request(family: u8, id: &[u8]) -> Vec<u8> {
+    let mut body = vec![family, TCP, 0, 0];
     body.extend_from_slice(&CONNECTED.to_ne_bytes());
     body.extend_from_slice(id);
     debug_assert_eq!(body.len(), ID_IN_REQUEST + ID_BYTES);
@@ -62,9 +75,11 @@ mod tests {
     #[test]
     fn connections_from_an_address_end_and_others_go_on() {
         let (left, kept) = (Ipv4Addr::new(127, 213, 7, 9), Ipv4Addr::LOCALHOST);
-        let listener = TcpListener::bind((left, 0)).unwrap();
+        // As most servers do: for both versions.
+        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).unwrap();
+        let at = (left, listener.local_addr().unwrap().port());
         let other = TcpListener::bind((kept, 0)).unwrap();
-        let mut connection = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut connection = TcpStream::connect(at).unwrap();
         let mut accepted = listener.accept().unwrap().0;
         let going_on = TcpStream::connect(other.local_addr().unwrap()).unwrap();
 

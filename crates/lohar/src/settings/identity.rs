@@ -26,7 +26,8 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     };
     // First: it is later with everything else that is done before.
     let wall_clock = guest(&|| set_clock(identity.wall_clock_ns));
-    let (addresses, connections) = move_to(config.network.as_ref().filter(|_| agent.is_guest));
+    let network = config.network.as_ref().filter(|_| agent.is_guest);
+    let (addresses, connections) = move_to(network, &config.dns);
     let report = IdentityReport {
         rng: guest(&|| feed_random(&identity.entropy)),
         wall_clock,
@@ -64,10 +65,17 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
 }
 
 /// Gives the network card its address, and cuts the connections of the one that it had. Those of the agent went with the channel.
-fn move_to(network: Option<&GuestNetwork>) -> (Applied, Applied) {
+fn move_to(network: Option<&GuestNetwork>, dns: &[String]) -> (Applied, Applied) {
     let Some(network) = network else { return (Applied::Nothing, Applied::Nothing) };
     match netlink::configure(network) {
         Ok(left) => {
+            // Whoever knows names is in another place with it.
+            if !left.is_empty()
+                && !dns.is_empty()
+                && let Err(error) = system::set_resolvers(dns)
+            {
+                return (applied(Err(error)), Applied::Nothing);
+            }
             let connections = match netlink::cut_connections(&left) {
                 Ok(0) => Applied::Nothing,
                 cut => applied(cut.map(drop)),

@@ -13,6 +13,8 @@ use crate::refusal::io_refused;
 use crate::user::USUAL_UID;
 use crate::{disk, netlink};
 
+const RESOLVERS: &str = "/etc/resolv.conf";
+
 /// How a device is named by the serial of its disk: as udev(7) does.
 const BY_SERIAL: &str = "/dev/disk/by-id/virtio-";
 
@@ -41,16 +43,20 @@ pub(super) enum Disks {
 /// Makes what a guest gets once and never again.
 pub(super) fn apply_once(config: &GuestConfig, disks: Disks) -> Result<(), AgentError> {
     if !config.dns.is_empty() {
-        let path = Path::new("/etc/resolv.conf");
-        let lines: String =
-            config.dns.iter().map(|server| format!("nameserver {server}\n")).collect();
-        replace(path, &lines).map_err(|error| io_refused("write", path, &error))?;
+        let failed = |error| io_refused("write", Path::new(RESOLVERS), &error);
+        set_resolvers(&config.dns).map_err(failed)?;
     }
     for volume in &config.volumes {
         let failed = |error| io_refused("mount", Path::new(&volume.mount), &error);
         mount_volume(volume, disks).map_err(failed)?;
     }
     Ok(())
+}
+
+/// Says who knows names.
+pub(super) fn set_resolvers(servers: &[String]) -> io::Result<()> {
+    let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    replace(Path::new(RESOLVERS), &lines)
 }
 
 /// Gives the guest a name, for processes that run and for files that others read.
