@@ -211,6 +211,18 @@ impl Store {
         admit(&self.connection.lock(), owner, name, size)
     }
 
+    /// Whether `owner` may give these volumes to a sandbox, before the work of making one.
+    ///
+    /// # Errors
+    ///
+    /// Returns why it cannot have one of them.
+    pub fn admit_attach(&self, owner: UserId, wanted: &[Attach]) -> Result<(), AttachError> {
+        let connection = self.connection.lock();
+        wanted
+            .iter()
+            .try_for_each(|attach| admit_attach(&connection, owner, attach.clone()).map(drop))
+    }
+
     /// The volume that `owner` calls so.
     ///
     /// # Errors

@@ -268,6 +268,7 @@ impl Supervisor {
         }
         // Before there is a row: what is not allowed, or not set up at all, needs none.
         shared.store.admit_sandbox(owner, &spec)?;
+        shared.store.admit_attach(owner, &request.volumes).map_err(InsertError::from)?;
         shared.admit_network(owner, &spec.network).await?;
         let secrets = secrets::read(shared, owner, &spec.secrets)?;
         let files = boot_files(shared, &spec.image).await?;

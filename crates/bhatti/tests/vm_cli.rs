@@ -192,5 +192,5 @@ async fn doctor_finds_this_machine_in_order() {
         findings.iter().filter(|finding| finding["verdict"] == "missing").collect();
     // The disk of a test machine may be small.
     assert!(missing.iter().all(|finding| finding["what"] == "disk space"), "{missing:?}");
-    assert_eq!(findings.len(), if bhatti_testkit::is_root() { 9 } else { 11 });
+    assert_eq!(findings.len(), if bhatti_testkit::is_root() { 10 } else { 12 });
 }

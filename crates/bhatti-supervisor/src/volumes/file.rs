@@ -8,6 +8,8 @@ use std::path::Path;
 use bhatti_host::{disk, process};
 use bhatti_types::VolumeMib;
 
+use tokio::time::{Duration, timeout};
+
 use super::blocking;
 
 /// Who owns a new volume's root: the guest's usual user.
@@ -26,6 +28,9 @@ const NEEDS_RECOVERY: u8 = 4;
 
 /// What e2fsck says if it mended what there was to mend: a bit each for errors and for a restart that a mounted one would need.
 const MENDED: i32 = 1 | 2;
+
+/// How long a check may take: what is in a volume is a guest's, who may have made it take for ever.
+const CHECK_LIMIT: Duration = Duration::from_secs(300);
 
 /// A volume's file could not be made or changed.
 #[derive(Debug, thiserror::Error)]
@@ -121,8 +126,12 @@ fn is_clean(path: &Path) -> io::Result<bool> {
 
 async fn check(path: &Path, options: &[&str]) -> Result<(), VolumeFileError> {
     let tool = "e2fsck";
-    let command = process::command(tool).arg("-p").args(options).arg(path).output().await;
-    let output = command.map_err(|source| VolumeFileError::Tool { tool, source })?;
+    let checked = process::command(tool).arg("-p").args(options).arg(path).output();
+    let late = || VolumeFileError::Damaged {
+        message: format!("nothing within {} s", CHECK_LIMIT.as_secs()),
+    };
+    let output = timeout(CHECK_LIMIT, checked).await.map_err(|_| late())?;
+    let output = output.map_err(|source| VolumeFileError::Tool { tool, source })?;
     match output.status.code() {
         Some(code) if code & !MENDED == 0 => Ok(()),
         _ => {

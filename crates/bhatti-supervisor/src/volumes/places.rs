@@ -84,8 +84,11 @@ pub(crate) async fn files(
         }
         let is_attached_now = volume.volume.is_some() && !matches!(own, OwnVolumes::Kept);
         if is_attached_now || matches!(own, OwnVolumes::Left) {
-            // One after the other: of several that only read it, the first mends it.
-            let _turn = shared.volume_checks.lock().await;
+            // Who writes it is alone with it; of several that only read it, the first mends it.
+            let _turn = match volume.read_only {
+                true => Some(shared.volume_checks.lock().await),
+                false => None,
+            };
             file::settle(&path).await.map_err(failed)?;
         }
         files[place] = Some(VolumeFile { path, read_only: volume.read_only });
