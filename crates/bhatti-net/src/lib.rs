@@ -18,6 +18,7 @@ mod rules;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bhatti_host::process::command;
 use bhatti_types::{Allowance, NEVER_REACHED, Report};
@@ -159,7 +160,18 @@ pub struct Host {
     links: Links,
     resolver: Resolver,
     /// One change at a time, and one list of everything: the kernel has busy sockets start no second.
-    changing: Mutex<()>,
+    changing: Mutex<Applied>,
+    /// Changes that have been asked for.
+    asked: AtomicU64,
+}
+
+/// How far the host has come.
+#[derive(Debug, Default)]
+struct Applied {
+    /// The changes that the last one covers: its plan was read after they had been asked for.
+    asked: u64,
+    /// Networks that could not be set up then.
+    failed: Vec<u32>,
 }
 
 impl Host {
@@ -172,7 +184,13 @@ impl Host {
     pub async fn open(instance: Instance, upstreams: Upstreams) -> Result<Self, NetError> {
         let links = Links::open(instance).map_err(NetError::Open)?;
         let resolver = Resolver::new(upstreams);
-        let host = Self { instance, links, resolver, changing: Mutex::default() };
+        let host = Self {
+            instance,
+            links,
+            resolver,
+            changing: Mutex::default(),
+            asked: AtomicU64::new(0),
+        };
         host.check().await?;
         Ok(host)
     }
@@ -230,13 +248,23 @@ impl Host {
         needed: Option<u32>,
         plan: impl FnOnce() -> Result<Plan, E>,
     ) -> Result<(), E> {
-        let _turn = self.changing.lock().await;
+        let mine = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut applied = self.changing.lock().await;
+        let has_failed = needed.is_some_and(|network| applied.failed.contains(&network));
+        if applied.asked >= mine && !has_failed {
+            // Another change came first, whose plan had what this one is for.
+            return Ok(());
+        }
+        let asked = self.asked.load(Ordering::SeqCst);
         let plan = plan()?;
-        self.make_so(needed, &plan).await?;
+        let failed = self.make_so(needed, &plan).await?;
+        *applied = Applied { asked, failed };
         Ok(())
     }
 
-    async fn make_so(&self, needed: Option<u32>, plan: &Plan) -> Result<(), NetError> {
+    /// Returns the networks that could not be set up and that nobody asked for.
+    async fn make_so(&self, needed: Option<u32>, plan: &Plan) -> Result<Vec<u32>, NetError> {
+        let mut failed = Vec::new();
         let there = self.links.bridges().await?;
         // The rules come first, and go last: no bridge is ever without them.
         nft(&[], &rules::script(self.instance, plan)).await?;
@@ -245,6 +273,7 @@ impl Host {
                 Err(error) if needed != Some(network.number) => {
                     let bridge = bridge_name(network.number);
                     tracing::error!(bridge, error = %Report(&error), "A network cannot be set up");
+                    failed.push(network.number);
                 }
                 done => done?,
             }
@@ -255,7 +284,10 @@ impl Host {
             }
         }
         self.resolver.keep(plan);
-        if plan.networks.is_empty() { Ok(()) } else { enable_forwarding() }
+        if !plan.networks.is_empty() {
+            enable_forwarding()?;
+        }
+        Ok(failed)
     }
 
     async fn set_up(&self, network: &Network, there: &[links::Bridge]) -> Result<(), NetError> {

@@ -279,6 +279,35 @@ async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing
 }
 
 #[tokio::test]
+async fn changes_that_come_together_are_made_together_and_each_is_in_force_afterwards() {
+    if !ready("changes at once") {
+        return;
+    }
+    let host = open(1).await;
+    let plans = std::sync::Mutex::new((0, Plan { networks: vec![network(0)], ports: Vec::new() }));
+    let changes = (2..22).map(|number| {
+        let (host, plans) = (&host, &plans);
+        async move {
+            let name = format!("s{number}");
+            let port = port_of(0, address(0, number), &name, Allowance::default());
+            plans.lock().unwrap().1.ports.push(port.clone());
+            let changed = host.apply(Some(0), || {
+                let mut plans = plans.lock().unwrap();
+                plans.0 += 1;
+                Ok::<_, NetError>(plans.1.clone())
+            });
+            changed.await.unwrap();
+            assert!(nft(&["list", "ruleset"]).contains(&port.tap), "{name}");
+        }
+    });
+
+    futures_util::future::join_all(changes).await;
+
+    let read = plans.lock().unwrap().0;
+    assert!(read <= 3, "{read} changes for twenty at once");
+}
+
+#[tokio::test]
 async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
     if !ready("two daemons on one host") {
         return;

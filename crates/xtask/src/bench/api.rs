@@ -170,7 +170,8 @@ impl BareVm {
             directory: place.path().join("vm"),
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
-            tap: None,
+            // Templates have a network card where the machine can have networks.
+            tap: bhatti_testkit::enter_own_network().then(|| bhatti_net::tap_name(id)),
             volumes: Vec::new(),
             limit: LIMIT,
         };

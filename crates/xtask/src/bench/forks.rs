@@ -72,7 +72,8 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
             directory: directory.clone(),
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
-            tap: None,
+            // Templates have a network card where the machine can have networks.
+            tap: bhatti_testkit::enter_own_network().then(|| bhatti_net::tap_name(id)),
             volumes: Vec::new(),
             limit: LIMIT,
         };
