@@ -231,7 +231,10 @@ fn volume_error(error: &VolumeUseError) -> ApiError {
     match error {
         VolumeUseError::File { source: VolumeFileError::Damaged { .. }, .. } => {
             ApiError::new(ErrorCode::WrongState, Report(error).to_string())
-                .hint("the admin may mend it with e2fsck: nothing was changed")
+                .hint("the admin may look at it with e2fsck, and answer what it asks")
+        }
+        VolumeUseError::File { source: VolumeFileError::Slow, .. } => {
+            ApiError::new(ErrorCode::WrongState, Report(error).to_string()).hint("try again later")
         }
         VolumeUseError::Missing(_) | VolumeUseError::File { .. } => ApiError::internal(error),
     }
@@ -258,7 +261,10 @@ impl From<VolumeOpError> for ApiError {
             VolumeOpError::Refused(VolumeError::Store(error)) => error.into(),
             VolumeOpError::File(VolumeFileError::Damaged { .. }) => {
                 Self::new(ErrorCode::WrongState, error.to_string())
-                    .hint("the admin may mend it with e2fsck: nothing was changed")
+                    .hint("the admin may look at it with e2fsck, and answer what it asks")
+            }
+            VolumeOpError::File(VolumeFileError::Slow) => {
+                Self::new(ErrorCode::WrongState, error.to_string()).hint("try again later")
             }
             VolumeOpError::File(_)
             | VolumeOpError::Place { .. }

@@ -67,6 +67,8 @@ pub enum AttachKind {
     Own {
         /// Its size.
         size: VolumeMib,
+        /// Whether it is only read: a copy of what another one only read.
+        read_only: bool,
     },
 }
 
@@ -459,9 +461,9 @@ fn admit_attach(
 ) -> Result<Attachment, AttachError> {
     let Attach { name, mount, kind } = attach;
     let read_only = match kind {
-        AttachKind::Own { size } => {
+        AttachKind::Own { size, read_only } => {
             check_quota::<AttachError>(connection, owner, size.get().into())?;
-            return Ok(Attachment { name, volume: None, mount, read_only: false, size });
+            return Ok(Attachment { name, volume: None, mount, read_only, size });
         }
         AttachKind::Named { read_only } => read_only,
     };

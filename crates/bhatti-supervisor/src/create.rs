@@ -408,6 +408,12 @@ fn check_volumes(volumes: &[Attach]) -> Result<(), CreateError> {
                 let mount = &volume.mount;
                 return Err(CreateError::Volumes(format!("two volumes are at `{mount}`")));
             }
+            let (above, below) = (volume.mount.as_str(), other.mount.as_str());
+            if below.strip_prefix(above).is_some_and(|rest| rest.starts_with('/')) {
+                return Err(CreateError::Volumes(format!(
+                    "the volume at `{above}` would hide the one at `{below}`: name it first"
+                )));
+            }
             if other.name == volume.name {
                 let name = &volume.name;
                 return Err(CreateError::Volumes(format!("two volumes are called `{name}`")));
@@ -451,6 +457,9 @@ async fn undo(shared: &Shared, driver: Driver, error: CreateError) -> CreateErro
     let id = driver.id;
     if let Err(left) = shared.engine.remove(id, &driver.directory()).await {
         error!(sandbox = %id, error = %Report(&left), "Failed to remove a sandbox that did not come up");
+        // Its row stays, and with it what it has: its VM may still write volumes. The next daemon removes both.
+        shared.registry.remove(id);
+        return error;
     }
     let had_network = driver.address.is_some();
     if let Err(error) = driver.abandon() {

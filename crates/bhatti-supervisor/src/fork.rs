@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
-use bhatti_store::SandboxRow;
+use bhatti_store::{InsertError, SandboxRow};
 use bhatti_types::{Environment, Labels, Report, SandboxName, SandboxSpec, SecretName, UserId};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -103,6 +103,10 @@ impl Supervisor {
         }
         let parent = self.find(owner, id_or_name)?;
         let handle = self.handle(&parent, id_or_name)?;
+        // Before the parent stands still for copies that nobody may have.
+        let volumes = volumes::of_fork(&parent.volumes, MadeFrom::Running);
+        let admitted = self.shared.store.admit_attach(owner, &volumes);
+        admitted.map_err(|error| CreateError::from(InsertError::from(error)))?;
         let name = random_hex().map_err(CreateError::Entropy)?;
         let snapshot = self.shared.config.snapshots_dir.join(format!("{FORKING}{name}"));
         let directory = snapshot.clone();

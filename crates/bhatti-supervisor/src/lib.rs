@@ -67,6 +67,8 @@ const START_LIMIT: Duration = Duration::from_secs(15);
 
 /// Sandboxes that are saved at once when the daemon stops, and how long each of them may take.
 const SLEEPING_AT_ONCE: usize = 10;
+/// How long the end of the daemon waits for work on volumes.
+const VOLUME_WORK_LIMIT: Duration = Duration::from_secs(30);
 const SLEEP_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a supervisor works with.
@@ -130,8 +132,8 @@ pub(crate) struct Shared {
     pub(crate) spares: Spares,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,
-    /// One at a time checks a volume.
-    pub(crate) volume_checks: tokio::sync::Mutex<()>,
+    /// Held by work on volumes, which the end of the daemon waits for.
+    pub(crate) volume_work: tokio::sync::RwLock<()>,
 }
 
 impl Shared {
@@ -210,7 +212,7 @@ impl Supervisor {
                 spares,
                 events,
                 metrics: Metrics::new(),
-                volume_checks: tokio::sync::Mutex::default(),
+                volume_work: tokio::sync::RwLock::default(),
             }),
         }
     }
@@ -384,6 +386,9 @@ impl Supervisor {
     /// Ends what nobody asked for. Sandboxes go on, unless `sleep` says that they are to be saved: then some at a time are.
     pub async fn shut_down(&self, sleep: bool) {
         self.shared.spares.close(&self.shared).await;
+        if timeout(VOLUME_WORK_LIMIT, self.shared.volume_work.write()).await.is_err() {
+            warn!("Work on a volume goes on without this daemon");
+        }
         if !sleep {
             return;
         }

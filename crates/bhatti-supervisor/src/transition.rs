@@ -242,11 +242,15 @@ impl Driver {
         self.volumes.iter().any(|volume| !volume.read_only)
     }
 
-    /// Has the guest write what it has of its volumes, before it ends. One that is paused has done so.
+    /// Has the guest write what it has of its volumes, before it ends.
     pub(crate) async fn write_volumes(&self) {
         let named = self.volumes.iter().any(|volume| volume.volume.is_some() && !volume.read_only);
         let Some(running) = self.access.running().filter(|_| named) else { return };
-        if self.access.thermal() != Some(Thermal::Hot) {
+        // It has done so if it is paused, unless it did not stand still then.
+        if self.access.thermal() == Some(Thermal::Warm)
+            && let Err(error) = self.resume(&running).await
+        {
+            warn!(sandbox = %self.id, error = %Report(&error), "Failed to run a sandbox once more for its volumes");
             return;
         }
         match timeout(SYNC_LIMIT, running.agent.suspend(true)).await {

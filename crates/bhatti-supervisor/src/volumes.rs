@@ -101,6 +101,7 @@ impl Supervisor {
     ) -> Result<VolumeInfo, VolumeOpError> {
         let supervisor = self.clone();
         finished(async move {
+            let _working = supervisor.shared.volume_work.read().await;
             supervisor.shared.store.admit_volume(owner, &name, size)?;
             let make = async |file: PathBuf| file::make(&file, size).await;
             let row = supervisor.make_volume(owner, name, size, make).await?;
@@ -127,11 +128,12 @@ impl Supervisor {
         let original = self.volume_row(owner, name)?;
         let supervisor = self.clone();
         finished(async move {
+            let _working = supervisor.shared.volume_work.read().await;
             let store = &supervisor.shared.store;
             store.admit_volume(owner, &copy, original.size)?;
             let original = store.begin_volume_work(original.id, VolumeWork::Clone, None)?;
             let from = supervisor.volume_file(original.id);
-            let make = async |file: PathBuf| file::copy(&from, &file).await;
+            let make = async |file: PathBuf| file::clone(&from, &file).await;
             let made = supervisor.make_volume(owner, copy, original.size, make).await;
             store.end_volume_work(original.id, original.size)?;
             supervisor.volume_info(made?)
@@ -211,6 +213,7 @@ impl Supervisor {
         let row = self.volume_row(owner, name)?;
         let supervisor = self.clone();
         finished(async move {
+            let _working = supervisor.shared.volume_work.read().await;
             let store = &supervisor.shared.store;
             let row = store.begin_volume_work(row.id, VolumeWork::Resize, Some(size))?;
             let grown = file::grow(&supervisor.volume_file(row.id), size).await;
@@ -231,14 +234,17 @@ impl Supervisor {
     pub async fn delete_volume(&self, owner: UserId, name: &str) -> Result<(), VolumeOpError> {
         let row = self.volume_row(owner, name)?;
         let (directory, gone) = (self.volume_directory(row.id), self.gone(row.id));
-        let deleted =
-            self.shared.store.delete_volume(row.id, || match durable::rename(&directory, &gone) {
+        let mut taken = false;
+        let deleted = self.shared.store.delete_volume(row.id, || {
+            taken = true;
+            match durable::rename(&directory, &gone) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     Err(VolumeOpError::Place { step: "take a volume away", source })
                 }
                 _ => Ok(()),
-            });
-        if deleted.is_err() && gone.exists() {
+            }
+        });
+        if deleted.is_err() && taken && gone.exists() {
             // Its row stays, and so does it.
             durable::rename(&gone, &directory)
                 .map_err(|source| VolumeOpError::Place { step: "put a volume back", source })?;

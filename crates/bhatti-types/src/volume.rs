@@ -87,6 +87,10 @@ impl FromStr for MountPath {
             [] => true,
             [first] => CLOSED.contains(&first) || SHARED.contains(&first),
             ["usr", second, ..] => CLOSED_IN_USR.contains(&second),
+            // Often links to what is closed.
+            ["var", "run" | "lock", ..] => true,
+            // What the agent and the guest's packages know of themselves.
+            ["var", "lib"] | ["var", "lib", "lohar" | "dpkg", ..] => true,
             [first, ..] => CLOSED.contains(&first),
         };
         if is_system {
@@ -163,6 +167,9 @@ mod tests {
             "/usr/bin",
             "/usr/lib/x",
             "/var",
+            "/var/run",
+            "/var/lib",
+            "/var/lib/lohar/x",
             "/tmp",
             "/data/../etc",
             "/./etc",

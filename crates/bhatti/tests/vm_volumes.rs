@@ -25,7 +25,7 @@ async fn delete(api: &Api, path: &str) {
 }
 
 async fn volume(api: &Api, name: &str) {
-    post(api, "/volumes", &json!({ "name": name, "size_mb": 64 })).await;
+    post(api, "/volumes", &json!({ "name": name, "size_mb": 256 })).await;
 }
 
 fn named(name: &str, target: &str) -> Value {
@@ -44,11 +44,13 @@ async fn three_volumes_keep_what_is_in_each_through_every_life() {
     // In this order, which is neither that of their names nor of their making.
     let volumes = json!([named("three", "/a"), named("one", "/deep/b"), named("two", "/c")]);
     let new = json!([{ "name": "scratch", "size_mb": 32, "mount": "/scratch" }]);
-    let request = json!({ "name": "dev", "volumes": volumes, "new_volumes": new });
+    let files = json!([{ "path": "/a/put", "content": "put" }]);
+    let request = json!({ "name": "dev", "volumes": volumes, "new_volumes": new, "files": files });
     let created = post(&api, "/sandboxes", &request).await;
     assert!(created["origin"].as_str().unwrap().starts_with("template "), "{created}");
     assert_eq!(created["volumes"][1]["name"], "one");
     assert_eq!(created["volumes"][3]["ephemeral"], true);
+    assert_eq!(api.sh("dev", "cat /a/put; rm -f /a/put").await, "put");
     api.sh("dev", "echo 3 >/a/own; echo 1 >/deep/b/own; echo 2 >/c/own; echo s >/scratch/own")
         .await;
     let expected = "3 1 2 user\n/a rw /c rw /deep/b rw /scratch rw ";
@@ -149,7 +151,7 @@ async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
     api.sh(winner, "echo shared >/data/file").await;
     for (method, path, body) in [
         ("DELETE", "/volumes/data", Value::Null),
-        ("POST", "/volumes/data/resize", json!({ "size_mb": 128 })),
+        ("POST", "/volumes/data/resize", json!({ "size_mb": 512 })),
         ("POST", "/volumes/data/clone", json!({ "name": "copy" })),
     ] {
         let refused = api.call(method, path, &body).await;
@@ -168,18 +170,27 @@ async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
     post(&api, "/volumes/data/clone", &json!({ "name": "copy" })).await;
     post(&api, "/sandboxes/r1/fork", &json!({ "name": "r3" })).await;
     assert_eq!(api.sh("r3", "cat /data/file").await, "shared\n");
-    for name in ["r1", "r2", "r3"] {
+    // What was only read is a copy in what is kept, and is only read there, too.
+    post(&api, "/sandboxes/r1/checkpoint", &json!({ "name": "reading" })).await;
+    post(&api, "/snapshots/reading/resume", &json!({ "name": "r4" })).await;
+    assert_eq!(
+        api.sh("r4", "cat /data/file; touch /data/x 2>/dev/null || echo no").await,
+        "shared\nno\n"
+    );
+    post(&api, "/sandboxes/r4/stop", &json!({})).await;
+    post(&api, "/sandboxes/r4/start", &json!({})).await;
+    assert_eq!(api.sh("r4", "cat /data/file").await, "shared\n");
+    for name in ["r1", "r2", "r3", "r4"] {
         delete(&api, &format!("/sandboxes/{name}")).await;
     }
 
     // Larger, and full: the guest's trouble alone.
-    post(&api, "/volumes/copy/resize", &json!({ "size_mb": 128 })).await;
+    post(&api, "/volumes/copy/resize", &json!({ "size_mb": 512 })).await;
     post(&api, "/sandboxes", &json!({ "name": "dev", "volumes": [named("copy", "/data")] })).await;
     let size = api.sh("dev", "df -m --output=size /data | tail -1").await;
-    assert!(size.trim().parse::<u32>().unwrap() > 100, "{size}");
-    let filled = api
-        .exec("dev", json!({ "cmd": ["sh", "-c", "head -c 300M /dev/urandom >/data/all"] }))
-        .await;
+    assert!(size.trim().parse::<u32>().unwrap() > 400, "{size}");
+    let filled =
+        api.exec("dev", json!({ "cmd": ["sh", "-c", "head -c 700M /dev/zero >/data/all"] })).await;
     assert!(filled["stderr"].as_str().unwrap().contains("No space left"), "{filled}");
     assert_eq!(
         api.sh("dev", "cat /data/file; echo well >/workspace/x; cat /workspace/x").await,
@@ -225,6 +236,7 @@ async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
         json!({ "volumes": [named("data", "/a"), named("data", "/b")] }),
         json!({ "volumes": [named("data", "/v1")], "new_volumes": [own(1)] }),
         json!({ "new_volumes": (0..9).map(own).collect::<Vec<_>>() }),
+        json!({ "volumes": [named("data", "/x/y")], "new_volumes": [{ "name": "v", "size_mb": 16, "mount": "/x" }] }),
     ] {
         assert_eq!(refusal("/sandboxes", request.clone()).await, bad, "{request}");
     }
@@ -242,4 +254,32 @@ async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
     daemon.serve().await;
     assert!(stranger.exists());
     assert_eq!(api.get("/volumes").await.json()[0]["name"], "data");
+}
+
+#[tokio::test]
+async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
+    let (_daemon, api) = daemon().await;
+    volume(&api, "data").await;
+    post(&api, "/sandboxes", &json!({ "name": "dev", "volumes": [named("data", "/data")] })).await;
+    let content = vec![b'x'; 20 << 20];
+    let uploads = async {
+        for number in 0..5 {
+            let path = format!("/sandboxes/dev/files?path=/data/{number}");
+            let put = api.send("PUT", &path, &[], content.clone()).await;
+            assert!(put.status.is_success(), "{}", put.text());
+        }
+    };
+    let pauses = async {
+        for number in 0..4 {
+            post(&api, "/sandboxes/dev/fork", &json!({ "name": format!("f{number}") })).await;
+            // Whoever pauses it wakes it: the upload has been let in already, and waits.
+            post(&api, "/sandboxes/dev/pause", &json!({})).await;
+            post(&api, "/sandboxes/dev/resume", &json!({})).await;
+            delete(&api, &format!("/sandboxes/f{number}")).await;
+        }
+    };
+
+    tokio::join!(uploads, pauses);
+
+    assert_eq!(api.sh("dev", "cat /data/[0-4] | wc -c").await, format!("{}\n", 5 * content.len()));
 }

@@ -137,6 +137,13 @@ async fn control<T: Transport>(
 
 /// Operations that are answered by `EXIT` 0 when they are done.
 async fn simple(agent: &Rc<Agent>, frame: &Frame) -> Result<(), OpError> {
+    if matches!(
+        frame.frame_type,
+        FrameType::FILE_MKDIR_REQ | FrameType::FILE_REMOVE_REQ | FrameType::FILE_RENAME_REQ
+    ) {
+        // Who writes to a volume that is frozen waits until it is not, and this thread is the one that is told so.
+        agent.awake().await;
+    }
     match frame.frame_type {
         FrameType::EXEC_KILL => {
             let wanted: SessionRef =

@@ -4,6 +4,8 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bhatti_proto::{ErrorKind, Suspend, Woken};
@@ -25,8 +27,9 @@ const FREEZE_LOOK: Duration = Duration::from_millis(1);
 const FREEZE: libc::Ioctl = 0xc004_5877_u32 as libc::Ioctl;
 const THAW: libc::Ioctl = 0xc004_5878_u32 as libc::Ioctl;
 
-/// How long the disks may take.
-const SYNC_LIMIT: Duration = Duration::from_secs(20);
+/// How long the disks may take, and the volumes after that: together less than the host waits.
+const SYNC_LIMIT: Duration = Duration::from_secs(15);
+const FREEZE_VOLUMES_LIMIT: Duration = Duration::from_secs(5);
 
 /// Serves one `SUSPEND_REQ`. If it is refused, everything runs as before.
 pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpError> {
@@ -43,8 +46,14 @@ pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpEr
         }
         agent.set_suspended(true);
         freeze().await?;
-        // Last: who waits for a disk that stands still cannot be made to stand still.
-        if request.sync { freeze_volumes(agent).await } else { Ok(()) }
+        if request.sync {
+            // Last: who waits for a disk that stands still cannot be made to stand still.
+            freeze_volumes(agent).await?;
+        }
+        if agent.wakes() != wakes {
+            return Err(io::Error::other("the guest was woken meanwhile"));
+        }
+        Ok(())
     };
     suspended.await.map_err(|error| {
         thaw(agent);
@@ -105,15 +114,31 @@ fn is_frozen() -> io::Result<bool> {
 /// Has the volumes hold all that was written to them, with nothing left to be replayed, until they are thawed.
 async fn freeze_volumes(agent: &Agent) -> io::Result<()> {
     let volumes = agent.settings.borrow().volumes.clone();
+    let given_up = Arc::new(AtomicBool::new(false));
+    let is_given_up = Arc::clone(&given_up);
     let frozen = tokio::task::spawn_blocking(move || {
-        volumes.iter().rev().try_for_each(|mount| match change_volume(mount, FREEZE) {
+        let freeze = |mount: &String| match change_volume(mount, FREEZE) {
+            _ if is_given_up.load(Ordering::SeqCst) => Err(Errno::CANCELED),
             // It is frozen already, or keeps nothing.
             Err(Errno::BUSY | Errno::OPNOTSUPP) => Ok(()),
             frozen => frozen,
-        })
+        };
+        let frozen = volumes.iter().rev().try_for_each(freeze);
+        if is_given_up.load(Ordering::SeqCst) {
+            // Whoever thawed them did not see the last one.
+            for mount in &volumes {
+                // One that is not frozen refuses.
+                let _refused = change_volume(mount, THAW);
+            }
+        }
+        frozen
     });
-    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the volumes take too long");
-    Ok(timeout(SYNC_LIMIT, frozen).await.map_err(late)?.map_err(io::Error::other)??)
+    let late = |_| {
+        given_up.store(true, Ordering::SeqCst);
+        io::Error::new(io::ErrorKind::TimedOut, "the volumes take too long")
+    };
+    let frozen = timeout(FREEZE_VOLUMES_LIMIT, frozen).await.map_err(late)?;
+    Ok(frozen.map_err(io::Error::other)??)
 }
 
 fn thaw_volumes(agent: &Agent) {
@@ -129,7 +154,11 @@ fn thaw_volumes(agent: &Agent) {
 /// Freezes or thaws the file system that is mounted at `mount`. If there is none any more, it is the root's, which stays as it is.
 fn change_volume(mount: &str, request: libc::Ioctl) -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = open(mount, flags, Mode::empty())?;
+    let directory = match open(mount, flags, Mode::empty()) {
+        // Nothing is mounted any more where there is nothing.
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        directory => directory?,
+    };
     if fstat(&directory)?.st_dev == stat("/")?.st_dev {
         return Ok(());
     }

@@ -102,7 +102,7 @@ pub(super) fn attachments(
         attach(&name, &target, AttachKind::Named { read_only: readonly })
     });
     let own = own.into_iter().map(|NewVolume { name, size_mb, mount }| {
-        attach(&name, &mount, AttachKind::Own { size: size(size_mb)? })
+        attach(&name, &mount, AttachKind::Own { size: size(size_mb)?, read_only: false })
     });
     named.chain(own).collect()
 }

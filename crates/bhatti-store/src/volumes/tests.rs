@@ -27,7 +27,7 @@ fn named(name: &str, read_only: bool) -> Attach {
 }
 
 fn own(name: &str, size: u64) -> Attach {
-    let kind = AttachKind::Own { size: VolumeMib::try_from(size).unwrap() };
+    let kind = AttachKind::Own { size: VolumeMib::try_from(size).unwrap(), read_only: false };
     Attach { kind, ..named(name, false) }
 }
 

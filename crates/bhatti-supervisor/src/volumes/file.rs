@@ -1,14 +1,15 @@
 //! A volume's file: an ext4 file system with nothing around it, made and mended by e2fsprogs, never mounted here.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
 
 use bhatti_host::{disk, process};
 use bhatti_types::VolumeMib;
 
-use tokio::time::{Duration, timeout};
+use tokio::time::{Duration, Instant, sleep, timeout};
 
 use super::blocking;
 
@@ -29,8 +30,14 @@ const NEEDS_RECOVERY: u8 = 4;
 /// What e2fsck says if it mended what there was to mend: a bit each for errors and for a restart that a mounted one would need.
 const MENDED: i32 = 1 | 2;
 
-/// How long a check may take: what is in a volume is a guest's, who may have made it take for ever.
+/// How long somebody waits for a tool: what is in a volume is a guest's, who may have made it take for ever.
 const CHECK_LIMIT: Duration = Duration::from_secs(300);
+
+/// How often to look whether a volume's file is free.
+const LOCK_LOOK: Duration = Duration::from_millis(50);
+
+/// What of a tool's words is passed on, in bytes.
+const SAID_BYTES_MAX: usize = 4096;
 
 /// A volume's file could not be made or changed.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +68,9 @@ pub enum VolumeFileError {
         /// What it said.
         message: String,
     },
+    /// A tool still works on it.
+    #[error("the volume is still being checked, made or copied after {} s", CHECK_LIMIT.as_secs())]
+    Slow,
     /// The file system is damaged beyond what is mended without asking.
     #[error("the volume is damaged, and is not mended without asking; `e2fsck` said: {message}")]
     Damaged {
@@ -82,11 +92,13 @@ pub(super) fn create_private(directory: &Path) -> io::Result<()> {
 pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let create = || File::create_new(path)?.set_len(size.bytes());
     create().map_err(failed("create the volume's file"))?;
+    let held = hold(path).await?;
     let owner = format!("root_owner={ROOT_OWNER}");
-    run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", &owner], path, &[]).await?;
+    run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", &owner], &held).await?;
     sync(path).await
 }
 
+/// Copies a file that nobody works on.
 pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
     let (source, target) = (from.to_owned(), to.to_owned());
     let copied = blocking(move || disk::copy(&source, &target)).await;
@@ -94,24 +106,92 @@ pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> 
     sync(to).await
 }
 
+/// Copies a file system, whole and clean.
+pub(super) async fn clone(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
+    let held = hold(from).await?;
+    settle_held(&held).await?;
+    copy(from, to).await
+}
+
 /// Makes the file system larger.
 pub(super) async fn grow(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
-    check(path, &["-f"]).await?;
+    let held = hold(path).await?;
+    check(&held, &["-f"]).await?;
     let file = File::options().write(true).open(path);
     file.and_then(|file| file.set_len(size.bytes()))
         .map_err(failed("make the volume's file larger"))?;
-    run("resize2fs", &[], path, &[]).await?;
+    run("resize2fs", &[], &held).await?;
     sync(path).await
 }
 
 /// Plays back the journal of a file system that was not closed in order, and mends what is mended without asking.
 pub(super) async fn settle(path: &Path) -> Result<(), VolumeFileError> {
-    if is_clean(path).map_err(failed("read the volume's file"))? {
+    settle_held(&hold(path).await?).await
+}
+
+async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
+    if is_clean(&held.path).map_err(failed("read the volume's file"))? {
         return Ok(());
     }
-    tracing::info!(path = %path.display(), "A volume was not closed in order; it is checked");
-    check(path, &[]).await?;
-    sync(path).await
+    tracing::info!(path = %held.path.display(), "A volume was not closed in order; it is checked");
+    check(held, &[]).await?;
+    sync(&held.path).await
+}
+
+/// A volume's file that nobody else works on meanwhile. Tools inherit the lock: one that outlives this daemon keeps the next one away.
+struct Held {
+    file: File,
+    path: PathBuf,
+}
+
+async fn hold(path: &Path) -> Result<Held, VolumeFileError> {
+    let file = File::open(path).map_err(failed("open the volume's file"))?;
+    let began = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Held { file, path: path.to_owned() }),
+            Err(TryLockError::Error(source)) => {
+                return Err(failed("lock the volume's file")(source));
+            }
+            Err(TryLockError::WouldBlock) if began.elapsed() > CHECK_LIMIT => {
+                return Err(VolumeFileError::Slow);
+            }
+            Err(TryLockError::WouldBlock) => sleep(LOCK_LOOK).await,
+        }
+    }
+}
+
+async fn check(held: &Held, options: &[&str]) -> Result<(), VolumeFileError> {
+    let output = output("e2fsck", &[&["-p"], options].concat(), held).await?;
+    match output.status.code() {
+        Some(code) if code & !MENDED == 0 => Ok(()),
+        _ => {
+            let message = said(&output.stdout, &held.path) + &said(&output.stderr, &held.path);
+            Err(VolumeFileError::Damaged { message })
+        }
+    }
+}
+
+async fn run(tool: &'static str, options: &[&str], held: &Held) -> Result<(), VolumeFileError> {
+    let output = output(tool, options, held).await?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(VolumeFileError::Failed { tool, message: said(&output.stderr, &held.path) })
+}
+
+/// Runs a tool on a file to its end, whether or not somebody waits for that: it is never stopped halfway.
+async fn output(
+    tool: &'static str,
+    options: &[&str],
+    held: &Held,
+) -> Result<Output, VolumeFileError> {
+    let failed = |source| VolumeFileError::Tool { tool, source };
+    let lock = held.file.try_clone().map_err(failed)?;
+    let mut command = process::command(tool);
+    command.args(options).arg(&held.path).kill_on_drop(false).stdin(Stdio::from(lock));
+    let output = timeout(CHECK_LIMIT, command.output()).await;
+    output.map_err(|_| VolumeFileError::Slow)?.map_err(failed)
 }
 
 /// Whether a file system was closed in order. One that is none is not.
@@ -124,39 +204,9 @@ fn is_clean(path: &Path) -> io::Result<bool> {
         && superblock[INCOMPATIBLE] & NEEDS_RECOVERY == 0)
 }
 
-async fn check(path: &Path, options: &[&str]) -> Result<(), VolumeFileError> {
-    let tool = "e2fsck";
-    let checked = process::command(tool).arg("-p").args(options).arg(path).output();
-    let late = || VolumeFileError::Damaged {
-        message: format!("nothing within {} s", CHECK_LIMIT.as_secs()),
-    };
-    let output = timeout(CHECK_LIMIT, checked).await.map_err(|_| late())?;
-    let output = output.map_err(|source| VolumeFileError::Tool { tool, source })?;
-    match output.status.code() {
-        Some(code) if code & !MENDED == 0 => Ok(()),
-        _ => {
-            let message = said(&output.stdout, path) + &said(&output.stderr, path);
-            Err(VolumeFileError::Damaged { message })
-        }
-    }
-}
-
-async fn run(
-    tool: &'static str,
-    before: &[&str],
-    path: &Path,
-    after: &[&str],
-) -> Result<(), VolumeFileError> {
-    let command = process::command(tool).args(before).arg(path).args(after).output().await;
-    let output = command.map_err(|source| VolumeFileError::Tool { tool, source })?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(VolumeFileError::Failed { tool, message: said(&output.stderr, path) })
-}
-
 /// What a tool said, without the name of our file.
 fn said(output: &[u8], path: &Path) -> String {
+    let output = &output[..output.len().min(SAID_BYTES_MAX)];
     let text = String::from_utf8_lossy(output).replace(&*path.to_string_lossy(), "the volume");
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -84,11 +84,6 @@ pub(crate) async fn files(
         }
         let is_attached_now = volume.volume.is_some() && !matches!(own, OwnVolumes::Kept);
         if is_attached_now || matches!(own, OwnVolumes::Left) {
-            // Who writes it is alone with it; of several that only read it, the first mends it.
-            let _turn = match volume.read_only {
-                true => Some(shared.volume_checks.lock().await),
-                false => None,
-            };
             file::settle(&path).await.map_err(failed)?;
         }
         files[place] = Some(VolumeFile { path, read_only: volume.read_only });
@@ -153,7 +148,7 @@ pub(crate) fn of_fork(volumes: &[Attachment], made_from: MadeFrom) -> Vec<Attach
         name: volume.name.clone(),
         mount: volume.mount.clone(),
         kind: if made_from.copies(volume) {
-            AttachKind::Own { size: volume.size }
+            AttachKind::Own { size: volume.size, read_only: volume.read_only }
         } else {
             AttachKind::Named { read_only: true }
         },

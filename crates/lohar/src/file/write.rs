@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use bhatti_proto::{AgentError, ErrorKind, FileWriteRequest, FrameType, StatusOk};
 use tokio::time::timeout;
@@ -39,9 +38,11 @@ pub(crate) async fn write<T: Transport>(
     }
     let mode = parse_mode(&request.mode, FILE_MODE)?;
     let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
+    // Who writes to a volume that is frozen waits until it is not, and this thread is the one that is told so.
+    agent.awake().await;
     let mut new = NewFile::create(&path, owner)?;
     let length = Length { announced: size, limit };
-    receive(agent.limits.write(), length, &mut reader, &mut new).await?;
+    receive(agent, length, &mut reader, &mut new).await?;
     // Waits for the disk, which nobody else should have to.
     let finished = tokio::task::spawn_blocking(move || new.finish(mode));
     finished.await.map_err(|_| refused(ErrorKind::Other, "the write was interrupted"))??;
@@ -57,7 +58,7 @@ struct Length {
 
 /// Moves the content into the file.
 async fn receive<T: Transport>(
-    patience: Duration,
+    agent: &Agent,
     Length { announced, limit }: Length,
     reader: &mut HostReader<T>,
     new: &mut NewFile,
@@ -70,7 +71,7 @@ async fn receive<T: Transport>(
         let stalled = |_| {
             refused(ErrorKind::Limit, format!("no data came in time, after {written}{of} bytes"))
         };
-        let next = timeout(patience, reader.next()).await.map_err(stalled)?;
+        let next = timeout(agent.limits.write(), reader.next()).await.map_err(stalled)?;
         let frame = next.ok().flatten().ok_or_else(lost)?;
         match frame.frame_type {
             FrameType::STDIN => {}
@@ -85,6 +86,7 @@ async fn receive<T: Transport>(
         if written > limit {
             return Err(too_large(written, limit).into());
         }
+        agent.awake().await;
         new.write(&frame.payload)?;
     }
     Ok(())
@@ -173,9 +175,16 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        if !self.finished {
-            // The rename may have happened: then there is nothing of that name.
-            drop(fs::remove_file(&self.temporary));
+        if self.finished {
+            return;
+        }
+        let temporary = std::mem::take(&mut self.temporary);
+        // The rename may have happened: then there is nothing of that name.
+        let remove = move || drop(fs::remove_file(temporary));
+        match tokio::runtime::Handle::try_current() {
+            // It may be on a volume that is frozen.
+            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+            Err(_) => remove(),
         }
     }
 }

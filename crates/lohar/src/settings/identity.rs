@@ -28,6 +28,15 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let wall_clock = guest(&|| set_clock(identity.wall_clock_ns));
     let network = config.network.as_ref().filter(|_| agent.is_guest);
     let (addresses, connections) = move_to(network, &config.dns);
+    // Before the files: some may be for a volume.
+    let first_setup = if agent.settings.borrow().configured || identity.rehearsal {
+        Applied::Nothing
+    } else {
+        guest(&|| {
+            let applied = system::apply_once(config, system::Disks::Exchanged);
+            applied.map_err(|error| io::Error::other(error.message))
+        })
+    };
     let report = IdentityReport {
         rng: guest(&|| feed_random(&identity.entropy)),
         wall_clock,
@@ -41,14 +50,7 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             Err(error) => Applied::Failed { message: error.message },
         },
         addresses,
-        first_setup: if agent.settings.borrow().configured || identity.rehearsal {
-            Applied::Nothing
-        } else {
-            guest(&|| {
-                system::apply_once(config, system::Disks::Exchanged)
-                    .map_err(|error| io::Error::other(error.message))
-            })
-        },
+        first_setup,
         connections,
     };
     if identity.rehearsal {
