@@ -82,6 +82,15 @@ impl Store {
         network_of(&self.connection.lock(), owner)
     }
 
+    /// Whether sandboxes of `owner` are in its network.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn is_network_used(&self, owner: UserId) -> Result<bool, StoreError> {
+        Ok(!addresses_of(&self.connection.lock(), owner)?.is_empty())
+    }
+
     /// Gives `owner` the first network of `range` that nobody has and that `is_free`. One that it has stays, if it is free or in use.
     ///
     /// # Errors

@@ -89,15 +89,7 @@ impl Shared {
         {
             return Err(NetworkError::NotAllowable(range));
         }
-        let has_sandboxes = || {
-            let ports = self.store.list_ports()?;
-            Ok::<_, StoreError>(
-                self.store
-                    .find_network(owner)?
-                    .is_some_and(|network| ports.iter().any(|port| port.network == network)),
-            )
-        };
-        if has_sandboxes()? {
+        if self.store.is_network_used(owner)? {
             return Ok(());
         }
         let taken = host.taken().await?;
@@ -106,16 +98,25 @@ impl Shared {
         Ok(())
     }
 
+    /// The network of a sandbox that has an address.
+    fn network_of(
+        &self,
+        owner: UserId,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Option<NetworkRow>, NetworkError> {
+        match address {
+            None => Ok(None),
+            Some(_) => Ok(Some(self.store.find_network(owner)?.ok_or(StoreError::NoSuchRow)?)),
+        }
+    }
+
     /// Makes sure that the rules of a sandbox are in force.
     pub(crate) async fn enforce_network(
         &self,
         owner: UserId,
         address: Option<Ipv4Addr>,
     ) -> Result<(), NetworkError> {
-        if address.is_none() {
-            return Ok(());
-        }
-        let network = self.store.find_network(owner)?.ok_or(StoreError::NoSuchRow)?;
+        let Some(network) = self.network_of(owner, address)? else { return Ok(()) };
         self.host()?.apply(Some(network.number), || Ok(plan(&self.store.list_ports()?))).await
     }
 
@@ -126,10 +127,7 @@ impl Shared {
         owner: UserId,
         address: Option<Ipv4Addr>,
     ) -> Result<(), NetworkError> {
-        if address.is_none() {
-            return Ok(());
-        }
-        let network = self.store.find_network(owner)?.ok_or(StoreError::NoSuchRow)?;
+        let Some(network) = self.network_of(owner, address)? else { return Ok(()) };
         Ok(self.host()?.connect(&tap_name(id), network.number).await?)
     }
 

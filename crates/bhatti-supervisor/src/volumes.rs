@@ -165,7 +165,12 @@ impl Supervisor {
             }
         };
         let directory = self.volume_directory(id);
-        durable::rename(&making, &directory).map_err(place("put a volume in place"))?;
+        if let Err(source) = durable::rename(&making, &directory) {
+            // Its row first: without it the next daemon removes what is left of the files.
+            self.shared.store.delete_volume::<VolumeError>(id, || Ok(()))?;
+            remove(&making).await;
+            return Err(place("put a volume in place")(source));
+        }
         info!(volume = %row.id, name = %row.name, size_mib = size.get(), "Volume made");
         self.record(
             "volume.created",

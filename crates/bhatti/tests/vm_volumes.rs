@@ -283,3 +283,46 @@ async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
 
     assert_eq!(api.sh("dev", "cat /data/[0-4] | wc -c").await, format!("{}\n", 5 * content.len()));
 }
+
+#[tokio::test]
+async fn volume_is_clean_while_its_sandbox_sleeps_and_memory_is_not_put_over_another_content() {
+    let (mut daemon, api) = daemon().await;
+    volume(&api, "data").await;
+    let request = json!({ "name": "dev", "volumes": [named("data", "/data")] });
+    post(&api, "/sandboxes", &request).await;
+    api.sh("dev", "echo written >/data/file").await;
+    post(&api, "/sandboxes/dev/stop", &json!({})).await;
+
+    let id = api.get("/volumes/data").await.json()["id"].as_str().unwrap().to_owned();
+    let file = daemon.data_dir().join(format!("volumes/{id}/volume.ext4"));
+    // With nothing to play back: it would not be asked, only told.
+    let checked = bhatti_host::process::command("e2fsck").arg("-fn").arg(&file).output().await;
+    let said = String::from_utf8_lossy(&checked.unwrap().stdout).into_owned();
+    assert!(!said.contains("recovering journal") && !said.contains("skipping journal"), "{said}");
+
+    let now = std::time::SystemTime::now();
+    std::fs::File::options().write(true).open(&file).unwrap().set_modified(now).unwrap();
+    let stale = api.call("POST", "/sandboxes/dev/start", &json!({})).await;
+    assert_eq!(stale.refusal(), (409, "snapshot_unusable".to_owned()));
+    post(&api, "/sandboxes/dev/start", &json!({ "cold_boot": true })).await;
+    assert_eq!(api.sh("dev", "cat /data/file").await, "written\n");
+    delete(&api, "/sandboxes/dev").await;
+
+    // A daemon that dies over a new sandbox leaves its volume to the next one.
+    daemon.terminate().await;
+    daemon.serve_with(|serve| serve.fault = Some("daemon:running".to_owned())).await;
+    let create = bhatti_api::CreateSandbox {
+        volumes: vec![bhatti_api::AttachVolume {
+            name: "data".to_owned(),
+            target: "/data".to_owned(),
+            readonly: false,
+        }],
+        ..bhatti_testkit::named("half")
+    };
+    assert!(daemon.client.create(&create).await.is_err(), "the daemon answered");
+    daemon.ended().await;
+    daemon.serve_with(|serve| serve.fault = None).await;
+    assert_eq!(api.get("/volumes/data").await.json()["attached_to"], json!([]));
+    post(&api, "/sandboxes", &request).await;
+    assert_eq!(api.sh("dev", "cat /data/file").await, "written\n");
+}

@@ -12,10 +12,10 @@ use bhatti_engine::{
 };
 use bhatti_image::ImageStore;
 use bhatti_secret::SecretKey;
-use bhatti_store::{NewSandbox, Store};
+use bhatti_store::{NewSandbox, Store, VolumeRow, VolumeWork};
 use bhatti_types::{
     Allowance, CpuCount, Environment, Labels, MemoryMib, NetworkSpec, SandboxName, SandboxSpec,
-    UserId,
+    UserId, VolumeId, VolumeMib,
 };
 use parking_lot::Mutex;
 
@@ -314,4 +314,50 @@ async fn snapshots_that_were_being_made_are_finished_or_gone() {
     place.recover().await;
 
     assert_eq!(std::fs::read_dir(snapshots).unwrap().count(), 0);
+}
+
+/// A volume's row, and a directory of this name for it.
+fn leave_volume(place: &Place, number: u8, has_row: bool, prefix: &str) -> VolumeId {
+    let id = VolumeId::from_entropy([number; 8]);
+    if has_row {
+        let row = VolumeRow {
+            id,
+            owner: UserId::ADMIN,
+            name: format!("v{number}").parse().unwrap(),
+            size: VolumeMib::try_from(16).unwrap(),
+            work: None,
+            created_at: String::new(),
+        };
+        place.store.insert_volume(row).unwrap();
+    }
+    let directory = place.data.path().join("volumes").join(format!("{prefix}{id}"));
+    std::fs::create_dir(&directory).unwrap();
+    std::fs::write(directory.join("volume.ext4"), [number]).unwrap();
+    id
+}
+
+#[tokio::test]
+async fn volumes_with_a_row_are_in_place_and_no_others_are_removed_but_unfinished_ones() {
+    let place = Place::new();
+    let made = leave_volume(&place, 1, true, ".make-");
+    let deleted_not_quite = leave_volume(&place, 2, true, ".gone-");
+    let settled = leave_volume(&place, 3, true, "");
+    let unmade = leave_volume(&place, 4, false, ".make-");
+    let gone = leave_volume(&place, 5, false, ".gone-");
+    // Of a store that is an older copy.
+    let unknown = leave_volume(&place, 6, false, "");
+    place.store.begin_volume_work(settled, VolumeWork::Clone, None).unwrap();
+
+    for _ in 0..2 {
+        place.recover().await;
+    }
+
+    let file = |id: VolumeId| place.data.path().join(format!("volumes/{id}/volume.ext4"));
+    for (id, number) in [(made, 1), (deleted_not_quite, 2), (settled, 3), (unknown, 6)] {
+        assert_eq!(std::fs::read(file(id)).unwrap(), [number]);
+    }
+    assert!(!file(unmade).exists() && !file(gone).exists());
+    assert_eq!(std::fs::read_dir(place.data.path().join("volumes")).unwrap().count(), 4);
+    let free = place.store.begin_volume_work(settled, VolumeWork::Clone, None);
+    assert!(free.is_ok(), "whoever worked on it is gone: {free:?}");
 }

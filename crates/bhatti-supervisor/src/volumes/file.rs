@@ -265,6 +265,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn volume_that_a_tool_of_an_earlier_daemon_still_has_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(super::super::FILE);
+        make(&path, mib(16)).await.unwrap();
+        let held = hold(&path).await.unwrap();
+        let lock = Stdio::from(held.file.try_clone().unwrap());
+        let mut tool = process::command("sleep").arg("300").stdin(lock).spawn().unwrap();
+        drop(held);
+
+        let second = tokio::spawn(async move { hold(&path).await.map(drop) });
+        timeout(LOCK_LOOK * 4, tool.wait()).await.unwrap_err();
+        assert!(!second.is_finished(), "the tool has it");
+        tool.kill().await.unwrap();
+
+        second.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
     async fn what_is_no_file_system_is_damaged_and_stays_as_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(super::super::FILE);
