@@ -37,6 +37,7 @@ pub(super) async fn measure() -> Result<()> {
     for (what, config, wait) in [
         ("create with nothing ready, and first exec", "ready_vmms: 0\n", None),
         ("create with a VMM waiting, and first exec", "ready_forks: 0\n", Some(VMM_WAITS)),
+        ("create without a network, and first exec", "network: off\n", Some(VM_PRACTISES)),
         ("create as by default, and first exec", "", Some(VM_PRACTISES)),
     ] {
         daemon.terminate().await;
