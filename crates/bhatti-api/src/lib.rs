@@ -13,6 +13,7 @@ mod sandbox;
 mod secret;
 mod snapshot;
 mod template;
+mod usage;
 mod user;
 mod volume;
 
@@ -24,7 +25,7 @@ pub use exec::{
 };
 pub use file::{Done, FileEntry, MakeDirectory, RenameFile};
 pub use health::Health;
-pub use image::Image;
+pub use image::{CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image};
 pub use port::{Port, Publication, PublishPort};
 pub use sandbox::{
     CreateSandbox, Deleted, ForkSandbox, Forks, NewFile, Sandbox, StartSandbox, UpdateSandbox,
@@ -32,6 +33,7 @@ pub use sandbox::{
 pub use secret::{Secret, SetSecret};
 pub use snapshot::{CreateSnapshot, ResumeSnapshot, Snapshot};
 pub use template::{CreateTemplate, Template};
+pub use usage::Usage;
 pub use user::{CreateUser, CreatedUser, Limits, Ticket, UpdateUser, User};
 pub use volume::{
     AttachVolume, AttachedVolume, CloneVolume, CreateVolume, NewVolume, ResizeVolume, Volume,

@@ -11,11 +11,13 @@ mod channel;
 pub mod conformance;
 mod snapshot;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+pub use bhatti_host::process::Usage;
 use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName};
 
 pub use boot::{AdoptError, BootError, RemoveError};
@@ -189,6 +191,13 @@ pub trait Vm: Send + Sync {
     ///
     /// Cancel safe.
     async fn ended(&self);
+
+    /// What it has used of this host so far. Blocks for about a millisecond.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if its VMM has ended.
+    fn usage(&self) -> io::Result<Usage>;
 
     /// The end of its console's output, for a person.
     fn console_tail(&self) -> String;

@@ -13,7 +13,7 @@ use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
 
-pub use follow::{Followed, ProcessId};
+pub use follow::{Followed, ProcessId, Usage};
 
 /// Where programs are looked for, whatever the caller's environment says.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -14,6 +14,7 @@
 
 mod apt;
 mod content_hash;
+mod import;
 mod initramfs;
 mod kernel;
 mod modules;
@@ -23,12 +24,13 @@ mod store;
 mod tool;
 
 pub use apt::AptError;
+pub use import::{ImportError, RemoveError};
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;
 pub use modules::ModuleError;
 pub use rootfs::RootfsError;
-pub use setup::{KernelSource, Progress, SetupError, SetupOptions, set_up};
-pub use store::{BootFiles, ImageStore, MissingImages, StoreError};
+pub use setup::{KernelSource, Progress, SetupError, SetupOptions, build_image, set_up};
+pub use store::{BootFiles, ImageStore, ImageSummary, MissingImages, StoreError};
 pub use tool::ToolError;
 
 /// The root file system that every sandbox begins with, unless it asks for another.

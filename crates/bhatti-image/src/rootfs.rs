@@ -14,8 +14,8 @@ const SUITE: &str = "bookworm";
 /// What the minimal image has beyond the smallest Debian.
 const PACKAGES: &str = "ca-certificates,curl,git,procps,iproute2,sudo,python3";
 
-/// The size of the file system; its file is sparse.
-const DISK_SIZE: &str = "4G";
+/// The size of the file system, in MiB; its file is sparse.
+pub(crate) const DISK_MIB: u32 = 4096;
 
 /// What a guest needs and no package brings: the user of every command, a place to work, no identity of this build.
 const CUSTOMIZE: &str = r#"#!/bin/sh
@@ -33,11 +33,17 @@ rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 "#;
 
-/// Makes the file `$2` of `$3` bytes out of the tar `$1`. All of it is written now: a guest that finished the work lazily would dirty
-/// pages of its own.
+/// Makes the file `$2` of `$3` out of the tar `$1`. All of it is written now: a guest that finished the work lazily would dirty
+/// pages of its own. Nothing in the tree is followed or written through: it may be a stranger's. Directories that the archive only
+/// implies are everybody's to enter, whatever the caller's umask.
 const MAKE_EXT4: &str = r#"set -e
+before=$(umask)
+umask 022
 mkdir root
 tar -C root --numeric-owner -xf "$1"
+[ -n "$(ls -A root)" ] || { echo 'there is nothing in the archive' >&2; exit 1; }
+[ -e root/workspace ] || [ -L root/workspace ] || { mkdir root/workspace; chown 1000:1000 root/workspace; }
+umask "$before"
 mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root "$2" "$3"
 "#;
 
@@ -82,17 +88,24 @@ pub enum RootfsError {
     },
 }
 
-/// What the image is made of. Another recipe is another image.
-pub(crate) fn recipe() -> String {
+/// What an image is made of. Another recipe is another image.
+pub(crate) fn recipe(more_packages: &[String]) -> String {
     format!(
-        "debian {SUITE} minbase {PACKAGES} {DISK_SIZE} {}",
+        "debian {SUITE} minbase {} 4G {}",
+        packages(more_packages),
         blake3::hash(CUSTOMIZE.as_bytes()).to_hex()
     )
 }
 
-/// Makes the minimal image in `scratch` and returns its file.
-pub(crate) async fn build_minimal(
+/// The packages that all images have, and those of this one.
+fn packages(more: &[String]) -> String {
+    std::iter::once(PACKAGES).chain(more.iter().map(String::as_str)).collect::<Vec<_>>().join(",")
+}
+
+/// Makes an image of Debian in `scratch` and returns its file.
+pub(crate) async fn build_debian(
     scratch: &Path,
+    more_packages: &[String],
     line: &mut (dyn FnMut(&str) + Send),
 ) -> Result<PathBuf, RootfsError> {
     let sources = apt::sources_for(SUITE).await.map_err(RootfsError::Mirror)?;
@@ -102,7 +115,7 @@ pub(crate) async fn build_minimal(
         .map_err(|source| RootfsError::Create { path: customize.clone(), source })?;
     let tar_text = tar.to_string_lossy();
     let hook = format!("--customize-hook={}", customize.display());
-    let include = format!("--include={PACKAGES}");
+    let include = format!("--include={}", packages(more_packages));
     let is_root = rustix::process::geteuid().is_root();
     let (program, confinement, mode) = if is_root {
         ("setpriv", &CONFINEMENT[..], "--mode=root")
@@ -131,7 +144,9 @@ pub(crate) async fn build_minimal(
         .await
         .map_err(failed("assemble the root file system"))?;
     line("writing the file system");
-    make_ext4(scratch, &tar, &image).await.map_err(failed("write the root file system"))?;
+    make_ext4(scratch, &tar, &image, DISK_MIB)
+        .await
+        .map_err(failed("write the root file system"))?;
     Ok(image)
 }
 
@@ -141,9 +156,15 @@ fn write_program(path: &Path, text: &str) -> io::Result<()> {
 }
 
 /// Unpacks `tar` and writes it into an ext4 file. Where we are not root, fakeroot remembers who owns what.
-async fn make_ext4(scratch: &Path, tar: &Path, image: &Path) -> Result<(), ToolError> {
-    let (tar, image) = (tar.to_string_lossy(), image.to_string_lossy());
-    let arguments = ["-c", MAKE_EXT4, "make-ext4", &tar, &image, DISK_SIZE];
+pub(crate) async fn make_ext4(
+    scratch: &Path,
+    tar: &Path,
+    image: &Path,
+    size_mib: u32,
+) -> Result<(), ToolError> {
+    let (tar, image, size) =
+        (tar.to_string_lossy(), image.to_string_lossy(), format!("{size_mib}M"));
+    let arguments = ["-c", MAKE_EXT4, "make-ext4", &tar, &image, &size];
     if rustix::process::geteuid().is_root() {
         run_quietly("sh", &arguments, scratch).await?;
     } else {

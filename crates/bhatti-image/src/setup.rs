@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bhatti_host::{disk, durable};
+use bhatti_types::ImageName;
 
 use crate::apt::Package;
 use crate::kernel::{self, KernelError};
@@ -80,6 +81,12 @@ pub enum SetupError {
     /// The root file system could not be made.
     #[error("failed to build the root file system")]
     Rootfs(#[source] RootfsError),
+    /// No package of Debian's is called so.
+    #[error("`{0}` is no name of a Debian package")]
+    PackageName(String),
+    /// There is an image of that name, made of something else.
+    #[error("image `{0}` already exists, and is made of something else")]
+    NameTaken(ImageName),
 }
 
 /// Builds everything that a sandbox boots from and that is not there yet.
@@ -99,7 +106,7 @@ pub async fn set_up(
     let _lock = store.lock()?;
     let mut index = store.read_index()?;
     set_up_kernel(store, &mut index, &options.kernel, progress).await?;
-    set_up_rootfs(store, &mut index, progress).await?;
+    build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
     progress.begin("initramfs");
     let files = store.boot_files(DEFAULT_IMAGE, &options.lohar)?;
     progress.end(&file_name(&files.initramfs));
@@ -191,33 +198,78 @@ async fn plan_kernel<'a>(
     })
 }
 
-async fn set_up_rootfs(
+/// Builds an image: the usual one with further packages of Debian's. One that was made so already stays.
+///
+/// # Errors
+///
+/// Returns the step that failed; the images are then what they were.
+///
+/// # Cancel safety
+///
+/// Dropping the future is as killing the process: the next build cleans up.
+pub async fn build_image(
     store: &ImageStore,
-    index: &mut Index,
+    name: &ImageName,
+    packages: &[String],
     progress: &mut dyn Progress,
 ) -> Result<(), SetupError> {
-    progress.begin("image `minimal`");
-    let recipe = rootfs::recipe();
-    if let Some(current) = store.current(index.images.get(DEFAULT_IMAGE), &recipe) {
+    let is_package = |name: &&String| {
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        name.bytes().next().is_some_and(plain)
+            && name.bytes().all(|b| plain(b) || matches!(b, b'+' | b'-' | b'.'))
+    };
+    if let Some(odd) = packages.iter().find(|name| !is_package(name)) {
+        return Err(SetupError::PackageName(odd.clone()));
+    }
+    let _lock = store.lock()?;
+    let mut index = store.read_index()?;
+    let recipe = rootfs::recipe(packages);
+    if index.images.get(name.as_str()).is_some_and(|image| image.source != recipe) {
+        return Err(SetupError::NameTaken(name.clone()));
+    }
+    build_rootfs(store, &mut index, name.as_str(), packages, progress).await
+}
+
+async fn build_rootfs(
+    store: &ImageStore,
+    index: &mut Index,
+    image_name: &str,
+    packages: &[String],
+    progress: &mut dyn Progress,
+) -> Result<(), SetupError> {
+    progress.begin(&format!("image `{image_name}`"));
+    let recipe = rootfs::recipe(packages);
+    if let Some(current) = store.current(index.images.get(image_name), &recipe) {
         progress.end(&format!("{} (already there)", current.name));
         return Ok(());
     }
     let build = Build::start(store, "image", BUILD_BYTES)?;
-    let image = rootfs::build_minimal(build.path(), &mut |line| progress.detail(line))
+    let image = rootfs::build_debian(build.path(), packages, &mut |line| progress.detail(line))
         .await
         .map_err(SetupError::Rootfs)?;
-    let name = format!("rootfs-{DEFAULT_IMAGE}-{}.ext4", hash_file(&image)?);
-    let artefact = build.finish(store, &image, name, recipe)?;
+    let artefact = finish_image(build, store, image_name, &image, recipe)?;
     progress.end(&artefact.name);
-    index.images.insert(DEFAULT_IMAGE.to_owned(), artefact);
+    index.images.insert(image_name.to_owned(), artefact);
     Ok(store.write_index(index)?)
 }
 
+/// Puts a root file system in place.
+pub(crate) fn finish_image(
+    build: Build,
+    store: &ImageStore,
+    name: &str,
+    image: &Path,
+    source: String,
+) -> Result<Artefact, StoreError> {
+    let file = format!("rootfs-{name}-{}.ext4", hash_file(image)?);
+    build.finish(store, image, file, source)
+}
+
 /// A build's own directory, removed with it.
-struct Build(tempfile::TempDir);
+pub(crate) struct Build(tempfile::TempDir);
 
 impl Build {
-    fn start(
+    pub(crate) fn start(
         store: &ImageStore,
         what: &'static str,
         needed_bytes: u64,
@@ -237,7 +289,7 @@ impl Build {
         Ok(Self(made.map_err(file_error("create a directory in", directory))?))
     }
 
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 

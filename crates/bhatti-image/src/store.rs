@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bhatti_host::durable;
@@ -29,6 +30,19 @@ pub struct BootFiles {
     pub initramfs: PathBuf,
     /// An ext4 file.
     pub root: PathBuf,
+}
+
+/// An image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSummary {
+    /// Its name.
+    pub name: String,
+    /// The size of its file system.
+    pub size_bytes: u64,
+    /// What its file takes of the disk.
+    pub disk_bytes: u64,
+    /// What it was made of.
+    pub source: String,
 }
 
 /// What a VM boots from has not been built.
@@ -123,6 +137,26 @@ impl ImageStore {
     /// Returns an error if the index cannot be read.
     pub fn images(&self) -> Result<Vec<String>, StoreError> {
         Ok(self.read_index()?.images.into_keys().collect())
+    }
+
+    /// The images that have been built, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the index or a file cannot be read.
+    pub fn summaries(&self) -> Result<Vec<ImageSummary>, StoreError> {
+        let images = self.read_index()?.images.into_iter();
+        let summary = |(name, artefact): (String, Artefact)| {
+            let path = self.directory.join(&artefact.name);
+            let file = fs::metadata(&path).map_err(file_error("look at", &path))?;
+            Ok(ImageSummary {
+                name,
+                size_bytes: file.len(),
+                disk_bytes: file.blocks() * 512,
+                source: artefact.source,
+            })
+        };
+        images.map(summary).collect()
     }
 
     fn initramfs(&self, lohar: &Path, modules: &Path) -> Result<PathBuf, StoreError> {

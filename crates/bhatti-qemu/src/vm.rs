@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use bhatti_engine::{
     AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
-use bhatti_host::process::{Followed, spawn_detached};
+use bhatti_host::process::{Followed, Usage, spawn_detached};
 use bhatti_host::socket;
 use bhatti_types::SandboxId;
 use parking_lot::Mutex;
@@ -234,6 +234,10 @@ impl Vm for QemuVm {
 
     async fn ended(&self) {
         self.process.ended().await;
+    }
+
+    fn usage(&self) -> io::Result<Usage> {
+        self.process.usage()
     }
 
     fn console_tail(&self) -> String {

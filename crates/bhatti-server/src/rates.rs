@@ -86,7 +86,12 @@ impl Rates {
                 | "/sandboxes/{sandbox}/checkpoint"
                 | "/snapshots/{snapshot}/resume",
             ) => &self.create,
-            (_, "/sandboxes/{sandbox}/ws" | "/sandboxes/{sandbox}/exec/ws") => &self.use_,
+            (
+                _,
+                "/sandboxes/{sandbox}/ws"
+                | "/sandboxes/{sandbox}/exec/ws"
+                | "/sandboxes/{sandbox}/forward/{port}",
+            ) => &self.use_,
             (&Method::GET | &Method::HEAD, _) => &self.read,
             _ => &self.use_,
         };

@@ -4,6 +4,7 @@ mod events;
 mod exec;
 mod exec_stream;
 mod files;
+mod forward;
 mod health;
 mod images;
 mod jobs;
@@ -16,6 +17,7 @@ mod shell;
 mod snapshots;
 mod tar;
 mod templates;
+mod usage;
 mod users;
 mod volumes;
 
@@ -84,6 +86,8 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(files::rename))
         .routes(routes!(ports::list))
         .routes(routes!(ports::list_all))
+        .routes(routes!(forward::run))
+        .routes(routes!(usage::list))
         .routes(routes!(publish::list, publish::publish))
         .routes(routes!(publish::unpublish))
         .routes(routes!(snapshots::create))
@@ -99,7 +103,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(volumes::resize))
         .routes(routes!(volumes::clone))
         .routes(routes!(images::list))
-        .routes(routes!(images::get))
+        .routes(routes!(images::get, images::delete))
         .routes(routes!(users::list, users::create))
         .routes(routes!(users::get, users::update, users::delete))
         .routes(routes!(users::rotate_key))
@@ -110,6 +114,7 @@ fn described() -> OpenApiRouter<AppState> {
     let streamed = OpenApiRouter::new()
         .routes(routes!(files::read, files::stat, files::write, files::remove))
         .routes(routes!(tar::download, tar::upload))
+        .routes(routes!(images::import))
         .routes(routes!(proxy::to_port))
         .layer(DefaultBodyLimit::disable());
     small.merge(streamed)

@@ -100,19 +100,31 @@ impl Sender {
         self.send(Message::text(json)).await
     }
 
-    /// Sends the last message and waits until the peer has it, if it is still there.
-    pub(crate) async fn close(&self, last: &impl serde::Serialize, receiver: &mut Receiver) {
+    /// Closes the socket, and waits until the peer has taken all that was sent, if it is still there.
+    pub(crate) async fn hang_up(&self, receiver: &mut Receiver) {
         let closing = async {
-            if self.send_json(last).await.is_some() && self.0.lock().await.close().await.is_ok() {
+            if self.0.lock().await.close().await.is_ok() {
                 while let Some(Ok(_)) = receiver.messages.next().await {}
             }
         };
         // The peer may be gone: then nothing of this arrives, and nothing has to.
         drop(timeout(CLOSE_LIMIT, closing).await);
     }
+
+    /// Sends the last message and waits until the peer has it, if it is still there.
+    pub(crate) async fn close(&self, last: &impl serde::Serialize, receiver: &mut Receiver) {
+        if let Ok(Some(())) = timeout(CLOSE_LIMIT, self.send_json(last)).await {
+            self.hang_up(receiver).await;
+        }
+    }
 }
 
 impl Receiver {
+    /// Whoever was kept waiting was not silent meanwhile.
+    pub(crate) fn heard_now(&mut self) {
+        self.heard = Instant::now();
+    }
+
     /// Waits for a message with something in it; `None` when the peer has gone, or is silent for too long.
     ///
     /// # Cancel safety

@@ -105,6 +105,21 @@ impl Store {
         }
     }
 
+    /// Something that an image is needed for: a sandbox, snapshot or template of anybody's.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn image_user(&self, image: &ImageName) -> Result<Option<String>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(
+            "SELECT 'sandbox `' || name || '`' FROM sandboxes WHERE image = ?1 AND state <> 'destroyed'
+             UNION ALL SELECT 'snapshot `' || name || '`' FROM snapshots WHERE image = ?1
+             UNION ALL SELECT 'template `' || name || '`' FROM templates WHERE image = ?1 LIMIT 1",
+        )?;
+        Ok(query.query_row([image.as_str()], |row| row.get(0)).optional()?)
+    }
+
     /// The template that `owner` calls by this id or name.
     ///
     /// # Errors

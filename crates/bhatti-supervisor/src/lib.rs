@@ -30,12 +30,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
-use bhatti_engine::{Capabilities, Engine};
+use bhatti_engine::{Capabilities, Engine, Usage, Vm};
 use bhatti_image::ImageStore;
 use bhatti_proto::ExecRequest;
 use bhatti_secret::SecretKey;
 use bhatti_store::{ChangeError, SandboxChange, SandboxFilter, SandboxRow, Store, StoreError};
-use bhatti_types::{Denied, MemoryMib, NetworkMode, Report, SandboxName, Thermal, UserId};
+use bhatti_types::{
+    Denied, MemoryMib, NetworkMode, Report, SandboxId, SandboxName, Thermal, UserId,
+};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
@@ -381,6 +383,26 @@ impl Supervisor {
     #[must_use]
     pub fn thermal(&self, row: &SandboxRow) -> Option<Thermal> {
         self.shared.registry.get(row.id)?.access.thermal()
+    }
+
+    /// What the sandboxes of `owner` that have a VM use of this host. Wakes none, and counts as no use.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub async fn usage(&self, owner: UserId) -> Result<Vec<(SandboxId, Usage)>, StoreError> {
+        let rows = self.list(owner, &SandboxFilter::default())?;
+        let running = |row: &SandboxRow| {
+            let running = self.shared.registry.get(row.id)?.access.running()?;
+            Some((row.id, running.vm))
+        };
+        let vms: Vec<_> = rows.iter().filter_map(running).collect();
+        // One whose VM has just ended uses nothing any more.
+        let ask = move || {
+            let used = |(id, vm): (SandboxId, Arc<dyn Vm>)| Some((id, vm.usage().ok()?));
+            vms.into_iter().filter_map(used).collect()
+        };
+        Ok(tokio::task::spawn_blocking(ask).await.unwrap_or_default())
     }
 
     /// Ends what nobody asked for. Sandboxes go on, unless `sleep` says that they are to be saved: then some at a time are.

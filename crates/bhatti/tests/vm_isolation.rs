@@ -129,7 +129,10 @@ async fn what_is_one_users_does_not_exist_for_another() {
             let nothing = send(&bob, control).await;
             assert_eq!(said(&answer, "hers"), said(&nothing, "nobodys"), "{what}");
             seen += 1;
-        } else if call.route.starts_with("/users") || call.route == "/metrics" {
+        } else if call.route.starts_with("/users")
+            || call.route == "/metrics"
+            || (call.route.starts_with("/images") && call.method != "GET")
+        {
             assert_eq!(answer.refusal(), (403, "forbidden".to_owned()), "{what}");
         } else if call.method == "GET" {
             assert!(!answer.text().contains("hers"), "{what}: {}", answer.text());

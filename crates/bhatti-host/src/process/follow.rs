@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{
@@ -18,6 +19,15 @@ pub struct ProcessId {
     pub pid: u32,
     /// When it started, in clock ticks since the machine did: field 22 of proc_pid_stat(5).
     pub started_ticks: u64,
+}
+
+/// What a process has used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// The time of processors, since it began.
+    pub cpu: Duration,
+    /// Its memory, in bytes; a page that it shares counts in parts (`Pss` of proc_pid_smaps(5)).
+    pub memory_bytes: u64,
 }
 
 /// A process that can be waited for and killed without mistaking another for it.
@@ -44,7 +54,7 @@ impl Followed {
     pub fn adopt(id: ProcessId) -> io::Result<Self> {
         let followed = Self::open(id)?;
         // Looked at only now: the descriptor keeps the number from being used again.
-        let Stat { state, started_ticks } = stat(id.pid)?;
+        let Stat { state, started_ticks, .. } = stat(id.pid)?;
         // One that has ended and that nobody has collected yet is as gone as any.
         if started_ticks == id.started_ticks && !matches!(state, 'Z' | 'X') {
             Ok(followed)
@@ -100,6 +110,23 @@ impl Followed {
         self.id
     }
 
+    /// What it has used so far.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it has ended.
+    pub fn usage(&self) -> io::Result<Usage> {
+        let pid = self.id.pid;
+        let ticks_per_second = rustix::param::clock_ticks_per_second();
+        let cpu = Duration::from_millis(stat(pid)?.cpu_ticks * 1000 / ticks_per_second.max(1));
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        let kib = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let kib: u64 = kib
+            .and_then(|kib| kib.trim().trim_end_matches(" kB").parse().ok())
+            .ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Usage { cpu, memory_bytes: kib << 10 })
+    }
+
     /// Waits until it has ended, and reaps it if it was a child.
     ///
     /// # Cancel safety
@@ -134,17 +161,26 @@ impl Drop for Followed {
 struct Stat {
     state: char,
     started_ticks: u64,
+    /// The time of processors, in user and kernel mode.
+    cpu_ticks: u64,
 }
 
 fn stat(pid: u32) -> io::Result<Stat> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The second field, the command in parentheses, may hold anything; the state follows, and the nineteenth after it is the start.
+    // The second field, the command in parentheses, may hold anything. Behind it: the state is field 3, times are 14 and 15, the start 22.
     let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
     let state = fields.next().and_then(|state| state.chars().next());
-    let started_ticks = fields.nth(18).and_then(|ticks| ticks.parse().ok());
-    state.zip(started_ticks).map(|(state, started_ticks)| Stat { state, started_ticks }).ok_or_else(
-        || io::Error::new(io::ErrorKind::InvalidData, "no state or start time in /proc/PID/stat"),
-    )
+    let mut number = |skip| fields.nth(skip).and_then(|ticks| ticks.parse::<u64>().ok());
+    let (user, kernel, started) = (number(10), number(0), number(6));
+    let parsed = (|| {
+        Some(Stat {
+            state: state?,
+            started_ticks: started?,
+            cpu_ticks: user?.checked_add(kernel?)?,
+        })
+    })();
+    let incomplete = || io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat is incomplete");
+    parsed.ok_or_else(incomplete)
 }
 
 #[cfg(test)]
@@ -178,6 +214,25 @@ mod tests {
         timeout(Duration::from_secs(5), process.ended()).await.unwrap();
 
         assert!(!std::path::Path::new(&format!("/proc/{}", process.id().pid)).exists());
+    }
+
+    #[tokio::test]
+    async fn what_a_process_uses_is_counted_until_it_ends() {
+        let output = File::open("/dev/null").unwrap();
+        let busy = "i=0; while :; do i=$((i+1)); done";
+        let process =
+            spawn_detached(OsStr::new("sh"), &["-c".into(), busy.into()], &[], &[], &output)
+                .unwrap();
+        let began = std::time::SystemTime::now();
+        while process.usage().unwrap().cpu.is_zero() {
+            assert!(began.elapsed().unwrap() < Duration::from_secs(30), "it uses no processor");
+        }
+        assert!(process.usage().unwrap().memory_bytes > 4096);
+
+        process.kill();
+        process.ended().await;
+
+        assert!(process.usage().is_err());
     }
 
     #[tokio::test]

@@ -1,13 +1,21 @@
 //! `/images`.
 
-use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
-use bhatti_api::{ErrorCode, Image};
-use bhatti_image::DEFAULT_IMAGE;
+use axum::response::Response;
+use axum::{Extension, Json};
+use bhatti_api::{Deleted, ErrorCode, IMAGE_BYTES_MAX, Image};
+use bhatti_image::{DEFAULT_IMAGE, ImageSummary, ImportError, RemoveError, SetupError};
+use bhatti_types::ImageName;
+use futures_util::StreamExt;
+use serde::Deserialize;
+use tokio::io::AsyncWriteExt;
+use utoipa::IntoParams;
 
 use crate::AppState;
-use crate::extract::ApiPath;
-use crate::status::ApiError;
+use crate::auth::Caller;
+use crate::extract::{ApiPath, ApiQuery};
+use crate::status::{ApiError, created};
 
 /// Lists the images that sandboxes can begin as.
 #[utoipa::path(get, path = "/images", tag = "images",
@@ -28,8 +36,132 @@ pub(crate) async fn get(
     found.map(Json).ok_or_else(missing)
 }
 
+/// What an archive is to become.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ImportQuery {
+    /// The image's name.
+    name: String,
+}
+
+/// Makes an image of a tar archive with a root file system, which may be compressed with gzip or xz. Nothing in it is run. For the admin.
+#[utoipa::path(post, path = "/images/import", tag = "images", params(ImportQuery),
+    request_body(content = Vec<u8>, content_type = "application/x-tar"),
+    responses((status = 201, body = Image), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn import(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    ApiQuery(ImportQuery { name }): ApiQuery<ImportQuery>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    caller.require_admin()?;
+    let name: ImageName = name.parse().map_err(|error| ApiError::bad_request(&error))?;
+    if all(&state)?.iter().any(|image| image.name == name.as_str()) {
+        let message = format!("image `{name}` already exists");
+        return Err(ApiError::new(ErrorCode::NameTaken, message).hint("choose another name"));
+    }
+    let upload = state.images.upload().map_err(|error| ApiError::internal(&error))?;
+    let archive = receive(body, upload).await?;
+    let made = state.images.import(&name, archive).await?;
+    state.supervisor.record(
+        "image.imported",
+        caller.0,
+        None,
+        serde_json::json!({ "image": name.as_str() }),
+    );
+    Ok(created(image(made)))
+}
+
+/// Writes what comes into a file.
+async fn receive(body: Body, upload: std::fs::File) -> Result<std::fs::File, ApiError> {
+    let failed = |error: std::io::Error| ApiError::internal(&error);
+    let mut file = tokio::fs::File::from_std(upload);
+    let (mut content, mut received) = (body.into_data_stream(), 0);
+    while let Some(piece) = content.next().await {
+        let broken =
+            |_| ApiError::new(ErrorCode::BadRequest, "the archive broke off before its end");
+        let piece = piece.map_err(broken)?;
+        received += piece.len() as u64;
+        if received > IMAGE_BYTES_MAX {
+            let message = format!("an archive may have {IMAGE_BYTES_MAX} bytes");
+            return Err(ApiError::new(ErrorCode::BodyTooLarge, message));
+        }
+        file.write_all(&piece).await.map_err(failed)?;
+    }
+    file.flush().await.map_err(failed)?;
+    Ok(file.into_std().await)
+}
+
+/// Takes an image away that no sandbox, snapshot or template has. For the admin.
+#[utoipa::path(delete, path = "/images/{image}", tag = "images", params(("image" = String, Path)),
+    responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    ApiPath(name): ApiPath<String>,
+) -> Result<Json<Deleted>, ApiError> {
+    caller.require_admin()?;
+    let missing = |_| ApiError::new(ErrorCode::NotFound, format!("image `{name}` not found"));
+    let image: ImageName = name.parse().map_err(missing)?;
+    if let Some(user) = state.store.image_user(&image)? {
+        let message = format!("image `{image}` is in use by {user}");
+        return Err(
+            ApiError::new(ErrorCode::WrongState, message).hint("destroy or delete that first")
+        );
+    }
+    let (images, removed) = (state.images.clone(), image.clone());
+    let removal = tokio::task::spawn_blocking(move || images.remove(&removed)).await;
+    removal.map_err(|error| ApiError::internal(&error))??;
+    state.supervisor.record(
+        "image.deleted",
+        caller.0,
+        None,
+        serde_json::json!({ "image": image.as_str() }),
+    );
+    Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+impl From<ImportError> for ApiError {
+    fn from(error: ImportError) -> Self {
+        match &error {
+            ImportError::NameTaken(_) => {
+                Self::new(ErrorCode::NameTaken, error.to_string()).hint("choose another name")
+            }
+            ImportError::Archive { .. } => Self::new(ErrorCode::BadRequest, error.to_string())
+                .hint("expected a tar of a root file system, as `docker export` writes it, plain or compressed with gzip or xz"),
+            ImportError::TooLarge => Self::new(ErrorCode::BadRequest, error.to_string()),
+            ImportError::Build(SetupError::DiskFull { .. }) => {
+                Self::new(ErrorCode::Busy, "this host has no room for the image")
+            }
+            ImportError::Tool(_) | ImportError::Build(_) | ImportError::Store(_) => {
+                Self::internal(&error)
+            }
+        }
+    }
+}
+
+impl From<RemoveError> for ApiError {
+    fn from(error: RemoveError) -> Self {
+        match &error {
+            RemoveError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()),
+            RemoveError::IsDefault(_) => Self::new(ErrorCode::WrongState, error.to_string()),
+            RemoveError::Store(_) => Self::internal(&error),
+        }
+    }
+}
+
 fn all(state: &AppState) -> Result<Vec<Image>, ApiError> {
-    let names = state.images.images().map_err(|error| ApiError::internal(&error))?;
-    let image = |name: String| Image { is_default: name == DEFAULT_IMAGE, name };
-    Ok(names.into_iter().map(image).collect())
+    let images = state.images.summaries().map_err(|error| ApiError::internal(&error))?;
+    Ok(images.into_iter().map(image).collect())
+}
+
+fn image(summary: ImageSummary) -> Image {
+    Image {
+        is_default: summary.name == DEFAULT_IMAGE,
+        name: summary.name,
+        size_mb: summary.size_bytes >> 20,
+        disk_bytes: summary.disk_bytes,
+        source: summary.source,
+    }
 }

@@ -4,6 +4,7 @@
 //! [`ShellRequest`]. A client that goes away leaves the session running; who attaches later first gets what it missed, as far as the
 //! guest has kept it.
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,16 +14,17 @@ use axum::extract::State;
 use axum::extract::ws::Message;
 use axum::response::Response;
 use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
-use bhatti_api::{ErrorCode, ShellRequest, ShellServerMessage};
+use bhatti_api::{ErrorCode, ShellRequest, ShellServerMessage, TIMED_OUT};
 use bhatti_proto::{ExecRequest, SessionInfo};
 use bhatti_supervisor::SandboxUse;
 use bhatti_types::UserId;
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use utoipa::IntoParams;
 
+use super::exec::{Command, agent_request};
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
@@ -33,6 +35,9 @@ use crate::websocket::{Receiver, Sender, Upgrade, split};
 /// Runs the best shell that the image has, as a login shell.
 const SHELL: &str =
     "for s in zsh bash sh; do s=$(command -v $s) && exec env SHELL=\"$s\" \"$s\" -li; done";
+
+/// Exit codes of what was told to end, and of what was killed since it did not.
+const SIGNALLED: [i32; 2] = [128 + 15, 128 + 9];
 
 /// Which session is wanted.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
@@ -55,6 +60,11 @@ pub(crate) struct ShellQuery {
     user: Option<String>,
     /// Where a new session begins.
     cwd: Option<String>,
+    /// `NAME=VALUE`: variables laid over the sandbox's environment in a new session.
+    #[serde(default)]
+    env: Vec<String>,
+    /// Seconds after which a new session's process is ended, its exit code 124; never if absent.
+    timeout_sec: Option<u32>,
 }
 
 /// How long a program may take to read what was typed last when its client has left.
@@ -87,6 +97,8 @@ struct Attached {
     used: SandboxUse,
     info: SessionInfo,
     is_new: bool,
+    /// When its process is ended, if it is new and has a limit.
+    deadline: Option<Instant>,
     input: ExecInput,
     output: SessionOutput,
     _claim: Claim,
@@ -166,7 +178,7 @@ async fn take_up(
     if let (Some(rows), Some(cols)) = (rows, cols) {
         input.resize(rows, cols).await?;
     }
-    Ok(Attached { used, info, is_new: false, input, output, _claim: claim })
+    Ok(Attached { used, info, is_new: false, deadline: None, input, output, _claim: claim })
 }
 
 async fn create(
@@ -174,22 +186,25 @@ async fn create(
     used: SandboxUse,
     query: ShellQuery,
 ) -> Result<Attached, ApiError> {
+    let ShellQuery { rows, cols, cmd, user, cwd, env: variables, timeout_sec, .. } = query;
     let shell = || ["/bin/sh", "-c", SHELL].map(str::to_owned).to_vec();
-    let request = ExecRequest {
-        argv: if query.cmd.is_empty() { shell() } else { query.cmd },
-        env: [("TERM".to_owned(), "xterm-256color".to_owned())].into(),
-        tty: Some(true),
-        rows: query.rows,
-        cols: query.cols,
-        user: query.user,
-        cwd: query.cwd,
-        ..ExecRequest::default()
-    };
+    let mut env = BTreeMap::from([("TERM".to_owned(), "xterm-256color".to_owned())]);
+    for variable in &variables {
+        let (name, value) = variable.split_once('=').ok_or_else(|| {
+            ApiError::new(ErrorCode::BadRequest, format!("`{variable}` is not NAME=VALUE"))
+        })?;
+        env.insert(name.to_owned(), value.to_owned());
+    }
+    let cmd = if cmd.is_empty() { shell() } else { cmd };
+    let command = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
+    let request = ExecRequest { tty: Some(true), rows, cols, ..command };
+    // Counted from before the guest does: who is ended by its limit ends after this.
+    let deadline = timeout_sec.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
     let (info, input, output) = used.agent.create_session(request).await?;
     let claim = state.shells.claim(used.id, &info.session_id);
     let claim = claim
         .ok_or_else(|| ApiError::new(ErrorCode::Attached, "another client was faster to attach"))?;
-    Ok(Attached { used, info, is_new: true, input, output, _claim: claim })
+    Ok(Attached { used, info, is_new: true, deadline, input, output, _claim: claim })
 }
 
 /// Relays until the session has ended, and returns the last message; none if the client has gone, which leaves the session running.
@@ -199,14 +214,14 @@ async fn relay(
     sender: &Sender,
     receiver: &mut Receiver,
 ) -> Option<ShellServerMessage> {
-    let Attached { used: _used, info, is_new, input, output, _claim } = attached;
+    let Attached { used: _used, info, is_new, deadline, input, output, _claim } = attached;
     let session = ShellServerMessage::Session { session_id: info.session_id, new: is_new };
     sender.send_json(&session).await?;
     let (queue, queued) = mpsc::unbounded_channel();
     let waiting = AtomicUsize::new(0);
     let mut feed = pin!(feed(input, queued, &waiting));
     tokio::select! {
-        last = send_output(output, sender) => last,
+        last = send_output(output, deadline, sender) => last,
         error = receive(queue, &waiting, sender, receiver) => {
             // What was typed before the client left is meant, if the program reads it.
             drop(timeout(LEAVE_LIMIT, feed).await);
@@ -217,14 +232,24 @@ async fn relay(
     }
 }
 
-async fn send_output(mut output: SessionOutput, sender: &Sender) -> Option<ShellServerMessage> {
+async fn send_output(
+    mut output: SessionOutput,
+    deadline: Option<Instant>,
+    sender: &Sender,
+) -> Option<ShellServerMessage> {
     loop {
         match output.next().await {
             Ok(ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) => {
                 sender.send(Message::Binary(bytes)).await?;
             }
             Ok(ExecEvent::TimedOut) => {}
-            Ok(ExecEvent::Exit(exit_code)) => return Some(ShellServerMessage::Exit { exit_code }),
+            Ok(ExecEvent::Exit(exit_code)) => {
+                // A session's guest does not say why it was signalled.
+                let is_over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                let exit_code =
+                    if is_over && SIGNALLED.contains(&exit_code) { TIMED_OUT } else { exit_code };
+                return Some(ShellServerMessage::Exit { exit_code });
+            }
             Err(error) => return Some(error_message(error.into())),
         }
     }

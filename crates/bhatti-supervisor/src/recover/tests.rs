@@ -10,6 +10,7 @@ use bhatti_engine::{
     Engine, RemoveError, RestoreError, RestoreSpec, SnapshotError, SnapshotRequest, Staged, Vm,
     VmSpec, VmmError,
 };
+use bhatti_host::process::Usage;
 use bhatti_image::ImageStore;
 use bhatti_secret::SecretKey;
 use bhatti_store::{NewSandbox, Store, VolumeRow, VolumeWork};
@@ -111,6 +112,10 @@ impl Vm for FoundVm {
 
     async fn ended(&self) {
         std::future::pending::<()>().await;
+    }
+
+    fn usage(&self) -> io::Result<Usage> {
+        Err(io::ErrorKind::NotFound.into())
     }
 
     fn console_tail(&self) -> String {

@@ -1,0 +1,240 @@
+//! Images made of archives that somebody brings, and their end.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bhatti_types::ImageName;
+
+use crate::DEFAULT_IMAGE;
+use crate::rootfs::{self, DISK_MIB};
+use crate::setup::{Build, SetupError, finish_image};
+use crate::store::{ImageStore, ImageSummary, StoreError, file_error};
+use crate::tool::ToolError;
+
+/// What `mke2fs` says when a tree does not fit.
+const FULL: &str = "Could not allocate";
+
+/// An archive did not become an image. The images are what they were.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// There is an image of that name.
+    #[error("image `{0}` already exists")]
+    NameTaken(ImageName),
+    /// It cannot be unpacked.
+    #[error("the archive cannot be unpacked: {complaint}")]
+    Archive {
+        /// What `tar` says about it.
+        complaint: String,
+    },
+    /// What is in it does not fit.
+    #[error("what is in the archive does not fit a disk of {DISK_MIB} MiB")]
+    TooLarge,
+    /// A program could not be run.
+    #[error("failed to unpack the archive")]
+    Tool(#[source] ToolError),
+    /// It could not be put in place.
+    #[error(transparent)]
+    Build(#[from] SetupError),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// An image could not be taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// There is none of that name.
+    #[error("image `{0}` not found")]
+    NotFound(ImageName),
+    /// It is the one that `bhatti setup` makes.
+    #[error("image `{0}` is the one that sandboxes have unless they ask for another")]
+    IsDefault(ImageName),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl ImageStore {
+    /// A file without a name for an archive that is on its way: nothing of it stays, however its writer ends.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if none can be made.
+    pub fn upload(&self) -> Result<File, StoreError> {
+        let directory = self.directory();
+        fs::create_dir_all(directory).map_err(file_error("create", directory))?;
+        tempfile::tempfile_in(directory).map_err(file_error("create a file in", directory))
+    }
+
+    /// Makes an image of a tar archive with a root file system, as `docker export` writes it; it may be compressed with gzip or xz.
+    /// Everything in it is the image's, and nothing of it is run.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ImportError::Archive`] if it is none, and [`ImportError::NameTaken`] if there is an image of that name.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future is as killing the process: the next build cleans up.
+    pub async fn import(
+        &self,
+        name: &ImageName,
+        archive: File,
+    ) -> Result<ImageSummary, ImportError> {
+        let store = self.clone();
+        let archive_bytes =
+            archive.metadata().map_err(file_error("look at", self.directory()))?.len();
+        let locked = tokio::task::spawn_blocking(move || store.lock()).await;
+        // A lock that cannot be waited for is a runtime that ends.
+        let _lock = locked
+            .map_err(std::io::Error::other)
+            .map_err(file_error("lock", self.directory()))??;
+        let mut index = self.read_index()?;
+        if index.images.contains_key(name.as_str()) {
+            return Err(ImportError::NameTaken(name.clone()));
+        }
+        // Unpacked and as an image, and both may be several times as large as what was compressed.
+        let build = Build::start(self, "image", archive_bytes.saturating_mul(2))?;
+        let (build, image) = unpack(build, archive).await?;
+        let source = format!("imported archive of {archive_bytes} bytes");
+        let artefact = finish_image(build, self, name.as_str(), &image, source)?;
+        index.images.insert(name.as_str().to_owned(), artefact);
+        self.write_index(&index)?;
+        let summary = self.summaries()?.into_iter().find(|image| image.name == name.as_str());
+        Ok(summary.unwrap_or_else(|| ImageSummary {
+            name: name.to_string(),
+            size_bytes: 0,
+            disk_bytes: 0,
+            source: String::new(),
+        }))
+    }
+
+    /// Takes an image away. Sandboxes that were made of it go on, if their disks have it by a link of their own; the caller makes sure
+    /// that there are none.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`RemoveError::NotFound`] if there is no such image. Blocks on disk, and while something is built.
+    pub fn remove(&self, name: &ImageName) -> Result<(), RemoveError> {
+        if name.as_str() == DEFAULT_IMAGE {
+            return Err(RemoveError::IsDefault(name.clone()));
+        }
+        let _lock = self.lock()?;
+        let mut index = self.read_index()?;
+        let removed = index.images.remove(name.as_str());
+        let removed = removed.ok_or_else(|| RemoveError::NotFound(name.clone()))?;
+        self.write_index(&index)?;
+        if index.images.values().all(|other| other.name != removed.name) {
+            let path = self.directory().join(&removed.name);
+            fs::remove_file(&path).map_err(file_error("remove", &path))?;
+        }
+        Ok(())
+    }
+}
+
+/// Unpacks an archive and writes it into an ext4 file.
+async fn unpack(build: Build, archive: File) -> Result<(Build, PathBuf), ImportError> {
+    // Held open until it is unpacked: the program opens it by this process's descriptor.
+    let archive = Arc::new(archive);
+    let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd()));
+    let image = build.path().join("root.ext4");
+    let made = rootfs::make_ext4(build.path(), &path, &image, DISK_MIB).await;
+    drop(archive);
+    match made {
+        Ok(()) => Ok((build, image)),
+        Err(ToolError::Failed { output, .. }) if output.contains(FULL) => {
+            Err(ImportError::TooLarge)
+        }
+        Err(ToolError::Failed { output, .. }) => {
+            let own =
+                |line: &&str| !line.ends_with("Exiting with failure status due to previous errors");
+            let complaint = output.lines().rfind(own).unwrap_or_default();
+            let complaint = complaint.replace(&*path.to_string_lossy(), "archive");
+            let complaint = complaint.strip_prefix("tar: ").unwrap_or(&complaint).to_owned();
+            Err(ImportError::Archive { complaint })
+        }
+        Err(error) => Err(ImportError::Tool(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, ImageStore) {
+        let data = tempfile::tempdir().unwrap();
+        let store = ImageStore::new(data.path());
+        (data, store)
+    }
+
+    fn archive(store: &ImageStore, bytes: &[u8]) -> File {
+        let mut file = store.upload().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// A tar archive with one file, `etc/motd`.
+    async fn small_tar() -> Vec<u8> {
+        let tree = tempfile::tempdir().unwrap();
+        fs::create_dir(tree.path().join("etc")).unwrap();
+        fs::write(tree.path().join("etc/motd"), "hello\n").unwrap();
+        let mut tar = bhatti_host::process::command("tar");
+        tar.args(["-cz", "-C"]).arg(tree.path()).arg(".").output().await.unwrap().stdout
+    }
+
+    #[tokio::test]
+    async fn archive_becomes_an_image_once_and_can_be_taken_away() {
+        let (_data, store) = store();
+        let name: ImageName = "small".parse().unwrap();
+        let tar = small_tar().await;
+
+        let made = store.import(&name, archive(&store, &tar)).await.unwrap();
+
+        assert_eq!((&*made.name, made.size_bytes), ("small", u64::from(DISK_MIB) << 20));
+        assert!(made.disk_bytes < 64 << 20, "{}", made.disk_bytes);
+        let file = fs::read_dir(store.directory()).unwrap().flatten();
+        let file = file.map(|entry| entry.path()).find(|path| path.extension().is_some()).unwrap();
+        let shown = bhatti_host::process::command("debugfs")
+            .args(["-R", "cat etc/motd"])
+            .arg(&file)
+            .output()
+            .await
+            .unwrap();
+        assert_eq!(shown.stdout, b"hello\n");
+        let again = store.import(&name, archive(&store, &tar)).await.unwrap_err();
+        assert!(matches!(again, ImportError::NameTaken(_)), "{again}");
+
+        store.remove(&name).unwrap();
+
+        assert!(!file.exists());
+        assert_eq!(store.summaries().unwrap(), []);
+        assert!(matches!(store.remove(&name), Err(RemoveError::NotFound(_))));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_archive_is_refused_without_a_path_of_this_host_and_leaves_nothing() {
+        let (_data, store) = store();
+        let name: ImageName = "bad".parse().unwrap();
+        let empty_tar = vec![0; 10240];
+        for bytes in [&b"not a tar archive, but text"[..], &empty_tar, &small_tar().await[..60]] {
+            let error = store.import(&name, archive(&store, bytes)).await.unwrap_err();
+
+            assert!(matches!(error, ImportError::Archive { .. }), "{error}");
+            assert!(!error.to_string().contains('/'), "{error}");
+        }
+        let left: Vec<_> =
+            fs::read_dir(store.directory()).unwrap().flatten().map(|e| e.file_name()).collect();
+        assert_eq!(left, [".lock"]);
+    }
+
+    #[test]
+    fn the_usual_image_stays() {
+        let (_data, store) = store();
+        let error = store.remove(&DEFAULT_IMAGE.parse().unwrap()).unwrap_err();
+        assert!(matches!(error, RemoveError::IsDefault(_)), "{error}");
+    }
+}

@@ -1,0 +1,25 @@
+//! `/usage`: what sandboxes use of this host.
+
+use axum::extract::State;
+use axum::{Extension, Json};
+use bhatti_api::Usage;
+
+use crate::AppState;
+use crate::auth::Caller;
+use crate::status::ApiError;
+
+/// What each of the caller's sandboxes that has a VM uses of the host. Wakes none, and counts as no use.
+#[utoipa::path(get, path = "/usage", tag = "sandboxes",
+    responses((status = 200, body = Vec<Usage>), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+) -> Result<Json<Vec<Usage>>, ApiError> {
+    let used = state.supervisor.usage(owner).await?;
+    let shown = used.into_iter().map(|(sandbox, usage)| Usage {
+        sandbox_id: sandbox.to_string(),
+        cpu_ms: u64::try_from(usage.cpu.as_millis()).unwrap_or(u64::MAX),
+        memory_bytes: usage.memory_bytes,
+    });
+    Ok(Json(shown.collect()))
+}
