@@ -77,6 +77,7 @@ if [ "${1:-}" = test ]; then
     need unshare util-linux
     need ip iproute2
     need ping iputils-ping
+    need tmux tmux
 fi
 
 if ! qemu_is_there || ! kernel_is_known || [ ${#missing[@]} -gt 0 ]; then

@@ -4,21 +4,12 @@ use std::sync::Arc;
 
 use bhatti_api::{ErrorBody, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, channel};
 use bytes::{Buf, Bytes};
-use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use http::Request;
-use http::header::{
-    AUTHORIZATION, CONNECTION, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
-};
 use tokio::sync::Semaphore;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::handshake::client::generate_key;
-use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::tungstenite::Message;
 
-use crate::connect::Stream;
-use crate::{ClientError, Endpoint, parse};
-
-type Socket = WebSocketStream<Box<dyn Stream>>;
+use crate::websocket::{Sink, Source, lost, unexpected};
+use crate::{Client, ClientError};
 
 /// Input that one message carries at most, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
@@ -36,57 +27,27 @@ pub enum CommandEvent {
 
 /// The way to a command. Dropping both halves kills it.
 pub struct CommandInput {
-    sink: SplitSink<Socket, Message>,
+    sink: Sink,
     window: Arc<Semaphore>,
 }
 
 /// The way from a command. Dropping both halves kills it.
 pub struct CommandOutput {
-    stream: SplitStream<Socket>,
+    stream: Source,
     window: Arc<Semaphore>,
 }
 
 pub(crate) async fn start(
-    endpoint: &Endpoint,
-    token: Option<&str>,
+    client: &Client,
     path: &str,
     start: &StreamRequest,
 ) -> Result<(CommandInput, CommandOutput), ClientError> {
-    let mut request = Request::builder()
-        .uri(format!("ws://{}{path}", endpoint.host()))
-        .header(HOST, endpoint.host())
-        .header(CONNECTION, "Upgrade")
-        .header(UPGRADE, "websocket")
-        .header(SEC_WEBSOCKET_VERSION, "13")
-        .header(SEC_WEBSOCKET_KEY, generate_key());
-    if let Some(token) = token {
-        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
-    }
-    let request = request.body(()).map_err(|error| ClientError::Unexpected(error.to_string()))?;
-    let stream = endpoint.connect().await?;
-    let (socket, _) = tokio_tungstenite::client_async(request, stream).await.map_err(refused)?;
-    let (sink, output) = socket.split();
+    let (sink, output) = client.open_websocket(path).await?;
     let window =
         Arc::new(Semaphore::new(usize::try_from(STDIN_WINDOW_BYTES).unwrap_or(MESSAGE_BYTES_MAX)));
     let mut input = CommandInput { sink, window: Arc::clone(&window) };
     input.send_text(start).await?;
     Ok((input, CommandOutput { stream: output, window }))
-}
-
-fn refused(error: Error) -> ClientError {
-    match error {
-        Error::Http(response) => {
-            match parse::<()>(false, response.body().as_deref().unwrap_or_default()) {
-                Err(error) => error,
-                Ok(()) => ClientError::Unexpected(response.status().to_string()),
-            }
-        }
-        error => lost(error),
-    }
-}
-
-fn lost(error: Error) -> ClientError {
-    ClientError::StreamLost(Some(Box::new(error)))
 }
 
 impl CommandInput {
@@ -191,7 +152,7 @@ impl CommandOutput {
                     request_id: String::new(),
                 }))
             }
-            Err(_) => Err(ClientError::Unexpected(json.chars().take(200).collect())),
+            Err(_) => Err(unexpected(json)),
         }
     }
 }

@@ -1,31 +1,52 @@
 //! The commands, one file each.
 
-mod create;
-mod destroy;
+pub(crate) mod bench;
+pub(crate) mod completion;
+pub(crate) mod create;
+pub(crate) mod destroy;
 mod doctor;
-mod exec;
-mod fork;
-mod inspect;
-mod lifecycle;
-mod list;
+pub(crate) mod edit;
+pub(crate) mod events;
+pub(crate) mod exec;
+pub(crate) mod file;
+pub(crate) mod fork;
+pub(crate) mod forward;
+pub(crate) mod image;
+pub(crate) mod inspect;
+pub(crate) mod kill;
+pub(crate) mod lifecycle;
+pub(crate) mod list;
+pub(crate) mod logs;
 mod network;
-mod serve;
-mod setup;
-mod snapshot;
+pub(crate) mod ports;
+pub(crate) mod ps;
+pub(crate) mod publish;
+pub(crate) mod secret;
+pub(crate) mod serve;
+pub(crate) mod setup;
+pub(crate) mod shell;
+pub(crate) mod snapshot;
 mod supervisor;
-mod user;
+pub(crate) mod template;
+mod terminal;
+pub(crate) mod user;
 mod version;
-mod volume;
+pub(crate) mod volume;
+pub(crate) mod wait;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use bhatti_client::Client;
+use bhatti_api::{ErrorCode, Sandbox};
+use bhatti_client::{Client, ClientError};
 
 use crate::cli::{Cli, Command, Global};
 use crate::error::CliError;
 use crate::output::Output;
-use crate::paths;
+use crate::{paths, saved};
+
+/// The least of an id that stands for all of it.
+const PREFIX_CHARS_MIN: usize = 2;
 
 /// What commands work with.
 struct Context {
@@ -35,49 +56,148 @@ struct Context {
 }
 
 impl Context {
-    fn new(global: Global, output: Output) -> Result<Self, CliError> {
-        let Global { data_dir, url, token, json: _ } = global;
-        let data_dir = paths::data_dir(data_dir)?;
-        let client = match url {
-            Some(url) => Client::http(&url, &token.unwrap_or_default())
-                .map_err(|error| CliError::of(&error))?,
+    fn new(global: &Global, output: Output) -> Result<Self, CliError> {
+        let data_dir = paths::data_dir(global.data_dir.clone())?;
+        let endpoint = saved::choose(global)?;
+        let client = match endpoint {
+            Some((url, token)) => {
+                Client::http(&url, &token).map_err(|error| CliError::of(&error))?
+            }
             None => Client::unix(&data_dir),
         };
         Ok(Self { data_dir, client, output })
+    }
+
+    /// Does something to the sandbox that was typed: its name, its id or the beginning of its id.
+    async fn on<T>(
+        &self,
+        typed: &str,
+        act: impl AsyncFn(&str) -> Result<T, ClientError>,
+    ) -> Result<T, CliError> {
+        let refused = match act(typed).await {
+            Err(ClientError::Refused(body)) if body.code == ErrorCode::NotFound => body,
+            result => return Ok(result?),
+        };
+        // The beginning of an id is looked for only now: it costs another call, and a name goes before.
+        match self.id_that_begins(typed).await? {
+            Some(id) => Ok(act(&id).await?),
+            None => Err(ClientError::Refused(refused).into()),
+        }
+    }
+
+    /// The id of the one sandbox whose id begins so.
+    async fn id_that_begins(&self, typed: &str) -> Result<Option<String>, CliError> {
+        if typed.len() < PREFIX_CHARS_MIN || !typed.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Ok(None);
+        }
+        one_that_begins(typed, &self.client.list().await?)
+    }
+}
+
+/// The id of the one sandbox whose id begins so; none if there is no such sandbox, or one that is called exactly so.
+fn one_that_begins(typed: &str, sandboxes: &[Sandbox]) -> Result<Option<String>, CliError> {
+    if sandboxes.iter().any(|sandbox| sandbox.name == typed || sandbox.id == typed) {
+        return Ok(None);
+    }
+    let found: Vec<&Sandbox> =
+        sandboxes.iter().filter(|sandbox| sandbox.id.starts_with(typed)).collect();
+    match found[..] {
+        [] => Ok(None),
+        [one] => Ok(Some(one.id.clone())),
+        _ => {
+            let candidates: Vec<String> =
+                found.iter().map(|sandbox| format!("{} ({})", sandbox.id, sandbox.name)).collect();
+            Err(CliError::new(format!("`{typed}` is the beginning of several ids"))
+                .hint(format!("name one of {}", candidates.join(", "))))
+        }
     }
 }
 
 /// Runs the command that was asked for.
 pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let Cli { global, command } = cli;
-    let context = Context::new(global, *output)?;
+    let context = Context::new(&global, *output)?;
     if let Command::Serve(arguments) = command {
         return serve::run(&context, &arguments);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(async {
-        match command {
-            Command::Setup(arguments) => setup::run(&context, arguments).await,
-            Command::Serve(_) => Ok(()),
-            Command::Create(arguments) => create::run(&context, arguments).await,
-            Command::List => list::run(&context).await,
-            Command::Inspect(target) => inspect::run(&context, &target).await,
-            Command::Exec(arguments) => return exec::run(&context, arguments).await,
-            Command::Pause(targets) => lifecycle::pause(&context, &targets).await,
-            Command::Resume(targets) => lifecycle::resume(&context, &targets).await,
-            Command::Stop(targets) => lifecycle::stop(&context, &targets).await,
-            Command::Start(arguments) => lifecycle::start(&context, &arguments).await,
-            Command::Fork(arguments) => fork::run(&context, arguments).await,
-            Command::Destroy(targets) => destroy::run(&context, &targets).await,
-            Command::Snapshot(command) => snapshot::run(&context, command).await,
-            Command::Volume(command) => volume::run(&context, command).await,
-            Command::User(command) => user::run(&context, command).await,
-            Command::Doctor => return doctor::run(&context).await,
-            Command::Version => version::run(&context),
-        }
-        .map(|()| ExitCode::SUCCESS)
-    });
+    let result = runtime.block_on(run_client(&context, &global, command));
     // A thread that waits for standard input cannot be waited for.
     runtime.shutdown_background();
     result
+}
+
+async fn run_client(
+    context: &Context,
+    global: &Global,
+    command: Command,
+) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Setup(arguments) => setup::run(context, global, arguments).await,
+        Command::Serve(_) => Ok(()),
+        Command::Create(arguments) => create::run(context, arguments).await,
+        Command::List(arguments) => list::run(context, &arguments).await,
+        Command::Inspect(arguments) => inspect::run(context, &arguments).await,
+        Command::Exec(arguments) => return exec::run(context, arguments).await,
+        Command::Shell(arguments) => return shell::run(context, arguments).await,
+        Command::Ps(arguments) => ps::run(context, &arguments).await,
+        Command::Kill(arguments) => kill::run(context, &arguments).await,
+        Command::Logs(arguments) => logs::run(context, &arguments).await,
+        Command::Wait(arguments) => return wait::run(context, &arguments).await,
+        Command::Edit(arguments) => edit::run(context, arguments).await,
+        Command::Pause(arguments) => lifecycle::pause(context, &arguments).await,
+        Command::Resume(arguments) => lifecycle::resume(context, &arguments).await,
+        Command::Stop(arguments) => lifecycle::stop(context, &arguments).await,
+        Command::Start(arguments) => lifecycle::start(context, &arguments).await,
+        Command::Fork(arguments) => fork::run(context, arguments).await,
+        Command::Destroy(arguments) => destroy::run(context, &arguments).await,
+        Command::File(command) => file::run(context, command).await,
+        Command::Snapshot(command) => snapshot::run(context, command).await,
+        Command::Volume(command) => volume::run(context, command).await,
+        Command::Secret(command) => secret::run(context, command).await,
+        Command::Template(command) => template::run(context, command).await,
+        Command::Image(command) => image::run(context, command).await,
+        Command::Publish(arguments) => publish::publish(context, arguments).await,
+        Command::Unpublish(arguments) => publish::unpublish(context, &arguments).await,
+        Command::Ports(arguments) => ports::run(context, &arguments).await,
+        Command::Forward(arguments) => forward::run(context, &arguments).await,
+        Command::User(command) => user::run(context, command).await,
+        Command::Events(arguments) => events::run(context, arguments).await,
+        Command::Metrics => context.output.print(&context.client.metrics().await?),
+        Command::Doctor => return doctor::run(context).await,
+        Command::Bench(arguments) => bench::run(context, &arguments).await,
+        Command::Completion(arguments) => completion::run(context, &arguments),
+        Command::Version => version::run(context),
+    }
+    .map(|()| ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sandbox(id: &str, name: &str) -> Sandbox {
+        let json = serde_json::json!({
+            "id": id, "name": name, "status": "running", "cpus": 1, "memory_mb": 512, "env": {},
+            "keep_hot": false, "labels": {}, "secrets": [], "image": "minimal", "network": "nat",
+            "network_allow": [], "volumes": [], "created_by": "", "created_at": "", "origin": "boot",
+        });
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn beginning_of_one_id_is_that_id_and_of_several_an_error_that_lists_them() {
+        let all = [
+            sandbox("abc1", "dev"),
+            sandbox("abd2", "web"),
+            sandbox("ffff", "other"),
+            sandbox("0123", "ff"),
+        ];
+        let found = |typed| one_that_begins(typed, &all).map_err(|error| error.hint);
+
+        assert_eq!(found("abc"), Ok(Some("abc1".to_owned())));
+        assert_eq!(found("00"), Ok(None));
+        assert_eq!(found("ff"), Ok(None), "a name goes before");
+        assert_eq!(found("ab"), Err(Some("name one of abc1 (dev), abd2 (web)".to_owned())));
+    }
 }

@@ -24,6 +24,7 @@ pub(crate) struct CliError {
     pub(crate) code: Option<ErrorCode>,
     pub(crate) exit: u8,
     is_interrupted: bool,
+    is_lost: bool,
 }
 
 impl CliError {
@@ -34,6 +35,7 @@ impl CliError {
             code: None,
             exit: EXIT_FAILED,
             is_interrupted: false,
+            is_lost: false,
         }
     }
 
@@ -50,6 +52,19 @@ impl CliError {
 
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// What to do if it is only that something was not found, and nobody knew better.
+    pub(crate) fn or_hint(self, hint: &str) -> Self {
+        match (&self.hint, self.code) {
+            (None, Some(ErrorCode::NotFound)) => self.hint(hint),
+            _ => self,
+        }
+    }
+
+    /// Whether the daemon, or the way to it, went away.
+    pub(crate) const fn is_lost(&self) -> bool {
+        self.is_lost
     }
 
     /// The same error with the exit code that `exec` has for it.
@@ -77,7 +92,8 @@ impl From<ClientError> for CliError {
             ClientError::Connect(_) => {
                 ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url")
             }
-            ClientError::Lost(_) | ClientError::StreamLost(_) | ClientError::Unexpected(_) => ours,
+            ClientError::Lost(_) | ClientError::StreamLost(_) => Self { is_lost: true, ..ours },
+            ClientError::Unexpected(_) => ours,
         }
     }
 }

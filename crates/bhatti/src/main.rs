@@ -6,6 +6,7 @@ mod config;
 mod error;
 mod output;
 mod paths;
+mod saved;
 
 use std::process::ExitCode;
 
@@ -15,7 +16,7 @@ use cli::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let output = output::Output::new(cli.global.json);
+    let output = output::Output::new(cli.global.json, cli.global.quiet);
     match commands::run(cli, &output) {
         Ok(code) => code,
         Err(error) => output.fail(&error),

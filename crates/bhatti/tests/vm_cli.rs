@@ -35,7 +35,8 @@ async fn sandbox_lives_its_life_on_the_command_line() {
     let listed = run(&daemon, &["list"]).await;
     let lines: Vec<&str> = stdout(&listed).lines().collect();
     assert!(
-        lines[0].starts_with("ID ") && lines[1].contains("  dev   running (hot)  1     256 MiB  "),
+        lines[0].starts_with("ID\t")
+            && lines[1].contains("\tdev\trunning (hot)\tminimal\t1\t256 MiB\t"),
         "{lines:?}"
     );
     let inspected = run(&daemon, &["--json", "inspect", "dev"]).await;

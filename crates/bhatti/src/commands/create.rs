@@ -1,48 +1,155 @@
 //! `bhatti create`.
 
-use bhatti_api::CreateSandbox;
+use std::path::PathBuf;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bhatti_api::{AttachVolume, CreateSandbox, NewFile, NewVolume};
+use clap::Args;
 use tokio::time::Instant;
 
 use super::Context;
-use crate::cli::Create;
+use crate::cli::parse_variable;
 use crate::error::CliError;
 
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi\n  bhatti create --volume data:/srv/data --file ./settings.json:/etc/app.json --label team=web"
+)]
+pub(crate) struct Create {
+    /// Its name [default: a random one]
+    #[arg(long)]
+    name: Option<String>,
+    /// The image that its disk begins as [default: minimal]
+    #[arg(long)]
+    image: Option<String>,
+    /// The template that says what is left out here
+    #[arg(long)]
+    template: Option<String>,
+    /// Its virtual CPUs [default: 1]
+    #[arg(long, value_name = "COUNT")]
+    cpus: Option<u64>,
+    /// Its memory in MiB [default: 512]
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
+    /// A variable for its processes; may be given several times
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    env: Vec<(String, String)>,
+    /// A secret that is a variable for its processes, too; may be given several times
+    #[arg(long, value_name = "NAME")]
+    secret: Vec<String>,
+    /// A file of this machine that is put into it; may be given several times
+    #[arg(long, value_name = "FILE:/PATH", value_parser = parse_file)]
+    file: Vec<(PathBuf, String)>,
+    /// A script that runs when it is up
+    #[arg(long, value_name = "SCRIPT")]
+    init: Option<String>,
+    /// What is noted on it; may be given several times
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
+    label: Vec<(String, String)>,
+    /// Seconds after which it is destroyed [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u32>,
+    /// Keep it hot, however long nobody uses it
+    #[arg(long)]
+    keep_hot: bool,
+    /// Boot it, rather than fork it from a template
+    #[arg(long)]
+    cold_boot: bool,
+    /// How it is connected: nat or none [default: as this host can]
+    #[arg(long, value_name = "MODE")]
+    network: Option<String>,
+    /// A private range that it may reach all the same; may be given several times
+    #[arg(long, value_name = "CIDR")]
+    allow_cidr: Vec<String>,
+    /// A volume that it has, mounted there, read-only with `:ro`; may be given several times
+    #[arg(long, value_name = "NAME:/PATH[:ro]", value_parser = parse_volume)]
+    volume: Vec<AttachVolume>,
+    /// A volume of its own, which ends with it; may be given several times
+    #[arg(long, value_name = "NAME:MIB:/PATH", value_parser = parse_new_volume)]
+    new_volume: Vec<NewVolume>,
+}
+
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
-    let Create {
-        name,
-        cpus,
-        memory,
-        env,
-        keep_hot,
-        cold_boot,
-        network,
-        allow_cidr,
-        volume,
-        new_volume,
-    } = arguments;
-    let env = env.into_iter().collect();
+    let files = arguments.file.iter().map(|(local, path)| new_file(local, path));
     let request = CreateSandbox {
-        name,
-        cpus,
-        memory_mb: memory,
-        env,
-        keep_hot,
-        cold_boot,
-        network,
-        network_allow: allow_cidr,
-        volumes: volume,
-        new_volumes: new_volume,
-        ..CreateSandbox::default()
+        name: arguments.name,
+        cpus: arguments.cpus,
+        memory_mb: arguments.memory,
+        env: arguments.env.into_iter().collect(),
+        keep_hot: arguments.keep_hot,
+        cold_boot: arguments.cold_boot,
+        template: arguments.template,
+        image: arguments.image,
+        init: arguments.init,
+        files: files.collect::<Result<_, _>>()?,
+        secrets: arguments.secret,
+        labels: arguments.label.into_iter().collect(),
+        timeout_sec: arguments.timeout,
+        network: arguments.network,
+        network_allow: arguments.allow_cidr,
+        volumes: arguments.volume,
+        new_volumes: arguments.new_volume,
     };
     let began = Instant::now();
     let sandbox = context.client.create(&request).await?;
     let seconds = began.elapsed().as_secs_f64();
-    let terminal = context.output.terminal;
-    context.output.show(&sandbox, |sandbox| {
-        if terminal {
-            format!("created {} ({}) in {seconds:.2} s", sandbox.name, sandbox.id)
-        } else {
-            format!("{}\t{}", sandbox.id, sandbox.name)
-        }
+    context.output.show_made(&sandbox, (&sandbox.id, &sandbox.name), |sandbox| {
+        format!("created {} ({}) in {seconds:.2} s", sandbox.name, sandbox.id)
     })
+}
+
+fn new_file(local: &PathBuf, path: &str) -> Result<NewFile, CliError> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |error| CliError::new(format!("failed to read `{}`: {error}", local.display()));
+    let content = std::fs::read(local).map_err(failed)?;
+    let mode = std::fs::metadata(local).map_err(failed)?.permissions().mode() & 0o777;
+    Ok(NewFile {
+        path: path.to_owned(),
+        content: None,
+        content_base64: Some(STANDARD.encode(content)),
+        mode: Some(format!("{mode:04o}")),
+    })
+}
+
+fn parse_file(text: &str) -> Result<(PathBuf, String), String> {
+    let (local, path) = text.rsplit_once(':').ok_or("expected FILE:/PATH")?;
+    Ok((local.into(), path.to_owned()))
+}
+
+fn parse_volume(text: &str) -> Result<AttachVolume, String> {
+    let (name, target) = text.split_once(':').ok_or("expected NAME:/PATH or NAME:/PATH:ro")?;
+    let (target, readonly) = match target.strip_suffix(":ro") {
+        Some(target) => (target, true),
+        None => (target.strip_suffix(":rw").unwrap_or(target), false),
+    };
+    Ok(AttachVolume { name: name.to_owned(), target: target.to_owned(), readonly })
+}
+
+fn parse_new_volume(text: &str) -> Result<NewVolume, String> {
+    let parts: Vec<&str> = text.splitn(3, ':').collect();
+    let [name, size, mount] = parts[..] else {
+        return Err("expected NAME:MIB:/PATH".to_owned());
+    };
+    let size_mb = size.parse().map_err(|_| format!("`{size}` is no number of MiB"))?;
+    Ok(NewVolume { name: name.to_owned(), size_mb, mount: mount.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_and_files_are_named_with_their_places() {
+        let volume = parse_volume("data:/srv/x:ro").unwrap();
+        assert_eq!((&*volume.name, &*volume.target, volume.readonly), ("data", "/srv/x", true));
+        let volume = parse_volume("data:/a:b").unwrap();
+        assert_eq!((&*volume.target, volume.readonly), ("/a:b", false));
+        let own = parse_new_volume("tmp:64:/scratch").unwrap();
+        assert_eq!((&*own.name, own.size_mb, &*own.mount), ("tmp", 64, "/scratch"));
+        assert!(parse_volume("data").is_err());
+        assert!(parse_new_volume("tmp:x:/scratch").is_err() && parse_new_volume("tmp:1").is_err());
+        assert_eq!(parse_file("a:b:/c"), Ok(("a:b".into(), "/c".to_owned())));
+        assert!(parse_file("a").is_err());
+    }
 }

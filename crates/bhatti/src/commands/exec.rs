@@ -5,15 +5,16 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bhatti_api::{ExecResult, Output, StreamRequest};
-use bhatti_client::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX};
+use bhatti_api::{ExecRequest, ExecResult, Output, StreamRequest};
+use bhatti_client::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX, ShellOptions};
+use clap::Args;
 use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use tokio::time::Instant;
 
-use super::Context;
-use crate::cli::Exec;
+use super::{Context, terminal};
+use crate::cli::parse_variable;
 use crate::error::CliError;
 
 /// So many signals within such a time end us, whatever the command does.
@@ -24,28 +25,120 @@ const INSISTING: Duration = Duration::from_secs(2);
 const FORWARDED: [SignalKind; 4] =
     [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
 
-pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
-    run_command(context, arguments).await.map_err(CliError::of_exec)
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  bhatti exec -it dev -- vi notes\n  bhatti exec -d dev -- make test\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 124 if its time was over, 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none."
+)]
+pub(crate) struct Exec {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    /// A variable for the command; may be given several times
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    env: Vec<(String, String)>,
+    /// The command's working directory [default: /workspace]
+    #[arg(short = 'w', long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Who it runs as, a name or a number [default: the image's usual user]
+    #[arg(short, long)]
+    user: Option<String>,
+    /// Seconds after which it is ended [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u32>,
+    /// Pass standard input on, as is done without it, too: for the habit of `-it`
+    #[arg(short, long, conflicts_with = "detach")]
+    interactive: bool,
+    /// Give it a terminal; Ctrl+\ leaves it, and it goes on
+    #[arg(short, long, conflicts_with = "detach")]
+    tty: bool,
+    /// Let it run on as a job, and print the job's id: see `bhatti logs` and `bhatti wait`
+    #[arg(short, long)]
+    detach: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
 }
 
-async fn run_command(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
-    let Exec { sandbox, env, workdir, command } = arguments;
+pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
+    let Exec { sandbox, env, workdir, user, timeout, interactive: _, tty, detach, command } =
+        arguments;
+    if detach {
+        let request = ExecRequest {
+            cmd: command,
+            env: env.into_iter().collect(),
+            cwd: workdir,
+            user,
+            timeout_sec: timeout,
+            detach: true,
+            stdin: None,
+        };
+        return start_job(context, &sandbox, &request).await.map_err(CliError::of_exec);
+    }
+    if tty {
+        let options = ShellOptions {
+            new: true,
+            command,
+            env,
+            user,
+            workdir,
+            timeout_sec: timeout,
+            ..ShellOptions::default()
+        };
+        return terminal::run(context, &sandbox, options).await.map_err(CliError::of_exec);
+    }
     let start = StreamRequest::Start {
         cmd: command,
         env: env.into_iter().collect(),
         cwd: workdir,
-        user: None,
-        timeout_sec: None,
+        user,
+        timeout_sec: timeout,
     };
-    let (input, output) = context.client.start_command(&sandbox, &start).await?;
+    stream(context, &sandbox, &start).await
+}
+
+async fn start_job(
+    context: &Context,
+    sandbox: &str,
+    request: &ExecRequest,
+) -> Result<ExitCode, CliError> {
+    let start = async |id: &str| context.client.start_job(id, request).await;
+    let job = context.on(sandbox, start).await?;
+    if context.output.json {
+        context.output.show(&job, |_| String::new())?;
+    } else {
+        context.output.print(&job.id)?;
+        context.output.note(&format!("see it with: bhatti logs --follow {sandbox} {}", job.id));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a command whose streams are ours.
+pub(super) async fn stream(
+    context: &Context,
+    sandbox: &str,
+    start: &StreamRequest,
+) -> Result<ExitCode, CliError> {
+    run_command(context, sandbox, start).await.map_err(CliError::of_exec)
+}
+
+async fn run_command(
+    context: &Context,
+    sandbox: &str,
+    start: &StreamRequest,
+) -> Result<ExitCode, CliError> {
+    let start = async |id: &str| context.client.start_command(id, start).await;
+    let (input, output) = context.on(sandbox, start).await?;
     let code = tokio::select! {
         code = async {
             if context.output.json { print_json(context, output).await } else { print(output).await }
         } => code?,
         error = feed(input) => return Err(error),
     };
-    // Codes are what the command's own kernel allows: 0 to 255.
-    Ok(ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX)))
+    Ok(exit_code(code))
+}
+
+/// Our exit code for a command's: what its own kernel allows is 0 to 255.
+pub(super) fn exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX))
 }
 
 async fn print(mut output: CommandOutput) -> Result<i32, CliError> {
@@ -96,7 +189,7 @@ async fn feed(mut input: CommandInput) -> CliError {
     let mut recent = VecDeque::new();
     loop {
         let sent = tokio::select! {
-            number = next_signal(&mut signals) => {
+            number = next_signal(&mut signals, &FORWARDED) => {
                 if is_insisting(&mut recent) {
                     return CliError::interrupted(number);
                 }
@@ -130,12 +223,12 @@ fn is_insisting(recent: &mut VecDeque<Instant>) -> bool {
     recent.len() >= INSISTING_SIGNALS
 }
 
-async fn next_signal(signals: &mut [Signal]) -> u8 {
+/// Waits for one of these signals, and returns its number.
+pub(super) async fn next_signal(signals: &mut [Signal], kinds: &[SignalKind]) -> u8 {
     std::future::poll_fn(|cx| {
         let arrived = signals.iter_mut().position(|signal| signal.poll_recv(cx).is_ready());
         arrived.map_or(std::task::Poll::Pending, |index| {
-            let number = FORWARDED[index].as_raw_value();
-            std::task::Poll::Ready(u8::try_from(number).unwrap_or_default())
+            std::task::Poll::Ready(u8::try_from(kinds[index].as_raw_value()).unwrap_or_default())
         })
     })
     .await

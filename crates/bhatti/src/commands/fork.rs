@@ -1,23 +1,60 @@
 //! `bhatti fork`.
 
-use bhatti_api::ForkSandbox;
+use bhatti_api::{ForkSandbox, Sandbox};
+use clap::Args;
 
 use super::Context;
-use crate::cli::Fork;
+use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::output::Table;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bhatti fork dev --name try --count 3")]
+pub(crate) struct Fork {
+    /// Name, id or beginning of the id of the parent
+    sandbox: String,
+    /// How many forks [default: 1]
+    #[arg(long, value_name = "COUNT")]
+    count: Option<u32>,
+    /// The fork's name; several are called NAME-1, NAME-2, … [default: random ones]
+    #[arg(long)]
+    name: Option<String>,
+    /// A variable for processes to come; may be given several times
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    env: Vec<(String, String)>,
+    /// Let processes to come have the parent's environment, too
+    #[arg(long)]
+    inherit_env: bool,
+    /// A secret that is a variable for processes to come; may be given several times
+    #[arg(long, value_name = "NAME")]
+    secret: Vec<String>,
+    /// What is noted on them; may be given several times
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
+    label: Vec<(String, String)>,
+}
+
+const FORKS: Table<Sandbox> = Table {
+    header: &["ID", "NAME"],
+    row: |fork| vec![fork.id.clone().into(), fork.name.clone().into()],
+    key: |fork| fork.id.clone(),
+};
 
 pub(super) async fn run(context: &Context, arguments: Fork) -> Result<(), CliError> {
-    let Fork { sandbox, count, name, env, inherit_env } = arguments;
+    let Fork { sandbox, count, name, env, inherit_env, secret, label } = arguments;
     let request = ForkSandbox {
         count,
         name,
         env: env.into_iter().collect(),
         inherit_env,
-        ..ForkSandbox::default()
+        secrets: secret,
+        labels: label.into_iter().collect(),
     };
-    let forks = context.client.fork(&sandbox, &request).await?;
-    context.output.show(&forks, |forks| {
-        let lines = forks.sandboxes.iter().map(|fork| format!("{}\t{}\n", fork.id, fork.name));
-        lines.collect()
-    })
+    let forks = context.on(&sandbox, async |id| context.client.fork(id, &request).await).await?;
+    if context.output.json {
+        return context.output.show(&forks, |_| String::new());
+    }
+    context.output.show_list(&forks.sandboxes, &FORKS)?;
+    let milliseconds = forks.parent_paused_us.div_ceil(1000);
+    context.output.note(&format!("the parent stood still for {milliseconds} ms"));
+    Ok(())
 }

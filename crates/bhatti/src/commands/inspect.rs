@@ -1,54 +1,69 @@
 //! `bhatti inspect`.
 
 use bhatti_api::{AttachedVolume, Sandbox};
+use clap::Args;
 
 use super::Context;
 use super::lifecycle::status;
-use crate::cli::Target;
 use crate::error::CliError;
+use crate::output::{Cell, mib};
 
-pub(super) async fn run(context: &Context, target: &Target) -> Result<(), CliError> {
-    let sandbox = context.client.inspect(&target.sandbox).await?;
-    context.output.show(&sandbox, describe)
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bhatti inspect dev\n  bhatti inspect dev --json | jq .ip")]
+pub(crate) struct Inspect {
+    /// Name, id or beginning of the id
+    sandbox: String,
 }
 
-fn describe(sandbox: &Sandbox) -> String {
-    let mut lines = vec![
-        format!("id:       {}", sandbox.id),
-        format!("name:     {}", sandbox.name),
-        format!("status:   {}", status(sandbox)),
+pub(super) async fn run(context: &Context, arguments: &Inspect) -> Result<(), CliError> {
+    let inspect = async |id: &str| context.client.inspect(id).await;
+    let sandbox = context.on(&arguments.sandbox, inspect).await?;
+    context.output.show_facts(&sandbox, describe)
+}
+
+fn describe(sandbox: &Sandbox) -> Vec<(&'static str, Cell)> {
+    let mut facts = vec![
+        ("id", Cell::from(&sandbox.id)),
+        ("name", Cell::from(&sandbox.name)),
+        ("status", Cell::State(status(sandbox))),
     ];
-    lines.extend(sandbox.reason.iter().map(|reason| format!("reason:   {reason}")));
-    lines.push(format!("cpus:     {}", sandbox.cpus));
-    lines.push(format!("memory:   {} MiB", sandbox.memory_mb));
+    facts.extend(sandbox.reason.iter().map(|reason| ("reason", reason.into())));
+    facts.push(("image", Cell::from(&sandbox.image)));
+    facts.push(("cpus", Cell::number(sandbox.cpus)));
+    facts.push(("memory", mib(sandbox.memory_mb).into()));
     let address = sandbox.ip.iter().map(|address| format!(", {address}"));
     let allowed = sandbox.network_allow.iter().map(|range| format!(", reaches {range}"));
     let network: String = address.chain(allowed).collect();
-    lines.push(format!("network:  {}{network}", sandbox.network));
-    lines.extend(sandbox.volumes.iter().map(volume));
-    lines.push(format!("created:  {}", sandbox.created_at));
-    lines.push(format!("origin:   {}", sandbox.origin));
+    facts.push(("network", format!("{}{network}", sandbox.network).into()));
+    facts.extend(sandbox.volumes.iter().map(|used| ("volume", volume(used).into())));
+    facts.push(("created", Cell::Time(sandbox.created_at.clone())));
+    facts.extend(sandbox.stopped_at.iter().map(|at| ("stopped", Cell::Time(at.clone()))));
+    facts.extend(sandbox.expires_at.iter().map(|at| ("expires", Cell::Time(at.clone()))));
+    facts.push(("origin", Cell::from(&sandbox.origin)));
     if sandbox.keep_hot {
-        lines.push("keep hot: yes".to_owned());
+        facts.push(("keep hot", "yes".into()));
     }
-    lines.extend(sandbox.identity.iter().filter_map(|report| report.as_object()).map(identity));
-    lines.extend(sandbox.env.iter().map(|(name, value)| format!("env:      {name}={value}")));
-    lines.join("\n")
+    facts.extend(sandbox.identity.iter().filter_map(|report| report.as_object()).map(identity));
+    let variable = |(name, value): (&String, &String)| Cell::from(format!("{name}={value}"));
+    facts.extend(sandbox.labels.iter().map(|label| ("label", variable(label))));
+    facts.extend(sandbox.secrets.iter().map(|secret| ("secret", secret.into())));
+    facts.extend(sandbox.env.iter().map(|pair| ("env", variable(pair))));
+    facts
 }
 
 fn volume(volume: &AttachedVolume) -> String {
     let how = [(volume.readonly, ", read-only"), (volume.ephemeral, ", its own")];
     let how: String = how.iter().filter(|(is_so, _)| *is_so).map(|(_, how)| *how).collect();
     let AttachedVolume { name, target, size_mb, .. } = volume;
-    format!("volume:   {name} at {target}, {size_mb} MiB{how}")
+    format!("{name} at {target}, {}{how}", mib(*size_mb))
 }
 
 /// What a guest did to become itself, in one line.
-fn identity(report: &serde_json::Map<String, serde_json::Value>) -> String {
+fn identity(report: &serde_json::Map<String, serde_json::Value>) -> (&'static str, Cell) {
     let part = |(name, part): (&String, &serde_json::Value)| match part["result"].as_str() {
         Some("done") => Some(name.clone()),
         Some("failed") => Some(format!("{name} FAILED: {}", part["message"])),
         _ => None,
     };
-    format!("identity: {}", report.iter().filter_map(part).collect::<Vec<_>>().join(", "))
+    ("identity", report.iter().filter_map(part).collect::<Vec<_>>().join(", ").into())
 }

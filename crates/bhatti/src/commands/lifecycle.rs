@@ -1,42 +1,78 @@
 //! `bhatti pause`, `resume`, `stop` and `start`.
 
 use bhatti_api::{Sandbox, StartSandbox};
+use bhatti_client::ClientError;
+use clap::Args;
 
 use super::Context;
-use crate::cli::{Start, Targets};
 use crate::error::CliError;
 
-pub(super) async fn pause(context: &Context, targets: &Targets) -> Result<(), CliError> {
-    for sandbox in &targets.sandboxes {
-        show(context, &context.client.pause(sandbox).await?)?;
-    }
-    Ok(())
+/// Names, ids or beginnings of ids.
+#[derive(Debug, Args)]
+struct Targets {
+    /// Names, ids or beginnings of ids
+    #[arg(required = true)]
+    sandboxes: Vec<String>,
 }
 
-pub(super) async fn resume(context: &Context, targets: &Targets) -> Result<(), CliError> {
-    for sandbox in &targets.sandboxes {
-        show(context, &context.client.resume(sandbox).await?)?;
-    }
-    Ok(())
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bhatti pause dev")]
+pub(crate) struct Pause {
+    #[command(flatten)]
+    targets: Targets,
 }
 
-pub(super) async fn stop(context: &Context, targets: &Targets) -> Result<(), CliError> {
-    for sandbox in &targets.sandboxes {
-        show(context, &context.client.stop(sandbox).await?)?;
-    }
-    Ok(())
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bhatti resume dev")]
+pub(crate) struct Resume {
+    #[command(flatten)]
+    targets: Targets,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bhatti stop dev")]
+pub(crate) struct Stop {
+    #[command(flatten)]
+    targets: Targets,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bhatti start dev\n  bhatti start dev --cold-boot")]
+pub(crate) struct Start {
+    #[command(flatten)]
+    targets: Targets,
+    /// Boot from the disk; what was in the memory is lost
+    #[arg(long)]
+    cold_boot: bool,
+}
+
+pub(super) async fn pause(context: &Context, arguments: &Pause) -> Result<(), CliError> {
+    each(context, &arguments.targets, async |id| context.client.pause(id).await).await
+}
+
+pub(super) async fn resume(context: &Context, arguments: &Resume) -> Result<(), CliError> {
+    each(context, &arguments.targets, async |id| context.client.resume(id).await).await
+}
+
+pub(super) async fn stop(context: &Context, arguments: &Stop) -> Result<(), CliError> {
+    each(context, &arguments.targets, async |id| context.client.stop(id).await).await
 }
 
 pub(super) async fn start(context: &Context, arguments: &Start) -> Result<(), CliError> {
     let request = StartSandbox { cold_boot: arguments.cold_boot };
-    for sandbox in &arguments.sandboxes {
-        show(context, &context.client.start(sandbox, &request).await?)?;
-    }
-    Ok(())
+    each(context, &arguments.targets, async |id| context.client.start(id, &request).await).await
 }
 
-fn show(context: &Context, sandbox: &Sandbox) -> Result<(), CliError> {
-    context.output.show(sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))
+async fn each(
+    context: &Context,
+    targets: &Targets,
+    act: impl AsyncFn(&str) -> Result<Sandbox, ClientError>,
+) -> Result<(), CliError> {
+    for typed in &targets.sandboxes {
+        let sandbox = context.on(typed, &act).await?;
+        context.output.show(&sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))?;
+    }
+    Ok(())
 }
 
 /// Where a sandbox stands, in a word or two.

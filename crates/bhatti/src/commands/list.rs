@@ -1,27 +1,38 @@
 //! `bhatti list`.
 
 use bhatti_api::Sandbox;
+use clap::Args;
 
 use super::Context;
 use super::lifecycle::status;
 use crate::error::CliError;
-use crate::output::table;
+use crate::output::{Cell, Table, mib};
 
-pub(super) async fn run(context: &Context) -> Result<(), CliError> {
-    let sandboxes = context.client.list().await?;
-    context.output.show(&sandboxes, |sandboxes| {
-        let rows: Vec<_> = sandboxes.iter().map(row).collect();
-        table(&["ID", "NAME", "STATUS", "CPUS", "MEMORY", "CREATED"], &rows)
-    })
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bhatti list\n  bhatti list --label team=web --quiet")]
+pub(crate) struct List {
+    /// Only those with this label; given several times, with all of them
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    label: Vec<String>,
 }
 
-fn row(sandbox: &Sandbox) -> Vec<String> {
-    vec![
-        sandbox.id.clone(),
-        sandbox.name.clone(),
-        status(sandbox),
-        sandbox.cpus.to_string(),
-        format!("{} MiB", sandbox.memory_mb),
-        sandbox.created_at.chars().take("2026-01-02T03:04:05".len()).collect(),
-    ]
+const SANDBOXES: Table<Sandbox> = Table {
+    header: &["ID", "NAME", "STATUS", "IMAGE", "CPUS", "MEMORY", "ADDRESS", "CREATED"],
+    row: |sandbox| {
+        vec![
+            sandbox.id.clone().into(),
+            sandbox.name.clone().into(),
+            Cell::State(status(sandbox)),
+            sandbox.image.clone().into(),
+            Cell::number(sandbox.cpus),
+            mib(sandbox.memory_mb).into(),
+            sandbox.ip.clone().unwrap_or_else(|| "-".to_owned()).into(),
+            Cell::Time(sandbox.created_at.clone()),
+        ]
+    },
+    key: |sandbox| sandbox.name.clone(),
+};
+
+pub(super) async fn run(context: &Context, arguments: &List) -> Result<(), CliError> {
+    context.output.show_list(&context.client.list_labelled(&arguments.label).await?, &SANDBOXES)
 }

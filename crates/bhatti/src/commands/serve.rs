@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use bhatti_server::{
 };
 use bhatti_store::Store;
 use bhatti_types::UserId;
+use clap::Args;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -22,13 +24,38 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
 use super::{Context, supervisor};
-use crate::cli::{LogFormat, Serve};
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
 
 /// How long requests that run may take when the daemon stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bhatti serve --listen 127.0.0.1:8080")]
+pub(crate) struct Serve {
+    /// Also listen on this address, for callers with an API key [default: the configuration's]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// Save all sandboxes when the daemon stops, rather than leave them to the next one
+    #[arg(long)]
+    stop_sandboxes: bool,
+    /// Forget all secrets, and the key that they need, before starting: for a key that is lost
+    #[arg(long)]
+    forget_secrets: bool,
+    /// How the log is written
+    #[arg(long, value_enum, env = "BHATTI_LOG_FORMAT", default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    /// A line for a person.
+    Text,
+    /// An object of JSON per line.
+    Json,
+}
 
 pub(super) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliError> {
     let started = Instant::now();

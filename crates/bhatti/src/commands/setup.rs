@@ -1,21 +1,75 @@
 //! `bhatti setup`.
 
-mod progress;
+pub(super) mod progress;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use bhatti_api::ErrorCode;
+use bhatti_client::ClientError;
 use bhatti_image::{ImageStore, KernelSource, SetupOptions, set_up};
 use bhatti_store::Store;
+use clap::Args;
+use serde_json::json;
 use tokio::time::Instant;
 
 use super::{Context, supervisor};
-use crate::cli::Setup;
+use crate::cli::Global;
 use crate::config::Config;
 use crate::error::CliError;
-use crate::paths;
-use progress::{Bars, Lines};
+use crate::{paths, saved};
+use progress::with_progress;
 
-pub(super) async fn run(context: &Context, arguments: Setup) -> Result<(), CliError> {
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti setup\n  bhatti setup --url http://box:8080 --token bht_KEY\n\nWith --url nothing is built: the daemon there is called with the key, and both are saved in ~/.bhatti/config.yaml, for its owner alone."
+)]
+pub(crate) struct Setup {
+    /// A kernel of your own, ELF vmlinux or bzImage [default: Debian's kernel for virtual machines]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The modules of --kernel, as in /lib/modules/RELEASE [default: all that is needed is built in]
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    modules: Option<PathBuf>,
+    /// Do not boot a guest to fork sandboxes from; the first `create` does it then
+    #[arg(long)]
+    no_template: bool,
+}
+
+pub(super) async fn run(
+    context: &Context,
+    global: &Global,
+    arguments: Setup,
+) -> Result<(), CliError> {
+    match (&global.url, &global.token) {
+        (Some(url), Some(token)) => remember(context, url, token).await,
+        (Some(_), None) => Err(CliError::new("a key goes with --url")
+            .hint("bhatti setup --url URL --token KEY; `bhatti user create` makes one")),
+        (None, _) => build(context, arguments).await,
+    }
+}
+
+/// Saves the daemon and its key, once it has taken the key.
+async fn remember(context: &Context, url: &str, token: &str) -> Result<(), CliError> {
+    let checked = context.client.list().await;
+    let sandboxes = checked.map_err(|error| {
+        let refused =
+            matches!(&error, ClientError::Refused(body) if body.code == ErrorCode::Unauthorized);
+        let error = CliError::from(error);
+        if refused {
+            error.hint("the daemon does not know this key; nothing was saved")
+        } else {
+            error
+        }
+    })?;
+    let path = saved::save(url, token)?;
+    let shown = json!({ "url": url, "saved": path.display().to_string() });
+    context.output.show(&shown, |_| {
+        format!("{url} knows the key ({} sandboxes); saved in {}", sandboxes.len(), path.display())
+    })
+}
+
+async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
     paths::create_data_dir(&context.data_dir)?;
     let kernel = match arguments.kernel {
         Some(image) => KernelSource::File { image, modules: arguments.modules },
@@ -23,16 +77,13 @@ pub(super) async fn run(context: &Context, arguments: Setup) -> Result<(), CliEr
     };
     let options = SetupOptions { kernel, lohar: paths::lohar()? };
     let store = ImageStore::new(&context.data_dir);
-    let result = if context.output.terminal && !context.output.json {
-        set_up(&store, &options, &mut Bars::default()).await
-    } else {
-        set_up(&store, &options, &mut Lines::new(context.output.json)).await
-    };
-    result.map_err(|error| CliError::of(&error))?;
+    let result =
+        with_progress(context.output, async |progress| set_up(&store, &options, progress).await);
+    result.await.map_err(|error| CliError::of(&error))?;
     warm_up(context, arguments.no_template).await?;
     let images = store.images().map_err(|error| CliError::of(&error))?;
     let directory = store.directory().display().to_string();
-    context.output.show(&serde_json::json!({ "images": images, "directory": directory }), |_| {
+    context.output.show(&json!({ "images": images, "directory": directory }), |_| {
         format!("ready: {}", images.join(", "))
     })
 }
@@ -51,7 +102,7 @@ async fn warm_up(context: &Context, skip: bool) -> Result<(), CliError> {
     made.map_err(|error| {
         CliError::of(&error).hint("`bhatti doctor` says what this machine lacks; set-up without a template: --no-template")
     })?;
-    if !context.output.json {
+    if !context.output.json && !context.output.quiet {
         let seconds = began.elapsed().as_secs_f64();
         context.output.print(&format!("template: ready after {seconds:.1} s"))?;
     }

@@ -1,73 +1,126 @@
 //! `bhatti snapshot`.
 
-use bhatti_api::{CreateSnapshot, ResumeSnapshot, Snapshot};
-use serde_json::json;
+use bhatti_api::{CreateSnapshot, ResumeSnapshot, Snapshot as Listed};
+use clap::Subcommand;
 
 use super::Context;
-use crate::cli;
+use crate::cli::parse_variable;
 use crate::error::CliError;
-use crate::output::table;
+use crate::output::{Cell, Table, bytes, mib};
 
-pub(super) async fn run(context: &Context, command: cli::Snapshot) -> Result<(), CliError> {
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Save a running sandbox, which goes on
+    #[command(after_help = "Example:\n  bhatti snapshot create dev ready")]
+    Create {
+        /// Name, id or beginning of the id of the sandbox
+        sandbox: String,
+        /// The snapshot's name
+        name: String,
+    },
+    /// List snapshots
+    #[command(visible_alias = "ls", after_help = "Example:\n  bhatti snapshot list")]
+    List,
+    /// Show one snapshot
+    #[command(after_help = "Example:\n  bhatti snapshot inspect ready")]
+    Inspect {
+        /// Its name
+        name: String,
+    },
+    /// Make a sandbox of a snapshot
+    #[command(after_help = "Example:\n  bhatti snapshot resume ready --name again")]
+    Resume {
+        /// The snapshot's name
+        snapshot: String,
+        /// The sandbox's name [default: a random one]
+        #[arg(long)]
+        name: Option<String>,
+        /// A variable for processes to come; may be given several times
+        #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+        env: Vec<(String, String)>,
+        /// A secret that is a variable for processes to come; may be given several times
+        #[arg(long, value_name = "NAME")]
+        secret: Vec<String>,
+        /// What is noted on it; may be given several times
+        #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
+        label: Vec<(String, String)>,
+        /// Keep it hot, however long nobody uses it
+        #[arg(long)]
+        keep_hot: bool,
+    },
+    /// Delete snapshots; sandboxes that were made of them stay
+    #[command(visible_alias = "rm", after_help = "Example:\n  bhatti snapshot delete ready")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+const SNAPSHOTS: Table<Listed> = Table {
+    header: &["NAME", "SANDBOX", "CPUS", "MEMORY", "KIND", "SAVED", "CREATED"],
+    row: |snapshot| {
+        vec![
+            snapshot.name.clone().into(),
+            snapshot.sandbox.clone().into(),
+            Cell::number(snapshot.cpus),
+            mib(snapshot.memory_mb).into(),
+            snapshot.kind.clone().into(),
+            bytes(snapshot.memory_bytes).into(),
+            Cell::Time(snapshot.created_at.clone()),
+        ]
+    },
+    key: |snapshot| snapshot.name.clone(),
+};
+
+pub(super) async fn run(context: &Context, command: Snapshot) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
     match command {
-        cli::Snapshot::Create { sandbox, name } => {
-            let snapshot = client.create_snapshot(&sandbox, &CreateSnapshot { name }).await?;
-            output.show(&snapshot, |snapshot| format!("{}\t{}", snapshot.id, snapshot.name))
-        }
-        cli::Snapshot::List => {
-            let snapshots = client.list_snapshots().await?;
-            output.show(&snapshots, |snapshots| {
-                let rows: Vec<_> = snapshots.iter().map(row).collect();
-                table(&["NAME", "SANDBOX", "CPUS", "MEMORY", "KIND", "SAVED", "CREATED"], &rows)
+        Snapshot::Create { sandbox, name } => {
+            let request = CreateSnapshot { name };
+            let save = async |id: &str| client.create_snapshot(id, &request).await;
+            let snapshot = context.on(&sandbox, save).await?;
+            output.show_made(&snapshot, (&snapshot.id, &snapshot.name), |snapshot| {
+                format!("saved {} as {}", snapshot.sandbox, snapshot.name)
             })
         }
-        cli::Snapshot::Inspect { name } => {
-            output.show(&client.inspect_snapshot(&name).await?, describe)
+        Snapshot::List => output.show_list(&client.list_snapshots().await?, &SNAPSHOTS),
+        Snapshot::Inspect { name } => {
+            output.show_facts(&client.inspect_snapshot(&name).await?, describe)
         }
-        cli::Snapshot::Resume { snapshot, name, env, keep_hot } => {
+        Snapshot::Resume { snapshot, name, env, secret, label, keep_hot } => {
             let request = ResumeSnapshot {
                 name,
                 env: env.into_iter().collect(),
                 keep_hot,
-                ..ResumeSnapshot::default()
+                secrets: secret,
+                labels: label.into_iter().collect(),
             };
             let sandbox = client.resume_snapshot(&snapshot, &request).await?;
-            output.show(&sandbox, |sandbox| format!("{}\t{}", sandbox.id, sandbox.name))
+            output.show_made(&sandbox, (&sandbox.id, &sandbox.name), |sandbox| {
+                format!("created {} ({}) of {snapshot}", sandbox.name, sandbox.id)
+            })
         }
-        cli::Snapshot::Delete { names } => {
+        Snapshot::Delete { names } => {
             for name in names {
                 let deleted = client.delete_snapshot(&name).await?;
-                output.show(&json!({ "snapshot": name, "status": deleted.status }), |_| {
-                    format!("{} {name}", deleted.status)
-                })?;
+                output.done("snapshot", &name, &deleted.status)?;
             }
             Ok(())
         }
     }
 }
 
-fn row(snapshot: &Snapshot) -> Vec<String> {
-    vec![
-        snapshot.name.clone(),
-        snapshot.sandbox.clone(),
-        snapshot.cpus.to_string(),
-        format!("{} MiB", snapshot.memory_mb),
-        snapshot.kind.clone(),
-        format!("{} MiB", snapshot.memory_bytes.div_ceil(1 << 20)),
-        snapshot.created_at.chars().take("2026-01-02T03:04:05".len()).collect(),
-    ]
-}
-
-fn describe(snapshot: &Snapshot) -> String {
-    [
-        format!("id:       {}", snapshot.id),
-        format!("name:     {}", snapshot.name),
-        format!("sandbox:  {} ({})", snapshot.sandbox, snapshot.sandbox_id),
-        format!("cpus:     {}", snapshot.cpus),
-        format!("memory:   {} MiB", snapshot.memory_mb),
-        format!("saved:    {} bytes ({})", snapshot.memory_bytes, snapshot.kind),
-        format!("created:  {}", snapshot.created_at),
-    ]
-    .join("\n")
+fn describe(snapshot: &Listed) -> Vec<(&'static str, Cell)> {
+    let mut facts = vec![
+        ("id", Cell::from(&snapshot.id)),
+        ("name", Cell::from(&snapshot.name)),
+        ("sandbox", format!("{} ({})", snapshot.sandbox, snapshot.sandbox_id).into()),
+        ("cpus", Cell::number(snapshot.cpus)),
+        ("memory", mib(snapshot.memory_mb).into()),
+        ("saved", format!("{} ({})", bytes(snapshot.memory_bytes), snapshot.kind).into()),
+        ("created", Cell::Time(snapshot.created_at.clone())),
+    ];
+    facts.extend(snapshot.volumes.iter().map(|volume| ("volume", volume.into())));
+    facts
 }

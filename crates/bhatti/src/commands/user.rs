@@ -1,33 +1,186 @@
 //! `bhatti user`.
 
-use bhatti_api::CreateUser;
+use bhatti_api::{CreateUser, CreatedUser, Limits, UpdateUser, User as Listed};
+use clap::{Args, Subcommand};
 
 use super::Context;
-use crate::cli::User;
 use crate::error::CliError;
-use crate::output::table;
+use crate::output::{Cell, Table};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum User {
+    /// Make a user, and print the API key this once
+    #[command(after_help = "Example:\n  bhatti user create alice --max-sandboxes 10")]
+    Create {
+        /// The user's name
+        name: String,
+        #[command(flatten)]
+        limits: LimitArguments,
+    },
+    /// List users
+    #[command(visible_alias = "ls", after_help = "Example:\n  bhatti user list")]
+    List,
+    /// Show one user
+    #[command(after_help = "Example:\n  bhatti user inspect alice")]
+    Inspect {
+        /// The user's name
+        name: String,
+    },
+    /// Change what a user may have
+    #[command(after_help = "Example:\n  bhatti user edit alice --max-volume-mb 40960")]
+    Edit {
+        /// The user's name
+        name: String,
+        #[command(flatten)]
+        limits: LimitArguments,
+    },
+    /// Give a user another API key, and print it this once; the one before is good no longer
+    #[command(after_help = "Example:\n  bhatti user rotate-key alice")]
+    RotateKey {
+        /// The user's name
+        name: String,
+    },
+    /// Delete users that own nothing any more
+    #[command(visible_alias = "rm", after_help = "Example:\n  bhatti user delete alice")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// What a user may have.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct LimitArguments {
+    /// Sandboxes
+    #[arg(long, value_name = "COUNT")]
+    max_sandboxes: Option<u32>,
+    /// Virtual CPUs of one sandbox
+    #[arg(long, value_name = "COUNT")]
+    max_cpus: Option<u32>,
+    /// Memory of one sandbox, in MiB
+    #[arg(long, value_name = "MIB")]
+    max_memory: Option<u32>,
+    /// Named snapshots
+    #[arg(long, value_name = "COUNT")]
+    max_snapshots: Option<u32>,
+    /// Volumes, all together, in MiB
+    #[arg(long, value_name = "MIB")]
+    max_volume_mb: Option<u32>,
+}
+
+const USERS: Table<Listed> = Table {
+    header: &[
+        "ID",
+        "NAME",
+        "SANDBOXES",
+        "CPUS EACH",
+        "MIB EACH",
+        "SNAPSHOTS",
+        "VOLUME MIB",
+        "CREATED",
+    ],
+    row: |user| {
+        let Limits {
+            max_sandboxes,
+            max_cpus_per_sandbox,
+            max_memory_mb_per_sandbox,
+            max_snapshots,
+            max_volume_mb,
+        } = user.limits;
+        vec![
+            user.id.clone().into(),
+            user.name.clone().into(),
+            limit(max_sandboxes),
+            limit(max_cpus_per_sandbox),
+            limit(max_memory_mb_per_sandbox),
+            limit(max_snapshots),
+            limit(max_volume_mb),
+            Cell::Time(user.created_at.clone()),
+        ]
+    },
+    key: |user| user.name.clone(),
+};
+
+fn limit(limit: Option<u32>) -> Cell {
+    limit.map_or_else(|| "any".into(), |limit| Cell::number(limit.into()))
+}
 
 pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError> {
+    let (client, output) = (&context.client, context.output);
     match command {
-        User::Create { name } => {
-            let user =
-                context.client.create_user(&CreateUser { name, ..CreateUser::default() }).await?;
-            context.output.show(&user, |user| {
-                format!(
-                    "user {} created\nAPI key: {}\nIt is shown this once. Use it with:\n  export BHATTI_URL=http://HOST:PORT BHATTI_TOKEN={}",
-                    user.name, user.api_key, user.api_key
-                )
-            })
+        User::Create { name, limits } => {
+            let LimitArguments {
+                max_sandboxes,
+                max_cpus,
+                max_memory,
+                max_snapshots,
+                max_volume_mb,
+            } = limits;
+            let request = CreateUser {
+                name,
+                max_sandboxes,
+                max_cpus_per_sandbox: max_cpus,
+                max_memory_mb_per_sandbox: max_memory,
+                max_snapshots,
+                max_volume_mb,
+            };
+            show_key(context, &client.create_user(&request).await?, "created")
         }
-        User::List => {
-            let users = context.client.list_users().await?;
-            context.output.show(&users, |users| {
-                let rows: Vec<_> = users
-                    .iter()
-                    .map(|user| vec![user.id.clone(), user.name.clone(), user.created_at.clone()])
-                    .collect();
-                table(&["ID", "NAME", "CREATED"], &rows)
-            })
+        User::List => output.show_list(&client.list_users().await?, &USERS),
+        User::Inspect { name } => output.show_facts(&client.inspect_user(&name).await?, describe),
+        User::Edit { name, limits } => {
+            let LimitArguments {
+                max_sandboxes,
+                max_cpus,
+                max_memory,
+                max_snapshots,
+                max_volume_mb,
+            } = limits;
+            let request = UpdateUser {
+                max_sandboxes,
+                max_cpus_per_sandbox: max_cpus,
+                max_memory_mb_per_sandbox: max_memory,
+                max_snapshots,
+                max_volume_mb,
+            };
+            output.show_facts(&client.update_user(&name, &request).await?, describe)
+        }
+        User::RotateKey { name } => {
+            show_key(context, &client.rotate_key(&name).await?, "has another key")
+        }
+        User::Delete { names } => {
+            for name in names {
+                let deleted = client.delete_user(&name).await?;
+                output.done("user", &name, &deleted.status)?;
+            }
+            Ok(())
         }
     }
+}
+
+/// A key is shown this once, to a script alone.
+fn show_key(context: &Context, user: &CreatedUser, what: &str) -> Result<(), CliError> {
+    if context.output.quiet && !context.output.json {
+        return context.output.print(&user.api_key);
+    }
+    context.output.show(user, |user| {
+        let CreatedUser { name, api_key, .. } = user;
+        format!(
+            "user {name} {what}\nAPI key: {api_key}\nIt is shown this once. Use it with:\n  bhatti setup --url http://HOST:PORT --token {api_key}"
+        )
+    })
+}
+
+fn describe(user: &Listed) -> Vec<(&'static str, Cell)> {
+    vec![
+        ("id", Cell::from(&user.id)),
+        ("name", Cell::from(&user.name)),
+        ("sandboxes", limit(user.limits.max_sandboxes)),
+        ("cpus each", limit(user.limits.max_cpus_per_sandbox)),
+        ("MiB each", limit(user.limits.max_memory_mb_per_sandbox)),
+        ("snapshots", limit(user.limits.max_snapshots)),
+        ("volume MiB", limit(user.limits.max_volume_mb)),
+        ("created", Cell::Time(user.created_at.clone())),
+    ]
 }

@@ -1,47 +1,105 @@
 //! `bhatti volume`.
 
-use bhatti_api::{CloneVolume, CreateVolume, ResizeVolume, Volume};
-use serde_json::json;
+use bhatti_api::{CloneVolume, CreateVolume, ResizeVolume, Volume as Listed};
+use clap::Subcommand;
 
 use super::Context;
-use crate::cli;
 use crate::error::CliError;
-use crate::output::table;
+use crate::output::{Cell, Table, bytes, mib};
 
-pub(super) async fn run(context: &Context, command: cli::Volume) -> Result<(), CliError> {
+#[derive(Debug, Subcommand)]
+pub(crate) enum Volume {
+    /// Make an empty volume
+    #[command(after_help = "Example:\n  bhatti volume create data --size 4096")]
+    Create {
+        /// The volume's name
+        name: String,
+        /// Its size in MiB [default: 1024]
+        #[arg(long, value_name = "MIB")]
+        size: Option<u64>,
+    },
+    /// List volumes
+    #[command(visible_alias = "ls", after_help = "Example:\n  bhatti volume list")]
+    List,
+    /// Show one volume
+    #[command(after_help = "Example:\n  bhatti volume inspect data")]
+    Inspect {
+        /// Its name
+        name: String,
+    },
+    /// Make a volume larger that no sandbox has
+    #[command(after_help = "Example:\n  bhatti volume resize data --size 8192")]
+    Resize {
+        /// Its name
+        name: String,
+        /// Its size from now on, in MiB
+        #[arg(long, value_name = "MIB")]
+        size: u64,
+    },
+    /// Copy a volume that no sandbox writes
+    #[command(after_help = "Example:\n  bhatti volume clone data data-2")]
+    Clone {
+        /// Its name
+        name: String,
+        /// The copy's name
+        copy: String,
+    },
+    /// Delete volumes that no sandbox has, with all that is in them
+    #[command(visible_alias = "rm", after_help = "Example:\n  bhatti volume delete data-2")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+const VOLUMES: Table<Listed> = Table {
+    header: &["NAME", "SIZE", "ON DISK", "ATTACHED TO", "CREATED"],
+    row: |volume| {
+        vec![
+            volume.name.clone().into(),
+            mib(volume.size_mb).into(),
+            bytes(volume.disk_bytes).into(),
+            attached_to(volume).into(),
+            Cell::Time(volume.created_at.clone()),
+        ]
+    },
+    key: |volume| volume.name.clone(),
+};
+
+pub(super) async fn run(context: &Context, command: Volume) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
-    let short = |volume: &Volume| format!("{}\t{}", volume.id, volume.name);
+    let show_made = |volume: &Listed| {
+        output.show_made(volume, (&volume.id, &volume.name), |volume| {
+            format!("created volume {} of {}", volume.name, mib(volume.size_mb))
+        })
+    };
     match command {
-        cli::Volume::Create { name, size } => {
-            output.show(&client.create_volume(&CreateVolume { name, size_mb: size }).await?, short)
+        Volume::Create { name, size } => {
+            show_made(&client.create_volume(&CreateVolume { name, size_mb: size }).await?)
         }
-        cli::Volume::List => output.show(&client.list_volumes().await?, |volumes| {
-            let rows: Vec<_> = volumes.iter().map(row).collect();
-            table(&["NAME", "SIZE", "ON DISK", "ATTACHED TO", "CREATED"], &rows)
-        }),
-        cli::Volume::Inspect { name } => {
-            output.show(&client.inspect_volume(&name).await?, describe)
+        Volume::List => output.show_list(&client.list_volumes().await?, &VOLUMES),
+        Volume::Inspect { name } => {
+            output.show_facts(&client.inspect_volume(&name).await?, describe)
         }
-        cli::Volume::Resize { name, size } => {
+        Volume::Resize { name, size } => {
             let request = ResizeVolume { size_mb: size };
-            output.show(&client.resize_volume(&name, &request).await?, describe)
+            output.show_facts(&client.resize_volume(&name, &request).await?, describe)
         }
-        cli::Volume::Clone { name, copy } => {
-            output.show(&client.clone_volume(&name, &CloneVolume { name: copy }).await?, short)
+        Volume::Clone { name, copy } => {
+            show_made(&client.clone_volume(&name, &CloneVolume { name: copy }).await?)
         }
-        cli::Volume::Delete { names } => {
+        Volume::Delete { names } => {
             for name in names {
                 let deleted = client.delete_volume(&name).await?;
-                output.show(&json!({ "volume": name, "status": deleted.status }), |_| {
-                    format!("{} {name}", deleted.status)
-                })?;
+                output.done("volume", &name, &deleted.status)?;
             }
             Ok(())
         }
     }
 }
 
-fn attached_to(volume: &Volume) -> String {
+fn attached_to(volume: &Listed) -> String {
     let users = volume.attached_to.iter().map(|user| {
         let how = if user.readonly { " (ro)" } else { "" };
         format!("{}{how}", user.sandbox)
@@ -50,24 +108,13 @@ fn attached_to(volume: &Volume) -> String {
     if users.is_empty() { "-".to_owned() } else { users.join(", ") }
 }
 
-fn row(volume: &Volume) -> Vec<String> {
+fn describe(volume: &Listed) -> Vec<(&'static str, Cell)> {
     vec![
-        volume.name.clone(),
-        format!("{} MiB", volume.size_mb),
-        format!("{} MiB", volume.disk_bytes.div_ceil(1 << 20)),
-        attached_to(volume),
-        volume.created_at.chars().take("2026-01-02T03:04:05".len()).collect(),
+        ("id", Cell::from(&volume.id)),
+        ("name", Cell::from(&volume.name)),
+        ("size", mib(volume.size_mb).into()),
+        ("on disk", bytes(volume.disk_bytes).into()),
+        ("attached", attached_to(volume).into()),
+        ("created", Cell::Time(volume.created_at.clone())),
     ]
-}
-
-fn describe(volume: &Volume) -> String {
-    [
-        format!("id:        {}", volume.id),
-        format!("name:      {}", volume.name),
-        format!("size:      {} MiB", volume.size_mb),
-        format!("on disk:   {} bytes", volume.disk_bytes),
-        format!("attached:  {}", attached_to(volume)),
-        format!("created:   {}", volume.created_at),
-    ]
-    .join("\n")
 }

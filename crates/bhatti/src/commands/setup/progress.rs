@@ -7,12 +7,27 @@ use bhatti_image::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
 
+use crate::output::Output;
+
 /// How often the bar moves by itself.
 const TICK: Duration = Duration::from_millis(100);
 
+/// Does something that takes its time, and shows how far it is in the way that was asked for.
+pub(in crate::commands) async fn with_progress<T>(
+    output: Output,
+    work: impl AsyncFnOnce(&mut dyn Progress) -> T,
+) -> T {
+    let silent = output.json || output.quiet;
+    if output.terminal && !silent {
+        work(&mut Bars::default()).await
+    } else {
+        work(&mut Lines::new(silent)).await
+    }
+}
+
 /// A bar that shows the step, its age and its latest line.
 #[derive(Default)]
-pub(super) struct Bars {
+struct Bars {
     bar: Option<(ProgressBar, String)>,
 }
 
@@ -44,14 +59,14 @@ impl Progress for Bars {
 }
 
 /// Lines with the time since the setup began.
-pub(super) struct Lines {
+struct Lines {
     began: Instant,
     step: String,
     quiet: bool,
 }
 
 impl Lines {
-    pub(super) fn new(quiet: bool) -> Self {
+    fn new(quiet: bool) -> Self {
         Self { began: Instant::now(), step: String::new(), quiet }
     }
 

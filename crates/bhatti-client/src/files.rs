@@ -1,0 +1,150 @@
+//! Files in sandboxes.
+
+use bhatti_api::{Deleted, Done, FileEntry, MakeDirectory, RenameFile};
+use http::Method;
+
+use crate::path::{sandbox_path, with_query};
+use crate::{Client, ClientError, Download, Upload};
+
+/// Facts about a file or directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileStat {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its permission bits in octal.
+    pub mode: String,
+    /// Whether it is a directory.
+    pub is_dir: bool,
+}
+
+impl Client {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn read_file(&self, sandbox: &str, path: &str) -> Result<Download, ClientError> {
+        let path = with_query(&sandbox_path(sandbox, "/files"), [("path", path)]);
+        self.download(Method::GET, &path, &[]).await
+    }
+
+    /// Lists a directory.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_directory(
+        &self,
+        sandbox: &str,
+        path: &str,
+    ) -> Result<Vec<FileEntry>, ClientError> {
+        self.get(&with_query(&sandbox_path(sandbox, "/files"), [("path", path), ("ls", "true")]))
+            .await
+    }
+
+    /// Facts about a file or directory.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn stat(&self, sandbox: &str, path: &str) -> Result<FileStat, ClientError> {
+        let query = with_query(&sandbox_path(sandbox, "/files"), [("path", path)]);
+        let answer = match self.download(Method::HEAD, &query, &[]).await {
+            // An answer to HEAD has no body that could say why: another request has the same fault.
+            Err(ClientError::Unexpected(_)) => {
+                self.download(Method::GET, &format!("{query}&max_bytes=1"), &[]).await?
+            }
+            answer => answer?,
+        };
+        let header = |name| answer.header(name).unwrap_or_default();
+        Ok(FileStat {
+            size: header("x-file-size").parse().unwrap_or_default(),
+            mode: header("x-file-mode").to_owned(),
+            is_dir: header("x-file-isdir") == "true",
+        })
+    }
+
+    /// Writes a file, whole or not at all; `mode` in octal.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn write_file(
+        &self,
+        sandbox: &str,
+        path: &str,
+        mode: Option<&str>,
+        content: Upload,
+    ) -> Result<Done, ClientError> {
+        let query = [("path", path)].into_iter().chain(mode.map(|mode| ("mode", mode)));
+        let path = with_query(&sandbox_path(sandbox, "/files"), query);
+        self.upload(Method::PUT, &path, content).await
+    }
+
+    /// Removes a file or directory; with `recursive` all that is in it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn remove_file(
+        &self,
+        sandbox: &str,
+        path: &str,
+        recursive: bool,
+    ) -> Result<Deleted, ClientError> {
+        let recursive = if recursive { "true" } else { "false" };
+        let query = [("path", path), ("recursive", recursive)];
+        self.delete(&with_query(&sandbox_path(sandbox, "/files"), query)).await
+    }
+
+    /// Makes a directory.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn make_directory(
+        &self,
+        sandbox: &str,
+        request: &MakeDirectory,
+    ) -> Result<Done, ClientError> {
+        self.post(&sandbox_path(sandbox, "/files/mkdir"), Some(request)).await
+    }
+
+    /// Renames a file or directory.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn rename_file(
+        &self,
+        sandbox: &str,
+        request: &RenameFile,
+    ) -> Result<Done, ClientError> {
+        self.post(&sandbox_path(sandbox, "/files/rename"), Some(request)).await
+    }
+
+    /// Downloads a directory as a tar archive.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn read_tar(&self, sandbox: &str, path: &str) -> Result<Download, ClientError> {
+        let path = with_query(&sandbox_path(sandbox, "/tar"), [("path", path)]);
+        self.download(Method::GET, &path, &[]).await
+    }
+
+    /// Unpacks a tar archive into a directory.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn write_tar(
+        &self,
+        sandbox: &str,
+        path: &str,
+        archive: Upload,
+    ) -> Result<Done, ClientError> {
+        let path = with_query(&sandbox_path(sandbox, "/tar"), [("path", path)]);
+        self.upload(Method::PUT, &path, archive).await
+    }
+}

@@ -1,0 +1,46 @@
+//! Images.
+
+use bhatti_api::{Deleted, Image};
+use http::Method;
+
+use crate::path::{segment_path, with_query};
+use crate::{Client, ClientError, Upload};
+
+impl Client {
+    /// All images, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_images(&self) -> Result<Vec<Image>, ClientError> {
+        self.get("/images").await
+    }
+
+    /// One image, by name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn inspect_image(&self, image: &str) -> Result<Image, ClientError> {
+        self.get(&segment_path("/images/", image, "")).await
+    }
+
+    /// Makes an image of a tar archive.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn import_image(&self, name: &str, archive: Upload) -> Result<Image, ClientError> {
+        let path = with_query("/images/import", [("name", name)]);
+        self.upload(Method::POST, &path, archive).await
+    }
+
+    /// Takes an image away that nobody needs.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn delete_image(&self, image: &str) -> Result<Deleted, ClientError> {
+        self.delete(&segment_path("/images/", image, "")).await
+    }
+}

@@ -1,0 +1,158 @@
+//! A terminal on a WebSocket.
+
+use bhatti_api::{ErrorBody, ShellRequest, ShellServerMessage};
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use tokio_tungstenite::tungstenite::Message;
+
+use crate::path::{sandbox_path, with_query};
+use crate::websocket::{Sink, Source, lost, unexpected};
+use crate::{Client, ClientError};
+
+/// Which session is wanted; see the API's `GET /sandboxes/{sandbox}/ws`.
+#[derive(Clone, Debug, Default)]
+pub struct ShellOptions {
+    /// The session to come back to.
+    pub session: Option<String>,
+    /// Whether a new one is wanted in any case.
+    pub new: bool,
+    /// Rows and columns of the terminal.
+    pub size: Option<(u16, u16)>,
+    /// The command of a new session; a login shell if empty.
+    pub command: Vec<String>,
+    /// Variables of a new session.
+    pub env: Vec<(String, String)>,
+    /// Who a new session runs as.
+    pub user: Option<String>,
+    /// Where a new session begins.
+    pub workdir: Option<String>,
+    /// Seconds after which the process of a new session is ended.
+    pub timeout_sec: Option<u32>,
+}
+
+/// Something that a terminal did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShellEvent {
+    /// The client is attached. Comes first.
+    Session {
+        /// To come back to it.
+        id: String,
+        /// Whether it was made just now.
+        is_new: bool,
+    },
+    /// It wrote.
+    Output(Bytes),
+    /// Its process ended. Nothing follows.
+    Exit(i32),
+}
+
+/// The way to a terminal. Dropping both halves leaves the session running.
+pub struct ShellInput(Sink);
+
+/// The way from a terminal.
+pub struct ShellOutput(Source);
+
+impl Client {
+    /// Opens a terminal session, or comes back to one.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails. Whether there is such a session is the first thing that the output says.
+    pub async fn open_shell(
+        &self,
+        sandbox: &str,
+        options: &ShellOptions,
+    ) -> Result<(ShellInput, ShellOutput), ClientError> {
+        let query = options.pairs();
+        let pairs = query.iter().map(|(name, value)| (*name, value.as_str()));
+        let path = with_query(&sandbox_path(sandbox, "/ws"), pairs);
+        let (sink, source) = self.open_websocket(&path).await?;
+        Ok((ShellInput(sink), ShellOutput(source)))
+    }
+}
+
+impl ShellOptions {
+    fn pairs(&self) -> Vec<(&'static str, String)> {
+        let mut pairs = Vec::new();
+        pairs.extend(self.session.iter().map(|session| ("session", session.clone())));
+        if self.new {
+            pairs.push(("new", "true".to_owned()));
+        }
+        if let Some((rows, cols)) = self.size {
+            pairs.extend([("rows", rows.to_string()), ("cols", cols.to_string())]);
+        }
+        pairs.extend(self.command.iter().map(|argument| ("cmd", argument.clone())));
+        pairs.extend(self.env.iter().map(|(name, value)| ("env", format!("{name}={value}"))));
+        pairs.extend(self.user.iter().map(|user| ("user", user.clone())));
+        pairs.extend(self.workdir.iter().map(|directory| ("cwd", directory.clone())));
+        pairs.extend(self.timeout_sec.iter().map(|seconds| ("timeout_sec", seconds.to_string())));
+        pairs
+    }
+}
+
+impl ShellInput {
+    /// Types.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ClientError> {
+        self.0.send(Message::binary(bytes.to_vec())).await.map_err(lost)
+    }
+
+    /// Gives the terminal another size.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn resize(&mut self, rows: u16, cols: u16) -> Result<(), ClientError> {
+        let json = serde_json::to_string(&ShellRequest::Resize { rows, cols })
+            .map_err(|error| ClientError::Unexpected(error.to_string()))?;
+        self.0.send(Message::text(json)).await.map_err(lost)
+    }
+
+    /// Leaves the session, which goes on.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone: then it was left already.
+    pub async fn leave(&mut self) -> Result<(), ClientError> {
+        self.0.close().await.map_err(lost)
+    }
+}
+
+impl ShellOutput {
+    /// Waits for the next event.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ClientError::Refused`] if there is no session or its sandbox is lost.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<ShellEvent, ClientError> {
+        loop {
+            match self.0.next().await {
+                Some(Ok(Message::Binary(bytes))) => return Ok(ShellEvent::Output(bytes)),
+                Some(Ok(Message::Text(json))) => return event(&json),
+                Some(Ok(Message::Close(_))) | None => return Err(ClientError::StreamLost(None)),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(lost(error)),
+            }
+        }
+    }
+}
+
+fn event(json: &str) -> Result<ShellEvent, ClientError> {
+    match serde_json::from_str(json) {
+        Ok(ShellServerMessage::Session { session_id, new }) => {
+            Ok(ShellEvent::Session { id: session_id, is_new: new })
+        }
+        Ok(ShellServerMessage::Exit { exit_code }) => Ok(ShellEvent::Exit(exit_code)),
+        Ok(ShellServerMessage::Error { error, code, hint }) => {
+            Err(ClientError::Refused(ErrorBody { error, code, hint, request_id: String::new() }))
+        }
+        Err(_) => Err(unexpected(json)),
+    }
+}

@@ -1,0 +1,44 @@
+//! Templates.
+
+use bhatti_api::{CreateTemplate, Deleted, Template};
+
+use crate::path::segment_path;
+use crate::{Client, ClientError};
+
+impl Client {
+    /// Writes a template down.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn create_template(&self, request: &CreateTemplate) -> Result<Template, ClientError> {
+        self.post("/templates", Some(request)).await
+    }
+
+    /// The caller's templates, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_templates(&self) -> Result<Vec<Template>, ClientError> {
+        self.get("/templates").await
+    }
+
+    /// One template, by id or name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn inspect_template(&self, template: &str) -> Result<Template, ClientError> {
+        self.get(&segment_path("/templates/", template, "")).await
+    }
+
+    /// Forgets a template.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn delete_template(&self, template: &str) -> Result<Deleted, ClientError> {
+        self.delete(&segment_path("/templates/", template, "")).await
+    }
+}

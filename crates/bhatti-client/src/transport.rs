@@ -1,0 +1,202 @@
+//! One call on one connection.
+
+use std::io;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::stream;
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST};
+use http::{HeaderMap, Method, Request};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+use crate::{Client, ClientError};
+
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// What is read of an upload at once, in bytes.
+const PIECE_BYTES: usize = 64 * 1024;
+
+/// The most of an answer that an error repeats.
+const SHOWN_CHARS: usize = 200;
+
+/// Something that is sent as it is read.
+pub struct Upload {
+    content: Box<dyn AsyncRead + Send + Unpin>,
+    length: Option<u64>,
+}
+
+impl Upload {
+    /// Content of any length; or of exactly `length` bytes, if it is known.
+    pub fn new(content: impl AsyncRead + Send + Unpin + 'static, length: Option<u64>) -> Self {
+        Self { content: Box::new(content), length }
+    }
+
+    fn into_body(self) -> Body {
+        let pieces = stream::unfold(self.content, |mut content| async move {
+            let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+            match content.read_buf(&mut piece).await {
+                Ok(0) => None,
+                Ok(_) => Some((Ok(Frame::data(piece.freeze())), content)),
+                Err(error) => Some((Err(error), content)),
+            }
+        });
+        BodyExt::boxed_unsync(StreamBody::new(pieces))
+    }
+}
+
+/// An answer that is read as it comes.
+#[derive(Debug)]
+pub struct Download {
+    headers: HeaderMap,
+    body: Incoming,
+}
+
+impl Download {
+    /// A header of the answer, if it is text.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+
+    /// Its size in bytes, if it was said.
+    #[must_use]
+    pub fn size(&self) -> Option<u64> {
+        self.header("x-file-size")?.parse().ok()
+    }
+
+    /// The next piece; none behind the last.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the answer breaks off before its end.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        loop {
+            match self.body.frame().await.transpose().map_err(ClientError::Lost)? {
+                None => return Ok(None),
+                Some(frame) => {
+                    if let Ok(bytes) = frame.into_data() {
+                        return Ok(Some(bytes));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn collect(self) -> Result<Bytes, ClientError> {
+        Ok(self.body.collect().await.map_err(ClientError::Lost)?.to_bytes())
+    }
+}
+
+impl Client {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, path, None::<&()>).await
+    }
+
+    pub(crate) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::DELETE, path, None::<&()>).await
+    }
+
+    pub(crate) async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, ClientError> {
+        self.call(Method::POST, path, body).await
+    }
+
+    pub(crate) async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, ClientError> {
+        let json = body.map(serde_json::to_vec).transpose();
+        let json =
+            json.map_err(|error| ClientError::Unexpected(error.to_string()))?.unwrap_or_default();
+        let body = Full::new(Bytes::from(json)).map_err(|never| match never {}).boxed_unsync();
+        let headers = [(CONTENT_TYPE.as_str(), "application/json")];
+        parse(&self.send(method, path, &headers, body).await?.collect().await?)
+    }
+
+    pub(crate) async fn get_text(&self, path: &str) -> Result<String, ClientError> {
+        let text = self.download(Method::GET, path, &[]).await?.collect().await?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    pub(crate) async fn download(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> Result<Download, ClientError> {
+        let empty = Full::default().map_err(|never| match never {}).boxed_unsync();
+        self.send(method, path, headers, empty).await
+    }
+
+    pub(crate) async fn upload<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        content: Upload,
+    ) -> Result<T, ClientError> {
+        let length = content.length.map(|length| length.to_string());
+        let mut headers = vec![(CONTENT_TYPE.as_str(), "application/octet-stream")];
+        headers.extend(length.as_deref().map(|length| (CONTENT_LENGTH.as_str(), length)));
+        parse(&self.send(method, path, &headers, content.into_body()).await?.collect().await?)
+    }
+
+    /// Sends a request and waits for the head of the answer. One that is an error is read to its end, and returned as such.
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Body,
+    ) -> Result<Download, ClientError> {
+        let mut request =
+            Request::builder().method(method).uri(path).header(HOST, self.endpoint.host());
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let request = request.body(body);
+        let request = request.map_err(|error| ClientError::Unexpected(error.to_string()))?;
+
+        let stream = TokioIo::new(self.endpoint.connect().await?);
+        let (mut sender, connection) = http1::handshake(stream).await.map_err(ClientError::Lost)?;
+        // Ends with the sender and the answer.
+        tokio::spawn(connection);
+        let response = sender.send_request(request).await.map_err(ClientError::Lost)?;
+        let (status, (parts, body)) = (response.status(), response.into_parts());
+        let answer = Download { headers: parts.headers, body };
+        if status.is_success() {
+            return Ok(answer);
+        }
+        Err(refusal(&answer.collect().await?))
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ClientError> {
+    serde_json::from_slice(body).map_err(|_| unexpected(body))
+}
+
+/// What the body of an error says.
+pub(crate) fn refusal(body: &[u8]) -> ClientError {
+    serde_json::from_slice(body).map_or_else(|_| unexpected(body), ClientError::Refused)
+}
+
+fn unexpected(body: &[u8]) -> ClientError {
+    ClientError::Unexpected(String::from_utf8_lossy(body).chars().take(SHOWN_CHARS).collect())
+}

@@ -1,0 +1,63 @@
+//! Users.
+
+use bhatti_api::{CreateUser, CreatedUser, Deleted, UpdateUser, User};
+use http::Method;
+
+use crate::path::segment_path;
+use crate::{Client, ClientError};
+
+impl Client {
+    /// Makes a user. Its key is in the answer, and nowhere else.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn create_user(&self, request: &CreateUser) -> Result<CreatedUser, ClientError> {
+        self.post("/users", Some(request)).await
+    }
+
+    /// All users.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_users(&self) -> Result<Vec<User>, ClientError> {
+        self.get("/users").await
+    }
+
+    /// One user, by name or id.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn inspect_user(&self, user: &str) -> Result<User, ClientError> {
+        self.get(&segment_path("/users/", user, "")).await
+    }
+
+    /// Changes what a user may have.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn update_user(&self, user: &str, request: &UpdateUser) -> Result<User, ClientError> {
+        self.call(Method::PATCH, &segment_path("/users/", user, ""), Some(request)).await
+    }
+
+    /// Deletes a user that owns nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn delete_user(&self, user: &str) -> Result<Deleted, ClientError> {
+        self.delete(&segment_path("/users/", user, "")).await
+    }
+
+    /// Gives a user another key; the one before is good no longer.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn rotate_key(&self, user: &str) -> Result<CreatedUser, ClientError> {
+        self.post(&segment_path("/users/", user, "/rotate-key"), None::<&()>).await
+    }
+}

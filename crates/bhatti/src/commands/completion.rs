@@ -1,0 +1,25 @@
+//! `bhatti completion`.
+
+use clap::{Args, CommandFactory};
+use clap_complete::{Shell, generate};
+
+use super::Context;
+use crate::cli::Cli;
+use crate::error::CliError;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti completion bash > /etc/bash_completion.d/bhatti\n  bhatti completion zsh > ~/.zfunc/_bhatti\n  bhatti completion fish > ~/.config/fish/completions/bhatti.fish"
+)]
+pub(crate) struct Completion {
+    /// The shell
+    #[arg(value_parser = ["bash", "zsh", "fish"])]
+    shell: String,
+}
+
+pub(super) fn run(context: &Context, arguments: &Completion) -> Result<(), CliError> {
+    let shell: Shell = arguments.shell.parse().map_err(|error: String| CliError::new(error))?;
+    let mut script = Vec::new();
+    generate(shell, &mut Cli::command(), "bhatti", &mut script);
+    context.output.print(&String::from_utf8_lossy(&script))
+}

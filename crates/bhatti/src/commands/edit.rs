@@ -1,0 +1,55 @@
+//! `bhatti edit`.
+
+use bhatti_api::UpdateSandbox;
+use clap::Args;
+
+use super::Context;
+use super::lifecycle::status;
+use crate::cli::parse_variable;
+use crate::error::CliError;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti edit dev --name main --keep-hot\n  bhatti edit dev --label team=web --label-delete stage"
+)]
+pub(crate) struct Edit {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    #[command(flatten)]
+    change: Change,
+}
+
+/// What is changed.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+struct Change {
+    /// Its name from now on
+    #[arg(long)]
+    name: Option<String>,
+    /// A label that it gets; may be given several times
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
+    label: Vec<(String, String)>,
+    /// A label that it loses; may be given several times
+    #[arg(long, value_name = "KEY")]
+    label_delete: Vec<String>,
+    /// Keep it hot, however long nobody uses it
+    #[arg(long)]
+    keep_hot: bool,
+    /// Let it sleep when nobody uses it
+    #[arg(long, conflicts_with = "keep_hot")]
+    allow_cold: bool,
+}
+
+pub(super) async fn run(context: &Context, Edit { sandbox, change }: Edit) -> Result<(), CliError> {
+    let Change { name, label, label_delete, keep_hot, allow_cold } = change;
+    let gained = label.into_iter().map(|(key, value)| (key, Some(value)));
+    let lost = label_delete.into_iter().map(|key| (key, None));
+    let request = UpdateSandbox {
+        name,
+        labels: gained.chain(lost).collect(),
+        keep_hot: (keep_hot || allow_cold).then_some(keep_hot),
+    };
+    let sandbox =
+        context.on(&sandbox, async |id| context.client.update(id, &request).await).await?;
+    context.output.show(&sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))
+}

@@ -1,0 +1,80 @@
+//! `bhatti events`.
+
+use bhatti_api::Event;
+use bhatti_client::EventFilter;
+use clap::Args;
+
+use super::Context;
+use crate::error::CliError;
+use crate::output::{Cell, Table};
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti events --sandbox dev\n  bhatti events --follow --type sandbox. --json"
+)]
+pub(crate) struct Events {
+    /// Go on, as more happens
+    #[arg(short, long)]
+    follow: bool,
+    /// Only those whose type begins so
+    #[arg(long = "type", value_name = "TYPE")]
+    kind: Option<String>,
+    /// Only those of this sandbox, by name or id, even if it is gone
+    #[arg(long)]
+    sandbox: Option<String>,
+    /// Only those behind the event of this number
+    #[arg(long, value_name = "NUMBER")]
+    after: Option<u64>,
+    /// How many at most [default: 100]
+    #[arg(long, value_name = "COUNT", conflicts_with = "follow")]
+    limit: Option<u32>,
+}
+
+const EVENTS: Table<Event> = Table {
+    header: &["NUMBER", "TIME", "TYPE", "SANDBOX", "DETAIL"],
+    row: |event| {
+        vec![
+            Cell::number(event.id),
+            Cell::Time(event.at.clone()),
+            event.kind.clone().into(),
+            event.sandbox_name.clone().unwrap_or_else(|| "-".to_owned()).into(),
+            detail(event).into(),
+        ]
+    },
+    key: |event| event.id.to_string(),
+};
+
+pub(super) async fn run(context: &Context, arguments: Events) -> Result<(), CliError> {
+    let Events { follow, kind, sandbox, after, limit } = arguments;
+    let filter = EventFilter { kind, sandbox, after, limit };
+    if !follow {
+        return context.output.show_list(&context.client.list_events(&filter).await?, &EVENTS);
+    }
+    let mut events = context.client.follow_events(&filter).await?;
+    while let Some(event) = events.next().await? {
+        context.output.print(&line(&event, context.output.json)?)?;
+    }
+    Err(CliError::new("the daemon has stopped").hint("start it again with `bhatti serve`"))
+}
+
+/// An event in a line.
+fn line(event: &Event, json: bool) -> Result<String, CliError> {
+    if json {
+        return serde_json::to_string(event).map_err(|error| CliError::of(&error));
+    }
+    let cells = [
+        event.at.clone(),
+        event.kind.clone(),
+        event.sandbox_name.clone().unwrap_or_else(|| "-".to_owned()),
+        detail(event),
+    ];
+    Ok(cells.join("\t").trim_end().to_owned())
+}
+
+fn detail(event: &Event) -> String {
+    let pair = |(name, value): (&String, &serde_json::Value)| match value.as_str() {
+        Some(text) => format!("{name}={text}"),
+        None => format!("{name}={value}"),
+    };
+    event.detail.as_object().into_iter().flatten().map(pair).collect::<Vec<_>>().join(" ")
+}

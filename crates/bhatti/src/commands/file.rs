@@ -1,0 +1,199 @@
+//! `bhatti file`.
+
+mod copy;
+
+use std::io::{self, Write};
+
+use bhatti_api::{FileEntry, MakeDirectory, RenameFile};
+use bhatti_client::Upload;
+use clap::Subcommand;
+
+use super::Context;
+use crate::error::CliError;
+use crate::output::{Cell, Table, Transfer, unix_time};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum File {
+    /// Print a file
+    #[command(after_help = "Example:\n  bhatti file read dev /etc/hostname")]
+    Read {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// The file
+        path: String,
+    },
+    /// Write a file from standard input, whole or not at all
+    #[command(
+        after_help = "Example:\n  bhatti file write dev /workspace/notes --mode 0600 < notes"
+    )]
+    Write {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// The file
+        path: String,
+        /// Its permission bits in octal [default: 0644]
+        #[arg(long, value_name = "MODE")]
+        mode: Option<String>,
+    },
+    /// List a directory
+    #[command(after_help = "Example:\n  bhatti file ls dev /workspace")]
+    Ls {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// The directory
+        #[arg(default_value = "/workspace")]
+        path: String,
+    },
+    /// Show a file's size, permissions and kind
+    #[command(after_help = "Example:\n  bhatti file stat dev /etc/hostname")]
+    Stat {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// The file
+        path: String,
+    },
+    /// Remove files
+    #[command(after_help = "Example:\n  bhatti file rm dev --recursive /workspace/old")]
+    Rm {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// The files
+        #[arg(required = true)]
+        paths: Vec<String>,
+        /// Directories, too, with all that is in them
+        #[arg(short, long)]
+        recursive: bool,
+    },
+    /// Make directories
+    #[command(after_help = "Example:\n  bhatti file mkdir dev --parents /workspace/a/b")]
+    Mkdir {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// The directories
+        #[arg(required = true)]
+        paths: Vec<String>,
+        /// Missing parents, too; it may exist already
+        #[arg(short, long)]
+        parents: bool,
+        /// Its permission bits in octal [default: 0755]
+        #[arg(long, value_name = "MODE")]
+        mode: Option<String>,
+    },
+    /// Rename a file or directory
+    #[command(after_help = "Example:\n  bhatti file mv dev /workspace/a /workspace/b")]
+    Mv {
+        /// Name, id or beginning of the id
+        sandbox: String,
+        /// Its path
+        from: String,
+        /// Its path from now on
+        to: String,
+    },
+    /// Copy files and directories into a sandbox, or out of it
+    #[command(
+        after_help = "Examples:\n  bhatti file cp ./project dev:/workspace\n  bhatti file cp dev:/workspace/result.txt .\n\nWhat is copied to a directory that exists goes into it, under its own name."
+    )]
+    Cp {
+        /// What is copied: PATH, or SANDBOX:PATH
+        from: String,
+        /// Where to: PATH, or SANDBOX:PATH
+        to: String,
+    },
+}
+
+const ENTRIES: Table<FileEntry> = Table {
+    header: &["MODE", "SIZE", "CHANGED", "NAME"],
+    row: |entry| {
+        let kind = match (&entry.symlink_target, entry.is_dir) {
+            (Some(_), _) => 'l',
+            (None, true) => 'd',
+            (None, false) => '-',
+        };
+        let target = entry.symlink_target.iter().map(|target| format!(" -> {target}"));
+        vec![
+            format!("{kind}{}", entry.mode).into(),
+            entry.size.to_string().into(),
+            Cell::Time(unix_time(entry.mtime)),
+            (entry.name.clone() + &target.collect::<String>()).into(),
+        ]
+    },
+    key: |entry| entry.name.clone(),
+};
+
+pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError> {
+    let (client, output) = (&context.client, context.output);
+    match command {
+        File::Read { sandbox, path } => read(context, &sandbox, &path).await,
+        File::Write { sandbox, path, mode } => write(context, &sandbox, &path, mode).await,
+        File::Ls { sandbox, path } => {
+            let list = async |id: &str| client.list_directory(id, &path).await;
+            output.show_list(&context.on(&sandbox, list).await?, &ENTRIES)
+        }
+        File::Stat { sandbox, path } => stat(context, &sandbox, &path).await,
+        File::Rm { sandbox, paths, recursive } => {
+            for path in paths {
+                let remove = async |id: &str| client.remove_file(id, &path, recursive).await;
+                context.on(&sandbox, remove).await?;
+                output.done("path", &path, "removed")?;
+            }
+            Ok(())
+        }
+        File::Mkdir { sandbox, paths, parents, mode } => {
+            for path in paths {
+                let request = MakeDirectory { path, mode: mode.clone(), parents };
+                context.on(&sandbox, async |id| client.make_directory(id, &request).await).await?;
+                output.done("path", &request.path, "made")?;
+            }
+            Ok(())
+        }
+        File::Mv { sandbox, from, to } => {
+            let request = RenameFile { from, to };
+            context.on(&sandbox, async |id| client.rename_file(id, &request).await).await?;
+            output.done("path", &request.to, "moved to")
+        }
+        File::Cp { from, to } => copy::run(context, &from, &to).await,
+    }
+}
+
+async fn read(context: &Context, sandbox: &str, path: &str) -> Result<(), CliError> {
+    let read = async |id: &str| context.client.read_file(id, path).await;
+    let mut content = context.on(sandbox, read).await?;
+    let mut stdout = io::stdout();
+    while let Some(bytes) = content.next().await? {
+        stdout.write_all(&bytes)?;
+    }
+    Ok(stdout.flush()?)
+}
+
+async fn write(
+    context: &Context,
+    sandbox: &str,
+    path: &str,
+    mode: Option<String>,
+) -> Result<(), CliError> {
+    let client = &context.client;
+    // Standard input can be read once: the sandbox is looked for before.
+    let sandbox = context.on(sandbox, async |id| client.inspect(id).await).await?;
+    let transfer = Transfer::begin(context.output, "writing", None);
+    let content = Upload::new(transfer.counting(tokio::io::stdin()), None);
+    client.write_file(&sandbox.id, path, mode.as_deref(), content).await?;
+    drop(transfer);
+    context.output.done("path", path, "wrote")
+}
+
+async fn stat(context: &Context, sandbox: &str, path: &str) -> Result<(), CliError> {
+    let stat = async |id: &str| context.client.stat(id, path).await;
+    let stat = context.on(sandbox, stat).await?;
+    let shown = serde_json::json!({
+        "path": path, "size": stat.size, "mode": stat.mode, "is_dir": stat.is_dir,
+    });
+    context.output.show_facts(&shown, |_| {
+        let kind = if stat.is_dir { "directory" } else { "file" };
+        vec![
+            ("path", path.into()),
+            ("kind", kind.into()),
+            ("mode", stat.mode.as_str().into()),
+            ("size", format!("{} bytes", stat.size).into()),
+        ]
+    })
+}

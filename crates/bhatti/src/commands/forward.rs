@@ -1,0 +1,102 @@
+//! `bhatti forward`.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use bhatti_client::{Client, ClientError, ForwardReceiver, ForwardSender};
+use bhatti_types::Report;
+use bytes::{Bytes, BytesMut};
+use clap::Args;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::Context;
+use crate::error::CliError;
+
+/// What is read at once, in bytes.
+const PIECE_BYTES: usize = 64 * 1024;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti forward dev 5432\n  bhatti forward dev 80 8080\n\nAny TCP protocol works, also in a sandbox without a network."
+)]
+pub(crate) struct Forward {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    /// The port in the sandbox
+    port: u16,
+    /// The port of this machine; 0 for any that is free [default: the same]
+    local: Option<u16>,
+    /// The address of this machine
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    address: IpAddr,
+}
+
+pub(super) async fn run(context: &Context, arguments: &Forward) -> Result<(), CliError> {
+    let Forward { sandbox, port, local, address } = arguments;
+    let sandbox = context.on(sandbox, async |id| context.client.inspect(id).await).await?;
+    let wanted = SocketAddr::new(*address, local.unwrap_or(*port));
+    let listener = TcpListener::bind(wanted).await.map_err(|error| {
+        CliError::new(format!("cannot listen at {wanted}: {error}"))
+            .hint(format!("choose another port: bhatti forward {} {port} 0", sandbox.name))
+    })?;
+    let listening = listener.local_addr()?;
+    let shown = json!({ "address": listening.to_string(), "sandbox": sandbox.name, "port": port });
+    context.output.show_made(&shown, (&listening.to_string(), &sandbox.name), |_| {
+        format!("{listening} is port {port} of {}, until interrupted", sandbox.name)
+    })?;
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let (client, output) = (context.client.clone(), context.output);
+        let (id, port) = (sandbox.id.clone(), *port);
+        tokio::spawn(async move {
+            if let Err(error) = connect(&client, &id, port, stream).await {
+                output.note(&format!("a connection failed: {}", Report(&error)));
+            }
+        });
+    }
+}
+
+/// Makes one connection of this machine's one of the sandbox's.
+async fn connect(
+    client: &Client,
+    sandbox: &str,
+    port: u16,
+    mut stream: TcpStream,
+) -> Result<(), ClientError> {
+    let (sender, receiver) = client.forward(sandbox, port).await?;
+    let (reader, writer) = stream.split();
+    // One direction that has ended leaves the other open; one that breaks ends both.
+    tokio::try_join!(send(reader, sender), receive(receiver, writer)).map(|_| ())
+}
+
+async fn send(mut reader: ReadHalf<'_>, mut sender: ForwardSender) -> Result<(), ClientError> {
+    let mut piece = BytesMut::new();
+    loop {
+        piece.reserve(PIECE_BYTES);
+        // A connection that breaks has ended, too.
+        match reader.read_buf(&mut piece).await.unwrap_or_default() {
+            0 => {
+                sender.send(Bytes::new()).await?;
+                // The sandbox's side may go on; it ends the connection with its own end.
+                return Ok(());
+            }
+            _ => sender.send(piece.split().freeze()).await?,
+        }
+    }
+}
+
+async fn receive(
+    mut receiver: ForwardReceiver,
+    mut writer: WriteHalf<'_>,
+) -> Result<(), ClientError> {
+    while let Some(bytes) = receiver.next().await? {
+        if writer.write_all(&bytes).await.is_err() {
+            return Err(ClientError::StreamLost(None));
+        }
+    }
+    // Whoever has gone needs no end.
+    drop(writer.shutdown().await);
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! `bhatti image`.
+
+use std::path::PathBuf;
+
+use bhatti_api::Image as Listed;
+use bhatti_client::Upload;
+use bhatti_image::{ImageStore, build_image};
+use bhatti_types::ImageName;
+use clap::Subcommand;
+
+use super::Context;
+use super::setup::progress::with_progress;
+use crate::error::CliError;
+use crate::output::{Cell, Table, Transfer, bytes, mib};
+use crate::paths;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// List images
+    #[command(visible_alias = "ls", after_help = "Example:\n  bhatti image list")]
+    List,
+    /// Show one image
+    #[command(after_help = "Example:\n  bhatti image inspect minimal")]
+    Inspect {
+        /// Its name
+        image: String,
+    },
+    /// Build an image on the daemon's own machine: the minimal one with more of Debian's packages
+    #[command(
+        after_help = "Example:\n  bhatti image build node --package nodejs --package npm\n  bhatti create --image node"
+    )]
+    Build {
+        /// Its name
+        name: String,
+        /// A package of Debian's that it has; may be given several times
+        #[arg(short, long, value_name = "PACKAGE", required = true)]
+        package: Vec<String>,
+    },
+    /// Make an image of a tar archive with a root file system
+    #[command(
+        after_help = "Example:\n  docker export CONTAINER > root.tar\n  bhatti image import web root.tar\n\nThe archive may be compressed with gzip or xz; `-` reads it from standard input."
+    )]
+    Import {
+        /// The image's name
+        name: String,
+        /// The archive
+        archive: PathBuf,
+    },
+    /// Delete images that no sandbox, snapshot or template has
+    #[command(visible_alias = "rm", after_help = "Example:\n  bhatti image delete web")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+}
+
+const IMAGES: Table<Listed> = Table {
+    header: &["NAME", "DEFAULT", "SIZE", "ON DISK", "SOURCE"],
+    row: |image| {
+        let source: String = image.source.chars().take(40).collect();
+        vec![
+            image.name.clone().into(),
+            if image.is_default { "yes" } else { "no" }.into(),
+            mib(image.size_mb).into(),
+            bytes(image.disk_bytes).into(),
+            source.into(),
+        ]
+    },
+    key: |image| image.name.clone(),
+};
+
+pub(super) async fn run(context: &Context, command: Image) -> Result<(), CliError> {
+    let (client, output) = (&context.client, context.output);
+    match command {
+        Image::List => output.show_list(&client.list_images().await?, &IMAGES),
+        Image::Inspect { image } => {
+            output.show_facts(&client.inspect_image(&image).await?, describe)
+        }
+        Image::Build { name, package } => build(context, &name, &package).await,
+        Image::Import { name, archive } => {
+            let (content, length) = open(&archive).await?;
+            let transfer = Transfer::begin(output, "importing", length);
+            let archive = Upload::new(transfer.counting(content), length);
+            let image = client.import_image(&name, archive).await?;
+            drop(transfer);
+            output.show(&image, |image| {
+                format!("imported {} ({} on disk)", image.name, bytes(image.disk_bytes))
+            })
+        }
+        Image::Delete { images } => {
+            for image in images {
+                let deleted = client.delete_image(&image).await?;
+                output.done("image", &image, &deleted.status)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+type Content = Box<dyn tokio::io::AsyncRead + Send + Unpin>;
+
+async fn open(archive: &PathBuf) -> Result<(Content, Option<u64>), CliError> {
+    if archive.as_os_str() == "-" {
+        return Ok((Box::new(tokio::io::stdin()), None));
+    }
+    let failed = |error| CliError::new(format!("failed to read `{}`: {error}", archive.display()));
+    let file = tokio::fs::File::open(archive).await.map_err(failed)?;
+    let facts = file.metadata().await.map_err(failed)?;
+    let length = facts.is_file().then_some(facts.len());
+    Ok((Box::new(file), length))
+}
+
+async fn build(context: &Context, name: &str, packages: &[String]) -> Result<(), CliError> {
+    let name: ImageName = name.parse().map_err(|error| CliError::of(&error))?;
+    paths::create_data_dir(&context.data_dir)?;
+    let store = ImageStore::new(&context.data_dir);
+    let built = with_progress(context.output, async |progress| {
+        build_image(&store, &name, packages, progress).await
+    });
+    built.await.map_err(|error| CliError::of(&error))?;
+    context.output.show(&serde_json::json!({ "image": name.as_str() }), |_| {
+        format!("ready: bhatti create --image {name}")
+    })
+}
+
+fn describe(image: &Listed) -> Vec<(&'static str, Cell)> {
+    vec![
+        ("name", Cell::from(&image.name)),
+        ("default", if image.is_default { "yes" } else { "no" }.into()),
+        ("size", mib(image.size_mb).into()),
+        ("on disk", bytes(image.disk_bytes).into()),
+        ("source", Cell::from(&image.source)),
+    ]
+}

@@ -1,0 +1,25 @@
+//! `bhatti kill`.
+
+use clap::Args;
+
+use super::Context;
+use crate::error::CliError;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bhatti kill dev s3")]
+pub(crate) struct Kill {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    /// Ids of terminals or jobs, as `bhatti ps` lists them
+    #[arg(required = true, value_name = "SESSION")]
+    sessions: Vec<String>,
+}
+
+pub(super) async fn run(context: &Context, arguments: &Kill) -> Result<(), CliError> {
+    for session in &arguments.sessions {
+        let kill = async |id: &str| context.client.kill_session(id, session).await;
+        let killed = context.on(&arguments.sandbox, kill).await?;
+        context.output.done("session", session, &killed.status)?;
+    }
+    Ok(())
+}

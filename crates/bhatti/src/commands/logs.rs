@@ -1,0 +1,35 @@
+//! `bhatti logs`.
+
+use std::io::{self, Write};
+
+use clap::Args;
+
+use super::Context;
+use crate::error::CliError;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bhatti logs dev s3\n  bhatti logs --follow dev s3")]
+pub(crate) struct Logs {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    /// The job's id, as `bhatti exec --detach` and `bhatti ps` tell it
+    job: String,
+    /// Go on until the job ends
+    #[arg(short, long)]
+    follow: bool,
+    /// The byte to begin with [default: the first that is kept]
+    #[arg(long, value_name = "BYTE")]
+    offset: Option<u64>,
+}
+
+pub(super) async fn run(context: &Context, arguments: &Logs) -> Result<(), CliError> {
+    let Logs { sandbox, job, follow, offset } = arguments;
+    let output = async |id: &str| context.client.job_output(id, job, *offset, *follow).await;
+    let mut output = context.on(sandbox, output).await?;
+    let mut stdout = io::stdout();
+    while let Some(bytes) = output.next().await? {
+        stdout.write_all(&bytes)?;
+        stdout.flush()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! `bhatti secret`.
+
+use std::io::{self, IsTerminal, Read, Write};
+
+use bhatti_api::{Secret as Listed, SetSecret};
+use clap::Subcommand;
+
+use super::Context;
+use super::terminal::Settings;
+use crate::error::CliError;
+use crate::output::{Cell, Table};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Secret {
+    /// Set a secret; its value is read from standard input, or asked for
+    #[command(
+        after_help = "Examples:\n  bhatti secret set API_KEY\n  bhatti secret set API_KEY < key.txt\n\nOne line break at the end of the input is not part of the value."
+    )]
+    Set {
+        /// Its name: that of the variable which it becomes
+        name: String,
+    },
+    /// List secrets, without their values
+    #[command(visible_alias = "ls", after_help = "Example:\n  bhatti secret list")]
+    List,
+    /// Delete secrets
+    #[command(visible_alias = "rm", after_help = "Example:\n  bhatti secret delete API_KEY")]
+    Delete {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+const SECRETS: Table<Listed> = Table {
+    header: &["NAME", "CREATED", "UPDATED"],
+    row: |secret| {
+        vec![
+            secret.name.clone().into(),
+            Cell::Time(secret.created_at.clone()),
+            Cell::Time(secret.updated_at.clone()),
+        ]
+    },
+    key: |secret| secret.name.clone(),
+};
+
+pub(super) async fn run(context: &Context, command: Secret) -> Result<(), CliError> {
+    match command {
+        Secret::Set { name } => {
+            let value = read_value(&name)?;
+            let secret = context.client.set_secret(&SetSecret { name, value }).await?;
+            context.output.show(&secret, |secret| format!("set {}", secret.name))
+        }
+        Secret::List => context.output.show_list(&context.client.list_secrets().await?, &SECRETS),
+        Secret::Delete { names } => {
+            for name in names {
+                let deleted = context.client.delete_secret(&name).await?;
+                context.output.done("secret", &name, &deleted.status)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn read_value(name: &str) -> Result<String, CliError> {
+    let mut value = String::new();
+    if io::stdin().is_terminal() {
+        let mut stderr = io::stderr();
+        write!(stderr, "value of {name} (it is not shown): ")?;
+        stderr.flush()?;
+        {
+            let _hidden = Settings::hidden()?;
+            io::stdin().read_line(&mut value)?;
+        }
+        writeln!(stderr)?;
+    } else {
+        io::stdin().read_to_string(&mut value).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => CliError::new("the value is no text (UTF-8)"),
+            _ => error.into(),
+        })?;
+    }
+    let value = value.strip_suffix('\n').unwrap_or(&value).to_owned();
+    if value.is_empty() {
+        return Err(CliError::new("the value is empty")
+            .hint(format!("pass it in: bhatti secret set {name} < FILE")));
+    }
+    Ok(value)
+}

@@ -1,0 +1,59 @@
+//! `bhatti shell`.
+
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+
+use bhatti_api::StreamRequest;
+use bhatti_client::ShellOptions;
+use clap::Args;
+
+use super::{Context, exec, terminal};
+use crate::cli::parse_variable;
+use crate::error::CliError;
+
+/// Runs the best shell that the image has, as a login shell that reads its commands.
+const PIPED_SHELL: &str =
+    "for s in zsh bash sh; do s=$(command -v $s) && exec env SHELL=\"$s\" \"$s\" -l; done";
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti shell dev\n  bhatti shell dev --attach s3\n  bhatti shell dev < script.sh\n\nCtrl+\\ leaves at any time; the terminal goes on, and the next `bhatti shell` comes back to it. Where standard input is no terminal, the shell reads its commands from it."
+)]
+pub(crate) struct Shell {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    /// The terminal to come back to, as `bhatti ps` lists it [default: the newest that nobody has]
+    #[arg(long, value_name = "SESSION")]
+    attach: Option<String>,
+    /// Open another terminal in any case
+    #[arg(long, conflicts_with = "attach")]
+    new: bool,
+    /// A variable for a new terminal; may be given several times
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable, conflicts_with = "attach")]
+    env: Vec<(String, String)>,
+    /// Where a new terminal begins [default: /workspace]
+    #[arg(short = 'w', long, value_name = "DIR", conflicts_with = "attach")]
+    workdir: Option<String>,
+    /// Who a new terminal runs as [default: the image's usual user]
+    #[arg(short, long, conflicts_with = "attach")]
+    user: Option<String>,
+}
+
+pub(super) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode, CliError> {
+    let Shell { sandbox, attach, new, env, workdir, user } = arguments;
+    if attach.is_none() && !io::stdin().is_terminal() {
+        let start = StreamRequest::Start {
+            cmd: ["/bin/sh", "-c", PIPED_SHELL].map(str::to_owned).to_vec(),
+            env: env.into_iter().collect(),
+            cwd: workdir,
+            user,
+            timeout_sec: None,
+        };
+        return exec::stream(context, &sandbox, &start).await;
+    }
+    // What is asked of a new terminal is no use to an old one.
+    let new = new || !env.is_empty() || workdir.is_some() || user.is_some();
+    let options = ShellOptions { session: attach, new, env, workdir, user, ..Default::default() };
+    let shown = terminal::run(context, &sandbox, options).await;
+    shown.map_err(|error| error.or_hint(&format!("list terminals: bhatti ps {sandbox}")).of_exec())
+}

@@ -1,0 +1,319 @@
+//! A terminal of this machine, given to a terminal in a sandbox.
+//!
+//! ```text
+//!  keys ──► keyboard ──► (Ctrl+\ leaves) ──► queue ──► sender ──► session
+//!  screen ◄────────────────────────────────────────────────────── session
+//! ```
+//!
+//! Keys are read from the first moment on and whatever the connection does, so that leaving always works. However this ends, the
+//! terminal is what it was: its settings go back when [`Settings`] is dropped, and signals that would kill us end the loop instead.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bhatti_client::{ClientError, ShellEvent, ShellInput, ShellOptions, ShellOutput};
+use bytes::Bytes;
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use tokio::io::AsyncReadExt;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::Context;
+use super::exec::exit_code;
+use crate::error::CliError;
+
+/// Ctrl+\: leaves a session.
+const LEAVE: u8 = 0x1c;
+/// Ctrl+C: gives up, as long as there is no session yet that could take it.
+const INTERRUPT: u8 = 0x03;
+/// Ctrl+D: the end of input, for a session whose input is no terminal.
+const END: u8 = 0x04;
+
+/// What is read of the keyboard at once, in bytes.
+const KEYS: usize = 4096;
+/// Pieces of input from a pipe that may be on their way.
+const PIPED_PIECES: usize = 16;
+
+/// The terminal with other settings, until this is dropped.
+pub(super) struct Settings {
+    before: Termios,
+}
+
+impl Settings {
+    /// Every key is passed on as it is.
+    fn raw() -> io::Result<Self> {
+        Self::change(Termios::make_raw)
+    }
+
+    /// What is typed is not shown.
+    pub(super) fn hidden() -> io::Result<Self> {
+        Self::change(|settings| settings.local_modes.remove(LocalModes::ECHO))
+    }
+
+    fn change(change: impl FnOnce(&mut Termios)) -> io::Result<Self> {
+        let before = tcgetattr(io::stdin())?;
+        let mut changed = before.clone();
+        change(&mut changed);
+        tcsetattr(io::stdin(), OptionalActions::Now, &changed)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        // A terminal that has gone needs no settings.
+        let _: rustix::io::Result<()> = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
+    }
+}
+
+/// How a session ended for us.
+enum Outcome {
+    /// Its process ended.
+    Exit(i32),
+    /// It was left, and goes on.
+    Left,
+}
+
+/// Something on its way to a session.
+enum Input {
+    Keys(Bytes),
+    Size { rows: u16, cols: u16 },
+}
+
+/// A session as we know it.
+struct Session {
+    id: Option<String>,
+}
+
+/// Gives this terminal to a session in a sandbox, until it ends or is left.
+pub(super) async fn run(
+    context: &Context,
+    sandbox: &str,
+    mut options: ShellOptions,
+) -> Result<ExitCode, CliError> {
+    let is_terminal = io::stdin().is_terminal();
+    options.size = size();
+    let mut signals = Signals::catch()?;
+    let raw = if is_terminal { Some(Settings::raw()?) } else { None };
+    let mut session = Session { id: options.session.clone() };
+    let outcome = tokio::select! {
+        outcome = attend(context, sandbox, &options, is_terminal, &mut session) => outcome,
+        number = signals.next() => Err(CliError::interrupted(number)),
+    };
+    drop(raw);
+    let back = session.id.map(|id| format!("bhatti shell {sandbox} --attach {id}"));
+    match outcome {
+        Ok(Outcome::Exit(code)) => Ok(exit_code(code)),
+        Ok(Outcome::Left) => {
+            let back = back.unwrap_or_else(|| format!("bhatti shell {sandbox}"));
+            say(context, is_terminal, &format!("detached; come back with: {back}"));
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            if is_terminal {
+                say(context, true, "");
+            }
+            Err(match back {
+                Some(back) if error.is_lost() => {
+                    error.hint(format!("the session goes on; come back with: {back}"))
+                }
+                _ => error,
+            })
+        }
+    }
+}
+
+/// Tells something in a line of its own, wherever the cursor was left.
+fn say(context: &Context, is_terminal: bool, text: &str) {
+    if !context.output.quiet {
+        let before = if is_terminal { "\r\n" } else { "" };
+        // Nobody is left to be told when this fails.
+        drop(writeln!(io::stderr(), "{before}{text}"));
+    }
+}
+
+/// Connects and relays.
+async fn attend(
+    context: &Context,
+    sandbox: &str,
+    options: &ShellOptions,
+    is_terminal: bool,
+    session: &mut Session,
+) -> Result<Outcome, CliError> {
+    let mut keyboard = Keyboard::start(is_terminal);
+    let open = context.on(sandbox, async |id| context.client.open_shell(id, options).await);
+    let (input, mut output) = tokio::select! {
+        opened = open => opened?,
+        () = keyboard.gives_up() => return Ok(Outcome::Left),
+    };
+    let mut sizes = signal(SignalKind::window_change())?;
+    let (queue, queued) = mpsc::unbounded_channel();
+    let sending = send(input, queued, keyboard.window.clone());
+    tokio::pin!(sending);
+    loop {
+        tokio::select! {
+            event = output.next() => match event? {
+                ShellEvent::Session { id, .. } => session.id = Some(id),
+                ShellEvent::Output(bytes) => show(&bytes)?,
+                ShellEvent::Exit(code) => return Ok(Outcome::Exit(code)),
+            },
+            keys = keyboard.next() => match keys {
+                Keys::Some(keys) => drop(queue.send(Input::Keys(keys))),
+                Keys::Leave(keys) => {
+                    drop(queue.send(Input::Keys(keys)));
+                    drop(queue);
+                    return Ok(leave(sending, output).await);
+                }
+            },
+            _ = sizes.recv() => if let Some((rows, cols)) = size() {
+                drop(queue.send(Input::Size { rows, cols }));
+            },
+            // The output tells why nothing can be sent any more.
+            _gone = &mut sending => return last_words(output, session).await,
+        }
+    }
+}
+
+/// Leaves a session once it has what was typed before, unless it takes nothing.
+async fn leave(
+    sending: impl Future<Output = Result<(), ClientError>>,
+    output: ShellOutput,
+) -> Outcome {
+    const LIMIT: std::time::Duration = std::time::Duration::from_millis(500);
+    drop(tokio::time::timeout(LIMIT, sending).await);
+    drop(output);
+    Outcome::Left
+}
+
+/// What a session says when it takes no more.
+async fn last_words(mut output: ShellOutput, session: &mut Session) -> Result<Outcome, CliError> {
+    loop {
+        match output.next().await? {
+            ShellEvent::Session { id, .. } => session.id = Some(id),
+            ShellEvent::Output(bytes) => show(&bytes)?,
+            ShellEvent::Exit(code) => return Ok(Outcome::Exit(code)),
+        }
+    }
+}
+
+fn show(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes)?;
+    stdout.flush()
+}
+
+/// Sends what is queued, in order, and leaves the session at the end of the queue.
+async fn send(
+    mut input: ShellInput,
+    mut queued: mpsc::UnboundedReceiver<Input>,
+    window: Arc<Semaphore>,
+) -> Result<(), ClientError> {
+    while let Some(next) = queued.recv().await {
+        match next {
+            Input::Keys(keys) if keys.is_empty() => {}
+            Input::Keys(keys) => {
+                input.write(&keys).await?;
+                window.add_permits(1);
+            }
+            Input::Size { rows, cols } => input.resize(rows, cols).await?,
+        }
+    }
+    input.leave().await
+}
+
+/// The size of the terminal that output goes to: rows and columns.
+fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin())).ok()?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}
+
+/// What was typed.
+enum Keys {
+    /// These.
+    Some(Bytes),
+    /// These, and then Ctrl+\.
+    Leave(Bytes),
+}
+
+/// Standard input, read as it comes.
+struct Keyboard {
+    keys: mpsc::UnboundedReceiver<Bytes>,
+    /// Typed before there was a session.
+    early: Vec<Bytes>,
+    is_terminal: bool,
+    /// Pieces that may still be read; a person types any number.
+    window: Arc<Semaphore>,
+}
+
+impl Keyboard {
+    fn start(is_terminal: bool) -> Self {
+        let permits = if is_terminal { Semaphore::MAX_PERMITS / 2 } else { PIPED_PIECES };
+        let window = Arc::new(Semaphore::new(permits));
+        let (read, keys) = mpsc::unbounded_channel();
+        let room = Arc::clone(&window);
+        tokio::spawn(async move {
+            let mut stdin = tokio::io::stdin();
+            let mut buffer = vec![0; KEYS];
+            // The window is never closed.
+            while let Ok(permit) = room.acquire().await {
+                permit.forget();
+                // A terminal that breaks has ended.
+                let length = stdin.read(&mut buffer).await.unwrap_or_default();
+                let keys = if length > 0 { &buffer[..length] } else { &[END][..] };
+                if read.send(Bytes::copy_from_slice(keys)).is_err() || length == 0 {
+                    return;
+                }
+            }
+        });
+        Self { keys, early: Vec::new(), is_terminal, window }
+    }
+
+    /// Waits for somebody who does not want to wait any longer; keeps what else is typed.
+    async fn gives_up(&mut self) {
+        while let Some(keys) = self.keys.recv().await {
+            if self.is_terminal && keys.iter().any(|key| [LEAVE, INTERRUPT].contains(key)) {
+                return;
+            }
+            self.early.push(keys);
+        }
+        std::future::pending::<()>().await;
+    }
+
+    /// Waits for keys. At the end of the input it waits for ever.
+    async fn next(&mut self) -> Keys {
+        let keys = if self.early.is_empty() {
+            match self.keys.recv().await {
+                Some(keys) => keys,
+                None => std::future::pending().await,
+            }
+        } else {
+            self.early.remove(0)
+        };
+        match keys.iter().position(|key| *key == LEAVE).filter(|_| self.is_terminal) {
+            Some(at) => Keys::Leave(keys.slice(..at)),
+            None => Keys::Some(keys),
+        }
+    }
+}
+
+/// Signals that would kill us with the terminal as it is.
+struct Signals([Signal; 4]);
+
+impl Signals {
+    const CAUGHT: [SignalKind; 4] = [
+        SignalKind::hangup(),
+        SignalKind::interrupt(),
+        SignalKind::quit(),
+        SignalKind::terminate(),
+    ];
+
+    fn catch() -> io::Result<Self> {
+        let [hangup, interrupt, quit, terminate] = Self::CAUGHT;
+        Ok(Self([signal(hangup)?, signal(interrupt)?, signal(quit)?, signal(terminate)?]))
+    }
+
+    async fn next(&mut self) -> u8 {
+        super::exec::next_signal(&mut self.0, &Self::CAUGHT).await
+    }
+}

@@ -1,0 +1,40 @@
+//! `bhatti wait`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::Context;
+use super::exec::exit_code;
+use crate::error::CliError;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  bhatti wait dev s3\n\nExits with the job's code; 125 if bhatti failed."
+)]
+pub(crate) struct Wait {
+    /// Name, id or beginning of the id
+    sandbox: String,
+    /// The job's id, as `bhatti exec --detach` and `bhatti ps` tell it
+    job: String,
+}
+
+pub(super) async fn run(context: &Context, arguments: &Wait) -> Result<ExitCode, CliError> {
+    wait(context, arguments).await.map_err(CliError::of_exec)
+}
+
+async fn wait(context: &Context, Wait { sandbox, job }: &Wait) -> Result<ExitCode, CliError> {
+    let inspect = async |id: &str| context.client.inspect_job(id, job).await;
+    loop {
+        let now = context.on(sandbox, inspect).await?;
+        if let Some(code) = now.exit_code.filter(|_| !now.running) {
+            context.output.show(&now, |job| format!("{} exited {code}", job.id))?;
+            return Ok(exit_code(code));
+        }
+        // Its output ends with it: nobody has to ask again and again.
+        let rest =
+            async |id: &str| context.client.job_output(id, job, Some(now.output_end), true).await;
+        let mut rest = context.on(sandbox, rest).await?;
+        while rest.next().await?.is_some() {}
+    }
+}

@@ -1,0 +1,162 @@
+//! The daemon that was chosen with `bhatti setup --url`, and its key.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::cli::Global;
+use crate::error::CliError;
+
+/// Names another file than [`USUAL_FILE`].
+const FILE_VARIABLE: &str = "BHATTI_CONFIG";
+/// Where the choice is kept, below the home directory.
+const USUAL_FILE: &str = ".bhatti/config.yaml";
+
+const URL_KEY: &str = "api_url";
+const TOKEN_KEY: &str = "auth_token";
+
+/// What is read of the file; other keys are somebody else's.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+struct Saved {
+    api_url: Option<String>,
+    auth_token: Option<String>,
+}
+
+/// The daemon to call, with the key for it; none for the one on this machine. What is named now goes before what was saved, and so does
+/// a data directory that is named.
+pub(crate) fn choose(global: &Global) -> Result<Option<(String, String)>, CliError> {
+    let saved = || file().map_or_else(|| Ok(Saved::default()), |path| read(&path));
+    let (url, saved) = match (&global.url, &global.data_dir) {
+        (Some(url), _) if global.token.is_some() => (url.clone(), Saved::default()),
+        (Some(url), _) => (url.clone(), saved()?),
+        (None, Some(_)) => return Ok(None),
+        (None, None) => match saved()? {
+            Saved { api_url: Some(url), auth_token } => {
+                (url.clone(), Saved { api_url: Some(url), auth_token })
+            }
+            Saved { api_url: None, .. } => return Ok(None),
+        },
+    };
+    // A key is shown to the daemon that it is for, and to no other.
+    let kept = saved.auth_token.filter(|_| saved.api_url.as_ref() == Some(&url));
+    let token = global.token.clone().or(kept).ok_or_else(|| {
+        CliError::new(format!("there is no API key for {url}")).hint(
+            "name it with --token or BHATTI_TOKEN, or save it: bhatti setup --url URL --token KEY",
+        )
+    })?;
+    Ok(Some((url, token)))
+}
+
+/// The file, unless there is no place for it.
+fn file() -> Option<PathBuf> {
+    let named = std::env::var_os(FILE_VARIABLE).filter(|path| !path.is_empty());
+    let home = || std::env::var_os("HOME").filter(|home| !home.is_empty());
+    named.map(PathBuf::from).or_else(|| Some(Path::new(&home()?).join(USUAL_FILE)))
+}
+
+fn read(path: &Path) -> Result<Saved, CliError> {
+    let failed =
+        |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
+    match fs::read_to_string(path) {
+        Ok(text) if text.trim().is_empty() => Ok(Saved::default()),
+        Ok(text) => serde_saphyr::from_str(&text).map_err(|error| failed(&error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Saved::default()),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+/// Remembers a daemon and its key, for its owner alone. What else is in the file stays.
+pub(crate) fn save(url: &str, token: &str) -> Result<PathBuf, CliError> {
+    let path = file().ok_or_else(|| {
+        CliError::new("HOME is not set").hint(format!("name a file with {FILE_VARIABLE}"))
+    })?;
+    save_in(&path, url, token)
+        .map_err(|error| CliError::new(format!("failed to save `{}`: {error}", path.display())))?;
+    // What was written is what will be read.
+    let saved = read(&path)?;
+    if saved.api_url.as_deref() == Some(url) && saved.auth_token.as_deref() == Some(token) {
+        return Ok(path);
+    }
+    Err(CliError::new(format!(
+        "`{}` has these keys in a way that is not understood",
+        path.display()
+    ))
+    .hint(format!("write `{URL_KEY}` and `{TOKEN_KEY}` into it by hand")))
+}
+
+fn save_in(path: &Path, url: &str, token: &str) -> io::Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    if !directory.exists() {
+        fs::create_dir_all(directory)?;
+        give_to_owner_of_parent(directory)?;
+    }
+    let before = match fs::read_to_string(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        text => text.unwrap_or_default(),
+    };
+    let is_ours = |line: &&str| [URL_KEY, TOKEN_KEY].iter().any(|key| is_key(line, key));
+    let mut text: String =
+        before.lines().filter(|line| !is_ours(line)).map(|line| format!("{line}\n")).collect();
+    // JSON's strings are YAML's, too.
+    for (key, value) in [(URL_KEY, url), (TOKEN_KEY, token)] {
+        text += &format!("{key}: {}\n", serde_json::Value::from(value));
+    }
+    bhatti_host::durable::write_private(path, text.as_bytes())?;
+    give_to_owner_of_parent(path)
+}
+
+fn is_key(line: &str, key: &str) -> bool {
+    line.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with(':'))
+}
+
+/// Root in somebody's home directory, as under sudo, leaves nothing there that its owner cannot change.
+fn give_to_owner_of_parent(path: &Path) -> io::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let parent = path.parent().unwrap_or(Path::new("/")).metadata()?;
+    std::os::unix::fs::chown(path, Some(parent.uid()), Some(parent.gid()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn saved_is_read_and_the_rest_of_the_file_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("deep/config.yaml");
+        fs::create_dir(home.path().join("deep")).unwrap();
+        fs::write(&path, "# mine\nother: [1, 2]\napi_url: http://old:1\n  \nauth_token : x\n")
+            .unwrap();
+
+        for token in ["bht_a", "bht_\"b"] {
+            save_in(&path, "http://box:8080", token).unwrap();
+            let saved = read(&path).unwrap();
+            assert_eq!(
+                (saved.api_url.as_deref(), saved.auth_token.as_deref()),
+                (Some("http://box:8080"), Some(token))
+            );
+        }
+
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("# mine\nother: [1, 2]\n"), "{text}");
+        assert_eq!(text.matches("api_url").count(), 1);
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_an_error_that_names_the_file() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("config.yaml");
+        assert_eq!(read(&path).unwrap(), Saved::default());
+        fs::write(&path, "api_url: [").unwrap();
+        assert!(read(&path).unwrap_err().message.contains("config.yaml"));
+    }
+}

@@ -1,0 +1,231 @@
+//! `bhatti shell` as a person uses it: in a terminal, which is tmux's.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::time::Duration;
+
+use bhatti_testkit::{LIMIT, TestDaemon, kill_process};
+use tokio::time::{Instant, sleep};
+
+/// A terminal of 80 columns and 24 rows with a shell of this machine in it.
+struct Terminal {
+    directory: tempfile::TempDir,
+}
+
+impl Terminal {
+    async fn open() -> Self {
+        let terminal = Self { directory: tempfile::tempdir().unwrap() };
+        // A prompt that is told apart from every other.
+        let shell = "env -i PATH=/usr/bin:/bin TERM=screen PS1='HERE$ ' sh";
+        terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell]).await;
+        terminal.shows("HERE$").await;
+        terminal
+    }
+
+    async fn tmux(&self, arguments: &[&str]) -> String {
+        let output = bhatti_host::process::command("tmux")
+            .arg("-S")
+            .arg(self.directory.path().join("socket"))
+            .args(["-f", "/dev/null", "-u"])
+            .args(arguments)
+            .env("TERM", "xterm-256color")
+            .output()
+            .await
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Types a line.
+    async fn enter(&self, line: &str) {
+        self.tmux(&["send-keys", "-l", line]).await;
+        self.tmux(&["send-keys", "Enter"]).await;
+    }
+
+    async fn press(&self, key: &str) {
+        self.tmux(&["send-keys", key]).await;
+    }
+
+    /// Every line of it, each after a line feed.
+    async fn screen(&self) -> String {
+        format!("\n{}", self.tmux(&["capture-pane", "-p"]).await)
+    }
+
+    /// Waits until the screen has this on it.
+    async fn shows(&self, text: &str) {
+        let began = Instant::now();
+        loop {
+            let screen = self.screen().await;
+            if screen.contains(text) {
+                return;
+            }
+            assert!(began.elapsed() < LIMIT, "no `{text}` on the screen:\n{screen}");
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// The last line that has something on it.
+    async fn last_line(&self) -> String {
+        self.screen().await.lines().rfind(|line| !line.is_empty()).unwrap_or_default().to_owned()
+    }
+
+    /// The settings of the terminal, as seen by this machine's shell.
+    async fn is_as_it_was(&self) {
+        self.enter("stty -a | grep -c -e '-echo ' -e '-icanon'; echo checked").await;
+        self.shows("\nchecked").await;
+        let screen = self.screen().await;
+        assert!(screen.contains("\n0\nchecked"), "the terminal was left raw:\n{screen}");
+        self.enter("clear").await;
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let socket = self.directory.path().join("socket");
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a destructor cannot wait for another runtime"
+        )]
+        let killed =
+            std::process::Command::new("tmux").arg("-S").arg(socket).arg("kill-server").output();
+        drop(killed);
+    }
+}
+
+fn command(daemon: &TestDaemon, rest: &str) -> String {
+    let program = bhatti_testkit::dist("bhatti");
+    format!("{} --data-dir {} {rest}", program.display(), daemon.data_dir().display())
+}
+
+async fn create(daemon: &TestDaemon) {
+    assert!(daemon.cli(&["create", "--name", "dev"]).status().await.unwrap().success());
+}
+
+#[tokio::test]
+async fn terminal_is_typed_in_resized_left_and_taken_up_again() {
+    let daemon = TestDaemon::start().await;
+    create(&daemon).await;
+    let terminal = Terminal::open().await;
+
+    terminal.enter(&command(&daemon, "shell dev")).await;
+    terminal.shows("user@dev").await;
+    terminal.enter("clear; echo $((6*7)); stty size").await;
+    terminal.shows("42\n24 80").await;
+    terminal.tmux(&["resize-window", "-x", "100", "-y", "30"]).await;
+    terminal.enter("clear; stty size").await;
+    terminal.shows("30 100").await;
+    // Ctrl+C is the guest's.
+    terminal.enter("clear; echo asleep; sleep 1000").await;
+    terminal.shows("\nasleep").await;
+    terminal.press("C-c").await;
+    terminal.enter("echo interrupted: $?").await;
+    terminal.shows("interrupted: 130").await;
+
+    terminal.enter("clear; (sleep 1; echo written meanwhile) & echo before").await;
+    terminal.shows("\nbefore").await;
+    terminal.press("C-\\").await;
+    terminal.shows("detached; come back with: bhatti shell dev --attach s1").await;
+    terminal.enter("clear").await;
+    terminal.is_as_it_was().await;
+
+    terminal.enter(&command(&daemon, "shell dev --attach s1")).await;
+    terminal.shows("written meanwhile").await;
+    terminal.shows("\nbefore").await;
+    terminal.enter("clear; exit 7").await;
+    terminal.shows("HERE$").await;
+    terminal.enter("echo code: $?").await;
+    terminal.shows("code: 7").await;
+    terminal.is_as_it_was().await;
+}
+
+#[tokio::test]
+async fn terminal_is_restored_however_the_shell_ends() {
+    let mut daemon = TestDaemon::start().await;
+    create(&daemon).await;
+    let terminal = Terminal::open().await;
+    let open = async |terminal: &Terminal, daemon: &TestDaemon| {
+        terminal.enter(&command(daemon, "shell dev")).await;
+        terminal.shows("@dev").await;
+        assert!(!terminal.last_line().await.contains("HERE$"));
+    };
+
+    open(&terminal, &daemon).await;
+    terminal.enter("clear; echo there").await;
+    terminal.shows("\nthere").await;
+    let ended = bhatti_host::process::command("pkill")
+        .args(["-TERM", "-f", &format!("^{}", command(&daemon, "shell dev"))])
+        .status()
+        .await
+        .unwrap();
+    assert!(ended.success());
+    terminal.shows("error: interrupted").await;
+    terminal.is_as_it_was().await;
+
+    // A daemon that dies takes the connection with it, and not the session.
+    open(&terminal, &daemon).await;
+    terminal.enter("clear; X=kept; echo set").await;
+    terminal.shows("\nset").await;
+    kill_process(daemon.pid());
+    terminal.shows("come back with: bhatti shell dev --attach").await;
+    terminal.is_as_it_was().await;
+    daemon.kill().await;
+    daemon.serve().await;
+    open(&terminal, &daemon).await;
+    terminal.enter("clear; echo X is $X").await;
+    terminal.shows("X is kept").await;
+    terminal.press("C-\\").await;
+    terminal.shows("detached; come back with:").await;
+
+    // Somebody who waits for a sandbox that does not come can leave, too.
+    terminal.enter("clear").await;
+    terminal.enter(&command(&daemon, "shell nobody")).await;
+    terminal.shows("error: sandbox `nobody` not found").await;
+    terminal.is_as_it_was().await;
+}
+
+#[tokio::test]
+async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
+    let daemon = TestDaemon::start().await;
+    create(&daemon).await;
+    let terminal = Terminal::open().await;
+
+    terminal.enter(&command(&daemon, "exec -it dev -- sh -c 'test -t 0 && test -t 1 && echo a terminal; read x; echo got $x; exit 4'")).await;
+    terminal.shows("\na terminal").await;
+    terminal.enter("this").await;
+    terminal.shows("got this").await;
+    terminal.enter("echo code: $?").await;
+    terminal.shows("code: 4").await;
+
+    terminal.enter("clear").await;
+    terminal.enter(&command(&daemon, "secret set KEY")).await;
+    terminal.shows("it is not shown").await;
+    terminal.enter("hidden-value").await;
+    terminal.shows("set KEY").await;
+    assert!(!terminal.screen().await.contains("hidden-value"));
+    terminal.is_as_it_was().await;
+
+    terminal.enter(&command(&daemon, "destroy dev")).await;
+    terminal.shows("[y/N]").await;
+    terminal.enter("n").await;
+    terminal.shows("error: dev was not destroyed").await;
+    terminal.enter("clear").await;
+    terminal.enter(&command(&daemon, "list")).await;
+    terminal.shows("running (hot)").await;
+    assert!(
+        terminal.tmux(&["capture-pane", "-p", "-e"]).await.contains("\x1b[32mrunning (hot)"),
+        "colours on a terminal"
+    );
+    terminal.enter("clear").await;
+    terminal.enter(&format!("NO_COLOR=1 {}", command(&daemon, "list"))).await;
+    terminal.shows("running (hot)").await;
+    assert!(!terminal.tmux(&["capture-pane", "-p", "-e"]).await.contains("\x1b[32m"));
+    terminal.enter("clear").await;
+    terminal.enter(&command(&daemon, "destroy dev")).await;
+    terminal.shows("[y/N]").await;
+    terminal.enter("y").await;
+    terminal.shows("destroyed dev").await;
+}
