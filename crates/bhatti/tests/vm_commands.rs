@@ -530,3 +530,54 @@ async fn usage_of_sandboxes_is_told_and_wakes_none() {
     assert_eq!((&used[0].sandbox_id, dev.thermal.as_deref()), (&dev.id, Some("warm")));
     assert!(used[0].cpu_ms > 0 && used[0].memory_bytes > 1 << 20, "{used:?}");
 }
+
+/// Columns that differ from run to run.
+const VARYING: [&str; 8] =
+    ["ID", "CREATED", "CHANGED", "UPDATED", "ON DISK", "SAVED", "ADDRESS", "SOURCE"];
+
+/// A table whose varying cells tell only that there is something.
+fn redacted(table: &str) -> String {
+    let header: Vec<&str> = table.lines().next().unwrap_or_default().split('\t').collect();
+    let cell = |(title, text): (&&str, &str)| {
+        let varies = VARYING.contains(title) && !text.is_empty() && text != *title;
+        if varies { "…".to_owned() } else { text.to_owned() }
+    };
+    let line = |line: &str| header.iter().zip(line.split('\t')).map(cell).collect::<Vec<_>>();
+    table.lines().map(|text| line(text).join(" | ") + "\n").collect()
+}
+
+#[tokio::test]
+async fn every_table_is_what_it_was() {
+    let daemon = TestDaemon::start().await;
+    with_input(&daemon, "secret set KEY", b"value").await.ok();
+    for line in [
+        "volume create data --size 64",
+        "create --name dev --cpus 1 --memory 256 --label team=web --volume data:/data",
+        "template create small --cpus 1 --memory 256",
+        "snapshot create dev ready",
+        "exec -d dev -- sleep 1000",
+        "publish dev 7000 --alias shop",
+        "user create alice",
+        "file mkdir dev made",
+        "stop dev",
+        "start dev",
+    ] {
+        ask(&daemon, line).await.ok();
+    }
+    let mut tables = String::new();
+    for line in [
+        "list",
+        "ps dev",
+        "secret list",
+        "volume list",
+        "template list",
+        "snapshot list",
+        "image list",
+        "user list",
+        "ports dev",
+        "file ls dev /workspace",
+    ] {
+        tables += &format!("$ bhatti {line}\n{}\n", redacted(&ask(&daemon, line).await.ok()));
+    }
+    insta::assert_snapshot!("tables", tables);
+}

@@ -68,6 +68,7 @@ pub(super) async fn measure() -> Result<()> {
     requests(&api).await?;
     let bare = BareVm::start(&template).await?;
     execs(&api, &bare).await?;
+    command_line(&daemon, &api).await?;
     at_once(&api).await?;
     proxy(&api, &bare).await?;
     for number in 1..RUNNING {
@@ -218,6 +219,27 @@ async fn execs(api: &Api, bare: &BareVm) -> Result<()> {
     show("exec `true` through HTTP, connection kept", http);
     show("exec `true` on the agent channel alone", channel);
     println!("{:44} {:>26.2} ms", "  over the channel alone, by p50", over * 1e3);
+    Ok(())
+}
+
+/// The same command by `bhatti exec`, a process each time, and through HTTP on a connection that is kept, in turns.
+async fn command_line(daemon: &TestDaemon, api: &Api) -> Result<()> {
+    let mut sender = kept(api).await?;
+    let body = json!({ "cmd": ["true"] }).to_string();
+    let (mut http, mut process) = (Vec::new(), Vec::new());
+    for _ in 0..EXECS {
+        let began = Instant::now();
+        send(&mut sender, "POST", "/sandboxes/bench/exec", body.clone()).await?;
+        http.push(began.elapsed());
+        let began = Instant::now();
+        let status = daemon.cli(&["exec", "bench", "--", "true"]).status().await?;
+        process.push(began.elapsed());
+        ensure!(status.success(), "`bhatti exec` failed");
+    }
+    let over = median(&mut process).as_secs_f64() - median(&mut http).as_secs_f64();
+    show("exec `true` by the command line", process);
+    show("  and through HTTP meanwhile", http);
+    println!("{:44} {:>26.2} ms", "  over HTTP, by p50", over * 1e3);
     Ok(())
 }
 
