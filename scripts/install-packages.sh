@@ -78,6 +78,8 @@ if [ "${1:-}" = test ]; then
     need ip iproute2
     need ping iputils-ping
     need tmux tmux
+    need npm npm
+    has chromium-browser || need chromium chromium
 fi
 
 if ! qemu_is_there || ! kernel_is_known || [ ${#missing[@]} -gt 0 ]; then

@@ -18,6 +18,7 @@ rm -f target/skipped.txt
 status=0
 cargo nextest run --release --locked --workspace --profile ci "$@" || status=$?
 cargo test --release --locked --workspace --doc --quiet || status=$?
+./scripts/test-console.sh "$data_dir" || status=$?
 
 if [ -s target/skipped.txt ]; then
     sort -u target/skipped.txt

@@ -13,9 +13,9 @@ use bhatti_api::ErrorCode;
 use bhatti_types::UserId;
 
 use crate::status::ApiError;
-use crate::{AppState, Listener, keys, tickets};
+use crate::{AppState, Listener, console, keys, tickets};
 
-/// The paths that need no caller. Compared with the path as it was sent: nothing is decoded or resolved, here or later.
+/// The paths that need no caller, with the console's. Compared with the path as it was sent: nothing is decoded or resolved, here or later.
 const PUBLIC_PATHS: [&str; 2] = ["/health", "/openapi.json"];
 
 /// Who is calling.
@@ -42,7 +42,8 @@ pub(crate) async fn authenticate(
     next: Next,
 ) -> Response {
     let shown = take_from_query(&mut request);
-    if !PUBLIC_PATHS.contains(&request.uri().path()) {
+    let path = request.uri().path();
+    if !PUBLIC_PATHS.contains(&path) && !console::PATHS.contains(&path) {
         match caller(&state, listener, &request, shown) {
             Ok(caller) => drop(request.extensions_mut().insert(caller)),
             Err(error) => return error.into_response(),

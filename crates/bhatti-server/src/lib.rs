@@ -6,6 +6,7 @@
 mod accept;
 mod answers;
 mod auth;
+mod console;
 mod extract;
 mod json;
 mod keys;
@@ -181,6 +182,7 @@ pub enum Listener {
 /// The API as served on `listener`.
 pub fn router(state: AppState, listener: Listener) -> Router {
     routes::router()
+        .merge(console::router())
         .layer(from_fn_with_state(state.clone(), rates::limit))
         .layer(from_fn_with_state((state.clone(), listener), auth::authenticate))
         .layer(from_fn_with_state(state.clone(), metrics::measure))

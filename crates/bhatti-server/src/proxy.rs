@@ -93,7 +93,9 @@ async fn pass_on(
         prefix: prefix.to_owned(),
     };
     let used = state.supervisor.enter(owner, called).await?;
-    relay::relay(state, (used, ()), target, request).await
+    let mut response = relay::relay(state, (used, ()), target, request).await?;
+    headers::confine(response.headers_mut());
+    Ok(response)
 }
 
 /// Splits a path behind its first `segments` segments.

@@ -98,6 +98,11 @@ pub(crate) fn moved(location: String) -> Response {
     (StatusCode::PERMANENT_REDIRECT, [(LOCATION, location)]).into_response()
 }
 
+/// The answer to who has the content already.
+pub(crate) const fn not_modified() -> StatusCode {
+    StatusCode::NOT_MODIFIED
+}
+
 /// Whether an answer is that the connection changes to another protocol.
 pub(crate) fn changes_protocol<T>(response: &axum::http::Response<T>) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS

@@ -66,6 +66,9 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
         assert!(!answer.headers.contains_key(gone), "{gone}");
     }
     assert_eq!(answer.headers["x-end"], "1");
+    // A page of it is none of the API's origin.
+    let policy = answer.headers["content-security-policy"].to_str().unwrap();
+    assert!(policy.starts_with("sandbox ") && !policy.contains("allow-same-origin"), "{policy}");
 
     // Every method; a body with HEAD there is none.
     for method in ["PUT", "PATCH", "DELETE", "OPTIONS"] {
@@ -223,7 +226,9 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
         );
     }
 
-    let by_path = public.get("/web/a/b?c").await.json();
+    let answer = public.get("/web/a/b?c").await;
+    assert!(!answer.headers.contains_key("content-security-policy"));
+    let by_path = answer.json();
     assert_eq!(
         (&by_path["path"], arrived(&by_path, "x-forwarded-prefix")),
         (&json!("/a/b?c"), json!("/web"))

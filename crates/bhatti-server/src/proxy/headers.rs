@@ -1,7 +1,8 @@
 //! Which headers go along.
 
 use axum::http::header::{
-    AUTHORIZATION, CONNECTION, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    AUTHORIZATION, CONNECTION, CONTENT_SECURITY_POLICY, EXPECT, HOST, TE, TRAILER,
+    TRANSFER_ENCODING, UPGRADE,
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -55,6 +56,17 @@ pub(super) fn strip_credentials(headers: &mut HeaderMap) {
     if headers.get_all(AUTHORIZATION).iter().any(is_ours) {
         headers.remove(AUTHORIZATION);
     }
+}
+
+/// Keeps a page of a guest from being a page of this origin, where the console keeps a key: it gets an origin of its own, its workers answer
+/// for no path but theirs, and it cannot empty what others have stored.
+pub(super) fn confine(headers: &mut HeaderMap) {
+    const OWN_ORIGIN: &str =
+        "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts";
+    // Beside an application's own policy: a browser keeps to all of them.
+    headers.append(CONTENT_SECURITY_POLICY, HeaderValue::from_static(OWN_ORIGIN));
+    headers.remove("service-worker-allowed");
+    headers.remove("clear-site-data");
 }
 
 /// Says where the request came from.
@@ -113,6 +125,23 @@ mod tests {
         strip_hop_by_hop(&mut all);
 
         assert_eq!(all, headers(&[("x-public", "1")]));
+    }
+
+    #[test]
+    fn page_of_a_guest_has_no_power_over_this_origin() {
+        let mut all = headers(&[
+            ("content-security-policy", "img-src 'self'"),
+            ("service-worker-allowed", "/"),
+            ("clear-site-data", "\"*\""),
+            ("set-cookie", "a=b"),
+        ]);
+
+        confine(&mut all);
+
+        let policies: Vec<_> = all.get_all(CONTENT_SECURITY_POLICY).iter().collect();
+        assert_eq!((all.len(), policies.len()), (3, 2), "{all:?}");
+        let own = policies[1].to_str().unwrap();
+        assert!(own.starts_with("sandbox ") && !own.contains("same-origin"), "{own}");
     }
 
     #[test]

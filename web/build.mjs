@@ -1,0 +1,22 @@
+// Makes the files that the daemon has in it, in crates/bhatti-server/console or in the directory that is named. They are committed, so
+// that building bhatti takes no Node.
+import { build } from "esbuild";
+import { copyFile, mkdir } from "node:fs/promises";
+import { join } from "node:path";
+
+const target = process.argv[2] ?? "../crates/bhatti-server/console";
+
+await mkdir(target, { recursive: true });
+await build({
+  entryPoints: { app: "src/main.tsx" },
+  outdir: target,
+  bundle: true,
+  minify: true,
+  format: "iife",
+  target: "es2022",
+  jsx: "automatic",
+  jsxImportSource: "preact",
+  legalComments: "eof",
+  charset: "utf8",
+});
+await copyFile("src/index.html", join(target, "index.html"));
