@@ -20,23 +20,26 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// What the help calls the options of every command.
+const EVERYWHERE: &str = "Options of every command";
+
 /// Options of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// Where the daemon keeps everything [default: /var/lib/bhatti for root, else ~/.local/share/bhatti]
-    #[arg(long, global = true, env = "BHATTI_DATA_DIR", value_name = "DIR")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
     /// A daemon on the network, http://HOST:PORT [default: what `bhatti setup --url` saved, else the one on this machine]
-    #[arg(long, global = true, env = "BHATTI_URL", value_name = "URL")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_URL", value_name = "URL")]
     pub(crate) url: Option<String>,
     /// The API key for --url
-    #[arg(long, global = true, env = "BHATTI_TOKEN", value_name = "KEY", hide_env_values = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_TOKEN", value_name = "KEY", hide_env_values = true)]
     pub(crate) token: Option<String>,
     /// Print JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub(crate) json: bool,
     /// Print no more than a script needs
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub(crate) quiet: bool,
 }
 
