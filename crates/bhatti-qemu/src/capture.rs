@@ -7,18 +7,18 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Captured, Disks, FileCopy, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm,
-    VmmError,
+    Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest, Vm, VmmError,
 };
+use bhatti_host::durable;
 use bhatti_host::memory::MappedFile;
-use bhatti_host::{disk, durable};
+use bhatti_vmm::{Draft, Generation, copy_files, memory_name, share, volume_generations};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
 use crate::command_line::ROOT_DRIVE;
-use crate::manifest::{self, DEVICES, Generation, Manifest, Memory, PAGES};
-use crate::record::{Machine, Volume};
-use crate::vm::{QemuVm, create_private};
+use crate::manifest::{self, DEVICES, Manifest, Memory, PAGES};
+use crate::record::Machine;
+use crate::vm::QemuVm;
 use crate::{files, overlay, pages};
 
 /// How long QEMU may take to write the state of its devices.
@@ -27,25 +27,6 @@ const SAVE_LIMIT: Duration = Duration::from_secs(60);
 /// A diff that is more than this part of a full snapshot, and not small, is not worth its base.
 const FULL_WORTH: u64 = 2;
 const SMALL_DIFF_BYTES: u64 = 64 << 20;
-
-/// A directory that is removed unless it is kept.
-struct Draft(Option<PathBuf>);
-
-impl Draft {
-    fn path(&self) -> &Path {
-        self.0.as_deref().unwrap_or_else(|| Path::new(""))
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0
-            && let Err(error) = fs::remove_dir_all(path)
-        {
-            tracing::warn!(path = %path.display(), %error, "Failed to remove an unfinished snapshot");
-        }
-    }
-}
 
 /// See [`Vm::capture`].
 pub(crate) async fn capture(
@@ -57,7 +38,7 @@ pub(crate) async fn capture(
         return Err(SnapshotError::NotPaused);
     }
     let version = vm.qmp.version(&vm.directory).await.map_err(vmm("say its version"))?;
-    let draft = create_draft(&request.directory)?;
+    let draft = Draft::create(&request.directory)?;
     let devices = draft.path().join(DEVICES);
     let arguments = json!({"filename": devices});
     vm.qmp
@@ -89,39 +70,11 @@ pub(crate) async fn capture(
     let disk = disks_directory.join(disk);
     Ok(Box::new(Draught {
         draft,
-        place: request.directory.clone(),
         manifest,
         disk,
         disks: request.disks,
         copies: request.copies.iter().map(|copy| copy.name.clone()).collect(),
     }))
-}
-
-async fn copy_files(copies: &[FileCopy], draft: &Path) -> Result<(), SnapshotError> {
-    let (copies, draft) = (copies.to_vec(), draft.to_owned());
-    let copied = spawn_blocking(move || {
-        copies.iter().try_for_each(|copy| disk::copy(&copy.from, &draft.join(&copy.name)))
-    });
-    let failed = |source| SnapshotError::File { step: "copy a volume", source };
-    copied.await.map_err(io::Error::other).and_then(|copied| copied).map_err(failed)
-}
-
-fn create_draft(place: &Path) -> Result<Draft, SnapshotError> {
-    let failed = |step| move |source| SnapshotError::File { step, source };
-    if place.exists() {
-        return Err(failed("make room for the snapshot")(io::ErrorKind::AlreadyExists.into()));
-    }
-    let mut name = place.file_name().unwrap_or_default().to_owned();
-    name.push(".tmp");
-    let path = place.with_file_name(name);
-    match fs::remove_dir_all(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(failed("remove an unfinished snapshot")(error));
-        }
-        _ => {}
-    }
-    create_private(&path).map_err(failed("create the snapshot's directory"))?;
-    Ok(Draft(Some(path)))
 }
 
 /// Saves the memory, and whatever it stands on.
@@ -144,14 +97,14 @@ async fn save_memory(
             MemoryKind::Diff => {
                 let (bytes, hash) = pages::write_diff(&mapped, &draft.join(PAGES))?;
                 if disks == Disks::Frozen {
-                    files::share(&base, &draft, &machine.memory)?;
+                    share(&base, &draft, &machine.memory)?;
                 }
                 Ok((Memory::Diff { hash: hash.to_string() }, machine, bytes))
             }
             MemoryKind::Full => {
                 let unnamed = draft.join("memory.new");
                 let (bytes, hash) = pages::write_full(&mapped, &base, &unnamed)?;
-                machine.memory = files::memory_name(&hash);
+                machine.memory = memory_name(&hash);
                 fs::rename(unnamed, draft.join(&machine.memory))?;
                 Ok((Memory::Full { hash: hash.to_string() }, machine, bytes))
             }
@@ -200,7 +153,6 @@ async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotErr
 /// A snapshot on its way to the disk.
 struct Draught {
     draft: Draft,
-    place: PathBuf,
     manifest: Manifest,
     disk: PathBuf,
     disks: Disks,
@@ -217,18 +169,6 @@ impl Captured for Draught {
 }
 
 impl Draught {
-    /// When the volumes that the guest writes were written last.
-    fn volume_generations(&self) -> io::Result<Vec<Option<Generation>>> {
-        let generation = |volume: &Option<Volume>| match volume {
-            Some(volume) if !volume.read_only => {
-                File::open(&volume.path)?.sync_all()?;
-                Generation::of(&volume.path).map(Some)
-            }
-            _ => Ok(None),
-        };
-        self.manifest.machine.volumes.iter().map(generation).collect()
-    }
-
     fn settle(mut self) -> io::Result<SnapshotInfo> {
         let directory = self.draft.path().to_owned();
         let devices = fs::read(directory.join(DEVICES))?;
@@ -244,12 +184,11 @@ impl Draught {
         }
         if self.disks == Disks::InPlace {
             self.manifest.disk_generation = Some(Generation::of(&self.disk)?);
-            self.manifest.volume_generations = self.volume_generations()?;
+            self.manifest.volume_generations = volume_generations(&self.manifest.machine.volumes)?;
         }
         let text = serde_json::to_vec_pretty(&self.manifest)?;
         durable::write(&directory.join(manifest::FILE), &text)?;
-        durable::rename(&directory, &self.place)?;
-        self.draft.0 = None;
+        self.draft.put_in_place()?;
         Ok(SnapshotInfo {
             memory: self.manifest.memory.kind(),
             memory_bytes: self.manifest.memory_bytes,

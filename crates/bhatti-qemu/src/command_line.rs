@@ -5,8 +5,9 @@ use std::path::Path;
 
 use bhatti_engine::{Accelerator, VmSpec};
 use bhatti_types::SandboxId;
+use bhatti_vmm::Volume;
 
-use crate::record::{Machine, Volume};
+use crate::record::Machine;
 
 /// Changes with every change of the machine that QEMU is told to make, devices, their order and the
 /// kernel's command line included: a saved VM can only be restored

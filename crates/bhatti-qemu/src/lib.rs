@@ -18,7 +18,6 @@
 mod capture;
 mod channel;
 mod command_line;
-mod console;
 mod files;
 mod manifest;
 mod overlay;
@@ -33,7 +32,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
@@ -44,7 +42,6 @@ use bhatti_host::process::Followed;
 use bhatti_host::{clock, kvm};
 use bhatti_types::SandboxId;
 use tokio::sync::OnceCell;
-use tokio::time::timeout;
 
 use qmp::Qmp;
 use record::Record;
@@ -53,9 +50,6 @@ use vm::QemuVm;
 /// QEMU's program for this architecture.
 pub const PROGRAM: &str =
     if cfg!(target_arch = "aarch64") { "qemu-system-aarch64" } else { "qemu-system-x86_64" };
-
-/// How long a killed VMM may take to disappear.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs VMs with QEMU.
 pub struct QemuEngine {
@@ -164,24 +158,12 @@ impl Engine for QemuEngine {
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        let process = match self.find_process(id, directory) {
-            Ok(process) => process,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(source) => return Err(RemoveError::Process { source }),
-        };
-        process.kill();
-        let pid = process.id().pid;
-        timeout(KILL_LIMIT, process.ended()).await.map_err(|_| RemoveError::Unkillable { pid })
+        bhatti_vmm::kill(self.find_process(id, directory)).await
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
         self.kill(id, directory).await?;
-        match tokio::fs::remove_dir_all(directory).await {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(RemoveError::Files { path: directory.to_owned(), source })
-            }
-            _ => Ok(()),
-        }
+        bhatti_vmm::remove(directory).await
     }
 }
 
@@ -192,28 +174,10 @@ impl QemuEngine {
         }
     }
 
-    /// The VMM process of a sandbox: the one on record, or, if the daemon died before it could write the record, the one that carries
-    /// the sandbox's name.
+    /// The VMM process of a sandbox.
     fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        // Without a directory there never was a process.
-        if !directory.exists() {
-            return Err(io::ErrorKind::NotFound.into());
-        }
-        let recorded = Record::read(directory).and_then(|record| Followed::adopt(record.process()));
-        match recorded {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound
-                        | io::ErrorKind::InvalidData
-                        | io::ErrorKind::UnexpectedEof
-                ) =>
-            {
-                let program = self.setup.program.file_name().unwrap_or_default().to_string_lossy();
-                Followed::find_by_argument(&program, &command_line::vm_name(id))
-            }
-            recorded => recorded,
-        }
+        let recorded = || Record::read(directory).map(|record| record.process());
+        bhatti_vmm::find(directory, recorded, &self.setup.program, &command_line::vm_name(id))
     }
 }
 

@@ -10,12 +10,10 @@
 //!    …                   whatever else was to be copied into it
 //! ```
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use bhatti_engine::{MemoryKind, RestoreError};
+use bhatti_vmm::{Generation, read_manifest};
 use serde::{Deserialize, Serialize};
 
 use crate::record::Machine;
@@ -55,21 +53,6 @@ pub(crate) enum Memory {
     Diff { hash: String },
 }
 
-/// Tells whether a file has been written since.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Generation {
-    bytes: u64,
-    modified_sec: i64,
-    modified_nsec: i64,
-}
-
-impl Generation {
-    pub(crate) fn of(path: &Path) -> io::Result<Self> {
-        let file = fs::metadata(path)?;
-        Ok(Self { bytes: file.len(), modified_sec: file.mtime(), modified_nsec: file.mtime_nsec() })
-    }
-}
-
 impl Memory {
     pub(crate) const fn kind(&self) -> MemoryKind {
         match self {
@@ -82,31 +65,6 @@ impl Memory {
 impl Manifest {
     /// Reads the manifest of a snapshot.
     pub(crate) fn read(snapshot: &Path) -> Result<Self, RestoreError> {
-        let text = fs::read(snapshot.join(FILE)).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => damaged("it has no manifest"),
-            _ => RestoreError::File { step: "read the snapshot's manifest", source },
-        })?;
-        let manifest: Self = serde_json::from_slice(&text)
-            .map_err(|error| damaged(&format!("its manifest cannot be read: {error}")))?;
-        if manifest.format != FORMAT {
-            return Err(RestoreError::Mismatch {
-                what: "format",
-                needed: manifest.format.to_string(),
-                found: FORMAT.to_string(),
-            });
-        }
-        Ok(manifest)
+        read_manifest(&snapshot.join(FILE), FORMAT)
     }
-}
-
-pub(crate) fn damaged(what: &str) -> RestoreError {
-    RestoreError::Damaged { what: what.to_owned() }
-}
-
-/// Checks something that must be the same.
-pub(crate) fn same(what: &'static str, needed: &str, found: &str) -> Result<(), RestoreError> {
-    if needed == found {
-        return Ok(());
-    }
-    Err(RestoreError::Mismatch { what, needed: needed.to_owned(), found: found.to_owned() })
 }

@@ -10,14 +10,17 @@ use async_trait::async_trait;
 use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm};
 use bhatti_host::memory::MappedFile;
 use bhatti_host::process::Followed;
+use bhatti_vmm::{
+    Generation, check_volumes, create_private, damaged, remove_other_memory, same, share, volumes,
+};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 
-use crate::manifest::{DEVICES, Generation, Manifest, Memory, PAGES, damaged, same};
+use crate::manifest::{DEVICES, Manifest, Memory, PAGES};
 use crate::qmp::Qmp;
-use crate::record::{self, Machine};
-use crate::vm::{self, QemuVm, create_private, report_log};
+use crate::record::Machine;
+use crate::vm::{self, QemuVm, report_log};
 use crate::{Setup, command_line, files, overlay};
 
 /// Looks at an incoming state that are made at once, and the pause between further ones.
@@ -45,10 +48,10 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     let has_network = manifest.machine.has_network;
     same("network card", card(has_network), card(spec.tap.is_some()))?;
     let places = |number: usize| number.to_string();
-    let volumes = &manifest.machine.volumes;
-    same("places for volumes", &places(volumes.len()), &places(spec.volumes.len()))?;
+    let saved = manifest.machine.volumes.len();
+    same("places for volumes", &places(saved), &places(spec.volumes.len()))?;
     let mut machine = prepare(spec, &manifest)?;
-    machine.volumes = record::volumes(&spec.volumes);
+    machine.volumes = volumes(&spec.volumes);
     let arguments = command_line::restore_arguments();
     let process =
         vm::start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
@@ -84,9 +87,9 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
                 return Err(RestoreError::Stale);
             }
             overlay::chain(to, &machine.disk).map_err(missing)?;
-            check_volumes(spec, manifest)?;
+            check_volumes(&spec.volumes, &manifest.volume_generations)?;
             if matches!(manifest.memory, Memory::Full { .. }) {
-                files::share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
+                share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
             }
         }
         (Disks::Frozen, None) => {
@@ -95,7 +98,7 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
                 source,
             })?;
             files::share_layers(from, &machine.disk, to).map_err(missing)?;
-            files::share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
+            share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
             let new_layer = || {
                 let layer = files::new_layer_name()?;
                 overlay::create(&to.join(&layer), &machine.disk).map_err(io::Error::other)?;
@@ -112,21 +115,6 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
         return Err(damaged("its memory has another size"));
     }
     Ok(machine)
-}
-
-/// Volumes that the guest writes hold what they held when it was saved: what it knows of them has to be true.
-fn check_volumes(spec: &RestoreSpec, manifest: &Manifest) -> Result<(), RestoreError> {
-    for (volume, then) in spec.volumes.iter().zip(&manifest.volume_generations) {
-        let (Some(volume), Some(then)) = (volume, then) else { continue };
-        let now = Generation::of(&volume.path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => damaged("a volume's file is gone"),
-            _ => RestoreError::File { step: "look at a volume's file", source },
-        })?;
-        if now != *then {
-            return Err(RestoreError::Stale);
-        }
-    }
-    Ok(())
 }
 
 impl Waiting {
@@ -213,7 +201,7 @@ impl Staged for Waiting {
             return Err(self.give_up(error).await);
         }
         let file = |step| move |source| RestoreError::File { step, source };
-        files::remove_other_memory(&self.directory, &self.machine.memory)
+        remove_other_memory(&self.directory, &self.machine.memory)
             .map_err(file("remove memory that nothing stands on"))?;
         let vm =
             QemuVm::attach(self.process, &self.directory, self.machine, self.qmp, self.depends_on);

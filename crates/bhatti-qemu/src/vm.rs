@@ -1,9 +1,8 @@
 //! A VM: the QEMU process and the connections to it.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,17 +15,20 @@ use bhatti_engine::{
 use bhatti_host::process::{Followed, Usage, spawn_detached};
 use bhatti_host::socket;
 use bhatti_types::SandboxId;
+use bhatti_vmm::{Console, create_private, remove_other_memory, share, volumes};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
 use crate::command_line::{self, Handed};
-use crate::console::{self, Console};
 use crate::qmp::{self, COMMAND_LIMIT, Qmp};
-use crate::record::{self, Machine, Record};
+use crate::record::{Machine, Record};
 use crate::{Setup, capture, files, overlay};
 
+/// The guest's console.
+const CONSOLE: &str = "console.sock";
 const LOG: &str = "vmm.log";
 
 /// One heap for all of QEMU's threads: more of them only hold more memory that nobody uses.
@@ -82,13 +84,13 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         }
         let base = spec.root_base.file_name().and_then(|name| name.to_str());
         let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
-        files::share(&spec.root_base, directory, base)?;
+        share(&spec.root_base, directory, base)?;
         let disk = files::new_layer_name()?;
         overlay::create(&directory.join(&disk), base).map_err(io::Error::other)?;
         Ok(disk)
     };
     let disk = make_disk().map_err(|source| ("create the root disk", source))?;
-    let memory = files::remove_other_memory(directory, "")
+    let memory = remove_other_memory(directory, "")
         .and_then(|()| files::create_empty_memory(directory, spec.memory))
         .map_err(|source| ("create the memory's file", source))?;
     Ok(Machine {
@@ -97,13 +99,8 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         memory,
         disk,
         has_network: spec.tap.is_some(),
-        volumes: record::volumes(&spec.volumes),
+        volumes: volumes(&spec.volumes),
     })
-}
-
-/// Creates a directory that is its owner's alone.
-pub(crate) fn create_private(directory: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(directory)
 }
 
 /// Starts QEMU in `directory` and records its process.
@@ -124,7 +121,7 @@ pub(crate) fn start(
         socket::listen_in(directory, name)
     };
     let inherited: [UnixListener; 3] =
-        [listen(channel::SOCKET)?, listen(console::SOCKET)?, listen(qmp::SOCKET)?];
+        [listen(channel::SOCKET)?, listen(CONSOLE)?, listen(qmp::SOCKET)?];
     let [agent, console, qmp] = inherited.each_ref().map(AsFd::as_fd);
     // Of another kind than what a program that is not there says.
     let no_tap = |error| io::Error::other(format!("no tap can be made: {error}"));
@@ -156,7 +153,7 @@ impl QemuVm {
             machine: Mutex::new(machine),
             depends_on,
             channel: Arc::new(QemuChannel::new(directory)),
-            console: Console::connect(directory)?,
+            console: connect_console(directory)?,
         })
     }
 
@@ -197,6 +194,12 @@ impl QemuVm {
     pub(crate) async fn ask(&self, command: &str, arguments: Value) -> Result<Value, VmmError> {
         self.qmp.execute(&self.directory, command, arguments, COMMAND_LIMIT).await
     }
+}
+
+fn connect_console(directory: &Path) -> io::Result<Console> {
+    let stream = socket::connect_in(directory, CONSOLE)?;
+    stream.set_nonblocking(true)?;
+    Ok(Console::read(UnixStream::from_std(stream)?))
 }
 
 /// Logs what QEMU had to say.

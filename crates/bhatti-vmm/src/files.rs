@@ -1,0 +1,78 @@
+//! The files that a VM stands on.
+//!
+//! Whatever a VM stands on lies in its own directory, as a hard link: nothing that anybody else removes takes it away, and the file
+//! system counts who still needs it. Such files are never written.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+/// How the names of memory files begin and end.
+const MEMORY_PREFIX: &str = "memory-";
+const MEMORY_SUFFIX: &str = ".img";
+
+/// The name of a memory file with this content.
+#[must_use]
+pub fn memory_name(hash: &blake3::Hash) -> String {
+    format!("{MEMORY_PREFIX}{}{MEMORY_SUFFIX}", &hash.to_hex()[..32])
+}
+
+/// Whether a memory file is called so.
+#[must_use]
+pub fn is_memory(name: &str) -> bool {
+    name.starts_with(MEMORY_PREFIX) && name.ends_with(MEMORY_SUFFIX)
+}
+
+/// A name that no other file of this host has.
+///
+/// # Errors
+///
+/// Returns an error if this host gives no random bytes.
+pub fn new_name(prefix: &str, suffix: &str) -> io::Result<String> {
+    let number = getrandom::u64().map_err(io::Error::other)?;
+    Ok(format!("{prefix}{number:016x}{suffix}"))
+}
+
+/// Creates a directory that is its owner's alone. It may be there already.
+///
+/// # Errors
+///
+/// Returns the error of mkdir(2).
+pub fn create_private(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
+/// Puts a file of an earlier owner into `directory`, under `name`, without copying it. It may be there already.
+///
+/// # Errors
+///
+/// Returns the error of link(2) or symlink(2).
+pub fn share(file: &Path, directory: &Path, name: &str) -> io::Result<()> {
+    let place = directory.join(name);
+    match fs::hard_link(file, &place) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        // On another file system a name has to do.
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            std::os::unix::fs::symlink(fs::canonicalize(file)?, place)
+        }
+        linked => linked,
+    }
+}
+
+/// Removes the memory files that a VM does not stand on any more.
+///
+/// # Errors
+///
+/// Returns the error of reading the directory or of removing a file.
+pub fn remove_other_memory(directory: &Path, kept: &str) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if is_memory(&name) && name != kept {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,17 @@
+//! What engines have in common: a VM's files, the record of its process, its console, and snapshots on their way to the disk.
+//!
+//! Nothing here knows a VMM. An engine's own crate has what its VMM is told, and when.
+
+mod console;
+mod draft;
+mod files;
+mod generation;
+mod process;
+mod record;
+
+pub use console::Console;
+pub use draft::{Draft, copy_files};
+pub use files::{create_private, is_memory, memory_name, new_name, remove_other_memory, share};
+pub use generation::{Generation, check_volumes, damaged, read_manifest, same, volume_generations};
+pub use process::{find, kill, remove};
+pub use record::{Record, Volume, volumes};

@@ -1,0 +1,71 @@
+//! The VMM's process: found again, ended.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use bhatti_engine::RemoveError;
+use bhatti_host::process::{Followed, ProcessId};
+use tokio::time::timeout;
+
+/// How long a killed VMM may take to disappear.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// The VMM of a VM: the one on record, or, if the daemon died before it could write the record, the one of `program` that has `argument`.
+///
+/// # Errors
+///
+/// Returns [`io::ErrorKind::NotFound`] if there is none.
+pub fn find(
+    directory: &Path,
+    recorded: impl FnOnce() -> io::Result<ProcessId>,
+    program: &Path,
+    argument: &str,
+) -> io::Result<Followed> {
+    // Without a directory there never was a process.
+    if !directory.exists() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    match recorded().and_then(Followed::adopt) {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+            ) =>
+        {
+            let program = program.file_name().unwrap_or_default().to_string_lossy();
+            Followed::find_by_argument(&program, argument)
+        }
+        recorded => recorded,
+    }
+}
+
+/// Ends a VMM that was looked for, if there is one.
+///
+/// # Errors
+///
+/// Returns an error if it could not be looked for, or does not end.
+pub async fn kill(found: io::Result<Followed>) -> Result<(), RemoveError> {
+    let process = match found {
+        Ok(process) => process,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(RemoveError::Process { source }),
+    };
+    process.kill();
+    let pid = process.id().pid;
+    timeout(KILL_LIMIT, process.ended()).await.map_err(|_| RemoveError::Unkillable { pid })
+}
+
+/// Removes everything of a VM that has ended.
+///
+/// # Errors
+///
+/// Returns an error if something stays.
+pub async fn remove(directory: &Path) -> Result<(), RemoveError> {
+    match tokio::fs::remove_dir_all(directory).await {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(RemoveError::Files { path: directory.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,93 @@
+//! What a later daemon must know of a VM.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bhatti_engine::VolumeFile;
+use bhatti_host::durable;
+use bhatti_host::process::ProcessId;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+const FILE: &str = "vm.json";
+
+/// The VMM process of a sandbox, and the machine that it was told to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record<M> {
+    pid: u32,
+    started_ticks: u64,
+    /// The machine.
+    pub machine: M,
+}
+
+/// A file that a VM has as a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// The file.
+    pub path: PathBuf,
+    /// Whether the VM only reads it.
+    pub read_only: bool,
+}
+
+impl From<VolumeFile> for Volume {
+    fn from(VolumeFile { path, read_only }: VolumeFile) -> Self {
+        Self { path, read_only }
+    }
+}
+
+/// What a machine has in its places for volumes.
+#[must_use]
+pub fn volumes(files: &[Option<VolumeFile>]) -> Vec<Option<Volume>> {
+    files.iter().cloned().map(|file| file.map(Volume::from)).collect()
+}
+
+impl<M: Serialize + DeserializeOwned> Record<M> {
+    /// The record of a process.
+    pub const fn new(process: ProcessId, machine: M) -> Self {
+        let ProcessId { pid, started_ticks } = process;
+        Self { pid, started_ticks, machine }
+    }
+
+    /// The process.
+    #[must_use]
+    pub const fn process(&self) -> ProcessId {
+        ProcessId { pid: self.pid, started_ticks: self.started_ticks }
+    }
+
+    /// Reads the record of the VM in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is none, or none that makes sense.
+    pub fn read(directory: &Path) -> io::Result<Self> {
+        Ok(serde_json::from_slice(&fs::read(directory.join(FILE))?)?)
+    }
+
+    /// Writes it durably: the process does not outlive the host, but the disk does, and this says which it is.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of writing.
+    pub fn write(&self, directory: &Path) -> io::Result<()> {
+        durable::write(&directory.join(FILE), &serde_json::to_vec(self)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn record_survives_and_a_torn_one_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let machine = vec![None, Some(Volume { path: "/v.ext4".into(), read_only: true })];
+        let record = Record::new(ProcessId { pid: 7, started_ticks: 8 }, machine);
+        record.write(directory.path()).unwrap();
+        assert_eq!(Record::read(directory.path()).unwrap(), record);
+
+        fs::write(directory.path().join(FILE), r#"{"pid":7"#).unwrap();
+
+        assert!(Record::<Vec<Option<Volume>>>::read(directory.path()).is_err());
+    }
+}
