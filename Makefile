@@ -3,7 +3,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test check api-check bench install clean
+.PHONY: build quickstart test test-engines check api-check bench install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -16,6 +16,10 @@ quickstart:
 
 test:
 	./scripts/test.sh
+
+# Every engine's conformance tests, natively and in the KVM lab, as a table.
+test-engines: build
+	./scripts/test-engines.sh
 
 check:
 	cargo fmt --all --check

@@ -9,7 +9,6 @@ mod file;
 mod guest;
 mod session;
 mod unix;
-mod vsock;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +29,6 @@ pub use file::{FileContent, FileEvents, FileUpload, ReadOptions};
 pub use guest::GuestEvents;
 pub use session::SessionOutput;
 pub use unix::UnixChannel;
-pub use vsock::VsockChannel;
 
 /// How long a guest may take to answer what takes no time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);

@@ -56,6 +56,8 @@ pub struct Capabilities {
     pub accelerator: Accelerator,
     /// What saved VMs depend on beside their files: another value, and none of them can be restored.
     pub machine: String,
+    /// Whether a VM that is restored can have other disks in its places than the one that was saved.
+    pub exchanges_disks: bool,
 }
 
 /// A file that a VM has as a disk.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
 
 use rustix::fs::{copy_file_range, ioctl_ficlone, seek};
@@ -35,7 +36,7 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let size = source.metadata()?.len();
     target.set_len(size)?;
     let mut at = 0;
-    while let Some((start, end)) = next_data(&source, at)? {
+    while let Some(Range { start, end }) = next_data(&source, at)? {
         copy_range(&source, &mut target, start, end)?;
         at = end;
     }
@@ -43,12 +44,16 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// The next part of a file, from `at` on, that is no hole.
-fn next_data(file: &File, at: u64) -> io::Result<Option<(u64, u64)>> {
+///
+/// # Errors
+///
+/// Returns the error of lseek(2).
+pub fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
     let start = match seek(file, rustix::fs::SeekFrom::Data(at)) {
         Err(Errno::NXIO) => return Ok(None),
         start => start?,
     };
-    Ok(Some((start, seek(file, rustix::fs::SeekFrom::Hole(start))?)))
+    Ok(Some(start..seek(file, rustix::fs::SeekFrom::Hole(start))?))
 }
 
 fn copy_range(source: &File, target: &mut File, start: u64, end: u64) -> io::Result<()> {

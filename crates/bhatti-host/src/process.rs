@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Stdio;
 
 use rustix::fs::Mode;
@@ -45,13 +46,14 @@ pub fn settle_daemon() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
-/// Starts a process that outlives its starter: a session of its own, an environment of `PATH` and `environment`, nothing inherited but
-/// `inherited` (under the same numbers) and `output` for both output streams.
+/// Starts a process that outlives its starter, in `directory`: a session of its own, an environment of `PATH` and `environment`, nothing
+/// inherited but `inherited` (under the same numbers) and `output` for both output streams.
 ///
 /// # Errors
 ///
 /// Returns the error of starting it; [`io::ErrorKind::NotFound`] if there is no such program.
 pub fn spawn_detached(
+    directory: &Path,
     program: &OsStr,
     arguments: &[String],
     environment: &[(&str, &str)],
@@ -64,7 +66,7 @@ pub fn spawn_detached(
     )]
     let mut command = std::process::Command::new(program);
     command.args(arguments).env_clear().env("PATH", PATH).envs(environment.iter().copied());
-    command.current_dir("/").stdin(Stdio::null());
+    command.current_dir(directory).stdin(Stdio::null());
     command.stdout(output.try_clone()?).stderr(output.try_clone()?);
     let descriptors: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     let prepare = move || {

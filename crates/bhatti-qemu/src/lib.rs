@@ -103,6 +103,7 @@ impl Engine for QemuEngine {
             name: "qemu",
             accelerator: self.setup.accelerator,
             machine: self.setup.depends_on.clone(),
+            exchanges_disks: true,
         }
     }
 
@@ -176,8 +177,7 @@ impl QemuEngine {
 
     /// The VMM process of a sandbox.
     fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        let recorded = || Record::read(directory).map(|record| record.process());
-        bhatti_vmm::find(directory, recorded, &self.setup.program, &command_line::vm_name(id))
+        bhatti_vmm::find(directory, &self.setup.program, &command_line::vm_name(id))
     }
 }
 

@@ -132,7 +132,7 @@ pub(crate) fn start(
     all.extend(arguments);
     let log = File::create(directory.join(LOG))?;
     let program = setup.program.as_os_str();
-    let process = spawn_detached(program, &all, &ENVIRONMENT, &handed.all(), &log)?;
+    let process = spawn_detached(Path::new("/"), program, &all, &ENVIRONMENT, &handed.all(), &log)?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }

@@ -333,6 +333,19 @@ impl Store {
         Ok(query.query_row([], |row| row.get(0))?)
     }
 
+    /// How many sandboxes and named snapshots there are, of all owners.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn count_made(&self) -> Result<u64, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached(
+            "SELECT (SELECT count(*) FROM sandboxes) + (SELECT count(*) FROM snapshots)",
+        )?;
+        Ok(query.query_row([], |row| row.get(0))?)
+    }
+
     /// Writes down what a sandbox's guest did to become itself.
     ///
     /// # Errors

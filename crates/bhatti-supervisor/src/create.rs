@@ -274,7 +274,9 @@ impl Supervisor {
         let files = boot_files(shared, &spec.image).await?;
         let expires_at = request.lifetime.map(unix_seconds_after);
         let guest_files = guest_files(request.files)?;
-        let beginning = if request.cold_boot {
+        // Which volumes it has is known only now.
+        let can_fork = request.volumes.is_empty() || shared.engine.capabilities().exchanges_disks;
+        let beginning = if request.cold_boot || !can_fork {
             Beginning::Boot(files)
         } else {
             let has_network = spec.network.mode == NetworkMode::Nat;

@@ -4,6 +4,7 @@
 //! daemon of its own on a data directory of its own, which shares the images with all others. What a test leaves behind goes with its
 //! [`TestDaemon`].
 
+pub mod conformance;
 mod daemon;
 mod files;
 mod http;

@@ -6,12 +6,16 @@ mod console;
 mod draft;
 mod files;
 mod generation;
+mod pages;
 mod process;
 mod record;
+mod vsock;
 
 pub use console::Console;
 pub use draft::{Draft, copy_files};
 pub use files::{create_private, is_memory, memory_name, new_name, remove_other_memory, share};
 pub use generation::{Generation, check_volumes, damaged, read_manifest, same, volume_generations};
+pub use pages::{piece_bytes, pieces, read_pages, write_pages};
 pub use process::{find, kill, remove};
 pub use record::{Record, Volume, volumes};
+pub use vsock::VsockChannel;

@@ -5,28 +5,26 @@ use std::path::Path;
 use std::time::Duration;
 
 use bhatti_engine::RemoveError;
-use bhatti_host::process::{Followed, ProcessId};
+use bhatti_host::process::Followed;
 use tokio::time::timeout;
+
+use crate::record::recorded_process;
 
 /// How long a killed VMM may take to disappear.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// The VMM of a VM: the one on record, or, if the daemon died before it could write the record, the one of `program` that has `argument`.
+/// The VMM of a VM: the one on record, whichever engine wrote it, or, if the daemon died before it could write the record, the one of `program`
+/// that has `argument`.
 ///
 /// # Errors
 ///
 /// Returns [`io::ErrorKind::NotFound`] if there is none.
-pub fn find(
-    directory: &Path,
-    recorded: impl FnOnce() -> io::Result<ProcessId>,
-    program: &Path,
-    argument: &str,
-) -> io::Result<Followed> {
+pub fn find(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
     // Without a directory there never was a process.
     if !directory.exists() {
         return Err(io::ErrorKind::NotFound.into());
     }
-    match recorded().and_then(Followed::adopt) {
+    match recorded_process(directory).and_then(Followed::adopt) {
         Err(error)
             if matches!(
                 error.kind(),

@@ -21,6 +21,19 @@ pub struct Record<M> {
     pub machine: M,
 }
 
+/// The part of a record that every engine understands.
+#[derive(Deserialize)]
+struct Process {
+    pid: u32,
+    started_ticks: u64,
+}
+
+/// The process on record of the VM in `directory`.
+pub(crate) fn recorded_process(directory: &Path) -> io::Result<ProcessId> {
+    let Process { pid, started_ticks } = serde_json::from_slice(&fs::read(directory.join(FILE))?)?;
+    Ok(ProcessId { pid, started_ticks })
+}
+
 /// A file that a VM has as a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
@@ -47,12 +60,6 @@ impl<M: Serialize + DeserializeOwned> Record<M> {
     pub const fn new(process: ProcessId, machine: M) -> Self {
         let ProcessId { pid, started_ticks } = process;
         Self { pid, started_ticks, machine }
-    }
-
-    /// The process.
-    #[must_use]
-    pub const fn process(&self) -> ProcessId {
-        ProcessId { pid: self.pid, started_ticks: self.started_ticks }
     }
 
     /// Reads the record of the VM in `directory`.
@@ -85,6 +92,8 @@ mod tests {
         let record = Record::new(ProcessId { pid: 7, started_ticks: 8 }, machine);
         record.write(directory.path()).unwrap();
         assert_eq!(Record::read(directory.path()).unwrap(), record);
+        let process = recorded_process(directory.path()).unwrap();
+        assert_eq!(process, ProcessId { pid: 7, started_ticks: 8 });
 
         fs::write(directory.path().join(FILE), r#"{"pid":7"#).unwrap();
 

@@ -6,6 +6,7 @@ pub(crate) mod create;
 pub(crate) mod destroy;
 mod doctor;
 pub(crate) mod edit;
+mod engine;
 pub(crate) mod events;
 pub(crate) mod exec;
 pub(crate) mod file;

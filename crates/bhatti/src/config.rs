@@ -19,6 +19,10 @@ const FILE: &str = "config.yaml";
 pub(crate) struct Config {
     /// The address for callers with an API key; none if absent.
     pub(crate) listen: Option<SocketAddr>,
+    /// What runs VMs.
+    pub(crate) engine: EngineChoice,
+    /// Firecracker's program; looked up by its usual name if absent.
+    pub(crate) firecracker: Option<PathBuf>,
     /// QEMU's program; looked up by its usual name if absent.
     pub(crate) qemu: Option<PathBuf>,
     /// How long a VM may take to boot, in seconds; 60 if absent.
@@ -47,6 +51,17 @@ pub(crate) struct Config {
     pub(crate) network_allowable: Vec<String>,
     /// Who is asked for names that are no sandbox's; this host's own name servers if absent.
     pub(crate) dns: Option<Vec<IpAddr>>,
+}
+
+/// See [`Config::engine`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum EngineChoice {
+    /// QEMU, with KVM or without.
+    #[default]
+    Qemu,
+    /// Firecracker, with KVM.
+    Firecracker,
 }
 
 /// See [`Config::network`].
@@ -112,6 +127,11 @@ impl Config {
     /// See [`qemu`](Self::qemu).
     pub(crate) fn qemu(&self) -> PathBuf {
         self.qemu.clone().unwrap_or_else(|| bhatti_qemu::PROGRAM.into())
+    }
+
+    /// See [`firecracker`](Self::firecracker).
+    pub(crate) fn firecracker(&self) -> PathBuf {
+        self.firecracker.clone().unwrap_or_else(|| bhatti_firecracker::PROGRAM.into())
     }
 
     /// See [`network_range`](Self::network_range).

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+use std::fs;
 use std::io::{Read, Write};
 use std::time::Duration;
 
@@ -378,4 +379,37 @@ fn put_copy(daemon: &TestDaemon, files: &[&str; 3], copy: &[Option<Vec<u8>>; 3])
             std::fs::write(path, content).unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refused() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    daemon.terminate().await;
+    let serve = async |config: &str| {
+        fs::write(daemon.data_dir().join("config.yaml"), config).unwrap();
+        let refused = daemon.cli(&["serve"]).output().await.unwrap();
+        assert!(!refused.status.success());
+        String::from_utf8(refused.stderr).unwrap()
+    };
+
+    let said = serve("engine: firecracker\nfirecracker: /nowhere/firecracker\n").await;
+    assert!(said.contains("`/nowhere/firecracker` is not installed"), "{said}");
+    let said = serve("engine: something\n").await;
+    assert!(said.contains("config.yaml"), "{said}");
+    // As a daemon with another engine has left it.
+    let noted = daemon.data_dir().join("engine");
+    assert_eq!(fs::read_to_string(&noted).unwrap(), "qemu\n");
+    fs::write(&noted, "firecracker\n").unwrap();
+    let said = serve("").await;
+    assert!(
+        said.contains("1 sandboxes and snapshots were made with the engine `firecracker`"),
+        "{said}"
+    );
+    assert!(said.contains("hint: set `engine: firecracker`"), "{said}");
+
+    fs::write(noted, "qemu\n").unwrap();
+    daemon.serve().await;
+    let sandbox = daemon.client.inspect("dev").await.unwrap();
+    assert_eq!(sandbox.status, "running", "it was left alone");
 }

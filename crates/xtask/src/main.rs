@@ -1,10 +1,12 @@
 //! The developers' own commands.
 //!
 //! `cargo xtask tidy` checks what compilers do not; `cargo xtask openapi` writes down the description of the API;
-//! `cargo xtask bench` prints the figures that the project promises.
+//! `cargo xtask bench` prints the figures that the project promises; `cargo xtask kvm-lab` runs a command on a host with KVM, which it makes
+//! where this one has none.
 #![expect(clippy::print_stdout, reason = "a command line prints")]
 
 mod bench;
+mod kvm_lab;
 mod openapi;
 mod tidy;
 
@@ -12,11 +14,18 @@ use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "kvm-lab"
+    {
+        std::process::exit(kvm_lab::start(rest)?);
+    }
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(),
         ["openapi"] => openapi::run(),
         ["bench"] => bench::run(None),
         ["bench", only @ ("api" | "forks")] => bench::run(Some(only)),
-        _ => bail!("usage: cargo xtask tidy | openapi | bench [api | forks]"),
+        _ => bail!(
+            "usage: cargo xtask tidy | openapi | bench [api | forks] | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
+        ),
     }
 }

@@ -1,21 +1,23 @@
 //! The agent through a hypervisor's hybrid vsock: a relay that says what Firecracker does.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use bhatti_agent::{AgentClient, CallError, ExecEvent, VsockChannel};
+use bhatti_agent::{AgentClient, CallError, ExecEvent};
 use bhatti_proto::{CONTROL_PORT, FORWARD_PORT};
+use bhatti_vmm::VsockChannel;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use crate::agent::{Agent, LIMIT, collect, shell};
 
+const SOCKET: &str = "vsock";
+
 /// Relays to the agent's sockets in `directory`.
-fn relay(directory: &Path) -> PathBuf {
-    let socket = directory.join("vsock");
-    let listener = UnixListener::bind(&socket).unwrap();
+fn relay(directory: &Path) {
+    let listener = UnixListener::bind(directory.join(SOCKET)).unwrap();
     let directory = directory.to_owned();
     tokio::spawn(async move {
         while let Ok((host, _)) = listener.accept().await {
@@ -23,7 +25,6 @@ fn relay(directory: &Path) -> PathBuf {
             tokio::spawn(async move { connect(host, &directory).await });
         }
     });
-    socket
 }
 
 async fn connect(host: UnixStream, directory: &Path) -> io::Result<()> {
@@ -44,8 +45,9 @@ async fn connect(host: UnixStream, directory: &Path) -> io::Result<()> {
 
 async fn agent_behind_vsock() -> (Agent, AgentClient) {
     let agent = Agent::start().await;
-    let socket = relay(agent.directory.path());
-    (agent, AgentClient::new(Arc::new(VsockChannel { socket })))
+    let directory = agent.directory.path().to_owned();
+    relay(&directory);
+    (agent, AgentClient::new(Arc::new(VsockChannel { directory, socket: SOCKET })))
 }
 
 #[tokio::test]
@@ -79,9 +81,9 @@ async fn command_whose_input_has_ended_can_still_be_killed() {
 #[tokio::test]
 async fn hypervisor_that_refuses_is_an_error_that_says_so() {
     let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("vsock");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let client = AgentClient::new(Arc::new(VsockChannel { socket }));
+    let listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
+    let channel = VsockChannel { directory: directory.path().to_owned(), socket: SOCKET };
+    let client = AgentClient::new(Arc::new(channel));
     for (answer, said) in [("", "nothing in the guest listens"), ("NO\n", "answered `NO`")] {
         let refuse = async {
             let (mut host, _) = listener.accept().await.unwrap();

@@ -192,11 +192,14 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use std::path::Path;
+
     use crate::process::spawn_detached;
 
     fn sleeper(argument: &str) -> Followed {
         let output = File::open("/dev/null").unwrap();
         spawn_detached(
+            Path::new("/"),
             OsStr::new("sh"),
             &["-c".into(), "sleep 60".into(), argument.into()],
             &[],
@@ -213,16 +216,22 @@ mod tests {
 
         timeout(Duration::from_secs(5), process.ended()).await.unwrap();
 
-        assert!(!std::path::Path::new(&format!("/proc/{}", process.id().pid)).exists());
+        assert!(!Path::new(&format!("/proc/{}", process.id().pid)).exists());
     }
 
     #[tokio::test]
     async fn what_a_process_uses_is_counted_until_it_ends() {
         let output = File::open("/dev/null").unwrap();
         let busy = "i=0; while :; do i=$((i+1)); done";
-        let process =
-            spawn_detached(OsStr::new("sh"), &["-c".into(), busy.into()], &[], &[], &output)
-                .unwrap();
+        let process = spawn_detached(
+            Path::new("/"),
+            OsStr::new("sh"),
+            &["-c".into(), busy.into()],
+            &[],
+            &[],
+            &output,
+        )
+        .unwrap();
         let began = std::time::SystemTime::now();
         while process.usage().unwrap().cpu.is_zero() {
             assert!(began.elapsed().unwrap() < Duration::from_secs(30), "it uses no processor");

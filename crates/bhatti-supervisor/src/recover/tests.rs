@@ -45,7 +45,12 @@ struct FoundVm {
 #[async_trait]
 impl Engine for Reality {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "reality", accelerator: Accelerator::Tcg, machine: "m".to_owned() }
+        Capabilities {
+            name: "reality",
+            accelerator: Accelerator::Tcg,
+            machine: "m".to_owned(),
+            exchanges_disks: true,
+        }
     }
 
     async fn boot(&self, _: &VmSpec) -> Result<Arc<dyn Vm>, BootError> {

@@ -11,7 +11,7 @@ use bhatti_types::Report;
 use serde::Serialize;
 
 use super::Context;
-use crate::config::Config;
+use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
 use crate::paths;
 
@@ -58,7 +58,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let lohar = paths::lohar();
     let mut findings = vec![
         accelerator(),
-        qemu(&Config::read(data_dir)?.qemu()).await,
+        engine(&Config::read(data_dir)?).await,
         network().await,
         tool("mmdebstrap", "mmdebstrap").await,
         tool("mke2fs", "e2fsprogs").await,
@@ -105,6 +105,35 @@ fn accelerator() -> Finding {
             format!("software emulation (TCG), for {}", Report(&error)),
             Some("modprobe kvm_intel || modprobe kvm_amd; usermod -aG kvm $USER"),
         ),
+    }
+}
+
+/// The engine that is configured.
+async fn engine(config: &Config) -> Finding {
+    match config.engine {
+        EngineChoice::Qemu => qemu(&config.qemu()).await,
+        EngineChoice::Firecracker => firecracker(&config.firecracker()).await,
+    }
+}
+
+async fn firecracker(program: &Path) -> Finding {
+    const WHAT: &str = "firecracker";
+    match (bhatti_firecracker::check(program).await, kvm::check()) {
+        (Ok((path, version)), Ok(())) => {
+            Finding::good(WHAT, format!("{version}, {}", path.display()))
+        }
+        (Ok(_), Err(error)) => Finding::missing(
+            WHAT,
+            format!("it needs KVM: {}", Report(&error)),
+            "use QEMU: `engine: qemu` in config.yaml",
+        ),
+        (Err(error), _) => {
+            let mend = format!(
+                "install {} or later, and name it with `firecracker: PATH` in config.yaml",
+                bhatti_firecracker::MINIMUM
+            );
+            Finding::missing(WHAT, Report(&error).to_string(), mend)
+        }
     }
 }
 

@@ -3,14 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bhatti_engine::{Accelerator, Engine};
+use bhatti_engine::Accelerator;
 use bhatti_image::ImageStore;
-use bhatti_qemu::QemuEngine;
 use bhatti_secret::{KeyError, SecretKey};
 use bhatti_store::Store;
 use bhatti_supervisor::{Supervisor, ThermalConfig};
 
-use super::network;
+use super::{engine, network};
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
@@ -27,12 +26,11 @@ pub(super) async fn make(
         let directory = data_dir.join(name);
         paths::create_data_dir(&directory).map(|()| directory)
     };
-    let engine = QemuEngine::new(config.qemu());
-    tokio::spawn(engine.prepare());
+    let engine = engine::open(config).await?;
+    engine::settle(data_dir, store, engine.capabilities().name)?;
     // A VMM that waits saves little where what it runs has to be translated first; a VM that has run everything once saves nearly all.
     let emulated = engine.capabilities().accelerator == Accelerator::Tcg;
     let forks_by_default = usize::from(emulated && config.ready_vmms != Some(0));
-    let engine: Arc<dyn Engine> = Arc::new(engine);
     let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
     let network = network::open(config, store).await?;
     let config = bhatti_supervisor::Config {

@@ -2,10 +2,13 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use async_trait::async_trait;
 use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use bhatti_host::socket;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 
 /// The longest greeting: `OK`, a space, and a port of the host's.
@@ -14,25 +17,57 @@ const GREETING_BYTES: usize = 32;
 /// Connects through the hypervisor's socket, one connection per stream.
 #[derive(Clone, Debug)]
 pub struct VsockChannel {
-    /// The hypervisor's socket.
-    pub socket: PathBuf,
+    /// Where the hypervisor's socket is.
+    pub directory: PathBuf,
+    /// Its name there.
+    pub socket: &'static str,
 }
 
 #[async_trait]
 impl AgentChannel for VsockChannel {
     async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
         let stream = self.connect(port).await.map_err(ChannelError)?;
-        Ok(Box::new(stream))
+        Ok(Box::new(Whole(stream)))
+    }
+}
+
+/// A stream that is open in both directions until it is dropped: a hypervisor that finds the host's direction closed ends both, whatever is
+/// still on its way.
+struct Whole(UnixStream);
+
+impl AsyncRead for Whole {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Whole {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().0).poll_write(cx, bytes)
     }
 
-    fn carries_half_close(&self) -> bool {
-        true
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_flush(cx)
     }
 }
 
 impl VsockChannel {
     async fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut stream = UnixStream::connect(&self.socket).await?;
+        let stream = socket::connect_in(&self.directory, self.socket)?;
+        stream.set_nonblocking(true)?;
+        let mut stream = UnixStream::from_std(stream)?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
         let greeting = read_line(&mut stream).await?;
         if !greeting.starts_with(b"OK ") {

@@ -1,0 +1,150 @@
+//! Firecracker's API: HTTP on a Unix socket, one connection per request.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bhatti_engine::VmmError;
+use bhatti_host::socket;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http1;
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout};
+
+/// The socket in a VM's directory.
+pub(crate) const SOCKET: &str = "api.sock";
+
+/// How long Firecracker may take for what takes no time.
+pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often to look whether a Firecracker that was started listens.
+const LOOK_PAUSE: Duration = Duration::from_millis(1);
+
+/// What Firecracker says of itself.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Instance {
+    pub(crate) state: State,
+    pub(crate) vmm_version: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub(crate) enum State {
+    #[serde(rename = "Not started")]
+    NotStarted,
+    Running,
+    Paused,
+}
+
+#[derive(Deserialize)]
+struct Fault {
+    fault_message: String,
+}
+
+/// The way to one Firecracker.
+#[derive(Clone, Debug)]
+pub(crate) struct Api {
+    directory: PathBuf,
+}
+
+impl Api {
+    pub(crate) fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    /// Waits until it listens. The caller sees to it that this ends when the process has.
+    pub(crate) async fn listening(&self, limit: Duration) -> Result<(), VmmError> {
+        let began = Instant::now();
+        while let Err(error) = socket::connect_in(&self.directory, SOCKET) {
+            let is_early =
+                matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            if !is_early {
+                return Err(error.into());
+            }
+            if began.elapsed() > limit {
+                return Err(VmmError::Silent { limit });
+            }
+            sleep(LOOK_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// What it is, and how far.
+    pub(crate) async fn instance(&self) -> Result<Instance, VmmError> {
+        let answer = self.send(Method::GET, "/", None, CALL_LIMIT).await?;
+        serde_json::from_slice(&answer).map_err(|_| VmmError::Garbled)
+    }
+
+    /// Tells it to make or do something.
+    pub(crate) async fn put(
+        &self,
+        resource: &str,
+        body: &Value,
+        limit: Duration,
+    ) -> Result<(), VmmError> {
+        self.send(Method::PUT, resource, Some(body), limit).await.map(drop)
+    }
+
+    /// Tells it to change something.
+    pub(crate) async fn patch(
+        &self,
+        resource: &str,
+        body: &Value,
+        limit: Duration,
+    ) -> Result<(), VmmError> {
+        self.send(Method::PATCH, resource, Some(body), limit).await.map(drop)
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<&Value>,
+        limit: Duration,
+    ) -> Result<Bytes, VmmError> {
+        let answered = timeout(limit, self.exchange(method, resource, body));
+        answered.await.unwrap_or(Err(VmmError::Silent { limit }))
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<&Value>,
+    ) -> Result<Bytes, VmmError> {
+        let lost = |error: hyper::Error| VmmError::Unreachable(io::Error::other(error));
+        let stream = socket::connect_in(&self.directory, SOCKET)?;
+        stream.set_nonblocking(true)?;
+        let stream = TokioIo::new(UnixStream::from_std(stream)?);
+        let (mut sender, connection) = http1::handshake(stream).await.map_err(lost)?;
+        let request = Request::builder()
+            .method(method)
+            .uri(resource)
+            .header("Host", "localhost")
+            .header("Accept", "application/json")
+            .header("Content-Type", "application/json")
+            .body(Full::new(Bytes::from(body.map(Value::to_string).unwrap_or_default())))
+            .map_err(|error| VmmError::Unreachable(io::Error::other(error)))?;
+        let answering = async {
+            let response = sender.send_request(request).await.map_err(lost)?;
+            let succeeded = response.status().is_success();
+            let body = response.into_body().collect().await.map_err(lost)?.to_bytes();
+            if succeeded {
+                return Ok(body);
+            }
+            let fault: Fault = serde_json::from_slice(&body).map_err(|_| VmmError::Garbled)?;
+            Err(VmmError::Refused(fault.fault_message))
+        };
+        let mut answering = std::pin::pin!(answering);
+        let mut connection = std::pin::pin!(connection);
+        tokio::select! {
+            answer = &mut answering => answer,
+            // It closes the connection behind its answer, which is here then.
+            _ended = &mut connection => answering.await,
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Takes snapshots: what needs the VM paused first, what only needs time afterwards.
+//!
+//! Firecracker tells pages that were written since it was last asked. So what they stand on is known only as long as every answer has been
+//! kept: a snapshot that is given up leaves a VM of which the next one has all pages.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_engine::{Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, SnapshotRequest};
+use bhatti_host::process::ProcessId;
+use bhatti_host::{disk, durable};
+use bhatti_vmm::{
+    Draft, Generation, copy_files, new_name, remove_other_memory, share, volume_generations,
+};
+use parking_lot::Mutex;
+use serde_json::json;
+use tokio::task::spawn_blocking;
+
+use crate::api::State;
+use crate::machine::{DISK, Machine, Record};
+use crate::manifest::{self, Manifest, Memory, PAGES, STATE};
+use crate::memory;
+use crate::vm::{FirecrackerVm, Known};
+
+/// What Firecracker writes the memory to: a sparse file.
+const SPARSE: &str = "memory.sparse";
+
+/// How long Firecracker may take to write a memory.
+const SAVE_LIMIT: Duration = Duration::from_secs(600);
+
+/// See [`Vm::capture`](bhatti_engine::Vm::capture).
+pub(crate) async fn capture(
+    vm: &FirecrackerVm,
+    request: &SnapshotRequest,
+) -> Result<Box<dyn Captured>, SnapshotError> {
+    let vmm = |step| move |source| SnapshotError::Vmm { step, source };
+    let file = |step| move |source| SnapshotError::File { step, source };
+    let instance = vm.api.instance().await.map_err(vmm("say whether it runs"))?;
+    if instance.state != State::Paused {
+        return Err(SnapshotError::NotPaused);
+    }
+    let draft = Draft::create(&request.directory)?;
+    let (machine, number) = forget_memory(vm).map_err(file("note what is being saved"))?;
+    let kind = request.memory.unwrap_or(match machine.memory {
+        Some(_) => MemoryKind::Diff,
+        None => MemoryKind::Full,
+    });
+    let asked = if kind == MemoryKind::Diff && machine.memory.is_some() { "Diff" } else { "Full" };
+    let ask = json!({
+        "snapshot_type": asked,
+        "snapshot_path": draft.path().join(STATE),
+        "mem_file_path": draft.path().join(SPARSE),
+    });
+    vm.api.put("/snapshot/create", &ask, SAVE_LIMIT).await.map_err(vmm("save itself"))?;
+    if request.disks == Disks::Frozen {
+        let (from, to) = (vm.directory.join(DISK), draft.path().join(DISK));
+        let copied = spawn_blocking(move || disk::copy(&from, &to)).await;
+        copied
+            .map_err(io::Error::other)
+            .and_then(|copied| copied)
+            .map_err(file("copy the disk"))?;
+    }
+    copy_files(&request.copies, draft.path()).await?;
+    let manifest = Manifest {
+        format: manifest::FORMAT,
+        vmm_version: instance.vmm_version,
+        vmm_machine: vm.depends_on.clone(),
+        machine,
+        memory: Memory::Diff { hash: String::new() },
+        state_hash: String::new(),
+        disk_generation: None,
+        volume_generations: Vec::new(),
+    };
+    Ok(Box::new(Draught {
+        draft,
+        manifest,
+        kind,
+        disks: request.disks,
+        copies: request.copies.iter().map(|copy| copy.name.clone()).collect(),
+        directory: vm.directory.clone(),
+        process: vm.process.id(),
+        known: Arc::clone(&vm.state),
+        number,
+    }))
+}
+
+/// Notes that it is not known any more which pages are dirty, before Firecracker forgets it. Returns the machine as it was, and which capture
+/// this is.
+fn forget_memory(vm: &FirecrackerVm) -> io::Result<(Machine, u64)> {
+    let mut known = vm.state.lock();
+    let before = known.machine.clone();
+    // It has run since it was made: no snapshot that another memory belongs to can come back.
+    remove_other_memory(&vm.directory, before.memory.as_deref().unwrap_or_default())?;
+    let number = known.captures.fetch_add(1, Ordering::SeqCst) + 1;
+    let machine = Machine { memory: None, ..before.clone() };
+    vm.record(&machine)?;
+    known.machine = machine;
+    Ok((before, number))
+}
+
+/// A snapshot on its way to the disk.
+struct Draught {
+    draft: Draft,
+    manifest: Manifest,
+    kind: MemoryKind,
+    disks: Disks,
+    copies: Vec<String>,
+    directory: PathBuf,
+    process: ProcessId,
+    known: Arc<Mutex<Known>>,
+    number: u64,
+}
+
+#[async_trait]
+impl Captured for Draught {
+    async fn finish(self: Box<Self>) -> Result<SnapshotInfo, SnapshotError> {
+        let finished = spawn_blocking(move || self.settle());
+        let failed = |source| SnapshotError::File { step: "put the snapshot in place", source };
+        finished.await.map_err(io::Error::other).and_then(|settled| settled).map_err(failed)
+    }
+}
+
+impl Draught {
+    fn settle(mut self) -> io::Result<SnapshotInfo> {
+        let state = fs::read(self.draft.path().join(STATE))?;
+        self.manifest.state_hash = blake3::hash(&state).to_string();
+        let (memory, memory_bytes) = self.settle_memory()?;
+        let place = |name: &str| self.draft.path().join(name);
+        let mut files = vec![place(STATE), place(&memory)];
+        files.extend(self.copies.iter().map(|name| place(name)));
+        match self.disks {
+            Disks::InPlace => files.push(self.directory.join(DISK)),
+            Disks::Frozen => files.push(place(DISK)),
+        }
+        for file in files {
+            File::open(file)?.sync_all()?;
+        }
+        if self.disks == Disks::InPlace {
+            self.manifest.disk_generation = Some(Generation::of(&self.directory.join(DISK))?);
+            self.manifest.volume_generations = volume_generations(&self.manifest.machine.volumes)?;
+        }
+        let whole = match &self.manifest.memory {
+            Memory::Whole { file } if self.disks == Disks::Frozen => Some(file.clone()),
+            _ => None,
+        };
+        if let Some(name) = &whole {
+            self.stand_on(name)?;
+        }
+        durable::write(&place(manifest::FILE), &serde_json::to_vec_pretty(&self.manifest)?)?;
+        self.draft.put_in_place()?;
+        Ok(SnapshotInfo { memory: self.kind, memory_bytes, device_bytes: state.len() as u64 })
+    }
+
+    /// Makes of what Firecracker wrote what the manifest is to say. Returns the file's name, and the bytes of its pages.
+    fn settle_memory(&mut self) -> io::Result<(String, u64)> {
+        let draft = self.draft.path();
+        let sparse = draft.join(SPARSE);
+        let base = self.manifest.machine.memory.take();
+        let is_diff = self.kind == MemoryKind::Diff && base.is_some();
+        let whole = if is_diff { None } else { Some(memory::dig_holes(&sparse)?) };
+        if self.kind == MemoryKind::Diff && self.disks == Disks::InPlace {
+            let (bytes, hash) = memory::list_pages(&sparse, &draft.join(PAGES))?;
+            self.manifest.machine.memory = base;
+            self.manifest.memory = Memory::Diff { hash: hash.to_string() };
+            return Ok((PAGES.to_owned(), bytes));
+        }
+        let file = new_name("memory-", ".img")?;
+        let bytes = match (whole, base) {
+            (None, Some(base)) => {
+                let bytes =
+                    memory::with_diff(&self.directory.join(base), &sparse, &draft.join(&file))?;
+                fs::remove_file(&sparse)?;
+                bytes
+            }
+            (whole, _) => {
+                fs::rename(&sparse, draft.join(&file))?;
+                whole.unwrap_or_default()
+            }
+        };
+        self.manifest.memory = Memory::Whole { file: file.clone() };
+        Ok((file, bytes))
+    }
+
+    /// The VM goes on: what it writes from now on is over this memory.
+    fn stand_on(&self, name: &str) -> io::Result<()> {
+        let mut known = self.known.lock();
+        if known.captures.load(Ordering::SeqCst) != self.number {
+            return Ok(());
+        }
+        share(&self.draft.path().join(name), &self.directory, name)?;
+        let machine = Machine { memory: Some(name.to_owned()), ..known.machine.clone() };
+        Record::new(self.process, machine.clone()).write(&self.directory)?;
+        known.machine = machine;
+        // What it stood on before is mapped, and so there as long as it runs.
+        remove_other_memory(&self.directory, name)
+    }
+}

@@ -1,0 +1,167 @@
+//! The engine on Firecracker.
+//!
+//! ```text
+//!  <sandbox directory>/
+//!    disk.ext4       the root disk
+//!    volume*.disk    what is in the places for volumes
+//!    memory-*.img    what the memory is a private mapping of, once it was restored or forked
+//!    snapshot/       of a VM that sleeps: see `manifest`
+//!    vsock.sock      the agent channel: one connection per operation
+//!    console.fifo    the guest's console
+//!    api.sock        Firecracker's API
+//!    vm.json         which process it is, and what it was told to be
+//!    vmm.log         what Firecracker itself has to say
+//! ```
+//!
+//! Firecracker runs in that directory and is told names, not paths, so what is saved for one sandbox can be restored for another. It runs in a
+//! session of its own and outlives the daemon. Its disks are raw files: a fork's is a copy, shared where the file system can.
+
+mod api;
+mod capture;
+mod machine;
+mod manifest;
+mod memory;
+mod restore;
+mod version;
+mod vm;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bhatti_engine::{
+    Accelerator, AdoptError, BootError, Capabilities, Disks, Engine, RemoveError, RestoreError,
+    RestoreSpec, Staged, Vm, VmSpec,
+};
+use bhatti_host::process::Followed;
+use bhatti_types::SandboxId;
+
+use api::State;
+use machine::Record;
+use vm::FirecrackerVm;
+
+pub use version::{MINIMUM, Unusable, Version, check};
+
+/// Firecracker's program.
+pub const PROGRAM: &str = "firecracker";
+
+/// Runs VMs with Firecracker.
+pub struct FirecrackerEngine {
+    setup: Setup,
+}
+
+/// What all VMs of an engine are started with.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    pub(crate) program: PathBuf,
+    /// What saved VMs depend on: another value, and they cannot be restored.
+    pub(crate) depends_on: String,
+}
+
+impl FirecrackerEngine {
+    /// An engine on `program`, the path of one that was checked.
+    #[must_use]
+    pub fn new(program: PathBuf) -> Self {
+        let depends_on = format!(
+            "{} kvm {} layout {}",
+            std::env::consts::ARCH,
+            kind_of_program(&program),
+            machine::LAYOUT
+        );
+        Self { setup: Setup { program, depends_on } }
+    }
+
+    /// The VMM process of a sandbox.
+    fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
+        bhatti_vmm::find(directory, &self.setup.program, &vm::vm_name(id))
+    }
+
+    async fn clean_up(&self, id: SandboxId, directory: &Path) {
+        if let Err(left) = self.remove(id, directory).await {
+            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not come up");
+        }
+    }
+}
+
+#[async_trait]
+impl Engine for FirecrackerEngine {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            name: "firecracker",
+            accelerator: Accelerator::Kvm,
+            machine: self.setup.depends_on.clone(),
+            exchanges_disks: false,
+        }
+    }
+
+    async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError> {
+        match vm::boot(spec, &self.setup).await {
+            Ok(vm) => Ok(Arc::new(vm)),
+            Err(error) => {
+                if spec.keep_disk {
+                    self.kill(spec.id, &spec.directory).await.unwrap_or_else(|left| {
+                        tracing::error!(sandbox = %spec.id, error = %left, "Failed to end a VM that did not boot");
+                    });
+                } else {
+                    self.clean_up(spec.id, &spec.directory).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError> {
+        match restore::stage(spec, &self.setup).await {
+            Ok(waiting) => Ok(Box::new(waiting)),
+            Err(error) => {
+                if spec.disks == Disks::Frozen {
+                    self.clean_up(spec.id, &spec.directory).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
+        let process = self.find_process(id, directory).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => AdoptError::Gone,
+            _ => AdoptError::Broken { step: "look for the VM's process", source },
+        })?;
+        let attach = || {
+            let machine = Record::read(directory)?.machine;
+            FirecrackerVm::attach(process, directory, machine, self.setup.depends_on.clone())
+        };
+        let broken = |step| move |source| AdoptError::Broken { step, source };
+        let vm = attach().map_err(broken("open the VM's console"))?;
+        let instance = vm.api.instance().await;
+        if instance.is_ok_and(|instance| instance.state == State::NotStarted) {
+            // Its state is still where it was to come from; this process has none.
+            self.kill(id, directory).await.map_err(|left| AdoptError::Broken {
+                step: "end a VM that was being restored",
+                source: io::Error::other(left),
+            })?;
+            return Err(AdoptError::Gone);
+        }
+        Ok(Arc::new(vm))
+    }
+
+    async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
+        bhatti_vmm::kill(self.find_process(id, directory)).await
+    }
+
+    async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
+        self.kill(id, directory).await?;
+        bhatti_vmm::remove(directory).await
+    }
+}
+
+/// Tells one build of a program from another, without running it.
+fn kind_of_program(program: &Path) -> String {
+    fs::metadata(program).map_or_else(
+        |_| "unknown".to_owned(),
+        |file| format!("{} bytes of {}", file.len(), file.mtime()),
+    )
+}

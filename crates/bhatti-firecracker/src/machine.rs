@@ -1,0 +1,123 @@
+//! What Firecracker is told to be.
+//!
+//! All paths are relative to the VM's directory, which is where its Firecracker runs: what is saved of one can be restored for another.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use bhatti_engine::{VmSpec, VolumeFile};
+use bhatti_vmm::Volume;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// Changes with every change of the machine, devices, their order and the kernel's command line included: a saved VM can only be restored on the
+/// machine that it was saved on.
+pub(crate) const LAYOUT: u32 = 1;
+
+/// The root disk.
+pub(crate) const DISK: &str = "disk.ext4";
+/// The hypervisor's end of vsock.
+pub(crate) const VSOCK: &str = "vsock.sock";
+/// The network card for Firecracker.
+pub(crate) const CARD: &str = "net";
+
+/// The size of a disk that is none.
+const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
+
+/// The link address of a card before its guest has another.
+const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
+
+/// The guest's address on vsock; each guest has a hypervisor's end of its own.
+const GUEST_CID: u32 = 3;
+
+/// The VMM process of a sandbox, and what it was started with.
+pub(crate) type Record = bhatti_vmm::Record<Machine>;
+
+/// A VM but for its process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    pub(crate) cpus: u8,
+    pub(crate) memory_mib: u32,
+    /// The file in its directory that pages which are not dirty are in; none if it booted, or if it is not known which are.
+    pub(crate) memory: Option<String>,
+    pub(crate) has_network: bool,
+    pub(crate) volumes: Vec<Option<Volume>>,
+}
+
+/// What Firecracker is told, in this order, until the guest boots.
+pub(crate) fn boot_requests(spec: &VmSpec) -> Vec<(String, Value)> {
+    let mut requests = vec![
+        (
+            "/boot-source".to_owned(),
+            json!({
+                "kernel_image_path": spec.kernel,
+                "initrd_path": spec.initramfs,
+                "boot_args": kernel_command_line(spec),
+            }),
+        ),
+        (
+            "/machine-config".to_owned(),
+            json!({
+                "vcpu_count": spec.cpus.get(),
+                "mem_size_mib": spec.memory.get(),
+                "track_dirty_pages": true,
+            }),
+        ),
+        drive("root", DISK, false),
+    ];
+    for (slot, volume) in spec.volumes.iter().enumerate() {
+        let read_only = volume.as_ref().is_some_and(|volume| volume.read_only);
+        requests.push(drive(&format!("volume{slot}"), &volume_name(slot), read_only));
+    }
+    if let Some(tap) = &spec.tap {
+        let card = json!({ "iface_id": CARD, "host_dev_name": tap, "guest_mac": UNCONFIGURED_MAC });
+        requests.push((format!("/network-interfaces/{CARD}"), card));
+    }
+    requests.push(("/vsock".to_owned(), json!({ "guest_cid": GUEST_CID, "uds_path": VSOCK })));
+    requests.push(("/actions".to_owned(), json!({ "action_type": "InstanceStart" })));
+    requests
+}
+
+/// A disk whose writes are durable when the guest has flushed them.
+fn drive(id: &str, path: &str, read_only: bool) -> (String, Value) {
+    let drive = json!({
+        "drive_id": id,
+        "path_on_host": path,
+        "is_root_device": false,
+        "is_read_only": read_only,
+        "cache_type": "Writeback",
+    });
+    (format!("/drives/{id}"), drive)
+}
+
+/// Firecracker gives disks no serials, so the guest is told their order.
+fn kernel_command_line(spec: &VmSpec) -> String {
+    let volumes: String = (0..spec.volumes.len()).map(|slot| format!(",volume{slot}")).collect();
+    format!(
+        "console=ttyS0 quiet reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd lsm=landlock,yama,bpf audit=0 \
+         hostname={} BHATTI_DISKS=root{volumes} rdinit=/lohar",
+        spec.hostname
+    )
+}
+
+fn volume_name(slot: usize) -> String {
+    format!("volume{slot}.disk")
+}
+
+/// Puts volumes into their places.
+pub(crate) fn place_volumes(directory: &Path, volumes: &[Option<VolumeFile>]) -> io::Result<()> {
+    for (slot, volume) in volumes.iter().enumerate() {
+        let place = directory.join(volume_name(slot));
+        match fs::remove_file(&place) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        match volume {
+            Some(volume) => symlink(&volume.path, place)?,
+            None => fs::File::create_new(place)?.set_len(EMPTY_VOLUME_BYTES)?,
+        }
+    }
+    Ok(())
+}

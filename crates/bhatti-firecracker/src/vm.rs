@@ -1,0 +1,238 @@
+//! A VM: the Firecracker process and the ways to it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_engine::{
+    AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
+};
+use bhatti_host::disk;
+use bhatti_host::process::{Followed, Usage, spawn_detached};
+use bhatti_proto::CONTROL_PORT;
+use bhatti_types::SandboxId;
+use bhatti_vmm::{Console, VsockChannel, create_private, remove_other_memory, volumes};
+use parking_lot::Mutex;
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+use serde_json::json;
+use tokio::net::unix::pipe;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::api::{self, Api, CALL_LIMIT, State};
+use crate::machine::{self, DISK, Machine, Record, VSOCK};
+use crate::{Setup, capture};
+
+/// Where the guest's console goes: a pipe, of which Firecracker drops what nobody reads. A hostile guest could fill a file.
+const CONSOLE: &str = "console.fifo";
+const LOG: &str = "vmm.log";
+
+/// The end of Firecracker's log that ours shows, in bytes.
+const LOG_TAIL_BYTES: usize = 4096;
+
+/// How often the agent of a guest that boots is looked for.
+const LOOK_PAUSE: Duration = Duration::from_millis(5);
+
+/// How long Firecracker may take to start the guest, and to stop and start its vCPUs.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// A VM that runs, or is paused.
+pub(crate) struct FirecrackerVm {
+    pub(crate) directory: PathBuf,
+    pub(crate) process: Followed,
+    pub(crate) api: Api,
+    pub(crate) state: Arc<Mutex<Known>>,
+    /// What saved VMs of this engine depend on.
+    pub(crate) depends_on: String,
+    channel: Arc<VsockChannel>,
+    console: Console,
+}
+
+/// What is known of the machine.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) machine: Machine,
+    /// How often it was saved: what was learnt of its memory at one time is not true after the next.
+    pub(crate) captures: AtomicU64,
+}
+
+/// The argument by which the process of a sandbox's VM can be found.
+pub(crate) fn vm_name(id: SandboxId) -> String {
+    format!("bhatti-{id}")
+}
+
+/// Boots a VM. What was made stays where it is if that fails.
+pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, BootError> {
+    let failed = |step| move |source| BootError::Prepare { step, source };
+    let directory = &spec.directory;
+    create_private(directory).map_err(failed("create the VM's directory"))?;
+    if !spec.keep_disk {
+        disk::copy(&spec.root_base, &directory.join(DISK))
+            .map_err(failed("create the root disk"))?;
+    }
+    remove_other_memory(directory, "").map_err(failed("remove an earlier memory"))?;
+    machine::place_volumes(directory, &spec.volumes).map_err(failed("place the volumes"))?;
+    let machine = Machine {
+        cpus: spec.cpus.get(),
+        memory_mib: spec.memory.get(),
+        memory: None,
+        has_network: spec.tap.is_some(),
+        volumes: volumes(&spec.volumes),
+    };
+    let process =
+        start(setup, spec.id, directory, &machine).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
+            _ => BootError::Prepare { step: "start Firecracker", source },
+        })?;
+    let vm = FirecrackerVm::attach(process, directory, machine, setup.depends_on.clone())
+        .map_err(failed("open the VM's console"))?;
+    let refused = |error| BootError::Prepare {
+        step: "configure the virtual machine",
+        source: io::Error::other(error),
+    };
+    vm.until_it_ends(vm.api.listening(CALL_LIMIT)).await?.map_err(refused)?;
+    for (resource, body) in machine::boot_requests(spec) {
+        vm.until_it_ends(vm.api.put(&resource, &body, START_LIMIT)).await?.map_err(refused)?;
+    }
+    vm.wait_for_agent(spec.boot_limit).await?;
+    Ok(vm)
+}
+
+/// Starts Firecracker in `directory` and records its process.
+pub(crate) fn start(
+    setup: &Setup,
+    id: SandboxId,
+    directory: &Path,
+    machine: &Machine,
+) -> io::Result<Followed> {
+    for earlier in [api::SOCKET, VSOCK, CONSOLE, LOG] {
+        match fs::remove_file(directory.join(earlier)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    let console = directory.join(CONSOLE);
+    mknodat(CWD, &console, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+    // Both ways: it has a reader, whether there is a daemon or not.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let output = File::options().read(true).write(true).custom_flags(flags).open(console)?;
+    let arguments =
+        ["--api-sock", api::SOCKET, "--id", &vm_name(id), "--log-path", LOG, "--level", "Warn"];
+    let arguments = arguments.map(str::to_owned);
+    File::create(directory.join(LOG))?;
+    let program = setup.program.as_os_str();
+    let process = spawn_detached(directory, program, &arguments, &[], &[], &output)?;
+    Record::new(process.id(), machine.clone()).write(directory)?;
+    Ok(process)
+}
+
+impl FirecrackerVm {
+    /// Takes up the VM of `process`. Its agent is not asked: a guest that is paused or busy is alive all the same.
+    pub(crate) fn attach(
+        process: Followed,
+        directory: &Path,
+        machine: Machine,
+        depends_on: String,
+    ) -> io::Result<Self> {
+        let console = pipe::OpenOptions::new().open_receiver(directory.join(CONSOLE))?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            process,
+            api: Api::new(directory),
+            state: Arc::new(Mutex::new(Known { machine, captures: AtomicU64::new(0) })),
+            depends_on,
+            channel: Arc::new(VsockChannel { directory: directory.to_owned(), socket: VSOCK }),
+            console: Console::read(console),
+        })
+    }
+
+    /// Waits for something that Firecracker does, as long as there is one.
+    async fn until_it_ends<T>(&self, act: impl Future<Output = T>) -> Result<T, BootError> {
+        tokio::select! {
+            done = act => Ok(done),
+            () = self.process.ended() => Err(BootError::Ended { console: self.last_words().await }),
+        }
+    }
+
+    async fn wait_for_agent(&self, limit: Duration) -> Result<(), BootError> {
+        let began = Instant::now();
+        loop {
+            let left = limit.saturating_sub(began.elapsed());
+            let opened = timeout(left, self.channel.open(CONTROL_PORT));
+            match self.until_it_ends(opened).await? {
+                Ok(Ok(_stream)) => return Ok(()),
+                // Nobody listens in the guest yet.
+                Ok(Err(_)) if !left.is_zero() => self.until_it_ends(sleep(LOOK_PAUSE)).await?,
+                _ => return Err(BootError::TimedOut { limit, console: self.last_words().await }),
+            }
+        }
+    }
+
+    /// What the guest said last. What Firecracker itself said names files of this host, and so goes to our log alone.
+    async fn last_words(&self) -> String {
+        report_log(&self.directory);
+        self.console.complete().await;
+        self.console.tail()
+    }
+
+    /// Writes down what the machine is now.
+    pub(crate) fn record(&self, machine: &Machine) -> io::Result<()> {
+        Record::new(self.process.id(), machine.clone()).write(&self.directory)
+    }
+
+    async fn change_state(&self, from: State, to: &str) -> Result<(), VmmError> {
+        if self.api.instance().await?.state != from {
+            return Ok(());
+        }
+        self.api.patch("/vm", &json!({ "state": to }), START_LIMIT).await
+    }
+}
+
+/// Logs what Firecracker had to say.
+pub(crate) fn report_log(directory: &Path) {
+    let log = fs::read(directory.join(LOG)).unwrap_or_default();
+    let log =
+        String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
+    if !log.trim().is_empty() {
+        tracing::warn!(log, "Firecracker complained");
+    }
+}
+
+#[async_trait]
+impl Vm for FirecrackerVm {
+    fn channel(&self) -> Arc<dyn AgentChannel> {
+        Arc::clone(&self.channel) as Arc<dyn AgentChannel>
+    }
+
+    async fn is_running(&self) -> Result<bool, VmmError> {
+        Ok(self.api.instance().await?.state == State::Running)
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.change_state(State::Running, "Paused").await
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.change_state(State::Paused, "Resumed").await
+    }
+
+    async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {
+        capture::capture(self, request).await
+    }
+
+    async fn ended(&self) {
+        self.process.ended().await;
+    }
+
+    fn usage(&self) -> io::Result<Usage> {
+        self.process.usage()
+    }
+
+    fn console_tail(&self) -> String {
+        self.console.tail()
+    }
+}

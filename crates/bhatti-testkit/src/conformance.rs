@@ -1,0 +1,151 @@
+//! Engines on trial: `bhatti_engine::conformance` with guests of the tests' image.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use bhatti_agent::AgentClient;
+use bhatti_engine::conformance::{Bench, Shell};
+use bhatti_engine::{Engine, Vm, VmSpec};
+use bhatti_image::{DEFAULT_IMAGE, ImageStore};
+use bhatti_proto::{Applied, ExecRequest, GuestConfig, Identity, Woken};
+use bhatti_types::{CpuCount, MemoryMib, SandboxId};
+use tokio::time::{Instant, timeout};
+
+use crate::{LIMIT, dist, images, kill_vmm};
+
+/// How long a message may take whose clock is to be exact.
+const EXACT: Duration = Duration::from_millis(20);
+
+/// Makes the tests that every engine has to pass, of an expression that makes the engine, or `None` where it cannot run; it has said why then.
+#[macro_export]
+macro_rules! conformance_tests {
+    ($engine:expr) => {
+        $crate::conformance_tests! { $engine;
+            vm_is_booted_taken_up_killed_and_removed: lifecycle,
+            vm_pauses_and_resumes_however_often_it_is_told: thermal,
+            full_snapshot_and_three_diffs_keep_the_data_of_every_phase: snapshot_cycles,
+            forks_share_what_they_stand_on_and_nothing_else: fork,
+            restored_guests_are_others_before_their_processes_go_on: identity,
+            damaged_and_stale_snapshots_are_refused_and_change_nothing: failure,
+        }
+    };
+    ($engine:expr; $($fact:ident: $part:ident,)*) => {
+        $(
+            #[tokio::test]
+            async fn $fact() {
+                if let Some(engine) = $engine {
+                    $crate::conformance::on_trial(
+                        &engine,
+                        bhatti_engine::conformance::$part,
+                    )
+                    .await;
+                }
+            }
+        )*
+    };
+}
+
+struct AgentShell;
+
+#[async_trait]
+impl Shell for AgentShell {
+    async fn run(&self, vm: &dyn Vm, script: &str) -> String {
+        let request = ExecRequest {
+            argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            user: Some("root".into()),
+            ..ExecRequest::default()
+        };
+        let client = AgentClient::new(vm.channel());
+        let (code, stdout, stderr) = timeout(LIMIT, client.run(request)).await.unwrap().unwrap();
+        assert_eq!(code, 0, "{script}: {}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).unwrap().trim_end_matches('\n').to_owned()
+    }
+
+    async fn suspend(&self, vm: &dyn Vm) {
+        AgentClient::new(vm.channel()).suspend(true).await.unwrap();
+    }
+
+    async fn wake(&self, vm: &dyn Vm) {
+        let woken = Woken { entropy: entropy(), wall_clock_ns: now_ns() };
+        AgentClient::new(vm.channel()).woken(&woken).await.unwrap();
+    }
+
+    async fn become_another(&self, vm: &dyn Vm, name: &str) {
+        let client = AgentClient::new(vm.channel());
+        client.reach().await.unwrap();
+        let identity = Identity {
+            entropy: entropy(),
+            wall_clock_ns: now_ns(),
+            machine_id: if name == "one" { "1" } else { "2" }.repeat(32),
+            config: GuestConfig { hostname: name.to_owned(), ..GuestConfig::default() },
+            rehearsal: false,
+        };
+        let report = client.assume_identity(&identity).await.unwrap();
+        assert_eq!(report.hostname, Applied::Done, "{report:?}");
+        // What takes long makes the clock late. Translated once, it does not.
+        for _ in 0..20 {
+            let began = Instant::now();
+            self.wake(vm).await;
+            if began.elapsed() < EXACT {
+                break;
+            }
+        }
+    }
+}
+
+/// 32 bytes that no other guest is fed, in base64.
+fn entropy() -> String {
+    let id = tempfile::NamedTempFile::new().unwrap();
+    let name = id.path().file_name().unwrap().to_string_lossy().replace('.', "a");
+    format!("{name:a>43}=")[..44].to_owned()
+}
+
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(since.as_nanos()).unwrap()
+}
+
+/// Runs a part of the suite in a directory of its own.
+///
+/// # Panics
+///
+/// Panics if the engine does not do what the part wants.
+pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
+    let directory = tempfile::tempdir().unwrap();
+    let files = ImageStore::new(images().parent().unwrap())
+        .boot_files(DEFAULT_IMAGE, &dist("lohar"))
+        .unwrap();
+    let process = std::process::id().to_be_bytes();
+    let id = SandboxId::from_entropy([process[0], process[1], process[2], process[3], 0, 0, 0, 0]);
+    let spec = VmSpec {
+        id,
+        hostname: "trial".parse().unwrap(),
+        cpus: CpuCount::ONE,
+        memory: MemoryMib::try_from(256).unwrap(),
+        directory: directory.path().join(id.to_string()),
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        root_base: files.root,
+        keep_disk: false,
+        tap: None,
+        volumes: Vec::new(),
+        boot_limit: LIMIT,
+    };
+    let _killer = Killer(directory.path().to_owned());
+    part(&Bench { engine, shell: &AgentShell, spec }).await;
+}
+
+/// Ends whatever VMs a test that failed has left.
+struct Killer(PathBuf);
+
+impl Drop for Killer {
+    fn drop(&mut self) {
+        for entry in fs::read_dir(&self.0).unwrap().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            kill_vmm(&entry.path(), &name);
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The engine that the configuration names.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use bhatti_engine::Engine;
+use bhatti_firecracker::{FirecrackerEngine, Unusable};
+use bhatti_host::{durable, kvm};
+use bhatti_qemu::QemuEngine;
+use bhatti_store::Store;
+
+use crate::config::{Config, EngineChoice};
+use crate::error::CliError;
+
+/// Which engine made what is in the data directory.
+const FILE: &str = "engine";
+
+/// Opens the engine.
+pub(super) async fn open(config: &Config) -> Result<Arc<dyn Engine>, CliError> {
+    match config.engine {
+        EngineChoice::Qemu => {
+            let engine = QemuEngine::new(config.qemu());
+            tokio::spawn(engine.prepare());
+            Ok(Arc::new(engine))
+        }
+        EngineChoice::Firecracker => {
+            let (program, _) = bhatti_firecracker::check(&config.firecracker())
+                .await
+                .map_err(|error| unusable(&error))?;
+            kvm::check().map_err(|error| {
+                CliError::of(&error)
+                    .hint("Firecracker needs KVM; without it: `engine: qemu` in config.yaml")
+            })?;
+            Ok(Arc::new(FirecrackerEngine::new(program)))
+        }
+    }
+}
+
+fn unusable(error: &Unusable) -> CliError {
+    CliError::of(error).hint(
+        "install one and name it with `firecracker: PATH` in config.yaml, or use `engine: qemu`",
+    )
+}
+
+/// Notes which engine this data directory is for. What one engine made is nothing to another: as long as there is any of it, there is no change.
+pub(super) fn settle(data_dir: &Path, store: &Store, name: &str) -> Result<(), CliError> {
+    let path = data_dir.join(FILE);
+    let before = match fs::read_to_string(&path) {
+        Ok(text) => Some(text.trim().to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error.into()),
+    };
+    // Before there was a choice, there was one engine.
+    let before = before.unwrap_or_else(|| QEMU.to_owned());
+    if before == name && path.exists() {
+        return Ok(());
+    }
+    let made = store.count_made().map_err(|error| CliError::of(&error))?;
+    if before != name && made > 0 {
+        return Err(CliError::new(format!(
+            "{made} sandboxes and snapshots were made with the engine `{before}`, and this is `{name}`"
+        ))
+        .hint(format!("set `engine: {before}` in config.yaml again, or destroy them with it first")));
+    }
+    durable::write(&path, format!("{name}\n").as_bytes())?;
+    Ok(())
+}
+
+const QEMU: &str = "qemu";

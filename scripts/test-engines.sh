@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Runs every engine's conformance tests, where they can run here and in the KVM lab, and prints engine × part with what came of it.
+# FIRECRACKER_BIN names a firecracker; without one, one on PATH is taken.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+./scripts/install-packages.sh test
+data_dir=$PWD/target/test-data
+mkdir -p "$data_dir"
+dist/bhatti setup --data-dir "$data_dir" --no-template
+
+firecracker=${FIRECRACKER_BIN:-$(command -v firecracker || true)}
+results=$(mktemp)
+trap 'rm -f "$results"' EXIT
+status=0
+
+# The program of an engine's tests.
+program_of() {
+    cargo test --release --locked --no-run --message-format=json -p "$1" --test vm_conformance 2>/dev/null |
+        sed -n 's/.*"executable":"\([^"]*vm_conformance-[^"]*\)".*/\1/p' | tail -1
+}
+
+# Notes what came of each part: NAME, then the output of a run.
+note() {
+    sed -n "s/^test \([a-z_]*\) \.\.\. \(ok\|FAILED\)$/$1\t\1\t\2/p" >>"$results"
+}
+
+skip() {
+    printf '%s\t(all)\tSKIPPED: %s, because %s\n' "$1" "$1" "$2" >>"$results"
+}
+
+in_lab() {
+    local program=$1
+    shift
+    cargo xtask kvm-lab --with dist --with target/test-data/images --with crates/bhatti-testkit --with "$program" \
+        "$@" -- "$program" --test-threads=1
+}
+
+qemu=$(program_of bhatti-qemu)
+"$qemu" --test-threads=1 | tee /dev/stderr | note "qemu here" || status=1
+if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
+    lab=0
+else
+    lab=1
+    in_lab "$qemu" | tee /dev/stderr | note "qemu, KVM in the lab" || status=1
+fi
+if [ -z "$firecracker" ]; then
+    skip "firecracker engine" "no firecracker binary was found"
+else
+    program=$(program_of bhatti-firecracker)
+    if [ "$lab" = 1 ]; then
+        in_lab "$program" --with "$firecracker" --env "FIRECRACKER_BIN=$firecracker" | tee /dev/stderr |
+            note "firecracker, KVM in the lab" || status=1
+    else
+        FIRECRACKER_BIN=$firecracker "$program" --test-threads=1 | tee /dev/stderr | note "firecracker here" || status=1
+    fi
+fi
+
+echo
+sort "$results" | awk -F'\t' '{ printf "%-30s %-62s %s\n", $1, $2, $3 }'
+awk -F'\t' '$3 == "ok" { ok++ } $3 == "FAILED" { failed++ } $3 ~ /^SKIPPED/ { skipped++ }
+    END { printf "passed: %d, failed: %d, skipped: %d\n", ok, failed, skipped }' "$results"
+exit "$status"
