@@ -348,9 +348,8 @@ async fn secrets_templates_and_users_are_managed() {
     assert_eq!(ask(&daemon, "user list -q").await.ok(), "admin\n");
 }
 
-#[tokio::test]
-async fn image_is_imported_used_and_deleted() {
-    // Images of its own: the other tests' stay as they are.
+/// A data directory with images of its own: the other tests' stay as they are.
+async fn own_images() -> (tempfile::TempDir, Serve) {
     let place = tempfile::tempdir().unwrap();
     let copied = bhatti_host::process::command("cp")
         .args(["-a", "--reflink=auto"])
@@ -361,7 +360,65 @@ async fn image_is_imported_used_and_deleted() {
         .unwrap();
     assert!(copied.success());
     let images = Some(place.path().join("images"));
-    let daemon = TestDaemon::start_with(Serve { images, ..Serve::default() }).await;
+    (place, Serve { images, ..Serve::default() })
+}
+
+#[tokio::test]
+async fn image_is_built_with_more_packages() {
+    let (place, serve) = own_images().await;
+    // Before there is a daemon, whose network has no way to packages.
+    let build = async |name: &str, package: &str| {
+        let mut command = bhatti_host::process::command(bhatti_testkit::dist("bhatti"));
+        command.arg("--data-dir").arg(place.path());
+        command.args(["image", "build", name, "--package", package]);
+        let output = timeout(5 * LIMIT, command.output()).await.unwrap().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (built, said) = build("no", "Not a package").await;
+    assert!(!built && said.contains("Not a package"), "{said}");
+    let (built, said) = build("tools", "bc").await;
+    assert!(built, "{said}");
+    let (built, said) = build("tools", "dc").await;
+    assert!(!built && said.contains("already exists"), "{said}");
+
+    let daemon = TestDaemon::start_with(serve).await;
+    assert_eq!(ask(&daemon, "image list -q").await.ok(), "minimal\ntools\n");
+    assert!(ask(&daemon, "image inspect tools").await.ok().contains("bc"));
+    ask(&daemon, "create --name dev --image tools").await.ok();
+    let said = with_input(&daemon, "exec dev -- bc", b"6*7\n").await;
+    assert_eq!(said.ok(), "42\n");
+}
+
+#[tokio::test]
+async fn snapshots_and_volumes_are_managed() {
+    let daemon = TestDaemon::start().await;
+    ask(&daemon, "volume create data --size 64").await.ok();
+    ask(&daemon, "volume resize data --size 96").await.ok();
+    ask(&daemon, "volume clone data copy").await.ok();
+    let shown = ask(&daemon, "volume inspect copy").await.ok();
+    assert!(shown.contains("96 MiB"), "{shown}");
+    assert_eq!(ask(&daemon, "volume list -q").await.ok(), "copy\ndata\n");
+    ask(&daemon, "create --name dev --volume data:/data").await.ok();
+    let said = ask(&daemon, "volume delete data").await.failed(1);
+    assert!(said.contains("attached to a sandbox (dev)"), "{said}");
+    assert_eq!(ask(&daemon, "volume delete copy").await.ok(), "deleted copy\n");
+
+    ask(&daemon, "exec dev -- sh -c echo>/dev/shm/there").await.ok();
+    ask(&daemon, "snapshot create dev ready").await.ok();
+    let shown = ask(&daemon, "snapshot inspect ready").await.ok();
+    assert!(shown.contains("dev") && shown.contains("512 MiB"), "{shown}");
+    ask(&daemon, "snapshot resume ready --name again --label from=ready").await.ok();
+    assert_eq!(ask(&daemon, "exec again -- ls /dev/shm").await.ok(), "there\n");
+    assert_eq!(ask(&daemon, "list -q --label from=ready").await.ok(), "again\n");
+    assert_eq!(ask(&daemon, "snapshot delete ready").await.ok(), "deleted ready\n");
+    let said = ask(&daemon, "snapshot inspect ready").await.failed(1);
+    assert!(said.contains("`ready`"), "{said}");
+}
+
+#[tokio::test]
+async fn image_is_imported_used_and_deleted() {
+    let (place, serve) = own_images().await;
+    let daemon = TestDaemon::start_with(serve).await;
     ask(&daemon, "create --name dev").await.ok();
     ask(&daemon, "exec -u root dev -- touch /marked").await.ok();
     let tar = place.path().join("root.tar");
