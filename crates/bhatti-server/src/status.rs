@@ -181,7 +181,7 @@ impl From<CreateError> for ApiError {
             }
             CreateError::Network(network) => network_error(network),
             CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
-                .hint("list the images: GET /images"),
+                .hint("list the images: bhatti image list"),
             CreateError::TooMuchEnvironment
             | CreateError::Name(_)
             | CreateError::FilePath(_)

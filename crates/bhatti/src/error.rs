@@ -54,14 +54,6 @@ impl CliError {
         Self { hint: Some(hint.into()), ..self }
     }
 
-    /// What to do if it is only that something was not found, and nobody knew better.
-    pub(crate) fn or_hint(self, hint: &str) -> Self {
-        match (&self.hint, self.code) {
-            (None, Some(ErrorCode::NotFound)) => self.hint(hint),
-            _ => self,
-        }
-    }
-
     /// Whether the daemon, or the way to it, went away.
     pub(crate) const fn is_lost(&self) -> bool {
         self.is_lost

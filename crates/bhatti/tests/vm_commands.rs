@@ -185,7 +185,11 @@ async fn shell_reads_commands_from_a_pipe_and_a_terminal_can_be_had_without_one(
     // The terminal's echo of what was typed may come before and after.
     assert!(said.stdout.contains("/dev/pts/") && said.stdout.ends_with("typed\r\n"), "{said:?}");
     let said = ask(&daemon, "shell dev --attach nope").await.failed(125);
-    assert!(said.contains("hint: list terminals: bhatti ps dev"), "{said}");
+    assert!(said.contains("session `nope` not found\nhint: list them: bhatti ps "), "{said}");
+    for line in ["kill dev nope", "logs dev nope"] {
+        let said = ask(&daemon, line).await.failed(1);
+        assert!(said.contains("session `nope` not found\nhint: list them: bhatti ps "), "{said}");
+    }
     ask(&daemon, "shell nobody").await.failed(125);
 }
 

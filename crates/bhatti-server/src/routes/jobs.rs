@@ -17,6 +17,7 @@ use futures_util::stream;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
+use super::sessions::of_session;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
@@ -57,7 +58,7 @@ pub(crate) async fn kill(
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
-    used.agent.kill_session(&id).await?;
+    used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
 }
 
@@ -84,7 +85,8 @@ pub(crate) async fn output(
     ApiQuery(OutputQuery { offset, follow }): ApiQuery<OutputQuery>,
 ) -> Result<Response, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
-    let (info, input, output) = used.agent.observe(&id, offset).await?;
+    let (info, input, output) =
+        used.agent.observe(&id, offset).await.map_err(of_session(&used, &id))?;
     let begin = output.position();
     let until = if follow { u64::MAX } else { info.output_end.unwrap_or_default() };
     let place = Place { output, until, state, owner, _used: used, _input: input };

@@ -2,8 +2,10 @@
 
 use axum::extract::State;
 use axum::{Extension, Json};
-use bhatti_api::{Deleted, Session};
-use bhatti_proto::SessionInfo;
+use bhatti_agent::CallError;
+use bhatti_api::{Deleted, ErrorCode, Session};
+use bhatti_proto::{ErrorKind, SessionInfo};
+use bhatti_supervisor::SandboxUse;
 
 use crate::AppState;
 use crate::auth::Caller;
@@ -32,7 +34,7 @@ pub(crate) async fn kill(
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
-    used.agent.kill_session(&id).await?;
+    used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
 }
 
@@ -45,5 +47,19 @@ fn session(info: SessionInfo) -> Session {
         exit_code: info.exit_code,
         attached: info.attached,
         created_at: info.created_at,
+    }
+}
+
+/// An error of the agent about one session, which it does not name.
+pub(super) fn of_session<'a>(
+    used: &'a SandboxUse,
+    id: &'a str,
+) -> impl FnOnce(CallError) -> ApiError + 'a {
+    move |error| match &error {
+        CallError::Agent(told) if told.kind == ErrorKind::NoSuchSession => {
+            ApiError::new(ErrorCode::NotFound, format!("session `{id}` not found"))
+                .hint(format!("list them: bhatti ps {}", used.id))
+        }
+        _ => error.into(),
     }
 }

@@ -25,6 +25,7 @@ use tokio::time::{Instant, timeout};
 use utoipa::IntoParams;
 
 use super::exec::{Command, agent_request};
+use super::sessions::of_session;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
@@ -170,7 +171,8 @@ async fn take_up(
     rows: Option<u16>,
     cols: Option<u16>,
 ) -> Result<Attached, ApiError> {
-    let (info, mut input, output) = used.agent.attach(id, None).await?;
+    let (info, mut input, output) =
+        used.agent.attach(id, None).await.map_err(of_session(&used, id))?;
     if !info.tty {
         return Err(ApiError::new(ErrorCode::BadRequest, format!("session {id} has no terminal"))
             .hint("it is a job: read its output instead"));

@@ -54,6 +54,5 @@ pub(super) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode,
     // What is asked of a new terminal is no use to an old one.
     let new = new || !env.is_empty() || workdir.is_some() || user.is_some();
     let options = ShellOptions { session: attach, new, env, workdir, user, ..Default::default() };
-    let shown = terminal::run(context, &sandbox, options).await;
-    shown.map_err(|error| error.or_hint(&format!("list terminals: bhatti ps {sandbox}")).of_exec())
+    terminal::run(context, &sandbox, options).await.map_err(CliError::of_exec)
 }

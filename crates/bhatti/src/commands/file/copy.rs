@@ -171,7 +171,11 @@ fn beside(target: &Path) -> Result<(PathBuf, String), CliError> {
 }
 
 fn cannot_write(target: &Path) -> impl Fn(io::Error) -> CliError + '_ {
-    move |error| CliError::new(format!("failed to write `{}`: {error}", target.display()))
+    // What it says of a temporary file is of no use to anybody.
+    move |error| {
+        let error = error.raw_os_error().map_or(error, io::Error::from_raw_os_error);
+        CliError::new(format!("failed to write `{}`: {error}", target.display()))
+    }
 }
 
 async fn write_file(
