@@ -28,6 +28,15 @@ struct Request {
     rest: [c_uint; 5],
 }
 
+/// Checks that there can be taps, for who may change networks.
+///
+/// # Errors
+///
+/// Returns the error of opening the device.
+pub fn check() -> io::Result<()> {
+    File::options().read(true).write(true).open(DEVICE).map(drop)
+}
+
 /// Makes the tap `name`. It is there as long as the answer, or a duplicate of it, is open; it is down and belongs to no bridge.
 ///
 /// # Errors
