@@ -195,7 +195,8 @@ mod tests {
         let made = store.import(&name, archive(&store, &tar)).await.unwrap();
 
         assert_eq!((&*made.name, made.size_bytes), ("small", u64::from(DISK_MIB) << 20));
-        assert!(made.disk_bytes < 64 << 20, "{}", made.disk_bytes);
+        // Its tables of inodes alone are 64 MiB, which file systems keep in more or less room.
+        assert!(made.disk_bytes < made.size_bytes / 10, "{}", made.disk_bytes);
         let file = fs::read_dir(store.directory()).unwrap().flatten();
         let file = file.map(|entry| entry.path()).find(|path| path.extension().is_some()).unwrap();
         let shown = bhatti_host::process::command("debugfs")
