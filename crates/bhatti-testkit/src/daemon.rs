@@ -37,6 +37,14 @@ impl Default for Serve {
     }
 }
 
+/// Lines of every test's configuration, divided by commas: `engine: firecracker`, for one. None if the variable is not set.
+const COMMON_CONFIG: &str = "BHATTI_TEST_CONFIG";
+
+fn common_config() -> String {
+    let lines = std::env::var(COMMON_CONFIG).unwrap_or_default();
+    lines.split(',').map(|line| format!("{}\n", line.trim())).collect()
+}
+
 /// A daemon that runs until it is dropped, and its sandboxes with it.
 pub struct TestDaemon {
     serve: Serve,
@@ -74,7 +82,8 @@ impl TestDaemon {
                     .expect("a link can be made");
             }
         }
-        fs::write(data.path().join("config.yaml"), &serve.config).expect("a file can be written");
+        let config = format!("{}{}", serve.config, common_config());
+        fs::write(data.path().join("config.yaml"), config).expect("a file can be written");
         let client = Client::unix(data.path());
         let mut daemon = Self { serve, data, process: None, client };
         daemon.serve().await;
@@ -220,7 +229,11 @@ impl TestDaemon {
         let is_ours = |pid: &u32| {
             let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let command_line = String::from_utf8_lossy(&command_line);
-            command_line.starts_with("qemu-system") && command_line.contains(&directory)
+            // One runs anywhere and names its files, another runs where they are.
+            let runs_there = fs::read_link(format!("/proc/{pid}/cwd"))
+                .is_ok_and(|place| place.starts_with(self.data.path()));
+            runs_there
+                || command_line.starts_with("qemu-system") && command_line.contains(&directory)
         };
         pids.filter(is_ours).collect()
     }
