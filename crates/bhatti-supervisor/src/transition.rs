@@ -128,13 +128,15 @@ impl Driver {
         }
         self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
         self.reached(Step::StartNoted).await;
+        // From now on it is told as running: whoever uses it waits for this start instead of being refused.
+        self.access.set_state(SandboxState::Running);
         let began = Instant::now();
         let woken = self.wake_cold().await;
         self.note_wake(Thermal::Cold, began, &woken);
         if woken.is_ok() {
-            self.access.set_state(SandboxState::Running);
             self.record("sandbox.started", json!({ "cold_boot": false }));
         } else {
+            self.access.set_state(before);
             self.shared.store.set_sandbox_state(self.id, before)?;
         }
         woken

@@ -103,6 +103,24 @@ async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempoten
 }
 
 #[tokio::test]
+async fn sandbox_that_is_told_as_running_can_be_used_while_it_starts() {
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    shell(client, "dev", LEAVE).await;
+    client.stop("dev").await.unwrap();
+
+    let starter = client.clone();
+    let starting =
+        tokio::spawn(async move { starter.start("dev", &StartSandbox::default()).await });
+    timeout(LIMIT, async { while client.inspect("dev").await.unwrap().status != "running" {} })
+        .await
+        .unwrap();
+    assert_eq!(shell(client, "dev", FIND).await, FOUND);
+    starting.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn daemon_leaves_its_sandboxes_to_the_next_one_or_saves_them() {
     let mut daemon = TestDaemon::start().await;
     for name in ["hot", "warm"] {
