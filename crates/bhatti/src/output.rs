@@ -12,7 +12,8 @@ use serde::Serialize;
 
 use crate::error::CliError;
 
-pub(crate) use human::{bytes, mib, unix_time};
+use human::harmless;
+pub(crate) use human::{bytes, mib, one_line, unix_time};
 pub(crate) use paint::Paint;
 pub(crate) use table::{Cell, Table, facts};
 pub(crate) use transfer::Transfer;
@@ -119,7 +120,7 @@ impl Output {
     pub(crate) fn note(self, text: &str) {
         if self.is_watched() {
             // Whoever watched may have gone; the result is what counts.
-            drop(writeln!(io::stderr(), "{}", self.error_paint.dim(text)));
+            drop(writeln!(io::stderr(), "{}", self.error_paint.dim(&harmless(text))));
         }
     }
 
@@ -132,9 +133,11 @@ impl Output {
                 let body = serde_json::json!({ "error": error.message, "code": error.code, "hint": error.hint });
                 writeln!(stderr, "{body}")
             } else {
-                let said = writeln!(stderr, "{} {}", paint.bad("error:"), error.message);
+                let said = writeln!(stderr, "{} {}", paint.bad("error:"), harmless(&error.message));
                 said.and_then(|()| match &error.hint {
-                    Some(hint) => writeln!(stderr, "{} {hint}", paint.good("hint:")),
+                    Some(hint) => {
+                        writeln!(stderr, "{} {}", paint.good("hint:"), harmless(hint))
+                    }
                     None => Ok(()),
                 })
             };

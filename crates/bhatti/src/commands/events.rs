@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::Context;
 use crate::error::CliError;
-use crate::output::{Cell, Table};
+use crate::output::{Cell, Table, one_line};
 
 #[derive(Debug, Args)]
 #[command(
@@ -68,7 +68,7 @@ fn line(event: &Event, json: bool) -> Result<String, CliError> {
         event.sandbox_name.clone().unwrap_or_else(|| "-".to_owned()),
         detail(event),
     ];
-    Ok(cells.join("\t").trim_end().to_owned())
+    Ok(cells.map(|cell| one_line(&cell)).join("\t").trim_end().to_owned())
 }
 
 fn detail(event: &Event) -> String {

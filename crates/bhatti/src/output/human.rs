@@ -48,6 +48,18 @@ pub(super) fn whole_seconds(time: &str) -> String {
     rounded.map_or_else(|| time.to_owned(), |time| time.to_string())
 }
 
+/// Text that a guest or a stranger chose, of any number of lines: it does not get to move the cursor, or to change what is on the screen.
+pub(crate) fn harmless(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c })
+        .collect()
+}
+
+/// The same in one line, so that it does not look like another row.
+pub(crate) fn one_line(text: &str) -> String {
+    harmless(text).replace(['\n', '\t'], "\u{fffd}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,5 +93,11 @@ mod tests {
         );
         assert_eq!(unix_time(0), "1970-01-01T00:00:00Z");
         assert_eq!(whole_seconds("2026-03-04T05:05:37.25Z"), "2026-03-04T05:05:37Z");
+    }
+
+    #[test]
+    fn text_of_a_stranger_changes_nothing_on_the_screen() {
+        assert_eq!(harmless("a\x1b[2J\r\nb\u{9b}c\t"), "a\u{fffd}[2J\u{fffd}\nb\u{fffd}c\t");
+        assert_eq!(one_line("a\nb\tc"), "a\u{fffd}b\u{fffd}c");
     }
 }

@@ -3,7 +3,7 @@
 use anstyle::Style;
 use jiff::Timestamp;
 
-use super::human::{since, whole_seconds};
+use super::human::{one_line, since, whole_seconds};
 use super::paint::{Paint, of_state};
 
 /// How things of one kind are listed.
@@ -53,11 +53,6 @@ impl Cell {
             Self::Text(_) | Self::Time(_) => Style::new(),
         }
     }
-}
-
-/// Text that a guest or a stranger chose does not get to move the cursor, or to look like another row.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 impl<T> Table<T> {
