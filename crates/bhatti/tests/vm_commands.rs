@@ -184,6 +184,10 @@ async fn shell_reads_commands_from_a_pipe_and_a_terminal_can_be_had_without_one(
     assert_eq!(said.code, Some(0), "{said:?}");
     // The terminal's echo of what was typed may come before and after.
     assert!(said.stdout.contains("/dev/pts/") && said.stdout.ends_with("typed\r\n"), "{said:?}");
+    let said = with_input(&daemon, "exec -it dev -- cat", b"half a line").await;
+    assert!(said.code == Some(0) && said.stdout.contains("half a line"), "{said:?}");
+    let said = run(daemon.cli(&["file", "read", "dev", "/no\x1b[31m"]), b"").await.failed(1);
+    assert!(said.contains("/no\u{fffd}[31m: no such file"), "{said}");
     let said = ask(&daemon, "shell dev --attach nope").await.failed(125);
     assert!(said.contains("session `nope` not found\nhint: list them: bhatti ps "), "{said}");
     for line in ["kill dev nope", "logs dev nope"] {

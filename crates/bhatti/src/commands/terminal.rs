@@ -255,12 +255,21 @@ impl Keyboard {
         tokio::spawn(async move {
             let mut stdin = tokio::io::stdin();
             let mut buffer = vec![0; KEYS];
+            let mut begins_line = true;
             // The window is never closed.
             while let Ok(permit) = room.acquire().await {
                 permit.forget();
                 // A terminal that breaks has ended.
                 let length = stdin.read(&mut buffer).await.unwrap_or_default();
-                let keys = if length > 0 { &buffer[..length] } else { &[END][..] };
+                let keys = match (buffer[..length].last(), begins_line) {
+                    (Some(last), _) => {
+                        begins_line = *last == b'\n';
+                        &buffer[..length]
+                    }
+                    (None, true) => &[END][..],
+                    // Behind a line that has not ended, the first one only sends it off.
+                    (None, false) => &[END, END],
+                };
                 if read.send(Bytes::copy_from_slice(keys)).is_err() || length == 0 {
                     return;
                 }
