@@ -1,6 +1,7 @@
 //! `bhatti forward`.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use bhatti_client::{Client, ClientError, ForwardReceiver, ForwardSender};
 use bhatti_types::Report;
@@ -10,12 +11,16 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::sleep;
 
 use super::Context;
 use crate::error::CliError;
 
 /// What is read at once, in bytes.
 const PIECE_BYTES: usize = 64 * 1024;
+
+/// How long a machine without room for another connection is left alone.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
 #[command(
@@ -47,7 +52,15 @@ pub(super) async fn run(context: &Context, arguments: &Forward) -> Result<(), Cl
         format!("{listening} is port {port} of {}, until interrupted", sandbox.name)
     })?;
     loop {
-        let (stream, _) = listener.accept().await?;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            // One that broke off at once, or one too many: the others go on.
+            Err(error) => {
+                context.output.note(&format!("a connection was not accepted: {error}"));
+                sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
         let (client, output) = (context.client.clone(), context.output);
         let (id, port) = (sandbox.id.clone(), *port);
         tokio::spawn(async move {
