@@ -15,6 +15,9 @@ use crate::output::{Cell, Table};
 /// What a file that is written and read has, in bytes.
 const FILE_BYTES: usize = 1 << 20;
 
+/// How long sandboxes of an interrupted run stay, in seconds.
+const LIFETIME_SEC: u32 = 3600;
+
 /// The fewest samples of which a 99th percentile means anything.
 const P99_SAMPLES: usize = 100;
 
@@ -95,7 +98,7 @@ async fn measure(
     what: &'static str,
     samples: u32,
 ) -> Result<Figures, CliError> {
-    let sandbox = client.create(&CreateSandbox::default()).await?.id;
+    let sandbox = client.create(&own_sandbox()).await?.id;
     let mut times = Vec::new();
     let mut failed = None;
     for sample in 0..=samples {
@@ -117,11 +120,16 @@ async fn measure(
     }
 }
 
+/// A sandbox that ends by itself, should nobody be left to destroy it.
+fn own_sandbox() -> CreateSandbox {
+    CreateSandbox { timeout_sec: Some(LIFETIME_SEC), ..CreateSandbox::default() }
+}
+
 async fn once(client: &Client, section: Section, sandbox: &str) -> Result<Duration, ClientError> {
     let began = Instant::now();
     match section {
         Section::Create => {
-            let made = client.create(&CreateSandbox::default()).await?.id;
+            let made = client.create(&own_sandbox()).await?.id;
             let ran = exec(client, &made).await.map(|()| began.elapsed());
             client.destroy(&made).await?;
             return ran;

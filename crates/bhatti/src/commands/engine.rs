@@ -16,6 +16,7 @@ use crate::error::CliError;
 
 /// Which engine made what is in the data directory.
 const FILE: &str = "engine";
+const QEMU: &str = "qemu";
 
 /// Opens the engine.
 pub(super) async fn open(config: &Config) -> Result<Arc<dyn Engine>, CliError> {
@@ -52,11 +53,11 @@ pub(super) fn settle(data_dir: &Path, store: &Store, name: &str) -> Result<(), C
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error.into()),
     };
-    // Before there was a choice, there was one engine.
-    let before = before.unwrap_or_else(|| QEMU.to_owned());
-    if before == name && path.exists() {
+    if before.as_deref() == Some(name) {
         return Ok(());
     }
+    // Before there was a choice, there was one engine.
+    let before = before.unwrap_or_else(|| QEMU.to_owned());
     let made = store.count_made().map_err(|error| CliError::of(&error))?;
     if before != name && made > 0 {
         return Err(CliError::new(format!(
@@ -67,5 +68,3 @@ pub(super) fn settle(data_dir: &Path, store: &Store, name: &str) -> Result<(), C
     durable::write(&path, format!("{name}\n").as_bytes())?;
     Ok(())
 }
-
-const QEMU: &str = "qemu";
