@@ -34,6 +34,9 @@ const CPUS: u64 = 2;
 /// The size of what is carried in, in MiB; its file is sparse.
 const CARRIED_MIB: u32 = 16384;
 
+/// How the names of files begin that have it; the number of their process follows.
+const CARRIED: &str = "carried-";
+
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How long a run may take.
 const RUN_LIMIT: Duration = Duration::from_secs(3000);
@@ -74,7 +77,7 @@ fn run(carried: &[PathBuf], environment: &[String], command: &[String]) -> Resul
         )
         .await;
         engine.remove(id, &place).await?;
-        drop(fs::remove_file(files));
+        fs::remove_file(files)?;
         ran.context("the lab's time was over")?
     })
 }
@@ -151,7 +154,8 @@ async fn execute(
 /// The lab's root file system; made once for each set of packages and each kernel.
 async fn root_image(work: &Path) -> Result<PathBuf> {
     let kernel = newest_kernel().await?;
-    let image = work.join(format!("root-{kernel}-{}.ext4", PACKAGES.len() + MODULES.len()));
+    let recipe = blake3::hash(PACKAGES.as_bytes()).to_hex();
+    let image = work.join(format!("root-{kernel}-{}.ext4", &recipe[..16]));
     if image.exists() {
         return Ok(image);
     }
@@ -194,6 +198,7 @@ async fn root_image(work: &Path) -> Result<PathBuf> {
 
 /// A file system with everything that is carried in, at the paths that it has here.
 async fn carry(work: &Path, carried: &[PathBuf]) -> Result<PathBuf> {
+    remove_stale(work)?;
     let tree = tempfile::tempdir_in(work)?;
     for path in carried {
         let path =
@@ -208,12 +213,24 @@ async fn carry(work: &Path, carried: &[PathBuf]) -> Result<PathBuf> {
             tool("cp", &["-a", "--sparse=always", &from, &to], work).await?;
         }
     }
-    let files = work.join(format!("carried-{}.ext4", std::process::id()));
+    let files = work.join(format!("{CARRIED}{}.ext4", std::process::id()));
     let (from, to) = (tree.path().to_string_lossy(), files.to_string_lossy());
     let size = format!("{CARRIED_MIB}M");
     drop(fs::remove_file(&files));
     tool("mke2fs", &["-q", "-t", "ext4", "-d", &from, &to, &size], work).await?;
     Ok(files)
+}
+
+/// Removes what runs that were killed have carried in.
+fn remove_stale(work: &Path) -> Result<()> {
+    for entry in fs::read_dir(work)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix(CARRIED).and_then(|rest| rest.strip_suffix(".ext4"));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Debian's kernel for virtual machines, which is bhatti's.
