@@ -89,8 +89,9 @@ export class Connection {
       };
       socket.onclose = () => this.closed(socket);
     } catch (error) {
-      if (!(error instanceof ApiError) || error.code === "unauthorized") return;
-      this.tell(error.message);
+      // The page shows where to log in.
+      if (error instanceof ApiError && error.code === "unauthorized") return;
+      this.tell(error instanceof Error ? error.message : String(error));
       this.later(LOST_RETRY_MS, false);
     }
   }

@@ -23,7 +23,7 @@ before(async () => {
   data = join(home, "data");
   mkdirSync(data, { mode: 0o700 });
   for (const name of ["images", "templates"]) symlinkSync(join(setUp, name), join(data, name));
-  writeFileSync(join(data, "config.yaml"), "listen: 127.0.0.1:0\npublic_listen: 127.0.0.1:0\n");
+  writeFileSync(join(data, "config.yaml"), "listen: 127.0.0.1:0\npublic_listen: 127.0.0.1:0\nthermal:\n  cold_after_sec: 8\n");
   daemon = spawn(program, ["serve", "--data-dir", data], { stdio: ["ignore", "pipe", "pipe"] });
   address = await new Promise((resolve, reject) => {
     let said = "";
@@ -195,13 +195,12 @@ test("it is live, sleeps and stops in view, and is readable on a phone and in th
   await logIn(page);
   const row = page.locator(".row", { hasText: "phone" });
   await row.waitFor();
-  for (const [command, state] of [
-    ["pause", "warm"],
-    ["stop", "stopped"],
-  ]) {
-    alice(command, "phone");
-    await row.locator(`.state.${state}`).waitFor();
-  }
+  await row.locator(".state.hot").waitFor();
+  alice("pause", "phone");
+  await row.locator(".state.warm").waitFor();
+  await row.locator(".state.cold").waitFor();
+  alice("stop", "phone");
+  await row.locator(".state.stopped").waitFor();
   const width = () => page.evaluate(() => document.documentElement.scrollWidth);
   assert.ok((await width()) <= 360, "nothing sticks out");
   await picture(page, "phone-sandboxes");
