@@ -33,7 +33,8 @@ struct Target {
 }
 
 /// Passes a request on to a port in a sandbox; `/sandboxes/{sandbox}/proxy/{port}/` and any path below it do the same. HTTP of all methods,
-/// event streams and WebSockets work.
+/// event streams and WebSockets work. Answers have another `Content-Security-Policy`, which gives pages an origin of their own, and neither
+/// `Service-Worker-Allowed` nor `Clear-Site-Data`.
 #[utoipa::path(method(get, head, post, put, patch, delete, options), path = "/sandboxes/{sandbox}/proxy/{port}", tag = "ports",
     params(("sandbox" = String, Path), ("port" = u16, Path)),
     responses((status = "default", description = "What the application answers; or `ErrorBody`, if it cannot be reached.")))]
