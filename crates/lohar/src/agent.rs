@@ -33,8 +33,8 @@ pub(crate) struct Agent {
     pub(crate) events: broadcast::Sender<GuestEvent>,
     /// Where jobs keep their output.
     pub(crate) state_dir: PathBuf,
-    /// Whether this is a guest of its own, rather than test mode.
-    pub(crate) is_guest: bool,
+    /// What is its own to change.
+    pub(crate) place: Place,
     commands: RefCell<HashMap<String, Pid>>,
     running_commands: Cell<u32>,
     connections: Cell<usize>,
@@ -45,6 +45,29 @@ pub(crate) struct Agent {
     suspended: Cell<bool>,
     wakes: Cell<u64>,
     awake: Notify,
+}
+
+/// Where the agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// As PID 1 of a machine whose kernel is its own.
+    Machine,
+    /// As PID 1 of a container, on the host's kernel.
+    Container,
+    /// As an ordinary process: test mode.
+    Process,
+}
+
+impl Place {
+    /// Whether users live here.
+    pub(crate) const fn is_guest(self) -> bool {
+        matches!(self, Self::Machine | Self::Container)
+    }
+
+    /// Whether the kernel is its own: clock, cgroups, mounts and random numbers.
+    pub(crate) const fn has_kernel(self) -> bool {
+        matches!(self, Self::Machine)
+    }
 }
 
 /// Something that is counted for as long as it lives.
@@ -65,7 +88,7 @@ impl Agent {
         reaper: Rc<Reaper>,
         limits: Limits,
         state_dir: PathBuf,
-        is_guest: bool,
+        place: Place,
     ) -> Rc<Self> {
         let (events, _) = broadcast::channel(EVENT_QUEUE);
         Rc::new(Self {
@@ -75,7 +98,7 @@ impl Agent {
             sessions: Sessions::default(),
             events,
             state_dir,
-            is_guest,
+            place,
             commands: RefCell::default(),
             running_commands: Cell::new(0),
             connections: Cell::new(0),

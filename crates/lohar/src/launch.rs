@@ -14,10 +14,13 @@ use rustix::io::write;
 use rustix::process::{Pid, ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
-use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+use rustix::thread::{
+    CapabilitySet, remove_capability_from_bounding_set, set_thread_gid, set_thread_groups,
+    set_thread_uid,
+};
 use tokio::net::unix::pipe;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Place};
 use crate::log::errno_text;
 use crate::lookup::{LookupError, find_program};
 use crate::reaper::Exit;
@@ -129,8 +132,15 @@ fn prepare(
     command.arg0(name).args(&request.argv[1..]).env_clear().envs(&environment).current_dir(&cwd);
     let cgroup = open_cgroup(agent)
         .map_err(|error| other(format!("start: cgroup: {}", errno_text(&error))))?;
-    if attachment == Attachment::Terminal || user.is_some() || cgroup.is_some() {
-        let settle = move || settle(attachment, user.as_ref(), cgroup.as_ref());
+    let in_container = agent.place == Place::Container;
+    if attachment == Attachment::Terminal || user.is_some() || cgroup.is_some() || in_container {
+        let settle = move || {
+            if in_container {
+                // First: whoever is not root any more cannot.
+                give_capabilities_up()?;
+            }
+            settle(attachment, user.as_ref(), cgroup.as_ref())
+        };
         // SAFETY: between fork and exec `settle` makes system calls only, and allocates nothing.
         #[expect(unsafe_code, reason = "the child must be settled between fork and exec")]
         unsafe {
@@ -162,9 +172,18 @@ fn settle(attachment: Attachment, user: Option<&User>, cgroup: Option<&File>) ->
     Ok(())
 }
 
+/// Takes from the child what the agent needs to set a container's network up: root in a sandbox must not. Root's next program has no
+/// more than what is left.
+fn give_capabilities_up() -> io::Result<()> {
+    for capability in [CapabilitySet::NET_ADMIN, CapabilitySet::SETPCAP] {
+        remove_capability_from_bounding_set(capability)?;
+    }
+    Ok(())
+}
+
 /// The file by which a child leaves the agent's cgroup. None outside a guest.
 fn open_cgroup(agent: &Agent) -> io::Result<Option<File>> {
-    if !agent.is_guest || !Path::new(USER_CGROUP).exists() {
+    if !agent.place.has_kernel() || !Path::new(USER_CGROUP).exists() {
         return Ok(None);
     }
     File::options().write(true).open(format!("{USER_CGROUP}/cgroup.procs")).map(Some)
@@ -175,7 +194,7 @@ fn user_of(agent: &Agent, named: Option<&str>) -> Result<Option<User>, AgentErro
     let configured = agent.settings.borrow().user.clone();
     match named.map(str::to_owned).or(configured) {
         Some(name) => user::find(&name).map(Some),
-        None if agent.is_guest => Ok(user::find(&USUAL_UID.to_string()).ok()),
+        None if agent.place.is_guest() => Ok(user::find(&USUAL_UID.to_string()).ok()),
         None => Ok(None),
     }
 }

@@ -1,7 +1,8 @@
 //! lohar, the guest agent.
 //!
 //! ```text
-//!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel and vsock; powers off on request
+//!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel and vsock; powers off on request;
+//!        │            in a container, serves two Unix sockets
 //!        └─ test mode serves the same protocol on two Unix sockets, without root and without a VM
 //!
 //!  serve      one connection = one operation; authentication, limits, dispatch
@@ -39,6 +40,7 @@ mod session;
 mod settings;
 mod suspend;
 mod test_mode;
+mod unix;
 mod user;
 mod vsock;
 mod watched;
@@ -55,7 +57,7 @@ pub fn run() -> ExitCode {
     }
     // As an ordinary process it would mount over, kill and power off a machine that is not its own.
     log::line(format_args!(
-        "refusing to run: this is not PID 1 of a virtual machine (set LOHAR_TEST=1 for test mode)"
+        "refusing to run: this is not PID 1 of a virtual machine or container (set LOHAR_TEST=1 for test mode)"
     ));
     ExitCode::FAILURE
 }

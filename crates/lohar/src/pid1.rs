@@ -6,6 +6,7 @@
 //!
 //! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
 
+mod container;
 mod mounts;
 mod power;
 mod root;
@@ -18,7 +19,7 @@ use std::rc::Rc;
 use rustix::process::chdir;
 use tokio::task::LocalSet;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Place};
 use crate::limits::Limits;
 use crate::reaper::Reaper;
 use crate::vsock::Vsock;
@@ -53,6 +54,9 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 
 /// Runs the guest until it is to be powered off.
 pub(crate) fn run() -> ExitCode {
+    if container::is_one() {
+        return container::run();
+    }
     if let Err(error) = boot_and_serve() {
         log::line(format_args!("{error}"));
     }
@@ -73,8 +77,7 @@ fn boot_and_serve() -> Result<(), BootError> {
             log::line(format_args!("failed to {step}: {error}"));
         }
     }
-    chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" })
-        .step("enter /workspace")?;
+    enter_workspace().step("enter /workspace")?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -82,7 +85,7 @@ fn boot_and_serve() -> Result<(), BootError> {
         .step("start the runtime")?;
     LocalSet::new().block_on(&runtime, async {
         let reaper = Reaper::start().step("watch for children")?;
-        let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), true);
+        let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), Place::Machine);
         tokio::task::spawn_local(oom::report_kills(Rc::clone(&agent)));
         // The channel is served meanwhile: the answer to whoever asked has to get out.
         let shut_down = async {
@@ -94,6 +97,10 @@ fn boot_and_serve() -> Result<(), BootError> {
             () = shut_down => Ok(()),
         }
     })
+}
+
+fn enter_workspace() -> io::Result<()> {
+    Ok(chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" })?)
 }
 
 /// Serves the host over whatever the hypervisor gave the guest.

@@ -11,7 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{AgentError, ConfigFile, ErrorKind, GuestConfig};
 use subtle::ConstantTimeEq;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Place};
 use crate::file::{Owner, parse_mode, write_whole};
 use crate::refusal::{OpError, refused};
 use crate::session::start_init;
@@ -66,8 +66,10 @@ pub(crate) fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), O
     if agent.settings.borrow().configured {
         return Err(refused(ErrorKind::AlreadyExists, "the guest has been configured").into());
     }
-    if agent.is_guest {
-        system::apply(config)?;
+    match agent.place {
+        Place::Machine => system::apply(config)?,
+        Place::Container => system::apply_in_container(config)?,
+        Place::Process => {}
     }
     write_files(agent, &config.files)?;
     agent.settings.borrow_mut().take_over(config);
@@ -82,7 +84,7 @@ fn start_init_of(agent: &Rc<Agent>, config: &GuestConfig) {
 }
 
 fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Result<(), AgentError> {
-    let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
+    let owner = if agent.place.is_guest() { Owner::UsualUser } else { Owner::Agent };
     for (path, file) in files {
         let content = STANDARD.decode(&file.content);
         let content = content.map_err(|error| {

@@ -33,7 +33,7 @@ const FREEZE_VOLUMES_LIMIT: Duration = Duration::from_secs(5);
 
 /// Serves one `SUSPEND_REQ`. If it is refused, everything runs as before.
 pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpError> {
-    if !agent.is_guest {
+    if !agent.place.has_kernel() {
         return Ok(());
     }
     let suspended = async {
@@ -63,7 +63,7 @@ pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpEr
 
 /// Serves one `WOKEN_REQ`: does all of it, whatever fails.
 pub(crate) fn wake(agent: &Agent, woken: &Woken) {
-    if !agent.is_guest {
+    if !agent.place.has_kernel() {
         return;
     }
     for (step, done) in [
@@ -80,7 +80,7 @@ pub(crate) fn wake(agent: &Agent, woken: &Woken) {
 
 /// Lets the users' processes run.
 pub(crate) fn thaw(agent: &Agent) {
-    if !agent.is_guest {
+    if !agent.place.has_kernel() {
         return;
     }
     thaw_volumes(agent);

@@ -3,16 +3,14 @@
 use std::io;
 use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
 
-use tokio::net::{UnixListener, UnixStream};
 use tokio::task::LocalSet;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Place};
 use crate::limits::Limits;
 use crate::log;
 use crate::reaper::Reaper;
-use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
+use crate::unix::Listeners;
 
 /// Serves until killed.
 pub(crate) fn run() -> ExitCode {
@@ -33,15 +31,13 @@ pub(crate) fn run() -> ExitCode {
 fn serve(control: &Path, forward: &Path) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
-        let (control, forward) = (listen(control)?, listen(forward)?);
+        let listeners = Listeners::open(control, forward)?;
         let state_dir =
             std::env::var_os("LOHAR_STATE_DIR").map_or_else(std::env::temp_dir, Into::into);
-        let agent = Agent::new(Reaper::start()?, limits()?, state_dir, false);
-        let forwarding = Rc::clone(&agent);
-        tokio::task::spawn_local(async move { accept_forward(&forwarding, forward).await });
+        let agent = Agent::new(Reaper::start()?, limits()?, state_dir, Place::Process);
         log::line(format_args!("test mode ready"));
         tokio::select! {
-            () = accept_control(&agent, control) => {}
+            () = listeners.serve(&agent) => {}
             () = agent.shutdown_requested() => {}
         }
         Ok(())
@@ -55,37 +51,4 @@ fn limits() -> io::Result<Limits> {
         || Ok(Limits::default()),
         |json| serde_json::from_str(&json).map_err(io::Error::from),
     )
-}
-
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    UnixListener::bind(path)
-}
-
-async fn accept_control(agent: &Rc<Agent>, listener: UnixListener) {
-    loop {
-        spawn_control(agent, accept(&listener).await);
-    }
-}
-
-async fn accept_forward(agent: &Rc<Agent>, listener: UnixListener) {
-    loop {
-        spawn_forward(agent, accept(&listener).await);
-    }
-}
-
-/// Accepts the next connection. Out of files or memory, it waits for some to be given back.
-async fn accept(listener: &UnixListener) -> UnixStream {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => return stream,
-            Err(error) => {
-                log::line(format_args!("failed to accept a connection: {error}"));
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
-    }
 }

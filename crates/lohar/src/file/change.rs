@@ -31,7 +31,7 @@ pub(crate) fn mkdir(agent: &Agent, request: &MkdirRequest) -> Result<(), AgentEr
 }
 
 fn give_to_user(agent: &Agent, path: &Path) -> io::Result<()> {
-    if !agent.is_guest {
+    if !agent.place.is_guest() {
         return Ok(());
     }
     let (uid, gid) = (Uid::from_raw(USUAL_UID), Gid::from_raw(USUAL_UID));

@@ -37,7 +37,7 @@ pub(crate) async fn write<T: Transport>(
         return Err(too_large(size, limit).into());
     }
     let mode = parse_mode(&request.mode, FILE_MODE)?;
-    let owner = if agent.is_guest { Owner::UsualUser } else { Owner::Agent };
+    let owner = if agent.place.is_guest() { Owner::UsualUser } else { Owner::Agent };
     // Who writes to a volume that is frozen waits until it is not, and this thread is the one that is told so.
     agent.awake().await;
     let mut new = NewFile::create(&path, owner)?;

@@ -22,11 +22,11 @@ const RESEED: libc::c_ulong = 0x5207;
 pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let config = &identity.config;
     let guest = |apply: &dyn Fn() -> io::Result<()>| {
-        if agent.is_guest { applied(apply()) } else { Applied::Nothing }
+        if agent.place.has_kernel() { applied(apply()) } else { Applied::Nothing }
     };
     // First: it is later with everything else that is done before.
     let wall_clock = guest(&|| set_clock(identity.wall_clock_ns));
-    let network = config.network.as_ref().filter(|_| agent.is_guest);
+    let network = config.network.as_ref().filter(|_| agent.place.has_kernel());
     let (addresses, connections) = move_to(network, &config.dns);
     // Before the files: some may be for a volume.
     let first_setup = if agent.settings.borrow().configured || identity.rehearsal {

@@ -1,0 +1,59 @@
+//! PID 1 of a container: all that a machine boots with is there, and the host's kernel is nobody's to change.
+//!
+//! The host reaches the agent by two sockets in a directory that it shares with this container and with nobody else.
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use tokio::task::LocalSet;
+
+use super::{STATE_DIR, enter_workspace, power};
+use crate::agent::{Agent, Place};
+use crate::limits::Limits;
+use crate::log;
+use crate::reaper::Reaper;
+use crate::unix::Listeners;
+
+/// What the host sets for a container.
+const VARIABLE: &str = "LOHAR_CONTAINER";
+
+/// The directory that is shared with the host.
+const SHARED: &str = "/run/bhatti";
+
+/// Whether this is one.
+pub(super) fn is_one() -> bool {
+    std::env::var_os(VARIABLE).is_some_and(|value| value == "1")
+}
+
+/// Serves until the container is to end.
+pub(super) fn run() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::line(format_args!("failed to serve in the container: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    enter_workspace()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, async {
+        let agent =
+            Agent::new(Reaper::start()?, Limits::default(), STATE_DIR.into(), Place::Container);
+        let shared = Path::new(SHARED);
+        let listeners =
+            Listeners::open(&shared.join("control.sock"), &shared.join("forward.sock"))?;
+        let shut_down = async {
+            agent.shutdown_requested().await;
+            power::end_all_processes().await;
+        };
+        tokio::select! {
+            () = listeners.serve(&agent) => {}
+            () = shut_down => {}
+        }
+        Ok(())
+    })
+}
