@@ -78,6 +78,7 @@ if [ "${1:-}" = test ]; then
     need ip iproute2
     need ping iputils-ping
     need tmux tmux
+    need dockerd docker.io
     need npm npm
     has chromium-browser || need chromium chromium
 fi

@@ -9,6 +9,8 @@ data_dir=$PWD/target/test-data
 mkdir -p "$data_dir"
 dist/bhatti setup --data-dir "$data_dir" --no-template
 
+[ -n "${DOCKER_SOCK:-}" ] || exec ./scripts/with-docker.sh ./scripts/test-engines.sh
+
 firecracker=${FIRECRACKER_BIN:-$(command -v firecracker || true)}
 results=$(mktemp)
 trap 'rm -f "$results"' EXIT
@@ -43,6 +45,11 @@ if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
 else
     lab=1
     in_lab "$qemu" | tee /dev/stderr | note "qemu, KVM in the lab" || status=1
+fi
+if [ -S "$DOCKER_SOCK" ]; then
+    "$(program_of bhatti-docker)" --test-threads=1 | tee /dev/stderr | note "docker here" || status=1
+else
+    skip "docker engine" "no Docker runs here"
 fi
 if [ -z "$firecracker" ]; then
     skip "firecracker engine" "no firecracker binary was found"

@@ -101,6 +101,7 @@ function Details({ sandbox }: { sandbox: Sandbox }) {
   const labels = Object.entries(sandbox.labels).map(([name, value]) => `${name}=${value}`);
   const facts: [string, string][] = [
     ["id", sandbox.id],
+    ["isolation", sandbox.isolation === "container" ? "a container, which shares the host's kernel" : "a VM of its own"],
     ["image", sandbox.image],
     ["CPUs", String(sandbox.cpus)],
     ["memory", bytes(sandbox.memory_mb * 2 ** 20)],

@@ -3,6 +3,7 @@
 export interface Sandbox {
   id: string;
   name: string;
+  isolation: "vm" | "container";
   status: "creating" | "running" | "stopped" | "failed" | "destroyed";
   thermal?: "hot" | "warm" | "cold";
   reason?: string;

@@ -65,6 +65,8 @@ pub enum ErrorCode {
     GatewayTimeout,
     /// A snapshot is damaged, or was taken on another machine or before the disk was written.
     SnapshotUnusable,
+    /// The daemon's engine cannot do it: its containers have no snapshots and no forks.
+    Unsupported,
     /// The virtual machine did not come up.
     BootFailed,
     /// The daemon is at fault.

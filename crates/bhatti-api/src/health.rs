@@ -10,9 +10,10 @@ pub struct Health {
     pub status: String,
     /// The daemon's version.
     pub version: String,
-    /// The engine that runs the VMs.
+    /// The engine that runs the sandboxes: `qemu`, `firecracker` or `docker`.
     pub engine: String,
-    /// What executes the guests' instructions: `kvm`, or `tcg` for software emulation.
+    /// What executes the guests' instructions: `kvm`, `tcg` for software emulation, or `none` for containers, whose are this
+    /// host's.
     pub accelerator: String,
     /// How sandboxes are connected unless they say otherwise: `nat` or `none`.
     pub network: String,

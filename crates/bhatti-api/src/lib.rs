@@ -28,7 +28,8 @@ pub use health::Health;
 pub use image::{CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image};
 pub use port::{Port, Publication, PublishPort};
 pub use sandbox::{
-    CreateSandbox, Deleted, ForkSandbox, Forks, NewFile, Sandbox, StartSandbox, UpdateSandbox,
+    CreateSandbox, Deleted, ForkSandbox, Forks, Isolation, NewFile, Sandbox, StartSandbox,
+    UpdateSandbox,
 };
 pub use secret::{Secret, SetSecret};
 pub use snapshot::{CreateSnapshot, ResumeSnapshot, Snapshot};

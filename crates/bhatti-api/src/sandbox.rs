@@ -148,6 +148,9 @@ pub struct Sandbox {
     pub id: String,
     /// Its name.
     pub name: String,
+    /// What keeps it from this host and from others. A daemon that does not say has VMs.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// `creating`, `running`, `stopped`, `failed` or `destroyed`.
     pub status: String,
     /// Of one that runs, what it costs right now: `hot`, `warm` (paused) or `cold` (saved). A request makes it hot.
@@ -195,6 +198,17 @@ pub struct Sandbox {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub identity: Option<serde_json::Value>,
+}
+
+/// What keeps a sandbox from its host and from others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Isolation {
+    /// A virtual machine: it has a kernel of its own.
+    #[default]
+    Vm,
+    /// A container: it shares its host's kernel, which is weaker.
+    Container,
 }
 
 /// Says that something was taken away.

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,7 +14,7 @@ use bhatti_types::SandboxId;
 
 use crate::{
     AdoptError, Disks, Engine, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
-    SnapshotRequest, Vm, VmSpec,
+    SnapshotRequest, Vm, VmSpec, VolumeFile,
 };
 
 /// How long anything here may take.
@@ -30,6 +31,9 @@ pub trait Shell: Send + Sync {
 
     /// Tells a guest that stood still that it is still the one that it was.
     async fn wake(&self, vm: &dyn Vm);
+
+    /// Tells a guest that has just booted what it is, with these volumes (where, and whether only to be read) in their places.
+    async fn configure(&self, vm: &dyn Vm, volumes: &[(&str, bool)]);
 
     /// Makes a restored guest another one, of this name, with random bytes and the wall clock of this host.
     async fn become_another(&self, vm: &dyn Vm, name: &str);
@@ -89,6 +93,97 @@ pub async fn thermal(bench: &Bench<'_>) {
     bench.remove(&[bench.spec.id], &[&bench.spec.directory]).await;
 }
 
+/// A VM that ends and boots again from its disk.
+pub async fn keep_disk(bench: &Bench<'_>) {
+    let (engine, spec) = (bench.engine, &bench.spec);
+    let vm = engine.boot(spec).await.unwrap();
+    bench.run(&vm, "echo kept >/root/kept; echo lost >/dev/shm/lost; sync").await;
+    engine.kill(spec.id, &spec.directory).await.unwrap();
+
+    let again = VmSpec { keep_disk: true, ..spec.clone() };
+    let vm = engine.boot(&again).await.unwrap();
+
+    let script = "cat /root/kept; test -e /dev/shm/lost || echo forgotten";
+    assert_eq!(bench.run(&vm, script).await, "kept\nforgotten");
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+}
+
+/// A volume that is written in one VM and read in two others; another one's root disk is not touched by either.
+pub async fn volumes(bench: &Bench<'_>) {
+    let spec = &bench.spec;
+    let file = spec.directory.with_extension("volume");
+    make_volume(&file);
+    let with = |spec: &VmSpec, read_only| {
+        let mount = "/data/volume".to_owned();
+        let volume = VolumeFile { path: file.clone(), read_only, mount };
+        VmSpec { volumes: vec![Some(volume)], ..spec.clone() }
+    };
+    let writer = bench.engine.boot(&with(spec, false)).await.unwrap();
+    bench.shell.configure(&*writer, &[("/data/volume", false)]).await;
+    // The VM is killed: what is on the disk is what was synced.
+    let script = "echo written >/data/volume/file; sync; stat -f -c %T /data/volume";
+    assert_eq!(bench.run(&writer, script).await, "ext2/ext3");
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+    assert!(file.exists(), "a volume outlives its VM");
+    check_volume(&file);
+
+    let (ids, places): (Vec<_>, Vec<_>) = (1..=2).map(|_| bench.another()).unzip();
+    for (id, directory) in ids.iter().zip(&places) {
+        let reader = VmSpec { id: *id, directory: directory.clone(), ..spec.clone() };
+        let reader = bench.engine.boot(&with(&reader, true)).await.unwrap();
+        bench.shell.configure(&*reader, &[("/data/volume", true)]).await;
+        let script = "cat /data/volume/file; touch /data/volume/no 2>/dev/null || echo refused";
+        assert_eq!(bench.run(&reader, script).await, "written\nrefused");
+    }
+    bench.remove(&ids, &[&places[0], &places[1]]).await;
+    check_volume(&file);
+    fs::remove_file(file).unwrap();
+}
+
+fn make_volume(file: &Path) {
+    fs::File::create_new(file).unwrap().set_len(64 << 20).unwrap();
+    e2fs("mke2fs", &["-q", "-t", "ext4"], file);
+}
+
+/// Has the volume checked. Its journal is replayed first, as it is before a volume is attached.
+fn check_volume(file: &Path) {
+    e2fs("e2fsck", &["-p"], file);
+    e2fs("e2fsck", &["-f", "-n"], file);
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a tool that tests use, and that gets its input whole"
+)]
+fn e2fs(tool: &str, options: &[&str], file: &Path) {
+    let path = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin";
+    let mut command = std::process::Command::new(tool);
+    let output = command.args(options).arg(file).env("PATH", path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    // e2fsck says with 1 that it has put something right.
+    assert!(output.status.code().unwrap() <= 1, "{tool}: {said}");
+}
+
+/// An engine that saves no memory says so, and its VM goes on.
+pub async fn no_snapshots(bench: &Bench<'_>) {
+    let (engine, spec) = (bench.engine, &bench.spec);
+    assert!(!engine.capabilities().saves_memory);
+    let vm = engine.boot(spec).await.unwrap();
+    vm.pause().await.unwrap();
+    let place = spec.directory.join("snapshot");
+    let request = in_place(&place);
+    let refused = vm.capture(&request).await.err().unwrap();
+    assert!(matches!(refused, SnapshotError::Unsupported(_)), "{refused}");
+    assert!(!place.exists());
+    vm.resume().await.unwrap();
+    assert_eq!(bench.run(&vm, "echo goes on").await, "goes on");
+    let (id, directory) = bench.another();
+    let refused = bench.wake(id, &directory, &place, Disks::Frozen).await.err().unwrap();
+    assert!(matches!(refused, RestoreError::Unsupported(_)), "{refused}");
+    assert!(!directory.exists());
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+}
+
 /// One VM through a full snapshot and three diffs, with data of every phase in memory and on the disk.
 pub async fn snapshot_cycles(bench: &Bench<'_>) {
     let spec = &bench.spec;
@@ -124,7 +219,7 @@ pub async fn fork(bench: &Bench<'_>) {
     parent.resume().await.unwrap();
     let before = content(&snapshot);
 
-    let (ids, places): (Vec<_>, Vec<_>) = (1..=3).map(|number| bench.another(number)).unzip();
+    let (ids, places): (Vec<_>, Vec<_>) = (1..=3).map(|_| bench.another()).unzip();
     let first = bench.wake(ids[0], &places[0], &snapshot, Disks::Frozen).await.unwrap();
     let second = bench.wake(ids[1], &places[1], &snapshot, Disks::Frozen).await.unwrap();
     let vms = [(&parent, "parent"), (&first, "first"), (&second, "second")];
@@ -166,7 +261,7 @@ pub async fn identity(bench: &Bench<'_>) {
     bench.shell.wake(&*parent).await;
 
     let mut seen = vec![before.clone()];
-    let (ids, places): (Vec<_>, Vec<_>) = (1..=2).map(|number| bench.another(number)).unzip();
+    let (ids, places): (Vec<_>, Vec<_>) = (1..=2).map(|_| bench.another()).unzip();
     for (number, name) in [(0, "one"), (1, "two")] {
         let fork =
             bench.wake(ids[number], &places[number], &snapshot, Disks::Frozen).await.unwrap();
@@ -202,12 +297,7 @@ pub async fn failure(bench: &Bench<'_>) {
     let vm = engine.boot(spec).await.unwrap();
     bench.run(&vm, "echo marker >/dev/shm/marker").await;
     let place = spec.directory.join("snapshot");
-    let request = SnapshotRequest {
-        directory: place.clone(),
-        memory: None,
-        disks: Disks::InPlace,
-        copies: Vec::new(),
-    };
+    let request = in_place(&place);
     let refused = vm.capture(&request).await.err().unwrap();
     assert!(matches!(refused, SnapshotError::NotPaused), "{refused}");
     vm.pause().await.unwrap();
@@ -326,10 +416,8 @@ impl Bench<'_> {
     }
 
     /// An id and a directory beside the first VM's.
-    fn another(&self, number: u8) -> (SandboxId, PathBuf) {
-        let mut entropy = [number; 8];
-        entropy[..4].copy_from_slice(&std::process::id().to_be_bytes());
-        let id = SandboxId::from_entropy(entropy);
+    fn another(&self) -> (SandboxId, PathBuf) {
+        let id = random_id();
         (id, self.spec.directory.with_file_name(id.to_string()))
     }
 
@@ -339,6 +427,21 @@ impl Bench<'_> {
             assert!(!directory.exists());
         }
     }
+}
+
+fn in_place(directory: &Path) -> SnapshotRequest {
+    SnapshotRequest {
+        directory: directory.to_owned(),
+        memory: None,
+        disks: Disks::InPlace,
+        copies: Vec::new(),
+    }
+}
+
+/// An id that no other test has: some engines know VMs by it, whoever's they are.
+#[must_use]
+pub fn random_id() -> SandboxId {
+    SandboxId::from_entropy(RandomState::new().build_hasher().finish().to_be_bytes())
 }
 
 fn names(directory: &Path) -> Vec<String> {

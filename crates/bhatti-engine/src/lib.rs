@@ -52,12 +52,24 @@ impl Accelerator {
 pub struct Capabilities {
     /// The engine's name in the API.
     pub name: &'static str,
-    /// What executes the guest's instructions.
-    pub accelerator: Accelerator,
+    /// What executes the guest's instructions; nothing does for a container.
+    pub accelerator: Option<Accelerator>,
     /// What saved VMs depend on beside their files: another value, and none of them can be restored.
     pub machine: String,
     /// Whether a VM that is restored can have other disks in its places than the one that was saved.
     pub exchanges_disks: bool,
+    /// Whether a VM can be saved, restored and forked. If not, what it has in its memory ends with it.
+    pub saves_memory: bool,
+    /// Whether sandboxes run on this host's kernel: they are less isolated then.
+    pub shares_kernel: bool,
+}
+
+impl Capabilities {
+    /// The accelerator's name in the API.
+    #[must_use]
+    pub fn accelerator_name(&self) -> &'static str {
+        self.accelerator.map_or("none", Accelerator::as_str)
+    }
 }
 
 /// A file that a VM has as a disk.
@@ -67,6 +79,8 @@ pub struct VolumeFile {
     pub path: PathBuf,
     /// Whether the VM only reads it, as any number may at once; who writes it is alone.
     pub read_only: bool,
+    /// Where the guest has it mounted. Its agent is told so, too, and where it does the mounting the engine need not care.
+    pub mount: String,
 }
 
 /// A VM to be made.
@@ -126,6 +140,15 @@ pub trait Engine: Send + Sync {
     ///
     /// Not cancel safe: what was made stays until [`remove`](Self::remove).
     async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError>;
+
+    /// Makes ready whatever all VMs need that begin as this root file system, so that the first of them need not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed.
+    async fn prepare_root(&self, _root_base: &Path) -> Result<(), BootError> {
+        Ok(())
+    }
 
     /// Takes up the VM in `directory` that an earlier daemon booted.
     ///

@@ -139,6 +139,9 @@ pub enum SnapshotError {
 /// A snapshot could not be used. It is as it was before.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
+    /// This engine restores nothing.
+    #[error("{0}")]
+    Unsupported(&'static str),
     /// It is not there, not whole, or not what was written.
     #[error("the snapshot is damaged: {what}")]
     Damaged {

@@ -91,9 +91,11 @@ impl Engine for FirecrackerEngine {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             name: "firecracker",
-            accelerator: Accelerator::Kvm,
+            accelerator: Some(Accelerator::Kvm),
             machine: self.setup.depends_on.clone(),
             exchanges_disks: false,
+            saves_memory: true,
+            shares_kernel: false,
         }
     }
 

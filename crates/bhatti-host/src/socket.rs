@@ -5,11 +5,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
 use rustix::net::sockopt;
 
 fn short_path(directory: &File, name: &str) -> PathBuf {
@@ -41,6 +42,22 @@ pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
 pub fn listen_in(directory: &Path, name: &str) -> io::Result<UnixListener> {
     let directory = File::open(directory)?;
     UnixListener::bind(short_path(&directory, name))
+}
+
+/// Opens the socket `directory/name` to be connected to at `/proc/self/fd/N`, and nothing that is in its place: a link would lead elsewhere.
+///
+/// # Errors
+///
+/// Returns an error if there is none.
+pub fn open_in(directory: &Path, name: &str) -> io::Result<OwnedFd> {
+    let directory = File::open(directory)?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = openat(directory, name, flags, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&socket)?.st_mode) == FileType::Socket {
+        Ok(socket)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, format!("`{name}` is no socket")))
+    }
 }
 
 /// Connects to `directory/name`. Blocks only if the listener's backlog is full.

@@ -101,9 +101,11 @@ impl Engine for QemuEngine {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             name: "qemu",
-            accelerator: self.setup.accelerator,
+            accelerator: Some(self.setup.accelerator),
             machine: self.setup.depends_on.clone(),
             exchanges_disks: true,
+            saves_memory: true,
+            shares_kernel: false,
         }
     }
 

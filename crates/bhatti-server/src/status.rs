@@ -134,6 +134,7 @@ const fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::ConnectionLost | ErrorCode::PortRefused | ErrorCode::BadGateway => {
             StatusCode::BAD_GATEWAY
         }
+        ErrorCode::Unsupported => StatusCode::NOT_IMPLEMENTED,
         ErrorCode::NotSetUp | ErrorCode::Busy => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::BootFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }
@@ -302,7 +303,9 @@ fn restore_error(error: &RestoreError) -> ApiError {
             ApiError::new(ErrorCode::SnapshotUnusable, error.to_string())
                 .hint("boot it from its disk, without its memory: bhatti start --cold-boot NAME")
         }
-        RestoreError::Vmm { .. } | RestoreError::File { .. } => ApiError::internal(error),
+        RestoreError::Unsupported(_) | RestoreError::Vmm { .. } | RestoreError::File { .. } => {
+            ApiError::internal(error)
+        }
     }
 }
 
@@ -335,6 +338,8 @@ impl From<TransitionError> for ApiError {
                 Self::new(ErrorCode::WrongState, Report(&error).to_string())
                     .hint("create another and copy into it what you need")
             }
+            TransitionError::NoSnapshots { .. } => Self::new(ErrorCode::Unsupported, error.to_string())
+                .hint("`engine: qemu` in config.yaml can, even without KVM; pause and stop work here, too"),
             TransitionError::Moving => Self::new(ErrorCode::WrongState, error.to_string())
                 .hint("its guest is very busy; try again"),
             TransitionError::Vmm(_)

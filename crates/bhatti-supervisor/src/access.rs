@@ -101,14 +101,18 @@ impl Access {
     }
 
     /// When the sandbox is to get cooler: never while somebody uses it.
-    pub(crate) fn deadline(&self, warm_after: Duration, cold_after: Duration) -> Option<Instant> {
+    pub(crate) fn deadline(
+        &self,
+        warm_after: Duration,
+        cold_after: Option<Duration>,
+    ) -> Option<Instant> {
         let inner = self.inner.lock();
         if inner.state != SandboxState::Running || inner.keep_hot || inner.leases > 0 {
             return None;
         }
         match inner.thermal {
             Thermal::Hot => Some(inner.last_activity + warm_after),
-            Thermal::Warm => Some(inner.last_activity + warm_after + cold_after),
+            Thermal::Warm => Some(inner.last_activity + warm_after + cold_after?),
             Thermal::Cold => None,
         }
     }

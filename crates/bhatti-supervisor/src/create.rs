@@ -274,8 +274,10 @@ impl Supervisor {
         let files = boot_files(shared, &spec.image).await?;
         let expires_at = request.lifetime.map(unix_seconds_after);
         let guest_files = guest_files(request.files)?;
+        let engine = shared.engine.capabilities();
         // Which volumes it has is known only now.
-        let can_fork = request.volumes.is_empty() || shared.engine.capabilities().exchanges_disks;
+        let can_fork =
+            engine.saves_memory && (request.volumes.is_empty() || engine.exchanges_disks);
         let beginning = if request.cold_boot || !can_fork {
             Beginning::Boot(files)
         } else {
@@ -292,7 +294,7 @@ impl Supervisor {
         self.create_from(new, beginning).await
     }
 
-    /// Makes the template of sandboxes that ask for nothing in particular, unless it is there.
+    /// Makes the template of sandboxes that ask for nothing in particular, unless it is there; what they begin as, if there are none.
     ///
     /// # Errors
     ///
@@ -300,6 +302,9 @@ impl Supervisor {
     pub async fn warm_up(&self) -> Result<(), CreateError> {
         let shared = &self.shared;
         let files = boot_files(shared, &usual_image()?).await?;
+        if !shared.engine.capabilities().saves_memory {
+            return Ok(shared.engine.prepare_root(&files.root).await?);
+        }
         let recipe = usual_recipe(shared, files);
         let template = shared.templates.get(shared, &recipe).await?;
         shared.spares.fill(shared, &template, recipe.memory).await;

@@ -55,6 +55,14 @@ pub enum TransitionError {
     /// Its VMM did not do what it was asked to.
     #[error("the sandbox's virtual machine failed")]
     Vmm(#[from] VmmError),
+    /// Its engine saves nothing.
+    #[error(
+        "engine `{engine}` cannot save the memory of a sandbox: it has no snapshots and no forks"
+    )]
+    NoSnapshots {
+        /// The engine.
+        engine: &'static str,
+    },
     /// It could not be saved.
     #[error("failed to save the sandbox")]
     Save(#[from] SnapshotError),
@@ -272,7 +280,9 @@ impl Driver {
             }
         };
         let thermal = &self.shared.config.thermal;
-        let deadline = self.access.deadline(thermal.warm_after, thermal.cold_after);
+        // What cannot be saved stays warm: it would lose its processes.
+        let cold_after = self.saves_memory().then_some(thermal.cold_after);
+        let deadline = self.access.deadline(thermal.warm_after, cold_after);
         let deadline = async {
             match deadline {
                 Some(deadline) => sleep_until(deadline).await,
@@ -312,7 +322,7 @@ impl Driver {
                 drop(reply.send(self.save(&directory, memory, made_from).await));
             }
             Request::GiveMemory => self.give_memory().await,
-            Request::Sleep(reply) => drop(reply.send(self.sleep(false).await)),
+            Request::Sleep(reply) => drop(reply.send(self.sleep_for_shut_down().await)),
             Request::Destroy(reply) => {
                 let destroyed = self.destroy().await;
                 if let Err(error) = &destroyed {
@@ -321,6 +331,11 @@ impl Driver {
                 drop(reply.send(destroyed));
             }
         }
+    }
+
+    /// Whether what the sandbox has in memory can outlive its VM.
+    pub(crate) fn saves_memory(&self) -> bool {
+        self.shared.engine.capabilities().saves_memory
     }
 
     /// Records something that happened to the sandbox.

@@ -89,7 +89,7 @@ impl Driver {
         self.shared.store.set_sandbox_state(self.id, SandboxState::Stopped)?;
         self.reached(Step::StopNoted).await;
         self.access.set_state(SandboxState::Stopped);
-        let slept = self.sleep(true).await;
+        let slept = if self.saves_memory() { self.sleep(true).await } else { self.end().await };
         if slept.is_err() {
             // Whatever the store says to it: a daemon that finds a stopped sandbox with a VM finishes the stop.
             self.access.set_state(SandboxState::Running);
@@ -121,7 +121,7 @@ impl Driver {
                 before.admit_use()?;
             }
         }
-        if cold_boot {
+        if cold_boot || !self.saves_memory() {
             self.boot_again().await?;
             self.record("sandbox.started", json!({ "cold_boot": true }));
             return Ok(());
@@ -175,7 +175,8 @@ impl Driver {
 
     /// Another sandbox needs the memory.
     pub(crate) async fn give_memory(&self) {
-        if self.access.thermal() == Some(Thermal::Warm)
+        if self.saves_memory()
+            && self.access.thermal() == Some(Thermal::Warm)
             && let Err(error) = self.sleep(false).await
         {
             warn!(sandbox = %self.id, error = %Report(&error), "Failed to save a sandbox whose memory was wanted");
@@ -190,6 +191,10 @@ impl Driver {
         made_from: MadeFrom,
     ) -> Result<Saved, TransitionError> {
         self.access.state().admit_use()?;
+        if !self.saves_memory() {
+            let engine = self.shared.engine.capabilities().name;
+            return Err(TransitionError::NoSnapshots { engine });
+        }
         // One that was paused may not have stood still then.
         self.wake().await?;
         let running = self.access.running().ok_or(TransitionError::Restless)?;
@@ -307,6 +312,25 @@ impl Driver {
                 Err(error)
             }
         }
+    }
+
+    /// The daemon is to leave nothing that runs. What cannot be saved goes on all the same: its processes would be lost.
+    pub(crate) async fn sleep_for_shut_down(&self) -> Result<(), TransitionError> {
+        if !self.saves_memory() && self.access.running().is_some() {
+            let engine = self.shared.engine.capabilities().name;
+            return Err(TransitionError::NoSnapshots { engine });
+        }
+        self.sleep(false).await
+    }
+
+    /// Ends the VM, and with it what it has in memory.
+    async fn end(&self) -> Result<(), TransitionError> {
+        self.write_volumes().await;
+        let killed = self.shared.engine.kill(self.id, &self.directory()).await;
+        killed.map_err(TransitionError::End)?;
+        self.access.set_vm(None, Thermal::Cold);
+        self.reached(Step::Ended).await;
+        Ok(())
     }
 
     async fn save_and_end(

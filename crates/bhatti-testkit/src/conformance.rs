@@ -2,19 +2,20 @@
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::fs;
-use std::path::PathBuf;
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use bhatti_agent::AgentClient;
-use bhatti_engine::conformance::{Bench, Shell};
+use bhatti_engine::conformance::{Bench, Shell, random_id};
 use bhatti_engine::{Engine, Vm, VmSpec};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
-use bhatti_proto::{Applied, ExecRequest, GuestConfig, Identity, Woken};
-use bhatti_types::{CpuCount, MemoryMib, SandboxId};
+use bhatti_proto::{Applied, ConfigVolume, ExecRequest, GuestConfig, Identity, Woken};
+use bhatti_types::{CpuCount, MemoryMib};
+use futures_util::FutureExt;
 use tokio::time::{Instant, timeout};
 
-use crate::{LIMIT, dist, images, kill_vmm};
+use crate::{LIMIT, dist, images};
 
 /// How long a message may take whose clock is to be exact.
 const EXACT: Duration = Duration::from_millis(20);
@@ -30,6 +31,8 @@ macro_rules! conformance_tests {
             forks_share_what_they_stand_on_and_nothing_else: fork,
             restored_guests_are_others_before_their_processes_go_on: identity,
             damaged_and_stale_snapshots_are_refused_and_change_nothing: failure,
+            disk_outlives_its_vm: keep_disk,
+            volumes_are_mounted_and_outlive_their_vm: volumes,
         }
     };
     ($engine:expr; $($fact:ident: $part:ident,)*) => {
@@ -71,6 +74,21 @@ impl Shell for AgentShell {
     async fn wake(&self, vm: &dyn Vm) {
         let woken = Woken { entropy: entropy(), wall_clock_ns: now_ns() };
         AgentClient::new(vm.channel()).woken(&woken).await.unwrap();
+    }
+
+    async fn configure(&self, vm: &dyn Vm, volumes: &[(&str, bool)]) {
+        let volume = |(place, (mount, read_only)): (usize, &(&str, bool))| ConfigVolume {
+            device: format!("/dev/disk/by-id/virtio-volume{place}"),
+            mount: (*mount).to_owned(),
+            fs: "ext4".to_owned(),
+            read_only: *read_only,
+        };
+        let config = GuestConfig {
+            hostname: "trial".to_owned(),
+            volumes: volumes.iter().enumerate().map(volume).collect(),
+            ..GuestConfig::default()
+        };
+        AgentClient::new(vm.channel()).configure(&config).await.unwrap();
     }
 
     async fn become_another(&self, vm: &dyn Vm, name: &str) {
@@ -118,8 +136,7 @@ pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
     let files = ImageStore::new(images().parent().unwrap())
         .boot_files(DEFAULT_IMAGE, &dist("lohar"))
         .unwrap();
-    let process = std::process::id().to_be_bytes();
-    let id = SandboxId::from_entropy([process[0], process[1], process[2], process[3], 0, 0, 0, 0]);
+    let id = random_id();
     let spec = VmSpec {
         id,
         hostname: "trial".parse().unwrap(),
@@ -134,18 +151,15 @@ pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
         volumes: Vec::new(),
         boot_limit: LIMIT,
     };
-    let _killer = Killer(directory.path().to_owned());
-    part(&Bench { engine, shell: &AgentShell, spec }).await;
-}
-
-/// Ends whatever VMs a test that failed has left.
-struct Killer(PathBuf);
-
-impl Drop for Killer {
-    fn drop(&mut self) {
-        for entry in fs::read_dir(&self.0).unwrap().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            kill_vmm(&entry.path(), &name);
+    let bench = Bench { engine, shell: &AgentShell, spec };
+    let passed = AssertUnwindSafe(part(&bench)).catch_unwind().await;
+    // Whatever a part that failed has left.
+    for entry in fs::read_dir(directory.path()).unwrap().flatten() {
+        if let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
+            engine.remove(id, &entry.path()).await.unwrap();
         }
+    }
+    if let Err(panic) = passed {
+        resume_unwind(panic);
     }
 }

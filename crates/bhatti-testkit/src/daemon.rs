@@ -40,6 +40,13 @@ impl Default for Serve {
 /// Lines of every test's configuration, divided by commas: `engine: firecracker`, for one. None if the variable is not set.
 const COMMON_CONFIG: &str = "BHATTI_TEST_CONFIG";
 
+/// The value of `key` in every test's configuration.
+pub(crate) fn common_value(key: &str) -> Option<String> {
+    let config = common_config();
+    let values = config.lines().filter_map(|line| line.split_once(": "));
+    values.filter(|(name, _)| *name == key).map(|(_, value)| value.trim().to_owned()).next_back()
+}
+
 fn common_config() -> String {
     let lines = std::env::var(COMMON_CONFIG).unwrap_or_default();
     lines.split(',').map(|line| format!("{}\n", line.trim())).collect()
@@ -224,6 +231,7 @@ impl TestDaemon {
     #[must_use]
     pub fn all_vmm_pids(&self) -> Vec<u32> {
         let directory = self.data.path().to_string_lossy().into_owned();
+        let containers = self.containers();
         let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let is_ours = |pid: &u32| {
@@ -234,8 +242,31 @@ impl TestDaemon {
                 .is_ok_and(|place| place.starts_with(self.data.path()));
             runs_there
                 || command_line.starts_with("qemu-system") && command_line.contains(&directory)
+                || containers.iter().any(|name| command_line == format!("/run/lohar\0{name}\0"))
         };
         pids.filter(is_ours).collect()
+    }
+
+    /// The names that its sandboxes' containers have, if they are containers.
+    fn containers(&self) -> Vec<String> {
+        let name = |directory: &PathBuf| {
+            Some(format!("bhatti-{}", directory.file_name()?.to_string_lossy()))
+        };
+        self.sandbox_directories().iter().filter_map(name).collect()
+    }
+
+    /// Removes what containers leave behind beside processes.
+    fn remove_containers(&self) {
+        let Some(socket) = common_value("docker") else { return };
+        let socket = format!("unix://{socket}");
+        for name in self.containers() {
+            std_command("docker", &["--host", &socket, "rm", "--force", &name]);
+        }
+        for directory in self.sandbox_directories() {
+            for mount in fs::read_dir(directory.join("mounts")).into_iter().flatten().flatten() {
+                std_command("umount", &[&mount.path().to_string_lossy()]);
+            }
+        }
     }
 }
 
@@ -246,9 +277,20 @@ pub fn kill_vmm(directory: &Path, id: &str) {
     }
 }
 
-/// The process on record in a sandbox's directory, if it is still this sandbox's.
-fn vmm_pid(directory: &Path) -> Option<u32> {
-    vmm_pid_of(directory, directory.file_name()?.to_str()?)
+/// The process of a sandbox: the one on record in its directory, if it is still this sandbox's, or the first of its container.
+#[must_use]
+pub fn vmm_pid(directory: &Path) -> Option<u32> {
+    let id = directory.file_name()?.to_str()?;
+    vmm_pid_of(directory, id).or_else(|| container_pid(id))
+}
+
+fn container_pid(id: &str) -> Option<u32> {
+    let wanted = format!("/run/lohar\0bhatti-{id}\0");
+    let pids = fs::read_dir("/proc").ok()?.flatten();
+    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.find(|pid| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == wanted.as_bytes())
+    })
 }
 
 fn vmm_pid_of(directory: &Path, name: &str) -> Option<u32> {
@@ -291,5 +333,6 @@ impl Drop for TestDaemon {
         for pid in self.all_vmm_pids() {
             std_command("kill", &["-9", &pid.to_string()]);
         }
+        self.remove_containers();
     }
 }

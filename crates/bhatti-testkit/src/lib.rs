@@ -6,6 +6,7 @@
 
 pub mod conformance;
 mod daemon;
+mod engine;
 mod files;
 mod http;
 mod network;
@@ -17,7 +18,8 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm};
+pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm, vmm_pid};
+pub use engine::{Feature, engine, engine_has, needs};
 pub use files::{SmallDisk, check_disk, hashes};
 pub use http::{Answer, Api, Socket, json_message, message};
 pub use network::enter_own_network;

@@ -44,7 +44,7 @@ pub struct Volume {
 }
 
 impl From<VolumeFile> for Volume {
-    fn from(VolumeFile { path, read_only }: VolumeFile) -> Self {
+    fn from(VolumeFile { path, read_only, .. }: VolumeFile) -> Self {
         Self { path, read_only }
     }
 }

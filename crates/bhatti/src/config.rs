@@ -23,6 +23,8 @@ pub(crate) struct Config {
     pub(crate) engine: EngineChoice,
     /// Firecracker's program; looked up by its usual name if absent.
     pub(crate) firecracker: Option<PathBuf>,
+    /// Docker's socket; where it usually listens if absent.
+    pub(crate) docker: Option<PathBuf>,
     /// QEMU's program; looked up by its usual name if absent.
     pub(crate) qemu: Option<PathBuf>,
     /// How long a VM may take to boot, in seconds; 60 if absent.
@@ -62,6 +64,8 @@ pub(crate) enum EngineChoice {
     Qemu,
     /// Firecracker, with KVM.
     Firecracker,
+    /// Containers, which share this host's kernel.
+    Docker,
 }
 
 /// See [`Config::network`].
@@ -132,6 +136,11 @@ impl Config {
     /// See [`firecracker`](Self::firecracker).
     pub(crate) fn firecracker(&self) -> PathBuf {
         self.firecracker.clone().unwrap_or_else(|| bhatti_firecracker::PROGRAM.into())
+    }
+
+    /// See [`docker`](Self::docker).
+    pub(crate) fn docker(&self) -> PathBuf {
+        self.docker.clone().unwrap_or_else(|| bhatti_docker::SOCKET.into())
     }
 
     /// See [`network_range`](Self::network_range).

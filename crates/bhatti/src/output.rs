@@ -124,6 +124,14 @@ impl Output {
         }
     }
 
+    /// Tells something that belongs to the result and is none, unless only the necessary is wanted.
+    pub(crate) fn tell(self, text: &str) {
+        if !self.quiet {
+            // Whoever listened may have gone; the result is what counts.
+            drop(writeln!(io::stderr(), "{}", harmless(text)));
+        }
+    }
+
     /// Tells what went wrong.
     pub(crate) fn fail(self, error: &CliError) -> ExitCode {
         if !error.is_silent() {

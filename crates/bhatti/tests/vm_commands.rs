@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
-use bhatti_testkit::{LIMIT, Serve, TestDaemon, wait_for};
+use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, engine_has, needs, wait_for};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::timeout;
@@ -115,7 +115,7 @@ async fn lists_are_tables_names_or_json() {
     assert_eq!(edited.ok(), "uno running (hot)\n");
     let shown = ask(&daemon, "inspect uno").await.ok();
     assert!(
-        shown.contains("\nlabel:     c=d\n") && shown.contains("\nkeep hot:  yes\n"),
+        shown.contains("\nlabel:      c=d\n") && shown.contains("\nkeep hot:   yes\n"),
         "{shown}"
     );
     assert!(!shown.contains("a=b"), "{shown}");
@@ -399,6 +399,9 @@ async fn image_is_built_with_more_packages() {
 
 #[tokio::test]
 async fn snapshots_and_volumes_are_managed() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     ask(&daemon, "volume create data --size 64").await.ok();
     ask(&daemon, "volume resize data --size 96").await.ok();
@@ -566,9 +569,11 @@ async fn events_are_followed_and_the_rest_is_told() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(ask(&daemon, &format!("completion {shell}")).await.ok().contains("destroy"));
     }
-    let figures =
-        ask(&daemon, "bench --samples 2 --only create,exec,file,pause,fork --json").await.json();
-    assert_eq!(figures.as_array().unwrap().len(), 5);
+    let mut sections = vec!["create", "exec", "file", "pause", "fork"];
+    sections.retain(|section| engine_has(Feature::SavedMemory) || *section != "fork");
+    let bench = format!("bench --samples 2 --only {} --json", sections.join(","));
+    let figures = ask(&daemon, &bench).await.json();
+    assert_eq!(figures.as_array().unwrap().len(), sections.len());
     assert!(figures.as_array().unwrap().iter().all(|f| f["p50_ms"].as_f64().unwrap() > 0.0));
     assert_eq!(daemon.client.list().await.unwrap().len(), made, "what was measured with is gone");
 
@@ -593,7 +598,7 @@ async fn usage_of_sandboxes_is_told_and_wakes_none() {
     let dev = daemon.client.inspect("dev").await.unwrap();
     assert_eq!(used.len(), 1);
     assert_eq!((&used[0].sandbox_id, dev.thermal.as_deref()), (&dev.id, Some("warm")));
-    assert!(used[0].cpu_ms > 0 && used[0].memory_bytes > 1 << 20, "{used:?}");
+    assert!(used[0].cpu_ms > 0 && used[0].memory_bytes > 1 << 18, "{used:?}");
 }
 
 /// Columns that differ from run to run.
@@ -613,6 +618,9 @@ fn redacted(table: &str) -> String {
 
 #[tokio::test]
 async fn every_table_is_what_it_was() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     with_input(&daemon, "secret set KEY", b"value").await.ok();
     for line in [

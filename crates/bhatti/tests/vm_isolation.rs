@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use bhatti_testkit::{Answer, Api, Serve, TestDaemon};
+use bhatti_testkit::{Answer, Api, Feature, Serve, TestDaemon, engine_has};
 use serde_json::{Map, Value, json};
 
 /// A request that makes sense, to a route of the description.
@@ -90,14 +90,18 @@ async fn what_is_one_users_does_not_exist_for_another() {
         Api::tcp(daemon.api_address(), made["api_key"].as_str())
     };
     let (alice, bob) = (user("alice").await, user("bob").await);
+    let snapshot = engine_has(Feature::SavedMemory)
+        .then(|| ("/sandboxes/hers/checkpoint", json!({ "name": "hers" })));
     for (path, body) in [
         ("/secrets", json!({ "name": "hers", "value": "v" })),
         ("/templates", json!({ "name": "hers" })),
         ("/volumes", json!({ "name": "hers", "size_mb": 16 })),
         ("/sandboxes", json!({ "name": "hers" })),
-        ("/sandboxes/hers/checkpoint", json!({ "name": "hers" })),
         ("/sandboxes/hers/publish", json!({ "port": 8000 })),
-    ] {
+    ]
+    .into_iter()
+    .chain(snapshot.clone())
+    {
         let made = alice.call("POST", path, &body).await;
         assert_eq!(made.status, 201, "{path}: {}", made.text());
     }
@@ -142,9 +146,9 @@ async fn what_is_one_users_does_not_exist_for_another() {
     assert!(seen > 30, "only {seen} routes were tried");
     let ran = alice.exec("hers", json!({ "cmd": ["echo", "well"] })).await;
     assert_eq!(ran["stdout"], "well\n");
-    for list in
-        ["/sandboxes", "/snapshots", "/templates", "/secrets", "/sandboxes/hers/publish", "/events"]
-    {
+    let snapshots = snapshot.iter().map(|_| "/snapshots");
+    let others = ["/sandboxes", "/templates", "/secrets", "/sandboxes/hers/publish", "/events"];
+    for list in others.into_iter().chain(snapshots) {
         let items = alice.get(list).await.json();
         assert!(!items.as_array().expect("a list").is_empty(), "{list}: {items}");
     }

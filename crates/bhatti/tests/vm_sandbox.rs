@@ -9,13 +9,16 @@ use std::time::Duration;
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode};
 use bhatti_client::{Client, ClientError, CommandEvent};
 use bhatti_testkit::{
-    Api, LIMIT, Ran, Serve, TestDaemon, code_of, collect, json_message, kill_process, named, run,
-    shell, start, wait_for,
+    Api, Feature, LIMIT, Ran, Serve, TestDaemon, code_of, collect, engine, json_message,
+    kill_process, named, needs, run, shell, start, vmm_pid, wait_for,
 };
 use tokio::time::{Instant, timeout};
 
 #[tokio::test]
 async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     let request = CreateSandbox {
         name: Some("Real.vm_1".into()),
@@ -195,9 +198,7 @@ async fn killed_daemon_finds_its_sandboxes_again() {
     drop(timeout(Duration::from_millis(200), input.write(&vec![0xf7; 8 << 20])).await);
 
     daemon.kill().await;
-    let record: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(lost.join("vm.json")).unwrap()).unwrap();
-    kill_process(u32::try_from(record["pid"].as_u64().unwrap()).unwrap());
+    kill_process(vmm_pid(&lost).unwrap());
     daemon.serve().await;
 
     let found = daemon.client.inspect("kept").await.unwrap();
@@ -237,6 +238,9 @@ async fn daemon_killed_during_a_creation_leaves_nothing_half_made() {
 
 #[tokio::test]
 async fn guest_that_does_not_come_up_is_an_error_with_its_last_words() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
     // An agent that is no program: the kernel panics for want of an init.
     let bin = tempfile::tempdir().unwrap();
     std::fs::copy(bhatti_testkit::dist("bhatti"), bin.path().join("bhatti")).unwrap();
@@ -271,6 +275,9 @@ async fn three_hundred_quiet_commands_leave_room_for_another() {
 
 #[tokio::test]
 async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     let halt = "import ctypes; ctypes.CDLL(None).reboot(0xcdef0123)";
@@ -310,6 +317,9 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
 
 #[tokio::test]
 async fn another_process_with_the_number_of_a_vmm_is_left_alone() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
     let mut daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     let directory = daemon.sandbox_directories().remove(0);
@@ -386,6 +396,7 @@ async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refuse
     let mut daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     daemon.terminate().await;
+    let config = fs::read_to_string(daemon.data_dir().join("config.yaml")).unwrap();
     let serve = async |config: &str| {
         fs::write(daemon.data_dir().join("config.yaml"), config).unwrap();
         let refused = daemon.cli(&["serve"]).output().await.unwrap();
@@ -399,16 +410,16 @@ async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refuse
     assert!(said.contains("config.yaml"), "{said}");
     // As a daemon with another engine has left it.
     let noted = daemon.data_dir().join("engine");
-    assert_eq!(fs::read_to_string(&noted).unwrap(), "qemu\n");
+    assert_eq!(fs::read_to_string(&noted).unwrap(), format!("{}\n", engine()));
     fs::write(&noted, "firecracker\n").unwrap();
-    let said = serve("").await;
+    let said = serve(&config).await;
     assert!(
         said.contains("1 sandboxes and snapshots were made with the engine `firecracker`"),
         "{said}"
     );
     assert!(said.contains("hint: set `engine: firecracker`"), "{said}");
 
-    fs::write(noted, "qemu\n").unwrap();
+    fs::write(noted, engine()).unwrap();
     daemon.serve().await;
     let sandbox = daemon.client.inspect("dev").await.unwrap();
     assert_eq!(sandbox.status, "running", "it was left alone");

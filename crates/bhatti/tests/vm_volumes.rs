@@ -1,6 +1,6 @@
 //! Volumes in real guests: their content outlives whatever becomes of those who have them.
 
-use bhatti_testkit::{Api, Serve, TestDaemon, kill_process, wait_for};
+use bhatti_testkit::{Api, Feature, Serve, TestDaemon, engine_has, kill_process, needs, wait_for};
 use serde_json::{Value, json};
 
 const NO_SPARES: &str = "ready_vmms: 0\n";
@@ -37,6 +37,9 @@ const THREE: &str = "cat /a/own /deep/b/own /c/own | tr '\\n' ' '; stat -c '%U' 
 
 #[tokio::test]
 async fn three_volumes_keep_what_is_in_each_through_every_life() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let (mut daemon, api) = daemon().await;
     for name in ["one", "two", "three"] {
         volume(&api, name).await;
@@ -129,11 +132,16 @@ async fn volume_whose_vmm_is_killed_while_it_is_written_keeps_what_was_synced() 
     assert_eq!(api.sh("reader", &check).await, "", "of {last} synced files");
     let refused = api.exec("reader", json!({ "cmd": ["sh", "-c", "echo x >/data/x"] })).await;
     assert_ne!(refused["exit_code"], 0);
-    assert!(daemon.log().contains("A volume was not closed in order"), "{}", daemon.log());
+    // A container's is closed by this host's kernel.
+    let was_open = daemon.log().contains("A volume was not closed in order");
+    assert_eq!(was_open, engine_has(Feature::OwnKernel), "{}", daemon.log());
 }
 
 #[tokio::test]
 async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let (daemon, api) = daemon().await;
     volume(&api, "data").await;
     let write = |name: &str| json!({ "name": name, "volumes": [named("data", "/data")] });
@@ -258,6 +266,9 @@ async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
 
 #[tokio::test]
 async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let (_daemon, api) = daemon().await;
     volume(&api, "data").await;
     post(&api, "/sandboxes", &json!({ "name": "dev", "volumes": [named("data", "/data")] })).await;
@@ -286,6 +297,9 @@ async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
 
 #[tokio::test]
 async fn volume_is_clean_while_its_sandbox_sleeps_and_memory_is_not_put_over_another_content() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let (mut daemon, api) = daemon().await;
     volume(&api, "data").await;
     let request = json!({ "name": "dev", "volumes": [named("data", "/data")] });

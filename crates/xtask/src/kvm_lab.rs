@@ -103,7 +103,11 @@ async fn run_in(
         root_base: root.to_owned(),
         keep_disk: false,
         tap: None,
-        volumes: vec![Some(VolumeFile { path: files.to_owned(), read_only: false })],
+        volumes: vec![Some(VolumeFile {
+            path: files.to_owned(),
+            read_only: false,
+            mount: String::new(),
+        })],
         boot_limit: BOOT_LIMIT,
     };
     let vm = engine.boot(&spec).await?;

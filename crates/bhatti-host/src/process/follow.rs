@@ -86,6 +86,16 @@ impl Followed {
         Err(io::ErrorKind::NotFound.into())
     }
 
+    /// Follows the process that has this number now. Must be called inside a Tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`io::ErrorKind::NotFound`] if there is none.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let started_ticks = stat(pid).map_err(|_| io::ErrorKind::NotFound)?.started_ticks;
+        Self::adopt(ProcessId { pid, started_ticks })
+    }
+
     fn open(id: ProcessId) -> io::Result<Self> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
         let pid = i32::try_from(id.pid)

@@ -19,7 +19,7 @@ pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, A
         status: "ok".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         engine: engine.name.to_owned(),
-        accelerator: engine.accelerator.as_str().to_owned(),
+        accelerator: engine.accelerator_name().to_owned(),
         network: state.supervisor.network().unwrap_or_default().as_str().to_owned(),
         sandboxes: state.supervisor.count()?,
         uptime: uptime(state.started.elapsed().as_secs()),

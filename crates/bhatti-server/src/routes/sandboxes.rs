@@ -6,7 +6,8 @@ use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use bhatti_api::{
-    CreateSandbox, Deleted, ErrorCode, ForkSandbox, Forks, Sandbox, StartSandbox, UpdateSandbox,
+    CreateSandbox, Deleted, ErrorCode, ForkSandbox, Forks, Isolation, Sandbox, StartSandbox,
+    UpdateSandbox,
 };
 use bhatti_store::{SandboxChange, SandboxFilter, SandboxRow};
 use bhatti_supervisor::{CreateError, ForkRequest};
@@ -268,10 +269,13 @@ fn listed(state: &AppState, row: SandboxRow) -> Sandbox {
         | SandboxState::Stopped
         | SandboxState::Destroyed => None,
     };
+    let shares_kernel = state.supervisor.capabilities().shares_kernel;
+    let isolation = if shares_kernel { Isolation::Container } else { Isolation::Vm };
     let thermal = state.supervisor.thermal(&row).map(|thermal| thermal.as_str().to_owned());
     Sandbox {
         id: row.id.to_string(),
         name: row.spec.name.to_string(),
+        isolation,
         status: row.state.as_str().to_owned(),
         thermal,
         reason,

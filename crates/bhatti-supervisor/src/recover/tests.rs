@@ -47,7 +47,9 @@ impl Engine for Reality {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             name: "reality",
-            accelerator: Accelerator::Tcg,
+            accelerator: Some(Accelerator::Tcg),
+            saves_memory: true,
+            shares_kernel: false,
             machine: "m".to_owned(),
             exchanges_disks: true,
         }

@@ -86,7 +86,8 @@ pub(crate) async fn files(
         if is_attached_now || matches!(own, OwnVolumes::Left) {
             file::settle(&path).await.map_err(failed)?;
         }
-        files[place] = Some(VolumeFile { path, read_only: volume.read_only });
+        files[place] =
+            Some(VolumeFile { path, read_only: volume.read_only, mount: volume.mount.to_string() });
     }
     Ok(files)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use bhatti_api::{AttachVolume, CreateSandbox, NewFile, NewVolume};
+use bhatti_api::{AttachVolume, CreateSandbox, Isolation, NewFile, NewVolume, Sandbox};
 use clap::Args;
 use tokio::time::Instant;
 
@@ -94,9 +94,19 @@ pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
     let began = Instant::now();
     let sandbox = context.client.create(&request).await?;
     let seconds = began.elapsed().as_secs_f64();
-    context.output.show_made(&sandbox, (&sandbox.id, &sandbox.name), |sandbox| {
-        format!("created {} ({}) in {seconds:.2} s", sandbox.name, sandbox.id)
-    })
+    context
+        .output
+        .show_made(&sandbox, (&sandbox.id, &sandbox.name), |sandbox| made(sandbox, seconds))
+}
+
+fn made(sandbox: &Sandbox, seconds: f64) -> String {
+    let made = format!("created {} ({}) in {seconds:.2} s", sandbox.name, sandbox.id);
+    match sandbox.isolation {
+        Isolation::Vm => made,
+        Isolation::Container => format!(
+            "{made}; a container: it shares this host's kernel, and is isolated less than a VM"
+        ),
+    }
 }
 
 fn new_file(local: &PathBuf, path: &str) -> Result<NewFile, CliError> {

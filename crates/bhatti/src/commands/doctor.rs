@@ -113,6 +113,25 @@ async fn engine(config: &Config) -> Finding {
     match config.engine {
         EngineChoice::Qemu => qemu(&config.qemu()).await,
         EngineChoice::Firecracker => firecracker(&config.firecracker()).await,
+        EngineChoice::Docker => docker(&config.docker()).await,
+    }
+}
+
+async fn docker(socket: &Path) -> Finding {
+    match bhatti_docker::check(socket).await {
+        Ok(found) => Finding::good(
+            "docker",
+            format!(
+                "{}, {}: containers are isolated less than VMs",
+                found.version,
+                socket.display()
+            ),
+        ),
+        Err(error) => Finding::missing(
+            "docker",
+            Report(&error).to_string(),
+            "start Docker, and name its socket with `docker: PATH` in config.yaml if it is elsewhere",
+        ),
     }
 }
 

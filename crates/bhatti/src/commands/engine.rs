@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use bhatti_docker::DockerEngine;
 use bhatti_engine::Engine;
 use bhatti_firecracker::{FirecrackerEngine, Unusable};
 use bhatti_host::{durable, kvm};
@@ -19,7 +20,7 @@ const FILE: &str = "engine";
 const QEMU: &str = "qemu";
 
 /// Opens the engine.
-pub(super) async fn open(config: &Config) -> Result<Arc<dyn Engine>, CliError> {
+pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine>, CliError> {
     match config.engine {
         EngineChoice::Qemu => {
             let engine = QemuEngine::new(config.qemu());
@@ -35,6 +36,15 @@ pub(super) async fn open(config: &Config) -> Result<Arc<dyn Engine>, CliError> {
                     .hint("Firecracker needs KVM; without it: `engine: qemu` in config.yaml")
             })?;
             Ok(Arc::new(FirecrackerEngine::new(program)))
+        }
+        EngineChoice::Docker => {
+            let found = bhatti_docker::check(&config.docker()).await.map_err(|error| {
+                CliError::of(&error)
+                    .hint("start it, or name its socket with `docker: PATH` in config.yaml, or use `engine: qemu`")
+            })?;
+            let engine = DockerEngine::new(found, std::path::absolute(lohar)?);
+            tokio::spawn(engine.prepare());
+            Ok(Arc::new(engine))
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `bhatti inspect`.
 
-use bhatti_api::{AttachedVolume, Sandbox};
+use bhatti_api::{AttachedVolume, Isolation, Sandbox};
 use clap::Args;
 
 use super::Context;
@@ -28,6 +28,11 @@ fn describe(sandbox: &Sandbox) -> Vec<(&'static str, Cell)> {
         ("status", Cell::State(status(sandbox))),
     ];
     facts.extend(sandbox.reason.iter().map(|reason| ("reason", reason.into())));
+    let isolation = match sandbox.isolation {
+        Isolation::Container => "container (shares this host's kernel)",
+        Isolation::Vm => "vm",
+    };
+    facts.push(("isolation", isolation.into()));
     facts.push(("image", Cell::from(&sandbox.image)));
     facts.push(("cpus", Cell::number(sandbox.cpus)));
     facts.push(("memory", mib(sandbox.memory_mb).into()));

@@ -174,8 +174,14 @@ fn announce(state: &AppState, data_dir: &Path, started: Instant) {
         Err(why) => warn!(why, "Sandboxes have no network"),
     }
     let engine = state.supervisor.capabilities();
+    if engine.shares_kernel {
+        warn!(
+            engine = engine.name,
+            "Sandboxes are containers and share this host's kernel: they are isolated less than virtual machines"
+        );
+    }
     let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator.as_str(), startup_ms, "Daemon ready");
+    info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator_name(), startup_ms, "Daemon ready");
 }
 
 /// Gives up secrets that nothing can read any more. The key's file is kept beside, in case it is wanted after all.

@@ -26,17 +26,18 @@ pub(super) async fn make(
         let directory = data_dir.join(name);
         paths::create_data_dir(&directory).map(|()| directory)
     };
-    let engine = engine::open(config).await?;
+    let lohar = paths::lohar()?;
+    let engine = engine::open(config, &lohar).await?;
     engine::settle(data_dir, store, engine.capabilities().name)?;
     // A VMM that waits saves little where what it runs has to be translated first; a VM that has run everything once saves nearly all.
-    let emulated = engine.capabilities().accelerator == Accelerator::Tcg;
+    let emulated = engine.capabilities().accelerator == Some(Accelerator::Tcg);
     let forks_by_default = usize::from(emulated && config.ready_vmms != Some(0));
     let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
     let network = network::open(config, store).await?;
     let config = bhatti_supervisor::Config {
         sandboxes_dir: directory("sandboxes")?,
         images: ImageStore::new(data_dir),
-        lohar: paths::lohar()?,
+        lohar,
         boot_limit: config.boot_limit(),
         snapshots_dir: directory("snapshots")?,
         templates_dir: directory("templates")?,

@@ -1,0 +1,66 @@
+//! The way to the agent: two sockets in a directory that is the container's to write.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
+use bhatti_host::socket;
+use bhatti_proto::{CONTROL_PORT, FORWARD_PORT};
+use tokio::net::UnixStream;
+
+/// The directory's name beside the container's other files.
+pub(crate) const DIRECTORY: &str = "agent";
+
+/// Connects to the agent's sockets, one connection per stream.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedChannel {
+    /// The directory that holds them.
+    pub(crate) directory: PathBuf,
+}
+
+impl SharedChannel {
+    async fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let name = match port {
+            CONTROL_PORT => "control.sock",
+            FORWARD_PORT => "forward.sock",
+            _ => return Err(io::ErrorKind::AddrNotAvailable.into()),
+        };
+        // A link of the container's making would lead to the sockets of others.
+        let socket = socket::open_in(&self.directory, name)?;
+        UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
+    }
+}
+
+#[async_trait]
+impl AgentChannel for SharedChannel {
+    async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
+        Ok(Box::new(self.connect(port).await.map_err(ChannelError)?))
+    }
+
+    fn carries_half_close(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn link_to_the_socket_of_another_is_not_followed() {
+        let (own, others) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let other = others.path().join("control.sock");
+        let _listener = UnixListener::bind(&other).unwrap();
+        let channel = |directory: &std::path::Path| SharedChannel { directory: directory.into() };
+        assert!(channel(others.path()).connect(CONTROL_PORT).await.is_ok());
+
+        symlink(other, own.path().join("control.sock")).unwrap();
+
+        assert!(channel(own.path()).connect(CONTROL_PORT).await.is_err());
+    }
+}

@@ -1,0 +1,224 @@
+//! What Docker is told, and asked.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+
+use bhatti_engine::VmSpec;
+use bhatti_types::SandboxId;
+use bollard::Docker;
+use bollard::errors::Error;
+use bollard::models::{
+    ContainerCreateBody, ContainerInspectResponse, HostConfig, HostConfigLogConfig, Mount,
+    MountType,
+};
+use bollard::query_parameters::{
+    CreateContainerOptionsBuilder, InspectContainerOptions, KillContainerOptions,
+    RemoveContainerOptionsBuilder, StartContainerOptions, WaitContainerOptions,
+};
+use futures_util::TryStreamExt;
+
+use crate::channel;
+use crate::mounts;
+use crate::root::NOT_FOUND;
+use crate::told;
+
+/// Where the container finds its agent, and the directory that both sides share.
+const AGENT: &str = "/run/lohar";
+const SHARED: &str = "/run/bhatti";
+
+/// The label with the name of the host's end of the network card.
+const TAP: &str = "bhatti.tap";
+
+/// What changing users and files takes, and nothing else. The agent needs `SETPCAP` to take `NET_ADMIN` from whatever it starts.
+const CAPABILITIES: [&str; 10] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "NET_BIND_SERVICE",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+];
+
+/// The most processes and threads of a sandbox.
+const PIDS_MAX: i64 = 8192;
+
+/// A period of the processor's time, in microseconds.
+const CPU_PERIOD_US: i64 = 100_000;
+
+/// A status that says that there is nothing to do.
+const NOT_MODIFIED: u16 = 304;
+const CONFLICT: u16 = 409;
+
+/// A container as Docker sees it.
+pub(crate) struct Found {
+    /// Its first process on this host; 0 if it does not run.
+    pub(crate) pid: u32,
+    /// Whether it runs, paused or not.
+    pub(crate) runs: bool,
+    pub(crate) is_paused: bool,
+    tap: Option<String>,
+}
+
+/// The name of a sandbox's container.
+pub(crate) fn name(id: SandboxId) -> String {
+    format!("bhatti-{id}")
+}
+
+/// The container of a sandbox, if there is one.
+pub(crate) async fn find(docker: &Docker, id: SandboxId) -> io::Result<Option<Found>> {
+    match docker.inspect_container(&name(id), None::<InspectContainerOptions>).await {
+        Ok(container) => Ok(Some(found(container))),
+        Err(Error::DockerResponseServerError { status_code: NOT_FOUND, .. }) => Ok(None),
+        Err(error) => Err(told(error)),
+    }
+}
+
+fn found(container: ContainerInspectResponse) -> Found {
+    let state = container.state.unwrap_or_default();
+    let labels = container.config.and_then(|config| config.labels).unwrap_or_default();
+    Found {
+        pid: state.pid.and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0),
+        runs: state.running.unwrap_or(false),
+        is_paused: state.paused.unwrap_or(false),
+        tap: labels.get(TAP).cloned(),
+    }
+}
+
+/// Makes the container of a sandbox.
+pub(crate) async fn create(
+    docker: &Docker,
+    spec: &VmSpec,
+    image: String,
+    lohar: &Path,
+) -> io::Result<()> {
+    let options = CreateContainerOptionsBuilder::new().name(&name(spec.id)).build();
+    let created = docker.create_container(Some(options), body(spec, image, lohar)).await;
+    created.map(drop).map_err(told)
+}
+
+fn body(spec: &VmSpec, image: String, lohar: &Path) -> ContainerCreateBody {
+    let labels = spec.tap.iter().map(|tap| (TAP.to_owned(), tap.clone())).collect();
+    ContainerCreateBody {
+        image: Some(image),
+        hostname: Some(spec.hostname.to_string()),
+        // The argument says whose process it is.
+        entrypoint: Some(vec![AGENT.to_owned(), name(spec.id)]),
+        env: Some(vec!["LOHAR_CONTAINER=1".to_owned()]),
+        user: Some("0:0".to_owned()),
+        working_dir: Some("/".to_owned()),
+        labels: Some(labels),
+        host_config: Some(host_config(spec, lohar)),
+        ..ContainerCreateBody::default()
+    }
+}
+
+fn host_config(spec: &VmSpec, lohar: &Path) -> HostConfig {
+    let memory = i64::from(spec.memory.get()) << 20;
+    let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+    let log = [("max-size", "1m"), ("max-file", "1")];
+    let tmpfs =
+        [("/run", "rw,exec,nosuid,nodev,mode=0755"), ("/tmp", "rw,exec,nosuid,nodev,mode=1777")];
+    let mut capabilities = texts(&CAPABILITIES);
+    if spec.tap.is_some() {
+        capabilities.push("NET_ADMIN".to_owned());
+    }
+    HostConfig {
+        memory: Some(memory),
+        // Together with swap: none.
+        memory_swap: Some(memory),
+        cpu_period: Some(CPU_PERIOD_US),
+        cpu_quota: Some(CPU_PERIOD_US * i64::from(spec.cpus.get())),
+        pids_limit: Some(PIDS_MAX),
+        shm_size: Some(memory / 2),
+        tmpfs: Some(pairs(&tmpfs)),
+        mounts: Some(binds(spec, lohar)),
+        network_mode: Some("none".to_owned()),
+        sysctls: Some(pairs(sysctls())),
+        privileged: Some(false),
+        cap_drop: Some(texts(&["ALL"])),
+        cap_add: Some(capabilities),
+        security_opt: Some(texts(&["no-new-privileges"])),
+        log_config: Some(HostConfigLogConfig {
+            typ: Some("json-file".to_owned()),
+            config: Some(pairs(&log)),
+        }),
+        ..HostConfig::default()
+    }
+}
+
+/// The network is one of the fourth version, and what is not there cannot be switched off.
+fn sysctls() -> &'static [(&'static str, &'static str)] {
+    if Path::new("/proc/sys/net/ipv6").exists() {
+        &[("net.ipv6.conf.all.disable_ipv6", "1"), ("net.ipv6.conf.default.disable_ipv6", "1")]
+    } else {
+        &[]
+    }
+}
+
+fn pairs(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+fn binds(spec: &VmSpec, lohar: &Path) -> Vec<Mount> {
+    let bind = |from: &Path, to: &str, read_only| Mount {
+        typ: Some(MountType::BIND),
+        source: Some(from.to_string_lossy().into_owned()),
+        target: Some(to.to_owned()),
+        read_only: Some(read_only),
+        ..Mount::default()
+    };
+    let mut binds = vec![
+        bind(&spec.directory.join(channel::DIRECTORY), SHARED, false),
+        bind(lohar, AGENT, true),
+    ];
+    for volume in mounts::places(&spec.directory, &spec.volumes) {
+        binds.push(bind(&volume.here, &volume.there, volume.read_only));
+    }
+    binds
+}
+
+/// Starts the container of a sandbox, and returns its first process, unless that has ended already.
+pub(crate) async fn start(docker: &Docker, id: SandboxId) -> io::Result<Option<u32>> {
+    let started = docker.start_container(&name(id), None::<StartContainerOptions>).await;
+    started.or_else(|error| nothing_to_do(error, NOT_MODIFIED)).map_err(told)?;
+    let container = find(docker, id).await?.filter(|container| container.runs);
+    Ok(container.map(|container| container.pid))
+}
+
+/// Ends the container of a sandbox, if it runs. Returns the name of its network card on this host.
+pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<String>> {
+    let Some(container) = find(docker, id).await? else { return Ok(None) };
+    if container.runs {
+        let name = name(id);
+        let killed = docker.kill_container(&name, None::<KillContainerOptions>).await;
+        killed.or_else(|error| nothing_to_do(error, CONFLICT)).map_err(told)?;
+        // It answers with what the process ended with, which is an error in its eyes.
+        let ended: Result<Vec<_>, _> =
+            docker.wait_container(&name, None::<WaitContainerOptions>).try_collect().await;
+        match ended {
+            Ok(_) | Err(Error::DockerContainerWaitError { .. }) => {}
+            Err(error) => nothing_to_do(error, NOT_FOUND).map_err(told)?,
+        }
+    }
+    Ok(container.tap)
+}
+
+/// Removes the container of a sandbox, and its disk.
+pub(crate) async fn remove(docker: &Docker, id: SandboxId) -> io::Result<()> {
+    let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
+    let removed = docker.remove_container(&name(id), Some(options)).await;
+    removed.or_else(|error| nothing_to_do(error, NOT_FOUND)).map_err(told)
+}
+
+/// An answer with this status is none that matters.
+fn nothing_to_do(error: Error, status: u16) -> Result<(), Error> {
+    match error {
+        Error::DockerResponseServerError { status_code, .. } if status_code == status => Ok(()),
+        error => Err(error),
+    }
+}

@@ -1,0 +1,131 @@
+//! Root file systems as Docker's images.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use bollard::Docker;
+use bollard::errors::Error;
+use bollard::query_parameters::{
+    CreateImageOptionsBuilder, ListImagesOptionsBuilder, RemoveImageOptions,
+};
+use futures_util::TryStreamExt;
+use tokio::net::unix::pipe;
+use tokio::sync::Mutex;
+use tokio_util::io::ReaderStream;
+use tracing::{info, warn};
+
+use crate::{told, tree};
+
+/// The repository of what was imported here.
+const REPOSITORY: &str = "bhatti-root";
+
+/// The step that makes an image.
+pub(crate) const IMPORT: &str = "import the root file system into Docker";
+
+/// The label that says which file an image was imported from.
+const SOURCE: &str = "bhatti.root";
+
+/// The status of an answer that something is not there.
+pub(crate) const NOT_FOUND: u16 = 404;
+
+/// Imports root file systems, each once however many ask for it.
+#[derive(Default)]
+pub(crate) struct Roots {
+    importing: Mutex<()>,
+}
+
+impl Roots {
+    /// The name of Docker's image of the root file system `disk`.
+    pub(crate) async fn image(&self, docker: &Docker, disk: &Path) -> io::Result<String> {
+        // However one comes there: many data directories may share one.
+        let disk = &fs::canonicalize(disk)?;
+        let tag = tag(disk)?;
+        let name = format!("{REPOSITORY}:{tag}");
+        let _importing = self.importing.lock().await;
+        match docker.inspect_image(&name).await {
+            Ok(_) => return Ok(name),
+            Err(Error::DockerResponseServerError { status_code: NOT_FOUND, .. }) => {}
+            Err(error) => return Err(told(error)),
+        }
+        import(docker, disk, &tag).await?;
+        info!(image = name, "Root file system imported into Docker");
+        Ok(name)
+    }
+}
+
+/// Tells one root file system from another: a file that was written anew is another one.
+fn tag(disk: &Path) -> io::Result<String> {
+    let file = fs::metadata(disk)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(disk.as_os_str().as_encoded_bytes());
+    for number in [file.len().cast_signed(), file.mtime(), file.mtime_nsec()] {
+        hasher.update(&number.to_le_bytes());
+    }
+    Ok(hasher.finalize().to_hex()[..32].to_owned())
+}
+
+async fn import(docker: &Docker, disk: &Path, tag: &str) -> io::Result<()> {
+    let (reader, writer) = io::pipe()?;
+    let reader = pipe::Receiver::from_owned_fd(reader.into())?;
+    let source = disk.to_owned();
+    let writing = tokio::task::spawn_blocking(move || tree::write_tar(&source, writer));
+    let options = CreateImageOptionsBuilder::new()
+        .from_src("-")
+        .repo(REPOSITORY)
+        .tag(tag)
+        .changes(vec![format!("LABEL {SOURCE}={}", quoted(disk))])
+        .build();
+    let body = bollard::body_try_stream(ReaderStream::new(reader));
+    let imported: Result<Vec<_>, _> =
+        docker.create_image(Some(options), Some(body), None).try_collect().await;
+    // What went wrong first: an archive that ends early is Docker's complaint about ours.
+    let written = writing.await.map_err(io::Error::other)?;
+    let imported = imported.map(drop).map_err(told);
+    if written.is_err() {
+        // It may have taken the half for the whole.
+        drop(
+            docker
+                .remove_image(&format!("{REPOSITORY}:{tag}"), None::<RemoveImageOptions>, None)
+                .await,
+        );
+    }
+    written.and(imported)
+}
+
+/// A path as a value of a `LABEL` instruction.
+fn quoted(path: &Path) -> String {
+    let escaped = path.to_string_lossy().replace('\\', "\\\\").replace('"', "\\\"");
+    format!("\"{escaped}\"")
+}
+
+/// Removes the images whose root file systems are not there any more. Those that containers stand on stay.
+pub(crate) async fn remove_orphans(docker: Docker) {
+    let filters = HashMap::from([("label".to_owned(), vec![SOURCE.to_owned()])]);
+    let options = ListImagesOptionsBuilder::new().filters(&filters).build();
+    let images = match docker.list_images(Some(options)).await {
+        Ok(images) => images,
+        Err(error) => {
+            warn!(%error, "Failed to list Docker's images");
+            return;
+        }
+    };
+    for image in images {
+        let source = image.labels.get(SOURCE).map(Path::new);
+        let current = source.and_then(|source| tag(source).ok());
+        let is_current =
+            current.is_some_and(|tag| image.repo_tags.contains(&format!("{REPOSITORY}:{tag}")));
+        if is_current {
+            continue;
+        }
+        // One that is in use is refused, and looked at again at the next start.
+        if docker.remove_image(&image.id, None::<RemoveImageOptions>, None).await.is_ok() {
+            info!(
+                image = image.id,
+                "Removed a root file system from Docker that is no image's any more"
+            );
+        }
+    }
+}

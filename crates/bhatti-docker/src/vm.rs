@@ -1,0 +1,176 @@
+//! A container that runs, in the place of a VM.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bhatti_engine::{
+    AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
+};
+use bhatti_host::process::{Followed, Usage};
+use bhatti_proto::CONTROL_PORT;
+use bhatti_types::SandboxId;
+use bhatti_vmm::{Console, create_private};
+use bollard::Docker;
+use bollard::query_parameters::LogsOptionsBuilder;
+use futures_util::TryStreamExt;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::io::StreamReader;
+
+use crate::channel::{self, SharedChannel};
+use crate::root::{self, Roots};
+use crate::{NO_SNAPSHOTS, cgroup, container, link, mounts, told, vmm_error};
+
+/// How often the agent of a container that starts is looked for.
+const LOOK_PAUSE: Duration = Duration::from_millis(2);
+
+/// A container.
+pub(crate) struct DockerVm {
+    docker: Docker,
+    id: SandboxId,
+    process: Followed,
+    channel: Arc<SharedChannel>,
+    console: Console,
+}
+
+/// Makes or starts a container, and waits until its agent answers. What was made stays where it is if that fails.
+pub(crate) async fn boot(
+    spec: &VmSpec,
+    docker: &Docker,
+    lohar: &Path,
+    roots: &Roots,
+) -> Result<DockerVm, BootError> {
+    let failed = |step| move |source| BootError::Prepare { step, source };
+    let directory = &spec.directory;
+    create_private(directory).map_err(failed("create the sandbox's directory"))?;
+    let shared = directory.join(channel::DIRECTORY);
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&shared);
+    made.map_err(failed("create the agent's directory"))?;
+    mounts::make(directory, &spec.volumes).await.map_err(failed("mount the volumes"))?;
+    if !spec.keep_disk {
+        let image = roots.image(docker, &spec.root_base).await;
+        let image = image.map_err(failed(root::IMPORT))?;
+        let created = container::create(docker, spec, image, lohar).await;
+        created.map_err(failed("create the container"))?;
+    }
+    let pid = container::start(docker, spec.id).await.map_err(failed("start the container"))?;
+    let attached = pid.map(|pid| DockerVm::attach(docker, spec.id, pid, directory));
+    let vm = match attached {
+        Some(Ok(vm)) => vm,
+        Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("follow the container's process")(error));
+        }
+        _ => {
+            let console = read_console(docker, spec.id);
+            console.complete().await;
+            return Err(BootError::Ended { console: console.tail() });
+        }
+    };
+    if let Some(tap) = &spec.tap {
+        let made = link::make(tap, vm.process.id().pid).await;
+        made.map_err(failed("make the network card"))?;
+    }
+    vm.wait_for_agent(spec.boot_limit).await?;
+    Ok(vm)
+}
+
+impl DockerVm {
+    /// Takes up the container whose first process is `pid`.
+    pub(crate) fn attach(
+        docker: &Docker,
+        id: SandboxId,
+        pid: u32,
+        directory: &Path,
+    ) -> io::Result<Self> {
+        let process = Followed::of(pid)?;
+        Ok(Self {
+            docker: docker.clone(),
+            id,
+            process,
+            channel: Arc::new(SharedChannel { directory: directory.join(channel::DIRECTORY) }),
+            console: read_console(docker, id),
+        })
+    }
+
+    async fn wait_for_agent(&self, limit: Duration) -> Result<(), BootError> {
+        let began = Instant::now();
+        loop {
+            let left = limit.saturating_sub(began.elapsed());
+            let opened = tokio::select! {
+                opened = timeout(left, self.channel.open(CONTROL_PORT)) => opened,
+                () = self.process.ended() => {
+                    self.console.complete().await;
+                    return Err(BootError::Ended { console: self.console.tail() });
+                }
+            };
+            match opened {
+                Ok(Ok(_stream)) => return Ok(()),
+                // Nobody listens in the container yet.
+                Ok(Err(_)) if !left.is_zero() => sleep(LOOK_PAUSE).await,
+                _ => return Err(BootError::TimedOut { limit, console: self.console.tail() }),
+            }
+        }
+    }
+
+    async fn is_paused(&self) -> Result<bool, VmmError> {
+        let container = container::find(&self.docker, self.id).await?;
+        let gone = || VmmError::Refused("the container does not run any more".to_owned());
+        let running = container.filter(|container| container.runs).ok_or_else(gone)?;
+        Ok(running.is_paused)
+    }
+}
+
+fn read_console(docker: &Docker, id: SandboxId) -> Console {
+    let all = LogsOptionsBuilder::new().follow(true).stdout(true).stderr(true).build();
+    let said = docker.logs(&container::name(id), Some(all));
+    let said = said.map_ok(bollard::container::LogOutput::into_bytes).map_err(told);
+    Console::read(StreamReader::new(Box::pin(said)))
+}
+
+#[async_trait]
+impl Vm for DockerVm {
+    fn channel(&self) -> Arc<dyn AgentChannel> {
+        Arc::clone(&self.channel) as Arc<dyn AgentChannel>
+    }
+
+    async fn is_running(&self) -> Result<bool, VmmError> {
+        Ok(!self.is_paused().await?)
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        if self.is_paused().await? {
+            return Ok(());
+        }
+        self.docker.pause_container(&container::name(self.id)).await.map_err(vmm_error)
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        if !self.is_paused().await? {
+            return Ok(());
+        }
+        self.docker.unpause_container(&container::name(self.id)).await.map_err(vmm_error)
+    }
+
+    async fn capture(
+        &self,
+        _request: &SnapshotRequest,
+    ) -> Result<Box<dyn Captured>, SnapshotError> {
+        Err(SnapshotError::Unsupported(NO_SNAPSHOTS))
+    }
+
+    async fn ended(&self) {
+        self.process.ended().await;
+    }
+
+    fn usage(&self) -> io::Result<Usage> {
+        cgroup::usage(self.process.id().pid)
+    }
+
+    fn console_tail(&self) -> String {
+        self.console.tail()
+    }
+}
