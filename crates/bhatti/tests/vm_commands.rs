@@ -569,12 +569,18 @@ async fn events_are_followed_and_the_rest_is_told() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(ask(&daemon, &format!("completion {shell}")).await.ok().contains("destroy"));
     }
-    let mut sections = vec!["create", "exec", "file", "pause", "fork"];
-    sections.retain(|section| engine_has(Feature::SavedMemory) || *section != "fork");
-    let bench = format!("bench --samples 2 --only {} --json", sections.join(","));
-    let figures = ask(&daemon, &bench).await.json();
-    assert_eq!(figures.as_array().unwrap().len(), sections.len());
-    assert!(figures.as_array().unwrap().iter().all(|f| f["p50_ms"].as_f64().unwrap() > 0.0));
+    let plot = daemon.data_dir().join("plot.svg");
+    let bench = format!("bench --samples 2 --json --plot {}", plot.display());
+    let report = ask(&daemon, &bench).await.json();
+    assert!(report["machine"]["cpus"].as_u64().unwrap() > 0, "{report}");
+    let figures = report["figures"].as_array().unwrap();
+    let skipped = if engine_has(Feature::SavedMemory) { 0 } else { 2 };
+    assert_eq!(
+        (figures.len(), report["skipped"].as_array().unwrap().len()),
+        (9 - skipped, skipped)
+    );
+    assert!(figures.iter().all(|f| f["p50_ms"].as_f64().unwrap() > 0.0));
+    assert!(std::fs::read_to_string(plot).unwrap().contains("wake, n = 2"));
     assert_eq!(daemon.client.list().await.unwrap().len(), made, "what was measured with is gone");
 
     daemon.terminate().await;
