@@ -3,7 +3,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test test-engines check api-check bench install clean
+.PHONY: build quickstart test test-engines check api-check bench bench-check compare install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -33,6 +33,14 @@ api-check: build
 
 bench: build
 	cargo xtask bench
+
+# Whether the promises hold: ratios with their noise, and counts of instructions.
+bench-check: build
+	cargo xtask bench check
+
+# Docker, QEMU alone and the host beside bhatti, in turns.
+compare: build
+	./scripts/with-docker.sh cargo xtask compare
 
 install: build
 	install -D -m 0755 dist/bhatti $(DESTDIR)$(PREFIX)/bin/bhatti

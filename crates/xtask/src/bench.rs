@@ -1,7 +1,11 @@
 //! Prints the figures that the project promises, as measured here and now.
 
 mod api;
+mod check;
 mod forks;
+
+pub(crate) use check::counts::work;
+pub(crate) use forks::{VM_PRACTISES, bare_fork};
 
 use std::fs;
 use std::process::Stdio;
@@ -39,6 +43,12 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     })
 }
 
+/// Checks what is promised; with `record`, notes the counts of instructions first.
+pub(crate) fn check(record: bool) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(check::check(record))
+}
+
 async fn measure() -> Result<()> {
     show("serve: process start to /health answering", startup().await?);
     let daemon = TestDaemon::start().await;
@@ -72,8 +82,18 @@ async fn measure() -> Result<()> {
     Ok(())
 }
 
-/// The agent in test mode against the bare costs of a process, taken in turns.
+/// The agent in test mode against the bare costs of a process.
 async fn agent() -> Result<()> {
+    let (mut through_agent, mut bare) = agent_and_bare().await?;
+    let ratio = median(&mut through_agent).as_secs_f64() / median(&mut bare).as_secs_f64();
+    show("`true`: fork, exec and wait", bare);
+    show("`true` through the agent in test mode", through_agent);
+    println!("{:44} {ratio:>26.2} ×", "  of the bare cost, by p50");
+    Ok(())
+}
+
+/// `true` through the agent in test mode, and on its own, in turns.
+async fn agent_and_bare() -> Result<(Vec<Duration>, Vec<Duration>)> {
     let directory = tempfile::tempdir()?;
     let channel = UnixChannel {
         control: directory.path().join("control"),
@@ -105,14 +125,10 @@ async fn agent() -> Result<()> {
         through_agent.push(began.elapsed());
         ensure!(code == 0, "true failed");
     }
-    let ratio = median(&mut through_agent).as_secs_f64() / median(&mut bare).as_secs_f64();
-    show("`true`: fork, exec and wait", bare);
-    show("`true` through the agent in test mode", through_agent);
-    println!("{:44} {ratio:>26.2} ×", "  of the bare cost, by p50");
-    Ok(())
+    Ok((through_agent, bare))
 }
 
-fn median(times: &mut [Duration]) -> Duration {
+pub(crate) fn median(times: &mut [Duration]) -> Duration {
     times.sort();
     times[times.len() / 2]
 }
@@ -145,7 +161,7 @@ async fn exec(client: &Client, command: &[&str]) -> Result<()> {
 }
 
 /// Prints a row: nearest-rank percentiles.
-fn show(what: &str, mut times: Vec<Duration>) {
+pub(crate) fn show(what: &str, mut times: Vec<Duration>) {
     times.sort();
     let rank = |percent: usize| times[(times.len() * percent).div_ceil(100).max(1) - 1];
     let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);

@@ -1,11 +1,12 @@
 //! The developers' own commands.
 //!
 //! `cargo xtask tidy` checks what compilers do not; `cargo xtask openapi` writes down the description of the API;
-//! `cargo xtask bench` prints the figures that the project promises; `cargo xtask kvm-lab` runs a command on a host with KVM, which it makes
+//! `cargo xtask bench` prints the figures that the project promises, `cargo xtask compare` those of others beside them; `cargo xtask kvm-lab` runs a command on a host with KVM, which it makes
 //! where this one has none.
 #![expect(clippy::print_stdout, reason = "a command line prints")]
 
 mod bench;
+mod compare;
 mod kvm_lab;
 mod openapi;
 mod tidy;
@@ -23,9 +24,13 @@ fn main() -> Result<()> {
         ["tidy"] => tidy::run(),
         ["openapi"] => openapi::run(),
         ["bench"] => bench::run(None),
+        ["bench", "check"] => bench::check(false),
+        ["bench", "check", "--record"] => bench::check(true),
+        ["bench", "work", what, times] => bench::work(what, times.parse()?),
+        ["compare"] => compare::compare(),
         ["bench", only @ ("api" | "forks")] => bench::run(Some(only)),
         _ => bail!(
-            "usage: cargo xtask tidy | openapi | bench [api | forks] | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
+            "usage: cargo xtask tidy | openapi | bench [api | forks | check [--record]] | compare | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
         ),
     }
 }

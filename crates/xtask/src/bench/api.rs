@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use bhatti_agent::AgentClient;
+use bhatti_engine::conformance::random_id;
 use bhatti_engine::{Disks, Engine, RestoreSpec, Vm};
 use bhatti_proto::{ExecRequest, GuestConfig, Identity};
 use bhatti_qemu::{PROGRAM, QemuEngine};
@@ -66,7 +67,7 @@ pub(super) async fn measure() -> Result<()> {
     let api = Api::admin(&daemon);
 
     requests(&api).await?;
-    let bare = BareVm::start(&template).await?;
+    let bare = BareVm::start(&template, bhatti_testkit::enter_own_network()).await?;
     execs(&api, &bare).await?;
     command_line(&daemon, &api).await?;
     at_once(&api).await?;
@@ -76,8 +77,7 @@ pub(super) async fn measure() -> Result<()> {
     }
     let what = format!("daemon, {ROWS} sandboxes, {RUNNING} running, resident");
     println!("{what:44} {:>26.1} MiB", resident_mib(daemon.pid())?);
-    bare.engine.remove(bare.id, bare.place.path()).await?;
-    Ok(())
+    bare.end().await
 }
 
 /// Sandboxes that were stopped long ago.
@@ -151,7 +151,7 @@ async fn requests(api: &Api) -> Result<()> {
 }
 
 /// A VM that no daemon has: what the daemon's own figures are over.
-struct BareVm {
+pub(super) struct BareVm {
     engine: QemuEngine,
     id: SandboxId,
     place: tempfile::TempDir,
@@ -160,19 +160,17 @@ struct BareVm {
 }
 
 impl BareVm {
-    async fn start(template: &Path) -> Result<Self> {
+    /// With a network card if there is to be a `tap`, as its template has one or has not.
+    pub(super) async fn start(template: &Path, has_network: bool) -> Result<Self> {
         let engine = QemuEngine::new(PROGRAM.into());
         let place = tempfile::tempdir()?;
-        let mut entropy = [0xba; 8];
-        entropy[..4].copy_from_slice(&std::process::id().to_be_bytes());
-        let id = SandboxId::from_entropy(entropy);
+        let id = random_id();
         let spec = RestoreSpec {
             id,
             directory: place.path().join("vm"),
             snapshot: template.to_owned(),
             disks: Disks::Frozen,
-            // Templates have a network card where the machine can have networks.
-            tap: bhatti_testkit::enter_own_network().then(|| bhatti_net::tap_name(id)),
+            tap: has_network.then(|| bhatti_net::tap_name(id)),
             volumes: Vec::new(),
             limit: LIMIT,
         };
@@ -193,14 +191,33 @@ impl BareVm {
         agent.assume_identity(&identity).await?;
         Ok(Self { engine, id, place, agent, _vm: vm })
     }
+
+    /// Takes it away.
+    pub(super) async fn end(self) -> Result<()> {
+        Ok(self.engine.remove(self.id, &self.place.path().join("vm")).await?)
+    }
+}
+
+/// The same command through HTTP and on the channel alone.
+async fn execs(api: &Api, bare: &BareVm) -> Result<()> {
+    let (mut http, mut channel) = exec_pairs(api, bare, EXECS).await?;
+    let over = median(&mut http).as_secs_f64() - median(&mut channel).as_secs_f64();
+    show("exec `true` through HTTP, connection kept", http);
+    show("exec `true` on the agent channel alone", channel);
+    println!("{:44} {:>26.2} ms", "  over the channel alone, by p50", over * 1e3);
+    Ok(())
 }
 
 /// The same command through HTTP and on the channel alone, in turns, in two VMs of one template.
-async fn execs(api: &Api, bare: &BareVm) -> Result<()> {
+pub(super) async fn exec_pairs(
+    api: &Api,
+    bare: &BareVm,
+    rounds: usize,
+) -> Result<(Vec<Duration>, Vec<Duration>)> {
     let mut sender = kept(api).await?;
     let body = json!({ "cmd": ["true"] }).to_string();
     let (mut http, mut channel) = (Vec::new(), Vec::new());
-    for round in 0..EXECS + 20 {
+    for round in 0..rounds + 20 {
         let began = Instant::now();
         send(&mut sender, "POST", "/sandboxes/bench/exec", body.clone()).await?;
         let through_http = began.elapsed();
@@ -215,11 +232,7 @@ async fn execs(api: &Api, bare: &BareVm) -> Result<()> {
             channel.push(on_channel);
         }
     }
-    let over = median(&mut http).as_secs_f64() - median(&mut channel).as_secs_f64();
-    show("exec `true` through HTTP, connection kept", http);
-    show("exec `true` on the agent channel alone", channel);
-    println!("{:44} {:>26.2} ms", "  over the channel alone, by p50", over * 1e3);
-    Ok(())
+    Ok((http, channel))
 }
 
 /// The same command by `bhatti exec`, a process each time, and through HTTP on a connection that is kept, in turns.

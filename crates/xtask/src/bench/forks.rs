@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use bhatti_agent::AgentClient;
 use bhatti_api::{CreateSandbox, ForkSandbox, StartSandbox};
+use bhatti_engine::conformance::random_id;
 use bhatti_engine::{Disks, Engine, MemoryKind, RestoreSpec, SnapshotRequest, Vm};
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_testkit::{Serve, TestDaemon, named, run, wait_for};
@@ -20,7 +21,7 @@ const FEW: usize = 50;
 
 /// How long a VM ahead of demand takes from its process's start until it is ready.
 const VMM_WAITS: Duration = Duration::from_millis(100);
-const VM_PRACTISES: Duration = Duration::from_millis(1500);
+pub(crate) const VM_PRACTISES: Duration = Duration::from_millis(1500);
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -63,21 +64,11 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
     let mut parts: [Vec<Duration>; 4] = Default::default();
     let mut whole = Vec::new();
     for round in 0..FEW {
-        let mut entropy = [0; 8];
-        entropy[..4].copy_from_slice(&std::process::id().to_be_bytes());
-        entropy[4..].copy_from_slice(&u32::try_from(round)?.to_be_bytes());
-        let id = SandboxId::from_entropy(entropy);
-        let directory = place.path().join(id.to_string());
-        let spec = RestoreSpec {
-            id,
-            directory: directory.clone(),
-            snapshot: template.to_owned(),
-            disks: Disks::Frozen,
-            // Templates have a network card where the machine can have networks.
-            tap: bhatti_testkit::enter_own_network().then(|| bhatti_net::tap_name(id)),
-            volumes: Vec::new(),
-            limit: LIMIT,
-        };
+        let id = random_id();
+        // Templates have a network card where the machine can have networks.
+        let tap = bhatti_testkit::enter_own_network().then(|| bhatti_net::tap_name(id));
+        let spec = bare_spec(id, template, place.path(), tap);
+        let directory = spec.directory.clone();
         let began = Instant::now();
         let staged = engine.stage(&spec).await?;
         parts[0].push(began.elapsed());
@@ -110,6 +101,42 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
     let bare = median(&mut whole);
     show("bare fork: all of it", whole);
     Ok(bare)
+}
+
+/// The engine alone, once: how long a VM takes from a template until its agent answers.
+pub(crate) async fn bare_fork(
+    engine: &QemuEngine,
+    template: &Path,
+    place: &Path,
+    tap: Option<String>,
+) -> Result<Duration> {
+    let id = random_id();
+    let spec = bare_spec(id, template, place, tap);
+    let began = Instant::now();
+    let vm = engine.stage(&spec).await?.load().await?;
+    vm.resume().await?;
+    AgentClient::new(vm.channel()).activity().await?;
+    let took = began.elapsed();
+    engine.remove(id, &spec.directory).await?;
+    Ok(took)
+}
+
+fn bare_spec(id: SandboxId, template: &Path, place: &Path, tap: Option<String>) -> RestoreSpec {
+    RestoreSpec {
+        id,
+        directory: place.join(id.to_string()),
+        snapshot: template.to_owned(),
+        disks: Disks::Frozen,
+        tap,
+        volumes: Vec::new(),
+        limit: LIMIT,
+    }
+}
+
+/// Takes up the VM of a sandbox whose daemon has ended.
+pub(super) async fn adopt(directory: &Path) -> Result<Arc<dyn Vm>> {
+    let id = directory.file_name().and_then(|name| name.to_str()).context("an id")?.parse()?;
+    Ok(QemuEngine::new(PROGRAM.into()).adopt(id, directory).await?)
 }
 
 /// What an idle fork has of its own.
@@ -189,9 +216,6 @@ async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
     exec(daemon).await?;
     client.pause("bench").await?;
     let directory: PathBuf = daemon.sandbox_directories().remove(0);
-    let id: SandboxId =
-        directory.file_name().and_then(|name| name.to_str()).context("an id")?.parse()?;
-    let engine = QemuEngine::new(PROGRAM.into());
     let mut full = Vec::new();
     for dirty_mib in [0_u64, 1, 10, 100, 300] {
         if dirty_mib > 0 {
@@ -207,7 +231,7 @@ async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
         let mut bytes = 0;
         // The monitor serves one at a time.
         daemon.terminate().await;
-        let vm: Arc<dyn Vm> = engine.adopt(id, &directory).await?;
+        let vm = adopt(&directory).await?;
         for _ in 0..5 {
             bytes = snapshot(vm.as_ref(), &place, MemoryKind::Diff, &mut diff).await?;
             if dirty_mib == 0 {
@@ -229,7 +253,7 @@ async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
     Ok(())
 }
 
-async fn snapshot(
+pub(super) async fn snapshot(
     vm: &dyn Vm,
     place: &Path,
     memory: MemoryKind,

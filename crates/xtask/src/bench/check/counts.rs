@@ -1,0 +1,110 @@
+//! Instructions, as valgrind's callgrind counts them: they tell a change of one part in a hundred, which no clock does.
+//!
+//! Each thing is done a few times and many times; the difference is what it costs, without the start.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail, ensure};
+use bhatti_proto::{FrameReader, FrameType, FrameWriter};
+use bhatti_testkit::repository;
+use lohar::ring::Ring;
+use tokio::process::Command;
+
+/// How often each is done: few times, and many.
+const FEW: u64 = 100;
+const MANY: u64 = 600;
+
+/// How many more there may be than were noted, in percent: processors differ in what their C library chooses.
+const TOLERANCE_PERCENT: u64 = 5;
+
+/// Where they are noted.
+const NOTED: &str = "docs/instructions.json";
+
+const FRAMES: &str = "8 KiB framed and read";
+const RING: &str = "4 KiB into the scrollback";
+
+/// Compares what is counted with what was noted, or notes it. Returns how many are too many.
+pub(super) async fn check(record: bool) -> Result<usize> {
+    if bhatti_host::process::command("valgrind").arg("--version").output().await.is_err() {
+        println!("SKIPPED: counts of instructions, because valgrind is not installed");
+        return Ok(0);
+    }
+    let mut counts = BTreeMap::new();
+    for what in [FRAMES, RING] {
+        counts.insert(what, of_work(what).await?);
+    }
+    let path = repository().join(NOTED);
+    if record {
+        fs::write(&path, serde_json::to_string_pretty(&counts)? + "\n")?;
+    }
+    let noted: BTreeMap<String, u64> = serde_json::from_slice(&fs::read(&path)?)?;
+    println!("{:48} {:>12} {:>12}", "instructions", "noted", "counted");
+    let mut broken = 0;
+    for (what, count) in counts {
+        let noted = *noted.get(what).with_context(|| format!("{NOTED} has no `{what}`"))?;
+        let verdict = if count * 100 > noted * (100 + TOLERANCE_PERCENT) {
+            broken += 1;
+            "BROKEN"
+        } else if count * (100 + TOLERANCE_PERCENT) < noted * 100 {
+            "fewer: note it with `cargo xtask bench check --record`"
+        } else {
+            "holds"
+        };
+        println!("{what:48} {noted:>12} {count:>12} {verdict}");
+    }
+    Ok(broken)
+}
+
+/// Does `what` so many times: what a process under callgrind runs.
+pub(crate) fn work(what: &str, times: u64) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let payload = vec![7; 8 << 10];
+    let mut ring = Ring::default();
+    for _ in 0..times {
+        match what {
+            FRAMES => runtime.block_on(async {
+                let mut writer = FrameWriter::new(Vec::with_capacity(payload.len() + 64));
+                writer.send(FrameType::STDOUT, &payload).await?;
+                let frame = FrameReader::new(&writer.get_mut()[..]).next().await?;
+                ensure!(frame.is_some_and(|frame| frame.payload == payload), "another frame");
+                Ok(())
+            })?,
+            RING => ring.write(&payload[..4 << 10]),
+            other => bail!("nobody counts `{other}`"),
+        }
+    }
+    Ok(())
+}
+
+async fn of_work(what: &str) -> Result<u64> {
+    let mut totals = [0; 2];
+    for (total, times) in totals.iter_mut().zip([FEW, MANY]) {
+        let place = tempfile::tempdir()?;
+        let (mut command, counted) = under_callgrind(place.path(), &std::env::current_exe()?);
+        command.args(["bench", "work", what, &times.to_string()]);
+        ensure!(command.status().await?.success(), "`{what}` failed under callgrind");
+        *total = read_total(&counted)?;
+    }
+    Ok((totals[1] - totals[0]) / (MANY - FEW))
+}
+
+/// A command line that counts what `program` does, and the file that will have the count.
+fn under_callgrind(place: &Path, program: &Path) -> (Command, PathBuf) {
+    let counted = place.join("counted");
+    let mut command = bhatti_host::process::command("valgrind");
+    command.args(["--tool=callgrind", "--quiet"]);
+    command.arg(format!("--callgrind-out-file={}", counted.display()));
+    command.arg(program).stdout(Stdio::null()).stderr(Stdio::null());
+    (command, counted)
+}
+
+fn read_total(counted: &Path) -> Result<u64> {
+    let text = fs::read_to_string(counted)?;
+    let total = text
+        .lines()
+        .find_map(|line| line.strip_prefix("totals: ").or_else(|| line.strip_prefix("summary: ")));
+    Ok(total.context("nothing was counted")?.trim().parse()?)
+}
