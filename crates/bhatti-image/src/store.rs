@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bhatti_host::durable;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::content_hash;
@@ -19,6 +21,40 @@ pub(crate) const BUILD_PREFIX: &str = ".build-";
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     directory: PathBuf,
+    /// The initramfs that was made last: to find that it is there would take reading, copying and hashing 5 MB at every creation.
+    initramfs: Arc<Mutex<Option<Initramfs>>>,
+}
+
+/// An initramfs, and what it was made of.
+#[derive(Clone, Debug)]
+struct Initramfs {
+    path: PathBuf,
+    lohar: FileVersion,
+    /// Named by its content.
+    modules: PathBuf,
+}
+
+/// A file as it is: written anew, or another in its place, it is another version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileVersion {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl FileVersion {
+    fn of(path: &Path) -> io::Result<Self> {
+        let file = fs::metadata(path)?;
+        Ok(Self {
+            device: file.dev(),
+            inode: file.ino(),
+            bytes: file.len(),
+            modified: (file.mtime(), file.mtime_nsec()),
+            changed: (file.ctime(), file.ctime_nsec()),
+        })
+    }
 }
 
 /// What a VM boots from.
@@ -103,7 +139,7 @@ impl ImageStore {
     /// The store of a data directory. Nothing needs to be there yet.
     #[must_use]
     pub fn new(data_dir: &Path) -> Self {
-        Self { directory: data_dir.join("images") }
+        Self { directory: data_dir.join("images"), initramfs: Arc::default() }
     }
 
     /// Where the artefacts are.
@@ -160,12 +196,23 @@ impl ImageStore {
     }
 
     fn initramfs(&self, lohar: &Path, modules: &Path) -> Result<PathBuf, StoreError> {
+        // Before it is read: what is written meanwhile is another version.
+        let version = FileVersion::of(lohar).map_err(file_error("look at", lohar))?;
+        let made = self.initramfs.lock().clone();
+        if let Some(made) = made
+            && (made.lohar, made.modules.as_path()) == (version, modules)
+            && made.path.exists()
+        {
+            return Ok(made.path);
+        }
         let archive = initramfs::build(lohar, modules)?;
         let path =
             self.directory.join(format!("initramfs-{}.cpio", content_hash::of_bytes(&archive)));
         if !path.exists() {
             durable::write(&path, &archive).map_err(file_error("write", &path))?;
         }
+        let made = Initramfs { path: path.clone(), lohar: version, modules: modules.to_owned() };
+        *self.initramfs.lock() = Some(made);
         Ok(path)
     }
 
@@ -251,6 +298,25 @@ mod tests {
         let lohar = data.path().join("lohar");
         fs::write(&lohar, "first").unwrap();
         (data, store, lohar)
+    }
+
+    #[test]
+    fn initramfs_is_made_again_only_when_it_would_be_another() {
+        let (_data, store, lohar) = store();
+        let first = store.boot_files("minimal", &lohar).unwrap().initramfs;
+        // What it is made of is not needed any more.
+        fs::remove_dir(store.directory().join("kernel-1/modules")).unwrap();
+        assert_eq!(store.boot_files("minimal", &lohar).unwrap().initramfs, first);
+
+        fs::write(&lohar, "other").unwrap();
+        store.boot_files("minimal", &lohar).unwrap_err();
+        fs::create_dir(store.directory().join("kernel-1/modules")).unwrap();
+        assert_ne!(store.boot_files("minimal", &lohar).unwrap().initramfs, first);
+        fs::write(&lohar, "first").unwrap();
+        assert_eq!(store.boot_files("minimal", &lohar).unwrap().initramfs, first);
+        fs::remove_file(&first).unwrap();
+        store.boot_files("minimal", &lohar).unwrap();
+        assert!(first.exists(), "one that was removed is made again");
     }
 
     #[test]
