@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use bhatti_engine::VmSpec;
 use bhatti_types::SandboxId;
@@ -17,6 +18,7 @@ use bollard::query_parameters::{
     RemoveContainerOptionsBuilder, StartContainerOptions, WaitContainerOptions,
 };
 use futures_util::TryStreamExt;
+use tokio::time::timeout;
 
 use crate::channel;
 use crate::mounts;
@@ -49,6 +51,9 @@ const PIDS_MAX: i64 = 8192;
 
 /// A period of the processor's time, in microseconds.
 const CPU_PERIOD_US: i64 = 100_000;
+
+/// How long a killed container may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A status that says that there is nothing to do.
 const NOT_MODIFIED: u16 = 304;
@@ -198,8 +203,10 @@ pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<St
         let killed = docker.kill_container(&name, None::<KillContainerOptions>).await;
         killed.or_else(|error| nothing_to_do(error, CONFLICT)).map_err(told)?;
         // It answers with what the process ended with, which is an error in its eyes.
-        let ended: Result<Vec<_>, _> =
-            docker.wait_container(&name, None::<WaitContainerOptions>).try_collect().await;
+        let ended = docker.wait_container(&name, None::<WaitContainerOptions>);
+        let ended: Result<Vec<_>, _> = timeout(KILL_LIMIT, ended.try_collect())
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the container does not end"))?;
         match ended {
             Ok(_) | Err(Error::DockerContainerWaitError { .. }) => {}
             Err(error) => nothing_to_do(error, NOT_FOUND).map_err(told)?,

@@ -104,7 +104,9 @@ async fn warm_up(context: &Context, skip: bool) -> Result<(), CliError> {
     })?;
     if !context.output.json && !context.output.quiet {
         let seconds = began.elapsed().as_secs_f64();
-        context.output.print(&format!("template: ready after {seconds:.1} s"))?;
+        let what =
+            if supervisor.capabilities().saves_memory { "template" } else { "root file system" };
+        context.output.print(&format!("{what}: ready after {seconds:.1} s"))?;
     }
     Ok(())
 }
