@@ -198,7 +198,10 @@ mod tests {
         // Its tables of inodes alone are 64 MiB, which file systems keep in more or less room.
         assert!(made.disk_bytes < made.size_bytes / 10, "{}", made.disk_bytes);
         let file = fs::read_dir(store.directory()).unwrap().flatten();
-        let file = file.map(|entry| entry.path()).find(|path| path.extension().is_some()).unwrap();
+        let file = file
+            .map(|entry| entry.path())
+            .find(|path| path.extension() == Some("ext4".as_ref()))
+            .unwrap();
         let shown = bhatti_host::process::command("debugfs")
             .args(["-R", "cat etc/motd"])
             .arg(&file)
