@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bhatti_engine::VmSpec;
+use bhatti_host::process::Followed;
 use bhatti_types::SandboxId;
 use bollard::Docker;
 use bollard::errors::Error;
@@ -62,7 +63,7 @@ const CONFLICT: u16 = 409;
 /// A container as Docker sees it.
 pub(crate) struct Found {
     /// Its first process on this host; 0 if it does not run.
-    pub(crate) pid: u32,
+    pid: u32,
     /// Whether it runs, paused or not.
     pub(crate) runs: bool,
     pub(crate) is_paused: bool,
@@ -187,10 +188,25 @@ fn binds(spec: &VmSpec, lohar: &Path) -> Vec<Mount> {
     binds
 }
 
-/// Starts the container of a sandbox, and returns its first process, unless that has ended already.
-pub(crate) async fn start(docker: &Docker, id: SandboxId) -> io::Result<Option<u32>> {
+/// Starts the container of a sandbox.
+pub(crate) async fn start(docker: &Docker, id: SandboxId) -> io::Result<()> {
     let started = docker.start_container(&name(id), None::<StartContainerOptions>).await;
-    started.or_else(|error| nothing_to_do(error, NOT_MODIFIED)).map_err(told)?;
+    started.or_else(|error| nothing_to_do(error, NOT_MODIFIED)).map_err(told)
+}
+
+/// The first process of a sandbox's container, if it runs.
+pub(crate) async fn follow(docker: &Docker, id: SandboxId) -> io::Result<Option<Followed>> {
+    let Some(pid) = running_pid(docker, id).await? else { return Ok(None) };
+    let process = match Followed::of(pid) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        process => process?,
+    };
+    // Asked again: it may have ended in between, and another process have its number.
+    let is_it = running_pid(docker, id).await? == Some(pid);
+    Ok(is_it.then_some(process))
+}
+
+async fn running_pid(docker: &Docker, id: SandboxId) -> io::Result<Option<u32>> {
     let container = find(docker, id).await?.filter(|container| container.runs);
     Ok(container.map(|container| container.pid))
 }

@@ -161,15 +161,11 @@ impl Engine for DockerEngine {
     }
 
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
-        let broken = |step| move |source| AdoptError::Broken { step, source };
-        let found = container::find(&self.docker, id).await;
-        let found = found.map_err(broken("ask Docker for the container"))?;
-        let running = found.filter(|container| container.runs).ok_or(AdoptError::Gone)?;
-        match DockerVm::attach(&self.docker, id, running.pid, directory) {
-            Ok(vm) => Ok(Arc::new(vm)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(AdoptError::Gone),
-            Err(error) => Err(broken("follow the container's process")(error)),
-        }
+        let process = container::follow(&self.docker, id).await;
+        let broken =
+            |source| AdoptError::Broken { step: "look for the container's process", source };
+        let process = process.map_err(broken)?.ok_or(AdoptError::Gone)?;
+        Ok(Arc::new(DockerVm::attach(&self.docker, id, process, directory)))
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {

@@ -6,13 +6,24 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bhatti_engine::{RemoveError, VolumeFile};
 use bhatti_host::process::command;
+use rustix::fs::{StatVfsMountFlags, Timespec, major, minor, stat, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
+use rustix::thread::nanosleep;
+use tokio::time::Instant;
 
 const DIRECTORY: &str = "mounts";
+
+/// The number of loop devices' driver: Documentation/admin-guide/devices.txt.
+const LOOP_MAJOR: u32 = 7;
+
+/// How long an unmounted volume may stay open, and how often to look.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+const CLOSE_LOOK_NS: i64 = 1_000_000;
 
 /// A volume that is mounted on this host.
 #[derive(Clone, Debug)]
@@ -66,6 +77,31 @@ pub(crate) async fn remove(directory: &Path) -> Result<(), RemoveError> {
         .map_err(|source| RemoveError::Files { path: at, source })
 }
 
+/// The loop device of a volume that is mounted at `place` to be written.
+fn written_device(directory: &Path, place: &Path) -> io::Result<Option<u32>> {
+    let device = stat(place)?.st_dev;
+    // The directory itself may be on a loop device.
+    let is_mounted = device != stat(directory)?.st_dev && major(device) == LOOP_MAJOR;
+    let is_written = !statvfs(place)?.f_flag.contains(StatVfsMountFlags::RDONLY);
+    Ok((is_mounted && is_written).then(|| minor(device)))
+}
+
+/// Waits until nobody has a volume open any more. The kernel takes a dead container's mounts down when it comes to it, and until then its file
+/// may change under whoever checks it next.
+fn wait_until_closed(device: u32) -> io::Result<()> {
+    let backing = format!("/sys/block/loop{device}/loop/backing_file");
+    let began = Instant::now();
+    while Path::new(&backing).exists() {
+        if began.elapsed() > CLOSE_LIMIT {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "a volume stays in use"));
+        }
+        let pause = Timespec { tv_sec: 0, tv_nsec: CLOSE_LOOK_NS };
+        // An early return only means an early look.
+        drop(nanosleep(&pause));
+    }
+    Ok(())
+}
+
 fn remove_all(directory: &Path) -> io::Result<()> {
     let places = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -73,6 +109,7 @@ fn remove_all(directory: &Path) -> io::Result<()> {
     };
     for place in places {
         let place = place?.path();
+        let device = written_device(directory, &place)?;
         loop {
             match unmount(&place, UnmountFlags::NOFOLLOW) {
                 Ok(()) => {}
@@ -80,6 +117,9 @@ fn remove_all(directory: &Path) -> io::Result<()> {
                 Err(Errno::INVAL) => break,
                 Err(error) => return Err(error.into()),
             }
+        }
+        if let Some(device) = device {
+            wait_until_closed(device)?;
         }
         fs::remove_dir(place)?;
     }

@@ -81,7 +81,6 @@ async fn import(docker: &Docker, disk: &Path, tag: &str) -> io::Result<()> {
     let body = bollard::body_try_stream(ReaderStream::new(reader));
     let imported: Result<Vec<_>, _> =
         docker.create_image(Some(options), Some(body), None).try_collect().await;
-    // What went wrong first: an archive that ends early is Docker's complaint about ours.
     let written = writing.await.map_err(io::Error::other)?;
     let imported = imported.map(drop).map_err(told);
     if written.is_err() {
@@ -92,7 +91,11 @@ async fn import(docker: &Docker, disk: &Path, tag: &str) -> io::Result<()> {
                 .await,
         );
     }
-    written.and(imported)
+    // What went wrong first: an archive that ends early is what Docker complains of; one that nobody reads on is Docker's doing.
+    match &written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => imported.and(written),
+        _ => written.and(imported),
+    }
 }
 
 /// A path as a value of a `LABEL` instruction.

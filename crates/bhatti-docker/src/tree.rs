@@ -72,3 +72,64 @@ fn header(metadata: &Metadata) -> Header {
 fn std_path(bytes: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::io::Read;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use tar::Archive;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn tree_comes_out_as_it_went_in_but_for_what_a_container_has_of_its_own() {
+        let place = tempfile::tempdir().unwrap();
+        let (tree, disk) = (place.path().join("tree"), place.path().join("disk.ext4"));
+        let long = format!("usr/{}/{}", "d".repeat(90), "f".repeat(90));
+        fs::create_dir_all(tree.join(&long).parent().unwrap()).unwrap();
+        fs::write(tree.join(&long), "deep").unwrap();
+        fs::write(tree.join("large"), vec![7; 3 << 20]).unwrap();
+        fs::write(tree.join("suid"), "").unwrap();
+        fs::set_permissions(tree.join("suid"), fs::Permissions::from_mode(0o4755)).unwrap();
+        fs::hard_link(tree.join("large"), tree.join("same")).unwrap();
+        symlink("../nowhere", tree.join("usr/link")).unwrap();
+        let pipe = rustix::fs::FileType::Fifo;
+        let mode = rustix::fs::Mode::RUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, tree.join("pipe"), pipe, mode, 0).unwrap();
+        fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+        let mut make = bhatti_host::process::command("mke2fs");
+        make.args(["-q", "-t", "ext4", "-d"]).args([&tree, &disk]);
+        assert!(make.status().await.unwrap().success());
+
+        let mut archive = Vec::new();
+        write_tar(&disk, &mut archive).unwrap();
+
+        let mut found = BTreeMap::new();
+        for entry in Archive::new(&archive[..]).entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let path = entry.path().unwrap().to_string_lossy().trim_end_matches('/').to_owned();
+            let link = entry.link_name().unwrap().map(|link| link.into_owned());
+            let (kind, mode) = (entry.header().entry_type(), entry.header().mode().unwrap());
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content).unwrap();
+            found.insert(path, (kind, mode, link, content));
+        }
+        assert_eq!(found[&long].3, b"deep");
+        assert!(found["large"].3 == vec![7; 3 << 20] && found["same"].3 == found["large"].3);
+        assert_eq!((found["suid"].0, found["suid"].1), (EntryType::Regular, 0o4755));
+        assert_eq!(found["usr/link"].2.as_deref(), Some(Path::new("../nowhere")));
+        assert_eq!(found["usr"].0, EntryType::Directory);
+        assert!(!found.contains_key("pipe"));
+    }
+
+    #[test]
+    fn what_is_no_file_system_is_an_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, vec![0; 1 << 20]).unwrap();
+        assert!(write_tar(file.path(), Vec::new()).is_err());
+        assert!(write_tar(Path::new("/nowhere"), Vec::new()).is_err());
+    }
+}

@@ -57,19 +57,14 @@ pub(crate) async fn boot(
         let created = container::create(docker, spec, image, lohar).await;
         created.map_err(failed("create the container"))?;
     }
-    let pid = container::start(docker, spec.id).await.map_err(failed("start the container"))?;
-    let attached = pid.map(|pid| DockerVm::attach(docker, spec.id, pid, directory));
-    let vm = match attached {
-        Some(Ok(vm)) => vm,
-        Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(failed("follow the container's process")(error));
-        }
-        _ => {
-            let console = read_console(docker, spec.id);
-            console.complete().await;
-            return Err(BootError::Ended { console: console.tail() });
-        }
+    container::start(docker, spec.id).await.map_err(failed("start the container"))?;
+    let process = container::follow(docker, spec.id).await;
+    let Some(process) = process.map_err(failed("follow the container's process"))? else {
+        let console = read_console(docker, spec.id);
+        console.complete().await;
+        return Err(BootError::Ended { console: console.tail() });
     };
+    let vm = DockerVm::attach(docker, spec.id, process, directory);
     if let Some(tap) = &spec.tap {
         let made = link::make(tap, vm.process.id().pid).await;
         made.map_err(failed("make the network card"))?;
@@ -79,21 +74,20 @@ pub(crate) async fn boot(
 }
 
 impl DockerVm {
-    /// Takes up the container whose first process is `pid`.
+    /// Takes up the container whose first process is `process`.
     pub(crate) fn attach(
         docker: &Docker,
         id: SandboxId,
-        pid: u32,
+        process: Followed,
         directory: &Path,
-    ) -> io::Result<Self> {
-        let process = Followed::of(pid)?;
-        Ok(Self {
+    ) -> Self {
+        Self {
             docker: docker.clone(),
             id,
             process,
             channel: Arc::new(SharedChannel { directory: directory.join(channel::DIRECTORY) }),
             console: read_console(docker, id),
-        })
+        }
     }
 
     async fn wait_for_agent(&self, limit: Duration) -> Result<(), BootError> {

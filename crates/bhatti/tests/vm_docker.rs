@@ -2,7 +2,7 @@
 //! it usually listens.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
-use bhatti_testkit::{Api, Serve, TestDaemon, skip};
+use bhatti_testkit::{Api, Serve, TestDaemon, skip, wait_for};
 use serde_json::{Value, json};
 
 /// Where Docker listens; none if it does not, and then that is said.
@@ -130,6 +130,35 @@ async fn container_is_paused_when_nobody_uses_it_and_never_ended_for_it() {
     assert_eq!(api.sh("dev", find).await, "kept\nforgotten\n");
     assert_eq!(api.call("DELETE", "/sandboxes/dev", &Value::Null).await.status, 200);
     assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_stops_a_container_has_its_successor_finish_that() {
+    for step in ["stop_noted", "ended"] {
+        let Some((mut daemon, api)) = daemon("").await else { return };
+        let volume = json!({ "name": "data", "size_mb": 64 });
+        assert_eq!(api.call("POST", "/volumes", &volume).await.status, 201);
+        let request = json!({ "name": "dev", "volumes": [{ "name": "data", "target": "/data" }] });
+        assert_eq!(api.call("POST", "/sandboxes", &request).await.status, 201);
+        api.sh("dev", "echo disk >/workspace/kept; echo volume >/data/kept").await;
+        daemon.terminate().await;
+        daemon.serve_with(|serve| serve.fault = Some(format!("daemon:{step}"))).await;
+        assert!(daemon.client.stop("dev").await.is_err(), "{step}: the daemon answered");
+        daemon.ended().await;
+
+        daemon.serve_with(|serve| serve.fault = None).await;
+
+        wait_for("the end of its container", || daemon.vmm_pids().is_empty()).await;
+        assert_eq!(api.get("/sandboxes/dev").await.json()["status"], "stopped", "{step}");
+        let started = api.call("POST", "/sandboxes/dev/start", &Value::Null).await;
+        assert_eq!(started.json()["status"], "running", "{step}: {}", started.text());
+        assert_eq!(api.sh("dev", "cat /workspace/kept /data/kept").await, "disk\nvolume\n");
+        assert_eq!(api.call("DELETE", "/sandboxes/dev", &Value::Null).await.status, 200);
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let data_dir = daemon.data_dir().to_string_lossy().into_owned();
+        assert!(!mounts.contains(&data_dir), "{step}: {mounts}");
+        assert_eq!(api.call("DELETE", "/volumes/data", &Value::Null).await.status, 200);
+    }
 }
 
 #[tokio::test]
