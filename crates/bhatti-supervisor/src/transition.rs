@@ -191,10 +191,7 @@ impl Driver {
         made_from: MadeFrom,
     ) -> Result<Saved, TransitionError> {
         self.access.state().admit_use()?;
-        if !self.saves_memory() {
-            let engine = self.shared.engine.capabilities().name;
-            return Err(TransitionError::NoSnapshots { engine });
-        }
+        self.require_saved_memory()?;
         // One that was paused may not have stood still then.
         self.wake().await?;
         let running = self.access.running().ok_or(TransitionError::Restless)?;
@@ -316,11 +313,19 @@ impl Driver {
 
     /// The daemon is to leave nothing that runs. What cannot be saved goes on all the same: its processes would be lost.
     pub(crate) async fn sleep_for_shut_down(&self) -> Result<(), TransitionError> {
-        if !self.saves_memory() && self.access.running().is_some() {
-            let engine = self.shared.engine.capabilities().name;
-            return Err(TransitionError::NoSnapshots { engine });
+        if self.access.running().is_some() {
+            self.require_saved_memory()?;
         }
         self.sleep(false).await
+    }
+
+    fn require_saved_memory(&self) -> Result<(), TransitionError> {
+        let engine = self.shared.engine.capabilities();
+        if engine.saves_memory {
+            Ok(())
+        } else {
+            Err(TransitionError::NoSnapshots { engine: engine.name })
+        }
     }
 
     /// Ends the VM, and with it what it has in memory.

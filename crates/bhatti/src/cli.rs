@@ -76,7 +76,7 @@ pub(crate) enum Command {
     Pause(lifecycle::Pause),
     /// Resume sandboxes that are paused or saved
     Resume(lifecycle::Resume),
-    /// Stop sandboxes: save their memory and processes, until they are started
+    /// Stop sandboxes: save their memory and processes (a container loses them), until they are started
     Stop(lifecycle::Stop),
     /// Start sandboxes that were stopped, where they were
     Start(lifecycle::Start),
