@@ -13,10 +13,10 @@ daemon=
 
 clean_up() {
     if [ -n "$daemon" ]; then
-        containers=$(docker --host "unix://$DOCKER_SOCK" ps --all --quiet)
-        # Whatever a test that failed has left.
-        [ -z "$containers" ] || docker --host "unix://$DOCKER_SOCK" rm --force $containers >/dev/null
-        kill "$daemon"
+        # Whatever a test that failed has left. A Docker that has ended meanwhile has nothing to say.
+        containers=$(docker --host "unix://$DOCKER_SOCK" ps --all --quiet || true)
+        [ -z "$containers" ] || docker --host "unix://$DOCKER_SOCK" rm --force $containers >/dev/null || true
+        kill "$daemon" || true
         wait "$daemon" || true
     fi
     rm -rf "$place"

@@ -4,7 +4,7 @@
 
 use bhatti_api::{CreateSnapshot, ForkSandbox, StartSandbox};
 use bhatti_client::Client;
-use bhatti_testkit::{Serve, TestDaemon, named, shell, wait_for};
+use bhatti_testkit::{Feature, Serve, TestDaemon, named, needs, shell, wait_for};
 
 const LEAVE: &str =
     "echo marker >/dev/shm/ram; sleep 100000 >/dev/null 2>&1 & echo $! >/dev/shm/pid";
@@ -103,6 +103,9 @@ async fn daemon_that_dies_while_it_pauses_or_resumes_loses_nothing() {
 
 #[tokio::test]
 async fn daemon_that_dies_while_it_stops_loses_nothing() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     for step in ["stop_noted", "paused", "saved", "ended"] {
         daemon_dies(step, "stop").await;
     }
@@ -110,6 +113,9 @@ async fn daemon_that_dies_while_it_stops_loses_nothing() {
 
 #[tokio::test]
 async fn daemon_that_dies_while_it_starts_loses_nothing() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     for step in ["start_noted", "staged", "loaded", "consumed", "woken"] {
         daemon_dies(step, "start").await;
     }
@@ -117,6 +123,9 @@ async fn daemon_that_dies_while_it_starts_loses_nothing() {
 
 #[tokio::test]
 async fn daemon_that_dies_while_it_forks_or_creates_loses_nothing() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     for step in ["captured", "frozen", "inserted", "running"] {
         daemon_dies(step, "fork").await;
     }
@@ -166,6 +175,9 @@ async fn vmm_dies(step: &str, during: &str, memory_is_safe: bool) {
 
 #[tokio::test]
 async fn vmm_that_dies_before_its_memory_is_saved_leaves_a_disk_to_boot_from() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     vmm_dies("paused", "stop", false).await;
     vmm_dies("resumed", "resume", false).await;
     vmm_dies("captured", "fork", false).await;
@@ -174,6 +186,9 @@ async fn vmm_that_dies_before_its_memory_is_saved_leaves_a_disk_to_boot_from() {
 
 #[tokio::test]
 async fn vmm_that_dies_after_its_memory_is_saved_loses_nothing() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     vmm_dies("saved", "stop", true).await;
     vmm_dies("staged", "start", true).await;
     vmm_dies("loaded", "start", true).await;
@@ -182,6 +197,9 @@ async fn vmm_that_dies_after_its_memory_is_saved_loses_nothing() {
 
 #[tokio::test]
 async fn fork_whose_vmm_dies_leaves_its_parent_alone() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     for step in ["inserted", "running"] {
         let mut daemon = with_sandbox(&format!("vmm:{step}")).await;
         attempt(&daemon.client, "fork").await;

@@ -9,8 +9,8 @@ use bhatti_api::{
 };
 use bhatti_client::Client;
 use bhatti_testkit::{
-    LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, hashes, is_root, named, run, shell,
-    skip, wait_for,
+    Feature, LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, hashes, is_root, named,
+    needs, run, shell, skip, wait_for,
 };
 use tokio::time::timeout;
 
@@ -36,6 +36,9 @@ async fn thermal_is(client: &Client, sandbox: &str, wanted: &str) {
 
 #[tokio::test]
 async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let config = "thermal: {warm_after_ms: 300, cold_after_ms: 300}\n";
     let daemon = TestDaemon::start_with(with_config(config)).await;
     let client = &daemon.client;
@@ -64,6 +67,9 @@ async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
 
 #[tokio::test]
 async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempotent() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let mut daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     shell(&daemon.client, "dev", LEAVE).await;
@@ -104,6 +110,9 @@ async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempoten
 
 #[tokio::test]
 async fn sandbox_that_is_told_as_running_can_be_used_while_it_starts() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     let client = &daemon.client;
     client.create(&named("dev")).await.unwrap();
@@ -122,6 +131,9 @@ async fn sandbox_that_is_told_as_running_can_be_used_while_it_starts() {
 
 #[tokio::test]
 async fn daemon_leaves_its_sandboxes_to_the_next_one_or_saves_them() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let mut daemon = TestDaemon::start().await;
     for name in ["hot", "warm"] {
         daemon.client.create(&named(name)).await.unwrap();
@@ -147,6 +159,9 @@ async fn daemon_leaves_its_sandboxes_to_the_next_one_or_saves_them() {
 
 #[tokio::test]
 async fn hundred_requests_at_once_wake_a_sandbox_once() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     let client = &daemon.client;
     client.create(&named("dev")).await.unwrap();
@@ -177,6 +192,9 @@ async fn hundred_requests_at_once_wake_a_sandbox_once() {
 
 #[tokio::test]
 async fn hundred_requests_at_once_wake_a_cold_sandbox_once() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let config = "thermal: {warm_after_ms: 100, cold_after_ms: 100}\nready_vmms: 0\n";
     let daemon = TestDaemon::start_with(with_config(config)).await;
     daemon.client.create(&named("dev")).await.unwrap();
@@ -233,6 +251,9 @@ async fn destroyed_sandbox_is_never_woken() {
 
 #[tokio::test]
 async fn twenty_stops_under_traffic_keep_memory_and_disk() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     let client = &daemon.client;
     client.create(&named("dev")).await.unwrap();
@@ -260,6 +281,9 @@ async fn twenty_stops_under_traffic_keep_memory_and_disk() {
 
 #[tokio::test]
 async fn forks_are_others_and_their_parent_goes_on() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     let client = &daemon.client;
     let secret = [("SECRET".to_owned(), "CANARY".to_owned())].into();
@@ -330,6 +354,9 @@ async fn forks_are_others_and_their_parent_goes_on() {
 
 #[tokio::test]
 async fn template_never_changes_whatever_its_forks_write() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let daemon = TestDaemon::start().await;
     let client = &daemon.client;
     let created = client.create(&named("one")).await.unwrap();
@@ -350,6 +377,9 @@ async fn template_never_changes_whatever_its_forks_write() {
 
 #[tokio::test]
 async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     if !is_root() {
         skip("a stop on a full disk", "mounting a small one needs root");
         return;
@@ -380,6 +410,9 @@ async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
 
 #[tokio::test]
 async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let config = "memory_budget_mb: 1200\nready_vmms: 0\n";
     let daemon = TestDaemon::start_with(with_config(config)).await;
     let client = &daemon.client;
@@ -404,6 +437,9 @@ async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
 
 #[tokio::test]
 async fn snapshot_with_a_name_outlives_its_sandbox_and_its_copies() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
     let mut daemon = TestDaemon::start().await;
     let client = daemon.client.clone();
     client.create(&named("dev")).await.unwrap();
