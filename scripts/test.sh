@@ -22,8 +22,8 @@ cargo nextest run --release --locked --workspace --profile ci "$@" || status=$?
 # Once more on Docker, unless some tests were chosen.
 if [ $# = 0 ] && [ -S "$DOCKER_SOCK" ]; then
     BHATTI_TEST_CONFIG="engine: docker,docker: $DOCKER_SOCK" \
-        cargo nextest run --release --locked -p bhatti --profile ci \
-        -E 'binary(~vm_) - binary(vm_docker)' || status=$?
+        cargo nextest run --release --locked --workspace --profile ci \
+        -E 'package(bhatti) & binary(~vm_) - binary(vm_docker)' || status=$?
 elif [ $# = 0 ]; then
     echo "SKIPPED: the daemon's tests with engine docker, because no Docker runs here" >>target/skipped.txt
 fi

@@ -7,7 +7,6 @@
 
 mod boot;
 mod channel;
-#[cfg(feature = "conformance")]
 pub mod conformance;
 mod snapshot;
 
@@ -105,7 +104,7 @@ pub struct VmSpec {
     /// Whether the disk that is in `directory` already is the root disk, with all that is on it.
     pub keep_disk: bool,
     /// The interface of this host that its network card is to end at; it has no card if absent. The engine makes it, it is down and
-    /// belongs to no bridge, and it ends with the VM.
+    /// belongs to no bridge, and it ends with the VM, or when what has ended is killed or removed.
     pub tap: Option<String>,
     /// What is in its places for volumes; `None` is an empty place. Its guest knows them as disks with the serials `volume0` and so on.
     pub volumes: Vec<Option<VolumeFile>>,

@@ -12,8 +12,11 @@ mod openapi;
 mod tidy;
 
 use anyhow::{Result, bail};
+use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> Result<()> {
+    // What engines and stores complain of.
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(LevelFilter::WARN).init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let Some((first, rest)) = arguments.split_first()
         && first == "kvm-lab"
