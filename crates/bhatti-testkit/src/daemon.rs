@@ -40,9 +40,19 @@ impl Default for Serve {
 /// Lines of every test's configuration, divided by commas: `engine: firecracker`, for one. None if the variable is not set.
 const COMMON_CONFIG: &str = "BHATTI_TEST_CONFIG";
 
+impl Serve {
+    /// Its own lines, and those of every test.
+    fn whole_config(&self) -> String {
+        format!("{}{}", self.config, common_config())
+    }
+}
+
 /// The value of `key` in every test's configuration.
 pub(crate) fn common_value(key: &str) -> Option<String> {
-    let config = common_config();
+    value(&common_config(), key)
+}
+
+fn value(config: &str, key: &str) -> Option<String> {
     let values = config.lines().filter_map(|line| line.split_once(": "));
     values.filter(|(name, _)| *name == key).map(|(_, value)| value.trim().to_owned()).next_back()
 }
@@ -89,8 +99,8 @@ impl TestDaemon {
                     .expect("a link can be made");
             }
         }
-        let config = format!("{}{}", serve.config, common_config());
-        fs::write(data.path().join("config.yaml"), config).expect("a file can be written");
+        fs::write(data.path().join("config.yaml"), serve.whole_config())
+            .expect("a file can be written");
         let client = Client::unix(data.path());
         let mut daemon = Self { serve, data, process: None, client };
         daemon.serve().await;
@@ -257,7 +267,7 @@ impl TestDaemon {
 
     /// Removes what containers leave behind beside processes.
     fn remove_containers(&self) {
-        let Some(socket) = common_value("docker") else { return };
+        let Some(socket) = value(&self.serve.whole_config(), "docker") else { return };
         let socket = format!("unix://{socket}");
         for name in self.containers() {
             std_command("docker", &["--host", &socket, "rm", "--force", &name]);

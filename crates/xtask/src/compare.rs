@@ -135,20 +135,26 @@ impl Docker {
         let directory = daemon.sandbox_directories().remove(0);
         let id = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let container = format!("bhatti-{id}");
-        let mut docker = Self { socket, image: String::new(), daemon, container };
-        let format = ["inspect", "--format", "{{.Image}}", &docker.container];
-        docker.image = docker.cli(&format).await.map_err(|error| error.to_string())?;
-        Ok(docker)
+        let format = ["inspect", "--format", "{{.Image}}", &container];
+        let image = docker_cli(&socket, &format).await.map_err(|error| error.to_string())?;
+        Ok(Self { socket, image, daemon, container })
     }
 
-    /// What the command line of Docker says.
-    async fn cli(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = bhatti_host::process::command("docker");
-        command.arg("--host").arg(format!("unix://{}", self.socket)).args(arguments);
-        let output = command.output().await?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    /// How long a command line of Docker takes.
+    async fn time(&self, arguments: &[&str]) -> Result<Duration> {
+        let began = Instant::now();
+        docker_cli(&self.socket, arguments).await?;
+        Ok(began.elapsed())
     }
+}
+
+/// What a command line of Docker says.
+async fn docker_cli(socket: &str, arguments: &[&str]) -> Result<String> {
+    let mut command = bhatti_host::process::command("docker");
+    command.arg("--host").arg(format!("unix://{socket}")).args(arguments);
+    let output = command.output().await?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 /// Where they meet.
@@ -187,16 +193,11 @@ impl<'a> Arena<'a> {
             Contestant::ContainerCreate => create(&self.docker()?.daemon).await,
             Contestant::DockerExec => {
                 let docker = self.docker()?;
-                let began = Instant::now();
-                docker.cli(&["exec", &docker.container, "true"]).await?;
-                Ok(began.elapsed())
+                docker.time(&["exec", &docker.container, "true"]).await
             }
             Contestant::DockerRun => {
                 let docker = self.docker()?;
-                let run = ["run", "--rm", "--network", "none", &docker.image, "true"];
-                let began = Instant::now();
-                docker.cli(&run).await?;
-                Ok(began.elapsed())
+                docker.time(&["run", "--rm", "--network", "none", &docker.image, "true"]).await
             }
         }
     }
