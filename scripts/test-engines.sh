@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every engine's conformance tests, where they can run here and in the KVM lab, and prints engine × part with what came of it.
-# FIRECRACKER_BIN names a firecracker; without one, one on PATH is taken.
+# FIRECRACKER_BIN names a firecracker, with its jailer beside it; without one, one on PATH is taken.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -56,7 +56,8 @@ if [ -z "$firecracker" ]; then
 else
     program=$(program_of bhatti-firecracker)
     if [ "$lab" = 1 ]; then
-        in_lab "$program" --with "$firecracker" --env "FIRECRACKER_BIN=$firecracker" | tee /dev/stderr |
+        in_lab "$program" --with "$firecracker" --with "$(dirname "$firecracker")/jailer" \
+            --env "FIRECRACKER_BIN=$firecracker" | tee /dev/stderr |
             note "firecracker, KVM in the lab" || status=1
     else
         FIRECRACKER_BIN=$firecracker "$program" --test-threads=1 | tee /dev/stderr | note "firecracker here" || status=1

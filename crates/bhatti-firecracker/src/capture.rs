@@ -22,6 +22,7 @@ use serde_json::json;
 use tokio::task::spawn_blocking;
 
 use crate::api::State;
+use crate::jail;
 use crate::machine::{DISK, Machine, Record};
 use crate::manifest::{self, Manifest, Memory, PAGES, STATE};
 use crate::memory;
@@ -53,10 +54,17 @@ pub(crate) async fn capture(
     let asked = if kind == MemoryKind::Diff && machine.memory.is_some() { "Diff" } else { "Full" };
     let ask = json!({
         "snapshot_type": asked,
-        "snapshot_path": draft.path().join(STATE),
-        "mem_file_path": draft.path().join(SPARSE),
+        "snapshot_path": STATE,
+        "mem_file_path": SPARSE,
     });
+    for left in [STATE, SPARSE] {
+        jail::expel(&vm.directory, left).map_err(file("remove an unfinished snapshot"))?;
+    }
     vm.api.put("/snapshot/create", &ask, SAVE_LIMIT).await.map_err(vmm("save itself"))?;
+    for name in [STATE, SPARSE] {
+        jail::take(&vm.directory, name, &draft.path().join(name))
+            .map_err(file("take what Firecracker saved"))?;
+    }
     if request.disks == Disks::Frozen {
         let (from, to) = (vm.directory.join(DISK), draft.path().join(DISK));
         let copied = spawn_blocking(move || disk::copy(&from, &to)).await;

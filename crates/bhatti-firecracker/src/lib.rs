@@ -3,21 +3,24 @@
 //! ```text
 //!  <sandbox directory>/
 //!    disk.ext4       the root disk
-//!    volume*.disk    what is in the places for volumes
 //!    memory-*.img    what the memory is a private mapping of, once it was restored or forked
 //!    snapshot/       of a VM that sleeps: see `manifest`
-//!    vsock.sock      the agent channel: one connection per operation
 //!    console.fifo    the guest's console
-//!    api.sock        Firecracker's API
 //!    vm.json         which process it is, and what it was told to be
 //!    vmm.log         what Firecracker itself has to say
+//!    vmm/            all that Firecracker sees of this host: see `jail`
+//!      …             links to what it uses of the above
+//!      vsock.sock    the agent channel: one connection per operation
+//!      api.sock      Firecracker's API
 //! ```
 //!
-//! Firecracker runs in that directory and is told names, not paths, so what is saved for one sandbox can be restored for another. It runs in a
-//! session of its own and outlives the daemon. Its disks are raw files: a fork's is a copy, shared where the file system can.
+//! Firecracker is told names, not paths, so what is saved for one sandbox can be restored for another. It runs in a session of its own and
+//! outlives the daemon. Its disks are raw files: a fork's is a copy, shared where the file system can.
 
 mod api;
 mod capture;
+mod cgroup;
+mod jail;
 mod machine;
 mod manifest;
 mod memory;
@@ -40,13 +43,16 @@ use bhatti_host::process::Followed;
 use bhatti_types::SandboxId;
 
 use api::State;
+use cgroup::Groups;
 use machine::Record;
 use vm::FirecrackerVm;
 
-pub use version::{MINIMUM, Unusable, Version, check};
+pub use version::{Found, MINIMUM, Unusable, Version, check};
 
 /// Firecracker's program.
 pub const PROGRAM: &str = "firecracker";
+/// The program that starts it as a user of its own.
+pub const JAILER: &str = "jailer";
 
 /// Runs VMs with Firecracker.
 pub struct FirecrackerEngine {
@@ -57,26 +63,44 @@ pub struct FirecrackerEngine {
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
     pub(crate) program: PathBuf,
+    /// What starts it, if this daemon is root.
+    pub(crate) jailer: Option<PathBuf>,
+    pub(crate) groups: Groups,
     /// What saved VMs depend on: another value, and they cannot be restored.
     pub(crate) depends_on: String,
 }
 
 impl FirecrackerEngine {
-    /// An engine on `program`, the path of one that was checked.
+    /// An engine on a Firecracker that was checked.
     #[must_use]
-    pub fn new(program: PathBuf) -> Self {
+    pub fn new(found: Found) -> Self {
+        let Found { program, jailer, .. } = found;
+        let groups = Groups::of_host();
+        if jailer.is_some() && groups == Groups::Unusable {
+            tracing::warn!(
+                "This host has no control groups for memory and processes: what a VMM takes is not bounded"
+            );
+        }
         let depends_on = format!(
             "{} kvm {} layout {}",
             std::env::consts::ARCH,
             kind_of_program(&program),
             machine::LAYOUT
         );
-        Self { setup: Setup { program, depends_on } }
+        Self { setup: Setup { program, jailer, groups, depends_on } }
     }
 
     /// The VMM process of a sandbox.
     fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        bhatti_vmm::find(directory, &self.setup.program, &vm::vm_name(id))
+        let name = vm::vm_name(id);
+        let found = bhatti_vmm::find(directory, &self.setup.program, &name);
+        match (found, &self.setup.jailer) {
+            // It is the jailer until that has done its work.
+            (Err(error), Some(jailer)) if error.kind() == io::ErrorKind::NotFound => {
+                bhatti_vmm::find(directory, jailer, &name)
+            }
+            (found, _) => found,
+        }
     }
 
     async fn clean_up(&self, id: SandboxId, directory: &Path) {
@@ -151,7 +175,9 @@ impl Engine for FirecrackerEngine {
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        bhatti_vmm::kill(self.find_process(id, directory)).await
+        bhatti_vmm::kill(self.find_process(id, directory)).await?;
+        let failed = |source| RemoveError::Files { path: jail::root(directory), source };
+        jail::clear(id, directory).await.map_err(failed)
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {

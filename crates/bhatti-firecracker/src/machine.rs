@@ -1,21 +1,23 @@
 //! What Firecracker is told to be.
 //!
-//! All paths are relative to the VM's directory, which is where its Firecracker runs: what is saved of one can be restored for another.
+//! All paths are relative to the root directory that its Firecracker has for itself: what is saved of one can be restored for another.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
-use std::path::Path;
 
-use bhatti_engine::{VmSpec, VolumeFile};
+use bhatti_engine::VmSpec;
 use bhatti_vmm::Volume;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+use crate::jail::{Jail, Use};
 
 /// Changes with every change of the machine, devices, their order and the kernel's command line included: a saved VM can only be restored on the
 /// machine that it was saved on.
 pub(crate) const LAYOUT: u32 = 1;
 
+/// What it boots, as it knows it.
+pub(crate) const KERNEL: &str = "kernel";
+pub(crate) const INITRAMFS: &str = "initramfs";
 /// The root disk.
 pub(crate) const DISK: &str = "disk.ext4";
 /// The hypervisor's end of vsock.
@@ -52,8 +54,8 @@ pub(crate) fn boot_requests(spec: &VmSpec) -> Vec<(String, Value)> {
         (
             "/boot-source".to_owned(),
             json!({
-                "kernel_image_path": spec.kernel,
-                "initrd_path": spec.initramfs,
+                "kernel_image_path": KERNEL,
+                "initrd_path": INITRAMFS,
                 "boot_args": kernel_command_line(spec),
             }),
         ),
@@ -107,16 +109,13 @@ fn volume_name(slot: usize) -> String {
 }
 
 /// Puts volumes into their places.
-pub(crate) fn place_volumes(directory: &Path, volumes: &[Option<VolumeFile>]) -> io::Result<()> {
+pub(crate) fn place_volumes(jail: &Jail, volumes: &[Option<Volume>]) -> io::Result<()> {
     for (slot, volume) in volumes.iter().enumerate() {
-        let place = directory.join(volume_name(slot));
-        match fs::remove_file(&place) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        let name = volume_name(slot);
         match volume {
-            Some(volume) => symlink(&volume.path, place)?,
-            None => fs::File::create_new(place)?.set_len(EMPTY_VOLUME_BYTES)?,
+            Some(Volume { path, read_only: true }) => jail.admit(path, &name, Use::Shared)?,
+            Some(Volume { path, read_only: false }) => jail.admit(path, &name, Use::Own)?,
+            None => jail.create(&name, EMPTY_VOLUME_BYTES)?,
         }
     }
     Ok(())

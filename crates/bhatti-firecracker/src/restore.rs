@@ -19,13 +19,15 @@ use tokio::task::spawn_blocking;
 
 use crate::Setup;
 use crate::api::{Api, CALL_LIMIT};
-use crate::machine::{self, CARD, DISK, Machine, Record};
+use crate::jail::{self, Jail, Use};
+use crate::machine::{CARD, DISK, Machine, Record};
 use crate::manifest::{Manifest, Memory, PAGES, STATE};
 use crate::memory;
-use crate::vm::{self, FirecrackerVm, report_log};
+use crate::vm::{self, FirecrackerVm, Place, report_log};
 
 /// A Firecracker that waits for its state.
 pub(crate) struct Waiting {
+    jail: Jail,
     directory: PathBuf,
     snapshot: PathBuf,
     manifest: Manifest,
@@ -46,16 +48,20 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     let prepared = spawn_blocking(move || prepare(&own_spec, &own_manifest)).await;
     let machine =
         prepared.map_err(io::Error::other).map_err(failed("prepare the VM's files"))??;
-    let process = vm::start(setup, spec.id, &spec.directory, &machine)
-        .map_err(failed("start Firecracker"))?;
+    let place = Place { id: spec.id, directory: &spec.directory, tap: spec.tap.as_deref() };
+    let jail = vm::prepare(setup, &place, &machine)
+        .await
+        .map_err(failed("prepare Firecracker's place"))?;
+    let process = vm::start(setup, &place, &jail, &machine).map_err(failed("start Firecracker"))?;
     let waiting = Waiting {
+        jail,
         directory: spec.directory.clone(),
         snapshot: spec.snapshot.clone(),
         manifest,
         machine,
         tap: spec.tap.clone(),
         process,
-        api: Api::new(&spec.directory),
+        api: Api::new(&jail::root(&spec.directory)),
         depends_on: setup.depends_on.clone(),
         limit: spec.limit,
     };
@@ -111,8 +117,6 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
         (Disks::InPlace, None) => return Err(damaged("its disk belongs to others too")),
         (Disks::Frozen, Some(_)) => return Err(damaged("it has no disk of its own")),
     }
-    machine::place_volumes(to, &spec.volumes)
-        .map_err(|source| RestoreError::File { step: "place the volumes", source })?;
     let memory = prepare_memory(from, to, manifest)?;
     let size = fs::metadata(to.join(&memory)).map_err(missing)?.len();
     if size != u64::from(manifest.machine.memory_mib) << 20 {
@@ -189,11 +193,14 @@ impl Waiting {
         if blake3::hash(&content).to_string() != self.manifest.state_hash {
             return Err(damaged("its state is not what was saved"));
         }
+        self.jail
+            .admit(&state, STATE, Use::Shared)
+            .map_err(|source| RestoreError::File { step: "share the snapshot's state", source })?;
         let cards: Vec<_> =
             self.tap.iter().map(|tap| json!({ "iface_id": CARD, "host_dev_name": tap })).collect();
         // The guest's monotonic clock goes on where it was, as after every kind of sleep; the agent sets the other one.
         let ask = json!({
-            "snapshot_path": state,
+            "snapshot_path": STATE,
             "mem_backend": { "backend_type": "File", "backend_path": self.machine.memory },
             "track_dirty_pages": true,
             "resume_vm": false,
@@ -203,7 +210,16 @@ impl Waiting {
             loaded = self.api.put("/snapshot/load", &ask, self.limit) => loaded,
             () = self.process.ended() => Err(VmmError::Unreachable(io::ErrorKind::BrokenPipe.into())),
         };
-        loaded.map_err(|source| RestoreError::Vmm { step: "load the snapshot", source })
+        loaded.map_err(|source| RestoreError::Vmm { step: "load the snapshot", source })?;
+        // It has both by now, and for as long as it lives.
+        let memory = self.machine.memory.as_deref();
+        for name in memory.into_iter().chain([STATE]) {
+            jail::expel(&self.directory, name).map_err(|source| RestoreError::File {
+                step: "take back the snapshot's files",
+                source,
+            })?;
+        }
+        Ok(())
     }
 }
 

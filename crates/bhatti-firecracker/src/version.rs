@@ -1,12 +1,17 @@
 //! Whether there is a Firecracker that can be used.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use rustix::process::geteuid;
 use tokio::time::timeout;
+
+use crate::JAILER;
 
 /// The oldest Firecracker that can be used. The one before forgets vsock when it restores.
 pub const MINIMUM: Version = Version(1, 16, 1);
@@ -63,18 +68,48 @@ pub enum Unusable {
         /// Its version.
         found: Version,
     },
+    /// A daemon that is root has no jailer for it.
+    #[error("`{}`, under which Firecracker runs when the daemon is root, is not installed", jailer.display())]
+    NoJailer {
+        /// The program.
+        jailer: PathBuf,
+    },
+    /// It needs other files, which are not there in its jail.
+    #[error("`{}` is not statically linked, and so cannot run in its jail", program.display())]
+    NotStatic {
+        /// The program.
+        program: PathBuf,
+    },
 }
 
-/// Looks for `program`, a path or a name to look up, and checks its version. Returns where it is, and which.
+/// A Firecracker that can be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Its program.
+    pub program: PathBuf,
+    /// Its version.
+    pub version: Version,
+    /// What it is started by, if this process is root.
+    pub jailer: Option<PathBuf>,
+}
+
+/// Looks for `program`, a path or a name to look up, and checks its version. If this process is root, there has to be a jailer for it: `jailer`,
+/// likewise, or one beside it or on the path.
 ///
 /// # Errors
 ///
 /// Returns why it cannot be used.
-pub async fn check(program: &Path) -> Result<(PathBuf, Version), Unusable> {
+pub async fn check(program: &Path, jailer: Option<&Path>) -> Result<Found, Unusable> {
     let found =
         look_up(program).ok_or_else(|| Unusable::NotInstalled { program: program.to_owned() })?;
-    let silent = |source| Unusable::Silent { program: found.clone(), source };
-    let asked = bhatti_host::process::command(&found).arg("--version").output();
+    let version = check_version(&found).await?;
+    let jailer = geteuid().is_root().then(|| check_jail(&found, jailer)).transpose()?;
+    Ok(Found { program: found, version, jailer })
+}
+
+async fn check_version(program: &Path) -> Result<Version, Unusable> {
+    let silent = |source| Unusable::Silent { program: program.to_owned(), source };
+    let asked = bhatti_host::process::command(program).arg("--version").output();
     let output = timeout(ANSWER_LIMIT, asked)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
@@ -83,14 +118,54 @@ pub async fn check(program: &Path) -> Result<(PathBuf, Version), Unusable> {
     let version = said.split_whitespace().find_map(|word| word.strip_prefix('v')?.parse().ok());
     let version = version.ok_or_else(|| silent(io::ErrorKind::InvalidData.into()))?;
     if version < MINIMUM {
-        return Err(Unusable::TooOld { program: found, found: version });
+        return Err(Unusable::TooOld { program: program.to_owned(), found: version });
     }
-    Ok((found, version))
+    Ok(version)
+}
+
+/// Finds the jailer for `program`, which has to be one that can run in a jail.
+fn check_jail(program: &Path, jailer: Option<&Path>) -> Result<PathBuf, Unusable> {
+    if !is_static(program).unwrap_or(false) {
+        return Err(Unusable::NotStatic { program: program.to_owned() });
+    }
+    let jailer = jailer.map_or_else(
+        || {
+            let beside = program.with_file_name(JAILER);
+            if beside.is_file() { beside } else { JAILER.into() }
+        },
+        Path::to_owned,
+    );
+    look_up(&jailer).ok_or(Unusable::NoJailer { jailer })
+}
+
+/// Whether a program runs where there is no other file: elf(5), of 64 bits and little-endian, as all are that run here, without an
+/// interpreter.
+fn is_static(program: &Path) -> io::Result<bool> {
+    const MAGIC: &[u8] = b"\x7fELF";
+    const PT_INTERP: u32 = 3;
+    let mut header = [0; 64];
+    let file = File::open(program)?;
+    file.read_exact_at(&mut header, 0)?;
+    if !header.starts_with(MAGIC) {
+        return Ok(false);
+    }
+    let u16_at = |at: usize| u64::from(u16::from_le_bytes([header[at], header[at + 1]]));
+    let (size, count) = (u16_at(54), u16_at(56));
+    let table = u64::from_le_bytes(header[32..40].try_into().map_err(io::Error::other)?);
+    for number in 0..count {
+        let mut kind = [0; 4];
+        file.read_exact_at(&mut kind, table.saturating_add(number * size))?;
+        if u32::from_le_bytes(kind) == PT_INTERP {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn look_up(program: &Path) -> Option<PathBuf> {
     if program.components().count() > 1 {
-        return program.is_file().then(|| program.to_owned());
+        let program = std::path::absolute(program).ok()?;
+        return program.is_file().then_some(program);
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).map(|place| place.join(program)).find(|place| place.is_file())
@@ -107,7 +182,7 @@ mod tests {
         let program = directory.path().join("firecracker");
         std::fs::write(&program, format!("#!/bin/sh\necho '{line}'\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        check(&program).await.map(|(_, version)| version)
+        check_version(&program).await
     }
 
     #[tokio::test]
@@ -121,7 +196,26 @@ mod tests {
             assert!(error.to_string().contains("vsock"), "{error}");
         }
         assert!(matches!(saying("what?").await, Err(Unusable::Silent { .. })));
-        let none = check(Path::new("/nowhere/firecracker")).await.unwrap_err();
+        let none = check(Path::new("/nowhere/firecracker"), None).await.unwrap_err();
         assert!(matches!(none, Unusable::NotInstalled { .. }));
+    }
+
+    #[test]
+    fn jailer_is_found_beside_a_program_that_needs_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |name: &str| directory.path().join(name);
+        std::fs::copy("/bin/sh", place("dynamic")).unwrap();
+        std::fs::write(place("script"), "#!/bin/sh\n").unwrap();
+        for bad in ["dynamic", "script"] {
+            let error = check_jail(&place(bad), None).unwrap_err();
+            assert!(matches!(error, Unusable::NotStatic { .. }), "{bad}: {error}");
+        }
+        std::fs::copy(bhatti_testkit::dist("lohar"), place("static")).unwrap();
+        let none = check_jail(&place("static"), Some(&place("jailer"))).unwrap_err();
+        assert!(matches!(none, Unusable::NoJailer { .. }), "{none}");
+
+        std::fs::write(place("jailer"), "").unwrap();
+
+        assert_eq!(check_jail(&place("static"), None).unwrap(), place("jailer"));
     }
 }

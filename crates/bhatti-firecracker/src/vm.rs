@@ -13,7 +13,7 @@ use bhatti_engine::{
     AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
 use bhatti_host::disk;
-use bhatti_host::process::{Followed, Usage, spawn_detached};
+use bhatti_host::process::{Followed, Streams, Usage, spawn_detached};
 use bhatti_proto::CONTROL_PORT;
 use bhatti_types::SandboxId;
 use bhatti_vmm::{Console, VsockChannel, create_private, remove_other_memory, volumes};
@@ -24,7 +24,8 @@ use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::api::{self, Api, CALL_LIMIT, State};
-use crate::machine::{self, DISK, Machine, Record, VSOCK};
+use crate::jail::{self, Jail, Use};
+use crate::machine::{self, DISK, INITRAMFS, KERNEL, Machine, Record, VSOCK};
 use crate::{Setup, capture};
 
 /// Where the guest's console goes: a pipe, of which Firecracker drops what nobody reads. A hostile guest could fill a file.
@@ -75,7 +76,6 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
             .map_err(failed("create the root disk"))?;
     }
     remove_other_memory(directory, "").map_err(failed("remove an earlier memory"))?;
-    machine::place_volumes(directory, &spec.volumes).map_err(failed("place the volumes"))?;
     let machine = Machine {
         cpus: spec.cpus.get(),
         memory_mib: spec.memory.get(),
@@ -83,11 +83,16 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
         has_network: spec.tap.is_some(),
         volumes: volumes(&spec.volumes),
     };
-    let process =
-        start(setup, spec.id, directory, &machine).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
-            _ => BootError::Prepare { step: "start Firecracker", source },
-        })?;
+    let place = Place { id: spec.id, directory, tap: spec.tap.as_deref() };
+    let jail =
+        prepare(setup, &place, &machine).await.map_err(failed("prepare Firecracker's place"))?;
+    for (file, name) in [(&spec.kernel, KERNEL), (&spec.initramfs, INITRAMFS)] {
+        jail.admit(file, name, Use::Shared).map_err(failed("share what the VM boots"))?;
+    }
+    let process = start(setup, &place, &jail, &machine).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
+        _ => BootError::Prepare { step: "start Firecracker", source },
+    })?;
     let vm = FirecrackerVm::attach(process, directory, machine, setup.depends_on.clone())
         .map_err(failed("open the VM's console"))?;
     let refused = |error| BootError::Prepare {
@@ -98,18 +103,44 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
     for (resource, body) in machine::boot_requests(spec) {
         vm.until_it_ends(vm.api.put(&resource, &body, START_LIMIT)).await?.map_err(refused)?;
     }
+    for name in [KERNEL, INITRAMFS] {
+        jail::expel(directory, name).map_err(failed("take back what the VM booted"))?;
+    }
     vm.wait_for_agent(spec.boot_limit).await?;
     Ok(vm)
 }
 
-/// Starts Firecracker in `directory` and records its process.
+/// Where a VM is to run.
+pub(crate) struct Place<'a> {
+    pub(crate) id: SandboxId,
+    pub(crate) directory: &'a Path,
+    pub(crate) tap: Option<&'a str>,
+}
+
+/// Makes a place for Firecracker, with the disks of `machine`, and its memory.
+pub(crate) async fn prepare(
+    setup: &Setup,
+    place: &Place<'_>,
+    machine: &Machine,
+) -> io::Result<Jail> {
+    let jail = Jail::make(setup, place.id, place.directory, place.tap).await?;
+    jail.admit(&place.directory.join(DISK), DISK, Use::Own)?;
+    machine::place_volumes(&jail, &machine.volumes)?;
+    if let Some(memory) = &machine.memory {
+        jail.admit(&place.directory.join(memory), memory, Use::Shared)?;
+    }
+    Ok(jail)
+}
+
+/// Starts Firecracker in its place and records its process.
 pub(crate) fn start(
     setup: &Setup,
-    id: SandboxId,
-    directory: &Path,
+    place: &Place<'_>,
+    jail: &Jail,
     machine: &Machine,
 ) -> io::Result<Followed> {
-    for earlier in [api::SOCKET, VSOCK, CONSOLE, LOG] {
+    let directory = place.directory;
+    for earlier in [CONSOLE, LOG] {
         match fs::remove_file(directory.join(earlier)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -120,12 +151,14 @@ pub(crate) fn start(
     // Both ways: it has a reader, whether there is a daemon or not.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let output = File::options().read(true).write(true).custom_flags(flags).open(console)?;
-    let arguments =
-        ["--api-sock", api::SOCKET, "--id", &vm_name(id), "--log-path", LOG, "--level", "Warn"];
-    let arguments = arguments.map(str::to_owned);
-    File::create(directory.join(LOG))?;
-    let program = setup.program.as_os_str();
-    let process = spawn_detached(directory, program, &arguments, &[], &[], &output)?;
+    // What names files of this host is not for the console, whose end the sandbox's owner gets to see.
+    let complaints = File::options().append(true).create_new(true).open(directory.join(LOG))?;
+    jail.admit(&directory.join(LOG), LOG, Use::Own)?;
+    let arguments = ["--api-sock", api::SOCKET, "--log-path", LOG, "--level", "Warn"];
+    let (program, arguments) = jail.command(setup, place.id, machine, &arguments);
+    let streams = Streams { output: &output, errors: &complaints };
+    let root = jail::root(directory);
+    let process = spawn_detached(&root, program.as_os_str(), &arguments, &[], &[], streams)?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }
@@ -142,10 +175,10 @@ impl FirecrackerVm {
         Ok(Self {
             directory: directory.to_owned(),
             process,
-            api: Api::new(directory),
+            api: Api::new(&jail::root(directory)),
             state: Arc::new(Mutex::new(Known { machine, captures: AtomicU64::new(0) })),
             depends_on,
-            channel: Arc::new(VsockChannel { directory: directory.to_owned(), socket: VSOCK }),
+            channel: Arc::new(VsockChannel { directory: jail::root(directory), socket: VSOCK }),
             console: Console::read(console),
         })
     }

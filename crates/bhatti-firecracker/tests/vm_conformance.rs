@@ -1,13 +1,21 @@
-//! The engine as `bhatti_engine::conformance` wants it. Firecracker is the user's to install: `FIRECRACKER_BIN`, or on the path.
+//! The engine as `bhatti_engine::conformance` wants it, and what is Firecracker's own. Firecracker is the user's to install: `FIRECRACKER_BIN`, or
+//! on the path; its jailer is looked for beside it.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use bhatti_engine::Engine;
 use bhatti_firecracker::{FirecrackerEngine, PROGRAM, check};
-use bhatti_testkit::skip;
+use bhatti_host::namespace;
+use bhatti_testkit::conformance::on_trial;
+use bhatti_testkit::{skip, vmm_pid};
 
 /// The engine, if it can run here.
 async fn engine() -> Option<FirecrackerEngine> {
     let program = std::env::var("FIRECRACKER_BIN").unwrap_or_else(|_| PROGRAM.to_owned());
-    match (check(program.as_ref()).await, bhatti_host::kvm::check()) {
-        (Ok((program, _)), Ok(())) => return Some(FirecrackerEngine::new(program)),
+    match (check(program.as_ref(), None).await, bhatti_host::kvm::check()) {
+        (Ok(found), Ok(())) => return Some(FirecrackerEngine::new(found)),
         (Err(bhatti_firecracker::Unusable::NotInstalled { .. }), _) => {
             skip("firecracker engine", "no firecracker binary was found");
         }
@@ -18,3 +26,63 @@ async fn engine() -> Option<FirecrackerEngine> {
 }
 
 bhatti_testkit::conformance_tests!(engine().await);
+
+/// What a VMM that was taken over could reach.
+#[tokio::test]
+async fn vmm_of_a_root_daemon_is_nobody_and_sees_its_own_files_alone() {
+    let Some(engine) = engine().await else { return };
+    if namespace::enter_own_network().is_err() {
+        skip("firecracker's jail", "only root's Firecracker is jailed");
+        return;
+    }
+    on_trial(&engine, async |bench| {
+        let mut spec = bench.spec.clone();
+        spec.tap = Some("bhjail0".to_owned());
+        let _vm = engine.boot(&spec).await.unwrap();
+        let pid = vmm_pid(&spec.directory).unwrap();
+        let process = Path::new("/proc").join(pid.to_string());
+
+        let status = fs::read_to_string(process.join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let user = fs::metadata(spec.directory.join("disk.ext4")).unwrap().uid();
+        assert!(user >= 0x7000_0000, "{user}");
+        assert_eq!(field("Uid:"), vec![user.to_string(); 4]);
+        assert_eq!(field("Gid:"), vec![user.to_string(); 4]);
+        assert_eq!(field("CapEff:"), ["0000000000000000"]);
+        assert_eq!(field("CapPrm:"), ["0000000000000000"]);
+
+        let root = fs::read_dir(process.join("root")).unwrap().flatten();
+        let mut seen: Vec<_> =
+            root.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        seen.sort();
+        let own = [
+            "api.sock",
+            "dev",
+            "disk.ext4",
+            "firecracker",
+            "firecracker.pid",
+            "run",
+            "vmm.log",
+            "vsock.sock",
+        ];
+        assert_eq!(seen, own, "what it booted has been taken back, too");
+
+        let groups = fs::read_to_string(process.join("cgroup")).unwrap();
+        assert!(groups.contains(&format!("/bhatti/bhatti-{}", spec.id)), "{groups}");
+        let devices = || fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+        assert!(devices().contains("bhjail0"));
+
+        engine.kill(spec.id, &spec.directory).await.unwrap();
+
+        assert!(!devices().contains("bhjail0"));
+        assert!(!spec.directory.join("vmm").exists() && !spec.directory.join("jail").exists());
+        for tree in ["", "memory", "pids"] {
+            let group = Path::new("/sys/fs/cgroup").join(tree).join("bhatti");
+            assert!(!group.join(format!("bhatti-{}", spec.id)).exists());
+        }
+    })
+    .await;
+}

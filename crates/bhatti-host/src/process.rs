@@ -69,8 +69,17 @@ pub fn settle_daemon() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
+/// Where a process writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Streams<'a> {
+    /// Its output.
+    pub output: &'a File,
+    /// What it says of errors.
+    pub errors: &'a File,
+}
+
 /// Starts a process that outlives its starter, in `directory`: a session of its own, an environment of `PATH` and `environment`, nothing
-/// inherited but `inherited` (under the same numbers) and `output` for both output streams.
+/// inherited but `inherited` (under the same numbers) and the output streams.
 ///
 /// # Errors
 ///
@@ -81,7 +90,7 @@ pub fn spawn_detached(
     arguments: &[String],
     environment: &[(&str, &str)],
     inherited: &[BorrowedFd<'_>],
-    output: &File,
+    streams: Streams<'_>,
 ) -> io::Result<Followed> {
     #[expect(
         clippy::disallowed_methods,
@@ -90,7 +99,7 @@ pub fn spawn_detached(
     let mut command = std::process::Command::new(program);
     command.args(arguments).env_clear().env("PATH", PATH).envs(environment.iter().copied());
     command.current_dir(directory).stdin(Stdio::null());
-    command.stdout(output.try_clone()?).stderr(output.try_clone()?);
+    command.stdout(streams.output.try_clone()?).stderr(streams.errors.try_clone()?);
     let descriptors: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     let prepare = move || {
         setsid()?;

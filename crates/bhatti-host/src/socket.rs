@@ -44,7 +44,8 @@ pub fn listen_in(directory: &Path, name: &str) -> io::Result<UnixListener> {
     UnixListener::bind(short_path(&directory, name))
 }
 
-/// Opens the socket `directory/name` to be connected to at `/proc/self/fd/N`, and nothing that is in its place: a link would lead elsewhere.
+/// Opens the socket `directory/name` to be connected to at `/proc/self/fd/N`, and nothing that is in its place: who may write the directory
+/// could put a link there that leads elsewhere.
 ///
 /// # Errors
 ///
@@ -60,14 +61,14 @@ pub fn open_in(directory: &Path, name: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// Connects to `directory/name`. Blocks only if the listener's backlog is full.
+/// Connects to the socket `directory/name`; a link is none. Blocks only if the listener's backlog is full.
 ///
 /// # Errors
 ///
 /// Returns the error of opening the directory or connecting.
 pub fn connect_in(directory: &Path, name: &str) -> io::Result<UnixStream> {
-    let directory = File::open(directory)?;
-    UnixStream::connect(short_path(&directory, name))
+    let socket = open_in(directory, name)?;
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
 }
 
 #[cfg(test)]

@@ -5,12 +5,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use rustix::ioctl::{Opcode, Updater, ioctl};
+use rustix::ioctl::{IntegerSetter, Opcode, Updater, ioctl};
 
 const DEVICE: &str = "/dev/net/tun";
 
-/// `TUNSETIFF` of linux/if_tun.h.
+/// `TUNSETIFF`, `TUNSETPERSIST` and `TUNSETOWNER` of linux/if_tun.h.
 const SET_INTERFACE: Opcode = 0x4004_54ca;
+const SET_LASTING: Opcode = 0x4004_54cb;
+const SET_OWNER: Opcode = 0x4004_54cc;
 
 /// A tap, without a header of its own before each frame, with the one of virtio: checksums and large frames are left to who knows better.
 const TAP: c_short = 0x0002;
@@ -58,6 +60,34 @@ pub fn create(name: &str) -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
+/// Makes the tap `name`, which stays until it is [removed](remove), and which the user `owner` may open.
+///
+/// # Errors
+///
+/// Returns an error if the name is too long or something opened it, or this process may make none.
+pub fn create_lasting(name: &str, owner: u32) -> io::Result<()> {
+    let tap = create(name)?;
+    set::<SET_OWNER>(&tap, owner)?;
+    set::<SET_LASTING>(&tap, 1)
+}
+
+/// Removes the tap `name`. It need not be there.
+///
+/// # Errors
+///
+/// Returns an error if something has opened it.
+pub fn remove(name: &str) -> io::Result<()> {
+    set::<SET_LASTING>(&create(name)?, 0)
+}
+
+fn set<const REQUEST: Opcode>(tap: &OwnedFd, value: u32) -> io::Result<()> {
+    // SAFETY: both requests take a number in place of a pointer.
+    #[expect(unsafe_code, reason = "no safe wrapper of these ioctls exists")]
+    unsafe {
+        Ok(ioctl(tap, IntegerSetter::<REQUEST>::new_usize(value as usize))?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use bhatti_testkit::skip;
@@ -65,27 +95,44 @@ mod tests {
 
     use super::*;
 
+    /// Runs in a thread with a network of its own.
+    fn in_own_network(test: fn()) {
+        let in_thread = move || match crate::namespace::enter_own_network() {
+            Ok(()) => test(),
+            Err(_) => skip("taps", "a network of one's own needs root"),
+        };
+        std::thread::spawn(in_thread).join().unwrap();
+    }
+
+    fn is_there() -> bool {
+        std::fs::read_to_string("/proc/thread-self/net/dev").unwrap().contains("bhtest0")
+    }
+
     #[test]
     fn tap_is_there_as_long_as_it_is_open() {
-        let in_thread = || {
-            if crate::namespace::enter_own_network().is_err() {
-                skip("taps", "a network of one's own needs root");
-                return;
-            }
-            let is_there = || {
-                let devices = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
-                devices.contains("bhtest0")
-            };
+        in_own_network(|| {
             let tap = create("bhtest0").unwrap();
             assert!(is_there());
-            assert_eq!(
-                create("bhtest0").unwrap_err().raw_os_error(),
-                Some(Errno::BUSY.raw_os_error())
-            );
+            let taken = create("bhtest0").unwrap_err();
+            assert_eq!(taken.raw_os_error(), Some(Errno::BUSY.raw_os_error()));
             drop(tap);
             assert!(!is_there());
             assert!(create("a-name-too-long0").is_err() && create("").is_err());
-        };
-        std::thread::spawn(in_thread).join().unwrap();
+        });
+    }
+
+    #[test]
+    fn lasting_tap_stays_until_it_is_removed() {
+        in_own_network(|| {
+            create_lasting("bhtest0", 4711).unwrap();
+            assert!(is_there());
+            let opened = create("bhtest0").unwrap();
+            assert!(remove("bhtest0").is_err(), "somebody has it open");
+            drop(opened);
+            assert!(is_there());
+            remove("bhtest0").unwrap();
+            assert!(!is_there());
+            remove("bhtest0").unwrap();
+        });
     }
 }

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bhatti_engine::{
     AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
-use bhatti_host::process::{Followed, Usage, spawn_detached};
+use bhatti_host::process::{Followed, Streams, Usage, spawn_detached};
 use bhatti_host::socket;
 use bhatti_types::SandboxId;
 use bhatti_vmm::{Console, create_private, remove_other_memory, share, volumes};
@@ -132,7 +132,9 @@ pub(crate) fn start(
     all.extend(arguments);
     let log = File::create(directory.join(LOG))?;
     let program = setup.program.as_os_str();
-    let process = spawn_detached(Path::new("/"), program, &all, &ENVIRONMENT, &handed.all(), &log)?;
+    let streams = Streams { output: &log, errors: &log };
+    let process =
+        spawn_detached(Path::new("/"), program, &all, &ENVIRONMENT, &handed.all(), streams)?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }

@@ -23,6 +23,8 @@ pub(crate) struct Config {
     pub(crate) engine: EngineChoice,
     /// Firecracker's program; looked up by its usual name if absent.
     pub(crate) firecracker: Option<PathBuf>,
+    /// Its jailer, for a daemon that is root; looked up beside it, and by its usual name, if absent.
+    pub(crate) jailer: Option<PathBuf>,
     /// Docker's socket; where it usually listens if absent.
     pub(crate) docker: Option<PathBuf>,
     /// QEMU's program; looked up by its usual name if absent.

@@ -204,19 +204,17 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    use crate::process::spawn_detached;
+    use crate::process::{Streams, spawn_detached};
+
+    fn shell(script: &str, argument: &str) -> Followed {
+        let output = File::open("/dev/null").unwrap();
+        let streams = Streams { output: &output, errors: &output };
+        let arguments = ["-c", script, argument].map(str::to_owned);
+        spawn_detached(Path::new("/"), OsStr::new("sh"), &arguments, &[], &[], streams).unwrap()
+    }
 
     fn sleeper(argument: &str) -> Followed {
-        let output = File::open("/dev/null").unwrap();
-        spawn_detached(
-            Path::new("/"),
-            OsStr::new("sh"),
-            &["-c".into(), "sleep 60".into(), argument.into()],
-            &[],
-            &[],
-            &output,
-        )
-        .unwrap()
+        shell("sleep 60", argument)
     }
 
     #[tokio::test]
@@ -231,17 +229,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_process_uses_is_counted_until_it_ends() {
-        let output = File::open("/dev/null").unwrap();
-        let busy = "i=0; while :; do i=$((i+1)); done";
-        let process = spawn_detached(
-            Path::new("/"),
-            OsStr::new("sh"),
-            &["-c".into(), busy.into()],
-            &[],
-            &[],
-            &output,
-        )
-        .unwrap();
+        let process = shell("i=0; while :; do i=$((i+1)); done", "busy");
         let began = std::time::SystemTime::now();
         while process.usage().unwrap().cpu.is_zero() {
             assert!(began.elapsed().unwrap() < Duration::from_secs(30), "it uses no processor");

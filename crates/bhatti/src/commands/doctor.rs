@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use bhatti_firecracker::Found;
 use bhatti_host::kvm::{self, KvmUnusable};
 use bhatti_host::{disk, process};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
@@ -10,7 +11,7 @@ use bhatti_net::{Host, Instance, NetError, Upstreams};
 use bhatti_types::Report;
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, engine};
 use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
 use crate::paths;
@@ -112,7 +113,7 @@ fn accelerator() -> Finding {
 async fn engine(config: &Config) -> Finding {
     match config.engine {
         EngineChoice::Qemu => qemu(&config.qemu()).await,
-        EngineChoice::Firecracker => firecracker(&config.firecracker()).await,
+        EngineChoice::Firecracker => firecracker(config).await,
         EngineChoice::Docker => docker(&config.docker()).await,
     }
 }
@@ -135,24 +136,23 @@ async fn docker(socket: &Path) -> Finding {
     }
 }
 
-async fn firecracker(program: &Path) -> Finding {
+async fn firecracker(config: &Config) -> Finding {
     const WHAT: &str = "firecracker";
-    match (bhatti_firecracker::check(program).await, kvm::check()) {
-        (Ok((path, version)), Ok(())) => {
-            Finding::good(WHAT, format!("{version}, {}", path.display()))
+    let found = bhatti_firecracker::check(&config.firecracker(), config.jailer.as_deref()).await;
+    match (found, kvm::check()) {
+        (Ok(Found { program, version, jailer }), Ok(())) => {
+            let jailed = jailer.map_or_else(
+                || "without a jail, as the daemon is not root".to_owned(),
+                |jailer| format!("jailed by {}", jailer.display()),
+            );
+            Finding::good(WHAT, format!("{version}, {}, {jailed}", program.display()))
         }
         (Ok(_), Err(error)) => Finding::missing(
             WHAT,
             format!("it needs KVM: {}", Report(&error)),
             "use QEMU: `engine: qemu` in config.yaml",
         ),
-        (Err(error), _) => {
-            let mend = format!(
-                "install {} or later, and name it with `firecracker: PATH` in config.yaml",
-                bhatti_firecracker::MINIMUM
-            );
-            Finding::missing(WHAT, Report(&error).to_string(), mend)
-        }
+        (Err(error), _) => Finding::missing(WHAT, Report(&error).to_string(), engine::mend(&error)),
     }
 }
 

@@ -28,14 +28,16 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
             Ok(Arc::new(engine))
         }
         EngineChoice::Firecracker => {
-            let (program, _) = bhatti_firecracker::check(&config.firecracker())
+            let found = bhatti_firecracker::check(&config.firecracker(), config.jailer.as_deref())
                 .await
-                .map_err(|error| unusable(&error))?;
+                .map_err(|error| {
+                    CliError::of(&error).hint(format!("{}, or use `engine: qemu`", mend(&error)))
+                })?;
             kvm::check().map_err(|error| {
                 CliError::of(&error)
                     .hint("Firecracker needs KVM; without it: `engine: qemu` in config.yaml")
             })?;
-            Ok(Arc::new(FirecrackerEngine::new(program)))
+            Ok(Arc::new(FirecrackerEngine::new(found)))
         }
         EngineChoice::Docker => {
             let found = bhatti_docker::check(&config.docker()).await.map_err(|error| {
@@ -49,10 +51,21 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
     }
 }
 
-fn unusable(error: &Unusable) -> CliError {
-    CliError::of(error).hint(
-        "install one and name it with `firecracker: PATH` in config.yaml, or use `engine: qemu`",
-    )
+/// What to do about a Firecracker that cannot be used.
+pub(super) fn mend(error: &Unusable) -> String {
+    match error {
+        Unusable::NoJailer { .. } => {
+            "install the jailer of the same release, and name it with `jailer: PATH` in config.yaml"
+                .to_owned()
+        }
+        Unusable::NotStatic { .. } => {
+            "name one of the published programs with `firecracker: PATH` in config.yaml".to_owned()
+        }
+        _ => format!(
+            "install {} or later, and name it with `firecracker: PATH` in config.yaml",
+            bhatti_firecracker::MINIMUM
+        ),
+    }
 }
 
 /// Notes which engine this data directory is for. What one engine made is nothing to another: as long as there is any of it, there is no change.

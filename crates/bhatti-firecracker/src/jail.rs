@@ -1,0 +1,332 @@
+//! What a VMM sees of this host, and as whom.
+//!
+//! ```text
+//!  <sandbox directory>/
+//!    vmm/                      Firecracker's root directory, with links to what it may use
+//!    jail/firecracker/…/root   where the jailer looks for that: a link to it
+//!    jail/tap                  the tap that was made for it
+//! ```
+//!
+//! A daemon that is root starts Firecracker through its jailer: as a user of its own, in `vmm/` as its root, in a control group. What lies in
+//! there is the VMM's to change, so nothing in it is trusted: files are used by their names in the sandbox's directory, which the VMM cannot
+//! reach, and what it wrote is looked at only when it has been moved there. Any other daemon starts Firecracker in the same directory as
+//! itself; it must be allowed to open `/dev/kvm`.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+use bhatti_host::{disk, tap};
+use bhatti_types::SandboxId;
+use bhatti_vmm::{create_private, share};
+use tokio::task::spawn_blocking;
+
+use crate::Setup;
+use crate::cgroup;
+use crate::machine::Machine;
+use crate::vm::vm_name;
+
+const ROOT: &str = "vmm";
+const JAIL: &str = "jail";
+const TAP: &str = "jail/tap";
+
+/// The users of VMMs: 2^28 that no system gives to anybody (systemd's "Users, Groups, UIDs and GIDs" has them as unused). Two sandboxes that
+/// have the same one by chance are still in directories of their own.
+const FIRST_USER: u32 = 0x7000_0000;
+const USER_BITS: u32 = 28;
+
+/// The root directory of the Firecracker of the VM in `directory`.
+pub(crate) fn root(directory: &Path) -> PathBuf {
+    directory.join(ROOT)
+}
+
+/// Whom the VMM of a sandbox runs as.
+fn user(id: SandboxId) -> u32 {
+    let hash = blake3::hash(id.to_string().as_bytes());
+    let [a, b, c, d, ..] = *hash.as_bytes();
+    FIRST_USER + (u32::from_le_bytes([a, b, c, d]) >> (u32::BITS - USER_BITS))
+}
+
+/// What a VMM does with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// It writes it, and so the file is its alone.
+    Own,
+    /// It only reads it, as others do.
+    Shared,
+}
+
+/// A place for a VMM that is about to be started.
+#[derive(Clone, Debug)]
+pub(crate) struct Jail {
+    root: PathBuf,
+    /// Whose it is, if not the daemon's.
+    user: Option<u32>,
+}
+
+impl Jail {
+    /// Makes an empty one; what an earlier one left is removed.
+    pub(crate) async fn make(
+        setup: &Setup,
+        id: SandboxId,
+        directory: &Path,
+        tap: Option<&str>,
+    ) -> io::Result<Self> {
+        clear(id, directory).await?;
+        let jail = Self { root: root(directory), user: setup.jailer.as_ref().map(|_| user(id)) };
+        create_private(&jail.root)?;
+        let Some(owner) = jail.user else { return Ok(jail) };
+        let place = directory.join(JAIL).join(program_name(setup)).join(vm_name(id));
+        create_private(&place)?;
+        symlink(Path::new("../../..").join(ROOT), place.join("root"))?;
+        if let Some(tap) = tap {
+            // Its name first: whatever happens in between, it is known what to take away.
+            fs::write(directory.join(TAP), tap)?;
+            let failed =
+                |error: io::Error| io::Error::other(format!("no tap can be made: {error}"));
+            tap::create_lasting(tap, owner).map_err(failed)?;
+        }
+        Ok(jail)
+    }
+
+    /// Lets the VMM use `file` by the name `name`.
+    pub(crate) fn admit(&self, file: &Path, name: &str, how: Use) -> io::Result<()> {
+        let Some(user) = self.user else { return share(file, &self.root, name) };
+        let place = self.root.join(name);
+        // The file itself: a link to it leads nowhere in a jail.
+        let file = fs::canonicalize(file)?;
+        match fs::hard_link(&file, &place) {
+            Err(error) if error.kind() == ErrorKind::CrossesDevices && how == Use::Shared => {
+                disk::copy(&file, &place)?;
+            }
+            Err(error) if error.kind() == ErrorKind::CrossesDevices => {
+                return Err(io::Error::other(
+                    "a disk is on another file system than its sandbox, where Firecracker's jail cannot have it",
+                ));
+            }
+            linked => linked?,
+        }
+        match how {
+            Use::Own => chown(&place, Some(user), Some(user)),
+            Use::Shared => let_read(&place),
+        }
+    }
+
+    /// Makes a file that is the VMM's.
+    pub(crate) fn create(&self, name: &str, bytes: u64) -> io::Result<()> {
+        let place = self.root.join(name);
+        File::create_new(&place)?.set_len(bytes)?;
+        self.user.map_or(Ok(()), |user| chown(&place, Some(user), Some(user)))
+    }
+
+    /// How Firecracker is started with `arguments`.
+    pub(crate) fn command(
+        &self,
+        setup: &Setup,
+        id: SandboxId,
+        machine: &Machine,
+        arguments: &[&str],
+    ) -> (PathBuf, Vec<String>) {
+        let owned = |arguments: &[&str]| arguments.iter().map(|&one| one.to_owned()).collect();
+        let name = vm_name(id);
+        let (Some(jailer), Some(user)) = (&setup.jailer, self.user) else {
+            let mut all: Vec<String> = owned(&["--id", &name]);
+            all.extend(owned(arguments));
+            return (setup.program.clone(), all);
+        };
+        let user = user.to_string();
+        let (program, base) = (setup.program.to_string_lossy(), self.root.with_file_name(JAIL));
+        let base = base.to_string_lossy();
+        let jail = [
+            "--id",
+            &name,
+            "--uid",
+            &user,
+            "--gid",
+            &user,
+            "--exec-file",
+            &program,
+            "--chroot-base-dir",
+            &base,
+        ];
+        let mut all: Vec<String> = owned(&jail);
+        all.extend(cgroup::arguments(setup.groups, machine.memory_mib));
+        all.push("--".to_owned());
+        all.extend(owned(arguments));
+        (jailer.clone(), all)
+    }
+}
+
+fn program_name(setup: &Setup) -> &Path {
+    setup.program.file_name().map_or(Path::new(""), Path::new)
+}
+
+/// Lets everybody read a file who gets at it.
+fn let_read(file: &Path) -> io::Result<()> {
+    const READABLE: u32 = 0o444;
+    let mode = fs::metadata(file)?.mode();
+    if mode & READABLE == READABLE {
+        return Ok(());
+    }
+    fs::set_permissions(file, Permissions::from_mode(mode & 0o7777 | READABLE))
+}
+
+/// Takes away the VMM's way to a file, which it needs no more.
+pub(crate) fn expel(directory: &Path, name: &str) -> io::Result<()> {
+    gone(fs::remove_file(root(directory).join(name)))
+}
+
+/// Takes a file that the VMM wrote, to `place`.
+pub(crate) fn take(directory: &Path, name: &str, place: &Path) -> io::Result<()> {
+    // What it is can be said only where the VMM cannot exchange it any more.
+    let safe = directory.join(name);
+    discard(&safe)?;
+    fs::rename(root(directory).join(name), &safe)?;
+    let file = fs::symlink_metadata(&safe)?;
+    if !file.is_file() {
+        discard(&safe)?;
+        return Err(io::Error::new(ErrorKind::InvalidData, format!("`{name}` is no file")));
+    }
+    if file.uid() >= FIRST_USER {
+        chown(&safe, Some(0), Some(0))?;
+    }
+    match fs::rename(&safe, place) {
+        Err(error) if error.kind() == ErrorKind::CrossesDevices => {
+            disk::copy(&safe, place)?;
+            fs::remove_file(&safe)
+        }
+        renamed => renamed,
+    }
+}
+
+/// Removes whatever is at `place`.
+fn discard(place: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(place) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(place),
+        Ok(_) => fs::remove_file(place),
+        Err(error) => gone(Err(error)),
+    }
+}
+
+/// Removes the place of a VMM that has ended, and what was made for it on this host.
+pub(crate) async fn clear(id: SandboxId, directory: &Path) -> io::Result<()> {
+    if directory.join(JAIL).exists() {
+        cgroup::remove(&vm_name(id)).await?;
+    }
+    let directory = directory.to_owned();
+    spawn_blocking(move || remove_files(&directory)).await.map_err(io::Error::other)?
+}
+
+fn remove_files(directory: &Path) -> io::Result<()> {
+    match fs::read_to_string(directory.join(TAP)) {
+        Ok(tap) => tap::remove(&tap)?,
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    gone(fs::remove_dir_all(root(directory)))?;
+    gone(fs::remove_dir_all(directory.join(JAIL)))
+}
+
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bhatti_testkit::skip;
+
+    use super::*;
+
+    fn made() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(root(directory.path())).unwrap();
+        directory
+    }
+
+    #[test]
+    fn what_a_vmm_puts_in_the_place_of_a_file_is_not_taken() {
+        let directory = made();
+        let others = directory.path().join("others");
+        fs::write(&others, "secret").unwrap();
+        let (inside, taken) =
+            (root(directory.path()).join("state"), directory.path().join("taken"));
+        symlink(&others, &inside).unwrap();
+        assert!(take(directory.path(), "state", &taken).is_err());
+        fs::create_dir(&inside).unwrap();
+        assert!(take(directory.path(), "state", &taken).is_err());
+        assert!(!taken.exists() && !directory.path().join("state").exists());
+
+        fs::write(&inside, "saved").unwrap();
+        take(directory.path(), "state", &taken).unwrap();
+
+        assert_eq!(fs::read(&taken).unwrap(), b"saved");
+        assert!(!inside.exists());
+    }
+
+    #[test]
+    fn users_of_sandboxes_are_nobody_elses() {
+        let users = [1, 2, 3].map(|seed| user(SandboxId::from_entropy([seed; 8])));
+        assert!(users.iter().all(|user| (FIRST_USER..0x8000_0000).contains(user)), "{users:?}");
+        assert!(users[0] != users[1] && users[1] != users[2]);
+    }
+
+    fn setup(jailer: Option<&str>) -> Setup {
+        Setup {
+            program: "/x/fc".into(),
+            jailer: jailer.map(PathBuf::from),
+            groups: cgroup::Groups::Unusable,
+            depends_on: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn files_in_a_jail_are_its_users_or_readable_and_never_links() {
+        if !rustix::process::geteuid().is_root() {
+            skip("firecracker's jail", "only root's Firecracker is jailed");
+            return;
+        }
+        let directory = made();
+        let file = |name: &str| directory.path().join(name);
+        for name in ["disk", "memory"] {
+            fs::write(file(name), name).unwrap();
+            fs::set_permissions(file(name), Permissions::from_mode(0o600)).unwrap();
+        }
+        symlink(file("memory"), file("link")).unwrap();
+        let id = SandboxId::from_entropy([7; 8]);
+        let setup = setup(Some("/x/jailer"));
+        let jail = Jail::make(&setup, id, directory.path(), None).await.unwrap();
+
+        jail.admit(&file("disk"), "disk", Use::Own).unwrap();
+        jail.admit(&file("link"), "memory", Use::Shared).unwrap();
+
+        let inside = |name: &str| fs::symlink_metadata(jail.root.join(name)).unwrap();
+        assert_eq!((inside("disk").uid(), inside("disk").mode() & 0o777), (user(id), 0o600));
+        assert!(inside("memory").is_file());
+        assert_eq!((inside("memory").uid(), inside("memory").mode() & 0o777), (0, 0o644));
+        let place = file("jail").join("fc").join(vm_name(id)).join("root");
+        assert_eq!(fs::canonicalize(place).unwrap(), fs::canonicalize(&jail.root).unwrap());
+    }
+
+    #[tokio::test]
+    async fn nothing_of_an_earlier_vmm_is_in_the_next_ones_place() {
+        let directory = made();
+        fs::write(root(directory.path()).join("left"), "").unwrap();
+        let setup = setup(None);
+        let id = SandboxId::from_entropy([7; 8]);
+
+        let jail = Jail::make(&setup, id, directory.path(), None).await.unwrap();
+
+        assert_eq!(fs::read_dir(root(directory.path())).unwrap().count(), 0);
+        fs::write(directory.path().join("disk"), "disk").unwrap();
+        jail.admit(&directory.path().join("disk"), "name", Use::Own).unwrap();
+        assert_eq!(fs::read(root(directory.path()).join("name")).unwrap(), b"disk");
+        expel(directory.path(), "name").unwrap();
+        expel(directory.path(), "name").unwrap();
+        clear(id, directory.path()).await.unwrap();
+        assert!(!root(directory.path()).exists() && directory.path().join("disk").exists());
+    }
+}

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Runs the daemon's tests on Firecracker, here or, without KVM, in the KVM lab: all of them, or those of the programs that are named
+# (`vm_network`, for one). FIRECRACKER_BIN names a firecracker, with its jailer beside it; without one, one on PATH is taken.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+firecracker=${FIRECRACKER_BIN:-$(command -v firecracker || true)}
+if [ -z "$firecracker" ]; then
+    echo "SKIPPED: firecracker engine, because no firecracker binary was found"
+    echo "skipped: 1"
+    exit 0
+fi
+./scripts/install-packages.sh test
+mkdir -p target/test-data
+dist/bhatti setup --data-dir "$PWD/target/test-data" --no-template
+
+# What is not about containers, and builds no images: that is the same on every engine, and wants Debian's archive.
+programs=$(cargo test --release --locked --no-run --message-format=json --workspace 2>/dev/null |
+    sed -n 's/.*"executable":"\([^"]*\/vm_[a-z]*-[0-9a-f]*\)".*/\1/p' | grep -vE '/vm_(docker|guest|conformance)-' | sort -u)
+[ $# = 0 ] || programs=$(grep -E "/($(IFS='|' && echo "$*"))-" <<<"$programs")
+run=$(mktemp -p target --suffix .sh)
+trap 'rm -f "$run"' EXIT
+{
+    echo 'status=0'
+    for program in $programs; do
+        echo "echo '# $(basename "$program")'; '$program' --test-threads=${TEST_THREADS:-1} --skip image_is || status=1"
+    done
+    echo 'cat target/skipped.txt 2>/dev/null | sort -u; exit "$status"'
+} >"$run"
+
+config="engine: firecracker,firecracker: $firecracker"
+if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
+    BHATTI_TEST_CONFIG=$config bash "$run"
+    exit
+fi
+carried=()
+for path in dist target/test-data/images "$run" crates/bhatti-testkit crates/bhatti "$firecracker" "$(dirname "$firecracker")/jailer" $programs; do
+    carried+=(--with "$path")
+done
+cargo xtask kvm-lab "${carried[@]}" --env "BHATTI_TEST_CONFIG=$config" --env "TMPDIR=$PWD/target" -- bash "$run"
