@@ -3,7 +3,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test test-engines check api-check bench bench-check compare install clean
+.PHONY: build quickstart test test-engines test-firecracker check api-check bench bench-check compare install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -20,6 +20,10 @@ test:
 # Every engine's conformance tests, natively and in the KVM lab, as a table.
 test-engines: build
 	./scripts/test-engines.sh
+
+# The daemon's tests on Firecracker, in the KVM lab where there is no KVM. PROGRAMS="vm_network vm_volumes" chooses some.
+test-firecracker: build
+	./scripts/test-firecracker.sh $(PROGRAMS)
 
 check:
 	cargo fmt --all --check

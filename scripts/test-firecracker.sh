@@ -28,7 +28,7 @@ trap 'rm -f "$run"' EXIT
     echo 'cat target/skipped.txt 2>/dev/null | sort -u; exit "$status"'
 } >"$run"
 
-config="engine: firecracker,firecracker: $firecracker"
+config="engine: firecracker,firecracker: $firecracker,boot_timeout_sec: 180"
 if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
     BHATTI_TEST_CONFIG=$config bash "$run"
     exit
