@@ -1,7 +1,9 @@
 //! Prints the figures that the project promises, as measured here and now.
 
 mod api;
+mod base;
 mod check;
+mod files;
 mod forks;
 
 pub(crate) use check::counts::work;
@@ -36,11 +38,20 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
         if only.is_none_or(|only| only == "api") {
             api::measure().await?;
         }
+        if only.is_none_or(|only| only == "files") {
+            files::measure().await?;
+        }
         if only.is_none_or(|only| only == "forks") {
             forks::measure().await?;
         }
         Ok(())
     })
+}
+
+/// Measures this tree beside another state of it.
+pub(crate) fn beside(revision: Option<&str>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(base::measure(revision))
 }
 
 /// Checks what is promised; with `record`, notes the counts of instructions first.

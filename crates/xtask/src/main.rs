@@ -30,10 +30,12 @@ fn main() -> Result<()> {
         ["bench", "check"] => bench::check(false),
         ["bench", "check", "--record"] => bench::check(true),
         ["bench", "work", what, times] => bench::work(what, times.parse()?),
+        ["bench", "base"] => bench::beside(None),
+        ["bench", "base", revision] => bench::beside(Some(revision)),
         ["compare"] => compare::compare(),
-        ["bench", only @ ("api" | "forks")] => bench::run(Some(only)),
+        ["bench", only @ ("api" | "files" | "forks")] => bench::run(Some(only)),
         _ => bail!(
-            "usage: cargo xtask tidy | openapi | bench [api | forks | check [--record]] | compare | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
+            "usage: cargo xtask tidy | openapi | bench [api | files | forks | base [REVISION] | check [--record]] | compare | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
         ),
     }
 }

@@ -116,13 +116,13 @@ fn fill(data_dir: &Path) -> Result<()> {
 }
 
 /// A connection that is kept.
-async fn kept(api: &Api) -> Result<SendRequest<Full<Bytes>>> {
+pub(super) async fn kept(api: &Api) -> Result<SendRequest<Full<Bytes>>> {
     let (sender, connection) = http1::handshake(TokioIo::new(api.connect().await)).await?;
     tokio::spawn(connection);
     Ok(sender)
 }
 
-async fn send(
+pub(super) async fn send(
     sender: &mut SendRequest<Full<Bytes>>,
     method: &str,
     path: &str,

@@ -33,10 +33,10 @@ struct Promise {
 }
 
 /// What a ratio of medians is, and the interval that holds 95 of 100 of those that the same samples could have given.
-struct Ratio {
-    value: f64,
-    low: f64,
-    high: f64,
+pub(super) struct Ratio {
+    pub(super) value: f64,
+    pub(super) low: f64,
+    pub(super) high: f64,
 }
 
 /// Checks all of them. With `record`, the counts of instructions are noted instead of compared.
@@ -158,7 +158,7 @@ impl Promise {
 }
 
 /// The ratio of the medians, and its interval by drawing samples anew.
-fn ratio(times: &[Duration], base: &[Duration]) -> Ratio {
+pub(super) fn ratio(times: &[Duration], base: &[Duration]) -> Ratio {
     let of = |times: &mut [Duration], base: &mut [Duration]| {
         median(times).as_secs_f64() / median(base).as_secs_f64()
     };
