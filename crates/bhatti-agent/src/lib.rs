@@ -32,6 +32,8 @@ pub use unix::UnixChannel;
 
 /// How long a guest may take to answer what takes no time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// How long its kernel may take to accept a connection, on channels that are told of it.
+const OPEN_LIMIT: Duration = Duration::from_secs(15);
 
 type Reader = FrameReader<ReadHalf<Box<dyn AgentStream>>>;
 type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
@@ -82,7 +84,9 @@ impl AgentClient {
 
     /// Opens a stream and shows the token.
     async fn open(&self, port: u32) -> Result<(Reader, Writer), CallError> {
-        let (reader, writer) = tokio::io::split(self.channel.open(port).await?);
+        let opened = timeout(OPEN_LIMIT, self.channel.open(port)).await;
+        let opened = opened.map_err(|_| CallError::Silent { limit: OPEN_LIMIT })?;
+        let (reader, writer) = tokio::io::split(opened?);
         let mut writer = FrameWriter::new(writer);
         if let Some(token) = &self.token {
             // It travels with the request.

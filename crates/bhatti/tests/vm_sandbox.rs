@@ -284,19 +284,19 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
     let (_input, _output) =
         daemon.client.start_command("dev", &start(&["sudo", "python3", "-c", halt])).await.unwrap();
     // A command that began before the guest stood still ends no more; one that begins after it is refused.
-    let error = loop {
-        match timeout(LIMIT, daemon.client.start_command("dev", &start(&["sleep", "1"])))
-            .await
-            .unwrap()
-        {
-            Ok((_input, mut output)) => {
-                if let Ok(Err(error)) = timeout(Duration::from_secs(20), output.next()).await {
-                    break error;
+    let refused = async {
+        loop {
+            match daemon.client.start_command("dev", &start(&["sleep", "1"])).await {
+                Ok((_input, mut output)) => {
+                    if let Ok(Err(error)) = timeout(Duration::from_secs(25), output.next()).await {
+                        break error;
+                    }
                 }
+                Err(error) => break error,
             }
-            Err(error) => break error,
         }
     };
+    let error = timeout(LIMIT, refused).await.unwrap();
 
     assert_eq!(code_of(&error), Some(ErrorCode::ConnectionLost));
     // So is everything else that takes no time.

@@ -65,6 +65,18 @@ async fn command_takes_input_to_its_end_and_answers_through_vsock() {
     );
 }
 
+/// Firecracker says nothing until the guest's kernel has taken the connection.
+#[tokio::test(start_paused = true)]
+async fn guest_that_takes_no_connection_is_silent_and_not_waited_for_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let _listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
+    let channel = VsockChannel { directory: directory.path().to_owned(), socket: SOCKET };
+
+    let opened = timeout(LIMIT, AgentClient::new(Arc::new(channel)).exec(shell("true"))).await;
+
+    assert!(matches!(opened.unwrap().map(drop), Err(CallError::Silent { .. })));
+}
+
 #[tokio::test]
 async fn command_whose_input_has_ended_can_still_be_killed() {
     let (_agent, client) = agent_behind_vsock().await;
