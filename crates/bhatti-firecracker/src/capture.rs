@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use bhatti_vmm::{
     Draft, Generation, copy_files, new_name, remove_other_memory, share, volume_generations,
 };
 use parking_lot::Mutex;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 
 use crate::api::State;
@@ -57,14 +57,14 @@ pub(crate) async fn capture(
         "snapshot_path": STATE,
         "mem_file_path": SPARSE,
     });
-    for left in [STATE, SPARSE] {
-        jail::expel(&vm.directory, left).map_err(file("remove an unfinished snapshot"))?;
+    let saved = save(vm, &ask, draft.path()).await;
+    if saved.is_err() {
+        // Above all where the disk is full, nobody wants what was written of it.
+        if let Err(error) = remove_unfinished(vm) {
+            tracing::warn!(%error, "Failed to remove an unfinished snapshot");
+        }
     }
-    vm.api.put("/snapshot/create", &ask, SAVE_LIMIT).await.map_err(vmm("save itself"))?;
-    for name in [STATE, SPARSE] {
-        jail::take(&vm.directory, name, &draft.path().join(name))
-            .map_err(file("take what Firecracker saved"))?;
-    }
+    saved?;
     if request.disks == Disks::Frozen {
         let (from, to) = (vm.directory.join(DISK), draft.path().join(DISK));
         let copied = spawn_blocking(move || disk::copy(&from, &to)).await;
@@ -95,6 +95,27 @@ pub(crate) async fn capture(
         known: Arc::clone(&vm.state),
         number,
     }))
+}
+
+/// Has Firecracker save itself, and takes what it wrote.
+async fn save(vm: &FirecrackerVm, ask: &Value, place: &Path) -> Result<(), SnapshotError> {
+    let failed = |step| move |source| SnapshotError::File { step, source };
+    // A daemon that died meanwhile leaves some; a diff would be written over it.
+    remove_unfinished(vm).map_err(failed("remove an unfinished snapshot"))?;
+    let told = vm.api.put("/snapshot/create", ask, SAVE_LIMIT).await;
+    told.map_err(|source| SnapshotError::Vmm { step: "save itself", source })?;
+    let (directory, place) = (vm.directory.clone(), place.to_owned());
+    let taken = spawn_blocking(move || {
+        let mut names = [STATE, SPARSE].into_iter();
+        names.try_for_each(|name| jail::take(&directory, name, &place.join(name)))
+    });
+    let taken = taken.await.map_err(io::Error::other).and_then(|taken| taken);
+    taken.map_err(failed("take what Firecracker saved"))
+}
+
+/// Removes what Firecracker wrote of a snapshot.
+fn remove_unfinished(vm: &FirecrackerVm) -> io::Result<()> {
+    [STATE, SPARSE].into_iter().try_for_each(|name| jail::expel(&vm.directory, name))
 }
 
 /// Notes that it is not known any more which pages are dirty, before Firecracker forgets it. Returns the machine as it was, and which capture
