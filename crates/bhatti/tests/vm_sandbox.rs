@@ -30,7 +30,7 @@ async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
     let sandbox = daemon.client.create(&request).await.unwrap();
     assert_eq!((&*sandbox.status, sandbox.cpus, sandbox.memory_mb), ("running", 2, 384));
 
-    let script = r#"uname -r; cat /proc/sys/kernel/random/boot_id; cat /proc/1/comm; nproc; awk '/MemTotal/{print $2}' /proc/meminfo; hostname; echo "$GREETING"; pwd"#;
+    let script = r#"uname -r; cat /proc/sys/kernel/random/boot_id; cat /proc/1/comm; nproc; awk '/MemTotal/{print $2}' /proc/meminfo; hostname; echo "$GREETING"; pwd; ulimit -Sn; ulimit -Hn"#;
     let facts = shell(&daemon.client, "Real.vm_1", script).await;
     let facts: Vec<&str> = facts.lines().collect();
 
@@ -39,8 +39,8 @@ async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
     assert_ne!(facts[1], host_boot.trim());
     assert!(facts[0].contains("cloud"), "{}", facts[0]);
     assert_eq!(
-        [facts[2], facts[3], facts[5], facts[6], facts[7]],
-        ["lohar", "2", "Real.vm_1", "hello = world", "/workspace"]
+        [facts[2], facts[3], facts[5], facts[6], facts[7], facts[8], facts[9]],
+        ["lohar", "2", "Real.vm_1", "hello = world", "/workspace", "1024", "524288"]
     );
     // The kernel keeps some of it for itself.
     let memory_kib: u64 = facts[4].parse().unwrap();
@@ -260,13 +260,17 @@ async fn guest_that_does_not_come_up_is_an_error_with_its_last_words() {
 }
 
 #[tokio::test]
-async fn three_hundred_quiet_commands_leave_room_for_another() {
+async fn four_hundred_quiet_commands_leave_room_for_another() {
     let daemon = TestDaemon::start().await;
     let request = CreateSandbox { memory_mb: Some(1024), ..named("dev") };
     daemon.client.create(&request).await.unwrap();
+    let command = start(&["sh", "-c", "echo up; exec sleep 1000"]);
     let mut quiet = Vec::new();
-    for _ in 0..300 {
-        quiet.push(daemon.client.start_command("dev", &start(&["sleep", "1000"])).await.unwrap());
+    for _ in 0..400 {
+        let (input, mut output) = daemon.client.start_command("dev", &command).await.unwrap();
+        let up = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+        assert_eq!(up, CommandEvent::Stdout("up\n".into()));
+        quiet.push((input, output));
     }
 
     let ran = timeout(LIMIT, run(&daemon.client, "dev", &["echo", "room"])).await.unwrap().unwrap();

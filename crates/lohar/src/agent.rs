@@ -7,9 +7,10 @@ use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bhatti_proto::{ActivityInfo, ErrorKind, GuestEvent};
-use rustix::process::Pid;
+use rustix::process::{Pid, Rlimit};
 use tokio::sync::{Notify, broadcast};
 
+use crate::descriptors::raise_limit;
 use crate::limits::Limits;
 use crate::reaper::Reaper;
 use crate::refusal::{OpError, refused};
@@ -35,6 +36,8 @@ pub(crate) struct Agent {
     pub(crate) state_dir: PathBuf,
     /// What is its own to change.
     pub(crate) place: Place,
+    /// How many descriptors its children may have: fewer than it has itself.
+    pub(crate) child_descriptors: Rlimit,
     commands: RefCell<HashMap<String, Pid>>,
     running_commands: Cell<u32>,
     connections: Cell<usize>,
@@ -83,7 +86,7 @@ pub(crate) struct Running {
 }
 
 impl Agent {
-    /// An agent with nothing to do yet.
+    /// An agent with nothing to do yet. Its process may have as many descriptors from here on as it can.
     pub(crate) fn new(
         reaper: Rc<Reaper>,
         limits: Limits,
@@ -99,6 +102,7 @@ impl Agent {
             events,
             state_dir,
             place,
+            child_descriptors: raise_limit(place),
             commands: RefCell::default(),
             running_commands: Cell::new(0),
             connections: Cell::new(0),

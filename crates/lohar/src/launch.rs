@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::write;
-use rustix::process::{Pid, ioctl_tiocsctty, setsid};
+use rustix::process::{Pid, Resource, ioctl_tiocsctty, setrlimit, setsid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{
@@ -133,19 +133,20 @@ fn prepare(
     let cgroup = open_cgroup(agent)
         .map_err(|error| other(format!("start: cgroup: {}", errno_text(&error))))?;
     let in_container = agent.place == Place::Container;
-    if attachment == Attachment::Terminal || user.is_some() || cgroup.is_some() || in_container {
-        let settle = move || {
-            if in_container {
-                // First: whoever is not root any more cannot.
-                give_capabilities_up()?;
-            }
-            settle(attachment, user.as_ref(), cgroup.as_ref())
-        };
-        // SAFETY: between fork and exec `settle` makes system calls only, and allocates nothing.
-        #[expect(unsafe_code, reason = "the child must be settled between fork and exec")]
-        unsafe {
-            command.pre_exec(settle);
+    let descriptors = agent.child_descriptors;
+    let settle = move || {
+        if in_container {
+            // First: whoever is not root any more cannot.
+            give_capabilities_up()?;
         }
+        settle(attachment, user.as_ref(), cgroup.as_ref())?;
+        // Last: what is the agent's is open until the child becomes another program, and may be more than the child may have.
+        Ok(setrlimit(Resource::Nofile, descriptors)?)
+    };
+    // SAFETY: between fork and exec `settle` makes system calls only, and allocates nothing.
+    #[expect(unsafe_code, reason = "the child must be settled between fork and exec")]
+    unsafe {
+        command.pre_exec(settle);
     }
     Ok((command, program))
 }

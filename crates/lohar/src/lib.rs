@@ -21,6 +21,7 @@
 mod agent;
 mod channel;
 mod connection;
+mod descriptors;
 mod disk;
 mod exec;
 mod file;

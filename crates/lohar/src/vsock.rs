@@ -16,8 +16,9 @@ use crate::log;
 use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
 use crate::watched::watch;
 
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Connections that may wait to be accepted: as many as the kernel allows by default (`net.core.somaxconn`). One more is refused, and the
+/// host cannot tell that from an agent that has ended; hundreds come at once where many commands are started.
+const BACKLOG: i32 = 4096;
 
 /// Where the kernel lists the devices of its vsock driver.
 const DRIVER: &str = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
