@@ -172,6 +172,8 @@ struct Applied {
     asked: u64,
     /// Networks that could not be set up then.
     failed: Vec<u32>,
+    /// What the rules were declared for last, if it is known.
+    rules: Option<Plan>,
 }
 
 impl Host {
@@ -256,17 +258,22 @@ impl Host {
         }
         let asked = self.asked.load(Ordering::SeqCst);
         let plan = plan()?;
-        let failed = self.make_so(needed, &plan).await?;
-        *applied = Applied { asked, failed };
+        applied.failed = self.make_so(needed, &plan, &mut applied.rules).await?;
+        applied.asked = asked;
         Ok(())
     }
 
     /// Returns the networks that could not be set up and that nobody asked for.
-    async fn make_so(&self, needed: Option<u32>, plan: &Plan) -> Result<Vec<u32>, NetError> {
+    async fn make_so(
+        &self,
+        needed: Option<u32>,
+        plan: &Plan,
+        rules: &mut Option<Plan>,
+    ) -> Result<Vec<u32>, NetError> {
         let mut failed = Vec::new();
         let there = self.links.bridges().await?;
         // The rules come first, and go last: no bridge is ever without them.
-        nft(&[], &rules::script(self.instance, plan)).await?;
+        self.declare(plan, rules).await?;
         for network in &plan.networks {
             match self.set_up(network, &there).await {
                 Err(error) if needed != Some(network.number) => {
@@ -287,6 +294,21 @@ impl Host {
             enable_forwarding()?;
         }
         Ok(failed)
+    }
+
+    /// Puts the rules of `plan` in force. `there` is the plan whose rules are.
+    async fn declare(&self, plan: &Plan, there: &mut Option<Plan>) -> Result<(), NetError> {
+        // Unknown until it is done: who is cancelled does not hear whether the kernel took it.
+        let before = there.take();
+        let added = match before.and_then(|before| rules::addition(self.instance, &before, plan)) {
+            Some(addition) => nft(&[], &addition).await.is_ok(),
+            None => false,
+        };
+        if !added {
+            nft(&[], &rules::script(self.instance, plan)).await?;
+        }
+        *there = Some(plan.clone());
+        Ok(())
     }
 
     async fn set_up(&self, network: &Network, there: &[links::Bridge]) -> Result<(), NetError> {

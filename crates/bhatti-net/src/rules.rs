@@ -13,8 +13,8 @@
 //! What is addressed to a bridge itself (`01:80:c2:00:00:0x`) passes none of its hooks, but comes in from the tap, as does all from a tap that is no
 //! port: this host hears nothing from there.
 //!
-//! Three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name. They are declared whole and replaced in one transaction: at
-//! no time is there half a policy. Chains of others are not touched; what they drop stays dropped.
+//! Three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name. They are declared whole and replaced in one transaction, or
+//! more is added to them in one: at no time is there half a policy. Chains of others are not touched; what they drop stays dropped.
 
 use std::net::Ipv4Addr;
 
@@ -55,7 +55,7 @@ pub(crate) fn missing(instance: Instance, there: &str) -> Option<String> {
     tables.into_iter().find(|table| !is_there(table))
 }
 
-/// All tables as they are to be. Without networks there are none.
+/// All tables as they are to be, whatever is there. Without networks there are none.
 pub(crate) fn script(instance: Instance, plan: &Plan) -> String {
     let table = table(instance);
     let mut script = String::new();
@@ -63,18 +63,63 @@ pub(crate) fn script(instance: Instance, plan: &Plan) -> String {
         // What is not there cannot be deleted; declaring it first makes sure that it is.
         script += &format!("table {family} {table} {{}}\ndelete table {family} {table}\n");
     }
-    if !plan.networks.is_empty() {
-        script += &bridge_table(instance, &table, plan);
-        script += &inet_table(instance, &table, plan);
-        script += &arp_table(instance, &table);
+    script + &tables(instance, &table, plan)
+}
+
+/// The same for tables that were made for `before`, if that is less: the kernel takes several times as long to replace tables as to make
+/// them. Fails if they are not what they were.
+pub(crate) fn addition(instance: Instance, before: &Plan, plan: &Plan) -> Option<String> {
+    if plan.networks.is_empty() {
+        return None;
     }
-    script
+    let table = table(instance);
+    if before.networks.is_empty() {
+        let created = FAMILIES.map(|family| format!("create table {family} {table}\n"));
+        return Some(created.concat() + &tables(instance, &table, plan));
+    }
+    let is_there = |port: &Port| before.ports.iter().any(|there| there.has_rules_of(port));
+    let stays = |there: &Port| plan.ports.iter().any(|port| port.has_rules_of(there));
+    if before.networks != plan.networks || !before.ports.iter().all(stays) {
+        return None;
+    }
+    let added = || plan.ports.iter().filter(|port| !is_there(port));
+    let sets = [("bridge", "sources", sources(added())), ("inet", "allowed", allowed(added()))];
+    let lines = sets.into_iter().filter(|(_, _, elements)| !elements.is_empty());
+    let script: String = lines
+        .map(|(family, set, elements)| {
+            format!("add element {family} {table} {set} {{ {} }}\n", elements.join(", "))
+        })
+        .collect();
+    (!script.is_empty()).then_some(script)
+}
+
+fn tables(instance: Instance, table: &str, plan: &Plan) -> String {
+    if plan.networks.is_empty() {
+        return String::new();
+    }
+    bridge_table(instance, table, plan)
+        + &inet_table(instance, table, plan)
+        + &arp_table(instance, table)
+}
+
+/// The addresses that sandboxes may send from.
+fn sources<'a>(ports: impl Iterator<Item = &'a Port>) -> Vec<String> {
+    let source = |Port { tap, address, .. }: &Port| {
+        format!("{} . {} . {address}", quoted(tap), Mac::of_guest(*address))
+    };
+    ports.map(source).collect()
+}
+
+/// The ranges that they reach beyond what everybody may.
+fn allowed<'a>(ports: impl Iterator<Item = &'a Port>) -> Vec<String> {
+    let of_port = |port: &'a Port| {
+        let ranges = port.allow.ranges().iter();
+        ranges.map(|range| format!("{} . {range}", port.address))
+    };
+    ports.flat_map(of_port).collect()
 }
 
 fn bridge_table(instance: Instance, table: &str, plan: &Plan) -> String {
-    let sources = plan.ports.iter().map(|Port { tap, address, .. }| {
-        format!("{} . {} . {address}", quoted(tap), Mac::of_guest(*address))
-    });
     format!(
         "table bridge {table} {{
 {}	chain prerouting {{
@@ -88,7 +133,7 @@ fn bridge_table(instance: Instance, table: &str, plan: &Plan) -> String {
 	}}
 }}
 ",
-        set("sources", "ifname . ether_addr . ipv4_addr", "", sources),
+        set("sources", "ifname . ether_addr . ipv4_addr", "", sources(plan.ports.iter())),
         instance = instance.0,
     )
 }
@@ -110,10 +155,6 @@ fn arp_table(instance: Instance, table: &str) -> String {
 fn inet_sets(plan: &Plan) -> String {
     let bridge = |network: &Network| quoted(&bridge_name(network.number));
     let networks = &plan.networks;
-    let allowed = plan.ports.iter().flat_map(|port| {
-        let ranges = port.allow.ranges().iter();
-        ranges.map(|range| format!("{} . {range}", port.address))
-    });
     [
         set("bridges", "ifname", "", networks.iter().map(bridge)),
         // Where a module sends what is bridged through the hooks of what is routed, siblings meet here.
@@ -135,7 +176,7 @@ fn inet_sets(plan: &Plan) -> String {
             INTERVAL,
             networks.iter().map(|network| network.subnet.to_string()),
         ),
-        set("allowed", "ipv4_addr . ipv4_addr", INTERVAL, allowed),
+        set("allowed", "ipv4_addr . ipv4_addr", INTERVAL, allowed(plan.ports.iter())),
         set("never", "ipv4_addr", INTERVAL, NEVER_REACHED.map(|range| range.to_string())),
         set("private", "ipv4_addr", INTERVAL, PRIVATE.map(str::to_owned)),
     ]
@@ -212,6 +253,14 @@ fn set(name: &str, kind: &str, flags: &str, elements: impl IntoIterator<Item = S
 
 fn quoted(name: &str) -> String {
     format!("\"{name}\"")
+}
+
+impl Port {
+    /// Whether the rules say the same of both: they do not know names.
+    fn has_rules_of(&self, other: &Self) -> bool {
+        let Self { tap, network, address, name: _, allow } = self;
+        (tap, network, address, allow) == (&other.tap, &other.network, &other.address, &other.allow)
+    }
 }
 
 impl Network {

@@ -279,6 +279,50 @@ async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing
 }
 
 #[tokio::test]
+async fn sandbox_that_is_added_leaves_the_tables_in_place_and_what_others_did_to_them_is_mended() {
+    if !ready("rules that are added") {
+        return;
+    }
+    let host = open(1).await;
+    let port = |number: u8, allow: &[&str]| {
+        let name = format!("s{number}");
+        port_of(0, address(0, number), &name, Allowance::parse(allow).unwrap())
+    };
+    let tables = || {
+        let all = nft(&["-a", "list", "ruleset"]);
+        all.lines().filter(|line| line.starts_with("table")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let has = |what: &str| nft(&["list", "ruleset"]).contains(what);
+    let mut plan = Plan { networks: vec![network(0)], ports: vec![port(2, &[])] };
+    apply(&host, &plan).await.unwrap();
+    let first = tables();
+    assert_eq!(first.len(), 3);
+
+    plan.ports.push(port(3, &["192.0.2.0/24"]));
+    apply(&host, &plan).await.unwrap();
+
+    assert_eq!(tables(), first, "more elements of the same tables");
+    assert!(has(&plan.ports[1].tap) && has("10.213.0.3 . 192.0.2.0/24"));
+
+    // What a port may reach is not only more now.
+    plan.ports[1] = port(3, &["198.51.100.0/24"]);
+    apply(&host, &plan).await.unwrap();
+    assert!(has("10.213.0.3 . 198.51.100.0/24") && !has("192.0.2.0/24"));
+
+    nft(&["flush", "ruleset"]);
+    plan.ports.push(port(4, &[]));
+    apply(&host, &plan).await.unwrap();
+    assert!(plan.ports.iter().all(|port| has(&port.tap)), "all of them are back");
+
+    apply(&host, &Plan::default()).await.unwrap();
+    assert_eq!(tables(), [""; 0]);
+    nft(&["add", "table", "inet", "bhatti_00000001"]);
+    nft(&["add", "chain", "inet", "bhatti_00000001", "stray"]);
+    apply(&host, &plan).await.unwrap();
+    assert!(has(&plan.ports[0].tap) && !has("stray"));
+}
+
+#[tokio::test]
 async fn changes_that_come_together_are_made_together_and_each_is_in_force_afterwards() {
     if !ready("changes at once") {
         return;
