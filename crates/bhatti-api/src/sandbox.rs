@@ -192,7 +192,7 @@ pub struct Sandbox {
     /// When it is destroyed (RFC 3339), if ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
-    /// What it was made from: `boot`, or `template`, `sandbox` or `snapshot` and an id.
+    /// What it was made from: `boot`, and why if nobody asked for that, or `template`, `sandbox` or `snapshot` and an id.
     pub origin: String,
     /// What its guest did to become itself after it had been another, part by part.
     #[serde(default, skip_serializing_if = "Option::is_none")]

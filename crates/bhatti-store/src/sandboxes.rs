@@ -33,7 +33,7 @@ pub struct SandboxRow {
     pub state: SandboxState,
     /// When it was made (RFC 3339).
     pub created_at: String,
-    /// What it was made from: `boot`, or `template`, `sandbox` or `snapshot` and an id.
+    /// What it was made from: `boot`, and why if nobody asked for that, or `template`, `sandbox` or `snapshot` and an id.
     pub origin: String,
     /// What its agent wants every connection to begin with; nothing if empty.
     pub agent_token: String,

@@ -24,9 +24,6 @@ use crate::steps::Step;
 use crate::templates::{Recipe, Template};
 use crate::volumes::{self, OwnVolumes};
 
-/// How long a guest that runs may take to be told who it is.
-const CONFIGURE_LIMIT: Duration = Duration::from_secs(10);
-
 /// The most that a guest is told at once, in bytes: one frame, and what else its identity has in it.
 pub(crate) const GUEST_CONFIG_BYTES_MAX: usize = PAYLOAD_BYTES_MAX - 1024;
 
@@ -46,7 +43,7 @@ pub(crate) async fn bring_up(
         return Err(CreateError::TooMuch { bytes });
     }
     Ok(match beginning {
-        Beginning::Boot(files) => {
+        Beginning::Boot(files, _) => {
             boot(shared, driver, row, extras, files).await?;
             None
         }
@@ -196,7 +193,8 @@ async fn become_itself(
     running.vm.resume().await?;
     driver.reached(Step::Running).await;
     let began = Instant::now();
-    let assumed = timeout(CONFIGURE_LIMIT, async {
+    let limit = driver.shared.config.boot_limit;
+    let assumed = timeout(limit, async {
         running.agent.reach().await?;
         // Only now: the time in it is the time when it arrives.
         let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
@@ -204,7 +202,7 @@ async fn become_itself(
     });
     let report = assumed
         .await
-        .unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }))
+        .unwrap_or(Err(CallError::Silent { limit }))
         .map_err(CreateError::Unconfigured)?;
     Ok(Itself { report, took: began.elapsed() })
 }
@@ -267,9 +265,9 @@ async fn boot(
     let vm = shared.engine.boot(&vm_spec).await?;
     shared.connect_network(row.id, row.owner, row.address).await?;
     let running = Running::new(vm, "", admitted);
-    let configured =
-        timeout(CONFIGURE_LIMIT, running.agent.configure(&identity::config(row, extras))).await;
-    let configured = configured.unwrap_or(Err(CallError::Silent { limit: CONFIGURE_LIMIT }));
+    let limit = shared.config.boot_limit;
+    let configured = timeout(limit, running.agent.configure(&identity::config(row, extras))).await;
+    let configured = configured.unwrap_or(Err(CallError::Silent { limit }));
     configured.map_err(|error| match error {
         CallError::Agent(refused) if !row.volumes.is_empty() => CreateError::Mount(refused.message),
         CallError::Agent(refused) if !extras.files.is_empty() => {

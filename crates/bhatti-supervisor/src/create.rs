@@ -205,8 +205,8 @@ impl From<InsertError> for CreateError {
 
 /// What a sandbox begins as.
 pub(crate) enum Beginning {
-    /// Nothing: it boots.
-    Boot(BootFiles),
+    /// Nothing: it boots, because it was asked to or because of this.
+    Boot(BootFiles, Option<&'static str>),
     /// A template.
     Template { recipe: Recipe, template: Template, spare: Option<Spare> },
     /// Something that was saved: its directory, and what its agent wants every connection to begin with.
@@ -216,7 +216,8 @@ pub(crate) enum Beginning {
 impl Beginning {
     fn origin(&self) -> String {
         match self {
-            Self::Boot(_) => "boot".to_owned(),
+            Self::Boot(_, None) => "boot".to_owned(),
+            Self::Boot(_, Some(why)) => format!("boot, because {why}"),
             Self::Template { template, .. } => format!("template {}", template.key),
             Self::Saved { origin, .. } => origin.clone(),
         }
@@ -275,11 +276,14 @@ impl Supervisor {
         let expires_at = request.lifetime.map(unix_seconds_after);
         let guest_files = guest_files(request.files)?;
         let engine = shared.engine.capabilities();
-        // Which volumes it has is known only now.
-        let can_fork =
-            engine.saves_memory && (request.volumes.is_empty() || engine.exchanges_disks);
-        let beginning = if request.cold_boot || !can_fork {
-            Beginning::Boot(files)
+        let has_volumes = !request.volumes.is_empty();
+        let beginning = if request.cold_boot {
+            Beginning::Boot(files, None)
+        } else if !engine.saves_memory {
+            Beginning::Boot(files, Some("this engine saves no memory to fork"))
+        } else if has_volumes && !engine.exchanges_disks {
+            // Which volumes it has is known only now.
+            Beginning::Boot(files, Some("with this engine a fork has no volumes of its own"))
         } else {
             let has_network = spec.network.mode == NetworkMode::Nat;
             let places = volumes::places(request.volumes.len());

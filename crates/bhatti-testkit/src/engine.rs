@@ -10,6 +10,10 @@ pub enum Feature {
     SavedMemory,
     /// A kernel of the guest's own, and all that root may do with one.
     OwnKernel,
+    /// Restored VMs with other disks than the saved one: forks with volumes.
+    ExchangedDisks,
+    /// Connections into a VM that go on when its memory is saved while it runs.
+    KeptStreams,
 }
 
 /// The engine that the tests run on.
@@ -23,6 +27,7 @@ pub fn engine() -> String {
 pub fn engine_has(feature: Feature) -> bool {
     match feature {
         Feature::SavedMemory | Feature::OwnKernel => engine() != "docker",
+        Feature::ExchangedDisks | Feature::KeptStreams => engine() == "qemu",
     }
 }
 
@@ -34,6 +39,8 @@ pub fn needs(feature: Feature) -> bool {
         let why = match feature {
             Feature::SavedMemory => "the memory of a container cannot be saved",
             Feature::OwnKernel => "a container has no kernel of its own",
+            Feature::ExchangedDisks => "a restored VM has the disks of the saved one",
+            Feature::KeptStreams => "connections into a VM end when it is saved",
         };
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
         skip(&format!("{test} with engine {}", engine()), why);
