@@ -18,18 +18,27 @@ dist/bhatti setup --data-dir "$PWD/target/test-data" --no-template
 programs=$(cargo test --release --locked --no-run --message-format=json --workspace 2>/dev/null |
     sed -n 's/.*"executable":"\([^"]*\/vm_[a-z]*-[0-9a-f]*\)".*/\1/p' | grep -vE '/vm_(docker|guest|conformance)-' | sort -u)
 [ $# = 0 ] || programs=$(grep -E "/($(IFS='|' && echo "$*"))-" <<<"$programs")
+# Tests that are left out, by the beginnings of their names.
+left_out=(image_is)
+is_lab=true
+if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
+    is_lab=false
+else
+    left_out+=(a_gibibyte)
+    echo "SKIPPED: a_gibibyte_goes_up_and_down_in_constant_memory with engine firecracker, because the lab, emulated twice, moves a MiB in a second"
+fi
 run=$(mktemp -p target --suffix .sh)
 trap 'rm -f "$run"' EXIT
 {
     echo 'status=0'
     for program in $programs; do
-        echo "echo '# $(basename "$program")'; '$program' --test-threads=${TEST_THREADS:-1} --skip image_is || status=1"
+        echo "echo '# $(basename "$program")'; '$program' --test-threads=${TEST_THREADS:-1} ${left_out[*]/#/--skip } || status=1"
     done
     echo 'cat target/skipped.txt 2>/dev/null | sort -u; exit "$status"'
 } >"$run"
 
 config="engine: firecracker,firecracker: $firecracker,boot_timeout_sec: 180"
-if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
+if ! "$is_lab"; then
     BHATTI_TEST_CONFIG=$config bash "$run"
     exit
 fi

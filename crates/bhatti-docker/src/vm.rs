@@ -56,6 +56,12 @@ pub(crate) async fn boot(
         let image = image.map_err(failed(root::IMPORT))?;
         let created = container::create(docker, spec, image, lohar).await;
         created.map_err(failed("create the container"))?;
+    } else if container::find(docker, spec.id)
+        .await
+        .map_err(failed("look for the container"))?
+        .is_none()
+    {
+        return Err(BootError::NoDisk);
     }
     container::start(docker, spec.id).await.map_err(failed("start the container"))?;
     let process = container::follow(docker, spec.id).await;

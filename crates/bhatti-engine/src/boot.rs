@@ -22,6 +22,9 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    /// The disk that was to be kept is not there: others took it away.
+    #[error("the sandbox's disk is gone, with all that was on it: somebody else removed it")]
+    NoDisk,
     /// The VMM ended before the agent answered.
     #[error("the virtual machine ended while it booted; its last words:\n{console}")]
     Ended {

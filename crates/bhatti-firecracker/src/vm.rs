@@ -74,6 +74,8 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
     if !spec.keep_disk {
         disk::copy(&spec.root_base, &directory.join(DISK))
             .map_err(failed("create the root disk"))?;
+    } else if !directory.join(DISK).exists() {
+        return Err(BootError::NoDisk);
     }
     remove_other_memory(directory, "").map_err(failed("remove an earlier memory"))?;
     let machine = Machine {

@@ -60,6 +60,9 @@ pub(crate) async fn boot(
     tsc_khz: Option<u64>,
 ) -> Result<QemuVm, BootError> {
     let machine = prepare(spec).map_err(|(step, source)| BootError::Prepare { step, source })?;
+    if !spec.directory.join(&machine.disk).exists() {
+        return Err(BootError::NoDisk);
+    }
     let arguments = command_line::boot_arguments(spec, tsc_khz);
     let process = start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
         .map_err(|source| match source.kind() {

@@ -215,6 +215,8 @@ fn boot_error(boot: &BootError, whole: &dyn std::error::Error) -> ApiError {
             tracing::warn!(error = %boot, "Sandbox did not boot");
             ApiError::new(ErrorCode::BootFailed, boot.to_string())
         }
+        BootError::NoDisk => ApiError::new(ErrorCode::BootFailed, boot.to_string())
+            .hint("destroy it and create another: bhatti destroy NAME"),
         BootError::Prepare { .. } => ApiError::internal(whole),
     }
 }

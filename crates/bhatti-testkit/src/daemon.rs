@@ -265,13 +265,16 @@ impl TestDaemon {
         self.sandbox_directories().iter().filter_map(name).collect()
     }
 
-    /// Removes what containers leave behind beside processes.
-    fn remove_containers(&self) {
+    /// Removes the containers of its sandboxes behind its back.
+    pub fn remove_containers(&self) {
         let Some(socket) = value(&self.serve.whole_config(), "docker") else { return };
         let socket = format!("unix://{socket}");
         for name in self.containers() {
             std_command("docker", &["--host", &socket, "rm", "--force", &name]);
         }
+    }
+
+    fn unmount_volumes(&self) {
         for directory in self.sandbox_directories() {
             for mount in fs::read_dir(directory.join("mounts")).into_iter().flatten().flatten() {
                 std_command("umount", &[&mount.path().to_string_lossy()]);
@@ -344,5 +347,6 @@ impl Drop for TestDaemon {
             std_command("kill", &["-9", &pid.to_string()]);
         }
         self.remove_containers();
+        self.unmount_volumes();
     }
 }

@@ -162,6 +162,22 @@ async fn daemon_that_dies_while_it_stops_a_container_has_its_successor_finish_th
 }
 
 #[tokio::test]
+async fn sandbox_whose_container_somebody_else_removed_says_so_and_can_be_destroyed() {
+    let Some((daemon, api)) = daemon("").await else { return };
+    assert_eq!(api.call("POST", "/sandboxes", &json!({ "name": "dev" })).await.status, 201);
+    daemon.remove_containers();
+    while api.get("/sandboxes/dev").await.json()["status"] != "failed" {}
+
+    let cold = json!({ "cold_boot": true });
+    let started = api.call("POST", "/sandboxes/dev/start", &cold).await;
+
+    assert_eq!(started.refusal(), (500, "boot_failed".to_owned()));
+    assert!(started.text().contains("the sandbox's disk is gone"), "{}", started.text());
+    assert_eq!(api.call("DELETE", "/sandboxes/dev", &Value::Null).await.status, 200);
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+}
+
+#[tokio::test]
 async fn docker_that_is_not_there_is_refused_with_what_to_do() {
     let mut daemon = TestDaemon::start().await;
     daemon.terminate().await;
