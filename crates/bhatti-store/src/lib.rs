@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use bhatti_types::QuotaExceeded;
 use parking_lot::Mutex;
 use rusqlite::Connection;
+use rusqlite::config::DbConfig;
 
 pub use events::{EventFilter, EventRow, NewEvent};
 pub use networks::{NetworkAssignError, NetworkRow, PortRow};
@@ -39,6 +40,9 @@ pub use volumes::{
 
 /// The store's file in the data directory.
 pub const FILE: &str = "state.db";
+
+/// Statements that are kept: more than there are.
+const STATEMENTS: usize = 128;
 
 /// The store could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +95,9 @@ impl Store {
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 5000;
                  PRAGMA foreign_keys = ON;",
             )?;
+            // A statement that is kept would be planned anew whenever its parameters may make another plan better.
+            connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+            connection.set_prepared_statement_cache_capacity(STATEMENTS);
             Ok(connection)
         });
         let mut connection =
@@ -150,7 +157,7 @@ fn check_count(
     what: &'static str,
     max: u32,
 ) -> Result<(), CountError> {
-    let used: u32 = connection.query_row(sql, [of], |row| row.get(0)).map_err(StoreError::from)?;
+    let used: u32 = connection.prepare_cached(sql)?.query_row([of], |row| row.get(0))?;
     if used >= max {
         return Err(CountError::TooMany(QuotaExceeded::Count { what, used, max }));
     }
@@ -185,4 +192,26 @@ fn is_taken(error: &rusqlite::Error) -> bool {
 fn now() -> String {
     let now = jiff::Timestamp::now();
     format!("{now:.6}")
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::StatementStatus::RePrepare;
+
+    use super::*;
+
+    #[test]
+    fn query_is_planned_once_whatever_it_is_asked() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        let connection = store.connection.lock();
+        let sql = "SELECT cpus FROM sandboxes WHERE owner = ?1 AND (id = ?2 OR name = ?2) \
+            ORDER BY id = ?2 DESC LIMIT 1";
+
+        for name in ["one", "two", "three"] {
+            let mut query = connection.prepare_cached(sql).unwrap();
+            assert!(!query.exists(["0000000000000000", name]).unwrap());
+            assert_eq!(query.get_status(RePrepare), 0, "{name}");
+        }
+    }
 }

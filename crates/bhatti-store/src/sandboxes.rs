@@ -170,33 +170,32 @@ impl Store {
             volumes: Vec::new(),
         };
         let (state, reason) = state_columns(row.state);
-        transaction.execute(
-            &format!(
-                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20)"
-            ),
-            params![
-                row.id.to_string(),
-                row.owner.to_string(),
-                row.spec.name.as_str(),
-                state,
-                reason,
-                row.spec.cpus.get(),
-                row.spec.memory.get(),
-                environment_text(&row.spec.environment),
-                row.created_at,
-                row.spec.keep_hot,
-                row.origin,
-                row.agent_token,
-                to_json(row.spec.labels.as_map())?,
-                secrets_text(&row.spec.secrets)?,
-                row.spec.init,
-                row.expires_at,
-                row.spec.image.as_str(),
-                row.spec.network.mode.as_str(),
-                to_json(&row.spec.network.allow.to_texts())?,
-                row.address.map(|address| address.to_string()),
-            ],
-        )?;
+        let mut insert = transaction.prepare_cached(&format!(
+            "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20)"
+        ))?;
+        insert.execute(params![
+            row.id.to_string(),
+            row.owner.to_string(),
+            row.spec.name.as_str(),
+            state,
+            reason,
+            row.spec.cpus.get(),
+            row.spec.memory.get(),
+            environment_text(&row.spec.environment),
+            row.created_at,
+            row.spec.keep_hot,
+            row.origin,
+            row.agent_token,
+            to_json(row.spec.labels.as_map())?,
+            secrets_text(&row.spec.secrets)?,
+            row.spec.init,
+            row.expires_at,
+            row.spec.image.as_str(),
+            row.spec.network.mode.as_str(),
+            to_json(&row.spec.network.allow.to_texts())?,
+            row.address.map(|address| address.to_string()),
+        ])?;
+        drop(insert);
         row.volumes = attach_all(&transaction, id, owner, volumes)?;
         transaction.commit()?;
         Ok(row)
@@ -392,7 +391,8 @@ impl Store {
     /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
     pub fn delete_sandbox(&self, id: SandboxId) -> Result<(), StoreError> {
         let connection = self.connection.lock();
-        changed_one(connection.execute("DELETE FROM sandboxes WHERE id = ?1", [id.to_string()])?)
+        let mut delete = connection.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?;
+        changed_one(delete.execute([id.to_string()])?)
     }
 }
 

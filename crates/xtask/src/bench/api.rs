@@ -83,36 +83,38 @@ pub(super) async fn measure() -> Result<()> {
 /// Sandboxes that were stopped long ago.
 fn fill(data_dir: &Path) -> Result<()> {
     let store = Store::open(data_dir)?;
-    for number in 0..ROWS {
-        let mut entropy = [0xbe; 8];
-        entropy[6..].copy_from_slice(&number.to_be_bytes());
-        let id = SandboxId::from_entropy(entropy);
-        let spec = SandboxSpec {
-            name: format!("stopped-{number}").parse()?,
-            cpus: CpuCount::ONE,
-            memory: MemoryMib::DEFAULT,
-            environment: Environment::default(),
-            keep_hot: false,
-            labels: Labels::default(),
-            secrets: Vec::new(),
-            init: String::new(),
-            image: "minimal".parse()?,
-            network: NetworkSpec::default(),
-        };
-        let (origin, agent_token) = ("boot".to_owned(), String::new());
-        let owner = UserId::ADMIN;
-        store.insert_sandbox(NewSandbox {
-            id,
-            owner,
-            spec,
-            origin,
-            agent_token,
-            expires_at: None,
-            volumes: Vec::new(),
-        })?;
-        store.set_sandbox_state(id, SandboxState::Stopped)?;
-    }
-    Ok(())
+    (0..ROWS).try_for_each(|number| add_stopped(&store, number))
+}
+
+/// The sandbox `stopped-<number>`, of the admin's.
+pub(super) fn add_stopped(store: &Store, number: u16) -> Result<()> {
+    let mut entropy = [0xbe; 8];
+    entropy[6..].copy_from_slice(&number.to_be_bytes());
+    let id = SandboxId::from_entropy(entropy);
+    let spec = SandboxSpec {
+        name: format!("stopped-{number}").parse()?,
+        cpus: CpuCount::ONE,
+        memory: MemoryMib::DEFAULT,
+        environment: Environment::default(),
+        keep_hot: false,
+        labels: Labels::default(),
+        secrets: Vec::new(),
+        init: String::new(),
+        image: "minimal".parse()?,
+        network: NetworkSpec::default(),
+    };
+    let (origin, agent_token) = ("boot".to_owned(), String::new());
+    let owner = UserId::ADMIN;
+    store.insert_sandbox(NewSandbox {
+        id,
+        owner,
+        spec,
+        origin,
+        agent_token,
+        expires_at: None,
+        volumes: Vec::new(),
+    })?;
+    Ok(store.set_sandbox_state(id, SandboxState::Stopped)?)
 }
 
 /// A connection that is kept.

@@ -2,6 +2,7 @@
 //! interval in which it lies; and counts of instructions, where time is too noisy.
 
 pub(super) mod counts;
+mod requests;
 
 use std::path::PathBuf;
 use std::time::Duration;

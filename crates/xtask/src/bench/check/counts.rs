@@ -13,6 +13,8 @@ use bhatti_testkit::repository;
 use lohar::ring::Ring;
 use tokio::process::Command;
 
+use super::requests;
+
 /// How often each is done: few times, and many.
 const FEW: u64 = 100;
 const MANY: u64 = 600;
@@ -25,6 +27,7 @@ const NOTED: &str = "docs/instructions.json";
 
 const FRAMES: &str = "8 KiB framed and read";
 const RING: &str = "4 KiB into the scrollback";
+const REQUEST: &str = "one sandbox asked for";
 
 /// Compares what is counted with what was noted, or notes it. Returns how many are too many.
 pub(super) async fn check(record: bool) -> Result<usize> {
@@ -33,7 +36,7 @@ pub(super) async fn check(record: bool) -> Result<usize> {
         return Ok(0);
     }
     let mut counts = BTreeMap::new();
-    for what in [FRAMES, RING] {
+    for what in [FRAMES, RING, REQUEST] {
         counts.insert(what, of_work(what).await?);
     }
     let path = repository().join(NOTED);
@@ -60,21 +63,26 @@ pub(super) async fn check(record: bool) -> Result<usize> {
 
 /// Does `what` so many times: what a process under callgrind runs.
 pub(crate) fn work(what: &str, times: u64) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    let payload = vec![7; 8 << 10];
-    let mut ring = Ring::default();
-    for _ in 0..times {
-        match what {
-            FRAMES => runtime.block_on(async {
-                let mut writer = FrameWriter::new(Vec::with_capacity(payload.len() + 64));
-                writer.send(FrameType::STDOUT, &payload).await?;
-                let frame = FrameReader::new(&writer.get_mut()[..]).next().await?;
-                ensure!(frame.is_some_and(|frame| frame.payload == payload), "another frame");
-                Ok(())
-            })?,
-            RING => ring.write(&payload[..4 << 10]),
-            other => bail!("nobody counts `{other}`"),
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    match what {
+        FRAMES => runtime.block_on(frame(times)),
+        RING => {
+            let mut ring = Ring::default();
+            (0..times).for_each(|_| ring.write(&[7; 4 << 10]));
+            Ok(())
         }
+        REQUEST => runtime.block_on(requests::inspect(times)),
+        other => bail!("nobody counts `{other}`"),
+    }
+}
+
+async fn frame(times: u64) -> Result<()> {
+    let payload = vec![7; 8 << 10];
+    for _ in 0..times {
+        let mut writer = FrameWriter::new(Vec::with_capacity(payload.len() + 64));
+        writer.send(FrameType::STDOUT, &payload).await?;
+        let frame = FrameReader::new(&writer.get_mut()[..]).next().await?;
+        ensure!(frame.is_some_and(|frame| frame.payload == payload), "another frame");
     }
     Ok(())
 }

@@ -1,0 +1,82 @@
+//! A daemon without a socket: its routes, in this process, over a store of its own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use bhatti_image::ImageStore;
+use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_secret::SecretKey;
+use bhatti_server::{AppState, Listener, PublicAddress, StateParts, router};
+use bhatti_store::Store;
+use bhatti_supervisor::{Config, NetworkConfig, Supervisor, ThermalConfig};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper::Request;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tower_service::Service;
+
+use super::super::api::add_stopped;
+
+/// Sandboxes that there are.
+const ROWS: u16 = 10;
+
+/// Asks for one sandbox, so many times.
+pub(super) async fn inspect(times: u64) -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let store = Arc::new(Store::open(place.path())?);
+    (0..ROWS).try_for_each(|number| add_stopped(&store, number))?;
+    let (_stop, stopping) = watch::channel(false);
+    let mut routes = router(
+        AppState::new(StateParts {
+            supervisor: supervisor(place.path(), &store)?,
+            store,
+            images: ImageStore::new(place.path()),
+            started: Instant::now(),
+            public: PublicAddress::default(),
+            proxy_limit: Duration::from_secs(1),
+            stopping,
+        }),
+        Listener::Unix,
+    );
+    for _ in 0..times {
+        let request = Request::get("/sandboxes/stopped-7").body(Empty::<Bytes>::new())?;
+        let response = routes.call(request).await?;
+        ensure!(response.status().is_success(), "{}", response.status());
+        response.into_body().collect().await?;
+    }
+    Ok(())
+}
+
+/// One that is never asked to run anything.
+fn supervisor(place: &Path, store: &Arc<Store>) -> Result<Supervisor> {
+    let config = Config {
+        sandboxes_dir: place.join("sandboxes"),
+        images: ImageStore::new(place),
+        lohar: place.join("lohar"),
+        boot_limit: Duration::from_secs(1),
+        snapshots_dir: place.join("snapshots"),
+        templates_dir: place.join("templates"),
+        templates_bytes: 0,
+        template_hostname: "template".parse()?,
+        ready_vmms: 0,
+        ready_forks: 0,
+        memory_budget_mib: 1024,
+        secret_key: SecretKey::open(place, false)?,
+        thermal: ThermalConfig {
+            warm_after: Duration::from_secs(1),
+            cold_after: Duration::from_secs(1),
+        },
+        volumes_dir: place.join("volumes"),
+        network: NetworkConfig {
+            host: Err("nothing runs here".to_owned()),
+            range: "10.213.0.0/16".parse()?,
+            allowable: bhatti_types::Allowance::default(),
+        },
+        fault: None,
+    };
+    let engine = Arc::new(QemuEngine::new(PROGRAM.into()));
+    Ok(Supervisor::new(config, Arc::clone(store), engine))
+}
