@@ -8,6 +8,7 @@ mod answers;
 mod auth;
 mod console;
 mod extract;
+mod hear_out;
 mod json;
 mod keys;
 mod metrics;
@@ -187,5 +188,6 @@ pub fn router(state: AppState, listener: Listener) -> Router {
         .layer(from_fn_with_state((state.clone(), listener), auth::authenticate))
         .layer(from_fn_with_state(state.clone(), metrics::measure))
         .layer(from_fn(request_id::identify))
+        .layer(from_fn(hear_out::hear_out))
         .with_state(state)
 }

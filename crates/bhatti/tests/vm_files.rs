@@ -1,6 +1,6 @@
 //! Files in a real guest.
 
-use bhatti_testkit::{LIMIT, TestDaemon};
+use bhatti_testkit::{Api, LIMIT, TestDaemon};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -104,6 +104,24 @@ async fn upload_is_whole_or_not_at_all() {
     chunked.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert_eq!(api.get(&format!("{files}?path=/workspace/d/f")).await.text(), "new file");
+}
+
+#[tokio::test]
+async fn upload_that_is_refused_is_heard_out_so_that_its_sender_learns_why() {
+    const LENGTH: usize = 64 << 20;
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    for more in ["", "Connection: close\r\n"] {
+        let mut up = api.connect().await;
+        let head = format!(
+            "PUT /sandboxes/nobody/files?path=/x HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {LENGTH}\r\n\r\n"
+        );
+        up.write_all(head.as_bytes()).await.unwrap();
+        up.write_all(&vec![0; LENGTH]).await.unwrap();
+        let mut answer = [0; 12];
+        up.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 404", "{more}");
+    }
 }
 
 #[tokio::test]
