@@ -6,6 +6,7 @@
 mod error;
 mod exec;
 mod file;
+mod forward;
 mod guest;
 mod session;
 mod unix;
@@ -14,10 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_engine::{AgentChannel, AgentStream};
-use bhatti_proto::{
-    CONTROL_PORT, FORWARD_PORT, ForwardRequest, ForwardResponse, Frame, FrameReader, FrameType,
-    FrameWriter, parse_exit,
-};
+use bhatti_proto::{CONTROL_PORT, Frame, FrameReader, FrameType, FrameWriter, parse_exit};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{ReadHalf, WriteHalf};
@@ -56,30 +54,6 @@ impl AgentClient {
     #[must_use]
     pub fn with_token(&self, token: &[u8]) -> Self {
         Self { channel: Arc::clone(&self.channel), token: Some(token.into()) }
-    }
-
-    /// Connects to a TCP port of the guest's loopback. The stream is raw from here on; each direction ends for itself.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`CallError::ForwardRefused`] if nothing accepts there.
-    pub async fn forward(&self, port: u16) -> Result<Box<dyn AgentStream>, CallError> {
-        let (mut reader, mut writer) = self.open(FORWARD_PORT).await?;
-        writer
-            .send_json(FrameType::FWD_REQ, &ForwardRequest { port })
-            .await
-            .map_err(CallError::Send)?;
-        let frame = expect(&mut reader, FrameType::FWD_RESP).await?;
-        let response: ForwardResponse = frame.json().map_err(|_| CallError::Unexpected)?;
-        if response.status != "ok" {
-            return Err(CallError::ForwardRefused {
-                port,
-                message: response.message.unwrap_or_default(),
-            });
-        }
-        let (reader, early) = reader.into_parts();
-        let stream = tokio::io::AsyncReadExt::chain(std::io::Cursor::new(early), reader);
-        Ok(Box::new(tokio::io::join(stream, writer.into_inner())))
     }
 
     /// Opens a stream and shows the token.

@@ -34,4 +34,9 @@ pub trait AgentChannel: Send + Sync {
     fn carries_half_close(&self) -> bool {
         false
     }
+
+    /// Whether a direction of a stream can end before the other.
+    fn ends_directions_apart(&self) -> bool {
+        true
+    }
 }

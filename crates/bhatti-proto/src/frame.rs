@@ -23,7 +23,7 @@ const HEADER_BYTES: usize = 5;
 pub struct FrameType(pub u8);
 
 impl FrameType {
-    /// Host to guest: bytes for the process, or for the file being written.
+    /// Host to guest: bytes for the process, or for the file being written. Either way: bytes of a connection that travels as frames.
     pub const STDIN: Self = Self(0x01);
     /// Guest to host: bytes of the process, or of the file being read.
     pub const STDOUT: Self = Self(0x02);
@@ -37,7 +37,8 @@ impl FrameType {
     pub const ERROR: Self = Self(0x06);
     /// Host to guest: kill the process group.
     pub const KILL: Self = Self(0x07);
-    /// Host to guest: the process's standard input ends here. Not in the original protocol.
+    /// Host to guest: the process's standard input ends here. Either way: that direction of a connection does. Not in the original
+    /// protocol.
     pub const STDIN_EOF: Self = Self(0x08);
     /// Host to guest: one byte, a signal for the process group. Not in the original protocol.
     pub const SIGNAL: Self = Self(0x09);

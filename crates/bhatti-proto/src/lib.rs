@@ -17,6 +17,7 @@ mod guest;
 mod io;
 mod message;
 pub mod mux;
+mod relay;
 pub mod resync;
 
 pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parsed, encode, parse};
@@ -32,6 +33,7 @@ pub use message::{
     ForwardResponse, GuestEvent, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo,
     SessionRef, SignalRequest, StatusOk,
 };
+pub use relay::relay_as_frames;
 
 /// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.
 pub const CONTROL_PORT: u32 = 1024;

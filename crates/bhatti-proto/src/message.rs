@@ -204,6 +204,9 @@ pub enum GuestEvent {
 pub struct ForwardRequest {
     /// The port.
     pub port: u16,
+    /// Whether what follows travels as frames, see [`relay_as_frames`](crate::relay_as_frames). Optional, new.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub framed: bool,
 }
 
 /// Answers a [`ForwardRequest`].
@@ -214,6 +217,9 @@ pub struct ForwardResponse {
     /// The error's text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// Whether what follows travels as frames, as it was asked to. Optional, new.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub framed: bool,
 }
 
 /// A file or directory.

@@ -27,7 +27,7 @@ pub use sandbox::{Ran, code_of, collect, named, run, shell, start};
 pub use skip::skip;
 
 /// How long anything that a test waits for may take.
-pub const LIMIT: Duration = Duration::from_secs(180);
+pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// What a process has in memory, in MiB.
 ///

@@ -29,6 +29,10 @@ impl AgentChannel for VsockChannel {
         let stream = self.connect(port).await.map_err(ChannelError)?;
         Ok(Box::new(Whole(stream)))
     }
+
+    fn ends_directions_apart(&self) -> bool {
+        false
+    }
 }
 
 /// A stream that is open in both directions until it is dropped: a hypervisor that finds the host's direction closed ends both, whatever is

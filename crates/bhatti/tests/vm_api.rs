@@ -156,9 +156,11 @@ async fn name_and_labels_can_be_changed_and_are_found() {
 
 #[tokio::test]
 async fn sandbox_whose_time_is_over_is_gone() {
-    let (daemon, api) =
-        TestDaemon::with_sandbox("", &json!({ "name": "dev", "timeout_sec": 2 })).await;
-    assert!(api.get("/sandboxes/dev").await.json()["expires_at"].is_string());
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let request = json!({ "name": "dev", "timeout_sec": 2 });
+    let created = api.call("POST", "/sandboxes", &request).await;
+    assert!(created.json()["expires_at"].is_string(), "{}", created.text());
 
     let gone = async {
         while api.get("/sandboxes/dev").await.status != 404 {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bhatti_proto::{ActivityInfo, ErrorKind, GuestEvent};
-use rustix::process::{Pid, Rlimit};
+use rustix::process::Pid;
 use tokio::sync::{Notify, broadcast};
 
 use crate::descriptors::raise_limit;
@@ -36,8 +36,8 @@ pub(crate) struct Agent {
     pub(crate) state_dir: PathBuf,
     /// What is its own to change.
     pub(crate) place: Place,
-    /// How many descriptors its children may have: fewer than it has itself.
-    pub(crate) child_descriptors: Rlimit,
+    /// How many descriptors its children begin with, which are fewer than it has itself.
+    pub(crate) child_descriptors: Option<u64>,
     commands: RefCell<HashMap<String, Pid>>,
     running_commands: Cell<u32>,
     connections: Cell<usize>,

@@ -10,6 +10,8 @@ use std::time::Duration;
 use bhatti_proto::mux::AcceptedStream;
 use bhatti_proto::{FrameReader, FrameWriter};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::AddressFamily;
+use rustix::net::sockopt::socket_domain;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -31,7 +33,10 @@ impl Transport for AcceptedStream {
 
 impl Transport for UnixStream {
     fn host_is_gone(&self) -> bool {
-        let mut fds = [PollFd::new(self, PollFlags::empty())];
+        // A vsock of Firecracker's ends both directions with one, of which the kernel makes no hang-up.
+        let is_vsock = socket_domain(self) == Ok(AddressFamily::VSOCK);
+        let looked_for = if is_vsock { PollFlags::RDHUP } else { PollFlags::empty() };
+        let mut fds = [PollFd::new(self, looked_for)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         // A socket that cannot be asked is as good as gone.
         !matches!(poll(&mut fds, Some(&now)), Ok(0))

@@ -3,7 +3,9 @@
 use std::io;
 use std::time::Duration;
 
-use bhatti_proto::{ErrorKind, FORWARD_PORT, ForwardRequest, ForwardResponse, Frame, FrameType};
+use bhatti_proto::{
+    ErrorKind, FORWARD_PORT, ForwardRequest, ForwardResponse, Frame, FrameType, relay_as_frames,
+};
 use tokio::io::{AsyncWriteExt, copy};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -20,7 +22,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) async fn serve<T: Transport>(
     agent: &Agent,
     frame: &Frame,
-    reader: HostReader<T>,
+    mut reader: HostReader<T>,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
     if frame.frame_type != FrameType::FWD_REQ {
@@ -29,16 +31,21 @@ pub(crate) async fn serve<T: Transport>(
     }
     agent.touch();
     let connected = match frame.json::<ForwardRequest>() {
-        Ok(request) => connect(request.port).await,
+        Ok(request) => connect(request.port).await.map(|target| (target, request.framed)),
         Err(error) => Err(format!("bad forward request: {error}")),
     };
-    let (status, message) = match &connected {
-        Ok(_) => ("ok".to_owned(), None),
-        Err(message) => ("error".to_owned(), Some(message.clone())),
+    let (status, message, framed) = match &connected {
+        Ok((_, framed)) => ("ok".to_owned(), None, *framed),
+        Err(message) => ("error".to_owned(), Some(message.clone()), false),
     };
-    writer.send_json(FrameType::FWD_RESP, &ForwardResponse { status, message }).await?;
-    let Ok(target) = connected else { return Ok(()) };
-    relay(target, reader, writer).await.map_err(host_gone)
+    writer.send_json(FrameType::FWD_RESP, &ForwardResponse { status, message, framed }).await?;
+    let Ok((target, _)) = connected else { return Ok(()) };
+    let relayed = if framed {
+        relay_as_frames(target, &mut reader, writer).await
+    } else {
+        relay(target, reader, writer).await
+    };
+    relayed.map_err(host_gone)
 }
 
 /// Copies both ways; each direction ends for itself.

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::write;
-use rustix::process::{Pid, Resource, ioctl_tiocsctty, setrlimit, setsid};
+use rustix::process::{Pid, ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{
@@ -21,6 +21,7 @@ use rustix::thread::{
 use tokio::net::unix::pipe;
 
 use crate::agent::{Agent, Place};
+use crate::descriptors::lower_limit;
 use crate::log::errno_text;
 use crate::lookup::{LookupError, find_program};
 use crate::reaper::Exit;
@@ -141,7 +142,7 @@ fn prepare(
         }
         settle(attachment, user.as_ref(), cgroup.as_ref())?;
         // Last: what is the agent's is open until the child becomes another program, and may be more than the child may have.
-        Ok(setrlimit(Resource::Nofile, descriptors)?)
+        lower_limit(descriptors)
     };
     // SAFETY: between fork and exec `settle` makes system calls only, and allocates nothing.
     #[expect(unsafe_code, reason = "the child must be settled between fork and exec")]

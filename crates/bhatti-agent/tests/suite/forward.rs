@@ -1,6 +1,6 @@
 //! TCP forwarding.
 
-use bhatti_agent::CallError;
+use bhatti_agent::{AgentClient, CallError};
 use bhatti_proto::FrameType;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -23,9 +23,14 @@ async fn echo(address: &str) -> u16 {
 #[tokio::test]
 async fn each_direction_ends_for_itself() {
     let agent = Agent::start().await;
+    check_directions(&agent.client).await;
+}
+
+/// Talks to servers that answer to the end of what they are sent.
+pub(crate) async fn check_directions(client: &AgentClient) {
     for address in ["127.0.0.1", "::1"] {
         let port = echo(address).await;
-        let stream = agent.client.forward(port).await.unwrap();
+        let stream = client.forward(port).await.unwrap();
         let (mut from, mut to) = tokio::io::split(stream);
         let bytes: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();
         let sent = bytes.clone();

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use bhatti_agent::{AgentClient, CallError, ExecEvent};
 use bhatti_proto::{CONTROL_PORT, FORWARD_PORT};
 use bhatti_vmm::VsockChannel;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream, copy_bidirectional};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufStream, copy_bidirectional};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use crate::agent::{Agent, LIMIT, collect, shell};
+use crate::forward::check_directions;
 
 const SOCKET: &str = "vsock";
 
@@ -88,6 +89,26 @@ async fn command_whose_input_has_ended_can_still_be_killed() {
     input.kill().await.unwrap();
 
     assert_eq!(collect(output).await.unwrap().code, 128 + 9);
+}
+
+#[tokio::test]
+async fn each_direction_of_a_connection_to_a_port_ends_for_itself_through_vsock() {
+    let (_agent, client) = agent_behind_vsock().await;
+    check_directions(&client).await;
+
+    // The guest's first, and what is sent afterwards arrives.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut stream = client.forward(port).await.unwrap();
+    let (mut server, _) = listener.accept().await.unwrap();
+    server.shutdown().await.unwrap();
+    assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+    stream.write_all(b"later").await.unwrap();
+    // Dropped, it ends at the other end, with all that was written.
+    drop(stream);
+    let mut received = String::new();
+    timeout(LIMIT, server.read_to_string(&mut received)).await.unwrap().unwrap();
+    assert_eq!(received, "later");
 }
 
 #[tokio::test]
