@@ -124,7 +124,9 @@ async fn run_in(
     );
     let ready = execute(&agent, &["sh", "-c", &prepare].map(str::to_owned), &[], "/").await?;
     ensure!(ready == 0, "the lab could not be prepared");
-    execute(&agent, command, environment, &here.to_string_lossy()).await
+    let ran = execute(&agent, command, environment, &here.to_string_lossy()).await;
+    // A lab that ended says why on its console alone.
+    ran.with_context(|| format!("the lab's last words:\n{}", vm.console_tail()))
 }
 
 /// Runs a command as root, and passes on what it says.
