@@ -319,6 +319,7 @@ pub async fn failure(bench: &Bench<'_>) {
 
     bench.snapshot(&vm, &place, Some(MemoryKind::Diff), Disks::InPlace).await;
     engine.kill(spec.id, &spec.directory).await.unwrap();
+    let asleep = names(&spec.directory);
     for name in names(&place) {
         let path = place.join(&name);
         let whole = fs::read(&path).unwrap();
@@ -335,6 +336,7 @@ pub async fn failure(bench: &Bench<'_>) {
             );
             assert!(told, "{name}: {error:?}");
             assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
+            assert_eq!(names(&spec.directory), asleep, "{name}");
         }
         fs::write(&path, whole).unwrap();
     }
@@ -446,7 +448,10 @@ pub fn random_id() -> SandboxId {
 
 fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).unwrap();
-    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 /// A file that is longer is a disk, and mostly empty.
@@ -454,8 +459,6 @@ const READ_BYTES_MAX: u64 = 1 << 30;
 
 /// All files of a snapshot: of a disk, when it was written last; of the others, their bytes.
 fn content(directory: &Path) -> Vec<(String, SystemTime, Vec<u8>)> {
-    let mut names = names(directory);
-    names.sort();
     let read = |name: String| {
         let path = directory.join(&name);
         let file = fs::metadata(&path).unwrap();
@@ -463,5 +466,5 @@ fn content(directory: &Path) -> Vec<(String, SystemTime, Vec<u8>)> {
         let bytes = if is_disk { Vec::new() } else { fs::read(path).unwrap() };
         (name, file.modified().unwrap(), bytes)
     };
-    names.into_iter().map(read).collect()
+    names(directory).into_iter().map(read).collect()
 }

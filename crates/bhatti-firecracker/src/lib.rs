@@ -103,6 +103,13 @@ impl FirecrackerEngine {
         }
     }
 
+    /// Ends a VM that did not come up; its disk and what was saved of it stay.
+    async fn end(&self, id: SandboxId, directory: &Path) {
+        if let Err(left) = self.kill(id, directory).await {
+            tracing::error!(sandbox = %id, error = %left, "Failed to end a VM that did not come up");
+        }
+    }
+
     async fn clean_up(&self, id: SandboxId, directory: &Path) {
         if let Err(left) = self.remove(id, directory).await {
             tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not come up");
@@ -128,9 +135,7 @@ impl Engine for FirecrackerEngine {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(error) => {
                 if spec.keep_disk {
-                    self.kill(spec.id, &spec.directory).await.unwrap_or_else(|left| {
-                        tracing::error!(sandbox = %spec.id, error = %left, "Failed to end a VM that did not boot");
-                    });
+                    self.end(spec.id, &spec.directory).await;
                 } else {
                     self.clean_up(spec.id, &spec.directory).await;
                 }
@@ -143,8 +148,9 @@ impl Engine for FirecrackerEngine {
         match restore::stage(spec, &self.setup).await {
             Ok(waiting) => Ok(Box::new(waiting)),
             Err(error) => {
-                if spec.disks == Disks::Frozen {
-                    self.clean_up(spec.id, &spec.directory).await;
+                match spec.disks {
+                    Disks::Frozen => self.clean_up(spec.id, &spec.directory).await,
+                    Disks::InPlace => self.end(spec.id, &spec.directory).await,
                 }
                 Err(error)
             }

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm, VmmError};
 use bhatti_host::disk;
 use bhatti_host::process::Followed;
+use bhatti_types::SandboxId;
 use bhatti_vmm::{
     Generation, check_volumes, create_private, damaged, new_name, remove_other_memory, same, share,
     volumes,
@@ -27,6 +28,7 @@ use crate::vm::{self, FirecrackerVm, Place, report_log};
 
 /// A Firecracker that waits for its state.
 pub(crate) struct Waiting {
+    id: SandboxId,
     jail: Jail,
     directory: PathBuf,
     snapshot: PathBuf,
@@ -54,6 +56,7 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
         .map_err(failed("prepare Firecracker's place"))?;
     let process = vm::start(setup, &place, &jail, &machine).map_err(failed("start Firecracker"))?;
     let waiting = Waiting {
+        id: spec.id,
         jail,
         directory: spec.directory.clone(),
         snapshot: spec.snapshot.clone(),
@@ -174,7 +177,7 @@ impl Waiting {
         same("Firecracker", &self.manifest.vmm_version, &instance.vmm_version)
     }
 
-    /// Ends the process.
+    /// Ends the process, and leaves what was there before it.
     async fn give_up(self, error: RestoreError) -> RestoreError {
         self.process.kill();
         self.process.ended().await;
@@ -183,6 +186,9 @@ impl Waiting {
         let kept = self.manifest.machine.memory.as_deref().unwrap_or_default();
         if let Err(error) = remove_other_memory(&self.directory, kept) {
             tracing::warn!(%error, "Failed to remove a memory that was not used");
+        }
+        if let Err(error) = jail::clear(self.id, &self.directory).await {
+            tracing::warn!(%error, "Failed to remove the place of a VM that was not restored");
         }
         error
     }
