@@ -56,13 +56,16 @@ impl AgentClient {
         writer.flush().await.map_err(CallError::Write)
     }
 
-    /// Gives a restored guest another identity, and returns what came of each part.
+    /// Gives a restored guest another identity, and returns what came of each part. How long that may take is the caller's to say: volumes are
+    /// mounted and files written.
     ///
     /// # Errors
     ///
     /// Returns an error if the agent cannot be asked.
     pub async fn assume_identity(&self, identity: &Identity) -> Result<IdentityReport, CallError> {
-        self.ask(FrameType::IDENTITY_REQ, identity, FrameType::IDENTITY_RESP).await
+        let (mut reader, _writer) = self.request(FrameType::IDENTITY_REQ, identity).await?;
+        let report = expect(&mut reader, FrameType::IDENTITY_RESP).await?;
+        report.json().map_err(|_| CallError::Unexpected)
     }
 
     /// Has the guest stand still, but for its agent, until it is told that it has woken or who it is. With `sync`, what was written to its

@@ -239,6 +239,18 @@ fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
     }
 }
 
+/// Makes a guest that has booted this sandbox's own. It has as long for that as for its boot: it may have volumes to make sound.
+pub(crate) async fn configure(
+    shared: &Shared,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<(), CallError> {
+    let limit = shared.config.boot_limit;
+    let configured = timeout(limit, running.agent.configure(&identity::config(row, extras))).await;
+    configured.unwrap_or(Err(CallError::Silent { limit }))
+}
+
 async fn boot(
     shared: &Arc<Shared>,
     driver: &Driver,
@@ -265,10 +277,7 @@ async fn boot(
     let vm = shared.engine.boot(&vm_spec).await?;
     shared.connect_network(row.id, row.owner, row.address).await?;
     let running = Running::new(vm, "", admitted);
-    let limit = shared.config.boot_limit;
-    let configured = timeout(limit, running.agent.configure(&identity::config(row, extras))).await;
-    let configured = configured.unwrap_or(Err(CallError::Silent { limit }));
-    configured.map_err(|error| match error {
+    configure(shared, row, extras, &running).await.map_err(|error| match error {
         CallError::Agent(refused) if !row.volumes.is_empty() => CreateError::Mount(refused.message),
         CallError::Agent(refused) if !extras.files.is_empty() => {
             CreateError::Files(refused.message)

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::access::Running;
+use crate::bring_up::configure;
 use crate::create::{CreateError, boot_files};
 use crate::driver::{Driver, TransitionError};
 use crate::identity::{self, Extras};
@@ -134,10 +135,7 @@ impl Driver {
             return Err(error.into());
         }
         let running = Running::new(vm, "", admitted);
-        let configured =
-            timeout(TELL_LIMIT, running.agent.configure(&identity::config(&row, &extras))).await;
-        let silent = || CallError::Silent { limit: TELL_LIMIT };
-        if let Err(error) = configured.unwrap_or_else(|_| Err(silent())) {
+        if let Err(error) = configure(&self.shared, &row, &extras, &running).await {
             self.end_failed_wake().await;
             return Err(TransitionError::Unconfigured(error));
         }
