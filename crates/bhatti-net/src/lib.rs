@@ -12,6 +12,7 @@
 
 mod links;
 mod names;
+mod others;
 mod resolver;
 mod rules;
 
@@ -28,6 +29,7 @@ use tokio::sync::Mutex;
 
 pub use links::Taken;
 pub use names::{Instance, Mac, bridge_name, tap_name};
+pub use others::{Kept, Obstacle, obstacles};
 pub use resolver::Upstreams;
 
 use links::Links;

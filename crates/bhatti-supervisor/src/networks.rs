@@ -155,6 +155,9 @@ impl Shared {
     /// Looks now and then whether the rules are still there: others may flush what they did not make.
     pub(crate) async fn watch_networks(&self) {
         let Ok(host) = self.host() else { return };
+        for obstacle in bhatti_net::obstacles().await.unwrap_or_default() {
+            warn!("{obstacle}; `bhatti doctor` says what lets them pass");
+        }
         loop {
             sleep(RULES_LOOK).await;
             let has_ports = self.store.list_ports().is_ok_and(|ports| !ports.is_empty());

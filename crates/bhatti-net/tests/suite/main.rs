@@ -6,7 +6,9 @@ mod place;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
-use bhatti_net::{Host, Instance, NetError, Network, Plan, Upstreams, bridge_name};
+use bhatti_net::{
+    Host, Instance, Kept, NetError, Network, Obstacle, Plan, Upstreams, bridge_name, obstacles,
+};
 use bhatti_testkit::enter_own_network;
 use bhatti_types::Allowance;
 
@@ -419,4 +421,39 @@ async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
     host.rename(&plan);
     assert_eq!(ask_name(guest, gateway, "renamed", false).await, Ok(vec![address(0, 3)]));
     assert_eq!(ask_name(guest, gateway, "s3.sb", false).await, Err("NameError".to_owned()));
+}
+
+#[tokio::test]
+async fn filters_of_others_that_drop_what_they_do_not_know_are_found_until_they_know_sandboxes() {
+    const FILTERS: &str = "table ip filter {
+        chain FORWARD { type filter hook forward priority filter; policy drop; }
+        chain OUTPUT { type filter hook output priority filter; policy drop; }
+    }
+    table inet host {
+        chain input { type filter hook input priority filter; policy drop; }
+        chain forward { type filter hook forward priority filter; policy accept; }
+    }
+    table ip6 filter {
+        chain FORWARD { type filter hook forward priority filter; policy drop; }
+    }";
+    if !ready("filters of others") {
+        return;
+    }
+    let host = open(1).await;
+    guests(&host, &[(0, 2)]).await;
+    assert_eq!(obstacles().await.unwrap(), []);
+
+    nft(&[FILTERS]);
+    let found = obstacles().await.unwrap();
+
+    let of = |table: &str, chain: &str, kept| Obstacle {
+        table: table.to_owned(),
+        chain: chain.to_owned(),
+        kept,
+    };
+    let world = of("ip filter", "FORWARD", Kept::World);
+    assert_eq!(found, [world.clone(), of("inet host", "input", Kept::Names)]);
+
+    nft(&["insert rule inet host input iifname bhatti0 accept"]);
+    assert_eq!(obstacles().await.unwrap(), [world]);
 }

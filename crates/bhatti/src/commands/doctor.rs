@@ -7,7 +7,7 @@ use bhatti_firecracker::Found;
 use bhatti_host::kvm::{self, KvmUnusable};
 use bhatti_host::{disk, process};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
-use bhatti_net::{Host, Instance, NetError, Upstreams};
+use bhatti_net::{Host, Instance, Kept, NetError, Obstacle, Upstreams, obstacles};
 use bhatti_types::Report;
 use serde::Serialize;
 
@@ -26,6 +26,7 @@ const QEMU_TESTED: u32 = 10;
 enum Verdict {
     Good,
     Slow,
+    Blocked,
     Missing,
 }
 
@@ -60,7 +61,6 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let mut findings = vec![
         accelerator(),
         engine(&Config::read(data_dir)?).await,
-        network().await,
         tool("mmdebstrap", "mmdebstrap").await,
         tool("mke2fs", "e2fsprogs").await,
         agent(&lohar),
@@ -69,6 +69,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
         images(data_dir, lohar.ok()),
         daemon(context).await,
     ];
+    findings.splice(2..2, network().await);
     if !rustix::process::geteuid().is_root() {
         // What root does by right, mmdebstrap and mke2fs do under these.
         findings.push(tool("fakechroot", "fakechroot").await);
@@ -86,6 +87,7 @@ fn describe(finding: &Finding) -> String {
     let mark = match finding.verdict {
         Verdict::Good => "ok",
         Verdict::Slow => "slow",
+        Verdict::Blocked => "BLOCKED",
         Verdict::Missing => "MISSING",
     };
     let line = format!("{mark:8} {:12} {}", finding.what, finding.detail);
@@ -189,21 +191,46 @@ async fn tool(program: &'static str, package: &str) -> Finding {
 }
 
 /// Whether sandboxes can have networks. Without, they work all the same.
-async fn network() -> Finding {
+async fn network() -> Vec<Finding> {
+    const WHAT: &str = "network";
     // Nobody's number: nothing is changed.
     match Host::open(Instance(1), Upstreams::Fixed(Vec::new())).await {
-        Ok(_) => Finding::good("network", "sandboxes can have networks"),
-        Err(error @ NetError::Nft(_)) => Finding::slow(
-            "network",
-            format!("none for sandboxes: {}", Report(&error)),
-            Some("apt-get install nftables"),
-        ),
-        Err(error) => Finding::slow(
-            "network",
-            format!("none for sandboxes: {}", Report(&error)),
-            Some("run the daemon as root, where /dev/net/tun can be opened"),
-        ),
+        Ok(_) => {}
+        Err(error) => {
+            let mend = match error {
+                NetError::Nft(_) => "apt-get install nftables",
+                _ => "run the daemon as root, where /dev/net/tun can be opened",
+            };
+            let detail = format!("none for sandboxes: {}", Report(&error));
+            return vec![Finding::slow(WHAT, detail, Some(mend))];
+        }
     }
+    let others = obstacles().await.unwrap_or_default();
+    if others.is_empty() {
+        return vec![Finding::good(WHAT, "sandboxes can have networks")];
+    }
+    let blocked = |other: &Obstacle| Finding {
+        what: WHAT,
+        verdict: Verdict::Blocked,
+        detail: other.to_string(),
+        mend: Some(way_past(other)),
+    };
+    others.iter().map(blocked).collect()
+}
+
+/// The commands that let sandboxes past a filter of somebody else's, until that is made anew.
+fn way_past(Obstacle { table, chain, kept }: &Obstacle) -> String {
+    let rules: &[&str] = match (table.as_str(), kept) {
+        ("ip filter", Kept::World) => &["-i 'bhatti+' -j ACCEPT", "-o 'bhatti+' -j ACCEPT"],
+        ("ip filter", Kept::Names) => &["-i 'bhatti+' -p udp --dport 53 -j ACCEPT"],
+        (_, Kept::World) => &["iifname bhatti* accept", "oifname bhatti* accept"],
+        (_, Kept::Names) => &["iifname bhatti* udp dport 53 accept"],
+    };
+    let command = |rule: &&str| match table.as_str() {
+        "ip filter" => format!("iptables -I {chain} {rule}"),
+        _ => format!("nft \"insert rule {table} {chain} {rule}\""),
+    };
+    rules.iter().map(command).collect::<Vec<_>>().join("; ")
 }
 
 fn agent(lohar: &Result<PathBuf, CliError>) -> Finding {
