@@ -23,16 +23,18 @@ use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_types::{CpuCount, MemoryMib, SandboxId};
 
 /// What the lab has beyond the smallest Debian.
-const PACKAGES: &str = "qemu-system-x86,qemu-utils,kmod,iproute2,iputils-ping,nftables,e2fsprogs,procps,util-linux,tmux,curl,python3";
+const PACKAGES: &str = "qemu-system-x86,qemu-utils,kmod,iproute2,iputils-ping,nftables,e2fsprogs,procps,util-linux,tmux,curl,python3,strace,xfsprogs";
 const SUITE: &str = "bookworm";
 
 /// Modules that a host of sandboxes has.
-const MODULES: &str = "kvm-amd tun bridge veth nf_tables nft_chain_nat nft_masq nft_reject_inet nft_ct nft_limit nft_meta_bridge br_netfilter";
+const MODULES: &str = "kvm-amd tun bridge veth nf_tables nft_chain_nat nft_masq nft_reject_inet nft_ct nft_limit nft_meta_bridge br_netfilter xfs";
 
 const MEMORY_MIB: u64 = 8192;
 const CPUS: u64 = 2;
 /// The size of what is carried in, in MiB; its file is sparse.
 const CARRIED_MIB: u32 = 16384;
+/// The size of what it is unpacked on, and sandboxes are made on; its file is sparse, too.
+const SCRATCH_MIB: u32 = 32768;
 
 /// How the names of files begin that have it; the number of their process follows.
 const CARRIED: &str = "carried-";
@@ -68,12 +70,14 @@ fn run(carried: &[PathBuf], environment: &[String], command: &[String]) -> Resul
         let root = root_image(&work).await?;
         let files = carry(&work, carried).await?;
         let directory = tempfile::tempdir_in(&work)?;
+        let scratch = directory.path().join("scratch");
+        fs::File::create_new(&scratch)?.set_len(u64::from(SCRATCH_MIB) << 20)?;
         let id = SandboxId::from_entropy([0x1a; 8]);
         let engine = QemuEngine::new(PROGRAM.into());
         let place = directory.path().join("vm");
         let ran = tokio::time::timeout(
             RUN_LIMIT,
-            run_in(&engine, (id, &place), &root, &files, environment, command),
+            run_in(&engine, (id, &place), &root, [&files, &scratch], environment, command),
         )
         .await;
         engine.remove(id, &place).await?;
@@ -86,7 +90,7 @@ async fn run_in(
     engine: &QemuEngine,
     (id, place): (SandboxId, &Path),
     root: &Path,
-    files: &Path,
+    disks: [&Path; 2],
     environment: &[String],
     command: &[String],
 ) -> Result<i32> {
@@ -103,20 +107,18 @@ async fn run_in(
         root_base: root.to_owned(),
         keep_disk: false,
         tap: None,
-        volumes: vec![Some(VolumeFile {
-            path: files.to_owned(),
-            read_only: false,
-            mount: String::new(),
-        })],
+        volumes: disks.map(volume).into(),
         boot_limit: BOOT_LIMIT,
     };
     let vm = engine.boot(&spec).await?;
     let agent = AgentClient::new(vm.channel());
     let here = std::env::current_dir()?.canonicalize()?;
-    // Below a directory of its own, and each top directory of it linked to where it is looked for.
+    // On a file system on which copies of disks are shared, as on a good host. Below a directory of its own, and each top directory of it linked
+    // to where it is looked for.
     let prepare = format!(
         "set -e; depmod -a; for m in {MODULES}; do modprobe $m 2>/dev/null || true; done; \
-         mkdir /carried; mount /dev/vdb /carried; cd /carried; mount -t tmpfs tmpfs /tmp; \
+         mkfs.xfs -q -m reflink=1 /dev/vdc; mkdir /carried; mount /dev/vdc /carried; mount -o ro /dev/vdb /mnt; \
+         cp -a --sparse=always /mnt/. /carried; umount /mnt; cd /carried; mount -t tmpfs tmpfs /tmp; \
          find . -mindepth 1 -maxdepth 1 -not -name lost+found | while read -r top; do \
            mkdir -p \"/${{top#./}}\"; mount --bind \"$top\" \"/${{top#./}}\"; done; \
          mkdir -p '{}'; test -c /dev/kvm",
@@ -127,6 +129,10 @@ async fn run_in(
     let ran = execute(&agent, command, environment, &here.to_string_lossy()).await;
     // A lab that ended says why on its console alone.
     ran.with_context(|| format!("the lab's last words:\n{}", vm.console_tail()))
+}
+
+fn volume(file: &Path) -> Option<VolumeFile> {
+    Some(VolumeFile { path: file.to_owned(), read_only: false, mount: String::new() })
 }
 
 /// Runs a command as root, and passes on what it says.
