@@ -311,6 +311,13 @@ fn restore_error(error: &RestoreError) -> ApiError {
     }
 }
 
+/// What a sandbox that was not woken is told as: what kept it asleep before.
+fn given_up(error: &TransitionError, wait: Duration, last: &RestoreError) -> ApiError {
+    let told = restore_error(last);
+    let hint = told.hint.unwrap_or_else(|| "once more, at once: bhatti start NAME".to_owned());
+    ApiError::new(told.code, format!("{error}: {}", told.message)).hint(hint).retry_after(wait)
+}
+
 impl From<Busy> for ApiError {
     fn from(busy: Busy) -> Self {
         let error = Self::new(ErrorCode::Busy, busy.to_string());
@@ -330,6 +337,7 @@ impl From<TransitionError> for ApiError {
             TransitionError::Denied(denied) => (*denied).into(),
             TransitionError::Busy(busy) => (*busy).into(),
             TransitionError::Restore(restore) => restore_error(restore),
+            TransitionError::GivenUp { wait, error: last, .. } => given_up(&error, *wait, last),
             TransitionError::Boot(boot) => boot_error(boot, &error),
             TransitionError::Volume(volume) => volume_error(volume),
             TransitionError::Network(network) => network_error(network),

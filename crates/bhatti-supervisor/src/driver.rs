@@ -30,6 +30,7 @@ use tracing::{error, info, warn};
 use crate::Shared;
 use crate::access::{Access, Entry, Lease, Running};
 use crate::admission::Busy;
+use crate::breaker::Breaker;
 use crate::networks::NetworkError;
 use crate::steps::Step;
 use crate::volumes::{MadeFrom, VolumeUseError};
@@ -68,7 +69,18 @@ pub enum TransitionError {
     Save(#[from] SnapshotError),
     /// It could not be woken.
     #[error("failed to wake the sandbox")]
-    Restore(#[from] RestoreError),
+    Restore(#[source] Arc<RestoreError>),
+    /// It could not be woken several times in a row, so this was not tried.
+    #[error("failed to wake the sandbox {times} times in a row")]
+    GivenUp {
+        /// How often.
+        times: u32,
+        /// How long until it is tried again.
+        wait: Duration,
+        /// The last time's error.
+        #[source]
+        error: Arc<RestoreError>,
+    },
     /// It did not boot.
     #[error("failed to boot the sandbox")]
     Boot(#[from] BootError),
@@ -102,6 +114,12 @@ pub enum TransitionError {
     /// It goes to sleep again and again before it can be used.
     #[error("the sandbox does not stay awake")]
     Restless,
+}
+
+impl From<RestoreError> for TransitionError {
+    fn from(error: RestoreError) -> Self {
+        Self::Restore(Arc::new(error))
+    }
 }
 
 /// A sandbox could not be destroyed as a whole. The next start of the daemon tries again.
@@ -213,6 +231,7 @@ pub(crate) struct Driver {
     pub(crate) token: String,
     pub(crate) shared: Arc<Shared>,
     pub(crate) access: Arc<Access>,
+    pub(crate) breaker: Breaker,
     requests: mpsc::Receiver<Request>,
 }
 
@@ -232,6 +251,7 @@ impl Driver {
             token: row.agent_token.clone(),
             shared: Arc::clone(shared),
             access,
+            breaker: Breaker::default(),
             requests: waiting,
         }
     }

@@ -6,6 +6,7 @@
 
 mod access;
 mod admission;
+mod breaker;
 mod bring_up;
 mod create;
 mod driver;

@@ -46,7 +46,10 @@ impl Driver {
         let (from, woken) = match (self.access.running(), self.access.thermal()) {
             (Some(_), Some(Thermal::Hot)) => return Ok(()),
             (Some(running), _) => (Thermal::Warm, self.resume(&running).await),
-            (None, _) => (Thermal::Cold, self.wake_cold().await),
+            (None, _) => {
+                self.breaker.admit()?;
+                (Thermal::Cold, self.wake_cold().await)
+            }
         };
         self.note_wake(from, began, &woken);
         woken
@@ -54,6 +57,7 @@ impl Driver {
 
     fn note_wake(&self, from: Thermal, began: Instant, woken: &Result<(), TransitionError>) {
         let took = began.elapsed();
+        self.breaker.note(woken);
         match woken {
             Ok(()) => {
                 self.shared.metrics.woken(from, took);
@@ -123,6 +127,7 @@ impl Driver {
         }
         if cold_boot || !self.saves_memory() {
             self.boot_again().await?;
+            self.breaker.note(&Ok(()));
             self.record("sandbox.started", json!({ "cold_boot": true }));
             return Ok(());
         }
