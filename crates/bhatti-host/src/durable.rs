@@ -55,7 +55,16 @@ fn write_with_mode(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 /// Returns the error of the rename, or of the directory's fsync.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)?;
-    File::open(parent(to)?)?.sync_all()
+    sync_parent(to)
+}
+
+/// Makes durable that `path` is there, or is not.
+///
+/// # Errors
+///
+/// Returns the error of the directory's fsync.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    File::open(parent(path)?)?.sync_all()
 }
 
 fn parent(path: &Path) -> io::Result<&Path> {

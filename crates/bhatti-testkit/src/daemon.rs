@@ -247,14 +247,27 @@ impl TestDaemon {
         let is_ours = |pid: &u32| {
             let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let command_line = String::from_utf8_lossy(&command_line);
-            // One runs anywhere and names its files, another runs where they are.
+            // One runs anywhere and names its files, another runs where they are, or has that for its root.
             let runs_there = fs::read_link(format!("/proc/{pid}/cwd"))
                 .is_ok_and(|place| place.starts_with(self.data.path()));
             runs_there
+                || self.is_root_of(*pid)
                 || command_line.starts_with("qemu-system") && command_line.contains(&directory)
                 || containers.iter().any(|name| command_line == format!("/run/lohar\0{name}\0"))
         };
         pids.filter(is_ours).collect()
+    }
+
+    /// Whether all that a process sees of the file system is in the data directory.
+    fn is_root_of(&self, pid: u32) -> bool {
+        let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+        let name = self.data.path().file_name().unwrap_or_default().to_string_lossy();
+        // The fourth field is what is mounted, below its file system's root, and the fifth is where.
+        mounts.lines().any(|line| {
+            let mut fields = line.split(' ').skip(3);
+            let (what, place) = (fields.next().unwrap_or_default(), fields.next());
+            place == Some("/") && what.split('/').any(|part| part == name)
+        })
     }
 
     /// The names that its sandboxes' containers have, if they are containers.
@@ -271,6 +284,17 @@ impl TestDaemon {
         let socket = format!("unix://{socket}");
         for name in self.containers() {
             std_command("docker", &["--host", &socket, "rm", "--force", &name]);
+        }
+    }
+
+    /// Shows what the daemon said, and its VMMs.
+    #[expect(clippy::print_stderr, reason = "a test that failed shows it")]
+    fn tell(&self) {
+        eprintln!("--- the daemon's log:\n{}---", self.log());
+        for directory in self.sandbox_directories() {
+            let said = fs::read_to_string(directory.join("vmm.log")).unwrap_or_default();
+            let pid = vmm_pid(&directory);
+            eprintln!("--- {}, process {pid:?}:\n{said}---", directory.display());
         }
     }
 
@@ -333,13 +357,9 @@ pub(crate) fn std_command(program: &str, arguments: &[&str]) -> bool {
 impl Drop for TestDaemon {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            #[expect(
-                clippy::print_stderr,
-                reason = "a test that failed shows what the daemon said"
-            )]
-            {
-                eprintln!("--- the daemon's log:\n{}---", self.log());
-            }
+            // Why a VM has ended, the daemon says a moment after a test may see that it has.
+            std_command("sleep", &["1"]);
+            self.tell();
         }
         // Dropping the process kills it; it is gone before its VMs, and cannot mark them as failed.
         drop(self.process.take());

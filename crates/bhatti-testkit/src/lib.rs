@@ -7,6 +7,7 @@
 pub mod conformance;
 mod daemon;
 mod engine;
+mod faults;
 mod files;
 mod http;
 mod network;
@@ -20,6 +21,7 @@ use tokio::time::{sleep, timeout};
 
 pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm, vmm_pid};
 pub use engine::{Feature, engine, engine_has, needs};
+pub use faults::FailingCalls;
 pub use files::{SmallDisk, check_disk, hashes};
 pub use http::{Answer, Api, Socket, json_message, message};
 pub use network::enter_own_network;

@@ -52,9 +52,12 @@ impl Draft {
     ///
     /// # Errors
     ///
-    /// Returns an error if the place was taken meanwhile; nothing of the draft is left then.
+    /// Returns an error if the place was taken meanwhile, or the new name cannot be made durable; nothing of the draft is left then.
     pub fn put_in_place(mut self) -> io::Result<()> {
-        durable::rename(&self.path, &self.place)?;
+        fs::rename(&self.path, &self.place)?;
+        // It goes by that name from here on, also if it is to go.
+        self.path.clone_from(&self.place);
+        durable::sync_parent(&self.place)?;
         self.is_kept = true;
         Ok(())
     }

@@ -9,8 +9,8 @@ use bhatti_api::{
 };
 use bhatti_client::Client;
 use bhatti_testkit::{
-    Feature, LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, hashes, is_root, named,
-    needs, run, shell, skip, wait_for,
+    FailingCalls, Feature, LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, engine,
+    hashes, is_root, named, needs, run, shell, skip, vmm_pid, wait_for,
 };
 use tokio::time::timeout;
 
@@ -215,6 +215,36 @@ async fn hundred_requests_at_once_wake_a_cold_sandbox_once() {
 }
 
 #[tokio::test]
+async fn sandbox_that_does_not_wake_is_not_tried_by_every_request_and_start_tries_at_once() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
+    let config = "thermal: {warm_after_ms: 100, cold_after_ms: 100}\nready_vmms: 0\n";
+    let daemon = TestDaemon::start_with(with_config(config)).await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    shell(client, "dev", LEAVE).await;
+    thermal_is(client, "dev", "cold").await;
+    let manifest = daemon.sandbox_directories()[0].join("snapshot/manifest.json");
+    let whole = std::fs::read(&manifest).unwrap();
+    std::fs::write(&manifest, "").unwrap();
+    let request = || client.stat("dev", "/dev/shm/ram");
+
+    for _ in 0..3 {
+        assert_eq!(code_of(&request().await.unwrap_err()), Some(ErrorCode::SnapshotUnusable));
+    }
+    std::fs::write(&manifest, whole).unwrap();
+    let refused = request().await.unwrap_err();
+
+    assert_eq!(code_of(&refused), Some(ErrorCode::SnapshotUnusable), "it is not tried");
+    assert!(refused.to_string().contains("3 times in a row"), "{refused}");
+    client.start("dev", &StartSandbox::default()).await.unwrap();
+    assert_eq!(shell(client, "dev", FIND).await, FOUND);
+    thermal_is(client, "dev", "cold").await;
+    assert_eq!(shell(client, "dev", FIND).await, FOUND);
+}
+
+#[tokio::test]
 async fn destroyed_sandbox_is_never_woken() {
     let daemon = TestDaemon::start().await;
     let rounds = (0..2).map(|worker| {
@@ -406,6 +436,60 @@ async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
     client.create(&named("small")).await.unwrap();
     client.stop("small").await.unwrap();
     client.start("small", &StartSandbox::default()).await.unwrap();
+}
+
+/// Ways in which a stop cannot write what it has to: whose system calls fail, which, and about what in the sandbox's directory.
+const FAILING_WRITES: [(&str, &str, &str); 6] = [
+    ("daemon", "rename", "snapshot.tmp"),
+    ("daemon", "fsync", "snapshot.tmp"),
+    ("daemon", "fsync", ""),
+    ("daemon", "fsync", "snapshot.tmp/memory.pages"),
+    ("daemon", "write,writev,pwrite64", "snapshot.tmp/memory.pages"),
+    ("vmm", "write,writev,pwrite64,pwritev", "snapshot.tmp/device.state"),
+];
+
+#[tokio::test]
+async fn snapshot_whose_writes_fail_leaves_the_sandbox_running_and_nothing_behind() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
+    if !is_root() || engine() != "qemu" {
+        skip("failing writes", "they are for root, and of the files that QEMU's snapshots have");
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    shell(client, "dev", LEAVE).await;
+    let directory = daemon.sandbox_directories().remove(0);
+    let vmm = vmm_pid(&directory).unwrap();
+    let entries = || {
+        let entries = std::fs::read_dir(&directory).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = entries();
+    let trace = daemon.data_dir().join("trace");
+
+    for (whose, calls, file) in FAILING_WRITES {
+        let pid = if whose == "vmm" { vmm } else { daemon.pid() };
+        // A directory has no slash at its end.
+        let path = if file.is_empty() { directory.clone() } else { directory.join(file) };
+        let failing = FailingCalls::begin(pid, calls, &path, &trace).await;
+        let refused = client.stop("dev").await;
+        let failed = failing.end().await;
+
+        let what = format!("{calls} of the {whose}, {file}");
+        assert_eq!(code_of(&refused.unwrap_err()), Some(ErrorCode::Internal), "{what}");
+        assert!(failed > 0, "{what}");
+        assert_eq!(client.inspect("dev").await.unwrap().thermal.as_deref(), Some("hot"), "{what}");
+        assert_eq!(shell(client, "dev", FIND).await, FOUND, "{what}");
+        assert_eq!(entries(), before, "{what}");
+    }
+    client.stop("dev").await.unwrap();
+    client.start("dev", &StartSandbox::default()).await.unwrap();
+    assert_eq!(shell(client, "dev", FIND).await, FOUND);
 }
 
 #[tokio::test]

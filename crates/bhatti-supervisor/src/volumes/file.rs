@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
-use bhatti_host::{disk, process};
+use bhatti_host::{disk, durable, process};
 use bhatti_types::VolumeMib;
 
 use tokio::time::{Duration, Instant, sleep, timeout};
@@ -215,7 +215,7 @@ async fn sync(path: &Path) -> Result<(), VolumeFileError> {
     let file = path.to_owned();
     let synced = blocking(move || {
         File::open(&file)?.sync_all()?;
-        File::open(file.parent().unwrap_or(Path::new("/")))?.sync_all()
+        durable::sync_parent(&file)
     });
     synced.await.map_err(failed("write the volume's file"))
 }
