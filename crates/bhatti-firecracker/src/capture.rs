@@ -103,6 +103,8 @@ async fn save(vm: &FirecrackerVm, ask: &Value, place: &Path) -> Result<(), Snaps
     // A daemon that died meanwhile leaves some; a diff would be written over it.
     remove_unfinished(vm).map_err(failed("remove an unfinished snapshot"))?;
     let told = vm.api.put("/snapshot/create", ask, SAVE_LIMIT).await;
+    // Its guest is told to forget its connections, whatever comes of it.
+    vm.channel.reset();
     told.map_err(|source| SnapshotError::Vmm { step: "save itself", source })?;
     let (directory, place) = (vm.directory.clone(), place.to_owned());
     let taken = spawn_blocking(move || {

@@ -49,7 +49,7 @@ pub(crate) struct FirecrackerVm {
     pub(crate) state: Arc<Mutex<Known>>,
     /// What saved VMs of this engine depend on.
     pub(crate) depends_on: String,
-    channel: Arc<VsockChannel>,
+    pub(crate) channel: Arc<VsockChannel>,
     console: Console,
 }
 
@@ -180,7 +180,7 @@ impl FirecrackerVm {
             api: Api::new(&jail::root(directory)),
             state: Arc::new(Mutex::new(Known { machine, captures: AtomicU64::new(0) })),
             depends_on,
-            channel: Arc::new(VsockChannel { directory: jail::root(directory), socket: VSOCK }),
+            channel: Arc::new(VsockChannel::new(jail::root(directory), VSOCK)),
             console: Console::read(console),
         })
     }

@@ -3,11 +3,14 @@
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
 use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
 use bhatti_host::socket;
+use parking_lot::Mutex;
+use rustix::net::{Shutdown, shutdown};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 
@@ -15,18 +18,21 @@ use tokio::net::UnixStream;
 const GREETING_BYTES: usize = 32;
 
 /// Connects through the hypervisor's socket, one connection per stream.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct VsockChannel {
-    /// Where the hypervisor's socket is.
-    pub directory: PathBuf,
-    /// Its name there.
-    pub socket: &'static str,
+    directory: PathBuf,
+    socket: &'static str,
+    /// The streams that are open.
+    streams: Mutex<Vec<Weak<UnixStream>>>,
 }
 
 #[async_trait]
 impl AgentChannel for VsockChannel {
     async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
-        let stream = self.connect(port).await.map_err(ChannelError)?;
+        let stream = Arc::new(self.connect(port).await.map_err(ChannelError)?);
+        let mut streams = self.streams.lock();
+        streams.retain(|stream| stream.strong_count() > 0);
+        streams.push(Arc::downgrade(&stream));
         Ok(Box::new(Whole(stream)))
     }
 
@@ -37,7 +43,7 @@ impl AgentChannel for VsockChannel {
 
 /// A stream that is open in both directions until it is dropped: a hypervisor that finds the host's direction closed ends both, whatever is
 /// still on its way.
-struct Whole(UnixStream);
+struct Whole(Arc<UnixStream>);
 
 impl AsyncRead for Whole {
     fn poll_read(
@@ -45,7 +51,13 @@ impl AsyncRead for Whole {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_read(cx, buffer)
+        loop {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_read(buffer.initialize_unfilled()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(|bytes| buffer.advance(bytes))),
+            }
+        }
     }
 }
 
@@ -55,11 +67,17 @@ impl AsyncWrite for Whole {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().0).poll_write(cx, bytes)
+        loop {
+            ready!(self.0.poll_write_ready(cx))?;
+            match self.0.try_write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -68,6 +86,21 @@ impl AsyncWrite for Whole {
 }
 
 impl VsockChannel {
+    /// Through the socket that is called `socket` in `directory`.
+    #[must_use]
+    pub fn new(directory: PathBuf, socket: &'static str) -> Self {
+        Self { directory, socket, streams: Mutex::default() }
+    }
+
+    /// Ends all streams that are open: the guest has forgotten them, and the hypervisor does not say so to who only listens.
+    pub fn reset(&self) {
+        for stream in self.streams.lock().drain(..).filter_map(|stream| stream.upgrade()) {
+            if let Err(error) = shutdown(&*stream, Shutdown::Both) {
+                tracing::debug!(%error, "A stream has ended by itself");
+            }
+        }
+    }
+
     async fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let stream = socket::connect_in(&self.directory, self.socket)?;
         stream.set_nonblocking(true)?;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bhatti_agent::{AgentClient, CallError, ExecEvent};
+use bhatti_engine::AgentChannel;
 use bhatti_proto::{CONTROL_PORT, FORWARD_PORT};
 use bhatti_vmm::VsockChannel;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufStream, copy_bidirectional};
@@ -48,7 +49,7 @@ async fn agent_behind_vsock() -> (Agent, AgentClient) {
     let agent = Agent::start().await;
     let directory = agent.directory.path().to_owned();
     relay(&directory);
-    (agent, AgentClient::new(Arc::new(VsockChannel { directory, socket: SOCKET })))
+    (agent, AgentClient::new(Arc::new(VsockChannel::new(directory, SOCKET))))
 }
 
 #[tokio::test]
@@ -66,12 +67,30 @@ async fn command_takes_input_to_its_end_and_answers_through_vsock() {
     );
 }
 
+/// What a snapshot does to a guest, which goes on without them.
+#[tokio::test]
+async fn connections_that_the_guest_has_forgotten_are_lost_and_others_are_as_good_as_before() {
+    let agent = Agent::start().await;
+    let directory = agent.directory.path().to_owned();
+    relay(&directory);
+    let channel = Arc::new(VsockChannel::new(directory, SOCKET));
+    let client = AgentClient::new(Arc::clone(&channel) as Arc<dyn AgentChannel>);
+    let (_input, mut output) = client.exec(shell("echo begun; exec sleep 1000")).await.unwrap();
+    assert!(matches!(output.next().await.unwrap(), ExecEvent::Stdout(_)));
+
+    channel.reset();
+
+    let ended = timeout(LIMIT, output.next()).await.expect("nobody waits for what will not come");
+    assert!(matches!(ended, Err(CallError::Lost)));
+    assert_eq!(client.run(shell("echo more")).await.unwrap().1, b"more\n");
+}
+
 /// Firecracker says nothing until the guest's kernel has taken the connection.
 #[tokio::test(start_paused = true)]
 async fn guest_that_takes_no_connection_is_silent_and_not_waited_for_for_ever() {
     let directory = tempfile::tempdir().unwrap();
     let _listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
-    let channel = VsockChannel { directory: directory.path().to_owned(), socket: SOCKET };
+    let channel = VsockChannel::new(directory.path().to_owned(), SOCKET);
 
     let opened = timeout(LIMIT, AgentClient::new(Arc::new(channel)).exec(shell("true"))).await;
 
@@ -115,7 +134,7 @@ async fn each_direction_of_a_connection_to_a_port_ends_for_itself_through_vsock(
 async fn hypervisor_that_refuses_is_an_error_that_says_so() {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
-    let channel = VsockChannel { directory: directory.path().to_owned(), socket: SOCKET };
+    let channel = VsockChannel::new(directory.path().to_owned(), SOCKET);
     let client = AgentClient::new(Arc::new(channel));
     for (answer, said) in [("", "nothing in the guest listens"), ("NO\n", "answered `NO`")] {
         let refuse = async {
