@@ -1,7 +1,7 @@
 //! Takes snapshots: what needs the VM paused first, what only needs time afterwards.
 //!
 //! Firecracker tells pages that were written since it was last asked. So what they stand on is known only as long as every answer has been
-//! kept: a snapshot that is given up leaves a VM of which the next one has all pages.
+//! kept: a snapshot that is given up leaves a VM of which the next one has all pages. A VM that booted stands on empty ones until then.
 
 use std::fs::{self, File};
 use std::io;
@@ -51,7 +51,8 @@ pub(crate) async fn capture(
         Some(_) => MemoryKind::Diff,
         None => MemoryKind::Full,
     });
-    let asked = if kind == MemoryKind::Diff && machine.memory.is_some() { "Diff" } else { "Full" };
+    let has_base = kind == MemoryKind::Diff && machine.memory.is_some();
+    let asked = if has_base || machine.is_unsaved { "Diff" } else { "Full" };
     let ask = json!({
         "snapshot_type": asked,
         "snapshot_path": STATE,
@@ -128,7 +129,7 @@ fn forget_memory(vm: &FirecrackerVm) -> io::Result<(Machine, u64)> {
     // It has run since it was made: no snapshot that another memory belongs to can come back.
     remove_other_memory(&vm.directory, before.memory.as_deref().unwrap_or_default())?;
     let number = known.captures.fetch_add(1, Ordering::SeqCst) + 1;
-    let machine = Machine { memory: None, ..before.clone() };
+    let machine = Machine { memory: None, is_unsaved: false, ..before.clone() };
     vm.record(&machine)?;
     known.machine = machine;
     Ok((before, number))

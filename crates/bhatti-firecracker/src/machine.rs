@@ -44,6 +44,9 @@ pub(crate) struct Machine {
     pub(crate) memory_mib: u32,
     /// The file in its directory that pages which are not dirty are in; none if it booted, or if it is not known which are.
     pub(crate) memory: Option<String>,
+    /// Whether it booted and was never saved: every page in which there is anything is dirty.
+    #[serde(default)]
+    pub(crate) is_unsaved: bool,
     pub(crate) has_network: bool,
     pub(crate) volumes: Vec<Option<Volume>>,
 }

@@ -126,7 +126,7 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
         return Err(damaged("its memory has another size"));
     }
     let volumes = volumes(&spec.volumes);
-    Ok(Machine { memory: Some(memory), volumes, ..manifest.machine.clone() })
+    Ok(Machine { memory: Some(memory), is_unsaved: false, volumes, ..manifest.machine.clone() })
 }
 
 /// Makes the file that the VM's memory is a private mapping of. Returns its name.

@@ -82,6 +82,7 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
         cpus: spec.cpus.get(),
         memory_mib: spec.memory.get(),
         memory: None,
+        is_unsaved: true,
         has_network: spec.tap.is_some(),
         volumes: volumes(&spec.volumes),
     };
