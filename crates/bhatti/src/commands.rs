@@ -25,6 +25,7 @@ pub(crate) mod publish;
 pub(crate) mod secret;
 pub(crate) mod serve;
 pub(crate) mod setup;
+mod several;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
 mod supervisor;

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use bhatti_api::{CreateSandbox, CreateUser, ErrorCode};
+use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, SetSecret};
 use bhatti_client::{Client, ClientError};
 use bhatti_testkit::{Serve, TestDaemon};
 use serde_json::{Value, json};
@@ -341,4 +341,22 @@ async fn daemon_that_is_asked_to_stop_as_soon_as_it_can_be_called_stops_in_order
         daemon.terminate().await;
         daemon.serve().await;
     }
+}
+
+#[tokio::test]
+async fn what_cannot_be_deleted_keeps_nothing_else_from_it() {
+    let daemon = TestDaemon::start().await;
+    for name in ["one", "two"] {
+        let secret = SetSecret { name: name.to_owned(), value: "value".to_owned() };
+        daemon.client.set_secret(&secret).await.unwrap();
+    }
+
+    let deleted =
+        daemon.cli(&["secret", "delete", "one", "missing", "two"]).output().await.unwrap();
+
+    assert_eq!(deleted.status.code(), Some(1));
+    assert_eq!(String::from_utf8(deleted.stdout).unwrap(), "deleted one\ndeleted two\n");
+    let told = String::from_utf8(deleted.stderr).unwrap();
+    assert!(told.contains("missing") && told.ends_with("error: 1 of 3 failed\n"), "{told}");
+    assert!(daemon.client.list_secrets().await.unwrap().is_empty());
 }

@@ -193,12 +193,12 @@ async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
     create(&daemon).await;
     let terminal = Terminal::open().await;
 
-    terminal.enter(&command(&daemon, "exec -it dev -- sh -c 'test -t 0 && test -t 1 && echo a terminal; read x; echo got $x; exit 4'")).await;
+    let asks = "exec -it dev -- sh -c 'test -t 0 && test -t 1 && echo a terminal; read x; echo got $x; exit 4'";
+    // On one line: what is typed before the command has ended is the command's.
+    terminal.enter(&format!("{}; echo code: $?", command(&daemon, asks))).await;
     terminal.shows("\na terminal").await;
     terminal.enter("this").await;
-    terminal.shows("got this").await;
-    terminal.enter("echo code: $?").await;
-    terminal.shows("code: 4").await;
+    terminal.shows("got this\ncode: 4").await;
 
     terminal.enter("clear").await;
     terminal.enter(&command(&daemon, "secret set KEY")).await;
@@ -211,7 +211,7 @@ async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
     terminal.enter(&command(&daemon, "destroy dev")).await;
     terminal.shows("[y/N]").await;
     terminal.enter("n").await;
-    terminal.shows("error: dev was not destroyed").await;
+    terminal.shows("error: did not destroy dev").await;
     terminal.enter("clear").await;
     terminal.enter(&command(&daemon, "list")).await;
     terminal.shows("running (hot)").await;

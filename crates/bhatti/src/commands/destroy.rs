@@ -1,10 +1,9 @@
 //! `bhatti destroy`.
 
-use std::io::{self, IsTerminal, Write};
-
 use clap::Args;
 
 use super::Context;
+use super::several::{confirm, each};
 use crate::error::CliError;
 
 #[derive(Debug, Args)]
@@ -19,24 +18,13 @@ pub(crate) struct Destroy {
 }
 
 pub(super) async fn run(context: &Context, arguments: &Destroy) -> Result<(), CliError> {
-    for typed in &arguments.sandboxes {
+    each(context, &arguments.sandboxes, async |typed| {
         let sandbox = context.on(typed, async |id| context.client.inspect(id).await).await?;
-        if !arguments.yes && io::stdin().is_terminal() && !confirmed(&sandbox.name)? {
-            return Err(CliError::new(format!("{} was not destroyed", sandbox.name)));
-        }
+        let name = &sandbox.name;
+        confirm(arguments.yes, &format!("destroy {name}, with its disk and its memory"))?;
         // By id: what was asked about, whatever is called so by now.
         let deleted = context.client.destroy(&sandbox.id).await?;
-        context.output.done("sandbox", &sandbox.name, &deleted.status)?;
-    }
-    Ok(())
-}
-
-/// Asks whoever sits at the terminal.
-fn confirmed(name: &str) -> io::Result<bool> {
-    let mut stderr = io::stderr();
-    write!(stderr, "destroy {name}, with its disk and its memory? [y/N] ")?;
-    stderr.flush()?;
-    let mut answer = String::new();
-    io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+        context.output.done("sandbox", name, &deleted.status)
+    })
+    .await
 }

@@ -8,8 +8,8 @@ use bhatti_image::{ImageStore, build_image};
 use bhatti_types::ImageName;
 use clap::Subcommand;
 
-use super::Context;
 use super::setup::progress::with_progress;
+use super::{Context, several};
 use crate::error::CliError;
 use crate::output::{Cell, Table, Transfer, bytes, mib};
 use crate::paths;
@@ -89,11 +89,10 @@ pub(super) async fn run(context: &Context, command: Image) -> Result<(), CliErro
             })
         }
         Image::Delete { images } => {
-            for image in images {
-                let deleted = client.delete_image(&image).await?;
-                output.done("image", &image, &deleted.status)?;
-            }
-            Ok(())
+            several::delete(context, "image", &images, async |image| {
+                client.delete_image(image).await
+            })
+            .await
         }
     }
 }

@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::Context;
+use super::several;
 use crate::error::CliError;
 
 #[derive(Debug, Args)]
@@ -16,10 +17,10 @@ pub(crate) struct Kill {
 }
 
 pub(super) async fn run(context: &Context, arguments: &Kill) -> Result<(), CliError> {
-    for session in &arguments.sessions {
+    several::each(context, &arguments.sessions, async |session| {
         let kill = async |id: &str| context.client.kill_session(id, session).await;
         let killed = context.on(&arguments.sandbox, kill).await?;
-        context.output.done("session", session, &killed.status)?;
-    }
-    Ok(())
+        context.output.done("session", session, &killed.status)
+    })
+    .await
 }

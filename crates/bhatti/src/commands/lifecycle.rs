@@ -4,7 +4,7 @@ use bhatti_api::{Sandbox, StartSandbox};
 use bhatti_client::ClientError;
 use clap::Args;
 
-use super::Context;
+use super::{Context, several};
 use crate::error::CliError;
 
 /// Names, ids or beginnings of ids.
@@ -68,11 +68,11 @@ async fn each(
     targets: &Targets,
     act: impl AsyncFn(&str) -> Result<Sandbox, ClientError>,
 ) -> Result<(), CliError> {
-    for typed in &targets.sandboxes {
+    several::each(context, &targets.sandboxes, async |typed| {
         let sandbox = context.on(typed, &act).await?;
-        context.output.show(&sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))?;
-    }
-    Ok(())
+        context.output.show(&sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))
+    })
+    .await
 }
 
 /// Where a sandbox stands, in a word or two.

@@ -5,8 +5,8 @@ use std::io::{self, IsTerminal, Read, Write};
 use bhatti_api::{Secret as Listed, SetSecret};
 use clap::Subcommand;
 
-use super::Context;
 use super::terminal::Settings;
+use super::{Context, several};
 use crate::error::CliError;
 use crate::output::{Cell, Table};
 
@@ -53,11 +53,10 @@ pub(super) async fn run(context: &Context, command: Secret) -> Result<(), CliErr
         }
         Secret::List => context.output.show_list(&context.client.list_secrets().await?, &SECRETS),
         Secret::Delete { names } => {
-            for name in names {
-                let deleted = context.client.delete_secret(&name).await?;
-                context.output.done("secret", &name, &deleted.status)?;
-            }
-            Ok(())
+            several::delete(context, "secret", &names, async |name| {
+                context.client.delete_secret(name).await
+            })
+            .await
         }
     }
 }

@@ -3,7 +3,7 @@
 use bhatti_api::{CreateSnapshot, ResumeSnapshot, Snapshot as Listed};
 use clap::Subcommand;
 
-use super::Context;
+use super::{Context, several};
 use crate::cli::parse_variable;
 use crate::error::CliError;
 use crate::output::{Cell, Table, bytes, mib};
@@ -102,11 +102,10 @@ pub(super) async fn run(context: &Context, command: Snapshot) -> Result<(), CliE
             })
         }
         Snapshot::Delete { names } => {
-            for name in names {
-                let deleted = client.delete_snapshot(&name).await?;
-                output.done("snapshot", &name, &deleted.status)?;
-            }
-            Ok(())
+            several::delete(context, "snapshot", &names, async |name| {
+                client.delete_snapshot(name).await
+            })
+            .await
         }
     }
 }

@@ -3,7 +3,7 @@
 use bhatti_api::{CreateTemplate, Template as Listed};
 use clap::{Args, Subcommand};
 
-use super::Context;
+use super::{Context, several};
 use crate::cli::parse_variable;
 use crate::error::CliError;
 use crate::output::{Cell, Table, mib};
@@ -98,11 +98,10 @@ pub(super) async fn run(context: &Context, command: Template) -> Result<(), CliE
             output.show_facts(&client.inspect_template(&template).await?, describe)
         }
         Template::Delete { templates } => {
-            for template in templates {
-                let deleted = client.delete_template(&template).await?;
-                output.done("template", &template, &deleted.status)?;
-            }
-            Ok(())
+            several::delete(context, "template", &templates, async |template| {
+                client.delete_template(template).await
+            })
+            .await
         }
     }
 }

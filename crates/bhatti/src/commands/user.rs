@@ -3,7 +3,7 @@
 use bhatti_api::{CreateUser, CreatedUser, Limits, UpdateUser, User as Listed};
 use clap::{Args, Subcommand};
 
-use super::Context;
+use super::{Context, several};
 use crate::error::CliError;
 use crate::output::{Cell, Table};
 
@@ -150,11 +150,8 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
             show_key(context, &client.rotate_key(&name).await?, "has another key")
         }
         User::Delete { names } => {
-            for name in names {
-                let deleted = client.delete_user(&name).await?;
-                output.done("user", &name, &deleted.status)?;
-            }
-            Ok(())
+            several::delete(context, "user", &names, async |name| client.delete_user(name).await)
+                .await
         }
     }
 }

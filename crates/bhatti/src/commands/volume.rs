@@ -4,6 +4,7 @@ use bhatti_api::{CloneVolume, CreateVolume, ResizeVolume, Volume as Listed};
 use clap::Subcommand;
 
 use super::Context;
+use super::several::{confirm, each};
 use crate::error::CliError;
 use crate::output::{Cell, Table, bytes, mib};
 
@@ -50,6 +51,9 @@ pub(crate) enum Volume {
         /// Their names
         #[arg(required = true)]
         names: Vec<String>,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
     },
 }
 
@@ -89,12 +93,13 @@ pub(super) async fn run(context: &Context, command: Volume) -> Result<(), CliErr
         Volume::Clone { name, copy } => {
             show_made(&client.clone_volume(&name, &CloneVolume { name: copy }).await?)
         }
-        Volume::Delete { names } => {
-            for name in names {
-                let deleted = client.delete_volume(&name).await?;
-                output.done("volume", &name, &deleted.status)?;
-            }
-            Ok(())
+        Volume::Delete { names, yes } => {
+            each(context, &names, async |name| {
+                confirm(yes, &format!("delete the volume {name}, with all that is in it"))?;
+                let deleted = client.delete_volume(name).await?;
+                output.done("volume", name, &deleted.status)
+            })
+            .await
         }
     }
 }
