@@ -4,6 +4,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
+use bhatti_host::disk::free_bytes;
 use bhatti_host::process::command;
 
 /// A file system of a few MiB, mounted until it is dropped.
@@ -21,6 +22,18 @@ impl SmallDisk {
         mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(directory);
         assert!(mount.status().await.is_ok_and(|status| status.success()), "it can be mounted");
         Self(directory.to_owned())
+    }
+
+    /// Makes `file` on it, so large that only so many bytes are left.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there are less.
+    pub async fn fill(&self, file: &Path, left: u64) {
+        let free = free_bytes(&self.0).expect("it says what is free");
+        let bytes = free.checked_sub(left).expect("there is that much").to_string();
+        let made = command("fallocate").args(["--length", &bytes]).arg(file).status().await;
+        assert!(made.is_ok_and(|status| status.success()), "it can be filled");
     }
 }
 

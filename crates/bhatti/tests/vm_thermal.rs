@@ -47,7 +47,8 @@ async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
     client.create(&named("used")).await.unwrap();
     shell(client, "idle", LEAVE).await;
     let user = client.clone();
-    let using = tokio::spawn(async move { shell(&user, "used", "sleep 3; echo done").await });
+    let script = "until test -e /tmp/end; do sleep 0.1; done; echo done";
+    let using = tokio::spawn(async move { shell(&user, "used", script).await });
 
     thermal_is(client, "idle", "warm").await;
     assert_eq!(shell(client, "idle", FIND).await, FOUND);
@@ -57,6 +58,7 @@ async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
         assert_eq!(client.inspect(name).await.unwrap().thermal.as_deref(), Some("hot"), "{name}");
     }
     assert_eq!(shell(client, "idle", FIND).await, FOUND);
+    shell(client, "used", "touch /tmp/end").await;
     assert_eq!(using.await.unwrap(), "done\n");
     thermal_is(client, "used", "cold").await;
 
@@ -416,19 +418,21 @@ async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
     }
     let mut daemon = TestDaemon::start().await;
     daemon.terminate().await;
-    let _mounted = SmallDisk::mount(&daemon.data_dir().join("sandboxes"), "24m").await;
-    daemon.serve().await;
+    // Room for the disks and memories of two, where each has its own.
+    let disk = SmallDisk::mount(&daemon.data_dir().join("sandboxes"), "1g").await;
+    daemon.serve_with(|serve| serve.config += "ready_vmms: 0\nready_forks: 0\n").await;
     let client = &daemon.client;
     client.create(&named("dev")).await.unwrap();
     shell(client, "dev", LEAVE).await;
     shell(client, "dev", "head -c 40000000 /dev/urandom >/dev/shm/much").await;
+    let directory = daemon.sandbox_directories().remove(0);
+    disk.fill(&directory.join("filler"), 24 << 20).await;
 
     let refused = client.stop("dev").await.unwrap_err();
 
     assert_eq!(code_of(&refused), Some(ErrorCode::Internal));
     assert_eq!(client.inspect("dev").await.unwrap().thermal.as_deref(), Some("hot"));
     assert_eq!(shell(client, "dev", FIND).await, FOUND);
-    let directory = daemon.sandbox_directories().remove(0);
     assert!(!directory.join("snapshot").exists() && !directory.join("snapshot.tmp").exists());
     shell(client, "dev", "rm /dev/shm/much").await;
     client.destroy("dev").await.unwrap();
