@@ -214,10 +214,13 @@ impl Host {
     /// Returns an error if they are not.
     pub async fn check_rules(&self) -> Result<(), NetError> {
         let _turn = self.changing.lock().await;
-        let there = nft(&[], "list tables\n").await?;
+        let there = nft(&["--terse"], "list ruleset\n").await?;
         match rules::missing(self.instance, &there) {
             None => Ok(()),
-            Some(table) => Err(NetError::Rules { message: format!("the table {table} is gone") }),
+            Some(table) => {
+                let message = format!("the table {table} is gone, or has lost rules");
+                Err(NetError::Rules { message })
+            }
         }
     }
 

@@ -47,12 +47,29 @@ pub async fn obstacles() -> Result<Vec<Obstacle>, NetError> {
     let dropping = dropping(&nft(&[], "list chains\n").await?);
     let mut obstacles = Vec::new();
     for obstacle in dropping {
-        // Whoever lets ours pass names their bridges, in whatever chain of the table.
-        if !nft(&[], &format!("list table {}\n", obstacle.table)).await?.contains(OURS) {
+        let table = nft(&[], &format!("list table {}\n", obstacle.table)).await?;
+        if !knows_sandboxes(&table, &obstacle.chain) {
             obstacles.push(obstacle);
         }
     }
     Ok(obstacles)
+}
+
+/// Whether a chain of a table, or one that its packets come through, names the bridges of sandboxes: whoever lets them pass does.
+fn knows_sandboxes(table: &str, chain: &str) -> bool {
+    // Chains cannot lead back to themselves: nft refuses that.
+    rules(table, chain).any(|rule| {
+        let next = ["jump ", "goto "].iter().find_map(|how| Some(rule.split_once(how)?.1));
+        let next = next.and_then(|rest| rest.split_whitespace().next());
+        rule.contains(OURS) || next.is_some_and(|next| knows_sandboxes(table, next))
+    })
+}
+
+/// The lines of a chain.
+fn rules<'a>(table: &'a str, chain: &str) -> impl Iterator<Item = &'a str> {
+    let opening = format!("chain {chain} {{");
+    let lines = table.lines().map(str::trim).skip_while(move |line| *line != opening);
+    lines.skip(1).take_while(|line| *line != "}")
 }
 
 /// The chains of a list that drop IPv4 packets on their way through this host, or to it.

@@ -46,13 +46,27 @@ fn table(instance: Instance) -> String {
     format!("bhatti_{instance}")
 }
 
-/// The first of the tables that a list of those that are there does not have.
+/// The first of the tables that a list of all rules that are there does not have, or has with other rules.
 pub(crate) fn missing(instance: Instance, there: &str) -> Option<String> {
-    let tables = FAMILIES.map(|family| format!("{family} {}", table(instance)));
-    let is_there = |wanted: &String| {
-        there.lines().any(|line| line.strip_prefix("table ") == Some(wanted.as_str()))
+    // The rules are the same for every plan: what differs is in sets.
+    let wanted = tables(instance, &table(instance), &Plan::sample());
+    let names = FAMILIES.map(|family| format!("{family} {}", table(instance)));
+    names.into_iter().find(|name| number_of_rules(there, name) != number_of_rules(&wanted, name))
+}
+
+/// How many rules the chains of a table have: nft lists one a line.
+fn number_of_rules(ruleset: &str, table: &str) -> usize {
+    let opening = format!("table {table} {{");
+    let lines = ruleset.lines().skip_while(|line| *line != opening).take_while(|line| *line != "}");
+    let mut in_chain = false;
+    let is_rule = |line: &&str| {
+        if !line.starts_with("\t\t") {
+            in_chain = line.starts_with("\tchain ");
+            return false;
+        }
+        in_chain && !line.starts_with("\t\ttype ")
     };
-    tables.into_iter().find(|table| !is_there(table))
+    lines.filter(is_rule).count()
 }
 
 /// All tables as they are to be, whatever is there. Without networks there are none.

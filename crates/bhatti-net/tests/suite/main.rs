@@ -76,11 +76,13 @@ async fn siblings_reach_each_other_and_other_users_do_not_whatever_the_bridges_d
         return;
     }
     let host = open(1).await;
-    let (_plan, guests) = guests(&host, &[(0, 2), (0, 3), (1, 2)]).await;
+    let (mut plan, guests) = guests(&host, &[(0, 2), (0, 3), (1, 2)]).await;
     let [alice, sibling, bob] = &guests[..] else { panic!("three guests") };
     for guest in &guests {
         guest.serve(WEB);
     }
+    let of_bob = network(1).gateway();
+    place::serve_here(SocketAddrV4::new(of_bob, WEB));
     // With a module that sends what is bridged through the rules for what is routed, and without.
     for filtered in ["1", "0"] {
         let setting = "/proc/sys/net/bridge/bridge-nf-call-iptables";
@@ -93,6 +95,14 @@ async fn siblings_reach_each_other_and_other_users_do_not_whatever_the_bridges_d
         assert!(bob.get(at(alice.address)).is_err(), "another user's sandbox");
     }
     assert_eq!(bob.get(at(bob.address)), Ok(bob.address.to_string()), "it was there");
+
+    // Whatever a sandbox is allowed, it is never another user's.
+    plan.ports[0].allow = Allowance::parse(&["0.0.0.0/0"]).unwrap();
+    apply(&host, &plan).await.unwrap();
+    assert!(alice.get(at(bob.address)).is_err(), "another user's sandbox was allowed");
+    assert!(alice.get(at(of_bob)).is_err(), "another user's gateway was allowed");
+    assert!(place::get_here(at(of_bob)).is_ok(), "it was there");
+    assert_eq!(alice.get(at(sibling.address)), Ok(alice.address.to_string()));
 }
 
 #[tokio::test]
@@ -206,6 +216,14 @@ async fn what_is_addressed_to_the_bridge_alone_reaches_this_host_as_little_as_an
     assert!(host.check_rules().await.is_err(), "that they are gone is seen");
     apply(&host, &plan).await.unwrap();
     host.check_rules().await.unwrap();
+    for family in ["inet", "bridge", "arp"] {
+        let ours = nft(&["list", "tables", family]);
+        let ours = ours.split_whitespace().last().unwrap();
+        nft(&["flush", "table", family, ours]);
+        assert!(host.check_rules().await.is_err(), "that those of {family} are gone is seen");
+        apply(&host, &plan).await.unwrap();
+        host.check_rules().await.unwrap();
+    }
     assert!(sibling.get(at(gateway)).is_err());
 
     // A tap that is cut off, and one whose network ends, carry nothing.
@@ -362,12 +380,17 @@ async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
     nft(&["add", "table", "inet", "somebodys"]);
     ip(&["link", "add", "bhatti5", "type", "bridge"]);
     ip(&["link", "add", "tap0", "type", "veth", "peer", "name", "tap1"]);
+    ip(&["link", "set", "tap0", "up"]);
+    ip(&["route", "add", &network(7).subnet.to_string(), "dev", "tap0"]);
+    ip(&["route", "add", "default", "dev", "tap0"]);
     let (plan, first) = guests(&one, &[(0, 2), (0, 3)]).await;
     first[1].serve(WEB);
     let alone = nft(&["list", "ruleset"]);
 
     assert!(two.taken().await.unwrap().holds(&network(0)), "its name and range are taken");
     assert!(two.taken().await.unwrap().holds(&network(5)), "somebody else's bridge");
+    assert!(two.taken().await.unwrap().holds(&network(7)), "somebody else's range");
+    assert!(!two.taken().await.unwrap().holds(&network(8)), "the way to everywhere is no range");
     assert!(!one.taken().await.unwrap().holds(&network(0)), "they are its own");
     let (_, second) = guests(&two, &[(1, 2), (1, 3)]).await;
     second[1].serve(WEB);
@@ -426,7 +449,9 @@ async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
 #[tokio::test]
 async fn filters_of_others_that_drop_what_they_do_not_know_are_found_until_they_know_sandboxes() {
     const FILTERS: &str = "table ip filter {
-        chain FORWARD { type filter hook forward priority filter; policy drop; }
+        chain USER { }
+        chain FORWARD { type filter hook forward priority filter; policy drop; jump USER; }
+        chain INPUT { type filter hook input priority filter; policy drop; }
         chain OUTPUT { type filter hook output priority filter; policy drop; }
     }
     table inet host {
@@ -452,8 +477,11 @@ async fn filters_of_others_that_drop_what_they_do_not_know_are_found_until_they_
         kept,
     };
     let world = of("ip filter", "FORWARD", Kept::World);
-    assert_eq!(found, [world.clone(), of("inet host", "input", Kept::Names)]);
+    let names = of("ip filter", "INPUT", Kept::Names);
+    assert_eq!(found, [world, names.clone(), of("inet host", "input", Kept::Names)]);
 
+    // Docker has a chain for that, and who is let through to elsewhere is not let in.
     nft(&["insert rule inet host input iifname bhatti0 accept"]);
-    assert_eq!(obstacles().await.unwrap(), [world]);
+    nft(&["insert rule ip filter USER iifname bhatti* accept"]);
+    assert_eq!(obstacles().await.unwrap(), [names]);
 }
