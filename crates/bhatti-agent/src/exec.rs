@@ -119,7 +119,7 @@ impl ExecControl {
     /// Returns an error if the command has ended, or the agent cannot be reached.
     pub async fn signal(&self, signal: u8) -> Result<(), CallError> {
         let request = SignalRequest { signal, error_details: true, ..self.target.clone() };
-        self.client.act(FrameType::SIGNAL_REQ, &request).await
+        self.client.act_soon(FrameType::SIGNAL_REQ, &request).await
     }
 }
 

@@ -271,7 +271,7 @@ impl AgentClient {
             parents,
             error_details: true,
         };
-        self.act(FrameType::FILE_MKDIR_REQ, &request).await
+        self.act_soon(FrameType::FILE_MKDIR_REQ, &request).await
     }
 
     /// Removes a file, a link, or a directory; with `recursive`, all that is in it.
@@ -292,7 +292,7 @@ impl AgentClient {
     pub async fn rename(&self, from: &str, to: &str) -> Result<(), CallError> {
         let request =
             RenameRequest { from: from.to_owned(), to: to.to_owned(), error_details: true };
-        self.act(FrameType::FILE_RENAME_REQ, &request).await
+        self.act_soon(FrameType::FILE_RENAME_REQ, &request).await
     }
 
     /// Watches a file or directory. The first event says that the watch stands.

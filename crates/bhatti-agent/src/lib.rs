@@ -94,6 +94,12 @@ impl AgentClient {
         parse_exit(&frame.payload).map(drop).ok_or(CallError::Unexpected)
     }
 
+    /// The same, of a guest that has nothing to do for it that takes long. What was given up on may still happen.
+    async fn act_soon(&self, kind: FrameType, request: &impl Serialize) -> Result<(), CallError> {
+        let answer = timeout(ANSWER_LIMIT, self.act(kind, request)).await;
+        answer.unwrap_or(Err(CallError::Silent { limit: ANSWER_LIMIT }))
+    }
+
     /// A request that is answered by one message.
     async fn ask<T: DeserializeOwned>(
         &self,

@@ -145,7 +145,7 @@ impl AgentClient {
     ///
     /// Returns an error if there is no such session.
     pub async fn kill_session(&self, session_id: &str) -> Result<(), CallError> {
-        self.act(
+        self.act_soon(
             FrameType::EXEC_KILL,
             &SessionRef { session_id: session_id.to_owned(), error_details: true },
         )

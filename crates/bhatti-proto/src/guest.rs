@@ -137,6 +137,9 @@ pub struct IdentityReport {
     pub addresses: Applied,
     /// The parent's connections were cut.
     pub connections: Applied,
+    /// The guest's wall clock when all of that was done, in nanoseconds since 1970: by it the host knows how far it may be off. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_ns: Option<u64>,
 }
 
 /// The guest is about to be saved.

@@ -12,6 +12,7 @@
 //! Frames and messages are those of the original system, byte for byte. What is new is a new frame type or an optional key, so
 //! that old and new ends understand each other.
 
+mod batch;
 mod frame;
 mod guest;
 mod io;

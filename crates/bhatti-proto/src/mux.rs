@@ -7,18 +7,23 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_util::io::{AsyncRead as FuturesRead, AsyncWrite as FuturesWrite};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
+use crate::batch::Batched;
+
 /// Streams that may be open at once on one channel.
 pub const STREAMS_MAX: usize = 1024;
 
 /// Streams that yamux may know beyond those: ones that are closed here, and not yet on the other side.
 const CLOSING_STREAMS: usize = 1024;
+
+/// What goes out with the port at most, in bytes.
+const FIRST_BYTES_MAX: usize = 8 * 1024;
 
 /// Open requests that may wait for the driver.
 const OPEN_QUEUE: usize = 64;
@@ -63,7 +68,8 @@ impl Opener {
         S: AsyncRead + AsyncWrite + Send + Unpin,
     {
         let (requests, waiting) = mpsc::channel(OPEN_QUEUE);
-        let connection = yamux::Connection::new(io.compat(), config(), yamux::Mode::Client);
+        let io = Batched::new(io.compat());
+        let connection = yamux::Connection::new(io, config(), yamux::Mode::Client);
         (Self { requests, room: Arc::new(Semaphore::new(STREAMS_MAX)) }, drive(connection, waiting))
     }
 
@@ -83,12 +89,12 @@ impl Opener {
         let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| OpenError::TooMany)?;
         let (reply, stream) = oneshot::channel();
         self.requests.send(reply).await.map_err(|_| OpenError::Closed)?;
-        let stream = stream.await.map_err(|_| OpenError::Closed)?.compat();
-        let mut stream = MuxStream { stream, _keeps_channel: self.requests.clone(), _room: room };
-        tokio::io::AsyncWriteExt::write_all(&mut stream, &port.to_be_bytes())
-            .await
-            .map_err(|_| OpenError::Closed)?;
-        Ok(stream)
+        Ok(MuxStream {
+            stream: stream.await.map_err(|_| OpenError::Closed)?.compat(),
+            port: Some(port),
+            _keeps_channel: self.requests.clone(),
+            _room: room,
+        })
     }
 }
 
@@ -101,29 +107,31 @@ async fn drive<S>(
     let mut request: Option<oneshot::Sender<yamux::Stream>> = None;
     std::future::poll_fn(|cx| {
         loop {
+            // First: nobody is to be given a stream of a connection whose end is there to be read.
+            match connection.poll_next_inbound(cx) {
+                Poll::Ready(Some(Ok(uninvited))) => {
+                    drop(uninvited);
+                    continue;
+                }
+                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                Poll::Pending => {}
+            }
             if request.is_none() {
                 match requests.poll_recv(cx) {
                     Poll::Ready(Some(next)) => request = Some(next),
                     Poll::Ready(None) => return Poll::Ready(()),
-                    Poll::Pending => {}
+                    Poll::Pending => return Poll::Pending,
                 }
             }
-            if request.is_some() {
-                match connection.poll_new_outbound(cx) {
-                    Poll::Ready(Ok(stream)) => {
-                        // Whoever asked may have given up: dropping the stream resets it.
-                        if let Some(reply) = request.take() {
-                            drop(reply.send(stream));
-                        }
-                        continue;
+            // The new stream is driven by the next round.
+            match connection.poll_new_outbound(cx) {
+                Poll::Ready(Ok(stream)) => {
+                    // Whoever asked may have given up: dropping the stream resets it.
+                    if let Some(reply) = request.take() {
+                        drop(reply.send(stream));
                     }
-                    Poll::Ready(Err(_)) => return Poll::Ready(()),
-                    Poll::Pending => {}
                 }
-            }
-            match connection.poll_next_inbound(cx) {
-                Poll::Ready(Some(Ok(uninvited))) => drop(uninvited),
-                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                Poll::Ready(Err(_)) => return Poll::Ready(()),
                 Poll::Pending => return Poll::Pending,
             }
         }
@@ -135,8 +143,28 @@ async fn drive<S>(
 #[derive(Debug)]
 pub struct MuxStream {
     stream: Compat<yamux::Stream>,
+    /// What it is for, until that is said.
+    port: Option<u32>,
     _keeps_channel: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
     _room: OwnedSemaphorePermit,
+}
+
+impl MuxStream {
+    /// Says what the stream is for, unless that is said, together with the beginning of `bytes`. Returns how many of these.
+    fn poll_write_port(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<Option<usize>>> {
+        let Some(port) = self.port else { return Poll::Ready(Ok(None)) };
+        let port = port.to_be_bytes();
+        let first = [&port, &bytes[..bytes.len().min(FIRST_BYTES_MAX)]].concat();
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &first))?;
+        // It has the room from the beginning.
+        let written = written.checked_sub(port.len()).ok_or(io::ErrorKind::WriteZero)?;
+        self.port = None;
+        Poll::Ready(Ok(Some(written)))
+    }
 }
 
 impl AsyncRead for MuxStream {
@@ -145,6 +173,7 @@ impl AsyncRead for MuxStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_port(cx, &[]))?;
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
@@ -155,21 +184,26 @@ impl AsyncWrite for MuxStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        match ready!(self.poll_write_port(cx, buf))? {
+            Some(written) => Poll::Ready(Ok(written)),
+            None => Pin::new(&mut self.stream).poll_write(cx, buf),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_port(cx, &[]))?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_port(cx, &[]))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
 /// Accepts streams: the guest's end of a multiplexed channel.
 pub struct Acceptor<S> {
-    connection: yamux::Connection<S>,
+    connection: yamux::Connection<Batched<S>>,
 }
 
 /// A stream that the guest accepted.
@@ -178,6 +212,7 @@ pub type AcceptedStream = Compat<yamux::Stream>;
 impl<S: FuturesRead + FuturesWrite + Unpin> Acceptor<S> {
     /// Multiplexes `io`.
     pub fn new(io: S) -> Self {
+        let io = Batched::new(io);
         Self { connection: yamux::Connection::new(io, config(), yamux::Mode::Server) }
     }
 
@@ -203,9 +238,108 @@ pub async fn read_port(stream: &mut AcceptedStream) -> io::Result<u32> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncWriteExt, duplex};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
 
     use super::*;
+
+    /// Counts what is written in one.
+    struct CountsWrites(DuplexStream, Arc<AtomicUsize>);
+
+    impl AsyncRead for CountsWrites {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for CountsWrites {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            Pin::new(&mut self.0).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_said_at_once_is_one_write() {
+        let (near, far) = duplex(8192);
+        let (asks, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (opener, driver) = Opener::new(CountsWrites(near, Arc::clone(&asks)));
+        tokio::spawn(driver);
+        let mut acceptor = Acceptor::new(CountsWrites(far, Arc::clone(&answers)).compat());
+        tokio::spawn(async move {
+            while let Some(mut stream) = acceptor.accept().await {
+                tokio::spawn(async move {
+                    stream.read_u64().await.unwrap();
+                    stream.write_all(b"first").await.unwrap();
+                    stream.write_all(b", second").await.unwrap();
+                    stream.shutdown().await.unwrap();
+                });
+            }
+        });
+
+        let mut writes = (0, 0);
+        for round in 0..2 {
+            let mut stream = opener.open(1024).await.unwrap();
+            stream.write_all(b"as").await.unwrap();
+            stream.write_all(b"ks").await.unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).await.unwrap();
+            assert_eq!(answer, b"first, second");
+
+            let before = writes;
+            writes = (asks.load(Ordering::Relaxed), answers.load(Ordering::Relaxed));
+            // The first time yamux measures how long a round trip takes.
+            if round > 0 {
+                assert_eq!((writes.0 - before.0, writes.1 - before.1), (1, 1));
+            }
+            drop(stream);
+            // All that follows from that has run by then.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            writes = (asks.load(Ordering::Relaxed), answers.load(Ordering::Relaxed));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_connection_keeps_goes_out_as_well() {
+        let (near, far) = duplex(8192);
+        let (opener, driver) = Opener::new(tokio::io::BufWriter::new(near));
+        tokio::spawn(driver);
+        let mut acceptor = Acceptor::new(far.compat());
+        let accepted = tokio::spawn(async move { acceptor.accept().await.is_some() });
+
+        let mut stream = opener.open(1024).await.unwrap();
+        stream.flush().await.unwrap();
+
+        let limit = std::time::Duration::from_secs(20);
+        assert!(tokio::time::timeout(limit, accepted).await.unwrap().unwrap());
+    }
+
+    #[tokio::test]
+    async fn stream_on_which_only_the_guest_speaks_is_opened() {
+        let (opener, _driver) = echo_channel();
+        let mut stream = opener.open(1024).await.unwrap();
+
+        assert_eq!(stream.read_u32().await.unwrap(), 1024);
+    }
 
     /// A channel whose guest echoes every stream, with the port in front.
     fn echo_channel() -> (Opener, tokio::task::JoinHandle<()>) {

@@ -14,7 +14,7 @@
 //! off. (`F7` never occurs in UTF-8 and seldom elsewhere.) The other direction needs no escaping.
 
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
@@ -38,6 +38,9 @@ const STALE_BYTES_MAX: usize = 16 << 20;
 
 /// The most plain bytes that one write takes on, so that its escaped form stays small.
 const WRITE_BYTES_MAX: usize = 64 * 1024;
+
+/// What is read at once where less is wanted, in bytes.
+const READ_BYTES: usize = 4096;
 
 /// The host's first words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,7 +242,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for HostStream<S> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.received.is_empty() {
-            return Pin::new(&mut self.inner).poll_read(cx, buf);
+            if buf.remaining() >= READ_BYTES {
+                return Pin::new(&mut self.inner).poll_read(cx, buf);
+            }
+            // Many small parts are wanted, and one read brings them.
+            let this = &mut *self;
+            this.received.reserve(READ_BYTES);
+            let mut read = pin!(this.inner.read_buf(&mut this.received));
+            ready!(read.as_mut().poll(cx))?;
         }
         let length = self.received.len().min(buf.remaining());
         buf.put_slice(&self.received.split_to(length));

@@ -154,7 +154,7 @@ async fn settle(
         let report = become_itself(driver, row, extras, &running).await;
         (running, report)
     };
-    let Itself { report, took } = report?;
+    let Itself { report, clock_error } = report?;
     warn_of_failures(row, &report);
     if let Applied::Failed { message } = &report.files
         && !extras.files.is_empty()
@@ -169,7 +169,7 @@ async fn settle(
     let text = serde_json::to_string(&report)?;
     driver.shared.store.set_sandbox_identity(row.id, &text)?;
     let running = running.with_token(&row.agent_token);
-    if took > CLOCK_EXACT {
+    if clock_error > CLOCK_EXACT {
         // What took so long made the clock late; this does not.
         driver.tell_woken(&running).await;
     }
@@ -177,10 +177,10 @@ async fn settle(
     Ok(text)
 }
 
-/// What a guest reported, and how long it took.
+/// What a guest reported, and how far its clock may be off.
 struct Itself {
     report: IdentityReport,
-    took: Duration,
+    clock_error: Duration,
 }
 
 /// Lets a VM run, and makes its guest this sandbox's own.
@@ -200,11 +200,13 @@ async fn become_itself(
         let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
         running.agent.assume_identity(&identity).await
     });
-    let report = assumed
+    let mut report = assumed
         .await
         .unwrap_or(Err(CallError::Silent { limit }))
         .map_err(CreateError::Unconfigured)?;
-    Ok(Itself { report, took: began.elapsed() })
+    // It is late by what its message took there, and seems later by what its answer took back.
+    let clock_error = report.clock_ns.take().map_or_else(|| began.elapsed(), identity::clock_error);
+    Ok(Itself { report, clock_error })
 }
 
 fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
@@ -219,6 +221,7 @@ fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
         first_setup,
         addresses,
         connections,
+        clock_ns: _,
     } = report;
     let parts = [
         rng,
@@ -275,6 +278,7 @@ async fn boot(
     };
     shared.enforce_network(row.owner, row.address).await?;
     let vm = shared.engine.boot(&vm_spec).await?;
+    driver.reached(Step::Running).await;
     shared.connect_network(row.id, row.owner, row.address).await?;
     let running = Running::new(vm, "", admitted);
     configure(shared, row, extras, &running).await.map_err(|error| match error {

@@ -1,7 +1,7 @@
 //! Who a guest is.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -64,14 +64,19 @@ pub(crate) fn identity(row: &SandboxRow, extras: &Extras) -> Result<Identity, ge
     })
 }
 
-/// An identity for practice.
+/// An identity for practice. Its names are so short that no sandbox's file has to be made shorter, which would be work that was not practised.
 pub(crate) fn rehearsal(has_network: bool) -> Result<Identity, getrandom::Error> {
-    let network = has_network.then(networks::rehearsal);
+    let (network, dns) = has_network.then(networks::rehearsal).unzip();
     Ok(Identity {
         entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
         wall_clock_ns: wall_clock_ns(),
         machine_id: random_hex()?,
-        config: GuestConfig { hostname: "template".to_owned(), network, ..GuestConfig::default() },
+        config: GuestConfig {
+            hostname: "t".to_owned(),
+            network,
+            dns: dns.unwrap_or_default(),
+            ..GuestConfig::default()
+        },
         rehearsal: true,
     })
 }
@@ -82,6 +87,11 @@ pub(crate) fn woken() -> Result<Woken, getrandom::Error> {
         entropy: STANDARD.encode(random::<ENTROPY_BYTES>()?),
         wall_clock_ns: wall_clock_ns(),
     })
+}
+
+/// How far another clock is off, which showed `clock_ns` at most a moment ago.
+pub(crate) fn clock_error(clock_ns: u64) -> Duration {
+    Duration::from_nanos(wall_clock_ns().abs_diff(clock_ns))
 }
 
 fn wall_clock_ns() -> u64 {

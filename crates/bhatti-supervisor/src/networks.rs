@@ -3,6 +3,7 @@
 //! What there is to be is in the store: an address belongs to a sandbox from its row's first moment to its last. The host is made so before a
 //! VM runs, in every way that leads there, and once more when the row is gone.
 
+use std::io;
 use std::net::Ipv4Addr;
 
 use bhatti_net::{Host, NetError, Network, Plan, Port, tap_name};
@@ -46,12 +47,27 @@ pub enum NetworkError {
     /// Its owner can be given no network.
     #[error(transparent)]
     Assign(#[from] NetworkAssignError),
+    /// Another program has what the network needs.
+    #[error("the sandbox's network cannot be set up: {0}")]
+    InTheWay(NetError),
     /// The host could not be made what it is to be.
     #[error("failed to set up the sandbox's network")]
-    Host(#[from] NetError),
+    Host(#[source] NetError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl From<NetError> for NetworkError {
+    fn from(error: NetError) -> Self {
+        match error {
+            NetError::Taken { .. } => Self::InTheWay(error),
+            NetError::Resolver { ref source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                Self::InTheWay(error)
+            }
+            error => Self::Host(error),
+        }
+    }
 }
 
 impl Shared {
@@ -155,8 +171,11 @@ impl Shared {
     /// Looks now and then whether the rules are still there: others may flush what they did not make.
     pub(crate) async fn watch_networks(&self) {
         let Ok(host) = self.host() else { return };
-        for obstacle in bhatti_net::obstacles().await.unwrap_or_default() {
-            warn!("{obstacle}; `bhatti doctor` says what lets them pass");
+        match bhatti_net::obstacles().await {
+            Ok(obstacles) => obstacles.iter().for_each(|obstacle| {
+                warn!(%obstacle, "Sandboxes do not get past a firewall; `bhatti doctor` says how they do");
+            }),
+            Err(error) => warn!(error = %Report(&error), "Other firewalls cannot be looked at"),
         }
         loop {
             sleep(RULES_LOOK).await;
@@ -185,9 +204,9 @@ pub(crate) fn tap(id: SandboxId, has_network: bool) -> Option<String> {
     has_network.then(|| tap_name(id))
 }
 
-/// A network for practice, in a range that is nobody's: for documentation.
-pub(crate) fn rehearsal() -> GuestNetwork {
-    of_address(Ipv4Addr::new(192, 0, 2, 2))
+/// A network for practice, in a range that is nobody's: for documentation. And whom to ask for names: nobody.
+pub(crate) fn rehearsal() -> (GuestNetwork, Vec<String>) {
+    (of_address(Ipv4Addr::new(192, 0, 2, 2)), vec![Ipv4Addr::UNSPECIFIED.to_string()])
 }
 
 /// What a sandbox's guest is told of its network, and whom it is to ask for names.

@@ -232,6 +232,8 @@ async fn rehearse(vm: &dyn Vm, has_network: bool) -> Result<(), RestoreError> {
         agent.assume_identity(&identity).await?;
         let command = || ExecRequest { argv: vec!["true".to_owned()], ..ExecRequest::default() };
         agent.run(command()).await?;
+        let woken = identity::woken().map_err(|_| CallError::Entropy)?;
+        agent.woken(&woken).await?;
         agent.suspend(false).await
     };
     let practised = timeout(REHEARSAL_LIMIT, practice).await;

@@ -1,17 +1,18 @@
 //! Starts processes: as the right user, with the right environment, in the right place.
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::write;
-use rustix::process::{Pid, ioctl_tiocsctty, setsid};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, ioctl_tiocsctty, setpgid, setsid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{
@@ -26,6 +27,7 @@ use crate::log::errno_text;
 use crate::lookup::{LookupError, find_program};
 use crate::reaper::Exit;
 use crate::refusal::refused;
+use crate::spawn::Program;
 use crate::user::{self, USUAL_UID, User};
 
 /// Where programs are looked for unless the request says otherwise.
@@ -55,38 +57,31 @@ pub(crate) struct OnTerminal {
 
 /// Starts the command of `request` with pipes.
 pub(crate) fn piped(agent: &Agent, request: &ExecRequest) -> Result<Piped, AgentError> {
-    let (mut command, program) = prepare(agent, request, Attachment::Pipes)?;
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().map_err(|error| spawn_failed(&program, &error))?;
-    let (Some(group), Some(stdin), Some(stdout), Some(stderr)) =
-        (pid(child.id()), child.stdin.take(), child.stdout.take(), child.stderr.take())
-    else {
-        return Err(other("start: the process has no pipes"));
+    let command = Command::find(agent, request)?;
+    let new = || {
+        pipe_with(PipeFlags::CLOEXEC).map_err(|error| spawn_failed(&command.file, &error.into()))
     };
+    let ((stdin, to_stdin), (from_stdout, stdout), (from_stderr, stderr)) =
+        (new()?, new()?, new()?);
+    let stdio = [&stdin, &stdout, &stderr].map(AsFd::as_fd);
+    let group = command.start(agent, stdio, Attachment::Pipes)?;
     let exit = agent.reaper.watch(group);
     let pipes = |error: io::Error| other(format!("start: {}", errno_text(&error)));
     Ok(Piped {
         group,
         exit,
-        stdin: pipe::Sender::from_owned_fd(OwnedFd::from(stdin)).map_err(pipes)?,
-        stdout: pipe::Receiver::from_owned_fd(OwnedFd::from(stdout)).map_err(pipes)?,
-        stderr: pipe::Receiver::from_owned_fd(OwnedFd::from(stderr)).map_err(pipes)?,
+        stdin: pipe::Sender::from_owned_fd(to_stdin).map_err(pipes)?,
+        stdout: pipe::Receiver::from_owned_fd(from_stdout).map_err(pipes)?,
+        stderr: pipe::Receiver::from_owned_fd(from_stderr).map_err(pipes)?,
     })
 }
 
 /// Starts the command of `request` on a terminal of its own.
 pub(crate) fn on_terminal(agent: &Agent, request: &ExecRequest) -> Result<OnTerminal, AgentError> {
-    let (mut command, program) = prepare(agent, request, Attachment::Terminal)?;
-    let pty = |error: io::Error| other(format!("pty: {}", errno_text(&error)));
-    let (master, slave) =
-        open_terminal(request.rows.unwrap_or(24), request.cols.unwrap_or(80)).map_err(pty)?;
-    let slave = File::from(slave);
-    command
-        .stdin(slave.try_clone().map_err(pty)?)
-        .stdout(slave.try_clone().map_err(pty)?)
-        .stderr(slave);
-    let child = command.spawn().map_err(|error| spawn_failed(&program, &error))?;
-    let group = pid(child.id()).ok_or_else(|| other("start: the process has no number"))?;
+    let command = Command::find(agent, request)?;
+    let (master, slave) = open_terminal(request.rows.unwrap_or(24), request.cols.unwrap_or(80))
+        .map_err(|error| other(format!("pty: {}", errno_text(&error))))?;
+    let group = command.start(agent, [slave.as_fd(); 3], Attachment::Terminal)?;
     Ok(OnTerminal { group, exit: agent.reaper.watch(group), master })
 }
 
@@ -112,44 +107,68 @@ enum Attachment {
     Terminal,
 }
 
-/// The command, and the program that it starts.
-fn prepare(
-    agent: &Agent,
-    request: &ExecRequest,
-    attachment: Attachment,
-) -> Result<(Command, PathBuf), AgentError> {
-    let user = user_of(agent, request.user.as_deref())?;
-    let environment =
-        environment(&agent.settings.borrow().environment, user.as_ref(), &request.env);
-    let path = environment.get("PATH").map_or("", String::as_str);
-    let cwd = working_directory(request.cwd.as_deref())?;
-    let name = request.argv.first().map_or("", String::as_str);
-    let program = find_program(name, path, &cwd).map_err(|error| lookup_failed(name, &error))?;
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the guest's commands have nothing to do with the host's"
-    )]
-    let mut command = Command::new(&program);
-    command.arg0(name).args(&request.argv[1..]).env_clear().envs(&environment).current_dir(&cwd);
-    let cgroup = open_cgroup(agent)
-        .map_err(|error| other(format!("start: cgroup: {}", errno_text(&error))))?;
-    let in_container = agent.place == Place::Container;
-    let descriptors = agent.child_descriptors;
-    let settle = move || {
-        if in_container {
-            // First: whoever is not root any more cannot.
-            give_capabilities_up()?;
-        }
-        settle(attachment, user.as_ref(), cgroup.as_ref())?;
-        // Last: what is the agent's is open until the child becomes another program, and may be more than the child may have.
-        lower_limit(descriptors)
-    };
-    // SAFETY: between fork and exec `settle` makes system calls only, and allocates nothing.
-    #[expect(unsafe_code, reason = "the child must be settled between fork and exec")]
-    unsafe {
-        command.pre_exec(settle);
+/// A command that can be started.
+struct Command {
+    file: PathBuf,
+    arguments: Vec<String>,
+    environment: BTreeMap<String, String>,
+    directory: Option<PathBuf>,
+    user: Option<User>,
+}
+
+impl Command {
+    fn find(agent: &Agent, request: &ExecRequest) -> Result<Self, AgentError> {
+        let user = user_of(agent, request.user.as_deref())?;
+        let environment =
+            environment(&agent.settings.borrow().environment, user.as_ref(), &request.env);
+        let path = environment.get("PATH").map_or("", String::as_str);
+        let directory = working_directory(request.cwd.as_deref())?;
+        let name = request.argv.first().map_or("", String::as_str);
+        let found = find_program(name, path, directory.as_deref().unwrap_or(Path::new("")));
+        let file = found.map_err(|error| lookup_failed(name, &error))?;
+        // A shell that is to run it takes a path for one whatever it begins with.
+        let is_bare = file.components().count() == 1;
+        let file = if is_bare { Path::new(".").join(file) } else { file };
+        Ok(Self { file, arguments: request.argv.clone(), environment, directory, user })
     }
-    Ok((command, program))
+
+    fn start(
+        &self,
+        agent: &Agent,
+        stdio: [BorrowedFd<'_>; 3],
+        attachment: Attachment,
+    ) -> Result<Pid, AgentError> {
+        let cgroup = open_cgroup(agent)
+            .map_err(|error| other(format!("start: cgroup: {}", errno_text(&error))))?;
+        let in_container = agent.place == Place::Container;
+        let settle = || {
+            if in_container {
+                // First: whoever is not root any more cannot.
+                give_capabilities_up()?;
+            }
+            settle(attachment, self.user.as_ref(), cgroup.as_ref())?;
+            // Last: what is the agent's is open until the child becomes another program, and may be more than the child may have.
+            lower_limit(agent.child_descriptors)
+        };
+        let started = self.program(stdio).and_then(|program| program.start(&settle));
+        started.map_err(|error| spawn_failed(&self.file, &error))
+    }
+
+    /// # Errors
+    ///
+    /// Part of it has a byte of zero.
+    fn program<'a>(&self, stdio: [BorrowedFd<'a>; 3]) -> io::Result<Program<'a>> {
+        let arguments = self.arguments.iter().map(|argument| CString::new(argument.as_str()));
+        let pair = |(name, value)| CString::new(format!("{name}={value}"));
+        let of_path = |path: &PathBuf| CString::new(path.as_os_str().as_bytes());
+        Ok(Program {
+            file: of_path(&self.file)?,
+            arguments: arguments.collect::<Result<_, _>>()?,
+            environment: self.environment.iter().map(pair).collect::<Result<_, _>>()?,
+            directory: self.directory.as_ref().map(of_path).transpose()?,
+            stdio,
+        })
+    }
 }
 
 /// Runs in the child: puts it where it belongs, and takes the agent's rights away from it.
@@ -157,14 +176,13 @@ fn settle(attachment: Attachment, user: Option<&User>, cgroup: Option<&File>) ->
     if let Some(procs) = cgroup {
         // The process that writes is the one that moves.
         write(procs, b"0")?;
-        // The agent's protection from the OOM killer was inherited. The file is its opener's own, so it is opened only here.
-        let oom_score =
-            open(c"/proc/self/oom_score_adj", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-        write(&oom_score, b"0")?;
     }
-    if attachment == Attachment::Terminal {
-        setsid()?;
-        ioctl_tiocsctty(rustix::stdio::stdin())?;
+    match attachment {
+        Attachment::Pipes => setpgid(None, None)?,
+        Attachment::Terminal => {
+            setsid()?;
+            ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
     }
     if let Some(user) = user {
         set_thread_groups(&user.groups)?;
@@ -224,18 +242,18 @@ fn environment(
     environment
 }
 
-fn working_directory(cwd: Option<&str>) -> Result<PathBuf, AgentError> {
+/// Where a process runs, if not where the agent does.
+fn working_directory(cwd: Option<&str>) -> Result<Option<PathBuf>, AgentError> {
     let bad = |path: &Path, why: &str| {
         refused(ErrorKind::BadCwd, format!("start: chdir {}: {why}", path.display()))
     };
     let Some(cwd) = cwd.filter(|cwd| !cwd.is_empty()) else {
-        return std::env::current_dir()
-            .map_err(|error| other(format!("start: getwd: {}", errno_text(&error))));
+        return Ok(None);
     };
     let cwd = Path::new(cwd);
     match cwd.metadata() {
         Ok(metadata) if metadata.is_dir() => {
-            std::path::absolute(cwd).map_err(|error| bad(cwd, &errno_text(&error)))
+            std::path::absolute(cwd).map(Some).map_err(|error| bad(cwd, &errno_text(&error)))
         }
         Ok(_) => Err(bad(cwd, "not a directory")),
         Err(error) => Err(bad(cwd, &errno_text(&error))),
@@ -269,10 +287,6 @@ fn spawn_failed(program: &Path, error: &io::Error) -> AgentError {
         Some(_) => ErrorKind::Other,
     };
     refused(kind, format!("start: fork/exec {}: {}", program.display(), errno_text(error)))
-}
-
-fn pid(number: u32) -> Option<Pid> {
-    i32::try_from(number).ok().and_then(Pid::from_raw)
 }
 
 fn other(message: impl Into<String>) -> AgentError {

@@ -13,7 +13,8 @@
 //!  settings   what the host made of this guest, after the boot and after each restore
 //!  suspend    stands still around a snapshot
 //!  launch     starts a process as the right user in the right place
-//!  reaper     the only caller of wait(2)
+//!  spawn      starts a program without a copy of the agent's memory
+//!  reaper     waits for every process that was started
 //! ```
 //!
 //! Everything runs on one thread: starting a child and registering it with the reaper cannot be torn apart by its exit.
@@ -39,6 +40,7 @@ pub mod ring;
 mod serve;
 mod session;
 mod settings;
+mod spawn;
 mod suspend;
 mod test_mode;
 mod unix;
@@ -50,6 +52,7 @@ use std::process::ExitCode;
 
 /// Runs the agent: as PID 1 of a guest, or in test mode.
 pub fn run() -> ExitCode {
+    keep_heap();
     if std::env::var_os("LOHAR_TEST").is_some_and(|value| value == "1") {
         return test_mode::run();
     }
@@ -61,4 +64,25 @@ pub fn run() -> ExitCode {
         "refusing to run: this is not PID 1 of a virtual machine or container (set LOHAR_TEST=1 for test mode)"
     ));
     ExitCode::FAILURE
+}
+
+#[cfg(target_env = "gnu")]
+#[expect(unsafe_code, reason = "no crate has this call")]
+unsafe extern "C" {
+    /// See mallopt(3).
+    fn mallopt(parameter: std::ffi::c_int, value: std::ffi::c_int) -> std::ffi::c_int;
+}
+
+/// Keeps up to a mebibyte that is not used at the heap's end: to give it back and take it again is 80 functions of the kernel, which an
+/// emulated guest has to translate before it answers.
+fn keep_heap() {
+    /// glibc's name for that.
+    #[cfg(target_env = "gnu")]
+    const M_TRIM_THRESHOLD: std::ffi::c_int = -1;
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "no crate has this call")]
+    // SAFETY: glibc has this function; it only sets a number, and refuses by its answer.
+    unsafe {
+        mallopt(M_TRIM_THRESHOLD, 1 << 20);
+    }
 }

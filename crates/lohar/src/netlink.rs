@@ -21,7 +21,8 @@ use rustix::net::{
 
 const HEADER_BYTES: usize = 16;
 const ADDRESS_BODY_BYTES: usize = 8;
-const ANSWER_BYTES: usize = 32 * 1024;
+/// What netlink(7) advises. The kernel makes its answers as large, and has to look for memory beyond that.
+const ANSWER_BYTES: usize = 8 * 1024;
 
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
@@ -47,6 +48,9 @@ const ROUTE_GATEWAY: u16 = 5;
 const ROUTE: Option<Protocol> = None;
 const SOCKETS: Option<Protocol> = Some(rustix::net::netlink::SOCK_DIAG);
 
+/// The card of a guest, if it has one.
+const CARD: &str = "eth0";
+
 const UP: u32 = 1;
 const INET: u8 = 2;
 const TABLE_MAIN: u8 = 254;
@@ -55,7 +59,8 @@ const UNICAST: u8 = 1;
 
 /// Brings `lo` up; the kernel gives it its addresses.
 pub(crate) fn loopback_up() -> io::Result<()> {
-    Netlink::open(ROUTE)?.link_up(index("lo")?, None)
+    let netlink = Netlink::open(ROUTE)?;
+    netlink.link_up(netlink.index("lo")?, None)
 }
 
 /// Gives an interface the address and route of `network`, in place of what it had. Returns the addresses that it has no more.
@@ -64,21 +69,21 @@ pub(crate) fn configure(network: &GuestNetwork) -> io::Result<Vec<Ipv4Addr>> {
     let mac = network.mac.as_deref().map(parse_mac).transpose()?;
     let gateway: Option<Ipv4Addr> =
         network.gateway.as_deref().map(str::parse).transpose().map_err(io::Error::other)?;
-    let index = index(&network.interface)?;
     let netlink = Netlink::open(ROUTE)?;
-    // The network is one of the fourth version; there is nobody to ask for an address of the sixth.
-    switch_off_ipv6(&network.interface)?;
+    let index = netlink.index(&network.interface)?;
     netlink.link_up(index, mac)?;
-    let mut left = Vec::new();
     // The old ones first: a new one of their network would be secondary to them, and go with them.
-    for (other, prefix) in netlink.addresses(index)? {
-        netlink.change_address(DELETE_ADDRESS, index, other, prefix)?;
-        left.push(other);
-    }
+    let mut left = netlink.remove_addresses(index)?;
     left.retain(|other| *other != address);
     netlink.change_address(NEW_ADDRESS, index, address, prefix)?;
     gateway.map_or(Ok(()), |gateway| netlink.default_route(index, gateway))?;
     Ok(left)
+}
+
+/// Takes an interface's addresses away, and its routes with them.
+pub(crate) fn forget(interface: &str) -> io::Result<()> {
+    let netlink = Netlink::open(ROUTE)?;
+    netlink.remove_addresses(netlink.index(interface)?).map(drop)
 }
 
 /// Ends the TCP connections from these addresses: their other ends belong to somebody else. Returns how many there were.
@@ -89,7 +94,22 @@ pub(crate) fn cut_connections(addresses: &[Ipv4Addr]) -> io::Result<usize> {
     sockets::cut(&Netlink::open(SOCKETS)?, addresses)
 }
 
-fn switch_off_ipv6(interface: &str) -> io::Result<()> {
+/// Brings the network card up, if there is one, with no address: guests that are restored from this one need not, and what it receives into
+/// is memory that they share.
+pub(crate) fn card_up() -> io::Result<()> {
+    let netlink = Netlink::open(ROUTE)?;
+    match netlink.index(CARD) {
+        Ok(index) => {
+            switch_off_ipv6(CARD)?;
+            netlink.link_up(index, None)
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Has an interface not speak the sixth version: the network is one of the fourth, and there is nobody to ask for an address.
+pub(crate) fn switch_off_ipv6(interface: &str) -> io::Result<()> {
     let switch = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
     match fs::write(&switch, "1") {
         // A kernel without it.
@@ -98,11 +118,6 @@ fn switch_off_ipv6(interface: &str) -> io::Result<()> {
         Err(_) if fs::read_to_string(&switch).is_ok_and(|now| now.trim() == "1") => Ok(()),
         written => written,
     }
-}
-
-fn index(interface: &str) -> io::Result<u32> {
-    let any = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    Ok(name_to_index(any, interface)?)
 }
 
 fn parse_address(text: &str) -> io::Result<(Ipv4Addr, u8)> {
@@ -134,6 +149,10 @@ impl Netlink {
         Ok(Self(socket))
     }
 
+    fn index(&self, interface: &str) -> io::Result<u32> {
+        Ok(name_to_index(&self.0, interface)?)
+    }
+
     fn link_up(&self, index: u32, mac: Option<[u8; 6]>) -> io::Result<()> {
         let mut body = vec![0; 4];
         body.extend_from_slice(&index.to_ne_bytes());
@@ -157,6 +176,15 @@ impl Netlink {
         attribute(&mut body, LOCAL, &address.octets());
         attribute(&mut body, ADDRESS, &address.octets());
         self.change(kind, if kind == NEW_ADDRESS { CREATE | REPLACE } else { 0 }, &body)
+    }
+
+    /// Returns those that it had.
+    fn remove_addresses(&self, index: u32) -> io::Result<Vec<Ipv4Addr>> {
+        let addresses = self.addresses(index)?;
+        for &(address, prefix) in &addresses {
+            self.change_address(DELETE_ADDRESS, index, address, prefix)?;
+        }
+        Ok(addresses.into_iter().map(|(address, _)| address).collect())
     }
 
     fn default_route(&self, index: u32, gateway: Ipv4Addr) -> io::Result<()> {
@@ -283,16 +311,17 @@ mod tests {
         for bad in ["10.0.1.2", "10.0.1.2/33", "10.0.1/24", "x/24", ""] {
             assert!(parse_address(bad).is_err(), "{bad}");
         }
-        assert!(parse_mac("02:00").is_err() && index("../lo").is_err());
+        assert!(parse_mac("02:00").is_err());
     }
 
     #[test]
     fn loopback_has_the_address_that_the_kernel_gave_it() {
         let netlink = Netlink::open(ROUTE).unwrap();
 
-        let addresses = netlink.addresses(index("lo").unwrap()).unwrap();
+        let addresses = netlink.addresses(netlink.index("lo").unwrap()).unwrap();
 
         assert!(addresses.contains(&(Ipv4Addr::LOCALHOST, 8)), "{addresses:?}");
+        assert!(netlink.index("../lo").is_err());
     }
 
     /// Runs `test` with a network of its own, so that nothing it does reaches the machine's, in which `eth0` is one end of a cable.
@@ -344,6 +373,18 @@ mod tests {
             let routes = ip(&["route", "show", "default"]);
             assert!(routes.starts_with("default via 10.1.2.254 dev eth0"), "{routes}");
             assert_eq!(routes.lines().count(), 1, "{routes}");
+        });
+    }
+
+    #[test]
+    fn interface_that_is_to_forget_has_neither_address_nor_route() {
+        with_own_network(|| {
+            configure(&network("10.1.2.3/24", "10.1.2.1", "02:00:00:00:00:01")).unwrap();
+
+            forget("eth0").unwrap();
+
+            assert_eq!(ip(&["-o", "-4", "address", "show", "eth0"]), "");
+            assert_eq!(ip(&["route", "show"]), "");
         });
     }
 

@@ -27,9 +27,9 @@ const THREADS_PERCENT: u64 = 90;
 /// The longest record of the kernel's log: `CONSOLE_EXT_LOG_MAX` of kernel/printk.
 const RECORD_BYTES: usize = 8192;
 
-/// Protects the agent, and sets the cgroup of all others up.
+/// Protects the agent: sets the cgroup of all others up. That PID 1 is never killed for want of memory is the kernel's own rule, so it needs no
+/// score that its children would have to lay down again.
 pub(crate) fn protect_agent() -> io::Result<()> {
-    fs::write("/proc/self/oom_score_adj", "-1000")?;
     fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids")?;
     fs::create_dir_all(USER_CGROUP)?;
     let memory = total_memory()?.saturating_sub(RESERVED_BYTES);

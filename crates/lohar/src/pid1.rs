@@ -1,7 +1,7 @@
 //! The life of PID 1: brings the guest up, serves the channel, powers off.
 //!
 //! ```text
-//!  load modules ─► find and mount the root disk ─► move into it ─► mount the rest, loopback up ─► serve ─► power off
+//!  load modules ─► find and mount the root disk ─► move into it ─► mount the rest, links up ─► serve ─► power off
 //! ```
 //!
 //! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
@@ -16,7 +16,7 @@ use std::io;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use rustix::process::chdir;
+use rustix::process::{DumpableBehavior, chdir, set_dumpable_behavior};
 use tokio::task::LocalSet;
 
 use crate::agent::{Agent, Place};
@@ -54,6 +54,10 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 
 /// Runs the guest until it is to be powered off.
 pub(crate) fn run() -> ExitCode {
+    // Whatever `fs.suid_dumpable` says: children of other users borrow this memory.
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        log::line(format_args!("failed to keep the agent's memory from being traced: {error}"));
+    }
     if container::is_one() {
         return container::run();
     }
@@ -71,6 +75,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     mounts::late();
     for (step, done) in [
         ("bring the loopback up", netlink::loopback_up()),
+        ("bring the network card up", netlink::card_up()),
         ("protect the agent's memory", oom::protect_agent()),
     ] {
         if let Err(error) = done {

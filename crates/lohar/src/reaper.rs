@@ -1,4 +1,4 @@
-//! The only caller of wait(2): hands each exit to whoever started the process, and lets orphans go.
+//! Waits for every process that was started: hands each exit to whoever started the process, and lets orphans go.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

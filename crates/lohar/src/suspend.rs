@@ -1,8 +1,8 @@
 //! The time around a snapshot, in which only the agent runs: what a user's process sees must be either the guest that was saved or the one
 //! that it became, never one in between.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -103,7 +103,9 @@ async fn freeze() -> io::Result<()> {
 }
 
 fn set_frozen(frozen: bool) -> io::Result<()> {
-    fs::write(format!("{USER_CGROUP}/cgroup.freeze"), if frozen { "1" } else { "0" })
+    // A file of the kernel's, so there is nothing to truncate.
+    let mut switch = File::options().write(true).open(format!("{USER_CGROUP}/cgroup.freeze"))?;
+    switch.write_all(if frozen { b"1" } else { b"0" })
 }
 
 fn is_frozen() -> io::Result<bool> {

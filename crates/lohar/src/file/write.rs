@@ -42,7 +42,11 @@ pub(crate) async fn write<T: Transport>(
     agent.awake().await;
     let mut new = NewFile::create(&path, owner)?;
     let length = Length { announced: size, limit };
-    receive(agent, length, &mut reader, &mut new).await?;
+    if let Err(error) = receive(agent, length, &mut reader, &mut new).await {
+        agent.awake().await;
+        new.discard().await;
+        return Err(error);
+    }
     // Waits for the disk, which nobody else should have to.
     let finished = tokio::task::spawn_blocking(move || new.finish(mode));
     finished.await.map_err(|_| refused(ErrorKind::Other, "the write was interrupted"))??;
@@ -159,6 +163,13 @@ impl NewFile {
         done.map_err(|error| io_refused("rename", &self.target, &error))?;
         self.finished = true;
         Ok(())
+    }
+
+    /// Leaves nothing of it: whoever is told that it was not written finds nothing of it either.
+    async fn discard(mut self) {
+        self.finished = true;
+        let temporary = std::mem::take(&mut self.temporary);
+        drop(tokio::task::spawn_blocking(|| fs::remove_file(temporary)).await);
     }
 
     fn try_finish(&self, mode: u32) -> io::Result<()> {

@@ -150,6 +150,8 @@ pub(super) async fn feed_terminal(terminal: Terminal, mut queued: mpsc::Unbounde
                 Err(Errno::AGAIN) => ready.clear_ready(),
                 Err(_) => return,
             }
+            // A kernel that takes a long line byte by byte always has room for one more: everybody else has a turn, too.
+            tokio::task::yield_now().await;
         }
     }
 }

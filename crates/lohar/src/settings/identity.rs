@@ -1,6 +1,5 @@
 //! Another identity: what a restored guest must not share with the one that it was.
 
-use std::fs;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -9,17 +8,22 @@ use std::rc::Rc;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{Applied, GuestNetwork, Identity, IdentityReport};
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use super::{start_init_of, system, write_files};
 use crate::agent::Agent;
-use crate::{netlink, suspend};
+use crate::{log, netlink, suspend};
 
 /// `RNDRESEEDCRNG` of linux/random.h: the generator takes its key anew from the pool.
 const RESEED: libc::c_ulong = 0x5207;
 
 /// Serves one `IDENTITY_REQ`: does all of it, whatever fails, and reports each part. Only then do the users' processes go on.
 pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
+    let report = apply(agent, identity);
+    IdentityReport { clock_ns: clock(), ..report }
+}
+
+fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let config = &identity.config;
     let guest = |apply: &dyn Fn() -> io::Result<()>| {
         if agent.place.has_kernel() { applied(apply()) } else { Applied::Nothing }
@@ -41,7 +45,7 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         rng: guest(&|| feed_random(&identity.entropy)),
         wall_clock,
         hostname: guest(&|| system::set_hostname(&config.hostname)),
-        machine_id: guest(&|| fs::write("/etc/machine-id", format!("{}\n", identity.machine_id))),
+        machine_id: guest(&|| system::set_machine_id(&identity.machine_id)),
         token: Applied::Done,
         environment: Applied::Done,
         files: match write_files(agent, &config.files) {
@@ -52,8 +56,14 @@ pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         addresses,
         first_setup,
         connections,
+        clock_ns: None,
     };
     if identity.rehearsal {
+        if let Some(network) = network
+            && let Err(error) = rehearse_network(network, &config.dns)
+        {
+            log::line(format_args!("failed to practise a network: {error}"));
+        }
         suspend::thaw(agent);
         return report;
     }
@@ -88,6 +98,12 @@ fn move_to(network: Option<&GuestNetwork>, dns: &[String]) -> (Applied, Applied)
     }
 }
 
+/// Does what else a new sandbox does about its network, and leaves it nothing to undo.
+fn rehearse_network(network: &GuestNetwork, dns: &[String]) -> io::Result<()> {
+    system::set_resolvers(dns)?;
+    netlink::forget(&network.interface)
+}
+
 fn applied(result: io::Result<()>) -> Applied {
     match result {
         Ok(()) => Applied::Done,
@@ -106,8 +122,15 @@ pub(crate) fn feed_random(entropy: &str) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// The wall clock, in nanoseconds since 1970.
+fn clock() -> Option<u64> {
+    let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Realtime);
+    Some(u64::try_from(tv_sec).ok()? * SECOND_NS + u64::try_from(tv_nsec).ok()?)
+}
+
 pub(crate) fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
-    const SECOND_NS: u64 = 1_000_000_000;
     let tv_sec = i64::try_from(wall_clock_ns / SECOND_NS).map_err(io::Error::other)?;
     let tv_nsec = i64::try_from(wall_clock_ns % SECOND_NS).map_err(io::Error::other)?;
     Ok(clock_settime(ClockId::Realtime, Timespec { tv_sec, tv_nsec })?)

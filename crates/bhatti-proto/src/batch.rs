@@ -1,0 +1,89 @@
+//! Writes that go out together.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use futures_util::io::{AsyncRead, AsyncWrite};
+
+/// From how many bytes on they are written, whatever else may come.
+const KEPT_BYTES_MAX: usize = 64 * 1024;
+
+/// The most memory that is kept for the next ones, in bytes.
+const SPARE_BYTES_MAX: usize = 4096;
+
+/// A stream that keeps what is written to it until something is to be read from it, or until that is much. A multiplexer writes the parts of
+/// its frames one by one, and reads when it has no more to write: the other side is woken once instead of for each part.
+#[derive(Debug)]
+pub(crate) struct Batched<S> {
+    inner: S,
+    kept: Vec<u8>,
+    /// How much of it is written.
+    written: usize,
+}
+
+impl<S> Batched<S> {
+    pub(crate) const fn new(inner: S) -> Self {
+        Self { inner, kept: Vec::new(), written: 0 }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Batched<S> {
+    fn poll_write_kept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.written < self.kept.len() {
+            let rest = &self.kept[self.written..];
+            match ready!(Pin::new(&mut self.inner).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => self.written += written,
+            }
+        }
+        self.kept.clear();
+        self.kept.shrink_to(SPARE_BYTES_MAX);
+        self.written = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends all that is kept, here and by the stream below.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_kept(cx))?;
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Batched<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        // What the stream does not take now, it takes when it is ready: this task is woken then.
+        if let Poll::Ready(Err(error)) = self.poll_send(cx) {
+            return Poll::Ready(Err(error));
+        }
+        Pin::new(&mut self.inner).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Batched<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.kept.len() >= KEPT_BYTES_MAX {
+            ready!(self.poll_write_kept(cx))?;
+        }
+        self.kept.extend_from_slice(buf);
+        Poll::Ready(Ok(buf.len()))
+    }
+
+    /// Does nothing: the next read does.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_kept(cx))?;
+        Pin::new(&mut self.inner).poll_close(cx)
+    }
+}
