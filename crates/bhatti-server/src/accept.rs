@@ -124,7 +124,7 @@ async fn answer(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use parking_lot::Mutex;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
@@ -145,17 +145,21 @@ mod tests {
         }
     }
 
-    fn serve_one() -> DuplexStream {
+    /// A connection to a server of `app`.
+    pub(crate) fn serve_one(app: Router) -> DuplexStream {
         let (ours, theirs) = duplex(1024);
-        let app = Router::new().fallback(|| async { "answered" });
         tokio::spawn(serve(One(Mutex::new(Some(theirs))), app, std::future::pending()));
         ours
+    }
+
+    fn serve_answers() -> DuplexStream {
+        serve_one(Router::new().fallback(|| async { "answered" }))
     }
 
     #[tokio::test(start_paused = true)]
     async fn peer_that_asks_nothing_or_slowly_is_let_go() {
         for begin in ["", "GET / HTTP/1.1\r\nHost:"] {
-            let mut peer = serve_one();
+            let mut peer = serve_answers();
             peer.write_all(begin.as_bytes()).await.unwrap();
 
             let mut said = Vec::new();
@@ -167,7 +171,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn kept_connection_answers_again() {
-        let mut peer = serve_one();
+        let mut peer = serve_answers();
         for _ in 0..2 {
             peer.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
             let mut said = Vec::new();

@@ -3,12 +3,10 @@
 //! A caller on the network shows a key in the `Authorization` header. A WebSocket's client that can set no header shows a ticket or the
 //! key in the query; both are taken out of the request here, so that no log, handler or guest ever sees them.
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::Uri;
 use axum::http::header::{AUTHORIZATION, UPGRADE};
 use axum::http::uri::PathAndQuery;
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use bhatti_types::UserId;
 
@@ -36,20 +34,18 @@ impl Caller {
     }
 }
 
-pub(crate) async fn authenticate(
-    State((state, listener)): State<(AppState, Listener)>,
+pub(crate) fn authenticate(
+    state: &AppState,
+    listener: Listener,
     mut request: Request,
-    next: Next,
-) -> Response {
+) -> Result<Request, ApiError> {
     let shown = take_from_query(&mut request);
     let path = request.uri().path();
     if !PUBLIC_PATHS.contains(&path) && !console::PATHS.contains(&path) {
-        match caller(&state, listener, &request, shown) {
-            Ok(caller) => drop(request.extensions_mut().insert(caller)),
-            Err(error) => return error.into_response(),
-        }
+        let caller = caller(state, listener, &request, shown)?;
+        request.extensions_mut().insert(caller);
     }
-    next.run(request).await
+    Ok(request)
 }
 
 /// What a request shows in its query.

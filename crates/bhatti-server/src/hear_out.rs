@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
-use axum::middleware::Next;
-use axum::response::Response;
 use http_body_util::BodyExt;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -20,20 +18,30 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// What surely fits between caller and daemon, in bytes: nobody has to read it.
 const SMALL_BYTES: u64 = 8 << 10;
 
-/// Reads what the handler of a request leaves of its body.
-pub(crate) async fn hear_out(request: Request, next: Next) -> Response {
+/// The most that a caller whom nobody knows is heard out for, in bytes.
+pub(crate) const OF_STRANGERS_BYTES: u64 = 1 << 20;
+
+/// Has what the handler of a request leaves of its body be read, up to `most` bytes.
+pub(crate) fn hear_out(request: Request, most: u64) -> Request {
     let size = request.body().size_hint();
     if size.upper().is_some_and(|most| most <= SMALL_BYTES) {
-        return next.run(request).await;
+        return request;
     }
     let (leave, left) = oneshot::channel();
     tokio::spawn(async move {
         // Nothing is left of one that was read to its end.
         let Ok(mut body) = left.await else { return };
-        let rest = async { while let Some(Ok(_)) = Body::frame(&mut body).await {} };
+        let rest = async {
+            let mut heard = 0;
+            while let Some(Ok(frame)) = Body::frame(&mut body).await
+                && heard < most
+            {
+                heard += frame.data_ref().map_or(0, |data| data.len() as u64);
+            }
+        };
         drop(timeout(LIMIT, rest).await);
     });
-    next.run(request.map(|body| Body::new(Leaving { body, leave: Some(leave) }))).await
+    request.map(|body| Body::new(Leaving { body, leave: Some(leave) }))
 }
 
 /// A body that is passed on when it is dropped before its end.

@@ -1,9 +1,11 @@
-//! JSON bodies of requests.
+//! JSON bodies of requests and of answers.
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::header::CONTENT_LENGTH;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::status::ApiError;
@@ -43,5 +45,59 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
         serde_json::from_slice(json)
             .map(Self)
             .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
+    }
+}
+
+/// An answer in JSON. Axum's own takes half as many instructions again, for each piece goes through a writer that is not inlined.
+pub(crate) struct Json<T>(pub(crate) T);
+
+impl<T: Serialize> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        answer(serde_json::to_vec(&self.0))
+    }
+}
+
+/// An answer that is an array, written element by element: of a long one no more is in memory than its text.
+pub(crate) struct JsonArray {
+    text: serde_json::Result<Vec<u8>>,
+    elements: usize,
+}
+
+impl Default for JsonArray {
+    fn default() -> Self {
+        Self { text: Ok(vec![b'[']), elements: 0 }
+    }
+}
+
+impl JsonArray {
+    pub(crate) fn push(&mut self, element: &impl Serialize) {
+        let Ok(text) = &mut self.text else { return };
+        if self.elements > 0 {
+            text.push(b',');
+        }
+        self.elements += 1;
+        if let Err(error) = serde_json::to_writer(text, element) {
+            self.text = Err(error);
+        }
+    }
+
+    pub(crate) const fn len(&self) -> usize {
+        self.elements
+    }
+}
+
+impl IntoResponse for JsonArray {
+    fn into_response(self) -> Response {
+        answer(self.text.map(|mut text| {
+            text.push(b']');
+            text
+        }))
+    }
+}
+
+fn answer(json: serde_json::Result<Vec<u8>>) -> Response {
+    match json {
+        Ok(json) => ([(CONTENT_TYPE, "application/json")], json).into_response(),
+        Err(error) => ApiError::internal(&error).into_response(),
     }
 }

@@ -29,7 +29,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::extract::{Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use bhatti_image::ImageStore;
 use bhatti_store::Store;
@@ -44,6 +46,8 @@ pub use routes::open_api;
 pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
 
 use answers::AnswerMemory;
+use hear_out::hear_out;
+use metrics::Measured;
 use proxy::Visits;
 use rates::Rates;
 use revocations::Revocations;
@@ -184,10 +188,27 @@ pub enum Listener {
 pub fn router(state: AppState, listener: Listener) -> Router {
     routes::router()
         .merge(console::router())
-        .layer(from_fn_with_state(state.clone(), rates::limit))
-        .layer(from_fn_with_state((state.clone(), listener), auth::authenticate))
-        .layer(from_fn_with_state(state.clone(), metrics::measure))
-        .layer(from_fn(request_id::identify))
-        .layer(from_fn(hear_out::hear_out))
+        .layer(from_fn_with_state((state.clone(), listener), pass))
         .with_state(state)
+}
+
+/// What every request passes on its way to its handler, and back. One layer: each would copy all those below it for every request.
+async fn pass(
+    State((state, listener)): State<(AppState, Listener)>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    request_id::identify(method, path, async {
+        let measured = Measured::new(&request);
+        let admitted = auth::authenticate(&state, listener, hear_out(request, u64::MAX))
+            .and_then(|request| rates::limit(&state, request));
+        let response = match admitted {
+            Ok(request) => next.run(request).await,
+            Err(error) => error.into_response(),
+        };
+        measured.end(&state.metrics, &response);
+        response
+    })
+    .await
 }

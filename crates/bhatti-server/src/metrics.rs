@@ -1,7 +1,6 @@
 //! What the daemon measures, in the text format of Prometheus.
 
-use axum::extract::{MatchedPath, Request, State};
-use axum::middleware::Next;
+use axum::extract::{MatchedPath, Request};
 use axum::response::Response;
 use bhatti_supervisor::Supervisor;
 use prometheus_client::encoding::text::encode;
@@ -10,8 +9,6 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 use tokio::time::Instant;
-
-use crate::AppState;
 
 type Labels = [(&'static str, String); 3];
 
@@ -67,29 +64,36 @@ impl HttpMetrics {
     }
 }
 
-/// Measures each request by its route, so that there are no more series than routes.
-pub(crate) async fn measure(
-    State(state): State<AppState>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let route = request.extensions().get::<MatchedPath>();
-    let route = route.map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
-    let method = match request.method().as_str() {
-        known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
-        _ => "other",
-    };
-    let method = method.to_owned();
-    let began = Instant::now();
-    let response = next.run(request).await;
-    let status = response.status();
-    let status = if route.contains("/proxy/") {
-        // The application's own: one of nine hundred.
-        format!("{}xx", status.as_u16() / 100)
-    } else {
-        status.as_str().to_owned()
-    };
-    let labels = [("method", method), ("route", route), ("status", status)];
-    state.metrics.requests.get_or_create(&labels).observe(began.elapsed().as_secs_f64());
-    response
+/// A request whose answer is waited for. It is counted by its route, so that there are no more series than routes.
+pub(crate) struct Measured {
+    method: &'static str,
+    route: String,
+    began: Instant,
+}
+
+impl Measured {
+    pub(crate) fn new(request: &Request) -> Self {
+        const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+        let route = request.extensions().get::<MatchedPath>();
+        let method = METHODS.into_iter().find(|known| *known == request.method().as_str());
+        Self {
+            method: method.unwrap_or("other"),
+            route: route.map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned()),
+            began: Instant::now(),
+        }
+    }
+
+    /// Counts its answer, and how long that took.
+    pub(crate) fn end(self, metrics: &HttpMetrics, response: &Response) {
+        let status = response.status();
+        let status = if self.route.contains("/proxy/") {
+            // The application's own: one of nine hundred.
+            format!("{}xx", status.as_u16() / 100)
+        } else {
+            status.as_str().to_owned()
+        };
+        let labels =
+            [("method", self.method.to_owned()), ("route", self.route), ("status", status)];
+        metrics.requests.get_or_create(&labels).observe(self.began.elapsed().as_secs_f64());
+    }
 }

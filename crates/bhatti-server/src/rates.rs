@@ -3,10 +3,8 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{MatchedPath, Request};
 use axum::http::Method;
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use bhatti_types::{SandboxId, UserId};
 use governor::clock::{Clock, DefaultClock};
@@ -102,18 +100,16 @@ impl Rates {
 }
 
 /// Lets a request through if its user has not made too many. The admin, who owns the machine, may make any number.
-pub(crate) async fn limit(State(state): State<AppState>, request: Request, next: Next) -> Response {
+pub(crate) fn limit(state: &AppState, request: Request) -> Result<Request, ApiError> {
     let caller = request.extensions().get::<Caller>().copied();
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     if let (Some(caller), Some(route)) = (caller, route)
         && !caller.is_admin()
         && let Err(wait) = state.rates.check(caller.0, request.method(), &route)
     {
-        return ApiError::new(ErrorCode::RateLimited, "too many requests")
-            .retry_after(wait)
-            .into_response();
+        return Err(ApiError::new(ErrorCode::RateLimited, "too many requests").retry_after(wait));
     }
-    next.run(request).await
+    Ok(request)
 }
 
 #[cfg(test)]

@@ -1,34 +1,36 @@
 //! Gives each request an id, and each error its body.
 
-use axum::Json;
-use axum::extract::Request;
-use axum::http::HeaderValue;
 use axum::http::header::RETRY_AFTER;
-use axum::middleware::Next;
+use axum::http::{HeaderValue, Method};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::{ErrorBody, ErrorCode};
 use tracing::{Instrument, debug, info_span};
 
+use crate::json::Json;
 use crate::status::ApiError;
 
 const HEADER: &str = "x-request-id";
 
-/// Names the request in the log and in its response, and turns an [`ApiError`] into one.
-pub(crate) async fn identify(request: Request, next: Next) -> Response {
+/// Names a request in the log and in its answer, and turns an [`ApiError`] into one.
+pub(crate) async fn identify(
+    method: Method,
+    path: String,
+    answer: impl Future<Output = Response>,
+) -> Response {
     let request_id = request_id();
-    let span = info_span!("request", id = %request_id, method = %request.method(), path = request.uri().path());
-    async {
-        let response = next.run(request).await;
+    let span = info_span!("request", id = %request_id, %method, path);
+    let answer = async {
+        let response = answer.await;
         debug!(status = response.status().as_u16(), "Request answered");
-        finish(response, &request_id)
-    }
-    .instrument(span)
-    .await
+        response
+    };
+    finish(answer.instrument(span).await, request_id)
 }
 
-fn finish(mut response: Response, request_id: &str) -> Response {
+fn finish(mut response: Response, request_id: String) -> Response {
+    let name = HeaderValue::from_str(&request_id);
     if let Some(ApiError { code, message, hint, .. }) = response.extensions_mut().remove() {
-        let body = ErrorBody { error: message, code, hint, request_id: request_id.to_owned() };
+        let body = ErrorBody { error: message, code, hint, request_id };
         let mut with_body = (response.status(), Json(body)).into_response();
         if let Some(wait) = response.headers_mut().remove(RETRY_AFTER) {
             with_body.headers_mut().insert(RETRY_AFTER, wait);
@@ -38,8 +40,8 @@ fn finish(mut response: Response, request_id: &str) -> Response {
         }
         response = with_body;
     }
-    if let Ok(value) = HeaderValue::from_str(request_id) {
-        response.headers_mut().insert(HEADER, value);
+    if let Ok(name) = name {
+        response.headers_mut().insert(HEADER, name);
     }
     response
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use axum::Json;
+use crate::json::Json;
 use axum::http::header::{LOCATION, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -288,6 +288,8 @@ fn network_error(error: &NetworkError) -> ApiError {
             .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
         NetworkError::NotAllowable(_) => ApiError::new(ErrorCode::Forbidden, error.to_string())
             .hint("the admin may add it to network_allowable in the configuration"),
+        NetworkError::InTheWay(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
+            .hint("free it, or take the sandbox without a network: --network none"),
         NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
         NetworkError::Assign(NetworkAssignError::Exhausted { .. }) => {
             ApiError::new(ErrorCode::Busy, error.to_string())
@@ -314,8 +316,7 @@ fn restore_error(error: &RestoreError) -> ApiError {
 /// What a sandbox that was not woken is told as: what kept it asleep before.
 fn given_up(error: &TransitionError, wait: Duration, last: &RestoreError) -> ApiError {
     let told = restore_error(last);
-    let hint = told.hint.unwrap_or_else(|| "once more, at once: bhatti start NAME".to_owned());
-    ApiError::new(told.code, format!("{error}: {}", told.message)).hint(hint).retry_after(wait)
+    ApiError { message: format!("{error}: {}", told.message), ..told }.retry_after(wait)
 }
 
 impl From<Busy> for ApiError {

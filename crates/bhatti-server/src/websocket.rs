@@ -159,3 +159,105 @@ impl Receiver {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::Router;
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+    use tokio::sync::mpsc;
+    use tokio::time::sleep;
+
+    use super::*;
+    use crate::accept::tests::serve_one;
+
+    const HANDSHAKE: &[u8] =
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\
+        Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n";
+
+    /// An empty ping as a server sends it, and an empty pong and the text `x` as a client does, masked with zeros (RFC 6455, section 5.2).
+    const PING: [u8; 2] = [0x89, 0];
+    const PONG: [u8; 6] = [0x8a, 0x80, 0, 0, 0, 0];
+    const TEXT: [u8; 7] = [0x81, 0x81, 0, 0, 0, 0, b'x'];
+
+    /// A peer of a receiver, and what that receives, with when. Beside it, `output` is sent.
+    async fn peer(output: usize) -> (DuplexStream, mpsc::Receiver<(Option<String>, Instant)>) {
+        let (received, receives) = mpsc::channel(1);
+        let app = get(async move |Upgrade(upgrade): Upgrade| {
+            upgrade.on_upgrade(async move |socket| {
+                let (sender, mut receiver) = split(socket);
+                let sender = Arc::new(sender);
+                if output > 0 {
+                    let sender = Arc::clone(&sender);
+                    tokio::spawn(
+                        async move { sender.send(Message::binary(vec![0; output])).await },
+                    );
+                }
+                loop {
+                    let message = receiver.next(&sender).await;
+                    let text = message.map(|message| message.into_text().unwrap().to_string());
+                    let ends = text.is_none();
+                    drop(received.send((text, Instant::now())).await);
+                    if ends {
+                        break;
+                    }
+                }
+            })
+        });
+        let mut peer = serve_one(Router::new().route("/", app));
+        peer.write_all(HANDSHAKE).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(peer.read_u8().await.unwrap());
+        }
+        (peer, receives)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_peer_is_asked_for_a_sign_of_life_and_then_let_go() {
+        let (mut peer, mut receives) = peer(0).await;
+        let began = Instant::now();
+
+        let (received, then) = receives.recv().await.unwrap();
+
+        assert_eq!(received, None);
+        let silent = then - began;
+        assert!(silent > SILENCE_LIMIT && silent <= SILENCE_LIMIT + PING_EVERY, "{silent:?}");
+        let mut said = Vec::new();
+        peer.read_to_end(&mut said).await.unwrap();
+        assert!(said.starts_with(&[PING, PING].concat()), "{said:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peer_that_only_answers_pings_is_kept() {
+        let (mut peer, mut receives) = peer(0).await;
+        for _ in 0..10 {
+            let mut ping = [0; 2];
+            peer.read_exact(&mut ping).await.unwrap();
+            assert_eq!(ping, PING);
+            peer.write_all(&PONG).await.unwrap();
+        }
+
+        peer.write_all(&TEXT).await.unwrap();
+
+        let (received, _) = receives.recv().await.unwrap();
+        assert_eq!(received.as_deref(), Some("x"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peer_that_takes_no_output_is_not_taken_for_a_silent_one() {
+        let output = 1 << 20;
+        let (mut peer, mut receives) = peer(output).await;
+        sleep(5 * SILENCE_LIMIT).await;
+
+        peer.write_all(&TEXT).await.unwrap();
+
+        let (received, _) = receives.recv().await.unwrap();
+        assert_eq!(received.as_deref(), Some("x"));
+        // And it gets all of it.
+        let mut said = vec![0; output];
+        peer.read_exact(&mut said).await.unwrap();
+    }
+}

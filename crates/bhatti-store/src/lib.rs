@@ -134,6 +134,9 @@ fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError
 
 /// The names of secrets in a column.
 fn parse_secrets(text: &str) -> Result<Vec<bhatti_types::SecretName>, StoreError> {
+    if text == "[]" {
+        return Ok(Vec::new());
+    }
     let names: Vec<String> = from_json(text)?;
     names.iter().map(|name| parsed(name.parse())).collect()
 }

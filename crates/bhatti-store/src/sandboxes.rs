@@ -221,16 +221,21 @@ impl Store {
         owner: UserId,
         id_or_name: &str,
     ) -> Result<Option<SandboxRow>, StoreError> {
-        let connection = self.connection.lock();
-        // An id wins over a name that looks like one.
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND (id = ?2 OR name = ?2) AND state <> 'destroyed'
-             ORDER BY id = ?2 DESC LIMIT 1"
-        ))?;
-        query
-            .query_row(params![owner.to_string(), id_or_name], |row| Ok(read(row)))
-            .optional()?
-            .transpose()
+        find(&self.connection.lock(), owner, id_or_name, &format!("{COLUMNS}, {ATTACHED}"), read)
+    }
+
+    /// The id of the sandbox that `owner` calls so, without the work of reading the rest.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_sandbox_id(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+    ) -> Result<Option<SandboxId>, StoreError> {
+        let read = |row: &Row<'_>| parsed(parsed(row.get_ref(0)?.as_str())?.parse());
+        find(&self.connection.lock(), owner, id_or_name, "id", read)
     }
 
     /// The sandbox of this id.
@@ -259,7 +264,7 @@ impl Store {
         query.query_map([], |row| Ok(read(row)))?.map(|row| row?).collect()
     }
 
-    /// The sandboxes of `owner` that a filter lets through, newest first.
+    /// The sandboxes of `owner` that a filter lets through, newest first, without their guests' reports, which are long.
     ///
     /// # Errors
     ///
@@ -269,10 +274,28 @@ impl Store {
         owner: UserId,
         filter: &SandboxFilter,
     ) -> Result<Vec<SandboxRow>, StoreError> {
+        let mut rows = Vec::new();
+        self.each_sandbox(owner, filter, |row| rows.push(row))?;
+        Ok(rows)
+    }
+
+    /// Gives `take` each of the sandboxes that [`list_sandboxes`](Self::list_sandboxes) has, one after the other, so that a thousand of
+    /// them need not be in memory at once. The store is locked meanwhile: `take` must not use it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails; `take` has then had some of them.
+    pub fn each_sandbox(
+        &self,
+        owner: UserId,
+        filter: &SandboxFilter,
+        mut take: impl FnMut(SandboxRow),
+    ) -> Result<(), StoreError> {
         let SandboxFilter { labels, after, limit } = filter;
         let connection = self.connection.lock();
+        let columns = COLUMNS.replace("identity", "NULL");
         let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
+            "SELECT {columns}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
                AND (?2 IS NULL OR created_at < ?2 OR (created_at = ?2 AND id > ?3))
                AND (?4 = '{{}}' OR NOT EXISTS (
                    SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (
@@ -283,7 +306,11 @@ impl Store {
         let (created_at, id) = after.as_ref().map(|(at, id)| (at, id)).unzip();
         let limit = limit.map_or(-1, i64::from);
         let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
-        query.query_map(parameters, |row| Ok(read(row)))?.map(|row| row?).collect()
+        let mut rows = query.query(parameters)?;
+        while let Some(row) = rows.next()? {
+            take(read(row)?);
+        }
+        Ok(())
     }
 
     /// Changes what a person gave a sandbox, all of it or nothing.
@@ -424,6 +451,9 @@ fn parse_environment(text: &str) -> Result<Environment, StoreError> {
 }
 
 fn parse_labels(text: &str) -> Result<Labels, StoreError> {
+    if text == "{}" {
+        return Ok(Labels::default());
+    }
     parsed(Labels::try_from(from_json::<BTreeMap<_, _>>(text)?))
 }
 
@@ -451,11 +481,35 @@ fn admit(connection: &Connection, owner: UserId, spec: &SandboxSpec) -> Result<(
     }
 }
 
+/// Columns of the sandbox that `owner` calls so. An id wins over a name that looks like one.
+fn find<T>(
+    connection: &Connection,
+    owner: UserId,
+    id_or_name: &str,
+    columns: &str,
+    read: impl Fn(&Row<'_>) -> Result<T, StoreError>,
+) -> Result<Option<T>, StoreError> {
+    // One by one: a query for either has to sort.
+    let is_id = id_or_name.parse::<SandboxId>().is_ok();
+    for key in if is_id { &["id", "name"][..] } else { &["name"] } {
+        let mut query = connection.prepare_cached(&format!(
+            "SELECT {columns} FROM sandboxes WHERE owner = ?1 AND {key} = ?2 AND state <> 'destroyed'"
+        ))?;
+        let found = query.query_row(params![owner.to_string(), id_or_name], |row| Ok(read(row)));
+        if let Some(found) = found.optional()? {
+            return found.map(Some);
+        }
+    }
+    Ok(None)
+}
+
 fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
     let text = |index: usize| row.get::<_, String>(index);
+    let lent = |index: usize| parsed(row.get_ref(index)?.as_str());
     let number = |index: usize| row.get::<_, u64>(index);
-    let (reason, address): (Option<String>, Option<String>) = (row.get(4)?, row.get(21)?);
-    let state = match (text(3)?.as_str(), reason) {
+    let maybe = |index: usize| parsed(row.get_ref(index)?.as_str_or_null());
+    let (reason, address) = (maybe(4)?, maybe(21)?);
+    let state = match (lent(3)?, reason) {
         ("creating", None) => SandboxState::Creating,
         ("running", None) => SandboxState::Running,
         ("stopped", None) => SandboxState::Stopped,
@@ -464,19 +518,19 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         (state, _) => return Err(StoreError::Damaged(format!("the state `{state}`"))),
     };
     Ok(SandboxRow {
-        id: parsed(text(0)?.parse())?,
-        owner: parsed(text(1)?.parse())?,
+        id: parsed(lent(0)?.parse())?,
+        owner: parsed(lent(1)?.parse())?,
         spec: SandboxSpec {
-            name: parsed(text(2)?.parse())?,
+            name: parsed(lent(2)?.parse())?,
             cpus: parsed(CpuCount::try_from(number(5)?))?,
             memory: parsed(MemoryMib::try_from(number(6)?))?,
-            environment: parse_environment(&text(7)?)?,
+            environment: parse_environment(lent(7)?)?,
             keep_hot: row.get(9)?,
-            labels: parse_labels(&text(13)?)?,
-            secrets: parse_secrets(&text(14)?)?,
+            labels: parse_labels(lent(13)?)?,
+            secrets: parse_secrets(lent(14)?)?,
             init: text(15)?,
-            image: parsed(text(18)?.parse())?,
-            network: network_spec(&text(19)?, &text(20)?)?,
+            image: parsed(lent(18)?.parse())?,
+            network: network_spec(lent(19)?, lent(20)?)?,
         },
         state,
         created_at: text(8)?,
@@ -486,7 +540,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         expires_at: row.get(16)?,
         stopped_at: row.get(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
-        volumes: parse_attachments(&text(22)?)?,
+        volumes: parse_attachments(lent(22)?)?,
     })
 }
 

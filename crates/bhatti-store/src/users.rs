@@ -220,6 +220,8 @@ fn read(row: &Row<'_>) -> Result<UserRow, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use bhatti_types::{VolumeId, VolumeMib};
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, Store) {
@@ -276,6 +278,19 @@ mod tests {
         assert!(matches!(refused, Err(UserDeleteError::Owns { count: 1, what: "secret" })));
 
         store.delete_secret(alice.id, "KEY").unwrap();
+        let volume = crate::VolumeRow {
+            id: VolumeId::from_entropy([1; 8]),
+            owner: alice.id,
+            name: "data".parse().unwrap(),
+            size: VolumeMib::try_from(64u64).unwrap(),
+            work: None,
+            created_at: String::new(),
+        };
+        let volume = store.insert_volume(volume).unwrap();
+        let refused = store.delete_user(alice.id);
+        assert!(matches!(refused, Err(UserDeleteError::Owns { count: 1, what: "volume" })));
+
+        store.delete_volume(volume.id, || Ok::<_, crate::VolumeError>(())).unwrap();
         store.delete_user(alice.id).unwrap();
         assert_eq!(store.find_user("alice").unwrap(), None);
     }

@@ -257,7 +257,8 @@ impl Store {
         users_of(&self.connection.lock(), id)
     }
 
-    /// Keeps a volume from sandboxes while something is done with it, until [`end_volume_work`](Self::end_volume_work). Returns it as it is.
+    /// Keeps a volume from sandboxes while something is done with it, until [`end_volume_work`](Self::end_volume_work). Returns it as it was;
+    /// one that grows has its new size on record from here on, so that nobody else gets the same room.
     ///
     /// # Errors
     ///
@@ -274,14 +275,15 @@ impl Store {
         let row = get(&transaction, id)?;
         check_unused(&transaction, &row, work == VolumeWork::Clone)?;
         if let Some(size) = grow_to {
-            let more = size.get().checked_sub(row.size.get()).filter(|more| *more > 0);
+            // As large as it is on record: growing that did not succeed is tried again.
+            let more = size.get().checked_sub(row.size.get());
             let shrinks = || VolumeError::Shrinks { name: row.name.clone(), size: row.size };
             let more = u64::from(more.ok_or_else(shrinks)?);
             check_quota::<VolumeError>(&transaction, row.owner, more)?;
         }
         transaction.execute(
-            "UPDATE volumes SET work = ?2 WHERE id = ?1",
-            params![id.to_string(), work.as_str()],
+            "UPDATE volumes SET work = ?2, size_mib = ?3 WHERE id = ?1",
+            params![id.to_string(), work.as_str(), grow_to.unwrap_or(row.size).get()],
         )?;
         transaction.commit()?;
         Ok(row)
@@ -300,13 +302,14 @@ impl Store {
         )?)
     }
 
-    /// Gives back what an earlier daemon was doing something with.
+    /// Gives back what an earlier daemon was copying. What it was making larger is to be finished.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn end_all_volume_work(&self) -> Result<(), StoreError> {
-        self.connection.lock().execute("UPDATE volumes SET work = NULL", [])?;
+    pub fn end_volume_copies(&self) -> Result<(), StoreError> {
+        let copied = "UPDATE volumes SET work = NULL WHERE work = ?1";
+        self.connection.lock().execute(copied, [VolumeWork::Clone.as_str()])?;
         Ok(())
     }
 

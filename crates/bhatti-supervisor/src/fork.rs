@@ -102,7 +102,7 @@ impl Supervisor {
             return Err(ForkError::Count(count));
         }
         let parent = self.find(owner, id_or_name)?;
-        let handle = self.handle(&parent, id_or_name)?;
+        let handle = self.handle(parent.id, id_or_name)?;
         // Before the parent stands still for copies that nobody may have.
         let volumes = volumes::of_fork(&parent.volumes, MadeFrom::Running);
         let admitted = self.shared.store.admit_attach(owner, &volumes);

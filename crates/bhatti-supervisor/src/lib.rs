@@ -251,7 +251,17 @@ impl Supervisor {
         row.ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))
     }
 
-    /// The sandboxes of `owner` that a filter lets through, newest first.
+    /// The id of the sandbox that `owner` calls so.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn find_id(&self, owner: UserId, id_or_name: &str) -> Result<SandboxId, UseError> {
+        let id = self.shared.store.find_sandbox_id(owner, id_or_name)?;
+        id.ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))
+    }
+
+    /// The sandboxes of `owner` that a filter lets through, newest first, without their guests' reports.
     ///
     /// # Errors
     ///
@@ -262,6 +272,24 @@ impl Supervisor {
         filter: &SandboxFilter,
     ) -> Result<Vec<SandboxRow>, StoreError> {
         self.shared.store.list_sandboxes(owner, filter)
+    }
+
+    /// Gives `take` each of the sandboxes that [`list`](Self::list) has, with what it costs right now. The store waits meanwhile: `take` must
+    /// not ask for anything.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails; `take` has then had some of them.
+    pub fn each(
+        &self,
+        owner: UserId,
+        filter: &SandboxFilter,
+        mut take: impl FnMut(SandboxRow, Option<Thermal>),
+    ) -> Result<(), StoreError> {
+        self.shared.store.each_sandbox(owner, filter, |row| {
+            let thermal = self.thermal(&row);
+            take(row, thermal);
+        })
     }
 
     /// Gives a sandbox another name or other labels. Its host name stays.
@@ -290,9 +318,9 @@ impl Supervisor {
     ///
     /// Returns an error if there is no such sandbox or it cannot be used.
     pub async fn enter(&self, owner: UserId, id_or_name: &str) -> Result<SandboxUse, UseError> {
-        let row = self.find(owner, id_or_name)?;
-        let (agent, lease) = self.handle(&row, id_or_name)?.enter().await?;
-        Ok(SandboxUse { agent, id: row.id, _lease: lease })
+        let id = self.find_id(owner, id_or_name)?;
+        let (agent, lease) = self.handle(id, id_or_name)?.enter().await?;
+        Ok(SandboxUse { agent, id, _lease: lease })
     }
 
     /// How many sandboxes all users have.
@@ -440,9 +468,9 @@ impl Supervisor {
         id_or_name: &str,
         request: impl FnOnce(tokio::sync::oneshot::Sender<Result<(), TransitionError>>) -> Request,
     ) -> Result<SandboxRow, UseError> {
-        let row = self.find(owner, id_or_name)?;
-        self.handle(&row, id_or_name)?.ask(request).await?;
-        self.find(owner, &row.id.to_string())
+        let id = self.find_id(owner, id_or_name)?;
+        self.handle(id, id_or_name)?.ask(request).await?;
+        self.find(owner, &id.to_string())
     }
 
     /// Destroys a sandbox, whatever its state, and waits until nothing of it is left.
@@ -455,11 +483,11 @@ impl Supervisor {
     ///
     /// A destruction that has begun goes on.
     pub async fn destroy(&self, owner: UserId, id_or_name: &str) -> Result<(), UseError> {
-        let row = self.find(owner, id_or_name)?;
-        Ok(self.handle(&row, id_or_name)?.destroy().await?)
+        let id = self.find_id(owner, id_or_name)?;
+        Ok(self.handle(id, id_or_name)?.destroy().await?)
     }
 
-    pub(crate) fn handle(&self, row: &SandboxRow, called: &str) -> Result<Handle, UseError> {
-        self.shared.registry.get(row.id).ok_or_else(|| UseError::NotFound(called.to_owned()))
+    pub(crate) fn handle(&self, id: SandboxId, called: &str) -> Result<Handle, UseError> {
+        self.shared.registry.get(id).ok_or_else(|| UseError::NotFound(called.to_owned()))
     }
 }

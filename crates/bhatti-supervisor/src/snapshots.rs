@@ -118,7 +118,7 @@ impl Supervisor {
             made_from: MadeFrom::Kept,
             reply,
         };
-        let saved = self.handle(&row, sandbox)?.ask(save).await?;
+        let saved = self.handle(row.id, sandbox)?.ask(save).await?;
         steps::reached(Step::Unnamed, shared.config.fault);
         let snapshot = SnapshotRow {
             id,

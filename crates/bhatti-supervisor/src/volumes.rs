@@ -221,8 +221,11 @@ impl Supervisor {
             let _working = supervisor.shared.volume_work.read().await;
             let store = &supervisor.shared.store;
             let row = store.begin_volume_work(row.id, VolumeWork::Resize, Some(size))?;
-            let grown = file::grow(&supervisor.volume_file(row.id), size).await;
-            store.end_volume_work(row.id, if grown.is_ok() { size } else { row.size })?;
+            let file = supervisor.volume_file(row.id);
+            let grown = file::grow(&file, size).await;
+            // What its file has, whatever came of it.
+            let size = file::size(&file).unwrap_or(row.size);
+            store.end_volume_work(row.id, size)?;
             grown?;
             let detail = serde_json::json!({ "volume": row.name.as_str(), "size_mib": size.get() });
             supervisor.record("volume.resized", row.owner, None, detail);
@@ -291,7 +294,7 @@ impl Supervisor {
 
     /// Finishes what an earlier daemon had begun with volumes.
     pub(crate) async fn settle_volumes(&self) -> io::Result<()> {
-        self.shared.store.end_all_volume_work().map_err(io::Error::other)?;
+        self.shared.store.end_volume_copies().map_err(io::Error::other)?;
         let rows = self.shared.store.list_volumes(None).map_err(io::Error::other)?;
         let known: HashSet<VolumeId> = rows.iter().map(|row| row.id).collect();
         for entry in std::fs::read_dir(&self.shared.config.volumes_dir)? {
@@ -310,7 +313,25 @@ impl Supervisor {
                 }
             }
         }
+        for row in rows.into_iter().filter(|row| row.work == Some(VolumeWork::Resize)) {
+            // Nobody waits for it: what is in it may make that take long.
+            tokio::spawn(self.clone().finish_resize(row));
+        }
         Ok(())
+    }
+
+    async fn finish_resize(self, row: VolumeRow) {
+        let _working = self.shared.volume_work.read().await;
+        let file = self.volume_file(row.id);
+        let grown = file::grow(&file, row.size).await;
+        if let Err(error) = &grown {
+            warn!(volume = %row.id, name = %row.name, error = %Report(error), "Failed to finish making a volume larger");
+        }
+        // As above.
+        let size = file::size(&file).unwrap_or(row.size);
+        if let Err(error) = self.shared.store.end_volume_work(row.id, size) {
+            warn!(volume = %row.id, error = %Report(&error), "Failed to give a volume back");
+        }
     }
 }
 

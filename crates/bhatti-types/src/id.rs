@@ -32,7 +32,7 @@ macro_rules! id {
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+                write_hex(self.0, f)
             }
         }
 
@@ -46,15 +46,35 @@ macro_rules! id {
             type Err = ParseIdError;
 
             fn from_str(text: &str) -> Result<Self, Self::Err> {
-                let refused = || ParseIdError { text: text.to_owned() };
-                let lower_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-                if text.len() != 16 || !text.bytes().all(lower_hex) {
-                    return Err(refused());
-                }
-                u64::from_str_radix(text, 16).map(|n| Self(n.to_be_bytes())).map_err(|_| refused())
+                read_hex(text).map(Self).ok_or_else(|| ParseIdError { text: text.to_owned() })
             }
         }
     };
+}
+
+fn read_hex(text: &str) -> Option<[u8; 8]> {
+    let digits: &[u8; 16] = text.as_bytes().try_into().ok()?;
+    let mut number: u64 = 0;
+    for digit in digits {
+        let digit = match digit {
+            b'0'..=b'9' => digit - b'0',
+            b'a'..=b'f' => digit - b'a' + 10,
+            _ => return None,
+        };
+        number = number << 4 | u64::from(digit);
+    }
+    Some(number.to_be_bytes())
+}
+
+/// Sixteen digits in one piece: lists have thousands of ids.
+fn write_hex(bytes: [u8; 8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut text = [0; 16];
+    for (digits, byte) in text.chunks_exact_mut(2).zip(bytes) {
+        digits[0] = DIGITS[usize::from(byte >> 4)];
+        digits[1] = DIGITS[usize::from(byte & 0xf)];
+    }
+    f.write_str(str::from_utf8(&text).map_err(|_| fmt::Error)?)
 }
 
 id! {

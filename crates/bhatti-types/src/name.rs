@@ -63,6 +63,12 @@ macro_rules! name {
             }
         }
 
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0.into()
+            }
+        }
+
         impl FromStr for $name {
             type Err = ParseNameError;
 

@@ -6,11 +6,11 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::HOST;
-use axum::middleware::from_fn;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 
 use super::{Target, relay, split_path, with_query};
+use crate::hear_out::{OF_STRANGERS_BYTES, hear_out};
 use crate::status::{ApiError, moved};
 use crate::{AppState, request_id};
 
@@ -22,10 +22,17 @@ const LOCAL_ZONE: &str = "localhost";
 
 /// Serves published ports: by host name, `alias.zone`, and by path, `/alias/…`.
 pub fn public_router(state: AppState) -> Router {
-    Router::new().fallback(pass_on).layer(from_fn(request_id::identify)).with_state(state)
+    Router::new().fallback(serve).with_state(state)
 }
 
-async fn pass_on(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+async fn serve(State(state): State<AppState>, request: Request) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let answer =
+        async { pass_on(state, hear_out(request, OF_STRANGERS_BYTES)).await.into_response() };
+    request_id::identify(method, path, answer).await
+}
+
+async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError> {
     let uri = request.uri();
     let (alias, prefix, path) = match alias_of_host(request.headers(), state.public.zone.as_deref())
     {

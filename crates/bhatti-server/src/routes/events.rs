@@ -3,11 +3,11 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_api::{ErrorCode, Event};
 use bhatti_store::{EventFilter, EventRow};
 use bhatti_types::UserId;
@@ -18,6 +18,7 @@ use utoipa::IntoParams;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiQuery, accepts};
+use crate::json::Json;
 use crate::status::ApiError;
 
 const EVENT_STREAM: &str = "text/event-stream";

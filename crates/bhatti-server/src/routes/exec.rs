@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_agent::{CallError, ExecInput, ExecOutput};
 use bhatti_api::{ErrorCode, ExecEvent, ExecRequest, ExecResult, Output, TIMED_OUT};
 use bhatti_types::{Environment, UserId};
@@ -19,7 +19,7 @@ use crate::AppState;
 use crate::answers::Part;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, accepts};
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, accepted};
 use crate::utf8::Utf8Pieces;
 
@@ -48,7 +48,7 @@ pub(crate) async fn run(
         Ok(exec) => exec,
         Err(error) => {
             // A sandbox that is not there is the better answer.
-            state.supervisor.find(owner, &called)?;
+            state.supervisor.find_id(owner, &called)?;
             return Err(error);
         }
     };

@@ -52,7 +52,7 @@ pub(crate) async fn run(
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
     // What can be refused with a proper status is.
-    state.supervisor.find(owner, &called)?;
+    state.supervisor.find_id(owner, &called)?;
     let Upgrade(upgrade) = upgrade?;
     Ok(upgrade.on_upgrade(move |socket| async move {
         let _open = state.metrics.open_websocket();

@@ -2,12 +2,12 @@
 
 use std::io;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_agent::{FileContent, FileUpload, ReadOptions};
 use bhatti_api::{Deleted, Done, ErrorCode, FileEntry, MakeDirectory, RenameFile};
 use bhatti_proto::FileInfo;
@@ -18,7 +18,7 @@ use utoipa::IntoParams;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, file_error};
 
 /// The size of the whole file, in bytes, whatever part of it is sent.

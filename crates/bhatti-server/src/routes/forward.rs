@@ -30,7 +30,7 @@ pub(crate) async fn run(
     ApiPath((called, port)): ApiPath<(String, u16)>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
-    state.supervisor.find(owner, &called)?;
+    state.supervisor.find_id(owner, &called)?;
     if port == 0 {
         return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
     }

@@ -1,13 +1,14 @@
 //! `/health` and `/metrics`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_api::Health;
 
 use crate::AppState;
 use crate::auth::Caller;
+use crate::json::Json;
 use crate::status::ApiError;
 
 /// Whether and how the daemon runs. Needs no key.

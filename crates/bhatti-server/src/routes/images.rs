@@ -1,9 +1,9 @@
 //! `/images`.
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{Deleted, ErrorCode, IMAGE_BYTES_MAX, Image};
 use bhatti_image::{DEFAULT_IMAGE, ImageSummary, ImportError, RemoveError, SetupError};
 use bhatti_types::ImageName;
@@ -15,6 +15,7 @@ use utoipa::IntoParams;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
+use crate::json::Json;
 use crate::status::{ApiError, created};
 
 /// Lists the images that sandboxes can begin as.

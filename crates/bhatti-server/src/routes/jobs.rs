@@ -2,11 +2,11 @@
 
 use std::io;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
 use bhatti_api::{Deleted, ErrorCode, Job};
 use bhatti_proto::SessionInfo;
@@ -21,6 +21,7 @@ use super::sessions::of_session;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
+use crate::json::Json;
 use crate::status::ApiError;
 
 /// Lists the jobs that run, and those that ended lately, oldest first.
@@ -44,9 +45,17 @@ pub(crate) async fn get(
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Job>, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
+    find(&used, &id).await.map(Json)
+}
+
+/// A terminal's session is no job: it is not found.
+async fn find(used: &SandboxUse, id: &str) -> Result<Job, ApiError> {
     let mut jobs = used.agent.list_sessions().await?.into_iter().filter_map(job);
-    let missing = || ApiError::new(ErrorCode::NotFound, format!("job `{id}` not found"));
-    jobs.find(|job| job.id == id).map(Json).ok_or_else(missing)
+    let missing = || {
+        ApiError::new(ErrorCode::NotFound, format!("job `{id}` not found"))
+            .hint(format!("list them: bhatti ps {}", used.id))
+    };
+    jobs.find(|job| job.id == id).ok_or_else(missing)
 }
 
 /// Kills a job, or forgets one that has ended.
@@ -58,6 +67,7 @@ pub(crate) async fn kill(
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
+    find(&used, &id).await?;
     used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
 }
@@ -85,6 +95,7 @@ pub(crate) async fn output(
     ApiQuery(OutputQuery { offset, follow }): ApiQuery<OutputQuery>,
 ) -> Result<Response, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
+    find(&used, &id).await?;
     let (info, input, output) =
         used.agent.observe(&id, offset).await.map_err(of_session(&used, &id))?;
     let begin = output.position();

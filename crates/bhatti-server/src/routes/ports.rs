@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::State;
-use axum::{Extension, Json};
 use bhatti_agent::{AgentClient, CallError, ReadOptions};
 use bhatti_api::Port;
 use bhatti_store::SandboxFilter;
@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
+use crate::json::Json;
 use crate::status::ApiError;
 
 /// The kernel's tables of TCP sockets.

@@ -1,8 +1,8 @@
 //! `/sandboxes/{sandbox}/publish`: ports that anybody may reach.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{Deleted, ErrorCode, Publication, PublishPort};
 use bhatti_store::{PublicationRow, SandboxRow, StoreError};
 use bhatti_types::Alias;
@@ -11,7 +11,7 @@ use serde_json::json;
 use super::sandboxes::find;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 use crate::{AppState, PublicAddress};
 

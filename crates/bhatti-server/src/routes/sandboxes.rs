@@ -1,17 +1,17 @@
 //! `/sandboxes`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::http::header::LINK;
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_api::{
     CreateSandbox, Deleted, ErrorCode, ForkSandbox, Forks, Isolation, Sandbox, StartSandbox,
     UpdateSandbox,
 };
 use bhatti_store::{SandboxChange, SandboxFilter, SandboxRow};
 use bhatti_supervisor::{CreateError, ForkRequest};
-use bhatti_types::{Environment, SandboxState, UserId};
+use bhatti_types::{Environment, SandboxId, SandboxState, Thermal, UserId};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -20,7 +20,7 @@ mod parse;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json, JsonArray};
 use crate::status::{ApiError, created};
 
 pub(super) use parse::{init, labels, name as parse_name, secrets};
@@ -54,10 +54,14 @@ pub(crate) async fn list(
     ApiQuery(query): ApiQuery<ListQuery>,
 ) -> Result<Response, ApiError> {
     let filter = parse::filter(query, PAGE_MAX)?;
-    let rows = state.supervisor.list(owner, &filter)?;
-    let next = next_page(&filter, &rows);
-    let sandboxes: Vec<Sandbox> = rows.into_iter().map(|row| listed(&state, row)).collect();
-    let mut response = Json(sandboxes).into_response();
+    let isolation = isolation(&state);
+    let (mut sandboxes, mut last) = (JsonArray::default(), None);
+    state.supervisor.each(owner, &filter, |row, thermal| {
+        last = Some((row.created_at.clone(), row.id));
+        sandboxes.push(&listed(isolation, thermal, row));
+    })?;
+    let next = next_page(&filter, sandboxes.len(), last);
+    let mut response = sandboxes.into_response();
     if let Some(link) = next.and_then(|link| HeaderValue::try_from(link).ok()) {
         response.headers_mut().insert(LINK, link);
     }
@@ -65,12 +69,16 @@ pub(crate) async fn list(
 }
 
 /// Where a list that was cut goes on.
-fn next_page(filter: &SandboxFilter, rows: &[SandboxRow]) -> Option<String> {
-    let limit = filter.limit.filter(|limit| rows.len() >= *limit as usize)?;
-    let last = rows.last()?;
+fn next_page(
+    filter: &SandboxFilter,
+    listed: usize,
+    last: Option<(String, SandboxId)>,
+) -> Option<String> {
+    let limit = filter.limit.filter(|limit| listed >= *limit as usize)?;
+    let (created_at, id) = last?;
     let mut pairs = vec![
         ("limit".to_owned(), limit.to_string()),
-        ("after".to_owned(), format!("{}~{}", last.created_at, last.id)),
+        ("after".to_owned(), format!("{created_at}~{id}")),
     ];
     pairs.extend(filter.labels.iter().map(|(k, v)| ("label".to_owned(), format!("{k}={v}"))));
     let query = serde_html_form::to_string(&pairs).ok()?;
@@ -257,11 +265,17 @@ pub(super) fn find(state: &AppState, owner: UserId, called: &str) -> Result<Sand
 pub(super) fn sandbox(state: &AppState, mut row: SandboxRow) -> Sandbox {
     let identity = row.identity.take();
     let identity = identity.and_then(|report| serde_json::from_str(&report).ok());
-    Sandbox { identity, ..listed(state, row) }
+    let thermal = state.supervisor.thermal(&row);
+    Sandbox { identity, ..listed(isolation(state), thermal, row) }
+}
+
+/// What keeps a sandbox of this daemon from its host and from others.
+fn isolation(state: &AppState) -> Isolation {
+    if state.supervisor.capabilities().shares_kernel { Isolation::Container } else { Isolation::Vm }
 }
 
 /// A sandbox as lists have it.
-fn listed(state: &AppState, row: SandboxRow) -> Sandbox {
+fn listed(isolation: Isolation, thermal: Option<Thermal>, row: SandboxRow) -> Sandbox {
     let reason = match row.state {
         SandboxState::Failed(reason) => Some(reason.to_string()),
         SandboxState::Creating
@@ -269,15 +283,12 @@ fn listed(state: &AppState, row: SandboxRow) -> Sandbox {
         | SandboxState::Stopped
         | SandboxState::Destroyed => None,
     };
-    let shares_kernel = state.supervisor.capabilities().shares_kernel;
-    let isolation = if shares_kernel { Isolation::Container } else { Isolation::Vm };
-    let thermal = state.supervisor.thermal(&row).map(|thermal| thermal.as_str().to_owned());
     Sandbox {
         id: row.id.to_string(),
-        name: row.spec.name.to_string(),
+        name: row.spec.name.into(),
         isolation,
         status: row.state.as_str().to_owned(),
-        thermal,
+        thermal: thermal.map(|thermal| thermal.as_str().to_owned()),
         reason,
         cpus: row.spec.cpus.get().into(),
         memory_mb: row.spec.memory.get().into(),
@@ -285,7 +296,7 @@ fn listed(state: &AppState, row: SandboxRow) -> Sandbox {
         keep_hot: row.spec.keep_hot,
         labels: row.spec.labels.into_map(),
         secrets: row.spec.secrets.iter().map(ToString::to_string).collect(),
-        image: row.spec.image.to_string(),
+        image: row.spec.image.into(),
         network: row.spec.network.mode.as_str().to_owned(),
         network_allow: row.spec.network.allow.to_texts(),
         volumes: row.volumes.iter().map(super::volumes::attached).collect(),

@@ -1,15 +1,15 @@
 //! `/secrets`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{Deleted, Secret, SetSecret};
 use bhatti_store::SecretRow;
 
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
 /// Lists the caller's secrets by name. Nothing ever returns their values.

@@ -1,7 +1,7 @@
 //! `/sandboxes/{sandbox}/sessions`: processes that survive their client.
 
+use axum::Extension;
 use axum::extract::State;
-use axum::{Extension, Json};
 use bhatti_agent::CallError;
 use bhatti_api::{Deleted, ErrorCode, Session};
 use bhatti_proto::{ErrorKind, SessionInfo};
@@ -10,6 +10,7 @@ use bhatti_supervisor::SandboxUse;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
+use crate::json::Json;
 use crate::status::ApiError;
 
 /// Lists terminal sessions and jobs, oldest first.

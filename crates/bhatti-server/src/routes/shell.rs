@@ -115,7 +115,7 @@ pub(crate) async fn run(
     ApiQuery(query): ApiQuery<ShellQuery>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
-    state.supervisor.find(owner, &called)?;
+    state.supervisor.find_id(owner, &called)?;
     let Upgrade(upgrade) = upgrade?;
     Ok(upgrade.on_upgrade(move |socket| async move {
         let _open = state.metrics.open_websocket();

@@ -1,8 +1,8 @@
 //! `/snapshots`, and the making of one: `/sandboxes/{sandbox}/checkpoint`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{CreateSnapshot, Deleted, ResumeSnapshot, Snapshot};
 use bhatti_store::SnapshotRow;
 use bhatti_supervisor::ResumeRequest;
@@ -12,7 +12,7 @@ use super::sandboxes::{labels, parse_name, sandbox, secrets};
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
 /// Saves a sandbox under a name; it goes on meanwhile.

@@ -2,11 +2,11 @@
 
 use std::io;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use bhatti_agent::{ExecEvent, ExecInput, ExecOutput};
 use bhatti_api::{Done, ErrorCode};
 use bhatti_proto::ExecRequest;
@@ -18,6 +18,7 @@ use utoipa::IntoParams;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
+use crate::json::Json;
 use crate::status::{ApiError, file_error};
 
 /// The most that is kept of what `tar` complains about, in bytes.

@@ -1,8 +1,8 @@
 //! `/templates`: what a user wrote down to create sandboxes from.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{CreateTemplate, Deleted, ErrorCode, Template};
 use bhatti_image::DEFAULT_IMAGE;
 use bhatti_store::TemplateRow;
@@ -12,7 +12,7 @@ use super::sandboxes::{init as check_init, labels, secrets};
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
 /// Lists the caller's templates, newest first.

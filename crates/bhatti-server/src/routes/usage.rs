@@ -1,11 +1,12 @@
 //! `/usage`: what sandboxes use of this host.
 
+use axum::Extension;
 use axum::extract::State;
-use axum::{Extension, Json};
 use bhatti_api::Usage;
 
 use crate::AppState;
 use crate::auth::Caller;
+use crate::json::Json;
 use crate::status::ApiError;
 
 /// What each of the caller's sandboxes that has a VM uses of the host. Wakes none, and counts as no use.

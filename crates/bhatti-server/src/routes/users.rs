@@ -1,8 +1,8 @@
 //! `/users`, and the tickets by which they open WebSockets.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{CreateUser, CreatedUser, Deleted, ErrorCode, Limits, Ticket, UpdateUser, User};
 use bhatti_store::UserRow;
 use bhatti_types::{Quota, UserId, UserName};
@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 use crate::{AppState, keys, tickets};
 

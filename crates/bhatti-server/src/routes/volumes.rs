@@ -1,8 +1,8 @@
 //! `/volumes`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use axum::{Extension, Json};
 use bhatti_api::{
     AttachVolume, AttachedVolume, CloneVolume, CreateVolume, Deleted, NewVolume, ResizeVolume,
     Volume, VolumeUser,
@@ -14,7 +14,7 @@ use bhatti_types::{VolumeMib, VolumeName};
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
 /// The size of a volume for which none was said, in MiB.

@@ -92,7 +92,7 @@ fn volume_that_is_worked_on_is_nobodys_until_that_ends() {
     let row = store.insert_volume(volume(1, "data", 64)).unwrap();
     let size = |mib| VolumeMib::try_from(mib).unwrap();
 
-    let shrunk = store.begin_volume_work(row.id, VolumeWork::Resize, Some(size(64)));
+    let shrunk = store.begin_volume_work(row.id, VolumeWork::Resize, Some(size(63)));
     assert!(matches!(shrunk, Err(VolumeError::Shrinks { .. })));
     store.begin_volume_work(row.id, VolumeWork::Resize, Some(size(128))).unwrap();
     assert!(matches!(
@@ -106,7 +106,7 @@ fn volume_that_is_worked_on_is_nobodys_until_that_ends() {
     sandbox(&store, 1, vec![named("data", true)]).unwrap();
     assert_eq!(store.find_volume(UserId::ADMIN, "data").unwrap().unwrap().size, size(128));
     store.begin_volume_work(row.id, VolumeWork::Clone, None).unwrap();
-    store.end_all_volume_work().unwrap();
+    store.end_volume_copies().unwrap();
     let in_use = store.begin_volume_work(row.id, VolumeWork::Resize, Some(size(256)));
     assert!(matches!(in_use, Err(VolumeError::InUse { .. })));
 }
@@ -130,6 +130,17 @@ fn quota_counts_volumes_and_those_of_sandboxes() {
     assert!(sandbox(&store, 2, vec![own("mine", 41)]).is_err());
     let taken = store.insert_volume(volume(2, "data", 16)).unwrap_err();
     assert!(matches!(taken, VolumeError::NameTaken(_)));
+
+    let data = store.list_volumes(None).unwrap()[0].id;
+    let grow = |size| {
+        store.begin_volume_work(data, VolumeWork::Resize, Some(VolumeMib::try_from(size).unwrap()))
+    };
+    let refused = grow(141).unwrap_err();
+    assert!(matches!(refused, VolumeError::Quota(_)), "{refused}");
+    // The room is taken while it grows, and given back if it does not.
+    let row = grow(140).unwrap();
+    assert!(store.insert_volume(volume(2, "more", 16)).is_err());
+    store.end_volume_work(data, row.size).unwrap();
 
     store.delete_sandbox(id(1)).unwrap();
     store.insert_volume(volume(2, "more", 100)).unwrap();

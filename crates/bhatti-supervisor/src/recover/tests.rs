@@ -373,3 +373,60 @@ async fn volumes_with_a_row_are_in_place_and_no_others_are_removed_but_unfinishe
     let free = place.store.begin_volume_work(settled, VolumeWork::Clone, None);
     assert!(free.is_ok(), "whoever worked on it is gone: {free:?}");
 }
+
+#[tokio::test]
+async fn volume_whose_growing_failed_can_be_made_as_large_again() {
+    let size = |mib| VolumeMib::try_from(mib).unwrap();
+    let place = Place::new();
+    let supervisor = place.recover().await;
+    let made = supervisor.create_volume(UserId::ADMIN, "data".parse().unwrap(), size(16));
+    let id = made.await.unwrap().row.id;
+    let file = place.data.path().join(format!("volumes/{id}/volume.ext4"));
+    // As it is left by a tool that fails: a larger file, on record as what it takes, with a smaller file system.
+    place.store.begin_volume_work(id, VolumeWork::Resize, Some(size(32))).unwrap();
+    std::fs::File::options().write(true).open(&file).unwrap().set_len(size(32).bytes()).unwrap();
+    place.store.end_volume_work(id, size(32)).unwrap();
+
+    let grown = supervisor.resize_volume(UserId::ADMIN, "data", size(32)).await.unwrap();
+
+    assert_eq!((grown.row.size, size_in_mib(&file)), (size(32), 32));
+}
+
+/// The size of a file system in MiB, as it says itself.
+fn size_in_mib(file: &std::path::Path) -> u64 {
+    let superblock = std::fs::read(file).unwrap()[1024..2048].to_vec();
+    let word = |at: usize| u32::from_le_bytes(superblock[at..at + 4].try_into().unwrap());
+    (u64::from(word(4)) << (10 + word(24))) >> 20
+}
+
+#[tokio::test]
+async fn volume_that_was_being_made_larger_is_finished() {
+    let size = |mib| VolumeMib::try_from(mib).unwrap();
+    // Before its file was made longer, and after.
+    for longer in [false, true] {
+        let place = Place::new();
+        let earlier = place.recover().await;
+        let made = earlier.create_volume(UserId::ADMIN, "data".parse().unwrap(), size(16));
+        let id = made.await.unwrap().row.id;
+        let file = place.data.path().join(format!("volumes/{id}/volume.ext4"));
+        place.store.begin_volume_work(id, VolumeWork::Resize, Some(size(32))).unwrap();
+        if longer {
+            let file = std::fs::File::options().write(true).open(&file).unwrap();
+            file.set_len(size(32).bytes()).unwrap();
+        }
+
+        place.recover().await;
+
+        let row = async {
+            loop {
+                let row = place.store.find_volume(UserId::ADMIN, "data").unwrap().unwrap();
+                if row.work.is_none() {
+                    break row;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let row = tokio::time::timeout(Duration::from_secs(60), row).await.unwrap();
+        assert_eq!((row.size, size_in_mib(&file)), (size(32), 32));
+    }
+}

@@ -113,15 +113,27 @@ pub(super) async fn clone(from: &Path, to: &Path) -> Result<(), VolumeFileError>
     copy(from, to).await
 }
 
-/// Makes the file system larger.
+/// Makes the file system larger. One that was interrupted is finished by another.
 pub(super) async fn grow(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let held = hold(path).await?;
     check(&held, &["-f"]).await?;
-    let file = File::options().write(true).open(path);
-    file.and_then(|file| file.set_len(size.bytes()))
-        .map_err(failed("make the volume's file larger"))?;
+    lengthen(path, size).map_err(failed("make the volume's file larger"))?;
     run("resize2fs", &[], &held).await?;
     sync(path).await
+}
+
+fn lengthen(path: &Path, size: VolumeMib) -> io::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    // Never shorter: that would take away what is in it.
+    if file.metadata()?.len() < size.bytes() {
+        file.set_len(size.bytes())?;
+    }
+    Ok(())
+}
+
+/// What a file is large enough for, if that is a size that a volume may have.
+pub(super) fn size(path: &Path) -> Option<VolumeMib> {
+    VolumeMib::try_from(fs::metadata(path).ok()?.len() >> 20).ok()
 }
 
 /// Plays back the journal of a file system that was not closed in order, and mends what is mended without asking.
