@@ -127,6 +127,7 @@ pub async fn volumes(bench: &Bench<'_>) {
     assert!(file.exists(), "a volume outlives its VM");
     check_volume(&file);
 
+    let before = content_of(&file);
     let (ids, places): (Vec<_>, Vec<_>) = (1..=2).map(|_| bench.another()).unzip();
     for (id, directory) in ids.iter().zip(&places) {
         let reader = VmSpec { id: *id, directory: directory.clone(), ..spec.clone() };
@@ -134,10 +135,21 @@ pub async fn volumes(bench: &Bench<'_>) {
         bench.shell.configure(&*reader, &[("/data/volume", true)]).await;
         let script = "cat /data/volume/file; touch /data/volume/no 2>/dev/null || echo refused";
         assert_eq!(bench.run(&reader, script).await, "written\nrefused");
+        // Nor by root, who can mount it otherwise, and write past the file system.
+        let script = "mount -o remount,rw /data/volume && touch /data/volume/no && echo mounted
+            device=$(awk '$2 == \"/data/volume\" { print $1 }' /proc/mounts)
+            test -b $device && dd if=/dev/urandom of=$device bs=4096 count=64 seek=100 conv=notrunc,fsync && echo overwritten
+            umount /data/volume; true";
+        assert_eq!(bench.run(&reader, &format!("{{ {script}; }} 2>/dev/null")).await, "");
     }
     bench.remove(&ids, &[&places[0], &places[1]]).await;
+    assert!(content_of(&file) == before, "who may only read has written");
     check_volume(&file);
     fs::remove_file(file).unwrap();
+}
+
+fn content_of(file: &Path) -> Vec<u8> {
+    fs::read(file).unwrap()
 }
 
 fn make_volume(file: &Path) {
@@ -327,6 +339,8 @@ pub async fn failure(bench: &Bench<'_>) {
         let middle = flipped.len() / 2;
         flipped[middle] ^= 0x10;
         for damaged in [&whole[..middle], &[][..], &flipped] {
+            // It may not be written.
+            fs::remove_file(&path).unwrap();
             fs::write(&path, damaged).unwrap();
             let refused = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await;
             let error = refused.err().unwrap_or_else(|| panic!("{name} is damaged"));

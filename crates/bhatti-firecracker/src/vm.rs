@@ -13,7 +13,7 @@ use bhatti_engine::{
     AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
 use bhatti_host::disk;
-use bhatti_host::process::{Followed, Streams, Usage, spawn_detached};
+use bhatti_host::process::{Detached, Followed, Streams, Usage};
 use bhatti_proto::CONTROL_PORT;
 use bhatti_types::SandboxId;
 use bhatti_vmm::{Console, VsockChannel, create_private, remove_other_memory, volumes};
@@ -161,7 +161,16 @@ pub(crate) fn start(
     let (program, arguments) = jail.command(setup, place.id, machine, &arguments);
     let streams = Streams { output: &output, errors: &complaints };
     let root = jail::root(directory);
-    let process = spawn_detached(&root, program.as_os_str(), &arguments, &[], &[], streams)?;
+    let detached = Detached {
+        program: program.as_os_str(),
+        arguments: &arguments,
+        directory: &root,
+        environment: &[],
+        inherited: &[],
+        streams,
+        confinement: None,
+    };
+    let process = detached.spawn()?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }

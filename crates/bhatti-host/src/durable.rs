@@ -27,6 +27,38 @@ pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     write_with_mode(path, content, 0o600)
 }
 
+/// The same, for a file that is replaced and never changed: a process of the same user's without root's rights cannot write into it.
+///
+/// # Errors
+///
+/// As [`write()`].
+pub fn write_sealed(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_with_mode(path, content, 0o444)
+}
+
+/// Creates such a file, to be written once, by what is returned. It is not made durable.
+///
+/// # Errors
+///
+/// Returns the error of open(2); it must not be there yet.
+pub fn create_sealed(path: &Path) -> io::Result<File> {
+    File::options().write(true).create_new(true).mode(0o444).open(path)
+}
+
+/// Seals a file that others stand on from now on, as [`write_sealed`] does.
+///
+/// # Errors
+///
+/// Returns the error of stat(2) or chmod(2).
+pub fn seal(path: &Path) -> io::Result<()> {
+    let mut permissions = fs::metadata(path)?.permissions();
+    if permissions.readonly() {
+        return Ok(());
+    }
+    permissions.set_readonly(true);
+    fs::set_permissions(path, permissions)
+}
+
 fn write_with_mode(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let directory = parent(path)?;
     let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;

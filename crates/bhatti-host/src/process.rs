@@ -1,5 +1,6 @@
 //! Starts processes, and follows those that outlive us.
 
+mod confine;
 mod follow;
 
 use std::ffi::OsStr;
@@ -15,7 +16,9 @@ use std::process::Stdio;
 use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
+use rustix::thread::disable_transparent_huge_pages;
 
+pub use confine::{Confinement, Reach, landlock_version};
 pub use follow::{Followed, ProcessId, Usage};
 
 /// Where programs are looked for, whatever the caller's environment says.
@@ -69,6 +72,15 @@ pub fn settle_daemon() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
+/// Takes huge pages from this process and from all that it starts from now on.
+///
+/// # Errors
+///
+/// Returns the kernel's error: it is older than Linux 3.15, or a filter of system calls is in the way.
+pub fn forgo_huge_pages() -> io::Result<()> {
+    Ok(disable_transparent_huge_pages(true)?)
+}
+
 /// Where a process writes.
 #[derive(Clone, Copy, Debug)]
 pub struct Streams<'a> {
@@ -78,44 +90,59 @@ pub struct Streams<'a> {
     pub errors: &'a File,
 }
 
-/// Starts a process that outlives its starter, in `directory`: a session of its own, an environment of `PATH` and `environment`, nothing
-/// inherited but `inherited` (under the same numbers) and the output streams.
-///
-/// # Errors
-///
-/// Returns the error of starting it; [`io::ErrorKind::NotFound`] if there is no such program.
-pub fn spawn_detached(
-    directory: &Path,
-    program: &OsStr,
-    arguments: &[String],
-    environment: &[(&str, &str)],
-    inherited: &[BorrowedFd<'_>],
-    streams: Streams<'_>,
-) -> io::Result<Followed> {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the place that the rule sends everybody to"
-    )]
-    let mut command = std::process::Command::new(program);
-    command.args(arguments).env_clear().env("PATH", PATH).envs(environment.iter().copied());
-    command.current_dir(directory).stdin(Stdio::null());
-    command.stdout(streams.output.try_clone()?).stderr(streams.errors.try_clone()?);
-    let descriptors: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
-    let prepare = move || {
-        setsid()?;
-        for descriptor in &descriptors {
-            // SAFETY: the descriptors are borrowed for the duration of `spawn`, which is when this runs.
-            #[expect(unsafe_code, reason = "descriptors cross the fork as numbers")]
-            let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor) };
-            fcntl_setfd(descriptor, FdFlags::empty())?;
+/// A process that is to outlive its starter: a session of its own, an environment of `PATH` and what is named, nothing inherited but what is
+/// named and the output streams.
+pub struct Detached<'a> {
+    /// The program, a path or a name to look up.
+    pub program: &'a OsStr,
+    /// Its arguments.
+    pub arguments: &'a [String],
+    /// Where it starts.
+    pub directory: &'a Path,
+    /// Variables beside `PATH`.
+    pub environment: &'a [(&'a str, &'a str)],
+    /// Descriptors that it has under the same numbers.
+    pub inherited: &'a [BorrowedFd<'a>],
+    /// Where it writes.
+    pub streams: Streams<'a>,
+    /// What it is kept from, from its first instruction on.
+    pub confinement: Option<Confinement>,
+}
+
+impl Detached<'_> {
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of starting it; [`io::ErrorKind::NotFound`] if there is no such program.
+    pub fn spawn(self) -> io::Result<Followed> {
+        let Self { program, arguments, directory, environment, inherited, streams, confinement } =
+            self;
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "this is the place that the rule sends everybody to"
+        )]
+        let mut command = std::process::Command::new(program);
+        command.args(arguments).env_clear().env("PATH", PATH).envs(environment.iter().copied());
+        command.current_dir(directory).stdin(Stdio::null());
+        command.stdout(streams.output.try_clone()?).stderr(streams.errors.try_clone()?);
+        let descriptors: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let prepare = move || {
+            setsid()?;
+            for descriptor in &descriptors {
+                // SAFETY: the descriptors are borrowed for the duration of `spawn`, which is when this runs.
+                #[expect(unsafe_code, reason = "descriptors cross the fork as numbers")]
+                let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor) };
+                fcntl_setfd(descriptor, FdFlags::empty())?;
+            }
+            confinement.as_ref().map_or(Ok(()), Confinement::enter)
+        };
+        // SAFETY: between fork and exec `prepare` makes only system calls that are async-signal-safe, and allocates nothing.
+        #[expect(unsafe_code, reason = "the child must be prepared between fork and exec")]
+        unsafe {
+            command.pre_exec(prepare);
         }
-        Ok(())
-    };
-    // SAFETY: between fork and exec `prepare` makes only system calls that are async-signal-safe, and allocates nothing.
-    #[expect(unsafe_code, reason = "the child must be prepared between fork and exec")]
-    unsafe {
-        command.pre_exec(prepare);
+        let child = command.spawn()?;
+        Followed::child(child.id())
     }
-    let child = command.spawn()?;
-    Followed::child(child.id())
 }

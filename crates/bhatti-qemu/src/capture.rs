@@ -1,7 +1,7 @@
 //! Takes snapshots: what needs the VM paused first, what only needs time afterwards.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use bhatti_engine::{
 };
 use bhatti_host::durable;
 use bhatti_host::memory::MappedFile;
-use bhatti_vmm::{Draft, Generation, copy_files, memory_name, share, volume_generations};
+use bhatti_vmm::{Draft, Generation, copy_files, memory_name, volume_generations};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
@@ -19,7 +19,7 @@ use crate::command_line::ROOT_DRIVE;
 use crate::manifest::{self, DEVICES, Manifest, Memory, PAGES};
 use crate::record::Machine;
 use crate::vm::QemuVm;
-use crate::{files, overlay, pages};
+use crate::{files, merge, overlay, pages};
 
 /// How long QEMU may take to write the state of its devices.
 const SAVE_LIMIT: Duration = Duration::from_secs(60);
@@ -27,6 +27,9 @@ const SAVE_LIMIT: Duration = Duration::from_secs(60);
 /// A diff that is more than this part of a full snapshot, and not small, is not worth its base.
 const FULL_WORTH: u64 = 2;
 const SMALL_DIFF_BYTES: u64 = 64 << 20;
+
+/// The most that the state of a VM's devices takes; that of the machine as it is, has some hundred KiB.
+const DEVICES_BYTES_MAX: u64 = 64 << 20;
 
 /// See [`Vm::capture`].
 pub(crate) async fn capture(
@@ -37,14 +40,10 @@ pub(crate) async fn capture(
     if vm.is_running().await.map_err(vmm("say whether it runs"))? {
         return Err(SnapshotError::NotPaused);
     }
+    merge::settle_jobs(vm).await.map_err(vmm("end what it does to the disk"))?;
     let version = vm.qmp.version(&vm.directory).await.map_err(vmm("say its version"))?;
     let draft = Draft::create(&request.directory)?;
-    let devices = draft.path().join(DEVICES);
-    let arguments = json!({"filename": devices});
-    vm.qmp
-        .execute(&vm.directory, "xen-save-devices-state", arguments, SAVE_LIMIT)
-        .await
-        .map_err(vmm("save the devices"))?;
+    save_devices(vm, &draft.path().join(DEVICES)).await?;
     let (memory, machine, memory_bytes) = save_memory(vm, request, draft.path()).await?;
     let disk = machine.disk.clone();
     if request.disks == Disks::Frozen {
@@ -77,6 +76,36 @@ pub(crate) async fn capture(
     }))
 }
 
+/// Has QEMU write the devices' state into a file of its own, the only place where it may write, and puts that where it belongs.
+async fn save_devices(vm: &QemuVm, devices: &Path) -> Result<(), SnapshotError> {
+    let failed = |source| SnapshotError::File { step: "save the devices", source };
+    let own = vm.directory.join(DEVICES);
+    File::create(&own).map_err(failed)?;
+    let arguments = json!({ "filename": own });
+    let saved =
+        vm.qmp.execute(&vm.directory, "xen-save-devices-state", arguments, SAVE_LIMIT).await;
+    let put = match saved {
+        Ok(_) => {
+            let (from, to) = (own.clone(), devices.to_owned());
+            let copied = spawn_blocking(move || copy_devices(&from, &to)).await;
+            copied.map_err(io::Error::other).and_then(|copied| copied).map_err(failed)
+        }
+        Err(source) => Err(SnapshotError::Vmm { step: "save the devices", source }),
+    };
+    let removed = fs::remove_file(&own).map_err(failed);
+    put.and(removed)
+}
+
+/// Copies what QEMU wrote: no more than it can have meant, for a guest may have taken it over.
+fn copy_devices(from: &Path, to: &Path) -> io::Result<()> {
+    let mut state = File::open(from)?.take(DEVICES_BYTES_MAX + 1);
+    let copied = io::copy(&mut state, &mut durable::create_sealed(to)?)?;
+    if copied > DEVICES_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the devices' state has no end"));
+    }
+    Ok(())
+}
+
 /// Saves the memory, and whatever it stands on.
 async fn save_memory(
     vm: &QemuVm,
@@ -97,7 +126,7 @@ async fn save_memory(
             MemoryKind::Diff => {
                 let (bytes, hash) = pages::write_diff(&mapped, &draft.join(PAGES))?;
                 if disks == Disks::Frozen {
-                    share(&base, &draft, &machine.memory)?;
+                    files::share(&base, &draft, &machine.memory)?;
                 }
                 Ok((Memory::Diff { hash: hash.to_string() }, machine, bytes))
             }
@@ -187,12 +216,32 @@ impl Draught {
             self.manifest.volume_generations = volume_generations(&self.manifest.machine.volumes)?;
         }
         let text = serde_json::to_vec_pretty(&self.manifest)?;
-        durable::write(&directory.join(manifest::FILE), &text)?;
+        durable::write_sealed(&directory.join(manifest::FILE), &text)?;
         self.draft.put_in_place()?;
         Ok(SnapshotInfo {
             memory: self.manifest.memory.kind(),
             memory_bytes: self.manifest.memory_bytes,
             device_bytes: self.manifest.devices_bytes,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_of_devices_that_has_no_end_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        let state = File::create(&from).unwrap();
+        state.set_len(4096).unwrap();
+        copy_devices(&from, &to).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), [0; 4096]);
+
+        state.set_len(1 << 40).unwrap();
+        let refused = copy_devices(&from, &directory.path().join("other")).unwrap_err();
+
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -12,7 +12,7 @@ use crate::record::Machine;
 /// Changes with every change of the machine that QEMU is told to make, devices, their order and the
 /// kernel's command line included: a saved VM can only be restored
 /// on the machine that it was saved on.
-pub(crate) const LAYOUT: u32 = 3;
+pub(crate) const LAYOUT: u32 = 4;
 
 /// The name of the root disk for the monitor.
 pub(crate) const ROOT_DRIVE: &str = "root";
@@ -63,6 +63,8 @@ pub(crate) fn machine_arguments(
         "microvm,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=ram,suppress-vmdesc=on",
     );
     arguments.add("-global", "migration.send-configuration=off");
+    // Nor does QEMU say for a card that it has moved: whoever is restored may be another by then.
+    arguments.add("-global", "migration.announce-rounds=0");
     let (accel, cpu) = match accelerator {
         Accelerator::Kvm => ("kvm", "host"),
         Accelerator::Tcg => ("tcg,thread=multi", "max"),
@@ -106,7 +108,10 @@ pub(crate) fn machine_arguments(
     }
     if let Some(tap) = handed.tap {
         arguments.add("-netdev", format!("tap,id=net,fd={}", tap.as_raw_fd()));
-        arguments.add("-device", format!("virtio-net-device,netdev=net,mac={UNCONFIGURED_MAC}"));
+        // A restored guest would tell its network that it is there, by the address of the guest that it was.
+        let card =
+            format!("virtio-net-device,netdev=net,mac={UNCONFIGURED_MAC},guest_announce=off");
+        arguments.add("-device", card);
     }
     arguments.0
 }

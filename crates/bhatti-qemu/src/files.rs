@@ -1,11 +1,11 @@
 //! The layers of a VM's disk, and the memory of one that has not booted.
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use bhatti_host::durable;
 use bhatti_types::MemoryMib;
-use bhatti_vmm::{new_name, share};
+use bhatti_vmm::new_name;
 
 use crate::overlay;
 
@@ -19,9 +19,23 @@ pub(crate) fn new_layer_name() -> io::Result<String> {
 
 /// Makes the memory of a VM that has not booted. Returns its name.
 pub(crate) fn create_empty_memory(directory: &Path, size: MemoryMib) -> io::Result<String> {
-    let file = File::create_new(directory.join(EMPTY_MEMORY))?;
+    let file = durable::create_sealed(&directory.join(EMPTY_MEMORY))?;
     file.set_len(u64::from(size.get()) << 20)?;
     Ok(EMPTY_MEMORY.to_owned())
+}
+
+/// Puts a file that others stand on into `directory`, under `name`, without copying it. It is sealed: QEMU may write what is in its directory.
+pub(crate) fn share(file: &Path, directory: &Path, name: &str) -> io::Result<()> {
+    match durable::seal(file) {
+        // Another user's file is none that this user's QEMU could write, nor one of a file system that is not to be written.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) => {}
+        sealed => sealed?,
+    }
+    bhatti_vmm::share(file, directory, name)
 }
 
 /// Shares all layers of a disk.

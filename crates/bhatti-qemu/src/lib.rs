@@ -5,6 +5,7 @@
 //!    disk-*.qcow2    the root disk's layers, the lowest over the image
 //!    memory-*.img    what the memory is a private mapping of
 //!    snapshot/       of a VM that sleeps: see `manifest`
+//!    device.state    while a VM is saved: what QEMU says of its devices, on its way into the snapshot
 //!    agent.sock      the agent channel, multiplexed (bhatti_proto::mux)
 //!    console.sock    the guest's console
 //!    qmp.sock        QEMU's monitor
@@ -13,13 +14,16 @@
 //! ```
 //!
 //! The sockets are made before QEMU starts and handed to it, so there is nothing to wait for until the guest speaks. QEMU runs in a
-//! session of its own and outlives the daemon. The guest's console goes to a socket, not a file: a hostile guest could fill the disk.
+//! session of its own, reaches its VM's files alone (see `confine`), and outlives the daemon. The guest's console goes to a socket, not a
+//! file: a hostile guest could fill the disk.
 
 mod capture;
 mod channel;
 mod command_line;
+mod confine;
 mod files;
 mod manifest;
+mod merge;
 mod overlay;
 mod pages;
 mod qmp;
@@ -183,13 +187,17 @@ impl QemuEngine {
     }
 }
 
-/// Tells one build of a program from another, without running it.
-fn kind_of_program(program: &Path) -> String {
+/// Where a program is, all links followed.
+fn locate(program: &Path) -> Option<PathBuf> {
     const PLACES: [&str; 6] =
         ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
     let places = PLACES.iter().map(|place| Path::new(place).join(program));
-    let found = places.filter_map(|path| fs::metadata(path).ok()).find(fs::Metadata::is_file);
-    found.map_or_else(
+    places.filter_map(|path| fs::canonicalize(path).ok()).find(|path| path.is_file())
+}
+
+/// Tells one build of a program from another, without running it.
+fn kind_of_program(program: &Path) -> String {
+    locate(program).and_then(|path| fs::metadata(path).ok()).map_or_else(
         || "unknown".to_owned(),
         |file| format!("{} bytes of {}", file.len(), file.mtime()),
     )

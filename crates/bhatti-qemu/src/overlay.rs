@@ -115,7 +115,8 @@ fn base_of(path: &Path) -> io::Result<Option<String>> {
     is_name.then_some(Some(name)).ok_or_else(bad)
 }
 
-fn is_qcow2(path: &Path) -> bool {
+/// Whether a file is an overlay, by its name.
+pub(crate) fn is_qcow2(path: &Path) -> bool {
     path.as_os_str().as_bytes().ends_with(QCOW2.as_bytes())
 }
 

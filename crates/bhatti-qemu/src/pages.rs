@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use bhatti_host::durable;
 use bhatti_host::memory::{MappedFile, PAGE_BYTES};
 use bhatti_vmm::{piece_bytes, pieces, read_pages, write_pages};
 
@@ -33,7 +34,7 @@ pub(crate) fn write_full(
 ) -> io::Result<(u64, blake3::Hash)> {
     let base = File::open(base)?;
     let size = base.metadata()?.len();
-    let file = File::create_new(path)?;
+    let file = durable::create_sealed(path)?;
     file.set_len(size)?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(&size.to_le_bytes());

@@ -11,7 +11,7 @@ use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm};
 use bhatti_host::memory::MappedFile;
 use bhatti_host::process::Followed;
 use bhatti_vmm::{
-    Generation, check_volumes, create_private, damaged, remove_other_memory, same, share, volumes,
+    Generation, check_volumes, create_private, damaged, remove_other_memory, same, volumes,
 };
 use serde_json::json;
 use tokio::task::spawn_blocking;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 use crate::manifest::{DEVICES, Manifest, Memory, PAGES};
 use crate::qmp::Qmp;
 use crate::record::Machine;
-use crate::vm::{self, QemuVm, report_log};
+use crate::vm::{self, Beginning, QemuVm, report_log};
 use crate::{Setup, command_line, files, overlay};
 
 /// Looks at an incoming state that are made at once, and the pause between further ones.
@@ -52,9 +52,10 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     same("places for volumes", &places(saved), &places(spec.volumes.len()))?;
     let mut machine = prepare(spec, &manifest)?;
     machine.volumes = volumes(&spec.volumes);
-    let arguments = command_line::restore_arguments();
+    let devices = spec.snapshot.join(DEVICES);
+    let beginning = Beginning { arguments: command_line::restore_arguments(), files: &[&devices] };
     let process =
-        vm::start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
+        vm::start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), beginning)
             .map_err(failed("start QEMU"))?;
     let waiting = Waiting {
         directory: spec.directory.clone(),
@@ -89,7 +90,7 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
             overlay::chain(to, &machine.disk).map_err(missing)?;
             check_volumes(&spec.volumes, &manifest.volume_generations)?;
             if matches!(manifest.memory, Memory::Full { .. }) {
-                share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
+                files::share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
             }
         }
         (Disks::Frozen, None) => {
@@ -98,7 +99,7 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
                 source,
             })?;
             files::share_layers(from, &machine.disk, to).map_err(missing)?;
-            share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
+            files::share(&from.join(&machine.memory), to, &machine.memory).map_err(missing)?;
             let new_layer = || {
                 let layer = files::new_layer_name()?;
                 overlay::create(&to.join(&layer), &machine.disk).map_err(io::Error::other)?;
@@ -136,8 +137,12 @@ impl Waiting {
     async fn load_state(&self) -> Result<(), RestoreError> {
         self.load_memory().await?;
         let state = self.snapshot.join(DEVICES);
-        let devices = fs::read(&state).map_err(|_| damaged("its devices are gone"))?;
-        if blake3::hash(&devices).to_string() != self.manifest.devices_hash {
+        let gone = |_| damaged("its devices are gone");
+        let is_as_long = fs::metadata(&state).map_err(gone)?.len() == self.manifest.devices_bytes;
+        if !is_as_long
+            || blake3::hash(&fs::read(&state).map_err(gone)?).to_string()
+                != self.manifest.devices_hash
+        {
             return Err(damaged("its devices are not what was saved"));
         }
         let failed = |source| RestoreError::Vmm { step: "load the devices", source };

@@ -1,7 +1,7 @@
 //! A VM: the QEMU process and the connections to it.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use async_trait::async_trait;
 use bhatti_engine::{
     AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
-use bhatti_host::process::{Followed, Streams, Usage, spawn_detached};
+use bhatti_host::process::{Detached, Followed, Streams, Usage};
 use bhatti_host::socket;
 use bhatti_types::SandboxId;
-use bhatti_vmm::{Console, create_private, remove_other_memory, share, volumes};
+use bhatti_vmm::{Console, create_private, remove_other_memory, volumes};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
@@ -25,7 +25,7 @@ use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
 use crate::command_line::{self, Handed};
 use crate::qmp::{self, COMMAND_LIMIT, Qmp};
 use crate::record::{Machine, Record};
-use crate::{Setup, capture, files, overlay};
+use crate::{Setup, capture, confine, files, merge, overlay};
 
 /// The guest's console.
 const CONSOLE: &str = "console.sock";
@@ -35,7 +35,7 @@ const LOG: &str = "vmm.log";
 const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
 
 /// The end of QEMU's log that errors show, in bytes.
-const LOG_TAIL_BYTES: usize = 4096;
+const LOG_TAIL_BYTES: u64 = 4096;
 
 /// How long QEMU may take to stop the vCPUs: it waits for the disk's writes.
 const PAUSE_LIMIT: Duration = Duration::from_secs(60);
@@ -64,7 +64,8 @@ pub(crate) async fn boot(
         return Err(BootError::NoDisk);
     }
     let arguments = command_line::boot_arguments(spec, tsc_khz);
-    let process = start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), arguments)
+    let beginning = Beginning { arguments, files: &[&spec.kernel, &spec.initramfs] };
+    let process = start(setup, spec.id, &spec.directory, &machine, spec.tap.as_deref(), beginning)
         .map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
             _ => BootError::Prepare { step: "start QEMU", source },
@@ -87,7 +88,7 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         }
         let base = spec.root_base.file_name().and_then(|name| name.to_str());
         let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
-        share(&spec.root_base, directory, base)?;
+        files::share(&spec.root_base, directory, base)?;
         let disk = files::new_layer_name()?;
         overlay::create(&directory.join(&disk), base).map_err(io::Error::other)?;
         Ok(disk)
@@ -106,6 +107,14 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
     })
 }
 
+/// What a QEMU begins with.
+pub(crate) struct Beginning<'a> {
+    /// The arguments that tell it.
+    pub(crate) arguments: Vec<String>,
+    /// The files that it reads for that.
+    pub(crate) files: &'a [&'a Path],
+}
+
 /// Starts QEMU in `directory` and records its process.
 pub(crate) fn start(
     setup: &Setup,
@@ -113,7 +122,7 @@ pub(crate) fn start(
     directory: &Path,
     machine: &Machine,
     tap: Option<&str>,
-    arguments: Vec<String>,
+    beginning: Beginning<'_>,
 ) -> io::Result<Followed> {
     let listen = |name| {
         // An earlier VM's.
@@ -132,12 +141,20 @@ pub(crate) fn start(
     let handed = Handed { agent, console, qmp, tap: tap.as_ref().map(AsFd::as_fd) };
     let mut all =
         command_line::machine_arguments(setup.accelerator, id, machine, directory, &handed);
-    all.extend(arguments);
+    all.extend(beginning.arguments);
     let log = File::create(directory.join(LOG))?;
-    let program = setup.program.as_os_str();
-    let streams = Streams { output: &log, errors: &log };
-    let process =
-        spawn_detached(Path::new("/"), program, &all, &ENVIRONMENT, &handed.all(), streams)?;
+    confine::make_own(directory, machine)?;
+    let confinement = confine::confinement(setup, directory, machine, beginning.files)?;
+    let detached = Detached {
+        program: setup.program.as_os_str(),
+        arguments: &all,
+        directory: Path::new("/"),
+        environment: &ENVIRONMENT,
+        inherited: &handed.all(),
+        streams: Streams { output: &log, errors: &log },
+        confinement: Some(confinement),
+    };
+    let process = detached.spawn()?;
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }
@@ -209,12 +226,20 @@ fn connect_console(directory: &Path) -> io::Result<Console> {
 
 /// Logs what QEMU had to say.
 pub(crate) fn report_log(directory: &Path) {
-    let log = fs::read(directory.join(LOG)).unwrap_or_default();
-    let log =
-        String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
+    let log = tail(&directory.join(LOG)).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
     if !log.trim().is_empty() {
-        tracing::warn!(log, "QEMU complained");
+        tracing::warn!(%log, "QEMU complained");
     }
+}
+
+fn tail(log: &Path) -> io::Result<Vec<u8>> {
+    let mut log = File::open(log)?;
+    let begin = log.metadata()?.len().saturating_sub(LOG_TAIL_BYTES);
+    log.seek(SeekFrom::Start(begin))?;
+    let mut tail = Vec::new();
+    log.take(LOG_TAIL_BYTES).read_to_end(&mut tail)?;
+    Ok(tail)
 }
 
 #[async_trait]
@@ -234,6 +259,10 @@ impl Vm for QemuVm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.ask("cont", json!({})).await.map(drop)
+    }
+
+    async fn merge_disk(&self) -> Result<bool, VmmError> {
+        merge::merge_disk(self).await
     }
 
     async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {

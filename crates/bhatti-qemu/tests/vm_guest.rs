@@ -1,11 +1,14 @@
 //! The agent as PID 1 of a real guest.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bhatti_agent::{AgentClient, CallError, ExecEvent};
-use bhatti_engine::{Engine, Vm, VmSpec};
+use bhatti_engine::{Disks, Engine, SnapshotRequest, Vm, VmSpec};
+use bhatti_host::process::landlock_version;
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
 use bhatti_proto::{
     Applied, ConfigFile, ConfigVolume, ExecRequest, GuestConfig, GuestEvent, GuestNetwork,
@@ -14,6 +17,9 @@ use bhatti_proto::{
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_testkit::{LIMIT, dist, images};
 use bhatti_types::{CpuCount, MemoryMib, SandboxId};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// A VM of a test's own, without a daemon.
@@ -23,11 +29,25 @@ struct Guest {
     directory: tempfile::TempDir,
     vm: Arc<dyn Vm>,
     client: AgentClient,
+    _leftover: Leftover,
+}
+
+/// A test that failed leaves no VM behind either.
+struct Leftover(PathBuf, SandboxId);
+
+impl Drop for Leftover {
+    fn drop(&mut self) {
+        bhatti_testkit::kill_vmm(&self.0, &self.1.to_string());
+    }
 }
 
 impl Guest {
     async fn boot() -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        Self::boot_in(tempfile::tempdir().unwrap(), false).await
+    }
+
+    /// With `keep_disk`, from the disk of one that was killed.
+    async fn boot_in(directory: tempfile::TempDir, keep_disk: bool) -> Self {
         let files = ImageStore::new(images().parent().unwrap())
             .boot_files(DEFAULT_IMAGE, &dist("lohar"))
             .unwrap();
@@ -43,7 +63,7 @@ impl Guest {
             kernel: files.kernel,
             initramfs: files.initramfs,
             root_base: files.root,
-            keep_disk: false,
+            keep_disk,
             tap: None,
             volumes: Vec::new(),
             boot_limit: LIMIT,
@@ -51,7 +71,8 @@ impl Guest {
         let engine = QemuEngine::new(PROGRAM.into());
         let vm = engine.boot(&spec).await.unwrap();
         let client = AgentClient::new(vm.channel());
-        Self { engine, id, directory, vm, client }
+        let _leftover = Leftover(spec.directory, id);
+        Self { engine, id, directory, vm, client, _leftover }
     }
 
     async fn run(&self, request: ExecRequest) -> Result<(i32, String, String), CallError> {
@@ -69,13 +90,6 @@ impl Guest {
 
     async fn remove(&self) {
         self.engine.remove(self.id, &self.directory.path().join("vm")).await.unwrap();
-    }
-}
-
-impl Drop for Guest {
-    /// A test that failed leaves no VM behind either.
-    fn drop(&mut self) {
-        bhatti_testkit::kill_vmm(&self.directory.path().join("vm"), &self.id.to_string());
     }
 }
 
@@ -138,9 +152,8 @@ async fn nothing_that_users_do_to_memory_or_processes_reaches_the_agent() {
     let guest = Guest::boot().await;
     let mut events = guest.client.events().await.unwrap();
 
-    let scores =
-        "cat /proc/1/oom_score_adj /proc/self/oom_score_adj /proc/self/cgroup /proc/1/cgroup";
-    assert_eq!(guest.say(None, scores).await, "-1000\n0\n0::/user\n0::/\n");
+    let places = "cat /proc/self/oom_score_adj /proc/self/cgroup /proc/1/cgroup";
+    assert_eq!(guest.say(None, places).await, "0\n0::/user\n0::/\n");
     let hog = "import time\nx=[]\nwhile True: x.append(bytearray(1<<20))";
     let python = ExecRequest {
         argv: ["python3", "-c", hog].map(str::to_owned).to_vec(),
@@ -192,8 +205,11 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
         rehearsal: false,
     };
 
-    let report = guest.client.assume_identity(&identity).await.unwrap();
+    let mut report = guest.client.assume_identity(&identity).await.unwrap();
 
+    let about_then = later.as_secs()..later.as_secs() + 60;
+    let shown = Duration::from_nanos(report.clock_ns.take().unwrap());
+    assert!(about_then.contains(&shown.as_secs()), "{shown:?}");
     let done = || Applied::Done;
     let expected = IdentityReport {
         rng: done(),
@@ -206,6 +222,7 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
         addresses: done(),
         first_setup: Applied::Nothing,
         connections: Applied::Nothing,
+        clock_ns: None,
     };
     assert_eq!(report, expected);
     assert_eq!(guest.say(None, ADDRESSES).await, "10.9.8.8/24\n");
@@ -214,7 +231,7 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
     assert_eq!(facts[..2], ["fork", "0123456789abcdef0123456789abcdef"]);
     assert_ne!(facts[1], before.trim());
     let clock: u64 = facts[2].parse().unwrap();
-    assert!((later.as_secs()..later.as_secs() + 60).contains(&clock), "{clock}");
+    assert!(about_then.contains(&clock), "{clock}");
 
     let script = "trap 'echo asked to end >/dev/console; exit 0' TERM; echo ready; while :; do sleep 0.1; done";
     let stubborn = "trap '' TERM; while :; do sleep 0.1; done";
@@ -284,5 +301,171 @@ async fn suspended_guest_stands_still_until_it_has_another_identity_or_is_woken(
     assert!(format!("{said:?}").contains("fork"), "{said:?}");
     assert_eq!(guest.say(None, "cat /etc/resolv.conf").await, "nameserver 192.0.2.53\n");
     goes_on().await;
+    guest.remove().await;
+}
+
+async fn freeze(vm: &dyn Vm, snapshot: &Path) {
+    vm.pause().await.unwrap();
+    let request = SnapshotRequest {
+        directory: snapshot.to_owned(),
+        memory: None,
+        disks: Disks::Frozen,
+        copies: Vec::new(),
+    };
+    vm.capture(&request).await.unwrap().finish().await.unwrap();
+    vm.resume().await.unwrap();
+}
+
+/// A monitor of QEMU's behind everybody's back. Whoever talks to QEMU has to have hung up.
+struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    async fn connect(directory: &Path) -> Self {
+        let monitor = UnixStream::connect(directory.join("qmp.sock")).await.unwrap();
+        let mut monitor = Self(BufReader::new(monitor));
+        monitor.ask("qmp_capabilities", json!({})).await;
+        monitor
+    }
+
+    async fn ask(&mut self, command: &str, arguments: Value) -> Value {
+        self.try_to(command, arguments).await.unwrap()
+    }
+
+    /// What QEMU says to it, or why it does not do it.
+    async fn try_to(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.0.write_all(request.to_string().as_bytes()).await.unwrap();
+        loop {
+            let mut line = String::new();
+            timeout(LIMIT, self.0.read_line(&mut line)).await.unwrap().unwrap();
+            let mut said: Value = serde_json::from_str(&line).unwrap();
+            if let Some(answer) = said.get_mut("return") {
+                return Ok(answer.take());
+            }
+            if let Some(why) = said["error"]["desc"].as_str() {
+                return Err(why.to_owned());
+            }
+        }
+    }
+
+    /// Has the layers of the disk copied, so many bytes a second.
+    async fn copy(&mut self, speed: u64) {
+        let arguments = json!({
+            "job-id": "left", "device": "root", "speed": speed, "auto-finalize": false, "auto-dismiss": false,
+        });
+        self.ask("block-stream", arguments).await;
+    }
+}
+
+const READ: &str = "echo 3 >/proc/sys/vm/drop_caches; sha256sum /workspace/file";
+
+/// A guest with a file in a layer below that which it writes to, and the file's checksum.
+async fn with_layers(snapshots: &Path) -> (Guest, String) {
+    let guest = Guest::boot().await;
+    let write = "head -c 9000000 /dev/urandom >/workspace/file; sync; sha256sum /workspace/file";
+    let sum = guest.say(None, write).await;
+    freeze(&*guest.vm, &snapshots.join("first")).await;
+    (guest, sum)
+}
+
+#[tokio::test]
+async fn disk_that_an_earlier_daemon_was_merging_is_saved_whole() {
+    let snapshots = tempfile::tempdir().unwrap();
+    let (guest, sum) = with_layers(snapshots.path()).await;
+    let Guest { engine, id, directory, vm, client, _leftover } = guest;
+    drop((vm, client));
+    // A byte a second: it does not end by itself.
+    let place = directory.path().join("vm");
+    Monitor::connect(&place).await.copy(1).await;
+
+    let vm = engine.adopt(id, &place).await.unwrap();
+    let client = AgentClient::new(vm.channel());
+    let guest = Guest { engine, id, directory, vm, client, _leftover };
+    freeze(&*guest.vm, &snapshots.path().join("second")).await;
+
+    assert_eq!(guest.say(Some("root"), READ).await, sum);
+    guest.remove().await;
+}
+
+#[tokio::test]
+async fn disk_is_whole_wherever_qemu_dies_while_it_merges() {
+    let snapshots = tempfile::tempdir().unwrap();
+    let (mut guest, sum) = with_layers(snapshots.path()).await;
+    for (speed, copied) in [(1, 1), (4 << 20, 4 << 20), (0, u64::MAX)] {
+        guest.say(None, &format!("echo {speed} >>/workspace/rounds; sync")).await;
+        let Guest { engine, id, directory, vm, client, _leftover: leftover } = guest;
+        drop((vm, client));
+        let place = directory.path().join("vm");
+        let mut monitor = Monitor::connect(&place).await;
+        monitor.copy(speed).await;
+        let copied_so_far = async {
+            loop {
+                let job = monitor.ask("query-jobs", json!({})).await[0].take();
+                assert_ne!(job["status"], "concluded", "{job}");
+                if job["status"] == "pending" || job["current-progress"].as_u64() >= Some(copied) {
+                    break;
+                }
+            }
+        };
+        timeout(LIMIT, copied_so_far).await.unwrap();
+
+        drop(leftover);
+        engine.kill(id, &place).await.unwrap();
+        guest = Guest::boot_in(directory, true).await;
+
+        assert_eq!(guest.say(Some("root"), READ).await, sum, "{speed} bytes a second");
+    }
+    assert_eq!(guest.say(None, "cat /workspace/rounds").await, "1\n4194304\n0\n");
+    guest.remove().await;
+}
+
+/// The capability `CAP_DAC_READ_SEARCH`.
+const TO_READ: u64 = 1 << 2;
+
+/// What somebody would try who has broken out of a guest into its QEMU: here QEMU is told to.
+#[tokio::test]
+async fn vmm_reaches_its_own_files_and_nothing_else_of_its_host() {
+    if landlock_version() == 0 {
+        bhatti_testkit::skip(
+            "vmm_reaches_its_own_files_and_nothing_else_of_its_host",
+            "this kernel has no Landlock",
+        );
+        return;
+    }
+    let guest = Guest::boot().await;
+    let (own, others) = (guest.directory.path().join("vm"), tempfile::tempdir().unwrap());
+    let mut monitor = Monitor::connect(&own).await;
+    let mut refused = async |command: &str, arguments: Value| {
+        monitor.try_to(command, arguments).await.err().unwrap_or_default()
+    };
+
+    for place in [&own, others.path()] {
+        fs::write(place.join("disk"), [0; 4096]).unwrap();
+        fs::write(place.join("state"), "").unwrap();
+    }
+    let open = |place: &Path, name: &str| {
+        let file = json!({ "driver": "file", "filename": place.join("disk"), "read-only": true });
+        json!({ "driver": "raw", "node-name": name, "read-only": true, "file": file })
+    };
+    let save = |place: &Path| json!({ "filename": place.join("state") });
+    let listener = std::os::unix::net::UnixListener::bind(others.path().join("socket")).unwrap();
+    let address = listener.local_addr().unwrap();
+    let address = json!({ "path": address.as_pathname().unwrap() });
+    let backend = json!({ "addr": { "type": "unix", "data": address }, "server": false });
+    let connect = json!({ "id": "out", "backend": { "type": "socket", "data": backend } });
+
+    assert_eq!(refused("blockdev-add", open(&own, "own")).await, "");
+    assert!(refused("blockdev-add", open(others.path(), "other")).await.contains("denied"));
+    assert!(refused("chardev-add", connect).await.contains("not permitted"));
+    assert!(refused("xen-save-devices-state", save(others.path())).await.contains("denied"));
+    assert_eq!(fs::read(others.path().join("state")).unwrap(), b"");
+    assert_eq!(refused("xen-save-devices-state", save(&own)).await, "");
+
+    let pid = bhatti_testkit::vmm_pid_of(&own, &guest.id.to_string()).unwrap();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let says = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    let capabilities = u64::from_str_radix(says("CapPrm:").trim(), 16).unwrap();
+    assert_eq!(capabilities & !TO_READ, 0, "{capabilities:x}");
+    assert_eq!(says("NoNewPrivs:").trim(), "1");
     guest.remove().await;
 }

@@ -25,6 +25,8 @@ pub enum Step {
     Consumed,
     /// A VM that was restored runs, the guest not told.
     Woken,
+    /// The layers of a disk are merged, its sandbox runs.
+    Merged,
     /// A fork's snapshot is captured, the parent still paused.
     Captured,
     /// A fork's snapshot is in place, no fork made.
@@ -43,7 +45,7 @@ pub enum Step {
 
 impl Step {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Paused,
         Self::Resumed,
         Self::StopNoted,
@@ -54,6 +56,7 @@ impl Step {
         Self::Loaded,
         Self::Consumed,
         Self::Woken,
+        Self::Merged,
         Self::Captured,
         Self::Frozen,
         Self::Unnamed,
@@ -77,6 +80,7 @@ impl Step {
             Self::Loaded => "loaded",
             Self::Consumed => "consumed",
             Self::Woken => "woken",
+            Self::Merged => "merged",
             Self::Captured => "captured",
             Self::Frozen => "frozen",
             Self::Unnamed => "unnamed",

@@ -200,6 +200,14 @@ impl Driver {
         // One that was paused may not have stood still then.
         self.wake().await?;
         let running = self.access.running().ok_or(TransitionError::Restless)?;
+        // Before it stands still: it takes a while, if it has to be.
+        match running.vm.merge_disk().await {
+            Ok(true) => self.reached(Step::Merged).await,
+            Ok(false) => {}
+            Err(error) => {
+                warn!(sandbox = %self.id, error = %Report(&error), "The layers of a disk were not merged");
+            }
+        }
         let began = Instant::now();
         if !self.pause(&running, false).await? {
             self.resume(&running).await?;

@@ -7,8 +7,9 @@ use std::process::Stdio;
 use bhatti_client::Client;
 use tempfile::TempDir;
 use tokio::process::Child;
+use tokio::time::{sleep, timeout};
 
-use crate::{dist, enter_own_network, images, templates, wait_for};
+use crate::{dist, enter_own_network, images, templates};
 
 /// How a test's daemon is started.
 #[derive(Clone, Debug)]
@@ -139,7 +140,7 @@ impl TestDaemon {
     /// Panics if it does not end.
     pub async fn ended(&mut self) -> bool {
         let mut process = self.process.take().expect("the daemon runs");
-        let ended = tokio::time::timeout(crate::LIMIT, process.wait()).await;
+        let ended = timeout(crate::LIMIT, process.wait()).await;
         ended.expect("the daemon ends").expect("a child can be waited for").success()
     }
 
@@ -178,11 +179,13 @@ impl TestDaemon {
         command.envs(self.serve.fault.iter().map(|fault| ("BHATTI_TEST_FAULT", fault)));
         command.stdout(Stdio::null()).stderr(output);
         self.process = Some(command.spawn().expect("the daemon can be started"));
-        let socket = self.data.path().to_owned();
-        wait_for("the daemon's socket", || {
-            bhatti_host::socket::connect_in(&socket, "bhatti.sock").is_ok()
-        })
-        .await;
+        // A connection is not enough: one to a daemon that was killed is taken as long as a child of it holds the socket.
+        let answers = async {
+            while self.client.health().await.is_err() {
+                sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        timeout(crate::LIMIT, answers).await.expect("the daemon answers");
     }
 
     /// The address that it logged with this message.
@@ -330,7 +333,9 @@ fn container_pid(id: &str) -> Option<u32> {
     })
 }
 
-fn vmm_pid_of(directory: &Path, name: &str) -> Option<u32> {
+/// The process on record in the directory of a VM, if `name` is still in its command line.
+#[must_use]
+pub fn vmm_pid_of(directory: &Path, name: &str) -> Option<u32> {
     let record: serde_json::Value =
         serde_json::from_slice(&fs::read(directory.join("vm.json")).ok()?).ok()?;
     let pid = u32::try_from(record["pid"].as_u64()?).ok()?;

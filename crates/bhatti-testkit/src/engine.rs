@@ -14,6 +14,8 @@ pub enum Feature {
     ExchangedDisks,
     /// Connections into a VM that go on when its memory is saved while it runs.
     KeptStreams,
+    /// Disks of layers, which are merged when there are many.
+    LayeredDisks,
 }
 
 /// The engine that the tests run on.
@@ -27,7 +29,9 @@ pub fn engine() -> String {
 pub fn engine_has(feature: Feature) -> bool {
     match feature {
         Feature::SavedMemory | Feature::OwnKernel => engine() != "docker",
-        Feature::ExchangedDisks | Feature::KeptStreams => engine() == "qemu",
+        Feature::ExchangedDisks | Feature::KeptStreams | Feature::LayeredDisks => {
+            engine() == "qemu"
+        }
     }
 }
 
@@ -41,6 +45,7 @@ pub fn needs(feature: Feature) -> bool {
             Feature::OwnKernel => "a container has no kernel of its own",
             Feature::ExchangedDisks => "a restored VM has the disks of the saved one",
             Feature::KeptStreams => "connections into a VM end when it is saved",
+            Feature::LayeredDisks => "a disk is one file",
         };
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
         skip(&format!("{test} with engine {}", engine()), why);

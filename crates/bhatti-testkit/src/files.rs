@@ -84,3 +84,13 @@ pub async fn check_disk(sandbox: &Path) {
     assert!(matches!(checked.status.code(), Some(0 | 1)), "{text}");
     fs::remove_file(copy).expect("it can be removed");
 }
+
+/// Puts other content in the place of a file, which may be one that cannot be written.
+///
+/// # Panics
+///
+/// Panics if the file is not there, or no other can be.
+pub fn replace(path: &Path, content: impl AsRef<[u8]>) {
+    fs::remove_file(path).expect("the file is there");
+    fs::write(path, content).expect("another can be there");
+}

@@ -19,10 +19,10 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm, vmm_pid};
+pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm, vmm_pid, vmm_pid_of};
 pub use engine::{Feature, engine, engine_has, needs};
 pub use faults::FailingCalls;
-pub use files::{SmallDisk, check_disk, hashes};
+pub use files::{SmallDisk, check_disk, hashes, replace};
 pub use http::{Answer, Api, Socket, json_message, message};
 pub use network::enter_own_network;
 pub use sandbox::{Ran, code_of, collect, named, run, shell, start};

@@ -14,6 +14,7 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::ops::Range;
 use std::path::Path;
 
+use bhatti_host::durable;
 use bhatti_host::memory::PAGE_BYTES;
 
 const MAGIC: &[u8; 16] = b"bhatti pages 1\n\0";
@@ -32,7 +33,7 @@ pub fn write_pages(
     runs: &[Range<u64>],
     mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
 ) -> io::Result<(u64, blake3::Hash)> {
-    let mut file = Hashing::new(BufWriter::with_capacity(1 << 20, File::create_new(path)?));
+    let mut file = Hashing::new(BufWriter::with_capacity(1 << 20, durable::create_sealed(path)?));
     file.write_all(MAGIC)?;
     file.write_all(&(runs.len() as u64).to_le_bytes())?;
     for run in runs {

@@ -77,7 +77,8 @@ impl<M: Serialize + DeserializeOwned> Record<M> {
     ///
     /// Returns the error of writing.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
-        durable::write(&directory.join(FILE), &serde_json::to_vec(self)?)
+        // Its VMM writes into the same directory, and is not to say what it is.
+        durable::write_sealed(&directory.join(FILE), &serde_json::to_vec(self)?)
     }
 }
 
@@ -95,6 +96,7 @@ mod tests {
         let process = recorded_process(directory.path()).unwrap();
         assert_eq!(process, ProcessId { pid: 7, started_ticks: 8 });
 
+        fs::remove_file(directory.path().join(FILE)).unwrap();
         fs::write(directory.path().join(FILE), r#"{"pid":7"#).unwrap();
 
         assert!(Record::<Vec<Option<Volume>>>::read(directory.path()).is_err());

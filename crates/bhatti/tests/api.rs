@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, SetSecret};
 use bhatti_client::{Client, ClientError};
-use bhatti_testkit::{Serve, TestDaemon};
+use bhatti_testkit::{Serve, TestDaemon, wait_for};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -121,7 +121,25 @@ async fn second_daemon_on_a_data_directory_is_refused() {
 
     assert_eq!(output.status.code(), Some(1));
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(stderr.starts_with("error: another daemon runs on `"), "{stderr}");
+    assert!(stderr.contains("\nerror: another daemon runs on `"), "{stderr}");
+    daemon.client.health().await.unwrap();
+}
+
+#[tokio::test]
+async fn daemon_waits_for_what_a_killed_one_leaves_behind_for_a_moment() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.kill().await;
+    // As a child of it does that was not yet another program.
+    let left = std::fs::File::open(daemon.data_dir().join("daemon.lock")).unwrap();
+    left.lock().unwrap();
+    let log = daemon.data_dir().join("serve.log");
+    let let_go = async {
+        let waits = || std::fs::read_to_string(&log).unwrap().contains("has the lock");
+        wait_for("the daemon to wait", waits).await;
+        drop(left);
+    };
+
+    tokio::join!(daemon.serve(), let_go);
     daemon.client.health().await.unwrap();
 }
 

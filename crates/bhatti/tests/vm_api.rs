@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bhatti_testkit::{
     Api, Feature, LIMIT, Serve, Socket, TestDaemon, engine, engine_has, json_message, message,
-    needs, wait_for,
+    needs, replace, wait_for,
 };
 use futures_util::SinkExt;
 use http_body_util::BodyExt;
@@ -289,6 +289,13 @@ async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
     socket.send(Message::binary(&b"stty size; echo re''sized\n"[..])).await.unwrap();
     assert!(shows(&mut socket, "resized\r\n").await.contains("40 120"));
 
+    // It is no job, whoever asks for one.
+    for (method, of_job) in [("GET", ""), ("GET", "/output"), ("DELETE", "")] {
+        let path = format!("/sandboxes/dev/jobs/{id}{of_job}");
+        let answer = api.call(method, &path, &Value::Null).await;
+        assert_eq!(answer.refusal(), (404, "not_found".into()), "{method} {path}");
+    }
+
     // Another client is refused as long as this one is there, and gets a session of its own if it names none.
     let (_, refused) = open_shell(&api, &format!("?session={id}")).await;
     assert_eq!((&refused["type"], &refused["code"]), (&json!("error"), &json!("attached")));
@@ -505,7 +512,7 @@ async fn damaged_snapshot_is_refused_with_an_event_and_the_disk_still_boots() {
     for file in &files {
         let whole = std::fs::read(file).unwrap();
         for part in [0, whole.len() / 2] {
-            std::fs::write(file, &whole[..part]).unwrap();
+            replace(file, &whole[..part]);
             daemon.kill().await;
             daemon.serve().await;
             assert_eq!(api.get("/sandboxes/dev").await.json()["status"], "stopped");
@@ -518,10 +525,10 @@ async fn damaged_snapshot_is_refused_with_an_event_and_the_disk_still_boots() {
                 "{what}"
             );
         }
-        std::fs::write(file, whole).unwrap();
+        replace(file, whole);
     }
 
-    std::fs::write(&files[0], "").unwrap();
+    replace(&files[0], "");
     let cold = json!({ "cold_boot": true });
     assert_eq!(api.call("POST", "/sandboxes/dev/start", &cold).await.status, 200);
     assert_eq!(api.sh("dev", "cat /workspace/kept").await, "kept\n");

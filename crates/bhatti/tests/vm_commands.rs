@@ -194,9 +194,10 @@ async fn shell_reads_commands_from_a_pipe_and_a_terminal_can_be_had_without_one(
     assert!(said.contains("/no\u{fffd}[31m: no such file"), "{said}");
     let said = ask(&daemon, "shell dev --attach nope").await.failed(125);
     assert!(said.contains("session `nope` not found\nhint: list them: bhatti ps "), "{said}");
-    for line in ["kill dev nope", "logs dev nope"] {
+    for (line, what) in [("kill dev nope", "session"), ("logs dev nope", "job")] {
         let said = ask(&daemon, line).await.failed(1);
-        assert!(said.contains("session `nope` not found\nhint: list them: bhatti ps "), "{said}");
+        let wanted = format!("{what} `nope` not found\nhint: list them: bhatti ps ");
+        assert!(said.contains(&wanted), "{said}");
     }
     ask(&daemon, "shell nobody").await.failed(125);
 }
@@ -612,8 +613,8 @@ async fn usage_of_sandboxes_is_told_and_wakes_none() {
 }
 
 /// Columns that differ from run to run.
-const VARYING: [&str; 8] =
-    ["ID", "CREATED", "CHANGED", "UPDATED", "ON DISK", "SAVED", "ADDRESS", "SOURCE"];
+const VARYING: [&str; 9] =
+    ["ID", "CREATED", "CHANGED", "UPDATED", "ON DISK", "SAVED", "KIND", "ADDRESS", "SOURCE"];
 
 /// A table whose varying cells tell only that there is something.
 fn redacted(table: &str) -> String {

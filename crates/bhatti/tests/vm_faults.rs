@@ -2,7 +2,7 @@
 //! is a way out.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
-use bhatti_api::{CreateSnapshot, ForkSandbox, StartSandbox};
+use bhatti_api::{CreateSandbox, CreateSnapshot, ForkSandbox, StartSandbox};
 use bhatti_client::Client;
 use bhatti_testkit::{Feature, Serve, TestDaemon, named, needs, shell, wait_for};
 
@@ -49,6 +49,10 @@ async fn attempt(client: &Client, what: &str) {
             drop(client.create_snapshot("dev", &request).await);
         }
         "create" => drop(client.create(&named("other")).await),
+        "boot" => {
+            let boot = CreateSandbox { cold_boot: true, ..named("other") };
+            drop(client.create(&boot).await);
+        }
         "destroy" => drop(client.destroy("dev").await),
         _ => panic!("{what}"),
     }
@@ -135,6 +139,60 @@ async fn daemon_that_dies_while_it_forks_or_creates_loses_nothing() {
     for step in ["captured", "unnamed"] {
         daemon_dies(step, "snapshot").await;
     }
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_boots_a_sandbox_loses_nothing() {
+    for step in ["inserted", "running"] {
+        daemon_dies(step, "boot").await;
+    }
+}
+
+/// Saves the sandbox under a name until the fault strikes, and returns what it has written until then.
+async fn saved_until_its_layers_are_merged(daemon: &TestDaemon) -> String {
+    let mut written = String::new();
+    for round in 0.. {
+        shell(&daemon.client, "dev", &format!("echo {round} >>/workspace/rounds; sync")).await;
+        written += &format!("{round}\n");
+        let request = CreateSnapshot { name: "named".into() };
+        if daemon.client.create_snapshot("dev", &request).await.is_err() {
+            break;
+        }
+        daemon.client.delete_snapshot("named").await.unwrap();
+    }
+    written
+}
+
+#[tokio::test]
+async fn daemon_that_dies_when_a_disk_is_merged_loses_nothing() {
+    if !needs(Feature::LayeredDisks) {
+        return;
+    }
+    let mut daemon = with_sandbox("daemon:merged").await;
+    let written = saved_until_its_layers_are_merged(&daemon).await;
+    daemon.ended().await;
+
+    daemon.serve_with(|serve| serve.fault = None).await;
+
+    assert_eq!(shell(&daemon.client, "dev", "cat /workspace/rounds").await, written);
+    assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND);
+    nothing_is_left(&daemon, &["dev"]).await;
+}
+
+#[tokio::test]
+async fn vmm_that_dies_when_a_disk_is_merged_leaves_all_of_it() {
+    if !needs(Feature::LayeredDisks) {
+        return;
+    }
+    let mut daemon = with_sandbox("vmm:merged").await;
+    let written = saved_until_its_layers_are_merged(&daemon).await;
+    daemon.terminate().await;
+    daemon.serve_with(|serve| serve.fault = None).await;
+
+    assert_eq!(daemon.client.inspect("dev").await.unwrap().status, "failed");
+    daemon.client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap();
+    assert_eq!(shell(&daemon.client, "dev", "cat /workspace/rounds").await, written);
+    nothing_is_left(&daemon, &["dev"]).await;
 }
 
 #[tokio::test]

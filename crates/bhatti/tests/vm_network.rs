@@ -244,6 +244,36 @@ async fn policy_is_in_force_in_every_life_of_a_sandbox_and_of_the_daemon() {
 }
 
 #[tokio::test]
+async fn policy_that_cannot_be_applied_is_an_error_and_nothing_runs_without_it() {
+    if !ready("policies that cannot be applied") {
+        return;
+    }
+    let config = "ready_vmms: 0\nready_forks: 0\n".to_owned();
+    let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let api = Api::admin(&daemon);
+    create(&api, &json!({ "name": "dev" })).await;
+    post(&api, "/sandboxes/dev/stop", &json!({})).await;
+    // The bridge is somebody else's now.
+    here("ip", &["link", "delete", "bhatti0"]);
+    here("ip", &["link", "add", "bhatti0", "type", "bridge"]);
+
+    for (path, request) in [("/sandboxes/dev/start", json!({})), ("/sandboxes", json!({}))] {
+        let answer = api.call("POST", path, &request).await;
+        assert_eq!(answer.refusal(), (503, "not_set_up".into()), "{path}");
+        let text = answer.text();
+        assert!(text.contains("the interface `bhatti0` belongs to somebody else"), "{text}");
+        wait_for("nothing that runs", || daemon.all_vmm_pids().is_empty()).await;
+    }
+    let rows = api.get("/sandboxes").await.json();
+    assert_eq!(rows.as_array().map(Vec::len), Some(1), "{rows}");
+    assert_eq!((&rows[0]["name"], &rows[0]["status"]), (&json!("dev"), &json!("stopped")));
+
+    here("ip", &["link", "delete", "bhatti0"]);
+    post(&api, "/sandboxes/dev/start", &json!({})).await;
+    assert_eq!(sh(&api, "dev", "hostname").await.0, "dev");
+}
+
+#[tokio::test]
 async fn nothing_is_left_of_networks_after_destruction_and_after_a_crash() {
     if !ready("what is left of networks") {
         return;
@@ -333,6 +363,16 @@ async fn network_that_cannot_be_is_refused_before_anything_is_made() {
         assert_eq!(forbidden, (403, "forbidden".to_owned()));
         let allowed = create(&bob, &json!({ "network_allow": ["10.9.8.0/24"] })).await;
         assert_eq!(allowed["network_allow"], json!(["10.9.8.0/24"]));
+        // Another user's sandbox is neither reached nor known.
+        create(&api, &json!({ "name": "mine" })).await;
+        serve_name(&api, "mine").await;
+        let (mine, bobs) = (ip_of(&api, "mine").await, allowed["id"].as_str().unwrap());
+        for at in [mine.as_str(), "mine"] {
+            assert_eq!(name_at(&bob, bobs, at).await, None, "{at}");
+            assert_eq!(name_at(&api, "mine", at).await, Some("mine".to_owned()), "{at}");
+        }
+        let gone = api.call("DELETE", "/sandboxes/mine", &Value::Null).await;
+        assert!(gone.status.is_success(), "{}", gone.text());
     } else {
         skip("what users may allow", "a network needs root");
     }

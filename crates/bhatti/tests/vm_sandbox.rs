@@ -10,7 +10,7 @@ use bhatti_api::{CreateSandbox, CreateUser, ErrorCode};
 use bhatti_client::{Client, ClientError, CommandEvent};
 use bhatti_testkit::{
     Api, Feature, LIMIT, Ran, Serve, TestDaemon, code_of, collect, engine, json_message,
-    kill_process, named, needs, run, shell, start, vmm_pid, wait_for,
+    kill_process, named, needs, replace, run, shell, start, vmm_pid, wait_for,
 };
 use tokio::time::{Instant, timeout};
 
@@ -337,7 +337,7 @@ async fn another_process_with_the_number_of_a_vmm_is_left_alone() {
     let mut bystander =
         bhatti_host::process::command("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
     reused["pid"] = bystander.id().unwrap().into();
-    std::fs::write(&record, reused.to_string()).unwrap();
+    replace(&record, reused.to_string());
 
     daemon.serve().await;
 

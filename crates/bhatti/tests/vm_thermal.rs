@@ -10,7 +10,7 @@ use bhatti_api::{
 use bhatti_client::Client;
 use bhatti_testkit::{
     FailingCalls, Feature, LIMIT, Serve, SmallDisk, TestDaemon, check_disk, code_of, engine,
-    hashes, is_root, named, needs, run, shell, skip, vmm_pid, wait_for,
+    hashes, is_root, named, needs, replace, run, shell, skip, vmm_pid, wait_for,
 };
 use tokio::time::timeout;
 
@@ -229,13 +229,13 @@ async fn sandbox_that_does_not_wake_is_not_tried_by_every_request_and_start_trie
     thermal_is(client, "dev", "cold").await;
     let manifest = daemon.sandbox_directories()[0].join("snapshot/manifest.json");
     let whole = std::fs::read(&manifest).unwrap();
-    std::fs::write(&manifest, "").unwrap();
+    replace(&manifest, "");
     let request = || client.stat("dev", "/dev/shm/ram");
 
     for _ in 0..3 {
         assert_eq!(code_of(&request().await.unwrap_err()), Some(ErrorCode::SnapshotUnusable));
     }
-    std::fs::write(&manifest, whole).unwrap();
+    replace(&manifest, whole);
     let refused = request().await.unwrap_err();
 
     assert_eq!(code_of(&refused), Some(ErrorCode::SnapshotUnusable), "it is not tried");
@@ -449,7 +449,7 @@ const FAILING_WRITES: [(&str, &str, &str); 6] = [
     ("daemon", "fsync", ""),
     ("daemon", "fsync", "snapshot.tmp/memory.pages"),
     ("daemon", "write,writev,pwrite64", "snapshot.tmp/memory.pages"),
-    ("vmm", "write,writev,pwrite64,pwritev", "snapshot.tmp/device.state"),
+    ("vmm", "write,writev,pwrite64,pwritev", "device.state"),
 ];
 
 #[tokio::test]
@@ -569,4 +569,37 @@ async fn snapshot_with_a_name_outlives_its_sandbox_and_its_copies() {
     assert_eq!(shell(&client, "three", FIND).await, FOUND);
     client.delete_snapshot("second").await.unwrap();
     assert_eq!(std::fs::read_dir(daemon.data_dir().join("snapshots")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn sandbox_that_is_saved_more_often_than_a_disk_has_layers_keeps_all_of_it() {
+    /// More than a disk of any engine may have.
+    const ROUNDS: usize = 70;
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    let name = |name: String| CreateSnapshot { name };
+    let lines = |count| (0..count).map(|round| format!("{round}\n")).collect::<String>();
+
+    for round in 0..ROUNDS {
+        shell(client, "dev", &format!("echo {round} >>/workspace/rounds")).await;
+        client.create_snapshot("dev", &name(format!("at-{round}"))).await.unwrap();
+        // One stands on what is merged later.
+        if round != ROUNDS / 2 {
+            client.delete_snapshot(&format!("at-{round}")).await.unwrap();
+        }
+    }
+
+    assert_eq!(shell(client, "dev", "cat /workspace/rounds").await, lines(ROUNDS));
+    client.stop("dev").await.unwrap();
+    client.start("dev", &StartSandbox::default()).await.unwrap();
+    assert_eq!(shell(client, "dev", "cat /workspace/rounds").await, lines(ROUNDS));
+    let request = ResumeSnapshot { name: Some("then".into()), ..Default::default() };
+    client.resume_snapshot(&format!("at-{}", ROUNDS / 2), &request).await.unwrap();
+    assert_eq!(shell(client, "then", "cat /workspace/rounds").await, lines(ROUNDS / 2 + 1));
+    let files = std::fs::read_dir(&daemon.sandbox_directories()[0]).unwrap().count();
+    assert!(files < ROUNDS, "{files} files");
 }

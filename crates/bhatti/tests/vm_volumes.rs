@@ -134,9 +134,44 @@ async fn volume_whose_vmm_is_killed_while_it_is_written_keeps_what_was_synced() 
     assert_eq!(api.sh("reader", &check).await, "", "of {last} synced files");
     let refused = api.exec("reader", json!({ "cmd": ["sh", "-c", "echo x >/data/x"] })).await;
     assert_ne!(refused["exit_code"], 0);
+    let remount = "sudo mount -o remount,rw /data && sudo touch /data/x";
+    let refused = api.exec("reader", json!({ "cmd": ["sh", "-c", remount] })).await;
+    assert_ne!(refused["exit_code"], 0, "nor by root");
     // A container's is closed by this host's kernel.
     let was_open = daemon.log().contains("A volume was not closed in order");
     assert_eq!(was_open, engine_has(Feature::OwnKernel), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn sandbox_whose_vmm_is_killed_boots_with_its_volumes_as_they_were_synced() {
+    let (daemon, api) = daemon().await;
+    volume(&api, "data").await;
+    let own = json!([{ "name": "own", "mount": "/own", "size_mb": 32 }]);
+    let volumes = json!([named("data", "/data")]);
+    post(&api, "/sandboxes", &json!({ "name": "dev", "volumes": volumes, "new_volumes": own }))
+        .await;
+    api.sh("dev", "echo one >/data/file; echo two >/own/file; sync").await;
+    kill_process(daemon.vmm_pids()[0]);
+    while api.get("/sandboxes/dev").await.json()["status"] != "failed" {}
+
+    post(&api, "/sandboxes/dev/start", &json!({ "cold_boot": true })).await;
+
+    assert_eq!(api.sh("dev", "cat /data/file /own/file").await, "one\ntwo\n");
+}
+
+#[tokio::test]
+async fn volume_of_a_paused_sandbox_that_is_destroyed_has_what_was_written() {
+    let (_daemon, api) = daemon().await;
+    volume(&api, "data").await;
+    let with = |name: &str| json!({ "name": name, "volumes": [named("data", "/data")] });
+    post(&api, "/sandboxes", &with("dev")).await;
+    api.sh("dev", "echo written >/data/file").await;
+    post(&api, "/sandboxes/dev/pause", &json!({})).await;
+
+    delete(&api, "/sandboxes/dev").await;
+    post(&api, "/sandboxes", &with("next")).await;
+
+    assert_eq!(api.sh("next", "cat /data/file").await, "written\n");
 }
 
 #[tokio::test]

@@ -204,22 +204,31 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    use crate::process::{Streams, spawn_detached};
+    use crate::process::{Detached, Streams};
 
-    fn shell(script: &str, argument: &str) -> Followed {
+    fn run(program: &str, arguments: &[&str]) -> Followed {
         let output = File::open("/dev/null").unwrap();
         let streams = Streams { output: &output, errors: &output };
-        let arguments = ["-c", script, argument].map(str::to_owned);
-        spawn_detached(Path::new("/"), OsStr::new("sh"), &arguments, &[], &[], streams).unwrap()
+        let arguments: Vec<_> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let detached = Detached {
+            program: OsStr::new(program),
+            arguments: &arguments,
+            directory: Path::new("/"),
+            environment: &[],
+            inherited: &[],
+            streams,
+            confinement: None,
+        };
+        detached.spawn().unwrap()
     }
 
-    fn sleeper(argument: &str) -> Followed {
-        shell("sleep 60", argument)
+    fn sleeper() -> Followed {
+        run("sleep", &["60"])
     }
 
     #[tokio::test]
     async fn process_is_followed_to_its_end_and_leaves_no_zombie() {
-        let process = sleeper("zombie-check");
+        let process = sleeper();
         process.kill();
 
         timeout(Duration::from_secs(5), process.ended()).await.unwrap();
@@ -229,7 +238,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_process_uses_is_counted_until_it_ends() {
-        let process = shell("i=0; while :; do i=$((i+1)); done", "busy");
+        let process = run("sh", &["-c", "i=0; while :; do i=$((i+1)); done"]);
         let began = std::time::SystemTime::now();
         while process.usage().unwrap().cpu.is_zero() {
             assert!(began.elapsed().unwrap() < Duration::from_secs(30), "it uses no processor");
@@ -244,7 +253,7 @@ mod tests {
 
     #[tokio::test]
     async fn process_with_the_same_number_is_not_adopted() {
-        let process = sleeper("number-check");
+        let process = sleeper();
         let ProcessId { pid, started_ticks } = process.id();
 
         let other = Followed::adopt(ProcessId { pid, started_ticks: started_ticks + 1 });
@@ -257,7 +266,7 @@ mod tests {
 
     #[tokio::test]
     async fn process_that_has_ended_and_was_not_collected_is_gone() {
-        let process = sleeper("zombie-adoption");
+        let process = sleeper();
         process.kill();
         let ended = async {
             while stat(process.id().pid).unwrap().state != 'Z' {
@@ -273,17 +282,18 @@ mod tests {
 
     #[tokio::test]
     async fn process_is_found_by_an_argument_of_its_own() {
-        let argument = format!("find-me-{}", std::process::id());
-        let process = sleeper(&argument);
+        // A second time that it adds to the first. A shell would not do: its child looks like itself until it is another program.
+        let argument = format!("0.{}", std::process::id());
+        let process = run("sleep", &["60", &argument]);
 
-        let found = Followed::find_by_argument("sh", &argument).unwrap();
+        let found = Followed::find_by_argument("sleep", &argument).unwrap();
 
         assert_eq!(found.id(), process.id());
-        assert!(Followed::find_by_argument("bash", &argument).is_err());
+        assert!(Followed::find_by_argument("sh", &argument).is_err());
         process.kill();
         process.ended().await;
         assert_eq!(
-            Followed::find_by_argument("sh", &argument).unwrap_err().kind(),
+            Followed::find_by_argument("sleep", &argument).unwrap_err().kind(),
             io::ErrorKind::NotFound
         );
     }

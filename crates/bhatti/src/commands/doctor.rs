@@ -58,9 +58,9 @@ impl Finding {
 pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let data_dir = &context.data_dir;
     let lohar = paths::lohar();
-    let mut findings = vec![
-        accelerator(),
-        engine(&Config::read(data_dir)?).await,
+    let mut findings = vec![accelerator(), engine(&Config::read(data_dir)?).await];
+    findings.extend(network().await);
+    findings.extend([
         tool("mmdebstrap", "mmdebstrap").await,
         tool("mke2fs", "e2fsprogs").await,
         agent(&lohar),
@@ -68,8 +68,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
         space(data_dir),
         images(data_dir, lohar.ok()),
         daemon(context).await,
-    ];
-    findings.splice(2..2, network().await);
+    ]);
     if !rustix::process::geteuid().is_root() {
         // What root does by right, mmdebstrap and mke2fs do under these.
         findings.push(tool("fakechroot", "fakechroot").await);
@@ -171,7 +170,14 @@ async fn qemu(program: &Path) -> Finding {
     let major: u32 =
         version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
     if major >= QEMU_TESTED {
-        Finding::good("qemu", first_line)
+        let kept = match process::landlock_version() {
+            0 => "not kept to its own files, for this kernel has no Landlock (or not among `lsm=`)",
+            1..6 => {
+                "kept to its own files; from Linux 6.12 on, also from signals to other processes"
+            }
+            _ => "kept to its own files",
+        };
+        Finding::good("qemu", format!("{first_line}, {kept}"))
     } else {
         Finding::missing(
             "qemu",
@@ -205,10 +211,16 @@ async fn network() -> Vec<Finding> {
             return vec![Finding::slow(WHAT, detail, Some(mend))];
         }
     }
-    let others = obstacles().await.unwrap_or_default();
-    if others.is_empty() {
-        return vec![Finding::good(WHAT, "sandboxes can have networks")];
-    }
+    let others = match obstacles().await {
+        Ok(others) if others.is_empty() => {
+            return vec![Finding::good(WHAT, "sandboxes can have networks")];
+        }
+        Ok(others) => others,
+        Err(error) => {
+            let detail = format!("other firewalls cannot be looked at: {}", Report(&error));
+            return vec![Finding::slow(WHAT, detail, None)];
+        }
+    };
     let blocked = |other: &Obstacle| Finding {
         what: WHAT,
         verdict: Verdict::Blocked,

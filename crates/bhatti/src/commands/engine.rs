@@ -6,8 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bhatti_docker::DockerEngine;
-use bhatti_engine::Engine;
+use bhatti_engine::{Accelerator, Engine};
 use bhatti_firecracker::{FirecrackerEngine, Unusable};
+use bhatti_host::process::{forgo_huge_pages, landlock_version};
 use bhatti_host::{durable, kvm};
 use bhatti_qemu::QemuEngine;
 use bhatti_store::Store;
@@ -25,6 +26,17 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
         EngineChoice::Qemu => {
             let engine = QemuEngine::new(config.qemu());
             tokio::spawn(engine.prepare());
+            if landlock_version() == 0 {
+                tracing::warn!(
+                    "VMMs are not kept to their own files: this kernel has no Landlock, or does not have it among `lsm=`"
+                );
+            }
+            if engine.capabilities().accelerator == Some(Accelerator::Tcg) {
+                // QEMU asks for them for the code that it translates, and has 4 of 62 MiB for nothing then.
+                if let Err(error) = forgo_huge_pages() {
+                    tracing::warn!(%error, "VMs take more memory than they need");
+                }
+            }
             Ok(Arc::new(engine))
         }
         EngineChoice::Firecracker => {

@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
@@ -30,6 +30,12 @@ use crate::paths;
 
 /// How long requests that run may take when the daemon stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a daemon waits for what another has left behind to be let go.
+const LOCK_LIMIT: Duration = Duration::from_secs(3);
+
+/// How often it looks.
+const LOCK_LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti serve --listen 127.0.0.1:8080")]
@@ -84,7 +90,7 @@ fn start_logging(format: LogFormat) {
 async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result<(), CliError> {
     let data_dir = &context.data_dir;
     paths::create_data_dir(data_dir)?;
-    let _lock = lock(data_dir)?;
+    let _lock = lock(data_dir).await?;
     let config = Config::read(data_dir)?;
     // Before anybody can know that this daemon is there, and ask it to stop.
     let mut stop_signal = StopSignal::catch()?;
@@ -195,22 +201,36 @@ fn forget_secrets(data_dir: &Path, store: &Store) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Makes sure that this is the only daemon on the data directory. The lock ends with the process, however it ends.
-fn lock(data_dir: &Path) -> Result<File, CliError> {
+/// Makes sure that this is the only daemon on the data directory. The lock ends with the process, however it ends, or a moment later: a
+/// child that it was starting has a copy until it becomes another program.
+async fn lock(data_dir: &Path) -> Result<File, CliError> {
     let mut file =
         fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))?;
+    if !take(&file)? {
+        info!("Waiting for a moment, for another daemon has the lock");
+        let taken = timeout(LOCK_LIMIT, async {
+            while !take(&file)? {
+                sleep(LOCK_LOOK).await;
+            }
+            io::Result::Ok(())
+        });
+        taken.await.map_err(|_| {
+            CliError::new(format!("another daemon runs on `{}`", data_dir.display()))
+                .hint("stop it first, or choose another directory with --data-dir")
+        })??;
+    }
+    // For a person who wants to stop it: kill $(cat daemon.lock).
+    file.set_len(0)?;
+    writeln!(file, "{}", std::process::id())?;
+    Ok(file)
+}
+
+/// Locks the file, and returns whether nobody else has it locked.
+fn take(file: &File) -> io::Result<bool> {
     match file.try_lock() {
-        Ok(()) => {
-            // For a person who wants to stop it: kill $(cat daemon.lock).
-            file.set_len(0)?;
-            writeln!(file, "{}", std::process::id())?;
-            Ok(file)
-        }
-        Err(TryLockError::WouldBlock) => {
-            Err(CliError::new(format!("another daemon runs on `{}`", data_dir.display()))
-                .hint("stop it first, or choose another directory with --data-dir"))
-        }
-        Err(TryLockError::Error(error)) => Err(error.into()),
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

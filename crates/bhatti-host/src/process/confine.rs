@@ -1,0 +1,323 @@
+//! What a process is kept from, beyond what its user may not do.
+//!
+//! A virtual machine monitor runs what strangers wrote. Whoever breaks out of a guest into it finds a process that reaches its own files and no
+//! others (Landlock, by the kernel's Documentation/userspace-api/landlock.rst), no other process, no network and no socket of a daemon, and
+//! that has no rights of root's but to read what it reaches.
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind::NotFound, ErrorKind::PermissionDenied};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, PathFdError, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, Scope,
+};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter,
+};
+
+/// The newest rules that are asked for. A kernel that has only older ones keeps those.
+const RULES: ABI = ABI::V6;
+
+/// Where programs and what they need are, on the machines that there are.
+const SYSTEM: [&str; 15] = [
+    "/usr/bin",
+    "/usr/sbin",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libexec",
+    "/usr/share",
+    "/usr/local/bin",
+    "/usr/local/lib",
+    "/usr/local/share",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/nix/store",
+    "/gnu/store",
+];
+
+/// What any program looks at.
+const COMMON: [&str; 8] = [
+    "/etc/ld.so.cache",
+    "/etc/ld.so.preload",
+    "/etc/localtime",
+    "/dev/urandom",
+    "/proc/filesystems",
+    "/proc/sys/vm",
+    "/sys/devices/system",
+    "/sys/kernel/mm",
+];
+
+/// System calls around the rules: to sockets that have a name (Docker's is as good as root), to other processes and what they share, to what
+/// is noted on files, and `io_uring`, whose requests no filter sees. Truncation by name, too: older kernels have no rule for it.
+const REFUSED: &[i64] = &[
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_connect,
+    libc::SYS_shmget,
+    libc::SYS_shmat,
+    libc::SYS_semget,
+    libc::SYS_msgget,
+    libc::SYS_mq_open,
+    libc::SYS_kill,
+    libc::SYS_tkill,
+    libc::SYS_rt_sigqueueinfo,
+    libc::SYS_rt_tgsigqueueinfo,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_sched_setattr,
+    libc::SYS_ioprio_set,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_truncate,
+    libc::SYS_openat2,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    FCHMODAT2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_setxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_fsetxattr,
+    SETXATTRAT,
+    libc::SYS_removexattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fremovexattr,
+    REMOVEXATTRAT,
+    FILE_SETATTR,
+    libc::SYS_io_uring_setup,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+];
+
+/// Those that only this architecture has.
+#[cfg(target_arch = "x86_64")]
+const REFUSED_HERE: &[i64] = &[
+    libc::SYS_creat,
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_lchown,
+    libc::SYS_utime,
+    libc::SYS_utimes,
+    libc::SYS_futimesat,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const REFUSED_HERE: &[i64] = &[];
+
+/// Numbers that are the same on every architecture.
+const FCHMODAT2: i64 = 452;
+const SETXATTRAT: i64 = 463;
+const REMOVEXATTRAT: i64 = 466;
+const FILE_SETATTR: i64 = 469;
+
+/// The files that a process reaches, each a file or a directory with all that is in it; what is not there is left out. Programs and
+/// libraries of the machine it may run and read whatever is said here.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reach<'a> {
+    /// Those that it runs.
+    pub run: &'a [&'a Path],
+    /// Those that it reads.
+    pub read: &'a [&'a Path],
+    /// Those that it reads and writes.
+    pub write: &'a [&'a Path],
+}
+
+/// What a process is to be kept from, ready to be laid on it.
+pub struct Confinement {
+    /// None on a kernel without Landlock.
+    rules: Option<OwnedFd>,
+    filter: BpfProgram,
+}
+
+/// What this kernel has of Landlock, by its own count: from 1 on it keeps a process to its own files, from 6 on (Linux 6.12) from sending
+/// signals to others as well. Nothing is 0.
+#[must_use]
+pub fn landlock_version() -> u32 {
+    // SAFETY: with this flag the call reads nothing, and returns a number or an error.
+    #[expect(unsafe_code, reason = "no crate tells the kernel's own answer")]
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, 1_u32)
+    };
+    u32::try_from(version).unwrap_or_default()
+}
+
+impl Confinement {
+    /// Makes the rules.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a path cannot be looked at, or the kernel takes no rules although it knows some.
+    pub fn new(reach: Reach<'_>) -> io::Result<Self> {
+        let read = AccessFs::ReadFile | AccessFs::ReadDir;
+        let run = read | AccessFs::Execute;
+        let write = read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev;
+        let mut rules = Rules::new()?;
+        // What cannot be looked at is as good as not there.
+        let usual = [(&SYSTEM[..], run), (&COMMON[..], read), (&["/dev/null"], write)];
+        for (paths, access) in usual {
+            for path in paths {
+                rules.allow(Path::new(path), access, &[NotFound, PermissionDenied])?;
+            }
+        }
+        for (paths, access) in [(reach.run, run), (reach.read, read), (reach.write, write)] {
+            for path in paths {
+                rules.allow(path, access, &[NotFound])?;
+            }
+        }
+        Ok(Self { rules: rules.0.into(), filter: filter()? })
+    }
+
+    /// Lays it on this process, for good. Between fork and exec: makes only system calls, and allocates nothing unless it fails.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        // Reading stays, for files of another user's; what is read is among the rules.
+        let kept = CapabilitySet::DAC_READ_SEARCH & rustix::thread::capabilities(None)?.permitted;
+        set_capabilities(
+            None,
+            CapabilitySets {
+                effective: kept,
+                permitted: kept,
+                inheritable: CapabilitySet::empty(),
+            },
+        )?;
+        // Also, a program that root starts gets its capabilities back without it.
+        set_no_new_privs(true)?;
+        if let Some(rules) = &self.rules {
+            // SAFETY: the descriptor is open for as long as `self` is.
+            #[expect(unsafe_code, reason = "the crate's call takes the rules away with it")]
+            let laid = unsafe {
+                libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0_u32)
+            };
+            if laid != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        apply_filter(&self.filter).map_err(io::Error::other)
+    }
+}
+
+struct Rules(RulesetCreated);
+
+impl Rules {
+    fn new() -> io::Result<Self> {
+        let rules = Ruleset::default()
+            .handle_access(AccessFs::from_all(RULES))
+            .and_then(|rules| rules.handle_access(AccessNet::from_all(RULES)))
+            .and_then(|rules| rules.scope(Scope::from_all(RULES)))
+            .and_then(Ruleset::create);
+        rules.map(Self).map_err(io::Error::other)
+    }
+
+    /// Allows this of what is at a path, unless it cannot be opened for one of the reasons `but`.
+    fn allow(
+        &mut self,
+        path: &Path,
+        access: BitFlags<AccessFs>,
+        but: &[io::ErrorKind],
+    ) -> io::Result<()> {
+        let place = match PathFd::new(path) {
+            Ok(place) => place,
+            Err(PathFdError::OpenCall { source, .. }) if but.contains(&source.kind()) => {
+                return Ok(());
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        (&mut self.0).add_rule(PathBeneath::new(place, access)).map(drop).map_err(io::Error::other)
+    }
+}
+
+fn filter() -> io::Result<BpfProgram> {
+    let argument = |index, operator, value| {
+        SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+            .map_err(io::Error::other)
+    };
+    let unconditional = REFUSED.iter().chain(REFUSED_HERE);
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        unconditional.map(|number| (*number, Vec::new())).collect();
+    // Of others: its own limits glibc sets so, too.
+    rules.insert(libc::SYS_prlimit64, vec![argument(0, SeccompCmpOp::Ne, 0)?]);
+    // What is opened for reading, and emptied.
+    let (access, emptied) = (libc::O_ACCMODE | libc::O_TRUNC, libc::O_RDONLY | libc::O_TRUNC);
+    let emptied = u64::from(emptied.cast_unsigned());
+    let open =
+        |flags| argument(flags, SeccompCmpOp::MaskedEq(access.cast_unsigned().into()), emptied);
+    rules.insert(libc::SYS_openat, vec![open(2)?]);
+    #[cfg(target_arch = "x86_64")]
+    rules.insert(libc::SYS_open, vec![open(1)?]);
+    let architecture = std::env::consts::ARCH.try_into().map_err(io::Error::other)?;
+    let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, architecture);
+    filter.and_then(TryInto::try_into).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::fs::{self, File};
+
+    use super::*;
+    use crate::durable;
+    use crate::process::{Detached, Streams};
+
+    /// Each line tries something, and says so if it went well.
+    const TRIES: &str = "
+        cat $0/read >/dev/null && echo reads
+        echo new >>$0/written && echo writes
+        cat $1/read && echo reads of others
+        echo new >>$1/read && echo writes of others
+        echo new >>$0/sealed && echo writes what is sealed
+        chmod 600 $0/sealed && echo unseals
+        : >$0/new && echo creates
+        rm $0/read && echo removes
+        kill -0 $PPID && echo signals others
+    ";
+
+    #[tokio::test]
+    async fn confined_process_does_what_it_may_and_nothing_else() {
+        let (own, others) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for place in [own.path(), others.path()] {
+            fs::write(place.join("read"), "read").unwrap();
+        }
+        fs::write(own.path().join("written"), "").unwrap();
+        durable::write_sealed(&own.path().join("sealed"), b"sealed").unwrap();
+        let said = others.path().join("said");
+        let output = File::create(&said).unwrap();
+        let names = [own.path(), others.path()].map(|path| path.to_str().unwrap().to_owned());
+        let [own_name, others_name] = names;
+        let detached = Detached {
+            program: OsStr::new("sh"),
+            arguments: &["-c".to_owned(), TRIES.to_owned(), own_name, others_name],
+            directory: Path::new("/"),
+            environment: &[],
+            inherited: &[],
+            streams: Streams { output: &output, errors: &File::open("/dev/null").unwrap() },
+            confinement: Some(
+                Confinement::new(Reach { write: &[own.path()], ..Reach::default() }).unwrap(),
+            ),
+        };
+
+        detached.spawn().unwrap().ended().await;
+
+        let said = fs::read_to_string(said).unwrap();
+        if landlock_version() == 0 {
+            bhatti_testkit::skip("a process kept to its own files", "this kernel has no Landlock");
+            assert!(!said.contains("sealed") && !said.contains("unseals"), "{said}");
+        } else {
+            assert_eq!(said, "reads\nwrites\n");
+        }
+    }
+}
