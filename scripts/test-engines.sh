@@ -39,15 +39,15 @@ in_lab() {
 }
 
 qemu=$(program_of bhatti-qemu)
-"$qemu" --test-threads=1 | tee /dev/stderr | note "qemu here" || status=1
+"$qemu" --test-threads=1 | tee -a /dev/stderr | note "qemu here" || status=1
 if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
     lab=0
 else
     lab=1
-    in_lab "$qemu" | tee /dev/stderr | note "qemu, KVM in the lab" || status=1
+    in_lab "$qemu" | tee -a /dev/stderr | note "qemu, KVM in the lab" || status=1
 fi
 if [ -S "$DOCKER_SOCK" ]; then
-    "$(program_of bhatti-docker)" --test-threads=1 | tee /dev/stderr | note "docker here" || status=1
+    "$(program_of bhatti-docker)" --test-threads=1 | tee -a /dev/stderr | note "docker here" || status=1
 else
     skip "docker engine" "no Docker runs here"
 fi
@@ -57,10 +57,10 @@ else
     program=$(program_of bhatti-firecracker)
     if [ "$lab" = 1 ]; then
         in_lab "$program" --with "$firecracker" --with "$(dirname "$firecracker")/jailer" \
-            --env "FIRECRACKER_BIN=$firecracker" | tee /dev/stderr |
+            --env "FIRECRACKER_BIN=$firecracker" | tee -a /dev/stderr |
             note "firecracker, KVM in the lab" || status=1
     else
-        FIRECRACKER_BIN=$firecracker "$program" --test-threads=1 | tee /dev/stderr | note "firecracker here" || status=1
+        FIRECRACKER_BIN=$firecracker "$program" --test-threads=1 | tee -a /dev/stderr | note "firecracker here" || status=1
     fi
 fi
 

@@ -42,7 +42,7 @@ const CARRIED: &str = "carried-";
 
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How long a run may take.
-const RUN_LIMIT: Duration = Duration::from_secs(3000);
+const RUN_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// Runs what the arguments say: `[--with PATH | --env NAME=VALUE]... -- COMMAND`.
 pub(super) fn start(arguments: &[String]) -> Result<i32> {

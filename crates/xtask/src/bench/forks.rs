@@ -289,18 +289,12 @@ async fn forking(daemon: &TestDaemon) -> Result<()> {
         client.destroy(fork).await?;
     }
     show("fork of an idle sandbox: its parent's pause", paused);
+    for count in [1, 5] {
+        at_once(daemon, count, true).await?;
+    }
     let mut many = Vec::new();
     for round in 0..5 {
-        let began = Instant::now();
-        let request = ForkSandbox { count: Some(20), ..ForkSandbox::default() };
-        let forks = client.fork("bench", &request).await?.sandboxes;
-        many.push(began.elapsed());
-        if round == 0 {
-            memory_of_forks(daemon).await?;
-        }
-        for fork in forks {
-            client.destroy(&fork.id).await?;
-        }
+        many.push(at_once(daemon, 20, round == 0).await?);
     }
     ratio("20 forks until all answer", &many, "one", median(&mut one.clone()));
     show("fork until it answers", one);
@@ -317,14 +311,30 @@ fn vmm(directory: &Path) -> Result<u64> {
     record["pid"].as_u64().context("a pid")
 }
 
-/// What each of many idle forks adds.
-async fn memory_of_forks(daemon: &TestDaemon) -> Result<()> {
+/// Makes so many forks at once, and tells how long that took, and their memory if asked.
+async fn at_once(daemon: &TestDaemon, count: u32, tell_memory: bool) -> Result<Duration> {
+    let began = Instant::now();
+    let request = ForkSandbox { count: Some(count), ..ForkSandbox::default() };
+    let forks = daemon.client.fork("bench", &request).await?.sandboxes;
+    let took = began.elapsed();
+    if tell_memory {
+        let ids: Vec<&str> = forks.iter().map(|fork| fork.id.as_str()).collect();
+        memory_of_forks(daemon, &ids).await?;
+    }
+    for fork in forks {
+        daemon.client.destroy(&fork.id).await?;
+    }
+    Ok(took)
+}
+
+/// What each of these idle forks adds.
+async fn memory_of_forks(daemon: &TestDaemon, ids: &[&str]) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let pids = daemon.vmm_pids();
-    let pss: Result<Vec<f64>> = pids.iter().map(|pid| rollup_mib((*pid).into(), "Pss:")).collect();
-    let mut pss = pss?;
+    let sandboxes = daemon.data_dir().join("sandboxes");
+    let pss = ids.iter().map(|id| rollup_mib(vmm(&sandboxes.join(id))?, "Pss:"));
+    let mut pss: Vec<f64> = pss.collect::<Result<_>>()?;
     pss.sort_by(f64::total_cmp);
-    let what = format!("memory (PSS) that each of {} forks adds", pss.len() - 1);
+    let what = format!("memory (PSS) of one of {} forks, median", pss.len());
     println!("{what:44} {:>26.1} MiB", pss[pss.len() / 2]);
     Ok(())
 }

@@ -15,9 +15,9 @@ use tokio::process::Command;
 
 use super::requests;
 
-/// How often each is done: few times, and many.
-const FEW: u64 = 100;
-const MANY: u64 = 600;
+/// How often each is done: few times, and many. A list is as much work as hundreds of the others.
+const TIMES: [u64; 2] = [100, 600];
+const LISTS: [u64; 2] = [5, 25];
 
 /// How many more there may be than were noted, in percent: processors differ in what their C library chooses.
 const TOLERANCE_PERCENT: u64 = 5;
@@ -28,6 +28,7 @@ const NOTED: &str = "docs/instructions.json";
 const FRAMES: &str = "8 KiB framed and read";
 const RING: &str = "4 KiB into the scrollback";
 const REQUEST: &str = "one sandbox asked for";
+const LIST: &str = "a thousand sandboxes listed";
 
 /// Compares what is counted with what was noted, or notes it. Returns how many are too many.
 pub(super) async fn check(record: bool) -> Result<usize> {
@@ -36,8 +37,9 @@ pub(super) async fn check(record: bool) -> Result<usize> {
         return Ok(0);
     }
     let mut counts = BTreeMap::new();
-    for what in [FRAMES, RING, REQUEST] {
-        counts.insert(what, of_work(what).await?);
+    for what in [FRAMES, RING, REQUEST, LIST] {
+        let times = if what == LIST { LISTS } else { TIMES };
+        counts.insert(what, of_work(what, times).await?);
     }
     let path = repository().join(NOTED);
     if record {
@@ -71,7 +73,8 @@ pub(crate) fn work(what: &str, times: u64) -> Result<()> {
             (0..times).for_each(|_| ring.write(&[7; 4 << 10]));
             Ok(())
         }
-        REQUEST => runtime.block_on(requests::inspect(times)),
+        REQUEST => runtime.block_on(requests::ask("/sandboxes/stopped-7", 10, times)),
+        LIST => runtime.block_on(requests::ask("/sandboxes", 1000, times)),
         other => bail!("nobody counts `{other}`"),
     }
 }
@@ -87,16 +90,16 @@ async fn frame(times: u64) -> Result<()> {
     Ok(())
 }
 
-async fn of_work(what: &str) -> Result<u64> {
+async fn of_work(what: &str, often: [u64; 2]) -> Result<u64> {
     let mut totals = [0; 2];
-    for (total, times) in totals.iter_mut().zip([FEW, MANY]) {
+    for (total, times) in totals.iter_mut().zip(often) {
         let place = tempfile::tempdir()?;
         let (mut command, counted) = under_callgrind(place.path(), &std::env::current_exe()?);
         command.args(["bench", "work", what, &times.to_string()]);
         ensure!(command.status().await?.success(), "`{what}` failed under callgrind");
         *total = read_total(&counted)?;
     }
-    Ok((totals[1] - totals[0]) / (MANY - FEW))
+    Ok((totals[1] - totals[0]) / (often[1] - often[0]))
 }
 
 /// A command line that counts what `program` does, and the file that will have the count.

@@ -20,14 +20,11 @@ use tower_service::Service;
 
 use super::super::api::add_stopped;
 
-/// Sandboxes that there are.
-const ROWS: u16 = 10;
-
-/// Asks for one sandbox, so many times.
-pub(super) async fn inspect(times: u64) -> Result<()> {
+/// Asks for `path` so many times, of a daemon that has so many sandboxes.
+pub(super) async fn ask(path: &str, sandboxes: u16, times: u64) -> Result<()> {
     let place = tempfile::tempdir()?;
     let store = Arc::new(Store::open(place.path())?);
-    (0..ROWS).try_for_each(|number| add_stopped(&store, number))?;
+    (0..sandboxes).try_for_each(|number| add_stopped(&store, number))?;
     let (_stop, stopping) = watch::channel(false);
     let mut routes = router(
         AppState::new(StateParts {
@@ -42,7 +39,7 @@ pub(super) async fn inspect(times: u64) -> Result<()> {
         Listener::Unix,
     );
     for _ in 0..times {
-        let request = Request::get("/sandboxes/stopped-7").body(Empty::<Bytes>::new())?;
+        let request = Request::get(path).body(Empty::<Bytes>::new())?;
         let response = routes.call(request).await?;
         ensure!(response.status().is_success(), "{}", response.status());
         response.into_body().collect().await?;
