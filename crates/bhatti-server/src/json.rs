@@ -53,32 +53,33 @@ pub(crate) struct Json<T>(pub(crate) T);
 
 impl<T: Serialize> IntoResponse for Json<T> {
     fn into_response(self) -> Response {
-        answer(serde_json::to_vec(&self.0))
+        match serde_json::to_vec(&self.0) {
+            Ok(json) => answer(json),
+            Err(error) => ApiError::internal(&error).into_response(),
+        }
     }
 }
 
 /// An answer that is an array, written element by element: of a long one no more is in memory than its text.
 pub(crate) struct JsonArray {
-    text: serde_json::Result<Vec<u8>>,
+    text: Vec<u8>,
     elements: usize,
 }
 
 impl Default for JsonArray {
     fn default() -> Self {
-        Self { text: Ok(vec![b'[']), elements: 0 }
+        Self { text: vec![b'['], elements: 0 }
     }
 }
 
 impl JsonArray {
-    pub(crate) fn push(&mut self, element: &impl Serialize) {
-        let Ok(text) = &mut self.text else { return };
+    /// Adds an element that is JSON.
+    pub(crate) fn push(&mut self, element: &[u8]) {
         if self.elements > 0 {
-            text.push(b',');
+            self.text.push(b',');
         }
         self.elements += 1;
-        if let Err(error) = serde_json::to_writer(text, element) {
-            self.text = Err(error);
-        }
+        self.text.extend_from_slice(element);
     }
 
     pub(crate) const fn len(&self) -> usize {
@@ -87,17 +88,12 @@ impl JsonArray {
 }
 
 impl IntoResponse for JsonArray {
-    fn into_response(self) -> Response {
-        answer(self.text.map(|mut text| {
-            text.push(b']');
-            text
-        }))
+    fn into_response(mut self) -> Response {
+        self.text.push(b']');
+        answer(self.text)
     }
 }
 
-fn answer(json: serde_json::Result<Vec<u8>>) -> Response {
-    match json {
-        Ok(json) => ([(CONTENT_TYPE, "application/json")], json).into_response(),
-        Err(error) => ApiError::internal(&error).into_response(),
-    }
+fn answer(json: Vec<u8>) -> Response {
+    ([(CONTENT_TYPE, "application/json")], json).into_response()
 }

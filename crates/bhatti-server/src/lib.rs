@@ -11,6 +11,7 @@ mod extract;
 mod hear_out;
 mod json;
 mod keys;
+mod listings;
 mod metrics;
 mod proxy;
 mod rates;
@@ -37,6 +38,7 @@ use bhatti_image::ImageStore;
 use bhatti_store::Store;
 use bhatti_supervisor::Supervisor;
 use bhatti_types::UserId;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -47,6 +49,7 @@ pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
 
 use answers::AnswerMemory;
 use hear_out::hear_out;
+use listings::Listings;
 use metrics::Measured;
 use proxy::Visits;
 use rates::Rates;
@@ -89,6 +92,7 @@ pub struct Inner {
     pub(crate) visits: Visits,
     pub(crate) sessions: Revocations,
     pub(crate) answers: AnswerMemory,
+    pub(crate) listings: Mutex<Listings>,
 }
 
 /// How published ports are reached from outside.
@@ -140,6 +144,7 @@ impl AppState {
             visits: Visits::default(),
             sessions: Revocations::default(),
             answers: AnswerMemory::default(),
+            listings: Mutex::default(),
         }))
     }
 

@@ -28,7 +28,7 @@ pub use events::{EventFilter, EventRow, NewEvent};
 pub use networks::{NetworkAssignError, NetworkRow, PortRow};
 pub use publications::{PublicationRow, PublishError};
 pub use sandboxes::{
-    ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow,
+    ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow, StoredSandbox,
 };
 pub use secrets::SecretRow;
 pub use snapshots::{SnapshotInsertError, SnapshotRow};

@@ -7,6 +7,7 @@ use bhatti_types::{
     CpuCount, Environment, InvalidLabel, Labels, MemoryMib, NetworkMode, QuotaExceeded, SandboxId,
     SandboxName, SandboxSpec, SandboxState, UserId,
 };
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::networks::{AddressError, free_address};
@@ -19,6 +20,10 @@ use crate::{
 
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
      identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address";
+
+/// Where those are.
+const ID: usize = 0;
+const CREATED_AT: usize = 8;
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +52,59 @@ pub struct SandboxRow {
     pub address: Option<Ipv4Addr>,
     /// Its volumes, in the order asked.
     pub volumes: Vec<Attachment>,
+}
+
+/// A sandbox in a list, as its row holds it.
+pub struct StoredSandbox<'a>(&'a Row<'a>);
+
+impl StoredSandbox<'_> {
+    /// Its id.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the row is damaged.
+    pub fn id(&self) -> Result<SandboxId, StoreError> {
+        parsed(parsed(self.0.get_ref(ID)?.as_str())?.parse())
+    }
+
+    /// When it was made (RFC 3339).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the row is damaged.
+    pub fn created_at(&self) -> Result<&str, StoreError> {
+        parsed(self.0.get_ref(CREATED_AT)?.as_str())
+    }
+
+    /// Appends all that the row holds, not taken apart: rows that are the same, and no others, append the same.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn append_content(&self, content: &mut Vec<u8>) -> Result<(), StoreError> {
+        for index in 0..self.0.as_ref().column_count() {
+            let (kind, bytes): (u8, &[u8]) = match self.0.get_ref(index)? {
+                ValueRef::Null => (0, &[]),
+                ValueRef::Integer(number) => (1, &number.to_le_bytes()),
+                ValueRef::Real(number) => (2, &number.to_le_bytes()),
+                ValueRef::Text(text) => (3, text),
+                ValueRef::Blob(blob) => (4, blob),
+            };
+            content.push(kind);
+            content.extend_from_slice(&bytes.len().to_le_bytes());
+            content.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    /// What the row says.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the row is damaged.
+    pub fn read(&self) -> Result<SandboxRow, StoreError> {
+        read(self.0)
+    }
 }
 
 /// A sandbox to be added.
@@ -275,7 +333,10 @@ impl Store {
         filter: &SandboxFilter,
     ) -> Result<Vec<SandboxRow>, StoreError> {
         let mut rows = Vec::new();
-        self.each_sandbox(owner, filter, |row| rows.push(row))?;
+        self.each_sandbox(owner, filter, |row| {
+            rows.push(row.read()?);
+            Ok(())
+        })?;
         Ok(rows)
     }
 
@@ -284,12 +345,12 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Returns an error if the store fails; `take` has then had some of them.
+    /// Returns an error if the store fails, or that of `take`, which has then had some of them.
     pub fn each_sandbox(
         &self,
         owner: UserId,
         filter: &SandboxFilter,
-        mut take: impl FnMut(SandboxRow),
+        mut take: impl FnMut(StoredSandbox<'_>) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let SandboxFilter { labels, after, limit } = filter;
         let connection = self.connection.lock();
@@ -308,7 +369,7 @@ impl Store {
         let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
         let mut rows = query.query(parameters)?;
         while let Some(row) = rows.next()? {
-            take(read(row)?);
+            take(StoredSandbox(row))?;
         }
         Ok(())
     }
@@ -518,7 +579,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         (state, _) => return Err(StoreError::Damaged(format!("the state `{state}`"))),
     };
     Ok(SandboxRow {
-        id: parsed(lent(0)?.parse())?,
+        id: parsed(lent(ID)?.parse())?,
         owner: parsed(lent(1)?.parse())?,
         spec: SandboxSpec {
             name: parsed(lent(2)?.parse())?,
@@ -533,7 +594,7 @@ fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             network: network_spec(lent(19)?, lent(20)?)?,
         },
         state,
-        created_at: text(8)?,
+        created_at: text(CREATED_AT)?,
         origin: text(10)?,
         agent_token: text(11)?,
         identity: row.get(12)?,

@@ -274,24 +274,6 @@ impl Supervisor {
         self.shared.store.list_sandboxes(owner, filter)
     }
 
-    /// Gives `take` each of the sandboxes that [`list`](Self::list) has, with what it costs right now. The store waits meanwhile: `take` must
-    /// not ask for anything.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the store fails; `take` has then had some of them.
-    pub fn each(
-        &self,
-        owner: UserId,
-        filter: &SandboxFilter,
-        mut take: impl FnMut(SandboxRow, Option<Thermal>),
-    ) -> Result<(), StoreError> {
-        self.shared.store.each_sandbox(owner, filter, |row| {
-            let thermal = self.thermal(&row);
-            take(row, thermal);
-        })
-    }
-
     /// Gives a sandbox another name or other labels. Its host name stays.
     ///
     /// # Errors
@@ -410,8 +392,8 @@ impl Supervisor {
 
     /// What a running sandbox costs right now.
     #[must_use]
-    pub fn thermal(&self, row: &SandboxRow) -> Option<Thermal> {
-        self.shared.registry.get(row.id)?.access.thermal()
+    pub fn thermal(&self, id: SandboxId) -> Option<Thermal> {
+        self.shared.registry.get(id)?.access.thermal()
     }
 
     /// What the sandboxes of `owner` that have a VM use of this host. Wakes none, and counts as no use.

@@ -51,7 +51,7 @@ pub(crate) async fn list_all(
 ) -> Result<Json<Vec<Port>>, ApiError> {
     let mut all = Vec::new();
     for row in state.supervisor.list(owner, &SandboxFilter::default())? {
-        if state.supervisor.thermal(&row) != Some(Thermal::Hot) {
+        if state.supervisor.thermal(row.id) != Some(Thermal::Hot) {
             continue;
         }
         // One that cools, goes, or does not answer has no ports.

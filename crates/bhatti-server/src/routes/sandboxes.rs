@@ -56,10 +56,17 @@ pub(crate) async fn list(
     let filter = parse::filter(query, PAGE_MAX)?;
     let isolation = isolation(&state);
     let (mut sandboxes, mut last) = (JsonArray::default(), None);
-    state.supervisor.each(owner, &filter, |row, thermal| {
-        last = Some((row.created_at.clone(), row.id));
-        sandboxes.push(&listed(isolation, thermal, row));
+    let mut listings = state.listings.lock();
+    state.store.each_sandbox(owner, &filter, |stored| {
+        let id = stored.id()?;
+        let thermal = state.supervisor.thermal(id);
+        sandboxes.push(listings.text(&stored, id, thermal, |row| listed(isolation, thermal, row))?);
+        if filter.limit.is_some() {
+            last = Some((stored.created_at()?.to_owned(), id));
+        }
+        Ok(())
     })?;
+    drop(listings);
     let next = next_page(&filter, sandboxes.len(), last);
     let mut response = sandboxes.into_response();
     if let Some(link) = next.and_then(|link| HeaderValue::try_from(link).ok()) {
@@ -265,7 +272,7 @@ pub(super) fn find(state: &AppState, owner: UserId, called: &str) -> Result<Sand
 pub(super) fn sandbox(state: &AppState, mut row: SandboxRow) -> Sandbox {
     let identity = row.identity.take();
     let identity = identity.and_then(|report| serde_json::from_str(&report).ok());
-    let thermal = state.supervisor.thermal(&row);
+    let thermal = state.supervisor.thermal(row.id);
     Sandbox { identity, ..listed(isolation(state), thermal, row) }
 }
 

@@ -269,7 +269,7 @@ async fn every_row_and_reality_come_to_one_truth_however_often() {
         for (id, (state, found, saved, expected)) in ids.iter().zip(&cases) {
             let what = format!("round {round}: {state:?}, {found:?}, {saved:?}");
             let row = place.store.get_sandbox(*id).unwrap();
-            let truth = row.as_ref().map(|row| (row.state, supervisor.thermal(row)));
+            let truth = row.as_ref().map(|row| (row.state, supervisor.thermal(row.id)));
             assert_eq!(truth, *expected, "{what}");
             assert_eq!(place.directory(*id).exists(), expected.is_some(), "{what}");
             if expected.is_none() {

@@ -150,12 +150,15 @@ async fn requests(api: &Api) -> Result<()> {
         [("GET /health", "/health"), ("GET /sandboxes, with 1,000 of them", "/sandboxes")]
     {
         let mut times = Vec::new();
-        for _ in 0..REQUESTS {
+        for _ in 0..=REQUESTS {
             let began = Instant::now();
             send(&mut sender, "GET", path, String::new()).await?;
             times.push(began.elapsed());
         }
+        // Nothing of it was ever asked for.
+        let first = times.remove(0);
         show(what, times);
+        println!("{:44} {:>26.2} ms", "  the first of a daemon", first.as_secs_f64() * 1e3);
     }
     Ok(())
 }

@@ -1,0 +1,169 @@
+//! What lists say of each sandbox, kept as text: from one list to the next, hardly any row is another.
+
+use std::collections::HashMap;
+
+use bhatti_store::{SandboxRow, StoreError, StoredSandbox};
+use bhatti_types::{SandboxId, Thermal};
+use serde::Serialize;
+
+/// The most sandboxes whose text is kept: some five megabytes.
+const KEPT_MAX: usize = 4096;
+
+/// The texts that are kept, each with all that it was made of.
+#[derive(Default)]
+pub(crate) struct Listings {
+    kept: HashMap<SandboxId, Listing>,
+    content: Vec<u8>,
+}
+
+struct Listing {
+    content: Box<[u8]>,
+    thermal: Option<Thermal>,
+    text: Box<[u8]>,
+}
+
+impl Listings {
+    /// What a list says of a sandbox that costs `thermal` right now, in JSON: `describe` makes it of the row, if it is not what it was.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the row is damaged.
+    pub(crate) fn text<T: Serialize>(
+        &mut self,
+        stored: &StoredSandbox<'_>,
+        id: SandboxId,
+        thermal: Option<Thermal>,
+        describe: impl FnOnce(SandboxRow) -> T,
+    ) -> Result<&[u8], StoreError> {
+        self.content.clear();
+        stored.append_content(&mut self.content)?;
+        let same = |kept: &Listing| kept.thermal == thermal && *kept.content == *self.content;
+        if !self.kept.get(&id).is_some_and(same) {
+            let text = serde_json::to_vec(&describe(stored.read()?));
+            let text = text.map_err(|error| StoreError::Damaged(error.to_string()))?.into();
+            self.keep(id, Listing { content: self.content.as_slice().into(), thermal, text });
+        }
+        Ok(self.kept.get(&id).map_or(&[], |listing| &listing.text))
+    }
+
+    fn keep(&mut self, id: SandboxId, listing: Listing) {
+        // Those of sandboxes that are gone go with the others.
+        if self.kept.len() >= KEPT_MAX && !self.kept.contains_key(&id) {
+            self.kept.clear();
+        }
+        self.kept.insert(id, listing);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bhatti_store::{NewSandbox, SandboxChange, SandboxFilter, Store};
+    use bhatti_types::{
+        CpuCount, Environment, Labels, MemoryMib, NetworkSpec, SandboxSpec, SandboxState, UserId,
+    };
+
+    use super::*;
+
+    fn add(store: &Store, number: u16) -> SandboxId {
+        let [high, low] = number.to_be_bytes();
+        let id = SandboxId::from_entropy([0, 0, 0, 0, 0, 0, high, low]);
+        let spec = SandboxSpec {
+            name: format!("s{number}").parse().unwrap(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            environment: Environment::default(),
+            keep_hot: false,
+            labels: Labels::default(),
+            secrets: Vec::new(),
+            init: String::new(),
+            image: "minimal".parse().unwrap(),
+            network: NetworkSpec::default(),
+        };
+        let new = NewSandbox {
+            id,
+            owner: UserId::ADMIN,
+            spec,
+            origin: "boot".to_owned(),
+            agent_token: String::new(),
+            expires_at: None,
+            volumes: Vec::new(),
+        };
+        store.insert_sandbox(new).unwrap();
+        id
+    }
+
+    /// What a list has, and of how many rows it had to be made.
+    fn list(
+        store: &Store,
+        listings: &mut Listings,
+        thermal: Option<Thermal>,
+    ) -> (Vec<String>, usize) {
+        let (mut texts, mut made) = (Vec::new(), 0);
+        let mut describe = |row: SandboxRow| {
+            made += 1;
+            format!("{} {} {thermal:?}", row.spec.name, row.state.as_str())
+        };
+        store
+            .each_sandbox(UserId::ADMIN, &SandboxFilter::default(), |stored| {
+                let text = listings.text(&stored, stored.id()?, thermal, &mut describe)?;
+                texts.push(serde_json::from_slice(text).unwrap());
+                Ok(())
+            })
+            .unwrap();
+        texts.sort_unstable();
+        (texts, made)
+    }
+
+    #[test]
+    fn list_is_made_of_what_has_changed_and_says_all_of_it() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        let ids = [1, 2].map(|number| add(&store, number));
+        let mut listings = Listings::default();
+        let mut list = |thermal| list(&store, &mut listings, thermal);
+        let both = |first: &str, second: &str| vec![first.to_owned(), second.to_owned()];
+
+        assert_eq!(list(None), (both("s1 creating None", "s2 creating None"), 2));
+        assert_eq!(list(None), (both("s1 creating None", "s2 creating None"), 0));
+
+        store.set_sandbox_state(ids[0], SandboxState::Running).unwrap();
+        assert_eq!(list(None), (both("s1 running None", "s2 creating None"), 1));
+
+        let warm = Some(Thermal::Warm);
+        let warmed = both("s1 running Some(Warm)", "s2 creating Some(Warm)");
+        assert_eq!(list(warm), (warmed, 2), "what it costs is no part of its row");
+
+        let name = Some("other".parse().unwrap());
+        store.change_sandbox(ids[1], SandboxChange { name, ..SandboxChange::default() }).unwrap();
+        let renamed = both("other creating Some(Warm)", "s1 running Some(Warm)");
+        assert_eq!(list(warm), (renamed, 1));
+
+        store.delete_sandbox(ids[0]).unwrap();
+        assert_eq!(list(warm), (vec!["other creating Some(Warm)".to_owned()], 0));
+    }
+
+    #[test]
+    fn no_more_is_kept_than_there_is_room_for() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        let mut listings = Listings::default();
+        for number in 0..5 {
+            add(&store, number);
+        }
+        list(&store, &mut listings, None);
+        let sample = listings.kept.values().next().unwrap();
+        let (content, text) = (sample.content.clone(), sample.text.clone());
+        for number in listings.kept.len()..KEPT_MAX {
+            let id = SandboxId::from_entropy((1 << 32 | number as u64).to_be_bytes());
+            let (content, text) = (content.clone(), text.clone());
+            listings.keep(id, Listing { content, thermal: None, text });
+        }
+        assert_eq!(listings.kept.len(), KEPT_MAX);
+        assert_eq!(list(&store, &mut listings, None).1, 0);
+
+        add(&store, 5);
+        assert_eq!(list(&store, &mut listings, None).0.len(), 6);
+
+        assert!(listings.kept.len() <= 6, "{}", listings.kept.len());
+    }
+}
