@@ -7,7 +7,6 @@ use bhatti_proto::{
     parse_exit,
 };
 use bytes::Bytes;
-use tokio::time::timeout;
 
 use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
 
@@ -209,8 +208,10 @@ impl ExecOutput {
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Agent`] if the command could not be started, [`CallError::Silent`] if the guest does not say within `limit`.
+    /// Returns [`CallError::Agent`] if the command could not be started, [`CallError::Silent`] if the guest does not say, and says nothing
+    /// to others either, for `limit`.
     pub async fn started(&mut self, limit: Duration) -> Result<(), CallError> {
+        let heard = self.reader.heard.clone();
         let started = async {
             let frame = next(&mut self.reader).await?;
             if let Some(error) = refusal(&frame) {
@@ -221,7 +222,7 @@ impl ExecOutput {
             }
             Ok(())
         };
-        timeout(limit, started).await.unwrap_or(Err(CallError::Silent { limit }))
+        heard.within(limit, started).await
     }
 
     /// Waits for the next event.

@@ -43,7 +43,7 @@ impl AgentClient {
         if response.framed {
             return Ok(Box::new(Framed::start(reader, writer)));
         }
-        let (reader, early) = reader.into_parts();
+        let (reader, early) = reader.frames.into_parts();
         let stream = tokio::io::AsyncReadExt::chain(io::Cursor::new(early), reader);
         Ok(Box::new(tokio::io::join(stream, writer.into_inner())))
     }
@@ -63,7 +63,7 @@ impl Framed {
         tokio::spawn(async move {
             tokio::select! {
                 // Whoever reads finds the end of it, and of how it came there is nothing more to say.
-                _ = relay_as_frames(other_end, &mut reader, &mut writer) => {}
+                _ = relay_as_frames(other_end, &mut reader.frames, &mut writer) => {}
                 () = async { drop(dropped.await); sleep(LINGER).await } => {}
             }
         });

@@ -8,6 +8,7 @@ mod exec;
 mod file;
 mod forward;
 mod guest;
+mod heard;
 mod session;
 mod unix;
 
@@ -28,12 +29,19 @@ pub use guest::GuestEvents;
 pub use session::SessionOutput;
 pub use unix::UnixChannel;
 
-/// How long a guest may take to answer what takes no time.
+use heard::Heard;
+
+/// How long a guest that says nothing to anybody may take to answer what takes no time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// How long its kernel may take to accept a connection, on channels that are told of it.
 const OPEN_LIMIT: Duration = Duration::from_secs(15);
 
-type Reader = FrameReader<ReadHalf<Box<dyn AgentStream>>>;
+/// What the guest says on one stream.
+struct Reader {
+    frames: FrameReader<ReadHalf<Box<dyn AgentStream>>>,
+    heard: Heard,
+}
+
 type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
 
 /// Asks the agent of one VM.
@@ -41,19 +49,20 @@ type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
 pub struct AgentClient {
     channel: Arc<dyn AgentChannel>,
     token: Option<Arc<[u8]>>,
+    heard: Heard,
 }
 
 impl AgentClient {
     /// A client of the agent behind `channel`.
     #[must_use]
     pub fn new(channel: Arc<dyn AgentChannel>) -> Self {
-        Self { channel, token: None }
+        Self { channel, token: None, heard: Heard::default() }
     }
 
     /// The same client, which shows `token` on every stream.
     #[must_use]
     pub fn with_token(&self, token: &[u8]) -> Self {
-        Self { channel: Arc::clone(&self.channel), token: Some(token.into()) }
+        Self { token: Some(token.into()), ..self.clone() }
     }
 
     /// Opens a stream and shows the token.
@@ -66,7 +75,7 @@ impl AgentClient {
             // It travels with the request.
             writer.queue(FrameType::AUTH, token).map_err(CallError::Write)?;
         }
-        Ok((FrameReader::new(reader), writer))
+        Ok((Reader { frames: FrameReader::new(reader), heard: self.heard.clone() }, writer))
     }
 
     /// Opens a stream with a request on it.
@@ -96,8 +105,7 @@ impl AgentClient {
 
     /// The same, of a guest that has nothing to do for it that takes long. What was given up on may still happen.
     async fn act_soon(&self, kind: FrameType, request: &impl Serialize) -> Result<(), CallError> {
-        let answer = timeout(ANSWER_LIMIT, self.act(kind, request)).await;
-        answer.unwrap_or(Err(CallError::Silent { limit: ANSWER_LIMIT }))
+        self.heard.within(ANSWER_LIMIT, self.act(kind, request)).await
     }
 
     /// A request that is answered by one message.
@@ -115,8 +123,11 @@ impl AgentClient {
 /// Receives a frame that has to be there.
 async fn next(reader: &mut Reader) -> Result<Frame, CallError> {
     use bhatti_proto::ReadFrameError;
-    match reader.next().await {
-        Ok(Some(frame)) => Ok(frame),
+    match reader.frames.next().await {
+        Ok(Some(frame)) => {
+            reader.heard.note();
+            Ok(frame)
+        }
         Ok(None) | Err(ReadFrameError::Io(_) | ReadFrameError::UnexpectedEof) => {
             Err(CallError::Lost)
         }
@@ -139,8 +150,8 @@ fn refusal(frame: &Frame) -> Option<CallError> {
 
 /// The same, from a guest that has nothing to do for it that takes long: one that hangs is told from one that works.
 async fn expect_soon(reader: &mut Reader, wanted: FrameType) -> Result<Frame, CallError> {
-    let answer = timeout(ANSWER_LIMIT, expect(reader, wanted)).await;
-    answer.unwrap_or(Err(CallError::Silent { limit: ANSWER_LIMIT }))
+    let heard = reader.heard.clone();
+    heard.within(ANSWER_LIMIT, expect(reader, wanted)).await
 }
 
 /// Receives a frame of this type, or the refusal that came instead.
