@@ -13,7 +13,6 @@ const KEPT_MAX: usize = 4096;
 #[derive(Default)]
 pub(crate) struct Listings {
     kept: HashMap<SandboxId, Listing>,
-    content: Vec<u8>,
 }
 
 struct Listing {
@@ -35,13 +34,14 @@ impl Listings {
         thermal: Option<Thermal>,
         describe: impl FnOnce(SandboxRow) -> T,
     ) -> Result<&[u8], StoreError> {
-        self.content.clear();
-        stored.append_content(&mut self.content)?;
-        let same = |kept: &Listing| kept.thermal == thermal && *kept.content == *self.content;
-        if !self.kept.get(&id).is_some_and(same) {
+        let same = match self.kept.get(&id) {
+            Some(kept) => kept.thermal == thermal && stored.is(&kept.content)?,
+            None => false,
+        };
+        if !same {
             let text = serde_json::to_vec(&describe(stored.read()?));
             let text = text.map_err(|error| StoreError::Damaged(error.to_string()))?.into();
-            self.keep(id, Listing { content: self.content.as_slice().into(), thermal, text });
+            self.keep(id, Listing { content: stored.content()?.into(), thermal, text });
         }
         Ok(self.kept.get(&id).map_or(&[], |listing| &listing.text))
     }

@@ -4,26 +4,28 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use bhatti_types::{
-    CpuCount, Environment, InvalidLabel, Labels, MemoryMib, NetworkMode, QuotaExceeded, SandboxId,
-    SandboxName, SandboxSpec, SandboxState, UserId,
+    Environment, InvalidLabel, Labels, NetworkMode, QuotaExceeded, SandboxId, SandboxName,
+    SandboxSpec, SandboxState, UserId,
 };
-use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::networks::{AddressError, free_address};
 use crate::users::quota_of;
-use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all, parse_attachments};
+use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::{
-    Store, StoreError, changed_one, from_json, immediate, is_taken, network_spec, now,
-    parse_secrets, parsed, secrets_text, to_json,
+    Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed, secrets_text,
+    to_json,
 };
 
+mod row;
+
+pub use row::StoredSandbox;
+
+use row::read;
+
+/// What `row.rs` reads, in its order.
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
      identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address";
-
-/// Where those are.
-const ID: usize = 0;
-const CREATED_AT: usize = 8;
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,59 +54,6 @@ pub struct SandboxRow {
     pub address: Option<Ipv4Addr>,
     /// Its volumes, in the order asked.
     pub volumes: Vec<Attachment>,
-}
-
-/// A sandbox in a list, as its row holds it.
-pub struct StoredSandbox<'a>(&'a Row<'a>);
-
-impl StoredSandbox<'_> {
-    /// Its id.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the row is damaged.
-    pub fn id(&self) -> Result<SandboxId, StoreError> {
-        parsed(parsed(self.0.get_ref(ID)?.as_str())?.parse())
-    }
-
-    /// When it was made (RFC 3339).
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the row is damaged.
-    pub fn created_at(&self) -> Result<&str, StoreError> {
-        parsed(self.0.get_ref(CREATED_AT)?.as_str())
-    }
-
-    /// Appends all that the row holds, not taken apart: rows that are the same, and no others, append the same.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the store fails.
-    pub fn append_content(&self, content: &mut Vec<u8>) -> Result<(), StoreError> {
-        for index in 0..self.0.as_ref().column_count() {
-            let (kind, bytes): (u8, &[u8]) = match self.0.get_ref(index)? {
-                ValueRef::Null => (0, &[]),
-                ValueRef::Integer(number) => (1, &number.to_le_bytes()),
-                ValueRef::Real(number) => (2, &number.to_le_bytes()),
-                ValueRef::Text(text) => (3, text),
-                ValueRef::Blob(blob) => (4, blob),
-            };
-            content.push(kind);
-            content.extend_from_slice(&bytes.len().to_le_bytes());
-            content.extend_from_slice(bytes);
-        }
-        Ok(())
-    }
-
-    /// What the row says.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the row is damaged.
-    pub fn read(&self) -> Result<SandboxRow, StoreError> {
-        read(self.0)
-    }
 }
 
 /// A sandbox to be added.
@@ -369,7 +318,7 @@ impl Store {
         let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
         let mut rows = query.query(parameters)?;
         while let Some(row) = rows.next()? {
-            take(StoredSandbox(row))?;
+            take(StoredSandbox::new(row))?;
         }
         Ok(())
     }
@@ -500,17 +449,6 @@ fn environment_text(environment: &Environment) -> String {
     environment.as_map().iter().map(|(name, value)| format!("{name}={value}\0")).collect()
 }
 
-fn parse_environment(text: &str) -> Result<Environment, StoreError> {
-    let variable = |entry: &str| {
-        let (name, value) = entry.split_once('=')?;
-        Some((name.to_owned(), value.to_owned()))
-    };
-    let variables: Option<BTreeMap<_, _>> = text.split_terminator('\0').map(variable).collect();
-    let variables =
-        variables.ok_or_else(|| StoreError::Damaged("an environment without `=`".to_owned()))?;
-    parsed(Environment::try_from(variables))
-}
-
 fn parse_labels(text: &str) -> Result<Labels, StoreError> {
     if text == "{}" {
         return Ok(Labels::default());
@@ -562,47 +500,6 @@ fn find<T>(
         }
     }
     Ok(None)
-}
-
-fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
-    let text = |index: usize| row.get::<_, String>(index);
-    let lent = |index: usize| parsed(row.get_ref(index)?.as_str());
-    let number = |index: usize| row.get::<_, u64>(index);
-    let maybe = |index: usize| parsed(row.get_ref(index)?.as_str_or_null());
-    let (reason, address) = (maybe(4)?, maybe(21)?);
-    let state = match (lent(3)?, reason) {
-        ("creating", None) => SandboxState::Creating,
-        ("running", None) => SandboxState::Running,
-        ("stopped", None) => SandboxState::Stopped,
-        ("destroyed", None) => SandboxState::Destroyed,
-        ("failed", Some(reason)) => SandboxState::Failed(parsed(reason.parse())?),
-        (state, _) => return Err(StoreError::Damaged(format!("the state `{state}`"))),
-    };
-    Ok(SandboxRow {
-        id: parsed(lent(ID)?.parse())?,
-        owner: parsed(lent(1)?.parse())?,
-        spec: SandboxSpec {
-            name: parsed(lent(2)?.parse())?,
-            cpus: parsed(CpuCount::try_from(number(5)?))?,
-            memory: parsed(MemoryMib::try_from(number(6)?))?,
-            environment: parse_environment(lent(7)?)?,
-            keep_hot: row.get(9)?,
-            labels: parse_labels(lent(13)?)?,
-            secrets: parse_secrets(lent(14)?)?,
-            init: text(15)?,
-            image: parsed(lent(18)?.parse())?,
-            network: network_spec(lent(19)?, lent(20)?)?,
-        },
-        state,
-        created_at: text(CREATED_AT)?,
-        origin: text(10)?,
-        agent_token: text(11)?,
-        identity: row.get(12)?,
-        expires_at: row.get(16)?,
-        stopped_at: row.get(17)?,
-        address: address.map(|address| parsed(address.parse())).transpose()?,
-        volumes: parse_attachments(lent(22)?)?,
-    })
 }
 
 #[cfg(test)]

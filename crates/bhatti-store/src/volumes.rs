@@ -485,9 +485,10 @@ fn admit_attach(
 }
 
 /// The volumes of a sandbox, in their order, as one column of a query of the table of sandboxes.
-pub(crate) const ATTACHED: &str = "(SELECT coalesce(json_group_array(json_object(
-        'name', name, 'volume', volume_id, 'mount', mount, 'read_only', json(iif(read_only, 'true', 'false')), 'size_mib', size_mib)), '[]')
-     FROM (SELECT * FROM sandbox_volumes WHERE sandbox_id = sandboxes.id ORDER BY slot))";
+pub(crate) const ATTACHED: &str = "iif(EXISTS (SELECT 1 FROM sandbox_volumes WHERE sandbox_id = sandboxes.id),
+    (SELECT json_group_array(json_object(
+        'name', name, 'volume', volume_id, 'mount', mount, 'read_only', json(iif(read_only, 'true', 'false')), 'size_mib', size_mib))
+     FROM (SELECT * FROM sandbox_volumes WHERE sandbox_id = sandboxes.id ORDER BY slot)), '[]')";
 
 /// What a column says of volumes.
 pub(crate) fn parse_attachments(text: &str) -> Result<Vec<Attachment>, StoreError> {

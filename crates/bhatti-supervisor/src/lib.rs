@@ -393,7 +393,7 @@ impl Supervisor {
     /// What a running sandbox costs right now.
     #[must_use]
     pub fn thermal(&self, id: SandboxId) -> Option<Thermal> {
-        self.shared.registry.get(id)?.access.thermal()
+        self.shared.registry.with(id, |handle| handle.access.thermal())?
     }
 
     /// What the sandboxes of `owner` that have a VM use of this host. Wakes none, and counts as no use.

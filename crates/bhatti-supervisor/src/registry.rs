@@ -16,6 +16,11 @@ impl Registry {
         self.0.lock().get(&id).cloned()
     }
 
+    /// What `look` sees in one. It must not wait for anything.
+    pub(crate) fn with<T>(&self, id: SandboxId, look: impl FnOnce(&Handle) -> T) -> Option<T> {
+        self.0.lock().get(&id).map(look)
+    }
+
     pub(crate) fn all(&self) -> Vec<Handle> {
         self.0.lock().values().cloned().collect()
     }

@@ -59,7 +59,7 @@ pub(crate) async fn list(
     let mut listings = state.listings.lock();
     state.store.each_sandbox(owner, &filter, |stored| {
         let id = stored.id()?;
-        let thermal = state.supervisor.thermal(id);
+        let thermal = if stored.is_running()? { state.supervisor.thermal(id) } else { None };
         sandboxes.push(listings.text(&stored, id, thermal, |row| listed(isolation, thermal, row))?);
         if filter.limit.is_some() {
             last = Some((stored.created_at()?.to_owned(), id));

@@ -1,4 +1,4 @@
-use bhatti_types::{Allowance, FailReason, NetworkSpec, Quota};
+use bhatti_types::{Allowance, CpuCount, FailReason, MemoryMib, NetworkSpec, Quota};
 
 use super::*;
 
