@@ -8,10 +8,11 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::CallError;
 
-/// How many times as long as a guest that says nothing, one that is busy is waited for.
-const BUSY_FACTOR: u32 = 8;
+/// How many times as long as a guest that says nothing, one that is busy is waited for: so that a start and a request stay below the 90 s after
+/// which a WebSocket that nobody reads meanwhile is taken for a dead one.
+const BUSY_FACTOR: u32 = 4;
 
-/// The last time that a guest said anything, on any stream.
+/// The last time that a guest said anything, in a frame of any stream; not in bytes of a forwarded port.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Heard(Arc<Mutex<Option<Instant>>>);
 
@@ -29,7 +30,7 @@ impl Heard {
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Silent`] with the time that it had, or the answer's own error.
+    /// Returns [`CallError::Silent`] with the time for which it said nothing, or nothing to this; or the answer's own error.
     pub(crate) async fn within<T>(
         &self,
         limit: Duration,
@@ -42,12 +43,15 @@ impl Heard {
             if let Ok(answered) = timeout_at(deadline, answer.as_mut()).await {
                 return answered;
             }
+            let last = began + limit * BUSY_FACTOR;
             let later = self.last().map_or(deadline, |heard| heard + limit);
-            let later = later.min(began + limit * BUSY_FACTOR);
             if later <= deadline {
-                return Err(CallError::Silent { limit: deadline - began });
+                return Err(CallError::Silent { limit });
             }
-            deadline = later;
+            if deadline >= last {
+                return Err(CallError::Silent { limit: limit * BUSY_FACTOR });
+            }
+            deadline = later.min(last);
         }
     }
 }

@@ -20,7 +20,6 @@ use bhatti_proto::{CONTROL_PORT, Frame, FrameReader, FrameType, FrameWriter, par
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{ReadHalf, WriteHalf};
-use tokio::time::timeout;
 
 pub use error::CallError;
 pub use exec::{ExecControl, ExecEvent, ExecInput, ExecOutput};
@@ -33,7 +32,7 @@ use heard::Heard;
 
 /// How long a guest that says nothing to anybody may take to answer what takes no time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-/// How long its kernel may take to accept a connection, on channels that are told of it.
+/// How long its kernel may likewise take to accept a connection, on channels that are told of it.
 const OPEN_LIMIT: Duration = Duration::from_secs(15);
 
 /// What the guest says on one stream.
@@ -67,9 +66,9 @@ impl AgentClient {
 
     /// Opens a stream and shows the token.
     async fn open(&self, port: u32) -> Result<(Reader, Writer), CallError> {
-        let opened = timeout(OPEN_LIMIT, self.channel.open(port)).await;
-        let opened = opened.map_err(|_| CallError::Silent { limit: OPEN_LIMIT })?;
-        let (reader, writer) = tokio::io::split(opened?);
+        let opened = async { Ok(self.channel.open(port).await?) };
+        let opened = self.heard.within(OPEN_LIMIT, opened).await?;
+        let (reader, writer) = tokio::io::split(opened);
         let mut writer = FrameWriter::new(writer);
         if let Some(token) = &self.token {
             // It travels with the request.

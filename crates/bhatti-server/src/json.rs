@@ -60,7 +60,7 @@ impl<T: Serialize> IntoResponse for Json<T> {
     }
 }
 
-/// An answer that is an array, written element by element: of a long one no more is in memory than its text.
+/// An answer that is an array, written element by element: of a long one no more is made than its text.
 pub(crate) struct JsonArray {
     text: Vec<u8>,
     elements: usize,

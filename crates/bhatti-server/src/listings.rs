@@ -6,19 +6,32 @@ use bhatti_store::{SandboxRow, StoreError, StoredSandbox};
 use bhatti_types::{SandboxId, Thermal};
 use serde::Serialize;
 
-/// The most sandboxes whose text is kept: some five megabytes.
-const KEPT_MAX: usize = 4096;
+/// The most that is kept, in bytes: some eight thousand sandboxes; and the most of one. Whoever has larger variables pays for them anew.
+const KEPT_BYTES_MAX: usize = 8 << 20;
+const LISTING_BYTES_MAX: usize = 16 << 10;
+
+/// What each takes beside its bytes.
+const OVERHEAD_BYTES: usize = 128;
 
 /// The texts that are kept, each with all that it was made of.
 #[derive(Default)]
 pub(crate) struct Listings {
     kept: HashMap<SandboxId, Listing>,
+    kept_bytes: usize,
+    /// The text of one that is not kept.
+    large: Box<[u8]>,
 }
 
 struct Listing {
     content: Box<[u8]>,
     thermal: Option<Thermal>,
     text: Box<[u8]>,
+}
+
+impl Listing {
+    const fn bytes(&self) -> usize {
+        self.content.len() + self.text.len() + OVERHEAD_BYTES
+    }
 }
 
 impl Listings {
@@ -43,14 +56,23 @@ impl Listings {
             let text = text.map_err(|error| StoreError::Damaged(error.to_string()))?.into();
             self.keep(id, Listing { content: stored.content()?.into(), thermal, text });
         }
-        Ok(self.kept.get(&id).map_or(&[], |listing| &listing.text))
+        Ok(self.kept.get(&id).map_or(&self.large, |listing| &listing.text))
     }
 
     fn keep(&mut self, id: SandboxId, listing: Listing) {
-        // Those of sandboxes that are gone go with the others.
-        if self.kept.len() >= KEPT_MAX && !self.kept.contains_key(&id) {
-            self.kept.clear();
+        if let Some(earlier) = self.kept.remove(&id) {
+            self.kept_bytes -= earlier.bytes();
         }
+        if listing.bytes() > LISTING_BYTES_MAX {
+            self.large = listing.text;
+            return;
+        }
+        if self.kept_bytes + listing.bytes() > KEPT_BYTES_MAX {
+            // Those of sandboxes that are gone go with the others.
+            self.kept.clear();
+            self.kept_bytes = 0;
+        }
+        self.kept_bytes += listing.bytes();
         self.kept.insert(id, listing);
     }
 }
@@ -144,26 +166,44 @@ mod tests {
 
     #[test]
     fn no_more_is_kept_than_there_is_room_for() {
+        let mut listings = Listings::default();
+        let id = |number: u64| SandboxId::from_entropy(number.to_be_bytes());
+        let listing = |bytes: usize| {
+            let text = vec![b'1'; bytes].into();
+            Listing { content: Box::default(), thermal: None, text }
+        };
+        let size = LISTING_BYTES_MAX - OVERHEAD_BYTES;
+        for number in 0..2000 {
+            listings.keep(id(number), listing(size));
+            let bytes: usize = listings.kept.values().map(Listing::bytes).sum();
+            assert_eq!(listings.kept_bytes, bytes);
+            assert!(bytes <= KEPT_BYTES_MAX);
+            assert!(listings.kept.contains_key(&id(number)));
+        }
+
+        listings.keep(id(1999), listing(size + 1));
+
+        assert!(!listings.kept.contains_key(&id(1999)), "it is too large");
+        assert_eq!(listings.large.len(), size + 1);
+    }
+
+    #[test]
+    fn sandbox_with_large_variables_is_listed_whole_every_time() {
         let place = tempfile::tempdir().unwrap();
         let store = Store::open(place.path()).unwrap();
+        add(&store, 1);
         let mut listings = Listings::default();
-        for number in 0..5 {
-            add(&store, number);
+        for _ in 0..2 {
+            let mut listed = Vec::new();
+            store
+                .each_sandbox(UserId::ADMIN, &SandboxFilter::default(), |stored| {
+                    let describe = |_| "v".repeat(LISTING_BYTES_MAX);
+                    listed.push(listings.text(&stored, stored.id()?, None, describe)?.len());
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(listed, [LISTING_BYTES_MAX + 2]);
+            assert!(listings.kept.is_empty());
         }
-        list(&store, &mut listings, None);
-        let sample = listings.kept.values().next().unwrap();
-        let (content, text) = (sample.content.clone(), sample.text.clone());
-        for number in listings.kept.len()..KEPT_MAX {
-            let id = SandboxId::from_entropy((1 << 32 | number as u64).to_be_bytes());
-            let (content, text) = (content.clone(), text.clone());
-            listings.keep(id, Listing { content, thermal: None, text });
-        }
-        assert_eq!(listings.kept.len(), KEPT_MAX);
-        assert_eq!(list(&store, &mut listings, None).1, 0);
-
-        add(&store, 5);
-        assert_eq!(list(&store, &mut listings, None).0.len(), 6);
-
-        assert!(listings.kept.len() <= 6, "{}", listings.kept.len());
     }
 }

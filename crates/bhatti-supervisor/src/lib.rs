@@ -65,7 +65,7 @@ use registry::Registry;
 use spares::Spares;
 use templates::Templates;
 
-/// How long a guest may take to start a command.
+/// How long a guest that says nothing to anybody may take to start a command.
 const START_LIMIT: Duration = Duration::from_secs(15);
 
 /// Sandboxes that are saved at once when the daemon stops, and how long each of them may take.

@@ -59,6 +59,8 @@ pub(crate) async fn run(
         let (sender, mut receiver) = split(socket);
         let last = match start(&state, owner, &called, &sender, &mut receiver).await {
             Ok((input, output)) => {
+                // Nobody listened to it meanwhile.
+                receiver.heard_now();
                 relay((&state, owner), input, output, &sender, &mut receiver).await
             }
             Err(error) => Some(error_message(error)),

@@ -121,7 +121,11 @@ pub(crate) async fn run(
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let last = match attach(&state, owner, &called, query).await {
-            Ok(attached) => relay((&state, owner), attached, &sender, &mut receiver).await,
+            Ok(attached) => {
+                // Nobody listened to it meanwhile.
+                receiver.heard_now();
+                relay((&state, owner), attached, &sender, &mut receiver).await
+            }
             Err(error) => Some(error_message(error)),
         };
         if let Some(last) = last {
