@@ -44,6 +44,12 @@ pub enum CallError {
         /// The time that it had.
         limit: Duration,
     },
+    /// The guest answers others, and not this.
+    #[error("the sandbox is busy: it answers others, and this not within {} s", waited.as_secs())]
+    Busy {
+        /// The time that it had.
+        waited: Duration,
+    },
     /// The connection brought something that is no frame.
     #[error("the guest agent sent something that is no frame")]
     Garbled(#[source] ReadFrameError),

@@ -30,7 +30,8 @@ impl Heard {
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Silent`] with the time for which it said nothing, or nothing to this; or the answer's own error.
+    /// Returns [`CallError::Silent`] if it said nothing for `limit`, [`CallError::Busy`] if it only ever answered others, or the answer's own
+    /// error.
     pub(crate) async fn within<T>(
         &self,
         limit: Duration,
@@ -49,7 +50,7 @@ impl Heard {
                 return Err(CallError::Silent { limit });
             }
             if deadline >= last {
-                return Err(CallError::Silent { limit: limit * BUSY_FACTOR });
+                return Err(CallError::Busy { waited: limit * BUSY_FACTOR });
             }
             deadline = later.min(last);
         }
@@ -58,48 +59,97 @@ impl Heard {
 
 #[cfg(test)]
 mod tests {
-    use std::future::pending;
-
+    use async_trait::async_trait;
+    use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
+    use bhatti_proto::{ExecRequest, FrameReader, FrameType, FrameWriter};
+    use tokio::io::{duplex, split};
     use tokio::time::sleep;
 
     use super::*;
+    use crate::AgentClient;
 
     const LIMIT: Duration = Duration::from_secs(15);
 
-    /// How long a guest is waited for that answers after `answer`, if it does, and others every `others`, if it does.
-    async fn waited(answer: Option<Duration>, others: Option<Duration>) -> (bool, Duration) {
-        let heard = Heard::default();
-        let began = Instant::now();
-        let answer = async {
-            match answer {
-                Some(after) => sleep(after).await,
-                None => pending().await,
-            }
-            Ok(())
-        };
-        let others = async {
-            loop {
-                match others {
-                    Some(every) => sleep(every).await,
-                    None => pending().await,
+    /// A guest that starts a command after some time, if ever, and answers everything else at once.
+    struct Slow {
+        starts_after: Duration,
+    }
+
+    #[async_trait]
+    impl AgentChannel for Slow {
+        async fn open(&self, _port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
+            let (ours, theirs) = duplex(4096);
+            let starts_after = self.starts_after;
+            tokio::spawn(async move {
+                let (reader, writer) = split(theirs);
+                let (mut reader, mut writer) = (FrameReader::new(reader), FrameWriter::new(writer));
+                while let Ok(Some(frame)) = reader.next().await {
+                    let answered = match frame.frame_type {
+                        FrameType::EXEC_REQ => {
+                            sleep(starts_after).await;
+                            writer.send(FrameType::STARTED, b"").await
+                        }
+                        FrameType::EXEC_LIST_REQ => {
+                            writer.send(FrameType::EXEC_LIST_RESP, b"[]").await
+                        }
+                        _ => Ok(()),
+                    };
+                    if answered.is_err() {
+                        break;
+                    }
                 }
-                heard.note();
+            });
+            Ok(Box::new(ours))
+        }
+    }
+
+    /// What comes of a command, and after how long, while others ask something every `others`, if they do.
+    async fn start(
+        starts_after: Duration,
+        others: Option<Duration>,
+    ) -> (Result<(), CallError>, Duration) {
+        let client = AgentClient::new(Arc::new(Slow { starts_after })).with_token(b"token");
+        let other = client.clone().with_token(b"other");
+        let began = Instant::now();
+        let start = async {
+            let (_input, mut output) = client.exec(ExecRequest::default()).await?;
+            output.started(LIMIT).await
+        };
+        let ask = async {
+            loop {
+                sleep(others.unwrap_or(Duration::MAX)).await;
+                other.list_sessions().await.unwrap();
             }
         };
         tokio::select! {
-            answered = heard.within(LIMIT, answer) => (answered.is_ok(), began.elapsed()),
-            () = others => (false, Duration::MAX),
+            started = start => (started, began.elapsed()),
+            () = ask => unreachable!("they ask for ever"),
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guest_that_answers_others_is_waited_for_and_one_that_says_nothing_is_not() {
-        let (late, often, seldom) = (LIMIT * 3, LIMIT / 4, LIMIT + LIMIT / 2);
+    async fn guest_that_answers_others_is_waited_for() {
+        let (started, took) = start(LIMIT * 3, Some(LIMIT / 4)).await;
 
-        assert_eq!(waited(Some(LIMIT / 3), None).await, (true, LIMIT / 3));
-        assert_eq!(waited(Some(late), None).await, (false, LIMIT));
-        assert_eq!(waited(Some(late), Some(often)).await, (true, late));
-        assert_eq!(waited(Some(late), Some(seldom)).await, (false, LIMIT));
-        assert_eq!(waited(None, Some(often)).await, (false, LIMIT * BUSY_FACTOR));
+        started.unwrap();
+        assert_eq!(took, LIMIT * 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guest_that_says_nothing_is_not_waited_for_longer() {
+        for others in [None, Some(LIMIT + LIMIT / 2)] {
+            let (started, took) = start(LIMIT * 3, others).await;
+
+            assert!(matches!(started, Err(CallError::Silent { limit: LIMIT })), "{started:?}");
+            assert_eq!(took, LIMIT);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guest_that_only_ever_answers_others_is_busy() {
+        let (started, took) = start(Duration::from_secs(3600), Some(LIMIT / 4)).await;
+
+        assert!(matches!(started, Err(CallError::Busy { .. })), "{started:?}");
+        assert_eq!(took, LIMIT * BUSY_FACTOR);
     }
 }

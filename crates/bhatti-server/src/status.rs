@@ -522,6 +522,8 @@ impl From<CallError> for ApiError {
             }
             CallError::Silent { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
                 .hint("the guest may be out of memory or halted; destroy it and create another: bhatti destroy NAME"),
+            CallError::Busy { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
+                .hint("try again when less runs in it"),
             CallError::TooMuch { .. } => Self::new(ErrorCode::OutputTooLarge, error.to_string()),
             CallError::Channel(_)
             | CallError::Content(_)
