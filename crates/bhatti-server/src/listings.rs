@@ -80,27 +80,15 @@ impl Listings {
 #[cfg(test)]
 mod tests {
     use bhatti_store::{NewSandbox, SandboxChange, SandboxFilter, Store};
-    use bhatti_types::{
-        CpuCount, Environment, Labels, MemoryMib, NetworkSpec, SandboxSpec, SandboxState, UserId,
-    };
+    use bhatti_types::{SandboxSpec, SandboxState, UserId};
 
     use super::*;
 
     fn add(store: &Store, number: u16) -> SandboxId {
         let [high, low] = number.to_be_bytes();
         let id = SandboxId::from_entropy([0, 0, 0, 0, 0, 0, high, low]);
-        let spec = SandboxSpec {
-            name: format!("s{number}").parse().unwrap(),
-            cpus: CpuCount::ONE,
-            memory: MemoryMib::DEFAULT,
-            environment: Environment::default(),
-            keep_hot: false,
-            labels: Labels::default(),
-            secrets: Vec::new(),
-            init: String::new(),
-            image: "minimal".parse().unwrap(),
-            network: NetworkSpec::default(),
-        };
+        let spec =
+            SandboxSpec::plain(format!("s{number}").parse().unwrap(), "minimal".parse().unwrap());
         let new = NewSandbox {
             id,
             owner: UserId::ADMIN,

@@ -95,6 +95,25 @@ pub struct SandboxSpec {
     pub network: NetworkSpec,
 }
 
+impl SandboxSpec {
+    /// One of which nothing else was asked: a processor, the usual memory, the usual network.
+    #[must_use]
+    pub fn plain(name: SandboxName, image: ImageName) -> Self {
+        Self {
+            name,
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            environment: Environment::default(),
+            keep_hot: false,
+            labels: Labels::default(),
+            secrets: Vec::new(),
+            init: String::new(),
+            image,
+            network: NetworkSpec::default(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

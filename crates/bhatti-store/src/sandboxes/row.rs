@@ -88,7 +88,7 @@ impl<'a> StoredSandbox<'a> {
                 ValueRef::Text(text) => (3, text),
                 ValueRef::Blob(blob) => (4, blob),
             };
-            let mut before = bytes.len().to_le_bytes();
+            let mut before = (bytes.len() as u64).to_le_bytes();
             // No length comes near the highest byte.
             before[7] = kind;
             if !take(&before) || !take(bytes) {

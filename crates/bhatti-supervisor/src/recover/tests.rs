@@ -14,10 +14,7 @@ use bhatti_host::process::Usage;
 use bhatti_image::ImageStore;
 use bhatti_secret::SecretKey;
 use bhatti_store::{NewSandbox, Store, VolumeRow, VolumeWork};
-use bhatti_types::{
-    Allowance, CpuCount, Environment, Labels, MemoryMib, NetworkSpec, SandboxName, SandboxSpec,
-    UserId, VolumeId, VolumeMib,
-};
+use bhatti_types::{Allowance, SandboxSpec, UserId, VolumeId, VolumeMib};
 use parking_lot::Mutex;
 
 use super::*;
@@ -162,18 +159,8 @@ impl Place {
     /// Puts a sandbox in place as an earlier daemon left it.
     fn leave(&self, number: u8, state: SandboxState, found: Found, saved: Saved) -> SandboxId {
         let id = SandboxId::from_entropy([number; 8]);
-        let spec = SandboxSpec {
-            name: format!("s{number}").parse::<SandboxName>().unwrap(),
-            cpus: CpuCount::ONE,
-            memory: MemoryMib::DEFAULT,
-            environment: Environment::default(),
-            keep_hot: false,
-            labels: Labels::default(),
-            secrets: Vec::new(),
-            init: String::new(),
-            image: "minimal".parse().unwrap(),
-            network: NetworkSpec::default(),
-        };
+        let spec =
+            SandboxSpec::plain(format!("s{number}").parse().unwrap(), "minimal".parse().unwrap());
         let (origin, agent_token) = ("boot".to_owned(), String::new());
         let new = NewSandbox {
             id,
