@@ -18,8 +18,9 @@ const OVERHEAD_BYTES: usize = 128;
 pub(crate) struct Listings {
     kept: HashMap<SandboxId, Listing>,
     kept_bytes: usize,
-    /// The text of one that is not kept.
-    large: Box<[u8]>,
+    /// Of the sandbox that was described last, whether or not that is kept.
+    content: Vec<u8>,
+    text: Vec<u8>,
 }
 
 struct Listing {
@@ -51,12 +52,17 @@ impl Listings {
             Some(kept) => kept.thermal == thermal && stored.is(&kept.content)?,
             None => false,
         };
-        if !same {
-            let text = serde_json::to_vec(&describe(stored.read()?));
-            let text = text.map_err(|error| StoreError::Damaged(error.to_string()))?.into();
-            self.keep(id, Listing { content: stored.content()?.into(), thermal, text });
+        if same {
+            return Ok(self.kept.get(&id).map_or(&[], |listing| &listing.text));
         }
-        Ok(self.kept.get(&id).map_or(&self.large, |listing| &listing.text))
+        self.content.clear();
+        stored.append_content(&mut self.content)?;
+        self.text.clear();
+        serde_json::to_writer(&mut self.text, &describe(stored.read()?))
+            .map_err(|error| StoreError::Damaged(error.to_string()))?;
+        let content = self.content.as_slice().into();
+        self.keep(id, Listing { content, thermal, text: self.text.as_slice().into() });
+        Ok(&self.text)
     }
 
     fn keep(&mut self, id: SandboxId, listing: Listing) {
@@ -64,7 +70,6 @@ impl Listings {
             self.kept_bytes -= earlier.bytes();
         }
         if listing.bytes() > LISTING_BYTES_MAX {
-            self.large = listing.text;
             return;
         }
         if self.kept_bytes + listing.bytes() > KEPT_BYTES_MAX {
@@ -172,7 +177,6 @@ mod tests {
         listings.keep(id(1999), listing(size + 1));
 
         assert!(!listings.kept.contains_key(&id(1999)), "it is too large");
-        assert_eq!(listings.large.len(), size + 1);
     }
 
     #[test]

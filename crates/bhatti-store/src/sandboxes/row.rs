@@ -50,21 +50,19 @@ impl<'a> StoredSandbox<'a> {
         Ok(self.text(STATE)? == SandboxState::Running.as_str())
     }
 
-    /// All that the row holds, not taken apart: rows that are the same, and no others, have the same.
+    /// Appends all that the row holds, not taken apart: rows that are the same, and no others, append the same.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn content(&self) -> Result<Vec<u8>, StoreError> {
-        let mut content = Vec::new();
+    pub fn append_content(&self, content: &mut Vec<u8>) -> Result<(), StoreError> {
         self.parts(|part| {
             content.extend_from_slice(part);
             true
-        })?;
-        Ok(content)
+        })
     }
 
-    /// Whether [`content`](Self::content) would be this, without making it.
+    /// Whether [`append_content`](Self::append_content) would append this.
     ///
     /// # Errors
     ///
