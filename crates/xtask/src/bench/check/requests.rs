@@ -20,31 +20,43 @@ use tower_service::Service;
 
 use super::super::api::add_stopped;
 
-/// Asks for `path` so many times, of a daemon that has so many sandboxes.
-pub(super) async fn ask(path: &str, sandboxes: u16, times: u64) -> Result<()> {
+/// Asks for `path` so many times, of one daemon, or each time of another that was never asked for anything. Each has so many sandboxes.
+pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons) -> Result<()> {
     let place = tempfile::tempdir()?;
     let store = Arc::new(Store::open(place.path())?);
     (0..sandboxes).try_for_each(|number| add_stopped(&store, number))?;
     let (_stop, stopping) = watch::channel(false);
-    let mut routes = router(
-        AppState::new(StateParts {
-            supervisor: supervisor(place.path(), &store)?,
-            store,
+    let supervisor = supervisor(place.path(), &store)?;
+    let daemon = || {
+        let state = AppState::new(StateParts {
+            supervisor: supervisor.clone(),
+            store: Arc::clone(&store),
             images: ImageStore::new(place.path()),
             started: Instant::now(),
             public: PublicAddress::default(),
             proxy_limit: Duration::from_secs(1),
-            stopping,
-        }),
-        Listener::Unix,
-    );
+            stopping: stopping.clone(),
+        });
+        router(state, Listener::Unix)
+    };
+    let mut routes = daemon();
     for _ in 0..times {
+        if daemons == Daemons::New {
+            routes = daemon();
+        }
         let request = Request::get(path).body(Empty::<Bytes>::new())?;
         let response = routes.call(request).await?;
         ensure!(response.status().is_success(), "{}", response.status());
         response.into_body().collect().await?;
     }
     Ok(())
+}
+
+/// Of whom is asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Daemons {
+    One,
+    New,
 }
 
 /// One that is never asked to run anything.
