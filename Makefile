@@ -3,7 +3,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test test-engines test-firecracker check api-check bench bench-check compare install clean
+.PHONY: build quickstart test test-data test-engines test-firecracker check api-check bench bench-check compare install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -35,15 +35,19 @@ check:
 api-check: build
 	./scripts/api-check.sh
 
-bench: build
+# What tests and benchmarks need: packages, programs, images.
+test-data:
+	./scripts/test-data.sh
+
+bench: test-data
 	cargo xtask bench
 
 # Whether the promises hold: ratios with their noise, and counts of instructions.
-bench-check: build
+bench-check: test-data
 	cargo xtask bench check
 
 # Docker, QEMU alone and the host beside bhatti, in turns.
-compare: build
+compare: test-data
 	./scripts/with-docker.sh cargo xtask compare
 
 install: build

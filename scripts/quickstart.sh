@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a command in a microVM. May be run again: then it takes seconds.
+# From a fresh clone to a command in a microVM. Running it again takes seconds and keeps the sandbox `dev` with all its files.
+#
+# BHATTI_DATA_DIR names the data directory [default: /var/lib/bhatti for root, else ~/.local/share/bhatti].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,12 +44,14 @@ start_daemon() {
     exit 1
 }
 
+# Creates the sandbox unless there is one of that name. Never destroys one: its disk is the user's.
 create_sandbox() {
-    if [ "$("$bhatti" inspect dev 2>/dev/null | sed -n 's/^status: *//p')" = running ]; then
-        return
+    "$bhatti" --quiet create --name dev --if-exists return >/dev/null
+    if ! "$bhatti" --quiet start dev >/dev/null; then
+        echo "error: the sandbox \`dev\` is there and does not start; its disk is kept" >&2
+        echo "hint: boot it from its disk: $bhatti start dev --cold-boot" >&2
+        exit 1
     fi
-    "$bhatti" destroy dev >/dev/null 2>&1 || :
-    "$bhatti" create --name dev >/dev/null
 }
 
 step 'install packages' ./scripts/install-packages.sh

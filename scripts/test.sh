@@ -1,37 +1,47 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all of them. What cannot run here says so at the end.
+# Installs what the tests need and runs all of them. What cannot run here says so at the end, behind what failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./scripts/install-packages.sh test
-# Some tests want a Docker, and none that is anybody's.
+# Some tests want a Docker of their own, never the machine's.
 [ -n "${DOCKER_SOCK:-}" ] || exec ./scripts/with-docker.sh ./scripts/test.sh "$@"
-cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest
-make --no-print-directory build
-mkdir -p target/test-data
+./scripts/test-data.sh
 data_dir=$PWD/target/test-data
-dist/bhatti setup --data-dir "$data_dir" --no-template
-# What touches a network runs in one of its own.
-own_network=()
-[ "$(id -u)" = 0 ] && own_network=(unshare --net)
-"${own_network[@]}" dist/bhatti setup --data-dir "$data_dir"
-rm -f target/skipped.txt
+rm -f target/skipped.txt target/failed.txt
 
 status=0
-cargo nextest run --release --locked --workspace --profile ci "$@" || status=$?
+# run NAME COMMAND...: runs one suite and notes its failure for the summary.
+run() {
+    local name=$1 log=target/log-$1.txt code=0
+    shift
+    "$@" 2>&1 | tee "$log" || code=$?
+    [ "$code" = 0 ] && return
+    status=$code
+    ./scripts/failed-tests.sh "$name" "$log" >>target/failed.txt
+}
+
+run tests cargo nextest run --release --locked --workspace --profile ci "$@"
 # Once more on Docker, unless some tests were chosen.
 if [ $# = 0 ] && [ -S "$DOCKER_SOCK" ]; then
     BHATTI_TEST_CONFIG="engine: docker,docker: $DOCKER_SOCK" \
-        cargo nextest run --release --locked --workspace --profile ci \
-        -E 'package(bhatti) & binary(~vm_) - binary(vm_docker)' || status=$?
+        run docker cargo nextest run --release --locked --workspace --profile ci \
+        -E 'package(bhatti) & binary(~vm_) - binary(vm_docker)'
 elif [ $# = 0 ]; then
     echo "SKIPPED: the daemon's tests with engine docker, because no Docker runs here" >>target/skipped.txt
 fi
-cargo test --release --locked --workspace --doc --quiet || status=$?
-./scripts/test-console.sh "$data_dir" || status=$?
+run doctests cargo test --release --locked --workspace --doc --quiet
+run console ./scripts/test-console.sh "$data_dir"
+own_network=()
+[ "$(id -u)" = 0 ] && own_network=(unshare --net)
+run quickstart "${own_network[@]}" ./scripts/test-quickstart.sh
 
 if [ -s target/skipped.txt ]; then
     sort -u target/skipped.txt
 fi
 echo "skipped: $(sort -u target/skipped.txt 2>/dev/null | wc -l)"
+# Last: whoever reads the end of a cut log sees what failed.
+if [ -s target/failed.txt ]; then
+    cat target/failed.txt
+fi
 exit "$status"

@@ -36,6 +36,15 @@ impl Client {
         self.post("/sandboxes", Some(request)).await
     }
 
+    /// Creates a sandbox, or returns the one that has its name already, whatever state that is in.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn create_or_return(&self, request: &CreateSandbox) -> Result<Sandbox, ClientError> {
+        self.post("/sandboxes?if_exists=return", Some(request)).await
+    }
+
     /// The caller's sandboxes, newest first.
     ///
     /// # Errors

@@ -58,7 +58,7 @@ pub fn repository() -> PathBuf {
 #[must_use]
 pub fn dist(program: &str) -> PathBuf {
     let path = repository().join("dist").join(program);
-    assert!(path.exists(), "`dist/{program}` is not there: run `make test`, or `make build` first");
+    assert!(path.exists(), "`dist/{program}` is not there: run `make build` first");
     path.canonicalize().expect("a file that exists has a path")
 }
 
@@ -72,7 +72,7 @@ pub fn images() -> PathBuf {
     let path = repository().join("target/test-data/images");
     assert!(
         path.join("index.json").exists(),
-        "no images for tests are there: run `make test` first"
+        "no images for tests are there: run `make test-data` first"
     );
     path.canonicalize().expect("a directory that exists has a path")
 }

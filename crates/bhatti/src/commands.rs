@@ -47,8 +47,8 @@ use crate::error::CliError;
 use crate::output::Output;
 use crate::{paths, saved};
 
-/// The least of an id that stands for all of it.
-const PREFIX_CHARS_MIN: usize = 2;
+/// The fewest leading digits of an id that stand for the whole id. Six rarely spell a word.
+const PREFIX_CHARS_MIN: usize = 6;
 
 /// What commands work with.
 struct Context {
@@ -70,8 +70,11 @@ impl Context {
         Ok(Self { data_dir, client, output })
     }
 
-    /// Does something to the sandbox that was typed: its name, its id or the beginning of its id.
-    async fn on<T>(
+    /// Reads from the sandbox that was typed: its name, its id or a prefix of its id.
+    ///
+    /// Only for commands that change nothing: a name that is gone may be the prefix of an id. For all others, see
+    /// [`change`](Self::change).
+    async fn read<T>(
         &self,
         typed: &str,
         act: impl AsyncFn(&str) -> Result<T, ClientError>,
@@ -80,36 +83,60 @@ impl Context {
             Err(ClientError::Refused(body)) if body.code == ErrorCode::NotFound => body,
             result => return Ok(result?),
         };
-        // The beginning of an id is looked for only now: it costs another call, and a name goes before.
-        match self.id_that_begins(typed).await? {
-            Some(id) => Ok(act(&id).await?),
+        // Prefixes come second: they cost another call, and a name takes precedence.
+        match self.find_by_prefix(typed).await? {
+            Some(sandbox) => Ok(act(&sandbox.id).await?),
             None => Err(ClientError::Refused(refused).into()),
         }
     }
 
-    /// The id of the one sandbox whose id begins so.
-    async fn id_that_begins(&self, typed: &str) -> Result<Option<String>, CliError> {
+    /// Changes the sandbox that was typed, or runs something in it. Takes its name or its whole id, never a prefix: a script that
+    /// destroys `db` twice must not destroy a sandbox whose id begins with `db`.
+    async fn change<T>(
+        &self,
+        typed: &str,
+        act: impl AsyncFn(&str) -> Result<T, ClientError>,
+    ) -> Result<T, CliError> {
+        let error = match act(typed).await {
+            Err(error) => error,
+            Ok(done) => return Ok(done),
+        };
+        let is_not_found =
+            matches!(&error, ClientError::Refused(body) if body.code == ErrorCode::NotFound);
+        let error = CliError::from(error);
+        if !is_not_found {
+            return Err(error);
+        }
+        match self.find_by_prefix(typed).await {
+            Ok(Some(Sandbox { id, name, .. })) => Err(error.hint(format!(
+                "this command takes a name or a whole id; `{typed}` is a prefix of {id} ({name})"
+            ))),
+            Ok(None) | Err(_) => Err(error),
+        }
+    }
+
+    /// The one sandbox whose id begins with `typed`.
+    async fn find_by_prefix(&self, typed: &str) -> Result<Option<Sandbox>, CliError> {
         if typed.len() < PREFIX_CHARS_MIN || !typed.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Ok(None);
         }
-        one_that_begins(typed, &self.client.list().await?)
+        one_with_prefix(typed, self.client.list().await?)
     }
 }
 
-/// The id of the one sandbox whose id begins so; none if there is no such sandbox, or one that is called exactly so.
-fn one_that_begins(typed: &str, sandboxes: &[Sandbox]) -> Result<Option<String>, CliError> {
+/// The one sandbox whose id begins with `typed`; none if there is no such sandbox, or one has exactly that name or id.
+fn one_with_prefix(typed: &str, sandboxes: Vec<Sandbox>) -> Result<Option<Sandbox>, CliError> {
     if sandboxes.iter().any(|sandbox| sandbox.name == typed || sandbox.id == typed) {
         return Ok(None);
     }
-    let found: Vec<&Sandbox> =
-        sandboxes.iter().filter(|sandbox| sandbox.id.starts_with(typed)).collect();
-    match found[..] {
-        [] => Ok(None),
-        [one] => Ok(Some(one.id.clone())),
+    let mut found: Vec<Sandbox> =
+        sandboxes.into_iter().filter(|sandbox| sandbox.id.starts_with(typed)).collect();
+    match found.len() {
+        0 | 1 => Ok(found.pop()),
         _ => {
             let candidates: Vec<String> =
                 found.iter().map(|sandbox| format!("{} ({})", sandbox.id, sandbox.name)).collect();
-            Err(CliError::new(format!("`{typed}` is the beginning of several ids"))
+            Err(CliError::new(format!("`{typed}` is a prefix of several ids"))
                 .hint(format!("name one of {}", candidates.join(", "))))
         }
     }
@@ -188,18 +215,23 @@ mod tests {
     }
 
     #[test]
-    fn beginning_of_one_id_is_that_id_and_of_several_an_error_that_lists_them() {
-        let all = [
-            sandbox("abc1", "dev"),
-            sandbox("abd2", "web"),
-            sandbox("ffff", "other"),
-            sandbox("0123", "ff"),
-        ];
-        let found = |typed| one_that_begins(typed, &all).map_err(|error| error.hint);
+    fn prefix_of_one_id_finds_it_and_of_several_ids_is_an_error_that_lists_them() {
+        let all = || {
+            vec![
+                sandbox("abc1", "dev"),
+                sandbox("abd2", "web"),
+                sandbox("ffff", "other"),
+                sandbox("0123", "ff"),
+            ]
+        };
+        let found = |typed| {
+            let found = one_with_prefix(typed, all()).map_err(|error| error.hint)?;
+            Ok(found.map(|sandbox| sandbox.id))
+        };
 
         assert_eq!(found("abc"), Ok(Some("abc1".to_owned())));
         assert_eq!(found("00"), Ok(None));
-        assert_eq!(found("ff"), Ok(None), "a name goes before");
+        assert_eq!(found("ff"), Ok(None), "a name takes precedence");
         assert_eq!(found("ab"), Err(Some("name one of abc1 (dev), abd2 (web)".to_owned())));
     }
 }

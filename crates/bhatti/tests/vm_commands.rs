@@ -73,28 +73,65 @@ fn rows(list: &str) -> Vec<Vec<&str>> {
 }
 
 #[tokio::test]
-async fn sandboxes_are_addressed_by_name_id_and_the_beginning_of_an_id() {
+async fn sandbox_is_addressed_by_name_and_id_and_read_by_a_prefix_of_its_id() {
     let daemon = TestDaemon::start().await;
     let id = ask(&daemon, "create -q --name dev").await.ok().trim().to_owned();
     assert_eq!(id.len(), 16);
+    let prefix = &id[..6];
 
-    for called in ["dev", &id, &id[..6]] {
+    for called in ["dev", &id] {
         assert_eq!(ask(&daemon, &format!("exec {called} -- echo it")).await.ok(), "it\n");
     }
-    let shown = ask(&daemon, &format!("inspect {} --json", &id[..6])).await.json();
+    let shown = ask(&daemon, &format!("inspect {prefix} --json")).await.json();
     assert_eq!(shown["name"], "dev");
-    // A name goes before what it is the beginning of.
-    ask(&daemon, &format!("create --name {}", &id[..4])).await.ok();
-    let shown = ask(&daemon, &format!("inspect {} --json", &id[..4])).await.json();
+    // A name takes precedence over a prefix.
+    ask(&daemon, &format!("create --name {prefix}")).await.ok();
+    let shown = ask(&daemon, &format!("inspect {prefix} --json")).await.json();
     assert_ne!(shown["id"], id);
-    let other = shown["id"].as_str().unwrap();
-    let no_beginning = ["00", "11", "22"]
-        .into_iter()
-        .find(|digits| ![&*id, other].iter().any(|id| id.starts_with(digits)));
-    for nobody in [no_beginning.unwrap(), "zz", "d"] {
-        let said = ask(&daemon, &format!("inspect {nobody}")).await.failed(1);
+    for unknown in [&id[..5], "zz", "d"] {
+        let said = ask(&daemon, &format!("inspect {unknown}")).await.failed(1);
         assert!(said.contains("not found"), "{said}");
     }
+}
+
+#[tokio::test]
+async fn command_that_changes_a_sandbox_takes_no_prefix_of_its_id() {
+    let daemon = TestDaemon::start().await;
+    let id = ask(&daemon, "create -q --name dev").await.ok().trim().to_owned();
+    let prefix = &id[..8];
+
+    for command in [
+        format!("destroy --yes {prefix}"),
+        format!("stop {prefix}"),
+        format!("pause {prefix}"),
+        format!("start {prefix} --cold-boot"),
+        format!("edit {prefix} --name other"),
+        format!("file rm {prefix} -r /workspace"),
+        format!("file mkdir {prefix} /workspace/x"),
+        format!("file mv {prefix} /workspace/a /workspace/b"),
+        format!("kill {prefix} s1"),
+        format!("fork {prefix}"),
+        format!("snapshot create {prefix} saved"),
+    ] {
+        let said = ask(&daemon, &command).await.failed(1);
+        assert!(said.contains("not found"), "{command}: {said}");
+        assert!(said.contains(&format!("is a prefix of {id} (dev)")), "{command}: {said}");
+    }
+    ask(&daemon, &format!("exec {prefix} -- true")).await.failed(125);
+    assert_eq!(ask(&daemon, "inspect dev --json").await.json()["thermal"], "hot");
+}
+
+#[tokio::test]
+async fn existing_sandbox_is_returned_unchanged_if_asked_for() {
+    let daemon = TestDaemon::start().await;
+    let create = "create -q --name dev --memory 256 --if-exists return";
+    let id = ask(&daemon, create).await.ok();
+    ask(&daemon, "exec dev -- touch /workspace/kept").await.ok();
+
+    assert_eq!(ask(&daemon, create).await.ok(), id);
+    ask(&daemon, "create --name dev").await.failed(1);
+
+    ask(&daemon, "exec dev -- cat /workspace/kept").await.ok();
 }
 
 #[tokio::test]

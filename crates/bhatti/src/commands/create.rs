@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_api::{AttachVolume, CreateSandbox, Isolation, NewFile, NewVolume, Sandbox};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tokio::time::Instant;
 
 use super::Context;
@@ -17,9 +17,12 @@ use crate::error::CliError;
     after_help = "Examples:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi\n  bhatti create --volume data:/srv/data --file ./settings.json:/etc/app.json --label team=web"
 )]
 pub(crate) struct Create {
-    /// Its name [default: a random one]
+    /// Name of the sandbox [default: random]
     #[arg(long)]
     name: Option<String>,
+    /// What to do if a sandbox has this name: fail, or return it unchanged [default: fail]
+    #[arg(long, value_name = "fail|return", requires = "name")]
+    if_exists: Option<IfExists>,
     /// The image that its disk begins as [default: minimal]
     #[arg(long)]
     image: Option<String>,
@@ -70,6 +73,13 @@ pub(crate) struct Create {
     new_volume: Vec<NewVolume>,
 }
 
+/// What `--if-exists` does if the name is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum IfExists {
+    Fail,
+    Return,
+}
+
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
     let files = arguments.file.iter().map(|(local, path)| new_file(local, path));
     let request = CreateSandbox {
@@ -92,7 +102,10 @@ pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
         new_volumes: arguments.new_volume,
     };
     let began = Instant::now();
-    let sandbox = context.client.create(&request).await?;
+    let sandbox = match arguments.if_exists {
+        Some(IfExists::Return) => context.client.create_or_return(&request).await?,
+        Some(IfExists::Fail) | None => context.client.create(&request).await?,
+    };
     let seconds = began.elapsed().as_secs_f64();
     context
         .output

@@ -9,7 +9,7 @@ use crate::error::CliError;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti destroy dev\n  bhatti destroy --yes dev try-1 try-2")]
 pub(crate) struct Destroy {
-    /// Names, ids or beginnings of ids
+    /// Names or ids
     #[arg(required = true)]
     sandboxes: Vec<String>,
     /// Do not ask
@@ -19,7 +19,7 @@ pub(crate) struct Destroy {
 
 pub(super) async fn run(context: &Context, arguments: &Destroy) -> Result<(), CliError> {
     each(context, &arguments.sandboxes, async |typed| {
-        let sandbox = context.on(typed, async |id| context.client.inspect(id).await).await?;
+        let sandbox = context.change(typed, async |id| context.client.inspect(id).await).await?;
         let name = &sandbox.name;
         confirm(arguments.yes, &format!("destroy {name}, with its disk and its memory"))?;
         // By id: what was asked about, whatever is called so by now.

@@ -13,7 +13,7 @@ use crate::error::CliError;
     after_help = "Examples:\n  bhatti edit dev --name main --keep-hot\n  bhatti edit dev --label team=web --label-delete stage"
 )]
 pub(crate) struct Edit {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     #[command(flatten)]
     change: Change,
@@ -50,6 +50,6 @@ pub(super) async fn run(context: &Context, Edit { sandbox, change }: Edit) -> Re
         keep_hot: (keep_hot || allow_cold).then_some(keep_hot),
     };
     let sandbox =
-        context.on(&sandbox, async |id| context.client.update(id, &request).await).await?;
+        context.change(&sandbox, async |id| context.client.update(id, &request).await).await?;
     context.output.show(&sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))
 }

@@ -30,7 +30,7 @@ const FORWARDED: [SignalKind; 4] =
     after_help = "Examples:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  bhatti exec -it dev -- vi notes\n  bhatti exec -d dev -- make test\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 124 if its time was over, 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none."
 )]
 pub(crate) struct Exec {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     /// A variable for the command; may be given several times
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
@@ -101,7 +101,7 @@ async fn start_job(
     request: &ExecRequest,
 ) -> Result<ExitCode, CliError> {
     let start = async |id: &str| context.client.start_job(id, request).await;
-    let job = context.on(sandbox, start).await?;
+    let job = context.change(sandbox, start).await?;
     if context.output.json {
         context.output.show(&job, |_| String::new())?;
     } else {
@@ -126,7 +126,7 @@ async fn run_command(
     start: &StreamRequest,
 ) -> Result<ExitCode, CliError> {
     let start = async |id: &str| context.client.start_command(id, start).await;
-    let (input, output) = context.on(sandbox, start).await?;
+    let (input, output) = context.change(sandbox, start).await?;
     let code = tokio::select! {
         code = async {
             if context.output.json { print_json(context, output).await } else { print(output).await }

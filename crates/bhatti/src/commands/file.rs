@@ -17,7 +17,7 @@ pub(crate) enum File {
     /// Print a file
     #[command(after_help = "Example:\n  bhatti file read dev /etc/hostname")]
     Read {
-        /// Name, id or beginning of the id
+        /// Name, id, or a prefix of the id of six digits or more
         sandbox: String,
         /// The file
         path: String,
@@ -27,7 +27,7 @@ pub(crate) enum File {
         after_help = "Example:\n  bhatti file write dev /workspace/notes --mode 0600 < notes"
     )]
     Write {
-        /// Name, id or beginning of the id
+        /// Name or id
         sandbox: String,
         /// The file
         path: String,
@@ -38,7 +38,7 @@ pub(crate) enum File {
     /// List a directory
     #[command(after_help = "Example:\n  bhatti file ls dev /workspace")]
     Ls {
-        /// Name, id or beginning of the id
+        /// Name, id, or a prefix of the id of six digits or more
         sandbox: String,
         /// The directory
         #[arg(default_value = "/workspace")]
@@ -47,7 +47,7 @@ pub(crate) enum File {
     /// Show a file's size, permissions and kind
     #[command(after_help = "Example:\n  bhatti file stat dev /etc/hostname")]
     Stat {
-        /// Name, id or beginning of the id
+        /// Name, id, or a prefix of the id of six digits or more
         sandbox: String,
         /// The file
         path: String,
@@ -55,7 +55,7 @@ pub(crate) enum File {
     /// Remove files
     #[command(after_help = "Example:\n  bhatti file rm dev --recursive /workspace/old")]
     Rm {
-        /// Name, id or beginning of the id
+        /// Name or id
         sandbox: String,
         /// The files
         #[arg(required = true)]
@@ -67,7 +67,7 @@ pub(crate) enum File {
     /// Make directories
     #[command(after_help = "Example:\n  bhatti file mkdir dev --parents /workspace/a/b")]
     Mkdir {
-        /// Name, id or beginning of the id
+        /// Name or id
         sandbox: String,
         /// The directories
         #[arg(required = true)]
@@ -82,7 +82,7 @@ pub(crate) enum File {
     /// Rename a file or directory
     #[command(after_help = "Example:\n  bhatti file mv dev /workspace/a /workspace/b")]
     Mv {
-        /// Name, id or beginning of the id
+        /// Name or id
         sandbox: String,
         /// Its path
         from: String,
@@ -127,13 +127,13 @@ pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError
         File::Write { sandbox, path, mode } => write(context, &sandbox, &path, mode).await,
         File::Ls { sandbox, path } => {
             let list = async |id: &str| client.list_directory(id, &path).await;
-            output.show_list(&context.on(&sandbox, list).await?, &ENTRIES)
+            output.show_list(&context.read(&sandbox, list).await?, &ENTRIES)
         }
         File::Stat { sandbox, path } => stat(context, &sandbox, &path).await,
         File::Rm { sandbox, paths, recursive } => {
             for path in paths {
                 let remove = async |id: &str| client.remove_file(id, &path, recursive).await;
-                context.on(&sandbox, remove).await?;
+                context.change(&sandbox, remove).await?;
                 output.done("path", &path, "removed")?;
             }
             Ok(())
@@ -141,14 +141,16 @@ pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError
         File::Mkdir { sandbox, paths, parents, mode } => {
             for path in paths {
                 let request = MakeDirectory { path, mode: mode.clone(), parents };
-                context.on(&sandbox, async |id| client.make_directory(id, &request).await).await?;
+                context
+                    .change(&sandbox, async |id| client.make_directory(id, &request).await)
+                    .await?;
                 output.done("path", &request.path, "made")?;
             }
             Ok(())
         }
         File::Mv { sandbox, from, to } => {
             let request = RenameFile { from, to };
-            context.on(&sandbox, async |id| client.rename_file(id, &request).await).await?;
+            context.change(&sandbox, async |id| client.rename_file(id, &request).await).await?;
             output.done("path", &request.to, "moved to")
         }
         File::Cp { from, to } => copy::run(context, &from, &to).await,
@@ -157,7 +159,7 @@ pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError
 
 async fn read(context: &Context, sandbox: &str, path: &str) -> Result<(), CliError> {
     let read = async |id: &str| context.client.read_file(id, path).await;
-    let mut content = context.on(sandbox, read).await?;
+    let mut content = context.read(sandbox, read).await?;
     let mut stdout = io::stdout();
     while let Some(bytes) = content.next().await? {
         stdout.write_all(&bytes)?;
@@ -173,7 +175,7 @@ async fn write(
 ) -> Result<(), CliError> {
     let client = &context.client;
     // Standard input can be read once: the sandbox is looked for before.
-    let sandbox = context.on(sandbox, async |id| client.inspect(id).await).await?;
+    let sandbox = context.change(sandbox, async |id| client.inspect(id).await).await?;
     let transfer = Transfer::begin(context.output, "writing", None);
     let content = Upload::new(transfer.counting(tokio::io::stdin()), None);
     client.write_file(&sandbox.id, path, mode.as_deref(), content).await?;
@@ -183,7 +185,7 @@ async fn write(
 
 async fn stat(context: &Context, sandbox: &str, path: &str) -> Result<(), CliError> {
     let stat = async |id: &str| context.client.stat(id, path).await;
-    let stat = context.on(sandbox, stat).await?;
+    let stat = context.read(sandbox, stat).await?;
     let shown = serde_json::json!({
         "path": path, "size": stat.size, "mode": stat.mode, "is_dir": stat.is_dir,
     });

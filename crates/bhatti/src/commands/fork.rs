@@ -11,7 +11,7 @@ use crate::output::Table;
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti fork dev --name try --count 3")]
 pub(crate) struct Fork {
-    /// Name, id or beginning of the id of the parent
+    /// Name or id of the parent
     sandbox: String,
     /// How many forks [default: 1]
     #[arg(long, value_name = "COUNT")]
@@ -49,7 +49,8 @@ pub(super) async fn run(context: &Context, arguments: Fork) -> Result<(), CliErr
         secrets: secret,
         labels: label.into_iter().collect(),
     };
-    let forks = context.on(&sandbox, async |id| context.client.fork(id, &request).await).await?;
+    let forks =
+        context.change(&sandbox, async |id| context.client.fork(id, &request).await).await?;
     if context.output.json {
         return context.output.show(&forks, |_| String::new());
     }

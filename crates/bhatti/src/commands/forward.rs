@@ -27,7 +27,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
     after_help = "Examples:\n  bhatti forward dev 5432\n  bhatti forward dev 80 8080\n\nAny TCP protocol works, also in a sandbox without a network."
 )]
 pub(crate) struct Forward {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     /// The port in the sandbox
     port: u16,
@@ -40,7 +40,7 @@ pub(crate) struct Forward {
 
 pub(super) async fn run(context: &Context, arguments: &Forward) -> Result<(), CliError> {
     let Forward { sandbox, port, local, address } = arguments;
-    let sandbox = context.on(sandbox, async |id| context.client.inspect(id).await).await?;
+    let sandbox = context.change(sandbox, async |id| context.client.inspect(id).await).await?;
     let wanted = SocketAddr::new(*address, local.unwrap_or(*port));
     let listener = TcpListener::bind(wanted).await.map_err(|error| {
         CliError::new(format!("cannot listen at {wanted}: {error}"))

@@ -11,13 +11,13 @@ use crate::output::{Cell, mib};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti inspect dev\n  bhatti inspect dev --json | jq .ip")]
 pub(crate) struct Inspect {
-    /// Name, id or beginning of the id
+    /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
 }
 
 pub(super) async fn run(context: &Context, arguments: &Inspect) -> Result<(), CliError> {
     let inspect = async |id: &str| context.client.inspect(id).await;
-    let sandbox = context.on(&arguments.sandbox, inspect).await?;
+    let sandbox = context.read(&arguments.sandbox, inspect).await?;
     context.output.show_facts(&sandbox, describe)
 }
 

@@ -9,7 +9,7 @@ use crate::error::CliError;
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti kill dev s3")]
 pub(crate) struct Kill {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     /// Ids of terminals or jobs, as `bhatti ps` lists them
     #[arg(required = true, value_name = "SESSION")]
@@ -19,7 +19,7 @@ pub(crate) struct Kill {
 pub(super) async fn run(context: &Context, arguments: &Kill) -> Result<(), CliError> {
     several::each(context, &arguments.sessions, async |session| {
         let kill = async |id: &str| context.client.kill_session(id, session).await;
-        let killed = context.on(&arguments.sandbox, kill).await?;
+        let killed = context.change(&arguments.sandbox, kill).await?;
         context.output.done("session", session, &killed.status)
     })
     .await

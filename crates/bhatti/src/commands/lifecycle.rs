@@ -7,10 +7,10 @@ use clap::Args;
 use super::{Context, several};
 use crate::error::CliError;
 
-/// Names, ids or beginnings of ids.
+/// Names or ids.
 #[derive(Debug, Args)]
 struct Targets {
-    /// Names, ids or beginnings of ids
+    /// Names or ids
     #[arg(required = true)]
     sandboxes: Vec<String>,
 }
@@ -69,7 +69,7 @@ async fn each(
     act: impl AsyncFn(&str) -> Result<Sandbox, ClientError>,
 ) -> Result<(), CliError> {
     several::each(context, &targets.sandboxes, async |typed| {
-        let sandbox = context.on(typed, &act).await?;
+        let sandbox = context.change(typed, &act).await?;
         context.output.show(&sandbox, |sandbox| format!("{} {}", sandbox.name, status(sandbox)))
     })
     .await

@@ -10,7 +10,7 @@ use crate::error::CliError;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti logs dev s3\n  bhatti logs --follow dev s3")]
 pub(crate) struct Logs {
-    /// Name, id or beginning of the id
+    /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
     /// The job's id, as `bhatti exec --detach` and `bhatti ps` tell it
     job: String,
@@ -25,7 +25,7 @@ pub(crate) struct Logs {
 pub(super) async fn run(context: &Context, arguments: &Logs) -> Result<(), CliError> {
     let Logs { sandbox, job, follow, offset } = arguments;
     let output = async |id: &str| context.client.job_output(id, job, *offset, *follow).await;
-    let mut output = context.on(sandbox, output).await?;
+    let mut output = context.read(sandbox, output).await?;
     let mut stdout = io::stdout();
     while let Some(bytes) = output.next().await? {
         stdout.write_all(&bytes)?;

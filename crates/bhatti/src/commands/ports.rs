@@ -12,7 +12,7 @@ use crate::output::{Cell, Table};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti ports dev\n  bhatti ports")]
 pub(crate) struct Ports {
-    /// Name, id or beginning of the id [default: all that are hot]
+    /// Name, id, or a prefix of the id of six digits or more [default: all that are hot]
     sandbox: Option<String>,
 }
 
@@ -51,7 +51,7 @@ pub(super) async fn run(context: &Context, arguments: &Ports) -> Result<(), CliE
 /// What listens in a sandbox, and what of it is published.
 async fn of_one(context: &Context, typed: &str) -> Result<Vec<Port>, CliError> {
     let client = &context.client;
-    let sandbox = context.on(typed, async |id| client.inspect(id).await).await?;
+    let sandbox = context.read(typed, async |id| client.inspect(id).await).await?;
     let mut ports = BTreeMap::new();
     for port in client.list_ports(&sandbox.id).await? {
         ports.insert(port.container_port, (true, Vec::new()));

@@ -10,7 +10,7 @@ use crate::output::{Cell, Table, unix_time};
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti ps dev")]
 pub(crate) struct Ps {
-    /// Name, id or beginning of the id
+    /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
 }
 
@@ -39,5 +39,5 @@ fn status(session: &Session) -> String {
 
 pub(super) async fn run(context: &Context, arguments: &Ps) -> Result<(), CliError> {
     let list = async |id: &str| context.client.list_sessions(id).await;
-    context.output.show_list(&context.on(&arguments.sandbox, list).await?, &SESSIONS)
+    context.output.show_list(&context.read(&arguments.sandbox, list).await?, &SESSIONS)
 }

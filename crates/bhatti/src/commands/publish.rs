@@ -9,7 +9,7 @@ use crate::error::CliError;
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti publish dev 8080 --alias shop")]
 pub(crate) struct Publish {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     /// The port in the sandbox
     port: u16,
@@ -21,7 +21,7 @@ pub(crate) struct Publish {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti unpublish dev 8080")]
 pub(crate) struct Unpublish {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     /// The port in the sandbox
     port: u16,
@@ -31,7 +31,7 @@ pub(super) async fn publish(context: &Context, arguments: Publish) -> Result<(),
     let Publish { sandbox, port, alias } = arguments;
     let request = PublishPort { port, alias };
     let publish = async |id: &str| context.client.publish(id, &request).await;
-    let published = context.on(&sandbox, publish).await?;
+    let published = context.change(&sandbox, publish).await?;
     context.output.show(&published, |published| {
         if published.urls.is_empty() {
             format!(
@@ -47,6 +47,6 @@ pub(super) async fn publish(context: &Context, arguments: Publish) -> Result<(),
 pub(super) async fn unpublish(context: &Context, arguments: &Unpublish) -> Result<(), CliError> {
     let Unpublish { sandbox, port } = arguments;
     let unpublish = async |id: &str| context.client.unpublish(id, *port).await;
-    context.on(sandbox, unpublish).await?;
+    context.change(sandbox, unpublish).await?;
     context.output.done("port", &port.to_string(), "unpublished")
 }

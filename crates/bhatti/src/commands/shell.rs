@@ -20,7 +20,7 @@ const PIPED_SHELL: &str =
     after_help = "Examples:\n  bhatti shell dev\n  bhatti shell dev --attach s3\n  bhatti shell dev < script.sh\n\nCtrl+\\ leaves at any time; the terminal goes on, and the next `bhatti shell` comes back to it. Where standard input is no terminal, the shell reads its commands from it."
 )]
 pub(crate) struct Shell {
-    /// Name, id or beginning of the id
+    /// Name or id
     sandbox: String,
     /// The terminal to come back to, as `bhatti ps` lists it [default: the newest that nobody has]
     #[arg(long, value_name = "SESSION")]

@@ -13,7 +13,7 @@ pub(crate) enum Snapshot {
     /// Save a running sandbox, which goes on
     #[command(after_help = "Example:\n  bhatti snapshot create dev ready")]
     Create {
-        /// Name, id or beginning of the id of the sandbox
+        /// Name or id of the sandbox
         sandbox: String,
         /// The snapshot's name
         name: String,
@@ -79,7 +79,7 @@ pub(super) async fn run(context: &Context, command: Snapshot) -> Result<(), CliE
         Snapshot::Create { sandbox, name } => {
             let request = CreateSnapshot { name };
             let save = async |id: &str| client.create_snapshot(id, &request).await;
-            let snapshot = context.on(&sandbox, save).await?;
+            let snapshot = context.change(&sandbox, save).await?;
             output.show_made(&snapshot, (&snapshot.id, &snapshot.name), |snapshot| {
                 format!("saved {} as {}", snapshot.sandbox, snapshot.name)
             })

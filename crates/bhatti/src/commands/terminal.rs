@@ -142,7 +142,7 @@ async fn attend(
     session: &mut Session,
 ) -> Result<Outcome, CliError> {
     let mut keyboard = Keyboard::start(is_terminal);
-    let open = context.on(sandbox, async |id| context.client.open_shell(id, options).await);
+    let open = context.change(sandbox, async |id| context.client.open_shell(id, options).await);
     let (input, mut output) = tokio::select! {
         opened = open => opened?,
         () = keyboard.gives_up() => return Ok(Outcome::Left),

@@ -13,7 +13,7 @@ use crate::error::CliError;
     after_help = "Example:\n  bhatti wait dev s3\n\nExits with the job's code; 125 if bhatti failed."
 )]
 pub(crate) struct Wait {
-    /// Name, id or beginning of the id
+    /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
     /// The job's id, as `bhatti exec --detach` and `bhatti ps` tell it
     job: String,
@@ -26,7 +26,7 @@ pub(super) async fn run(context: &Context, arguments: &Wait) -> Result<ExitCode,
 async fn wait(context: &Context, Wait { sandbox, job }: &Wait) -> Result<ExitCode, CliError> {
     let inspect = async |id: &str| context.client.inspect_job(id, job).await;
     loop {
-        let now = context.on(sandbox, inspect).await?;
+        let now = context.read(sandbox, inspect).await?;
         if let Some(code) = now.exit_code.filter(|_| !now.running) {
             context.output.show(&now, |job| format!("{} exited {code}", job.id))?;
             return Ok(exit_code(code));
@@ -34,7 +34,7 @@ async fn wait(context: &Context, Wait { sandbox, job }: &Wait) -> Result<ExitCod
         // Its output ends with it: nobody has to ask again and again.
         let rest =
             async |id: &str| context.client.job_output(id, job, Some(now.output_end), true).await;
-        let mut rest = context.on(sandbox, rest).await?;
+        let mut rest = context.read(sandbox, rest).await?;
         while rest.next().await?.is_some() {}
     }
 }

@@ -73,7 +73,7 @@ impl There {
             return Err(CliError::new(format!("`{path}` is no absolute path"))
                 .hint("paths in sandboxes begin with a slash: dev:/workspace"));
         }
-        let found = context.on(typed, async |id| context.client.inspect(id).await).await?;
+        let found = context.change(typed, async |id| context.client.inspect(id).await).await?;
         Ok(Self { sandbox: found.id, path })
     }
 

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Prints each failed test of a log with the last lines that it printed.
+#
+#   ./scripts/failed-tests.sh SUITE LOG
+#
+# In a log of nextest, a test's output follows its `FAIL` line (profile `ci` prints it at the end once more); of any other log, the
+# last lines are printed.
+set -euo pipefail
+suite=$1 log=$2
+readonly lines=25
+
+plain=$(sed 's/\x1b\[[0-9;]*m//g' "$log")
+failed=$(sed -nE 's/^ +(FAIL|TIMEOUT|SIGNAL|SIGABRT|SIGSEGV|SIGKILL|ABORT) \[[^]]*\] (\([^)]*\) )?(.*)$/\3/p' <<<"$plain" | sort -u)
+if [ -z "$failed" ]; then
+    printf '\nFAILED: %s\n' "$suite"
+    tail -"$lines" <<<"$plain" | sed 's/^/    /'
+    exit
+fi
+while read -r test; do
+    printf '\nFAILED: %s: %s\n' "$suite" "$test"
+    # Its output, up to the next test's line.
+    awk -v test="$test" '
+        /^ +[A-Z]+ \[/ || /^────/ { on = 0 }
+        /^ +(FAIL|TIMEOUT|SIG[A-Z]+|ABORT) \[/ && index($0, test) { on = 1; n = 0; next }
+        on && NF { kept[n++] = $0 }
+        END { for (i = (n > '"$lines"' ? n - '"$lines"' : 0); i < n; i++) print "    " kept[i] }' <<<"$plain"
+done <<<"$failed"
