@@ -7,11 +7,11 @@ use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bhatti_proto::{ActivityInfo, ErrorKind, GuestEvent};
-use rustix::process::Pid;
 use tokio::sync::{Notify, broadcast};
 
 use crate::descriptors::raise_limit;
 use crate::limits::Limits;
+use crate::processes::{Cgroups, Processes};
 use crate::reaper::Reaper;
 use crate::refusal::{OpError, refused};
 use crate::session::Sessions;
@@ -38,10 +38,13 @@ pub(crate) struct Agent {
     pub(crate) place: Place,
     /// How many descriptors its children begin with, which are fewer than it has itself.
     pub(crate) child_descriptors: Option<u64>,
-    commands: RefCell<HashMap<String, Pid>>,
+    /// The cgroups of commands.
+    pub(crate) cgroups: Rc<Cgroups>,
+    commands: RefCell<HashMap<String, Rc<Processes>>>,
     running_commands: Cell<u32>,
     connections: Cell<usize>,
     watches: Cell<usize>,
+    discarded_pipes: Cell<usize>,
     last_activity: Cell<i64>,
     shutdown_asked: Cell<bool>,
     shutdown: Notify,
@@ -103,10 +106,12 @@ impl Agent {
             state_dir,
             place,
             child_descriptors: raise_limit(place),
+            cgroups: Rc::default(),
             commands: RefCell::default(),
             running_commands: Cell::new(0),
             connections: Cell::new(0),
             watches: Cell::new(0),
+            discarded_pipes: Cell::new(0),
             last_activity: Cell::new(0),
             shutdown_asked: Cell::new(false),
             shutdown: Notify::new(),
@@ -124,6 +129,12 @@ impl Agent {
     /// Counts a watch; none if there are too many.
     pub(crate) fn count_watch(self: &Rc<Self>) -> Result<Counted, OpError> {
         self.count(|agent| &agent.watches, self.limits.watches, "watches")
+    }
+
+    /// Counts a pipe of an ended command; none if there are too many.
+    pub(crate) fn count_discarded_pipe(self: &Rc<Self>) -> Result<Counted, OpError> {
+        let limit = self.limits.discarded_pipes;
+        self.count(|agent| &agent.discarded_pipes, limit, "pipes of ended commands")
     }
 
     fn count(
@@ -145,17 +156,21 @@ impl Agent {
     }
 
     /// Registers a command that runs, under the name that the host gave it.
-    pub(crate) fn register(self: &Rc<Self>, exec_id: Option<String>, group: Pid) -> Running {
+    pub(crate) fn register(
+        self: &Rc<Self>,
+        exec_id: Option<String>,
+        processes: &Rc<Processes>,
+    ) -> Running {
         if let Some(exec_id) = &exec_id {
-            self.commands.borrow_mut().insert(exec_id.clone(), group);
+            self.commands.borrow_mut().insert(exec_id.clone(), Rc::clone(processes));
         }
         self.running_commands.set(self.running_commands.get() + 1);
         Running { agent: Rc::clone(self), exec_id }
     }
 
-    /// The process group of a command, by the name that the host gave it.
-    pub(crate) fn command(&self, exec_id: &str) -> Option<Pid> {
-        self.commands.borrow().get(exec_id).copied()
+    /// The processes of a command, by the name that the host gave it.
+    pub(crate) fn command(&self, exec_id: &str) -> Option<Rc<Processes>> {
+        self.commands.borrow().get(exec_id).cloned()
     }
 
     /// Something was done in the guest for the host.

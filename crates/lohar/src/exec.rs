@@ -1,7 +1,8 @@
 //! Runs a command with its standard streams in frames.
 //!
-//! The command leads a process group of its own. It is over when its process has ended: what is then still in the pipes is sent on,
-//! what a background grandchild may write later is not waited for. When the host goes away the group is killed.
+//! The command leads a process group of its own. It is over when its process has ended: what is then still in the pipes is sent on.
+//! What background processes write later is read and discarded, so that they live on (see [`crate::discard`]). When the host goes away
+//! the group is killed.
 
 pub(crate) mod input;
 mod output;
@@ -10,14 +11,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bhatti_proto::{ErrorKind, ExecRequest, Frame, FrameType, SignalRequest, exit_payload};
-use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::time::sleep;
+use rustix::process::Signal;
 
 use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::launch::{self, Piped};
-use crate::limits::TERM_GRACE;
+use crate::processes::Confinement;
 use crate::refusal::{OpError, bad_json, host_gone, refused};
 use crate::session;
 use output::Finished;
@@ -41,8 +40,10 @@ pub(crate) async fn serve<T: Transport>(
     if request.tty == Some(true) || request.session || request.detach {
         return session::serve_create(agent, &request, reader, writer).await;
     }
-    let process = launch::piped(agent, &request)?;
-    let _running = agent.register(request.exec_id, process.group);
+    let confinement =
+        if request.timeout_ms.is_some() { Confinement::Own } else { Confinement::Shared };
+    let process = launch::piped(agent, &request, confinement)?;
+    let _running = agent.register(request.exec_id, &process.processes);
     // Kills what was started if the host does not hear of it.
     let started = async {
         if request.error_details {
@@ -51,10 +52,10 @@ pub(crate) async fn serve<T: Transport>(
         Ok(())
     };
     if let Err(gone) = started.await {
-        kill_group(process.group, Signal::KILL);
+        process.processes.signal(Signal::KILL);
         return Err(gone);
     }
-    relay(process, request.timeout_ms, reader, writer).await
+    relay(agent, process, request.timeout_ms, reader, writer).await
 }
 
 /// Serves one `SIGNAL_REQ`.
@@ -64,11 +65,10 @@ pub(crate) fn signal(agent: &Agent, request: &SignalRequest) -> Result<(), OpErr
     })?;
     match (&request.exec_id, &request.session_id) {
         (Some(exec_id), None) => {
-            let group = agent.command(exec_id);
-            kill_group(
-                group.ok_or_else(|| refused(ErrorKind::NoSuchSession, "command not found"))?,
-                signal,
-            );
+            let command = agent.command(exec_id);
+            command
+                .ok_or_else(|| refused(ErrorKind::NoSuchSession, "command not found"))?
+                .signal(signal);
         }
         (None, Some(session_id)) => session::find(agent, session_id)?.signal(signal),
         _ => {
@@ -79,26 +79,24 @@ pub(crate) fn signal(agent: &Agent, request: &SignalRequest) -> Result<(), OpErr
 }
 
 async fn relay<T: Transport>(
+    agent: &Rc<Agent>,
     process: Piped,
     timeout_ms: Option<u64>,
     reader: HostReader<T>,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
-    let Piped { group, exit, stdin, stdout, stderr } = process;
+    let Piped { processes, exit, stdin, stdout, stderr } = process;
     let mut timed_out = false;
     let limit = async {
         if let Some(timeout_ms) = timeout_ms {
-            let end = |signal| {
-                timed_out = true;
-                kill_group(group, signal);
-            };
-            enforce_timeout(timeout_ms, end).await;
+            let limit = Duration::from_millis(timeout_ms);
+            Rc::clone(&processes).enforce_timeout(limit, || timed_out = true).await;
         }
         std::future::pending::<()>().await;
     };
     let finished = tokio::select! {
-        finished = output::pump(stdout, stderr, exit, writer) => finished,
-        () = input::pump(reader, stdin, group) => Finished::HostGone,
+        finished = output::pump(agent, stdout, stderr, exit, writer) => finished,
+        () = input::pump(reader, stdin, &processes) => Finished::HostGone,
         () = limit => Finished::HostGone,
     };
     match finished {
@@ -109,21 +107,8 @@ async fn relay<T: Transport>(
             writer.send(FrameType::EXIT, &exit_payload(code)).await.map_err(host_gone)
         }
         Finished::HostGone => {
-            kill_group(group, Signal::KILL);
+            processes.signal(Signal::KILL);
             Err(OpError::HostGone)
         }
     }
-}
-
-/// Asks a process group to end when its time is over, and kills it after a grace period.
-pub(crate) async fn enforce_timeout(timeout_ms: u64, mut signal: impl FnMut(Signal)) {
-    sleep(Duration::from_millis(timeout_ms)).await;
-    signal(Signal::TERM);
-    sleep(TERM_GRACE).await;
-    signal(Signal::KILL);
-}
-
-/// Signals a process group. One that is gone needs no signal.
-pub(crate) fn kill_group(group: Pid, signal: Signal) {
-    let _: Result<(), Errno> = kill_process_group(group, signal);
 }

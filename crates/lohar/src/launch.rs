@@ -7,12 +7,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::write;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, ioctl_tiocsctty, setpgid, setsid};
+use rustix::process::{ioctl_tiocsctty, setpgid, setsid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{
@@ -25,6 +26,7 @@ use crate::agent::{Agent, Place};
 use crate::descriptors::lower_limit;
 use crate::log::errno_text;
 use crate::lookup::{LookupError, find_program};
+use crate::processes::{Cgroup, Confinement, Processes};
 use crate::reaper::Exit;
 use crate::refusal::refused;
 use crate::spawn::Program;
@@ -33,13 +35,9 @@ use crate::user::{self, USUAL_UID, User};
 /// Where programs are looked for unless the request says otherwise.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The cgroup of all processes but the agent, in a guest.
-pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";
-
 /// A process with pipes.
 pub(crate) struct Piped {
-    /// The process, which leads the group of the same number.
-    pub(crate) group: Pid,
+    pub(crate) processes: Rc<Processes>,
     pub(crate) exit: Exit,
     pub(crate) stdin: pipe::Sender,
     pub(crate) stdout: pipe::Receiver,
@@ -48,15 +46,18 @@ pub(crate) struct Piped {
 
 /// A process on a terminal.
 pub(crate) struct OnTerminal {
-    /// The process, which leads the session and group of the same number.
-    pub(crate) group: Pid,
+    pub(crate) processes: Rc<Processes>,
     pub(crate) exit: Exit,
     /// The terminal's other end, non-blocking.
     pub(crate) master: OwnedFd,
 }
 
 /// Starts the command of `request` with pipes.
-pub(crate) fn piped(agent: &Agent, request: &ExecRequest) -> Result<Piped, AgentError> {
+pub(crate) fn piped(
+    agent: &Agent,
+    request: &ExecRequest,
+    confinement: Confinement,
+) -> Result<Piped, AgentError> {
     let command = Command::find(agent, request)?;
     let new = || {
         pipe_with(PipeFlags::CLOEXEC).map_err(|error| spawn_failed(&command.file, &error.into()))
@@ -64,11 +65,10 @@ pub(crate) fn piped(agent: &Agent, request: &ExecRequest) -> Result<Piped, Agent
     let ((stdin, to_stdin), (from_stdout, stdout), (from_stderr, stderr)) =
         (new()?, new()?, new()?);
     let stdio = [&stdin, &stdout, &stderr].map(AsFd::as_fd);
-    let group = command.start(agent, stdio, Attachment::Pipes)?;
-    let exit = agent.reaper.watch(group);
+    let (processes, exit) = command.start(agent, stdio, Attachment::Pipes, confinement)?;
     let pipes = |error: io::Error| other(format!("start: {}", errno_text(&error)));
     Ok(Piped {
-        group,
+        processes,
         exit,
         stdin: pipe::Sender::from_owned_fd(to_stdin).map_err(pipes)?,
         stdout: pipe::Receiver::from_owned_fd(from_stdout).map_err(pipes)?,
@@ -81,8 +81,9 @@ pub(crate) fn on_terminal(agent: &Agent, request: &ExecRequest) -> Result<OnTerm
     let command = Command::find(agent, request)?;
     let (master, slave) = open_terminal(request.rows.unwrap_or(24), request.cols.unwrap_or(80))
         .map_err(|error| other(format!("pty: {}", errno_text(&error))))?;
-    let group = command.start(agent, [slave.as_fd(); 3], Attachment::Terminal)?;
-    Ok(OnTerminal { group, exit: agent.reaper.watch(group), master })
+    let stdio = [slave.as_fd(); 3];
+    let (processes, exit) = command.start(agent, stdio, Attachment::Terminal, Confinement::Own)?;
+    Ok(OnTerminal { processes, exit, master })
 }
 
 fn open_terminal(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
@@ -137,21 +138,24 @@ impl Command {
         agent: &Agent,
         stdio: [BorrowedFd<'_>; 3],
         attachment: Attachment,
-    ) -> Result<Pid, AgentError> {
-        let cgroup = open_cgroup(agent)
-            .map_err(|error| other(format!("start: cgroup: {}", errno_text(&error))))?;
+        confinement: Confinement,
+    ) -> Result<(Rc<Processes>, Exit), AgentError> {
+        let no_cgroup = |error: io::Error| other(format!("start: cgroup: {}", errno_text(&error)));
+        let cgroup = agent.cgroups.open(agent.place, confinement).map_err(no_cgroup)?;
+        let procs = cgroup.as_ref().map(Cgroup::procs).transpose().map_err(no_cgroup)?;
         let in_container = agent.place == Place::Container;
         let settle = || {
             if in_container {
                 // First: whoever is not root any more cannot.
                 give_capabilities_up()?;
             }
-            settle(attachment, self.user.as_ref(), cgroup.as_ref())?;
+            settle(attachment, self.user.as_ref(), procs.as_ref())?;
             // Last: what is the agent's is open until the child becomes another program, and may be more than the child may have.
             lower_limit(agent.child_descriptors)
         };
         let started = self.program(stdio).and_then(|program| program.start(&settle));
-        started.map_err(|error| spawn_failed(&self.file, &error))
+        let group = started.map_err(|error| spawn_failed(&self.file, &error))?;
+        Ok((Rc::new(Processes::new(group, cgroup)), agent.reaper.watch(group)))
     }
 
     /// # Errors
@@ -172,8 +176,8 @@ impl Command {
 }
 
 /// Runs in the child: puts it where it belongs, and takes the agent's rights away from it.
-fn settle(attachment: Attachment, user: Option<&User>, cgroup: Option<&File>) -> io::Result<()> {
-    if let Some(procs) = cgroup {
+fn settle(attachment: Attachment, user: Option<&User>, procs: Option<&File>) -> io::Result<()> {
+    if let Some(procs) = procs {
         // The process that writes is the one that moves.
         write(procs, b"0")?;
     }
@@ -199,14 +203,6 @@ fn give_capabilities_up() -> io::Result<()> {
         remove_capability_from_bounding_set(capability)?;
     }
     Ok(())
-}
-
-/// The file by which a child leaves the agent's cgroup. None outside a guest.
-fn open_cgroup(agent: &Agent) -> io::Result<Option<File>> {
-    if !agent.place.has_kernel() || !Path::new(USER_CGROUP).exists() {
-        return Ok(None);
-    }
-    File::options().write(true).open(format!("{USER_CGROUP}/cgroup.procs")).map(Some)
 }
 
 /// Who a process runs as: whom the request names, whom the settings name, or the usual user of a guest. `None` is the agent's own.

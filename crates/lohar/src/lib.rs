@@ -14,6 +14,8 @@
 //!  suspend    stands still around a snapshot
 //!  launch     starts a process as the right user in the right place
 //!  spawn      starts a program without a copy of the agent's memory
+//!  processes  signals and kills all processes of a command
+//!  discard    reads what background processes write after their command has ended
 //!  reaper     waits for every process that was started
 //! ```
 //!
@@ -23,6 +25,7 @@ mod agent;
 mod channel;
 mod connection;
 mod descriptors;
+mod discard;
 mod disk;
 mod exec;
 mod file;
@@ -34,6 +37,7 @@ mod lookup;
 mod netlink;
 mod oom;
 mod pid1;
+mod processes;
 mod reaper;
 mod refusal;
 pub mod ring;

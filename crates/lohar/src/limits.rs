@@ -31,6 +31,8 @@ pub(crate) struct Limits {
     pub(crate) finished_sessions: usize,
     /// Watches at once.
     pub(crate) watches: usize,
+    /// Pipes of ended commands that are read at once, so that their background processes can go on writing.
+    pub(crate) discarded_pipes: usize,
     /// Bytes of output that a job keeps, unless it asks for another number.
     pub(crate) job_output_bytes: u64,
     /// The largest file that can be written, in bytes.
@@ -52,6 +54,7 @@ impl Default for Limits {
             sessions: 64,
             finished_sessions: 64,
             watches: 64,
+            discarded_pipes: 1024,
             job_output_bytes: 64 << 20,
             file_bytes: 64 << 30,
             request_ms: 30_000,

@@ -14,8 +14,8 @@ use rustix::io::Errno;
 use tokio::io::Interest;
 
 use crate::agent::Agent;
-use crate::launch::USER_CGROUP;
 use crate::log;
+use crate::processes::USER_CGROUP;
 use crate::watched::watch;
 
 /// Memory that processes are kept from, in bytes: the agent's, and the kernel's for serving it.

@@ -24,11 +24,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use bhatti_proto::{ErrorKind, SessionInfo};
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use tokio::sync::Notify;
 
 use crate::agent::Agent;
-use crate::exec::kill_group;
+use crate::processes::Processes;
 use crate::refusal::{OpError, refused};
 use output::Output;
 
@@ -45,7 +45,7 @@ pub(crate) struct Session {
     argv: String,
     terminal: Option<pump::Terminal>,
     created_at: i64,
-    group: Pid,
+    processes: Rc<Processes>,
     max_idle_sec: Option<u64>,
     stdin: RefCell<Option<pump::StdinSender>>,
     output: RefCell<Output>,
@@ -92,10 +92,15 @@ impl Session {
         }
     }
 
-    /// Signals the process group, if its leader has not ended.
+    /// Signals the process group, if its leader has not ended. `KILL` goes to every process of the session.
     pub(crate) fn signal(&self, signal: Signal) {
-        if self.is_running() {
-            kill_group(self.group, signal);
+        if !self.is_running() {
+            return;
+        }
+        if signal == Signal::KILL {
+            self.processes.kill();
+        } else {
+            self.processes.signal(signal);
         }
     }
 
@@ -135,6 +140,19 @@ impl Session {
                 session.signal(Signal::KILL);
             }
         });
+    }
+
+    /// Waits until the process has ended.
+    async fn ended(&self) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            if !self.is_running() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// The process has ended, and its output is complete.

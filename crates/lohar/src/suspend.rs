@@ -14,8 +14,8 @@ use rustix::io::Errno;
 use tokio::time::{sleep, timeout};
 
 use crate::agent::Agent;
-use crate::launch::USER_CGROUP;
 use crate::log;
+use crate::processes::USER_CGROUP;
 use crate::refusal::{OpError, refused};
 use crate::settings::{feed_random, set_clock};
 

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
+use rustix::process::{getpid, set_child_subreaper};
 use tokio::task::LocalSet;
 
 use crate::agent::{Agent, Place};
@@ -19,6 +20,10 @@ pub(crate) fn run() -> ExitCode {
         log::line(format_args!("LOHAR_SOCK and LOHAR_FWD_SOCK required"));
         return ExitCode::FAILURE;
     };
+    // As PID 1 does: orphans of commands are this process's to reap, whatever this machine's own PID 1 does with them.
+    if let Err(error) = set_child_subreaper(Some(getpid())) {
+        log::line(format_args!("failed to adopt orphans: {error}"));
+    }
     match serve(Path::new(&control), Path::new(&forward)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

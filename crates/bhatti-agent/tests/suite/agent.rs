@@ -78,6 +78,24 @@ impl Agent {
         self.run(&["sh", "-c", script]).await.unwrap()
     }
 
+    /// Runs a job to its end, attached to it.
+    pub(crate) async fn run_job(&self, request: ExecRequest) -> Ran {
+        let (_info, _input, mut output) = self.client.create_session(request).await.unwrap();
+        let mut ran = Ran::default();
+        loop {
+            let event = timeout(LIMIT, output.next()).await.expect("the job ends in time");
+            match event.unwrap() {
+                ExecEvent::Stdout(bytes) => ran.stdout.extend_from_slice(&bytes),
+                ExecEvent::Stderr(bytes) => ran.stderr.extend_from_slice(&bytes),
+                ExecEvent::TimedOut => ran.timed_out = true,
+                ExecEvent::Exit(code) => {
+                    ran.code = code;
+                    return ran;
+                }
+            }
+        }
+    }
+
     /// A connection to speak frames on.
     pub(crate) async fn raw(&self) -> Raw {
         Raw::connect(&self.directory.path().join("control")).await

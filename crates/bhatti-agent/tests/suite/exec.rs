@@ -137,16 +137,60 @@ async fn eight_mebibytes_of_every_byte_survive_both_ways() {
     assert!(ran.stdout == bytes, "{} bytes came back", ran.stdout.len());
 }
 
+/// A shell script that leaves a process behind, which writes to both of the command's streams when the file `go` appears, makes the file
+/// `written`, and then sleeps. Prints the number of that process.
+const BACKGROUND_WRITER: &str = "(while ! [ -e go ]; do sleep 0.01; done; echo late; echo late >&2; \
+     touch written; exec sleep 1000) & echo $!";
+
 #[tokio::test]
-async fn grandchild_that_holds_the_output_delays_nothing() {
+async fn background_process_delays_no_answer_and_outlives_its_command() {
     let agent = Agent::start().await;
 
-    let ran =
-        timeout(Duration::from_secs(10), agent.run_shell("sleep 1000 & echo $!")).await.unwrap();
+    let ran = timeout(Duration::from_secs(10), agent.run_shell(BACKGROUND_WRITER)).await.unwrap();
+    std::fs::write(agent.path("go"), "").unwrap();
 
-    let grandchild: u32 = ran.stdout().trim().parse().unwrap();
-    end_sleep(grandchild).await;
+    let written = agent.path("written");
+    crate::agent::until("the process has written", || std::fs::exists(&written).unwrap()).await;
     assert_eq!(ran.code, 0);
+    end_sleep(ran.stdout().trim().parse().unwrap()).await;
+}
+
+#[tokio::test]
+async fn background_process_outlives_its_job() {
+    let agent = Agent::start().await;
+
+    let ran = agent.run_job(crate::agent::shell(BACKGROUND_WRITER)).await;
+    std::fs::write(agent.path("go"), "").unwrap();
+
+    let written = agent.path("written");
+    crate::agent::until("the process has written", || std::fs::exists(&written).unwrap()).await;
+    end_sleep(ran.stdout().trim().parse().unwrap()).await;
+}
+
+#[tokio::test]
+async fn background_process_that_floods_its_output_leaves_the_agent_to_others() {
+    let agent = Agent::start().await;
+
+    let ran = agent.run_shell("yes & echo $!").await;
+
+    let pid = ran.stdout().lines().next().unwrap().to_owned();
+    for _ in 0..100 {
+        assert_eq!(agent.run_shell("echo here").await.stdout(), "here\n");
+    }
+    agent.run(&["kill", &pid]).await.unwrap();
+    gone(&pid).await;
+}
+
+#[tokio::test]
+async fn pipes_of_ended_commands_are_limited() {
+    let agent = Agent::start_with(r#"{"discarded_pipes": 2}"#).await;
+    let first = agent.run_shell("sleep 1000 & echo $!").await;
+
+    // The limit is reached: this one's pipes are closed, so that it dies of its first line.
+    let second = agent.run_shell("(while echo line; do sleep 0.01; done) & echo $!").await;
+
+    gone(second.stdout().lines().next().unwrap()).await;
+    end_sleep(first.stdout().trim().parse().unwrap()).await;
 }
 
 /// Ends a `sleep` that a test left behind on purpose.
@@ -266,6 +310,53 @@ async fn command_that_ignores_its_time_limit_is_killed() {
     let ran = agent.run_request(request).await.unwrap();
 
     assert_eq!((ran.code, ran.timed_out), (137, true));
+}
+
+/// Commands that leave a process which survives their `SIGTERM`: one ignores it, one is in another session. Each prints its number.
+const STUBBORN: [&str; 2] =
+    ["(trap '' TERM; exec sleep 311) & echo $!; wait", "setsid sleep 311 & echo $!; wait"];
+
+#[tokio::test]
+async fn time_limit_kills_every_process_of_the_command() {
+    let agent = Agent::start().await;
+    for script in STUBBORN {
+        let request = ExecRequest { timeout_ms: Some(100), ..crate::agent::shell(script) };
+
+        let ran = agent.run_request(request).await.unwrap();
+
+        assert_eq!((ran.code, ran.timed_out), (143, true), "{script}");
+        gone(ran.stdout().trim()).await;
+    }
+}
+
+#[tokio::test]
+async fn time_limit_of_a_job_kills_every_process_of_it() {
+    let agent = Agent::start().await;
+    for script in STUBBORN {
+        let request = ExecRequest { timeout_ms: Some(100), ..crate::agent::shell(script) };
+
+        let ran = agent.run_job(request).await;
+
+        assert_eq!(ran.code, 143, "{script}");
+        gone(ran.stdout().trim()).await;
+    }
+}
+
+#[tokio::test]
+async fn killed_job_leaves_no_process_behind() {
+    let agent = Agent::start().await;
+    for script in STUBBORN {
+        let pid_file = agent.path("pid");
+        let script = script.replace("echo $!", "echo $! >pid.new; mv pid.new pid");
+        let job = agent.client.create_detached(crate::agent::shell(&script)).await.unwrap();
+        crate::agent::until("the job runs", || std::fs::exists(&pid_file).unwrap()).await;
+        let pid = std::fs::read_to_string(&pid_file).unwrap();
+
+        agent.client.kill_session(&job.session_id).await.unwrap();
+
+        gone(pid.trim()).await;
+        std::fs::remove_file(&pid_file).unwrap();
+    }
 }
 
 #[tokio::test]

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use bhatti_proto::FrameType;
 use bytes::Bytes;
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::kill_group;
 use crate::connection::{HostReader, Transport};
+use crate::processes::Processes;
 
 /// Input that may wait for a process that does not read it, in bytes. Beyond it, nothing more is taken from the host.
 pub(crate) const STDIN_QUEUE_BYTES: usize = 1 << 20;
@@ -23,7 +23,11 @@ const HOST_CHECK: Duration = Duration::from_millis(250);
 pub(crate) type Queued = (Bytes, OwnedSemaphorePermit);
 
 /// Feeds the process and signals its group as the host asks. Ends when the host is gone.
-pub(super) async fn pump<T: Transport>(reader: HostReader<T>, stdin: pipe::Sender, group: Pid) {
+pub(super) async fn pump<T: Transport>(
+    reader: HostReader<T>,
+    stdin: pipe::Sender,
+    processes: &Processes,
+) {
     let (queue, queued) = mpsc::unbounded_channel();
     // A process that reads nothing must not keep us when the host is gone.
     let feed_on = async {
@@ -31,7 +35,7 @@ pub(super) async fn pump<T: Transport>(reader: HostReader<T>, stdin: pipe::Sende
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        () = receive(reader, queue, group) => {}
+        () = receive(reader, queue, processes) => {}
         () = feed_on => {}
     }
 }
@@ -49,7 +53,7 @@ pub(crate) async fn feed(mut stdin: pipe::Sender, mut queued: mpsc::UnboundedRec
 async fn receive<T: Transport>(
     mut reader: HostReader<T>,
     queue: mpsc::UnboundedSender<Queued>,
-    group: Pid,
+    processes: &Processes,
 ) {
     let room = Arc::new(Semaphore::new(STDIN_QUEUE_BYTES));
     let mut queue = Some(queue);
@@ -63,8 +67,8 @@ async fn receive<T: Transport>(
                 }
             }
             FrameType::STDIN_EOF => queue = None,
-            FrameType::KILL => kill_group(group, Signal::KILL),
-            FrameType::SIGNAL => signal(group, &frame.payload),
+            FrameType::KILL => processes.signal(Signal::KILL),
+            FrameType::SIGNAL => signal(processes, &frame.payload),
             _ => {}
         }
     }
@@ -107,9 +111,9 @@ async fn enqueue(
     }
 }
 
-fn signal(group: Pid, payload: &[u8]) {
+fn signal(processes: &Processes, payload: &[u8]) {
     if let Some(signal) = named_signal(payload) {
-        kill_group(group, signal);
+        processes.signal(signal);
     }
 }
 

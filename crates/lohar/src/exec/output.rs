@@ -1,16 +1,19 @@
 //! The way from the process to the host.
 
 use std::os::fd::AsFd;
+use std::rc::Rc;
 
 use bhatti_proto::{CHUNK_BYTES, FrameType};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
+use crate::agent::Agent;
 use crate::connection::{HostWriter, Transport};
+use crate::discard::discard;
 use crate::reaper::Exit;
 
 /// The most that is sent of each stream once the process has ended, in bytes. A pipe holds at most this much (`pipe-max-size`), so all
-/// that the process itself wrote arrives; a grandchild that goes on writing is cut off.
+/// that the process itself wrote arrives. What a background process writes later is discarded.
 const DRAIN_BYTES_MAX: usize = 1 << 20;
 
 /// How the output came to its end.
@@ -60,25 +63,34 @@ impl Stream {
         let mut budget = DRAIN_BYTES_MAX;
         while let Some(pipe) = &self.pipe {
             // Not through the runtime, which may not have been told yet that there is something.
-            let length = rustix::io::read(pipe.as_fd(), &mut self.buffer).unwrap_or(0);
-            if length == 0 || budget == 0 {
-                return Ok(());
+            match rustix::io::read(pipe.as_fd(), &mut self.buffer) {
+                // Its last writer has gone.
+                Ok(0) => self.pipe = None,
+                Ok(length) => {
+                    self.send(length, writer).await?;
+                    budget = budget.saturating_sub(length);
+                    if budget == 0 {
+                        return Ok(());
+                    }
+                }
+                Err(_) => return Ok(()),
             }
-            budget = budget.saturating_sub(length);
-            self.send(length, writer).await?;
         }
         Ok(())
     }
 }
 
-/// Sends the output of a process in the order of its arrival, until the process has ended.
+/// Sends the output of a process in the order of its arrival, until the process has ended. Pipes that other processes hold then are
+/// discarded from there on.
 pub(super) async fn pump<T: Transport>(
+    agent: &Rc<Agent>,
     stdout: pipe::Receiver,
     stderr: pipe::Receiver,
     exit: Exit,
     writer: &mut HostWriter<T>,
 ) -> Finished {
     match try_pump(
+        agent,
         Stream::new(stdout, FrameType::STDOUT),
         Stream::new(stderr, FrameType::STDERR),
         exit,
@@ -92,6 +104,7 @@ pub(super) async fn pump<T: Transport>(
 }
 
 async fn try_pump<T: Transport>(
+    agent: &Rc<Agent>,
     mut stdout: Stream,
     mut stderr: Stream,
     mut exit: Exit,
@@ -106,5 +119,10 @@ async fn try_pump<T: Transport>(
     };
     stdout.drain(writer).await?;
     stderr.drain(writer).await?;
+    for stream in [stdout, stderr] {
+        if let Some(pipe) = stream.pipe {
+            discard(agent, pipe);
+        }
+    }
     Ok(code)
 }

@@ -2,9 +2,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use bhatti_proto::{AgentError, ExecRequest, FrameType};
-use rustix::process::Pid;
 use tokio::io::Interest;
 use tokio::sync::{Notify, mpsc};
 
@@ -14,10 +14,11 @@ use super::pump::{self, Source};
 use super::{Attachment, INIT_ID, Session, attach};
 use crate::agent::{Agent, unix_now};
 use crate::connection::{HostReader, HostWriter, Transport};
-use crate::exec::{enforce_timeout, input};
+use crate::exec::input;
 use crate::launch;
 use crate::limits::JOB_OUTPUT_BYTES_MAX;
 use crate::log;
+use crate::processes::{Confinement, Processes};
 use crate::reaper::Exit;
 use crate::refusal::{OpError, kind_of, refused};
 use crate::ring::Ring;
@@ -72,7 +73,7 @@ fn start_terminal(
     request: &ExecRequest,
     id: String,
 ) -> Result<Rc<Session>, AgentError> {
-    let launch::OnTerminal { group, exit, master } = launch::on_terminal(agent, request)?;
+    let launch::OnTerminal { processes, exit, master } = launch::on_terminal(agent, request)?;
     let watched = watch(master, Interest::READABLE | Interest::WRITABLE);
     let terminal =
         Rc::new(watched.map_err(|error| refused(kind_of(&error), format!("pty: {error}")))?);
@@ -83,7 +84,7 @@ fn start_terminal(
     Ok(begin(
         agent,
         request,
-        Begin { id, terminal: Some(terminal), stdin, output, group, exit, sources },
+        Begin { id, terminal: Some(terminal), stdin, output, processes, exit, sources },
     ))
 }
 
@@ -96,7 +97,8 @@ fn start_job(
         request.output_limit.unwrap_or(agent.limits.job_output_bytes).min(JOB_OUTPUT_BYTES_MAX);
     let log = JobLog::create(&agent.state_dir, &id, limit)
         .map_err(|error| refused(kind_of(&error), format!("start: job output: {error}")))?;
-    let launch::Piped { group, exit, stdin, stdout, stderr } = launch::piped(agent, request)?;
+    let launch::Piped { processes, exit, stdin, stdout, stderr } =
+        launch::piped(agent, request, Confinement::Own)?;
     let (sender, queued) = mpsc::unbounded_channel();
     tokio::task::spawn_local(input::feed(stdin, queued));
     let sources =
@@ -105,7 +107,7 @@ fn start_job(
     Ok(begin(
         agent,
         request,
-        Begin { id, terminal: None, stdin: sender, output, group, exit, sources },
+        Begin { id, terminal: None, stdin: sender, output, processes, exit, sources },
     ))
 }
 
@@ -114,13 +116,13 @@ struct Begin {
     terminal: Option<pump::Terminal>,
     stdin: pump::StdinSender,
     output: Output,
-    group: Pid,
+    processes: Rc<Processes>,
     exit: Exit,
     sources: [Source; 2],
 }
 
 fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> {
-    let Begin { id, terminal, stdin, output, group, exit, sources } = begin;
+    let Begin { id, terminal, stdin, output, processes, exit, sources } = begin;
     // A job that is left to itself from the start has nobody to feed it.
     let stdin = (!request.detach || terminal.is_some()).then_some(stdin);
     let session = Rc::new(Session {
@@ -128,7 +130,7 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
         argv: request.argv.join(" "),
         terminal,
         created_at: unix_now(),
-        group,
+        processes,
         max_idle_sec: request
             .max_idle_sec
             .and_then(|seconds| u64::try_from(seconds).ok())
@@ -142,7 +144,11 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
     if let Some(timeout_ms) = request.timeout_ms {
         let timed = Rc::clone(&session);
         tokio::task::spawn_local(async move {
-            enforce_timeout(timeout_ms, |signal| timed.signal(signal)).await;
+            let limit = Duration::from_millis(timeout_ms);
+            tokio::select! {
+                () = Rc::clone(&timed.processes).enforce_timeout(limit, || ()) => {}
+                () = timed.ended() => {}
+            }
         });
     }
     tokio::task::spawn_local(pump::run(Rc::clone(agent), Rc::clone(&session), sources, exit));

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::Session;
 use crate::agent::Agent;
+use crate::discard::discard;
 use crate::exec::input::Queued;
 use crate::reaper::Exit;
 
@@ -98,6 +99,11 @@ pub(super) async fn run(
         drain(&session, source, first_buffer).await;
     }
     session.finish(code);
+    for source in sources {
+        if let Source::Pipe(pipe, _) = source {
+            discard(&agent, pipe);
+        }
+    }
     let kept_ms = if session.is_job() {
         agent.limits.finished_job_ms
     } else {

@@ -1,0 +1,258 @@
+//! The processes of one command: its process group and, in a machine, a cgroup of its own, which `setsid` does not leave.
+//!
+//! A cgroup is made only for commands that the agent may have to kill by itself (those with a time limit, and sessions): making one
+//! costs a command in an emulated guest a few hundred microseconds.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashSet, VecDeque};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
+use tokio::time::sleep;
+
+use crate::agent::Place;
+use crate::limits::TERM_GRACE;
+use crate::log;
+
+/// The cgroup of all processes but the agent, in a machine.
+pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";
+
+/// The most cgroups of commands at once. Beyond it, commands run in the users' cgroup itself.
+const CGROUPS_MAX: usize = 1024;
+
+/// The most cgroups that one command's end tries to remove.
+const REMOVALS_PER_SWEEP: usize = 8;
+
+/// The most processes outside of the group that are remembered without a cgroup.
+const DESCENDANTS_MAX: usize = 1024;
+
+/// Whether a command gets a cgroup of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Confinement {
+    Own,
+    Shared,
+}
+
+/// The cgroups of commands.
+#[derive(Debug, Default)]
+pub(crate) struct Cgroups {
+    last_number: Cell<u64>,
+    live: Cell<usize>,
+    /// Cgroups whose command has ended and whose other processes had not when they were last looked at.
+    left: RefCell<VecDeque<PathBuf>>,
+}
+
+impl Cgroups {
+    /// A cgroup for a command; the users' own if there are too many. None outside a machine.
+    pub(crate) fn open(
+        self: &Rc<Self>,
+        place: Place,
+        confinement: Confinement,
+    ) -> io::Result<Option<Cgroup>> {
+        if !place.has_kernel() || !fs::exists(USER_CGROUP)? {
+            return Ok(None);
+        }
+        self.sweep();
+        let is_full = self.live.get() + self.left.borrow().len() >= CGROUPS_MAX;
+        if confinement == Confinement::Shared || is_full {
+            return Ok(Some(Cgroup { path: None, cgroups: Rc::clone(self) }));
+        }
+        self.last_number.set(self.last_number.get() + 1);
+        let path = PathBuf::from(format!("{USER_CGROUP}/command-{}", self.last_number.get()));
+        fs::create_dir(&path)?;
+        self.live.set(self.live.get() + 1);
+        Ok(Some(Cgroup { path: Some(path), cgroups: Rc::clone(self) }))
+    }
+
+    /// Removes some of the cgroups that have no process any more.
+    fn sweep(&self) {
+        let mut left = self.left.borrow_mut();
+        for _ in 0..REMOVALS_PER_SWEEP.min(left.len()) {
+            if let Some(path) = left.pop_front()
+                && let Err(error) = fs::remove_dir(&path)
+                && error.kind() == io::ErrorKind::ResourceBusy
+            {
+                left.push_back(path);
+            }
+        }
+    }
+}
+
+/// Where the processes of a command live.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    /// The command's own; `None` is the users'.
+    path: Option<PathBuf>,
+    cgroups: Rc<Cgroups>,
+}
+
+impl Cgroup {
+    /// The file by which a child moves itself here.
+    pub(crate) fn procs(&self) -> io::Result<File> {
+        let path = self.path.as_deref().unwrap_or(USER_CGROUP.as_ref());
+        File::options().write(true).open(path.join("cgroup.procs"))
+    }
+
+    /// Kills every process in it. Returns false if it is not the command's own.
+    fn kill(&self) -> bool {
+        let Some(path) = &self.path else { return false };
+        if let Err(error) = fs::write(path.join("cgroup.kill"), "1") {
+            log::line(format_args!("failed to kill the processes in {}: {error}", path.display()));
+            return false;
+        }
+        true
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let Some(path) = self.path.take() else { return };
+        self.cgroups.live.set(self.cgroups.live.get() - 1);
+        self.cgroups.left.borrow_mut().push_back(path);
+        self.cgroups.sweep();
+    }
+}
+
+/// The processes of one command.
+#[derive(Debug)]
+pub(crate) struct Processes {
+    /// The command's first process, which leads the group of the same number.
+    group: Pid,
+    cgroup: Option<Cgroup>,
+}
+
+impl Processes {
+    pub(crate) const fn new(group: Pid, cgroup: Option<Cgroup>) -> Self {
+        Self { group, cgroup }
+    }
+
+    /// Signals the process group. One that is gone needs no signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let _: Result<(), Errno> = kill_process_group(self.group, signal);
+    }
+
+    /// Kills every process of the command, those in other groups and sessions included.
+    pub(crate) fn kill(&self) {
+        self.kill_remembered(&self.descendants());
+    }
+
+    /// Ends the command when its time is over: asks its process group, and kills every process of it that is left after a grace period.
+    /// The second step does not depend on the caller: it happens even if this future is dropped after the first.
+    pub(crate) async fn enforce_timeout(
+        self: Rc<Self>,
+        limit: Duration,
+        on_timeout: impl FnOnce(),
+    ) {
+        sleep(limit).await;
+        on_timeout();
+        // Without a cgroup, they are looked for now: when the leader is gone, its children are no longer known as such.
+        let descendants = self.descendants();
+        self.signal(Signal::TERM);
+        tokio::task::spawn_local(async move {
+            sleep(TERM_GRACE).await;
+            self.kill_remembered(&descendants);
+        });
+    }
+
+    /// Kills the processes in the command's cgroup, or those of `descendants` that are left, with their group.
+    fn kill_remembered(&self, descendants: &[OwnedFd]) {
+        if self.cgroup.as_ref().is_some_and(Cgroup::kill) {
+            return;
+        }
+        let kill = |process: &&OwnedFd| pidfd_send_signal(process, Signal::KILL).is_ok();
+        if descendants.iter().filter(kill).count() > 0 {
+            // A group has its number for as long as one of its processes lives.
+            self.signal(Signal::KILL);
+        }
+    }
+
+    /// The command's processes outside of its group, where no cgroup knows them: those that descend from the group's.
+    fn descendants(&self) -> Vec<OwnedFd> {
+        if self.cgroup.as_ref().is_some_and(|cgroup| cgroup.path.is_some()) {
+            return Vec::new();
+        }
+        let found = descendants_of(self.group, &process_table());
+        found.into_iter().filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
+    }
+}
+
+/// One process, as `/proc` has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Process {
+    pid: Pid,
+    parent: Option<Pid>,
+    group: Option<Pid>,
+    session: Option<Pid>,
+}
+
+fn process_table() -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let stats = entries.filter_map(|entry| {
+        entry.file_name().to_str()?.parse::<u32>().ok()?;
+        fs::read_to_string(entry.path().join("stat")).ok()
+    });
+    stats.filter_map(|stat| parse_stat(&stat)).collect()
+}
+
+/// The first fields of `/proc/PID/stat`, proc(5). The name, in parentheses, may hold anything.
+fn parse_stat(stat: &str) -> Option<Process> {
+    let (pid, rest) = stat.split_once(' ')?;
+    let mut fields = rest.rsplit_once(')')?.1.split_ascii_whitespace().skip(1);
+    let mut number = || fields.next()?.parse().ok();
+    let (parent, group, session) = (number()?, number()?, number()?);
+    Some(Process {
+        pid: Pid::from_raw(pid.parse().ok()?)?,
+        parent: Pid::from_raw(parent),
+        group: Pid::from_raw(group),
+        session: Pid::from_raw(session),
+    })
+}
+
+/// The processes that are in the group or session of that number, or descend from one of those.
+fn descendants_of(group: Pid, table: &[Process]) -> HashSet<Pid> {
+    let mut found = HashSet::new();
+    loop {
+        let before = found.len();
+        for process in table {
+            let belongs = [process.group, process.session].contains(&Some(group))
+                || process.parent.is_some_and(|parent| found.contains(&parent));
+            if belongs && found.len() < DESCENDANTS_MAX {
+                found.insert(process.pid);
+            }
+        }
+        if found.len() == before {
+            return found;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descendants_include_other_sessions_and_exclude_strangers() {
+        let table: Vec<Process> = [
+            "10 (sh) S 1 10 10 0 -1",
+            "11 (a) b) S 10 10 10 0 -1",
+            "12 (setsid) S 11 12 12 0 -1",
+            "13 (child) S 12 12 12 0 -1",
+            "20 (other) S 1 20 20 0 -1",
+        ]
+        .into_iter()
+        .map(|stat| parse_stat(stat).unwrap())
+        .collect();
+
+        let found = descendants_of(Pid::from_raw(10).unwrap(), &table);
+
+        let mut pids: Vec<i32> = found.into_iter().map(Pid::as_raw_pid).collect();
+        pids.sort_unstable();
+        assert_eq!(pids, [10, 11, 12, 13]);
+    }
+}
