@@ -1,4 +1,6 @@
-//! Files in the guest.
+//! Files in the guest. Each call acts as one user: see [`AgentClient::acting_as`].
+
+use std::time::Duration;
 
 use bhatti_proto::{
     CHUNK_BYTES, FileEvent, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse,
@@ -6,11 +8,14 @@ use bhatti_proto::{
 };
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::time::timeout;
 
 use crate::{AgentClient, CallError, Reader, Writer, expect, expect_soon, next, refusal};
 
-/// The most entries of a directory that are taken, give or take a frame.
-const ENTRIES_MAX: usize = 100_000;
+/// The most that the listing of a directory may take, in bytes of JSON, and in time. A guest decides what it lists.
+const LISTING_BYTES_MAX: usize = 8 << 20;
+/// See [`LISTING_BYTES_MAX`].
+const LISTING_LIMIT: Duration = Duration::from_secs(60);
 
 /// Which part of a file is read; by default all of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,11 +136,16 @@ impl FileEvents {
     }
 }
 
-fn path_request(path: &str) -> FilePathRequest {
-    FilePathRequest { path: path.to_owned(), all: false, error_details: true }
-}
-
 impl AgentClient {
+    fn path_request(&self, path: &str) -> FilePathRequest {
+        FilePathRequest {
+            path: path.to_owned(),
+            all: false,
+            user: self.acting_user(),
+            error_details: true,
+        }
+    }
+
     /// Reads a file, or a part of it. Truncated or not, the bytes are the file's own.
     ///
     /// # Errors
@@ -153,6 +163,7 @@ impl AgentClient {
             max_bytes: options
                 .max_bytes
                 .map_or(0, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+            user: self.acting_user(),
             error_details: true,
         };
         let (mut reader, writer) = self.request(FrameType::FILE_READ_REQ, &request).await?;
@@ -161,8 +172,8 @@ impl AgentClient {
         Ok(FileContent { info, reader, _writer: writer })
     }
 
-    /// Begins to write a file of exactly `size` bytes, or, without one, until [`FileUpload::end`]. `mode` are its permission bits in octal,
-    /// `0644` if empty.
+    /// Begins to write a file of exactly `size` bytes, or, without one, until [`FileUpload::end`]. `mode` are its permission bits in octal; if
+    /// empty, those of the file that is there, or `0644`.
     ///
     /// # Errors
     ///
@@ -179,6 +190,7 @@ impl AgentClient {
             // An agent that does not know such writes refuses the size, rather than to take it for that of an empty file.
             size: size.map_or(Ok(-1), i64::try_from).map_err(|_| CallError::Unexpected)?,
             until_eof: size.is_none(),
+            user: self.acting_user(),
             error_details: true,
         };
         let (reader, writer) = self.request(FrameType::FILE_WRITE_REQ, &request).await?;
@@ -221,18 +233,28 @@ impl AgentClient {
     ///
     /// Returns an error if it is not there.
     pub async fn stat(&self, path: &str) -> Result<FileInfo, CallError> {
-        self.ask(FrameType::FILE_STAT_REQ, &path_request(path), FrameType::FILE_STAT_RESP).await
+        self.ask(FrameType::FILE_STAT_REQ, &self.path_request(path), FrameType::FILE_STAT_RESP)
+            .await
     }
 
     /// All entries of a directory, by name.
     ///
     /// # Errors
     ///
-    /// Returns an error if it is not there or no directory.
+    /// Returns an error if it is not there or no directory; [`CallError::TooMuch`] if the listing takes more than
+    /// 8 MiB of JSON; [`CallError::Silent`] if it is not complete in a minute.
     pub async fn list_directory(&self, path: &str) -> Result<Vec<FileInfo>, CallError> {
-        let request = FilePathRequest { all: true, ..path_request(path) };
+        let listing = timeout(LISTING_LIMIT, self.list_all(path));
+        let mut entries =
+            listing.await.unwrap_or(Err(CallError::Silent { limit: LISTING_LIMIT }))?;
+        entries.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(entries)
+    }
+
+    async fn list_all(&self, path: &str) -> Result<Vec<FileInfo>, CallError> {
+        let request = FilePathRequest { all: true, ..self.path_request(path) };
         let (mut reader, _writer) = self.request(FrameType::FILE_LS_REQ, &request).await?;
-        let mut entries = Vec::new();
+        let (mut entries, mut bytes) = (Vec::new(), 0);
         loop {
             let frame = match next(&mut reader).await {
                 Ok(frame) => frame,
@@ -241,10 +263,12 @@ impl AgentClient {
                 Err(error) => return Err(error),
             };
             match frame.frame_type {
-                FrameType::FILE_LS_RESP if entries.len() >= ENTRIES_MAX => {
-                    return Err(CallError::TooMuch { limit: ENTRIES_MAX, what: "entries" });
-                }
                 FrameType::FILE_LS_RESP => {
+                    bytes += frame.payload.len();
+                    if bytes > LISTING_BYTES_MAX {
+                        let what = "bytes of a directory's listing";
+                        return Err(CallError::TooMuch { limit: LISTING_BYTES_MAX, what });
+                    }
                     entries
                         .extend(frame.json::<Vec<FileInfo>>().map_err(|_| CallError::Unexpected)?);
                 }
@@ -269,6 +293,7 @@ impl AgentClient {
             path: path.to_owned(),
             mode: mode.to_owned(),
             parents,
+            user: self.acting_user(),
             error_details: true,
         };
         self.act_soon(FrameType::FILE_MKDIR_REQ, &request).await
@@ -280,7 +305,12 @@ impl AgentClient {
     ///
     /// Returns an error if it is not there, or is a directory that is not empty.
     pub async fn remove(&self, path: &str, recursive: bool) -> Result<(), CallError> {
-        let request = RemoveRequest { path: path.to_owned(), recursive, error_details: true };
+        let request = RemoveRequest {
+            path: path.to_owned(),
+            recursive,
+            user: self.acting_user(),
+            error_details: true,
+        };
         self.act(FrameType::FILE_REMOVE_REQ, &request).await
     }
 
@@ -290,8 +320,12 @@ impl AgentClient {
     ///
     /// Returns an error if the guest's kernel refuses.
     pub async fn rename(&self, from: &str, to: &str) -> Result<(), CallError> {
-        let request =
-            RenameRequest { from: from.to_owned(), to: to.to_owned(), error_details: true };
+        let request = RenameRequest {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            user: self.acting_user(),
+            error_details: true,
+        };
         self.act_soon(FrameType::FILE_RENAME_REQ, &request).await
     }
 
@@ -301,7 +335,8 @@ impl AgentClient {
     ///
     /// Returns an error if the agent cannot be reached.
     pub async fn watch(&self, path: &str) -> Result<FileEvents, CallError> {
-        let (reader, writer) = self.request(FrameType::FILE_WATCH_REQ, &path_request(path)).await?;
+        let (reader, writer) =
+            self.request(FrameType::FILE_WATCH_REQ, &self.path_request(path)).await?;
         Ok(FileEvents { reader, _writer: writer })
     }
 }

@@ -3,6 +3,7 @@
 //! Knows what can be asked of the agent; how its streams travel is the [`AgentChannel`]'s affair. One call, one stream. Dropping a call's
 //! future or its streams gives the stream up, and the agent what it was doing for it.
 
+mod archive;
 mod error;
 mod exec;
 mod file;
@@ -21,6 +22,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{ReadHalf, WriteHalf};
 
+pub use archive::{ArchiveContent, ArchiveUpload};
 pub use error::CallError;
 pub use exec::{ExecControl, ExecEvent, ExecInput, ExecOutput};
 pub use file::{FileContent, FileEvents, FileUpload, ReadOptions};
@@ -48,6 +50,8 @@ type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
 pub struct AgentClient {
     channel: Arc<dyn AgentChannel>,
     token: Option<Arc<[u8]>>,
+    /// The user that file operations act as; the guest's usual user without one.
+    user: Option<Arc<str>>,
     heard: Heard,
 }
 
@@ -55,13 +59,24 @@ impl AgentClient {
     /// A client of the agent behind `channel`.
     #[must_use]
     pub fn new(channel: Arc<dyn AgentChannel>) -> Self {
-        Self { channel, token: None, heard: Heard::default() }
+        Self { channel, token: None, user: None, heard: Heard::default() }
     }
 
     /// The same client, which shows `token` on every stream.
     #[must_use]
     pub fn with_token(&self, token: &[u8]) -> Self {
         Self { token: Some(token.into()), ..self.clone() }
+    }
+
+    /// The same client, whose file operations act as `user` (a name, a number, or `UID:GID`); as the guest's usual user without one.
+    #[must_use]
+    pub fn acting_as(&self, user: Option<&str>) -> Self {
+        Self { user: user.map(Into::into), ..self.clone() }
+    }
+
+    /// The user that file operations act as, as requests have it.
+    fn acting_user(&self) -> Option<String> {
+        self.user.as_deref().map(str::to_owned)
     }
 
     /// Opens a stream and shows the token.

@@ -29,6 +29,9 @@ pub struct RenameFile {
     pub from: String,
     /// Its new path.
     pub to: String,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
 }
 
 /// Makes a directory.
@@ -43,7 +46,35 @@ pub struct MakeDirectory {
     /// Whether missing parents are made, too, and it may exist already.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub parents: bool,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
 }
+
+/// Says that an archive was unpacked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Unpacked {
+    /// `ok`.
+    pub status: String,
+    /// Paths of entries that were left out: pipes and devices. At most some hundred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<String>,
+}
+
+/// How the download of an archive ended, in the trailer [`ARCHIVE_OUTCOME`], for clients that send `TE: trailers`. For others an archive
+/// that is not whole breaks off.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArchiveOutcome {
+    /// Paths of entries that were left out: sockets, pipes and devices. At most some hundred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<String>,
+    /// Why the archive is not whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// The name of the trailer that holds an [`ArchiveOutcome`] as JSON, in which every character beyond ASCII is escaped.
+pub const ARCHIVE_OUTCOME: &str = "x-archive-outcome";
 
 /// Says that it was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -23,7 +23,9 @@ pub use exec::{
     ExecEvent, ExecRequest, ExecResult, Job, Output, STDIN_WINDOW_BYTES, Session, ShellRequest,
     ShellServerMessage, StreamRequest, StreamServerMessage, TIMED_OUT, channel,
 };
-pub use file::{Done, FileEntry, MakeDirectory, RenameFile};
+pub use file::{
+    ARCHIVE_OUTCOME, ArchiveOutcome, Done, FileEntry, MakeDirectory, RenameFile, Unpacked,
+};
 pub use health::Health;
 pub use image::{CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image};
 pub use port::{Port, Publication, PublishPort};

@@ -1,6 +1,6 @@
 //! Files in sandboxes.
 
-use bhatti_api::{Deleted, Done, FileEntry, MakeDirectory, RenameFile};
+use bhatti_api::{Deleted, Done, FileEntry, MakeDirectory, RenameFile, Unpacked};
 use http::Method;
 
 use crate::path::{sandbox_path, with_query};
@@ -18,13 +18,24 @@ pub struct FileStat {
 }
 
 impl Client {
+    /// A path with a query, and with the user that the call acts as.
+    fn file_query<'a>(
+        &'a self,
+        sandbox: &str,
+        rest: &str,
+        pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> String {
+        let user = self.user.as_deref().map(|user| ("user", user));
+        with_query(&sandbox_path(sandbox, rest), pairs.into_iter().chain(user))
+    }
+
     /// Reads a file.
     ///
     /// # Errors
     ///
     /// Returns an error if the call fails.
     pub async fn read_file(&self, sandbox: &str, path: &str) -> Result<Download, ClientError> {
-        let path = with_query(&sandbox_path(sandbox, "/files"), [("path", path)]);
+        let path = self.file_query(sandbox, "/files", [("path", path)]);
         self.download(Method::GET, &path, &[]).await
     }
 
@@ -38,8 +49,7 @@ impl Client {
         sandbox: &str,
         path: &str,
     ) -> Result<Vec<FileEntry>, ClientError> {
-        self.get(&with_query(&sandbox_path(sandbox, "/files"), [("path", path), ("ls", "true")]))
-            .await
+        self.get(&self.file_query(sandbox, "/files", [("path", path), ("ls", "true")])).await
     }
 
     /// Facts about a file or directory.
@@ -48,7 +58,7 @@ impl Client {
     ///
     /// Returns an error if the call fails.
     pub async fn stat(&self, sandbox: &str, path: &str) -> Result<FileStat, ClientError> {
-        let query = with_query(&sandbox_path(sandbox, "/files"), [("path", path)]);
+        let query = self.file_query(sandbox, "/files", [("path", path)]);
         let answer = match self.download(Method::HEAD, &query, &[]).await {
             // An answer to HEAD has no body that could say why: another request has the same fault.
             Err(ClientError::Unexpected(_)) => {
@@ -77,7 +87,7 @@ impl Client {
         content: Upload,
     ) -> Result<Done, ClientError> {
         let query = [("path", path)].into_iter().chain(mode.map(|mode| ("mode", mode)));
-        let path = with_query(&sandbox_path(sandbox, "/files"), query);
+        let path = self.file_query(sandbox, "/files", query);
         self.upload(Method::PUT, &path, content).await
     }
 
@@ -94,7 +104,7 @@ impl Client {
     ) -> Result<Deleted, ClientError> {
         let recursive = if recursive { "true" } else { "false" };
         let query = [("path", path), ("recursive", recursive)];
-        self.delete(&with_query(&sandbox_path(sandbox, "/files"), query)).await
+        self.delete(&self.file_query(sandbox, "/files", query)).await
     }
 
     /// Makes a directory.
@@ -107,7 +117,9 @@ impl Client {
         sandbox: &str,
         request: &MakeDirectory,
     ) -> Result<Done, ClientError> {
-        self.post(&sandbox_path(sandbox, "/files/mkdir"), Some(request)).await
+        let user = request.user.clone().or_else(|| self.user.clone());
+        let request = MakeDirectory { user, ..request.clone() };
+        self.post(&sandbox_path(sandbox, "/files/mkdir"), Some(&request)).await
     }
 
     /// Renames a file or directory.
@@ -120,17 +132,19 @@ impl Client {
         sandbox: &str,
         request: &RenameFile,
     ) -> Result<Done, ClientError> {
-        self.post(&sandbox_path(sandbox, "/files/rename"), Some(request)).await
+        let user = request.user.clone().or_else(|| self.user.clone());
+        let request = RenameFile { user, ..request.clone() };
+        self.post(&sandbox_path(sandbox, "/files/rename"), Some(&request)).await
     }
 
-    /// Downloads a directory as a tar archive.
+    /// Downloads a directory as a tar archive. Behind its last piece, [`Download::skipped`] has what was left out.
     ///
     /// # Errors
     ///
     /// Returns an error if the call fails.
     pub async fn read_tar(&self, sandbox: &str, path: &str) -> Result<Download, ClientError> {
-        let path = with_query(&sandbox_path(sandbox, "/tar"), [("path", path)]);
-        self.download(Method::GET, &path, &[]).await
+        let path = self.file_query(sandbox, "/tar", [("path", path)]);
+        self.download(Method::GET, &path, &[("te", "trailers"), ("connection", "te")]).await
     }
 
     /// Unpacks a tar archive into a directory.
@@ -143,8 +157,8 @@ impl Client {
         sandbox: &str,
         path: &str,
         archive: Upload,
-    ) -> Result<Done, ClientError> {
-        let path = with_query(&sandbox_path(sandbox, "/tar"), [("path", path)]);
+    ) -> Result<Unpacked, ClientError> {
+        let path = self.file_query(sandbox, "/tar", [("path", path)]);
         self.upload(Method::PUT, &path, archive).await
     }
 }

@@ -54,6 +54,9 @@ pub enum ClientError {
     /// The connection broke while a command ran.
     #[error("the connection to the daemon was lost")]
     StreamLost(#[source] Option<Box<tokio_tungstenite::tungstenite::Error>>),
+    /// An archive is not whole: something in it could not be read.
+    #[error("{0}")]
+    Archive(String),
     /// What answered is no bhatti daemon, or one of another time.
     #[error("the daemon answered something unexpected: {0}")]
     Unexpected(String),
@@ -64,13 +67,16 @@ pub enum ClientError {
 pub struct Client {
     endpoint: Endpoint,
     token: Option<String>,
+    /// The user that file calls act as; the sandbox's usual user without one.
+    user: Option<String>,
 }
 
 impl Client {
     /// A client of the daemon that runs on `data_dir`.
     #[must_use]
     pub fn unix(data_dir: &std::path::Path) -> Self {
-        Self { endpoint: Endpoint::Unix { data_dir: data_dir.to_owned() }, token: None }
+        let endpoint = Endpoint::Unix { data_dir: data_dir.to_owned() };
+        Self { endpoint, token: None, user: None }
     }
 
     /// A client of the daemon at `url`, `http://HOST:PORT`, with an API key.
@@ -79,7 +85,13 @@ impl Client {
     ///
     /// Returns an error if the URL is none that can be called.
     pub fn http(url: &str, token: &str) -> Result<Self, ParseUrlError> {
-        Ok(Self { endpoint: url.parse()?, token: Some(token.to_owned()) })
+        Ok(Self { endpoint: url.parse()?, token: Some(token.to_owned()), user: None })
+    }
+
+    /// The same client, whose file and archive calls act as `user` in the sandbox: a name, a number, or `UID:GID`.
+    #[must_use]
+    pub fn acting_as(&self, user: Option<&str>) -> Self {
+        Self { user: user.map(str::to_owned), ..self.clone() }
     }
 
     /// Where the daemon is.

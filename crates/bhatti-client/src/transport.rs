@@ -2,6 +2,7 @@
 
 use std::io;
 
+use bhatti_api::{ARCHIVE_OUTCOME, ArchiveOutcome};
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST};
@@ -55,6 +56,7 @@ impl Upload {
 pub struct Download {
     headers: HeaderMap,
     body: Incoming,
+    outcome: ArchiveOutcome,
 }
 
 impl Download {
@@ -83,13 +85,26 @@ impl Download {
         loop {
             match self.body.frame().await.transpose().map_err(ClientError::Lost)? {
                 None => return Ok(None),
-                Some(frame) => {
-                    if let Ok(bytes) = frame.into_data() {
-                        return Ok(Some(bytes));
-                    }
-                }
+                Some(frame) => match frame.into_data().map_err(Frame::into_trailers) {
+                    Ok(bytes) => return Ok(Some(bytes)),
+                    Err(Ok(trailers)) => self.take_outcome(&trailers)?,
+                    Err(Err(_)) => {}
+                },
             }
         }
+    }
+
+    /// What was left out of an archive (sockets, pipes, devices), once its last piece has come.
+    #[must_use]
+    pub fn skipped(&self) -> &[String] {
+        &self.outcome.skipped
+    }
+
+    fn take_outcome(&mut self, trailers: &HeaderMap) -> Result<(), ClientError> {
+        let Some(outcome) = trailers.get(ARCHIVE_OUTCOME) else { return Ok(()) };
+        self.outcome = serde_json::from_slice(outcome.as_bytes())
+            .map_err(|error| ClientError::Unexpected(error.to_string()))?;
+        self.outcome.error.take().map_or(Ok(()), |error| Err(ClientError::Archive(error)))
     }
 
     async fn collect(self) -> Result<Bytes, ClientError> {
@@ -180,7 +195,8 @@ impl Client {
         tokio::spawn(connection);
         let response = sender.send_request(request).await.map_err(ClientError::Lost)?;
         let (status, (parts, body)) = (response.status(), response.into_parts());
-        let answer = Download { headers: parts.headers, body };
+        let outcome = ArchiveOutcome::default();
+        let answer = Download { headers: parts.headers, body, outcome };
         if status.is_success() {
             return Ok(answer);
         }

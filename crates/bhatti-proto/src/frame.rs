@@ -102,6 +102,14 @@ impl FrameType {
     pub const FILE_WATCH_REQ: Self = Self(0x5b);
     /// Guest to host: [`FileEvent`](crate::FileEvent). Not in the original protocol.
     pub const FILE_EVENT: Self = Self(0x5c);
+    /// Host to guest: [`ArchiveRequest`](crate::ArchiveRequest), a directory to read as a tar archive. Answered by the archive as
+    /// [`STDOUT`](Self::STDOUT), by one [`STDERR`](Self::STDERR) for each entry that is left out (its path), and
+    /// [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    pub const ARCHIVE_READ_REQ: Self = Self(0x5d);
+    /// Host to guest: [`ArchiveRequest`](crate::ArchiveRequest), a directory to unpack a tar archive into. The archive follows as
+    /// [`STDIN`](Self::STDIN), and [`STDIN_EOF`](Self::STDIN_EOF). Answered as [`ARCHIVE_READ_REQ`](Self::ARCHIVE_READ_REQ), without
+    /// an archive. Not in the original protocol.
+    pub const ARCHIVE_WRITE_REQ: Self = Self(0x5e);
     /// Host to guest: shut the guest down. Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const SHUTDOWN_REQ: Self = Self(0x60);
     /// Host to guest: [`GuestConfig`](crate::GuestConfig), once after the boot. Answered by [`EXIT`](Self::EXIT) 0. Not in the original

@@ -29,8 +29,8 @@ pub use guest::{
 };
 pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
-    ActivityInfo, AgentError, ErrorKind, ExecRequest, FileEvent, FileEventKind, FileInfo,
-    FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest, ForwardRequest,
+    ActivityInfo, AgentError, ArchiveRequest, ErrorKind, ExecRequest, FileEvent, FileEventKind,
+    FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest, ForwardRequest,
     ForwardResponse, GuestEvent, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo,
     SessionRef, SignalRequest, StatusOk,
 };

@@ -254,6 +254,9 @@ pub struct FileReadRequest {
     /// The most bytes; 0 means all.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub max_bytes: i64,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
@@ -273,7 +276,7 @@ pub struct FileReadResponse {
 pub struct FileWriteRequest {
     /// The file.
     pub path: String,
-    /// The permission bits in octal.
+    /// The permission bits in octal. If empty, those of the file that is there, or 0644.
     #[serde(default)]
     pub mode: String,
     /// The size of the content, in bytes; -1 if it is unknown.
@@ -281,6 +284,9 @@ pub struct FileWriteRequest {
     /// Whether the content ends with [`STDIN_EOF`](crate::FrameType::STDIN_EOF), its size being unknown. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub until_eof: bool,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
@@ -295,6 +301,9 @@ pub struct FilePathRequest {
     /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub all: bool,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
@@ -311,6 +320,9 @@ pub struct MkdirRequest {
     /// Whether its parents are made, too, and it may exist already.
     #[serde(default, skip_serializing_if = "is_false")]
     pub parents: bool,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
@@ -324,6 +336,9 @@ pub struct RemoveRequest {
     /// Whether a directory goes with all that is in it.
     #[serde(default, skip_serializing_if = "is_false")]
     pub recursive: bool,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
@@ -336,7 +351,23 @@ pub struct RenameRequest {
     pub from: String,
     /// Its new path.
     pub to: String,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub error_details: bool,
+}
+
+/// Reads a directory as a tar archive, or unpacks one into a directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArchiveRequest {
+    /// The directory.
+    pub path: String,
+    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }

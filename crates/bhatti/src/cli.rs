@@ -86,7 +86,6 @@ pub(crate) enum Command {
     #[command(visible_alias = "rm")]
     Destroy(destroy::Destroy),
     /// Read, write and copy files of sandboxes
-    #[command(subcommand)]
     File(file::File),
     /// Save sandboxes under a name, and make others of them
     #[command(subcommand)]

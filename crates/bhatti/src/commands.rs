@@ -70,6 +70,12 @@ impl Context {
         Ok(Self { data_dir, client, output })
     }
 
+    /// The same, whose file calls act as this user of the sandbox.
+    fn acting_as(&self, user: Option<&str>) -> Self {
+        let client = self.client.acting_as(user);
+        Self { data_dir: self.data_dir.clone(), client, output: self.output }
+    }
+
     /// Reads from the sandbox that was typed: its name, its id or a prefix of its id.
     ///
     /// Only for commands that change nothing: a name that is gone may be the prefix of an id. For all others, see

@@ -85,7 +85,7 @@ impl From<ClientError> for CliError {
                 ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url")
             }
             ClientError::Lost(_) | ClientError::StreamLost(_) => Self { is_lost: true, ..ours },
-            ClientError::Unexpected(_) => ours,
+            ClientError::Archive(_) | ClientError::Unexpected(_) => ours,
         }
     }
 }

@@ -77,6 +77,74 @@ async fn files_are_read_written_listed_and_removed() {
 }
 
 #[tokio::test]
+async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let files = "/sandboxes/dev/files";
+    let put = async |path: &str| {
+        api.send("PUT", &format!("{files}?path={path}"), &[], "new").await.status.as_u16()
+    };
+    let root = async |script: &str| {
+        let exec = json!({ "cmd": ["sh", "-c", script], "user": "root" });
+        api.call("POST", "/sandboxes/dev/exec", &exec).await.json()["stdout"].clone()
+    };
+
+    // What a call makes is the user's: it can go on there.
+    assert_eq!(put("/workspace/a/b/c").await, 200);
+    let mkdir = json!({ "path": "/workspace/d/e", "parents": true });
+    assert_eq!(api.call("POST", &format!("{files}/mkdir"), &mkdir).await.status, 200);
+    let archive = api.get("/sandboxes/dev/tar?path=/workspace/a").await.body;
+    let unpacked = api.send("PUT", "/sandboxes/dev/tar?path=/workspace/f/g", &[], archive).await;
+    assert_eq!(unpacked.status, 200);
+    let script = "cd /workspace && touch a/x a/b/x d/x d/e/x f/x f/g/x f/g/b/x && echo fine";
+    assert_eq!(api.sh("dev", script).await, "fine\n");
+
+    // What is there keeps its owner, mode and attributes, and what the user may not write is refused.
+    root(
+        "cd /workspace && printf x >script && chmod 755 script && chown 1000:1000 script \
+          && printf x >shared && chmod 664 shared && chown root:1000 shared \
+          && printf x >roots && ln -s script link && mkfifo pipe && chmod 666 pipe",
+    )
+    .await;
+    for (path, status) in
+        [("script", 200), ("link", 200), ("shared", 200), ("roots", 403), ("pipe", 409)]
+    {
+        assert_eq!(put(&format!("/workspace/{path}")).await, status, "{path}");
+    }
+    assert_eq!(put("/workspace/roots&user=root").await, 200);
+    assert_eq!(put("/etc/new").await, 403);
+    assert_eq!(put("/etc/new&user=nobody-at-all").await, 400);
+    let facts = api.sh("dev", "cd /workspace && stat -c '%n %U:%G %a' script shared roots && cat script; stat -c %F link pipe").await;
+    assert_eq!(
+        facts,
+        "script user:user 755\nshared root:user 664\nroots root:root 644\nnewsymbolic link\nfifo\n"
+    );
+    // The modes of others are shown whole.
+    let head = api.send("HEAD", &format!("{files}?path=/tmp"), &[], "").await;
+    assert_eq!(head.headers["x-file-mode"], "1777");
+
+    // Of what the user cannot read there is an error, not half an archive.
+    root("install -m 600 /etc/hostname /workspace/a/secret").await;
+    let refused = api.get("/sandboxes/dev/tar?path=/workspace/a").await;
+    assert_eq!(refused.status, 403, "{}", refused.text());
+    assert!(refused.text().contains("/workspace/a/secret"), "{}", refused.text());
+    assert_eq!(api.get("/sandboxes/dev/tar?path=/workspace/a&user=root").await.status, 200);
+}
+
+#[tokio::test]
+async fn listing_of_long_links_is_refused_and_harms_nobody() {
+    let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    // Ten times what a listing may take, in names alone.
+    let script = "import os\nos.mkdir('/workspace/m')\nfor i in range(20000): os.symlink('x' * 4000, f'/workspace/m/{i}')";
+    let exec = json!({ "cmd": ["python3", "-c", script] });
+    assert_eq!(api.call("POST", "/sandboxes/dev/exec", &exec).await.json()["exit_code"], 0);
+
+    let listed = api.get("/sandboxes/dev/files?path=/workspace/m&ls=true").await;
+
+    assert_eq!(listed.refusal(), (413, "output_too_large".to_owned()), "{}", listed.text());
+    assert_eq!(api.sh("dev", "echo alive").await, "alive\n");
+}
+
+#[tokio::test]
 async fn upload_is_whole_or_not_at_all() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     let files = "/sandboxes/dev/files";

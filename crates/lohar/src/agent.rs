@@ -4,12 +4,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bhatti_proto::{ActivityInfo, ErrorKind, GuestEvent};
 use tokio::sync::{Notify, broadcast};
 
 use crate::descriptors::raise_limit;
+use crate::file::Workers;
 use crate::limits::Limits;
 use crate::processes::{Cgroups, Processes};
 use crate::reaper::Reaper;
@@ -38,6 +39,8 @@ pub(crate) struct Agent {
     pub(crate) place: Place,
     /// How many descriptors its children begin with, which are fewer than it has itself.
     pub(crate) child_descriptors: Option<u64>,
+    /// Threads for file operations.
+    pub(crate) file_workers: Workers,
     /// The cgroups of commands.
     pub(crate) cgroups: Rc<Cgroups>,
     commands: RefCell<HashMap<String, Rc<Processes>>>,
@@ -106,6 +109,10 @@ impl Agent {
             state_dir,
             place,
             child_descriptors: raise_limit(place),
+            file_workers: Workers::new(
+                limits.file_operations,
+                Duration::from_millis(limits.file_wait_ms),
+            ),
             cgroups: Rc::default(),
             commands: RefCell::default(),
             running_commands: Cell::new(0),

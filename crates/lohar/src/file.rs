@@ -1,10 +1,16 @@
-//! File operations. They run as the agent, root in a guest.
+//! File operations. Each acts as one user: the one that its request names, or the usual user of a guest. The kernel checks that user's
+//! rights; what is made belongs to that user.
 
+mod archive;
 mod change;
 mod info;
 mod read;
+mod remove;
+mod target;
 mod watch;
+mod worker;
 mod write;
+mod xattrs;
 
 use std::path::{Path, PathBuf};
 
@@ -13,14 +19,18 @@ use bhatti_proto::{AgentError, ErrorKind};
 use crate::limits::PATH_BYTES_MAX;
 use crate::refusal::refused;
 
+pub(crate) use archive::{read as read_archive, write as write_archive};
 pub(crate) use change::{mkdir, remove, rename};
 pub(crate) use info::{list, stat};
 pub(crate) use read::read;
 pub(crate) use watch::watch;
-pub(crate) use write::{Owner, write, write_whole};
+pub(crate) use worker::{Workers, begin_as_agent};
+pub(crate) use write::{write, write_whole};
 
 /// Permission bits of a new file whose request names none.
 const FILE_MODE: u32 = 0o644;
+/// Permission bits of a new directory whose request names none.
+const DIRECTORY_MODE: u32 = 0o755;
 
 /// Checks a path.
 fn checked(path: &str) -> Result<PathBuf, AgentError> {
@@ -32,13 +42,13 @@ fn checked(path: &str) -> Result<PathBuf, AgentError> {
     Ok(PathBuf::from(path))
 }
 
-/// Permission bits in octal, as requests have them.
-pub(crate) fn parse_mode(text: &str, default: u32) -> Result<u32, AgentError> {
+/// Permission bits in octal, as requests have them; `None` if there are none.
+pub(crate) fn parse_mode(text: &str) -> Result<Option<u32>, AgentError> {
     if text.is_empty() {
-        return Ok(default);
+        return Ok(None);
     }
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
-    mode.ok_or_else(|| {
+    mode.map(Some).ok_or_else(|| {
         refused(ErrorKind::BadRequest, format!("`{text}` are no permission bits in octal"))
     })
 }
@@ -46,4 +56,17 @@ pub(crate) fn parse_mode(text: &str, default: u32) -> Result<u32, AgentError> {
 /// The directory that a file lies in.
 fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The permission bits as four octal digits, with the setuid, setgid and sticky bits.
+fn octal(mode: u32) -> String {
+    format!("{:04o}", mode & 0o7777)
+}
+
+fn is_a_directory(path: &Path) -> AgentError {
+    refused(ErrorKind::IsDirectory, format!("{} is a directory", path.display()))
+}
+
+fn is_not_regular(path: &Path) -> AgentError {
+    refused(ErrorKind::NotRegular, format!("{} is not a regular file", path.display()))
 }

@@ -30,7 +30,7 @@ use crate::processes::{Cgroup, Confinement, Processes};
 use crate::reaper::Exit;
 use crate::refusal::refused;
 use crate::spawn::Program;
-use crate::user::{self, USUAL_UID, User};
+use crate::user::{self, User};
 
 /// Where programs are looked for unless the request says otherwise.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -119,7 +119,7 @@ struct Command {
 
 impl Command {
     fn find(agent: &Agent, request: &ExecRequest) -> Result<Self, AgentError> {
-        let user = user_of(agent, request.user.as_deref())?;
+        let user = user::acting(agent, request.user.as_deref())?;
         let environment =
             environment(&agent.settings.borrow().environment, user.as_ref(), &request.env);
         let path = environment.get("PATH").map_or("", String::as_str);
@@ -203,16 +203,6 @@ fn give_capabilities_up() -> io::Result<()> {
         remove_capability_from_bounding_set(capability)?;
     }
     Ok(())
-}
-
-/// Who a process runs as: whom the request names, whom the settings name, or the usual user of a guest. `None` is the agent's own.
-fn user_of(agent: &Agent, named: Option<&str>) -> Result<Option<User>, AgentError> {
-    let configured = agent.settings.borrow().user.clone();
-    match named.map(str::to_owned).or(configured) {
-        Some(name) => user::find(&name).map(Some),
-        None if agent.place.is_guest() => Ok(user::find(&USUAL_UID.to_string()).ok()),
-        None => Ok(None),
-    }
 }
 
 /// The environment of a process: the defaults, the guest's, the request's. Nothing of the agent's own.

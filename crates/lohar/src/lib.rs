@@ -19,7 +19,8 @@
 //!  reaper     waits for every process that was started
 //! ```
 //!
-//! Everything runs on one thread: starting a child and registering it with the reaper cannot be torn apart by its exit.
+//! Everything runs on one thread: starting a child and registering it with the reaper cannot be torn apart by its exit. What may wait for
+//! a file system runs on threads of a pool (`file/worker.rs`).
 
 mod agent;
 mod channel;
@@ -54,6 +55,17 @@ mod watched;
 
 use std::process::ExitCode;
 
+/// The stack of a thread that waits for files, in bytes. Nothing there is recursive.
+const FILE_THREAD_STACK_BYTES: usize = 512 << 10;
+
+/// The runtime: one thread that serves everything, and those that wait for files and disks.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_stack_size(FILE_THREAD_STACK_BYTES)
+        .build()
+}
+
 /// Runs the agent: as PID 1 of a guest, or in test mode.
 pub fn run() -> ExitCode {
     keep_heap();
@@ -78,15 +90,19 @@ unsafe extern "C" {
 }
 
 /// Keeps up to a mebibyte that is not used at the heap's end: to give it back and take it again is 80 functions of the kernel, which an
-/// emulated guest has to translate before it answers.
+/// emulated guest has to translate before it answers. Threads share the heap: one of its own for each would be memory that is not given back.
 fn keep_heap() {
     /// glibc's name for that.
     #[cfg(target_env = "gnu")]
     const M_TRIM_THRESHOLD: std::ffi::c_int = -1;
+    /// The same for the number of heaps.
+    #[cfg(target_env = "gnu")]
+    const M_ARENA_MAX: std::ffi::c_int = -8;
     #[cfg(target_env = "gnu")]
     #[expect(unsafe_code, reason = "no crate has this call")]
     // SAFETY: glibc has this function; it only sets a number, and refuses by its answer.
     unsafe {
         mallopt(M_TRIM_THRESHOLD, 1 << 20);
+        mallopt(M_ARENA_MAX, 1);
     }
 }

@@ -33,6 +33,10 @@ pub(crate) struct Limits {
     pub(crate) watches: usize,
     /// Pipes of ended commands that are read at once, so that their background processes can go on writing.
     pub(crate) discarded_pipes: usize,
+    /// File operations at once: each has a thread.
+    pub(crate) file_operations: usize,
+    /// Milliseconds that a file operation may wait for its turn.
+    pub(crate) file_wait_ms: u64,
     /// Bytes of output that a job keeps, unless it asks for another number.
     pub(crate) job_output_bytes: u64,
     /// The largest file that can be written, in bytes.
@@ -55,6 +59,8 @@ impl Default for Limits {
             finished_sessions: 64,
             watches: 64,
             discarded_pipes: 1024,
+            file_operations: 64,
+            file_wait_ms: 10_000,
             job_output_bytes: 64 << 20,
             file_bytes: 64 << 30,
             request_ms: 30_000,

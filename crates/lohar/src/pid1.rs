@@ -23,7 +23,7 @@ use crate::agent::{Agent, Place};
 use crate::limits::Limits;
 use crate::reaper::Reaper;
 use crate::vsock::Vsock;
-use crate::{channel, log, netlink, oom};
+use crate::{channel, log, netlink, oom, runtime};
 
 /// Where jobs keep their output.
 const STATE_DIR: &str = "/var/lib/lohar";
@@ -84,10 +84,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     }
     enter_workspace().step("enter /workspace")?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .step("start the runtime")?;
+    let runtime = runtime().step("start the runtime")?;
     LocalSet::new().block_on(&runtime, async {
         let reaper = Reaper::start().step("watch for children")?;
         let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), Place::Machine);

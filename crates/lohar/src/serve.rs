@@ -104,14 +104,22 @@ async fn control<T: Transport>(
         }
         FrameType::FILE_READ_REQ => {
             agent.touch();
-            file::read(&request(&frame)?, writer).await
+            file::read(agent, &request(&frame)?, writer).await
         }
         FrameType::FILE_WRITE_REQ => {
             agent.touch();
             file::write(agent, &request(&frame)?, reader, writer).await
         }
-        FrameType::FILE_STAT_REQ => file::stat(&request(&frame)?, writer).await,
-        FrameType::FILE_LS_REQ => file::list(&request(&frame)?, writer).await,
+        FrameType::FILE_STAT_REQ => file::stat(agent, &request(&frame)?, writer).await,
+        FrameType::FILE_LS_REQ => file::list(agent, &request(&frame)?, writer).await,
+        FrameType::ARCHIVE_READ_REQ => {
+            agent.touch();
+            file::read_archive(agent, &request(&frame)?, writer).await
+        }
+        FrameType::ARCHIVE_WRITE_REQ => {
+            agent.touch();
+            file::write_archive(agent, &request(&frame)?, reader, writer).await
+        }
         FrameType::FILE_WATCH_REQ => file::watch(agent, &request(&frame)?, reader, writer).await,
         FrameType::EVENTS_REQ => events(agent, reader, writer).await,
         FrameType::EXEC_LIST_REQ => {
@@ -121,7 +129,7 @@ async fn control<T: Transport>(
             Ok(writer.send_json(FrameType::ACTIVITY_RESP, &agent.activity()).await?)
         }
         FrameType::IDENTITY_REQ => {
-            let report = settings::assume(agent, &request::<Identity>(&frame)?);
+            let report = settings::assume(agent, &request::<Identity>(&frame)?).await;
             Ok(writer.send_json(FrameType::IDENTITY_RESP, &report).await?)
         }
         _ => {
@@ -151,10 +159,10 @@ async fn simple(agent: &Rc<Agent>, frame: &Frame) -> Result<(), OpError> {
             session::kill(agent, &wanted.session_id)
         }
         FrameType::SIGNAL_REQ => exec::signal(agent, &request(frame)?),
-        FrameType::FILE_MKDIR_REQ => Ok(file::mkdir(agent, &request::<MkdirRequest>(frame)?)?),
-        FrameType::FILE_REMOVE_REQ => file::remove(&request::<RemoveRequest>(frame)?).await,
-        FrameType::FILE_RENAME_REQ => Ok(file::rename(&request::<RenameRequest>(frame)?)?),
-        FrameType::CONFIG_REQ => settings::configure(agent, &request(frame)?),
+        FrameType::FILE_MKDIR_REQ => file::mkdir(agent, &request::<MkdirRequest>(frame)?).await,
+        FrameType::FILE_REMOVE_REQ => file::remove(agent, &request::<RemoveRequest>(frame)?).await,
+        FrameType::FILE_RENAME_REQ => file::rename(agent, &request::<RenameRequest>(frame)?).await,
+        FrameType::CONFIG_REQ => settings::configure(agent, &request(frame)?).await,
         FrameType::SUSPEND_REQ => suspend::suspend(agent, &request(frame)?).await,
         FrameType::WOKEN_REQ => {
             suspend::wake(agent, &request(frame)?);

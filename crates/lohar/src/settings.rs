@@ -2,24 +2,27 @@
 
 mod identity;
 mod system;
+mod texts;
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{AgentError, ConfigFile, ErrorKind, GuestConfig};
 use subtle::ConstantTimeEq;
+use tokio::time::timeout;
 
 use crate::agent::{Agent, Place};
-use crate::file::{Owner, parse_mode, write_whole};
+use crate::file::{begin_as_agent, parse_mode, write_whole};
 use crate::refusal::{OpError, refused};
 use crate::session::start_init;
 
 pub(crate) use identity::{assume, feed_random, set_clock};
 
-/// Permission bits of a configured file that names none.
-const FILE_MODE: u32 = 0o644;
+/// How long writing the configured files may take: one may lie on a file system whose server stands still with the users' processes.
+const FILES_LIMIT: Duration = Duration::from_secs(10);
 
 /// What holds for connections and processes from now on.
 #[derive(Debug, Default)]
@@ -62,7 +65,7 @@ fn some_text(text: &str) -> Option<String> {
 }
 
 /// Serves one `CONFIG_REQ`. The first one that succeeds is the only one.
-pub(crate) fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), OpError> {
+pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), OpError> {
     if agent.settings.borrow().configured {
         return Err(refused(ErrorKind::AlreadyExists, "the guest has been configured").into());
     }
@@ -71,7 +74,7 @@ pub(crate) fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), O
         Place::Container => system::apply_in_container(config)?,
         Place::Process => {}
     }
-    write_files(agent, &config.files)?;
+    write_files(agent, &config.files).await?;
     agent.settings.borrow_mut().take_over(config);
     start_init_of(agent, config);
     Ok(())
@@ -83,14 +86,26 @@ fn start_init_of(agent: &Rc<Agent>, config: &GuestConfig) {
     }
 }
 
-fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Result<(), AgentError> {
-    let owner = if agent.place.is_guest() { Owner::UsualUser } else { Owner::Agent };
-    for (path, file) in files {
-        let content = STANDARD.decode(&file.content);
-        let content = content.map_err(|error| {
-            refused(ErrorKind::BadRequest, format!("content of {path}: {error}"))
-        })?;
-        write_whole(path, &content, parse_mode(&file.mode, FILE_MODE)?, owner)?;
+/// Writes the configured files, on a thread for files.
+async fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Result<(), OpError> {
+    if files.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let (files, is_guest) = (files.clone(), agent.place.is_guest());
+    let writing = begin_as_agent(agent, move || {
+        files.iter().try_for_each(|(path, file)| write_file(path, file, is_guest))
+    });
+    let mut writing = writing.await?;
+    let late = |_| {
+        let message = format!("the files were not written within {} s", FILES_LIMIT.as_secs());
+        refused(ErrorKind::Limit, message)
+    };
+    timeout(FILES_LIMIT, writing.end()).await.map_err(late)?
+}
+
+fn write_file(path: &str, file: &ConfigFile, is_guest: bool) -> Result<(), AgentError> {
+    let content = STANDARD.decode(&file.content);
+    let content = content
+        .map_err(|error| refused(ErrorKind::BadRequest, format!("content of {path}: {error}")))?;
+    write_whole(path, &content, parse_mode(&file.mode)?, is_guest)
 }

@@ -11,6 +11,7 @@ use crate::agent::{Agent, Place};
 use crate::limits::Limits;
 use crate::log;
 use crate::reaper::Reaper;
+use crate::runtime;
 use crate::unix::Listeners;
 
 /// Serves until killed.
@@ -34,7 +35,7 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn serve(control: &Path, forward: &Path) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = runtime()?;
     LocalSet::new().block_on(&runtime, async {
         let listeners = Listeners::open(control, forward)?;
         let state_dir =

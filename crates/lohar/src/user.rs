@@ -1,16 +1,19 @@
 //! Users of the guest, as its `/etc/passwd` and `/etc/group` have them.
 
 use std::fs;
+use std::io;
 
 use bhatti_proto::{AgentError, ErrorKind};
 use rustix::fs::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
+use crate::agent::Agent;
 use crate::refusal::refused;
 
-/// The user of every process that names none, if the guest has it.
+/// The user of every process and file operation that names none, if the guest has it.
 pub(crate) const USUAL_UID: u32 = 1000;
 
-/// Somebody to run a process as.
+/// A user to run a process as, or to do a file operation as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct User {
     pub(crate) name: String,
@@ -20,12 +23,58 @@ pub(crate) struct User {
     pub(crate) home: String,
 }
 
-/// Finds a user by name or number.
-pub(crate) fn find(wanted: &str) -> Result<User, AgentError> {
+/// The user that a request acts as: the one that it names, else the one of the settings, else the usual user of a guest. `None` is the
+/// agent's own user.
+pub(crate) fn acting(agent: &Agent, named: Option<&str>) -> Result<Option<User>, AgentError> {
+    let configured = agent.settings.borrow().user.clone();
+    match named.map(str::to_owned).or(configured) {
+        Some(name) => find(&name).map(Some),
+        None if agent.place.is_guest() => Ok(find_known(&USUAL_UID.to_string())),
+        None => Ok(None),
+    }
+}
+
+/// Finds a user by name, by number, or as `UID:GID`. A number needs no entry in `/etc/passwd`: its group is then the same number.
+fn find(wanted: &str) -> Result<User, AgentError> {
+    find_known(wanted)
+        .or_else(|| User::numeric(wanted))
+        .ok_or_else(|| refused(ErrorKind::NoSuchUser, format!("start: unknown user {wanted}")))
+}
+
+fn find_known(wanted: &str) -> Option<User> {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
     find_in(&passwd, &group, wanted)
-        .ok_or_else(|| refused(ErrorKind::NoSuchUser, format!("start: unknown user {wanted}")))
+}
+
+impl User {
+    /// A user without an entry in `/etc/passwd`: `UID` or `UID:GID`.
+    fn numeric(text: &str) -> Option<Self> {
+        let (uid, gid) = text.split_once(':').unwrap_or((text, text));
+        // The highest number means "unchanged" to the kernel.
+        let number = |text: &str| text.parse::<u32>().ok().filter(|number| *number < u32::MAX);
+        let (uid, gid) = (Uid::from_raw(number(uid)?), Gid::from_raw(number(gid)?));
+        Some(Self { name: text.to_owned(), uid, gid, groups: vec![gid], home: "/".to_owned() })
+    }
+
+    /// Does `work` with this user's rights to files, on this thread alone, which must be root's.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the kernel does not give the thread root's rights back: it must not be used again.
+    pub(crate) fn act<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
+        let root = (Uid::ROOT, Gid::ROOT);
+        set_thread_groups(&self.groups)?;
+        set_thread_res_gid(None, self.gid, None)?;
+        // Last: without root's effective number the thread has no right to the calls above. The real and saved ones stay.
+        set_thread_res_uid(None, self.uid, None)?;
+        let result = work();
+        let restored = set_thread_res_uid(None, root.0, None)
+            .and_then(|()| set_thread_res_gid(None, root.1, None))
+            .and_then(|()| set_thread_groups(&[]));
+        restored.expect("a thread whose real user is root can become root again");
+        Ok(result)
+    }
 }
 
 fn find_in(passwd: &str, group: &str, wanted: &str) -> Option<User> {
@@ -70,5 +119,16 @@ mod tests {
         assert_eq!(user.groups.iter().map(|gid| gid.as_raw()).collect::<Vec<_>>(), [1001, 27]);
         assert_eq!(find_in(PASSWD, GROUP, "1000"), Some(user));
         assert_eq!(find_in(PASSWD, GROUP, "nobody"), None);
+    }
+
+    #[test]
+    fn number_needs_no_entry() {
+        let ids = |text| User::numeric(text).map(|user| (user.uid.as_raw(), user.gid.as_raw()));
+
+        assert_eq!(ids("4242"), Some((4242, 4242)));
+        assert_eq!(ids("4242:7"), Some((4242, 7)));
+        for wrong in ["", "x", "1:", ":1", "1:2:3", "-1", "4294967295", "1:4294967295"] {
+            assert_eq!(ids(wrong), None, "{wrong}");
+        }
     }
 }

@@ -79,18 +79,254 @@ async fn write_applies_the_mode_to_the_bit_and_makes_parents() {
 }
 
 #[tokio::test]
-async fn overwriting_replaces_and_a_link_is_not_followed() {
+async fn overwriting_replaces_the_content_and_follows_links() {
     let agent = Agent::start().await;
-    let (file, link) = (agent.path("file"), agent.path("link"));
+    let (file, link, dangling) = (agent.path("file"), agent.path("link"), agent.path("dangling"));
     write(&agent, &file, "", b"much longer content").await.unwrap();
-    symlink(&file, &link).unwrap();
+    symlink("file", &link).unwrap();
+    symlink(agent.path("made"), &dangling).unwrap();
 
     write(&agent, &file, "", b"short").await.unwrap();
-    write(&agent, &link, "", b"its own").await.unwrap();
-
     assert_eq!(fs::read(&file).unwrap(), b"short");
-    assert!(!fs::symlink_metadata(&link).unwrap().is_symlink());
-    assert_eq!(names(&agent).len(), 2);
+    write(&agent, &link, "", b"through the link").await.unwrap();
+    write(&agent, &dangling, "", b"new").await.unwrap();
+
+    assert_eq!(fs::read(&file).unwrap(), b"through the link");
+    assert_eq!(fs::read(agent.path("made")).unwrap(), b"new");
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(names(&agent).len(), 4);
+    symlink("loop", agent.path("loop")).unwrap();
+    let loops = write(&agent, &agent.path("loop"), "", b"").await.unwrap_err();
+    assert_eq!(kind(&loops), ErrorKind::Other);
+}
+
+#[tokio::test]
+async fn overwriting_keeps_mode_owner_attributes_and_other_names() {
+    let agent = Agent::start().await;
+    for mode in [0o755, 0o600, 0o4711, 0o444] {
+        let path = agent.path(&format!("{mode:o}"));
+        fs::write(&path, "before").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        if mode & 0o200 == 0 && !bhatti_testkit::is_root() {
+            assert_eq!(
+                kind(&write(&agent, &path, "", b"after").await.unwrap_err()),
+                ErrorKind::PermissionDenied
+            );
+            continue;
+        }
+
+        write(&agent, &path, "", b"after").await.unwrap();
+
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, mode, "{mode:o}");
+        assert_eq!(fs::read(&path).unwrap(), b"after");
+    }
+    let (one, other) = (agent.path("one"), agent.path("other"));
+    fs::write(&one, "before").unwrap();
+    fs::hard_link(&one, &other).unwrap();
+    set_attribute(&one, "user.kept", b"value");
+
+    write(&agent, &one, "0640", b"after, and longer").await.unwrap();
+    write(&agent, &one, "", b"short").await.unwrap();
+
+    assert_eq!(fs::read(&other).unwrap(), b"short");
+    assert_eq!(fs::metadata(&other).unwrap().mode() & 0o7777, 0o640);
+    fs::remove_file(&other).unwrap();
+    write(&agent, &one, "", b"alone").await.unwrap();
+    assert_eq!(attribute(&one, "user.kept"), b"value");
+}
+
+fn set_attribute(path: &str, name: &str, value: &[u8]) {
+    rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty()).unwrap();
+}
+
+fn attribute(path: &str, name: &str) -> Vec<u8> {
+    let mut value = vec![0; 4096];
+    let length = rustix::fs::getxattr(path, name, &mut value[..]).unwrap();
+    value.truncate(length);
+    value
+}
+
+#[tokio::test]
+async fn what_is_no_file_is_not_overwritten() {
+    let agent = Agent::start().await;
+    let (fifo, socket) = (agent.path("fifo"), agent.path("socket"));
+    assert!(bhatti_host::process::command("mkfifo").arg(&fifo).status().await.unwrap().success());
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    fs::create_dir(agent.path("directory")).unwrap();
+    symlink("fifo", agent.path("link")).unwrap();
+
+    for (name, expected) in [
+        ("fifo", ErrorKind::NotRegular),
+        ("socket", ErrorKind::NotRegular),
+        ("link", ErrorKind::NotRegular),
+        ("directory", ErrorKind::IsDirectory),
+        ("directory/..", ErrorKind::IsDirectory),
+        ("fifo/below", ErrorKind::NotDirectory),
+    ] {
+        let refused = write(&agent, &agent.path(name), "", b"x").await.unwrap_err();
+        assert_eq!(kind(&refused), expected, "{name}: {refused}");
+    }
+    assert_eq!(names(&agent).len(), 4);
+}
+
+#[tokio::test]
+async fn write_that_fails_leaves_no_directories_behind() {
+    let agent = Agent::start().await;
+    let mut upload =
+        agent.client.begin_write(&agent.path("new/deep/file"), "", Some(100)).await.unwrap();
+    upload.write(b"some").await.unwrap();
+    let made = agent.path("new/deep");
+    crate::agent::until("the directories are made", || fs::exists(&made).unwrap()).await;
+
+    drop(upload);
+
+    crate::agent::until("they are gone", || names(&agent).is_empty()).await;
+}
+
+/// As root only: a test's other users are root's to be.
+mod users {
+    use super::*;
+
+    /// A user that has no entry in `/etc/passwd`, and one of its groups.
+    const USER: &str = "4242:4243";
+
+    /// The agent, if this test can act as others; its directory is anybody's to enter.
+    async fn agent() -> Option<Agent> {
+        if !bhatti_testkit::is_root() {
+            bhatti_testkit::skip("file operations as another user", "this is not root");
+            return None;
+        }
+        let agent = Agent::start().await;
+        for path in [agent.directory.path(), &agent.directory.path().join("work")] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        fs::create_dir(agent.path("home")).unwrap();
+        std::os::unix::fs::chown(agent.path("home"), Some(4242), Some(4243)).unwrap();
+        Some(agent)
+    }
+
+    fn owner(path: &str) -> (u32, u32) {
+        let found = fs::symlink_metadata(path).unwrap();
+        (found.uid(), found.gid())
+    }
+
+    #[tokio::test]
+    async fn all_that_a_call_makes_belongs_to_its_user() {
+        let Some(agent) = agent().await else { return };
+        let user = agent.client.acting_as(Some(USER));
+        let home = agent.path("home");
+
+        user.write_file(&format!("{home}/a/b/file"), "", 1, &b"x"[..]).await.unwrap();
+        user.make_directory(&format!("{home}/c/d"), "0700", true).await.unwrap();
+        user.rename(&format!("{home}/a/b/file"), &format!("{home}/c/file")).await.unwrap();
+
+        for made in ["a", "a/b", "c", "c/d", "c/file"] {
+            assert_eq!(owner(&format!("{home}/{made}")), (4242, 4243), "{made}");
+        }
+        user.remove(&format!("{home}/a"), true).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn rights_are_the_users_own_and_root_has_all() {
+        let Some(agent) = agent().await else { return };
+        let user = agent.client.acting_as(Some(USER));
+        let (secret, work) = (agent.path("secret"), agent.path("home/mine"));
+        let locked = agent.path("locked");
+        fs::create_dir(&locked).unwrap();
+        fs::set_permissions(&locked, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(&secret, "root's").unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+
+        let denied = [
+            user.read_file(&secret, ReadOptions::default()).await.map(drop),
+            user.write_file(&secret, "", 1, &b"x"[..]).await,
+            user.write_file(&agent.path("new"), "", 1, &b"x"[..]).await,
+            user.make_directory(&agent.path("directory"), "", false).await,
+            user.remove(&secret, false).await,
+            user.rename(&secret, &work).await,
+            user.list_directory(&locked).await.map(drop),
+            user.stat(&format!("{locked}/file")).await.map(drop),
+        ];
+        for refused in denied {
+            assert_eq!(kind(&refused.unwrap_err()), ErrorKind::PermissionDenied);
+        }
+
+        let root = agent.client.acting_as(Some("root"));
+        assert_eq!(
+            root.read_file(&secret, ReadOptions::default())
+                .await
+                .unwrap()
+                .read_to_end(100)
+                .await
+                .unwrap(),
+            b"root's"
+        );
+        assert_eq!(owner(&secret), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn root_overwrites_a_users_file_and_the_user_keeps_it() {
+        let Some(agent) = agent().await else { return };
+        let path = agent.path("home/file");
+        fs::write(&path, "before").unwrap();
+        std::os::unix::fs::chown(&path, Some(4242), Some(4243)).unwrap();
+        set_attribute(&path, "user.kept", b"value");
+
+        agent.client.acting_as(Some("root")).write_file(&path, "", 5, &b"after"[..]).await.unwrap();
+
+        assert_eq!((owner(&path), fs::read(&path).unwrap()), ((4242, 4243), b"after".to_vec()));
+        assert_eq!(attribute(&path, "user.kept"), b"value");
+    }
+
+    #[tokio::test]
+    async fn file_that_can_only_be_written_to_is_changed_in_place() {
+        let Some(agent) = agent().await else { return };
+        let user = agent.client.acting_as(Some(USER));
+        let (foreign, mine) = (agent.path("home/foreign"), agent.path("mine"));
+        for path in [&foreign, &mine] {
+            fs::write(path, "content that is long").unwrap();
+        }
+        // Root's, writable by all, in the user's directory; and the user's own, in root's directory.
+        fs::set_permissions(&foreign, fs::Permissions::from_mode(0o666)).unwrap();
+        std::os::unix::fs::chown(&mine, Some(4242), Some(4243)).unwrap();
+        let inodes = [&foreign, &mine].map(|path| fs::metadata(path).unwrap().ino());
+
+        for path in [&foreign, &mine] {
+            user.write_file(path, "", 5, &b"short"[..]).await.unwrap();
+        }
+
+        assert_eq!([&foreign, &mine].map(|path| fs::metadata(path).unwrap().ino()), inodes);
+        assert_eq!((owner(&foreign), owner(&mine)), ((0, 0), (4242, 4243)));
+        for path in [&foreign, &mine] {
+            assert_eq!(fs::read(path).unwrap(), b"short");
+        }
+        let refused = user.write_file(&foreign, "0600", 1, &b"x"[..]).await.unwrap_err();
+        assert_eq!(kind(&refused), ErrorKind::PermissionDenied);
+        assert_eq!(fs::read(&foreign).unwrap(), b"short");
+    }
+
+    #[tokio::test]
+    async fn archive_is_read_and_unpacked_with_the_rights_of_its_user() {
+        let Some(agent) = agent().await else { return };
+        let user = agent.client.acting_as(Some(USER));
+        fs::create_dir(agent.path("home/tree")).unwrap();
+        fs::write(agent.path("home/tree/secret"), "root's").unwrap();
+        fs::set_permissions(agent.path("home/tree/secret"), fs::Permissions::from_mode(0o600))
+            .unwrap();
+
+        let mut refused = user.read_archive(&agent.path("home/tree")).await.unwrap();
+        let refused = refused.next().await.unwrap_err();
+        assert_eq!(kind(&refused), ErrorKind::PermissionDenied);
+        assert!(refused.to_string().contains("home/tree/secret"), "{refused}");
+
+        let archive = crate::archives::archive(&[("new/deep/file", "content")]);
+        crate::archives::unpack(&user, &agent.path("home"), &archive).await.unwrap();
+        for made in ["home/new", "home/new/deep", "home/new/deep/file"] {
+            assert_eq!(owner(&agent.path(made)), (4242, 4243), "{made}");
+        }
+        let refused = crate::archives::unpack(&user, &agent.path(""), &archive).await.unwrap_err();
+        assert_eq!(kind(&refused), ErrorKind::PermissionDenied);
+    }
 }
 
 #[tokio::test]
@@ -248,7 +484,7 @@ async fn stat_tells_of_files_directories_and_links() {
     let info = agent.client.stat(&link).await.unwrap();
     assert_eq!((&*info.name, info.size, info.symlink_target.as_deref()), ("link", 7, Some("file")));
     let info = agent.client.stat("/tmp/").await.unwrap();
-    assert_eq!((&*info.name, &*info.mode, info.is_dir), ("tmp", "0777", true));
+    assert_eq!((&*info.name, &*info.mode, info.is_dir), ("tmp", "1777", true));
     assert_eq!(kind(&agent.client.stat("/nope").await.unwrap_err()), ErrorKind::NotFound);
 }
 
@@ -358,6 +594,68 @@ async fn dropped_read_ends_and_the_agent_goes_on() {
     let answered =
         timeout(Duration::from_secs(5), agent.client.stat(&path)).await.unwrap().unwrap();
     assert_eq!(answered.size, 10 << 30);
+}
+
+#[tokio::test]
+async fn lines_of_a_sparse_file_are_skipped_without_reading_its_holes() {
+    let agent = Agent::start().await;
+    let path = agent.path("sparse");
+    fs::File::create(&path).unwrap().set_len(8 << 40).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_at(&file, b"\nlast\n", (8 << 40) - 6).unwrap();
+
+    assert_eq!(read(&agent, &path, part(2, 0, 0)).await.unwrap(), b"last\n");
+    assert_eq!(read(&agent, &path, part(9, 0, 0)).await.unwrap(), b"");
+}
+
+#[tokio::test]
+async fn file_of_the_kernels_that_would_block_ends() {
+    let agent = Agent::start().await;
+    // Readable by root alone, and only where the kernel lets it.
+    match agent.client.read_file("/proc/kmsg", ReadOptions::default()).await {
+        Ok(content) => drop(timeout(LIMIT, content.read_to_end(1 << 30)).await.unwrap()),
+        Err(error) => assert_eq!(kind(&error), ErrorKind::PermissionDenied),
+    }
+    assert_eq!(agent.run_shell("echo here").await.stdout(), "here\n");
+}
+
+#[tokio::test]
+async fn agent_serves_others_while_file_operations_wait_and_limits_them() {
+    let agent = Agent::start_with(r#"{"file_operations": 2, "file_wait_ms": 50}"#).await;
+    let path = agent.path("large");
+    fs::File::create(&path).unwrap().set_len(10 << 30).unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..2 {
+        // Nobody reads on, so each of them holds its thread.
+        let mut content = agent.client.read_file(&path, ReadOptions::default()).await.unwrap();
+        content.next().await.unwrap();
+        waiting.push(content);
+    }
+
+    let refused = agent.client.stat(&path).await.unwrap_err();
+    assert_eq!(kind(&refused), ErrorKind::Limit);
+    assert_eq!(agent.run_shell("echo here").await.stdout(), "here\n");
+    drop(waiting);
+    let stat = async || agent.client.stat(&path).await.is_ok();
+    timeout(LIMIT, async { while !stat().await {} }).await.unwrap();
+}
+
+#[tokio::test]
+async fn listing_takes_the_agent_no_more_memory_however_long_it_is() {
+    let agent = Agent::start().await;
+    let in_memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let target = "x".repeat(4000);
+    for number in 0..20_000 {
+        symlink(&target, in_memory.path().join(number.to_string())).unwrap();
+    }
+    let before = bhatti_testkit::resident_mib(agent.process.id().unwrap());
+
+    let directory = in_memory.path().to_str().unwrap();
+    let refused = timeout(LIMIT, agent.client.list_directory(directory)).await.unwrap();
+
+    assert!(matches!(refused.unwrap_err(), CallError::TooMuch { .. }));
+    let grown = bhatti_testkit::resident_mib(agent.process.id().unwrap()) - before;
+    assert!(grown < 16, "{grown} MiB for a listing of 80 MiB");
 }
 
 #[tokio::test]

@@ -42,6 +42,8 @@ pub(crate) struct ReadQuery {
     limit: Option<u32>,
     /// The most bytes.
     max_bytes: Option<u64>,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    user: Option<String>,
 }
 
 /// Reads a file, or some lines of it; or lists a directory.
@@ -54,8 +56,9 @@ pub(crate) async fn read(
     ApiPath(called): ApiPath<String>,
     ApiQuery(query): ApiQuery<ReadQuery>,
 ) -> Result<Response, ApiError> {
-    let ReadQuery { path, ls, offset, limit, max_bytes } = query;
+    let ReadQuery { path, ls, offset, limit, max_bytes, user } = query;
     let used = state.supervisor.enter(owner, &called).await?;
+    let agent = used.agent.acting_as(user.as_deref());
     if ls {
         if offset.is_some() || limit.is_some() || max_bytes.is_some() {
             return Err(ApiError::new(
@@ -63,11 +66,11 @@ pub(crate) async fn read(
                 "ls takes no offset, limit or max_bytes",
             ));
         }
-        let entries = used.agent.list_directory(&path).await.map_err(file_error)?;
+        let entries = agent.list_directory(&path).await.map_err(file_error)?;
         return Ok(Json(entries.into_iter().map(entry).collect::<Vec<_>>()).into_response());
     }
     let options = ReadOptions { offset, limit, max_bytes };
-    let content = used.agent.read_file(&path, options).await.map_err(file_error)?;
+    let content = agent.read_file(&path, options).await.map_err(file_error)?;
     let mut headers = HeaderMap::new();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(SIZE, HeaderValue::from(content.info.size));
@@ -95,6 +98,8 @@ async fn next_piece<T>(
 pub(crate) struct PathQuery {
     /// Its path.
     path: String,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    user: Option<String>,
 }
 
 /// Facts about a file or directory, in headers.
@@ -105,10 +110,11 @@ pub(crate) async fn stat(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-    ApiQuery(PathQuery { path }): ApiQuery<PathQuery>,
+    ApiQuery(PathQuery { path, user }): ApiQuery<PathQuery>,
 ) -> Result<Response, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
-    let info = used.agent.stat(&path).await.map_err(file_error)?;
+    let agent = used.agent.acting_as(user.as_deref());
+    let info = agent.stat(&path).await.map_err(file_error)?;
     let headers = [
         (SIZE, HeaderValue::from(info.size)),
         (MODE, header_value(&info.mode)),
@@ -124,11 +130,14 @@ pub(crate) async fn stat(
 pub(crate) struct WriteQuery {
     /// Its path.
     path: String,
-    /// Its permission bits in octal; `0644` if absent.
+    /// Its permission bits in octal [default: those of the file that is there, or `0644`].
     mode: Option<String>,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    user: Option<String>,
 }
 
-/// Writes a file, whole or not at all. Its content may be of any length, announced or not.
+/// Writes a file, whole or not at all. Its content may be of any length, announced or not. A file that is there keeps its owner, permission
+/// bits and extended attributes; links are followed.
 #[utoipa::path(put, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), WriteQuery),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
@@ -136,14 +145,15 @@ pub(crate) async fn write(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-    ApiQuery(WriteQuery { path, mode }): ApiQuery<WriteQuery>,
+    ApiQuery(WriteQuery { path, mode, user }): ApiQuery<WriteQuery>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Done>, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let mode = mode.unwrap_or_default();
-    let upload = used.agent.begin_write(&path, &mode, length).await.map_err(file_error)?;
+    let agent = used.agent.acting_as(user.as_deref());
+    let upload = agent.begin_write(&path, &mode, length).await.map_err(file_error)?;
     send_content(upload, length.is_none(), body).await?;
     Ok(Json(Done { status: "ok".to_owned() }))
 }
@@ -176,6 +186,8 @@ pub(crate) struct RemoveQuery {
     /// Whether a directory goes with all that is in it.
     #[serde(default)]
     recursive: bool,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    user: Option<String>,
 }
 
 /// Removes a file or directory.
@@ -185,10 +197,10 @@ pub(crate) async fn remove(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-    ApiQuery(RemoveQuery { path, recursive }): ApiQuery<RemoveQuery>,
+    ApiQuery(RemoveQuery { path, recursive, user }): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Deleted>, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
-    used.agent.remove(&path, recursive).await.map_err(file_error)?;
+    used.agent.acting_as(user.as_deref()).remove(&path, recursive).await.map_err(file_error)?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
@@ -201,10 +213,11 @@ pub(crate) async fn make_directory(
     ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<MakeDirectory>,
 ) -> Result<Json<Done>, ApiError> {
-    let MakeDirectory { path, mode, parents } = request;
+    let MakeDirectory { path, mode, parents, user } = request;
     let used = state.supervisor.enter(owner, &called).await?;
     let mode = mode.unwrap_or_default();
-    used.agent.make_directory(&path, &mode, parents).await.map_err(file_error)?;
+    let agent = used.agent.acting_as(user.as_deref());
+    agent.make_directory(&path, &mode, parents).await.map_err(file_error)?;
     Ok(Json(Done { status: "ok".to_owned() }))
 }
 
@@ -217,9 +230,9 @@ pub(crate) async fn rename(
     ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<RenameFile>,
 ) -> Result<Json<Done>, ApiError> {
-    let RenameFile { from, to } = request;
+    let RenameFile { from, to, user } = request;
     let used = state.supervisor.enter(owner, &called).await?;
-    used.agent.rename(&from, &to).await.map_err(file_error)?;
+    used.agent.acting_as(user.as_deref()).rename(&from, &to).await.map_err(file_error)?;
     Ok(Json(Done { status: "ok".to_owned() }))
 }
 

@@ -1,17 +1,19 @@
-//! `/sandboxes/{sandbox}/tar`: whole directories, as tar archives that the guest's own `tar` writes and reads.
+//! `/sandboxes/{sandbox}/tar`: whole directories, as tar archives that the guest agent reads and writes.
 
 use std::io;
 
 use axum::Extension;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONTENT_TYPE, TE, TRAILER};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use bhatti_agent::{ExecEvent, ExecInput, ExecOutput};
-use bhatti_api::{Done, ErrorCode};
-use bhatti_proto::ExecRequest;
-use bytes::Bytes;
+use bhatti_agent::{ArchiveContent, ArchiveUpload, CallError};
+use bhatti_api::{ARCHIVE_OUTCOME, ArchiveOutcome, ErrorCode, Unpacked};
+use bhatti_supervisor::SandboxUse;
 use futures_util::{StreamExt, stream};
+use http_body_util::StreamBody;
+use hyper::body::Frame;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -21,8 +23,11 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
 use crate::status::{ApiError, file_error};
 
-/// The most that is kept of what `tar` complains about, in bytes.
-const COMPLAINT_BYTES_MAX: usize = 4096;
+/// The most that the trailer of an archive takes, in bytes. Names that do not fit are left out.
+const OUTCOME_BYTES_MAX: usize = 8192;
+
+/// The most of an error's text in the trailer, in characters.
+const ERROR_CHARS_MAX: usize = 500;
 
 /// Which directory.
 #[derive(Deserialize, IntoParams)]
@@ -31,127 +36,154 @@ const COMPLAINT_BYTES_MAX: usize = 4096;
 pub(crate) struct TarQuery {
     /// Its path.
     path: String,
+    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    user: Option<String>,
 }
 
-/// Downloads a directory as a tar archive. Names in it are relative to the directory.
+/// Downloads a directory as a tar archive. Names in it are relative to the directory. Sockets, pipes and devices are left out; with
+/// `TE: trailers` the trailer `X-Archive-Outcome` names them.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/tar", tag = "files", params(("sandbox" = String, Path), TarQuery),
     responses((status = 200, body = Vec<u8>, content_type = "application/x-tar"), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn download(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-    ApiQuery(TarQuery { path }): ApiQuery<TarQuery>,
+    ApiQuery(TarQuery { path, user }): ApiQuery<TarQuery>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let used = state.supervisor.enter(owner, &called).await?;
-    let info = used.agent.stat(&path).await.map_err(file_error)?;
-    if !info.is_dir {
-        return Err(ApiError::new(ErrorCode::NotADirectory, format!("{path} is not a directory")));
+    let agent = used.agent.acting_as(user.as_deref());
+    let mut content = agent.read_archive(&path).await.map_err(file_error)?;
+    // A directory that is not there, or has something unreadable in it, is a proper error.
+    let first = content.next().await.map_err(file_error)?.unwrap_or_default();
+    let outcome = if takes_trailers(&headers) { Outcome::Trailer } else { Outcome::Cut };
+    let archive = Archive { content, outcome, _used: used };
+    let rest = stream::unfold(Some(archive), |archive| async move { archive?.next().await });
+    let body = stream::iter([Ok(Frame::data(first))]).chain(rest);
+    let mut response = Body::new(StreamBody::new(body)).into_response();
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-tar"));
+    if outcome == Outcome::Trailer {
+        headers.insert(TRAILER, HeaderValue::from_static(ARCHIVE_OUTCOME));
     }
-    let request = tar(&["-cf", "-", "-C", &path, "--", "."]);
-    let (input, output) = state.supervisor.exec(owner, &called, request, Some(&[])).await?;
-    let mut archive = Archive { input, output, complaint: Vec::new() };
-    // What fails at once, as a directory that is not there, is a proper error.
-    let Some(first) = archive.next().await else {
-        return Err(ApiError::new(ErrorCode::Internal, "tar wrote no archive"));
-    };
-    let first = first.map_err(|error| ApiError::new(ErrorCode::BadRequest, error.to_string()))?;
-    let rest = stream::unfold(Some(archive), |archive| async move {
-        let mut archive = archive?;
-        let piece = archive.next().await?;
-        let goes_on = piece.is_ok();
-        Some((piece, goes_on.then_some(archive)))
-    });
-    let body = stream::iter([Ok(first)]).chain(rest);
-    Ok(([(CONTENT_TYPE, "application/x-tar")], Body::from_stream(body)).into_response())
+    Ok(response)
 }
 
-/// Unpacks a tar archive into a directory, which is made if it is not there.
-#[utoipa::path(put, path = "/sandboxes/{sandbox}/tar", tag = "files", params(("sandbox" = String, Path), TarQuery),
-    request_body(content = Vec<u8>, content_type = "application/x-tar"),
-    responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
-pub(crate) async fn upload(
-    State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
-    ApiQuery(TarQuery { path }): ApiQuery<TarQuery>,
-    body: Body,
-) -> Result<Json<Done>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
-    used.agent.make_directory(&path, "", true).await.map_err(file_error)?;
-    let request = tar(&["-xf", "-", "-C", &path]);
-    let (mut input, output) = state.supervisor.exec(owner, &called, request, None).await?;
-    let feed = async {
-        let mut content = body.into_data_stream();
-        while let Some(piece) = content.next().await {
-            let broken =
-                |_| ApiError::new(ErrorCode::BadRequest, "the archive broke off before its end");
-            if input.write(&piece.map_err(broken)?).await.is_err() {
-                break;
-            }
-        }
-        // `tar` may have read enough, or have failed: its exit says which.
-        drop(input.end().await);
-        std::future::pending::<Result<(), ApiError>>().await
-    };
-    tokio::select! {
-        ended = unpacked(output) => ended?,
-        broken = feed => broken?,
-    }
-    Ok(Json(Done { status: "ok".to_owned() }))
+fn takes_trailers(headers: &HeaderMap) -> bool {
+    let mut accepted = headers.get_all(TE).iter().filter_map(|value| value.to_str().ok());
+    accepted.any(|value| value.split(',').any(|part| part.trim() == "trailers"))
 }
 
-fn tar(arguments: &[&str]) -> ExecRequest {
-    let argv = ["tar"].iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
-    ExecRequest { argv, cwd: Some("/".to_owned()), ..ExecRequest::default() }
-}
-
-/// Waits for `tar` to have unpacked everything.
-async fn unpacked(mut output: ExecOutput) -> Result<(), ApiError> {
-    let mut complaint = Vec::new();
-    loop {
-        match output.next().await? {
-            ExecEvent::Stderr(bytes) => note(&mut complaint, &bytes),
-            ExecEvent::Stdout(_) | ExecEvent::TimedOut => {}
-            ExecEvent::Exit(0) => return Ok(()),
-            ExecEvent::Exit(code) => {
-                return Err(ApiError::new(ErrorCode::BadRequest, failure(code, &complaint)));
-            }
-        }
-    }
+/// How the end of an archive is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Trailer,
+    /// An archive that is not whole breaks off.
+    Cut,
 }
 
 /// An archive on its way out.
 struct Archive {
-    #[expect(dead_code, reason = "without it the command would be killed")]
-    input: ExecInput,
-    output: ExecOutput,
-    complaint: Vec<u8>,
+    content: ArchiveContent,
+    outcome: Outcome,
+    _used: SandboxUse,
 }
 
 impl Archive {
-    /// The next piece; an error, which cuts the answer off, if `tar` failed.
-    async fn next(&mut self) -> Option<io::Result<Bytes>> {
-        loop {
-            match self.output.next().await {
-                Ok(ExecEvent::Stdout(bytes)) => return Some(Ok(bytes)),
-                Ok(ExecEvent::Stderr(bytes)) => note(&mut self.complaint, &bytes),
-                Ok(ExecEvent::TimedOut) => {}
-                // 1: a file changed while it was read, which is what files do.
-                Ok(ExecEvent::Exit(0 | 1)) => return None,
-                Ok(ExecEvent::Exit(code)) => {
-                    return Some(Err(io::Error::other(failure(code, &self.complaint))));
-                }
-                Err(error) => return Some(Err(io::Error::other(error))),
+    /// The next piece of the answer; `None` behind the last.
+    async fn next(mut self) -> Option<(io::Result<Frame<Bytes>>, Option<Self>)> {
+        let error = match self.content.next().await {
+            Ok(Some(bytes)) => return Some((Ok(Frame::data(bytes)), Some(self))),
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        match (self.outcome, error) {
+            (Outcome::Trailer, error) => {
+                let trailer = trailer(self.content.skipped(), error.as_ref());
+                Some((Ok(Frame::trailers(trailer)), None))
             }
+            (Outcome::Cut, Some(error)) => Some((Err(io::Error::other(error)), None)),
+            (Outcome::Cut, None) => None,
         }
     }
 }
 
-fn note(complaint: &mut Vec<u8>, bytes: &[u8]) {
-    let room = COMPLAINT_BYTES_MAX.saturating_sub(complaint.len());
-    complaint.extend_from_slice(&bytes[..bytes.len().min(room)]);
+fn trailer(skipped: &[String], error: Option<&CallError>) -> HeaderMap {
+    let error = error.map(|error| error.to_string().chars().take(ERROR_CHARS_MAX).collect());
+    let mut outcome = ArchiveOutcome { skipped: Vec::new(), error };
+    let mut room = OUTCOME_BYTES_MAX / 12;
+    for name in skipped {
+        // A character takes at most twelve bytes.
+        let Some(left) = room.checked_sub(name.chars().count() + 1) else { break };
+        room = left;
+        outcome.skipped.push(name.clone());
+    }
+    let json = serde_json::to_string(&outcome).unwrap_or_default();
+    let mut ascii = String::new();
+    for unit in json.encode_utf16() {
+        match u8::try_from(unit) {
+            Ok(byte) if byte.is_ascii() => ascii.push(char::from(byte)),
+            _ => ascii.push_str(&format!("\\u{unit:04x}")),
+        }
+    }
+    let name = HeaderName::from_static(ARCHIVE_OUTCOME);
+    HeaderValue::try_from(ascii)
+        .map(|value| HeaderMap::from_iter([(name, value)]))
+        .unwrap_or_default()
 }
 
-fn failure(code: i32, complaint: &[u8]) -> String {
-    format!("tar failed with exit code {code}: {}", String::from_utf8_lossy(complaint).trim())
+/// Unpacks a tar archive into a directory, which is made if it is not there. Pipes and devices are left out. Directories that are there keep
+/// their owner and permission bits, and files their owner and extended attributes.
+#[utoipa::path(put, path = "/sandboxes/{sandbox}/tar", tag = "files", params(("sandbox" = String, Path), TarQuery),
+    request_body(content = Vec<u8>, content_type = "application/x-tar"),
+    responses((status = 200, body = Unpacked), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn upload(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(TarQuery { path, user }): ApiQuery<TarQuery>,
+    body: Body,
+) -> Result<Json<Unpacked>, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let agent = used.agent.acting_as(user.as_deref());
+    let mut upload = agent.write_archive(&path).await.map_err(file_error)?;
+    send(&mut upload, body).await?;
+    let skipped = upload.finish().await.map_err(file_error)?;
+    Ok(Json(Unpacked { status: "ok".to_owned(), skipped }))
+}
+
+/// Sends the archive, as far as the guest takes it: it may have read enough, or have failed, and says which in the end.
+async fn send(upload: &mut ArchiveUpload, body: Body) -> Result<(), ApiError> {
+    let mut content = body.into_data_stream();
+    while let Some(piece) = content.next().await {
+        let piece = piece.map_err(|_| {
+            ApiError::new(ErrorCode::BadRequest, "the archive broke off before its end")
+        })?;
+        if upload.write(&piece).await.is_err() {
+            return Ok(());
+        }
+    }
+    drop(upload.end().await);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trailer_is_ascii_of_a_limited_length_and_reads_as_it_was() {
+        let read = |trailer: &HeaderMap| -> ArchiveOutcome {
+            let value = trailer[ARCHIVE_OUTCOME].to_str().unwrap();
+            assert!(value.len() <= OUTCOME_BYTES_MAX + 100, "{} bytes", value.len());
+            serde_json::from_str(value).unwrap()
+        };
+        let skipped = ["a/socket".to_owned(), "größe ☃ 𝄞\n\u{1b}".to_owned()];
+        assert_eq!(read(&trailer(&skipped, None)).skipped, skipped);
+
+        let many = vec!["𝄞".repeat(100); 1000];
+        let outcome = read(&trailer(&many, Some(&CallError::Lost)));
+        assert!(!outcome.skipped.is_empty() && outcome.skipped.len() < 10);
+        assert_eq!(outcome.error.unwrap(), CallError::Lost.to_string());
+    }
 }

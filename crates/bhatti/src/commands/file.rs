@@ -6,14 +6,23 @@ use std::io::{self, Write};
 
 use bhatti_api::{FileEntry, MakeDirectory, RenameFile};
 use bhatti_client::Upload;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use super::Context;
 use crate::error::CliError;
 use crate::output::{Cell, Table, Transfer, unix_time};
 
+#[derive(Debug, Args)]
+pub(crate) struct File {
+    /// User in the sandbox to act as: a name, a number, or UID:GID [default: the sandbox's usual user]
+    #[arg(short, long, global = true)]
+    user: Option<String>,
+    #[command(subcommand)]
+    command: FileCommand,
+}
+
 #[derive(Debug, Subcommand)]
-pub(crate) enum File {
+enum FileCommand {
     /// Print a file
     #[command(after_help = "Example:\n  bhatti file read dev /etc/hostname")]
     Read {
@@ -31,7 +40,7 @@ pub(crate) enum File {
         sandbox: String,
         /// The file
         path: String,
-        /// Its permission bits in octal [default: 0644]
+        /// Permission bits in octal [default: those of the file that is there, or 0644]
         #[arg(long, value_name = "MODE")]
         mode: Option<String>,
     },
@@ -120,17 +129,18 @@ const ENTRIES: Table<FileEntry> = Table {
     key: |entry| entry.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError> {
+pub(super) async fn run(context: &Context, arguments: File) -> Result<(), CliError> {
+    let context = &context.acting_as(arguments.user.as_deref());
     let (client, output) = (&context.client, context.output);
-    match command {
-        File::Read { sandbox, path } => read(context, &sandbox, &path).await,
-        File::Write { sandbox, path, mode } => write(context, &sandbox, &path, mode).await,
-        File::Ls { sandbox, path } => {
+    match arguments.command {
+        FileCommand::Read { sandbox, path } => read(context, &sandbox, &path).await,
+        FileCommand::Write { sandbox, path, mode } => write(context, &sandbox, &path, mode).await,
+        FileCommand::Ls { sandbox, path } => {
             let list = async |id: &str| client.list_directory(id, &path).await;
             output.show_list(&context.read(&sandbox, list).await?, &ENTRIES)
         }
-        File::Stat { sandbox, path } => stat(context, &sandbox, &path).await,
-        File::Rm { sandbox, paths, recursive } => {
+        FileCommand::Stat { sandbox, path } => stat(context, &sandbox, &path).await,
+        FileCommand::Rm { sandbox, paths, recursive } => {
             for path in paths {
                 let remove = async |id: &str| client.remove_file(id, &path, recursive).await;
                 context.change(&sandbox, remove).await?;
@@ -138,9 +148,9 @@ pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError
             }
             Ok(())
         }
-        File::Mkdir { sandbox, paths, parents, mode } => {
+        FileCommand::Mkdir { sandbox, paths, parents, mode } => {
             for path in paths {
-                let request = MakeDirectory { path, mode: mode.clone(), parents };
+                let request = MakeDirectory { path, mode: mode.clone(), parents, user: None };
                 context
                     .change(&sandbox, async |id| client.make_directory(id, &request).await)
                     .await?;
@@ -148,12 +158,12 @@ pub(super) async fn run(context: &Context, command: File) -> Result<(), CliError
             }
             Ok(())
         }
-        File::Mv { sandbox, from, to } => {
-            let request = RenameFile { from, to };
+        FileCommand::Mv { sandbox, from, to } => {
+            let request = RenameFile { from, to, user: None };
             context.change(&sandbox, async |id| client.rename_file(id, &request).await).await?;
             output.done("path", &request.to, "moved to")
         }
-        File::Cp { from, to } => copy::run(context, &from, &to).await,
+        FileCommand::Cp { from, to } => copy::run(context, &from, &to).await,
     }
 }
 

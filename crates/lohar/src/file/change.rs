@@ -1,62 +1,66 @@
 //! Making directories, removing and renaming.
 
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use bhatti_proto::{AgentError, ErrorKind, MkdirRequest, RemoveRequest, RenameRequest};
-use rustix::fs::{AtFlags, Gid, Uid, chownat};
+use bhatti_proto::{AgentError, MkdirRequest, RemoveRequest, RenameRequest};
+use rustix::fs::{CWD, Mode, OFlags, fchmod, mkdirat, openat};
 
-use super::{checked, parse_mode};
+use super::remove::remove_tree;
+use super::{DIRECTORY_MODE, checked, parent, parse_mode, worker};
 use crate::agent::Agent;
-use crate::refusal::{OpError, io_refused, refused};
-use crate::user::USUAL_UID;
-
-/// Permission bits of a new directory whose request names none.
-const DIRECTORY_MODE: u32 = 0o755;
+use crate::refusal::{OpError, io_refused};
 
 /// Serves one `FILE_MKDIR_REQ`.
-pub(crate) fn mkdir(agent: &Agent, request: &MkdirRequest) -> Result<(), AgentError> {
+pub(crate) async fn mkdir(agent: &Agent, request: &MkdirRequest) -> Result<(), OpError> {
     let path = checked(&request.path)?;
-    let mode = parse_mode(&request.mode, DIRECTORY_MODE)?;
-    let failed = |error: &io::Error| io_refused("mkdir", &path, error);
-    if request.parents && path.is_dir() {
-        return Ok(());
-    }
-    DirBuilder::new().recursive(request.parents).create(&path).map_err(|error| failed(&error))?;
-    // To the bit, whatever the umask; and the user's, as every file that the host makes.
-    let settled = fs::set_permissions(&path, fs::Permissions::from_mode(mode));
-    settled.and_then(|()| give_to_user(agent, &path)).map_err(|error| failed(&error))
+    let mode = parse_mode(&request.mode)?.unwrap_or(DIRECTORY_MODE);
+    let parents = request.parents;
+    let make =
+        move || make(&path, mode, parents).map_err(|error| io_refused("mkdir", &path, &error));
+    worker::begin(agent, request.user.as_deref(), make).await?.end().await
 }
 
-fn give_to_user(agent: &Agent, path: &Path) -> io::Result<()> {
-    if !agent.place.is_guest() {
-        return Ok(());
+fn make(path: &Path, mode: u32, parents: bool) -> io::Result<()> {
+    if parents {
+        if path.is_dir() {
+            return Ok(());
+        }
+        fs::create_dir_all(parent(path))?;
     }
-    let (uid, gid) = (Uid::from_raw(USUAL_UID), Gid::from_raw(USUAL_UID));
-    Ok(chownat(rustix::fs::CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?)
+    make_one(path, mode)
+}
+
+/// Makes a directory with exactly these permission bits, whatever the umask. By its descriptor: the path may lead elsewhere by then.
+pub(super) fn make_one(path: &Path, mode: u32) -> io::Result<()> {
+    mkdirat(CWD, path, Mode::RWXU)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = openat(CWD, path, flags, Mode::empty())?;
+    Ok(fchmod(&made, Mode::from_raw_mode(mode))?)
 }
 
 /// Serves one `FILE_REMOVE_REQ`. A link goes, and not what it leads to.
-pub(crate) async fn remove(request: &RemoveRequest) -> Result<(), OpError> {
+pub(crate) async fn remove(agent: &Agent, request: &RemoveRequest) -> Result<(), OpError> {
     let path = checked(&request.path)?;
     let recursive = request.recursive;
-    // A tree may take long.
-    let removed = tokio::task::spawn_blocking(move || {
+    let remove = move || {
         let is_directory = path.symlink_metadata().map(|metadata| metadata.is_dir());
         let removed = is_directory.and_then(|is_directory| match (is_directory, recursive) {
-            (true, true) => fs::remove_dir_all(&path),
+            (true, true) => remove_tree(&path),
             (true, false) => fs::remove_dir(&path),
             (false, _) => fs::remove_file(&path),
         });
         removed.map_err(|error| io_refused("remove", &path, &error))
-    });
-    Ok(removed.await.map_err(|_| refused(ErrorKind::Other, "the removal was interrupted"))??)
+    };
+    worker::begin(agent, request.user.as_deref(), remove).await?.end().await
 }
 
 /// Serves one `FILE_RENAME_REQ`.
-pub(crate) fn rename(request: &RenameRequest) -> Result<(), AgentError> {
+pub(crate) async fn rename(agent: &Agent, request: &RenameRequest) -> Result<(), OpError> {
     let (from, to) = (checked(&request.from)?, checked(&request.to)?);
-    fs::rename(&from, &to).map_err(|error| io_refused("rename", &from, &error))
+    let rename = move || -> Result<(), AgentError> {
+        fs::rename(&from, &to).map_err(|error| io_refused("rename", &from, &error))
+    };
+    worker::begin(agent, request.user.as_deref(), rename).await?.end().await
 }

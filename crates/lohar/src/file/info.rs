@@ -1,70 +1,146 @@
 //! Facts about files: one, or all of a directory.
 
-use std::fs::{self, Metadata};
+use std::collections::BTreeSet;
+use std::fs::{self, DirEntry, Metadata};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use bhatti_proto::{
     AgentError, ErrorKind, FRAME_BYTES_MAX, FileInfo, FilePathRequest, FrameType, exit_payload,
 };
+use tokio::sync::mpsc;
 
-use super::checked;
+use super::{checked, octal, worker};
+use crate::agent::Agent;
 use crate::connection::{HostWriter, Transport};
 use crate::limits::LISTING_ENTRIES_MAX;
 use crate::refusal::{OpError, host_gone, io_refused, refused};
 
-/// The JSON of one listing frame is closed before it would grow beyond this, in bytes.
-const LISTING_FRAME_BYTES: usize = FRAME_BYTES_MAX / 2;
+/// The JSON of one listing frame is closed before it would grow beyond this, in bytes. What is listed is in memory a frame at a time.
+const LISTING_FRAME_BYTES: usize = 64 << 10;
 
 /// Room for the sentinel in an old host's one frame, in bytes.
 const SENTINEL_BYTES: usize = 256;
 
 /// Serves one `FILE_STAT_REQ`: follows links, and says where one leads.
 pub(crate) async fn stat<T: Transport>(
+    agent: &Agent,
     request: &FilePathRequest,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
     let path = checked(&request.path)?;
-    let metadata = fs::metadata(&path).map_err(|error| io_refused("stat", &path, &error))?;
-    Ok(writer.send_json(FrameType::FILE_STAT_RESP, &describe(&path, &metadata)).await?)
+    let look = move || {
+        let metadata = fs::metadata(&path).map_err(|error| io_refused("stat", &path, &error))?;
+        Ok(describe(&path, &metadata, fs::read_link(&path).ok().as_deref()))
+    };
+    let info = worker::begin(agent, request.user.as_deref(), look).await?.end().await?;
+    Ok(writer.send_json(FrameType::FILE_STAT_RESP, &info).await?)
 }
 
-/// Serves one `FILE_LS_REQ`: the entries by name, links not followed.
+/// Serves one `FILE_LS_REQ`: the entries of a directory, links not followed. In the directory's order for hosts that take all of them,
+/// and the first ones by name for old hosts, which take one frame.
 pub(crate) async fn list<T: Transport>(
+    agent: &Agent,
     request: &FilePathRequest,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
     let path = checked(&request.path)?;
-    let entries = entries(&path)?;
-    if request.all {
-        for frame in frames(&entries)? {
-            writer.send(FrameType::FILE_LS_RESP, &frame).await.map_err(host_gone)?;
-        }
-        return writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone);
+    let all = request.all;
+    let (sender, mut frames) = mpsc::channel::<Vec<u8>>(1);
+    let listing = move || {
+        let mut send = |frame| sender.blocking_send(frame).is_ok();
+        if all { send_all(&path, &mut send) } else { send_first(&path, &mut send) }
+    };
+    let mut listing = worker::begin(agent, request.user.as_deref(), listing).await?;
+    while let Some(frame) = frames.recv().await {
+        writer.send(FrameType::FILE_LS_RESP, &frame).await.map_err(host_gone)?;
     }
-    let frame = one_frame(&entries)?;
-    writer.send(FrameType::FILE_LS_RESP, &frame).await.map_err(host_gone)
+    listing.end().await?;
+    if all {
+        writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone)?;
+    }
+    Ok(())
 }
 
-fn entries(path: &Path) -> Result<Vec<FileInfo>, AgentError> {
-    let failed = |error: &std::io::Error| io_refused("stat", path, error);
+/// Sends all entries in frames, until nobody takes them: one that is full when the next entry is found, and the last one. An empty
+/// directory is one empty array.
+fn send_all(path: &Path, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<(), AgentError> {
+    let mut frame = Frame::default();
+    for entry in read_directory(path)? {
+        // One that vanishes meanwhile was not there.
+        let Some(info) = describe_entry(&entry) else { continue };
+        let json = json(&info)?;
+        if !frame.is_empty() && frame.len() + json.len() > LISTING_FRAME_BYTES {
+            let full = std::mem::take(&mut frame);
+            if !send(full.close()) {
+                return Ok(());
+            }
+        }
+        frame.append(&json);
+    }
+    send(frame.close());
+    Ok(())
+}
+
+/// Sends as many entries as an old host takes, the first ones by name; a sentinel behind them says if there are more.
+fn send_first(path: &Path, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<(), AgentError> {
+    let (mut names, mut total) = (BTreeSet::new(), 0);
+    for entry in read_directory(path)? {
+        total += 1;
+        names.insert(entry.file_name());
+        if names.len() > LISTING_ENTRIES_MAX {
+            names.pop_last();
+        }
+    }
+    let (mut frame, mut taken) = (Frame::default(), 0);
+    for name in &names {
+        let entry = path.join(name);
+        let Ok(metadata) = entry.symlink_metadata() else { continue };
+        let json = json(&describe(&entry, &metadata, link_target(&entry, &metadata).as_deref()))?;
+        if frame.len() + json.len() + SENTINEL_BYTES > FRAME_BYTES_MAX {
+            break;
+        }
+        frame.append(&json);
+        taken += 1;
+    }
+    if taken < total {
+        let sentinel = FileInfo {
+            name: format!("... truncated at {taken} entries ({total} total)"),
+            size: 0,
+            mode: String::new(),
+            is_dir: false,
+            mtime: 0,
+            symlink_target: None,
+        };
+        frame.append(&json(&sentinel)?);
+    }
+    send(frame.close());
+    Ok(())
+}
+
+fn read_directory(path: &Path) -> Result<impl Iterator<Item = DirEntry>, AgentError> {
+    let failed = |error: &io::Error| io_refused("stat", path, error);
     if !fs::metadata(path).map_err(|error| failed(&error))?.is_dir() {
         return Err(refused(
             ErrorKind::NotDirectory,
             format!("{} is not a directory", path.display()),
         ));
     }
-    let found = fs::read_dir(path).map_err(|error| failed(&error))?.flatten().filter_map(|entry| {
-        // One that vanishes meanwhile was not there.
-        let metadata = entry.path().symlink_metadata().ok()?;
-        Some(describe(&entry.path(), &metadata))
-    });
-    let mut entries: Vec<FileInfo> = found.collect();
-    entries.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(entries)
+    Ok(fs::read_dir(path).map_err(|error| failed(&error))?.flatten())
 }
 
-fn describe(path: &Path, metadata: &Metadata) -> FileInfo {
+fn describe_entry(entry: &DirEntry) -> Option<FileInfo> {
+    // Of the entry itself, without following a link.
+    let (path, metadata) = (entry.path(), entry.metadata().ok()?);
+    Some(describe(&path, &metadata, link_target(&path, &metadata).as_deref()))
+}
+
+fn link_target(path: &Path, metadata: &Metadata) -> Option<std::path::PathBuf> {
+    metadata.is_symlink().then(|| fs::read_link(path).ok())?
+}
+
+fn describe(path: &Path, metadata: &Metadata, link_target: Option<&Path>) -> FileInfo {
     let name = path.file_name().unwrap_or(path.as_os_str());
     FileInfo {
         name: name.to_string_lossy().into_owned(),
@@ -72,121 +148,115 @@ fn describe(path: &Path, metadata: &Metadata) -> FileInfo {
         mode: octal(metadata.mode()),
         is_dir: metadata.is_dir(),
         mtime: metadata.mtime(),
-        symlink_target: fs::read_link(path)
-            .ok()
-            .map(|target| target.to_string_lossy().into_owned()),
+        symlink_target: link_target.map(|target| target.to_string_lossy().into_owned()),
     }
-}
-
-/// The permission bits as four octal digits.
-pub(super) fn octal(mode: u32) -> String {
-    format!("{:04o}", mode & 0o777)
-}
-
-/// All entries, as arrays that each fit a frame. An empty directory is one empty array.
-fn frames(entries: &[FileInfo]) -> Result<Vec<Vec<u8>>, AgentError> {
-    let mut frames = vec![b"[".to_vec()];
-    for entry in entries {
-        let json = json(entry)?;
-        let frame = match frames.last_mut() {
-            Some(frame) if frame.len() + json.len() < LISTING_FRAME_BYTES => frame,
-            _ => {
-                frames.push(b"[".to_vec());
-                let last = frames.len() - 1;
-                &mut frames[last]
-            }
-        };
-        append(frame, &json);
-    }
-    frames.iter_mut().for_each(|frame| frame.push(b']'));
-    Ok(frames)
-}
-
-/// As many entries as an old host takes, in one array; a sentinel behind them says if there are more.
-fn one_frame(entries: &[FileInfo]) -> Result<Vec<u8>, AgentError> {
-    let mut frame = b"[".to_vec();
-    let mut taken = 0;
-    for entry in entries.iter().take(LISTING_ENTRIES_MAX) {
-        let json = json(entry)?;
-        if frame.len() + json.len() + SENTINEL_BYTES > FRAME_BYTES_MAX {
-            break;
-        }
-        append(&mut frame, &json);
-        taken += 1;
-    }
-    if taken < entries.len() {
-        let name = format!("... truncated at {taken} entries ({} total)", entries.len());
-        let sentinel = FileInfo {
-            name,
-            size: 0,
-            mode: String::new(),
-            is_dir: false,
-            mtime: 0,
-            symlink_target: None,
-        };
-        append(&mut frame, &json(&sentinel)?);
-    }
-    frame.push(b']');
-    Ok(frame)
-}
-
-fn append(frame: &mut Vec<u8>, json: &[u8]) {
-    if frame.len() > 1 {
-        frame.push(b',');
-    }
-    frame.extend_from_slice(json);
 }
 
 fn json(entry: &FileInfo) -> Result<Vec<u8>, AgentError> {
     serde_json::to_vec(entry).map_err(|error| refused(ErrorKind::Other, error.to_string()))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A JSON array on its way into a frame.
+#[derive(Debug, Default)]
+struct Frame(Vec<u8>);
 
-    fn entries(count: usize, name_length: usize) -> Vec<FileInfo> {
-        let name = |number: usize| format!("{number:0name_length$}");
-        let entry = |number| FileInfo {
-            name: name(number),
-            size: 1,
-            mode: "0644".into(),
-            is_dir: false,
-            mtime: 1_700_000_000,
-            symlink_target: None,
-        };
-        (0..count).map(entry).collect()
+impl Frame {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
-    fn parse(frame: &[u8]) -> Vec<FileInfo> {
-        assert!(frame.len() < FRAME_BYTES_MAX, "{} bytes", frame.len());
-        serde_json::from_slice(frame).unwrap()
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn append(&mut self, json: &[u8]) {
+        self.0.push(if self.0.is_empty() { b'[' } else { b',' });
+        self.0.extend_from_slice(json);
+    }
+
+    fn close(mut self) -> Vec<u8> {
+        if self.0.is_empty() {
+            self.0.push(b'[');
+        }
+        self.0.push(b']');
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    /// A directory in memory: ten thousand new names can make a disk's journal wait for seconds.
+    fn directory_with(count: usize, name_length: usize) -> (tempfile::TempDir, Vec<String>) {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let names: Vec<_> = (0..count).map(|number| format!("{number:0name_length$}")).collect();
+        for name in &names {
+            File::create(directory.path().join(name)).unwrap();
+        }
+        (directory, names)
+    }
+
+    fn sent(
+        send: impl FnOnce(&mut dyn FnMut(Vec<u8>) -> bool) -> Result<(), AgentError>,
+    ) -> Vec<Vec<FileInfo>> {
+        let mut frames = Vec::new();
+        send(&mut |frame: Vec<u8>| {
+            assert!(frame.len() < FRAME_BYTES_MAX, "{} bytes", frame.len());
+            frames.push(serde_json::from_slice(&frame).unwrap());
+            true
+        })
+        .unwrap();
+        frames
     }
 
     #[test]
     fn every_entry_comes_whatever_the_size() {
         for (count, name_length) in [(0, 1), (1, 1), (10_500, 20), (9_000, 250)] {
-            let all = entries(count, name_length);
+            let (directory, expected) = directory_with(count, name_length);
 
-            let frames = frames(&all).unwrap();
+            let frames = sent(|mut send| send_all(directory.path(), &mut send));
 
-            assert_eq!(frames.iter().flat_map(|frame| parse(frame)).collect::<Vec<_>>(), all);
+            let mut names: Vec<_> = frames.into_iter().flatten().map(|entry| entry.name).collect();
+            names.sort();
+            assert!(names == expected, "{count} names of {name_length} bytes");
         }
     }
 
     #[test]
+    fn listing_that_nobody_takes_ends() {
+        let (directory, _names) = directory_with(5_000, 100);
+        let mut frames = 0;
+
+        send_all(directory.path(), &mut |_| {
+            frames += 1;
+            false
+        })
+        .unwrap();
+
+        assert_eq!(frames, 1);
+    }
+
+    #[test]
     fn old_host_gets_one_frame_and_the_true_total() {
-        let by_count = parse(&one_frame(&entries(10_500, 20)).unwrap());
+        let first = |count, name_length| {
+            let (directory, _names) = directory_with(count, name_length);
+            sent(|mut send| send_first(directory.path(), &mut send)).remove(0)
+        };
+        let by_count = first(10_500, 20);
         assert_eq!(by_count.len(), 10_001);
+        assert_eq!(by_count[0].name, format!("{:020}", 0));
         assert_eq!(by_count[10_000].name, "... truncated at 10000 entries (10500 total)");
 
-        let by_size = parse(&one_frame(&entries(9_000, 65)).unwrap());
+        let by_size = first(9_000, 65);
         let sentinel = &by_size[by_size.len() - 1].name;
         assert_eq!(
             *sentinel,
             format!("... truncated at {} entries (9000 total)", by_size.len() - 1)
         );
 
-        assert_eq!(parse(&one_frame(&entries(10_000, 5)).unwrap()).len(), 10_000);
+        assert_eq!(first(10_000, 5).len(), 10_000);
     }
 }

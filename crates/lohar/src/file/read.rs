@@ -1,39 +1,93 @@
 //! Reading files: whole, or some lines, or some bytes of some lines.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, ErrorKind as IoErrorKind, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use bhatti_proto::{
-    AgentError, CHUNK_BYTES, ErrorKind, FileReadRequest, FileReadResponse, FrameType, exit_payload,
+    AgentError, CHUNK_BYTES, FileReadRequest, FileReadResponse, FrameType, exit_payload,
 };
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom, fstat, open, seek};
+use rustix::io::Errno;
+use tokio::sync::mpsc;
 
-use super::checked;
-use super::info::octal;
+use super::{checked, is_a_directory, is_not_regular, octal, worker};
+use crate::agent::Agent;
 use crate::connection::{HostWriter, Transport};
-use crate::refusal::{OpError, host_gone, io_refused, refused};
+use crate::refusal::{OpError, host_gone, io_refused};
+
+/// Pieces that may wait for the host: enough for the next to be read while one is sent.
+const PIECES_WAITING: usize = 2;
+
+/// What the reading thread has for the host.
+enum Piece {
+    Facts(FileReadResponse),
+    Content(Vec<u8>),
+}
 
 /// Serves one `FILE_READ_REQ`.
 pub(crate) async fn read<T: Transport>(
+    agent: &Agent,
     request: &FileReadRequest,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
     let path = checked(&request.path)?;
-    let (mut file, response) = open_regular(&path)?;
-    writer.send_json(FrameType::FILE_READ_RESP, &response).await?;
-    let mut part = Part::new(request);
+    let part = Part::new(request);
+    let (sender, mut pieces) = mpsc::channel(PIECES_WAITING);
+    let reading = move || read_part(&path, part, &sender);
+    let mut reading = worker::begin(agent, request.user.as_deref(), reading).await?;
+    while let Some(piece) = pieces.recv().await {
+        match piece {
+            Piece::Facts(facts) => writer.send_json(FrameType::FILE_READ_RESP, &facts).await?,
+            Piece::Content(bytes) => {
+                writer.send(FrameType::STDOUT, &bytes).await.map_err(host_gone)?;
+            }
+        }
+    }
+    reading.end().await?;
+    writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone)
+}
+
+/// Reads the part that is wanted; no further than until nobody takes it.
+fn read_part(path: &Path, mut part: Part, pieces: &mpsc::Sender<Piece>) -> Result<(), AgentError> {
+    let (mut file, facts) = open_regular(path)?;
+    if pieces.blocking_send(Piece::Facts(facts)).is_err() {
+        return Ok(());
+    }
+    let failed = |error: &io::Error| io_refused("read", path, error);
     let mut buffer = vec![0; CHUNK_BYTES];
-    loop {
-        let length = file.read(&mut buffer).map_err(|error| io_refused("read", &path, &error))?;
+    while !part.is_complete() && !pieces.is_closed() {
+        if part.skip_lines > 0 && !skip_hole(&file).map_err(|error| failed(&error))? {
+            return Ok(());
+        }
+        let length = match file.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => length,
+            Err(error) if error.kind() == IoErrorKind::Interrupted => continue,
+            // A file of the kernel's that has nothing more right now, as /proc/kmsg.
+            Err(error) if error.kind() == IoErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(failed(&error)),
+        };
         let wanted = part.cut(&buffer[..length]);
-        if !wanted.is_empty() {
-            writer.send(FrameType::STDOUT, wanted).await.map_err(host_gone)?;
+        if !wanted.is_empty() && pieces.blocking_send(Piece::Content(wanted.to_vec())).is_err() {
+            return Ok(());
         }
-        if length == 0 || part.is_complete() {
-            return writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone);
-        }
+    }
+    Ok(())
+}
+
+/// Moves past a hole, which has no line ends: a sparse file may have terabytes of it. Returns whether there is anything behind.
+fn skip_hole(file: &File) -> io::Result<bool> {
+    let here = seek(file, SeekFrom::Current(0))?;
+    match seek(file, SeekFrom::Data(here)) {
+        Ok(_) => Ok(true),
+        // There is no data from here on.
+        Err(Errno::NXIO) => Ok(false),
+        // Files of the kernel's have no holes.
+        Err(Errno::INVAL | Errno::SPIPE | Errno::NOTSUP) => Ok(true),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -45,22 +99,17 @@ fn open_regular(path: &Path) -> Result<(File, FileReadResponse), AgentError> {
     let stat = fstat(&place).map_err(|error| failed(error.into()))?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {}
-        FileType::Directory => {
-            return Err(refused(
-                ErrorKind::IsDirectory,
-                format!("{} is a directory", path.display()),
-            ));
-        }
-        _ => {
-            return Err(refused(
-                ErrorKind::NotRegular,
-                format!("{} is not a regular file", path.display()),
-            ));
-        }
+        FileType::Directory => return Err(is_a_directory(path)),
+        _ => return Err(is_not_regular(path)),
     }
-    // The same file, whatever the path leads to by now.
-    let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd())).map_err(failed)?;
-    Ok((file, FileReadResponse { mode: octal(stat.st_mode), size: stat.st_size }))
+    // The same file, whatever the path leads to by now. Some files of the kernel's would block otherwise.
+    let mut options = File::options();
+    let opened = options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(format!("/proc/self/fd/{}", place.as_raw_fd()));
+    let facts = FileReadResponse { mode: octal(stat.st_mode), size: stat.st_size };
+    Ok((opened.map_err(failed)?, facts))
 }
 
 /// The part of a file that was asked for, cut out of the file's chunks as they come.

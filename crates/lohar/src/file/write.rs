@@ -1,25 +1,25 @@
 //! Writing files: whole or not at all.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::path::{Path, PathBuf};
-
 use bhatti_proto::{AgentError, ErrorKind, FileWriteRequest, FrameType, StatusOk};
+use bytes::Bytes;
+use rustix::fs::{Gid, Uid};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::{FILE_MODE, checked, parent, parse_mode};
+use super::target::{Durable, NewFile, Owner, too_large};
+use super::{checked, parse_mode, worker};
 use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
-use crate::refusal::{OpError, io_refused, refused};
+use crate::refusal::{OpError, refused};
+use crate::user::USUAL_UID;
 
-/// Who new files belong to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
-    /// The agent.
-    Agent,
-    /// The usual user of a guest.
-    UsualUser,
+/// Pieces that may wait for the disk.
+const PIECES_WAITING: usize = 4;
+
+/// What the host has for the writing thread. If it is dropped before `End`, nothing is written.
+enum Piece {
+    Content(Bytes),
+    End,
 }
 
 /// Serves one `FILE_WRITE_REQ`.
@@ -36,20 +36,36 @@ pub(crate) async fn write<T: Transport>(
     if let Some(size) = size.filter(|size| *size > limit) {
         return Err(too_large(size, limit).into());
     }
-    let mode = parse_mode(&request.mode, FILE_MODE)?;
-    let owner = if agent.place.is_guest() { Owner::UsualUser } else { Owner::Agent };
-    // Who writes to a volume that is frozen waits until it is not, and this thread is the one that is told so.
+    let mode = parse_mode(&request.mode)?;
+    // A writer to a frozen volume waits until it is thawed. It need not occupy a thread meanwhile.
     agent.awake().await;
-    let mut new = NewFile::create(&path, owner)?;
+    let (sender, mut pieces) = mpsc::channel(PIECES_WAITING);
+    let writing = move || {
+        let mut new = NewFile::create(&path, None)?;
+        while let Some(piece) = pieces.blocking_recv() {
+            match piece {
+                Piece::Content(bytes) => new.write(&bytes)?,
+                Piece::End => return new.finish(mode, Durable::Yes),
+            }
+        }
+        // The host is told why by those who dropped the other end.
+        Ok(())
+    };
+    let mut writing = worker::begin(agent, request.user.as_deref(), writing).await?;
     let length = Length { announced: size, limit };
-    if let Err(error) = receive(agent, length, &mut reader, &mut new).await {
-        agent.awake().await;
-        new.discard().await;
-        return Err(error);
+    let received = tokio::select! {
+        biased;
+        failed = writing.end() => return failed.and_then(|()| Err(OpError::HostGone)),
+        received = receive(agent, length, &mut reader, &sender) => received,
+    };
+    if received.is_ok() {
+        // A thread that has ended says why below.
+        drop(sender.send(Piece::End).await);
     }
-    // Waits for the disk, which nobody else should have to.
-    let finished = tokio::task::spawn_blocking(move || new.finish(mode));
-    finished.await.map_err(|_| refused(ErrorKind::Other, "the write was interrupted"))??;
+    drop(sender);
+    let written = writing.end().await;
+    received?;
+    written?;
     Ok(writer.send_json(FrameType::FILE_WRITE_RESP, &StatusOk { status: "ok".to_owned() }).await?)
 }
 
@@ -60,12 +76,12 @@ struct Length {
     limit: u64,
 }
 
-/// Moves the content into the file.
+/// Moves the content to the writing thread.
 async fn receive<T: Transport>(
     agent: &Agent,
     Length { announced, limit }: Length,
     reader: &mut HostReader<T>,
-    new: &mut NewFile,
+    pieces: &mpsc::Sender<Piece>,
 ) -> Result<(), OpError> {
     let mut written = 0;
     let of = announced.map_or_else(String::new, |size| format!("/{size}"));
@@ -91,119 +107,23 @@ async fn receive<T: Transport>(
             return Err(too_large(written, limit).into());
         }
         agent.awake().await;
-        new.write(&frame.payload)?;
+        if pieces.send(Piece::Content(frame.payload)).await.is_err() {
+            // The writing thread has ended: its error is looked for first.
+            std::future::pending::<()>().await;
+        }
     }
     Ok(())
 }
 
-fn too_large(size: u64, limit: u64) -> AgentError {
-    refused(ErrorKind::TooLarge, format!("file too large: {size} > {limit} bytes"))
-}
-
-/// Writes a file that is at hand as a whole.
+/// Writes a file of the guest's configuration, as the agent. What is new belongs to the usual user in a guest.
 pub(crate) fn write_whole(
     path: &str,
     content: &[u8],
-    mode: u32,
-    owner: Owner,
+    mode: Option<u32>,
+    is_guest: bool,
 ) -> Result<(), AgentError> {
-    let mut new = NewFile::create(&checked(path)?, owner)?;
+    let usual = Owner { uid: Uid::from_raw(USUAL_UID), gid: Gid::from_raw(USUAL_UID) };
+    let mut new = NewFile::create(&checked(path)?, is_guest.then_some(usual))?;
     new.write(content)?;
-    new.finish(mode)
-}
-
-/// A file that is being written under another name, which goes with it unless it is finished.
-struct NewFile {
-    target: PathBuf,
-    temporary: PathBuf,
-    file: File,
-    owner: Owner,
-    finished: bool,
-}
-
-impl NewFile {
-    /// Makes the file, and its parents if they are not there, beside its target.
-    fn create(target: &Path, owner: Owner) -> Result<Self, AgentError> {
-        let directory = parent(target);
-        let failed = |error: &io::Error| io_refused("open", target, error);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
-        made.map_err(|error| match error.kind() {
-            // It exists, and is a file.
-            io::ErrorKind::AlreadyExists => failed(&io::Error::from_raw_os_error(libc::ENOTDIR)),
-            _ => failed(&error),
-        })?;
-        // Two writers of one file never meet: each has a name of its own, until the rename.
-        let mut options = File::options();
-        options.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        loop {
-            let temporary = directory.join(format!(".lohar-{:016x}", random()));
-            match options.open(&temporary) {
-                Ok(file) => {
-                    return Ok(Self {
-                        target: target.to_owned(),
-                        temporary,
-                        file,
-                        owner,
-                        finished: false,
-                    });
-                }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(failed(&error)),
-            }
-        }
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<(), AgentError> {
-        self.file.write_all(bytes).map_err(|error| io_refused("write", &self.target, &error))
-    }
-
-    /// Gives the file its owner, its permissions to the bit, its durability and its name.
-    fn finish(mut self, mode: u32) -> Result<(), AgentError> {
-        let done = self.try_finish(mode);
-        done.map_err(|error| io_refused("rename", &self.target, &error))?;
-        self.finished = true;
-        Ok(())
-    }
-
-    /// Leaves nothing of it: whoever is told that it was not written finds nothing of it either.
-    async fn discard(mut self) {
-        self.finished = true;
-        let temporary = std::mem::take(&mut self.temporary);
-        drop(tokio::task::spawn_blocking(|| fs::remove_file(temporary)).await);
-    }
-
-    fn try_finish(&self, mode: u32) -> io::Result<()> {
-        if self.owner == Owner::UsualUser {
-            let usual = Some(crate::user::USUAL_UID);
-            fchown(&self.file, usual, usual)?;
-        }
-        self.file.set_permissions(fs::Permissions::from_mode(mode))?;
-        self.file.sync_all()?;
-        fs::rename(&self.temporary, &self.target)?;
-        File::open(parent(&self.target))?.sync_all()
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        let temporary = std::mem::take(&mut self.temporary);
-        // The rename may have happened: then there is nothing of that name.
-        let remove = move || drop(fs::remove_file(temporary));
-        match tokio::runtime::Handle::try_current() {
-            // It may be on a volume that is frozen.
-            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
-            Err(_) => remove(),
-        }
-    }
-}
-
-/// A number that no other writer draws.
-fn random() -> u64 {
-    let mut bytes = [0; 8];
-    // A name that is taken is noticed; numbers that repeat cost a few attempts.
-    let _filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    u64::from_ne_bytes(bytes)
+    new.finish(mode, Durable::Yes)
 }

@@ -13,6 +13,7 @@ use crate::agent::{Agent, Place};
 use crate::limits::Limits;
 use crate::log;
 use crate::reaper::Reaper;
+use crate::runtime;
 use crate::unix::Listeners;
 
 /// What the host sets for a container.
@@ -39,7 +40,7 @@ pub(super) fn run() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     enter_workspace()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = runtime()?;
     LocalSet::new().block_on(&runtime, async {
         let agent =
             Agent::new(Reaper::start()?, Limits::default(), STATE_DIR.into(), Place::Container);

@@ -12,18 +12,19 @@ use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use super::{start_init_of, system, write_files};
 use crate::agent::Agent;
+use crate::refusal::OpError;
 use crate::{log, netlink, suspend};
 
 /// `RNDRESEEDCRNG` of linux/random.h: the generator takes its key anew from the pool.
 const RESEED: libc::c_ulong = 0x5207;
 
 /// Serves one `IDENTITY_REQ`: does all of it, whatever fails, and reports each part. Only then do the users' processes go on.
-pub(crate) fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
-    let report = apply(agent, identity);
+pub(crate) async fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
+    let report = apply(agent, identity).await;
     IdentityReport { clock_ns: clock(), ..report }
 }
 
-fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
+async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let config = &identity.config;
     let guest = |apply: &dyn Fn() -> io::Result<()>| {
         if agent.place.has_kernel() { applied(apply()) } else { Applied::Nothing }
@@ -41,6 +42,12 @@ fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             applied.map_err(|error| io::Error::other(error.message))
         })
     };
+    let files = match write_files(agent, &config.files).await {
+        Ok(()) if config.files.is_empty() => Applied::Nothing,
+        Ok(()) => Applied::Done,
+        Err(OpError::Refused(error)) => Applied::Failed { message: error.message },
+        Err(OpError::HostGone) => Applied::Failed { message: "interrupted".to_owned() },
+    };
     let report = IdentityReport {
         rng: guest(&|| feed_random(&identity.entropy)),
         wall_clock,
@@ -48,11 +55,7 @@ fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         machine_id: guest(&|| system::set_machine_id(&identity.machine_id)),
         token: Applied::Done,
         environment: Applied::Done,
-        files: match write_files(agent, &config.files) {
-            Ok(()) if config.files.is_empty() => Applied::Nothing,
-            Ok(()) => Applied::Done,
-            Err(error) => Applied::Failed { message: error.message },
-        },
+        files,
         addresses,
         first_setup,
         connections,

@@ -1,20 +1,24 @@
 //! The parts of a configuration that only a guest of its own has.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::Path;
 
 use bhatti_proto::{AgentError, ConfigVolume, GuestConfig};
 use rustix::mount::{MountFlags, mount};
-use rustix::system::sethostname;
+use rustix::system::{sethostname, uname};
 
+use super::texts;
 use crate::refusal::io_refused;
 use crate::user::USUAL_UID;
 use crate::{disk, netlink};
 
 const RESOLVERS: &str = "/etc/resolv.conf";
 const HOSTS: &str = "/etc/hosts";
+
+/// The most that is kept of such a file when a part of it is replaced, in bytes.
+const SMALL_BYTES_MAX: u64 = 1 << 20;
 
 /// How a device is named by the serial of its disk: as udev(7) does.
 const BY_SERIAL: &str = "/dev/disk/by-id/virtio-";
@@ -32,7 +36,7 @@ pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
 /// Makes a container what the configuration says. Its name and its mounts are the host's to make.
 pub(super) fn apply_in_container(config: &GuestConfig) -> Result<(), AgentError> {
     let hosts = Path::new(HOSTS);
-    write_hosts(&config.hostname).map_err(|error| io_refused("write", hosts, &error))?;
+    write_hosts("", &config.hostname).map_err(|error| io_refused("write", hosts, &error))?;
     if let Some(network) = &config.network {
         let failed =
             |error| io_refused("switch IPv6 off at", Path::new(&network.interface), &error);
@@ -80,23 +84,24 @@ fn set_resolvers_of(config: &GuestConfig) -> Result<(), AgentError> {
     set_resolvers(&config.dns).map_err(failed)
 }
 
-/// Says who knows names.
+/// Sets the name servers. Other lines of the file, as `search` and `options`, stay.
 pub(super) fn set_resolvers(servers: &[String]) -> io::Result<()> {
-    let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
     let resolvers = Path::new(RESOLVERS);
-    // What is a link to somewhere that may not be there, or no file at all, is none of ours to write through.
+    let before = read_small(resolvers).unwrap_or_default();
+    // A link may lead to something that is not there, and a file with other names is not only ours.
     if fs::symlink_metadata(resolvers).is_ok_and(|found| !found.is_file() || found.nlink() != 1) {
         fs::remove_file(resolvers)?;
     }
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    overwrite(&small_file().custom_flags(flags).open(resolvers)?, &lines)
+    let file = small_file().custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(resolvers)?;
+    overwrite(&file, &texts::resolvers(&before, servers))
 }
 
-/// Gives the guest a name, for processes that run and for files that others read.
+/// Sets the host name, for processes that run and in the files that programs read.
 pub(super) fn set_hostname(name: &str) -> io::Result<()> {
+    let before = uname().nodename().to_string_lossy().into_owned();
     sethostname(name.as_bytes())?;
     write("/etc/hostname", &format!("{name}\n"))?;
-    write_hosts(name)
+    write_hosts(&before, name)
 }
 
 /// Gives the guest the number by which its users' programs know it.
@@ -104,8 +109,10 @@ pub(super) fn set_machine_id(machine_id: &str) -> io::Result<()> {
     write("/etc/machine-id", &format!("{machine_id}\n"))
 }
 
-fn write_hosts(name: &str) -> io::Result<()> {
-    write(HOSTS, &format!("127.0.0.1 localhost {name}\n::1 localhost\n"))
+/// Has `/etc/hosts` know this guest by `name`, instead of by `before`. What users added to the file stays.
+fn write_hosts(before: &str, name: &str) -> io::Result<()> {
+    let text = read_small(Path::new(HOSTS)).unwrap_or_default();
+    write(HOSTS, &texts::hosts(&text, before, name))
 }
 
 fn mount_volume(volume: &ConfigVolume, disks: Disks) -> io::Result<()> {
@@ -129,11 +136,29 @@ fn give_volume(volume: &ConfigVolume) -> io::Result<()> {
 }
 
 fn write(path: &str, text: &str) -> io::Result<()> {
-    overwrite(&small_file().open(path)?, text)
+    overwrite(&small_file().custom_flags(libc::O_NONBLOCK).open(path)?, text)
 }
 
 fn small_file() -> fs::OpenOptions {
     File::options().write(true).create(true).truncate(false).clone()
+}
+
+/// Reads a small text file.
+///
+/// # Errors
+///
+/// `InvalidData` if it has more than [`SMALL_BYTES_MAX`], or is no text.
+fn read_small(path: &Path) -> io::Result<String> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut text = String::new();
+    let length = file.take(SMALL_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if length as u64 > SMALL_BYTES_MAX {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(text)
 }
 
 /// Has a small file hold a text, and nothing else. It keeps its place on the disk: one that is emptied first gives it back and takes

@@ -1,8 +1,10 @@
 //! `bhatti file cp`: files as they are, directories as tar archives.
 //!
 //! What arrives on this machine is written beside its place and renamed, so that a copy that breaks off leaves nothing half-made; only a
-//! directory that is there already is filled as it comes. Archives come from guests, which may be anybody's: nothing in one is unpacked
-//! outside of its directory.
+//! directory that is there already is filled as it comes. Archives come from guests, which are not trusted: nothing in one is unpacked
+//! outside of its directory (see [`pack::unpack`]).
+
+mod pack;
 
 use std::fs;
 use std::io;
@@ -15,7 +17,7 @@ use tokio_util::io::SyncIoBridge;
 
 use super::super::Context;
 use crate::error::CliError;
-use crate::output::Transfer;
+use crate::output::{Output, Transfer};
 
 /// Bytes of an archive that may wait to be written or sent.
 const PIPE_BYTES: usize = 256 * 1024;
@@ -117,7 +119,7 @@ impl There {
         let (writer, reader) = tokio::io::duplex(PIPE_BYTES);
         let directory = local.to_owned();
         let packing =
-            tokio::task::spawn_blocking(move || pack(&directory, SyncIoBridge::new(writer)));
+            tokio::task::spawn_blocking(move || pack::pack(&directory, SyncIoBridge::new(writer)));
         let transfer = Transfer::begin(context.output, "copying", None);
         let archive = Upload::new(transfer.counting(reader), None);
         let sent = context.client.write_tar(&self.sandbox, target, archive).await;
@@ -127,7 +129,11 @@ impl There {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 Err(CliError::new(format!("failed to read `{}`: {error}", local.display())))
             }
-            _ => Ok(sent.map(drop)?),
+            packed => {
+                let left_out = packed.unwrap_or_default();
+                note_skipped(context.output, left_out.iter().chain(&sent?.skipped));
+                Ok(())
+            }
         }
     }
 
@@ -143,7 +149,9 @@ impl There {
         if stat.is_dir {
             let archive = client.read_tar(&self.sandbox, &self.path).await?;
             let transfer = Transfer::begin(context.output, "copying", None);
-            return unpack(archive, &target, &transfer).await;
+            let skipped = unpack(archive, &target, &transfer).await?;
+            note_skipped(context.output, &skipped);
+            return Ok(());
         }
         let content = client.read_file(&self.sandbox, &self.path).await?;
         let transfer = Transfer::begin(context.output, "copying", content.size());
@@ -152,12 +160,11 @@ impl There {
     }
 }
 
-/// Writes a tree as a tar archive, links as links.
-fn pack(directory: &Path, writer: impl io::Write) -> io::Result<()> {
-    let mut archive = tar::Builder::new(writer);
-    archive.follow_symlinks(false);
-    archive.append_dir_all(".", directory)?;
-    archive.into_inner()?.flush()
+/// Tells what was left out of a copy.
+fn note_skipped<'a>(output: Output, skipped: impl IntoIterator<Item = &'a String>) {
+    for path in skipped {
+        output.note(&format!("skipped `{path}`: not a file, directory or link"));
+    }
 }
 
 /// A place beside the target, for what is not whole yet.
@@ -197,7 +204,12 @@ async fn write_file(
     path.persist(target).map_err(|error| cannot_write(target)(error.error))
 }
 
-async fn unpack(archive: Download, target: &Path, transfer: &Transfer) -> Result<(), CliError> {
+/// Unpacks an archive, and returns what was left out.
+async fn unpack(
+    archive: Download,
+    target: &Path,
+    transfer: &Transfer,
+) -> Result<Vec<String>, CliError> {
     if target.is_dir() {
         return unpack_into(archive, target, transfer).await;
     }
@@ -206,29 +218,27 @@ async fn unpack(archive: Download, target: &Path, transfer: &Transfer) -> Result
     let part = part.map_err(cannot_write(target))?;
     let whole = part.path().join("whole");
     fs::create_dir(&whole).map_err(cannot_write(target))?;
-    unpack_into(archive, &whole, transfer).await?;
-    fs::rename(&whole, target).map_err(cannot_write(target))
+    let skipped = unpack_into(archive, &whole, transfer).await?;
+    fs::rename(&whole, target).map_err(cannot_write(target))?;
+    Ok(skipped)
 }
 
 async fn unpack_into(
     mut archive: Download,
     directory: &Path,
     transfer: &Transfer,
-) -> Result<(), CliError> {
+) -> Result<Vec<String>, CliError> {
     let (mut writer, reader) = tokio::io::duplex(PIPE_BYTES);
     let place = directory.to_owned();
-    let unpacking = tokio::task::spawn_blocking(move || {
-        let mut archive = tar::Archive::new(SyncIoBridge::new(reader));
-        archive.set_overwrite(true);
-        archive.unpack(place)
-    });
+    let unpacking =
+        tokio::task::spawn_blocking(move || pack::unpack(SyncIoBridge::new(reader), &place));
     let mut received = Ok(());
     loop {
         match archive.next().await {
             Ok(Some(bytes)) => {
                 transfer.add(bytes.len());
                 if writer.write_all(&bytes).await.is_err() {
-                    // Whoever unpacks has had enough, and says why.
+                    // The unpacking has ended, and says why.
                     break;
                 }
             }
@@ -242,7 +252,9 @@ async fn unpack_into(
     drop(writer);
     let unpacked = unpacking.await.map_err(io::Error::other)?;
     received?;
-    unpacked.map_err(cannot_write(directory))
+    let mut skipped = unpacked.map_err(cannot_write(directory))?;
+    skipped.extend_from_slice(archive.skipped());
+    Ok(skipped)
 }
 
 #[cfg(test)]

@@ -1,0 +1,132 @@
+//! Directories in the guest as tar archives. Each call acts as one user: see [`AgentClient::acting_as`].
+
+use bhatti_proto::{ArchiveRequest, CHUNK_BYTES, FrameType};
+use bytes::Bytes;
+
+use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
+
+/// The most names of entries that were left out which are kept, and the most bytes of each.
+const SKIPPED_MAX: usize = 128;
+const SKIPPED_BYTES_MAX: usize = 4096;
+
+/// A directory on its way as an archive. Dropping it ends the read.
+pub struct ArchiveContent {
+    reader: Reader,
+    _writer: Writer,
+    skipped: Vec<String>,
+}
+
+impl ArchiveContent {
+    /// Waits for the next piece; `None` behind the last.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if something cannot be read or the connection is lost: what came is then no whole archive.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, CallError> {
+        loop {
+            let frame = next(&mut self.reader).await?;
+            match frame.frame_type {
+                FrameType::STDOUT => return Ok(Some(frame.payload)),
+                FrameType::STDERR => note(&mut self.skipped, &frame.payload),
+                FrameType::EXIT => return Ok(None),
+                _ => return Err(refusal(&frame).unwrap_or(CallError::Unexpected)),
+            }
+        }
+    }
+
+    /// The paths of entries that an archive cannot have (sockets, pipes, devices), once the last piece has come.
+    #[must_use]
+    pub fn skipped(&self) -> &[String] {
+        &self.skipped
+    }
+}
+
+/// An archive that is being unpacked in the guest. Dropping it before [`finish`](Self::finish) leaves what was unpacked until then.
+pub struct ArchiveUpload {
+    reader: Reader,
+    writer: Writer,
+}
+
+impl ArchiveUpload {
+    /// Sends a part of the archive.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone; why, [`finish`](Self::finish) may know.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), CallError> {
+        for chunk in bytes.chunks(CHUNK_BYTES) {
+            self.writer.send(FrameType::STDIN, chunk).await.map_err(CallError::Write)?;
+        }
+        Ok(())
+    }
+
+    /// Says that the archive is complete.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub async fn end(&mut self) -> Result<(), CallError> {
+        self.writer.send(FrameType::STDIN_EOF, &[]).await.map_err(CallError::Write)
+    }
+
+    /// Waits until all of it is unpacked, durably, and returns the paths of entries that were left out (pipes, devices).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the guest refused; what was unpacked until then stays.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn finish(&mut self) -> Result<Vec<String>, CallError> {
+        let mut skipped = Vec::new();
+        loop {
+            let frame = next(&mut self.reader).await?;
+            match frame.frame_type {
+                FrameType::STDERR => note(&mut skipped, &frame.payload),
+                FrameType::EXIT => return Ok(skipped),
+                _ => return Err(refusal(&frame).unwrap_or(CallError::Unexpected)),
+            }
+        }
+    }
+}
+
+fn note(skipped: &mut Vec<String>, name: &[u8]) {
+    if skipped.len() < SKIPPED_MAX {
+        let name = &name[..name.len().min(SKIPPED_BYTES_MAX)];
+        skipped.push(String::from_utf8_lossy(name).into_owned());
+    }
+}
+
+impl AgentClient {
+    fn archive_request(&self, path: &str) -> ArchiveRequest {
+        ArchiveRequest { path: path.to_owned(), user: self.acting_user(), error_details: true }
+    }
+
+    /// Reads a directory as a tar archive, with names relative to the directory. What can be known to be unreadable is an error before the
+    /// first piece.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be reached.
+    pub async fn read_archive(&self, path: &str) -> Result<ArchiveContent, CallError> {
+        let request = self.archive_request(path);
+        let (reader, writer) = self.request(FrameType::ARCHIVE_READ_REQ, &request).await?;
+        Ok(ArchiveContent { reader, _writer: writer, skipped: Vec::new() })
+    }
+
+    /// Begins to unpack a tar archive into a directory, which is made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be reached.
+    pub async fn write_archive(&self, path: &str) -> Result<ArchiveUpload, CallError> {
+        let request = self.archive_request(path);
+        let (reader, writer) = self.request(FrameType::ARCHIVE_WRITE_REQ, &request).await?;
+        Ok(ArchiveUpload { reader, writer })
+    }
+}

@@ -1,0 +1,73 @@
+//! Extended attributes, which a file that replaces another takes over.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::fs::{XattrFlags, fsetxattr, getxattr, listxattr};
+use rustix::io::Errno;
+
+/// The most that the names of a file's attributes take, and the most that one value takes, in bytes: `XATTR_LIST_MAX` and
+/// `XATTR_SIZE_MAX` of linux/limits.h.
+const ATTRIBUTE_BYTES_MAX: usize = 64 << 10;
+
+/// Copies the attributes of `from`, which may be open as a path only. Those that only root may set are left out for others, as the
+/// kernel drops them when others write to a file.
+pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+    let from = format!("/proc/self/fd/{}", from.as_raw_fd());
+    let mut names = Vec::new();
+    match read(&mut names, |buffer| listxattr(&*from, buffer)) {
+        Ok(()) => {}
+        Err(Errno::NOTSUP | Errno::NOSYS) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    let mut value = Vec::new();
+    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        match read(&mut value, |buffer| getxattr(&*from, name, buffer)) {
+            Ok(()) => {}
+            // It has gone meanwhile, or is not this user's to read.
+            Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        match fsetxattr(to, name, &value, XattrFlags::empty()) {
+            Ok(()) | Err(Errno::PERM | Errno::ACCESS | Errno::NOTSUP) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn read(
+    into: &mut Vec<u8>,
+    read: impl FnOnce(&mut [u8]) -> rustix::io::Result<usize>,
+) -> rustix::io::Result<()> {
+    into.resize(ATTRIBUTE_BYTES_MAX, 0);
+    let length = read(into)?;
+    into.truncate(length);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn attributes_are_copied() {
+        let (from, to) = (tempfile::tempfile_in(".").unwrap(), tempfile::tempfile_in(".").unwrap());
+        let attributes = [("user.one", vec![1, 0, 2]), ("user.empty", vec![])];
+        for (name, value) in &attributes {
+            fsetxattr(&from, *name, value, XattrFlags::empty()).unwrap();
+        }
+
+        copy(from.as_fd(), to.as_fd()).unwrap();
+
+        let path = format!("/proc/self/fd/{}", File::as_raw_fd(&to));
+        for (name, expected) in attributes {
+            let mut value = Vec::new();
+            read(&mut value, |buffer| getxattr(&*path, name, buffer)).unwrap();
+            assert_eq!(value, expected, "{name}");
+        }
+    }
+}
