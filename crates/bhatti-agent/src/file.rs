@@ -244,14 +244,31 @@ impl AgentClient {
     /// Returns an error if it is not there or no directory; [`CallError::TooMuch`] if the listing takes more than
     /// 8 MiB of JSON; [`CallError::Silent`] if it is not complete in a minute.
     pub async fn list_directory(&self, path: &str) -> Result<Vec<FileInfo>, CallError> {
-        let listing = timeout(LISTING_LIMIT, self.list_all(path));
+        self.list_directory_within(path, |_| true).await
+    }
+
+    /// The same, as long as `admit` takes the bytes of JSON that have come so far.
+    ///
+    /// # Errors
+    ///
+    /// As [`list_directory`](Self::list_directory); [`CallError::TooMuch`] if `admit` refuses.
+    pub async fn list_directory_within(
+        &self,
+        path: &str,
+        admit: impl FnMut(usize) -> bool,
+    ) -> Result<Vec<FileInfo>, CallError> {
+        let listing = timeout(LISTING_LIMIT, self.list_all(path, admit));
         let mut entries =
             listing.await.unwrap_or(Err(CallError::Silent { limit: LISTING_LIMIT }))?;
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(entries)
     }
 
-    async fn list_all(&self, path: &str) -> Result<Vec<FileInfo>, CallError> {
+    async fn list_all(
+        &self,
+        path: &str,
+        mut admit: impl FnMut(usize) -> bool,
+    ) -> Result<Vec<FileInfo>, CallError> {
         let request = FilePathRequest { all: true, ..self.path_request(path) };
         let (mut reader, _writer) = self.request(FrameType::FILE_LS_REQ, &request).await?;
         let (mut entries, mut bytes) = (Vec::new(), 0);
@@ -265,7 +282,7 @@ impl AgentClient {
             match frame.frame_type {
                 FrameType::FILE_LS_RESP => {
                     bytes += frame.payload.len();
-                    if bytes > LISTING_BYTES_MAX {
+                    if bytes > LISTING_BYTES_MAX || !admit(bytes) {
                         let what = "bytes of a directory's listing";
                         return Err(CallError::TooMuch { limit: LISTING_BYTES_MAX, what });
                     }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use bhatti_host::socket;
 use http::Uri;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 
 /// The daemon's socket in its data directory.
 const SOCKET: &str = "bhatti.sock";
@@ -68,10 +68,7 @@ impl Endpoint {
     pub(crate) async fn connect(&self) -> Result<Box<dyn Stream>, ConnectError> {
         match self {
             Self::Unix { data_dir } => {
-                let stream = socket::connect_in(data_dir, SOCKET).and_then(|stream| {
-                    stream.set_nonblocking(true)?;
-                    UnixStream::from_std(stream)
-                });
+                let stream = socket::connect_in(data_dir, SOCKET).await;
                 let failed = |source| ConnectError::Unix { data_dir: data_dir.clone(), source };
                 Ok(Box::new(stream.map_err(failed)?))
             }

@@ -13,7 +13,6 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
 /// The socket in a VM's directory.
@@ -59,9 +58,13 @@ impl Api {
     /// Waits until it listens. The caller sees to it that this ends when the process has.
     pub(crate) async fn listening(&self, limit: Duration) -> Result<(), VmmError> {
         let began = Instant::now();
-        while let Err(error) = socket::connect_in(&self.directory, SOCKET) {
-            let is_early =
-                matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+        while let Err(error) = socket::try_connect_in(&self.directory, SOCKET) {
+            let is_early = matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::WouldBlock
+            );
             if !is_early {
                 return Err(error.into());
             }
@@ -117,9 +120,7 @@ impl Api {
         body: Option<&Value>,
     ) -> Result<Bytes, VmmError> {
         let lost = |error: hyper::Error| VmmError::Unreachable(io::Error::other(error));
-        let stream = socket::connect_in(&self.directory, SOCKET)?;
-        stream.set_nonblocking(true)?;
-        let stream = TokioIo::new(UnixStream::from_std(stream)?);
+        let stream = TokioIo::new(socket::connect_in(&self.directory, SOCKET).await?);
         let (mut sender, connection) = http1::handshake(stream).await.map_err(lost)?;
         let request = Request::builder()
             .method(method)

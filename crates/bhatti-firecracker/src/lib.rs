@@ -91,13 +91,13 @@ impl FirecrackerEngine {
     }
 
     /// The VMM process of a sandbox.
-    fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
+    async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
         let name = vm::vm_name(id);
-        let found = bhatti_vmm::find(directory, &self.setup.program, &name);
+        let found = bhatti_vmm::find(directory, &self.setup.program, &name).await;
         match (found, &self.setup.jailer) {
             // It is the jailer until that has done its work.
             (Err(error), Some(jailer)) if error.kind() == io::ErrorKind::NotFound => {
-                bhatti_vmm::find(directory, jailer, &name)
+                bhatti_vmm::find(directory, jailer, &name).await
             }
             (found, _) => found,
         }
@@ -158,10 +158,11 @@ impl Engine for FirecrackerEngine {
     }
 
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
-        let process = self.find_process(id, directory).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => AdoptError::Gone,
-            _ => AdoptError::Broken { step: "look for the VM's process", source },
-        })?;
+        let process =
+            self.find_process(id, directory).await.map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => AdoptError::Gone,
+                _ => AdoptError::Broken { step: "look for the VM's process", source },
+            })?;
         let attach = || {
             let machine = Record::read(directory)?.machine;
             FirecrackerVm::attach(process, directory, machine, self.setup.depends_on.clone())
@@ -181,7 +182,7 @@ impl Engine for FirecrackerEngine {
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        bhatti_vmm::kill(self.find_process(id, directory)).await?;
+        bhatti_vmm::kill(self.find_process(id, directory).await).await?;
         let failed = |source| RemoveError::Files { path: jail::root(directory), source };
         jail::clear(id, directory).await.map_err(failed)
     }

@@ -11,11 +11,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
-use rustix::net::sockopt;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::sleep;
 
 fn short_path(directory: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
 }
+
+/// The pauses between attempts at a listener whose backlog is full.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
 /// When a peer that says nothing is asked whether it is there, how often, and how many times in vain.
 const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(60);
@@ -32,6 +41,22 @@ pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
     sockopt::set_tcp_keepidle(&socket, KEEP_ALIVE_AFTER)?;
     sockopt::set_tcp_keepintvl(&socket, KEEP_ALIVE_EVERY)?;
     Ok(sockopt::set_tcp_keepcnt(&socket, KEEP_ALIVE_TIMES)?)
+}
+
+/// Has the runtime watch a descriptor.
+///
+/// # Errors
+///
+/// Returns an error if the kernel cannot watch it, or has no room for another.
+///
+/// # Panics
+///
+/// Panics outside of a runtime.
+pub fn watch(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open file for as long as it lives.
+    #[expect(unsafe_code, reason = "the runtime asks for a promise about the descriptor")]
+    let watched = unsafe { AsyncFd::register_with_interest(descriptor, interest) };
+    watched.map_err(io::Error::from)
 }
 
 /// Binds and listens at `directory/name`.
@@ -61,19 +86,72 @@ pub fn open_in(directory: &Path, name: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// Connects to the socket `directory/name`; a link is none. Blocks only if the listener's backlog is full.
+/// Connects to the socket `directory/name`; a link is none. Never blocks, and neither does the stream.
+///
+/// # Errors
+///
+/// Returns the error of opening the directory or connecting: [`io::ErrorKind::WouldBlock`] if the listener's backlog is full.
+pub fn try_connect_in(directory: &Path, name: &str) -> io::Result<UnixStream> {
+    let socket = open_in(directory, name)?;
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}", socket.as_raw_fd()))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&stream, &address)?;
+    Ok(stream.into())
+}
+
+/// Connects to the socket `directory/name`; a link is none. A listener that takes no connections is waited for: by whoever may have one in its
+/// power, so the caller sets a limit.
 ///
 /// # Errors
 ///
 /// Returns the error of opening the directory or connecting.
-pub fn connect_in(directory: &Path, name: &str) -> io::Result<UnixStream> {
-    let socket = open_in(directory, name)?;
-    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+///
+/// # Cancel safety
+///
+/// Cancel safe.
+pub async fn connect_in(directory: &Path, name: &str) -> io::Result<tokio::net::UnixStream> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match try_connect_in(directory, name) {
+            Ok(stream) => return tokio::net::UnixStream::from_std(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        sleep(pause).await;
+        pause = LONGEST_PAUSE.min(2 * pause);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn listener_that_takes_nothing_blocks_no_thread() {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = listen_in(directory.path(), "s.sock").unwrap();
+        // As short as a backlog can be.
+        rustix::net::listen(&listener, 0).unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(stream) = try_connect_in(directory.path(), "s.sock") {
+            waiting.push(stream);
+        }
+        let full = try_connect_in(directory.path(), "s.sock").unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+
+        let limit = Duration::from_millis(20);
+        let connecting = connect_in(directory.path(), "s.sock");
+        assert!(tokio::time::timeout(limit, connecting).await.is_err());
+
+        let connecting = async { connect_in(directory.path(), "s.sock").await.unwrap() };
+        let accepting = async {
+            sleep(limit).await;
+            waiting.clear();
+            drop(listener.accept().unwrap());
+        };
+        tokio::join!(connecting, accepting);
+    }
 
     #[test]
     fn socket_lives_in_a_directory_of_any_length() {
@@ -82,7 +160,7 @@ mod tests {
         std::fs::create_dir(&directory).unwrap();
 
         let listener = listen_in(&directory, "s.sock").unwrap();
-        let near = connect_in(&directory, "s.sock").unwrap();
+        let near = try_connect_in(&directory, "s.sock").unwrap();
 
         assert!(listener.accept().is_ok() && near.peer_addr().is_ok());
         assert!(directory.join("s.sock").exists());

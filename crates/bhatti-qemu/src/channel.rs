@@ -9,7 +9,6 @@ use bhatti_engine::{AgentChannel, AgentStream, ChannelError};
 use bhatti_host::socket;
 use bhatti_proto::mux::{OpenError, Opener};
 use bhatti_proto::resync::{Epoch, greet};
-use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
@@ -59,11 +58,10 @@ impl QemuChannel {
     }
 
     async fn attempt(&self) -> io::Result<Opener> {
-        let stream = socket::connect_in(&self.directory, SOCKET)?;
-        stream.set_nonblocking(true)?;
+        let stream = socket::connect_in(&self.directory, SOCKET).await?;
         let mut epoch = Epoch::default();
         getrandom::fill(&mut epoch).map_err(io::Error::other)?;
-        let stream = greet(UnixStream::from_std(stream)?, epoch).await.map_err(io::Error::other)?;
+        let stream = greet(stream, epoch).await.map_err(io::Error::other)?;
         let (opener, driver) = Opener::new(stream);
         tokio::spawn(driver);
         Ok(opener)

@@ -143,10 +143,11 @@ impl Engine for QemuEngine {
     }
 
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
-        let process = self.find_process(id, directory).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => AdoptError::Gone,
-            _ => AdoptError::Broken { step: "look for the VM's process", source },
-        })?;
+        let process =
+            self.find_process(id, directory).await.map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => AdoptError::Gone,
+                _ => AdoptError::Broken { step: "look for the VM's process", source },
+            })?;
         let attach = || {
             let machine = Record::read(directory)?.machine;
             QemuVm::attach(process, directory, machine, Qmp::new(), self.setup.depends_on.clone())
@@ -165,7 +166,7 @@ impl Engine for QemuEngine {
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        bhatti_vmm::kill(self.find_process(id, directory)).await
+        bhatti_vmm::kill(self.find_process(id, directory).await).await
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
@@ -182,8 +183,8 @@ impl QemuEngine {
     }
 
     /// The VMM process of a sandbox.
-    fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        bhatti_vmm::find(directory, &self.setup.program, &command_line::vm_name(id))
+    async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
+        bhatti_vmm::find(directory, &self.setup.program, &command_line::vm_name(id)).await
     }
 }
 

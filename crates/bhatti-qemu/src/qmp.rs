@@ -119,9 +119,7 @@ impl Qmp {
 
 impl Connection {
     async fn open(directory: &Path) -> Result<Self, VmmError> {
-        let stream = socket::connect_in(directory, SOCKET)?;
-        stream.set_nonblocking(true)?;
-        let stream = BufReader::new(UnixStream::from_std(stream)?);
+        let stream = BufReader::new(socket::connect_in(directory, SOCKET).await?);
         let mut connection = Self { stream, version: String::new(), last_id: 0 };
         let Greeting { version: Version { qemu: Numbers { major, minor, micro }, package } } =
             connection.receive().await?.greeting.ok_or(VmmError::Garbled)?;

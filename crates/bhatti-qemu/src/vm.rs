@@ -219,8 +219,7 @@ impl QemuVm {
 }
 
 fn connect_console(directory: &Path) -> io::Result<Console> {
-    let stream = socket::connect_in(directory, CONSOLE)?;
-    stream.set_nonblocking(true)?;
+    let stream = socket::try_connect_in(directory, CONSOLE)?;
     Ok(Console::read(UnixStream::from_std(stream)?))
 }
 

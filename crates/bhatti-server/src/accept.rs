@@ -1,31 +1,43 @@
-//! Takes connections and serves them, within limits: a peer that has shown nothing yet gets little.
+//! Takes connections and serves them, within limits: a peer that asks nothing gets little.
+
+mod peers;
+mod socket;
 
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{ConnectInfo, Request};
 use axum::response::Response;
+use hyper::body::{Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tower_service::Service;
 use tracing::{debug, warn};
 
-/// Connections of one listener at once. Beyond it, further ones wait to be taken.
+use peers::{Asking, Peers};
+pub(crate) use socket::PeerSocket;
+use socket::{Connection, Stream};
+
+/// Connections of one listener at once. Beyond it, a new one takes the place of one that asks nothing.
 const CONNECTIONS_MAX: usize = 8192;
 
 /// How long a peer may take for the head of a request, or keep a connection on which it asks nothing.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
+
+/// The longest head of a request, in bytes, and the most that is read of a connection at once.
+const HEAD_BYTES_MAX: usize = 64 << 10;
 
 /// How long to wait when the host has no descriptor for another connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -36,46 +48,51 @@ pub(crate) trait Source: Send + Sync + 'static {
     type Connection: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
     /// Waits for the next one. Cancel safe.
-    fn accept(
-        &self,
-    ) -> impl Future<Output = io::Result<(Self::Connection, Option<SocketAddr>)>> + Send;
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Connection, Peer)>> + Send;
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Peer {
+    address: Option<SocketAddr>,
+    socket: Option<PeerSocket>,
 }
 
 impl Source for UnixListener {
-    type Connection = UnixStream;
+    type Connection = Connection;
 
-    async fn accept(&self) -> io::Result<(UnixStream, Option<SocketAddr>)> {
-        Ok((Self::accept(self).await?.0, None))
+    async fn accept(&self) -> io::Result<(Connection, Peer)> {
+        let connection = Connection::new(Stream::Unix(Self::accept(self).await?.0));
+        let socket = Some(connection.peer());
+        Ok((connection, Peer { address: None, socket }))
     }
 }
 
 impl Source for TcpListener {
-    type Connection = TcpStream;
+    type Connection = Connection;
 
-    async fn accept(&self) -> io::Result<(TcpStream, Option<SocketAddr>)> {
+    async fn accept(&self) -> io::Result<(Connection, Peer)> {
         let (stream, peer) = Self::accept(self).await?;
         // Small answers are not to wait for the acknowledgement of earlier ones, and a peer that vanished is to be noticed. A connection on
         // which neither can be said has ended already.
         drop(stream.set_nodelay(true));
         drop(bhatti_host::socket::keep_alive(&stream));
-        Ok((stream, Some(peer)))
+        let connection = Connection::new(Stream::Tcp(stream));
+        let socket = Some(connection.peer());
+        Ok((connection, Peer { address: Some(peer), socket }))
     }
 }
 
 /// Serves `app` on what comes until `stop` resolves, and then until all requests have been answered.
 pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Output = ()> + Send) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let peers = Peers::new(CONNECTIONS_MAX);
     let stopping = watch::Sender::new(());
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT);
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(HEAD_BYTES_MAX);
     let mut stop = pin!(stop);
     loop {
-        let next = async {
-            let place = Arc::clone(&room).acquire_owned().await;
-            (place, source.accept().await)
-        };
-        let (place, accepted) = tokio::select! {
-            next = next => next,
+        let accepted = tokio::select! {
+            accepted = source.accept() => accepted,
             () = &mut stop => break,
         };
         let (connection, peer) = match accepted {
@@ -86,14 +103,18 @@ pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Ou
                 continue;
             }
         };
-        let app = app.clone();
-        let service = service_fn(move |request| answer(app.clone(), request, peer));
+        // Without a place it is closed at once: all others are asking something.
+        let Some(place) = peers.enter(peer.address.map(|address| address.ip())) else { continue };
+        let (app, asking) = (app.clone(), Arc::clone(&place));
+        let service =
+            service_fn(move |request| answer(app.clone(), request, peer.clone(), asking.ask()));
         let serving = http.serve_connection(TokioIo::new(connection), service).with_upgrades();
         let mut stopped = stopping.subscribe();
         tokio::spawn(async move {
             let mut serving = pin!(serving);
             let ended = tokio::select! {
                 ended = &mut serving => ended,
+                () = place.closed.notified() => return,
                 _ = stopped.changed() => {
                     serving.as_mut().graceful_shutdown();
                     serving.await
@@ -102,7 +123,6 @@ pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Ou
             if let Err(error) = ended {
                 debug!(%error, "A connection broke off");
             }
-            drop(place);
         });
     }
     // Nobody waits in vain for a daemon that takes no more.
@@ -114,13 +134,52 @@ pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Ou
 async fn answer(
     mut app: Router,
     request: hyper::Request<hyper::body::Incoming>,
-    peer: Option<SocketAddr>,
+    peer: Peer,
+    asking: Asking,
 ) -> Result<Response, Infallible> {
     let mut request: Request = request.map(Body::new);
-    if let Some(peer) = peer {
-        request.extensions_mut().insert(ConnectInfo(peer));
+    if let Some(address) = peer.address {
+        request.extensions_mut().insert(ConnectInfo(address));
     }
-    app.call(request).await
+    if let Some(socket) = peer.socket {
+        request.extensions_mut().insert(socket);
+    }
+    let response = app.call(request).await?;
+    Ok(hold(response, asking))
+}
+
+/// Keeps something until the answer's body has been sent.
+pub(crate) fn hold(response: Response, held: impl Send + 'static) -> Response {
+    response.map(|body| Body::new(Held { body, _held: held }))
+}
+
+/// A body with something that lives as long.
+struct Held<T> {
+    body: Body,
+    _held: T,
+}
+
+// What is held is never looked at, so it need not stay where it is.
+impl<T> Unpin for Held<T> {}
+
+impl<T: Send + 'static> HttpBody for Held<T> {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 #[cfg(test)]
@@ -136,10 +195,10 @@ pub(crate) mod tests {
     impl Source for One {
         type Connection = DuplexStream;
 
-        async fn accept(&self) -> io::Result<(DuplexStream, Option<SocketAddr>)> {
+        async fn accept(&self) -> io::Result<(DuplexStream, Peer)> {
             let one = self.0.lock().take();
             match one {
-                Some(one) => Ok((one, None)),
+                Some(one) => Ok((one, Peer::default())),
                 None => std::future::pending().await,
             }
         }
@@ -167,6 +226,42 @@ pub(crate) mod tests {
 
             assert!(ended.is_ok(), "{begin:?} is waited for");
         }
+    }
+
+    #[tokio::test]
+    async fn head_without_end_is_refused() {
+        let mut peer = serve_answers();
+        let head = [b"GET / HTTP/1.1\r\nX: ", &vec![b'x'; 2 * HEAD_BYTES_MAX][..]].concat();
+        drop(peer.write_all(&head).await);
+
+        let mut said = Vec::new();
+        peer.read_to_end(&mut said).await.unwrap();
+
+        assert!(said.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&said));
+    }
+
+    #[tokio::test]
+    async fn silent_connections_keep_nobody_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let app = Router::new().fallback(|| async { "answered" });
+        tokio::spawn(serve(listener, app, std::future::pending()));
+        let mut silent = Vec::new();
+        for _ in 0..1500 {
+            silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
+        }
+
+        let mut caller = tokio::net::TcpStream::connect(address).await.unwrap();
+        caller.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut said = String::new();
+        caller.read_to_string(&mut said).await.unwrap();
+
+        assert!(said.ends_with("answered"), "{said}");
+        // The oldest have been closed, the newest are kept.
+        assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0);
+        let mut byte = [0];
+        let newest = silent.last_mut().unwrap().read(&mut byte);
+        assert!(tokio::time::timeout(Duration::from_millis(20), newest).await.is_err());
     }
 
     #[tokio::test(start_paused = true)]

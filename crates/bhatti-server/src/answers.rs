@@ -1,32 +1,63 @@
-//! The memory of answers that are collected before they are sent. However many wait for however much, there is no more of it.
+//! Memory of answers that are collected before they are sent: a limit for all of them and one for each user.
+//!
+//! A [`Part`] is held until the answer has been sent, however slowly its caller reads.
 
-use std::sync::Arc;
+mod exec;
 
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Weak};
+
+use axum::body::{Body, Bytes};
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use bhatti_types::UserId;
+use futures_util::stream;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// All of it, in bytes, and the pieces in which it is given.
-const MEMORY_BYTES: usize = 256 << 20;
+pub(crate) use exec::{Collected, exec_answer};
+
+/// All of it, and that of one user, in bytes.
+const MEMORY_BYTES: usize = 160 << 20;
+const MEMORY_OF_USER_BYTES: usize = 64 << 20;
+
+/// The pieces in which it is given, in bytes.
 const PIECE_BYTES: usize = 64 * 1024;
 
 /// The memory that is left.
-pub(crate) struct AnswerMemory(Arc<Semaphore>);
+pub(crate) struct AnswerMemory {
+    all: Arc<Semaphore>,
+    of_users: Mutex<HashMap<UserId, Weak<Semaphore>>>,
+}
 
 impl Default for AnswerMemory {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MEMORY_BYTES / PIECE_BYTES)))
+        Self {
+            all: Arc::new(Semaphore::new(MEMORY_BYTES / PIECE_BYTES)),
+            of_users: Mutex::default(),
+        }
     }
 }
 
 /// The part of one answer. The first piece of each is free: most have no more.
 pub(crate) struct Part {
-    memory: Arc<Semaphore>,
-    given: Vec<OwnedSemaphorePermit>,
+    all: Arc<Semaphore>,
+    of_user: Arc<Semaphore>,
+    given: Vec<[OwnedSemaphorePermit; 2]>,
 }
 
 impl AnswerMemory {
     /// The part of a new answer.
-    pub(crate) fn part(&self) -> Part {
-        Part { memory: Arc::clone(&self.0), given: Vec::new() }
+    pub(crate) fn part(&self, user: UserId) -> Part {
+        let mut of_users = self.of_users.lock();
+        let of_user = of_users.get(&user).and_then(Weak::upgrade).unwrap_or_else(|| {
+            of_users.retain(|_, memory| memory.strong_count() > 0);
+            let memory = Arc::new(Semaphore::new(MEMORY_OF_USER_BYTES / PIECE_BYTES));
+            of_users.insert(user, Arc::downgrade(&memory));
+            memory
+        });
+        Part { all: Arc::clone(&self.all), of_user, given: Vec::new() }
     }
 }
 
@@ -34,27 +65,67 @@ impl Part {
     /// Makes the part large enough for `bytes`, if there is so much left.
     pub(crate) fn grow_to(&mut self, bytes: usize) -> bool {
         while bytes > (self.given.len() + 1) * PIECE_BYTES {
-            let Ok(piece) = Arc::clone(&self.memory).try_acquire_owned() else { return false };
-            self.given.push(piece);
+            let of_user = Arc::clone(&self.of_user).try_acquire_owned();
+            let of_all = Arc::clone(&self.all).try_acquire_owned();
+            let (Ok(of_user), Ok(of_all)) = (of_user, of_all) else { return false };
+            self.given.push([of_user, of_all]);
         }
         true
     }
+}
+
+/// An answer of JSON that is at hand, with the part that it takes.
+pub(crate) fn json_answer(json: Vec<u8>, part: Part) -> Response {
+    let headers = [(CONTENT_TYPE, "application/json")];
+    if json.len() <= PIECE_BYTES {
+        return (headers, json).into_response();
+    }
+    let pieces = (0..json.len()).step_by(PIECE_BYTES).map(move |at| {
+        let _held = &part;
+        // A copy: a slice would keep all of it in memory behind the last piece.
+        Bytes::copy_from_slice(&json[at..json.len().min(at + PIECE_BYTES)])
+    });
+    (headers, body(pieces)).into_response()
+}
+
+/// A body of pieces that are made when they are sent.
+fn body(pieces: impl Iterator<Item = Bytes> + Send + 'static) -> Body {
+    Body::from_stream(stream::iter(pieces.map(Ok::<_, Infallible>)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn memory_is_shared_and_given_back() {
-        let memory = AnswerMemory::default();
-        let mut greedy = memory.part();
+    fn user(number: u8) -> UserId {
+        UserId::from_entropy([number; 8])
+    }
 
-        assert!(greedy.grow_to(MEMORY_BYTES));
-        assert!(memory.part().grow_to(PIECE_BYTES));
-        assert!(!memory.part().grow_to(3 * PIECE_BYTES));
+    #[test]
+    fn memory_of_a_user_is_limited_and_given_back() {
+        let memory = AnswerMemory::default();
+        let mut greedy = memory.part(user(1));
+
+        assert!(greedy.grow_to(MEMORY_OF_USER_BYTES));
+        assert!(memory.part(user(1)).grow_to(PIECE_BYTES));
+        assert!(!memory.part(user(1)).grow_to(3 * PIECE_BYTES));
+        assert!(memory.part(user(2)).grow_to(3 * PIECE_BYTES));
 
         drop(greedy);
-        assert!(memory.part().grow_to(3 * PIECE_BYTES));
+        assert!(memory.part(user(1)).grow_to(3 * PIECE_BYTES));
+    }
+
+    #[test]
+    fn memory_of_all_users_is_limited() {
+        let memory = AnswerMemory::default();
+        let most = MEMORY_BYTES / MEMORY_OF_USER_BYTES;
+        let mut greedy: Vec<_> = (0..=most).map(|number| memory.part(user(number as u8))).collect();
+
+        assert!(greedy[..most].iter_mut().all(|part| part.grow_to(MEMORY_OF_USER_BYTES)));
+        assert!(!greedy[most].grow_to(MEMORY_OF_USER_BYTES));
+
+        greedy.clear();
+        drop(memory.part(user(9)));
+        assert_eq!(memory.of_users.lock().len(), 1);
     }
 }

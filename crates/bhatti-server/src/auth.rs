@@ -34,18 +34,21 @@ impl Caller {
     }
 }
 
+/// Finds out who is calling, and notes it as an extension of the request. Returns the request in any case, without what was shown in its query.
 pub(crate) fn authenticate(
     state: &AppState,
     listener: Listener,
     mut request: Request,
-) -> Result<Request, ApiError> {
+) -> (Result<(), ApiError>, Request) {
     let shown = take_from_query(&mut request);
     let path = request.uri().path();
-    if !PUBLIC_PATHS.contains(&path) && !console::PATHS.contains(&path) {
-        let caller = caller(state, listener, &request, shown)?;
-        request.extensions_mut().insert(caller);
+    if PUBLIC_PATHS.contains(&path) || console::PATHS.contains(&path) {
+        return (Ok(()), request);
     }
-    Ok(request)
+    let known = caller(state, listener, &request, shown).map(|caller| {
+        request.extensions_mut().insert(caller);
+    });
+    (known, request)
 }
 
 /// What a request shows in its query.
@@ -66,7 +69,7 @@ fn caller(
     }
     let invalid = || ApiError::new(ErrorCode::Unauthorized, "invalid api key");
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = header.and_then(|value| value.strip_prefix("Bearer ")).filter(|key| !key.is_empty());
+    let key = header.and_then(bearer).filter(|key| !key.is_empty());
     let key = match (key, shown) {
         (Some(key), _) => key.to_owned(),
         // Anything but a WebSocket can set a header: what is in a URL is kept in histories and logs of others.
@@ -84,6 +87,12 @@ fn caller(
     };
     let user = state.store.find_user_by_key_hash(&keys::hash(&key))?;
     user.map(|user| Caller(user.id)).ok_or_else(invalid)
+}
+
+/// The key of an `Authorization` header. The scheme's name may be in any case (RFC 9110, section 11.1).
+fn bearer(header: &str) -> Option<&str> {
+    let (scheme, key) = header.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim_start())
 }
 
 /// Takes ticket and key out of the query.

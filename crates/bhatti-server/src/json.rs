@@ -1,5 +1,7 @@
 //! JSON bodies of requests and of answers.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
@@ -7,11 +9,15 @@ use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use crate::status::ApiError;
 
 /// The largest body, in bytes.
 pub(crate) const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// How long a body may take to arrive.
+const BODY_LIMIT: Duration = Duration::from_secs(30);
 
 /// A body of JSON; an empty one is `{}`.
 pub(crate) struct ApiJson<T>(pub(crate) T);
@@ -35,7 +41,13 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
             return Err(too_large());
         }
         // The router's body limit cuts off what was not announced.
-        let bytes = Bytes::from_request(request, state).await.map_err(|_| too_large())?;
+        let bytes = timeout(BODY_LIMIT, Bytes::from_request(request, state)).await;
+        let late = |_| {
+            let seconds = BODY_LIMIT.as_secs();
+            let message = format!("the body did not arrive within {seconds} s");
+            ApiError::new(ErrorCode::BadRequest, message)
+        };
+        let bytes = bytes.map_err(late)?.map_err(|_| too_large())?;
         let json = if bytes.is_empty() { b"{}" } else { &bytes[..] };
         // The decoder would take an array for an object whose fields come without names.
         if json.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{')

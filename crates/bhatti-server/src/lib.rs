@@ -6,6 +6,7 @@
 mod accept;
 mod answers;
 mod auth;
+mod concurrency;
 mod console;
 mod extract;
 mod hear_out;
@@ -48,6 +49,7 @@ pub use routes::open_api;
 pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
 
 use answers::AnswerMemory;
+use concurrency::{Concurrency, Permit};
 use hear_out::hear_out;
 use listings::Listings;
 use metrics::Measured;
@@ -92,6 +94,7 @@ pub struct Inner {
     pub(crate) visits: Visits,
     pub(crate) sessions: Revocations,
     pub(crate) answers: AnswerMemory,
+    pub(crate) concurrency: Concurrency,
     pub(crate) listings: Mutex<Listings>,
 }
 
@@ -144,6 +147,7 @@ impl AppState {
             visits: Visits::default(),
             sessions: Revocations::default(),
             answers: AnswerMemory::default(),
+            concurrency: Concurrency::default(),
             listings: Mutex::default(),
         }))
     }
@@ -206,10 +210,17 @@ async fn pass(
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     request_id::identify(method, path, async {
         let measured = Measured::new(&request);
-        let admitted = auth::authenticate(&state, listener, hear_out(request, u64::MAX))
-            .and_then(|request| rates::limit(&state, request));
+        let (known, request) = auth::authenticate(&state, listener, request);
+        let most = if known.is_ok() { u64::MAX } else { hear_out::OF_STRANGERS_BYTES };
+        let request = hear_out(request, most);
+        let admitted = known
+            .and_then(|()| rates::limit(&state, request))
+            .and_then(|request| concurrency::limit(&state, request));
         let response = match admitted {
-            Ok(request) => next.run(request).await,
+            Ok(request) => {
+                let permit = request.extensions().get::<Arc<Permit>>().cloned();
+                accept::hold(next.run(request).await, permit)
+            }
             Err(error) => error.into_response(),
         };
         measured.end(&state.metrics, &response);

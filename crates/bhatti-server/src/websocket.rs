@@ -1,5 +1,6 @@
 //! What all WebSockets have in common: dead peers are noticed, and the daemon's end ends them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::FromRequestParts;
@@ -7,12 +8,15 @@ use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::http::HeaderValue;
 use axum::http::header::{HOST, ORIGIN};
 use axum::http::request::Parts;
+use axum::response::Response;
 use bhatti_api::ErrorCode;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
+use crate::accept::PeerSocket;
+use crate::concurrency::Permit;
 use crate::json::BODY_BYTES_MAX;
 use crate::status::ApiError;
 
@@ -29,7 +33,34 @@ const PING_LIMIT: Duration = Duration::from_secs(1);
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A request that wants to become a WebSocket.
-pub(crate) struct Upgrade(pub(crate) WebSocketUpgrade);
+pub(crate) struct Upgrade {
+    upgrade: WebSocketUpgrade,
+    peer: Option<PeerSocket>,
+    permit: Option<Arc<Permit>>,
+}
+
+impl Upgrade {
+    /// Answers the request, and serves the socket with `serve`, which is dropped when the peer has gone. The caller's permit is held meanwhile.
+    pub(crate) fn serve<F>(self, serve: impl FnOnce(WebSocket) -> F + Send + 'static) -> Response
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let Self { upgrade, peer, permit } = self;
+        upgrade.on_upgrade(async move |socket| {
+            let _permit = permit;
+            let abandoned = async {
+                match peer {
+                    Some(peer) => peer.abandoned().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = serve(socket) => {}
+                () = abandoned => {}
+            }
+        })
+    }
+}
 
 impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     type Rejection = ApiError;
@@ -45,11 +76,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
             ));
         }
         let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
-        upgrade
-            .map(|upgrade| {
-                Self(upgrade.max_message_size(BODY_BYTES_MAX).max_frame_size(BODY_BYTES_MAX))
-            })
-            .map_err(|error| ApiError::bad_request(&error))
+        let upgrade = upgrade.map_err(|error| ApiError::bad_request(&error))?;
+        Ok(Self {
+            upgrade: upgrade.max_message_size(BODY_BYTES_MAX).max_frame_size(BODY_BYTES_MAX),
+            peer: parts.extensions.get().cloned(),
+            permit: parts.extensions.get().cloned(),
+        })
     }
 }
 
@@ -162,8 +194,6 @@ impl Receiver {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use axum::Router;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
@@ -185,8 +215,8 @@ mod tests {
     /// A peer of a receiver, and what that receives, with when. Beside it, `output` is sent.
     async fn peer(output: usize) -> (DuplexStream, mpsc::Receiver<(Option<String>, Instant)>) {
         let (received, receives) = mpsc::channel(1);
-        let app = get(async move |Upgrade(upgrade): Upgrade| {
-            upgrade.on_upgrade(async move |socket| {
+        let app = get(async move |upgrade: Upgrade| {
+            upgrade.serve(async move |socket| {
                 let (sender, mut receiver) = split(socket);
                 let sender = Arc::new(sender);
                 if output > 0 {

@@ -28,6 +28,7 @@ mod wake;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
@@ -49,7 +50,7 @@ pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use driver::{DestroyError, TransitionError};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use networks::{NetworkConfig, NetworkError};
-pub use recover::RecoverError;
+pub use recover::{RecoverError, Recovery};
 pub use secrets::SecretError;
 pub use snapshots::{ResumeRequest, SnapshotOpError};
 pub use steps::{Fault, Step, UnknownStep};
@@ -137,6 +138,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     /// Held by work on volumes, which the end of the daemon waits for.
     pub(crate) volume_work: tokio::sync::RwLock<()>,
+    /// Sandboxes of an earlier daemon that have not been taken up yet.
+    pub(crate) taking_up: AtomicUsize,
 }
 
 impl Shared {
@@ -216,6 +219,7 @@ impl Supervisor {
                 events,
                 metrics: Metrics::new(),
                 volume_work: tokio::sync::RwLock::default(),
+                taking_up: AtomicUsize::new(0),
             }),
         }
     }

@@ -1,5 +1,13 @@
 //! The start of a daemon: rows and reality are brought together.
 //!
+//! ```text
+//!  recover ──► files and rows are settled, every sandbox has a driver ──► the daemon listens
+//!                    └─► for each sandbox, in its driver's own task: find its VMM, tell its guest ──► the driver serves requests
+//! ```
+//!
+//! A request that comes before its sandbox was taken up waits in the driver's queue. A guest or VMM that does not answer keeps no other
+//! sandbox waiting, nor the daemon.
+//!
 //! | row | VMM | what is done |
 //! |---|---|---|
 //! | creating | any | removed: whoever asked for it got no answer |
@@ -16,18 +24,22 @@
 use std::collections::HashSet;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bhatti_engine::AdoptError;
 use bhatti_store::{SandboxRow, StoreError};
 use bhatti_types::{FailReason, Report, SandboxId, SandboxState, Thermal};
+use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use crate::access::Running;
+use crate::admission::Admitted;
 use crate::driver::{Driver, directory};
 use crate::fork::FORKING;
 use crate::snapshots::SAVING;
 use crate::transition::{CONSUMED, SNAPSHOT};
-use crate::{Supervisor, spares};
+use crate::{Shared, Supervisor, spares};
 
 /// The sandboxes of an earlier daemon could not be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -40,31 +52,95 @@ pub enum RecoverError {
     List(#[source] io::Error),
 }
 
+/// The sandboxes of an earlier daemon, on their way.
+pub struct Recovery(JoinSet<()>);
+
+impl Recovery {
+    /// Waits until all have been taken up, or given up.
+    pub async fn finished(self) {
+        self.0.join_all().await;
+    }
+
+    /// Has it go on without being waited for.
+    pub fn detach(mut self) {
+        self.0.detach_all();
+    }
+}
+
+/// A sandbox that is being taken up, until this is dropped.
+struct TakingUp(Arc<Shared>);
+
+impl TakingUp {
+    fn begin(shared: &Arc<Shared>) -> Self {
+        shared.taking_up.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for TakingUp {
+    fn drop(&mut self) {
+        self.0.taking_up.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Supervisor {
-    /// Takes up the sandboxes of an earlier daemon. May be interrupted at any point and run again.
+    /// Settles what an earlier daemon has left, and begins to take up its sandboxes. May be interrupted at any point and run again.
     ///
     /// # Errors
     ///
     /// Returns an error if the store or a directory cannot be read. A sandbox that makes trouble of its own is reported and left.
-    pub async fn recover(&self) -> Result<(), RecoverError> {
+    pub async fn recover(&self) -> Result<Recovery, RecoverError> {
         let rows = self.shared.store.list_all_sandboxes()?;
-        self.look_at_unknown_directories(&rows).await.map_err(RecoverError::List)?;
+        let mut tasks = JoinSet::new();
+        self.look_at_unknown_directories(&rows, &mut tasks).map_err(RecoverError::List)?;
         let named = self.shared.store.list_snapshots(None)?.into_iter().map(|row| row.id).collect();
         self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
-        self.shared.templates.recover(&self.shared).await.map_err(RecoverError::List)?;
         self.settle_volumes().await.map_err(RecoverError::List)?;
-        // Before any sandbox goes on: the rules may have been lost.
-        self.shared.settle_networks().await;
+        let mut found = Vec::new();
         for row in rows {
             match row.state {
-                SandboxState::Creating | SandboxState::Destroyed => self.finish_removal(&row).await,
-                SandboxState::Running | SandboxState::Stopped => self.take_up(&row).await?,
+                SandboxState::Creating | SandboxState::Destroyed => {
+                    let supervisor = self.clone();
+                    tasks.spawn(async move { supervisor.finish_removal(&row).await });
+                }
+                SandboxState::Running | SandboxState::Stopped => {
+                    let driver = Driver::register(&self.shared, &row, row.state);
+                    // Before anything new is admitted. One that turns out to have no VM gives it back.
+                    let memory = self.shared.admission.count(row.spec.memory);
+                    found.push((row, driver, memory, TakingUp::begin(&self.shared)));
+                }
                 SandboxState::Failed(_) => {
                     drop(tokio::spawn(Driver::register(&self.shared, &row, row.state).run()));
                 }
             }
         }
-        Ok(())
+        let supervisor = self.clone();
+        tasks.spawn(async move {
+            let shared = &supervisor.shared;
+            if let Err(error) = shared.templates.recover(shared).await {
+                warn!(%error, "Failed to look for unfinished templates");
+            }
+        });
+        let supervisor = self.clone();
+        tasks.spawn(async move {
+            // Before any sandbox goes on: the rules may have been lost.
+            supervisor.shared.settle_networks().await;
+            let mut taking_up = JoinSet::new();
+            for (row, driver, memory, counted) in found {
+                taking_up.spawn(async move {
+                    take_up(row, driver, memory).await;
+                    drop(counted);
+                });
+            }
+            taking_up.join_all().await;
+        });
+        Ok(Recovery(tasks))
+    }
+
+    /// How many sandboxes of an earlier daemon have not been taken up yet.
+    #[must_use]
+    pub fn taking_up(&self) -> usize {
+        self.shared.taking_up.load(Ordering::SeqCst)
     }
 
     async fn finish_removal(&self, row: &SandboxRow) {
@@ -86,53 +162,11 @@ impl Supervisor {
         }
     }
 
-    async fn take_up(&self, row: &SandboxRow) -> Result<(), StoreError> {
-        let place = directory(&self.shared, row.id);
-        let driver = match self.shared.engine.adopt(row.id, &place).await {
-            Ok(vm) => {
-                let admitted = self.shared.admission.count(row.spec.memory);
-                let running = Running::new(vm, &row.agent_token, admitted);
-                let driver = Driver::register(&self.shared, row, SandboxState::Running);
-                take_up_running(&driver, running).await;
-                driver
-            }
-            Err(AdoptError::Gone) if settle_snapshot(&place) => {
-                info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox asleep");
-                Driver::register(&self.shared, row, row.state)
-            }
-            // It can still be booted, and says so when it is started.
-            Err(AdoptError::Gone) if row.state == SandboxState::Stopped => {
-                Driver::register(&self.shared, row, row.state)
-            }
-            Err(error) => {
-                let reason = match &error {
-                    AdoptError::Gone => FailReason::VmmMissing,
-                    AdoptError::Broken { .. } => FailReason::VmmUnusable,
-                };
-                warn!(sandbox = %row.id, error = %Report(&error), "Could not take up a sandbox");
-                let failed = SandboxState::Failed(reason);
-                self.shared.store.set_sandbox_state(row.id, failed)?;
-                let driver = Driver::register(&self.shared, row, failed);
-                driver
-                    .record("sandbox.failed", serde_json::json!({ "reason": reason.to_string() }));
-                driver
-            }
-        };
-        let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
-        let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
-        tokio::spawn(async move {
-            if stopping && let Err(error) = driver.stop().await {
-                error!(sandbox = %driver.id, error = %Report(&error), "Failed to finish a stop");
-            }
-            if keep_hot && let Err(error) = driver.wake().await {
-                warn!(sandbox = %driver.id, error = %Report(&error), "Failed to wake a sandbox that is to be hot");
-            }
-            driver.run().await;
-        });
-        Ok(())
-    }
-
-    async fn look_at_unknown_directories(&self, rows: &[SandboxRow]) -> io::Result<()> {
+    fn look_at_unknown_directories(
+        &self,
+        rows: &[SandboxRow],
+        tasks: &mut JoinSet<()>,
+    ) -> io::Result<()> {
         let known: HashSet<String> = rows.iter().map(|row| row.id.to_string()).collect();
         for entry in std::fs::read_dir(&self.shared.config.sandboxes_dir)? {
             let entry = entry?;
@@ -141,7 +175,10 @@ impl Supervisor {
                 continue;
             }
             match name.parse() {
-                Ok(id) if spares::is_spare(&entry.path()) => spares::remove(&self.shared, id).await,
+                Ok(id) if spares::is_spare(&entry.path()) => {
+                    let supervisor = self.clone();
+                    tasks.spawn(async move { spares::remove(&supervisor.shared, id).await });
+                }
                 _ => {
                     warn!(directory = %entry.path().display(), "Found a sandbox that the store does not know; it is left alone");
                 }
@@ -155,18 +192,70 @@ impl Supervisor {
         for entry in std::fs::read_dir(&self.shared.config.snapshots_dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let saved: Option<SandboxId> = name.strip_prefix(SAVING).and_then(|id| id.parse().ok());
-            match saved {
-                Some(id) if named.contains(&id) => {
-                    tokio::fs::rename(entry.path(), entry.path().with_file_name(id.to_string()))
-                        .await?;
-                }
-                None if !name.starts_with(FORKING) && !name.ends_with(".tmp") => {}
-                _ => tokio::fs::remove_dir_all(entry.path()).await?,
+            if let Err(error) = settle_saved(&entry.path(), &name, named).await {
+                warn!(path = %entry.path().display(), %error, "Failed to settle a snapshot; it is left alone");
             }
         }
         Ok(())
     }
+}
+
+/// Settles one entry of the directory of snapshots.
+async fn settle_saved(path: &Path, name: &str, named: &HashSet<SandboxId>) -> io::Result<()> {
+    let saving: Option<SandboxId> = name.strip_prefix(SAVING).and_then(|id| id.parse().ok());
+    match saving {
+        Some(id) if named.contains(&id) => {
+            tokio::fs::rename(path, path.with_file_name(id.to_string())).await
+        }
+        Some(_) => tokio::fs::remove_dir_all(path).await,
+        None if name.starts_with(FORKING) || name.ends_with(".tmp") => {
+            tokio::fs::remove_dir_all(path).await
+        }
+        None => {
+            if name.parse().is_ok_and(|id| !named.contains(&id)) {
+                warn!(path = %path.display(), "Found a snapshot that the store does not know; it is left alone");
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Brings a sandbox and its VMM together, and has its driver serve requests from then on.
+async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
+    let place = driver.directory();
+    match driver.shared.engine.adopt(row.id, &place).await {
+        Ok(vm) => {
+            let running = Running::new(vm, &row.agent_token, memory);
+            driver.access.set_state(SandboxState::Running);
+            take_up_running(&driver, running).await;
+        }
+        Err(AdoptError::Gone) if settle_snapshot(&place) => {
+            drop(memory);
+            info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox asleep");
+        }
+        // It can still be booted, and says so when it is started.
+        Err(AdoptError::Gone) if row.state == SandboxState::Stopped => drop(memory),
+        Err(error) => {
+            drop(memory);
+            let reason = match &error {
+                AdoptError::Gone => FailReason::VmmMissing,
+                AdoptError::Broken { .. } => FailReason::VmmUnusable,
+            };
+            warn!(sandbox = %row.id, error = %Report(&error), "Could not take up a sandbox");
+            driver.fail(reason);
+        }
+    }
+    let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
+    let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
+    tokio::spawn(async move {
+        if stopping && let Err(error) = driver.stop().await {
+            error!(sandbox = %driver.id, error = %Report(&error), "Failed to finish a stop");
+        }
+        if keep_hot && let Err(error) = driver.wake().await {
+            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to wake a sandbox that is to be hot");
+        }
+        driver.run().await;
+    });
 }
 
 /// Takes up a VM that runs or is paused. The daemon may have died while the guest stood still, and nobody else would tell it to go on.

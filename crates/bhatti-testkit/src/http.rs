@@ -13,7 +13,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
@@ -224,10 +224,8 @@ impl Api {
     pub async fn connect(&self) -> Box<dyn Connection> {
         match &self.place {
             Place::Unix(data_dir) => {
-                let stream = bhatti_host::socket::connect_in(data_dir, "bhatti.sock");
-                let stream = stream.expect("the daemon listens");
-                stream.set_nonblocking(true).expect("a socket");
-                Box::new(UnixStream::from_std(stream).expect("a socket"))
+                let stream = bhatti_host::socket::connect_in(data_dir, "bhatti.sock").await;
+                Box::new(stream.expect("the daemon listens"))
             }
             Place::Tcp(address) => {
                 Box::new(TcpStream::connect(address).await.expect("the daemon listens"))

@@ -19,7 +19,15 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// # Errors
 ///
 /// Returns [`io::ErrorKind::NotFound`] if there is none.
-pub fn find(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
+pub async fn find(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
+    let (directory, program) = (directory.to_owned(), program.to_owned());
+    let argument = argument.to_owned();
+    // It may have to look at every process there is.
+    let found = move || find_now(&directory, &program, &argument);
+    tokio::task::spawn_blocking(found).await.map_err(io::Error::other)?
+}
+
+fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
     // Without a directory there never was a process.
     if !directory.exists() {
         return Err(io::ErrorKind::NotFound.into());

@@ -102,9 +102,7 @@ impl VsockChannel {
     }
 
     async fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let stream = socket::connect_in(&self.directory, self.socket)?;
-        stream.set_nonblocking(true)?;
-        let mut stream = UnixStream::from_std(stream)?;
+        let mut stream = socket::connect_in(&self.directory, self.socket).await?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
         let greeting = read_line(&mut stream).await?;
         if !greeting.starts_with(b"OK ") {

@@ -9,14 +9,12 @@ use bhatti_client::{Client, ClientError};
 use bhatti_testkit::{Serve, TestDaemon, wait_for};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// Sends a request as these bytes, and returns status and body of the answer.
 async fn send(daemon: &TestDaemon, head: &str, body: &[u8]) -> (u16, Value) {
-    let stream = bhatti_host::socket::connect_in(daemon.data_dir(), "bhatti.sock").unwrap();
-    stream.set_nonblocking(true).unwrap();
-    let mut stream = UnixStream::from_std(stream).unwrap();
+    let mut stream =
+        bhatti_host::socket::connect_in(daemon.data_dir(), "bhatti.sock").await.unwrap();
     let head = format!(
         "{head} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
         body.len()

@@ -324,3 +324,75 @@ async fn command_and_shell_sockets_take_no_page_of_another_origin() {
     }
     drop(daemon);
 }
+
+/// A listener at port 8200 that never says anything, and reads nothing.
+const LISTENER: &str = "import socket, time
+server = socket.create_server(('', 8200))
+kept = []
+while True:
+    kept.append(server.accept()[0])
+";
+
+/// How many WebSockets are open, as the daemon counts them.
+async fn open_websockets(api: &Api) -> String {
+    let metrics = api.get("/metrics").await.text();
+    let line = metrics.lines().find_map(|line| line.strip_prefix("bhatti_websockets "));
+    line.expect("it is measured").to_owned()
+}
+
+#[tokio::test]
+async fn forwarded_connection_ends_with_its_client() {
+    let files = json!([{ "path": "/tmp/listener.py", "content": LISTENER }]);
+    let (_daemon, api) =
+        TestDaemon::with_sandbox("", &json!({ "name": "dev", "files": files })).await;
+    let serve = json!({ "cmd": ["python3", "/tmp/listener.py"], "detach": true });
+    assert_eq!(api.call("POST", "/sandboxes/dev/exec", &serve).await.status, 202);
+    let listening = async { while api.get("/sandboxes/dev/ports").await.json() == json!([]) {} };
+    timeout(bhatti_testkit::LIMIT, listening).await.expect("the application listens");
+
+    let silent = api.websocket("/sandboxes/dev/forward/8200", &[]).await.unwrap();
+    let mut stuck = api.websocket("/sandboxes/dev/forward/8200", &[]).await.unwrap();
+    // Until nothing more is taken on the way to an application that does not read.
+    let flood = async { while stuck.send(Message::binary(vec![0; 1 << 16])).await.is_ok() {} };
+    assert!(timeout(std::time::Duration::from_secs(3), flood).await.is_err());
+    assert_eq!(open_websockets(&api).await, "2");
+    drop((silent, stuck));
+
+    let ended = async { while open_websockets(&api).await != "0" {} };
+    timeout(bhatti_testkit::LIMIT, ended).await.expect("both are ended");
+    // The application sees the end of both: no connection is established any more.
+    let count = "grep -c ':2008 .* 01 ' /proc/net/tcp; true";
+    let closed = async { while api.sh("dev", count).await != "0\n" {} };
+    timeout(bhatti_testkit::LIMIT, closed).await.expect("no connection is left in the guest");
+}
+
+#[tokio::test]
+async fn server_that_a_command_left_behind_answers_on() {
+    let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    // It writes a line to standard error for each request.
+    let start = |port: u16| format!("python3 -m http.server {port} & echo started");
+    let shell = |port| json!({ "cmd": ["sh", "-c", start(port)] });
+
+    let began = api.call("POST", "/sandboxes/dev/exec", &shell(8101)).await;
+    assert_eq!(began.json()["stdout"], "started\n");
+    let lines = api
+        .send(
+            "POST",
+            "/sandboxes/dev/exec",
+            &[("accept", "application/x-ndjson")],
+            shell(8102).to_string(),
+        )
+        .await;
+    assert!(lines.text().contains("started"), "{}", lines.text());
+    let command = daemon.cli(&["exec", "dev", "--", "sh", "-c", &start(8103)]).output();
+    assert_eq!(command.await.unwrap().stdout, b"started\n");
+
+    for port in 8101..=8103 {
+        let path = format!("/sandboxes/dev/proxy/{port}/");
+        let listening = async { while api.get(&path).await.status != 200 {} };
+        timeout(bhatti_testkit::LIMIT, listening).await.expect("the server listens");
+        for _ in 0..10 {
+            assert_eq!(api.get(&path).await.status, 200, "port {port}");
+        }
+    }
+}

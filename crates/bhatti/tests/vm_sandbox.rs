@@ -88,7 +88,9 @@ async fn unread_input_does_not_hold_up_an_answer_in_one_piece(daemon: &TestDaemo
     let body =
         serde_json::json!({ "cmd": ["echo", "done"], "stdin": "x".repeat(1_000_000) }).to_string();
     for accept in ["application/json", "application/x-ndjson"] {
-        let mut stream = bhatti_host::socket::connect_in(daemon.data_dir(), "bhatti.sock").unwrap();
+        let stream = bhatti_host::socket::try_connect_in(daemon.data_dir(), "bhatti.sock");
+        let mut stream = stream.unwrap();
+        stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         let length = body.len();
         let head = format!(

@@ -6,17 +6,28 @@ use std::time::Duration;
 use bhatti_proto::{
     ErrorKind, FORWARD_PORT, ForwardRequest, ForwardResponse, Frame, FrameType, relay_as_frames,
 };
-use tokio::io::{AsyncWriteExt, copy};
+use bytes::BytesMut;
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::net::tcp::WriteHalf;
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
 
 use crate::agent::Agent;
-use crate::connection::{HostReader, HostWriter, Transport};
+use crate::connection::{Half, HostReader, HostWriter, Transport};
 use crate::log::errno_text;
 use crate::refusal::{OpError, host_gone, refused};
 
 /// How long the port may take to accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Bytes that are copied at once.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// How often a host is checked for being there while the application takes nothing, or nothing more comes.
+const HOST_CHECK: Duration = Duration::from_millis(250);
 
 /// Serves one connection to [`FORWARD_PORT`], which began with `frame`.
 pub(crate) async fn serve<T: Transport>(
@@ -48,7 +59,8 @@ pub(crate) async fn serve<T: Transport>(
     relayed.map_err(host_gone)
 }
 
-/// Copies both ways; each direction ends for itself.
+/// Copies both ways; each direction ends for itself. Ends at once when the host has gone, even if the application says nothing, or takes
+/// nothing: it may wait for its client for ever.
 async fn relay<T: Transport>(
     mut target: TcpStream,
     reader: HostReader<T>,
@@ -57,16 +69,55 @@ async fn relay<T: Transport>(
     let (mut from_target, mut to_target) = target.split();
     let (mut from_host, early) = reader.into_parts();
     let to_host = writer.get_mut();
+    let inbound_ended = Notify::new();
     let inbound = async {
-        to_target.write_all(&early).await?;
-        copy(&mut from_host, &mut to_target).await?;
-        to_target.shutdown().await
+        write(&mut to_target, &early, &from_host).await?;
+        let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+        while from_host.read_buf(&mut piece).await? > 0 {
+            write(&mut to_target, &piece, &from_host).await?;
+            piece.clear();
+        }
+        to_target.shutdown().await?;
+        inbound_ended.notify_one();
+        Err(gone(&from_host).await)
     };
     let outbound = async {
         copy(&mut from_target, to_host).await?;
-        to_host.shutdown().await
+        to_host.shutdown().await?;
+        inbound_ended.notified().await;
+        Ok(())
     };
-    tokio::try_join!(inbound, outbound).map(|_| ())
+    let ended = tokio::select! {
+        ended = inbound => ended,
+        ended = outbound => ended,
+    };
+    if ended.is_err() {
+        // The application is reset: an end in order would wait behind what it has not read.
+        let _: Result<(), Errno> = set_socket_linger(&target, Some(Duration::ZERO));
+    }
+    ended
+}
+
+/// Writes to the application, as long as the host is there.
+async fn write<T: Transport>(
+    to_target: &mut WriteHalf<'_>,
+    bytes: &[u8],
+    host: &Half<T>,
+) -> io::Result<()> {
+    tokio::select! {
+        written = to_target.write_all(bytes) => written,
+        error = gone(host) => Err(error),
+    }
+}
+
+/// Waits until the host has gone for good.
+async fn gone<T: Transport>(host: &Half<T>) -> io::Error {
+    loop {
+        sleep(HOST_CHECK).await;
+        if host.host_is_gone() {
+            return io::ErrorKind::ConnectionReset.into();
+        }
+    }
 }
 
 async fn connect(port: u16) -> Result<TcpStream, String> {

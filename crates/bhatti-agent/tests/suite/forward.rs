@@ -1,11 +1,14 @@
 //! TCP forwarding.
 
+use std::time::Duration;
+
 use bhatti_agent::{AgentClient, CallError};
 use bhatti_proto::FrameType;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, LIMIT};
 
 /// A listener on a loopback address, that serves one connection by echoing it until its end, and then says goodbye.
 async fn echo(address: &str) -> u16 {
@@ -45,6 +48,31 @@ pub(crate) async fn check_directions(client: &AgentClient) {
         sending.await.unwrap();
         assert!(echoed == [bytes, b"bye".to_vec()].concat(), "{address}");
     }
+}
+
+#[tokio::test]
+async fn application_sees_the_end_of_a_client_that_vanishes() {
+    let agent = Agent::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let silent = agent.client.forward(port).await.unwrap();
+    let (mut heard, _) = listener.accept().await.unwrap();
+    let mut stuck = agent.client.forward(port).await.unwrap();
+    let (unread, _) = listener.accept().await.unwrap();
+    // Until the application, which does not read, and all buffers on the way are full.
+    let flood = async { while stuck.write_all(&[0; 1 << 16]).await.is_ok() {} };
+    assert!(timeout(Duration::from_millis(300), flood).await.is_err());
+
+    drop((silent, stuck));
+
+    let ended = timeout(LIMIT, heard.read(&mut [0])).await.expect("it sees the end");
+    assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    let is_reset = async {
+        while unread.take_error().unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(LIMIT, is_reset).await.expect("it sees the end behind what it has not read");
 }
 
 #[tokio::test]

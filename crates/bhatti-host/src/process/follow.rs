@@ -107,10 +107,7 @@ impl Followed {
             Errno::SRCH => gone(),
             error => error.into(),
         })?;
-        // SAFETY: an `OwnedFd` names the same open file for as long as it lives.
-        #[expect(unsafe_code, reason = "the runtime asks for a promise about the descriptor")]
-        let descriptor =
-            unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?;
+        let descriptor = crate::socket::watch(descriptor, Interest::READABLE)?;
         Ok(Self { id, descriptor })
     }
 

@@ -23,6 +23,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{Target, headers};
 use crate::AppState;
+use crate::accept::PeerSocket;
+use crate::concurrency::Permit;
 use crate::status::{ApiError, changes_protocol};
 
 /// Headers that an application's answer may have.
@@ -40,6 +42,8 @@ pub(super) async fn relay(
 ) -> Result<Response, ApiError> {
     let Target { caller, port, path_and_query, prefix } = target;
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
+    let socket = request.extensions().get::<PeerSocket>().cloned();
+    let permit = request.extensions().get::<Arc<Permit>>().cloned();
     let wanted = headers::upgrade(request.headers());
     let client = hyper::upgrade::on(&mut request);
     let has_body = request.headers().contains_key(TRANSFER_ENCODING);
@@ -67,11 +71,18 @@ pub(super) async fn relay(
         let state = state.clone();
         tokio::spawn(async move {
             let _open = state.metrics.open_websocket();
+            let abandoned = async {
+                match socket {
+                    Some(socket) => socket.abandoned().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 () = tunnel(client, application) => {}
                 () = ended(&state, caller) => {}
+                () = abandoned => {}
             }
-            drop((used, visit));
+            drop((used, visit, permit));
         });
         return Ok(response.map(|_| Body::empty()));
     }

@@ -16,10 +16,10 @@ use bytes::Bytes;
 use futures_util::stream;
 
 use crate::AppState;
-use crate::answers::Part;
+use crate::answers::{Collected, Part, exec_answer};
 use crate::auth::Caller;
 use crate::extract::{ApiPath, accepts};
-use crate::json::{ApiJson, Json};
+use crate::json::ApiJson;
 use crate::status::{ApiError, accepted};
 use crate::utf8::Utf8Pieces;
 
@@ -30,6 +30,9 @@ const SHORT_INPUT_BYTES: usize = 64 * 1024;
 
 /// The most of each output stream that a response in one piece holds, in bytes.
 const BUFFERED_BYTES_MAX: usize = 10 << 20;
+
+/// What is reserved for output at once, in bytes, when there is more than little of it.
+const GROWTH_BYTES: usize = 256 << 10;
 
 /// Runs a command. The answer has all of its output; with `Accept: application/x-ndjson`, a line for each piece as it comes. With `detach`
 /// it is a job, and the answer comes at once.
@@ -74,11 +77,12 @@ pub(crate) async fn run(
         let _input = feed(input, rest).await;
         std::future::pending::<()>().await;
     };
-    let result = tokio::select! {
-        result = collect(output, state.answers.part()) => result,
+    let mut part = state.answers.part(owner);
+    let collected = tokio::select! {
+        collected = collect(output, &mut part) => collected,
         () = feed_on => return Err(ApiError::new(ErrorCode::Internal, "the input ended the command")),
     };
-    Ok(Json(result?).into_response())
+    Ok(exec_answer(collected?, part))
 }
 
 /// Starts a command that runs on without a client.
@@ -130,11 +134,11 @@ async fn feed(mut input: ExecInput, rest: Option<String>) -> ExecInput {
     input
 }
 
-async fn collect(mut output: ExecOutput, mut part: Part) -> Result<ExecResult, ApiError> {
+async fn collect(mut output: ExecOutput, part: &mut Part) -> Result<Collected, ApiError> {
     let (mut stdout, mut stderr, mut timed_out) = (Vec::new(), Vec::new(), false);
     loop {
         if !part.grow_to(stdout.len() + stderr.len()) {
-            let message = "too many commands with long output run; this one was killed";
+            let message = "too many long answers are under way; this command was killed";
             return Err(ApiError::new(ErrorCode::Busy, message)
                 .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
         }
@@ -144,14 +148,7 @@ async fn collect(mut output: ExecOutput, mut part: Part) -> Result<ExecResult, A
             bhatti_agent::ExecEvent::TimedOut => timed_out = true,
             bhatti_agent::ExecEvent::Exit(exit_code) => {
                 let exit_code = if timed_out { TIMED_OUT } else { exit_code };
-                let (stdout, stderr) = (Output::new(stdout), Output::new(stderr));
-                return Ok(ExecResult {
-                    exit_code,
-                    stdout: stdout.text,
-                    stderr: stderr.text,
-                    stdout_base64: stdout.base64,
-                    stderr_base64: stderr.base64,
-                });
+                return Ok(Collected { exit_code, stdout, stderr });
             }
         }
     }
@@ -164,6 +161,10 @@ fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
         );
         return Err(ApiError::new(ErrorCode::OutputTooLarge, message)
             .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
+    }
+    if collected.capacity() - collected.len() < bytes.len() {
+        // Not twice as much: what is counted is what it holds.
+        collected.reserve_exact(bytes.len().max(GROWTH_BYTES));
     }
     collected.extend_from_slice(bytes);
     Ok(())

@@ -21,7 +21,7 @@ use bhatti_api::{
     ErrorCode, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, TIMED_OUT, channel,
 };
 use bhatti_types::UserId;
-use bytes::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, SimplexStream, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -35,11 +35,8 @@ use crate::websocket::{Receiver, Sender, Upgrade, split};
 /// How long a client may take to say what to start.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
-/// Something for the command's input.
-enum Input {
-    Bytes(Bytes),
-    End,
-}
+/// Bytes that are passed on to the command at once.
+const PIECE_BYTES: usize = 32 << 10;
 
 /// A command with its streams on a WebSocket. The first message is `StreamRequest` of type `start`; after that binary messages carry the
 /// streams, their first byte saying which (1 standard input, 2 output, 3 error), and text messages the rest.
@@ -53,8 +50,8 @@ pub(crate) async fn run(
 ) -> Result<Response, ApiError> {
     // What can be refused with a proper status is.
     state.supervisor.find_id(owner, &called)?;
-    let Upgrade(upgrade) = upgrade?;
-    Ok(upgrade.on_upgrade(move |socket| async move {
+    let upgrade = upgrade?;
+    Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let last = match start(&state, owner, &called, &sender, &mut receiver).await {
@@ -103,8 +100,9 @@ async fn relay(
     receiver: &mut Receiver,
 ) -> Option<StreamServerMessage> {
     let control = input.control();
-    // Bounded by the window that `receive` checks.
-    let (queue, queued) = mpsc::unbounded_channel();
+    // It has room for the window that `receive` checks, in pieces of any size.
+    let window = usize::try_from(STDIN_WINDOW_BYTES).unwrap_or(usize::MAX);
+    let (queued, queue) = tokio::io::simplex(window);
     let (acknowledge, acknowledged) = mpsc::unbounded_channel();
     let feed_on = async {
         feed(input, queued, acknowledge).await;
@@ -159,19 +157,21 @@ async fn send_output(
 /// Writes queued input to the command. One that takes no more, or has ended, leaves the rest unread; its output says how it ended.
 async fn feed(
     mut input: ExecInput,
-    mut queued: mpsc::UnboundedReceiver<Input>,
+    mut queued: ReadHalf<SimplexStream>,
     acknowledge: mpsc::UnboundedSender<u64>,
 ) {
-    while let Some(next) = queued.recv().await {
-        let (length, fed) = match next {
-            Input::Bytes(bytes) => (bytes.len() as u64, input.write(&bytes).await),
-            Input::End => (0, input.end().await),
-        };
-        if fed.is_err() {
+    let mut piece = vec![0; PIECE_BYTES];
+    // Reading what is in memory does not fail.
+    while let Ok(length) = queued.read(&mut piece).await {
+        if length == 0 {
+            drop(input.end().await);
+            break;
+        }
+        if input.write(&piece[..length]).await.is_err() {
             break;
         }
         // Nobody is told any more when the command has ended.
-        let _: Result<(), mpsc::error::SendError<u64>> = acknowledge.send(length);
+        let _: Result<(), mpsc::error::SendError<u64>> = acknowledge.send(length as u64);
     }
     // The half lives on: without it the command would be killed.
     std::future::pending::<()>().await;
@@ -180,7 +180,7 @@ async fn feed(
 /// Takes what the client sends, until it goes away or sends something that makes no sense.
 async fn receive(
     control: &ExecControl,
-    queue: mpsc::UnboundedSender<Input>,
+    mut queue: WriteHalf<SimplexStream>,
     taken: &AtomicU64,
     sender: &Sender,
     receiver: &mut Receiver,
@@ -188,7 +188,7 @@ async fn receive(
     let bad = |what: String| Some(ApiError::new(ErrorCode::BadRequest, what));
     let (mut sent, mut ended) = (0, false);
     loop {
-        let input = match receiver.next(sender).await? {
+        match receiver.next(sender).await? {
             Message::Binary(mut bytes) if bytes.first() == Some(&channel::STDIN) => {
                 let bytes = bytes.split_off(1);
                 if bytes.is_empty() || ended {
@@ -200,7 +200,8 @@ async fn receive(
                         "more than {STDIN_WINDOW_BYTES} bytes of input came unacknowledged"
                     ));
                 }
-                Input::Bytes(bytes)
+                // It has room. Nobody takes it any more when the command has ended.
+                drop(queue.write_all(&bytes).await);
             }
             Message::Binary(_) => {
                 return bad("binary messages begin with the byte 1".to_owned());
@@ -209,7 +210,7 @@ async fn receive(
                 Ok(StreamRequest::StdinEof) if ended => continue,
                 Ok(StreamRequest::StdinEof) => {
                     ended = true;
-                    Input::End
+                    drop(queue.shutdown().await);
                 }
                 Ok(StreamRequest::Signal { signal }) => {
                     // A command that has just ended needs no signal.
@@ -221,10 +222,8 @@ async fn receive(
                 }
                 Err(error) => return bad(format!("invalid json: {error}")),
             },
-            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => continue,
-        };
-        // Nobody takes it any more when the command has ended.
-        drop(queue.send(input));
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => {}
+        }
     }
 }
 

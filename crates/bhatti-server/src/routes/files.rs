@@ -8,18 +8,23 @@ use axum::extract::State;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use bhatti_agent::{FileContent, FileUpload, ReadOptions};
+use bhatti_agent::{AgentClient, FileContent, FileUpload, ReadOptions};
 use bhatti_api::{Deleted, Done, ErrorCode, FileEntry, MakeDirectory, RenameFile};
 use bhatti_proto::FileInfo;
+use bhatti_types::UserId;
 use futures_util::{StreamExt, stream};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use crate::AppState;
+use crate::answers::json_answer;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, file_error};
+
+/// How many times the bytes that a guest sends of a listing it takes at most: as it came, taken apart, and as the answer.
+const LISTING_COST: usize = 4;
 
 /// The size of the whole file, in bytes, whatever part of it is sent.
 const SIZE: HeaderName = HeaderName::from_static("x-file-size");
@@ -66,8 +71,7 @@ pub(crate) async fn read(
                 "ls takes no offset, limit or max_bytes",
             ));
         }
-        let entries = agent.list_directory(&path).await.map_err(file_error)?;
-        return Ok(Json(entries.into_iter().map(entry).collect::<Vec<_>>()).into_response());
+        return list(&state, owner, &agent, &path).await;
     }
     let options = ReadOptions { offset, limit, max_bytes };
     let content = agent.read_file(&path, options).await.map_err(file_error)?;
@@ -77,6 +81,26 @@ pub(crate) async fn read(
     headers.insert(MODE, header_value(&content.info.mode));
     let body = Body::from_stream(stream::unfold(Some((content, used)), next_piece));
     Ok((headers, body).into_response())
+}
+
+async fn list(
+    state: &AppState,
+    owner: UserId,
+    agent: &AgentClient,
+    path: &str,
+) -> Result<Response, ApiError> {
+    let (mut part, mut is_full) = (state.answers.part(owner), false);
+    let admit = |bytes: usize| {
+        is_full = !part.grow_to(LISTING_COST * bytes);
+        !is_full
+    };
+    let entries = agent.list_directory_within(path, admit).await;
+    if is_full {
+        return Err(ApiError::new(ErrorCode::Busy, "too many long answers are under way"));
+    }
+    let entries: Vec<_> = entries.map_err(file_error)?.into_iter().map(entry).collect();
+    let json = serde_json::to_vec(&entries).map_err(|error| ApiError::internal(&error))?;
+    Ok(json_answer(json, part))
 }
 
 /// The next piece of a file; an error cuts the answer off, so that a part is never taken for the whole.

@@ -2,6 +2,9 @@
 //!
 //! What is sent goes in binary messages, in pieces of any length; an empty one ends its direction.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use axum::Extension;
 use axum::extract::State;
 use axum::extract::ws::Message;
@@ -11,6 +14,7 @@ use bhatti_api::ErrorCode;
 use bhatti_engine::AgentStream;
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split};
+use tokio::time::timeout;
 
 use crate::AppState;
 use crate::auth::Caller;
@@ -20,6 +24,9 @@ use crate::websocket::{self, Receiver, Sender, Upgrade};
 
 /// What is read at once, in bytes.
 const PIECE_BYTES: usize = 64 * 1024;
+
+/// How long an application that takes nothing more may go on sending.
+const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
 
 /// Connects to a TCP port of the guest's loopback, whatever is spoken there. It needs no network in the guest.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/forward/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path)),
@@ -34,20 +41,49 @@ pub(crate) async fn run(
     if port == 0 {
         return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
     }
-    let Upgrade(upgrade) = upgrade?;
+    let upgrade = upgrade?;
     let used = state.supervisor.enter(owner, &called).await?;
     let stream = used.agent.forward(port).await?;
-    Ok(upgrade.on_upgrade(move |socket| async move {
+    Ok(upgrade.serve(move |socket| async move {
         let _open = (state.metrics.open_websocket(), used);
         let (sender, mut receiver) = websocket::split(socket);
         let (reader, writer) = split(stream);
         tokio::select! {
-            // One direction that has ended leaves the other open.
-            _ended = async { tokio::join!(send(reader, &sender), receive(writer, &sender, &mut receiver)) } => {}
+            () = relay((reader, writer), &sender, &mut receiver) => {}
             _ended = state.ended(owner) => {}
         }
         sender.hang_up(&mut receiver).await;
     }))
+}
+
+/// Relays both directions until both have ended or the client has gone. An application may say nothing to a client that has gone, so
+/// its direction is not waited for then.
+async fn relay(
+    (reader, writer): (ReadHalf<Box<dyn AgentStream>>, WriteHalf<Box<dyn AgentStream>>),
+    sender: &Sender,
+    receiver: &mut Receiver,
+) {
+    let mut sending = pin!(send(reader, sender));
+    let mut receiving = pin!(receive(writer, sender, receiver));
+    tokio::select! {
+        ended = &mut receiving => {
+            if ended == Ended::ByGuest {
+                // It takes nothing more, and may still have something to say.
+                drop(timeout(HALF_OPEN_LIMIT, sending).await);
+            }
+        }
+        // The client may go on; when it goes, `receive` ends.
+        () = &mut sending => drop(receiving.await),
+    }
+}
+
+/// Why nothing more is received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// The client has gone.
+    ByClient,
+    /// The application takes nothing more.
+    ByGuest,
 }
 
 /// Sends what the guest sends, until it has ended its direction.
@@ -68,7 +104,7 @@ async fn receive(
     mut writer: WriteHalf<Box<dyn AgentStream>>,
     sender: &Sender,
     receiver: &mut Receiver,
-) {
+) -> Ended {
     while let Some(message) = receiver.next(sender).await {
         let bytes: Bytes = match message {
             Message::Binary(bytes) => bytes,
@@ -78,8 +114,9 @@ async fn receive(
         let passed =
             if bytes.is_empty() { writer.shutdown().await } else { writer.write_all(&bytes).await };
         if passed.is_err() {
-            return;
+            return Ended::ByGuest;
         }
         receiver.heard_now();
     }
+    Ended::ByClient
 }

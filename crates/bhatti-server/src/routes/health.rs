@@ -23,6 +23,7 @@ pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, A
         accelerator: engine.accelerator_name().to_owned(),
         network: state.supervisor.network().unwrap_or_default().as_str().to_owned(),
         sandboxes: state.supervisor.count()?,
+        taking_up: state.supervisor.taking_up() as u64,
         uptime: uptime(state.started.elapsed().as_secs()),
     }))
 }

@@ -116,8 +116,8 @@ pub(crate) async fn run(
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
     state.supervisor.find_id(owner, &called)?;
-    let Upgrade(upgrade) = upgrade?;
-    Ok(upgrade.on_upgrade(move |socket| async move {
+    let upgrade = upgrade?;
+    Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let last = match attach(&state, owner, &called, query).await {

@@ -213,7 +213,7 @@ impl Place {
         };
         let engine: Arc<dyn Engine> = Arc::clone(&self.reality) as _;
         let supervisor = Supervisor::new(config, Arc::clone(&self.store), engine);
-        supervisor.recover().await.unwrap();
+        supervisor.recover().await.unwrap().finished().await;
         supervisor
     }
 }

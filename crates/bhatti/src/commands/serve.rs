@@ -99,7 +99,8 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         forget_secrets(data_dir, &store)?;
     }
     let supervisor = supervisor::make(data_dir, &config, &store).await?;
-    supervisor.recover().await.map_err(|error| CliError::of(&error))?;
+    // Its sandboxes are taken up while this daemon listens already.
+    supervisor.recover().await.map_err(|error| CliError::of(&error))?.detach();
 
     let (stop, stopped) = watch::channel(false);
     let stopping = |mut stopped: watch::Receiver<bool>| async move {

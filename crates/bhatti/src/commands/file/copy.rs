@@ -163,7 +163,7 @@ impl There {
 /// Tells what was left out of a copy.
 fn note_skipped<'a>(output: Output, skipped: impl IntoIterator<Item = &'a String>) {
     for path in skipped {
-        output.note(&format!("skipped `{path}`: not a file, directory or link"));
+        output.tell(&format!("skipped `{path}`: not a file, directory or link"));
     }
 }
 

@@ -1,0 +1,205 @@
+//! How many connections each address may keep without asking anything.
+//!
+//! A connection is *silent* from when it is taken until the head of a request has come, and again between two requests. When an address
+//! has too many silent connections, or the listener has no room, the oldest silent one is closed: a caller who says what it wants is always
+//! heard, however many others say nothing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// Silent connections of one address. This machine itself may have more: a proxy in front of the daemon is one address for all its callers.
+const SILENT_OF_ADDRESS_MAX: usize = 64;
+const SILENT_OF_LOOPBACK_MAX: usize = 1024;
+
+/// The bytes of an IPv6 address that a network has: one customer often has all addresses of it.
+const IPV6_NETWORK_BYTES: usize = 8;
+
+/// The connections of one listener.
+pub(crate) struct Peers {
+    inner: Mutex<Inner>,
+    limit: usize,
+}
+
+#[derive(Default)]
+struct Inner {
+    connections: usize,
+    last_number: u64,
+    /// Silent connections, the oldest first.
+    silent: BTreeMap<u64, (Network, Arc<Notify>)>,
+    of_network: HashMap<Network, usize>,
+}
+
+/// Where a connection comes from: an address, or a network of IPv6. `None` is a Unix socket.
+type Network = Option<IpAddr>;
+
+/// One connection, for as long as it lives.
+pub(crate) struct Place {
+    peers: Arc<Peers>,
+    network: Network,
+    number: Mutex<Option<u64>>,
+    /// Told when the connection is to be closed.
+    pub(crate) closed: Arc<Notify>,
+}
+
+/// A request that is under way: the connection is not silent. Ends when it is dropped.
+pub(crate) struct Asking(Arc<Place>);
+
+impl Peers {
+    /// At most `limit` connections.
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::default(), limit })
+    }
+
+    /// A place for a new connection, if need be that of a silent one; none if all others are asking something.
+    pub(crate) fn enter(self: &Arc<Self>, address: Option<IpAddr>) -> Option<Arc<Place>> {
+        let network = address.map(network_of);
+        let mut inner = self.inner.lock();
+        let most = match network {
+            None => usize::MAX,
+            Some(address) if address.is_loopback() => SILENT_OF_LOOPBACK_MAX,
+            Some(_) => SILENT_OF_ADDRESS_MAX,
+        };
+        if inner.of_network.get(&network).is_some_and(|silent| *silent >= most) {
+            inner.close_oldest(|of| *of == network);
+        }
+        if inner.connections >= self.limit && !inner.close_oldest(|_| true) {
+            return None;
+        }
+        inner.connections += 1;
+        let place = Place {
+            peers: Arc::clone(self),
+            network,
+            number: Mutex::new(None),
+            closed: Arc::new(Notify::new()),
+        };
+        inner.fall_silent(&place);
+        Some(Arc::new(place))
+    }
+}
+
+impl Inner {
+    fn fall_silent(&mut self, place: &Place) {
+        self.last_number += 1;
+        let number = self.last_number;
+        self.silent.insert(number, (place.network, Arc::clone(&place.closed)));
+        *self.of_network.entry(place.network).or_default() += 1;
+        *place.number.lock() = Some(number);
+    }
+
+    fn forget_silent(&mut self, number: u64) {
+        let Some((network, _)) = self.silent.remove(&number) else { return };
+        if let Some(count) = self.of_network.get_mut(&network) {
+            *count -= 1;
+            if *count == 0 {
+                self.of_network.remove(&network);
+            }
+        }
+    }
+
+    /// Closes the oldest silent connection of those that `is_wanted` picks. Returns whether there is one.
+    fn close_oldest(&mut self, is_wanted: impl Fn(&Network) -> bool) -> bool {
+        let oldest = self.silent.iter().find(|(_, (network, _))| is_wanted(network));
+        let Some((&number, (_, closed))) = oldest else { return false };
+        closed.notify_one();
+        self.forget_silent(number);
+        // Its place is free from here on, even though its task has yet to hear of it.
+        true
+    }
+}
+
+impl Place {
+    /// The head of a request has come.
+    pub(crate) fn ask(self: &Arc<Self>) -> Asking {
+        let number = self.number.lock().take();
+        if let Some(number) = number {
+            self.peers.inner.lock().forget_silent(number);
+        }
+        Asking(Arc::clone(self))
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.peers.inner.lock().fall_silent(&self.0);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inner = self.peers.inner.lock();
+        inner.connections -= 1;
+        if let Some(number) = self.number.get_mut().take() {
+            inner.forget_silent(number);
+        }
+    }
+}
+
+fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) if !address.is_loopback() => {
+            let mut octets = address.octets();
+            octets[IPV6_NETWORK_BYTES..].fill(0);
+            IpAddr::V6(octets.into())
+        }
+        address => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{Duration, timeout};
+
+    use super::*;
+
+    async fn is_closed(place: &Place) -> bool {
+        timeout(Duration::from_millis(1), place.closed.notified()).await.is_ok()
+    }
+
+    fn address(text: &str) -> Option<IpAddr> {
+        Some(text.parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn oldest_silent_connection_of_an_address_gives_way_and_no_other() {
+        let peers = Peers::new(1000);
+        let other = peers.enter(address("192.0.2.1")).unwrap();
+        let mut places = Vec::new();
+        for last in 0..SILENT_OF_ADDRESS_MAX {
+            places.push(peers.enter(address(&format!("2001:db8::{last:x}"))).unwrap());
+        }
+        let asking = places[0].ask();
+
+        for _ in 0..2 {
+            places.push(peers.enter(address("2001:db8::ffff")).unwrap());
+        }
+
+        assert!(!is_closed(&places[0]).await && is_closed(&places[1]).await);
+        assert!(!is_closed(&places[2]).await && !is_closed(&other).await);
+        // One that has its answer is the newest of the silent ones.
+        drop(asking);
+        places.push(peers.enter(address("2001:db8::1")).unwrap());
+        assert!(!is_closed(&places[0]).await && is_closed(&places[2]).await);
+    }
+
+    #[tokio::test]
+    async fn listener_without_room_closes_a_silent_connection_or_takes_none() {
+        let peers = Peers::new(3);
+        let places =
+            ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|from| peers.enter(address(from)).unwrap());
+        let asking = [places[0].ask(), places[2].ask()];
+
+        let last = peers.enter(address("192.0.2.4")).unwrap();
+        assert!(is_closed(&places[1]).await);
+        // The one that was closed is still on its way out; the newest is the only silent one.
+        let third = last.ask();
+        assert!(peers.enter(address("192.0.2.5")).is_none());
+
+        drop((places, asking, third));
+        assert!(peers.enter(address("192.0.2.5")).is_some());
+        assert!(peers.inner.lock().of_network.len() <= 1);
+    }
+}

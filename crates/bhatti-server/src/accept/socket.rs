@@ -1,0 +1,241 @@
+//! A connection's socket, and a view of it that tells when its peer has gone.
+//!
+//! Who relays bytes to a slow receiver does not read from the sender meanwhile, so it would not notice that the sender has gone: the
+//! end lies behind bytes that nobody reads. The kernel tells of it all the same.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{Shutdown, shutdown};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::sleep;
+
+/// How long what a peer has sent before it closed its side may take to be passed on.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// A socket that others may look at.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl Stream {
+    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => stream.poll_read_ready(cx),
+            Self::Unix(stream) => stream.poll_read_ready(cx),
+        }
+    }
+
+    fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => stream.poll_write_ready(cx),
+            Self::Unix(stream) => stream.poll_write_ready(cx),
+        }
+    }
+
+    fn try_read(&self, buffer: &mut ReadBuf<'_>) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_read_buf(buffer),
+            Self::Unix(stream) => stream.try_read_buf(buffer),
+        }
+    }
+
+    fn try_write(&self, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_write_vectored(bytes),
+            Self::Unix(stream) => stream.try_write_vectored(bytes),
+        }
+    }
+}
+
+/// A connection that was taken.
+#[derive(Debug)]
+pub(crate) struct Connection(Arc<Stream>);
+
+impl Connection {
+    pub(crate) fn new(stream: Stream) -> Self {
+        Self(Arc::new(stream))
+    }
+
+    /// A view of its peer, which does not keep the connection open.
+    pub(crate) fn peer(&self) -> PeerSocket {
+        PeerSocket(Arc::downgrade(&self.0))
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(drop)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.0.poll_write_ready(cx))?;
+            match self.0.try_write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(shutdown(&*self.0, Shutdown::Write).map_err(Into::into))
+    }
+}
+
+/// The peer of a connection, as an extension of its requests.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerSocket(Weak<Stream>);
+
+/// What the kernel knows of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Open,
+    /// It sends nothing more, and may still read.
+    Closed,
+    /// It is gone.
+    Gone,
+}
+
+impl PeerSocket {
+    /// Resolves when the peer has gone, or [`DRAIN_LIMIT`] after it has closed its side. Never resolves if the connection cannot be looked at.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub(crate) async fn abandoned(&self) {
+        match self.wait_for_end().await {
+            Ok(Side::Gone) => {}
+            Ok(_) => sleep(DRAIN_LIMIT).await,
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    async fn wait_for_end(&self) -> io::Result<Side> {
+        // Registered on its own: the connection's own readiness is the reader's.
+        let descriptor: OwnedFd = match self.0.upgrade() {
+            Some(stream) => stream.as_fd().try_clone_to_owned()?,
+            None => return Ok(Side::Gone),
+        };
+        let watched = bhatti_host::socket::watch(descriptor, Interest::READABLE)?;
+        loop {
+            let mut ready = watched.readable().await?;
+            match side(watched.get_ref())? {
+                Side::Open => ready.clear_ready(),
+                ended => return Ok(ended),
+            }
+        }
+    }
+}
+
+fn side(socket: &OwnedFd) -> io::Result<Side> {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    let seen = fds[0].revents();
+    Ok(if seen.intersects(PollFlags::HUP | PollFlags::ERR) {
+        Side::Gone
+    } else if seen.contains(PollFlags::RDHUP) {
+        Side::Closed
+    } else {
+        Side::Open
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::sockopt::set_socket_linger;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+    use tokio::time::{Instant, timeout};
+
+    use super::*;
+
+    async fn connected() -> (TcpStream, Connection) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (peer, Connection::new(Stream::Tcp(listener.accept().await.unwrap().0)))
+    }
+
+    #[tokio::test]
+    async fn reset_is_noticed_behind_unread_bytes() {
+        let (mut peer, connection) = connected().await;
+        let socket = connection.peer();
+        peer.write_all(&[0; 1000]).await.unwrap();
+        assert!(timeout(Duration::from_millis(20), socket.abandoned()).await.is_err());
+
+        set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
+        drop(peer);
+
+        timeout(Duration::from_secs(10), socket.abandoned()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closed_side_has_time_to_be_drained() {
+        let (peer, connection) = connected().await;
+        let socket = connection.peer();
+        drop(peer);
+
+        let began = Instant::now();
+        socket.abandoned().await;
+
+        assert!(began.elapsed() >= DRAIN_LIMIT);
+    }
+
+    #[tokio::test]
+    async fn connection_that_is_over_has_no_peer() {
+        let (_peer, connection) = connected().await;
+        let socket = connection.peer();
+        drop(connection);
+
+        socket.abandoned().await;
+    }
+}
