@@ -12,6 +12,7 @@
 
 mod links;
 mod names;
+mod nfnetlink;
 mod others;
 mod resolver;
 mod rules;
@@ -30,9 +31,10 @@ use tokio::sync::Mutex;
 pub use links::Taken;
 pub use names::{Instance, Mac, bridge_name, tap_name};
 pub use others::{Kept, Obstacle, obstacles};
-pub use resolver::Upstreams;
+pub use resolver::{PrivateNames, Upstreams};
 
 use links::Links;
+use nfnetlink::RulesWatch;
 use resolver::Resolver;
 
 /// The packet filter's program.
@@ -63,6 +65,9 @@ pub struct Port {
     pub name: String,
     /// What it may reach beyond what everybody may.
     pub allow: Allowance,
+    /// A number of the sandbox's own, never 0, which its connections carry as a mark: those of an earlier sandbox with its address are known
+    /// by another one.
+    pub epoch: u32,
 }
 
 /// All that there is to be.
@@ -72,6 +77,8 @@ pub struct Plan {
     pub networks: Vec<Network>,
     /// The sandboxes, whether they have a VM or not.
     pub ports: Vec<Port>,
+    /// Whether sandboxes reach this host's own addresses in the ranges that they are allowed.
+    pub reach_host: bool,
 }
 
 impl Plan {
@@ -81,8 +88,8 @@ impl Plan {
         let network = Network { number: 0, subnet: range };
         let allow = Allowance::parse(&["192.0.2.0/24"]).unwrap_or_default();
         let (tap, name) = ("bh0".to_owned(), "sample".to_owned());
-        let port = Port { tap, network: 0, address: network.gateway(), name, allow };
-        Self { networks: vec![network], ports: vec![port] }
+        let port = Port { tap, network: 0, address: network.gateway(), name, allow, epoch: 1 };
+        Self { networks: vec![network], ports: vec![port], reach_host: false }
     }
 }
 
@@ -161,6 +168,7 @@ pub struct Host {
     instance: Instance,
     links: Links,
     resolver: Resolver,
+    watch: RulesWatch,
     /// One change at a time, and one list of everything: the kernel has busy sockets start no second.
     changing: Mutex<Applied>,
     /// Changes that have been asked for.
@@ -176,22 +184,40 @@ struct Applied {
     failed: Vec<u32>,
     /// What the rules were declared for last, if it is known.
     rules: Option<Plan>,
+    /// The number of changes to this host's rules when they were last known to be what was declared.
+    generation: Option<u32>,
+    /// How nft lists what was declared last, once it was looked at.
+    listing: Option<String>,
+}
+
+/// What a look at the rules found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// They are what was declared.
+    Intact,
+    /// They are gone, or were changed.
+    Changed,
 }
 
 impl Host {
     /// Takes hold of the host's network, and sees whether it can be changed. Must be called within a runtime. Names that are no sandbox's
-    /// are asked of `upstreams`.
+    /// are asked of `upstreams`, those of private networks only if `private_names` says so.
     ///
     /// # Errors
     ///
     /// Returns why it cannot be changed.
-    pub async fn open(instance: Instance, upstreams: Upstreams) -> Result<Self, NetError> {
+    pub async fn open(
+        instance: Instance,
+        upstreams: Upstreams,
+        private_names: PrivateNames,
+    ) -> Result<Self, NetError> {
         let links = Links::open(instance).map_err(NetError::Open)?;
-        let resolver = Resolver::new(upstreams);
+        let resolver = Resolver::new(upstreams, private_names);
         let host = Self {
             instance,
             links,
             resolver,
+            watch: RulesWatch::open().map_err(NetError::Open)?,
             changing: Mutex::default(),
             asked: AtomicU64::new(0),
         };
@@ -207,21 +233,47 @@ impl Host {
         Ok(())
     }
 
-    /// Whether the rules are there that were declared last.
+    /// Whether the rules are what was declared last, to the last element of their sets. After [`Rules::Changed`] the next [`apply`](Self::apply)
+    /// declares them as a whole.
     ///
     /// # Errors
     ///
-    /// Returns an error if they are not.
-    pub async fn check_rules(&self) -> Result<(), NetError> {
-        let _turn = self.changing.lock().await;
-        let there = nft(&["--terse"], "list ruleset\n").await?;
-        match rules::missing(self.instance, &there) {
-            None => Ok(()),
-            Some(table) => {
-                let message = format!("the table {table} is gone, or has lost rules");
-                Err(NetError::Rules { message })
+    /// Returns an error if they cannot be looked at.
+    pub async fn check_rules(&self) -> Result<Rules, NetError> {
+        let mut applied = self.changing.lock().await;
+        if applied.rules.is_none() {
+            return Ok(Rules::Changed);
+        }
+        let generation = generation().await?;
+        if Some(generation) == applied.generation && applied.listing.is_some() {
+            return Ok(Rules::Intact);
+        }
+        let ruleset = nft(&["--stateless"], "list ruleset\n").await?;
+        let there = rules::declared_part(self.instance, &ruleset);
+        let is_ours = Some(generation) == applied.generation;
+        match &applied.listing {
+            // Nobody else has changed anything since they were declared.
+            None if is_ours => applied.listing = Some(there),
+            Some(declared) if *declared == there => applied.generation = Some(generation),
+            _ => {
+                (applied.rules, applied.generation, applied.listing) = (None, None, None);
+                return Ok(Rules::Changed);
             }
         }
+        Ok(Rules::Intact)
+    }
+
+    /// Waits until somebody, which may be this daemon, has changed the rules of this host.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the kernel does not tell.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn rules_changed(&self) -> Result<(), NetError> {
+        self.watch.changed().await.map_err(NetError::Open)
     }
 
     /// Cuts a sandbox's tap off.
@@ -263,7 +315,7 @@ impl Host {
         }
         let asked = self.asked.load(Ordering::SeqCst);
         let plan = plan()?;
-        applied.failed = self.make_so(needed, &plan, &mut applied.rules).await?;
+        applied.failed = self.make_so(needed, &plan, &mut applied).await?;
         applied.asked = asked;
         Ok(())
     }
@@ -273,12 +325,12 @@ impl Host {
         &self,
         needed: Option<u32>,
         plan: &Plan,
-        rules: &mut Option<Plan>,
+        applied: &mut Applied,
     ) -> Result<Vec<u32>, NetError> {
         let mut failed = Vec::new();
         let there = self.links.bridges().await?;
         // The rules come first, and go last: no bridge is ever without them.
-        self.declare(plan, rules).await?;
+        self.declare(plan, applied).await?;
         for network in &plan.networks {
             match self.set_up(network, &there).await {
                 Err(error) if needed != Some(network.number) => {
@@ -301,18 +353,37 @@ impl Host {
         Ok(failed)
     }
 
-    /// Puts the rules of `plan` in force. `there` is the plan whose rules are.
-    async fn declare(&self, plan: &Plan, there: &mut Option<Plan>) -> Result<(), NetError> {
+    /// Puts the rules of `plan` in force, and has the kernel forget the connections of sandboxes that are gone.
+    async fn declare(&self, plan: &Plan, applied: &mut Applied) -> Result<(), NetError> {
         // Unknown until it is done: who is cancelled does not hear whether the kernel took it.
-        let before = there.take();
-        let added = match before.and_then(|before| rules::addition(self.instance, &before, plan)) {
-            Some(addition) => nft(&[], &addition).await.is_ok(),
+        let before = applied.rules.take();
+        let known = applied.generation.take();
+        let change = before.as_ref().and_then(|before| rules::change(self.instance, before, plan));
+        let is_same = change.as_ref().is_some_and(String::is_empty);
+        let changed = match change {
+            Some(change) if !is_same => nft(&[], &change).await.is_ok(),
+            Some(_) => true,
             None => false,
         };
-        if !added {
+        if !changed {
             nft(&[], &rules::script(self.instance, plan)).await?;
         }
-        *there = Some(plan.clone());
+        let generation = generation().await?;
+        let (expected, listing) = match known {
+            Some(known) if is_same => (known, applied.listing.take()),
+            Some(known) => (known.wrapping_add(1), None),
+            None => (generation, None),
+        };
+        // If there was another change in between, the next look does not know what to expect, and they are declared anew.
+        applied.generation = (generation == expected).then_some(generation);
+        applied.listing = listing;
+        applied.rules = Some(plan.clone());
+        let gone = before.iter().flat_map(|before| &before.ports);
+        let epochs = gone
+            .filter(|port| plan.ports.iter().all(|there| there.epoch != port.epoch))
+            .map(|port| port.epoch)
+            .collect();
+        forget_connections(epochs).await;
         Ok(())
     }
 
@@ -333,6 +404,25 @@ impl Host {
     /// Returns an error if either is not there.
     pub async fn connect(&self, tap: &str, network: u32) -> Result<(), NetError> {
         self.links.connect(tap, &bridge_name(network)).await
+    }
+}
+
+/// See [`nfnetlink::generation`].
+async fn generation() -> Result<u32, NetError> {
+    let asked = tokio::task::spawn_blocking(nfnetlink::generation).await;
+    asked.map_err(io::Error::other).flatten().map_err(NetError::Open)
+}
+
+/// Has the kernel forget connections. One that it does not forget takes room for a while, and passes nothing.
+async fn forget_connections(epochs: Vec<u32>) {
+    if epochs.is_empty() {
+        return;
+    }
+    let forget = move || epochs.into_iter().try_for_each(nfnetlink::forget_connections);
+    if let Err(error) =
+        tokio::task::spawn_blocking(forget).await.map_err(io::Error::other).flatten()
+    {
+        tracing::warn!(%error, "Connections of sandboxes that are gone were not forgotten");
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::debug;
 
 use crate::names::bridge_name;
@@ -27,6 +27,9 @@ const PORT: u16 = 53;
 
 /// The largest datagram; names that are answered from here fit easily, and what comes from elsewhere says itself that it was cut.
 const DATAGRAM_BYTES_MAX: usize = 4096;
+
+/// How long the list of other resolvers holds.
+const SERVERS_HOLD: Duration = Duration::from_secs(5);
 
 /// How long another resolver may take.
 const UPSTREAM_LIMIT: Duration = Duration::from_secs(2);
@@ -49,13 +52,42 @@ pub enum Upstreams {
 }
 
 impl Upstreams {
-    fn now(&self) -> Vec<IpAddr> {
+    async fn read(&self) -> Vec<IpAddr> {
         match self {
             Self::Fixed(servers) => servers.clone(),
             Self::In(file) => {
-                let text = std::fs::read_to_string(file).unwrap_or_default();
+                let text = tokio::fs::read_to_string(file).await.unwrap_or_default();
                 let server = |line: &str| line.strip_prefix("nameserver")?.trim().parse().ok();
                 text.lines().filter_map(server).collect()
+            }
+        }
+    }
+}
+
+/// Whether questions about names of private networks leave this host, which may be trusted with the answers where its sandboxes are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrivateNames {
+    /// They are asked like others.
+    Asked,
+    /// Such names do not exist for sandboxes.
+    Denied,
+}
+
+/// The servers that are asked, read again now and then.
+struct Servers {
+    upstreams: Upstreams,
+    last: tokio::sync::Mutex<Option<(Instant, Vec<IpAddr>)>>,
+}
+
+impl Servers {
+    async fn now(&self) -> Vec<IpAddr> {
+        let mut last = self.last.lock().await;
+        match &*last {
+            Some((read, servers)) if read.elapsed() < SERVERS_HOLD => servers.clone(),
+            _ => {
+                let servers = self.upstreams.read().await;
+                *last = Some((Instant::now(), servers.clone()));
+                servers
             }
         }
     }
@@ -66,7 +98,8 @@ type Names = HashMap<String, Ipv4Addr>;
 
 /// The resolvers of all networks.
 pub(crate) struct Resolver {
-    upstreams: Arc<Upstreams>,
+    servers: Arc<Servers>,
+    private_names: PrivateNames,
     networks: Mutex<HashMap<u32, Served>>,
 }
 
@@ -89,13 +122,15 @@ impl Drop for Served {
 #[derive(Clone)]
 struct Known {
     names: Arc<Mutex<Names>>,
-    upstreams: Arc<Upstreams>,
+    servers: Arc<Servers>,
+    private_names: PrivateNames,
     open: Arc<Semaphore>,
 }
 
 impl Resolver {
-    pub(crate) fn new(upstreams: Upstreams) -> Self {
-        Self { upstreams: Arc::new(upstreams), networks: Mutex::default() }
+    pub(crate) fn new(upstreams: Upstreams, private_names: PrivateNames) -> Self {
+        let servers = Arc::new(Servers { upstreams, last: tokio::sync::Mutex::default() });
+        Self { servers, private_names, networks: Mutex::default() }
     }
 
     /// Serves a network.
@@ -142,7 +177,8 @@ impl Resolver {
         let names = Arc::default();
         let known = Known {
             names: Arc::clone(&names),
-            upstreams: Arc::clone(&self.upstreams),
+            servers: Arc::clone(&self.servers),
+            private_names: self.private_names,
             open: Arc::new(Semaphore::new(OPEN_QUESTIONS)),
         };
         let tasks = [
@@ -231,19 +267,30 @@ impl Known {
         ask: impl AsyncFn(IpAddr, &[u8]) -> io::Result<Vec<u8>>,
     ) -> Option<Vec<u8>> {
         let parsed = parse(question)?;
-        let answered = answer(&parsed, &self.names.lock());
-        let failure = match answered {
+        let answered = answer(&parsed, &self.names.lock(), self.private_names);
+        let mut failure = match answered {
             Answer::Known(answer) => return Some(answer),
             Answer::Ask { failure } => failure,
         };
-        for upstream in self.upstreams.now() {
+        for upstream in self.servers.now().await {
             match timeout(UPSTREAM_LIMIT, ask(upstream, question)).await {
-                Ok(Ok(answer)) if answer.get(..2) == question.get(..2) => return Some(answer),
+                Ok(Ok(answer)) if answer.get(..2) == question.get(..2) => {
+                    if is_final(&answer) {
+                        return Some(answer);
+                    }
+                    // Another one may know. If none does, the asker hears why.
+                    failure = answer;
+                }
                 other => debug!(%upstream, ?other, "Resolver got no answer"),
             }
         }
         Some(failure)
     }
+}
+
+/// Whether an answer says that the name is there or that it is not. Other codes say that this server cannot tell.
+fn is_final(answer: &[u8]) -> bool {
+    answer.get(3).is_some_and(|flags| matches!(flags & 0x0f, 0 | 3))
 }
 
 async fn ask_by_datagram(upstream: IpAddr, question: &[u8]) -> io::Result<Vec<u8>> {
@@ -255,9 +302,15 @@ async fn ask_by_datagram(upstream: IpAddr, question: &[u8]) -> io::Result<Vec<u8
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect((upstream, PORT)).await?;
     socket.send(question).await?;
-    let mut answer = vec![0; DATAGRAM_BYTES_MAX];
+    let mut answer = vec![0; DATAGRAM_BYTES_MAX + 1];
     let length = socket.recv(&mut answer).await?;
-    answer.truncate(length);
+    answer.truncate(length.min(DATAGRAM_BYTES_MAX));
+    if length > DATAGRAM_BYTES_MAX
+        && let Some(flags) = answer.get_mut(2)
+    {
+        // TC: whoever asked asks again on a connection.
+        *flags |= 0x02;
+    }
     Ok(answer)
 }
 

@@ -13,8 +13,12 @@
 //! What is addressed to a bridge itself (`01:80:c2:00:00:0x`) passes none of its hooks, but comes in from the tap, as does all from a tap that is no
 //! port: this host hears nothing from there.
 //!
-//! Three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name. They are declared whole and replaced in one transaction, or
-//! more is added to them in one: at no time is there half a policy. Chains of others are not touched; what they drop stays dropped.
+//! Three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name. They are declared whole in one transaction, or their sets are
+//! changed in one: at no time is there half a policy. Chains of others are not touched; what they drop stays dropped.
+//!
+//! **Epochs.** A connection carries a mark: the *epoch* of its sandbox, a number that no other sandbox has. "Established" is believed only with the
+//! epoch that the address has now. So a connection that was opened while the rules were gone, or by the sandbox that had the address before, passes
+//! no more.
 
 use std::net::Ipv4Addr;
 
@@ -38,35 +42,36 @@ const PRIVATE: [&str; 8] = [
 /// The families of the tables.
 const FAMILIES: [&str; 3] = ["bridge", "inet", "arp"];
 
-/// Connections that one sandbox may have open through this host: the table that it keeps them in is everybody's.
+/// Connections that one sandbox may have open through this host, and lookups of names beside them: the table that the host keeps them in is
+/// shared by all.
 const CONNECTIONS_MAX: u32 = 4096;
+const LOOKUPS_MAX: u32 = 1024;
+
+/// The sets to which packets add elements.
+const COUNTING: [&str; 2] = ["flows", "lookups"];
 
 /// The name of all tables.
 fn table(instance: Instance) -> String {
     format!("bhatti_{instance}")
 }
 
-/// The first of the tables that a list of all rules that are there does not have, or has with other rules.
-pub(crate) fn missing(instance: Instance, there: &str) -> Option<String> {
-    // The rules are the same for every plan: what differs is in sets.
-    let wanted = tables(instance, &table(instance), &Plan::sample());
-    let names = FAMILIES.map(|family| format!("{family} {}", table(instance)));
-    names.into_iter().find(|name| number_of_rules(there, name) != number_of_rules(&wanted, name))
-}
-
-/// How many rules the chains of a table have: nft lists one a line.
-fn number_of_rules(ruleset: &str, table: &str) -> usize {
-    let opening = format!("table {table} {{");
-    let lines = ruleset.lines().skip_while(|line| *line != opening).take_while(|line| *line != "}");
-    let mut in_chain = false;
-    let is_rule = |line: &&str| {
-        if !line.starts_with("\t\t") {
-            in_chain = line.starts_with("\tchain ");
-            return false;
+/// What a list of all rules has of this daemon's tables, without what packets change: the elements of the sets that count connections.
+pub(crate) fn declared_part(instance: Instance, ruleset: &str) -> String {
+    let tables = FAMILIES.map(|family| format!("table {family} {} {{", table(instance)));
+    let (mut is_ours, mut is_counting) = (false, false);
+    let kept = ruleset.lines().filter(|line| {
+        if line.starts_with("table ") {
+            is_ours = tables.iter().any(|table| table == line);
+        } else if line.starts_with("\tset ") {
+            is_counting = COUNTING.iter().any(|set| *line == format!("\tset {set} {{"));
+        } else if *line == "\t}" {
+            is_counting = false;
         }
-        in_chain && !line.starts_with("\t\ttype ")
-    };
-    lines.filter(is_rule).count()
+        // Elements may take several lines.
+        let is_element = line.starts_with("\t\telements") || line.starts_with("\t\t\t");
+        is_ours && !(is_counting && is_element)
+    });
+    kept.flat_map(|line| [line, "\n"]).collect()
 }
 
 /// All tables as they are to be, whatever is there. Without networks there are none.
@@ -80,9 +85,11 @@ pub(crate) fn script(instance: Instance, plan: &Plan) -> String {
     script + &tables(instance, &table, plan)
 }
 
-/// The same for tables that were made for `before`, if that is less: the kernel takes several times as long to replace tables as to make
-/// them. Fails if they are not what they were.
-pub(crate) fn addition(instance: Instance, before: &Plan, plan: &Plan) -> Option<String> {
+/// What makes tables that were made for `before` those of `plan`. What is counted stays counted: the tables are not replaced. Fails if they
+/// are not what they were.
+///
+/// `None` if they have to be declared as a whole; an empty script if nothing is to be done.
+pub(crate) fn change(instance: Instance, before: &Plan, plan: &Plan) -> Option<String> {
     if plan.networks.is_empty() {
         return None;
     }
@@ -91,20 +98,98 @@ pub(crate) fn addition(instance: Instance, before: &Plan, plan: &Plan) -> Option
         let created = FAMILIES.map(|family| format!("create table {family} {table}\n"));
         return Some(created.concat() + &tables(instance, &table, plan));
     }
-    let is_there = |port: &Port| before.ports.iter().any(|there| there.has_rules_of(port));
-    let stays = |there: &Port| plan.ports.iter().any(|port| port.has_rules_of(there));
-    if before.networks != plan.networks || !before.ports.iter().all(stays) {
+    if before.reach_host != plan.reach_host {
         return None;
     }
-    let added = || plan.ports.iter().filter(|port| !is_there(port));
-    let sets = [("bridge", "sources", sources(added())), ("inet", "allowed", allowed(added()))];
-    let lines = sets.into_iter().filter(|(_, _, elements)| !elements.is_empty());
-    let script: String = lines
-        .map(|(family, set, elements)| {
-            format!("add element {family} {table} {set} {{ {} }}\n", elements.join(", "))
-        })
-        .collect();
-    (!script.is_empty()).then_some(script)
+    let mut script = String::new();
+    for (was, is) in elements(before).into_iter().zip(elements(plan)) {
+        let Elements { family, set, .. } = is;
+        let gone: Vec<_> = was.elements.iter().filter(|one| !is.elements.contains(one)).collect();
+        let new: Vec<_> = is.elements.iter().filter(|one| !was.elements.contains(one)).collect();
+        for (verb, changed) in [("delete", gone), ("add", new)] {
+            if !changed.is_empty() {
+                let changed: Vec<&str> = changed.into_iter().map(String::as_str).collect();
+                let changed = changed.join(", ");
+                script += &format!("{verb} element {family} {table} {set} {{ {changed} }}\n");
+            }
+        }
+    }
+    Some(script)
+}
+
+/// What is in a set because of a plan.
+struct Elements {
+    family: &'static str,
+    set: &'static str,
+    kind: &'static str,
+    flags: &'static str,
+    elements: Vec<String>,
+}
+
+/// All sets that depend on a plan, always in the same order.
+fn elements(plan: &Plan) -> [Elements; 8] {
+    let Plan { networks, ports, reach_host: _ } = plan;
+    let bridge = |network: &Network| quoted(&bridge_name(network.number));
+    let of_networks = |element: &dyn Fn(&Network) -> String| networks.iter().map(element).collect();
+    let of_ports = |element: &dyn Fn(&Port) -> String| ports.iter().map(element).collect();
+    let inet = |set, kind, flags, elements| Elements { family: "inet", set, kind, flags, elements };
+    [
+        // The addresses that sandboxes may send from.
+        Elements {
+            family: "bridge",
+            set: "sources",
+            kind: "type ifname . ether_addr . ipv4_addr",
+            flags: "",
+            elements: of_ports(&|Port { tap, address, .. }| {
+                format!("{} . {} . {address}", quoted(tap), Mac::of_guest(*address))
+            }),
+        },
+        inet("bridges", "type ifname", "", of_networks(&bridge)),
+        // Where a module sends what is bridged through the hooks of what is routed, siblings meet here.
+        inet(
+            "same",
+            "type ifname . ifname",
+            "",
+            of_networks(&|network| format!("{0} . {0}", bridge(network))),
+        ),
+        inet(
+            "gateways",
+            "type ifname . ipv4_addr",
+            "",
+            of_networks(&|network| format!("{} . {}", bridge(network), network.gateway())),
+        ),
+        inet(
+            "networks",
+            "type ipv4_addr",
+            INTERVAL,
+            of_networks(&|network| network.subnet.to_string()),
+        ),
+        // The ranges that sandboxes reach beyond what all may.
+        inet(
+            "allowed",
+            "type ipv4_addr . ipv4_addr",
+            INTERVAL,
+            ports
+                .iter()
+                .flat_map(|port| {
+                    let ranges = port.allow.ranges().iter();
+                    ranges.map(|range| format!("{} . {range}", port.address))
+                })
+                .collect(),
+        ),
+        inet(
+            "epochs",
+            "type ipv4_addr : mark",
+            "",
+            of_ports(&|Port { address, epoch, .. }| format!("{address} : {epoch:#010x}")),
+        ),
+        inet(
+            "current",
+            "type ipv4_addr . mark",
+            "",
+            of_ports(&|Port { address, epoch, .. }| format!("{address} . {epoch:#010x}")),
+        ),
+    ]
 }
 
 fn tables(instance: Instance, table: &str, plan: &Plan) -> String {
@@ -114,23 +199,6 @@ fn tables(instance: Instance, table: &str, plan: &Plan) -> String {
     bridge_table(instance, table, plan)
         + &inet_table(instance, table, plan)
         + &arp_table(instance, table)
-}
-
-/// The addresses that sandboxes may send from.
-fn sources<'a>(ports: impl Iterator<Item = &'a Port>) -> Vec<String> {
-    let source = |Port { tap, address, .. }: &Port| {
-        format!("{} . {} . {address}", quoted(tap), Mac::of_guest(*address))
-    };
-    ports.map(source).collect()
-}
-
-/// The ranges that they reach beyond what everybody may.
-fn allowed<'a>(ports: impl Iterator<Item = &'a Port>) -> Vec<String> {
-    let of_port = |port: &'a Port| {
-        let ranges = port.allow.ranges().iter();
-        ranges.map(|range| format!("{} . {range}", port.address))
-    };
-    ports.flat_map(of_port).collect()
 }
 
 fn bridge_table(instance: Instance, table: &str, plan: &Plan) -> String {
@@ -147,7 +215,7 @@ fn bridge_table(instance: Instance, table: &str, plan: &Plan) -> String {
 	}}
 }}
 ",
-        set("sources", "ifname . ether_addr . ipv4_addr", "", sources(plan.ports.iter())),
+        sets_of("bridge", plan),
         instance = instance.0,
     )
 }
@@ -165,63 +233,65 @@ fn arp_table(instance: Instance, table: &str) -> String {
     )
 }
 
-/// Whom and what the rules are about.
-fn inet_sets(plan: &Plan) -> String {
-    let bridge = |network: &Network| quoted(&bridge_name(network.number));
-    let networks = &plan.networks;
+/// The sets of a family that depend on the plan.
+fn sets_of(family: &str, plan: &Plan) -> String {
+    let of_family = elements(plan).into_iter().filter(|elements| elements.family == family);
+    let declared = of_family.map(|Elements { set: name, kind, flags, elements, .. }| {
+        let keyword = if kind.contains(" : ") { "map" } else { "set" };
+        declared(keyword, name, kind, flags, elements)
+    });
+    declared.collect()
+}
+
+/// The other sets: what is never reached, what only some may reach, and what is counted.
+fn fixed_sets() -> String {
+    let counting = COUNTING.map(|set| {
+        format!("\tset {set} {{\n\t\ttype ipv4_addr\n\t\tsize 65535\n\t\tflags dynamic\n\t}}\n")
+    });
+    let never = NEVER_REACHED.map(|range| range.to_string()).to_vec();
+    let private = PRIVATE.map(str::to_owned).to_vec();
     [
-        set("bridges", "ifname", "", networks.iter().map(bridge)),
-        // Where a module sends what is bridged through the hooks of what is routed, siblings meet here.
-        set(
-            "same",
-            "ifname . ifname",
-            "",
-            networks.iter().map(|network| format!("{0} . {0}", bridge(network))),
-        ),
-        set(
-            "gateways",
-            "ifname . ipv4_addr",
-            "",
-            networks.iter().map(|network| format!("{} . {}", bridge(network), network.gateway())),
-        ),
-        set(
-            "networks",
-            "ipv4_addr",
-            INTERVAL,
-            networks.iter().map(|network| network.subnet.to_string()),
-        ),
-        set("allowed", "ipv4_addr . ipv4_addr", INTERVAL, allowed(plan.ports.iter())),
-        set("never", "ipv4_addr", INTERVAL, NEVER_REACHED.map(|range| range.to_string())),
-        set("private", "ipv4_addr", INTERVAL, PRIVATE.map(str::to_owned)),
+        declared("set", "never", "type ipv4_addr", INTERVAL, never),
+        declared("set", "private", "type ipv4_addr", INTERVAL, private),
+        counting.concat(),
     ]
     .concat()
 }
 
 fn inet_table(instance: Instance, table: &str, plan: &Plan) -> String {
-    let sets = inet_sets(plan);
+    let sets = sets_of("inet", plan) + &fixed_sets();
+    let to_this_host =
+        if plan.reach_host { "\t\tip saddr . ip daddr @allowed accept\n" } else { "" };
     format!(
         "table inet {table} {{
-{sets}	set flows {{
-		type ipv4_addr
-		size 65535
-		flags dynamic
-	}}
-	chain bypass {{
+{sets}	chain bypass {{
 		type filter hook prerouting priority raw; policy accept;
 		iifgroup {instance} drop
+	}}
+	chain stamp {{
+		type filter hook prerouting priority mangle; policy accept;
+		iifname @bridges ct state new ct mark set ip saddr map @epochs
+	}}
+	chain stamp_output {{
+		type route hook output priority mangle; policy accept;
+		oifname @bridges ct state new ct mark set ip daddr map @epochs
 	}}
 	chain input {{
 		type filter hook input priority filter - 10; policy accept;
 		iifname @bridges goto to_host
 	}}
 	chain to_host {{
-		ct state established,related accept
-		ct state new add @flows {{ ip saddr ct count over {CONNECTIONS_MAX} }} reject with icmpx admin-prohibited
-		iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 accept
+		ct state established,related ip saddr . ct mark @current accept
+		ct state != new drop
+		iifname . ip daddr @gateways meta l4proto {{ tcp, udp }} th dport 53 goto to_resolver
 		ip daddr @networks reject with icmpx admin-prohibited
 		ip daddr @never reject with icmpx admin-prohibited
-		ip saddr . ip daddr @allowed accept
-		reject with icmpx admin-prohibited
+		add @flows {{ ip saddr ct count over {CONNECTIONS_MAX} }} reject with icmpx admin-prohibited
+{to_this_host}		reject with icmpx admin-prohibited
+	}}
+	chain to_resolver {{
+		add @lookups {{ ip saddr ct count over {LOOKUPS_MAX} }} drop
+		accept
 	}}
 	chain forward {{
 		type filter hook forward priority filter - 10; policy accept;
@@ -232,7 +302,8 @@ fn inet_table(instance: Instance, table: &str, plan: &Plan) -> String {
 		iifname . oifname @same accept
 		oifname @bridges reject with icmpx admin-prohibited
 		meta nfproto != ipv4 drop
-		ct state established,related accept
+		ct state established,related ip saddr . ct mark @current accept
+		ct state established,related reject with icmpx admin-prohibited
 		ip daddr @networks reject with icmpx admin-prohibited
 		ip daddr @never reject with icmpx admin-prohibited
 		ct state new add @flows {{ ip saddr ct count over {CONNECTIONS_MAX} }} reject with icmpx admin-prohibited
@@ -241,7 +312,7 @@ fn inet_table(instance: Instance, table: &str, plan: &Plan) -> String {
 		accept
 	}}
 	chain to_guest {{
-		ct state established,related accept
+		ct state established,related ip daddr . ct mark @current accept
 		drop
 	}}
 	chain postrouting {{
@@ -256,9 +327,8 @@ fn inet_table(instance: Instance, table: &str, plan: &Plan) -> String {
 
 const INTERVAL: &str = "\t\tflags interval\n";
 
-fn set(name: &str, kind: &str, flags: &str, elements: impl IntoIterator<Item = String>) -> String {
-    let elements: Vec<String> = elements.into_iter().collect();
-    let mut set = format!("\tset {name} {{\n\t\ttype {kind}\n{flags}");
+fn declared(keyword: &str, name: &str, kind: &str, flags: &str, elements: Vec<String>) -> String {
+    let mut set = format!("\t{keyword} {name} {{\n\t\t{kind}\n{flags}");
     if !elements.is_empty() {
         set += &format!("\t\telements = {{ {} }}\n", elements.join(", "));
     }
@@ -267,14 +337,6 @@ fn set(name: &str, kind: &str, flags: &str, elements: impl IntoIterator<Item = S
 
 fn quoted(name: &str) -> String {
     format!("\"{name}\"")
-}
-
-impl Port {
-    /// Whether the rules say the same of both: they do not know names.
-    fn has_rules_of(&self, other: &Self) -> bool {
-        let Self { tap, network, address, name: _, allow } = self;
-        (tap, network, address, allow) == (&other.tap, &other.network, &other.address, &other.allow)
-    }
 }
 
 impl Network {
@@ -300,5 +362,32 @@ mod tests {
     fn nothing_is_declared_for_nobody() {
         let script = script(Instance(1), &Plan::default());
         assert!(script.lines().all(|line| line.ends_with("{}") || line.starts_with("delete")));
+    }
+
+    #[test]
+    fn change_names_what_differs_and_nothing_else() {
+        let (mut before, mut plan) = (Plan::sample(), Plan::sample());
+        assert_eq!(change(Instance(1), &before, &plan).as_deref(), Some(""));
+
+        before.ports[0].name = "another".to_owned();
+        assert_eq!(change(Instance(1), &before, &plan).as_deref(), Some(""), "rules know no names");
+        plan.ports[0].epoch = 9;
+        let script = change(Instance(1), &before, &plan).unwrap();
+        let lines: Vec<_> = script.lines().map(|line| line.split(' ').nth(4).unwrap()).collect();
+        assert_eq!(lines, ["epochs", "epochs", "current", "current"], "{script}");
+
+        plan.reach_host = true;
+        assert_eq!(change(Instance(1), &before, &plan), None);
+    }
+
+    #[test]
+    fn what_packets_add_to_a_listing_is_left_out() {
+        let listing = "table inet another {\n\tset x {\n\t}\n}\ntable inet bhatti_00000001 {\n\tset flows {\n\t\ttype ipv4_addr\n\t\telements = { 10.0.0.1,\n\t\t\t     10.0.0.2 }\n\t}\n\tset never {\n\t\telements = { 10.0.0.3 }\n\t}\n}\n";
+
+        let declared = declared_part(Instance(1), listing);
+
+        assert!(!declared.contains("10.0.0.1") && !declared.contains("10.0.0.2"), "{declared}");
+        assert!(declared.contains("10.0.0.3") && declared.contains("flows"), "{declared}");
+        assert!(!declared.contains("set x"), "{declared}");
     }
 }

@@ -6,7 +6,7 @@
 use std::io;
 use std::net::Ipv4Addr;
 
-use bhatti_net::{Host, NetError, Network, Plan, Port, tap_name};
+use bhatti_net::{Host, NetError, Network, Plan, Port, Rules, tap_name};
 use bhatti_proto::GuestNetwork;
 use bhatti_store::{NetworkAssignError, NetworkRow, PortRow, SandboxRow, StoreError};
 use bhatti_types::{Allowance, NetworkMode, NetworkSpec, Report, SandboxId, UserId};
@@ -30,6 +30,8 @@ pub struct NetworkConfig {
     pub range: Ipv4Net,
     /// What users other than the admin may allow their sandboxes to reach.
     pub allowable: Allowance,
+    /// Whether sandboxes reach this host's own addresses in the ranges that they are allowed.
+    pub reach_host: bool,
 }
 
 /// A sandbox cannot have its network.
@@ -126,6 +128,11 @@ impl Shared {
         }
     }
 
+    /// All that there is to be, as the store has it.
+    fn plan(&self) -> Result<Plan, NetworkError> {
+        Ok(plan(&self.store.list_ports()?, self.config.network.reach_host))
+    }
+
     /// Makes sure that the rules of a sandbox are in force.
     pub(crate) async fn enforce_network(
         &self,
@@ -133,7 +140,7 @@ impl Shared {
         address: Option<Ipv4Addr>,
     ) -> Result<(), NetworkError> {
         let Some(network) = self.network_of(owner, address)? else { return Ok(()) };
-        self.host()?.apply(Some(network.number), || Ok(plan(&self.store.list_ports()?))).await
+        self.host()?.apply(Some(network.number), || self.plan()).await
     }
 
     /// Connects a sandbox's tap with its owner's network.
@@ -150,8 +157,7 @@ impl Shared {
     /// Takes away what the host has of sandboxes that are no more. What stays now goes with the next change.
     pub(crate) async fn settle_networks(&self) {
         let Ok(host) = self.host() else { return };
-        let settled: Result<(), NetworkError> =
-            host.apply(None, || Ok(plan(&self.store.list_ports()?))).await;
+        let settled: Result<(), NetworkError> = host.apply(None, || self.plan()).await;
         if let Err(error) = settled {
             error!(error = %Report(&error), "Failed to bring this host's network up to date");
         }
@@ -178,11 +184,30 @@ impl Shared {
             Err(error) => warn!(error = %Report(&error), "Other firewalls cannot be looked at"),
         }
         loop {
-            sleep(RULES_LOOK).await;
+            tokio::select! {
+                () = sleep(RULES_LOOK) => {}
+                changed = host.rules_changed() => {
+                    if let Err(error) = changed {
+                        warn!(error = %Report(&error), "The kernel does not tell of changed rules");
+                        sleep(RULES_LOOK).await;
+                    }
+                }
+            }
             let has_ports = self.store.list_ports().is_ok_and(|ports| !ports.is_empty());
-            if has_ports && let Err(error) = host.check_rules().await {
-                warn!(error = %Report(&error), "The rules of the sandboxes' networks are gone; they are declared again");
-                self.settle_networks().await;
+            if !has_ports {
+                continue;
+            }
+            match host.check_rules().await {
+                Ok(Rules::Intact) => {}
+                Ok(Rules::Changed) => {
+                    warn!(
+                        "The rules of the sandboxes' networks were changed; they are declared again"
+                    );
+                    self.settle_networks().await;
+                }
+                Err(error) => {
+                    warn!(error = %Report(&error), "The rules of the sandboxes' networks cannot be looked at");
+                }
             }
         }
     }
@@ -190,8 +215,8 @@ impl Shared {
     /// Takes over what sandboxes are called now.
     pub(crate) fn rename_in_networks(&self) {
         let Ok(host) = self.host() else { return };
-        match self.store.list_ports() {
-            Ok(ports) => host.rename(&plan(&ports)),
+        match self.plan() {
+            Ok(plan) => host.rename(&plan),
             Err(error) => {
                 error!(error = %Report(&error), "Failed to tell the resolvers of a new name");
             }
@@ -227,13 +252,19 @@ fn of_address(address: Ipv4Addr) -> GuestNetwork {
     }
 }
 
+/// The epoch of a sandbox: half of its id, which is drawn at random.
+fn epoch(sandbox: SandboxId) -> u32 {
+    let id = sandbox.to_string();
+    id.get(8..).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or_default().max(1)
+}
+
 fn network(row: &NetworkRow) -> Network {
     let NetworkRow { number, subnet } = *row;
     Network { number, subnet }
 }
 
-fn plan(rows: &[PortRow]) -> Plan {
-    let mut plan = Plan::default();
+fn plan(rows: &[PortRow], reach_host: bool) -> Plan {
+    let mut plan = Plan { reach_host, ..Plan::default() };
     for PortRow { sandbox, name, network: row, address, allow } in rows {
         let of_port = network(row);
         if !plan.networks.contains(&of_port) {
@@ -245,6 +276,7 @@ fn plan(rows: &[PortRow]) -> Plan {
             address: *address,
             name: name.to_string(),
             allow: allow.clone(),
+            epoch: epoch(*sandbox),
         });
     }
     plan

@@ -53,8 +53,13 @@ pub(crate) struct Config {
     pub(crate) network_range: Option<String>,
     /// What private ranges users other than the admin may let their sandboxes reach; none if absent.
     pub(crate) network_allowable: Vec<String>,
+    /// Whether sandboxes reach this host's own addresses in the private ranges that they are allowed; not if absent.
+    pub(crate) network_reach_host: bool,
     /// Who is asked for names that are no sandbox's; this host's own name servers if absent.
     pub(crate) dns: Option<Vec<IpAddr>>,
+    /// Whether they are asked for names of private networks, too: those without a dot, `*.internal`, `*.local`, and the names of private
+    /// addresses; such names do not exist for sandboxes if absent.
+    pub(crate) dns_private_names: bool,
 }
 
 /// See [`Config::engine`].

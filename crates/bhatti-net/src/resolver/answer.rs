@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::Names;
+use super::{Names, PrivateNames};
 
 /// How long an answer holds, in seconds: the next sandbox of that name may have another address.
 const TTL_SEC: u32 = 5;
@@ -25,6 +25,7 @@ const RECURSION_AVAILABLE: u16 = 0x0080;
 
 const NO_ERROR: u16 = 0;
 const SERVER_FAILURE: u16 = 2;
+const NO_SUCH_NAME: u16 = 3;
 const REFUSED: u16 = 5;
 
 const ADDRESS: u16 = 1;
@@ -102,14 +103,54 @@ fn parse_name(message: &[u8]) -> Option<(String, usize)> {
     }
 }
 
+/// Zones of private networks: by RFC 6762, RFC 8375, RFC 9476 and ICANN's reservation of `internal`; and what private and link-local addresses
+/// are called (RFC 6303).
+const PRIVATE_ZONES: [&str; 12] = [
+    "internal",
+    "local",
+    "localdomain",
+    "lan",
+    "home.arpa",
+    "10.in-addr.arpa",
+    "127.in-addr.arpa",
+    "254.169.in-addr.arpa",
+    "168.192.in-addr.arpa",
+    "c.f.ip6.arpa",
+    "d.f.ip6.arpa",
+    "e.f.ip6.arpa",
+];
+
+/// Whether a name means something only in a private network.
+fn is_private(name: &str) -> bool {
+    let is_in = |zone: &str| {
+        name.strip_suffix(zone).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    let is_of_172 = || {
+        let second =
+            name.strip_suffix(".172.in-addr.arpa").and_then(|rest| rest.rsplit('.').next());
+        second
+            .and_then(|octet| octet.parse().ok())
+            .is_some_and(|octet: u8| (16..32).contains(&octet))
+    };
+    // The root itself is no bare name.
+    (!name.contains('.') && !name.is_empty()) || PRIVATE_ZONES.into_iter().any(is_in) || is_of_172()
+}
+
 /// Answers a question from the names of a network: bare ones, for one with a dot in it may be somebody's in the world.
-pub(super) fn answer(question: &Question<'_>, names: &Names) -> Answer {
+pub(super) fn answer(
+    question: &Question<'_>,
+    names: &Names,
+    private_names: PrivateNames,
+) -> Answer {
     if TRANSFERS.contains(&question.kind) {
         return Answer::Known(reply(question, REFUSED, None));
     }
     let bare = question.name.strip_suffix(SUFFIX).unwrap_or(&question.name);
     let known = names.get(bare).filter(|_| question.class == INTERNET && !bare.contains('.'));
     match known {
+        None if private_names == PrivateNames::Denied && is_private(&question.name) => {
+            Answer::Known(reply(question, NO_SUCH_NAME, None))
+        }
         None => Answer::Ask { failure: reply(question, SERVER_FAILURE, None) },
         // Of another kind than an address of the fourth version there is nothing, and that is the answer.
         Some(address) => {
@@ -155,10 +196,19 @@ mod tests {
 
     /// The answer's code, and the addresses in it.
     fn said(name: &str, kind: TYPE) -> (RCODE, Vec<Ipv4Addr>, bool) {
+        said_with(name, kind, PrivateNames::Asked)
+    }
+
+    fn said_with(
+        name: &str,
+        kind: TYPE,
+        private_names: PrivateNames,
+    ) -> (RCODE, Vec<Ipv4Addr>, bool) {
         let names =
             ["dev", "github.com"].map(|name| (name.to_owned(), Ipv4Addr::new(10, 213, 0, 2)));
         let asked = question(name, kind);
-        let (bytes, is_known) = match answer(&parse(&asked).unwrap(), &Names::from(names)) {
+        let answered = answer(&parse(&asked).unwrap(), &Names::from(names), private_names);
+        let (bytes, is_known) = match answered {
             Answer::Known(bytes) => (bytes, true),
             Answer::Ask { failure } => (failure, false),
         };
@@ -191,10 +241,40 @@ mod tests {
             let mut asked = question("example.com", TYPE::A);
             let at = asked.len() - 3;
             asked[at] = kind;
-            answer(&parse(&asked).unwrap(), &Names::new())
+            answer(&parse(&asked).unwrap(), &Names::new(), PrivateNames::Denied)
         };
         assert!(matches!(of_kind(44), Answer::Ask { failure } if failure[3] & 15 == 2));
         assert!(matches!(of_kind(252), Answer::Known(refusal) if refusal[3] & 15 == 5));
+    }
+
+    #[test]
+    fn names_of_private_networks_do_not_exist_unless_they_are_asked() {
+        let private = [
+            "printer",
+            "wpad",
+            "db.corp.internal",
+            "INTERNAL",
+            "host.local",
+            "router.home.arpa",
+            "5.1.168.192.in-addr.arpa",
+            "9.0.0.10.in-addr.arpa",
+            "1.0.31.172.in-addr.arpa",
+            "254.169.in-addr.arpa",
+            "1.0.c.f.ip6.arpa",
+        ];
+        for name in private {
+            let denied = said_with(name, TYPE::PTR, PrivateNames::Denied);
+            assert_eq!(denied, (RCODE::NameError, vec![], true), "{name}");
+            let asked = said_with(name, TYPE::PTR, PrivateNames::Asked);
+            assert_eq!(asked, (RCODE::ServerFailure, vec![], false), "{name}");
+        }
+        for name in
+            ["example.com", "notinternal.com", "1.0.15.172.in-addr.arpa", "8.8.8.8.in-addr.arpa"]
+        {
+            let asked = said_with(name, TYPE::PTR, PrivateNames::Denied);
+            assert_eq!(asked, (RCODE::ServerFailure, vec![], false), "{name}");
+        }
+        assert!(said_with("dev", TYPE::A, PrivateNames::Denied).2, "a sandbox is no such name");
     }
 
     #[test]

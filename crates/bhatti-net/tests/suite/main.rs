@@ -2,12 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "what a test cannot set up, it cannot test")]
 
+mod connections;
 mod place;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use bhatti_net::{
-    Host, Instance, Kept, NetError, Network, Obstacle, Plan, Upstreams, bridge_name, obstacles,
+    Host, Instance, Kept, NetError, Network, Obstacle, Plan, PrivateNames, Rules, Upstreams,
+    bridge_name, obstacles,
 };
 use bhatti_testkit::enter_own_network;
 use bhatti_types::Allowance;
@@ -61,9 +63,8 @@ async fn apply(host: &Host, plan: &Plan) -> Result<(), NetError> {
 }
 
 async fn open(instance: u32) -> Host {
-    Host::open(Instance(instance), Upstreams::Fixed(vec![Ipv4Addr::LOCALHOST.into()]))
-        .await
-        .unwrap()
+    let upstreams = Upstreams::Fixed(vec![Ipv4Addr::LOCALHOST.into()]);
+    Host::open(Instance(instance), upstreams, PrivateNames::Denied).await.unwrap()
 }
 
 fn at(address: Ipv4Addr) -> SocketAddr {
@@ -148,7 +149,13 @@ async fn world_is_reached_and_neither_this_host_nor_private_ranges_nor_metadata(
     }
     assert!(guest.get(at(metadata)).is_err(), "metadata was reached");
     assert!(guest.get(at(network(0).gateway())).is_err(), "the gateway was reached");
+    assert!(guest.get(at(world.gateway())).is_err(), "this host was reached by its own address");
+
+    // Unless the operator wants that.
+    plan.reach_host = true;
+    apply(&host, &plan).await.unwrap();
     assert!(guest.get(at(world.gateway())).is_ok(), "this host's own address is in the range");
+    assert!(other.get(at(world.gateway())).is_err(), "it is another's");
 }
 
 #[tokio::test]
@@ -213,16 +220,16 @@ async fn what_is_addressed_to_the_bridge_alone_reaches_this_host_as_little_as_an
     nft(&["flush", "ruleset"]);
     guest.send_datagram(gateway, 9999);
     assert!(here.recv_from(&mut buffer).is_ok(), "it would have been");
-    assert!(host.check_rules().await.is_err(), "that they are gone is seen");
+    assert_eq!(host.check_rules().await.unwrap(), Rules::Changed, "that they are gone is seen");
     apply(&host, &plan).await.unwrap();
-    host.check_rules().await.unwrap();
+    assert_eq!(host.check_rules().await.unwrap(), Rules::Intact);
     for family in ["inet", "bridge", "arp"] {
         let ours = nft(&["list", "tables", family]);
         let ours = ours.split_whitespace().last().unwrap();
         nft(&["flush", "table", family, ours]);
-        assert!(host.check_rules().await.is_err(), "that those of {family} are gone is seen");
+        assert_eq!(host.check_rules().await.unwrap(), Rules::Changed, "those of {family}");
         apply(&host, &plan).await.unwrap();
-        host.check_rules().await.unwrap();
+        assert_eq!(host.check_rules().await.unwrap(), Rules::Intact);
     }
     assert!(sibling.get(at(gateway)).is_err());
 
@@ -268,7 +275,7 @@ async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing
         let name = format!("s{number}");
         port_of(0, address(0, number), &name, Allowance::default())
     });
-    let mut plan = Plan { networks: vec![network(0)], ports: ports.collect() };
+    let mut plan = Plan { networks: vec![network(0)], ports: ports.collect(), reach_host: false };
     apply(&host, &plan).await.unwrap();
     let (first, last) = (
         Guest::start(&plan.ports[0].tap, address(0, 2)),
@@ -313,7 +320,8 @@ async fn sandbox_that_is_added_leaves_the_tables_in_place_and_what_others_did_to
         all.lines().filter(|line| line.starts_with("table")).map(str::to_owned).collect::<Vec<_>>()
     };
     let has = |what: &str| nft(&["list", "ruleset"]).contains(what);
-    let mut plan = Plan { networks: vec![network(0)], ports: vec![port(2, &[])] };
+    let mut plan =
+        Plan { networks: vec![network(0)], ports: vec![port(2, &[])], reach_host: false };
     apply(&host, &plan).await.unwrap();
     let first = tables();
     assert_eq!(first.len(), 3);
@@ -348,7 +356,7 @@ async fn changes_that_come_together_are_made_together_and_each_is_in_force_after
         return;
     }
     let host = open(1).await;
-    let plans = std::sync::Mutex::new((0, Plan { networks: vec![network(0)], ports: Vec::new() }));
+    let plans = std::sync::Mutex::new((0, Plan { networks: vec![network(0)], ..Plan::default() }));
     let changes = (2..22).map(|number| {
         let (host, plans) = (&host, &plans);
         async move {
@@ -398,7 +406,7 @@ async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
     assert!(second[0].get(at(second[1].address)).is_ok());
     assert!(first[0].get(at(second[1].address)).is_err(), "of another daemon");
     for (number, taken) in [(0, "bhatti0"), (5, "bhatti5")] {
-        let foreign = Plan { networks: vec![network(number)], ports: Vec::new() };
+        let foreign = Plan { networks: vec![network(number)], ..Plan::default() };
         let refused = apply(&two, &foreign).await;
         assert!(matches!(&refused, Err(NetError::Taken { name }) if name == taken), "{refused:?}");
     }
@@ -444,6 +452,24 @@ async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
     host.rename(&plan);
     assert_eq!(ask_name(guest, gateway, "renamed", false).await, Ok(vec![address(0, 3)]));
     assert_eq!(ask_name(guest, gateway, "s3.sb", false).await, Err("NameError".to_owned()));
+}
+
+#[tokio::test]
+async fn server_that_fails_is_passed_over_for_one_that_knows() {
+    if !ready("names of a server that fails") {
+        return;
+    }
+    let servers = [Ipv4Addr::new(127, 0, 0, 2), Ipv4Addr::LOCALHOST].map(Into::into).to_vec();
+    let host = Host::open(Instance(1), Upstreams::Fixed(servers), PrivateNames::Denied);
+    let host = host.await.unwrap();
+    let (_plan, guests) = guests(&host, &[(0, 2)]).await;
+    place::serve_failures_here(Ipv4Addr::new(127, 0, 0, 2));
+    place::serve_names_here("example.com", Ipv4Addr::new(203, 0, 113, 7));
+
+    let ask = |name| ask_name(&guests[0], network(0).gateway(), name, false);
+    assert_eq!(ask("example.com").await, Ok(vec![Ipv4Addr::new(203, 0, 113, 7)]));
+    assert_eq!(ask("elsewhere.org").await, Err("NameError".to_owned()));
+    assert_eq!(ask("printer").await, Err("NameError".to_owned()));
 }
 
 #[tokio::test]

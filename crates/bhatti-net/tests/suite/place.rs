@@ -38,7 +38,8 @@ pub(crate) fn port_of(network: u32, address: Ipv4Addr, name: &str, allow: Allowa
     let sum = name.bytes().fold(0u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     let entropy = u64::from(sum) << 32 | u64::from(u32::from(address));
     let tap = tap_name(SandboxId::from_entropy(entropy.to_be_bytes()));
-    Port { tap, network, address, name: name.to_owned(), allow }
+    let epoch = sum.max(1) ^ u32::from(address);
+    Port { tap, network, address, name: name.to_owned(), allow, epoch }
 }
 
 /// A namespace behind a cable.
@@ -145,6 +146,56 @@ impl Guest {
     /// What is answered at `to`: where it sees this come from.
     pub(crate) fn get(&self, to: SocketAddr) -> Result<String, String> {
         self.inside(|| get_here(to))
+    }
+
+    /// A connection to `to`, for as long as it is kept.
+    pub(crate) fn connect(&self, to: SocketAddr) -> Option<TcpStream> {
+        self.inside(|| TcpStream::connect_timeout(&to, LIMIT).ok())
+    }
+
+    /// Sends back at `port` all that comes, until the test ends.
+    pub(crate) fn serve_echo(&self, port: u16) {
+        let listener = self.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+        thread::spawn(move || {
+            let mut kept = Vec::new();
+            while let Ok((mut connection, _)) = listener.accept() {
+                kept.push(connection.try_clone().unwrap());
+                thread::Builder::new()
+                    .stack_size(64 << 10)
+                    .spawn(move || {
+                        let mut byte = [0];
+                        while connection.read_exact(&mut byte).is_ok()
+                            && connection.write_all(&byte).is_ok()
+                        {}
+                    })
+                    .unwrap();
+            }
+        });
+    }
+
+    /// Sends a byte every few milliseconds to all that connect to `port`, until the test ends.
+    pub(crate) fn serve_ticks(&self, port: u16) {
+        let listener = self.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+        thread::spawn(move || {
+            while let Ok((mut connection, _)) = listener.accept() {
+                thread::spawn(move || {
+                    while connection.write_all(b"x").is_ok() {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+            }
+        });
+    }
+
+    /// Takes connections at `port` and says nothing, until the test ends.
+    pub(crate) fn serve_silence(&self, port: u16) {
+        let listener = self.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+        thread::spawn(move || {
+            let mut kept = Vec::new();
+            while let Ok((connection, _)) = listener.accept() {
+                kept.push(connection);
+            }
+        });
     }
 
     /// The same, from an address of one's choice.
@@ -260,6 +311,28 @@ pub(crate) async fn ask_name(
         _ => None,
     };
     Ok(answer.answers.iter().filter_map(address).collect())
+}
+
+/// Whether what is sent on a connection comes back.
+pub(crate) fn echoes(connection: &mut TcpStream) -> bool {
+    connection.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut byte = [0];
+    connection.write_all(b"x").is_ok() && connection.read_exact(&mut byte).is_ok()
+}
+
+/// A resolver on this host that always fails.
+pub(crate) fn serve_failures_here(address: Ipv4Addr) {
+    let datagrams = UdpSocket::bind((address, 53)).unwrap();
+    thread::spawn(move || {
+        let mut question = vec![0; 4096];
+        while let Ok((length, from)) = datagrams.recv_from(&mut question) {
+            let packet = Packet::parse(&question[..length]).unwrap();
+            let mut reply = Packet::new_reply(packet.id());
+            *reply.rcode_mut() = RCODE::ServerFailure;
+            reply.questions.push(packet.questions[0].clone());
+            drop(datagrams.send_to(&reply.build_bytes_vec().unwrap(), from));
+        }
+    });
 }
 
 /// A resolver on this host that knows one name.

@@ -208,6 +208,7 @@ impl Place {
                 host: Err("this is a test".to_owned()),
                 range: "10.213.0.0/16".parse().unwrap(),
                 allowable: Allowance::default(),
+                reach_host: false,
             },
             fault: None,
         };

@@ -1,6 +1,6 @@
 //! The network of this host, as the configuration wants it used.
 
-use bhatti_net::{Host, Instance, Upstreams};
+use bhatti_net::{Host, Instance, PrivateNames, Upstreams};
 use bhatti_store::Store;
 use bhatti_supervisor::NetworkConfig;
 use bhatti_types::{Allowance, Report};
@@ -20,11 +20,13 @@ pub(super) async fn open(config: &Config, store: &Store) -> Result<NetworkConfig
     let host = match config.network {
         NetworkUse::Off => Err("the configuration says `network: off`".to_owned()),
         NetworkUse::Auto => {
-            let host = Host::open(instance, upstreams(config)).await;
+            let private_names =
+                if config.dns_private_names { PrivateNames::Asked } else { PrivateNames::Denied };
+            let host = Host::open(instance, upstreams(config), private_names).await;
             host.map_err(|error| Report(&error).to_string())
         }
     };
-    Ok(NetworkConfig { host, range, allowable })
+    Ok(NetworkConfig { host, range, allowable, reach_host: config.network_reach_host })
 }
 
 /// Who is asked for names that are no sandbox's.

@@ -83,6 +83,7 @@ fn supervisor(place: &Path, store: &Arc<Store>) -> Result<Supervisor> {
             host: Err("nothing runs here".to_owned()),
             range: "10.213.0.0/16".parse()?,
             allowable: bhatti_types::Allowance::default(),
+            reach_host: false,
         },
         fault: None,
     };
