@@ -69,6 +69,8 @@ pub enum ErrorCode {
     Unsupported,
     /// The virtual machine did not come up.
     BootFailed,
+    /// The disk of the daemon's host is full.
+    HostDiskFull,
     /// The daemon is at fault.
     Internal,
 }

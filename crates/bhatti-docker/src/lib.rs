@@ -131,6 +131,7 @@ impl Engine for DockerEngine {
             exchanges_disks: false,
             saves_memory: false,
             shares_kernel: true,
+            vmm_mib: 48,
         }
     }
 

@@ -61,6 +61,8 @@ pub struct Capabilities {
     pub saves_memory: bool,
     /// Whether sandboxes run on this host's kernel: they are less isolated then.
     pub shares_kernel: bool,
+    /// What a VMM takes of the host's memory at most, beside its guest's, in MiB.
+    pub vmm_mib: u32,
 }
 
 impl Capabilities {

@@ -15,7 +15,8 @@ use bhatti_engine::{Captured, Disks, MemoryKind, SnapshotError, SnapshotInfo, Sn
 use bhatti_host::process::ProcessId;
 use bhatti_host::{disk, durable};
 use bhatti_vmm::{
-    Draft, Generation, copy_files, new_name, remove_other_memory, share, volume_generations,
+    Draft, Generation, STATE_BYTES_MAX, copy_files, new_name, read_at_most, remove_other_memory,
+    share, volume_generations,
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -159,7 +160,7 @@ impl Captured for Draught {
 
 impl Draught {
     fn settle(mut self) -> io::Result<SnapshotInfo> {
-        let state = fs::read(self.draft.path().join(STATE))?;
+        let state = read_at_most(&self.draft.path().join(STATE), STATE_BYTES_MAX)?;
         self.manifest.state_hash = blake3::hash(&state).to_string();
         let (memory, memory_bytes) = self.settle_memory()?;
         let place = |name: &str| self.draft.path().join(name);
@@ -183,7 +184,7 @@ impl Draught {
         if let Some(name) = &whole {
             self.stand_on(name)?;
         }
-        durable::write(&place(manifest::FILE), &serde_json::to_vec_pretty(&self.manifest)?)?;
+        durable::write_sealed(&place(manifest::FILE), &serde_json::to_vec_pretty(&self.manifest)?)?;
         self.draft.put_in_place()?;
         Ok(SnapshotInfo { memory: self.kind, memory_bytes, device_bytes: state.len() as u64 })
     }
@@ -192,6 +193,7 @@ impl Draught {
     fn settle_memory(&mut self) -> io::Result<(String, u64)> {
         let draft = self.draft.path();
         let sparse = draft.join(SPARSE);
+        self.check_memory(&sparse)?;
         let base = self.manifest.machine.memory.take();
         let is_diff = self.kind == MemoryKind::Diff && base.is_some();
         let whole = if is_diff { None } else { Some(memory::dig_holes(&sparse)?) };
@@ -216,6 +218,16 @@ impl Draught {
         };
         self.manifest.memory = Memory::Whole { file: file.clone() };
         Ok((file, bytes))
+    }
+
+    /// What Firecracker wrote is the guest's memory, and no more: the host's disk holds it.
+    fn check_memory(&self, sparse: &Path) -> io::Result<()> {
+        let memory = u64::from(self.manifest.machine.memory_mib) << 20;
+        let bytes = fs::metadata(sparse)?.len();
+        if bytes == memory {
+            return Ok(());
+        }
+        Err(io::Error::other(format!("the saved memory has {bytes} bytes instead of {memory}")))
     }
 
     /// The VM goes on: what it writes from now on is over this memory.

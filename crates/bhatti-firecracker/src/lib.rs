@@ -127,6 +127,7 @@ impl Engine for FirecrackerEngine {
             exchanges_disks: false,
             saves_memory: true,
             shares_kernel: false,
+            vmm_mib: 48,
         }
     }
 

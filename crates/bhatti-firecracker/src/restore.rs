@@ -12,8 +12,8 @@ use bhatti_host::disk;
 use bhatti_host::process::Followed;
 use bhatti_types::SandboxId;
 use bhatti_vmm::{
-    Generation, check_volumes, create_private, damaged, new_name, remove_other_memory, same, share,
-    volumes,
+    Generation, STATE_BYTES_MAX, check_volumes, create_private, damaged, new_name, read_at_most,
+    remove_other_memory, same, share, volumes,
 };
 use serde_json::json;
 use tokio::task::spawn_blocking;
@@ -195,7 +195,8 @@ impl Waiting {
 
     async fn load_state(&self) -> Result<(), RestoreError> {
         let state = self.snapshot.join(STATE);
-        let content = fs::read(&state).map_err(|_| damaged("its state is gone"))?;
+        let content = read_at_most(&state, STATE_BYTES_MAX)
+            .map_err(|error| damaged(&format!("its state cannot be read: {error}")))?;
         if blake3::hash(&content).to_string() != self.manifest.state_hash {
             return Err(damaged("its state is not what was saved"));
         }

@@ -1,8 +1,6 @@
 //! A VM: the Firecracker process and the ways to it.
 
-use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -16,9 +14,10 @@ use bhatti_host::disk;
 use bhatti_host::process::{Detached, Followed, Streams, Usage};
 use bhatti_proto::CONTROL_PORT;
 use bhatti_types::SandboxId;
-use bhatti_vmm::{Console, VsockChannel, create_private, remove_other_memory, volumes};
+use bhatti_vmm::{
+    Console, VsockChannel, create_log, create_private, log_tail, remove_other_memory, volumes,
+};
 use parking_lot::Mutex;
-use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use serde_json::json;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep, timeout};
@@ -31,9 +30,6 @@ use crate::{Setup, capture};
 /// Where the guest's console goes: a pipe, of which Firecracker drops what nobody reads. A hostile guest could fill a file.
 const CONSOLE: &str = "console.fifo";
 const LOG: &str = "vmm.log";
-
-/// The end of Firecracker's log that ours shows, in bytes.
-const LOG_TAIL_BYTES: usize = 4096;
 
 /// How often the agent of a guest that boots is looked for.
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
@@ -143,19 +139,10 @@ pub(crate) fn start(
     machine: &Machine,
 ) -> io::Result<Followed> {
     let directory = place.directory;
-    for earlier in [CONSOLE, LOG] {
-        match fs::remove_file(directory.join(earlier)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
     let console = directory.join(CONSOLE);
-    mknodat(CWD, &console, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
-    // Both ways: it has a reader, whether there is a daemon or not.
-    let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let output = File::options().read(true).write(true).custom_flags(flags).open(console)?;
+    let output = create_log(&console)?;
     // What names files of this host is not for the console, whose end the sandbox's owner gets to see.
-    let complaints = File::options().append(true).create_new(true).open(directory.join(LOG))?;
+    let complaints = create_log(&directory.join(LOG))?;
     jail.admit(&directory.join(LOG), LOG, Use::Own)?;
     let arguments = ["--api-sock", api::SOCKET, "--log-path", LOG, "--level", "Warn"];
     let (program, arguments) = jail.command(setup, place.id, machine, &arguments);
@@ -239,9 +226,7 @@ impl FirecrackerVm {
 
 /// Logs what Firecracker had to say.
 pub(crate) fn report_log(directory: &Path) {
-    let log = fs::read(directory.join(LOG)).unwrap_or_default();
-    let log =
-        String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
+    let log = log_tail(&directory.join(LOG));
     if !log.trim().is_empty() {
         tracing::warn!(log, "Firecracker complained");
     }

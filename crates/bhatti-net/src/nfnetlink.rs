@@ -52,7 +52,7 @@ const ANSWER_BYTES: usize = 8192;
 /// Returns the kernel's error. That there is no such connection is none.
 pub(crate) fn forget_connections(mark: u32) -> io::Result<()> {
     let attributes = [(CTA_MARK, mark), (CTA_MARK_MASK, u32::MAX)];
-    match ask(CT_DELETE, REQUEST | ACK, &attributes, |kind, body| acknowledged(kind, body)) {
+    match ask(CT_DELETE, REQUEST | ACK, &attributes, acknowledged) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         forgotten => forgotten,
     }

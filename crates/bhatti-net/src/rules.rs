@@ -238,7 +238,7 @@ fn sets_of(family: &str, plan: &Plan) -> String {
     let of_family = elements(plan).into_iter().filter(|elements| elements.family == family);
     let declared = of_family.map(|Elements { set: name, kind, flags, elements, .. }| {
         let keyword = if kind.contains(" : ") { "map" } else { "set" };
-        declared(keyword, name, kind, flags, elements)
+        declared(keyword, name, kind, flags, &elements)
     });
     declared.collect()
 }
@@ -251,8 +251,8 @@ fn fixed_sets() -> String {
     let never = NEVER_REACHED.map(|range| range.to_string()).to_vec();
     let private = PRIVATE.map(str::to_owned).to_vec();
     [
-        declared("set", "never", "type ipv4_addr", INTERVAL, never),
-        declared("set", "private", "type ipv4_addr", INTERVAL, private),
+        declared("set", "never", "type ipv4_addr", INTERVAL, &never),
+        declared("set", "private", "type ipv4_addr", INTERVAL, &private),
         counting.concat(),
     ]
     .concat()
@@ -327,7 +327,7 @@ fn inet_table(instance: Instance, table: &str, plan: &Plan) -> String {
 
 const INTERVAL: &str = "\t\tflags interval\n";
 
-fn declared(keyword: &str, name: &str, kind: &str, flags: &str, elements: Vec<String>) -> String {
+fn declared(keyword: &str, name: &str, kind: &str, flags: &str, elements: &[String]) -> String {
     let mut set = format!("\t{keyword} {name} {{\n\t\t{kind}\n{flags}");
     if !elements.is_empty() {
         set += &format!("\t\telements = {{ {} }}\n", elements.join(", "));

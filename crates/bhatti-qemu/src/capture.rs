@@ -11,7 +11,9 @@ use bhatti_engine::{
 };
 use bhatti_host::durable;
 use bhatti_host::memory::MappedFile;
-use bhatti_vmm::{Draft, Generation, copy_files, memory_name, volume_generations};
+use bhatti_vmm::{
+    Draft, Generation, STATE_BYTES_MAX, copy_files, memory_name, read_at_most, volume_generations,
+};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
@@ -200,7 +202,7 @@ impl Captured for Draught {
 impl Draught {
     fn settle(mut self) -> io::Result<SnapshotInfo> {
         let directory = self.draft.path().to_owned();
-        let devices = fs::read(directory.join(DEVICES))?;
+        let devices = read_at_most(&directory.join(DEVICES), STATE_BYTES_MAX)?;
         self.manifest.devices_hash = blake3::hash(&devices).to_string();
         self.manifest.devices_bytes = devices.len() as u64;
         let memory = match &self.manifest.memory {

@@ -39,6 +39,21 @@ impl<'a> Handed<'a> {
     }
 }
 
+/// QEMU's own memory, in MiB: its program's, its devices' and its threads'.
+const OWN_MIB: u32 = 48;
+
+/// Under software emulation, the memory for translated code, in MiB. When it is full it is emptied, and what runs is translated again. QEMU
+/// takes up to 1024 by itself, however small the guest, and a guest can fill it.
+const TRANSLATED_MIB: u32 = 128;
+
+/// What QEMU takes beside its guest's memory, in MiB.
+pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {
+    match accelerator {
+        Accelerator::Kvm => OWN_MIB,
+        Accelerator::Tcg => OWN_MIB + TRANSLATED_MIB,
+    }
+}
+
 /// The name by which the process of a sandbox's VM can be found.
 pub(crate) fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
@@ -66,8 +81,8 @@ pub(crate) fn machine_arguments(
     // Nor does QEMU say for a card that it has moved: whoever is restored may be another by then.
     arguments.add("-global", "migration.announce-rounds=0");
     let (accel, cpu) = match accelerator {
-        Accelerator::Kvm => ("kvm", "host"),
-        Accelerator::Tcg => ("tcg,thread=multi", "max"),
+        Accelerator::Kvm => ("kvm".to_owned(), "host"),
+        Accelerator::Tcg => (format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}"), "max"),
     };
     arguments.add("-accel", accel);
     arguments.add("-cpu", cpu);

@@ -110,6 +110,7 @@ impl Engine for QemuEngine {
             exchanges_disks: true,
             saves_memory: true,
             shares_kernel: false,
+            vmm_mib: command_line::vmm_mib(self.setup.accelerator),
         }
     }
 

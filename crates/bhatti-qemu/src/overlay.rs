@@ -62,7 +62,8 @@ pub(crate) enum OverlayError {
 }
 
 /// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw otherwise. The overlay names it without
-/// its directory, so that both can be moved together.
+/// its directory, so that both can be moved together. Its content is durable: what names it must not outlive it. Its name becomes so with
+/// the record of the VM, which lies in the same directory.
 ///
 /// # Errors
 ///
@@ -76,7 +77,7 @@ pub(crate) fn create(path: &Path, base: &str) -> Result<(), OverlayError> {
     }
     let image = empty_image(disk_bytes, base);
     File::create_new(path)
-        .and_then(|mut file| file.write_all(&image))
+        .and_then(|mut file| file.write_all(&image).and_then(|()| file.sync_all()))
         .map_err(|source| OverlayError::Write { path: path.to_owned(), source })
 }
 

@@ -1,7 +1,7 @@
 //! A VM: the QEMU process and the connections to it.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs;
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use bhatti_engine::{
 use bhatti_host::process::{Detached, Followed, Streams, Usage};
 use bhatti_host::socket;
 use bhatti_types::SandboxId;
-use bhatti_vmm::{Console, create_private, remove_other_memory, volumes};
+use bhatti_vmm::{Console, create_log, create_private, log_tail, remove_other_memory, volumes};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
@@ -33,9 +33,6 @@ const LOG: &str = "vmm.log";
 
 /// One heap for all of QEMU's threads: more of them only hold more memory that nobody uses.
 const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
-
-/// The end of QEMU's log that errors show, in bytes.
-const LOG_TAIL_BYTES: u64 = 4096;
 
 /// How long QEMU may take to stop the vCPUs: it waits for the disk's writes.
 const PAUSE_LIMIT: Duration = Duration::from_secs(60);
@@ -142,7 +139,7 @@ pub(crate) fn start(
     let mut all =
         command_line::machine_arguments(setup.accelerator, id, machine, directory, &handed);
     all.extend(beginning.arguments);
-    let log = File::create(directory.join(LOG))?;
+    let log = create_log(&directory.join(LOG))?;
     confine::make_own(directory, machine)?;
     let confinement = confine::confinement(setup, directory, machine, beginning.files)?;
     let detached = Detached {
@@ -225,20 +222,10 @@ fn connect_console(directory: &Path) -> io::Result<Console> {
 
 /// Logs what QEMU had to say.
 pub(crate) fn report_log(directory: &Path) {
-    let log = tail(&directory.join(LOG)).unwrap_or_default();
-    let log = String::from_utf8_lossy(&log);
+    let log = log_tail(&directory.join(LOG));
     if !log.trim().is_empty() {
         tracing::warn!(%log, "QEMU complained");
     }
-}
-
-fn tail(log: &Path) -> io::Result<Vec<u8>> {
-    let mut log = File::open(log)?;
-    let begin = log.metadata()?.len().saturating_sub(LOG_TAIL_BYTES);
-    log.seek(SeekFrom::Start(begin))?;
-    let mut tail = Vec::new();
-    log.take(LOG_TAIL_BYTES).read_to_end(&mut tail)?;
-    Ok(tail)
 }
 
 #[async_trait]

@@ -63,11 +63,27 @@ impl ApiError {
     }
 
     /// Hides an error that is ours: it may name paths of this host, so only the log gets it.
-    pub(crate) fn internal(error: &dyn std::error::Error) -> Self {
+    pub(crate) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error = %Report(error), "Request failed");
+        if is_full_disk(error) {
+            return Self::new(ErrorCode::HostDiskFull, "the disk of the daemon's host is full")
+                .hint(
+                    "nothing was changed; destroy what is not needed, or tell who runs the daemon",
+                );
+        }
         Self::new(ErrorCode::Internal, "internal error")
             .hint("the daemon's log has the cause under this request id")
     }
+}
+
+/// Whether what went wrong, or what led to it, is that a disk of this host is full.
+fn is_full_disk(error: &(dyn std::error::Error + 'static)) -> bool {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain.into_iter().any(|error| {
+        let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        matches!(io, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+            || error.downcast_ref::<StoreError>().is_some_and(StoreError::is_full_disk)
+    })
 }
 
 impl IntoResponse for ApiError {
@@ -128,7 +144,7 @@ const fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::GuestLimit
         | ErrorCode::Attached => StatusCode::CONFLICT,
         ErrorCode::QuotaExceeded | ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
-        ErrorCode::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+        ErrorCode::NoSpace | ErrorCode::HostDiskFull => StatusCode::INSUFFICIENT_STORAGE,
         ErrorCode::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::BodyTooLarge | ErrorCode::OutputTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::ConnectionLost | ErrorCode::PortRefused | ErrorCode::BadGateway => {
@@ -204,7 +220,7 @@ impl From<CreateError> for ApiError {
     }
 }
 
-fn boot_error(boot: &BootError, whole: &dyn std::error::Error) -> ApiError {
+fn boot_error(boot: &BootError, whole: &(dyn std::error::Error + 'static)) -> ApiError {
     match boot {
         BootError::NotInstalled { .. } => {
             ApiError::new(ErrorCode::NotSetUp, Report(whole).to_string())

@@ -65,7 +65,7 @@ impl Store {
     pub fn insert_event(&self, event: &NewEvent) -> Result<u64, StoreError> {
         let NewEvent { kind, owner, sandbox, detail } = event;
         let (id, name) = sandbox.as_ref().map(|(id, name)| (id.to_string(), name)).unzip();
-        let connection = self.connection.lock();
+        let connection = self.lazy.lock();
         let mut insert = connection.prepare_cached(
             "INSERT INTO events (at, kind, owner, sandbox_id, sandbox_name, detail) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
              RETURNING id",
@@ -122,7 +122,7 @@ impl Store {
     pub fn prune_events(&self, keep: u64, before: Duration) -> Result<usize, StoreError> {
         let before = i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
         let before = parsed(jiff::Timestamp::from_second(before))?;
-        let connection = self.connection.lock();
+        let connection = self.lazy.lock();
         Ok(connection.execute(
             "DELETE FROM events WHERE at < ?2 OR id IN (
                  SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY id DESC) AS place FROM events)

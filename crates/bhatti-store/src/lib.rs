@@ -3,8 +3,8 @@
 //! One file, `<data dir>/state.db`, in WAL mode; one module per table. Every call is one transaction. Calls block on disk for a moment:
 //! call them from a blocking task, or where a moment does not matter.
 //!
-//! A commit survives the death of the daemon at any point. Rows describe VMs, which do not survive the machine, so commits are not
-//! flushed one by one (`synchronous = NORMAL`): a power cut may lose the last ones, never the file's soundness.
+//! A commit survives the death of the daemon and of the machine: it is flushed before the call returns (`synchronous = FULL`). Events are
+//! written through a connection of their own that does not flush (`NORMAL`): a power cut may lose the last ones.
 
 mod events;
 mod migrations;
@@ -77,9 +77,20 @@ pub enum StoreError {
     NoSuchRow,
 }
 
+impl StoreError {
+    /// Whether the disk that the store is on is full.
+    #[must_use]
+    pub fn is_full_disk(&self) -> bool {
+        let (Self::Open { source, .. } | Self::Query(source)) = self else { return false };
+        source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
+    }
+}
+
 /// The store of one data directory.
 pub struct Store {
     connection: Mutex<Connection>,
+    /// For events alone.
+    lazy: Mutex<Connection>,
 }
 
 impl Store {
@@ -90,21 +101,31 @@ impl Store {
     /// Returns an error if the file cannot be opened, is damaged, or is from a newer daemon. It is then as it was.
     pub fn open(data_dir: &Path) -> Result<Self, StoreError> {
         let path = data_dir.join(FILE);
-        let opened = Connection::open(&path).and_then(|connection| {
-            connection.execute_batch(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 5000;
-                 PRAGMA foreign_keys = ON;",
-            )?;
-            // A statement that is kept would be planned anew whenever its parameters may make another plan better.
-            connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
-            connection.set_prepared_statement_cache_capacity(STATEMENTS);
-            Ok(connection)
-        });
-        let mut connection =
-            opened.map_err(|source| StoreError::Open { path: path.clone(), source })?;
+        let failed = |source| StoreError::Open { path: path.clone(), source };
+        let mut connection = open(&path, "FULL").map_err(failed)?;
         migrations::run(&mut connection, &path)?;
-        Ok(Self { connection: Mutex::new(connection) })
+        let lazy = open(&path, "NORMAL").map_err(failed)?;
+        // That the file is there, too.
+        sync_directory(data_dir)
+            .map_err(|error| failed(rusqlite::Error::ToSqlConversionFailure(Box::new(error))))?;
+        Ok(Self { connection: Mutex::new(connection), lazy: Mutex::new(lazy) })
     }
+}
+
+fn open(path: &Path, synchronous: &str) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(&format!(
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = {synchronous}; PRAGMA busy_timeout = 5000;
+         PRAGMA foreign_keys = ON;"
+    ))?;
+    // A statement that is kept would be planned anew whenever its parameters may make another plan better.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    Ok(connection)
+}
+
+fn sync_directory(directory: &Path) -> std::io::Result<()> {
+    std::fs::File::open(directory)?.sync_all()
 }
 
 /// A transaction that may write: what it reads first stays true until it has written.

@@ -154,58 +154,23 @@ impl Store {
     ///
     /// As [`admit_sandbox`](Self::admit_sandbox).
     pub fn insert_sandbox(&self, new: NewSandbox) -> Result<SandboxRow, InsertError> {
-        let NewSandbox { id, owner, spec, origin, agent_token, expires_at, volumes } = new;
         let mut connection = self.connection.lock();
         let transaction = immediate(&mut connection)?;
-        admit(&transaction, owner, &spec)?;
-        let address = match spec.network.mode {
-            NetworkMode::None => None,
-            NetworkMode::Nat => Some(free_address(&transaction, owner)?),
-        };
-        let mut row = SandboxRow {
-            id,
-            owner,
-            spec,
-            state: SandboxState::Creating,
-            created_at: now(),
-            origin,
-            agent_token,
-            identity: None,
-            expires_at,
-            stopped_at: None,
-            address,
-            volumes: Vec::new(),
-        };
-        let (state, reason) = state_columns(row.state);
-        let mut insert = transaction.prepare_cached(&format!(
-            "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20)"
-        ))?;
-        insert.execute(params![
-            row.id.to_string(),
-            row.owner.to_string(),
-            row.spec.name.as_str(),
-            state,
-            reason,
-            row.spec.cpus.get(),
-            row.spec.memory.get(),
-            environment_text(&row.spec.environment),
-            row.created_at,
-            row.spec.keep_hot,
-            row.origin,
-            row.agent_token,
-            to_json(row.spec.labels.as_map())?,
-            secrets_text(&row.spec.secrets)?,
-            row.spec.init,
-            row.expires_at,
-            row.spec.image.as_str(),
-            row.spec.network.mode.as_str(),
-            to_json(&row.spec.network.allow.to_texts())?,
-            row.address.map(|address| address.to_string()),
-        ])?;
-        drop(insert);
-        row.volumes = attach_all(&transaction, id, owner, volumes)?;
+        let row = insert(&transaction, new)?;
         transaction.commit()?;
         Ok(row)
+    }
+
+    /// Whether all of these could be added one after the other, before the work of making them. Nothing is added.
+    ///
+    /// # Errors
+    ///
+    /// As [`insert_sandbox`](Self::insert_sandbox).
+    pub fn admit_sandboxes(&self, wanted: Vec<NewSandbox>) -> Result<(), InsertError> {
+        let mut connection = self.connection.lock();
+        // Taken back when it is dropped.
+        let transaction = immediate(&mut connection)?;
+        wanted.into_iter().try_for_each(|new| insert(&transaction, new).map(drop))
     }
 
     /// Whether `owner` may have such a sandbox, before the work of making one.
@@ -258,7 +223,7 @@ impl Store {
         query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
     }
 
-    /// The sandboxes of everybody, newest first.
+    /// The sandboxes of everybody, newest first. Damaged rows are logged and left out.
     ///
     /// # Errors
     ///
@@ -268,7 +233,14 @@ impl Store {
         let mut query = connection.prepare_cached(&format!(
             "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes ORDER BY created_at DESC, id"
         ))?;
-        query.query_map([], |row| Ok(read(row)))?.map(|row| row?).collect()
+        let mut rows = query.query([])?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next()? {
+            if let Some(row) = unless_damaged(row, read(row))? {
+                found.push(row);
+            }
+        }
+        Ok(found)
     }
 
     /// The sandboxes of `owner` that a filter lets through, newest first, without their guests' reports, which are long.
@@ -294,7 +266,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Returns an error if the store fails, or that of `take`, which has then had some of them.
+    /// Returns an error if the store fails, or that of `take`, which has then had some of them. A row that `take` says is
+    /// [damaged](StoreError::Damaged) is logged and left out.
     pub fn each_sandbox(
         &self,
         owner: UserId,
@@ -318,7 +291,7 @@ impl Store {
         let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
         let mut rows = query.query(parameters)?;
         while let Some(row) = rows.next()? {
-            take(StoredSandbox::new(row))?;
+            unless_damaged(row, take(StoredSandbox::new(row)))?;
         }
         Ok(())
     }
@@ -433,6 +406,22 @@ impl Store {
     }
 }
 
+/// What was read of a sandbox's row, unless that is damaged: one of them must not take the others with it.
+fn unless_damaged<T>(row: &Row<'_>, read: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
+    match read {
+        Err(StoreError::Damaged(what)) => {
+            let id: String = row.get(0).unwrap_or_default();
+            tracing::error!(
+                sandbox = id,
+                damaged = what,
+                "The row of a sandbox is damaged; the sandbox is left alone"
+            );
+            Ok(None)
+        }
+        read => read.map(Some),
+    }
+}
+
 const fn state_columns(state: SandboxState) -> (&'static str, Option<&'static str>) {
     let reason = match state {
         SandboxState::Failed(reason) => Some(reason.as_str()),
@@ -457,6 +446,58 @@ fn parse_labels(text: &str) -> Result<Labels, StoreError> {
 }
 
 /// See [`Store::admit_sandbox`]. A name that is taken is said first: it is no matter of how many there are.
+fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, InsertError> {
+    let NewSandbox { id, owner, spec, origin, agent_token, expires_at, volumes } = new;
+    admit(transaction, owner, &spec)?;
+    let address = match spec.network.mode {
+        NetworkMode::None => None,
+        NetworkMode::Nat => Some(free_address(transaction, owner)?),
+    };
+    let mut row = SandboxRow {
+        id,
+        owner,
+        spec,
+        state: SandboxState::Creating,
+        created_at: now(),
+        origin,
+        agent_token,
+        identity: None,
+        expires_at,
+        stopped_at: None,
+        address,
+        volumes: Vec::new(),
+    };
+    let (state, reason) = state_columns(row.state);
+    let mut insert = transaction.prepare_cached(&format!(
+        "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20)"
+    ))?;
+    insert.execute(params![
+        row.id.to_string(),
+        row.owner.to_string(),
+        row.spec.name.as_str(),
+        state,
+        reason,
+        row.spec.cpus.get(),
+        row.spec.memory.get(),
+        environment_text(&row.spec.environment),
+        row.created_at,
+        row.spec.keep_hot,
+        row.origin,
+        row.agent_token,
+        to_json(row.spec.labels.as_map())?,
+        secrets_text(&row.spec.secrets)?,
+        row.spec.init,
+        row.expires_at,
+        row.spec.image.as_str(),
+        row.spec.network.mode.as_str(),
+        to_json(&row.spec.network.allow.to_texts())?,
+        row.address.map(|address| address.to_string()),
+    ])?;
+    drop(insert);
+    row.volumes = attach_all(transaction, id, owner, volumes)?;
+    Ok(row)
+}
+
 fn admit(connection: &Connection, owner: UserId, spec: &SandboxSpec) -> Result<(), InsertError> {
     let quota = quota_of(connection, owner)?;
     let mut query = connection.prepare_cached(

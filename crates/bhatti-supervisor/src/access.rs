@@ -117,6 +117,13 @@ impl Access {
         }
     }
 
+    /// Since when a warm sandbox that runs has not been used; `None` if it is used, hot, or has no VM.
+    pub(crate) fn idle_since(&self) -> Option<Instant> {
+        let inner = self.inner.lock();
+        let is_idle = inner.vm.is_some() && inner.thermal == Thermal::Warm && inner.leases == 0;
+        is_idle.then_some(inner.last_activity)
+    }
+
     pub(crate) fn state(&self) -> SandboxState {
         self.inner.lock().state
     }

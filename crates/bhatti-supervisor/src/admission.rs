@@ -4,11 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_types::MemoryMib;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
-
-/// What a VMM needs beside its guest's memory, in MiB.
-const VMM_MIB: u32 = 48;
 
 /// How long a request may wait for memory.
 const WAIT_LIMIT: Duration = Duration::from_secs(10);
@@ -42,43 +39,67 @@ pub enum Busy {
 pub(crate) struct Admission {
     free: Arc<Semaphore>,
     budget_mib: usize,
+    /// What a VMM takes beside its guest's memory, in MiB.
+    vmm_mib: u32,
+    /// Some was given back.
+    freed: Arc<Notify>,
 }
 
 /// Memory that was set aside, until it is dropped.
-pub(crate) struct Admitted(
-    #[expect(dead_code, reason = "held, not read")] Option<OwnedSemaphorePermit>,
-);
+pub(crate) struct Admitted {
+    permit: Option<OwnedSemaphorePermit>,
+    freed: Arc<Notify>,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        self.freed.notify_waiters();
+    }
+}
 
 impl Admission {
-    pub(crate) fn new(budget_mib: usize) -> Self {
-        Self { free: Arc::new(Semaphore::new(budget_mib.min(Semaphore::MAX_PERMITS))), budget_mib }
+    pub(crate) fn new(budget_mib: usize, vmm_mib: u32) -> Self {
+        let free = Arc::new(Semaphore::new(budget_mib.min(Semaphore::MAX_PERMITS)));
+        Self { free, budget_mib, vmm_mib, freed: Arc::default() }
     }
 
-    /// Sets memory aside for a VM. `make_room` is called once if there is too little.
-    pub(crate) async fn admit(
+    /// Sets memory aside for a VM. While there is too little, `make_room` is asked for some; it returns false if it has none to give, and
+    /// then memory is waited for that others give back.
+    pub(crate) async fn admit<R: Future<Output = bool>>(
         &self,
         memory: MemoryMib,
-        make_room: impl FnOnce(),
+        mut make_room: impl FnMut() -> R,
     ) -> Result<Admitted, Busy> {
         self.check(memory)?;
-        let (wanted_mib, budget_mib) = (memory.get() + VMM_MIB, self.budget_mib);
-        if let Ok(permit) = Arc::clone(&self.free).try_acquire_many_owned(wanted_mib) {
-            return Ok(Admitted(Some(permit)));
-        }
-        make_room();
-        let waiting = Arc::clone(&self.free).acquire_many_owned(wanted_mib);
-        match timeout(WAIT_LIMIT, waiting).await {
-            Ok(Ok(permit)) => Ok(Admitted(Some(permit))),
-            Ok(Err(_)) | Err(_) => {
-                let free_mib = self.free.available_permits();
-                Err(Busy::InUse { wanted_mib, free_mib, budget_mib })
+        let admitted = async {
+            loop {
+                let mut freed = std::pin::pin!(self.freed.notified());
+                // From here on nothing that is given back is missed.
+                freed.as_mut().enable();
+                if let Some(admitted) = self.admit_now(memory) {
+                    return admitted;
+                }
+                if !make_room().await {
+                    freed.await;
+                }
             }
-        }
+        };
+        timeout(WAIT_LIMIT, admitted).await.map_err(|_| Busy::InUse {
+            wanted_mib: self.wanted_mib(memory),
+            free_mib: self.free.available_permits(),
+            budget_mib: self.budget_mib,
+        })
+    }
+
+    /// What a VM takes, in MiB.
+    const fn wanted_mib(&self, memory: MemoryMib) -> u32 {
+        memory.get() + self.vmm_mib
     }
 
     /// Refuses what will never fit.
     pub(crate) fn check(&self, memory: MemoryMib) -> Result<(), Busy> {
-        let (wanted_mib, budget_mib) = (memory.get() + VMM_MIB, self.budget_mib);
+        let (wanted_mib, budget_mib) = (self.wanted_mib(memory), self.budget_mib);
         if wanted_mib as usize > budget_mib {
             return Err(Busy::TooLarge { wanted_mib, budget_mib });
         }
@@ -92,35 +113,67 @@ impl Admission {
 
     /// Sets memory aside, if there is any right now.
     pub(crate) fn admit_now(&self, memory: MemoryMib) -> Option<Admitted> {
-        let permit = Arc::clone(&self.free).try_acquire_many_owned(memory.get() + VMM_MIB);
-        permit.ok().map(|permit| Admitted(Some(permit)))
+        let permit = Arc::clone(&self.free).try_acquire_many_owned(self.wanted_mib(memory));
+        permit.ok().map(|permit| self.admitted(Some(permit)))
     }
 
     /// Counts a VM that has its memory already, as far as there is any left to count.
     pub(crate) fn count(&self, memory: MemoryMib) -> Admitted {
         let free = u32::try_from(self.free.available_permits()).unwrap_or(u32::MAX);
-        let counted = free.min(memory.get() + VMM_MIB);
-        Admitted(Arc::clone(&self.free).try_acquire_many_owned(counted).ok())
+        let counted = free.min(self.wanted_mib(memory));
+        self.admitted(Arc::clone(&self.free).try_acquire_many_owned(counted).ok())
+    }
+
+    fn admitted(&self, permit: Option<OwnedSemaphorePermit>) -> Admitted {
+        Admitted { permit, freed: Arc::clone(&self.freed) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::future::{Ready, ready};
+
     use super::*;
+
+    const VMM_MIB: u32 = 48;
+
+    fn full() -> Ready<bool> {
+        panic!("there is room");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn memory_is_given_back_and_never_twice() {
-        let admission = Admission::new(2 * (512 + VMM_MIB) as usize);
+        let admission = Admission::new(2 * (512 + VMM_MIB) as usize, VMM_MIB);
         let memory = MemoryMib::DEFAULT;
-        let first = admission.admit(memory, || panic!("there is room")).await.unwrap();
-        let _second = admission.admit(memory, || panic!("there is room")).await.unwrap();
+        let first = admission.admit(memory, full).await.unwrap();
+        let _second = admission.admit(memory, full).await.unwrap();
 
-        let mut asked = false;
-        let third = admission.admit(memory, || asked = true).await.err();
-        assert!(asked && matches!(third, Some(Busy::InUse { free_mib: 0, .. })), "{third:?}");
+        let mut asked = 0;
+        let none = || {
+            asked += 1;
+            ready(false)
+        };
+        let third = admission.admit(memory, none).await.err();
+        assert!(matches!(third, Some(Busy::InUse { free_mib: 0, .. })), "{third:?}");
+        assert_eq!(asked, 1);
 
-        admission.admit(memory, || drop(first)).await.unwrap();
-        let large = admission.admit(MemoryMib::try_from(4096).unwrap(), || ()).await.err();
+        let mut first = Some(first);
+        admission.admit(memory, || ready(first.take().is_some())).await.unwrap();
+        let large =
+            admission.admit(MemoryMib::try_from(4096).unwrap(), || ready(false)).await.err();
         assert!(matches!(large, Some(Busy::TooLarge { .. })), "{large:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn memory_that_others_give_back_is_taken() {
+        let admission = Arc::new(Admission::new((512 + VMM_MIB) as usize, VMM_MIB));
+        let memory = MemoryMib::DEFAULT;
+        let held = admission.admit_now(memory).unwrap();
+        tokio::spawn(async move {
+            tokio::time::sleep(WAIT_LIMIT / 2).await;
+            drop(held);
+        });
+
+        admission.admit(memory, || ready(false)).await.unwrap();
     }
 }

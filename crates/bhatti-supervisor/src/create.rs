@@ -103,6 +103,19 @@ impl New {
         let secrets = secrets::read(shared, owner, &spec.secrets)?;
         Ok(Self { owner, spec, secrets, files: BTreeMap::new(), expires_at: None, volumes })
     }
+
+    /// Its row as it would be, to see whether there could be one.
+    pub(crate) fn sample(&self) -> Result<NewSandbox, CreateError> {
+        Ok(NewSandbox {
+            id: SandboxId::from_entropy(random().map_err(CreateError::Entropy)?),
+            owner: self.owner,
+            spec: self.spec.clone(),
+            origin: String::new(),
+            agent_token: String::new(),
+            expires_at: None,
+            volumes: self.volumes.clone(),
+        })
+    }
 }
 
 /// A sandbox could not be created. Nothing of it is left.

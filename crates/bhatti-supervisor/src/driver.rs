@@ -166,7 +166,7 @@ pub(crate) enum Request {
         reply: Reply<Saved>,
     },
     /// Saves the memory and gives it back, unless somebody uses the sandbox.
-    GiveMemory,
+    GiveMemory(Reply),
     /// The same, whoever uses it: the daemon stops.
     Sleep(Reply),
     Destroy(oneshot::Sender<Result<(), DestroyError>>),
@@ -206,11 +206,6 @@ impl Handle {
         let (reply, answer) = oneshot::channel();
         self.requests.send(request(reply)).await.map_err(|_| Denied::Destroyed)?;
         answer.await.map_err(|_| Denied::Destroyed)?
-    }
-
-    /// Asks for memory, if the driver has nothing else to do.
-    pub(crate) fn ask_for_memory(&self) {
-        drop(self.requests.try_send(Request::GiveMemory));
     }
 
     pub(crate) async fn destroy(&self) -> Result<(), DestroyError> {
@@ -341,7 +336,7 @@ impl Driver {
             Request::Save { directory, memory, made_from, reply } => {
                 drop(reply.send(self.save(&directory, memory, made_from).await));
             }
-            Request::GiveMemory => self.give_memory().await,
+            Request::GiveMemory(reply) => drop(reply.send(self.give_memory().await)),
             Request::Sleep(reply) => drop(reply.send(self.sleep_for_shut_down().await)),
             Request::Destroy(reply) => {
                 let destroyed = self.destroy().await;

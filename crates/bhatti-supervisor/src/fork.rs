@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
-use bhatti_store::{InsertError, SandboxRow};
+use bhatti_store::SandboxRow;
 use bhatti_types::{Environment, Labels, Report, SandboxName, SandboxSpec, SecretName, UserId};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -103,10 +103,9 @@ impl Supervisor {
         }
         let parent = self.find(owner, id_or_name)?;
         let handle = self.handle(parent.id, id_or_name)?;
-        // Before the parent stands still for copies that nobody may have.
-        let volumes = volumes::of_fork(&parent.volumes, MadeFrom::Running);
-        let admitted = self.shared.store.admit_attach(owner, &volumes);
-        admitted.map_err(|error| CreateError::from(InsertError::from(error)))?;
+        // All that can be refused is, before the parent stands still and its disk gets another layer.
+        parent.state.admit_use().map_err(UseError::from)?;
+        let forks = self.admit_forks(owner, &parent, &request, count).await?;
         let name = random_hex().map_err(CreateError::Entropy)?;
         let snapshot = self.shared.config.snapshots_dir.join(format!("{FORKING}{name}"));
         let directory = snapshot.clone();
@@ -114,7 +113,7 @@ impl Supervisor {
         let saved =
             handle.ask(|reply| Request::Save { directory, memory: None, made_from, reply }).await?;
         steps::reached(Step::Frozen, self.shared.config.fault);
-        let made = self.make_forks(owner, &parent, &request, count, &snapshot).await;
+        let made = self.make_forks(owner, &parent, forks, &snapshot).await;
         // The forks have hard links of all that they stand on.
         if let Err(error) = tokio::fs::remove_dir_all(&snapshot).await {
             warn!(path = %snapshot.display(), %error, "Failed to remove what forks were made from");
@@ -129,30 +128,43 @@ impl Supervisor {
         Ok(Forked { sandboxes, snapshot: saved.info, paused: saved.paused })
     }
 
-    async fn make_forks(
+    /// The forks that are asked for, if their owner may have all of them.
+    async fn admit_forks(
         &self,
         owner: UserId,
         parent: &SandboxRow,
         request: &ForkRequest,
         count: u32,
+    ) -> Result<Vec<New>, CreateError> {
+        let mut forks = Vec::new();
+        for number in 1..=count {
+            let spec = fork_spec(parent, request, number, count)?;
+            let volumes = volumes::of_fork(&parent.volumes, MadeFrom::Running);
+            forks.push(New::of(&self.shared, owner, spec, volumes).await?);
+        }
+        let rows = forks.iter().map(New::sample).collect::<Result<Vec<_>, _>>()?;
+        self.shared.store.admit_sandboxes(rows)?;
+        Ok(forks)
+    }
+
+    async fn make_forks(
+        &self,
+        owner: UserId,
+        parent: &SandboxRow,
+        news: Vec<New>,
         snapshot: &std::path::Path,
     ) -> Result<Vec<SandboxRow>, CreateError> {
         let mut forks = JoinSet::new();
         let turns = Arc::new(Semaphore::new(forks_at_once()));
-        // All of them first: a name that cannot be is told before anything is made.
-        let specs: Result<Vec<SandboxSpec>, CreateError> =
-            (1..=count).map(|number| fork_spec(parent, request, number, count)).collect();
-        for spec in specs? {
+        for new in news {
             let beginning = Beginning::Saved {
                 snapshot: PathBuf::from(snapshot),
                 token: parent.agent_token.clone(),
                 origin: format!("sandbox {}", parent.id),
             };
             let (supervisor, turns) = (self.clone(), Arc::clone(&turns));
-            let volumes = volumes::of_fork(&parent.volumes, MadeFrom::Running);
             forks.spawn(async move {
                 let _turn = turns.acquire_owned().await;
-                let new = New::of(&supervisor.shared, owner, spec, volumes).await?;
                 supervisor.create_from(new, beginning).await
             });
         }

@@ -17,6 +17,7 @@ mod metrics;
 mod networks;
 mod recover;
 mod registry;
+mod saved;
 mod secrets;
 mod snapshots;
 mod spares;
@@ -26,6 +27,7 @@ mod transition;
 mod volumes;
 mod wake;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -151,7 +153,18 @@ impl Shared {
         self.admission.check(memory)?;
         let _waiting = self.spares.hold_back();
         self.spares.clear(self).await;
-        let make_room = || self.registry.for_each(Handle::ask_for_memory);
+        // The one that was used least recently gives its memory first; only then, if there is still too little, the next.
+        let mut asked = HashSet::new();
+        let make_room = || {
+            let next = self.registry.longest_idle(&asked);
+            asked.extend(next.iter().map(|(id, _)| *id));
+            async move {
+                let Some((_, handle)) = next else { return false };
+                // One that cannot give its memory has logged why; the next is asked.
+                drop(handle.ask(Request::GiveMemory).await);
+                true
+            }
+        };
         self.admission.admit(memory, make_room).await
     }
 }
@@ -203,7 +216,7 @@ impl Supervisor {
     /// A supervisor that knows no sandbox yet: see [`recover`](Self::recover).
     #[must_use]
     pub fn new(config: Config, store: Arc<Store>, engine: Arc<dyn Engine>) -> Self {
-        let admission = Admission::new(config.memory_budget_mib);
+        let admission = Admission::new(config.memory_budget_mib, engine.capabilities().vmm_mib);
         let templates = Templates::new(config.templates_dir.clone(), config.templates_bytes);
         let (registry, spares) = (Registry::default(), Spares::default());
         let events = Events::new(Arc::clone(&store));

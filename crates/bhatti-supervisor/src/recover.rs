@@ -13,7 +13,7 @@
 //! | creating | any | removed: whoever asked for it got no answer |
 //! | destroyed | any | removed: that had begun |
 //! | running | there | taken up, with its memory and processes; paused ones stay so |
-//! | running | gone, a snapshot is there | asleep: the next request wakes it |
+//! | running | gone, a snapshot is there whose VM never ran on | asleep: the next request wakes it |
 //! | running | gone | failed, with that reason |
 //! | stopped | there | stopped now: that had begun |
 //! | stopped | gone | stays stopped |
@@ -37,8 +37,8 @@ use crate::access::Running;
 use crate::admission::Admitted;
 use crate::driver::{Driver, directory};
 use crate::fork::FORKING;
-use crate::snapshots::SAVING;
-use crate::transition::{CONSUMED, SNAPSHOT};
+use crate::saved::Saved;
+use crate::snapshots::{DELETING, SAVING};
 use crate::{Shared, Supervisor, spares};
 
 /// The sandboxes of an earlier daemon could not be looked at.
@@ -67,7 +67,7 @@ impl Recovery {
     }
 }
 
-/// A sandbox that is being taken up, until this is dropped.
+/// A sandbox that is being taken up or removed, until this is dropped.
 struct TakingUp(Arc<Shared>);
 
 impl TakingUp {
@@ -100,8 +100,19 @@ impl Supervisor {
         for row in rows {
             match row.state {
                 SandboxState::Creating | SandboxState::Destroyed => {
-                    let supervisor = self.clone();
-                    tasks.spawn(async move { supervisor.finish_removal(&row).await });
+                    if row.state == SandboxState::Creating {
+                        // Nobody was told of it. It is not listed from now on, and its name is free.
+                        let noted =
+                            self.shared.store.set_sandbox_state(row.id, SandboxState::Destroyed);
+                        if let Err(error) = noted {
+                            warn!(sandbox = %row.id, error = %Report(&error), "Failed to note that a sandbox is removed");
+                        }
+                    }
+                    let (supervisor, counted) = (self.clone(), TakingUp::begin(&self.shared));
+                    tasks.spawn(async move {
+                        supervisor.finish_removal(&row).await;
+                        drop(counted);
+                    });
                 }
                 SandboxState::Running | SandboxState::Stopped => {
                     let driver = Driver::register(&self.shared, &row, row.state);
@@ -137,7 +148,7 @@ impl Supervisor {
         Ok(Recovery(tasks))
     }
 
-    /// How many sandboxes of an earlier daemon have not been taken up yet.
+    /// How many sandboxes of an earlier daemon have not been taken up or removed yet.
     #[must_use]
     pub fn taking_up(&self) -> usize {
         self.shared.taking_up.load(Ordering::SeqCst)
@@ -176,8 +187,8 @@ impl Supervisor {
             }
             match name.parse() {
                 Ok(id) if spares::is_spare(&entry.path()) => {
-                    let supervisor = self.clone();
-                    tasks.spawn(async move { spares::remove(&supervisor.shared, id).await });
+                    let counted = TakingUp::begin(&self.shared);
+                    tasks.spawn(async move { spares::remove(&counted.0, id).await });
                 }
                 _ => {
                     warn!(directory = %entry.path().display(), "Found a sandbox that the store does not know; it is left alone");
@@ -208,9 +219,14 @@ async fn settle_saved(path: &Path, name: &str, named: &HashSet<SandboxId>) -> io
             tokio::fs::rename(path, path.with_file_name(id.to_string())).await
         }
         Some(_) => tokio::fs::remove_dir_all(path).await,
-        None if name.starts_with(FORKING) || name.ends_with(".tmp") => {
-            tokio::fs::remove_dir_all(path).await
-        }
+        None if name.starts_with(FORKING) => tokio::fs::remove_dir_all(path).await,
+        None if name.ends_with(DELETING) => match name.trim_end_matches(DELETING).parse() {
+            // Its row is there: it was not deleted.
+            Ok(id) if named.contains(&id) => {
+                tokio::fs::rename(path, path.with_file_name(id.to_string())).await
+            }
+            _ => tokio::fs::remove_dir_all(path).await,
+        },
         None => {
             if name.parse().is_ok_and(|id| !named.contains(&id)) {
                 warn!(path = %path.display(), "Found a snapshot that the store does not know; it is left alone");
@@ -229,7 +245,7 @@ async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
             driver.access.set_state(SandboxState::Running);
             take_up_running(&driver, running).await;
         }
-        Err(AdoptError::Gone) if settle_snapshot(&place) => {
+        Err(AdoptError::Gone) if is_saved(&place) => {
             drop(memory);
             info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox asleep");
         }
@@ -278,17 +294,13 @@ async fn take_up_running(driver: &Driver, running: Running) {
     }
 }
 
-/// Whether a sandbox without a VM has a snapshot to go on from. One that had been consumed, but whose VM never went on, is put back: the
-/// engine refuses it if the disk has been written since.
-fn settle_snapshot(directory: &Path) -> bool {
-    let (snapshot, consumed) = (directory.join(SNAPSHOT), directory.join(CONSUMED));
-    if !snapshot.exists()
-        && consumed.exists()
-        && let Err(error) = bhatti_host::durable::rename(&consumed, &snapshot)
-    {
-        warn!(path = %consumed.display(), %error, "Failed to put a snapshot back");
-    }
-    snapshot.exists()
+/// Whether a sandbox without a VM has a snapshot to go on from.
+fn is_saved(directory: &Path) -> bool {
+    let saved = Saved::new(directory.to_owned());
+    saved.settle().unwrap_or_else(|error| {
+        warn!(path = %directory.display(), %error, "Failed to settle a sandbox's snapshot");
+        saved.is_there()
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The drivers that run, by sandbox.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bhatti_types::SandboxId;
 use parking_lot::Mutex;
@@ -25,8 +25,14 @@ impl Registry {
         self.0.lock().values().cloned().collect()
     }
 
-    pub(crate) fn for_each(&self, act: impl Fn(&Handle)) {
-        self.0.lock().values().for_each(act);
+    /// The warm sandbox that was used least recently, but for those in `but`.
+    pub(crate) fn longest_idle(&self, but: &HashSet<SandboxId>) -> Option<(SandboxId, Handle)> {
+        let handles = self.0.lock();
+        let others = handles.iter().filter(|(id, _)| !but.contains(id));
+        let idle =
+            others.filter_map(|(id, handle)| Some((handle.access.idle_since()?, id, handle)));
+        let longest = idle.min_by_key(|(since, ..)| *since);
+        longest.map(|(_, id, handle)| (*id, handle.clone()))
     }
 
     pub(crate) fn insert(&self, id: SandboxId, handle: Handle) {

@@ -20,6 +20,8 @@ use crate::{Supervisor, UseError};
 
 /// How the directories begin of snapshots that are in no row yet.
 pub(crate) const SAVING: &str = ".save-";
+/// How the directory of a snapshot ends that is being deleted.
+pub(crate) const DELETING: &str = ".tmp";
 
 /// What is asked of a sandbox that is made from a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -217,15 +219,20 @@ impl Supervisor {
     pub async fn delete_snapshot(&self, owner: UserId, name: &str) -> Result<(), SnapshotOpError> {
         let snapshot = self.find_snapshot(owner, name)?;
         let directory = self.snapshot_directory(snapshot.id);
-        // Under this name the next daemon removes it, if this one does not come to it.
-        let gone = directory.with_extension("tmp");
+        // A daemon that finds it under this name puts it back if there is a row of it, and else removes it.
+        let gone = directory.with_file_name(format!("{}{DELETING}", snapshot.id));
         match tokio::fs::rename(&directory, &gone).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(SnapshotOpError::Remove(error));
             }
             _ => {}
         }
-        self.shared.store.delete_snapshot(snapshot.id)?;
+        if let Err(error) = self.shared.store.delete_snapshot(snapshot.id) {
+            if let Err(error) = tokio::fs::rename(&gone, &directory).await {
+                warn!(path = %gone.display(), error = %Report(&error), "Failed to put a snapshot back that was not deleted");
+            }
+            return Err(error.into());
+        }
         let detail = serde_json::json!({ "snapshot": snapshot.name.as_str() });
         self.record("snapshot.deleted", owner, None, detail);
         if let Err(error) = tokio::fs::remove_dir_all(&gone).await {

@@ -11,25 +11,20 @@
 //! What fails leaves the sandbox where it was: a VM that could not be saved runs on, a snapshot that could not be loaded stays. A snapshot is
 //! consumed before its VM runs, so it is never restored twice; a VMM ends only when the snapshot is on the disk.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use bhatti_engine::{Disks, MemoryKind, SnapshotRequest};
+use bhatti_engine::{Disks, MemoryKind, SnapshotRequest, Vm};
 use bhatti_types::{Denied, FailReason, Report, SandboxState, Thermal};
 use serde_json::json;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use crate::access::Running;
-use crate::driver::{Driver, Saved, TransitionError};
+use crate::driver::{Driver, Saved as SavedInfo, TransitionError};
+use crate::saved::{SNAPSHOT, Saved};
 use crate::steps::Step;
 use crate::volumes::{self, MadeFrom};
-
-/// The snapshot of a sandbox that sleeps, in its directory, and one that its VM has gone on from.
-pub(crate) const SNAPSHOT: &str = "snapshot";
-pub(crate) const CONSUMED: &str = "snapshot.used";
 
 /// How long a guest may take to stand still, without and with its disks.
 const SUSPEND_LIMIT: Duration = Duration::from_secs(2);
@@ -179,13 +174,16 @@ impl Driver {
     }
 
     /// Another sandbox needs the memory.
-    pub(crate) async fn give_memory(&self) {
-        if self.saves_memory()
-            && self.access.thermal() == Some(Thermal::Warm)
-            && let Err(error) = self.sleep(false).await
-        {
-            warn!(sandbox = %self.id, error = %Report(&error), "Failed to save a sandbox whose memory was wanted");
+    pub(crate) async fn give_memory(&self) -> Result<(), TransitionError> {
+        if !self.saves_memory() || self.access.idle_since().is_none() {
+            // Somebody uses it by now, or it has none.
+            return Ok(());
         }
+        let given = self.sleep(false).await;
+        if let Err(error) = &given {
+            warn!(sandbox = %self.id, error = %Report(error), "Failed to save a sandbox whose memory was wanted");
+        }
+        given
     }
 
     /// Saves the sandbox, and lets it go on: for forks, and for snapshots with a name.
@@ -194,7 +192,7 @@ impl Driver {
         directory: &Path,
         memory: Option<MemoryKind>,
         made_from: MadeFrom,
-    ) -> Result<Saved, TransitionError> {
+    ) -> Result<SavedInfo, TransitionError> {
         self.access.state().admit_use()?;
         self.require_saved_memory()?;
         // One that was paused may not have stood still then.
@@ -225,7 +223,7 @@ impl Driver {
         self.resume(&running).await?;
         let paused = began.elapsed();
         let info = captured?.finish().await?;
-        Ok(Saved { info, paused })
+        Ok(SavedInfo { info, paused })
     }
 
     /// From hot to warm. Returns whether the guest's processes stood still before.
@@ -282,13 +280,8 @@ impl Driver {
     /// From warm to hot.
     async fn resume(&self, running: &Running) -> Result<(), TransitionError> {
         // Left by an end that did not come: from here on it is older than the VM.
-        let left = self.consume().await?;
-        if let Err(error) = running.vm.resume().await {
-            if left {
-                self.put_back().await?;
-            }
-            return Err(error.into());
-        }
+        let left = self.saved().consume().await.map_err(TransitionError::Consume)?;
+        self.resume_vm(running.vm.as_ref(), left).await?;
         self.reached(Step::Resumed).await;
         self.forget_consumed().await;
         self.tell_woken(running).await;
@@ -357,7 +350,7 @@ impl Driver {
     ) -> Result<bhatti_engine::SnapshotInfo, TransitionError> {
         let directory = self.directory();
         // Of an end that did not come: the VM may have run since.
-        remove(directory.join(SNAPSHOT)).await.map_err(TransitionError::Consume)?;
+        self.saved().discard().await.map_err(TransitionError::Consume)?;
         let request = SnapshotRequest {
             directory: directory.join(SNAPSHOT),
             memory: None,
@@ -372,30 +365,33 @@ impl Driver {
         Ok(info)
     }
 
-    /// Marks the snapshot as used, if there is one. Returns whether there is.
-    pub(crate) async fn consume(&self) -> Result<bool, TransitionError> {
-        let directory = self.directory();
-        let (snapshot, consumed) = (directory.join(SNAPSHOT), directory.join(CONSUMED));
-        if !snapshot.exists() {
-            return Ok(false);
-        }
-        // One that an earlier wake could not remove.
-        remove(consumed.clone()).await.map_err(TransitionError::Consume)?;
-        rename(&snapshot, &consumed).await.map_err(TransitionError::Consume)?;
-        Ok(true)
+    /// The snapshot that the sandbox sleeps in, if it does.
+    pub(crate) fn saved(&self) -> Saved {
+        Saved::new(self.directory())
     }
 
-    /// The snapshot was not used after all.
-    pub(crate) async fn put_back(&self) -> Result<(), TransitionError> {
-        let directory = self.directory();
-        let renamed = rename(&directory.join(CONSUMED), &directory.join(SNAPSHOT)).await;
-        renamed.map_err(TransitionError::Consume)
+    /// Has a VM run. If it was made of a snapshot, that is never used again from before then on.
+    pub(crate) async fn resume_vm(
+        &self,
+        vm: &dyn Vm,
+        consumed: bool,
+    ) -> Result<(), TransitionError> {
+        if consumed {
+            self.saved().note_run().await.map_err(TransitionError::Consume)?;
+        }
+        if let Err(error) = vm.resume().await {
+            if consumed {
+                // It did not run; the snapshot is what it was.
+                self.saved().put_back().await.map_err(TransitionError::Consume)?;
+            }
+            return Err(error.into());
+        }
+        Ok(())
     }
 
     /// The VMM has ended by itself. If it was to end, and what it had is on the disk, nothing is lost.
     pub(crate) fn vmm_ended(&self) {
-        let saved = self.directory().join(SNAPSHOT).exists();
-        if saved && self.access.thermal() == Some(Thermal::Warm) {
+        if self.saved().is_there() && self.access.thermal() == Some(Thermal::Warm) {
             info!(sandbox = %self.id, "A paused VM ended whose memory is saved");
             self.access.set_vm(None, Thermal::Cold);
         } else {
@@ -405,7 +401,7 @@ impl Driver {
 
     /// Removes the snapshot that a VM that runs has gone on from.
     pub(crate) async fn forget_consumed(&self) {
-        if let Err(error) = remove(self.directory().join(CONSUMED)).await {
+        if let Err(error) = self.saved().forget().await {
             warn!(sandbox = %self.id, %error, "Failed to remove a snapshot that was used");
         }
     }
@@ -422,18 +418,4 @@ async fn is_busy(running: &Running) -> bool {
 
 fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-async fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    let (from, to) = (from.to_owned(), to.to_owned());
-    let renamed = spawn_blocking(move || bhatti_host::durable::rename(&from, &to)).await;
-    renamed.map_err(io::Error::other)?
-}
-
-/// Removes a directory that need not be there.
-pub(crate) async fn remove(directory: PathBuf) -> io::Result<()> {
-    match tokio::fs::remove_dir_all(directory).await {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }

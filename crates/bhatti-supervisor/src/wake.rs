@@ -4,20 +4,22 @@ use std::time::Duration;
 
 use bhatti_agent::CallError;
 use bhatti_engine::{Disks, RestoreSpec, VmSpec};
+use bhatti_store::SandboxRow;
 use bhatti_types::{Denied, Report, Thermal};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::access::Running;
+use crate::admission::Admitted;
 use crate::bring_up::configure;
 use crate::create::{CreateError, boot_files};
 use crate::driver::{Driver, TransitionError};
 use crate::identity::{self, Extras};
 use crate::networks::{self, NetworkError};
+use crate::saved::SNAPSHOT;
 use crate::secrets;
 use crate::spares::RESTORE_LIMIT;
 use crate::steps::Step;
-use crate::transition::{CONSUMED, SNAPSHOT, remove};
 use crate::volumes::{self, OwnVolumes};
 
 /// How long a guest may take to be told something.
@@ -66,16 +68,17 @@ impl Driver {
             }
         };
         self.reached(Step::Loaded).await;
-        if let Err(error) = self.consume().await {
+        let consumed = match self.saved().consume().await {
+            Ok(consumed) => consumed,
+            Err(error) => {
+                self.end_failed_wake().await;
+                return Err(TransitionError::Consume(error));
+            }
+        };
+        self.reached(Step::Consumed).await;
+        if let Err(error) = self.resume_vm(vm.as_ref(), consumed).await {
             self.end_failed_wake().await;
             return Err(error);
-        }
-        self.reached(Step::Consumed).await;
-        if let Err(error) = vm.resume().await {
-            // It did not run; the snapshot is what it was.
-            self.end_failed_wake().await;
-            self.put_back().await?;
-            return Err(error.into());
         }
         self.reached(Step::Woken).await;
         let running = Running::new(vm, &self.token, admitted);
@@ -98,7 +101,8 @@ impl Driver {
         }
     }
 
-    /// Boots the sandbox from its disk, without its memory.
+    /// Boots the sandbox from its disk, without its memory. What is saved of that is given up only when nothing but the boot itself can fail,
+    /// and is put back if that does: the engine refuses it if the disk was written to.
     pub(crate) async fn boot_again(&self) -> Result<(), TransitionError> {
         let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
         let files =
@@ -111,9 +115,6 @@ impl Driver {
         let admitted = self.shared.admit(self.memory).await?;
         let directory = self.directory();
         self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
-        for gone in [SNAPSHOT, CONSUMED] {
-            remove(directory.join(gone)).await.map_err(TransitionError::Consume)?;
-        }
         let spec = VmSpec {
             id: self.id,
             hostname: row.spec.name.clone(),
@@ -129,17 +130,38 @@ impl Driver {
             boot_limit: self.shared.config.boot_limit,
         };
         self.shared.enforce_network(row.owner, row.address).await?;
-        let vm = self.shared.engine.boot(&spec).await?;
-        if let Err(error) = self.connect_network().await {
-            self.end_failed_wake().await;
-            return Err(error.into());
+        let consumed = self.saved().consume().await.map_err(TransitionError::Consume)?;
+        if consumed {
+            self.saved().note_run().await.map_err(TransitionError::Consume)?;
         }
+        match self.boot_and_configure(&spec, &row, &extras, admitted).await {
+            Ok(running) => {
+                self.forget_consumed().await;
+                Ok(self.running(running)?)
+            }
+            Err(error) => {
+                self.end_failed_wake().await;
+                if consumed {
+                    self.saved().put_back().await.map_err(TransitionError::Consume)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn boot_and_configure(
+        &self,
+        spec: &VmSpec,
+        row: &SandboxRow,
+        extras: &Extras,
+        admitted: Admitted,
+    ) -> Result<Running, TransitionError> {
+        let vm = self.shared.engine.boot(spec).await?;
+        self.connect_network().await?;
         let running = Running::new(vm, "", admitted);
-        if let Err(error) = configure(&self.shared, &row, &extras, &running).await {
-            self.end_failed_wake().await;
-            return Err(TransitionError::Unconfigured(error));
-        }
-        Ok(self.running(running.with_token(&self.token))?)
+        let configured = configure(&self.shared, row, extras, &running).await;
+        configured.map_err(TransitionError::Unconfigured)?;
+        Ok(running.with_token(&self.token))
     }
 
     /// Tells the guest that it has stood still. One that does not listen is told again in the background: its processes stand still until

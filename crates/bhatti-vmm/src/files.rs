@@ -4,13 +4,16 @@
 //! system counts who still needs it. Such files are never written.
 
 use std::fs::{self, DirBuilder};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 /// How the names of memory files begin and end.
 const MEMORY_PREFIX: &str = "memory-";
 const MEMORY_SUFFIX: &str = ".img";
+
+/// The most that a VM's devices may be when it is saved, in bytes. They have a few MiB; a VMM that a guest has taken over could write more.
+pub const STATE_BYTES_MAX: u64 = 64 << 20;
 
 /// The name of a memory file with this content.
 #[must_use]
@@ -75,4 +78,20 @@ pub fn remove_other_memory(directory: &Path, kept: &str) -> io::Result<()> {
         }
     }
     Ok(())
+}
+/// Reads a file of at most `limit` bytes.
+///
+/// # Errors
+///
+/// Returns [`io::ErrorKind::FileTooLarge`] if it has more, and the error of opening or reading it.
+pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    let file = fs::File::open(path)?;
+    if file.take(limit + 1).read_to_end(&mut content)? as u64 > limit {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it has more than {limit} bytes"),
+        ));
+    }
+    Ok(content)
 }

@@ -9,7 +9,11 @@ use bhatti_engine::{RestoreError, VolumeFile};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::files::read_at_most;
 use crate::record::Volume;
+
+/// The most that a manifest may be, in bytes.
+const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
 /// Tells whether a file has been written since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +103,7 @@ struct Format {
 ///
 /// Returns [`RestoreError::Damaged`] if it is not there or cannot be read, and [`RestoreError::Mismatch`] if it has another format.
 pub fn read_manifest<M: DeserializeOwned>(path: &Path, format: u32) -> Result<M, RestoreError> {
-    let text = fs::read(path).map_err(|source| match source.kind() {
+    let text = read_at_most(path, MANIFEST_BYTES_MAX).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => damaged("it has no manifest"),
         _ => RestoreError::File { step: "read the snapshot's manifest", source },
     })?;

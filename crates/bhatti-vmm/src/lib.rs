@@ -6,6 +6,7 @@ mod console;
 mod draft;
 mod files;
 mod generation;
+mod log;
 mod pages;
 mod process;
 mod record;
@@ -13,8 +14,12 @@ mod vsock;
 
 pub use console::Console;
 pub use draft::{Draft, copy_files};
-pub use files::{create_private, is_memory, memory_name, new_name, remove_other_memory, share};
+pub use files::{
+    STATE_BYTES_MAX, create_private, is_memory, memory_name, new_name, read_at_most,
+    remove_other_memory, share,
+};
 pub use generation::{Generation, check_volumes, damaged, read_manifest, same, volume_generations};
+pub use log::{create_log, log_tail};
 pub use pages::{piece_bytes, pieces, read_pages, write_pages};
 pub use process::{find, kill, remove};
 pub use record::{Record, Volume, volumes};

@@ -201,7 +201,8 @@ async fn policy_is_in_force_in_every_life_of_a_sandbox_and_of_the_daemon() {
             drop(connection.unwrap().write_all(b"HTTP/1.0 200 OK\r\n\r\nhello"));
         }
     });
-    let mut daemon = TestDaemon::start().await;
+    let config = "network_reach_host: true\n".to_owned();
+    let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let api = Api::admin(&daemon);
     create(&api, &json!({ "name": "open", "network_allow": ["192.168.77.0/24"] })).await;
     create(&api, &json!({ "name": "shut" })).await;

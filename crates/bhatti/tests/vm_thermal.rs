@@ -430,7 +430,7 @@ async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
 
     let refused = client.stop("dev").await.unwrap_err();
 
-    assert_eq!(code_of(&refused), Some(ErrorCode::Internal));
+    assert_eq!(code_of(&refused), Some(ErrorCode::HostDiskFull));
     assert_eq!(client.inspect("dev").await.unwrap().thermal.as_deref(), Some("hot"));
     assert_eq!(shell(client, "dev", FIND).await, FOUND);
     assert!(!directory.join("snapshot").exists() && !directory.join("snapshot.tmp").exists());
@@ -501,7 +501,7 @@ async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
     if !needs(Feature::SavedMemory) {
         return;
     }
-    let config = "memory_budget_mb: 1200\nready_vmms: 0\n";
+    let config = "memory_budget_mb: 1400\nready_vmms: 0\n";
     let daemon = TestDaemon::start_with(with_config(config)).await;
     let client = &daemon.client;
     for name in ["one", "two"] {

@@ -180,7 +180,7 @@ impl Guest {
             while let Ok((mut connection, _)) = listener.accept() {
                 thread::spawn(move || {
                     while connection.write_all(b"x").is_ok() {
-                        thread::sleep(Duration::from_millis(1));
+                        thread::park_timeout(Duration::from_millis(1));
                     }
                 });
             }

@@ -1,4 +1,4 @@
-//! The answer of a command whose output was collected: [`ExecResult`](bhatti_api::ExecResult) as JSON, written piece by piece. As a whole
+//! The answer of a command whose output was collected: [`ExecResult`] as JSON, written piece by piece. As a whole
 //! it would take up to six times the output.
 
 use axum::body::Bytes;

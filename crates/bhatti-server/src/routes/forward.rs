@@ -56,13 +56,12 @@ pub(crate) async fn run(
     }))
 }
 
+type Reader = ReadHalf<Box<dyn AgentStream>>;
+type Writer = WriteHalf<Box<dyn AgentStream>>;
+
 /// Relays both directions until both have ended or the client has gone. An application may say nothing to a client that has gone, so
 /// its direction is not waited for then.
-async fn relay(
-    (reader, writer): (ReadHalf<Box<dyn AgentStream>>, WriteHalf<Box<dyn AgentStream>>),
-    sender: &Sender,
-    receiver: &mut Receiver,
-) {
+async fn relay((reader, writer): (Reader, Writer), sender: &Sender, receiver: &mut Receiver) {
     let mut sending = pin!(send(reader, sender));
     let mut receiving = pin!(receive(writer, sender, receiver));
     tokio::select! {
@@ -87,7 +86,7 @@ enum Ended {
 }
 
 /// Sends what the guest sends, until it has ended its direction.
-async fn send(mut reader: ReadHalf<Box<dyn AgentStream>>, sender: &Sender) {
+async fn send(mut reader: Reader, sender: &Sender) {
     let mut piece = BytesMut::new();
     loop {
         piece.reserve(PIECE_BYTES);
@@ -100,11 +99,7 @@ async fn send(mut reader: ReadHalf<Box<dyn AgentStream>>, sender: &Sender) {
 }
 
 /// Passes on what the client sends, until it has gone.
-async fn receive(
-    mut writer: WriteHalf<Box<dyn AgentStream>>,
-    sender: &Sender,
-    receiver: &mut Receiver,
-) -> Ended {
+async fn receive(mut writer: Writer, sender: &Sender, receiver: &mut Receiver) -> Ended {
     while let Some(message) = receiver.next(sender).await {
         let bytes: Bytes = match message {
             Message::Binary(bytes) => bytes,

@@ -111,9 +111,11 @@ impl<'a> StoredSandbox<'a> {
 }
 
 pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
-    let text = |index: usize| row.get::<_, String>(index);
+    let text = |index: usize| parsed(row.get::<_, String>(index));
+    let maybe_text = |index: usize| parsed(row.get::<_, Option<String>>(index));
+    let time = |index: usize| parsed(row.get(index));
     let lent = |index: usize| parsed(row.get_ref(index)?.as_str());
-    let number = |index: usize| row.get::<_, u64>(index);
+    let number = |index: usize| parsed(row.get::<_, u64>(index));
     let maybe = |index: usize| parsed(row.get_ref(index)?.as_str_or_null());
     let (reason, address) = (maybe(4)?, maybe(21)?);
     let state = match (lent(3)?, reason) {
@@ -132,7 +134,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             cpus: parsed(CpuCount::try_from(number(5)?))?,
             memory: parsed(MemoryMib::try_from(number(6)?))?,
             environment: parse_environment(lent(7)?)?,
-            keep_hot: row.get(9)?,
+            keep_hot: parsed(row.get(9))?,
             labels: parse_labels(lent(13)?)?,
             secrets: parse_secrets(lent(14)?)?,
             init: text(15)?,
@@ -143,9 +145,9 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         created_at: text(CREATED_AT)?,
         origin: text(10)?,
         agent_token: text(11)?,
-        identity: row.get(12)?,
-        expires_at: row.get(16)?,
-        stopped_at: row.get(17)?,
+        identity: maybe_text(12)?,
+        expires_at: time(16)?,
+        stopped_at: maybe_text(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
         volumes: parse_attachments(lent(22)?)?,
     })

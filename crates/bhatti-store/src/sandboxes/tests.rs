@@ -42,6 +42,24 @@ fn store() -> (tempfile::TempDir, Store) {
 }
 
 #[test]
+fn damaged_row_does_not_take_the_others_with_it() {
+    for damage in ["labels = '[1]'", "image = ' '", "id = 'x'"] {
+        let (_data, store) = store();
+        store.insert_sandbox(new(id(1))).unwrap();
+        let spec = spec("other");
+        store.insert_sandbox(NewSandbox { spec, ..new(id(2)) }).unwrap();
+        let sql = format!("UPDATE sandboxes SET {damage} WHERE name = 'other'");
+        store.connection.lock().execute(&sql, []).unwrap();
+
+        let all = store.list_all_sandboxes().unwrap();
+        let listed = store.list_sandboxes(UserId::ADMIN, &SandboxFilter::default()).unwrap();
+
+        let ids = |rows: Vec<SandboxRow>| rows.iter().map(|row| row.id).collect::<Vec<_>>();
+        assert_eq!((ids(all), ids(listed)), (vec![id(1)], vec![id(1)]), "{damage}");
+    }
+}
+
+#[test]
 fn row_survives_with_every_field() {
     let (data, store) = store();
     let inserted = store.insert_sandbox(new(id(1))).unwrap();

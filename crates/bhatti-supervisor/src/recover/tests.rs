@@ -47,6 +47,7 @@ impl Engine for Reality {
             accelerator: Some(Accelerator::Tcg),
             saves_memory: true,
             shares_kernel: false,
+            vmm_mib: 48,
             machine: "m".to_owned(),
             exchanges_disks: true,
         }
@@ -133,6 +134,7 @@ enum Saved {
     No,
     Yes,
     Used,
+    Ran,
 }
 
 /// A data directory with a store.
@@ -177,8 +179,9 @@ impl Place {
         std::fs::create_dir(&directory).unwrap();
         match saved {
             Saved::No => {}
-            Saved::Yes => std::fs::create_dir(directory.join(SNAPSHOT)).unwrap(),
-            Saved::Used => std::fs::create_dir(directory.join(CONSUMED)).unwrap(),
+            Saved::Yes => std::fs::create_dir(directory.join("snapshot")).unwrap(),
+            Saved::Used => std::fs::create_dir(directory.join("snapshot.used")).unwrap(),
+            Saved::Ran => std::fs::create_dir_all(directory.join("snapshot.used/ran")).unwrap(),
         }
         self.reality.found.lock().insert(id, found);
         id
@@ -227,8 +230,8 @@ const UNUSABLE: SandboxState = SandboxState::Failed(FailReason::VmmUnusable);
 
 #[tokio::test]
 async fn every_row_and_reality_come_to_one_truth_however_often() {
+    use self::Saved::{No, Ran, Used, Yes};
     use Found::{Broken, Nothing, Paused, Running};
-    use Saved::{No, Used, Yes};
     use Thermal::{Cold, Hot, Warm};
     let cases = [
         (RUNNING, Running, No, Some((RUNNING, Some(Hot)))),
@@ -236,6 +239,7 @@ async fn every_row_and_reality_come_to_one_truth_however_often() {
         (RUNNING, Paused, No, Some((RUNNING, Some(Warm)))),
         (RUNNING, Nothing, Yes, Some((RUNNING, Some(Cold)))),
         (RUNNING, Nothing, Used, Some((RUNNING, Some(Cold)))),
+        (RUNNING, Nothing, Ran, Some((MISSING, None))),
         (RUNNING, Nothing, No, Some((MISSING, None))),
         (RUNNING, Broken, No, Some((UNUSABLE, None))),
         (STOPPED, Nothing, Yes, Some((STOPPED, None))),
@@ -266,7 +270,7 @@ async fn every_row_and_reality_come_to_one_truth_however_often() {
         }
     }
     let used_again = place.directory(ids[4]);
-    assert!(used_again.join(SNAPSHOT).exists() && !used_again.join(CONSUMED).exists());
+    assert!(used_again.join("snapshot").exists() && !used_again.join("snapshot.used").exists());
 }
 
 #[tokio::test]
@@ -296,10 +300,42 @@ async fn what_the_store_does_not_know_is_left_alone() {
 
     let supervisor = place.recover().await;
 
-    assert!(place.directory(id).join(SNAPSHOT).exists());
+    assert!(place.directory(id).join("snapshot").exists());
     assert_eq!(place.reality.found.lock()[&id], Found::Running);
     assert!(place.data.path().join("sandboxes/not-an-id").exists());
     assert_eq!(supervisor.count().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn snapshot_that_was_being_deleted_is_back_if_its_row_is() {
+    let place = Place::new();
+    let id = SandboxId::from_entropy([8; 8]);
+    place.store.insert_snapshot(snapshot_row(id)).unwrap();
+    std::fs::create_dir(place.data.path().join(format!("snapshots/{id}.tmp"))).unwrap();
+
+    place.recover().await;
+
+    assert!(place.data.path().join(format!("snapshots/{id}")).exists());
+}
+
+fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
+    let spec = SandboxSpec::plain("s".parse().unwrap(), "minimal".parse().unwrap());
+    bhatti_store::SnapshotRow {
+        id,
+        owner: UserId::ADMIN,
+        name: "saved".parse().unwrap(),
+        sandbox_id: id,
+        sandbox_name: spec.name,
+        cpus: spec.cpus,
+        memory: spec.memory,
+        agent_token: String::new(),
+        is_full: true,
+        memory_bytes: 0,
+        image: spec.image,
+        network: spec.network,
+        volumes: Vec::new(),
+        created_at: String::new(),
+    }
 }
 
 #[tokio::test]

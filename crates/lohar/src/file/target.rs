@@ -206,7 +206,7 @@ impl NewFile {
 
     /// Has the names survive a power cut: the file's, and those of the directories that were made for it.
     fn sync_directories(&self) -> io::Result<()> {
-        sync_directory(&format!("/proc/self/fd/{}", self.directory.as_raw_fd()))?;
+        sync_directory(format!("/proc/self/fd/{}", self.directory.as_raw_fd()))?;
         self.made.iter().try_for_each(|made| sync_directory(parent(made)))
     }
 }
@@ -232,11 +232,11 @@ impl Existing {
     }
 
     /// Whether another file can take its place and be the same but for its content: its other names would go on leading to the old one,
-    /// and only root may give a file to another user.
+    /// and only root may give a file to another user. One without a name was replaced just now.
     fn can_be_replaced(&self) -> bool {
         let (uid, gid) = (Uid::from_raw(self.stat.st_uid), Gid::from_raw(self.stat.st_gid));
         let is_in_group = || gid == getegid() || getgroups().is_ok_and(|all| all.contains(&gid));
-        self.stat.st_nlink == 1 && (geteuid().is_root() || (geteuid() == uid && is_in_group()))
+        self.stat.st_nlink <= 1 && (geteuid().is_root() || (geteuid() == uid && is_in_group()))
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) async fn write<T: Transport>(
     let length = Length { announced: size, limit };
     let received = tokio::select! {
         biased;
-        failed = writing.end() => return failed.and_then(|()| Err(OpError::HostGone)),
+        failed = writing.end() => return failed.and(Err(OpError::HostGone)),
         received = receive(agent, length, &mut reader, &sender) => received,
     };
     if received.is_ok() {
