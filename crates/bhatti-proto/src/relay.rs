@@ -14,8 +14,8 @@ const PIECE_BYTES: usize = 32 << 10;
 ///
 /// # Errors
 ///
-/// Returns an error if either end fails, or if the frames end before they said so. One direction may then have been relayed further than the
-/// other.
+/// Returns an error if the frames fail or end before they said so. One direction may then have been relayed further than the other. A stream
+/// that fails in one direction has ended in that direction only.
 ///
 /// # Cancel safety
 ///
@@ -34,13 +34,16 @@ where
     let to_frames = async {
         let mut piece = vec![0; PIECE_BYTES];
         loop {
-            match from_stream.read(&mut piece).await? {
+            // A stream that breaks has ended, too: what it said before still arrives.
+            match from_stream.read(&mut piece).await.unwrap_or_default() {
                 0 => return writer.send(FrameType::STDIN_EOF, &[]).await,
                 length => writer.send(FrameType::STDIN, &piece[..length]).await?,
             }
         }
     };
     let from_frames = async {
+        // One that takes nothing more may still have something to say, so the rest is read and dropped.
+        let mut takes_more = true;
         loop {
             let frame = reader.next().await.map_err(|error| match error {
                 ReadFrameError::Io(error) => error,
@@ -48,10 +51,11 @@ where
             })?;
             match frame.ok_or(io::ErrorKind::UnexpectedEof)? {
                 frame if frame.frame_type == FrameType::STDIN => {
-                    to_stream.write_all(&frame.payload).await?;
+                    takes_more = takes_more && to_stream.write_all(&frame.payload).await.is_ok();
                 }
                 frame if frame.frame_type == FrameType::STDIN_EOF => {
-                    return to_stream.shutdown().await;
+                    drop(to_stream.shutdown().await);
+                    return Ok(());
                 }
                 frame => {
                     let message = format!("a frame of type {} in a stream", frame.frame_type);

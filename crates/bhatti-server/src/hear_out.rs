@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 const SMALL_BYTES: u64 = 8 << 10;
 
 /// The most that a caller whom nobody knows is heard out for, in bytes.
-pub(crate) const OF_STRANGERS_BYTES: u64 = 1 << 20;
+pub(crate) const OF_STRANGERS_BYTES: u64 = 16 << 20;
 
 /// Has what the handler of a request leaves of its body be read, up to `most` bytes.
 pub(crate) fn hear_out(request: Request, most: u64) -> Request {

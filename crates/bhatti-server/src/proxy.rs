@@ -2,6 +2,7 @@
 //!
 //! Neither needs a network: the agent dials the port inside. Nothing of what a caller showed to be let in goes along.
 
+mod addresses;
 mod headers;
 mod public;
 mod relay;

@@ -138,6 +138,27 @@ async fn application_that_does_not_answer_is_the_right_error() {
 }
 
 #[tokio::test]
+async fn answer_to_an_upload_that_is_not_heard_out_arrives() {
+    let (daemon, api) = with_application("public_listen: 127.0.0.1:0\n").await;
+    let publish = json!({ "port": 8000, "alias": "web" });
+    assert_eq!(api.call("POST", "/sandboxes/dev/publish", &publish).await.status, 201);
+    for (size, round) in [(300_000, 0), (300_000, 1), (2 << 20, 0), (2 << 20, 1)] {
+        // This client reads only when it has sent everything.
+        let mut client = tokio::net::TcpStream::connect(daemon.public_address()).await.unwrap();
+        let head = format!(
+            "POST /web/early HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
+        );
+        client.write_all(head.as_bytes()).await.unwrap();
+        let sent = timeout(bhatti_testkit::LIMIT, client.write_all(&vec![0; size])).await;
+        sent.expect("it is heard out").unwrap();
+        let mut answer = vec![0; 12];
+        let read = timeout(bhatti_testkit::LIMIT, client.read_exact(&mut answer)).await;
+        read.expect("it is answered").unwrap();
+        assert_eq!(answer, b"HTTP/1.1 413", "{size} bytes, round {round}");
+    }
+}
+
+#[tokio::test]
 async fn events_arrive_one_by_one() {
     let (_daemon, api) = with_application("").await;
     let base = "/sandboxes/dev/proxy/8000";
@@ -227,7 +248,9 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
     }
 
     let answer = public.get("/web/a/b?c").await;
-    assert!(!answer.headers.contains_key("content-security-policy"));
+    // All that are reached by path have one host name, and so are no page of each other's origin.
+    let policy = answer.headers["content-security-policy"].to_str().unwrap();
+    assert!(policy.starts_with("sandbox ") && !policy.contains("allow-same-origin"), "{policy}");
     let by_path = answer.json();
     assert_eq!(
         (&by_path["path"], arrived(&by_path, "x-forwarded-prefix")),
@@ -241,12 +264,32 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
     for host in ["web.sb.test", "web.localhost:80"] {
         let headers =
             [("host", host), ("authorization", "Bearer bht_x"), ("x-forwarded-for", "1.2.3.4")];
-        let by_name = public.send("GET", "/a", &headers, "").await.json();
+        let by_name = public.send("GET", "/a", &headers, "").await;
+        assert!(!by_name.headers.contains_key("content-security-policy"));
+        let by_name = by_name.json();
         assert_eq!(by_name["path"], "/a");
         assert_eq!(arrived(&by_name, "authorization"), Value::Null);
         assert_eq!(arrived(&by_name, "x-forwarded-host"), host);
         assert_eq!(arrived(&by_name, "x-forwarded-for"), "1.2.3.4, 127.0.0.1");
     }
+    // Its own pages are no stranger's, and its redirects and cookies lead back to it.
+    let own = format!("http://web.sb.test:{port}");
+    let headers = [("host", &own["http://".len()..]), ("origin", own.as_str())];
+    let echo = public.send("POST", "/a", &headers, "").await.json();
+    assert_eq!(
+        arrived(&echo, "origin"),
+        format!("http://{}", arrived(&echo, "host").as_str().unwrap())
+    );
+    assert_eq!(arrived(&echo, "x-forwarded-host"), Value::Null);
+    for (host, path, location, cookie) in [
+        ("web.sb.test", "/redirect", "/x?y", "a=b; Path=/"),
+        ("127.0.0.1", "/web/redirect", "/web/x?y", "a=b; Path=/web/"),
+    ] {
+        let answer = public.send("GET", path, &[("host", host)], "").await;
+        assert_eq!(answer.headers["location"], location);
+        assert_eq!(answer.headers["set-cookie"], cookie);
+    }
+    assert_eq!(public.get("/web/old").await.text(), "old");
     let mut socket = public.websocket("/web/ws", &[]).await.unwrap();
     assert_eq!(message(&mut socket).await, Some(Message::text("early")));
     drop(socket);

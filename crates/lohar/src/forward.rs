@@ -9,7 +9,7 @@ use bhatti_proto::{
 use bytes::BytesMut;
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::WriteHalf;
 use tokio::sync::Notify;
@@ -59,8 +59,8 @@ pub(crate) async fn serve<T: Transport>(
     relayed.map_err(host_gone)
 }
 
-/// Copies both ways; each direction ends for itself. Ends at once when the host has gone, even if the application says nothing, or takes
-/// nothing: it may wait for its client for ever.
+/// Copies both ways; each direction ends for itself: an application that takes nothing more may still have an answer. Ends at once when
+/// the host has gone, even if the application says nothing, or takes nothing: it may wait for its client for ever.
 async fn relay<T: Transport>(
     mut target: TcpStream,
     reader: HostReader<T>,
@@ -71,18 +71,23 @@ async fn relay<T: Transport>(
     let to_host = writer.get_mut();
     let inbound_ended = Notify::new();
     let inbound = async {
-        write(&mut to_target, &early, &from_host).await?;
+        let mut takes_more = write(&mut to_target, &early, &from_host).await?;
         let mut piece = BytesMut::with_capacity(PIECE_BYTES);
         while from_host.read_buf(&mut piece).await? > 0 {
-            write(&mut to_target, &piece, &from_host).await?;
+            takes_more = takes_more && write(&mut to_target, &piece, &from_host).await?;
             piece.clear();
         }
-        to_target.shutdown().await?;
+        drop(to_target.shutdown().await);
         inbound_ended.notify_one();
         Err(gone(&from_host).await)
     };
     let outbound = async {
-        copy(&mut from_target, to_host).await?;
+        let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+        // A connection that breaks has ended, too: what the application said before still arrives.
+        while from_target.read_buf(&mut piece).await.unwrap_or_default() > 0 {
+            to_host.write_all(&piece).await?;
+            piece.clear();
+        }
         to_host.shutdown().await?;
         inbound_ended.notified().await;
         Ok(())
@@ -98,14 +103,14 @@ async fn relay<T: Transport>(
     ended
 }
 
-/// Writes to the application, as long as the host is there.
+/// Writes to the application, as long as the host is there. Returns whether it takes more.
 async fn write<T: Transport>(
     to_target: &mut WriteHalf<'_>,
     bytes: &[u8],
     host: &Half<T>,
-) -> io::Result<()> {
+) -> io::Result<bool> {
     tokio::select! {
-        written = to_target.write_all(bytes) => written,
+        written = to_target.write_all(bytes) => Ok(written.is_ok()),
         error = gone(host) => Err(error),
     }
 }

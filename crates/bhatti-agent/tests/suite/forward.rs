@@ -51,6 +51,32 @@ pub(crate) async fn check_directions(client: &AgentClient) {
 }
 
 #[tokio::test]
+async fn answer_of_an_application_that_does_not_hear_out_its_client_arrives() {
+    let agent = Agent::start().await;
+    check_early_answer(&agent.client).await;
+}
+
+/// Sends far more than a server reads that answers and closes.
+pub(crate) async fn check_early_answer(client: &AgentClient) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.read_exact(&mut [0; 1000]).await.unwrap();
+        stream.write_all(b"too much").await.unwrap();
+    });
+    let mut stream = client.forward(port).await.unwrap();
+
+    // It reads only when it has sent everything.
+    let sent = timeout(LIMIT, stream.write_all(&vec![0; 4 << 20])).await;
+    sent.expect("the rest is taken").unwrap();
+    let mut answer = Vec::new();
+    timeout(LIMIT, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+
+    assert_eq!(answer, b"too much");
+}
+
+#[tokio::test]
 async fn application_sees_the_end_of_a_client_that_vanishes() {
     let agent = Agent::start().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,7 +1,7 @@
 //! Which headers go along.
 
 use axum::http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_SECURITY_POLICY, EXPECT, HOST, TE, TRAILER,
+    CONNECTION, CONTENT_SECURITY_POLICY, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER,
     TRANSFER_ENCODING, UPGRADE,
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -22,9 +22,21 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 ];
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub(super) const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+pub(super) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
+
+/// What proxies say of where a request came from.
+const OF_PROXIES: [HeaderName; 8] = [
+    FORWARDED,
+    FORWARDED_FOR,
+    FORWARDED_HOST,
+    FORWARDED_PROTO,
+    FORWARDED_PREFIX,
+    HeaderName::from_static("x-forwarded-port"),
+    HeaderName::from_static("x-forwarded-server"),
+    HeaderName::from_static("x-real-ip"),
+];
 
 /// The protocol that both sides want to change to.
 pub(super) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
@@ -46,16 +58,39 @@ fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',').map(str::trim))
 }
 
-/// Takes away what the caller showed to be let in. An application's own credentials go along.
+/// Takes away what the caller showed to be let in, wherever it stands. An application's own credentials go along.
 pub(super) fn strip_credentials(headers: &mut HeaderMap) {
-    let is_ours = |value: &HeaderValue| {
-        let value = value.as_bytes();
-        let ours = [keys::PREFIX, tickets::PREFIX];
-        ours.iter().any(|prefix| value.windows(prefix.len()).any(|part| part == prefix.as_bytes()))
-    };
-    if headers.get_all(AUTHORIZATION).iter().any(is_ours) {
-        headers.remove(AUTHORIZATION);
+    let with_ours: Vec<HeaderName> = headers
+        .iter()
+        .filter(|(_, value)| has_ours(value.as_bytes()))
+        .map(|(name, _)| name.clone())
+        .collect();
+    for name in with_ours {
+        let cookies = (name == COOKIE).then(|| cookies_of_others(headers)).flatten();
+        headers.remove(&name);
+        if let Some(cookies) = cookies {
+            headers.insert(COOKIE, cookies);
+        }
     }
+}
+
+/// Whether a value has a key or a ticket of ours in it.
+fn has_ours(value: &[u8]) -> bool {
+    let ours = [keys::PREFIX, tickets::PREFIX];
+    ours.iter().any(|prefix| value.windows(prefix.len()).any(|part| part == prefix.as_bytes()))
+}
+
+/// The cookies that have no key of ours in them.
+fn cookies_of_others(headers: &HeaderMap) -> Option<HeaderValue> {
+    let all = headers
+        .get_all(COOKIE)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b';'));
+    let others: Vec<&[u8]> = all
+        .map(<[u8]>::trim_ascii)
+        .filter(|cookie| !cookie.is_empty() && !has_ours(cookie))
+        .collect();
+    (!others.is_empty()).then(|| HeaderValue::from_bytes(&others.join(&b"; "[..])).ok()).flatten()
 }
 
 /// Keeps a page of a guest from being a page of this origin, where the console keeps a key: it gets an origin of its own, its workers answer
@@ -65,18 +100,27 @@ pub(super) fn confine(headers: &mut HeaderMap) {
         "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts";
     // Beside an application's own policy: a browser keeps to all of them.
     headers.append(CONTENT_SECURITY_POLICY, HeaderValue::from_static(OWN_ORIGIN));
-    headers.remove("service-worker-allowed");
-    headers.remove("clear-site-data");
+    for of_the_whole_origin in [
+        "alt-svc",
+        "clear-site-data",
+        "nel",
+        "report-to",
+        "reporting-endpoints",
+        "service-worker-allowed",
+        "strict-transport-security",
+    ] {
+        headers.remove(of_the_whole_origin);
+    }
 }
 
-/// Says where the request came from.
-pub(super) fn forward(
-    headers: &mut HeaderMap,
-    port: u16,
-    prefix: &str,
-    peer: Option<std::net::IpAddr>,
-) {
-    let host = headers.remove(HOST);
+/// Says where the request came from. What it says of that itself is believed if it came from this host: from a proxy in front of us.
+pub(super) fn forward(headers: &mut HeaderMap, prefix: &str, peer: Option<std::net::IpAddr>) {
+    if peer.is_some_and(|peer| !peer.to_canonical().is_loopback()) {
+        for name in OF_PROXIES {
+            headers.remove(name);
+        }
+    }
+    let host = headers.get(HOST).cloned();
     if let Some(host) = host.filter(|_| !headers.contains_key(FORWARDED_HOST)) {
         headers.insert(FORWARDED_HOST, host);
     }
@@ -91,9 +135,6 @@ pub(super) fn forward(
         if let Ok(chain) = HeaderValue::from_str(&chain) {
             headers.insert(FORWARDED_FOR, chain);
         }
-    }
-    if let Ok(host) = HeaderValue::from_str(&format!("localhost:{port}")) {
-        headers.insert(HOST, host);
     }
 }
 
@@ -153,12 +194,20 @@ mod tests {
 
     #[test]
     fn our_credentials_stay_and_the_applications_go_along() {
-        let mut ours = headers(&[("authorization", "Bearer bht_0123")]);
+        let mut ours = headers(&[
+            ("authorization", "Bearer bht_0123"),
+            ("referer", "http://x/?token=bht-ticket_0123"),
+            ("x-anything", "bht_0123"),
+            ("cookie", "k=bht_0123"),
+        ]);
+        let mut cookies = headers(&[("cookie", "a=b; k=bht_0123; c=d")]);
         let mut theirs = headers(&[("authorization", "Basic dXNlcjpwYXNz")]);
 
         strip_credentials(&mut ours);
         strip_credentials(&mut theirs);
+        strip_credentials(&mut cookies);
 
+        assert_eq!(cookies[COOKIE], "a=b; c=d");
         assert!(ours.is_empty() && theirs.contains_key("authorization"));
     }
 
@@ -166,14 +215,37 @@ mod tests {
     fn application_is_told_where_the_request_came_from() {
         let mut all = headers(&[("host", "box:8080"), ("x-forwarded-for", "10.0.0.1")]);
 
-        forward(&mut all, 3000, "/p", Some("127.0.0.1".parse().unwrap()));
+        forward(&mut all, "/p", Some("127.0.0.1".parse().unwrap()));
 
         let expected = headers(&[
-            ("host", "localhost:3000"),
+            ("host", "box:8080"),
             ("x-forwarded-for", "10.0.0.1, 127.0.0.1"),
             ("x-forwarded-host", "box:8080"),
             ("x-forwarded-proto", "http"),
             ("x-forwarded-prefix", "/p"),
+        ]);
+        assert_eq!(all, expected);
+    }
+
+    #[test]
+    fn stranger_is_not_believed_about_where_it_comes_from() {
+        let mut all = headers(&[
+            ("host", "box:8080"),
+            ("forwarded", "for=10.0.0.1"),
+            ("x-real-ip", "10.0.0.1"),
+            ("x-forwarded-for", "10.0.0.1"),
+            ("x-forwarded-host", "evil.test"),
+            ("x-forwarded-proto", "https"),
+        ]);
+
+        forward(&mut all, "", Some("192.0.2.7".parse().unwrap()));
+
+        let expected = headers(&[
+            ("host", "box:8080"),
+            ("x-forwarded-for", "192.0.2.7"),
+            ("x-forwarded-host", "box:8080"),
+            ("x-forwarded-proto", "http"),
+            ("x-forwarded-prefix", ""),
         ]);
         assert_eq!(all, expected);
     }

@@ -9,7 +9,7 @@ use axum::http::header::HOST;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 
-use super::{Target, relay, split_path, with_query};
+use super::{Target, headers, relay, split_path, with_query};
 use crate::hear_out::{OF_STRANGERS_BYTES, hear_out};
 use crate::status::{ApiError, moved};
 use crate::{AppState, request_id};
@@ -20,7 +20,8 @@ const RETRY: Duration = Duration::from_secs(10);
 /// The domain whose names always lead to this machine.
 const LOCAL_ZONE: &str = "localhost";
 
-/// Serves published ports: by host name, `alias.zone`, and by path, `/alias/…`.
+/// Serves published ports: by host name, `alias.zone`, and by path, `/alias/…`. Pages that are reached by path get an origin of their own, by
+/// `Content-Security-Policy: sandbox`, as they share a host name.
 pub fn public_router(state: AppState) -> Router {
     Router::new().fallback(serve).with_state(state)
 }
@@ -66,8 +67,14 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
     let slot = state.visits.enter(published.sandbox_id).ok_or_else(|| {
         ApiError::new(ErrorCode::Busy, "the application has too many visitors").retry_after(RETRY)
     })?;
+    let is_by_path = !target.prefix.is_empty();
     let passed_on = relay::relay(&state, (used, slot), target, request).await;
-    passed_on.map_err(|error| hidden(&error))
+    let mut response = passed_on.map_err(|error| hidden(&error))?;
+    if is_by_path {
+        // All applications that are reached so have one host name.
+        headers::confine(response.headers_mut());
+    }
+    Ok(response)
 }
 
 /// The same error, without what a stranger need not know.

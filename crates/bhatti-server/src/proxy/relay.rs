@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncWriteExt, copy};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::addresses::Addresses;
 use super::{Target, headers};
 use crate::AppState;
 use crate::accept::PeerSocket;
@@ -53,7 +54,9 @@ pub(super) async fn relay(
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     headers::strip_credentials(request.headers_mut());
-    headers::forward(request.headers_mut(), port, &prefix, peer);
+    headers::forward(request.headers_mut(), &prefix, peer);
+    let addresses = Addresses::of(request.headers(), port, prefix);
+    addresses.translate_request(request.headers_mut());
     if let Some(protocol) = &wanted {
         request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         request.headers_mut().insert(UPGRADE, protocol.clone());
@@ -62,6 +65,9 @@ pub(super) async fn relay(
     *request.version_mut() = axum::http::Version::HTTP_11;
 
     let mut response = ask(state, &used, port, request).await?;
+    // An application may speak an earlier one; the connection to the client does not.
+    *response.version_mut() = axum::http::Version::HTTP_11;
+    addresses.translate_answer(response.headers_mut());
     if changes_protocol(&response) {
         if wanted.is_none() {
             let message = format!("port {port} changed to a protocol that nobody asked for");

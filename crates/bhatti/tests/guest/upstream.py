@@ -28,6 +28,9 @@ class Handler(socketserver.StreamRequestHandler):
             name, value = header.split(":", 1)
             headers.append([name.strip().lower(), value.strip()])
         named = dict(headers)
+        if path.startswith("/early"):
+            self.answer(b"too large", status="413 Content Too Large")
+            return False
         body = self.body(named)
         route = path.split("?")[0].split("/")[1]
         return getattr(self, "do_" + (route or "echo"), self.do_echo)(method, path, headers, named, body)
@@ -65,6 +68,14 @@ class Handler(socketserver.StreamRequestHandler):
 
     def do_status(self, method, path, headers, named, body):
         return self.answer(b"teapot", status="418 I'm a teapot")
+
+    def do_redirect(self, *_):
+        extra = f"Location: http://localhost:{sys.argv[1]}/x?y\r\nRefresh: 3; url=/z\r\n"
+        return self.answer(b"", status="302 Found", extra=extra + "Set-Cookie: a=b; Path=/; Domain=sb.test\r\n")
+
+    def do_old(self, *_):
+        self.send("HTTP/1.0 200 OK\r\n\r\nold")
+        return False
 
     def do_events(self, *_):
         self.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: first\n\n")
