@@ -38,6 +38,9 @@ pub struct ExecRequest {
     /// Standard input; empty if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
+    /// Standard input that need not be text, as base64 with padding (RFC 4648, 4), instead of `stdin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdin_base64: Option<String>,
     /// Who it runs as, a name or a number; the image's usual user if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
@@ -54,7 +57,7 @@ pub struct ExecRequest {
 pub struct Job {
     /// Its id.
     pub id: String,
-    /// The command, joined by single spaces.
+    /// The command, joined by single spaces. Of a long one, its beginning and `…`.
     pub cmd: String,
     /// Whether it runs.
     pub running: bool,

@@ -125,7 +125,7 @@ pub struct AgentError {
 pub struct SessionInfo {
     /// Its id.
     pub session_id: String,
-    /// Its command, joined by single spaces.
+    /// Its command, joined by single spaces. Of a long one, its beginning and `…`.
     pub argv: String,
     /// Whether it has a terminal.
     pub tty: bool,
@@ -196,6 +196,9 @@ pub enum GuestEvent {
         pid: u32,
         /// The process's name.
         name: String,
+        /// The cgroup that it was in, as a path in the guest's tree. Optional, new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cgroup: Option<String>,
     },
 }
 

@@ -537,7 +537,7 @@ impl From<CallError> for ApiError {
                 Self::new(ErrorCode::BodyTooLarge, "the command with its environment is too long")
             }
             CallError::Silent { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
-                .hint("the guest may be out of memory or halted; destroy it and create another: bhatti destroy NAME"),
+                .hint("the guest may be out of memory or halted; boot it again from its disk, without its processes: bhatti stop NAME, then bhatti start --cold-boot NAME"),
             CallError::Busy { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
                 .hint("try again when less runs in it"),
             CallError::TooMuch { .. } => Self::new(ErrorCode::OutputTooLarge, error.to_string()),

@@ -31,6 +31,7 @@ use crate::Shared;
 use crate::access::{Access, Entry, Lease, Running};
 use crate::admission::Busy;
 use crate::breaker::Breaker;
+use crate::guest_events::{Listener, Source};
 use crate::networks::NetworkError;
 use crate::steps::Step;
 use crate::volumes::{MadeFrom, VolumeUseError};
@@ -227,6 +228,7 @@ pub(crate) struct Driver {
     pub(crate) shared: Arc<Shared>,
     pub(crate) access: Arc<Access>,
     pub(crate) breaker: Breaker,
+    listener: Listener,
     requests: mpsc::Receiver<Request>,
 }
 
@@ -247,6 +249,7 @@ impl Driver {
             shared: Arc::clone(shared),
             access,
             breaker: Breaker::default(),
+            listener: Listener::default(),
             requests: waiting,
         }
     }
@@ -274,10 +277,22 @@ impl Driver {
     /// The sandbox's VM runs, and its guest is its own.
     pub(crate) fn running(&self, running: Running) -> Result<(), StoreError> {
         self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
+        self.listen(&running);
         self.access.set_vm(Some(running), Thermal::Hot);
         self.access.set_state(SandboxState::Running);
         self.access.touch();
         Ok(())
+    }
+
+    /// Has what the guest tells of itself be recorded.
+    pub(crate) fn listen(&self, running: &Running) {
+        let source = Source {
+            sandbox: self.id,
+            owner: self.owner,
+            store: Arc::clone(&self.shared.store),
+            events: Arc::clone(&self.shared.events),
+        };
+        self.listener.listen(source, running);
     }
 
     /// The sandbox never came to be: nobody is to find it.

@@ -12,6 +12,7 @@ mod create;
 mod driver;
 mod events;
 mod fork;
+mod guest_events;
 mod identity;
 mod metrics;
 mod networks;
@@ -136,7 +137,7 @@ pub(crate) struct Shared {
     pub(crate) admission: Admission,
     pub(crate) templates: Templates,
     pub(crate) spares: Spares,
-    pub(crate) events: Events,
+    pub(crate) events: Arc<Events>,
     pub(crate) metrics: Metrics,
     /// Held by work on volumes, which the end of the daemon waits for.
     pub(crate) volume_work: tokio::sync::RwLock<()>,
@@ -219,7 +220,7 @@ impl Supervisor {
         let admission = Admission::new(config.memory_budget_mib, engine.capabilities().vmm_mib);
         let templates = Templates::new(config.templates_dir.clone(), config.templates_bytes);
         let (registry, spares) = (Registry::default(), Spares::default());
-        let events = Events::new(Arc::clone(&store));
+        let events = Arc::new(Events::new(Arc::clone(&store)));
         Self {
             shared: Arc::new(Shared {
                 config,

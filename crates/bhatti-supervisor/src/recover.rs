@@ -290,6 +290,7 @@ async fn take_up_running(driver: &Driver, running: Running) {
     driver.access.set_vm(Some(running.clone()), thermal);
     if thermal == Thermal::Hot {
         driver.tell_woken(&running).await;
+        driver.listen(&running);
         driver.forget_consumed().await;
     }
 }

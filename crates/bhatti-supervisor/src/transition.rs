@@ -285,6 +285,7 @@ impl Driver {
         self.reached(Step::Resumed).await;
         self.forget_consumed().await;
         self.tell_woken(running).await;
+        self.listen(running);
         self.access.set_thermal(Thermal::Hot);
         self.access.touch();
         Ok(())

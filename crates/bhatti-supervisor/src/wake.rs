@@ -84,6 +84,7 @@ impl Driver {
         let running = Running::new(vm, &self.token, admitted);
         self.access.set_vm(Some(running.clone()), Thermal::Warm);
         self.tell_woken(&running).await;
+        self.listen(&running);
         self.access.set_thermal(Thermal::Hot);
         self.access.touch();
         self.forget_consumed().await;

@@ -190,6 +190,11 @@ async fn command_has_its_user_and_its_time() {
         .exec("dev", json!({ "cmd": ["sh", "-c", "echo begun; sleep 100"], "timeout_sec": 1 }))
         .await;
     assert_eq!((&slow["exit_code"], &slow["stdout"]), (&json!(124), &json!("begun\n")));
+    let long = "AP+A".repeat(100_000);
+    for bytes in ["AP+A", &long] {
+        let read = api.exec("dev", json!({ "cmd": ["cat"], "stdin_base64": bytes })).await;
+        assert!(read["stdout_base64"] == bytes, "{} bytes", bytes.len());
+    }
     let lines = [("accept", "application/x-ndjson")];
     let body = r#"{"cmd":["sleep","100"],"timeout_sec":1}"#;
     let streamed = api.send("POST", "/sandboxes/dev/exec", &lines, body).await;
@@ -198,6 +203,9 @@ async fn command_has_its_user_and_its_time() {
         (json!({ "cmd": ["id"], "user": "nobody-here" }), "bad_request"),
         (json!({ "cmd": ["id"], "timeout_sec": 0 }), "bad_request"),
         (json!({ "cmd": ["id"], "detach": true, "stdin": "x" }), "bad_request"),
+        (json!({ "cmd": ["id"], "detach": true, "stdin_base64": "eA==" }), "bad_request"),
+        (json!({ "cmd": ["cat"], "stdin": "x", "stdin_base64": "eA==" }), "bad_request"),
+        (json!({ "cmd": ["cat"], "stdin_base64": "eA" }), "bad_request"),
         (json!({ "cmd": ["/no/such"], "detach": true }), "command_not_found"),
         (json!({ "cmd": ["id"], "tty": true }), "bad_request"),
     ] {

@@ -90,6 +90,16 @@ async fn sandbox_lives_its_life_on_the_command_line() {
 }
 
 async fn stdin_and_signals_reach_the_command(daemon: &TestDaemon) {
+    // What a loop reads is left to the loop.
+    let mut none = daemon.cli(&["exec", "-n", "dev", "--", "sh", "-c", "cat; echo end"]);
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let none = none.stdin(std::os::fd::OwnedFd::from(ours)).output();
+    let none = tokio::time::timeout(bhatti_testkit::LIMIT, none)
+        .await
+        .expect("it has no input to wait for")
+        .unwrap();
+    assert_eq!(none.stdout, b"end\n");
+
     let mut cat = daemon.cli(&["exec", "dev", "--", "cat"]);
     let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     cat.stdin.take().unwrap().write_all(b"\0\xff from here").await.unwrap();

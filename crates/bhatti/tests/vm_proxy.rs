@@ -214,6 +214,27 @@ async fn websockets_pass_and_keep_the_sandbox_hot() {
     drop(daemon);
 }
 
+/// Its own pages are no stranger's, and its redirects and cookies lead back to it.
+async fn application_is_at_its_own_address(public: &Api, port: u16) {
+    let own = format!("http://web.sb.test:{port}");
+    let headers = [("host", &own["http://".len()..]), ("origin", own.as_str())];
+    let echo = public.send("POST", "/a", &headers, "").await.json();
+    assert_eq!(
+        arrived(&echo, "origin"),
+        format!("http://{}", arrived(&echo, "host").as_str().unwrap())
+    );
+    assert_eq!(arrived(&echo, "x-forwarded-host"), Value::Null);
+    for (host, path, location, cookie) in [
+        ("web.sb.test", "/redirect", "/x?y", "a=b; Path=/"),
+        ("127.0.0.1", "/web/redirect", "/web/x?y", "a=b; Path=/web/"),
+    ] {
+        let answer = public.send("GET", path, &[("host", host)], "").await;
+        assert_eq!(answer.headers["location"], location);
+        assert_eq!(answer.headers["set-cookie"], cookie);
+    }
+    assert_eq!(public.get("/web/old").await.text(), "old");
+}
+
 #[tokio::test]
 async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
     let config = "public_listen: 127.0.0.1:0\npublic_zone: sb.test\n";
@@ -272,24 +293,7 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
         assert_eq!(arrived(&by_name, "x-forwarded-host"), host);
         assert_eq!(arrived(&by_name, "x-forwarded-for"), "1.2.3.4, 127.0.0.1");
     }
-    // Its own pages are no stranger's, and its redirects and cookies lead back to it.
-    let own = format!("http://web.sb.test:{port}");
-    let headers = [("host", &own["http://".len()..]), ("origin", own.as_str())];
-    let echo = public.send("POST", "/a", &headers, "").await.json();
-    assert_eq!(
-        arrived(&echo, "origin"),
-        format!("http://{}", arrived(&echo, "host").as_str().unwrap())
-    );
-    assert_eq!(arrived(&echo, "x-forwarded-host"), Value::Null);
-    for (host, path, location, cookie) in [
-        ("web.sb.test", "/redirect", "/x?y", "a=b; Path=/"),
-        ("127.0.0.1", "/web/redirect", "/web/x?y", "a=b; Path=/web/"),
-    ] {
-        let answer = public.send("GET", path, &[("host", host)], "").await;
-        assert_eq!(answer.headers["location"], location);
-        assert_eq!(answer.headers["set-cookie"], cookie);
-    }
-    assert_eq!(public.get("/web/old").await.text(), "old");
+    application_is_at_its_own_address(&public, port).await;
     let mut socket = public.websocket("/web/ws", &[]).await.unwrap();
     assert_eq!(message(&mut socket).await, Some(Message::text("early")));
     drop(socket);

@@ -6,8 +6,8 @@ use std::fs;
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use bhatti_api::{CreateSandbox, CreateUser, ErrorCode};
-use bhatti_client::{Client, ClientError, CommandEvent};
+use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, StartSandbox};
+use bhatti_client::{Client, ClientError, CommandEvent, EventFilter};
 use bhatti_testkit::{
     Api, Feature, LIMIT, Ran, Serve, TestDaemon, code_of, collect, engine, json_message,
     kill_process, named, needs, replace, run, shell, start, vmm_pid, wait_for,
@@ -429,4 +429,39 @@ async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refuse
     daemon.serve().await;
     let sandbox = daemon.client.inspect("dev").await.unwrap();
     assert_eq!(sandbox.status, "running", "it was left alone");
+}
+
+#[tokio::test]
+async fn process_that_is_killed_for_want_of_memory_is_an_event_in_every_life() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    client.create(&named("dev")).await.unwrap();
+    let greedy = ["python3", "-c", "kept = [bytearray(1 << 24) for _ in range(10000)]"];
+    let kills = async || {
+        let filter =
+            EventFilter { kind: Some("sandbox.oom_kill".into()), ..EventFilter::default() };
+        client.list_events(&filter).await.unwrap()
+    };
+
+    for life in 1..=2 {
+        let killed = run(client, "dev", &greedy).await.unwrap();
+        assert_eq!(killed.code, 137, "{killed:?}");
+        let recorded = async { while kills().await.len() < life {} };
+        timeout(LIMIT, recorded).await.expect("the kill is an event");
+        let events = kills().await;
+        let (last, detail) = (&events[life - 1], &events[life - 1].detail);
+        assert_eq!(
+            (last.sandbox_name.as_deref(), &detail["name"]),
+            (Some("dev"), &"python3".into())
+        );
+        assert!(detail["pid"].as_u64().unwrap() > 1);
+        assert!(detail["cgroup"].as_str().unwrap().starts_with("/user"), "{detail}");
+        if needs(Feature::SavedMemory) {
+            client.stop("dev").await.unwrap();
+            client.start("dev", &StartSandbox::default()).await.unwrap();
+        }
+    }
 }

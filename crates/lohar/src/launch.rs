@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest};
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{Gid, Mode, OFlags, fchown, open};
 use rustix::io::write;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{ioctl_tiocsctty, setpgid, setsid};
@@ -81,10 +81,18 @@ pub(crate) fn on_terminal(agent: &Agent, request: &ExecRequest) -> Result<OnTerm
     let command = Command::find(agent, request)?;
     let (master, slave) = open_terminal(request.rows.unwrap_or(24), request.cols.unwrap_or(80))
         .map_err(|error| other(format!("pty: {}", errno_text(&error))))?;
+    if let Some(user) = &command.user {
+        // Programs open their terminal by its name, too: screen, and gpg for a passphrase.
+        let owned = fchown(&slave, Some(user.uid), Some(Gid::from_raw(TTY_GID)));
+        owned.map_err(|error| other(format!("pty: {}", errno_text(&error.into()))))?;
+    }
     let stdio = [slave.as_fd(); 3];
     let (processes, exit) = command.start(agent, stdio, Attachment::Terminal, Confinement::Own)?;
     Ok(OnTerminal { processes, exit, master })
 }
+
+/// The group `tty`, which may write to terminals: `gid=5` of devpts.
+const TTY_GID: u32 = 5;
 
 fn open_terminal(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;

@@ -66,11 +66,12 @@ async fn try_report_kills(agent: &Agent) -> io::Result<()> {
     seek(&kernel_log, SeekFrom::End(0))?;
     let kernel_log = watch(kernel_log, Interest::READABLE)?;
     let mut record = vec![0; RECORD_BYTES];
+    let mut kills = Kills::default();
     loop {
         let mut ready = kernel_log.readable().await?;
         match read(kernel_log.get_ref(), &mut record) {
             Ok(length) => {
-                if let Some(event) = parse_kill(&String::from_utf8_lossy(&record[..length])) {
+                if let Some(event) = kills.read(&String::from_utf8_lossy(&record[..length])) {
                     // Without a listener nobody wants to know.
                     drop(agent.events.send(event));
                 }
@@ -87,13 +88,38 @@ fn read(kernel_log: &OwnedFd, record: &mut [u8]) -> rustix::io::Result<usize> {
     rustix::io::read(kernel_log, record)
 }
 
-/// The kill that a record tells of: `… Killed process 123 (name) …`.
-fn parse_kill(record: &str) -> Option<GuestEvent> {
-    let (_, rest) = record.split_once("Killed process ")?;
-    let (pid, rest) = rest.split_once(" (")?;
-    // A name may hold parentheses of its own; what follows it does not.
-    let (name, _) = rest.rsplit_once(") ").or_else(|| rest.rsplit_once("),"))?;
-    Some(GuestEvent::OomKill { pid: pid.parse().ok()?, name: name.to_owned() })
+/// The kernel tells of a kill in two records: `oom-kill:…,task_memcg=/user/x,task=name,pid=123,uid=0` and
+/// `… Killed process 123 (name) …` (`dump_oom_summary` and `__oom_kill_process` of mm/oom_kill.c, Linux 6.1).
+#[derive(Default)]
+struct Kills {
+    /// The process that the last record of the first kind was about, and its cgroup.
+    chosen: Option<(u32, String)>,
+}
+
+impl Kills {
+    /// Reads a record. Returns the kill that it tells of.
+    fn read(&mut self, record: &str) -> Option<GuestEvent> {
+        if let Some((_, rest)) = record.split_once("oom-kill:") {
+            self.chosen = parse_chosen(rest);
+            return None;
+        }
+        let (_, rest) = record.split_once("Killed process ")?;
+        let (pid, rest) = rest.split_once(" (")?;
+        let pid = pid.parse().ok()?;
+        // A name may hold parentheses of its own; what follows it does not.
+        let (name, _) = rest.rsplit_once(") ").or_else(|| rest.rsplit_once("),"))?;
+        let chosen = self.chosen.as_ref().filter(|(chosen, _)| *chosen == pid);
+        let cgroup = chosen.map(|(_, cgroup)| cgroup.clone());
+        Some(GuestEvent::OomKill { pid, name: name.to_owned(), cgroup })
+    }
+}
+
+fn parse_chosen(record: &str) -> Option<(u32, String)> {
+    let (_, rest) = record.split_once(",task_memcg=")?;
+    let (cgroup, rest) = rest.split_once(",task=")?;
+    let (_, pid) = rest.rsplit_once(",pid=")?;
+    let pid = pid.split(',').next()?.parse().ok()?;
+    Some((pid, cgroup.to_owned()))
 }
 
 #[cfg(test)]
@@ -102,10 +128,17 @@ mod tests {
 
     #[test]
     fn kill_is_read_out_of_the_kernels_words() {
+        let mut kills = Kills::default();
+        let chosen = "6,1020,8235710,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/user,task_memcg=/user/exec-7,task=my (odd) name,pid=213,uid=0\n";
         let record = "3,1021,8235711,-;Memory cgroup out of memory: Killed process 213 (my (odd) name) total-vm:9kB, anon-rss:1kB\n";
 
-        let kill = GuestEvent::OomKill { pid: 213, name: "my (odd) name".to_owned() };
-        assert_eq!(parse_kill(record), Some(kill));
-        assert_eq!(parse_kill("6,1,2,-;random: crng reseeded\n"), None);
+        let kill = |cgroup: Option<&str>| {
+            let (name, cgroup) = ("my (odd) name".to_owned(), cgroup.map(str::to_owned));
+            Some(GuestEvent::OomKill { pid: 213, name, cgroup })
+        };
+        assert_eq!(kills.read(record), kill(None));
+        assert_eq!(kills.read(chosen), None);
+        assert_eq!(kills.read("6,1,2,-;random: crng reseeded\n"), None);
+        assert_eq!(kills.read(record), kill(Some("/user/exec-7")));
     }
 }

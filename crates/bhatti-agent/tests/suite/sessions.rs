@@ -78,6 +78,37 @@ async fn terminal_relays_and_ends_with_its_process() {
 }
 
 #[tokio::test]
+async fn terminal_belongs_to_its_user() {
+    if !bhatti_testkit::is_root() {
+        bhatti_testkit::skip("terminals of other users", "only root may give a terminal away");
+        return;
+    }
+    let agent = Agent::start().await;
+    let script = "exec 3<>$(tty) && stat -Lc 'owner %u %g' /proc/self/fd/3; cd /";
+    let request = ExecRequest { user: Some("1234".into()), ..terminal(script) };
+
+    let (_info, _input, mut output) = agent.client.create_session(request).await.unwrap();
+
+    read_until(&mut output, "owner 1234 5").await;
+}
+
+#[tokio::test]
+async fn sessions_are_listed_however_long_their_commands_are() {
+    let agent = Agent::start().await;
+    let long = ": \u{1}\u{1}".repeat(20_000);
+    for _ in 0..60 {
+        agent.client.create_detached(shell(&long)).await.unwrap();
+    }
+
+    let sessions = agent.client.list_sessions().await.unwrap();
+
+    assert_eq!(sessions.len(), 60);
+    for SessionInfo { argv, .. } in sessions {
+        assert!(argv.len() < 1100 && argv.starts_with("sh -c : \u{1}") && argv.ends_with('…'));
+    }
+}
+
+#[tokio::test]
 async fn terminal_has_the_size_that_it_was_given() {
     let agent = Agent::start().await;
     let request = ExecRequest {

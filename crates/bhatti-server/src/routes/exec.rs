@@ -9,6 +9,8 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use bhatti_agent::{CallError, ExecInput, ExecOutput};
 use bhatti_api::{ErrorCode, ExecEvent, ExecRequest, ExecResult, Output, TIMED_OUT};
 use bhatti_types::{Environment, UserId};
@@ -46,7 +48,9 @@ pub(crate) async fn run(
     headers: HeaderMap,
     ApiJson(request): ApiJson<ExecRequest>,
 ) -> Result<Response, ApiError> {
-    let ExecRequest { cmd, env, cwd, stdin, user, timeout_sec, detach } = request;
+    let ExecRequest { cmd, env, cwd, stdin, stdin_base64, user, timeout_sec, detach } = request;
+    let has_stdin = stdin.is_some() || stdin_base64.is_some();
+    let stdin = read_stdin(stdin, stdin_base64);
     let exec = match agent_request(Command { cmd, env, cwd, user, timeout_sec }) {
         Ok(exec) => exec,
         Err(error) => {
@@ -56,19 +60,16 @@ pub(crate) async fn run(
         }
     };
     if detach {
-        if stdin.is_some() {
+        if has_stdin {
             return Err(ApiError::new(ErrorCode::BadRequest, "a job has no stdin")
                 .hint("write its input into a file first, or run it without detach"));
         }
         return start_job(&state, owner, &called, exec).await;
     }
-    let stdin = stdin.unwrap_or_default();
-    let (at_hand, rest) = if stdin.len() <= SHORT_INPUT_BYTES {
-        (Some(stdin.as_bytes()), None)
-    } else {
-        (None, Some(stdin.clone()))
-    };
-    let (input, output) = state.supervisor.exec(owner, &called, exec, at_hand).await?;
+    let stdin = stdin?;
+    let (at_hand, rest) =
+        if stdin.len() <= SHORT_INPUT_BYTES { (Some(stdin), None) } else { (None, Some(stdin)) };
+    let (input, output) = state.supervisor.exec(owner, &called, exec, at_hand.as_deref()).await?;
     if accepts(&headers, NDJSON) {
         return Ok(lines(input, output, rest));
     }
@@ -83,6 +84,21 @@ pub(crate) async fn run(
         () = feed_on => return Err(ApiError::new(ErrorCode::Internal, "the input ended the command")),
     };
     Ok(exec_answer(collected?, part))
+}
+
+/// What a command is to read.
+fn read_stdin(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, ApiError> {
+    match (text, base64) {
+        (text, None) => Ok(text.unwrap_or_default().into_bytes()),
+        (None, Some(base64)) => STANDARD.decode(base64).map_err(|error| {
+            let message = format!("stdin_base64 is not base64 with padding: {error}");
+            ApiError::new(ErrorCode::BadRequest, message)
+        }),
+        (Some(_), Some(_)) => {
+            let message = "stdin and stdin_base64 are both given";
+            Err(ApiError::new(ErrorCode::BadRequest, message).hint("leave one of them out"))
+        }
+    }
 }
 
 /// Starts a command that runs on without a client.
@@ -125,9 +141,9 @@ pub(crate) fn agent_request(command: Command) -> Result<bhatti_proto::ExecReques
 }
 
 /// Feeds the command what it has not been given yet. One that has closed its input, or is gone, says so on its output.
-async fn feed(mut input: ExecInput, rest: Option<String>) -> ExecInput {
+async fn feed(mut input: ExecInput, rest: Option<Vec<u8>>) -> ExecInput {
     if let Some(stdin) = rest
-        && input.write(stdin.as_bytes()).await.is_ok()
+        && input.write(&stdin).await.is_ok()
     {
         drop(input.end().await);
     }
@@ -171,7 +187,7 @@ fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
 }
 
 /// A response that grows a line with each event. A client that goes away takes the command with it.
-fn lines(input: ExecInput, output: ExecOutput, rest: Option<String>) -> Response {
+fn lines(input: ExecInput, output: ExecOutput, rest: Option<Vec<u8>>) -> Response {
     let feeding = Box::pin(feed(input, rest));
     let state = Lines {
         feeding: Some(feeding),

@@ -47,6 +47,9 @@ pub(crate) struct Exec {
     /// Pass standard input on, as is done without it, too: for the habit of `-it`
     #[arg(short, long, conflicts_with = "detach")]
     interactive: bool,
+    /// Give it no standard input: in a loop over lines, it would read them away
+    #[arg(short = 'n', long, conflicts_with_all = ["detach", "interactive", "tty"])]
+    no_stdin: bool,
     /// Give it a terminal; Ctrl+\ leaves it, and it goes on
     #[arg(short, long, conflicts_with = "detach")]
     tty: bool,
@@ -59,8 +62,18 @@ pub(crate) struct Exec {
 }
 
 pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
-    let Exec { sandbox, env, workdir, user, timeout, interactive: _, tty, detach, command } =
-        arguments;
+    let Exec {
+        sandbox,
+        env,
+        workdir,
+        user,
+        timeout,
+        interactive: _,
+        no_stdin,
+        tty,
+        detach,
+        command,
+    } = arguments;
     if detach {
         let request = ExecRequest {
             cmd: command,
@@ -70,6 +83,7 @@ pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
             timeout_sec: timeout,
             detach: true,
             stdin: None,
+            stdin_base64: None,
         };
         return start_job(context, &sandbox, &request).await.map_err(CliError::of_exec);
     }
@@ -92,7 +106,7 @@ pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
         user,
         timeout_sec: timeout,
     };
-    stream(context, &sandbox, &start).await
+    stream(context, &sandbox, &start, Stdin { passed_on: !no_stdin }).await
 }
 
 async fn start_job(
@@ -116,14 +130,22 @@ pub(super) async fn stream(
     context: &Context,
     sandbox: &str,
     start: &StreamRequest,
+    stdin: Stdin,
 ) -> Result<ExitCode, CliError> {
-    run_command(context, sandbox, start).await.map_err(CliError::of_exec)
+    run_command(context, sandbox, start, stdin).await.map_err(CliError::of_exec)
+}
+
+/// What becomes of our standard input.
+pub(super) struct Stdin {
+    /// Whether the command gets it.
+    pub(super) passed_on: bool,
 }
 
 async fn run_command(
     context: &Context,
     sandbox: &str,
     start: &StreamRequest,
+    stdin: Stdin,
 ) -> Result<ExitCode, CliError> {
     let start = async |id: &str| context.client.start_command(id, start).await;
     let (input, output) = context.change(sandbox, start).await?;
@@ -131,7 +153,7 @@ async fn run_command(
         code = async {
             if context.output.json { print_json(context, output).await } else { print(output).await }
         } => code?,
-        error = feed(input) => return Err(error),
+        error = feed(input, stdin) => return Err(error),
     };
     Ok(exit_code(code))
 }
@@ -179,14 +201,17 @@ fn write(stream: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Passes standard input and signals on. Ends only with an error of our own: if the connection breaks, the output tells.
-async fn feed(mut input: CommandInput) -> CliError {
+async fn feed(mut input: CommandInput, Stdin { passed_on }: Stdin) -> CliError {
     let mut signals = match FORWARDED.map(signal).into_iter().collect::<io::Result<Vec<Signal>>>() {
         Ok(signals) => signals,
         Err(error) => return error.into(),
     };
     let mut stdin = tokio::io::stdin();
-    let (mut buffer, mut unsent, mut stdin_open) = (vec![0; MESSAGE_BYTES_MAX], 0, true);
+    let (mut buffer, mut unsent, mut stdin_open) = (vec![0; MESSAGE_BYTES_MAX], 0, passed_on);
     let mut recent = VecDeque::new();
+    if !passed_on && input.end().await.is_err() {
+        return std::future::pending().await;
+    }
     loop {
         let sent = tokio::select! {
             number = next_signal(&mut signals, &FORWARDED) => {

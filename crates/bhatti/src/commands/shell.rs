@@ -49,7 +49,7 @@ pub(super) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode,
             user,
             timeout_sec: None,
         };
-        return exec::stream(context, &sandbox, &start).await;
+        return exec::stream(context, &sandbox, &start, exec::Stdin { passed_on: true }).await;
     }
     // What is asked of a new terminal is no use to an old one.
     let new = new || !env.is_empty() || workdir.is_some() || user.is_some();

@@ -24,6 +24,9 @@ use crate::refusal::{OpError, kind_of, refused};
 use crate::ring::Ring;
 use crate::watched::watch;
 
+/// The most of a command that is listed, in bytes. With six bytes of JSON for each, 128 sessions have 768 KiB.
+const LISTED_BYTES_MAX: usize = 1024;
+
 /// Serves an `EXEC_REQ` for a new session: with a terminal, or without one for a session that was asked for.
 pub(crate) async fn serve_create<T: Transport>(
     agent: &Rc<Agent>,
@@ -111,6 +114,17 @@ fn start_job(
     ))
 }
 
+/// A command as it is listed: joined by single spaces, and its beginning if it is long. A list of all sessions has to fit in one frame.
+fn listed(argv: &[String]) -> String {
+    let mut listed = argv.join(" ");
+    if listed.len() > LISTED_BYTES_MAX {
+        listed.truncate(listed.floor_char_boundary(LISTED_BYTES_MAX));
+        listed.push('…');
+        listed.shrink_to_fit();
+    }
+    listed
+}
+
 struct Begin {
     id: String,
     terminal: Option<pump::Terminal>,
@@ -127,7 +141,7 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
     let stdin = (!request.detach || terminal.is_some()).then_some(stdin);
     let session = Rc::new(Session {
         id,
-        argv: request.argv.join(" "),
+        argv: listed(&request.argv),
         terminal,
         created_at: unix_now(),
         processes,
