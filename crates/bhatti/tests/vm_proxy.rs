@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
-use bhatti_testkit::{Api, Feature, TestDaemon, engine_has, json_message, message, wait_for};
+use bhatti_testkit::{
+    Answer, Api, Feature, TestDaemon, engine_has, json_message, message, wait_for,
+};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -67,8 +69,7 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
     }
     assert_eq!(answer.headers["x-end"], "1");
     // A page of it is none of the API's origin.
-    let policy = answer.headers["content-security-policy"].to_str().unwrap();
-    assert!(policy.starts_with("sandbox ") && !policy.contains("allow-same-origin"), "{policy}");
+    is_confined(&answer);
 
     // Every method; a body with HEAD there is none.
     for method in ["PUT", "PATCH", "DELETE", "OPTIONS"] {
@@ -214,6 +215,12 @@ async fn websockets_pass_and_keep_the_sandbox_hot() {
     drop(daemon);
 }
 
+/// A page with such headers has an origin of its own.
+fn is_confined(answer: &Answer) {
+    let policy = answer.headers["content-security-policy"].to_str().unwrap();
+    assert!(policy.starts_with("sandbox ") && !policy.contains("allow-same-origin"), "{policy}");
+}
+
 /// Its own pages are no stranger's, and its redirects and cookies lead back to it.
 async fn application_is_at_its_own_address(public: &Api, port: u16) {
     let own = format!("http://web.sb.test:{port}");
@@ -270,8 +277,7 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
 
     let answer = public.get("/web/a/b?c").await;
     // All that are reached by path have one host name, and so are no page of each other's origin.
-    let policy = answer.headers["content-security-policy"].to_str().unwrap();
-    assert!(policy.starts_with("sandbox ") && !policy.contains("allow-same-origin"), "{policy}");
+    is_confined(&answer);
     let by_path = answer.json();
     assert_eq!(
         (&by_path["path"], arrived(&by_path, "x-forwarded-prefix")),
