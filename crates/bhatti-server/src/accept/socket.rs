@@ -19,6 +19,9 @@ use tokio::time::sleep;
 /// How long what a peer has sent before it closed its side may take to be passed on.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long that may take if the peer has gone, and so is told nothing any more. What it sent is in the socket all the same.
+const GONE_LIMIT: Duration = Duration::from_secs(5);
+
 /// A socket that others may look at.
 #[derive(Debug)]
 pub(crate) enum Stream {
@@ -144,17 +147,20 @@ enum Side {
     Closed,
     /// It is gone.
     Gone,
+    /// The connection is closed on our side, too.
+    Over,
 }
 
 impl PeerSocket {
-    /// Resolves when the peer has gone, or [`DRAIN_LIMIT`] after it has closed its side. Never resolves if the connection cannot be looked at.
+    /// Resolves [`GONE_LIMIT`] after the peer has gone, or [`DRAIN_LIMIT`] after it has closed its side. Never resolves if the connection cannot be looked at.
     ///
     /// # Cancel safety
     ///
     /// Cancel safe.
     pub(crate) async fn abandoned(&self) {
         match self.wait_for_end().await {
-            Ok(Side::Gone) => {}
+            Ok(Side::Over) => {}
+            Ok(Side::Gone) => sleep(GONE_LIMIT).await,
             Ok(_) => sleep(DRAIN_LIMIT).await,
             Err(_) => std::future::pending().await,
         }
@@ -164,7 +170,7 @@ impl PeerSocket {
         // Registered on its own: the connection's own readiness is the reader's.
         let descriptor: OwnedFd = match self.0.upgrade() {
             Some(stream) => stream.as_fd().try_clone_to_owned()?,
-            None => return Ok(Side::Gone),
+            None => return Ok(Side::Over),
         };
         let watched = bhatti_host::socket::watch(descriptor, Interest::READABLE)?;
         loop {
@@ -193,7 +199,7 @@ fn side(socket: &OwnedFd) -> io::Result<Side> {
 #[cfg(test)]
 mod tests {
     use rustix::net::sockopt::set_socket_linger;
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
     use tokio::time::{Instant, timeout};
 
@@ -205,7 +211,7 @@ mod tests {
         (peer, Connection::new(Stream::Tcp(listener.accept().await.unwrap().0)))
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn reset_is_noticed_behind_unread_bytes() {
         let (mut peer, connection) = connected().await;
         let socket = connection.peer();
@@ -215,7 +221,25 @@ mod tests {
         set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
         drop(peer);
 
-        timeout(Duration::from_secs(10), socket.abandoned()).await.unwrap();
+        timeout(DRAIN_LIMIT, socket.abandoned()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_peer_sent_before_it_went_can_be_passed_on() {
+        let (mut peer, ours) = UnixStream::pair().unwrap();
+        let mut connection = Connection::new(Stream::Unix(ours));
+        let socket = connection.peer();
+        // It has not read what it was sent.
+        connection.write_all(b"output").await.unwrap();
+        peer.write_all(b"input").await.unwrap();
+        drop(peer);
+
+        let began = Instant::now();
+        socket.abandoned().await;
+        assert_eq!(began.elapsed().as_secs(), GONE_LIMIT.as_secs());
+        let mut read = [0; 5];
+        connection.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"input");
     }
 
     #[tokio::test(start_paused = true)]
