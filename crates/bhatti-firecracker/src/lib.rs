@@ -40,6 +40,7 @@ use bhatti_engine::{
     RestoreSpec, Staged, Vm, VmSpec,
 };
 use bhatti_host::process::Followed;
+use bhatti_host::processor;
 use bhatti_types::SandboxId;
 
 use api::State;
@@ -82,10 +83,12 @@ impl FirecrackerEngine {
             );
         }
         let depends_on = format!(
-            "{} kvm {} layout {}",
+            "{} kvm {} layout {} processor {}",
             std::env::consts::ARCH,
             kind_of_program(&program),
-            machine::LAYOUT
+            machine::LAYOUT,
+            // A guest has this machine's own.
+            processor::identity()
         );
         Self { setup: Setup { program, jailer, groups, depends_on } }
     }

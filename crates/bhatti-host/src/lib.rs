@@ -9,6 +9,7 @@ pub mod kvm;
 pub mod memory;
 pub mod namespace;
 pub mod process;
+pub mod processor;
 
 pub mod socket;
 pub mod tap;

@@ -43,7 +43,7 @@ use bhatti_engine::{
     RestoreSpec, Staged, Vm, VmSpec,
 };
 use bhatti_host::process::Followed;
-use bhatti_host::{clock, kvm};
+use bhatti_host::{clock, kvm, processor};
 use bhatti_types::SandboxId;
 use tokio::sync::OnceCell;
 
@@ -75,8 +75,13 @@ impl QemuEngine {
     #[must_use]
     pub fn new(program: PathBuf) -> Self {
         let accelerator = if kvm::check().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg };
+        // Under KVM a guest has this machine's own processor; TCG's is the same everywhere.
+        let processor = match accelerator {
+            Accelerator::Kvm => format!(" processor {}", processor::identity()),
+            Accelerator::Tcg => String::new(),
+        };
         let depends_on = format!(
-            "{} {} {} layout {}",
+            "{} {} {} layout {}{processor}",
             std::env::consts::ARCH,
             accelerator.as_str(),
             kind_of_program(&program),
