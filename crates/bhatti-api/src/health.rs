@@ -19,7 +19,7 @@ pub struct Health {
     pub network: String,
     /// Sandboxes of all users.
     pub sandboxes: u64,
-    /// Sandboxes of an earlier daemon that this one has not taken up yet: requests to them wait.
+    /// Sandboxes of an earlier daemon that this one has not taken up or removed yet: requests to them wait.
     #[serde(default)]
     pub taking_up: u64,
     /// How long the daemon has run, as `2h15m30s`.

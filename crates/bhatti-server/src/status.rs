@@ -68,7 +68,7 @@ impl ApiError {
         if is_full_disk(error) {
             return Self::new(ErrorCode::HostDiskFull, "the disk of the daemon's host is full")
                 .hint(
-                    "nothing was changed; destroy what is not needed, or tell who runs the daemon",
+                    "destroy sandboxes or snapshots that are not needed, or ask the operator for room",
                 );
         }
         Self::new(ErrorCode::Internal, "internal error")

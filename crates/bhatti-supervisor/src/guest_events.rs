@@ -1,6 +1,7 @@
 //! What guests tell of themselves, on record.
 //!
-//! A guest can tell as much as it likes. What it tells is recorded at [`RATE`], and only counted beyond that.
+//! A guest can send as many events as it likes. The daemon records [`BURST`] of them at once and then one in each [`RATE`]. It counts the
+//! others and reads them slowly, so that a guest that floods it waits.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use bhatti_types::{SandboxId, UserId};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use crate::access::Running;
 use crate::events::Events;
@@ -21,6 +22,9 @@ use crate::events::Events;
 /// How many events of a guest are recorded at once, and how long each of them takes to come back.
 const BURST: u32 = 10;
 const RATE: Duration = Duration::from_secs(60);
+
+/// The pause after an event that is only counted.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// The most of a name or a cgroup that is recorded, in characters.
 const TEXT_CHARS_MAX: usize = 128;
@@ -71,6 +75,7 @@ async fn record(source: Source, agent: &AgentClient) {
     while let Ok(event) = events.next().await {
         if !allowance.take() {
             missed += 1;
+            sleep(PAUSE).await;
             continue;
         }
         let (kind, mut detail) = describe(event);

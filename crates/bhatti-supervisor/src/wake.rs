@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bhatti_agent::CallError;
-use bhatti_engine::{Disks, RestoreSpec, VmSpec};
+use bhatti_engine::{BootError, Disks, RestoreSpec, VmSpec};
 use bhatti_store::SandboxRow;
 use bhatti_types::{Denied, Report, Thermal};
 use tokio::time::{Instant, sleep, timeout};
@@ -102,8 +102,8 @@ impl Driver {
         }
     }
 
-    /// Boots the sandbox from its disk, without its memory. What is saved of that is given up only when nothing but the boot itself can fail,
-    /// and is put back if that does: the engine refuses it if the disk was written to.
+    /// Boots the sandbox from its disk, without its memory. The saved memory is given up only when nothing but the boot itself can fail, and
+    /// is put back if no VM was started. Once a guest has run, its disk may be newer than the memory, so the memory is never used again.
     pub(crate) async fn boot_again(&self) -> Result<(), TransitionError> {
         let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
         let files =
@@ -142,7 +142,7 @@ impl Driver {
             }
             Err(error) => {
                 self.end_failed_wake().await;
-                if consumed {
+                if consumed && !guest_may_have_run(&error) {
                     self.saved().put_back().await.map_err(TransitionError::Consume)?;
                 }
                 Err(error)
@@ -206,5 +206,26 @@ impl Driver {
             warn!(sandbox = %self.id, error = %Report(error), "Guest was not told that it has woken");
         }
         told.is_ok()
+    }
+}
+
+/// Whether a boot that failed with `error` may have run the guest.
+const fn guest_may_have_run(error: &TransitionError) -> bool {
+    !matches!(error, TransitionError::Boot(BootError::NotInstalled { .. } | BootError::NoDisk))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn saved_memory_is_kept_only_if_no_guest_ran() {
+        for (error, ran) in [
+            (TransitionError::Boot(BootError::NoDisk), false),
+            (TransitionError::Boot(BootError::Ended { console: String::new() }), true),
+            (TransitionError::Unconfigured(CallError::Lost), true),
+        ] {
+            assert_eq!(guest_may_have_run(&error), ran, "{error}");
+        }
     }
 }

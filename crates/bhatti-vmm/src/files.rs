@@ -79,6 +79,7 @@ pub fn remove_other_memory(directory: &Path, kept: &str) -> io::Result<()> {
     }
     Ok(())
 }
+
 /// Reads a file of at most `limit` bytes.
 ///
 /// # Errors
@@ -94,4 +95,24 @@ pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         ));
     }
     Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_beyond_the_limit_is_refused_and_one_at_the_limit_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        fs::write(&path, [7; 100]).unwrap();
+
+        assert_eq!(read_at_most(&path, 100).unwrap(), [7; 100]);
+        let error = read_at_most(&path, 99).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+
+        // Sparse: it takes no room on the disk, and would take all memory.
+        fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        assert!(read_at_most(&path, 1 << 20).is_err());
+    }
 }

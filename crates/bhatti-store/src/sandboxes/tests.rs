@@ -148,6 +148,30 @@ fn quota_is_kept_whatever_is_asked_at_once() {
 }
 
 #[test]
+fn sandboxes_that_are_only_admitted_leave_nothing_and_are_refused_as_inserts_are() {
+    let (_data, store) = store();
+    let owner = UserId::from_entropy([9; 8]);
+    let quota = Quota { sandboxes: Some(3), ..Quota::USUAL };
+    store.insert_user("other".parse().unwrap(), owner, &[1; 32], quota).unwrap();
+    let wanted = |numbers: &[u8]| {
+        let made = |number: &u8| {
+            let mut new = NewSandbox { owner, ..new(id(*number)) };
+            new.spec.name = format!("s{number}").parse().unwrap();
+            new
+        };
+        numbers.iter().map(made).collect::<Vec<_>>()
+    };
+
+    store.admit_sandboxes(wanted(&[1, 2, 3])).unwrap();
+    let full = store.admit_sandboxes(wanted(&[1, 2, 3, 4])).unwrap_err();
+    let twice = store.admit_sandboxes(wanted(&[1, 1])).unwrap_err();
+
+    assert!(matches!(full, InsertError::Quota(QuotaExceeded::Sandboxes { used: 3, max: 3 })));
+    assert!(matches!(twice, InsertError::NameTaken(_)), "{twice:?}");
+    assert!(store.list_all_sandboxes().unwrap().is_empty());
+}
+
+#[test]
 fn list_is_filtered_by_labels_and_comes_in_pages() {
     let (_data, store) = store();
     for number in 1..=5 {
