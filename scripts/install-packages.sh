@@ -79,6 +79,7 @@ if [ "${1:-}" = test ]; then
     need ping iputils-ping
     need strace strace
     need tmux tmux
+    need mkfs.xfs xfsprogs
     need dockerd docker.io
     need npm npm
     has chromium-browser || need chromium chromium

@@ -30,6 +30,8 @@ if [ $# = 0 ] && [ -S "$DOCKER_SOCK" ]; then
 elif [ $# = 0 ]; then
     echo "SKIPPED: the daemon's tests with engine docker, because no Docker runs here" >>target/skipped.txt
 fi
+# The short form of `make power-loss`.
+run power-loss cargo xtask power-loss --points 60 --starts 6 --seed 1
 run doctests cargo test --release --locked --workspace --doc --quiet
 run console ./scripts/test-console.sh "$data_dir"
 own_network=()

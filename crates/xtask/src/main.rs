@@ -2,13 +2,14 @@
 //!
 //! `cargo xtask tidy` checks what compilers do not; `cargo xtask openapi` writes down the description of the API;
 //! `cargo xtask bench` prints the figures that the project promises, `cargo xtask compare` those of others beside them; `cargo xtask kvm-lab` runs a command on a host with KVM, which it makes
-//! where this one has none.
+//! where this one has none. `cargo xtask power-loss` cuts the power of a recorded daemon at many points.
 #![expect(clippy::print_stdout, reason = "a command line prints")]
 
 mod bench;
 mod compare;
 mod kvm_lab;
 mod openapi;
+mod power_loss;
 mod tidy;
 
 use anyhow::{Result, bail};
@@ -23,6 +24,11 @@ fn main() -> Result<()> {
     {
         std::process::exit(kvm_lab::start(rest)?);
     }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "power-loss"
+    {
+        return power_loss::run(rest);
+    }
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(),
         ["openapi"] => openapi::run(),
@@ -35,7 +41,7 @@ fn main() -> Result<()> {
         ["compare"] => compare::compare(),
         ["bench", only @ ("api" | "files" | "forks")] => bench::run(Some(only)),
         _ => bail!(
-            "usage: cargo xtask tidy | openapi | bench [api | files | forks | base [REVISION] | check [--record]] | compare | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
+            "usage: cargo xtask tidy | openapi | bench [api | files | forks | base [REVISION] | check [--record]] | compare | power-loss [OPTION]... | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
         ),
     }
 }

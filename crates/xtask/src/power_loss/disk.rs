@@ -1,0 +1,177 @@
+//! Disks as files: made, copied, exported as FUSE files, mounted and checked.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, Error, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{run_program, text, wait_until};
+
+/// A file system that a data directory may lie on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileSystem {
+    Ext4,
+    Xfs,
+}
+
+impl FileSystem {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+
+    /// Whether the file system on `disk` is sound. The journal must have been replayed.
+    pub(super) fn is_sound(self, disk: &Path) -> Result<bool> {
+        let command: &[&str] = match self {
+            Self::Ext4 => &["e2fsck", "-fn"],
+            Self::Xfs => &["xfs_repair", "-n", "-f"],
+        };
+        let ran =
+            Command::new(command[0]).args(&command[1..]).arg(disk).output().context(command[0])?;
+        Ok(ran.status.success())
+    }
+}
+
+impl FromStr for FileSystem {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "ext4" => Ok(Self::Ext4),
+            "xfs" => Ok(Self::Xfs),
+            _ => bail!("unknown file system {name}: ext4 or xfs"),
+        }
+    }
+}
+
+/// Makes a sparse disk with an empty file system.
+pub(super) fn make(file_system: FileSystem, disk: &Path, bytes: u64) -> Result<()> {
+    File::create_new(disk)?.set_len(bytes)?;
+    match file_system {
+        FileSystem::Ext4 => run_program("mkfs.ext4", &["-q", "-F", &text(disk)]),
+        FileSystem::Xfs => run_program("mkfs.xfs", &["-q", "-f", &text(disk)]),
+    }
+}
+
+/// Copies a sparse file.
+pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
+    run_program("cp", &["--sparse=always", &text(from), &text(to)])
+}
+
+/// Mounts a disk's file system at `at` in this mount namespace. The mount's end frees the loop device.
+pub(super) fn mount(disk: &Path, at: &Path) -> Result<()> {
+    fs::create_dir_all(at)?;
+    let mut magic = [0; 4];
+    File::open(disk)?.read_exact(&mut magic)?;
+    // Each worker mounts a copy of one disk, and XFS refuses a second one with the same UUID.
+    let options = if magic == *b"XFSB" { "loop,nouuid" } else { "loop" };
+    run_program("mount", &["-o", options, &text(disk), &text(at)])
+}
+
+/// Unmounts the exports that a run below `work` left when it was interrupted.
+pub(super) fn unmount_left_overs(work: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    for point in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
+        if Path::new(point).starts_with(work) {
+            run_program("umount", &["-l", point])?;
+        }
+    }
+    Ok(())
+}
+
+/// A disk that a `qemu-storage-daemon` exports as a file. It ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Export {
+    file: PathBuf,
+    process: Child,
+}
+
+impl Export {
+    /// Exports `disk` at `file` and logs each request to `log`.
+    pub(super) fn logged(file: &Path, disk: &Path, log: &Path) -> Result<Self> {
+        let top = "driver=blklogwrites,node-name=top,file=disk,log=log,log-sector-size=512,\
+                   log-super-update-interval=1";
+        Self::start(file, &[&node("disk", disk, ""), &node("log", log, ""), top])
+    }
+
+    /// Exports at `file` a disk that begins as `base`. What is written goes to the qcow2 file `overlay`, which is made anew.
+    pub(super) fn overlay(file: &Path, base: &Path, overlay: &Path) -> Result<Self> {
+        let backing = text(base);
+        run_program(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &backing, &text(overlay)],
+        )?;
+        let low = node("low", base, ",read-only=on");
+        Self::start(
+            file,
+            &[&low, &node("over", overlay, ""), "driver=qcow2,node-name=top,file=over,backing=low"],
+        )
+    }
+
+    /// Exports the node `top` of these block nodes.
+    fn start(file: &Path, nodes: &[&str]) -> Result<Self> {
+        File::create(file)?;
+        let device = fs::metadata(file)?.dev();
+        // It ends with this program, however this program ends.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "TERM", "qemu-storage-daemon"]);
+        for node in nodes {
+            command.args(["--blockdev", node]);
+        }
+        command
+            .arg("--export")
+            .arg(format!("type=fuse,id=e,node-name=top,mountpoint={},writable=on", file.display()));
+        let process = command.stdin(Stdio::null()).spawn().context("qemu-storage-daemon")?;
+        let mut export = Self { file: file.to_owned(), process };
+        let mut ended = false;
+        let mounted = wait_until(Duration::from_secs(20), || {
+            ended = matches!(export.process.try_wait(), Ok(Some(_)));
+            ended || fs::metadata(file).is_ok_and(|it| it.dev() != device)
+        });
+        ensure!(mounted && !ended, "qemu-storage-daemon did not export {}", file.display());
+        Ok(export)
+    }
+
+    /// Waits until no loop device has the file: a namespace ends before its mounts do.
+    pub(super) fn wait_for_release(&self) -> Result<()> {
+        let released = wait_until(Duration::from_secs(30), || {
+            let devices = Command::new("losetup").arg("-j").arg(&self.file).output();
+            devices.is_ok_and(|it| it.stdout.is_empty())
+        });
+        ensure!(released, "a loop device still has {}", self.file.display());
+        Ok(())
+    }
+
+    /// Waits for the release and ends the export.
+    pub(super) fn close(mut self) -> Result<()> {
+        self.wait_for_release()?;
+        self.end();
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        let _gone_already = kill_process(Pid::from_child(&self.process), Signal::TERM);
+        let _reaped = self.process.wait();
+    }
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        if matches!(self.process.try_wait(), Ok(None)) {
+            self.end();
+        }
+    }
+}
+
+/// A block node over a file. The host's own disk is not flushed: only what the log says counts.
+fn node(name: &str, file: &Path, more: &str) -> String {
+    format!("driver=file,node-name={name},filename={},cache.no-flush=on{more}", file.display())
+}
