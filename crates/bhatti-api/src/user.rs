@@ -16,6 +16,8 @@ pub struct Limits {
     pub max_snapshots: Option<u32>,
     /// Volumes, all together, in MiB.
     pub max_volume_mb: Option<u32>,
+    /// Disk space of the host that sandboxes and snapshots take together, in MiB.
+    pub max_disk_mb: Option<u32>,
 }
 
 /// Makes a user.
@@ -39,6 +41,9 @@ pub struct CreateUser {
     /// How large its volumes may be together, in MiB; 20480 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_volume_mb: Option<u32>,
+    /// Disk space of the host that its sandboxes and snapshots may take together, in MiB; 51200 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_disk_mb: Option<u32>,
 }
 
 /// Changes what a user may have. What is absent stays; what it has already stays, too.
@@ -60,6 +65,9 @@ pub struct UpdateUser {
     /// Volumes, all together, in MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_volume_mb: Option<u32>,
+    /// Disk space of the host that sandboxes and snapshots take together, in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_disk_mb: Option<u32>,
 }
 
 /// A user that was just made, or was given another key. The key is shown this once.

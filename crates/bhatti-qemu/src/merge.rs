@@ -1,5 +1,6 @@
-//! Merges the layers of a disk that was frozen often. Every snapshot that others may stand on leaves one, QEMU keeps each of them open, and a
-//! disk may only have so many.
+//! Merges the layers of a disk. Each snapshot that others may stand on freezes one. QEMU keeps all of them open, so a disk may have only
+//! [`overlay::LAYERS_MAX`]; and a frozen layer keeps its blocks when newer layers have replaced their content and the snapshot is
+//! deleted.
 //!
 //! QEMU copies what the layers between hold into the topmost one (`block-stream`), which stands on the image then:
 //!
@@ -13,6 +14,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,6 +30,8 @@ use crate::vm::QemuVm;
 
 /// From how many layers on they are merged: one that fails leaves room for as many more.
 const MERGE_AT: usize = overlay::LAYERS_MAX / 2;
+/// Layers are merged when that frees more than this part of the disk's size.
+const MERGE_AT_PART: u64 = 4;
 
 /// How long copying may take: who waits for the VM's disk waits for that. What was copied stays so if it takes longer.
 const COPY_LIMIT: Duration = Duration::from_secs(20);
@@ -40,11 +44,20 @@ const COPIED: &str = "pending";
 const CONCLUDED: &str = "concluded";
 
 /// See [`bhatti_engine::Vm::merge_disk`].
-pub(crate) async fn merge_disk(vm: &QemuVm) -> Result<bool, VmmError> {
+pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool, VmmError> {
     settle_jobs(vm).await?;
     let top = vm.machine.lock().disk.clone();
     let layers = overlay::chain(&vm.directory, &top)?;
-    let Some(base) = layers.last().filter(|_| layers.len() >= MERGE_AT) else { return Ok(false) };
+    let Some((base, frozen)) = layers.split_last() else { return Ok(false) };
+    let frozen = Frozen::of(vm, frozen.get(1..).unwrap_or_default())?;
+    let least_bytes = if to_save_space {
+        0
+    } else {
+        overlay::disk_bytes(&vm.directory.join(base))? / MERGE_AT_PART
+    };
+    if layers.len() < MERGE_AT && frozen.freed_bytes() <= least_bytes {
+        return Ok(false);
+    }
     let began = Instant::now();
     let arguments = json!({
         "job-id": top, "device": ROOT_DRIVE, "base": vm.directory.join(base), "backing-file": base,
@@ -62,6 +75,32 @@ pub(crate) async fn merge_disk(vm: &QemuVm) -> Result<bool, VmmError> {
         "Merged the layers of a disk"
     );
     Ok(true)
+}
+
+/// What the layers between the topmost one and the image take of the host's disk, in bytes.
+struct Frozen {
+    /// Layers that only this VM has: their blocks are free once they are merged.
+    own: u64,
+    /// Layers that snapshots or forks have, too.
+    shared: u64,
+}
+
+impl Frozen {
+    fn of(vm: &QemuVm, layers: &[String]) -> io::Result<Self> {
+        let mut frozen = Self { own: 0, shared: 0 };
+        for layer in layers {
+            let file = fs::metadata(vm.directory.join(layer))?;
+            let bytes = file.blocks() * 512;
+            let part = if file.nlink() == 1 { &mut frozen.own } else { &mut frozen.shared };
+            *part += bytes;
+        }
+        Ok(frozen)
+    }
+
+    /// What merging frees at least: the content of every layer, shared ones included, is copied into the topmost one.
+    const fn freed_bytes(&self) -> u64 {
+        self.own.saturating_sub(self.shared)
+    }
 }
 
 /// Waits until everything is copied, and has the topmost layer stand on the image.

@@ -122,7 +122,7 @@ pub(crate) fn is_qcow2(path: &Path) -> bool {
 }
 
 /// The size of the disk in a file.
-fn disk_bytes(path: &Path) -> io::Result<u64> {
+pub(crate) fn disk_bytes(path: &Path) -> io::Result<u64> {
     if !is_qcow2(path) {
         return Ok(fs::metadata(path)?.len());
     }

@@ -247,8 +247,8 @@ impl Vm for QemuVm {
         self.ask("cont", json!({})).await.map(drop)
     }
 
-    async fn merge_disk(&self) -> Result<bool, VmmError> {
-        merge::merge_disk(self).await
+    async fn merge_disk(&self, to_save_space: bool) -> Result<bool, VmmError> {
+        merge::merge_disk(self, to_save_space).await
     }
 
     async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {

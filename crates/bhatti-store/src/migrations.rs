@@ -6,7 +6,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 5] = [
+const STEPS: [&str; 6] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -180,6 +180,11 @@ const STEPS: [&str; 5] = [
     ALTER TABLE snapshots ADD COLUMN volumes TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(volumes));
     ALTER TABLE users ADD COLUMN max_volumes_mib INTEGER DEFAULT 20480 CHECK (max_volumes_mib >= 0);
     UPDATE users SET max_volumes_mib = NULL WHERE id = '0000000000000000';
+",
+    // What sandboxes and snapshots of a user may take of the host's disk.
+    "
+    ALTER TABLE users ADD COLUMN max_disk_mib INTEGER DEFAULT 51200 CHECK (max_disk_mib >= 0);
+    UPDATE users SET max_disk_mib = NULL WHERE id = '0000000000000000';
 ",
 ];
 

@@ -243,6 +243,18 @@ impl Store {
         Ok(found)
     }
 
+    /// The ids of all sandboxes of `owner`, damaged rows included.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_sandbox_ids(&self, owner: UserId) -> Result<Vec<SandboxId>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached("SELECT id FROM sandboxes WHERE owner = ?1")?;
+        let ids = query.query_map([owner.to_string()], |row| row.get::<_, String>(0))?;
+        ids.map(|id| parsed(id?.parse())).collect()
+    }
+
     /// The sandboxes of `owner` that a filter lets through, newest first, without their guests' reports, which are long.
     ///
     /// # Errors

@@ -5,8 +5,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::{Store, StoreError, changed_one, immediate, is_taken, now, parsed};
 
-const COLUMNS: &str =
-    "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots, max_volumes_mib";
+const COLUMNS: &str = "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots, max_volumes_mib, max_disk_mib";
 
 /// A user as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,11 +67,17 @@ impl Store {
         quota: Quota,
     ) -> Result<UserRow, UserInsertError> {
         let row = UserRow { id, name: name.to_string(), created_at: now(), quota };
-        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib } =
-            quota;
+        let Quota {
+            sandboxes,
+            cpus_per_sandbox,
+            memory_mib_per_sandbox,
+            snapshots,
+            volumes_mib,
+            disk_mib,
+        } = quota;
         let inserted = self.connection.lock().execute(
             &format!(
-                "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
+                "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"
             ),
             params![
                 row.id.to_string(),
@@ -83,6 +88,7 @@ impl Store {
                 memory_mib_per_sandbox,
                 snapshots,
                 volumes_mib,
+                disk_mib,
                 key_hash
             ],
         );
@@ -152,12 +158,18 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such user.
     pub fn set_user_quota(&self, id: UserId, quota: Quota) -> Result<(), StoreError> {
-        let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib } =
-            quota;
+        let Quota {
+            sandboxes,
+            cpus_per_sandbox,
+            memory_mib_per_sandbox,
+            snapshots,
+            volumes_mib,
+            disk_mib,
+        } = quota;
         let connection = self.connection.lock();
         let changed = connection.execute(
-            "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5, max_volumes_mib = ?6 WHERE id = ?1",
-            params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib],
+            "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5, max_volumes_mib = ?6, max_disk_mib = ?7 WHERE id = ?1",
+            params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib, disk_mib],
         )?;
         changed_one(changed)
     }
@@ -191,6 +203,17 @@ impl Store {
     }
 }
 
+impl Store {
+    /// What a user may have.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such user.
+    pub fn quota(&self, id: UserId) -> Result<Quota, StoreError> {
+        quota_of(&self.connection.lock(), id)
+    }
+}
+
 /// What a user may have.
 pub(crate) fn quota_of(connection: &Connection, id: UserId) -> Result<Quota, StoreError> {
     let mut query =
@@ -206,6 +229,7 @@ fn quota(row: &Row<'_>) -> rusqlite::Result<Quota> {
         memory_mib_per_sandbox: row.get(5)?,
         snapshots: row.get(6)?,
         volumes_mib: row.get(7)?,
+        disk_mib: row.get(8)?,
     })
 }
 

@@ -23,6 +23,7 @@ use tracing::{error, info};
 
 use crate::admission::Busy;
 use crate::bring_up::{GUEST_CONFIG_BYTES_MAX, bring_up};
+use crate::disk_quota::DiskQuotaError;
 use crate::driver::Driver;
 use crate::identity::{Extras, random, random_hex};
 use crate::networks::NetworkError;
@@ -203,6 +204,15 @@ pub enum CreateError {
     Interrupted,
 }
 
+impl From<DiskQuotaError> for CreateError {
+    fn from(error: DiskQuotaError) -> Self {
+        match error {
+            DiskQuotaError::Quota(quota) => Self::Quota(quota),
+            DiskQuotaError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
 impl From<InsertError> for CreateError {
     fn from(error: InsertError) -> Self {
         match error {
@@ -282,6 +292,8 @@ impl Supervisor {
         }
         // Before there is a row: what is not allowed, or not set up at all, needs none.
         shared.store.admit_sandbox(owner, &spec)?;
+        // Its files are few at first. An owner who is at the limit gets no more.
+        let _disk = shared.admit_disk(owner, 0).await?;
         shared.store.admit_attach(owner, &request.volumes).map_err(InsertError::from)?;
         shared.admit_network(owner, &spec.network).await?;
         let secrets = secrets::read(shared, owner, &spec.secrets)?;

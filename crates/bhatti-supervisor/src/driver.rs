@@ -166,6 +166,8 @@ pub(crate) enum Request {
         made_from: MadeFrom,
         reply: Reply<Saved>,
     },
+    /// Merges the layers of the disk, if that frees space. Returns whether it did.
+    MergeDisk(Reply<bool>),
     /// Saves the memory and gives it back, unless somebody uses the sandbox.
     GiveMemory(Reply),
     /// The same, whoever uses it: the daemon stops.
@@ -351,6 +353,7 @@ impl Driver {
             Request::Save { directory, memory, made_from, reply } => {
                 drop(reply.send(self.save(&directory, memory, made_from).await));
             }
+            Request::MergeDisk(reply) => drop(reply.send(self.merge_disk().await)),
             Request::GiveMemory(reply) => drop(reply.send(self.give_memory().await)),
             Request::Sleep(reply) => drop(reply.send(self.sleep_for_shut_down().await)),
             Request::Destroy(reply) => {

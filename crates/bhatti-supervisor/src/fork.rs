@@ -106,6 +106,7 @@ impl Supervisor {
         // All that can be refused is, before the parent stands still and its disk gets another layer.
         parent.state.admit_use().map_err(UseError::from)?;
         let forks = self.admit_forks(owner, &parent, &request, count).await?;
+        let _disk = self.shared.admit_save(&parent).await.map_err(CreateError::from)?;
         let name = random_hex().map_err(CreateError::Entropy)?;
         let snapshot = self.shared.config.snapshots_dir.join(format!("{FORKING}{name}"));
         let directory = snapshot.clone();

@@ -9,6 +9,7 @@ mod admission;
 mod breaker;
 mod bring_up;
 mod create;
+mod disk_quota;
 mod driver;
 mod events;
 mod fork;
@@ -143,6 +144,8 @@ pub(crate) struct Shared {
     pub(crate) volume_work: tokio::sync::RwLock<()>,
     /// Sandboxes of an earlier daemon that have not been taken up yet.
     pub(crate) taking_up: AtomicUsize,
+    /// Disk space that operations under way may still take.
+    pub(crate) disk_reserved: disk_quota::Reserved,
 }
 
 impl Shared {
@@ -234,6 +237,7 @@ impl Supervisor {
                 metrics: Metrics::new(),
                 volume_work: tokio::sync::RwLock::default(),
                 taking_up: AtomicUsize::new(0),
+                disk_reserved: disk_quota::Reserved::default(),
             }),
         }
     }

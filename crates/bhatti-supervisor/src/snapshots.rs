@@ -12,6 +12,7 @@ use bhatti_types::{
 use tracing::{info, warn};
 
 use crate::create::{Beginning, CreateError, New, made_up_name};
+use crate::disk_quota::DiskQuotaError;
 use crate::driver::{Request, TransitionError};
 use crate::identity::random;
 use crate::steps::{self, Step};
@@ -80,6 +81,15 @@ impl From<SnapshotInsertError> for SnapshotOpError {
     }
 }
 
+impl From<DiskQuotaError> for SnapshotOpError {
+    fn from(error: DiskQuotaError) -> Self {
+        match error {
+            DiskQuotaError::Quota(quota) => Self::Quota(quota),
+            DiskQuotaError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
 impl Supervisor {
     /// Saves a sandbox under a name; it goes on meanwhile.
     ///
@@ -110,6 +120,8 @@ impl Supervisor {
         let shared = &self.shared;
         let row = self.find(owner, sandbox)?;
         shared.store.admit_snapshot(owner, &name)?;
+        row.state.admit_use().map_err(UseError::from)?;
+        let _disk = shared.admit_save(&row).await?;
         let id = SandboxId::from_entropy(random().map_err(CreateError::Entropy)?);
         // Its own name when it is in its row: see `recover`.
         let directory = shared.config.snapshots_dir.join(format!("{SAVING}{id}"));
@@ -208,6 +220,8 @@ impl Supervisor {
         };
         let volumes = volumes::of_fork(&snapshot.volumes, MadeFrom::Kept);
         let new = New::of(&self.shared, owner, spec, volumes).await?;
+        let copied = snapshot.volumes.iter().map(|volume| volume.size.bytes()).sum();
+        let _disk = self.shared.admit_disk(owner, copied).await?;
         Ok(self.create_from(new, beginning).await?)
     }
 

@@ -199,13 +199,7 @@ impl Driver {
         self.wake().await?;
         let running = self.access.running().ok_or(TransitionError::Restless)?;
         // Before it stands still: it takes a while, if it has to be.
-        match running.vm.merge_disk().await {
-            Ok(true) => self.reached(Step::Merged).await,
-            Ok(false) => {}
-            Err(error) => {
-                warn!(sandbox = %self.id, error = %Report(&error), "The layers of a disk were not merged");
-            }
-        }
+        self.merge_layers(&running, false).await;
         let began = Instant::now();
         if !self.pause(&running, false).await? {
             self.resume(&running).await?;
@@ -224,6 +218,29 @@ impl Driver {
         let paused = began.elapsed();
         let info = captured?.finish().await?;
         Ok(SavedInfo { info, paused })
+    }
+
+    /// Merges the layers of the disk, if that frees disk space of the host. Returns whether it did.
+    pub(crate) async fn merge_disk(&self) -> Result<bool, TransitionError> {
+        self.access.state().admit_use()?;
+        self.wake().await?;
+        let running = self.access.running().ok_or(TransitionError::Restless)?;
+        Ok(self.merge_layers(&running, true).await)
+    }
+
+    /// Returns whether layers were merged. A disk whose layers cannot be merged is used as it is.
+    async fn merge_layers(&self, running: &Running, to_save_space: bool) -> bool {
+        match running.vm.merge_disk(to_save_space).await {
+            Ok(true) => {
+                self.reached(Step::Merged).await;
+                true
+            }
+            Ok(false) => false,
+            Err(error) => {
+                warn!(sandbox = %self.id, error = %Report(&error), "The layers of a disk were not merged");
+                false
+            }
+        }
     }
 
     /// From hot to warm. Returns whether the guest's processes stood still before.

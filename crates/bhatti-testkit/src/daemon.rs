@@ -171,6 +171,22 @@ impl TestDaemon {
     ///
     /// Panics if it does not come up.
     pub async fn serve(&mut self) {
+        self.listen().await;
+        // What a test looks at is then what the daemon found.
+        let taken_up = async {
+            while self.client.health().await.map_or(true, |health| health.taking_up > 0) {
+                sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        timeout(crate::LIMIT, taken_up).await.expect("the daemon takes its sandboxes up");
+    }
+
+    /// Starts it, on the same data directory, and returns when it answers: it may not have taken up its sandboxes yet.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not come up.
+    pub async fn listen(&mut self) {
         let log = self.data.path().join("serve.log");
         let output =
             File::options().create(true).append(true).open(&log).expect("the log can be written");
@@ -181,8 +197,7 @@ impl TestDaemon {
         self.process = Some(command.spawn().expect("the daemon can be started"));
         // A connection is not enough: one to a daemon that was killed is taken as long as a child of it holds the socket.
         let answers = async {
-            // It has taken up all sandboxes: what a test looks at is then what it found.
-            while self.client.health().await.map_or(true, |health| health.taking_up > 0) {
+            while self.client.health().await.is_err() {
                 sleep(std::time::Duration::from_millis(5)).await;
             }
         };
@@ -296,7 +311,10 @@ impl TestDaemon {
     fn tell(&self) {
         eprintln!("--- the daemon's log:\n{}---", self.log());
         for directory in self.sandbox_directories() {
-            let said = fs::read_to_string(directory.join("vmm.log")).unwrap_or_default();
+            // With QEMU it is a pipe, which the daemon reads.
+            let log = directory.join("vmm.log");
+            let said = log.is_file().then(|| fs::read_to_string(log).ok()).flatten();
+            let said = said.unwrap_or_default();
             let pid = vmm_pid(&directory);
             eprintln!("--- {}, process {pid:?}:\n{said}---", directory.display());
         }

@@ -13,6 +13,8 @@ pub struct Quota {
     pub snapshots: Option<u32>,
     /// Volumes, all together, in MiB.
     pub volumes_mib: Option<u32>,
+    /// Disk space of the host that its sandboxes and snapshots take together, in MiB.
+    pub disk_mib: Option<u32>,
 }
 
 impl Quota {
@@ -23,6 +25,7 @@ impl Quota {
         memory_mib_per_sandbox: Some(4096),
         snapshots: Some(5),
         volumes_mib: Some(20_480),
+        disk_mib: Some(51_200),
     };
 }
 
@@ -67,6 +70,18 @@ pub enum QuotaExceeded {
         /// How much it may have, in MiB.
         max: u32,
     },
+    /// Its sandboxes and snapshots would take too much of the host's disk.
+    #[error(
+        "disk limit reached: sandboxes and snapshots take {used} MiB, this needs up to {needed} MiB more, and {max} MiB are allowed"
+    )]
+    Disk {
+        /// How much they take, in MiB.
+        used: u64,
+        /// How much the operation may add, in MiB.
+        needed: u64,
+        /// How much they may take, in MiB.
+        max: u32,
+    },
     /// The sandbox is to have too many vCPUs.
     #[error("max {max} CPUs per sandbox")]
     Cpus {
@@ -91,6 +106,7 @@ impl QuotaExceeded {
                 | Self::Snapshots { .. }
                 | Self::Count { .. }
                 | Self::Volumes { .. }
+                | Self::Disk { .. }
         )
     }
 }

@@ -246,7 +246,7 @@ async fn user_has_limits_and_another_key_and_can_be_deleted() {
         assert_eq!(refused.refusal(), (400, "bad_request".to_owned()), "{large}");
     }
     let limits = api.get("/users/bob").await.json()["limits"].clone();
-    let expected = json!({ "max_sandboxes": 0, "max_cpus_per_sandbox": 2, "max_memory_mb_per_sandbox": 4096, "max_snapshots": 1, "max_volume_mb": 20480 });
+    let expected = json!({ "max_sandboxes": 0, "max_cpus_per_sandbox": 2, "max_memory_mb_per_sandbox": 4096, "max_snapshots": 1, "max_volume_mb": 20480, "max_disk_mb": 51200 });
     assert_eq!(limits, expected);
     let changed = api.call("PATCH", "/users/bob", &json!({ "max_sandboxes": 7 })).await.json();
     assert_eq!(

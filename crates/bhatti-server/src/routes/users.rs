@@ -41,6 +41,7 @@ pub(crate) async fn create(
         max_memory_mb_per_sandbox,
         max_snapshots,
         max_volume_mb,
+        max_disk_mb,
     } = request;
     let name: UserName = name.parse().map_err(|error| ApiError::bad_request(&error))?;
     let quota = Quota {
@@ -49,6 +50,7 @@ pub(crate) async fn create(
         memory_mib_per_sandbox: max_memory_mb_per_sandbox.or(Quota::USUAL.memory_mib_per_sandbox),
         snapshots: max_snapshots.or(Quota::USUAL.snapshots),
         volumes_mib: max_volume_mb.or(Quota::USUAL.volumes_mib),
+        disk_mib: max_disk_mb.or(Quota::USUAL.disk_mib),
     };
     let api_key = keys::generate()?;
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
@@ -85,6 +87,7 @@ pub(crate) async fn update(
         max_memory_mb_per_sandbox,
         max_snapshots,
         max_volume_mb,
+        max_disk_mb,
     } = request;
     let before = row.quota;
     let quota = Quota {
@@ -93,6 +96,7 @@ pub(crate) async fn update(
         memory_mib_per_sandbox: max_memory_mb_per_sandbox.or(before.memory_mib_per_sandbox),
         snapshots: max_snapshots.or(before.snapshots),
         volumes_mib: max_volume_mb.or(before.volumes_mib),
+        disk_mib: max_disk_mb.or(before.disk_mib),
     };
     state.store.set_user_quota(row.id, quota)?;
     state.supervisor.record("user.changed", UserId::ADMIN, None, json!({ "user": row.name }));
@@ -166,8 +170,14 @@ fn with_key(row: UserRow, api_key: String) -> CreatedUser {
 }
 
 fn user(row: UserRow) -> User {
-    let Quota { sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib } =
-        row.quota;
+    let Quota {
+        sandboxes,
+        cpus_per_sandbox,
+        memory_mib_per_sandbox,
+        snapshots,
+        volumes_mib,
+        disk_mib,
+    } = row.quota;
     User {
         id: row.id.to_string(),
         name: row.name,
@@ -178,6 +188,7 @@ fn user(row: UserRow) -> User {
             max_memory_mb_per_sandbox: memory_mib_per_sandbox,
             max_snapshots: snapshots,
             max_volume_mb: volumes_mib,
+            max_disk_mb: disk_mib,
         },
     }
 }

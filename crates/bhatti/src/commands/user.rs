@@ -67,6 +67,9 @@ pub(crate) struct LimitArguments {
     /// Volumes, all together, in MiB
     #[arg(long, value_name = "MIB")]
     max_volume_mb: Option<u32>,
+    /// Disk space of the host that sandboxes and snapshots take together, in MiB
+    #[arg(long, value_name = "MIB")]
+    max_disk_mb: Option<u32>,
 }
 
 const USERS: Table<Listed> = Table {
@@ -78,6 +81,7 @@ const USERS: Table<Listed> = Table {
         "MIB EACH",
         "SNAPSHOTS",
         "VOLUME MIB",
+        "DISK MIB",
         "CREATED",
     ],
     row: |user| {
@@ -87,6 +91,7 @@ const USERS: Table<Listed> = Table {
             max_memory_mb_per_sandbox,
             max_snapshots,
             max_volume_mb,
+            max_disk_mb,
         } = user.limits;
         vec![
             user.id.clone().into(),
@@ -96,6 +101,7 @@ const USERS: Table<Listed> = Table {
             limit(max_memory_mb_per_sandbox),
             limit(max_snapshots),
             limit(max_volume_mb),
+            limit(max_disk_mb),
             Cell::Time(user.created_at.clone()),
         ]
     },
@@ -116,6 +122,7 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
                 max_memory,
                 max_snapshots,
                 max_volume_mb,
+                max_disk_mb,
             } = limits;
             let request = CreateUser {
                 name,
@@ -124,6 +131,7 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
                 max_memory_mb_per_sandbox: max_memory,
                 max_snapshots,
                 max_volume_mb,
+                max_disk_mb,
             };
             show_key(context, &client.create_user(&request).await?, "created")
         }
@@ -136,6 +144,7 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
                 max_memory,
                 max_snapshots,
                 max_volume_mb,
+                max_disk_mb,
             } = limits;
             let request = UpdateUser {
                 max_sandboxes,
@@ -143,6 +152,7 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
                 max_memory_mb_per_sandbox: max_memory,
                 max_snapshots,
                 max_volume_mb,
+                max_disk_mb,
             };
             output.show_facts(&client.update_user(&name, &request).await?, describe)
         }
@@ -178,6 +188,7 @@ fn describe(user: &Listed) -> Vec<(&'static str, Cell)> {
         ("MiB each", limit(user.limits.max_memory_mb_per_sandbox)),
         ("snapshots", limit(user.limits.max_snapshots)),
         ("volume MiB", limit(user.limits.max_volume_mb)),
+        ("disk MiB", limit(user.limits.max_disk_mb)),
         ("created", Cell::Time(user.created_at.clone())),
     ]
 }
