@@ -233,10 +233,11 @@ impl Files {
         fs::write(self.work.join("tried.json"), tried)?;
         let export = Export::overlay(&disk, &self.work.join("current.img"), &overlay)?;
         if point.torn {
+            let piece = shared.file_system.whole_piece();
             let mut chance = fastrand::Rng::with_seed(shared.options.seed ^ point.flush as u64);
             let target = OpenOptions::new().read(true).write(true).open(&disk)?;
             for entry in &shared.entries[point.flush + 1..point.until] {
-                log::apply(&self.log, &target, entry, Some(&entry.torn(&mut chance)))?;
+                log::apply(&self.log, &target, entry, Some(&entry.torn(piece, &mut chance)))?;
             }
         }
         let start = if point.start { "start" } else { "look" };

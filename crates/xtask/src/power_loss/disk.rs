@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Error, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::log::{PAGE, SECTOR};
 use super::{run_program, text, wait_until};
 
 /// A file system that a data directory may lie on.
@@ -25,6 +26,18 @@ impl FileSystem {
         match self {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+        }
+    }
+
+    /// The smallest piece that it takes a disk to write whole, in bytes.
+    ///
+    /// ext4 replays whole blocks from its journal, so a torn block does no harm. XFS does not replay a block whose header is new, so a
+    /// directory's block that is torn behind its first sector fails its checksum, and the file system cannot be mounted (seen with
+    /// Linux 6.12).
+    pub(super) const fn whole_piece(self) -> u64 {
+        match self {
+            Self::Ext4 => SECTOR,
+            Self::Xfs => PAGE,
         }
     }
 

@@ -13,7 +13,7 @@ use anyhow::{Result, ensure};
 /// Bytes of a sector of the logged disk.
 pub(super) const SECTOR: u64 = 512;
 /// Bytes of a page: what most disks write without a tear.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
@@ -49,11 +49,13 @@ impl Entry {
     ///
     /// A write with FUA is kept whole. So is a write to the first page of the disk, which has the file system's superblock: ext4
     /// and XFS count on its being written whole.
-    pub(super) fn torn(&self, chance: &mut fastrand::Rng) -> Vec<(u64, u64)> {
+    ///
+    /// `piece` is the smallest piece that the file system takes a disk to write whole, in bytes.
+    pub(super) fn torn(&self, piece: u64, chance: &mut fastrand::Rng) -> Vec<(u64, u64)> {
         if self.flags & FUA != 0 || self.sector * SECTOR < PAGE {
             return vec![(0, self.bytes())];
         }
-        let unit = [SECTOR, PAGE, self.bytes().max(SECTOR)][chance.usize(0..3)];
+        let unit = [piece, PAGE, self.bytes().max(piece)][chance.usize(0..3)];
         let pieces = (0..self.bytes()).step_by(usize::try_from(unit).expect("a unit fits"));
         pieces
             .filter(|_| chance.bool())
@@ -160,13 +162,14 @@ mod tests {
     fn torn_write_keeps_some_of_its_sectors_and_one_with_fua_all() {
         let entry = Entry { sector: 64, sectors: 16, flags: 0, data: 0 };
         let mut chance = fastrand::Rng::with_seed(7);
-        let sizes: std::collections::BTreeSet<u64> =
-            (0..100).map(|_| entry.torn(&mut chance).iter().map(|piece| piece.1).sum()).collect();
+        let sizes: std::collections::BTreeSet<u64> = (0..100)
+            .map(|_| entry.torn(SECTOR, &mut chance).iter().map(|piece| piece.1).sum())
+            .collect();
         assert!(sizes.contains(&0) && sizes.contains(&8192) && sizes.len() > 5, "{sizes:?}");
         let kept = Entry { flags: FUA, ..entry };
-        assert!((0..100).all(|_| kept.torn(&mut chance) == [(0, 8192)]));
+        assert!((0..100).all(|_| kept.torn(SECTOR, &mut chance) == [(0, 8192)]));
         let superblock = Entry { sector: 2, sectors: 2, ..entry };
-        assert!((0..100).all(|_| superblock.torn(&mut chance) == [(0, 1024)]));
+        assert!((0..100).all(|_| superblock.torn(SECTOR, &mut chance) == [(0, 1024)]));
     }
 
     #[test]
