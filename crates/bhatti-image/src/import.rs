@@ -1,17 +1,23 @@
 //! Images made of archives that somebody brings, and their end.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use bhatti_types::ImageName;
 
+use tokio::task::spawn_blocking;
+
 use crate::DEFAULT_IMAGE;
+use crate::archive::{ArchiveError, root_tar};
 use crate::rootfs::{self, DISK_MIB};
 use crate::setup::{Build, SetupError, finish_image};
 use crate::store::{ImageStore, ImageSummary, StoreError, file_error};
 use crate::tool::ToolError;
+
+/// The longest tar of a root file system, in bytes: one that fits the disk, and as much for its headers.
+const ARCHIVE_BYTES_MAX: u64 = (2 * DISK_MIB as u64) << 20;
 
 /// What `mke2fs` says when a tree does not fit.
 const FULL: &str = "Could not allocate";
@@ -34,6 +40,9 @@ pub enum ImportError {
     /// A program could not be run.
     #[error("failed to unpack the archive")]
     Tool(#[source] ToolError),
+    /// A file of this host could not be read or written.
+    #[error("failed to unpack the archive")]
+    File(#[source] io::Error),
     /// It could not be put in place.
     #[error(transparent)]
     Build(#[from] SetupError),
@@ -56,6 +65,16 @@ pub enum RemoveError {
     Store(#[from] StoreError),
 }
 
+impl From<ArchiveError> for ImportError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::Bad(complaint) => Self::Archive { complaint },
+            ArchiveError::TooLarge { .. } => Self::TooLarge,
+            ArchiveError::File(error) => Self::File(error),
+        }
+    }
+}
+
 impl ImageStore {
     /// A file without a name for an archive that is on its way: nothing of it stays, however its writer ends.
     ///
@@ -68,8 +87,8 @@ impl ImageStore {
         tempfile::tempfile_in(directory).map_err(file_error("create a file in", directory))
     }
 
-    /// Makes an image of a tar archive with a root file system, as `docker export` writes it; it may be compressed with gzip or xz.
-    /// Everything in it is the image's, and nothing of it is run.
+    /// Makes an image of a tar archive: a root file system, as `docker export` writes it, an image, as `docker save` writes it, or an OCI
+    /// layout. It may be compressed with gzip, xz or zstd. Everything in it is the image's, and nothing of it is run.
     ///
     /// # Errors
     ///
@@ -136,11 +155,13 @@ impl ImageStore {
 
 /// Unpacks an archive and writes it into an ext4 file.
 async fn unpack(build: Build, archive: File) -> Result<(Build, PathBuf), ImportError> {
-    // Held open until it is unpacked: the program opens it by this process's descriptor.
-    let archive = Arc::new(archive);
+    let scratch = build.path().to_owned();
+    let flattened = spawn_blocking(move || root_tar(archive, &scratch, ARCHIVE_BYTES_MAX)).await;
+    let archive = flattened.map_err(io::Error::other).map_err(ArchiveError::File).flatten()?;
     let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd()));
     let image = build.path().join("root.ext4");
     let made = rootfs::make_ext4(build.path(), &path, &image, DISK_MIB).await;
+    // It had to stay open until it was unpacked.
     drop(archive);
     match made {
         Ok(()) => Ok((build, image)),
@@ -233,6 +254,88 @@ mod tests {
         let left: Vec<_> =
             fs::read_dir(store.directory()).unwrap().flatten().map(|e| e.file_name()).collect();
         assert_eq!(left, [".lock"]);
+    }
+
+    /// What debugfs prints about the one image in a store.
+    async fn debugfs(store: &ImageStore, request: &str) -> String {
+        let files = fs::read_dir(store.directory()).unwrap().flatten().map(|entry| entry.path());
+        let mut images = files.filter(|path| path.extension() == Some("ext4".as_ref()));
+        let mut debugfs = bhatti_host::process::command("debugfs");
+        let shown =
+            debugfs.args(["-R", request]).arg(images.next().unwrap()).output().await.unwrap();
+        String::from_utf8(shown.stdout).unwrap()
+    }
+
+    #[tokio::test]
+    async fn capabilities_of_files_are_imported() {
+        if !rustix::process::geteuid().is_root() {
+            bhatti_testkit::skip("capabilities of an imported file", "only root can set them");
+            return;
+        }
+        let (_data, store) = store();
+        let tree = tempfile::tempdir().unwrap();
+        fs::write(tree.path().join("ping"), "program").unwrap();
+        let capability = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+        let file = tree.path().join("ping");
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&file, "security.capability", capability, flags).unwrap();
+        let mut tar = bhatti_host::process::command("tar");
+        let tar = tar
+            .args(["--xattrs", "--xattrs-include=*", "-C"])
+            .arg(tree.path())
+            .args(["-cz", "ping"]);
+        let tar = tar.output().await.unwrap().stdout;
+
+        store.import(&"caps".parse().unwrap(), archive(&store, &tar)).await.unwrap();
+
+        let listed = debugfs(&store, "ea_list ping").await;
+        assert!(listed.contains("security.capability (20)"), "{listed}");
+    }
+
+    #[tokio::test]
+    async fn image_that_docker_saved_is_imported() {
+        let Some(socket) =
+            std::env::var_os("DOCKER_SOCK").filter(|path| std::path::Path::new(path).exists())
+        else {
+            bhatti_testkit::skip("importing what `docker save` writes", "no Docker runs here");
+            return;
+        };
+        let docker = async |arguments: &[&str], input: File| {
+            let mut docker = bhatti_host::process::command("docker");
+            docker
+                .arg("--host")
+                .arg(format!("unix://{}", socket.to_string_lossy()))
+                .args(arguments)
+                .stdin(input);
+            let ran = docker.output().await.unwrap();
+            assert!(
+                ran.status.success(),
+                "{arguments:?}: {}",
+                String::from_utf8_lossy(&ran.stderr)
+            );
+            ran.stdout
+        };
+        let (_data, store) = store();
+        let none = || File::open("/dev/null").unwrap();
+        let mut first = store.upload().unwrap();
+        first.write_all(&small_tar().await).unwrap();
+        io::Seek::rewind(&mut first).unwrap();
+        docker(&["import", "-", "bhatti-test-layers:1"], first).await;
+        let container = docker(&["create", "bhatti-test-layers:1", "/none"], none()).await;
+        let container = String::from_utf8(container).unwrap().trim().to_owned();
+        let added = tempfile::tempdir().unwrap();
+        fs::write(added.path().join("added"), "second layer\n").unwrap();
+        let from = format!("{}/added", added.path().display());
+        docker(&["cp", &from, &format!("{container}:/etc/added")], none()).await;
+        docker(&["commit", &container, "bhatti-test-layers:2"], none()).await;
+        let saved = docker(&["save", "bhatti-test-layers:2"], none()).await;
+        docker(&["rm", "-f", &container], none()).await;
+        docker(&["rmi", "bhatti-test-layers:2", "bhatti-test-layers:1"], none()).await;
+
+        store.import(&"saved".parse().unwrap(), archive(&store, &saved)).await.unwrap();
+
+        assert_eq!(debugfs(&store, "cat etc/motd").await, "hello\n");
+        assert_eq!(debugfs(&store, "cat etc/added").await, "second layer\n");
     }
 
     #[test]

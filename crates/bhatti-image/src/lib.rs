@@ -13,6 +13,7 @@
 //! finished, so one that is interrupted leaves nothing half-made, and the next one goes on behind the last finished artefact.
 
 mod apt;
+mod archive;
 mod content_hash;
 mod import;
 mod initramfs;
@@ -35,3 +36,6 @@ pub use tool::ToolError;
 
 /// The root file system that every sandbox begins with, unless it asks for another.
 pub const DEFAULT_IMAGE: &str = "minimal";
+
+/// The image with tools for development, which `bhatti setup --dev` builds.
+pub const DEV_IMAGE: &str = "dev";

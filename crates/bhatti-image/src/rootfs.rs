@@ -14,6 +14,26 @@ const SUITE: &str = "bookworm";
 /// What the minimal image has beyond the smallest Debian.
 const PACKAGES: &str = "ca-certificates,curl,git,procps,iproute2,sudo,python3";
 
+/// What the image `dev` has beyond the minimal one: what coding agents and people who build software reach for first.
+pub(crate) const DEV_PACKAGES: [&str; 16] = [
+    "build-essential",
+    "pkg-config",
+    "python3-dev",
+    "python3-pip",
+    "python3-venv",
+    "nodejs",
+    "npm",
+    "openssh-client",
+    "less",
+    "nano",
+    "wget",
+    "zip",
+    "unzip",
+    "xz-utils",
+    "jq",
+    "iputils-ping",
+];
+
 /// The size of the file system, in MiB; its file is sparse.
 pub(crate) const DISK_MIB: u32 = 4096;
 
@@ -40,7 +60,7 @@ const MAKE_EXT4: &str = r#"set -e
 before=$(umask)
 umask 022
 mkdir root
-tar -C root --numeric-owner -xf "$1"
+tar -C root --numeric-owner --xattrs --xattrs-include="*" -xf "$1"
 [ -n "$(ls -A root)" ] || { echo 'there is nothing in the archive' >&2; exit 1; }
 [ -e root/workspace ] || [ -L root/workspace ] || { mkdir root/workspace; chown 1000:1000 root/workspace; }
 umask "$before"

@@ -11,7 +11,7 @@ use crate::apt::Package;
 use crate::kernel::{self, KernelError};
 use crate::rootfs::{self, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
-use crate::{DEFAULT_IMAGE, content_hash, modules};
+use crate::{DEFAULT_IMAGE, DEV_IMAGE, content_hash, modules};
 
 /// What a build needs at its fullest: packages, their tree, its tar and the image, in bytes.
 const BUILD_BYTES: u64 = 2 << 30;
@@ -42,6 +42,8 @@ pub struct SetupOptions {
     pub kernel: KernelSource,
     /// The guest agent's program.
     pub lohar: PathBuf,
+    /// Whether the image with tools for development is built, too.
+    pub dev: bool,
 }
 
 /// Hears how far a setup is.
@@ -107,10 +109,14 @@ pub async fn set_up(
     let mut index = store.read_index()?;
     set_up_kernel(store, &mut index, &options.kernel, progress).await?;
     build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
+    if options.dev {
+        let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
+        build_rootfs(store, &mut index, DEV_IMAGE, &packages, progress).await?;
+    }
     progress.begin("initramfs");
     let files = store.boot_files(DEFAULT_IMAGE, &options.lohar)?;
     progress.end(&file_name(&files.initramfs));
-    Ok(())
+    Ok(store.prune(&index, &files.initramfs)?)
 }
 
 async fn set_up_kernel(

@@ -128,6 +128,9 @@ pub(crate) struct Artefact {
     pub(crate) source: String,
 }
 
+/// How the names of artefacts begin.
+const ARTEFACTS: [&str; 3] = ["kernel-", "rootfs-", "initramfs-"];
+
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Index {
     pub(crate) kernel: Option<Artefact>,
@@ -214,6 +217,32 @@ impl ImageStore {
         let made = Initramfs { path: path.clone(), lohar: version, modules: modules.to_owned() };
         *self.initramfs.lock() = Some(made);
         Ok(path)
+    }
+
+    /// Removes artefacts that neither the index nor `initramfs` names: a rebuilt one has replaced them. VMs have hard links to theirs, so
+    /// nothing is removed if the data directory's file system is another one.
+    pub(crate) fn prune(&self, index: &Index, initramfs: &Path) -> Result<(), StoreError> {
+        let device = |path: &Path| {
+            fs::metadata(path).map(|it| it.dev()).map_err(file_error("look at", path))
+        };
+        let data_dir = self.directory.parent().unwrap_or(&self.directory);
+        if device(&self.directory)? != device(data_dir)? {
+            return Ok(());
+        }
+        let named: Vec<&str> =
+            index.kernel.iter().chain(index.images.values()).map(|it| it.name.as_str()).collect();
+        for entry in fs::read_dir(&self.directory).map_err(file_error("list", &self.directory))? {
+            let path = entry.map_err(file_error("list", &self.directory))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let is_artefact = ARTEFACTS.iter().any(|kind| name.starts_with(kind));
+            if !is_artefact || named.contains(&name.as_str()) || path == initramfs {
+                continue;
+            }
+            let removed =
+                if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(file_error("remove", &path))?;
+        }
+        Ok(())
     }
 
     fn existing(&self, artefact: &Artefact) -> Result<PathBuf, MissingImages> {
@@ -317,6 +346,34 @@ mod tests {
         fs::remove_file(&first).unwrap();
         store.boot_files("minimal", &lohar).unwrap();
         assert!(first.exists(), "one that was removed is made again");
+    }
+
+    #[test]
+    fn artefacts_that_were_replaced_are_removed() {
+        let data = tempfile::tempdir().unwrap();
+        let store = ImageStore::new(data.path());
+        let directory = store.directory().to_owned();
+        fs::create_dir_all(directory.join("kernel-old")).unwrap();
+        for name in [
+            "kernel-old/vmlinux",
+            "rootfs-a-1.ext4",
+            "rootfs-a-2.ext4",
+            "initramfs-1.cpio",
+            "initramfs-2.cpio",
+            "index.json",
+        ] {
+            fs::write(directory.join(name), name).unwrap();
+        }
+        let artefact = |name: &str| Artefact { name: name.into(), source: String::new() };
+        let images = [("a".to_owned(), artefact("rootfs-a-2.ext4"))].into();
+        let index = Index { kernel: None, images };
+
+        store.prune(&index, &directory.join("initramfs-2.cpio")).unwrap();
+
+        let mut left: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|it| it.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["index.json", "initramfs-2.cpio", "rootfs-a-2.ext4"]);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::admission::Admitted;
 use crate::driver::directory;
 use crate::identity::{self, random};
 use crate::networks;
-use crate::templates::Template;
+use crate::templates::{Template, run_if_there};
 
 /// What marks a directory as a spare's.
 const MARKER: &str = "spare";
@@ -231,7 +231,7 @@ async fn rehearse(vm: &dyn Vm, has_network: bool) -> Result<(), RestoreError> {
         let identity = identity::rehearsal(has_network).map_err(|_| CallError::Entropy)?;
         agent.assume_identity(&identity).await?;
         let command = || ExecRequest { argv: vec!["true".to_owned()], ..ExecRequest::default() };
-        agent.run(command()).await?;
+        run_if_there(&agent, command()).await?;
         let woken = identity::woken().map_err(|_| CallError::Entropy)?;
         agent.woken(&woken).await?;
         agent.suspend(false).await

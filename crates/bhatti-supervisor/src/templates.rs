@@ -328,12 +328,27 @@ async fn make(
     Ok(())
 }
 
+/// Runs a command that an image may not have: one without a shell is an image all the same.
+///
+/// # Errors
+///
+/// If the agent does not answer.
+pub(crate) async fn run_if_there(
+    agent: &AgentClient,
+    command: ExecRequest,
+) -> Result<(), CallError> {
+    match agent.run(command).await {
+        Ok(_) | Err(CallError::Agent(_) | CallError::Refused(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), TemplateError> {
     let agent = AgentClient::new(vm.channel());
     // What every command needs is then in the memory of every fork, and no disk is read for it.
     for argv in [&["true"][..], &["sh", "-c", "ls >/dev/null; cat /dev/null"]] {
         let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
-        let first = agent.run(ExecRequest { argv, ..ExecRequest::default() });
+        let first = run_if_there(&agent, ExecRequest { argv, ..ExecRequest::default() });
         let silent = |_| CallError::Silent { limit: WARM_UP_LIMIT };
         timeout(WARM_UP_LIMIT, first).await.map_err(silent)??;
     }

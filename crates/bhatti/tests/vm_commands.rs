@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
-use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, engine_has, needs, wait_for};
+use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, engine_has, needs, shell, wait_for};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::timeout;
@@ -514,6 +514,58 @@ async fn image_is_imported_used_and_deleted() {
     ask(&daemon, "destroy its").await.ok();
     assert_eq!(ask(&daemon, "image delete mine").await.ok(), "deleted mine\n");
     ask(&daemon, "create --image mine").await.failed(1);
+}
+
+#[tokio::test]
+async fn image_for_development_has_its_tools() {
+    let images = bhatti_testkit::repository().join("target/test-data-dev/images");
+    let daemon = TestDaemon::start_with(Serve { images: Some(images), ..Serve::default() }).await;
+    ask(&daemon, "create --name dev --image dev").await.ok();
+    let client = &daemon.client;
+    let compile =
+        "cd /workspace && echo 'int main(void) { return 42; }' >a.c && make -s a && ./a; echo $?";
+    assert_eq!(shell(client, "dev", compile).await, "42\n");
+    let found = shell(client, "dev", "node -e 'console.log(6 * 7)'; for it in pip3 npm git less wget unzip ping ssh jq; do command -v $it; done").await;
+    assert_eq!(found.lines().count(), 10, "{found}");
+    shell(
+        client,
+        "dev",
+        "python3 -m venv --without-pip /workspace/env && /workspace/env/bin/python -c 'import sys'",
+    )
+    .await;
+    ask(&daemon, "destroy dev").await.ok();
+}
+
+#[tokio::test]
+async fn image_of_one_program_boots_and_runs_it() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let (place, serve) = own_images().await;
+    let daemon = TestDaemon::start_with(serve).await;
+    // The agent's own program needs no library, and says so when it is run by hand.
+    let tree = place.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::copy(bhatti_testkit::dist("lohar"), tree.join("app")).unwrap();
+    let tar = place.path().join("app.tar");
+    let packed = bhatti_host::process::command("tar")
+        .arg("-cf")
+        .arg(&tar)
+        .arg("-C")
+        .arg(&tree)
+        .arg("app")
+        .status();
+    assert!(packed.await.unwrap().success());
+    ask(&daemon, &format!("image import app {}", tar.display())).await.ok();
+
+    ask(&daemon, "create --name one --image app").await.ok();
+
+    let said = ask(&daemon, "exec one -- /app").await;
+    assert!(said.code == Some(1) && said.stderr.contains("refusing to run"), "{said:?}");
+    let said = ask(&daemon, "exec one -- sh -c true").await.failed(127);
+    assert!(said.contains("not found"), "{said}");
+    assert_eq!(ask(&daemon, "file read one /etc/hostname").await.ok(), "one\n");
+    ask(&daemon, "destroy one").await.ok();
 }
 
 /// A server in the guest that sends back what it gets.

@@ -135,7 +135,7 @@ impl From<ImportError> for ApiError {
             ImportError::Build(SetupError::DiskFull { .. }) => {
                 Self::new(ErrorCode::Busy, "this host has no room for the image")
             }
-            ImportError::Tool(_) | ImportError::Build(_) | ImportError::Store(_) => {
+            ImportError::Tool(_) | ImportError::File(_) | ImportError::Build(_) | ImportError::Store(_) => {
                 Self::internal(&error)
             }
         }

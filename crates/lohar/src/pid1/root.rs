@@ -64,12 +64,15 @@ fn disk_with_serial(wanted: &str) -> io::Result<Option<PathBuf>> {
 pub(super) fn switch_to(disk: &Path) -> io::Result<()> {
     const NEW_ROOT: &str = "/root-disk";
     fs::create_dir_all(NEW_ROOT)?;
-    mount(disk, NEW_ROOT, "ext4", MountFlags::NOATIME, c"")?;
+    // What is deleted here frees the host's disk, too.
+    mount(disk, NEW_ROOT, "ext4", MountFlags::NOATIME, c"discard")?;
     for early in ["/dev", "/sys"] {
         let target = format!("{NEW_ROOT}{early}");
         fs::create_dir_all(&target)?;
         mount_move(early, &target)?;
     }
+    // An image of one program may have none; host name and resolvers are written there.
+    fs::create_dir_all(format!("{NEW_ROOT}/etc"))?;
     chdir(NEW_ROOT)?;
     mount_move(".", "/")?;
     chroot(".")?;

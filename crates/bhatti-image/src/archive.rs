@@ -1,0 +1,162 @@
+//! Archives that become images: the tar of a root file system, what `docker save` writes, and OCI layouts as a tar.
+//!
+//! A root file system is decompressed and otherwise left as it is. An image of layers is flattened into one tar ([`layers`]). Both have
+//! a limit of bytes, so a small archive cannot fill the disk.
+
+mod layers;
+mod manifest;
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Take};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use flate2::read::MultiGzDecoder;
+use ruzstd::decoding::StreamingDecoder;
+
+/// The longest description of an image (manifest or index) that is read, in bytes.
+const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+
+/// How files begin that gzip, zstd and xz wrote.
+const COMPRESSED: [&[u8]; 3] = [&[0x1f, 0x8b], &[0x28, 0xb5, 0x2f, 0xfd], b"\xfd7zXZ\0"];
+
+/// An archive cannot become an image.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ArchiveError {
+    /// It is not what it seems to be.
+    #[error("{0}")]
+    Bad(String),
+    /// What is in it is larger than the limit.
+    #[error("more than {limit} bytes are in the archive")]
+    TooLarge {
+        /// The limit.
+        limit: u64,
+    },
+    /// A file of this host could not be read or written.
+    #[error("failed to unpack the archive")]
+    File(#[from] io::Error),
+}
+
+fn bad(what: impl Into<String>) -> ArchiveError {
+    ArchiveError::Bad(what.into())
+}
+
+/// A part of a file.
+#[derive(Clone, Debug)]
+struct Part<'file> {
+    file: &'file File,
+    offset: u64,
+    bytes: u64,
+}
+
+impl<'file> Part<'file> {
+    fn whole(file: &'file File) -> io::Result<Self> {
+        Ok(Self { file, offset: 0, bytes: file.metadata()?.len() })
+    }
+
+    fn reader(&self) -> Take<PartReader<'file>> {
+        PartReader { file: self.file, at: self.offset }.take(self.bytes)
+    }
+
+    /// Its content, decompressed if its first bytes say that it is compressed.
+    fn decompressed(&self) -> Result<Box<dyn Read + 'file>, ArchiveError> {
+        let mut magic = [0; 6];
+        let read = self.reader().read(&mut magic)?;
+        let reader = BufReader::with_capacity(1 << 16, self.reader());
+        let [gzip, zstd, xz] = COMPRESSED.map(|start| magic[..read].starts_with(start));
+        Ok(if gzip {
+            Box::new(MultiGzDecoder::new(reader))
+        } else if zstd {
+            Box::new(StreamingDecoder::new(reader).map_err(|error| bad(error.to_string()))?)
+        } else if xz {
+            Box::new(liblzma::read::XzDecoder::new_multi_decoder(reader))
+        } else {
+            Box::new(reader)
+        })
+    }
+
+    /// All of it, for descriptions of images.
+    fn read_small(&self) -> Result<Vec<u8>, ArchiveError> {
+        if self.bytes > MANIFEST_BYTES_MAX {
+            return Err(bad(format!("a manifest of {} bytes is too long", self.bytes)));
+        }
+        let mut content = Vec::new();
+        self.reader().read_to_end(&mut content)?;
+        Ok(content)
+    }
+}
+
+/// Reads a file from an offset on, whoever else reads it.
+struct PartReader<'file> {
+    file: &'file File,
+    at: u64,
+}
+
+impl Read for PartReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(buffer, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+/// Reads at most `left` bytes: one more is an error of the kind [`TOO_LARGE`].
+struct Bounded<R> {
+    inner: R,
+    left: u64,
+}
+
+const TOO_LARGE: io::ErrorKind = io::ErrorKind::FileTooLarge;
+
+impl<R: Read> Read for Bounded<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.left = self.left.checked_sub(read as u64).ok_or(TOO_LARGE)?;
+        Ok(read)
+    }
+}
+
+/// The root file system that an archive describes, as one tar that is not compressed and has at most `limit` bytes. It is the archive
+/// itself, if that is one, or a file without a name in `scratch`.
+///
+/// # Errors
+///
+/// Returns an error that names what is wrong with the archive, without a path of this host. Blocks on disk.
+pub(crate) fn root_tar(archive: File, scratch: &Path, limit: u64) -> Result<File, ArchiveError> {
+    let outer = if is_compressed(&archive)? {
+        let mut outer = tempfile::tempfile_in(scratch)?;
+        let decompressed = Part::whole(&archive)?.decompressed()?;
+        copy(Bounded { inner: decompressed, left: limit }, &mut outer, limit)?;
+        outer
+    } else {
+        archive
+    };
+    if outer.metadata()?.len() > limit {
+        return Err(ArchiveError::TooLarge { limit });
+    }
+    let Some(layers) = manifest::find_layers(&outer)? else { return Ok(outer) };
+    let flat = tempfile::tempfile_in(scratch)?;
+    layers::flatten(&layers, &flat, limit)?;
+    Ok(flat)
+}
+
+fn is_compressed(file: &File) -> io::Result<bool> {
+    let mut magic = [0; 6];
+    let read = file.read_at(&mut magic, 0)?;
+    Ok(COMPRESSED.iter().any(|start| magic[..read].starts_with(start)))
+}
+
+fn copy(mut from: impl Read, to: &mut File, limit: u64) -> Result<(), ArchiveError> {
+    io::copy(&mut from, to).map(drop).map_err(|error| explain(error, limit))
+}
+
+/// An error of reading an archive: the archive's fault, unless this host's disk is to blame.
+fn explain(error: io::Error, limit: u64) -> ArchiveError {
+    match error.kind() {
+        TOO_LARGE => ArchiveError::TooLarge { limit },
+        io::ErrorKind::StorageFull
+        | io::ErrorKind::QuotaExceeded
+        | io::ErrorKind::PermissionDenied => error.into(),
+        _ => bad(format!("it cannot be read: {error}")),
+    }
+}

@@ -1,0 +1,451 @@
+//! Flattens the layers of an image into one tar.
+//!
+//! A layer is a tar of what it adds or changes. A whiteout (`.wh.NAME`) removes a name of the layers below it, and `.wh..wh..opq` removes
+//! everything that they have in its directory. Source: the OCI image specification, `layer.md`.
+//!
+//! The layers are read twice: from the top down, to decide which entries are hidden by layers above; then from the bottom up, to copy
+//! the others in order. Unpacking the result once keeps the protection of `tar` against links that lead out of the root, which
+//! unpacking layer over layer does not have.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use tar::{Archive, Builder, Entry, EntryType, Header};
+
+use super::{ArchiveError, Bounded, Part, bad, explain};
+
+/// The most entries of all layers together: what is known of each is kept in memory.
+const ENTRIES_MAX: usize = 1_000_000;
+/// The most bytes that their names may take together.
+const NAMES_BYTES_MAX: usize = 256 << 20;
+
+const WHITEOUT: &str = ".wh.";
+const OPAQUE: &str = ".wh..wh..opq";
+
+/// The true name of a sparse file, whose entry has another one.
+const SPARSE_NAME: &str = "GNU.sparse.name";
+
+/// What is done with an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Action {
+    Copy,
+    Skip,
+    /// It is copied under this name: a hard link to it stays, and it does not.
+    Rename(String),
+    /// It is a hard link that leads here instead.
+    Link(String),
+}
+
+/// What the layers above the one that is looked at have.
+#[derive(Debug, Default)]
+struct Above {
+    /// Names of directories.
+    directories: HashSet<String>,
+    /// Names of everything else, and names that are removed.
+    others: HashSet<String>,
+    /// Directories whose content below is removed.
+    opaque: HashSet<String>,
+}
+
+impl Above {
+    /// Whether an entry below is not to be seen.
+    fn hides(&self, name: &str, is_directory: bool) -> bool {
+        if self.others.contains(name) || (!is_directory && self.directories.contains(name)) {
+            return true;
+        }
+        let mut parent = name;
+        loop {
+            parent = parent.rsplit_once('/').map_or("", |(parent, _)| parent);
+            if self.opaque.contains(parent) || (!parent.is_empty() && self.others.contains(parent))
+            {
+                return true;
+            }
+            if parent.is_empty() {
+                return false;
+            }
+        }
+    }
+}
+
+/// One entry of a layer, as far as hiding it needs.
+#[derive(Debug)]
+struct Known {
+    name: String,
+    kind: EntryType,
+    /// Where a hard link leads.
+    target: Option<String>,
+}
+
+/// Writes one tar of at most `limit` bytes with what the layers have together, the lowest one first.
+///
+/// # Errors
+///
+/// Returns an error that names the layer's fault.
+pub(super) fn flatten(layers: &[Part<'_>], flat: &File, limit: u64) -> Result<(), ArchiveError> {
+    let (mut above, mut actions) = (Above::default(), Vec::new());
+    let (mut entries, mut names) = (0, 0);
+    for layer in layers.iter().rev() {
+        let known = read(layer, limit, &mut entries, &mut names)?;
+        actions.push(decide(&known, &above));
+        add(known, &mut above);
+    }
+    let mut builder = Builder::new(flat);
+    let mut written = 0;
+    for (layer, actions) in layers.iter().zip(actions.into_iter().rev()) {
+        let mut archive = open(layer, limit)?;
+        let found = archive.entries().map_err(|error| explain(error, limit))?;
+        for (entry, action) in found.zip(actions) {
+            let entry = entry.map_err(|error| explain(error, limit))?;
+            written += entry.size();
+            if written > limit {
+                return Err(ArchiveError::TooLarge { limit });
+            }
+            copy(entry, action, &mut builder).map_err(|error| explain(error, limit))?;
+        }
+    }
+    builder.finish().map_err(ArchiveError::File)
+}
+
+fn open<'file>(
+    layer: &Part<'file>,
+    limit: u64,
+) -> Result<Archive<Box<dyn Read + 'file>>, ArchiveError> {
+    let bounded: Box<dyn Read + 'file> =
+        Box::new(Bounded { inner: layer.decompressed()?, left: limit });
+    Ok(Archive::new(bounded))
+}
+
+/// The entries of one layer.
+fn read(
+    layer: &Part<'_>,
+    limit: u64,
+    entries: &mut usize,
+    names: &mut usize,
+) -> Result<Vec<Known>, ArchiveError> {
+    let mut archive = open(layer, limit)?;
+    let mut known = Vec::new();
+    for entry in archive.entries().map_err(|error| explain(error, limit))? {
+        let mut entry = entry.map_err(|error| explain(error, limit))?;
+        let name = name_of(&mut entry).map_err(|error| explain(error, limit))?;
+        let name = normal(&name)?;
+        let kind = entry.header().entry_type();
+        let target = match entry.link_name_bytes() {
+            Some(target) if kind == EntryType::Link => Some(normal(&target)?),
+            _ => None,
+        };
+        *entries += 1;
+        *names += name.len() + target.as_ref().map_or(0, String::len);
+        if *entries > ENTRIES_MAX || *names > NAMES_BYTES_MAX {
+            return Err(bad(format!(
+                "the image has more than {ENTRIES_MAX} files, or names that are too long"
+            )));
+        }
+        known.push(Known { name, kind, target });
+    }
+    Ok(known)
+}
+
+/// What is done with each entry of a layer.
+fn decide(known: &[Known], above: &Above) -> Vec<Action> {
+    let stays = |entry: &Known| {
+        let base = entry.name.rsplit('/').next().unwrap_or_default();
+        let is_device = matches!(entry.kind, EntryType::Char | EntryType::Block);
+        !base.starts_with(WHITEOUT)
+            && !is_device
+            && !above.hides(&entry.name, entry.kind == EntryType::Directory)
+    };
+    // A file that is hidden, and the first name that leads to it and is not.
+    let hidden: HashSet<&str> = known
+        .iter()
+        .filter(|it| it.kind.is_file() && !stays(it))
+        .map(|it| it.name.as_str())
+        .collect();
+    let mut heirs: HashMap<&str, &str> = HashMap::new();
+    for entry in known.iter().filter(|entry| stays(entry)) {
+        if let Some(target) = entry.target.as_deref().filter(|target| hidden.contains(target)) {
+            heirs.entry(target).or_insert(&entry.name);
+        }
+    }
+    let action = |entry: &Known| {
+        if !stays(entry) {
+            return heirs
+                .get(entry.name.as_str())
+                .map_or(Action::Skip, |heir| Action::Rename((*heir).to_owned()));
+        }
+        match entry.target.as_deref().and_then(|target| heirs.get(target)) {
+            Some(heir) if *heir == entry.name => Action::Skip,
+            Some(heir) => Action::Link((*heir).to_owned()),
+            None => Action::Copy,
+        }
+    };
+    known.iter().map(action).collect()
+}
+
+/// Adds what a layer has to what hides the layers below it.
+fn add(known: Vec<Known>, above: &mut Above) {
+    for entry in known {
+        let (parent, base) = entry.name.rsplit_once('/').unwrap_or(("", &entry.name));
+        if base == OPAQUE {
+            above.opaque.insert(parent.to_owned());
+        } else if let Some(removed) = base.strip_prefix(WHITEOUT) {
+            let removed =
+                if parent.is_empty() { removed.to_owned() } else { format!("{parent}/{removed}") };
+            above.others.insert(removed);
+        } else if entry.kind == EntryType::Directory {
+            above.directories.insert(entry.name);
+        } else {
+            above.others.insert(entry.name);
+        }
+    }
+}
+
+fn copy<R: Read>(
+    mut entry: Entry<'_, R>,
+    action: Action,
+    builder: &mut Builder<&File>,
+) -> std::io::Result<()> {
+    let mut name = entry.path_bytes().into_owned();
+    let mut target = entry.link_name_bytes().map(|target| target.into_owned());
+    match action {
+        Action::Copy => {}
+        Action::Skip => return Ok(()),
+        Action::Rename(heir) => name = bytes(&heir),
+        Action::Link(heir) => target = Some(bytes(&heir)),
+    }
+    let extensions = extensions(&mut entry)?;
+    builder.append_pax_extensions(
+        extensions.iter().map(|(key, value)| (key.as_str(), value.as_slice())),
+    )?;
+    let mut header: Header = entry.header().clone();
+    let path = path(&name);
+    match (header.entry_type(), target) {
+        (EntryType::Link | EntryType::Symlink, Some(target)) => {
+            builder.append_link(&mut header, path, self::path(&target))
+        }
+        (kind, _) => {
+            // Its holes were filled when it was read.
+            if kind == EntryType::GNUSparse {
+                header.set_entry_type(EntryType::Regular);
+            }
+            header.set_size(entry.size());
+            builder.append_data(&mut header, path, &mut entry)
+        }
+    }
+}
+
+/// The extensions of an entry, without those that its new header says itself.
+fn extensions<R: Read>(entry: &mut Entry<'_, R>) -> std::io::Result<Vec<(String, Vec<u8>)>> {
+    let mut kept = Vec::new();
+    for extension in entry.pax_extensions()?.into_iter().flatten() {
+        let extension = extension?;
+        let key = String::from_utf8_lossy(extension.key_bytes()).into_owned();
+        if !matches!(key.as_str(), "path" | "linkpath" | "size") {
+            kept.push((key, extension.value_bytes().to_owned()));
+        }
+    }
+    Ok(kept)
+}
+
+/// The name of an entry, which for a sparse file lies in its extensions.
+fn name_of<R: Read>(entry: &mut Entry<'_, R>) -> std::io::Result<Vec<u8>> {
+    let sparse = extensions(entry)?.into_iter().find(|(key, _)| key == SPARSE_NAME);
+    Ok(sparse.map_or_else(|| entry.path_bytes().into_owned(), |(_, name)| name))
+}
+
+/// A name without `.` and repeated slashes, below the root.
+fn normal(name: &[u8]) -> Result<String, ArchiveError> {
+    // Names that are not UTF-8 stay apart from each other, which is all that is asked of them here.
+    let text: String = name.iter().map(|&byte| char::from(byte)).collect();
+    let parts: Vec<&str> =
+        text.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    if parts.contains(&"..") {
+        return Err(bad(format!("`{}` leads out of the image", String::from_utf8_lossy(name))));
+    }
+    Ok(parts.join("/"))
+}
+
+/// The bytes of a name that [`normal`] returned.
+fn bytes(name: &str) -> Vec<u8> {
+    name.chars().map(|it| u8::try_from(u32::from(it)).unwrap_or(b'?')).collect()
+}
+
+/// A name as a path, byte by byte.
+fn path(name: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::{Seek, SeekFrom};
+
+    use super::*;
+
+    /// What a test's layer has: a name ending in `/` is a directory, `NAME -> TARGET` a symbolic and `NAME => TARGET` a hard link.
+    fn layer(entries: &[(&str, &str)]) -> File {
+        let mut builder = Builder::new(tempfile::tempfile().unwrap());
+        for (name, content) in entries {
+            let mut header = Header::new_gnu();
+            header.set_mode(0o755);
+            header.set_size(0);
+            if let Some((name, target)) = name.split_once(" -> ") {
+                header.set_entry_type(EntryType::Symlink);
+                builder.append_link(&mut header, name, target).unwrap();
+            } else if let Some((name, target)) = name.split_once(" => ") {
+                header.set_entry_type(EntryType::Link);
+                builder.append_link(&mut header, name, target).unwrap();
+            } else if name.ends_with('/') {
+                header.set_entry_type(EntryType::Directory);
+                builder.append_data(&mut header, name, &b""[..]).unwrap();
+            } else {
+                header.set_size(content.len() as u64);
+                builder.append_data(&mut header, name, content.as_bytes()).unwrap();
+            }
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn flat(layers: &[File], limit: u64) -> Result<File, ArchiveError> {
+        let parts: Vec<Part<'_>> = layers.iter().map(|file| Part::whole(file).unwrap()).collect();
+        let mut flat = tempfile::tempfile().unwrap();
+        flatten(&parts, &flat, limit)?;
+        flat.seek(SeekFrom::Start(0)).unwrap();
+        Ok(flat)
+    }
+
+    /// The flattened tree as `tar` unpacks it: content of files, targets of links.
+    fn unpacked(layers: &[File]) -> BTreeMap<String, String> {
+        let mut archive = Archive::new(flat(layers, 1 << 20).unwrap());
+        let root = tempfile::tempdir().unwrap();
+        archive.unpack(root.path()).unwrap();
+        let mut tree = BTreeMap::new();
+        let mut left = vec![root.path().to_owned()];
+        while let Some(directory) = left.pop() {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.strip_prefix(root.path()).unwrap().display().to_string();
+                if path.is_symlink() {
+                    tree.insert(name, format!("-> {}", path.read_link().unwrap().display()));
+                } else if path.is_dir() {
+                    tree.insert(name, "directory".into());
+                    left.push(path);
+                } else {
+                    tree.insert(name, std::fs::read_to_string(path).unwrap());
+                }
+            }
+        }
+        tree
+    }
+
+    fn tree(entries: &[(&str, &str)]) -> BTreeMap<String, String> {
+        entries.iter().map(|(name, content)| ((*name).to_owned(), (*content).to_owned())).collect()
+    }
+
+    #[test]
+    fn upper_layer_replaces_removes_and_hides() {
+        let layers = [
+            layer(&[
+                ("./etc/", ""),
+                ("./etc/a", "1"),
+                ("./etc/b", "1"),
+                ("var/", ""),
+                ("var/old", "1"),
+                ("opt/", ""),
+                ("opt/tree/", ""),
+                ("opt/tree/leaf", "1"),
+                ("was-file", "1"),
+                ("lib -> usr/lib", ""),
+            ]),
+            layer(&[
+                ("etc/.wh.a", ""),
+                ("etc/b", "2"),
+                ("var/", ""),
+                ("var/.wh..wh..opq", ""),
+                ("var/new", "2"),
+                ("opt/tree", "a file now"),
+                ("was-file/", ""),
+                ("was-file/inner", "2"),
+            ]),
+        ];
+
+        assert_eq!(
+            unpacked(&layers),
+            tree(&[
+                ("etc", "directory"),
+                ("etc/b", "2"),
+                ("var", "directory"),
+                ("var/new", "2"),
+                ("opt", "directory"),
+                ("opt/tree", "a file now"),
+                ("was-file", "directory"),
+                ("was-file/inner", "2"),
+                ("lib", "-> usr/lib"),
+            ])
+        );
+    }
+
+    #[test]
+    fn removed_name_that_a_later_layer_makes_again_is_there() {
+        let layers = [layer(&[("f", "1")]), layer(&[(".wh.f", "")]), layer(&[("f", "3")])];
+        assert_eq!(unpacked(&layers), tree(&[("f", "3")]));
+    }
+
+    #[test]
+    fn hard_link_outlives_the_name_that_it_was_made_of() {
+        let layers = [
+            layer(&[("git", "program"), ("git-add => git", ""), ("git-rm => git", "")]),
+            layer(&[(".wh.git", "")]),
+        ];
+        assert_eq!(unpacked(&layers), tree(&[("git-add", "program"), ("git-rm", "program")]));
+    }
+
+    #[test]
+    fn attributes_and_long_names_are_kept() {
+        let long = format!("{}/{}", "d".repeat(90), "n".repeat(200));
+        let mut builder = Builder::new(tempfile::tempfile().unwrap());
+        builder
+            .append_pax_extensions([("SCHILY.xattr.security.capability", &b"\x01\0\0\x02"[..])])
+            .unwrap();
+        let mut header = Header::new_gnu();
+        header.set_size(1);
+        header.set_mode(0o4755);
+        builder.append_data(&mut header, &long, &b"x"[..]).unwrap();
+        let layers = [builder.into_inner().unwrap(), layer(&[("other", "")])];
+
+        let mut archive = Archive::new(flat(&layers, 1 << 20).unwrap());
+        let mut entry = archive.entries().unwrap().next().unwrap().unwrap();
+
+        assert_eq!(entry.path_bytes(), long.as_bytes());
+        assert_eq!(entry.header().mode().unwrap(), 0o4755);
+        let extensions = extensions(&mut entry).unwrap();
+        assert_eq!(
+            extensions,
+            [("SCHILY.xattr.security.capability".to_owned(), b"\x01\0\0\x02".to_vec())]
+        );
+    }
+
+    #[test]
+    fn layer_that_leads_out_of_the_image_or_has_no_end_is_refused() {
+        let mut out = Builder::new(tempfile::tempfile().unwrap());
+        let mut header = Header::new_gnu();
+        header.set_size(0);
+        header.as_old_mut().name[..5].copy_from_slice(b"a/../");
+        header.set_cksum();
+        out.append(&header, &b""[..]).unwrap();
+        let error = flat(&[out.into_inner().unwrap()], 1 << 20).unwrap_err();
+        assert!(error.to_string().contains("leads out of the image"), "{error}");
+
+        let mut bomb = tempfile::tempfile().unwrap();
+        let mut gzip = flate2::write::GzEncoder::new(&mut bomb, flate2::Compression::fast());
+        let mut zeros = layer(&[("zeros", &"0".repeat(4 << 20))]);
+        zeros.seek(SeekFrom::Start(0)).unwrap();
+        std::io::copy(&mut zeros, &mut gzip).unwrap();
+        gzip.finish().unwrap();
+        let error = flat(&[bomb], 1 << 20).unwrap_err();
+        assert!(matches!(error, ArchiveError::TooLarge { .. }), "{error}");
+    }
+}
