@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bhatti_proto::{
-    CHUNK_BYTES, CONTROL_PORT, ExecRequest, Frame, FrameType, SendJsonError, SignalRequest,
-    parse_exit,
+    CHUNK_BYTES, CONTROL_PORT, ExecRequest, Frame, FrameType, PIECE_BYTES_MAX, SendJsonError,
+    SignalRequest, parse_exit,
 };
 use bytes::Bytes;
 
@@ -25,6 +25,9 @@ pub enum ExecEvent {
     /// It ended. Nothing follows.
     Exit(i32),
 }
+
+/// The most that [`AgentClient::run`] collects, in bytes.
+const RUN_BYTES_MAX: usize = 16 << 20;
 
 impl AgentClient {
     /// Starts a command, with pipes for its standard streams. Whether it could be started is the first thing that the output says.
@@ -54,7 +57,8 @@ impl AgentClient {
         let exec_id = format!("{:016x}", getrandom::u64().map_err(|_| CallError::Entropy)?);
         request.error_details = true;
         request.exec_id = Some(exec_id.clone());
-        let (reader, mut writer) = self.open(CONTROL_PORT).await?;
+        let (mut reader, mut writer) = self.open(CONTROL_PORT).await?;
+        reader.frames.limit_payload(PIECE_BYTES_MAX);
         writer.queue_json(FrameType::EXEC_REQ, &request).map_err(CallError::Send)?;
         if let Some(bytes) = whole_input {
             for chunk in bytes.chunks(CHUNK_BYTES) {
@@ -74,7 +78,7 @@ impl AgentClient {
         Ok((input, ExecOutput { reader, first: None, _held: None }))
     }
 
-    /// Runs a command to its end, and returns its exit code with all that it wrote.
+    /// Runs a command to its end, and returns its exit code with all that it wrote, which may be 16 MiB.
     ///
     /// # Errors
     ///
@@ -88,6 +92,9 @@ impl AgentClient {
                 ExecEvent::Stderr(bytes) => stderr.extend_from_slice(&bytes),
                 ExecEvent::TimedOut => {}
                 ExecEvent::Exit(code) => return Ok((code, stdout, stderr)),
+            }
+            if stdout.len() + stderr.len() > RUN_BYTES_MAX {
+                return Err(CallError::TooMuch { limit: RUN_BYTES_MAX, what: "bytes of output" });
             }
         }
     }

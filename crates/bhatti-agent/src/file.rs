@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use bhatti_proto::{
     CHUNK_BYTES, FileEvent, FileInfo, FilePathRequest, FileReadRequest, FileReadResponse,
-    FileWriteRequest, FrameType, MkdirRequest, RemoveRequest, RenameRequest, StatusOk,
+    FileWriteRequest, FrameType, MkdirRequest, PIECE_BYTES_MAX, RemoveRequest, RenameRequest,
+    StatusOk,
 };
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -167,6 +168,7 @@ impl AgentClient {
             error_details: true,
         };
         let (mut reader, writer) = self.request(FrameType::FILE_READ_REQ, &request).await?;
+        reader.frames.limit_payload(PIECE_BYTES_MAX);
         let info = expect_soon(&mut reader, FrameType::FILE_READ_RESP).await?;
         let info = info.json().map_err(|_| CallError::Unexpected)?;
         Ok(FileContent { info, reader, _writer: writer })

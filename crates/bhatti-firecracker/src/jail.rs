@@ -22,8 +22,10 @@ use bhatti_types::SandboxId;
 use bhatti_vmm::{create_private, share};
 use tokio::task::spawn_blocking;
 
+use bhatti_host::process::USERS;
+use bhatti_vmm::{cgroup, user_of};
+
 use crate::Setup;
-use crate::cgroup;
 use crate::machine::Machine;
 use crate::vm::vm_name;
 
@@ -31,21 +33,9 @@ const ROOT: &str = "vmm";
 const JAIL: &str = "jail";
 const TAP: &str = "jail/tap";
 
-/// The users of VMMs: 2^28 that no system gives to anybody (systemd's "Users, Groups, UIDs and GIDs" has them as unused). Two sandboxes that
-/// have the same one by chance are still in directories of their own.
-const FIRST_USER: u32 = 0x7000_0000;
-const USER_BITS: u32 = 28;
-
 /// The root directory of the Firecracker of the VM in `directory`.
 pub(crate) fn root(directory: &Path) -> PathBuf {
     directory.join(ROOT)
-}
-
-/// Whom the VMM of a sandbox runs as.
-fn user(id: SandboxId) -> u32 {
-    let hash = blake3::hash(id.to_string().as_bytes());
-    let [a, b, c, d, ..] = *hash.as_bytes();
-    FIRST_USER + (u32::from_le_bytes([a, b, c, d]) >> (u32::BITS - USER_BITS))
 }
 
 /// What a VMM does with a file.
@@ -74,7 +64,7 @@ impl Jail {
         tap: Option<&str>,
     ) -> io::Result<Self> {
         clear(id, directory).await?;
-        let jail = Self { root: root(directory), user: setup.jailer.as_ref().map(|_| user(id)) };
+        let jail = Self { root: root(directory), user: setup.jailer.as_ref().map(|_| user_of(id)) };
         create_private(&jail.root)?;
         let Some(owner) = jail.user else { return Ok(jail) };
         let place = directory.join(JAIL).join(program_name(setup)).join(vm_name(id));
@@ -151,7 +141,7 @@ impl Jail {
             &base,
         ];
         let mut all: Vec<String> = owned(&jail);
-        all.extend(cgroup::arguments(setup.groups, machine.memory_mib));
+        all.extend(cgroup::jailer_arguments(setup.groups, machine.memory_mib));
         all.push("--".to_owned());
         all.extend(owned(arguments));
         (jailer.clone(), all)
@@ -188,7 +178,7 @@ pub(crate) fn take(directory: &Path, name: &str, place: &Path) -> io::Result<()>
         discard(&safe)?;
         return Err(io::Error::new(ErrorKind::InvalidData, format!("`{name}` is no file")));
     }
-    if file.uid() >= FIRST_USER {
+    if file.uid() >= USERS.start {
         chown(&safe, Some(0), Some(0))?;
     }
     match fs::rename(&safe, place) {
@@ -267,13 +257,6 @@ mod tests {
         assert!(!inside.exists());
     }
 
-    #[test]
-    fn users_of_sandboxes_are_nobody_elses() {
-        let users = [1, 2, 3].map(|seed| user(SandboxId::from_entropy([seed; 8])));
-        assert!(users.iter().all(|user| (FIRST_USER..0x8000_0000).contains(user)), "{users:?}");
-        assert!(users[0] != users[1] && users[1] != users[2]);
-    }
-
     fn setup(jailer: Option<&str>) -> Setup {
         Setup {
             program: "/x/fc".into(),
@@ -304,7 +287,7 @@ mod tests {
         jail.admit(&file("link"), "memory", Use::Shared).unwrap();
 
         let inside = |name: &str| fs::symlink_metadata(jail.root.join(name)).unwrap();
-        assert_eq!((inside("disk").uid(), inside("disk").mode() & 0o777), (user(id), 0o600));
+        assert_eq!((inside("disk").uid(), inside("disk").mode() & 0o777), (user_of(id), 0o600));
         assert!(inside("memory").is_file());
         assert_eq!((inside("memory").uid(), inside("memory").mode() & 0o777), (0, 0o644));
         let place = file("jail").join("fc").join(vm_name(id)).join("root");

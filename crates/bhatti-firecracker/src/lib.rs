@@ -19,7 +19,6 @@
 
 mod api;
 mod capture;
-mod cgroup;
 mod jail;
 mod machine;
 mod manifest;
@@ -44,7 +43,7 @@ use bhatti_host::processor;
 use bhatti_types::SandboxId;
 
 use api::State;
-use cgroup::Groups;
+use bhatti_vmm::cgroup::Groups;
 use machine::Record;
 use vm::FirecrackerVm;
 

@@ -179,8 +179,7 @@ impl Waiting {
 
     /// Ends the process, and leaves what was there before it.
     async fn give_up(self, error: RestoreError) -> RestoreError {
-        self.process.kill();
-        self.process.ended().await;
+        bhatti_vmm::end(&self.process).await;
         report_log(&self.directory);
         // What the VM stood on is the base of a diff, and has to be there again.
         let kept = self.manifest.machine.memory.as_deref().unwrap_or_default();
@@ -237,10 +236,22 @@ impl Staged for Waiting {
             return Err(self.give_up(error).await);
         }
         let file = |step| move |source| RestoreError::File { step, source };
-        let record = Record::new(self.process.id(), self.machine.clone());
-        record.write(&self.directory).map_err(file("record the VM"))?;
+        let id = self.process.id();
+        let record = Record::new(id, self.machine.clone());
+        if let Err(source) = record.write(&self.directory) {
+            return Err(self.give_up(file("record the VM")(source)).await);
+        }
         let vm =
             FirecrackerVm::attach(self.process, &self.directory, self.machine, self.depends_on);
-        Ok(Arc::new(vm.map_err(file("open the VM's console"))?))
+        match vm {
+            Ok(vm) => Ok(Arc::new(vm)),
+            Err(source) => {
+                bhatti_vmm::end(
+                    &Followed::adopt(id).map_err(file("end a VM that was not taken up"))?,
+                )
+                .await;
+                Err(file("open the VM's console")(source))
+            }
+        }
     }
 }

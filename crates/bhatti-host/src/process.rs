@@ -18,7 +18,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
 use rustix::thread::disable_transparent_huge_pages;
 
-pub use confine::{Confinement, Reach, landlock_version};
+pub use confine::{Confinement, Reach, User, landlock_version};
 pub use follow::{Followed, ProcessId, Usage};
 
 /// Where programs are looked for, whatever the caller's environment says.
@@ -39,6 +39,24 @@ pub fn command(program: impl AsRef<OsStr>) -> tokio::process::Command {
         .kill_on_drop(true);
     command
 }
+
+/// Whether this process has root's rights.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Confines a helper program from its first instruction on.
+pub fn confine(command: &mut tokio::process::Command, confinement: Confinement) {
+    // SAFETY: between fork and exec `enter` makes only system calls that are async-signal-safe, and allocates nothing.
+    #[expect(unsafe_code, reason = "the child must be prepared between fork and exec")]
+    unsafe {
+        command.pre_exec(move || confinement.enter());
+    }
+}
+
+/// The users of confined programs: 2^28 that no system gives to anybody (systemd's "Users, Groups, UIDs and GIDs" has them as unused).
+pub const USERS: std::ops::Range<u32> = 0x7000_0000..0x8000_0000;
 
 /// glibc's name for how much a heap may keep at its end of what is not used any more, and that in bytes.
 #[cfg(target_env = "gnu")]

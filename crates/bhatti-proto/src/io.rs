@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::frame::{FrameError, FrameType, encode, parse};
+use crate::frame::{FrameError, FrameType, PAYLOAD_BYTES_MAX, encode, parse};
 
 /// Bytes asked of the stream at once: a full chunk with its header.
 const READ_BYTES: usize = crate::CHUNK_BYTES + 64;
@@ -65,12 +65,18 @@ pub enum SendJsonError {
 pub struct FrameReader<R> {
     inner: R,
     buffer: BytesMut,
+    payload_bytes_max: usize,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Reads frames from `inner`.
     pub fn new(inner: R) -> Self {
-        Self { inner, buffer: BytesMut::new() }
+        Self { inner, buffer: BytesMut::new(), payload_bytes_max: PAYLOAD_BYTES_MAX }
+    }
+
+    /// Takes only frames with payloads of so many bytes from now on: what a stream is for decides how much of it is held in memory.
+    pub const fn limit_payload(&mut self, bytes: usize) {
+        self.payload_bytes_max = bytes;
     }
 
     /// Receives the next frame; `None` when the stream ended between two frames.
@@ -84,6 +90,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Cancel safe: what was received stays in the reader.
     pub async fn next(&mut self) -> Result<Option<Frame>, ReadFrameError> {
         loop {
+            self.check_length()?;
             if let Some(parsed) = parse(&self.buffer)? {
                 let (frame_type, total_bytes) = (parsed.frame_type, parsed.total_bytes);
                 let mut payload = self.buffer.split_to(total_bytes).freeze();
@@ -103,6 +110,16 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 };
             }
         }
+    }
+
+    /// Refuses a frame as soon as its length is there.
+    fn check_length(&self) -> Result<(), ReadFrameError> {
+        let Some(field) = self.buffer.first_chunk::<4>() else { return Ok(()) };
+        let length = u32::from_be_bytes(*field) as usize;
+        if length > self.payload_bytes_max + 1 {
+            return Err(FrameError::TooLarge { length }.into());
+        }
+        Ok(())
     }
 
     /// The stream.
@@ -250,6 +267,19 @@ mod tests {
 
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+    }
+
+    #[tokio::test]
+    async fn frame_beyond_the_streams_limit_is_refused_before_its_payload_comes() {
+        let (mut near, far) = tokio::io::duplex(64);
+        let mut reader = FrameReader::new(far);
+        reader.limit_payload(1000);
+        near.write_all(&1002_u32.to_be_bytes()).await.unwrap();
+        let error = reader.next().await.unwrap_err();
+        assert!(
+            matches!(error, ReadFrameError::Frame(FrameError::TooLarge { length: 1002 })),
+            "{error}"
+        );
     }
 
     #[tokio::test]

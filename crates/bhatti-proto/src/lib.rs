@@ -44,3 +44,6 @@ pub const FORWARD_PORT: u32 = 1025;
 
 /// The size of the pieces in which output and files travel, in bytes.
 pub const CHUNK_BYTES: usize = 32 * 1024;
+
+/// The longest piece of output or of a file that a host takes, in bytes: no agent sends longer ones.
+pub const PIECE_BYTES_MAX: usize = 2 * CHUNK_BYTES;

@@ -44,7 +44,7 @@ const OWN_MIB: u32 = 48;
 
 /// Under software emulation, the memory for translated code, in MiB. When it is full it is emptied, and what runs is translated again. QEMU
 /// takes up to 1024 by itself, however small the guest, and a guest can fill it.
-const TRANSLATED_MIB: u32 = 128;
+pub(crate) const TRANSLATED_MIB: u32 = 128;
 
 /// What QEMU takes beside its guest's memory, in MiB.
 pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {

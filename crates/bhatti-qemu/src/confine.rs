@@ -2,14 +2,19 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bhatti_engine::Accelerator;
-use bhatti_host::process::{Confinement, Reach};
+use bhatti_host::process::{self, Confinement, Reach, User};
 
 use crate::record::Machine;
 use crate::{Setup, locate, overlay};
+
+/// What a layer takes beside its content, at most.
+const TABLE_BYTES: u64 = 64 << 20;
+
+const KVM: &str = "/dev/kvm";
 
 /// Where a QEMU of somebody's own has its libraries and firmware: beside the directory of programs that it is in, or, as it was built, beside
 /// itself.
@@ -33,30 +38,40 @@ pub(crate) fn confinement(
         if volume.read_only { &mut read } else { &mut write }.push(&volume.path);
     }
     if setup.accelerator == Accelerator::Kvm {
-        write.push(Path::new("/dev/kvm"));
+        write.push(Path::new(KVM));
     }
     Confinement::new(Reach { run: &run, read: &read, write: &write })
 }
 
-/// Makes what QEMU writes this user's: without root's rights it cannot write what is another's, as volumes are that were in Firecracker's jail.
+/// Gives what QEMU writes to its user, if the daemon is root: without root's rights QEMU cannot write what is another's.
 ///
 /// # Errors
 ///
 /// Returns the error of chown(2).
-pub(crate) fn make_own(directory: &Path, machine: &Machine) -> io::Result<()> {
-    let user = rustix::process::geteuid();
-    if !user.is_root() {
-        return Ok(());
-    }
+pub(crate) fn give_to(user: u32, directory: &Path, machine: &Machine) -> io::Result<()> {
     let volumes = machine.volumes.iter().flatten().filter(|volume| !volume.read_only);
     let written = volumes.map(|volume| volume.path.clone()).chain([directory.join(&machine.disk)]);
-    for path in written {
-        // What is missing, QEMU says better.
-        if fs::metadata(&path).is_ok_and(|file| file.uid() != user.as_raw()) {
-            chown(&path, Some(user.as_raw()), None)?;
-        }
-    }
-    Ok(())
+    written.into_iter().try_for_each(|path| bhatti_vmm::give_to(&path, user))
+}
+
+/// The longest file that QEMU writes, in bytes: its disk's layer when it is full, with the tables of qcow2, or a volume.
+///
+/// # Errors
+///
+/// Returns the error of reading the disk's header.
+pub(crate) fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64> {
+    let disk = overlay::disk_bytes(&directory.join(&machine.disk))?;
+    let volumes = machine.volumes.iter().flatten();
+    let volume =
+        volumes.filter_map(|volume| fs::metadata(&volume.path).ok()).map(|file| file.len()).max();
+    Ok((disk + disk / 8 + TABLE_BYTES).max(volume.unwrap_or_default()))
+}
+
+/// The user that QEMU becomes, if the daemon is root. It reads what its rules allow, whosever it is: layers and memory are shared.
+pub(crate) fn user(setup: &Setup, user: u32) -> Option<User> {
+    let kvm = fs::metadata(KVM).ok().filter(|_| setup.accelerator == Accelerator::Kvm);
+    let group = kvm.map(|device| device.gid());
+    process::is_root().then_some(User { id: user, group, reads_all: true })
 }
 
 /// The program and what comes with it.

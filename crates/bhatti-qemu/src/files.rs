@@ -35,6 +35,8 @@ pub(crate) fn share(file: &Path, directory: &Path, name: &str) -> io::Result<()>
             ) => {}
         sealed => sealed?,
     }
+    // Root's, so that no VMM could unseal it even if its rules did not refuse that.
+    bhatti_vmm::give_to(file, 0)?;
     bhatti_vmm::share(file, directory, name)
 }
 

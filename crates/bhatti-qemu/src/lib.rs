@@ -42,9 +42,10 @@ use bhatti_engine::{
     Accelerator, AdoptError, BootError, Capabilities, Engine, RemoveError, RestoreError,
     RestoreSpec, Staged, Vm, VmSpec,
 };
-use bhatti_host::process::Followed;
+use bhatti_host::process::{self, Followed};
 use bhatti_host::{clock, kvm, processor};
 use bhatti_types::SandboxId;
+use bhatti_vmm::cgroup::{self, Groups};
 use tokio::sync::OnceCell;
 
 use qmp::Qmp;
@@ -66,6 +67,7 @@ pub struct QemuEngine {
 pub(crate) struct Setup {
     pub(crate) program: PathBuf,
     pub(crate) accelerator: Accelerator,
+    pub(crate) groups: Groups,
     /// What saved VMs depend on: another value, and they cannot be restored.
     pub(crate) depends_on: String,
 }
@@ -87,7 +89,8 @@ impl QemuEngine {
             kind_of_program(&program),
             command_line::LAYOUT
         );
-        Self { setup: Setup { program, accelerator, depends_on }, tsc_khz: Arc::default() }
+        let groups = if process::is_root() { Groups::of_host() } else { Groups::Unusable };
+        Self { setup: Setup { program, accelerator, groups, depends_on }, tsc_khz: Arc::default() }
     }
 
     /// Measures now what the first boot would otherwise wait for.
@@ -172,7 +175,10 @@ impl Engine for QemuEngine {
     }
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        bhatti_vmm::kill(self.find_process(id, directory).await).await
+        bhatti_vmm::kill(self.find_process(id, directory).await).await?;
+        let name = command_line::vm_name(id);
+        let removed = cgroup::remove(&name).await;
+        removed.map_err(|source| RemoveError::Files { path: name.into(), source })
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {

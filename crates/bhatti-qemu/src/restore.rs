@@ -128,8 +128,7 @@ impl Waiting {
 
     /// Ends the process.
     async fn give_up(self, error: RestoreError) -> RestoreError {
-        self.process.kill();
-        self.process.ended().await;
+        bhatti_vmm::end(&self.process).await;
         report_log(&self.directory);
         error
     }
@@ -206,10 +205,21 @@ impl Staged for Waiting {
             return Err(self.give_up(error).await);
         }
         let file = |step| move |source| RestoreError::File { step, source };
-        remove_other_memory(&self.directory, &self.machine.memory)
-            .map_err(file("remove memory that nothing stands on"))?;
+        if let Err(source) = remove_other_memory(&self.directory, &self.machine.memory) {
+            return Err(self.give_up(file("remove memory that nothing stands on")(source)).await);
+        }
+        let id = self.process.id();
         let vm =
             QemuVm::attach(self.process, &self.directory, self.machine, self.qmp, self.depends_on);
-        Ok(Arc::new(vm.map_err(file("connect to the VM's console"))?))
+        match vm {
+            Ok(vm) => Ok(Arc::new(vm)),
+            Err(source) => {
+                bhatti_vmm::end(
+                    &Followed::adopt(id).map_err(file("end a VM that was not taken up"))?,
+                )
+                .await;
+                Err(file("connect to the VM's console")(source))
+            }
+        }
     }
 }

@@ -15,11 +15,14 @@ use bhatti_engine::{
 use bhatti_host::process::{Detached, Followed, Streams, Usage};
 use bhatti_host::socket;
 use bhatti_types::SandboxId;
-use bhatti_vmm::{Console, create_log, create_private, log_tail, remove_other_memory, volumes};
+use bhatti_vmm::{
+    Console, cgroup, create_log, create_private, log_tail, remove_other_memory, user_of, volumes,
+};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
+use tracing::warn;
 
 use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
 use crate::command_line::{self, Handed};
@@ -140,8 +143,13 @@ pub(crate) fn start(
         command_line::machine_arguments(setup.accelerator, id, machine, directory, &handed);
     all.extend(beginning.arguments);
     let log = create_log(&directory.join(LOG))?;
-    confine::make_own(directory, machine)?;
-    let confinement = confine::confinement(setup, directory, machine, beginning.files)?;
+    let user = user_of(id);
+    confine::give_to(user, directory, machine)?;
+    let mut confinement = confine::confinement(setup, directory, machine, beginning.files)?;
+    confinement = confinement.with_files_up_to(confine::file_bytes(directory, machine)?);
+    if let Some(user) = confine::user(setup, user) {
+        confinement = confinement.as_user(user);
+    }
     let detached = Detached {
         program: setup.program.as_os_str(),
         arguments: &all,
@@ -152,6 +160,12 @@ pub(crate) fn start(
         confinement: Some(confinement),
     };
     let process = detached.spawn()?;
+    let name = command_line::vm_name(id);
+    let memory_mib = machine.memory_mib + command_line::TRANSLATED_MIB;
+    if let Err(error) = cgroup::enter(setup.groups, &name, memory_mib, process.id().pid) {
+        // The memory that admission counts is then only as true as QEMU is.
+        warn!(sandbox = %id, %error, "QEMU has no control group with a limit of memory");
+    }
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::fs;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -439,9 +440,12 @@ async fn vmm_reaches_its_own_files_and_nothing_else_of_its_host() {
         monitor.try_to(command, arguments).await.err().unwrap_or_default()
     };
 
+    let pid = bhatti_testkit::vmm_pid_of(&own, &guest.id.to_string()).unwrap();
+    let user = owner_of(pid);
     for place in [&own, others.path()] {
         fs::write(place.join("disk"), [0; 4096]).unwrap();
         fs::write(place.join("state"), "").unwrap();
+        chown(place.join("state"), Some(user), None).unwrap();
     }
     let open = |place: &Path, name: &str| {
         let file = json!({ "driver": "file", "filename": place.join("disk"), "read-only": true });
@@ -461,11 +465,51 @@ async fn vmm_reaches_its_own_files_and_nothing_else_of_its_host() {
     assert_eq!(fs::read(others.path().join("state")).unwrap(), b"");
     assert_eq!(refused("xen-save-devices-state", save(&own)).await, "");
 
-    let pid = bhatti_testkit::vmm_pid_of(&own, &guest.id.to_string()).unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let says = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
     let capabilities = u64::from_str_radix(says("CapPrm:").trim(), 16).unwrap();
     assert_eq!(capabilities & !TO_READ, 0, "{capabilities:x}");
     assert_eq!(says("NoNewPrivs:").trim(), "1");
     guest.remove().await;
+}
+
+/// The user that a process runs as.
+fn owner_of(pid: u32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap();
+    users.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn vmm_of_a_root_daemon_has_a_user_and_a_control_group_of_its_own() {
+    let what = "vmm_of_a_root_daemon_has_a_user_and_a_control_group_of_its_own";
+    if !bhatti_host::process::is_root() {
+        bhatti_testkit::skip(what, "only root can become another user");
+        return;
+    }
+    let guest = Guest::boot().await;
+    let directory = guest.directory.path().join("vm");
+    let pid = bhatti_testkit::vmm_pid_of(&directory, &guest.id.to_string()).unwrap();
+    assert_eq!(owner_of(pid), bhatti_vmm::user_of(guest.id));
+    let groups = bhatti_vmm::cgroup::Groups::of_host();
+    if groups == bhatti_vmm::cgroup::Groups::Unusable {
+        bhatti_testkit::skip(what, "this host has no control groups for memory");
+    } else {
+        let inside = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let name = format!("/bhatti/bhatti-{}", guest.id);
+        assert!(inside.lines().any(|line| line.ends_with(&name)), "{inside}");
+    }
+    // Its disk is frozen and saved as that user's, too.
+    let snapshots = tempfile::tempdir().unwrap();
+    freeze(&*guest.vm, &snapshots.path().join("first")).await;
+    assert_eq!(
+        guest.say(None, "echo written >/workspace/f; sync; cat /workspace/f").await,
+        "written\n"
+    );
+    let group = guest.id;
+    guest.remove().await;
+    for tree in ["memory", "pids", "."] {
+        let left = Path::new("/sys/fs/cgroup").join(tree).join(format!("bhatti/bhatti-{group}"));
+        assert!(!left.exists(), "{}", left.display());
+    }
 }

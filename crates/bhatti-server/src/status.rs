@@ -76,6 +76,14 @@ impl ApiError {
     }
 }
 
+/// A guest or host that is too busy to do it in time: asking again helps.
+fn busy_guest(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    tracing::warn!(error = %Report(error), "Request failed");
+    ApiError::new(ErrorCode::Busy, error.to_string())
+        .hint("the sandbox is very busy; try again")
+        .retry_after(BUSY_RETRY)
+}
+
 /// Whether what went wrong, or what led to it, is that a disk of this host is full.
 fn is_full_disk(error: &(dyn std::error::Error + 'static)) -> bool {
     let chain = std::iter::successors(Some(error), |error| error.source());
@@ -207,10 +215,10 @@ impl From<CreateError> for ApiError {
             CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
             CreateError::Boot(boot) => boot_error(boot, &error),
             CreateError::Restore(restore) => restore_error(restore),
+            CreateError::Unconfigured(_) => busy_guest(&error),
             CreateError::Template(_)
             | CreateError::Vmm(_)
             | CreateError::Secret(_)
-            | CreateError::Unconfigured(_)
             | CreateError::Report(_)
             | CreateError::Images(_)
             | CreateError::Store(_)
@@ -371,13 +379,12 @@ impl From<TransitionError> for ApiError {
                 .hint("its guest is very busy; try again"),
             TransitionError::Vmm(_)
             | TransitionError::Save(_)
-            | TransitionError::Unconfigured(_)
             | TransitionError::Images(_)
             | TransitionError::End(_)
             | TransitionError::Consume(_)
             | TransitionError::Store(_)
-            | TransitionError::Entropy(_)
-            | TransitionError::Restless => Self::internal(&error),
+            | TransitionError::Entropy(_) => Self::internal(&error),
+            TransitionError::Unconfigured(_) | TransitionError::Restless => busy_guest(&error),
         }
     }
 }

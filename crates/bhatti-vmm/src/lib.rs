@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows a VMM. An engine's own crate has what its VMM is told, and when.
 
+pub mod cgroup;
 mod console;
 mod draft;
 mod files;
@@ -10,6 +11,7 @@ mod log;
 mod pages;
 mod process;
 mod record;
+mod user;
 mod vsock;
 
 pub use console::Console;
@@ -21,6 +23,7 @@ pub use files::{
 pub use generation::{Generation, check_volumes, damaged, read_manifest, same, volume_generations};
 pub use log::{create_log, log_tail};
 pub use pages::{piece_bytes, pieces, read_pages, write_pages};
-pub use process::{find, kill, remove};
+pub use process::{end, find, kill, remove};
 pub use record::{Record, Volume, volumes};
+pub use user::{give_as, give_to, user_of};
 pub use vsock::VsockChannel;

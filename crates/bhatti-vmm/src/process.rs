@@ -28,10 +28,7 @@ pub async fn find(directory: &Path, program: &Path, argument: &str) -> io::Resul
 }
 
 fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
-    // Without a directory there never was a process.
-    if !directory.exists() {
-        return Err(io::ErrorKind::NotFound.into());
-    }
+    // Without a directory there may be a process all the same: somebody may have removed the directory.
     match recorded_process(directory).and_then(Followed::adopt) {
         Err(error)
             if matches!(
@@ -46,6 +43,17 @@ fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Foll
     }
 }
 
+/// Kills a VMM and waits until it has ended. Returns whether it has: one that stays is reported.
+pub async fn end(process: &Followed) -> bool {
+    process.kill();
+    let ended = timeout(KILL_LIMIT, process.ended()).await.is_ok();
+    if !ended {
+        let (pid, seconds) = (process.id().pid, KILL_LIMIT.as_secs());
+        tracing::error!(pid, seconds, "A killed virtual machine process does not end");
+    }
+    ended
+}
+
 /// Ends a VMM that was looked for, if there is one.
 ///
 /// # Errors
@@ -57,9 +65,8 @@ pub async fn kill(found: io::Result<Followed>) -> Result<(), RemoveError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(RemoveError::Process { source }),
     };
-    process.kill();
     let pid = process.id().pid;
-    timeout(KILL_LIMIT, process.ended()).await.map_err(|_| RemoveError::Unkillable { pid })
+    end(&process).await.then_some(()).ok_or(RemoveError::Unkillable { pid })
 }
 
 /// Removes everything of a VM that has ended.

@@ -184,6 +184,67 @@ async fn killed_vmm_is_an_error_at_once_and_a_state_that_can_be_left() {
 }
 
 #[tokio::test]
+async fn sandbox_whose_directory_was_removed_can_be_destroyed_with_its_vm() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let pid = vmm_pid(&daemon.sandbox_directories()[0]).unwrap();
+    for directory in daemon.sandbox_directories() {
+        if vmm_pid(&directory) == Some(pid) {
+            fs::remove_dir_all(directory).unwrap();
+        }
+    }
+
+    daemon.client.destroy("dev").await.unwrap();
+
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "its VM has ended");
+}
+
+#[tokio::test]
+async fn files_that_a_guest_deletes_free_the_hosts_disk() {
+    if !needs(Feature::LayeredDisks) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let used = || -> u64 {
+        let directories = daemon.sandbox_directories();
+        let files = directories.iter().flat_map(|it| fs::read_dir(it).unwrap());
+        let layers = files
+            .map(|it| it.unwrap().path())
+            .filter(|it| it.extension().is_some_and(|it| it == "qcow2"));
+        layers
+            .map(|it| std::os::unix::fs::MetadataExt::blocks(&fs::metadata(it).unwrap()) * 512)
+            .sum::<u64>()
+            >> 20
+    };
+    shell(&daemon.client, "dev", "head -c 8M /dev/urandom >/dev/shm/p; for i in 1 2 3 4 5 6 7 8 9 10; do cat /dev/shm/p; done >/workspace/f; sync").await;
+    assert!(used() > 80, "{} MiB", used());
+
+    shell(&daemon.client, "dev", "rm /workspace/f; sync").await;
+
+    // The guest's kernel discards after the commit of its journal.
+    wait_for("the host's file shrinks", || used() < 40).await;
+}
+
+#[tokio::test]
+async fn kernel_parameters_suit_editors_and_ping() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let read = "cd /proc/sys && cat fs/inotify/max_user_watches fs/inotify/max_user_instances net/ipv4/ping_group_range";
+    assert_eq!(shell(&daemon.client, "dev", read).await, "524288\n1024\n0\t2147483647\n");
+    let ping =
+        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)";
+    let ran = run(&daemon.client, "dev", &["python3", "-c", ping]).await.unwrap();
+    assert_eq!(ran.code, 0, "{ran:?}");
+}
+
+#[tokio::test]
 async fn killed_daemon_finds_its_sandboxes_again() {
     let mut daemon = TestDaemon::start().await;
     let kept = daemon.client.create(&named("kept")).await.unwrap();

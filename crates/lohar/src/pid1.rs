@@ -10,6 +10,7 @@ mod container;
 mod mounts;
 mod power;
 mod root;
+mod sysctls;
 
 use std::fmt;
 use std::io;
@@ -77,6 +78,7 @@ fn boot_and_serve() -> Result<(), BootError> {
         ("bring the loopback up", netlink::loopback_up()),
         ("bring the network card up", netlink::card_up()),
         ("protect the agent's memory", oom::protect_agent()),
+        ("set the kernel's parameters", sysctls::set()),
     ] {
         if let Err(error) = done {
             log::line(format_args!("failed to {step}: {error}"));

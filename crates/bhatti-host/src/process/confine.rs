@@ -13,10 +13,15 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, PathFdError, Ruleset,
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, Scope,
 };
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use rustix::process::{Gid, Resource, Rlimit, Uid, setrlimit};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, configure_capability_in_ambient_set, set_capabilities,
+    set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, apply_filter,
+    SeccompRule, apply_filter, sock_filter,
 };
 
 /// The newest rules that are asked for. A kernel that has only older ones keeps those.
@@ -141,6 +146,19 @@ pub struct Confinement {
     /// None on a kernel without Landlock.
     rules: Option<OwnedFd>,
     filter: BpfProgram,
+    user: Option<User>,
+    file_bytes: Option<u64>,
+}
+
+/// A user that a process becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// Its number; its group has the same one.
+    pub id: u32,
+    /// One more group.
+    pub group: Option<u32>,
+    /// Whether it reads whatever the rules allow, whosever it is.
+    pub reads_all: bool,
 }
 
 /// What this kernel has of Landlock, by its own count: from 1 on it keeps a process to its own files, from 6 on (Linux 6.12) from sending
@@ -178,21 +196,47 @@ impl Confinement {
                 rules.allow(path, access, &[NotFound])?;
             }
         }
-        Ok(Self { rules: rules.0.into(), filter: filter()? })
+        Ok(Self { rules: rules.0.into(), filter: filter()?, user: None, file_bytes: None })
+    }
+
+    /// Has the process become another user, too, which takes root.
+    #[must_use]
+    pub fn as_user(self, user: User) -> Self {
+        Self { user: Some(user), ..self }
+    }
+
+    /// Has the process make no file longer than this, in bytes.
+    #[must_use]
+    pub fn with_files_up_to(self, file_bytes: u64) -> Self {
+        Self { file_bytes: Some(file_bytes), ..self }
+    }
+
+    /// Becomes the user. Returns the capabilities that stay.
+    fn become_user(&self) -> io::Result<CapabilitySet> {
+        let read = CapabilitySet::DAC_READ_SEARCH & rustix::thread::capabilities(None)?.permitted;
+        let Some(user) = self.user else { return Ok(read) };
+        set_keep_capabilities(true)?;
+        let (id, group) = (Uid::from_raw(user.id), Gid::from_raw(user.id));
+        let groups = user.group.map(Gid::from_raw);
+        set_thread_groups(groups.as_slice())?;
+        set_thread_res_gid(group, group, group)?;
+        set_thread_res_uid(id, id, id)?;
+        Ok(if user.reads_all { read } else { CapabilitySet::empty() })
     }
 
     /// Lays it on this process, for good. Between fork and exec: makes only system calls, and allocates nothing unless it fails.
     pub(super) fn enter(&self) -> io::Result<()> {
+        if let Some(bytes) = self.file_bytes {
+            setrlimit(Resource::Fsize, Rlimit { current: Some(bytes), maximum: Some(bytes) })?;
+        }
         // Reading stays, for files of another user's; what is read is among the rules.
-        let kept = CapabilitySet::DAC_READ_SEARCH & rustix::thread::capabilities(None)?.permitted;
-        set_capabilities(
-            None,
-            CapabilitySets {
-                effective: kept,
-                permitted: kept,
-                inheritable: CapabilitySet::empty(),
-            },
-        )?;
+        let kept = self.become_user()?;
+        // A program that root starts has its capabilities anyway; another user's has only what is ambient.
+        let inheritable = if self.user.is_some() { kept } else { CapabilitySet::empty() };
+        set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?;
+        if !inheritable.is_empty() {
+            configure_capability_in_ambient_set(inheritable, true)?;
+        }
         // Also, a program that root starts gets its capabilities back without it.
         set_no_new_privs(true)?;
         if let Some(rules) = &self.rules {
@@ -261,7 +305,34 @@ fn filter() -> io::Result<BpfProgram> {
     let architecture = std::env::consts::ARCH.try_into().map_err(io::Error::other)?;
     let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, architecture);
-    filter.and_then(TryInto::try_into).map_err(io::Error::other)
+    let filter: BpfProgram = filter.and_then(TryInto::try_into).map_err(io::Error::other)?;
+    Ok(refuse_x32().into_iter().chain(filter).collect())
+}
+
+/// The start of a filter that refuses the system calls of x32, which are those of x86-64 under other numbers. Where a kernel has none,
+/// the check costs three instructions.
+fn refuse_x32() -> Vec<sock_filter> {
+    const NUMBER_OFFSET: u32 = 0;
+    const X32_BIT: u32 = 0x4000_0000;
+    if !cfg!(target_arch = "x86_64") {
+        return Vec::new();
+    }
+    let instruction = |code: u32, jt, jf, k| sock_filter {
+        code: u16::try_from(code).unwrap_or_default(),
+        jt,
+        jf,
+        k,
+    };
+    vec![
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, NUMBER_OFFSET),
+        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32_BIT),
+        instruction(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned(),
+        ),
+    ]
 }
 
 #[cfg(test)]
@@ -285,6 +356,24 @@ mod tests {
         rm $0/read && echo removes
         kill -0 $PPID && echo signals others
     ";
+
+    #[tokio::test]
+    async fn confined_process_makes_no_file_longer_than_its_limit() {
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join("file");
+        fs::write(&file, "").unwrap();
+        let reach = Reach { write: &[place.path()], ..Reach::default() };
+        let mut command = crate::process::command("dd");
+        command
+            .args(["if=/dev/urandom", "bs=4096", "count=100", "conv=notrunc"])
+            .arg(format!("of={}", file.display()));
+        let confinement = Confinement::new(reach).unwrap().with_files_up_to(10_000);
+        crate::process::confine(&mut command, confinement);
+
+        assert!(!command.output().await.unwrap().status.success());
+
+        assert_eq!(fs::metadata(&file).unwrap().len(), 10_000);
+    }
 
     #[tokio::test]
     async fn confined_process_does_what_it_may_and_nothing_else() {

@@ -2,10 +2,11 @@
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
+use bhatti_host::process::{Confinement, Reach, User};
 use bhatti_host::{disk, durable, process};
 use bhatti_types::VolumeMib;
 
@@ -32,6 +33,14 @@ const MENDED: i32 = 1 | 2;
 
 /// How long somebody waits for a tool: what is in a volume is a guest's, who may have made it take for ever.
 const CHECK_LIMIT: Duration = Duration::from_secs(300);
+
+/// Whom tools run as under a daemon that is root.
+const TOOL_USER: u32 = process::USERS.start - 1;
+/// The file that a tool works on: its standard input, which needs no right to enter any directory.
+const HELD: &str = "/proc/self/fd/0";
+/// What tools read beside it: the settings of mkfs.ext4, and which file systems are mounted. What /proc has of other processes and is not
+/// everybody's, Landlock keeps from them.
+const READ: [&str; 2] = ["/etc/mke2fs.conf", "/proc"];
 
 /// How often to look whether a volume's file is free.
 const LOCK_LOOK: Duration = Duration::from_millis(50);
@@ -192,7 +201,8 @@ async fn run(tool: &'static str, options: &[&str], held: &Held) -> Result<(), Vo
     Err(VolumeFileError::Failed { tool, message: said(&output.stderr, &held.path) })
 }
 
-/// Runs a tool on a file to its end, whether or not somebody waits for that: it is never stopped halfway.
+/// Runs a tool on a file to its end, whether or not somebody waits for that: it is never stopped halfway. A guest wrote what the tool
+/// reads, so the tool reaches that file and nothing else; under a daemon that is root, it is a user of its own.
 async fn output(
     tool: &'static str,
     options: &[&str],
@@ -200,10 +210,27 @@ async fn output(
 ) -> Result<Output, VolumeFileError> {
     let failed = |source| VolumeFileError::Tool { tool, source };
     let lock = held.file.try_clone().map_err(failed)?;
+    let read = READ.map(Path::new);
+    let reach = Reach { read: &read, write: &[&held.path], ..Reach::default() };
+    let mut confinement = Confinement::new(reach).map_err(failed)?;
+    if process::is_root() {
+        confinement = confinement.as_user(User { id: TOOL_USER, group: None, reads_all: false });
+        give_to(held, TOOL_USER).map_err(failed)?;
+    }
     let mut command = process::command(tool);
-    command.args(options).arg(&held.path).kill_on_drop(false).stdin(Stdio::from(lock));
+    command.args(options).arg(HELD).kill_on_drop(false).stdin(Stdio::from(lock));
+    process::confine(&mut command, confinement);
     let output = timeout(CHECK_LIMIT, command.output()).await;
-    output.map_err(|_| VolumeFileError::Slow)?.map_err(failed)
+    let output = output.map_err(|_| VolumeFileError::Slow)?.map_err(failed)?;
+    if process::is_root() {
+        give_to(held, 0).map_err(failed)?;
+    }
+    Ok(output)
+}
+
+/// Gives the file to a user. A tool that is given up on keeps it; whoever uses it next takes it.
+fn give_to(held: &Held, user: u32) -> io::Result<()> {
+    fchown(&held.file, Some(user), None)
 }
 
 /// Whether a file system was closed in order. One that is none is not.
@@ -220,6 +247,7 @@ fn is_clean(path: &Path) -> io::Result<bool> {
 fn said(output: &[u8], path: &Path) -> String {
     let output = &output[..output.len().min(SAID_BYTES_MAX)];
     let text = String::from_utf8_lossy(output).replace(&*path.to_string_lossy(), "the volume");
+    let text = text.replace(HELD, "the volume");
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -274,6 +302,34 @@ mod tests {
         assert_eq!(look(&other).await, (2048, true));
         assert!(make(&path, mib(16)).await.is_err(), "it is there");
         assert_eq!(look(&path).await, (2048, true), "and stays");
+    }
+
+    #[tokio::test]
+    async fn tool_reaches_its_volume_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("volume"), directory.path().join("other"));
+        make(&path, mib(64)).await.unwrap();
+        fs::write(&other, "secret").unwrap();
+        let held = hold(&path).await.unwrap();
+        let other_name = other.to_str().unwrap();
+        let script =
+            "id -u; cat $1; echo more >>$1; : <$2 && echo volume; kill -0 $PPID && echo signals";
+        let ran = output("sh", &["-c", script, "sh", other_name], &held).await.unwrap();
+
+        let said = String::from_utf8(ran.stdout).unwrap();
+        if bhatti_host::process::landlock_version() == 0 {
+            bhatti_testkit::skip("a tool kept to its volume", "this kernel has no Landlock");
+        } else {
+            let user = if process::is_root() {
+                TOOL_USER.to_string()
+            } else {
+                said.lines().next().unwrap().to_owned()
+            };
+            assert_eq!(said, format!("{user}\nvolume\n"));
+        }
+        assert_eq!(fs::read_to_string(&other).unwrap(), "secret");
+        let root = process::is_root();
+        assert!(!root || fs::metadata(&path).unwrap().uid() == 0, "the volume is root's again");
     }
 
     #[tokio::test]

@@ -1,0 +1,164 @@
+//! The control group of a VMM: a bound on what one that a guest has taken over could take of this host.
+//!
+//! What a sandbox is entitled to is the supervisor's to say, and the guest's kernel sees no more memory than it has. The group's limits only
+//! hold what goes beyond that.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// The files of limits, by the version of control groups.
+const MEMORY_UNIFIED: &str = "memory.max";
+const MEMORY_SEPARATE: &str = "memory.limit_in_bytes";
+const TASKS: &str = "pids.max";
+
+const MOUNT: &str = "/sys/fs/cgroup";
+/// The group that those of all VMMs are in.
+const PARENT: &str = "bhatti";
+
+/// A VMM has a thread per vCPU and three more.
+const MOST_TASKS: u64 = 64;
+/// What a VMM may have beyond twice the guest's memory, in MiB. Twice: what is written of it, when it is saved, counts until it is on the disk.
+const MEMORY_BEYOND_MIB: u64 = 256;
+
+/// How long a process that has ended may take to leave its group, and how often to look.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+const LEAVE_PAUSE: Duration = Duration::from_millis(2);
+
+/// The control groups of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Groups {
+    /// Version 2, with the controllers that are needed.
+    Unified,
+    /// Version 1, a tree for each controller.
+    Separate,
+    /// None that help.
+    Unusable,
+}
+
+impl Groups {
+    /// Those of this host.
+    #[must_use]
+    pub fn of_host() -> Self {
+        let mount = Path::new(MOUNT);
+        let unified = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+        let has = |controller| unified.split_whitespace().any(|one| one == controller);
+        if has("memory") && has("pids") {
+            Self::Unified
+        } else if mount.join("memory/tasks").exists() && mount.join("pids/tasks").exists() {
+            Self::Separate
+        } else {
+            Self::Unusable
+        }
+    }
+}
+
+/// What Firecracker's jailer is told, for a guest with so much memory.
+#[must_use]
+pub fn jailer_arguments(groups: Groups, memory_mib: u32) -> Vec<String> {
+    let memory = memory_bytes(memory_mib);
+    let (version, limit) = match groups {
+        Groups::Unified => ("2", MEMORY_UNIFIED),
+        Groups::Separate => ("1", MEMORY_SEPARATE),
+        Groups::Unusable => return Vec::new(),
+    };
+    let (memory, tasks) = (format!("{limit}={memory}"), format!("{TASKS}={MOST_TASKS}"));
+    let all = [
+        "--cgroup-version",
+        version,
+        "--parent-cgroup",
+        PARENT,
+        "--cgroup",
+        &memory,
+        "--cgroup",
+        &tasks,
+    ];
+    all.map(str::to_owned).to_vec()
+}
+
+/// The most that a VMM may take, with what it reads and writes of files, in bytes.
+const fn memory_bytes(memory_mib: u32) -> u64 {
+    (2 * memory_mib as u64 + MEMORY_BEYOND_MIB) << 20
+}
+
+/// Puts the process `pid` into the group `name`, which is made if need be, with limits for a guest with so much memory.
+///
+/// # Errors
+///
+/// Returns the error of the kernel: the daemon is not root, or its groups are not its own to divide. Blocks on the kernel alone.
+pub fn enter(groups: Groups, name: &str, memory_mib: u32, pid: u32) -> io::Result<()> {
+    let trees: &[(&str, &[(&str, u64)])] = match groups {
+        Groups::Unified => {
+            &[("", &[(MEMORY_UNIFIED, memory_bytes(memory_mib)), (TASKS, MOST_TASKS)])]
+        }
+        Groups::Separate => &[
+            ("memory", &[(MEMORY_SEPARATE, memory_bytes(memory_mib))]),
+            ("pids", &[(TASKS, MOST_TASKS)]),
+        ],
+        Groups::Unusable => return Ok(()),
+    };
+    for (tree, limits) in trees {
+        let parent = Path::new(MOUNT).join(tree).join(PARENT);
+        let group = parent.join(name);
+        fs::create_dir_all(&group)?;
+        if groups == Groups::Unified {
+            // Each level hands its controllers down; a level that has done so refuses nothing.
+            for level in [Path::new(MOUNT), &parent] {
+                fs::write(level.join("cgroup.subtree_control"), "+memory +pids")?;
+            }
+        }
+        for (file, limit) in *limits {
+            fs::write(group.join(file), limit.to_string())?;
+        }
+        fs::write(group.join("cgroup.procs"), pid.to_string())?;
+    }
+    Ok(())
+}
+
+/// Removes the group `name`, whose process has ended. There may be none.
+///
+/// # Errors
+///
+/// Returns the error of rmdir(2), if a process is still in it after five seconds.
+pub async fn remove(name: &str) -> io::Result<()> {
+    for tree in ["", "memory", "pids"] {
+        remove_one(&Path::new(MOUNT).join(tree).join(PARENT).join(name)).await?;
+    }
+    Ok(())
+}
+
+async fn remove_one(place: &Path) -> io::Result<()> {
+    let began = Instant::now();
+    loop {
+        match fs::remove_dir(place) {
+            Err(error)
+                if error.kind() == ErrorKind::NotFound
+                    || error.kind() == ErrorKind::NotADirectory =>
+            {
+                return Ok(());
+            }
+            Err(error)
+                if error.kind() == ErrorKind::ResourceBusy && began.elapsed() < LEAVE_LIMIT => {}
+            removed => return removed,
+        }
+        sleep(LEAVE_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_told_in_the_words_of_each_version() {
+        let unified = jailer_arguments(Groups::Unified, 512).join(" ");
+        let limits = "--cgroup memory.max=1342177280 --cgroup pids.max=64";
+        assert_eq!(unified, format!("--cgroup-version 2 --parent-cgroup bhatti {limits}"));
+        let separate = jailer_arguments(Groups::Separate, 512).join(" ");
+        assert!(separate.contains("--cgroup memory.limit_in_bytes=1342177280"), "{separate}");
+        assert!(jailer_arguments(Groups::Unusable, 512).is_empty());
+    }
+}

@@ -1,0 +1,51 @@
+//! Users of VMMs: under a daemon that is root, each VMM runs as one of its own.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, lchown};
+use std::path::Path;
+
+use bhatti_host::process::{USERS, is_root};
+use bhatti_types::SandboxId;
+
+/// The user that the VMM of a sandbox runs as, if the daemon is root. Two sandboxes that have the same one by chance are still kept apart
+/// by their rules.
+#[must_use]
+pub fn user_of(id: SandboxId) -> u32 {
+    let hash = blake3::hash(id.to_string().as_bytes());
+    let [a, b, c, d, ..] = *hash.as_bytes();
+    USERS.start + u32::from_le_bytes([a, b, c, d]) % (USERS.end - USERS.start)
+}
+
+/// Gives a file to a user, if the daemon is root. What is missing is left to whoever opens it.
+///
+/// # Errors
+///
+/// Returns the error of chown(2).
+pub fn give_to(path: &Path, user: u32) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(file) if is_root() && file.uid() != user => lchown(path, Some(user), None),
+        _ => Ok(()),
+    }
+}
+
+/// Gives a file to the user that has `other`: that of the VMM that writes both.
+///
+/// # Errors
+///
+/// Returns the error of stat(2) or chown(2).
+pub fn give_as(path: &Path, other: &Path) -> io::Result<()> {
+    give_to(path, fs::metadata(other)?.uid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_of_sandboxes_are_nobody_elses() {
+        let users = [1, 2, 3].map(|seed| user_of(SandboxId::from_entropy([seed; 8])));
+        assert!(users.iter().all(|user| USERS.contains(user)), "{users:?}");
+        assert!(users[0] != users[1] && users[1] != users[2]);
+    }
+}
