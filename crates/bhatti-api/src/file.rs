@@ -21,6 +21,46 @@ pub struct FileEntry {
     pub symlink_target: Option<String>,
 }
 
+/// A change of a watched file, or of an entry of a watched directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FileChange {
+    /// What happened.
+    pub kind: FileChangeKind,
+    /// The entry of the watched directory; absent if the watched path itself changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// What happened to a watched path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FileChangeKind {
+    /// It was made, or moved here.
+    Created,
+    /// Its content changed.
+    Modified,
+    /// Its owner, mode or times changed.
+    Attributes,
+    /// It was removed, or moved away.
+    Removed,
+    /// Changes were lost: read the directory again.
+    Overflow,
+}
+
+impl FileChangeKind {
+    /// Its name, as in JSON.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Modified => "modified",
+            Self::Attributes => "attributes",
+            Self::Removed => "removed",
+            Self::Overflow => "overflow",
+        }
+    }
+}
+
 /// Renames a file or directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

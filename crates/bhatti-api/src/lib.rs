@@ -24,7 +24,8 @@ pub use exec::{
     ShellServerMessage, StreamRequest, StreamServerMessage, TIMED_OUT, channel,
 };
 pub use file::{
-    ARCHIVE_OUTCOME, ArchiveOutcome, Done, FileEntry, MakeDirectory, RenameFile, Unpacked,
+    ARCHIVE_OUTCOME, ArchiveOutcome, Done, FileChange, FileChangeKind, FileEntry, MakeDirectory,
+    RenameFile, Unpacked,
 };
 pub use health::Health;
 pub use image::{CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image};

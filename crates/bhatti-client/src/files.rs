@@ -1,10 +1,11 @@
 //! Files in sandboxes.
 
-use bhatti_api::{Deleted, Done, FileEntry, MakeDirectory, RenameFile, Unpacked};
+use bhatti_api::{Deleted, Done, FileChange, FileEntry, MakeDirectory, RenameFile, Unpacked};
 use http::Method;
 
 use crate::path::{sandbox_path, with_query};
 use crate::{Client, ClientError, Download, Upload};
+use bytes::BytesMut;
 
 /// Facts about a file or directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +18,50 @@ pub struct FileStat {
     pub is_dir: bool,
 }
 
+/// Changes of a watched file or directory, as they happen.
+pub struct FileChanges {
+    answer: Download,
+    unread: BytesMut,
+}
+
+impl FileChanges {
+    /// The next change; none when the watched path is gone or the daemon stops.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection broke.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<FileChange>, ClientError> {
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                let line = self.unread.split_to(end + 1);
+                return serde_json::from_slice(&line)
+                    .map(Some)
+                    .map_err(|error| ClientError::Unexpected(error.to_string()));
+            }
+            match self.answer.next().await? {
+                Some(bytes) => self.unread.extend_from_slice(&bytes),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
 impl Client {
+    /// Watches a file, or a directory's own entries.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn watch(&self, sandbox: &str, path: &str) -> Result<FileChanges, ClientError> {
+        let path = self.file_query(sandbox, "/files/watch", [("path", path)]);
+        let answer = self.download(Method::GET, &path, &[]).await?;
+        Ok(FileChanges { answer, unread: BytesMut::new() })
+    }
+
     /// A path with a query, and with the user that the call acts as.
     fn file_query<'a>(
         &'a self,

@@ -33,7 +33,7 @@ use bhatti_api::ErrorBody;
 
 pub use connect::{ConnectError, Endpoint, ParseUrlError};
 pub use events::{EventFilter, Events};
-pub use files::FileStat;
+pub use files::{FileChanges, FileStat};
 pub use forward::{ForwardReceiver, ForwardSender};
 pub use shell::{ShellEvent, ShellInput, ShellOptions, ShellOutput};
 pub use stream::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX};

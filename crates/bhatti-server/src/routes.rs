@@ -20,6 +20,7 @@ mod templates;
 mod usage;
 mod users;
 mod volumes;
+mod watch;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -84,6 +85,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(sessions::kill))
         .routes(routes!(files::make_directory))
         .routes(routes!(files::rename))
+        .routes(routes!(watch::watch))
         .routes(routes!(ports::list))
         .routes(routes!(ports::list_all))
         .routes(routes!(forward::run))

@@ -131,6 +131,60 @@ async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
 }
 
 #[tokio::test]
+async fn watched_directory_reports_its_changes_and_its_end() {
+    let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    api.sh("dev", "mkdir -p /workspace/w /root-only; touch /workspace/w/old").await;
+    api.exec(
+        "dev",
+        json!({ "cmd": ["sh", "-c", "mkdir /shut && chmod 700 /shut"], "user": "root" }),
+    )
+    .await;
+    let watch = "/sandboxes/dev/files/watch?path=";
+    for (path, refusal) in [("/nope", (404, "not_found")), ("/shut", (403, "permission_denied"))] {
+        let refused = api.get(&format!("{watch}{path}")).await;
+        assert_eq!(refused.refusal(), (refusal.0, refusal.1.to_owned()), "{path}");
+    }
+    let answer = api.begin("GET", &format!("{watch}/workspace/w"), &[], "").await;
+    assert_eq!(answer.status(), 200);
+    assert_eq!(answer.headers()["content-type"], "application/x-ndjson");
+    let mut command = daemon.cli(&["file", "watch", "dev", "/workspace/w"]);
+    let mut printing =
+        command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut lines = tokio::io::BufReader::new(printing.stdout.take().unwrap());
+    let mut printed = String::new();
+    // It prints something once its watch stands.
+    while printed.is_empty() {
+        api.sh("dev", "touch /workspace/w/old").await;
+        let read = tokio::io::AsyncBufReadExt::read_line(&mut lines, &mut printed);
+        drop(timeout(std::time::Duration::from_millis(300), read).await);
+    }
+    assert!(printed.ends_with("\told\n"), "{printed}");
+
+    api.sh(
+        "dev",
+        "cd /workspace/w && echo x >new && mv new newer && rm newer old && cd .. && rmdir w",
+    )
+    .await;
+
+    let body = timeout(LIMIT, answer.into_body().collect()).await.unwrap().unwrap().to_bytes();
+    let changes: Vec<Value> = body
+        .split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_slice(line).unwrap())
+        .collect();
+    for wanted in [
+        json!({ "kind": "created", "name": "new" }),
+        json!({ "kind": "modified", "name": "new" }),
+        json!({ "kind": "created", "name": "newer" }),
+        json!({ "kind": "removed", "name": "old" }),
+        json!({ "kind": "removed" }),
+    ] {
+        assert!(changes.contains(&wanted), "{wanted}: {changes:?}");
+    }
+    assert!(timeout(LIMIT, printing.wait()).await.unwrap().unwrap().success());
+}
+
+#[tokio::test]
 async fn listing_of_long_links_is_refused_and_harms_nobody() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     // Ten times what a listing may take, in names alone.

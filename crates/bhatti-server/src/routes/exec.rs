@@ -25,7 +25,7 @@ use crate::json::ApiJson;
 use crate::status::{ApiError, accepted};
 use crate::utf8::Utf8Pieces;
 
-const NDJSON: &str = "application/x-ndjson";
+pub(super) const NDJSON: &str = "application/x-ndjson";
 
 /// Input that is sent with the command, in bytes: it fits the window of its stream, so that nobody waits for a guest that does not read.
 const SHORT_INPUT_BYTES: usize = 64 * 1024;

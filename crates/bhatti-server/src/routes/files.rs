@@ -121,9 +121,9 @@ async fn next_piece<T>(
 #[into_params(parameter_in = Query)]
 pub(crate) struct PathQuery {
     /// Its path.
-    path: String,
+    pub(super) path: String,
     /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
-    user: Option<String>,
+    pub(super) user: Option<String>,
 }
 
 /// Facts about a file or directory, in headers.

@@ -88,6 +88,15 @@ enum FileCommand {
         #[arg(long, value_name = "MODE")]
         mode: Option<String>,
     },
+    /// Print changes of a file, or of a directory's own entries, as they happen
+    #[command(after_help = "Example:\n  bhatti file watch dev /workspace")]
+    Watch {
+        /// Name, id, or a prefix of the id of six digits or more
+        sandbox: String,
+        /// File or directory
+        #[arg(default_value = "/workspace")]
+        path: String,
+    },
     /// Rename a file or directory
     #[command(after_help = "Example:\n  bhatti file mv dev /workspace/a /workspace/b")]
     Mv {
@@ -158,6 +167,7 @@ pub(super) async fn run(context: &Context, arguments: File) -> Result<(), CliErr
             }
             Ok(())
         }
+        FileCommand::Watch { sandbox, path } => watch(context, &sandbox, &path).await,
         FileCommand::Mv { sandbox, from, to } => {
             let request = RenameFile { from, to, user: None };
             context.change(&sandbox, async |id| client.rename_file(id, &request).await).await?;
@@ -175,6 +185,18 @@ async fn read(context: &Context, sandbox: &str, path: &str) -> Result<(), CliErr
         stdout.write_all(&bytes)?;
     }
     Ok(stdout.flush()?)
+}
+
+async fn watch(context: &Context, sandbox: &str, path: &str) -> Result<(), CliError> {
+    let watch = async |id: &str| context.client.watch(id, path).await;
+    let mut changes = context.read(sandbox, watch).await?;
+    while let Some(change) = changes.next().await? {
+        context.output.show(&change, |change| {
+            let name = change.name.as_deref().unwrap_or(path);
+            format!("{}\t{name}", change.kind.as_str())
+        })?;
+    }
+    Ok(())
 }
 
 async fn write(

@@ -22,7 +22,7 @@ use progress::with_progress;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti setup\n  bhatti setup --url http://box:8080 --token bht_KEY\n\nWith --url nothing is built: the daemon there is called with the key, and both are saved in ~/.bhatti/config.yaml, for its owner alone."
+    after_help = "Examples:\n  bhatti setup\n  bhatti setup --dev\n  bhatti setup --url http://box:8080 --token bht_KEY\n\nWith --url nothing is built: the daemon there is called with the key, and both are saved in ~/.bhatti/config.yaml, for its owner alone."
 )]
 pub(crate) struct Setup {
     /// A kernel of your own, ELF vmlinux or bzImage [default: Debian's kernel for virtual machines]
@@ -31,6 +31,9 @@ pub(crate) struct Setup {
     /// The modules of --kernel, as in /lib/modules/RELEASE [default: all that is needed is built in]
     #[arg(long, value_name = "DIR", requires = "kernel")]
     modules: Option<PathBuf>,
+    /// Build the image `dev`, too: a compiler, make, pip, venv, node, npm, ssh, less, wget, unzip, ping
+    #[arg(long)]
+    dev: bool,
     /// Do not boot a guest to fork sandboxes from; the first `create` does it then
     #[arg(long)]
     no_template: bool,
@@ -75,7 +78,7 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
         Some(image) => KernelSource::File { image, modules: arguments.modules },
         None => KernelSource::Debian,
     };
-    let options = SetupOptions { kernel, lohar: paths::lohar()? };
+    let options = SetupOptions { kernel, lohar: paths::lohar()?, dev: arguments.dev };
     let store = ImageStore::new(&context.data_dir);
     let result =
         with_progress(context.output, async |progress| set_up(&store, &options, progress).await);

@@ -9,7 +9,7 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::io::Errno;
 use tokio::io::Interest;
 
-use super::checked;
+use super::{checked, worker};
 use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::refusal::{OpError, io_refused};
@@ -37,9 +37,17 @@ pub(crate) async fn watch<T: Transport>(
     let path = checked(&request.path)?;
     let _counted = agent.count_watch()?;
     let failed = |error: io::Error| io_refused("watch", &path, &error);
-    let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)
-        .map_err(|e| failed(e.into()))?;
-    inotify::add_watch(&descriptor, &path, WATCHED).map_err(|error| failed(error.into()))?;
+    let watched_path = path.clone();
+    // A file system that does not answer holds up a thread for files, and the user must be able to read what it watches.
+    let begin = move || {
+        let begin = || {
+            let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+            inotify::add_watch(&descriptor, &watched_path, WATCHED)?;
+            Ok(descriptor)
+        };
+        begin().map_err(|error: Errno| io_refused("watch", &watched_path, &error.into()))
+    };
+    let descriptor = worker::begin(agent, request.user.as_deref(), begin).await?.end().await?;
     let descriptor = watched::watch(descriptor, Interest::READABLE).map_err(failed)?;
     send(writer, FileEvent { kind: FileEventKind::Watching, name: None }).await?;
     loop {

@@ -1,0 +1,81 @@
+//! `/sandboxes/{sandbox}/files/watch`: what happens to a file or directory, as it happens.
+
+use std::io;
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use bhatti_agent::FileEvents;
+use bhatti_api::{FileChange, FileChangeKind};
+use bhatti_proto::{FileEvent, FileEventKind};
+use bhatti_supervisor::SandboxUse;
+use bhatti_types::UserId;
+use bytes::Bytes;
+use futures_util::stream;
+
+use super::exec::NDJSON;
+use super::files::PathQuery;
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::{ApiPath, ApiQuery};
+use crate::status::{ApiError, file_error};
+
+/// Watches a file, or a directory's own entries: a line of JSON for each change, from the moment on that the answer's head is there. The
+/// answer ends when the watched path is gone. The sandbox stays hot meanwhile.
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/files/watch", tag = "files", params(("sandbox" = String, Path), PathQuery),
+    responses((status = 200, body = FileChange, content_type = "application/x-ndjson"), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn watch(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(called): ApiPath<String>,
+    ApiQuery(PathQuery { path, user }): ApiQuery<PathQuery>,
+) -> Result<Response, ApiError> {
+    let used = state.supervisor.enter(owner, &called).await?;
+    let agent = used.agent.acting_as(user.as_deref());
+    let mut events = agent.watch(&path).await.map_err(file_error)?;
+    // The first one says that the watch stands, or why it does not.
+    events.next().await.map_err(file_error)?;
+    let watch = Watch { events, state, owner, _used: used };
+    let body = stream::unfold(watch, |mut watch| async move {
+        let line = watch.next().await?;
+        Some((line, watch))
+    });
+    Ok(([(CONTENT_TYPE, NDJSON)], Body::from_stream(body)).into_response())
+}
+
+struct Watch {
+    events: FileEvents,
+    state: AppState,
+    owner: UserId,
+    _used: SandboxUse,
+}
+
+impl Watch {
+    /// The next change as a line; an error, which cuts the answer off, if the sandbox is lost.
+    async fn next(&mut self) -> Option<io::Result<Bytes>> {
+        let event = tokio::select! {
+            event = self.events.next() => event,
+            _ended = self.state.ended(self.owner) => return None,
+        };
+        match event {
+            Ok(event) => event.map(line),
+            Err(error) => Some(Err(io::Error::other(error))),
+        }
+    }
+}
+
+fn line(FileEvent { kind, name }: FileEvent) -> io::Result<Bytes> {
+    let kind = match kind {
+        FileEventKind::Created => FileChangeKind::Created,
+        FileEventKind::Modified => FileChangeKind::Modified,
+        FileEventKind::Attributes => FileChangeKind::Attributes,
+        FileEventKind::Removed => FileChangeKind::Removed,
+        // One that begins again may have missed something.
+        FileEventKind::Overflow | FileEventKind::Watching => FileChangeKind::Overflow,
+    };
+    let mut line = serde_json::to_vec(&FileChange { kind, name })?;
+    line.push(b'\n');
+    Ok(line.into())
+}
