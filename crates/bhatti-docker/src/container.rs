@@ -1,8 +1,10 @@
 //! What Docker is told, and asked.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bhatti_engine::VmSpec;
@@ -20,6 +22,7 @@ use bollard::query_parameters::{
 };
 use futures_util::TryStreamExt;
 use tokio::time::timeout;
+use tracing::warn;
 
 use crate::channel;
 use crate::mounts;
@@ -57,6 +60,11 @@ const CPU_PERIOD_US: i64 = 100_000;
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A status that says that there is nothing to do.
+/// What Docker names when it refuses a limit of a container's disk. It has one with overlay2 on XFS with project quotas, btrfs and ZFS.
+const STORAGE_OPTION: &str = "storage-opt";
+/// Whether Docker has refused such a limit.
+static DISK_IS_UNLIMITED: AtomicBool = AtomicBool::new(false);
+
 const NOT_MODIFIED: u16 = 304;
 const CONFLICT: u16 = 409;
 
@@ -102,9 +110,30 @@ pub(crate) async fn create(
     image: String,
     lohar: &Path,
 ) -> io::Result<()> {
-    let options = CreateContainerOptionsBuilder::new().name(&name(spec.id)).build();
-    let created = docker.create_container(Some(options), body(spec, image, lohar)).await;
-    created.map(drop).map_err(told)
+    let create = async |body| {
+        let options = CreateContainerOptionsBuilder::new().name(&name(spec.id)).build();
+        docker.create_container(Some(options), body).await.map(drop)
+    };
+    let mut body = body(spec, image, lohar);
+    if !DISK_IS_UNLIMITED.load(Ordering::Relaxed) {
+        let bytes = fs::metadata(&spec.root_base)?.len();
+        let limit = HashMap::from([("size".to_owned(), bytes.to_string())]);
+        body.host_config.get_or_insert_default().storage_opt = Some(limit);
+        match create(body.clone()).await {
+            Err(Error::DockerResponseServerError { message, .. })
+                if message.contains(STORAGE_OPTION) =>
+            {
+                warn!(
+                    reason = message,
+                    "Docker cannot limit the disks of containers here: one can fill Docker's data directory"
+                );
+                DISK_IS_UNLIMITED.store(true, Ordering::Relaxed);
+                body.host_config.get_or_insert_default().storage_opt = None;
+            }
+            created => return created.map_err(told),
+        }
+    }
+    create(body).await.map_err(told)
 }
 
 fn body(spec: &VmSpec, image: String, lohar: &Path) -> ContainerCreateBody {

@@ -243,4 +243,13 @@ pub trait Vm: Send + Sync {
 
     /// The end of its console's output, for a person.
     fn console_tail(&self) -> String;
+
+    /// The same, once all of it is there: for a VMM that has ended. It takes a moment at most.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    async fn last_console(&self) -> String {
+        self.console_tail()
+    }
 }

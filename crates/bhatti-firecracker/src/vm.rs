@@ -262,6 +262,11 @@ impl Vm for FirecrackerVm {
         self.process.usage()
     }
 
+    async fn last_console(&self) -> String {
+        self.console.complete().await;
+        self.console.tail()
+    }
+
     fn console_tail(&self) -> String {
         self.console.tail()
     }

@@ -12,11 +12,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::OnceLock;
 
 use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
-use rustix::thread::disable_transparent_huge_pages;
+use rustix::thread::{CapabilitySet, disable_transparent_huge_pages};
 
 pub use confine::{Confinement, Reach, User, landlock_version};
 pub use follow::{Followed, ProcessId, Usage};
@@ -44,6 +45,34 @@ pub fn command(program: impl AsRef<OsStr>) -> tokio::process::Command {
 #[must_use]
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Whether this process can have others run as [`USERS`] and give files to them: it is root, has the capabilities for that, and is in no user
+/// namespace that lacks these users. Root in a container often is not.
+#[must_use]
+pub fn can_use_users() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        let needed = CapabilitySet::CHOWN
+            | CapabilitySet::SETUID
+            | CapabilitySet::SETGID
+            | CapabilitySet::DAC_READ_SEARCH;
+        let permitted = rustix::thread::capabilities(None).map(|sets| sets.permitted);
+        let maps = ["/proc/self/uid_map", "/proc/self/gid_map"].map(std::fs::read_to_string);
+        is_root()
+            && permitted.is_ok_and(|permitted| permitted.contains(needed))
+            && maps.into_iter().all(|map| map.is_ok_and(|map| covers_users(&map)))
+    })
+}
+
+/// Whether a map of a user namespace has all of [`USERS`], and the one before them.
+fn covers_users(map: &str) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> =
+            line.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+        let &[first, _, count] = &numbers[..] else { return false };
+        first < u64::from(USERS.start) && first + count >= u64::from(USERS.end)
+    })
 }
 
 /// Confines a helper program from its first instruction on.
@@ -162,5 +191,17 @@ impl Detached<'_> {
         }
         let child = command.spawn()?;
         Followed::child(child.id())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespace_with_few_users_has_none_for_programs() {
+        assert!(covers_users("         0          0 4294967295\n"));
+        assert!(!covers_users("         0     100000      65536\n"));
+        assert!(!covers_users(""));
     }
 }

@@ -5,17 +5,28 @@
 
 mod layers;
 mod manifest;
+mod zstd;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Take};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::rc::Rc;
 
+use self::zstd::ZstdFrames;
 use flate2::read::MultiGzDecoder;
-use ruzstd::decoding::StreamingDecoder;
+use liblzma::stream::{CONCATENATED, Stream};
+use tar::{Archive, EntryType};
 
 /// The longest description of an image (manifest or index) that is read, in bytes.
 const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+
+/// The most memory that decoding xz may take, in bytes: its strongest preset takes 65 MiB.
+const XZ_MEMORY_BYTES_MAX: u64 = 256 << 20;
+
+/// The longest extension of an entry (its name, its attributes) in bytes: the reader holds each as a whole.
+const EXTENSION_BYTES_MAX: u64 = 1 << 20;
 
 /// How files begin that gzip, zstd and xz wrote.
 const COMPRESSED: [&[u8]; 3] = [&[0x1f, 0x8b], &[0x28, 0xb5, 0x2f, 0xfd], b"\xfd7zXZ\0"];
@@ -67,9 +78,11 @@ impl<'file> Part<'file> {
         Ok(if gzip {
             Box::new(MultiGzDecoder::new(reader))
         } else if zstd {
-            Box::new(StreamingDecoder::new(reader).map_err(|error| bad(error.to_string()))?)
+            Box::new(ZstdFrames::Between(reader))
         } else if xz {
-            Box::new(liblzma::read::XzDecoder::new_multi_decoder(reader))
+            let stream = Stream::new_stream_decoder(XZ_MEMORY_BYTES_MAX, CONCATENATED);
+            let stream = stream.map_err(|error| bad(error.to_string()))?;
+            Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))
         } else {
             Box::new(reader)
         })
@@ -100,10 +113,10 @@ impl Read for PartReader<'_> {
     }
 }
 
-/// Reads at most `left` bytes: one more is an error of the kind [`TOO_LARGE`].
+/// Reads no more than `left` bytes, which several readers may share: one more is an error of the kind [`TOO_LARGE`].
 struct Bounded<R> {
     inner: R,
-    left: u64,
+    left: Rc<Cell<u64>>,
 }
 
 const TOO_LARGE: io::ErrorKind = io::ErrorKind::FileTooLarge;
@@ -111,7 +124,7 @@ const TOO_LARGE: io::ErrorKind = io::ErrorKind::FileTooLarge;
 impl<R: Read> Read for Bounded<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.left = self.left.checked_sub(read as u64).ok_or(TOO_LARGE)?;
+        self.left.set(self.left.get().checked_sub(read as u64).ok_or(TOO_LARGE)?);
         Ok(read)
     }
 }
@@ -126,7 +139,8 @@ pub(crate) fn root_tar(archive: File, scratch: &Path, limit: u64) -> Result<File
     let outer = if is_compressed(&archive)? {
         let mut outer = tempfile::tempfile_in(scratch)?;
         let decompressed = Part::whole(&archive)?.decompressed()?;
-        copy(Bounded { inner: decompressed, left: limit }, &mut outer, limit)?;
+        let left = Rc::new(Cell::new(limit));
+        copy(Bounded { inner: decompressed, left }, &mut outer, limit)?;
         outer
     } else {
         archive
@@ -144,6 +158,28 @@ fn is_compressed(file: &File) -> io::Result<bool> {
     let mut magic = [0; 6];
     let read = file.read_at(&mut magic, 0)?;
     Ok(COMPRESSED.iter().any(|start| magic[..read].starts_with(start)))
+}
+
+/// Refuses extensions that are too long, before a reader of entries holds them in memory.
+fn check_extensions(tar: impl Read) -> io::Result<()> {
+    for entry in Archive::new(tar).entries()?.raw(true) {
+        // What is no archive is found by whoever reads its entries.
+        let Ok(entry) = entry else { return Ok(()) };
+        let is_extension = matches!(
+            entry.header().entry_type(),
+            EntryType::XHeader
+                | EntryType::XGlobalHeader
+                | EntryType::GNULongName
+                | EntryType::GNULongLink
+        );
+        if is_extension && entry.size() > EXTENSION_BYTES_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "an entry's name or attributes are too long",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn copy(mut from: impl Read, to: &mut File, limit: u64) -> Result<(), ArchiveError> {

@@ -111,6 +111,12 @@ pub async fn set_up(
     build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
     if options.dev {
         let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
+        let other = index.images.get(DEV_IMAGE).filter(|it| it.source != rootfs::recipe(&packages));
+        if other.is_some() {
+            return Err(SetupError::NameTaken(
+                DEV_IMAGE.parse().map_err(|_| SetupError::PackageName(DEV_IMAGE.into()))?,
+            ));
+        }
         build_rootfs(store, &mut index, DEV_IMAGE, &packages, progress).await?;
     }
     progress.begin("initramfs");

@@ -128,6 +128,9 @@ pub(crate) struct Artefact {
     pub(crate) source: String,
 }
 
+/// The directories whose VMs and snapshots stand on images.
+const USERS_OF_IMAGES: [&str; 3] = ["sandboxes", "snapshots", "templates"];
+
 /// How the names of artefacts begin.
 const ARTEFACTS: [&str; 3] = ["kernel-", "rootfs-", "initramfs-"];
 
@@ -219,14 +222,10 @@ impl ImageStore {
         Ok(path)
     }
 
-    /// Removes artefacts that neither the index nor `initramfs` names: a rebuilt one has replaced them. VMs have hard links to theirs, so
-    /// nothing is removed if the data directory's file system is another one.
+    /// Removes artefacts that neither the index nor `initramfs` names: a rebuilt one has replaced them. VMs have hard links to theirs;
+    /// where they cannot have, they have symbolic ones, and nothing is removed.
     pub(crate) fn prune(&self, index: &Index, initramfs: &Path) -> Result<(), StoreError> {
-        let device = |path: &Path| {
-            fs::metadata(path).map(|it| it.dev()).map_err(file_error("look at", path))
-        };
-        let data_dir = self.directory.parent().unwrap_or(&self.directory);
-        if device(&self.directory)? != device(data_dir)? {
+        if !self.is_linked_to(USERS_OF_IMAGES) {
             return Ok(());
         }
         let named: Vec<&str> =
@@ -243,6 +242,19 @@ impl ImageStore {
             removed.map_err(file_error("remove", &path))?;
         }
         Ok(())
+    }
+
+    /// Whether files of the store can have hard links in these directories beside it, as far as they exist.
+    fn is_linked_to(&self, directories: [&str; 3]) -> bool {
+        let data_dir = self.directory.parent().unwrap_or(&self.directory);
+        directories.iter().map(|name| data_dir.join(name)).filter(|path| path.exists()).all(
+            |path| {
+                let link = path.join(".link-test");
+                let linked = fs::hard_link(self.directory.join(".lock"), &link);
+                let _left_by_an_earlier_try = fs::remove_file(&link);
+                linked.is_ok()
+            },
+        )
     }
 
     fn existing(&self, artefact: &Artefact) -> Result<PathBuf, MissingImages> {

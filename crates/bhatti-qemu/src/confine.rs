@@ -58,20 +58,39 @@ pub(crate) fn give_to(user: u32, directory: &Path, machine: &Machine) -> io::Res
 ///
 /// # Errors
 ///
-/// Returns the error of reading the disk's header.
+/// Returns the error of reading the disk's layers.
 pub(crate) fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64> {
-    let disk = overlay::disk_bytes(&directory.join(&machine.disk))?;
+    // The image's size: the headers of the layers above it were written by a QEMU.
+    let layers = overlay::chain(directory, &machine.disk)?;
+    let image = layers.last().map(|layer| fs::metadata(directory.join(layer))).transpose()?;
+    let disk = image.map_or(0, |image| image.len());
     let volumes = machine.volumes.iter().flatten();
     let volume =
         volumes.filter_map(|volume| fs::metadata(&volume.path).ok()).map(|file| file.len()).max();
-    Ok((disk + disk / 8 + TABLE_BYTES).max(volume.unwrap_or_default()))
+    Ok(disk.saturating_add(disk / 8).saturating_add(TABLE_BYTES).max(volume.unwrap_or_default()))
 }
 
-/// The user that QEMU becomes, if the daemon is root. It reads what its rules allow, whosever it is: layers and memory are shared.
+/// The user that QEMU becomes, if it can be another one than the daemon's. It reads what its rules allow, whosever it is: layers and memory
+/// are shared.
 pub(crate) fn user(setup: &Setup, user: u32) -> Option<User> {
-    let kvm = fs::metadata(KVM).ok().filter(|_| setup.accelerator == Accelerator::Kvm);
-    let group = kvm.map(|device| device.gid());
-    process::is_root().then_some(User { id: user, group, reads_all: true })
+    if !process::can_use_users() {
+        return None;
+    }
+    let group = match setup.accelerator {
+        Accelerator::Kvm => group_for_kvm(&fs::metadata(KVM).ok()?)?,
+        Accelerator::Tcg => None,
+    };
+    Some(User { id: user, group, reads_all: true })
+}
+
+/// The group that another user needs to open the device; none at all if only its owner can.
+fn group_for_kvm(device: &fs::Metadata) -> Option<Option<u32>> {
+    const GROUP: u32 = 0o060;
+    const OTHERS: u32 = 0o006;
+    if device.mode() & OTHERS == OTHERS {
+        return Some(None);
+    }
+    (device.mode() & GROUP == GROUP && device.gid() != 0).then_some(Some(device.gid()))
 }
 
 /// The program and what comes with it.

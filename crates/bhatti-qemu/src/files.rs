@@ -36,7 +36,14 @@ pub(crate) fn share(file: &Path, directory: &Path, name: &str) -> io::Result<()>
         sealed => sealed?,
     }
     // Root's, so that no VMM could unseal it even if its rules did not refuse that.
-    bhatti_vmm::give_to(file, 0)?;
+    match bhatti_vmm::give_to(file, 0) {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) => {}
+        given => given?,
+    }
     bhatti_vmm::share(file, directory, name)
 }
 

@@ -177,8 +177,10 @@ impl Engine for QemuEngine {
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
         bhatti_vmm::kill(self.find_process(id, directory).await).await?;
         let name = command_line::vm_name(id);
-        let removed = cgroup::remove(&name).await;
-        removed.map_err(|source| RemoveError::Files { path: name.into(), source })
+        if let Err(error) = cgroup::remove(&name).await {
+            tracing::warn!(sandbox = %id, %error, "Failed to remove the control group of a VM that has ended");
+        }
+        Ok(())
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {

@@ -50,12 +50,13 @@ pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool,
     let layers = overlay::chain(&vm.directory, &top)?;
     let Some((base, frozen)) = layers.split_last() else { return Ok(false) };
     let frozen = Frozen::of(vm, frozen.get(1..).unwrap_or_default())?;
+    let disk_bytes = overlay::disk_bytes(&vm.directory.join(base))?;
     let least_bytes = if to_save_space {
         0
     } else {
         overlay::disk_bytes(&vm.directory.join(base))? / MERGE_AT_PART
     };
-    if layers.len() < MERGE_AT && frozen.freed_bytes() <= least_bytes {
+    if layers.len() < MERGE_AT && frozen.freed_bytes(disk_bytes) <= least_bytes {
         return Ok(false);
     }
     let began = Instant::now();
@@ -97,9 +98,13 @@ impl Frozen {
         Ok(frozen)
     }
 
-    /// What merging frees at least: the content of every layer, shared ones included, is copied into the topmost one.
-    const fn freed_bytes(&self) -> u64 {
-        self.own.saturating_sub(self.shared)
+    /// What merging frees at least. The content of every layer, shared ones included, is copied into the topmost one: as much as the disk
+    /// has at most.
+    fn freed_bytes(&self, disk_bytes: u64) -> u64 {
+        if self.shared == 0 {
+            return self.own;
+        }
+        self.own.saturating_sub((self.own + self.shared).min(disk_bytes))
     }
 }
 

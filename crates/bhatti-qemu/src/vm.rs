@@ -143,11 +143,11 @@ pub(crate) fn start(
         command_line::machine_arguments(setup.accelerator, id, machine, directory, &handed);
     all.extend(beginning.arguments);
     let log = create_log(&directory.join(LOG))?;
-    let user = user_of(id);
-    confine::give_to(user, directory, machine)?;
+    let user = confine::user(setup, user_of(id));
+    confine::give_to(user.map_or(0, |user| user.id), directory, machine)?;
     let mut confinement = confine::confinement(setup, directory, machine, beginning.files)?;
     confinement = confinement.with_files_up_to(confine::file_bytes(directory, machine)?);
-    if let Some(user) = confine::user(setup, user) {
+    if let Some(user) = user {
         confinement = confinement.as_user(user);
     }
     let detached = Detached {
@@ -275,6 +275,11 @@ impl Vm for QemuVm {
 
     fn usage(&self) -> io::Result<Usage> {
         self.process.usage()
+    }
+
+    async fn last_console(&self) -> String {
+        self.console.complete().await;
+        self.console.tail()
     }
 
     fn console_tail(&self) -> String {

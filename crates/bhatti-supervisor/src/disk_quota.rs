@@ -1,7 +1,7 @@
 //! The disk space of the host that a user's sandboxes and snapshots take, and its limit.
 //!
 //! It is measured: the blocks of all files in the directories of the user's sandboxes and snapshots, each file once, without what the
-//! images and base snapshots have, too. The limit is checked by the operations that add files. What a guest writes to its own disk is
+//! images, base snapshots and volumes have, too. The limit is checked by the operations that add files. What a guest writes to its own disk is
 //! bounded by the size of that disk, so a user can exceed the limit by the sizes of its sandboxes' disks at most.
 
 use std::collections::{HashMap, HashSet};
@@ -102,7 +102,9 @@ impl Shared {
                         .map(|it| config.snapshots_dir.join(it.id.to_string())),
                 )
                 .collect();
-        let others = [config.images.directory().to_owned(), config.templates_dir.clone()];
+        // Volumes have a limit of their own; Firecracker's VMs have links to theirs.
+        let images = config.images.directory().to_owned();
+        let others = [images, config.templates_dir.clone(), config.volumes_dir.clone()];
         let used = spawn_blocking(move || used_bytes(&counted, &others)).await.unwrap_or_default();
         let mut all = self.disk_reserved.lock();
         let reserved = all.entry(owner).or_default();

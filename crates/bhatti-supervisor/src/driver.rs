@@ -33,6 +33,7 @@ use crate::admission::Busy;
 use crate::breaker::Breaker;
 use crate::guest_events::{Listener, Source};
 use crate::networks::NetworkError;
+use crate::reboot::Reboots;
 use crate::steps::Step;
 use crate::volumes::{MadeFrom, VolumeUseError};
 
@@ -230,6 +231,7 @@ pub(crate) struct Driver {
     pub(crate) shared: Arc<Shared>,
     pub(crate) access: Arc<Access>,
     pub(crate) breaker: Breaker,
+    pub(crate) reboots: Reboots,
     listener: Listener,
     requests: mpsc::Receiver<Request>,
 }
@@ -251,6 +253,7 @@ impl Driver {
             shared: Arc::clone(shared),
             access,
             breaker: Breaker::default(),
+            reboots: Reboots::default(),
             listener: Listener::default(),
             requests: waiting,
         }
@@ -332,7 +335,7 @@ impl Driver {
 
     async fn apply(&self, event: Event) {
         match event {
-            Event::VmmEnded => self.vmm_ended(),
+            Event::VmmEnded => self.vmm_ended().await,
             Event::Deadline => self.cool().await,
             Event::Changed => {}
             Event::Expired => self.expire().await,

@@ -17,6 +17,7 @@ mod guest_events;
 mod identity;
 mod metrics;
 mod networks;
+mod reboot;
 mod recover;
 mod registry;
 mod saved;
@@ -457,9 +458,11 @@ impl Supervisor {
                 match slept {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => {
-                        warn!(error = %Report(&error), "Sandbox was not saved; it goes on");
+                        warn!(error = %Report(&error), "Sandbox was not saved; it stays as it is");
                     }
-                    Err(_) => warn!("Sandbox was not saved in time; it goes on"),
+                    Err(_) => warn!(
+                        "Sandbox was not saved in time; the next daemon finds it running or paused"
+                    ),
                 }
             });
         }

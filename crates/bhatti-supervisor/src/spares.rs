@@ -33,6 +33,9 @@ const MARKER: &str = "spare";
 /// How long after a creation the next VM is made ready.
 const FILL_PAUSE: Duration = Duration::from_millis(200);
 
+/// How long the end of the daemon waits for a spare that is being made.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+
 /// How long a VM ahead of demand may take to practise.
 const REHEARSAL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -175,7 +178,8 @@ impl Spares {
     /// Removes all spares, and makes no more.
     pub(crate) async fn close(&self, shared: &Shared) {
         self.closed.store(true, Ordering::Relaxed);
-        let _filling = self.filling.lock().await;
+        // One that is being made takes as long as a restore and a warm-up run; the next daemon removes it.
+        let _filling = timeout(CLOSE_LIMIT, self.filling.lock()).await;
         self.clear(shared).await;
     }
 

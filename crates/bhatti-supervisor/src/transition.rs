@@ -408,12 +408,43 @@ impl Driver {
     }
 
     /// The VMM has ended by itself. If it was to end, and what it had is on the disk, nothing is lost.
-    pub(crate) fn vmm_ended(&self) {
-        if self.saved().is_there() && self.access.thermal() == Some(Thermal::Warm) {
+    pub(crate) async fn vmm_ended(&self) {
+        // A paused VM that an earlier daemon restored and never let run has a snapshot that was consumed: it is put back.
+        let is_saved = self.access.thermal() == Some(Thermal::Warm)
+            && self.saved().settle().unwrap_or_else(|error| {
+                warn!(sandbox = %self.id, %error, "Failed to look for the memory of a paused VM that ended");
+                false
+            });
+        if is_saved {
             info!(sandbox = %self.id, "A paused VM ended whose memory is saved");
             self.access.set_vm(None, Thermal::Cold);
-        } else {
+            return;
+        }
+        if !self.boot_after_reboot().await {
             self.fail(FailReason::VmmExited);
+        }
+    }
+
+    /// Boots the sandbox again if its guest has rebooted. Returns whether it runs.
+    async fn boot_after_reboot(&self) -> bool {
+        let Some(running) = self.access.running() else { return false };
+        let console = running.vm.last_console().await;
+        if self.access.state() != SandboxState::Running || !self.reboots.admit(&console) {
+            return false;
+        }
+        drop(running);
+        info!(sandbox = %self.id, "The guest reboots");
+        // Requests wait for the boot meanwhile, as they wait for a wake.
+        self.access.set_vm(None, Thermal::Cold);
+        match self.boot_again().await {
+            Ok(()) => {
+                self.record("sandbox.rebooted", json!({}));
+                true
+            }
+            Err(error) => {
+                warn!(sandbox = %self.id, error = %Report(&error), "Failed to boot a sandbox whose guest rebooted");
+                false
+            }
         }
     }
 

@@ -320,6 +320,26 @@ impl TestDaemon {
         }
     }
 
+    /// Removes the control groups of VMs that were killed. One that is still ending keeps its group.
+    fn remove_groups(&self) {
+        for directory in self.sandbox_directories() {
+            let id = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            for tree in ["", "memory", "pids"] {
+                let group =
+                    Path::new("/sys/fs/cgroup").join(tree).join(format!("bhatti/bhatti-{id}"));
+                for _ in 0..200 {
+                    if fs::remove_dir(&group).map_or_else(
+                        |error| error.kind() == std::io::ErrorKind::NotFound,
+                        |()| true,
+                    ) {
+                        break;
+                    }
+                    std::thread::park_timeout(std::time::Duration::from_millis(5));
+                }
+            }
+        }
+    }
+
     fn unmount_volumes(&self) {
         for directory in self.sandbox_directories() {
             for mount in fs::read_dir(directory.join("mounts")).into_iter().flatten().flatten() {
@@ -392,5 +412,6 @@ impl Drop for TestDaemon {
         }
         self.remove_containers();
         self.unmount_volumes();
+        self.remove_groups();
     }
 }

@@ -19,8 +19,10 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// The group that those of all VMMs are in.
 const PARENT: &str = "bhatti";
 
-/// A VMM has a thread per vCPU and three more.
+/// Firecracker has a thread per vCPU and three more.
 const MOST_TASKS: u64 = 64;
+/// QEMU has a thread per vCPU (32 at most), up to 64 for the disk's requests, and some of its own; it aborts if it cannot start one.
+const MOST_TASKS_OF_QEMU: u64 = 192;
 /// What a VMM may have beyond twice the guest's memory, in MiB. Twice: what is written of it, when it is saved, counts until it is on the disk.
 const MEMORY_BEYOND_MIB: u64 = 256;
 
@@ -92,11 +94,11 @@ const fn memory_bytes(memory_mib: u32) -> u64 {
 pub fn enter(groups: Groups, name: &str, memory_mib: u32, pid: u32) -> io::Result<()> {
     let trees: &[(&str, &[(&str, u64)])] = match groups {
         Groups::Unified => {
-            &[("", &[(MEMORY_UNIFIED, memory_bytes(memory_mib)), (TASKS, MOST_TASKS)])]
+            &[("", &[(MEMORY_UNIFIED, memory_bytes(memory_mib)), (TASKS, MOST_TASKS_OF_QEMU)])]
         }
         Groups::Separate => &[
             ("memory", &[(MEMORY_SEPARATE, memory_bytes(memory_mib))]),
-            ("pids", &[(TASKS, MOST_TASKS)]),
+            ("pids", &[(TASKS, MOST_TASKS_OF_QEMU)]),
         ],
         Groups::Unusable => return Ok(()),
     };

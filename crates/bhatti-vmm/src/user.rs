@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, lchown};
 use std::path::Path;
 
-use bhatti_host::process::{USERS, is_root};
+use bhatti_host::process::{USERS, can_use_users};
 use bhatti_types::SandboxId;
 
-/// The user that the VMM of a sandbox runs as, if the daemon is root. Two sandboxes that have the same one by chance are still kept apart
+/// The user that the VMM of a sandbox runs as, if the daemon can have it so. Two sandboxes that have the same one by chance are still kept apart
 /// by their rules.
 #[must_use]
 pub fn user_of(id: SandboxId) -> u32 {
@@ -17,14 +17,14 @@ pub fn user_of(id: SandboxId) -> u32 {
     USERS.start + u32::from_le_bytes([a, b, c, d]) % (USERS.end - USERS.start)
 }
 
-/// Gives a file to a user, if the daemon is root. What is missing is left to whoever opens it.
+/// Gives a file to a user, if the daemon can. What is missing is left to whoever opens it.
 ///
 /// # Errors
 ///
 /// Returns the error of chown(2).
 pub fn give_to(path: &Path, user: u32) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(file) if is_root() && file.uid() != user => lchown(path, Some(user), None),
+        Ok(file) if can_use_users() && file.uid() != user => lchown(path, Some(user), None),
         _ => Ok(()),
     }
 }

@@ -116,7 +116,7 @@ async fn container_is_paused_when_nobody_uses_it_and_never_ended_for_it() {
     daemon.terminate().await;
     daemon.serve_with(|serve| serve.arguments = vec!["--stop-sandboxes".into()]).await;
     daemon.terminate().await;
-    assert!(daemon.log().contains("Sandbox was not saved; it goes on"));
+    assert!(daemon.log().contains("Sandbox was not saved; it stays as it is"));
     daemon.serve().await;
     assert_eq!(api.sh("dev", find).await, "marker\nalive\n");
 

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "figures are shown where the output is")]
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bhatti_testkit::{
@@ -159,26 +160,34 @@ async fn daemon_listens_while_twenty_guests_hang() {
     assert_eq!(admin.sh("s7", "echo alive").await, "alive\n");
 }
 
-/// Begins requests whose answers nobody reads. They end when this is dropped.
-fn begin_unread(
-    api: &Api,
-    count: usize,
-    method: &'static str,
-    path: &'static str,
-    body: &Value,
-) -> JoinSet<()> {
-    let mut unread = JoinSet::new();
-    for _ in 0..count {
-        let (api, body) = (api.clone(), body.to_string());
-        unread.spawn(async move {
-            let json = [("content-type", "application/json")];
-            let answer = api.begin(method, path, &json, body).await;
-            // The head is there; the body stays unread.
-            std::future::pending::<()>().await;
-            drop(answer);
-        });
+/// Requests whose answers nobody reads. They end when this is dropped.
+#[derive(Default)]
+struct Unread {
+    requests: JoinSet<()>,
+    statuses: Arc<Mutex<Vec<u16>>>,
+}
+
+impl Unread {
+    fn begin(
+        &mut self,
+        api: &Api,
+        count: usize,
+        (method, path): (&'static str, &'static str),
+        accept: &'static str,
+        body: &Value,
+    ) {
+        for _ in 0..count {
+            let (api, body, statuses) = (api.clone(), body.to_string(), Arc::clone(&self.statuses));
+            self.requests.spawn(async move {
+                let headers = [("content-type", "application/json"), ("accept", accept)];
+                let answer = api.begin(method, path, &headers, body).await;
+                statuses.lock().unwrap().push(answer.status().as_u16());
+                // The head is there; the body stays unread.
+                std::future::pending::<()>().await;
+                drop(answer);
+            });
+        }
     }
-    unread
 }
 
 #[tokio::test]
@@ -206,17 +215,16 @@ async fn daemon_stays_small_and_answers_others_under_everything_a_tenant_can_do(
     assert_eq!(endless.status, 413, "{}", endless.text());
 
     let exec = json!({ "cmd": ["head", "-c", "20971520", "/dev/zero"] });
-    let _execs = begin_unread(&alice, 300, "POST", "/sandboxes/dev/exec", &exec);
-    let _listings = [
-        begin_unread(
-            &alice,
-            50,
-            "GET",
-            "/sandboxes/dev/files?path=/workspace/m&ls=true",
-            &Value::Null,
-        ),
-        begin_unread(&alice, 50, "GET", "/sandboxes/hostile/files?path=/&ls=true", &Value::Null),
-    ];
+    let mut unread = Unread::default();
+    let exec_path = ("POST", "/sandboxes/dev/exec");
+    unread.begin(&alice, 150, exec_path, "application/json", &exec);
+    unread.begin(&alice, 150, exec_path, "application/x-ndjson", &exec);
+    for path in [
+        "/sandboxes/dev/files?path=/workspace/m&ls=true",
+        "/sandboxes/hostile/files?path=/&ls=true",
+    ] {
+        unread.begin(&alice, 50, ("GET", path), "application/json", &Value::Null);
+    }
     let mut silent = Vec::new();
     while silent.len() < SILENT {
         // The listener closes the oldest ones; connecting never fails.
@@ -233,6 +241,11 @@ async fn daemon_stays_small_and_answers_others_under_everything_a_tenant_can_do(
 
     waits.sort();
     let (median, longest) = (waits[50], waits[99]);
+    let statuses = unread.statuses.lock().unwrap().clone();
+    let count = |wanted: u16| statuses.iter().filter(|&&status| status == wanted).count();
+    let [streams, refused] = [200, 503].map(count);
+    eprintln!("{streams} answers began and {refused} were refused, of {}", statuses.len());
+    assert!(streams > 10, "{statuses:?}");
     eprintln!(
         "{before} MiB before, {most} MiB at most; a list took {median:?}, {longest:?} at most"
     );

@@ -203,6 +203,41 @@ async fn sandbox_whose_directory_was_removed_can_be_destroyed_with_its_vm() {
 }
 
 #[tokio::test]
+async fn guest_that_reboots_itself_is_booted_from_its_disk() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let boot = "cat /proc/sys/kernel/random/boot_id";
+    let before =
+        shell(&daemon.client, "dev", &format!("echo kept >/workspace/f; sync; {boot}")).await;
+    let reboot = "import ctypes; ctypes.CDLL(None).reboot(0x01234567)";
+    let api = Api::admin(&daemon);
+    let exec = serde_json::json!({ "cmd": ["python3", "-c", reboot], "user": "root" });
+    drop(api.call("POST", "/sandboxes/dev/exec", &exec).await);
+
+    // A request that comes meanwhile waits for the boot, or finds the old VM just gone.
+    let mut after = String::new();
+    timeout(LIMIT, async {
+        while after.is_empty() || after.ends_with(&before) {
+            if let Ok(ran) =
+                run(&daemon.client, "dev", &["sh", "-c", &format!("cat /workspace/f; {boot}")])
+                    .await
+            {
+                after = String::from_utf8(ran.stdout).unwrap();
+            }
+        }
+    })
+    .await
+    .unwrap();
+
+    assert!(after.starts_with("kept\n"), "{after}");
+    let events = daemon.client.list_events(&EventFilter::default()).await.unwrap();
+    assert!(events.iter().any(|event| event.kind == "sandbox.rebooted"));
+}
+
+#[tokio::test]
 async fn files_that_a_guest_deletes_free_the_hosts_disk() {
     if !needs(Feature::LayeredDisks) {
         return;

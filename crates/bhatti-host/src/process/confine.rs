@@ -28,7 +28,10 @@ use seccompiler::{
 const RULES: ABI = ABI::V6;
 
 /// Where programs and what they need are, on the machines that there are.
-const SYSTEM: [&str; 15] = [
+const SYSTEM: [&str; 18] = [
+    "/bin",
+    "/sbin",
+    "/usr/local/sbin",
     "/usr/bin",
     "/usr/sbin",
     "/usr/lib",

@@ -7,16 +7,18 @@
 //! the others in order. Unpacking the result once keeps the protection of `tar` against links that lead out of the root, which
 //! unpacking layer over layer does not have.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::rc::Rc;
 
 use tar::{Archive, Builder, Entry, EntryType, Header};
 
-use super::{ArchiveError, Bounded, Part, bad, explain};
+use super::{ArchiveError, Bounded, Part, bad, check_extensions, explain};
 
 /// The most entries of all layers together: what is known of each is kept in memory.
 const ENTRIES_MAX: usize = 1_000_000;
@@ -88,22 +90,22 @@ struct Known {
 pub(super) fn flatten(layers: &[Part<'_>], flat: &File, limit: u64) -> Result<(), ArchiveError> {
     let (mut above, mut actions) = (Above::default(), Vec::new());
     let (mut entries, mut names) = (0, 0);
+    // All layers together: one may be named many times.
+    let budget = || Rc::new(Cell::new(limit));
+    let (checked, looked_at, copied) = (budget(), budget(), budget());
     for layer in layers.iter().rev() {
-        let known = read(layer, limit, &mut entries, &mut names)?;
+        check_extensions(open(layer, &checked)?.into_inner())
+            .map_err(|error| explain(error, limit))?;
+        let known = read(layer, limit, &looked_at, &mut entries, &mut names)?;
         actions.push(decide(&known, &above));
         add(known, &mut above);
     }
     let mut builder = Builder::new(flat);
-    let mut written = 0;
     for (layer, actions) in layers.iter().zip(actions.into_iter().rev()) {
-        let mut archive = open(layer, limit)?;
+        let mut archive = open(layer, &copied)?;
         let found = archive.entries().map_err(|error| explain(error, limit))?;
         for (entry, action) in found.zip(actions) {
             let entry = entry.map_err(|error| explain(error, limit))?;
-            written += entry.size();
-            if written > limit {
-                return Err(ArchiveError::TooLarge { limit });
-            }
             copy(entry, action, &mut builder).map_err(|error| explain(error, limit))?;
         }
     }
@@ -112,10 +114,10 @@ pub(super) fn flatten(layers: &[Part<'_>], flat: &File, limit: u64) -> Result<()
 
 fn open<'file>(
     layer: &Part<'file>,
-    limit: u64,
+    left: &Rc<Cell<u64>>,
 ) -> Result<Archive<Box<dyn Read + 'file>>, ArchiveError> {
-    let bounded: Box<dyn Read + 'file> =
-        Box::new(Bounded { inner: layer.decompressed()?, left: limit });
+    let left = Rc::clone(left);
+    let bounded: Box<dyn Read + 'file> = Box::new(Bounded { inner: layer.decompressed()?, left });
     Ok(Archive::new(bounded))
 }
 
@@ -123,10 +125,11 @@ fn open<'file>(
 fn read(
     layer: &Part<'_>,
     limit: u64,
+    left: &Rc<Cell<u64>>,
     entries: &mut usize,
     names: &mut usize,
 ) -> Result<Vec<Known>, ArchiveError> {
-    let mut archive = open(layer, limit)?;
+    let mut archive = open(layer, left)?;
     let mut known = Vec::new();
     for entry in archive.entries().map_err(|error| explain(error, limit))? {
         let mut entry = entry.map_err(|error| explain(error, limit))?;
@@ -153,9 +156,10 @@ fn read(
 fn decide(known: &[Known], above: &Above) -> Vec<Action> {
     let stays = |entry: &Known| {
         let base = entry.name.rsplit('/').next().unwrap_or_default();
-        let is_device = matches!(entry.kind, EntryType::Char | EntryType::Block);
+        let is_left_out =
+            matches!(entry.kind, EntryType::Char | EntryType::Block | EntryType::XGlobalHeader);
         !base.starts_with(WHITEOUT)
-            && !is_device
+            && !is_left_out
             && !above.hides(&entry.name, entry.kind == EntryType::Directory)
     };
     // A file that is hidden, and the first name that leads to it and is not.
@@ -208,7 +212,10 @@ fn copy<R: Read>(
     action: Action,
     builder: &mut Builder<&File>,
 ) -> std::io::Result<()> {
-    let mut name = entry.path_bytes().into_owned();
+    let mut name = bytes(&normal(&entry.path_bytes()).map_err(std::io::Error::other)?);
+    if name.is_empty() {
+        name.push(b'.');
+    }
     let mut target = entry.link_name_bytes().map(|target| target.into_owned());
     match action {
         Action::Copy => {}
@@ -224,6 +231,7 @@ fn copy<R: Read>(
     let path = path(&name);
     match (header.entry_type(), target) {
         (EntryType::Link | EntryType::Symlink, Some(target)) => {
+            header.set_size(0);
             builder.append_link(&mut header, path, self::path(&target))
         }
         (kind, _) => {
@@ -395,6 +403,21 @@ mod tests {
     }
 
     #[test]
+    fn names_with_a_leading_slash_are_those_below_the_root() {
+        let mut header = Header::new_gnu();
+        header.set_size(1);
+        header.as_old_mut().name[..10].copy_from_slice(b"/ko-app/it");
+        header.set_cksum();
+        let mut builder = Builder::new(tempfile::tempfile().unwrap());
+        builder.append(&header, &b"x"[..]).unwrap();
+        let layers = [builder.into_inner().unwrap(), layer(&[("etc/", "")])];
+        assert_eq!(
+            unpacked(&layers),
+            tree(&[("ko-app", "directory"), ("ko-app/it", "x"), ("etc", "directory")])
+        );
+    }
+
+    #[test]
     fn hard_link_outlives_the_name_that_it_was_made_of() {
         let layers = [
             layer(&[("git", "program"), ("git-add => git", ""), ("git-rm => git", "")]),
@@ -438,6 +461,19 @@ mod tests {
         out.append(&header, &b""[..]).unwrap();
         let error = flat(&[out.into_inner().unwrap()], 1 << 20).unwrap_err();
         assert!(error.to_string().contains("leads out of the image"), "{error}");
+
+        let mut builder = Builder::new(tempfile::tempfile().unwrap());
+        builder.append_pax_extensions([("comment", &vec![b'x'; 2 << 20][..])]).unwrap();
+        let mut header = Header::new_gnu();
+        header.set_size(0);
+        builder.append_data(&mut header, "f", &b""[..]).unwrap();
+        let error = flat(&[builder.into_inner().unwrap()], 16 << 20).unwrap_err();
+        assert!(error.to_string().contains("too long"), "{error}");
+
+        // One layer that is named often counts each time.
+        let megabyte = layer(&[("f", &"0".repeat(1 << 20))]);
+        let many: Vec<File> = (0..20).map(|_| megabyte.try_clone().unwrap()).collect();
+        assert!(matches!(flat(&many, 16 << 20).unwrap_err(), ArchiveError::TooLarge { .. }));
 
         let mut bomb = tempfile::tempfile().unwrap();
         let mut gzip = flate2::write::GzEncoder::new(&mut bomb, flate2::Compression::fast());

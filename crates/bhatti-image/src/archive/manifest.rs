@@ -10,7 +10,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tar::{Archive, EntryType};
 
-use super::{ArchiveError, Part, bad, explain};
+use super::{ArchiveError, Part, bad, check_extensions, explain};
 
 /// The most files that the archive of an image may have; one of a root file system is not looked through beyond them.
 const FILES_MAX: usize = 10_000;
@@ -88,13 +88,16 @@ impl<'file> Files<'file> {
     fn read(archive: &'file File) -> Result<Option<Self>, ArchiveError> {
         let whole = Part::whole(archive)?;
         let failed = |error| explain(error, 0);
+        check_extensions(whole.reader()).map_err(failed)?;
         let mut reader = Archive::new(whole.reader());
         let (mut files, mut links) = (HashMap::new(), Vec::new());
         for entry in reader.entries().map_err(failed)? {
             let entry = match entry {
                 Ok(entry) => entry,
-                // What is no archive at all, `tar` says better.
-                Err(_) if files.is_empty() => return Ok(None),
+                // Nothing that `tar` would decompress, or read in another way, gets there without a limit.
+                Err(_) if files.is_empty() && links.is_empty() => {
+                    return Err(bad("it is no tar archive"));
+                }
                 Err(error) => return Err(failed(error)),
             };
             let name =
@@ -196,10 +199,13 @@ impl<'file> Files<'file> {
 
 /// The image for this host.
 fn choose(images: &[Descriptor]) -> Result<&Descriptor, ArchiveError> {
-    let ours: Vec<&Descriptor> = images
+    let mut ours: Vec<&Descriptor> = images
         .iter()
         .filter(|image| image.platform.as_ref().is_none_or(Platform::is_ours))
         .collect();
+    // An image with several tags has a descriptor for each.
+    ours.sort_by(|one, other| one.digest.cmp(&other.digest));
+    ours.dedup_by(|one, other| one.digest == other.digest);
     match ours[..] {
         [one] => Ok(one),
         [] => {
@@ -296,6 +302,11 @@ mod tests {
         };
 
         assert_eq!(found(&with(&index(ours), layer)).unwrap(), Some(vec![layer.to_vec()]));
+        // An image with two tags has two descriptors.
+        let one = index(ours);
+        let first = one.split_once('[').unwrap().1.split_once("}},").unwrap().0;
+        let twice = format!(r#"{{"manifests":[{first}}}}},{first}}}}}]}}"#);
+        assert_eq!(found(&with(&twice, layer)).unwrap(), Some(vec![layer.to_vec()]));
         let error = found(&with(&index("s390x"), layer)).unwrap_err();
         assert!(error.to_string().contains("linux/s390x"), "{error}");
         let error = found(&with(&index(ours), b"another layer")).unwrap_err();

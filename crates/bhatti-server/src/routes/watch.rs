@@ -1,19 +1,21 @@
 //! `/sandboxes/{sandbox}/files/watch`: what happens to a file or directory, as it happens.
 
 use std::io;
+use std::time::Duration;
 
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use bhatti_agent::FileEvents;
+use bhatti_agent::{CallError, FileEvents};
 use bhatti_api::{FileChange, FileChangeKind};
 use bhatti_proto::{FileEvent, FileEventKind};
 use bhatti_supervisor::SandboxUse;
 use bhatti_types::UserId;
 use bytes::Bytes;
 use futures_util::stream;
+use tokio::time::timeout;
 
 use super::exec::NDJSON;
 use super::files::PathQuery;
@@ -21,6 +23,9 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::status::{ApiError, file_error};
+
+/// How long an agent may take to begin a watch.
+const BEGIN_LIMIT: Duration = Duration::from_secs(20);
 
 /// Watches a file, or a directory's own entries: a line of JSON for each change, from the moment on that the answer's head is there. The
 /// answer ends when the watched path is gone. The sandbox stays hot meanwhile.
@@ -36,8 +41,9 @@ pub(crate) async fn watch(
     let agent = used.agent.acting_as(user.as_deref());
     let mut events = agent.watch(&path).await.map_err(file_error)?;
     // The first one says that the watch stands, or why it does not.
-    events.next().await.map_err(file_error)?;
-    let watch = Watch { events, state, owner, _used: used };
+    let began = timeout(BEGIN_LIMIT, events.next()).await;
+    began.unwrap_or(Err(CallError::Silent { limit: BEGIN_LIMIT })).map_err(file_error)?;
+    let watch = Watch { events, state, owner, path_is_gone: false, _used: used };
     let body = stream::unfold(watch, |mut watch| async move {
         let line = watch.next().await?;
         Some((line, watch))
@@ -49,6 +55,8 @@ struct Watch {
     events: FileEvents,
     state: AppState,
     owner: UserId,
+    /// Whether the last event was that the watched path itself is gone.
+    path_is_gone: bool,
     _used: SandboxUse,
 }
 
@@ -60,7 +68,13 @@ impl Watch {
             _ended = self.state.ended(self.owner) => return None,
         };
         match event {
-            Ok(event) => event.map(line),
+            Ok(Some(event)) => {
+                self.path_is_gone = event.kind == FileEventKind::Removed && event.name.is_none();
+                Some(line(event))
+            }
+            Ok(None) if self.path_is_gone => None,
+            // The sandbox ended, or its agent did.
+            Ok(None) => Some(Err(io::ErrorKind::ConnectionAborted.into())),
             Err(error) => Some(Err(io::Error::other(error))),
         }
     }

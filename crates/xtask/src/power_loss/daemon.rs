@@ -40,6 +40,8 @@ impl Daemon {
     /// Mounts the disk below `work` and names the data directory on it. No daemon runs yet.
     pub(super) fn on(disk: &Path, work: &Path) -> Result<Self> {
         run_program("ip", &["link", "set", "lo", "up"])?;
+        // Two workers have sandboxes with the same ids, which must not share a control group.
+        run_program("mount", &["-t", "tmpfs", "tmpfs", "/sys/fs/cgroup"])?;
         let mount = work.join("mnt");
         disk::mount(disk, &mount)?;
         let data = mount.join("data");

@@ -173,7 +173,8 @@ fn is_of(entry: &str, id: &str) -> bool {
     entry.contains(id)
 }
 
-/// A hash of each sandbox's and snapshot's records and disks, by the name of its directory.
+/// A hash of each sandbox's and snapshot's files, by the name of its directory, without images and the memory of base snapshots, which are
+/// never written again.
 fn fingerprints(data: &Path) -> Result<BTreeMap<String, String>> {
     let mut prints = BTreeMap::new();
     for directory in KINDS[..2]
