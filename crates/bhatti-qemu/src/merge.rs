@@ -98,11 +98,12 @@ impl Frozen {
         Ok(frozen)
     }
 
-    /// What merging frees at least. The content of every layer, shared ones included, is copied into the topmost one: as much as the disk
-    /// has at most.
+    /// What merging is expected to free. The content of every layer that newer ones have not replaced is copied into the topmost layer: of
+    /// this VM's own layers never more than they free, of shared ones all that they have. So a large shared part counts against merging
+    /// as if nothing had been replaced; the disk's size is the limit of both. A base snapshot's layer is shared and small.
     fn freed_bytes(&self, disk_bytes: u64) -> u64 {
-        if self.shared == 0 {
-            return self.own;
+        if self.shared <= self.own / 8 {
+            return self.own - self.shared;
         }
         self.own.saturating_sub((self.own + self.shared).min(disk_bytes))
     }
@@ -198,4 +199,20 @@ async fn remove_other_layers(vm: &QemuVm) -> Result<(), VmmError> {
 
 async fn blocking(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> Result<(), VmmError> {
     Ok(spawn_blocking(work).await.map_err(io::Error::other)??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_others_have_too_speak_against_merging() {
+        const GIB: u64 = 1 << 30;
+        let freed = |own, shared| Frozen { own, shared }.freed_bytes(4 * GIB);
+        assert_eq!(freed(2 * GIB, 0), 2 * GIB);
+        assert_eq!(freed(2 * GIB, 1 << 20), 2 * GIB - (1 << 20));
+        assert_eq!(freed(2 * GIB, GIB), 0);
+        assert_eq!(freed(6 * GIB, 2 * GIB), 2 * GIB);
+        assert_eq!(freed(0, GIB), 0);
+    }
 }

@@ -101,12 +101,6 @@ impl Api {
         Self { place: Place::Tcp(address), key: key.map(str::to_owned) }
     }
 
-    /// The same caller of a daemon that listens elsewhere.
-    #[must_use]
-    pub fn at(&self, address: SocketAddr) -> Self {
-        Self { place: Place::Tcp(address), key: self.key.clone() }
-    }
-
     /// Sends a request and waits for the whole answer.
     ///
     /// # Panics

@@ -101,9 +101,14 @@ async fn list(mut stream: AcceptedStream) -> io::Result<()> {
     read_port(&mut stream).await?;
     let (reader, writer) = split(stream);
     let mut writer = FrameWriter::new(writer);
-    let request = FrameReader::new(reader).next().await.map_err(io::Error::other)?;
-    if request.is_none_or(|frame| frame.frame_type != FrameType::FILE_LS_REQ) {
-        return Ok(());
+    let mut reader = FrameReader::new(reader);
+    // The sandbox's token comes first.
+    loop {
+        match reader.next().await.map_err(io::Error::other)? {
+            Some(frame) if frame.frame_type == FrameType::FILE_LS_REQ => break,
+            Some(_) => {}
+            None => return Ok(()),
+        }
     }
     let entry = json!({
         "name": "n".repeat(255), "size": 0, "mode": "0777", "is_dir": false, "mtime": 0,
