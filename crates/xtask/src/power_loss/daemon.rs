@@ -69,6 +69,12 @@ impl Daemon {
         });
         ensure!(!ended, "the daemon ended at its start");
         ensure!(ready, "the daemon did not become ready");
+        // The command line uses the local socket, which is there a moment after the port.
+        let calls = || self.call(&["list"], "").is_ok_and(|answer| answer.is_ok());
+        ensure!(
+            wait_until(Duration::from_secs(10), calls),
+            "the daemon's local socket is not there"
+        );
         Ok(())
     }
 
@@ -90,9 +96,14 @@ impl Daemon {
         self.run(&["--url", &format!("http://{LISTEN}"), "--token", key], arguments, "")
     }
 
-    /// What a list answers; nothing if it fails.
+    /// What a list answers.
+    ///
+    /// # Errors
+    ///
+    /// If it fails: no row is then known to be missing.
     pub(super) fn list(&self, arguments: &[&str]) -> Result<Vec<Value>> {
         let answer = self.call(arguments, "")?;
+        ensure!(answer.is_ok(), "bhatti {}: {}", arguments.join(" "), answer.error);
         Ok(answer.json.and_then(|json| json.as_array().cloned()).unwrap_or_default())
     }
 
