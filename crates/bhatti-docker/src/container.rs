@@ -59,12 +59,13 @@ const CPU_PERIOD_US: i64 = 100_000;
 /// How long a killed container may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// A status that says that there is nothing to do.
-/// What Docker names when it refuses a limit of a container's disk. It has one with overlay2 on XFS with project quotas, btrfs and ZFS.
+/// What Docker names when it refuses a limit of a container's disk. It has one with overlay2 on XFS
+/// with project quotas, btrfs and ZFS.
 const STORAGE_OPTION: &str = "storage-opt";
 /// Whether Docker has refused such a limit.
 static DISK_IS_UNLIMITED: AtomicBool = AtomicBool::new(false);
 
+/// A status that says that there is nothing to do.
 const NOT_MODIFIED: u16 = 304;
 const CONFLICT: u16 = 409;
 

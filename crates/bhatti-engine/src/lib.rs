@@ -200,9 +200,11 @@ pub trait Vm: Send + Sync {
     /// Returns an error if the VMM does not answer.
     async fn resume(&self) -> Result<(), VmmError>;
 
-    /// Merges the layers of its disk, if snapshots that froze it have made them many or large. With `to_save_space`, merges them
-    /// whenever that frees disk space. It takes as long as copying what the layers hold, at most 20 s, while the VM runs; the VM stands
-    /// still for a moment at the end. Returns whether there was anything to do: engines whose disks are one file have nothing.
+    /// Merges the layers of its disk, if snapshots that froze it have made them many or large. With
+    /// `_to_save_space`, merges them whenever that frees disk space. It takes as long as copying
+    /// what the layers hold, at most 20 s, while the VM runs; the VM stands still for a moment at
+    /// the end. Returns whether there was anything to do: engines whose disks are one file have
+    /// nothing.
     ///
     /// # Errors
     ///
@@ -211,8 +213,7 @@ pub trait Vm: Send + Sync {
     /// # Cancel safety
     ///
     /// Not cancel safe: the VM may stand still. The VMM goes on by itself; the next call, or the next snapshot, ends that.
-    async fn merge_disk(&self, to_save_space: bool) -> Result<bool, VmmError> {
-        let _one_file = to_save_space;
+    async fn merge_disk(&self, _to_save_space: bool) -> Result<bool, VmmError> {
         Ok(false)
     }
 

@@ -17,13 +17,11 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
+use bhatti_host::process::USERS;
 use bhatti_host::{disk, tap};
 use bhatti_types::SandboxId;
-use bhatti_vmm::{create_private, share};
+use bhatti_vmm::{cgroup, create_private, share, user_of};
 use tokio::task::spawn_blocking;
-
-use bhatti_host::process::USERS;
-use bhatti_vmm::{cgroup, user_of};
 
 use crate::Setup;
 use crate::machine::Machine;

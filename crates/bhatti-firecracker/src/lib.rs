@@ -41,9 +41,9 @@ use bhatti_engine::{
 use bhatti_host::process::Followed;
 use bhatti_host::processor;
 use bhatti_types::SandboxId;
+use bhatti_vmm::cgroup::Groups;
 
 use api::State;
-use bhatti_vmm::cgroup::Groups;
 use machine::Record;
 use vm::FirecrackerVm;
 

@@ -246,10 +246,7 @@ impl Staged for Waiting {
         match vm {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(source) => {
-                bhatti_vmm::end(
-                    &Followed::adopt(id).map_err(file("end a VM that was not taken up"))?,
-                )
-                .await;
+                bhatti_vmm::end_by_id(id).await;
                 Err(file("open the VM's console")(source))
             }
         }

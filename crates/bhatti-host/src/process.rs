@@ -47,8 +47,9 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Whether this process can have others run as [`USERS`] and give files to them: it is root, has the capabilities for that, and is in no user
-/// namespace that lacks these users. Root in a container often is not.
+/// Whether this process can have others run as [`USERS`] and give files to them: it is root, has
+/// the capabilities for that, and is in no user namespace that lacks these users. Root in a
+/// container often is not.
 #[must_use]
 pub fn can_use_users() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
@@ -84,7 +85,8 @@ pub fn confine(command: &mut tokio::process::Command, confinement: Confinement) 
     }
 }
 
-/// The users of confined programs: 2^28 that no system gives to anybody (systemd's "Users, Groups, UIDs and GIDs" has them as unused).
+/// The numbers of users that confined programs run as: 2^28 that no system assigns (unused in
+/// systemd's "Users, Groups, UIDs and GIDs").
 pub const USERS: std::ops::Range<u32> = 0x7000_0000..0x8000_0000;
 
 /// glibc's name for how much a heap may keep at its end of what is not used any more, and that in bytes.

@@ -1,7 +1,7 @@
 //! Archives that become images: the tar of a root file system, what `docker save` writes, and OCI layouts as a tar.
 //!
-//! A root file system is decompressed and otherwise left as it is. An image of layers is flattened into one tar ([`layers`]). Both have
-//! a limit of bytes, so a small archive cannot fill the disk.
+//! A root file system is decompressed and otherwise left as it is. An image of layers is flattened
+//! into one tar ([`layers`]). Both have a limit of bytes, so a small archive cannot fill the disk.
 
 mod layers;
 mod manifest;
@@ -14,10 +14,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::rc::Rc;
 
-use self::zstd::ZstdFrames;
 use flate2::read::MultiGzDecoder;
 use liblzma::stream::{CONCATENATED, Stream};
 use tar::{Archive, EntryType};
+
+use self::zstd::ZstdFrames;
 
 /// The longest description of an image (manifest or index) that is read, in bytes.
 const MANIFEST_BYTES_MAX: u64 = 4 << 20;
@@ -99,7 +100,7 @@ impl<'file> Part<'file> {
     }
 }
 
-/// Reads a file from an offset on, whoever else reads it.
+/// Reads a file from an offset on. Other readers of the file do not move the offset.
 struct PartReader<'file> {
     file: &'file File,
     at: u64,
@@ -129,8 +130,9 @@ impl<R: Read> Read for Bounded<R> {
     }
 }
 
-/// The root file system that an archive describes, as one tar that is not compressed and has at most `limit` bytes. It is the archive
-/// itself, if that is one, or a file without a name in `scratch`.
+/// The root file system that an archive describes, as one tar that is not compressed and has at
+/// most `limit` bytes. It is the archive itself, if that is one, or a file without a name in
+/// `scratch`.
 ///
 /// # Errors
 ///
@@ -163,7 +165,7 @@ fn is_compressed(file: &File) -> io::Result<bool> {
 /// Refuses extensions that are too long, before a reader of entries holds them in memory.
 fn check_extensions(tar: impl Read) -> io::Result<()> {
     for entry in Archive::new(tar).entries()?.raw(true) {
-        // What is no archive is found by whoever reads its entries.
+        // The reader of the entries reports an archive that cannot be read.
         let Ok(entry) = entry else { return Ok(()) };
         let is_extension = matches!(
             entry.header().entry_type(),

@@ -87,8 +87,9 @@ impl ImageStore {
         tempfile::tempfile_in(directory).map_err(file_error("create a file in", directory))
     }
 
-    /// Makes an image of a tar archive: a root file system, as `docker export` writes it, an image, as `docker save` writes it, or an OCI
-    /// layout. It may be compressed with gzip, xz or zstd. Everything in it is the image's, and nothing of it is run.
+    /// Makes an image of a tar archive: a root file system, as `docker export` writes it, an image,
+    /// as `docker save` writes it, or an OCI layout. It may be compressed with gzip, xz or zstd.
+    /// Everything in it is the image's, and nothing of it is run.
     ///
     /// # Errors
     ///

@@ -222,8 +222,9 @@ impl ImageStore {
         Ok(path)
     }
 
-    /// Removes artefacts that neither the index nor `initramfs` names: a rebuilt one has replaced them. VMs have hard links to theirs;
-    /// where they cannot have, they have symbolic ones, and nothing is removed.
+    /// Removes artefacts that neither the index nor `initramfs` names: a rebuilt one has replaced
+    /// them. VMs have hard links to theirs; where they cannot have, they have symbolic ones, and
+    /// nothing is removed.
     pub(crate) fn prune(&self, index: &Index, initramfs: &Path) -> Result<(), StoreError> {
         if !self.is_linked_to(USERS_OF_IMAGES) {
             return Ok(());

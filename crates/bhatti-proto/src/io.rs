@@ -74,7 +74,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Self { inner, buffer: BytesMut::new(), payload_bytes_max: PAYLOAD_BYTES_MAX }
     }
 
-    /// Takes only frames with payloads of so many bytes from now on: what a stream is for decides how much of it is held in memory.
+    /// Takes only frames with payloads of so many bytes from now on: what a stream is for decides
+    /// how much of it is held in memory.
     pub const fn limit_payload(&mut self, bytes: usize) {
         self.payload_bytes_max = bytes;
     }

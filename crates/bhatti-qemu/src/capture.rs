@@ -84,7 +84,10 @@ async fn save_devices(vm: &QemuVm, devices: &Path) -> Result<(), SnapshotError> 
     let own = vm.directory.join(DEVICES);
     File::create(&own).map_err(failed)?;
     let disk = vm.directory.join(&vm.machine.lock().disk);
-    bhatti_vmm::give_as(&own, &disk).map_err(failed)?;
+    if let Err(error) = bhatti_vmm::give_as(&own, &disk) {
+        fs::remove_file(&own).map_err(failed)?;
+        return Err(failed(error));
+    }
     let arguments = json!({ "filename": own });
     let saved =
         vm.qmp.execute(&vm.directory, "xen-save-devices-state", arguments, SAVE_LIMIT).await;
@@ -166,7 +169,10 @@ async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotErr
     let layer = files::new_layer_name().map_err(failed)?;
     let path = vm.directory.join(&layer);
     overlay::create(&path, disk).map_err(|error| failed(io::Error::other(error)))?;
-    bhatti_vmm::give_as(&path, &vm.directory.join(disk)).map_err(failed)?;
+    if let Err(error) = bhatti_vmm::give_as(&path, &vm.directory.join(disk)) {
+        fs::remove_file(&path).map_err(failed)?;
+        return Err(failed(error));
+    }
     let before = vm.machine.lock().clone();
     // Before QEMU writes to the new layer: whoever finds it empty finds the old one below it.
     vm.record(Machine { disk: layer, ..before.clone() }).map_err(failed)?;

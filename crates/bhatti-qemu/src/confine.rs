@@ -43,7 +43,8 @@ pub(crate) fn confinement(
     Confinement::new(Reach { run: &run, read: &read, write: &write })
 }
 
-/// Gives what QEMU writes to its user, if the daemon is root: without root's rights QEMU cannot write what is another's.
+/// Gives what QEMU writes to its user, if the daemon is root: without root's rights QEMU cannot
+/// write what is another's.
 ///
 /// # Errors
 ///
@@ -54,7 +55,8 @@ pub(crate) fn give_to(user: u32, directory: &Path, machine: &Machine) -> io::Res
     written.into_iter().try_for_each(|path| bhatti_vmm::give_to(&path, user))
 }
 
-/// The longest file that QEMU writes, in bytes: its disk's layer when it is full, with the tables of qcow2, or a volume.
+/// The longest file that QEMU writes, in bytes: its disk's layer when it is full, with the tables
+/// of qcow2, or a volume.
 ///
 /// # Errors
 ///
@@ -70,8 +72,8 @@ pub(crate) fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64>
     Ok(disk.saturating_add(disk / 8).saturating_add(TABLE_BYTES).max(volume.unwrap_or_default()))
 }
 
-/// The user that QEMU becomes, if it can be another one than the daemon's. It reads what its rules allow, whosever it is: layers and memory
-/// are shared.
+/// The user that QEMU becomes, if it can be another one than the daemon's. It reads what its rules
+/// allow, whosever it is: layers and memory are shared.
 pub(crate) fn user(setup: &Setup, user: u32) -> Option<User> {
     if !process::can_use_users() {
         return None;

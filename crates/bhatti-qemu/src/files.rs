@@ -26,23 +26,15 @@ pub(crate) fn create_empty_memory(directory: &Path, size: MemoryMib) -> io::Resu
 
 /// Puts a file that others stand on into `directory`, under `name`, without copying it. It is sealed: QEMU may write what is in its directory.
 pub(crate) fn share(file: &Path, directory: &Path, name: &str) -> io::Result<()> {
-    match durable::seal(file) {
+    // It becomes root's, so that no VMM could unseal it even if its rules did not refuse that.
+    match durable::seal(file).and_then(|()| bhatti_vmm::give_to(file, 0)) {
         // Another user's file is none that this user's QEMU could write, nor one of a file system that is not to be written.
         Err(error)
             if matches!(
                 error.kind(),
                 io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
             ) => {}
-        sealed => sealed?,
-    }
-    // Root's, so that no VMM could unseal it even if its rules did not refuse that.
-    match bhatti_vmm::give_to(file, 0) {
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
-            ) => {}
-        given => given?,
+        settled => settled?,
     }
     bhatti_vmm::share(file, directory, name)
 }

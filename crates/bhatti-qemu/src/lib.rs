@@ -90,7 +90,13 @@ impl QemuEngine {
             command_line::LAYOUT
         );
         let groups = if process::is_root() { Groups::of_host() } else { Groups::Unusable };
-        Self { setup: Setup { program, accelerator, groups, depends_on }, tsc_khz: Arc::default() }
+        let setup = Setup { program, accelerator, groups, depends_on };
+        if process::is_root() && confine::user(&setup, process::USERS.start).is_none() {
+            tracing::warn!(
+                "QEMU runs as the daemon's user: this process lacks capabilities or users of its namespace, or only root may open /dev/kvm"
+            );
+        }
+        Self { setup, tsc_khz: Arc::default() }
     }
 
     /// Measures now what the first boot would otherwise wait for.

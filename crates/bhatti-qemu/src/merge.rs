@@ -1,6 +1,6 @@
-//! Merges the layers of a disk. Each snapshot that others may stand on freezes one. QEMU keeps all of them open, so a disk may have only
-//! [`overlay::LAYERS_MAX`]; and a frozen layer keeps its blocks when newer layers have replaced their content and the snapshot is
-//! deleted.
+//! Merges the layers of a disk. Each snapshot that others may stand on freezes one. QEMU keeps all
+//! of them open, so a disk may have only [`overlay::LAYERS_MAX`]; and a frozen layer keeps its
+//! blocks when newer layers have replaced their content and the snapshot is deleted.
 //!
 //! QEMU copies what the layers between hold into the topmost one (`block-stream`), which stands on the image then:
 //!
@@ -51,11 +51,7 @@ pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool,
     let Some((base, frozen)) = layers.split_last() else { return Ok(false) };
     let frozen = Frozen::of(vm, frozen.get(1..).unwrap_or_default())?;
     let disk_bytes = overlay::disk_bytes(&vm.directory.join(base))?;
-    let least_bytes = if to_save_space {
-        0
-    } else {
-        overlay::disk_bytes(&vm.directory.join(base))? / MERGE_AT_PART
-    };
+    let least_bytes = if to_save_space { 0 } else { disk_bytes / MERGE_AT_PART };
     if layers.len() < MERGE_AT && frozen.freed_bytes(disk_bytes) <= least_bytes {
         return Ok(false);
     }
@@ -98,9 +94,11 @@ impl Frozen {
         Ok(frozen)
     }
 
-    /// What merging is expected to free. The content of every layer that newer ones have not replaced is copied into the topmost layer: of
-    /// this VM's own layers never more than they free, of shared ones all that they have. So a large shared part counts against merging
-    /// as if nothing had been replaced; the disk's size is the limit of both. A base snapshot's layer is shared and small.
+    /// What merging is expected to free. The content of every layer that newer ones have not
+    /// replaced is copied into the topmost layer: of this VM's own layers never more than they
+    /// free, of shared ones all that they have. So a large shared part counts against merging as if
+    /// nothing had been replaced; the disk's size is the limit of both. A base snapshot's layer is
+    /// shared and small.
     fn freed_bytes(&self, disk_bytes: u64) -> u64 {
         if self.shared <= self.own / 8 {
             return self.own - self.shared;

@@ -214,10 +214,7 @@ impl Staged for Waiting {
         match vm {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(source) => {
-                bhatti_vmm::end(
-                    &Followed::adopt(id).map_err(file("end a VM that was not taken up"))?,
-                )
-                .await;
+                bhatti_vmm::end_by_id(id).await;
                 Err(file("connect to the VM's console")(source))
             }
         }

@@ -1,8 +1,10 @@
 //! The disk space of the host that a user's sandboxes and snapshots take, and its limit.
 //!
-//! It is measured: the blocks of all files in the directories of the user's sandboxes and snapshots, each file once, without what the
-//! images, base snapshots and volumes have, too. The limit is checked by the operations that add files. What a guest writes to its own disk is
-//! bounded by the size of that disk, so a user can exceed the limit by the sizes of its sandboxes' disks at most.
+//! It is measured: the blocks of all files in the directories of the user's sandboxes and
+//! snapshots, each file once, without what the images, base snapshots and volumes have, too. The
+//! limit is checked by the operations that add files. What a guest writes to its own disk is
+//! bounded by the size of that disk, so a user can exceed the limit by the sizes of its sandboxes'
+//! disks at most.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -57,8 +59,8 @@ pub(crate) enum DiskQuotaError {
 }
 
 impl Shared {
-    /// Admits an operation that saves a sandbox: its memory and copies of its volumes may be added. If there is no room for them, the
-    /// layers of the sandbox's disk are merged first.
+    /// Admits an operation that saves a sandbox: its memory and copies of its volumes may be added.
+    /// If there is no room for them, the layers of the sandbox's disk are merged first.
     ///
     /// # Errors
     ///
@@ -105,11 +107,13 @@ impl Shared {
         // Volumes have a limit of their own; Firecracker's VMs have links to theirs.
         let images = config.images.directory().to_owned();
         let others = [images, config.templates_dir.clone(), config.volumes_dir.clone()];
-        let used = spawn_blocking(move || used_bytes(&counted, &others)).await.unwrap_or_default();
+        // A measurement that did not end admits nothing.
+        let used = spawn_blocking(move || used_bytes(&counted, &others)).await.unwrap_or(u64::MAX);
         let mut all = self.disk_reserved.lock();
         let reserved = all.entry(owner).or_default();
-        if used + *reserved + needed > u64::from(max) * MIB {
-            let (used, needed) = ((used + *reserved).div_ceil(MIB), needed.div_ceil(MIB));
+        let used = used.saturating_add(*reserved);
+        if used.saturating_add(needed) > u64::from(max) * MIB {
+            let (used, needed) = (used.div_ceil(MIB), needed.div_ceil(MIB));
             return Err(QuotaExceeded::Disk { used, needed, max }.into());
         }
         *reserved += needed;
@@ -121,7 +125,8 @@ impl Shared {
     }
 }
 
-/// The bytes that the files in these directories take, each file once, without those that lie in one of `others`, too. Blocks on disk.
+/// The bytes that the files in these directories take, each file once, without those that lie in
+/// one of `others`, too. Blocks on disk.
 fn used_bytes(counted: &[PathBuf], others: &[PathBuf]) -> u64 {
     let mut seen = HashSet::new();
     for directory in others {

@@ -1,7 +1,8 @@
 //! Guests that reboot themselves: the VM ends, and the sandbox is booted again from its disk.
 //!
-//! VMMs end when their guest resets the machine. What the guest's kernel printed last tells a reboot from everything else that ends a
-//! VM. The guest can print what it likes; that decides about nothing but its own sandbox, and only so often.
+//! VMMs end when their guest resets the machine. What the guest's kernel printed last tells a
+//! reboot from everything else that ends a VM. The guest can print what it likes; that decides
+//! about nothing but its own sandbox, and only so often.
 
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use tokio::time::Instant;
 /// What Linux prints before it resets the machine (`kernel/reboot.c`). A panic resets it without these words.
 const RESTARTING: &str = "reboot: Restarting system";
 
-/// How many reboots are followed by a boot within [`WITHIN`]: a guest that does nothing else would keep a processor busy.
+/// How many reboots are followed by a boot within [`WITHIN`]: a guest that does nothing else would
+/// keep a processor busy.
 const REBOOTS_MAX: usize = 3;
 const WITHIN: Duration = Duration::from_secs(600);
 

@@ -409,7 +409,8 @@ impl Driver {
 
     /// The VMM has ended by itself. If it was to end, and what it had is on the disk, nothing is lost.
     pub(crate) async fn vmm_ended(&self) {
-        // A paused VM that an earlier daemon restored and never let run has a snapshot that was consumed: it is put back.
+        // A paused VM that an earlier daemon restored and never let run has a snapshot that was
+        // consumed: it is put back.
         let is_saved = self.access.thermal() == Some(Thermal::Warm)
             && self.saved().settle().unwrap_or_else(|error| {
                 warn!(sandbox = %self.id, %error, "Failed to look for the memory of a paused VM that ended");

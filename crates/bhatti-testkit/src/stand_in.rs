@@ -22,7 +22,8 @@ const SOCKET: &str = "agent.sock";
 pub struct EndlessLister(JoinHandle<()>);
 
 impl EndlessLister {
-    /// Takes the place of the agent of the sandbox in `directory`. The sandbox's daemon meets it when it connects again.
+    /// Takes the place of the agent of the sandbox in `directory`. The sandbox's daemon meets it
+    /// when it connects again.
     ///
     /// # Panics
     ///

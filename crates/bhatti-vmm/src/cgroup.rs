@@ -1,7 +1,7 @@
 //! The control group of a VMM: a bound on what one that a guest has taken over could take of this host.
 //!
-//! What a sandbox is entitled to is the supervisor's to say, and the guest's kernel sees no more memory than it has. The group's limits only
-//! hold what goes beyond that.
+//! What a sandbox is entitled to is the supervisor's to say, and the guest's kernel sees no more
+//! memory than it has. The group's limits only hold what goes beyond that.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -21,9 +21,11 @@ const PARENT: &str = "bhatti";
 
 /// Firecracker has a thread per vCPU and three more.
 const MOST_TASKS: u64 = 64;
-/// QEMU has a thread per vCPU (32 at most), up to 64 for the disk's requests, and some of its own; it aborts if it cannot start one.
+/// QEMU has a thread per vCPU (32 at most), up to 64 for the disk's requests, and some of its own;
+/// it aborts if it cannot start one.
 const MOST_TASKS_OF_QEMU: u64 = 192;
-/// What a VMM may have beyond twice the guest's memory, in MiB. Twice: what is written of it, when it is saved, counts until it is on the disk.
+/// What a VMM may have beyond twice the guest's memory, in MiB. Twice: what is written of it, when
+/// it is saved, counts until it is on the disk.
 const MEMORY_BEYOND_MIB: u64 = 256;
 
 /// How long a process that has ended may take to leave its group, and how often to look.
@@ -90,7 +92,8 @@ const fn memory_bytes(memory_mib: u32) -> u64 {
 ///
 /// # Errors
 ///
-/// Returns the error of the kernel: the daemon is not root, or its groups are not its own to divide. Blocks on the kernel alone.
+/// Returns the error of the kernel: the daemon is not root, or its groups are not its own to
+/// divide. Blocks on the kernel alone.
 pub fn enter(groups: Groups, name: &str, memory_mib: u32, pid: u32) -> io::Result<()> {
     let trees: &[(&str, &[(&str, u64)])] = match groups {
         Groups::Unified => {

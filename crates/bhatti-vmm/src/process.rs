@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bhatti_engine::RemoveError;
-use bhatti_host::process::Followed;
+use bhatti_host::process::{Followed, ProcessId};
 use tokio::time::timeout;
 
 use crate::record::recorded_process;
@@ -28,7 +28,7 @@ pub async fn find(directory: &Path, program: &Path, argument: &str) -> io::Resul
 }
 
 fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
-    // Without a directory there may be a process all the same: somebody may have removed the directory.
+    // Even without a directory there may be a process: an operator may have removed the directory.
     match recorded_process(directory).and_then(Followed::adopt) {
         Err(error)
             if matches!(
@@ -52,6 +52,13 @@ pub async fn end(process: &Followed) -> bool {
         tracing::error!(pid, seconds, "A killed virtual machine process does not end");
     }
     ended
+}
+
+/// Ends a VMM whose handle is gone. One that cannot be found has ended.
+pub async fn end_by_id(id: ProcessId) {
+    if let Ok(process) = Followed::adopt(id) {
+        end(&process).await;
+    }
 }
 
 /// Ends a VMM that was looked for, if there is one.

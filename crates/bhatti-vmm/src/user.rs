@@ -8,8 +8,8 @@ use std::path::Path;
 use bhatti_host::process::{USERS, can_use_users};
 use bhatti_types::SandboxId;
 
-/// The user that the VMM of a sandbox runs as, if the daemon can have it so. Two sandboxes that have the same one by chance are still kept apart
-/// by their rules.
+/// The user that the VMM of a sandbox runs as, if the daemon can have it so. Two sandboxes that
+/// have the same one by chance are still kept apart by their rules.
 #[must_use]
 pub fn user_of(id: SandboxId) -> u32 {
     let hash = blake3::hash(id.to_string().as_bytes());
@@ -17,7 +17,8 @@ pub fn user_of(id: SandboxId) -> u32 {
     USERS.start + u32::from_le_bytes([a, b, c, d]) % (USERS.end - USERS.start)
 }
 
-/// Gives a file to a user, if the daemon can. What is missing is left to whoever opens it.
+/// Gives a file to a user, if the daemon can. A file that is missing is no error: the program that
+/// opens it reports that better.
 ///
 /// # Errors
 ///

@@ -1,8 +1,9 @@
 //! The power-loss test: `cargo xtask power-loss`.
 //!
-//! The daemon's data directory lies on a loop mount over QEMU's `blklogwrites`, which logs every write and every flush of that
-//! disk. The test then rebuilds the disk as a power cut could have left it, once for each of many flushes: with every write up to
-//! the flush, and with an arbitrary part of the writes behind it. A daemon recovers from each rebuilt disk. What it has then is
+//! The daemon's data directory lies on a loop mount over QEMU's `blklogwrites`, which logs every
+//! write and every flush of that disk. The test then rebuilds the disk as a power cut could have
+//! left it, once for each of many flushes: with every write up to the flush, and with an arbitrary
+//! part of the writes behind it. A daemon recovers from each rebuilt disk. What it has then is
 //! compared with what the recorded daemon had answered before.
 //!
 //! ```text
@@ -11,11 +12,12 @@
 //!  check     for each point: rebuild, recover, start  WORK/points.jsonl, a summary
 //! ```
 //!
-//! The daemon runs in network, PID and mount namespaces of its own. The end of the PID namespace is the power cut: it ends the
-//! daemon and its VMMs at once, and nothing stays on the host.
+//! The daemon runs in network, PID and mount namespaces of its own. The end of the PID namespace is
+//! the power cut: it ends the daemon and its VMMs at once, and nothing stays on the host.
 //!
-//! A point must have everything that was answered before the *next* flush was done, because a cut just before that flush may
-//! lose everything that the disk's cache holds. What was under way at that moment may be there or not.
+//! A point must have everything that was answered before the *next* flush was done, because a cut
+//! just before that flush may lose everything that the disk's cache holds. What was under way at
+//! that moment may be there or not.
 
 #![expect(
     clippy::disallowed_methods,

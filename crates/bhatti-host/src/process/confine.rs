@@ -312,8 +312,8 @@ fn filter() -> io::Result<BpfProgram> {
     Ok(refuse_x32().into_iter().chain(filter).collect())
 }
 
-/// The start of a filter that refuses the system calls of x32, which are those of x86-64 under other numbers. Where a kernel has none,
-/// the check costs three instructions.
+/// The start of a filter that refuses the system calls of x32, which are those of x86-64 under
+/// other numbers. Where a kernel has none, the check costs three instructions.
 fn refuse_x32() -> Vec<sock_filter> {
     const NUMBER_OFFSET: u32 = 0;
     const X32_BIT: u32 = 0x4000_0000;

@@ -1,11 +1,13 @@
 //! Flattens the layers of an image into one tar.
 //!
-//! A layer is a tar of what it adds or changes. A whiteout (`.wh.NAME`) removes a name of the layers below it, and `.wh..wh..opq` removes
-//! everything that they have in its directory. Source: the OCI image specification, `layer.md`.
+//! A layer is a tar of what it adds or changes. A whiteout (`.wh.NAME`) removes a name of the
+//! layers below it, and `.wh..wh..opq` removes everything that they have in its directory. Source:
+//! the OCI image specification, `layer.md`.
 //!
-//! The layers are read twice: from the top down, to decide which entries are hidden by layers above; then from the bottom up, to copy
-//! the others in order. Unpacking the result once keeps the protection of `tar` against links that lead out of the root, which
-//! unpacking layer over layer does not have.
+//! The layers are read twice: from the top down, to decide which entries are hidden by layers
+//! above; then from the bottom up, to copy the others in order. Unpacking the result once keeps the
+//! protection of `tar` against links that lead out of the root, which unpacking layer over layer
+//! does not have.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -293,7 +295,8 @@ mod tests {
 
     use super::*;
 
-    /// What a test's layer has: a name ending in `/` is a directory, `NAME -> TARGET` a symbolic and `NAME => TARGET` a hard link.
+    /// What a test's layer has: a name ending in `/` is a directory, `NAME -> TARGET` a symbolic
+    /// and `NAME => TARGET` a hard link.
     fn layer(entries: &[(&str, &str)]) -> File {
         let mut builder = Builder::new(tempfile::tempfile().unwrap());
         for (name, content) in entries {

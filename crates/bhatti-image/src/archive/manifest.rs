@@ -1,6 +1,7 @@
 //! Finds the layers of an image in an archive: `docker save`'s `manifest.json`, or an OCI layout's `index.json`.
 //!
-//! Source: the OCI image specification, `image-layout.md`, `image-index.md` and `manifest.md`; Docker's image specification 1.2.
+//! Source: the OCI image specification, `image-layout.md`, `image-index.md` and `manifest.md`;
+//! Docker's image specification 1.2.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -1,12 +1,11 @@
 //! Files of several zstd frames, as pzstd and zstd:chunked write them.
 //!
-//! Source: RFC 8878, section 3.1: frames are decoded one after the other; a skippable frame has a magic number of sixteen, a length, and
-//! content for somebody else.
+//! Source: RFC 8878, section 3.1: frames are decoded one after the other; a skippable frame has one of sixteen magic
+//! numbers, a length, and content for other programs.
 
 use std::io::{self, BufRead, Read};
 
-use ruzstd::decoding::FrameDecoder;
-use ruzstd::decoding::StreamingDecoder;
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
 const SKIPPABLE: std::ops::RangeInclusive<u32> = 0x184d_2a50..=0x184d_2a5f;
 

@@ -46,7 +46,8 @@ pub(crate) struct ImportQuery {
     name: String,
 }
 
-/// Makes an image of a tar archive with a root file system, which may be compressed with gzip or xz. Nothing in it is run. For the admin.
+/// Makes an image of a tar archive: a root file system, what `docker save` writes for one image, or
+/// an OCI layout. It may be compressed with gzip, xz or zstd. Nothing in it is run. For the admin.
 #[utoipa::path(post, path = "/images/import", tag = "images", params(ImportQuery),
     request_body(content = Vec<u8>, content_type = "application/x-tar"),
     responses((status = 201, body = Image), (status = "default", body = bhatti_api::ErrorBody)))]

@@ -27,8 +27,9 @@ use crate::status::{ApiError, file_error};
 /// How long an agent may take to begin a watch.
 const BEGIN_LIMIT: Duration = Duration::from_secs(20);
 
-/// Watches a file, or a directory's own entries: a line of JSON for each change, from the moment on that the answer's head is there. The
-/// answer ends when the watched path is gone. The sandbox stays hot meanwhile.
+/// Watches a file, or a directory's own entries: a line of JSON for each change, from the moment on
+/// that the answer's head is there. The answer ends when the watched path is gone. The sandbox
+/// stays hot meanwhile.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/files/watch", tag = "files", params(("sandbox" = String, Path), PathQuery),
     responses((status = 200, body = FileChange, content_type = "application/x-ndjson"), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn watch(

@@ -38,8 +38,8 @@ const CHECK_LIMIT: Duration = Duration::from_secs(300);
 const TOOL_USER: u32 = process::USERS.start - 1;
 /// The file that a tool works on: its standard input, which needs no right to enter any directory.
 const HELD: &str = "/proc/self/fd/0";
-/// What tools read beside it: the settings of mkfs.ext4, and which file systems are mounted. What /proc has of other processes and is not
-/// everybody's, Landlock keeps from them.
+/// What tools read beside it: the settings of mkfs.ext4, and which file systems are mounted. What
+/// /proc has of other processes and is not everybody's, Landlock keeps from them.
 const READ: [&str; 2] = ["/etc/mke2fs.conf", "/proc"];
 
 /// How often to look whether a volume's file is free.
@@ -201,8 +201,9 @@ async fn run(tool: &'static str, options: &[&str], held: &Held) -> Result<(), Vo
     Err(VolumeFileError::Failed { tool, message: said(&output.stderr, &held.path) })
 }
 
-/// Runs a tool on a file to its end, whether or not somebody waits for that: it is never stopped halfway. A guest wrote what the tool
-/// reads, so the tool reaches that file and nothing else; under a daemon that is root, it is a user of its own.
+/// Runs a tool on a file to its end, even if the caller stops waiting: a tool is never stopped
+/// halfway. A guest wrote what the tool reads, so the tool reaches that file and nothing else;
+/// under a daemon that is root, it is a user of its own.
 async fn output(
     tool: &'static str,
     options: &[&str],
@@ -220,15 +221,15 @@ async fn output(
     let mut command = process::command(tool);
     command.args(options).arg(HELD).kill_on_drop(false).stdin(Stdio::from(lock));
     process::confine(&mut command, confinement);
-    let output = timeout(CHECK_LIMIT, command.output()).await;
-    let output = output.map_err(|_| VolumeFileError::Slow)?.map_err(failed)?;
+    let ran = timeout(CHECK_LIMIT, command.output()).await.map_err(|_| VolumeFileError::Slow)?;
     if process::can_use_users() {
         give_to(held, 0).map_err(failed)?;
     }
-    Ok(output)
+    ran.map_err(failed)
 }
 
-/// Gives the file to a user. A tool that is given up on keeps it; whoever uses it next takes it.
+/// Gives the file to a user. A tool that runs longer than the limit keeps the file; the next tool
+/// or VMM is given it then.
 fn give_to(held: &Held, user: u32) -> io::Result<()> {
     fchown(&held.file, Some(user), None)
 }

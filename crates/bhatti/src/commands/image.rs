@@ -36,9 +36,9 @@ pub(crate) enum Image {
         #[arg(short, long, value_name = "PACKAGE", required = true)]
         package: Vec<String>,
     },
-    /// Make an image of a tar archive with a root file system
+    /// Make an image of a tar archive: a root file system, what `docker save` writes, or an OCI layout
     #[command(
-        after_help = "Example:\n  docker export CONTAINER > root.tar\n  bhatti image import web root.tar\n\nThe archive may be compressed with gzip or xz; `-` reads it from standard input."
+        after_help = "Example:\n  docker export CONTAINER > root.tar\n  bhatti image import web root.tar\n\nThe archive is the tar of a root file system, what `docker save` writes for one image, or an OCI layout. It may be\ncompressed with gzip, xz or zstd. `-` reads it from standard input."
     )]
     Import {
         /// The image's name

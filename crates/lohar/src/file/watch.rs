@@ -38,7 +38,8 @@ pub(crate) async fn watch<T: Transport>(
     let _counted = agent.count_watch()?;
     let failed = |error: io::Error| io_refused("watch", &path, &error);
     let watched_path = path.clone();
-    // A file system that does not answer holds up a thread for files, and the user must be able to read what it watches.
+    // A file system that does not answer holds up a thread for files, and the user must be able to
+    // read what it watches.
     let begin = move || {
         let begin = || {
             let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;

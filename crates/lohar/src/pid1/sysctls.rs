@@ -3,7 +3,8 @@
 use std::fs;
 use std::io;
 
-/// Editors, bundlers and language servers watch whole trees; the usual limits are made for desktops. Users may ping without privileges.
+/// Editors, bundlers and language servers watch whole trees; the usual limits are made for
+/// desktops. Users may ping without privileges.
 const VALUES: [(&str, &str); 3] = [
     ("fs/inotify/max_user_watches", "524288"),
     ("fs/inotify/max_user_instances", "1024"),

@@ -31,9 +31,9 @@ impl FileSystem {
 
     /// The smallest piece that it takes a disk to write whole, in bytes.
     ///
-    /// ext4 replays whole blocks from its journal, so a torn block does no harm. XFS does not replay a block whose header is new, so a
-    /// directory's block that is torn behind its first sector fails its checksum, and the file system cannot be mounted (seen with
-    /// Linux 6.12).
+    /// ext4 replays whole blocks from its journal, so a torn block does no harm. XFS does not
+    /// replay a block whose header is new, so a directory's block that is torn behind its first
+    /// sector fails its checksum, and the file system cannot be mounted (seen with Linux 6.12).
     pub(super) const fn whole_piece(self) -> u64 {
         match self {
             Self::Ext4 => SECTOR,
@@ -115,7 +115,8 @@ impl Export {
         Self::start(file, &[&node("disk", disk, ""), &node("log", log, ""), top])
     }
 
-    /// Exports at `file` a disk that begins as `base`. What is written goes to the qcow2 file `overlay`, which is made anew.
+    /// Exports at `file` a disk that begins as `base`. What is written goes to the qcow2 file
+    /// `overlay`, which is made anew.
     pub(super) fn overlay(file: &Path, base: &Path, overlay: &Path) -> Result<Self> {
         let backing = text(base);
         run_program(

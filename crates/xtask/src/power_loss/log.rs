@@ -1,8 +1,9 @@
 //! The log of a disk's writes, as QEMU's `blklogwrites` keeps it (dm-log-writes, version 1).
 //!
-//! Little endian. Sector 0: u64 magic, u64 version, u64 number of entries, u32 sector size. From sector 1 on, for each entry, one
-//! sector with u64 sector, u64 number of sectors, u64 flags, u64 length; then the data. A discard has no data; a mark has a
-//! name of `length` bytes. Source: `Documentation/admin-guide/device-mapper/log-writes.rst` of the kernel.
+//! Little endian. Sector 0: u64 magic, u64 version, u64 number of entries, u32 sector size. From
+//! sector 1 on, for each entry, one sector with u64 sector, u64 number of sectors, u64 flags, u64
+//! length; then the data. A discard has no data; a mark has a name of `length` bytes. Source:
+//! `Documentation/admin-guide/device-mapper/log-writes.rst` of the kernel.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -44,11 +45,11 @@ impl Entry {
         self.sectors * SECTOR
     }
 
-    /// The pieces of this write that reached the disk, if no flush followed it: offset and length in bytes. Any of its sectors, any
-    /// of its pages, or all of it or nothing.
+    /// The pieces of this write that reached the disk, if no flush followed it: offset and length
+    /// in bytes. Any of its sectors, any of its pages, or all of it or nothing.
     ///
-    /// A write with FUA is kept whole. So is a write to the first page of the disk, which has the file system's superblock: ext4
-    /// and XFS count on its being written whole.
+    /// A write with FUA is kept whole. So is a write to the first page of the disk, which has the
+    /// file system's superblock: ext4 and XFS count on its being written whole.
     ///
     /// `piece` is the smallest piece that the file system takes a disk to write whole, in bytes.
     pub(super) fn torn(&self, piece: u64, chance: &mut fastrand::Rng) -> Vec<(u64, u64)> {

@@ -39,7 +39,8 @@ pub(super) struct Seen {
 
 /// Recovers `WORK/point` and writes what was found to `WORK/seen.json`.
 ///
-/// `WORK/keys.json` has the API keys that each user ever had, `WORK/tried.json` the starts that need not be tried again.
+/// `WORK/keys.json` has the API keys that each user ever had, `WORK/tried.json` the starts that
+/// need not be tried again.
 pub(super) fn look(work: &Path, start: bool) -> Result<()> {
     let seen = match recover(work, start) {
         Ok(seen) => seen,
@@ -126,8 +127,8 @@ fn read_rows(daemon: &Daemon, keys: &BTreeMap<String, Vec<String>>, seen: &mut S
     Ok(())
 }
 
-/// Starts a sandbox, with its memory if it can. Returns how that ended, and the content of its file: one value if memory and disk
-/// agree.
+/// Starts a sandbox, with its memory if it can. Returns how that ended, and the content of its
+/// file: one value if memory and disk agree.
 fn start_and_read(daemon: &Daemon, name: &str) -> Result<(String, String)> {
     let warm = daemon.call(&["start", name], "")?;
     let mut outcome = "ok".to_owned();
@@ -173,8 +174,8 @@ fn is_of(entry: &str, id: &str) -> bool {
     entry.contains(id)
 }
 
-/// A hash of each sandbox's and snapshot's files, by the name of its directory, without images and the memory of base snapshots, which are
-/// never written again.
+/// A hash of each sandbox's and snapshot's files, by the name of its directory, without images and
+/// the memory of base snapshots, which are never written again.
 fn fingerprints(data: &Path) -> Result<BTreeMap<String, String>> {
     let mut prints = BTreeMap::new();
     for directory in KINDS[..2]
