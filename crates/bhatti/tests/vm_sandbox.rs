@@ -329,6 +329,12 @@ async fn daemon_killed_during_a_creation_leaves_nothing_half_made() {
     creating.await.unwrap().unwrap_err();
     daemon.serve().await;
 
+    // The creation may have been complete, and only its answer lost: then the sandbox is there and works.
+    let listed = daemon.client.list().await.unwrap();
+    for sandbox in listed.iter().filter(|sandbox| sandbox.status == "running") {
+        assert_eq!(shell(&daemon.client, &sandbox.id, "echo whole").await, "whole\n");
+        daemon.client.destroy(&sandbox.id).await.unwrap();
+    }
     wait_for("the VMM's end", || !std::path::Path::new(&format!("/proc/{vmm}")).exists()).await;
     assert_eq!(daemon.client.list().await.unwrap(), []);
     assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());

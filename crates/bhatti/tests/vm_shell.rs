@@ -68,6 +68,21 @@ impl Terminal {
         }
     }
 
+    /// Clears the screen, and waits until nothing but this machine's prompt is on it: what a command printed before
+    /// is not taken for the next one's output.
+    async fn clear(&self) {
+        self.enter("clear").await;
+        let began = Instant::now();
+        loop {
+            let screen = self.screen().await;
+            if screen.trim() == "HERE$" {
+                return;
+            }
+            assert!(began.elapsed() < LIMIT, "the screen was not cleared:\n{screen}");
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// The last line that has something on it.
     async fn last_line(&self) -> String {
         self.screen().await.lines().rfind(|line| !line.is_empty()).unwrap_or_default().to_owned()
@@ -79,7 +94,7 @@ impl Terminal {
         self.shows("\nchecked").await;
         let screen = self.screen().await;
         assert!(screen.contains("\n0\nchecked"), "the terminal was left raw:\n{screen}");
-        self.enter("clear").await;
+        self.clear().await;
     }
 }
 
@@ -129,7 +144,7 @@ async fn terminal_is_typed_in_resized_left_and_taken_up_again() {
     terminal.shows("\nbefore").await;
     terminal.press("C-\\").await;
     terminal.shows("detached; come back with: bhatti shell dev --attach s1").await;
-    terminal.enter("clear").await;
+    terminal.clear().await;
     terminal.is_as_it_was().await;
 
     terminal.enter(&command(&daemon, "shell dev --attach s1")).await;
@@ -181,7 +196,7 @@ async fn terminal_is_restored_however_the_shell_ends() {
     terminal.shows("detached; come back with:").await;
 
     // Somebody who waits for a sandbox that does not come can leave, too.
-    terminal.enter("clear").await;
+    terminal.clear().await;
     terminal.enter(&command(&daemon, "shell nobody")).await;
     terminal.shows("error: sandbox `nobody` not found").await;
     terminal.is_as_it_was().await;
@@ -200,7 +215,7 @@ async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
     terminal.enter("this").await;
     terminal.shows("got this\ncode: 4").await;
 
-    terminal.enter("clear").await;
+    terminal.clear().await;
     terminal.enter(&command(&daemon, "secret set KEY")).await;
     terminal.shows("it is not shown").await;
     terminal.enter("hidden-value").await;
@@ -212,18 +227,18 @@ async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
     terminal.shows("[y/N]").await;
     terminal.enter("n").await;
     terminal.shows("error: did not destroy dev").await;
-    terminal.enter("clear").await;
+    terminal.clear().await;
     terminal.enter(&command(&daemon, "list")).await;
     terminal.shows("running (hot)").await;
     assert!(
         terminal.tmux(&["capture-pane", "-p", "-e"]).await.contains("\x1b[32mrunning (hot)"),
         "colours on a terminal"
     );
-    terminal.enter("clear").await;
+    terminal.clear().await;
     terminal.enter(&format!("NO_COLOR=1 {}", command(&daemon, "list"))).await;
     terminal.shows("running (hot)").await;
     assert!(!terminal.tmux(&["capture-pane", "-p", "-e"]).await.contains("\x1b[32m"));
-    terminal.enter("clear").await;
+    terminal.clear().await;
     terminal.enter(&command(&daemon, "destroy dev")).await;
     terminal.shows("[y/N]").await;
     terminal.enter("y").await;
