@@ -10,15 +10,25 @@ make --no-print-directory build
 mkdir -p target/test-data
 data_dir=$PWD/target/test-data
 dist/bhatti setup --data-dir "$data_dir" --no-template
-# The image `dev` in a directory of its own: most tests have the minimal one alone.
+# Further images have directories of their own: most tests have the minimal one alone. Each is built beside the other.
+with_images() {
+    if [ ! -e "$1/images/index.json" ]; then
+        mkdir -p "$1"
+        chmod 700 "$1"
+        # The index is replaced, not written, so the other one stays as it is.
+        cp -a --link "$data_dir/images" "$1/"
+    fi
+}
 dev_dir=$PWD/target/test-data-dev
-if [ ! -e "$dev_dir/images/index.json" ]; then
-    mkdir -p "$dev_dir"
-    chmod 700 "$dev_dir"
-    cp -a --link "$data_dir/images" "$dev_dir/"
-    # The index is replaced, not written, so the other one stays as it is.
-fi
-dist/bhatti setup --dev --data-dir "$dev_dir" --no-template
+with_images "$dev_dir"
+dist/bhatti setup --dev --data-dir "$dev_dir" --no-template &
+dev_build=$!
+containers_dir=$PWD/target/test-data-containers
+with_images "$containers_dir"
+dist/bhatti setup --data-dir "$containers_dir" --no-template
+dist/bhatti image build containers --data-dir "$containers_dir" -p docker.io -p podman -p uidmap -p slirp4netns \
+    -p busybox-static
+wait "$dev_build"
 # The base snapshot is made in a network namespace of its own: it configures bridges and nftables.
 own_network=()
 [ "$(id -u)" = 0 ] && own_network=(unshare --net)

@@ -1,4 +1,4 @@
-//! The initramfs: lohar, the modules, and empty directories to mount on, as a cpio archive.
+//! The initramfs: lohar, the kernel's modules, and empty directories to mount on, as a cpio archive.
 //!
 //! The format is `newc` (Documentation/driver-api/early-userspace/buffer-format.rst): per entry a header of thirteen eight-digit hex
 //! fields behind `070701`, the name with its NUL, the content; name and content each padded to four bytes.
@@ -6,6 +6,8 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::kernel::{LOADABLE_MODULES, MODULES};
 
 const MODE_DIRECTORY: u32 = 0o040_755;
 const MODE_PROGRAM: u32 = 0o100_755;
@@ -27,25 +29,24 @@ pub struct InitramfsError {
     pub source: io::Error,
 }
 
-/// Makes the archive of `lohar` and the files in `modules`.
-pub(crate) fn build(lohar: &Path, modules: &Path) -> Result<Vec<u8>, InitramfsError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| InitramfsError { path, source }
-    };
+/// Makes the archive of `lohar` and the modules in `kernel`, a directory that `bhatti setup` made.
+pub(crate) fn build(lohar: &Path, kernel: &Path) -> Result<Vec<u8>, InitramfsError> {
     let mut archive = Archive::default();
-    for directory in ["dev", "sys", "modules", "root-disk"] {
+    for directory in ["dev", "sys", "root-disk"] {
         archive.add(directory, MODE_DIRECTORY, &[]);
     }
     archive.add("lohar", MODE_PROGRAM, &fs::read(lohar).map_err(failed(lohar))?);
-    let entries = fs::read_dir(modules).map_err(failed(modules))?;
-    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    files.sort();
-    for file in files {
-        let name = format!("modules/{}", file.file_name().unwrap_or_default().to_string_lossy());
-        archive.add(&name, MODE_FILE, &fs::read(&file).map_err(failed(&file))?);
+    archive.add_directory(MODULES, &kernel.join(MODULES))?;
+    let loadable = kernel.join(LOADABLE_MODULES);
+    if loadable.exists() {
+        archive.add_directory(LOADABLE_MODULES, &loadable)?;
     }
     Ok(archive.finish())
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> InitramfsError {
+    let path = path.to_owned();
+    move |source| InitramfsError { path, source }
 }
 
 #[derive(Default)]
@@ -55,6 +56,19 @@ struct Archive {
 }
 
 impl Archive {
+    /// Adds a directory and the files in it, in the order of their names.
+    fn add_directory(&mut self, name: &str, directory: &Path) -> Result<(), InitramfsError> {
+        self.add(name, MODE_DIRECTORY, &[]);
+        let entries = fs::read_dir(directory).map_err(failed(directory))?;
+        let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        files.sort();
+        for file in files {
+            let name = format!("{name}/{}", file.file_name().unwrap_or_default().to_string_lossy());
+            self.add(&name, MODE_FILE, &fs::read(&file).map_err(failed(&file))?);
+        }
+        Ok(())
+    }
+
     fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entries += 1;
         let links = if mode == MODE_DIRECTORY { 2 } else { 1 };
@@ -97,10 +111,9 @@ mod tests {
         for length in [0, 1, 3500, 4096, 10_000] {
             let lohar = directory.path().join("lohar");
             fs::write(&lohar, vec![7; length]).unwrap();
-            let modules = directory.path().join("modules");
-            fs::create_dir_all(&modules).unwrap();
+            fs::create_dir_all(directory.path().join("modules")).unwrap();
 
-            let archive = build(&lohar, &modules).unwrap();
+            let archive = build(&lohar, directory.path()).unwrap();
 
             assert_eq!(archive.len() % PAGE_BYTES, LAST_PAGE_BYTES, "lohar of {length} bytes");
         }
@@ -109,17 +122,30 @@ mod tests {
     #[test]
     fn cpio_reads_the_archive() {
         let directory = tempfile::tempdir().unwrap();
-        let (lohar, modules) = (directory.path().join("lohar"), directory.path().join("modules"));
+        let lohar = directory.path().join("lohar");
         fs::write(&lohar, b"program").unwrap();
-        fs::create_dir(&modules).unwrap();
-        fs::write(modules.join("00-a.ko"), b"module a").unwrap();
+        for file in ["modules/00-a.ko", "loadable-modules/b.ko.xz"] {
+            let file = directory.path().join(file);
+            fs::create_dir(file.parent().unwrap()).unwrap();
+            fs::write(file, b"a module").unwrap();
+        }
 
-        let archive = build(&lohar, &modules).unwrap();
+        let archive = build(&lohar, directory.path()).unwrap();
 
         let names: Vec<_> = names(&archive);
         assert_eq!(
             names,
-            ["dev", "sys", "modules", "root-disk", "lohar", "modules/00-a.ko", "TRAILER!!!"]
+            [
+                "dev",
+                "sys",
+                "root-disk",
+                "lohar",
+                "modules",
+                "modules/00-a.ko",
+                "loadable-modules",
+                "loadable-modules/b.ko.xz",
+                "TRAILER!!!"
+            ]
         );
     }
 

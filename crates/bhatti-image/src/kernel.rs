@@ -11,7 +11,7 @@ use liblzma::read::XzDecoder;
 use ruzstd::decoding::StreamingDecoder;
 
 use crate::apt::{self, AptError, Package};
-use crate::modules::{self, ModuleError};
+use crate::modules::{self, ModuleError, loadable};
 use crate::tool::{ToolError, run_quietly};
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
@@ -67,7 +67,12 @@ pub(crate) async fn debian_package() -> Result<Package, KernelError> {
         .map_err(KernelError::Fetch)
 }
 
-/// Fetches `package` and writes `vmlinux` and `modules/` into `directory`, working in `scratch`.
+/// The directory of the modules that a guest loads as it boots.
+pub(crate) const MODULES: &str = "modules";
+/// The directory of those that it can load later. Kernels of older versions of bhatti have none.
+pub(crate) const LOADABLE_MODULES: &str = "loadable-modules";
+
+/// Fetches `package` and writes `vmlinux` and the directories of modules into `directory`, working in `scratch`.
 pub(crate) async fn from_package(
     package: &Package,
     scratch: &Path,
@@ -84,25 +89,26 @@ pub(crate) async fn from_package(
     });
     let image = image.ok_or(KernelError::Unrecognized { path: boot })?;
     write_vmlinux(&image, &directory.join("vmlinux"))?;
-    modules::collect(&unpacked.join("lib/modules"), &directory.join("modules"))?;
-    Ok(())
+    collect_modules(&unpacked.join("lib/modules"), directory)
 }
 
-/// Writes `vmlinux` and `modules/` of somebody's own kernel into `directory`.
+fn collect_modules(tree: &Path, directory: &Path) -> Result<(), KernelError> {
+    let at_boot = modules::collect(tree, &directory.join(MODULES))?;
+    Ok(loadable::collect(tree, &at_boot, &directory.join(LOADABLE_MODULES))?)
+}
+
+/// Writes `vmlinux` and the directories of modules of somebody's own kernel into `directory`.
 pub(crate) fn from_file(
     image: &Path,
     module_tree: Option<&Path>,
     directory: &Path,
 ) -> Result<(), KernelError> {
     write_vmlinux(image, &directory.join("vmlinux"))?;
-    let modules = directory.join("modules");
-    match module_tree {
-        Some(tree) => modules::collect(tree, &modules)?,
-        None => {
-            fs::create_dir(&modules).map_err(|source| file_error("create", &modules, source))?;
-        }
+    if let Some(tree) = module_tree {
+        return collect_modules(tree, directory);
     }
-    Ok(())
+    let modules = directory.join(MODULES);
+    fs::create_dir(&modules).map_err(|source| file_error("create", &modules, source))
 }
 
 fn write_vmlinux(image: &Path, vmlinux: &Path) -> Result<(), KernelError> {

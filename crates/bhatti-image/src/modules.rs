@@ -1,4 +1,6 @@
-//! The kernel modules that a guest needs before it has its root disk.
+//! The kernel modules of a guest: those it needs before it has its root disk, and those it can load later ([`loadable`]).
+
+pub(crate) mod loadable;
 
 use std::fs;
 use std::io::{self, Read};
@@ -29,11 +31,11 @@ pub enum ModuleError {
 
 /// What a kernel's source says of its modules: a bhatti that wants others makes its kernel anew.
 pub(crate) fn wanted() -> String {
-    format!(" with modules {}", WANTED.join(","))
+    format!(" with modules {} and loadable ones {}", WANTED.join(","), loadable::wanted())
 }
 
-/// Copies the wanted modules of `tree`, uncompressed, to `target/NN-name.ko`, numbered in the order of loading.
-pub(crate) fn collect(tree: &Path, target: &Path) -> Result<(), ModuleError> {
+/// Copies the wanted modules of `tree`, uncompressed, to `target/NN-name.ko`, numbered in the order of loading. Returns their names.
+pub(crate) fn collect(tree: &Path, target: &Path) -> Result<Vec<String>, ModuleError> {
     fs::create_dir(target).map_err(|source| file_error("create", target, source))?;
     let mut files = Vec::new();
     find_modules(tree, &mut files)?;
@@ -45,7 +47,7 @@ pub(crate) fn collect(tree: &Path, target: &Path) -> Result<(), ModuleError> {
         let path = target.join(format!("{position:02}-{name}.ko"));
         fs::write(&path, bytes).map_err(|source| file_error("write", &path, source))?;
     }
-    Ok(())
+    Ok(collected.into_iter().map(|(name, _)| name).collect())
 }
 
 fn add(
@@ -106,9 +108,16 @@ fn read_module(file: &Path) -> io::Result<Vec<u8>> {
 
 /// The names after `depends=` in the module's own information section.
 fn dependencies(module: &[u8]) -> Vec<String> {
-    let line = module.split(|byte| *byte == 0).find_map(|text| text.strip_prefix(b"depends="));
-    let names = String::from_utf8_lossy(line.unwrap_or_default()).into_owned();
+    let names = information(module, "depends=").next().unwrap_or_default();
     names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+}
+
+/// The values of `field`, which ends with `=`, in a module's information section: texts of the form `field=value`, each ended by a NUL.
+fn information(module: &[u8], field: &'static str) -> impl Iterator<Item = String> {
+    module
+        .split(|byte| *byte == 0)
+        .filter_map(move |text| text.strip_prefix(field.as_bytes()))
+        .map(|value| String::from_utf8_lossy(value).into_owned())
 }
 
 fn file_error(step: &'static str, path: &Path, source: io::Error) -> ModuleError {

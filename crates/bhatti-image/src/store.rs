@@ -31,7 +31,7 @@ struct Initramfs {
     path: PathBuf,
     lohar: FileVersion,
     /// Named by its content.
-    modules: PathBuf,
+    kernel: PathBuf,
 }
 
 /// A file as it is: written anew, or another in its place, it is another version.
@@ -167,7 +167,7 @@ impl ImageStore {
         let root = index.images.get(image).ok_or_else(|| missing(format!("image `{image}`")))?;
         Ok(BootFiles {
             kernel: kernel_directory.join("vmlinux"),
-            initramfs: self.initramfs(lohar, &kernel_directory.join("modules"))?,
+            initramfs: self.initramfs(lohar, &kernel_directory)?,
             root: self.existing(root)?,
         })
     }
@@ -201,23 +201,23 @@ impl ImageStore {
         images.map(summary).collect()
     }
 
-    fn initramfs(&self, lohar: &Path, modules: &Path) -> Result<PathBuf, StoreError> {
+    fn initramfs(&self, lohar: &Path, kernel: &Path) -> Result<PathBuf, StoreError> {
         // Before it is read: what is written meanwhile is another version.
         let version = FileVersion::of(lohar).map_err(file_error("look at", lohar))?;
         let made = self.initramfs.lock().clone();
         if let Some(made) = made
-            && (made.lohar, made.modules.as_path()) == (version, modules)
+            && (made.lohar, made.kernel.as_path()) == (version, kernel)
             && made.path.exists()
         {
             return Ok(made.path);
         }
-        let archive = initramfs::build(lohar, modules)?;
+        let archive = initramfs::build(lohar, kernel)?;
         let path =
             self.directory.join(format!("initramfs-{}.cpio", content_hash::of_bytes(&archive)));
         if !path.exists() {
             durable::write(&path, &archive).map_err(file_error("write", &path))?;
         }
-        let made = Initramfs { path: path.clone(), lohar: version, modules: modules.to_owned() };
+        let made = Initramfs { path: path.clone(), lohar: version, kernel: kernel.to_owned() };
         *self.initramfs.lock() = Some(made);
         Ok(path)
     }

@@ -3,7 +3,8 @@
 //! ```text
 //!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel and vsock; powers off on request;
 //!        │            in a container, serves two Unix sockets
-//!        └─ test mode serves the same protocol on two Unix sockets, without root and without a VM
+//!        ├─ test mode serves the same protocol on two Unix sockets, without root and without a VM
+//!        └─ modprobe  loads a kernel module, when the kernel or a program calls this program by that name
 //!
 //!  serve      one connection = one operation; authentication, limits, dispatch
 //!  exec       runs a command, its output in frames
@@ -35,6 +36,7 @@ mod launch;
 mod limits;
 mod log;
 mod lookup;
+mod modprobe;
 mod netlink;
 mod oom;
 mod pid1;
@@ -66,8 +68,11 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// Runs the agent: as PID 1 of a guest, or in test mode.
+/// Runs the agent: as PID 1 of a guest, or in test mode. Called as `modprobe`, loads kernel modules and ends.
 pub fn run() -> ExitCode {
+    if modprobe::is_called() {
+        return modprobe::run();
+    }
     keep_heap();
     if std::env::var_os("LOHAR_TEST").is_some_and(|value| value == "1") {
         return test_mode::run();

@@ -7,6 +7,7 @@
 //! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
 
 mod container;
+mod modules;
 mod mounts;
 mod power;
 mod root;
@@ -70,11 +71,14 @@ pub(crate) fn run() -> ExitCode {
 
 fn boot_and_serve() -> Result<(), BootError> {
     mounts::early().step("mount the early file systems")?;
-    root::load_modules().step("load the kernel modules")?;
+    modules::load().step("load the kernel modules")?;
+    let loadable = modules::keep_loadable().step("keep the loadable modules")?;
     let disk = root::find_disk().step("find the root disk")?;
     root::switch_to(&disk).step("mount the root disk")?;
     mounts::late();
     for (step, done) in [
+        ("offer the loadable modules", loadable.as_ref().map_or(Ok(()), modules::offer)),
+        ("share mounts with namespaces", mounts::share()),
         ("bring the loopback up", netlink::loopback_up()),
         ("bring the network card up", netlink::card_up()),
         ("protect the agent's memory", oom::protect_agent()),

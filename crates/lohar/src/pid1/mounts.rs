@@ -1,11 +1,14 @@
 //! Mounts the kernel's file systems.
 
 use std::ffi::CStr;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
 use crate::log;
 
@@ -72,6 +75,21 @@ const LATE: [Mount; 6] = [
     },
 ];
 
+/// A device file whose module is loaded when it is opened. Numbers are those of the kernel's admin-guide/devices.txt.
+struct Node {
+    path: &'static str,
+    major: u32,
+    minor: u32,
+    mode: u32,
+}
+
+/// Everybody may use the first two, as on desktops and servers: what they give is limited to the user's own.
+const NODES: [Node; 3] = [
+    Node { path: "/dev/net/tun", major: 10, minor: 200, mode: 0o666 },
+    Node { path: "/dev/fuse", major: 10, minor: 229, mode: 0o666 },
+    Node { path: "/dev/loop-control", major: 10, minor: 237, mode: 0o600 },
+];
+
 /// Mounts what finding the root disk takes.
 pub(super) fn early() -> io::Result<()> {
     EARLY.iter().try_for_each(Mount::mount)
@@ -86,6 +104,16 @@ pub(super) fn late() {
     }
     // The pseudo-terminal multiplexer of the instance just mounted, in place of the kernel's.
     link_ptmx();
+    for node in &NODES {
+        if let Err(error) = node.make() {
+            log::line(format_args!("failed to make {}: {error}", node.path));
+        }
+    }
+}
+
+/// Makes all mounts shared, as systemd does: those in a mount namespace that a container program makes follow the ones made here.
+pub(super) fn share() -> io::Result<()> {
+    Ok(mount_change("/", MountPropagationFlags::SHARED | MountPropagationFlags::REC)?)
 }
 
 fn link_ptmx() {
@@ -105,6 +133,19 @@ fn link_ptmx() {
         if let Err(error) = std::os::unix::fs::symlink(target, format!("/dev/{name}")) {
             log::line(format_args!("failed to link /dev/{name}: {error}"));
         }
+    }
+}
+
+impl Node {
+    fn make(&self) -> io::Result<()> {
+        fs::create_dir_all(Path::new(self.path).parent().unwrap_or(Path::new("/dev")))?;
+        let device = makedev(self.major, self.minor);
+        match mknodat(CWD, self.path, FileType::CharacterDevice, Mode::RUSR, device) {
+            // The kernel has the driver built in.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        fs::set_permissions(self.path, Permissions::from_mode(self.mode))
     }
 }
 

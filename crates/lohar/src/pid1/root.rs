@@ -4,17 +4,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, open};
-use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{chdir, chroot};
-use rustix::system::finit_module;
 use rustix::thread::nanosleep;
 
-use crate::{disk, log};
-
-/// Modules that the initramfs brings, named in the order of loading.
-const MODULES: &str = "/modules";
+use crate::disk;
 
 /// The virtio-blk serial by which the host marks the root disk.
 const ROOT_SERIAL: &str = "root";
@@ -22,24 +16,6 @@ const ROOT_SERIAL: &str = "root";
 /// Looks for the root disk before giving up, and the pause between two of them in nanoseconds.
 const DISK_LOOKS: u32 = 1000;
 const DISK_PAUSE_NS: i64 = 5_000_000;
-
-/// Loads every module of the initramfs, and frees the memory that its file takes.
-pub(super) fn load_modules() -> io::Result<()> {
-    let mut files: Vec<PathBuf> = fs::read_dir(MODULES)?
-        .map(|entry| entry.map(|entry| entry.path()))
-        .collect::<io::Result<_>>()?;
-    files.sort();
-    for file in files {
-        let module = open(&file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        match finit_module(&module, c"", 0) {
-            // Built into this kernel.
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => log::line(format_args!("failed to load {}: {error}", file.display())),
-        }
-        fs::remove_file(&file)?;
-    }
-    Ok(())
-}
 
 /// Waits for the root disk and returns its device.
 pub(super) fn find_disk() -> io::Result<PathBuf> {
