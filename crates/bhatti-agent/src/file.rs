@@ -186,12 +186,24 @@ impl AgentClient {
         mode: &str,
         size: Option<u64>,
     ) -> Result<FileUpload, CallError> {
+        self.begin_write_as(path, mode, size, false).await
+    }
+
+    /// The same; with `configures`, as a part of the guest's configuration.
+    async fn begin_write_as(
+        &self,
+        path: &str,
+        mode: &str,
+        size: Option<u64>,
+        configures: bool,
+    ) -> Result<FileUpload, CallError> {
         let request = FileWriteRequest {
             path: path.to_owned(),
             mode: mode.to_owned(),
             // An agent that does not know such writes refuses the size, rather than to take it for that of an empty file.
             size: size.map_or(Ok(-1), i64::try_from).map_err(|_| CallError::Unexpected)?,
             until_eof: size.is_none(),
+            configures,
             user: self.acting_user(),
             error_details: true,
         };
@@ -222,6 +234,28 @@ impl AgentClient {
             }
             left -= length as u64;
             if upload.write(&buffer[..length]).await.is_err() {
+                // A guest that does not take more has said why.
+                break;
+            }
+        }
+        upload.finish().await
+    }
+
+    /// Writes a file of the guest's configuration: with the agent's rights, and what is new belongs to the guest's usual user.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the guest refuses; its file is then as it was.
+    pub async fn write_configured_file(
+        &self,
+        path: &str,
+        mode: &str,
+        content: &[u8],
+    ) -> Result<(), CallError> {
+        let size = Some(content.len() as u64);
+        let mut upload = self.begin_write_as(path, mode, size, true).await?;
+        for piece in content.chunks(CHUNK_BYTES) {
+            if upload.write(piece).await.is_err() {
                 // A guest that does not take more has said why.
                 break;
             }

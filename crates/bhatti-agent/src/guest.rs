@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bhatti_proto::{
-    ActivityInfo, ExecRequest, FrameType, GuestConfig, GuestEvent, Identity, IdentityReport,
-    Suspend, Woken,
+    ActivityInfo, ExecRequest, FrameType, GuestConfig, GuestEvent, GuestInit, Identity,
+    IdentityReport, Suspend, Woken,
 };
 use tokio::time::{sleep, timeout};
 
@@ -43,6 +43,15 @@ impl AgentClient {
     /// Returns an error if a part cannot be done, or the guest has been configured.
     pub async fn configure(&self, config: &GuestConfig) -> Result<(), CallError> {
         self.act(FrameType::CONFIG_REQ, config).await
+    }
+
+    /// Starts the guest's init script, which its configuration has left out.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent cannot be asked. A script that does not start is named on the guest's console.
+    pub async fn start_init(&self, script: &str) -> Result<(), CallError> {
+        self.act(FrameType::INIT_REQ, &GuestInit { script: script.to_owned() }).await
     }
 
     /// Waits until the agent can be reached. What is said next arrives at once.

@@ -38,7 +38,7 @@ pub struct CreateSandbox {
     /// A script that runs when it is up, as the session `init`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
-    /// Files that are put into it.
+    /// Files that are put into it before `init` runs, of 16 MiB together.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<NewFile>,
     /// Names of secrets that are variables of its environment, too.

@@ -142,6 +142,13 @@ pub struct IdentityReport {
     pub clock_ns: Option<u64>,
 }
 
+/// The guest's init script, if its configuration has none because files had to come first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInit {
+    /// The script, which runs as the session `init`.
+    pub script: String,
+}
+
 /// The guest is about to be saved.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspend {

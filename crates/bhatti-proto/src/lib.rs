@@ -24,8 +24,8 @@ pub mod resync;
 pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parsed, encode, parse};
 pub use frame::{exit_payload, parse_exit, parse_resize, resize_payload};
 pub use guest::{
-    Applied, ConfigFile, ConfigVolume, GuestConfig, GuestNetwork, Identity, IdentityReport,
-    Suspend, Woken,
+    Applied, ConfigFile, ConfigVolume, GuestConfig, GuestInit, GuestNetwork, Identity,
+    IdentityReport, Suspend, Woken,
 };
 pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use axum::body::Bytes;
+use axum::body::{Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
+use http_body_util::LengthLimitError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
@@ -16,8 +17,9 @@ use crate::status::ApiError;
 /// The largest body, in bytes.
 pub(crate) const BODY_BYTES_MAX: usize = 1 << 20;
 
-/// How long a body may take to arrive.
+/// How long a body may take to arrive, and how many bytes of its limit give it a second more.
 const BODY_LIMIT: Duration = Duration::from_secs(30);
+const BODY_BYTES_PER_SECOND: usize = 1 << 20;
 
 /// A body of JSON; an empty one is `{}`.
 pub(crate) struct ApiJson<T>(pub(crate) T);
@@ -25,39 +27,55 @@ pub(crate) struct ApiJson<T>(pub(crate) T);
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let too_large = || {
-            ApiError::new(
-                ErrorCode::BodyTooLarge,
-                format!("the body is larger than {BODY_BYTES_MAX} bytes"),
-            )
-            .hint("send large input through a streamed command or a file upload")
-        };
-        let announced = request
-            .headers()
-            .get(CONTENT_LENGTH)
-            .and_then(|value| value.to_str().ok()?.parse().ok());
-        if announced.is_some_and(|length: u64| length > BODY_BYTES_MAX as u64) {
-            return Err(too_large());
-        }
-        // The router's body limit cuts off what was not announced.
-        let bytes = timeout(BODY_LIMIT, Bytes::from_request(request, state)).await;
-        let late = |_| {
-            let seconds = BODY_LIMIT.as_secs();
-            let message = format!("the body did not arrive within {seconds} s");
-            ApiError::new(ErrorCode::BadRequest, message)
-        };
-        let bytes = bytes.map_err(late)?.map_err(|_| too_large())?;
-        let json = if bytes.is_empty() { b"{}" } else { &bytes[..] };
-        // The decoder would take an array for an object whose fields come without names.
-        if json.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{')
-        {
-            return Err(ApiError::new(ErrorCode::BadRequest, "invalid json: expected an object"));
-        }
-        serde_json::from_slice(json)
-            .map(Self)
-            .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        check_announced(&request, BODY_BYTES_MAX)?;
+        parse(&read(request, BODY_BYTES_MAX).await?).map(Self)
     }
+}
+
+/// The length that a request's body is announced to have, in bytes; `None` if it is not, or is no number.
+pub(crate) fn announced(request: &Request) -> Option<u64> {
+    request.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Refuses a body that is announced to be too large.
+pub(crate) fn check_announced(request: &Request, limit: usize) -> Result<(), ApiError> {
+    let fits = announced(request).is_none_or(|length| length <= limit as u64);
+    if fits { Ok(()) } else { Err(too_large(limit)) }
+}
+
+/// A request's whole body, of `limit` bytes at most.
+pub(crate) async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+    let time = BODY_LIMIT + Duration::from_secs((limit / BODY_BYTES_PER_SECOND) as u64);
+    let late = |_| {
+        let message = format!("the body did not arrive within {} s", time.as_secs());
+        ApiError::new(ErrorCode::BadRequest, message)
+    };
+    let bytes = timeout(time, to_bytes(request.into_body(), limit)).await.map_err(late)?;
+    bytes.map_err(|error| match error.into_inner().downcast::<LengthLimitError>() {
+        Ok(_) => too_large(limit),
+        Err(error) => {
+            let message = format!("the body did not arrive: {error}");
+            ApiError::new(ErrorCode::BadRequest, message)
+        }
+    })
+}
+
+/// What a body of JSON says; an empty one is `{}`.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let json = if bytes.is_empty() { b"{}" } else { bytes };
+    // The decoder would take an array for an object whose fields come without names.
+    if json.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{') {
+        return Err(ApiError::new(ErrorCode::BadRequest, "invalid json: expected an object"));
+    }
+    serde_json::from_slice(json)
+        .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("the body is larger than {limit} bytes");
+    ApiError::new(ErrorCode::BodyTooLarge, message)
+        .hint("send large input through a streamed command or a file upload")
 }
 
 /// An answer in JSON. Axum's own takes half as many instructions again, for each piece goes through a writer that is not inlined.

@@ -12,6 +12,7 @@ mod extract;
 mod hear_out;
 mod json;
 mod keys;
+mod large_json;
 mod listings;
 mod metrics;
 mod proxy;

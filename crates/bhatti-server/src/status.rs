@@ -212,6 +212,10 @@ impl From<CreateError> for ApiError {
             | CreateError::FilePath(_)
             | CreateError::Files(_)
             | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
+            CreateError::FilesTooLarge { .. } => {
+                Self::new(ErrorCode::BodyTooLarge, error.to_string())
+                    .hint("copy larger ones when the sandbox is there: bhatti file cp, or PUT /sandboxes/{id}/files")
+            }
             CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
             CreateError::Boot(boot) => boot_error(boot, &error),
             CreateError::Restore(restore) => restore_error(restore),

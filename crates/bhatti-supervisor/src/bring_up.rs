@@ -38,7 +38,10 @@ pub(crate) async fn bring_up(
     extras: &Extras,
     beginning: Beginning,
 ) -> Result<Option<String>, CreateError> {
-    let bytes = serde_json::to_vec(&identity::config(row, extras))?.len();
+    let mut told = identity::config(row, extras);
+    // Whether it is told now or later, a message has to have room for it.
+    told.init.clone_from(&row.spec.init);
+    let bytes = serde_json::to_vec(&told)?.len();
     if bytes > GUEST_CONFIG_BYTES_MAX {
         return Err(CreateError::TooMuch { bytes });
     }
@@ -169,6 +172,7 @@ async fn settle(
     let text = serde_json::to_string(&report)?;
     driver.shared.store.set_sandbox_identity(row.id, &text)?;
     let running = running.with_token(&row.agent_token);
+    hand_over_files(&driver.shared, row, extras, &running).await?;
     if clock_error > CLOCK_EXACT {
         // What took so long made the clock late; this does not.
         driver.tell_woken(&running).await;
@@ -289,5 +293,36 @@ async fn boot(
         CallError::Refused(message) if !extras.files.is_empty() => CreateError::Files(message),
         error => CreateError::Unconfigured(error),
     })?;
-    Ok(driver.running(running.with_token(&row.agent_token))?)
+    let running = running.with_token(&row.agent_token);
+    hand_over_files(shared, row, extras, &running).await?;
+    Ok(driver.running(running)?)
+}
+
+/// Writes the files that were too large to be told with everything else, and then starts the init script, which may need them.
+async fn hand_over_files(
+    shared: &Shared,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<(), CreateError> {
+    if !extras.files_follow() {
+        return Ok(());
+    }
+    let agent = &running.agent;
+    let handed_over = async {
+        for (path, file) in &extras.files {
+            let written = agent.write_configured_file(path, &file.mode, &file.content).await;
+            written.map_err(|error| match error {
+                CallError::Agent(refused) => CreateError::Files(refused.message),
+                error => CreateError::Unconfigured(error),
+            })?;
+        }
+        if row.spec.init.is_empty() {
+            return Ok(());
+        }
+        agent.start_init(&row.spec.init).await.map_err(CreateError::Unconfigured)
+    };
+    let limit = shared.config.boot_limit;
+    let late = || Err(CreateError::Unconfigured(CallError::Silent { limit }));
+    timeout(limit, handed_over).await.unwrap_or_else(|_| late())
 }

@@ -5,17 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use bhatti_agent::CallError;
 use bhatti_engine::{BootError, RestoreError, VmmError};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
-use bhatti_proto::ConfigFile;
 use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
-    Allowance, CpuCount, Environment, ImageName, Labels, MemoryMib, NetworkMode, NetworkSpec,
-    ParseNameError, QuotaExceeded, Report, SandboxId, SandboxName, SandboxSpec, SandboxState,
-    SecretName, UserId, VOLUMES_MAX,
+    Allowance, CpuCount, Environment, ImageName, Labels, MemoryMib, NEW_FILES_BYTES_MAX,
+    NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded, Report, SandboxId, SandboxName,
+    SandboxSpec, SandboxState, SecretName, UserId, VOLUMES_MAX,
 };
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -25,7 +22,7 @@ use crate::admission::Busy;
 use crate::bring_up::{GUEST_CONFIG_BYTES_MAX, bring_up};
 use crate::disk_quota::DiskQuotaError;
 use crate::driver::Driver;
-use crate::identity::{Extras, random, random_hex};
+use crate::identity::{Extras, GuestFile, random, random_hex};
 use crate::networks::NetworkError;
 use crate::secrets::{self, SecretError};
 use crate::spares::Spare;
@@ -86,7 +83,7 @@ pub(crate) struct New {
     pub(crate) spec: SandboxSpec,
     /// The values of its secrets.
     pub(crate) secrets: BTreeMap<String, String>,
-    pub(crate) files: BTreeMap<String, ConfigFile>,
+    pub(crate) files: BTreeMap<String, GuestFile>,
     pub(crate) expires_at: Option<u64>,
     pub(crate) volumes: Vec<Attach>,
 }
@@ -155,6 +152,14 @@ pub enum CreateError {
     /// The guest could not write a file.
     #[error("the sandbox's guest could not write its files: {0}")]
     Files(String),
+    /// Its files are too large together.
+    #[error(
+        "the files have {bytes} bytes together; at most {NEW_FILES_BYTES_MAX} can be put into a new sandbox"
+    )]
+    FilesTooLarge {
+        /// Their length.
+        bytes: usize,
+    },
     /// What its guest is told does not fit one message.
     #[error(
         "environment, secrets, files and init script have {bytes} bytes together; at most {GUEST_CONFIG_BYTES_MAX} fit"
@@ -466,14 +471,18 @@ fn unix_seconds_after(time: Duration) -> u64 {
     then.as_secs() + u64::from(then.subsec_nanos() > 0)
 }
 
-/// Files as the guest is told them.
-fn guest_files(files: Vec<FileRequest>) -> Result<BTreeMap<String, ConfigFile>, CreateError> {
+/// The files by their paths, checked.
+fn guest_files(files: Vec<FileRequest>) -> Result<BTreeMap<String, GuestFile>, CreateError> {
+    let bytes = files.iter().map(|file| file.content.len()).sum();
+    if bytes > NEW_FILES_BYTES_MAX {
+        return Err(CreateError::FilesTooLarge { bytes });
+    }
     let file = |FileRequest { path, content, mode }: FileRequest| {
         let is_file = path.starts_with('/') && !path.ends_with('/') && !path.contains('\0');
         if !is_file || path.split('/').any(|part| part == "..") {
             return Err(CreateError::FilePath(path));
         }
-        Ok((path, ConfigFile { content: STANDARD.encode(content), mode }))
+        Ok((path, GuestFile { content, mode }))
     };
     files.into_iter().map(file).collect()
 }

@@ -13,6 +13,9 @@ use crate::{networks, volumes};
 /// What a guest's random number generator gets from the host, in bytes.
 const ENTROPY_BYTES: usize = 32;
 
+/// The most content of files that is told with everything else, in bytes. In base64 it takes a third more.
+const FILES_TOLD_BYTES_MAX: usize = 256 << 10;
+
 /// Random bytes of this host.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
     let mut bytes = [0; N];
@@ -31,7 +34,33 @@ pub(crate) struct Extras {
     /// The values of its secrets, which are variables of its environment.
     pub(crate) secrets: BTreeMap<String, String>,
     /// Files, by path.
-    pub(crate) files: BTreeMap<String, ConfigFile>,
+    pub(crate) files: BTreeMap<String, GuestFile>,
+}
+
+/// A file that is put into a new guest.
+pub(crate) struct GuestFile {
+    pub(crate) content: Vec<u8>,
+    /// Its permission bits in octal; 0644 if empty.
+    pub(crate) mode: String,
+}
+
+impl Extras {
+    /// Whether the files are too large to be told with everything else. They follow it then, each by itself, and the init script follows
+    /// them.
+    pub(crate) fn files_follow(&self) -> bool {
+        self.files.values().map(|file| file.content.len()).sum::<usize>() > FILES_TOLD_BYTES_MAX
+    }
+
+    fn told_files(&self) -> BTreeMap<String, ConfigFile> {
+        if self.files_follow() {
+            return BTreeMap::new();
+        }
+        let encoded = |file: &GuestFile| ConfigFile {
+            content: STANDARD.encode(&file.content),
+            mode: file.mode.clone(),
+        };
+        self.files.iter().map(|(path, file)| (path.clone(), encoded(file))).collect()
+    }
 }
 
 /// What a sandbox's guest is to be. A variable that was asked for by value wins over a secret of its name.
@@ -44,8 +73,8 @@ pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
         hostname: row.spec.name.to_string(),
         token: row.agent_token.clone(),
         env,
-        files: extras.files.clone(),
-        init: row.spec.init.clone(),
+        files: extras.told_files(),
+        init: if extras.files_follow() { String::new() } else { row.spec.init.clone() },
         volumes: volumes::of_guest(&row.volumes),
         network,
         dns,

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::{CpuCount, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName, SecretName};
 
+/// The most content that the files of a new sandbox have together, in bytes.
+pub const NEW_FILES_BYTES_MAX: usize = 16 << 20;
+
 /// The longest environment, in bytes, counted as a process has it. With a command of the largest request body it fits one frame.
 const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
 

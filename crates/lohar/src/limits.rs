@@ -27,6 +27,8 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Sessions whose process runs.
     pub(crate) sessions: usize,
+    /// Those of them with a terminal: each has 64 KiB of the agent's memory, which is limited.
+    pub(crate) terminals: usize,
     /// Sessions whose process has ended and that are still kept: beyond it the oldest go early.
     pub(crate) finished_sessions: usize,
     /// Watches at once.
@@ -55,7 +57,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 2048,
-            sessions: 64,
+            sessions: 512,
+            terminals: 128,
             finished_sessions: 64,
             watches: 64,
             discarded_pipes: 1024,

@@ -4,8 +4,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bhatti_proto::{
-    AgentError, ErrorKind, Frame, FrameReader, FrameType, FrameWriter, Identity, MkdirRequest,
-    RemoveRequest, RenameRequest, SessionRef, exit_payload,
+    AgentError, ErrorKind, Frame, FrameReader, FrameType, FrameWriter, GuestInit, Identity,
+    MkdirRequest, RemoveRequest, RenameRequest, SessionRef, exit_payload,
 };
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -163,6 +163,10 @@ async fn simple(agent: &Rc<Agent>, frame: &Frame) -> Result<(), OpError> {
         FrameType::FILE_REMOVE_REQ => file::remove(agent, &request::<RemoveRequest>(frame)?).await,
         FrameType::FILE_RENAME_REQ => file::rename(agent, &request::<RenameRequest>(frame)?).await,
         FrameType::CONFIG_REQ => settings::configure(agent, &request(frame)?).await,
+        FrameType::INIT_REQ => {
+            settings::start_init_of(agent, &request::<GuestInit>(frame)?.script);
+            Ok(())
+        }
         FrameType::SUSPEND_REQ => suspend::suspend(agent, &request(frame)?).await,
         FrameType::WOKEN_REQ => {
             suspend::wake(agent, &request(frame)?);

@@ -76,13 +76,14 @@ pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result
     }
     write_files(agent, &config.files).await?;
     agent.settings.borrow_mut().take_over(config);
-    start_init_of(agent, config);
+    start_init_of(agent, &config.init);
     Ok(())
 }
 
-fn start_init_of(agent: &Rc<Agent>, config: &GuestConfig) {
-    if !config.init.is_empty() {
-        start_init(agent, &config.init);
+/// Starts the init script, if there is one.
+pub(crate) fn start_init_of(agent: &Rc<Agent>, script: &str) {
+    if !script.is_empty() {
+        start_init(agent, script);
     }
 }
 

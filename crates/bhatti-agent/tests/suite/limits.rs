@@ -61,6 +61,21 @@ async fn sessions_beyond_the_limit_are_refused_and_finished_ones_give_way() {
 }
 
 #[tokio::test]
+async fn terminals_beyond_their_limit_are_refused_and_jobs_are_not() {
+    let agent = Agent::start_with(r#"{"sessions": 4, "terminals": 1}"#).await;
+    let terminal = ExecRequest { tty: Some(true), ..command(&["sleep", "1000"]) };
+    agent.client.create_session(terminal.clone()).await.unwrap();
+
+    let Err(error) = agent.client.create_session(terminal).await else {
+        panic!("a second terminal")
+    };
+
+    assert!(is_limit(&error), "{error}");
+    assert!(error.to_string().contains("sessions with a terminal: the limit is 1"), "{error}");
+    agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
+}
+
+#[tokio::test]
 async fn watches_beyond_the_limit_are_refused() {
     let agent = Agent::start_with(r#"{"watches": 1}"#).await;
     let mut first = agent.client.watch("/tmp").await.unwrap();

@@ -21,6 +21,7 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::json::{ApiJson, Json, JsonArray};
+use crate::large_json::LargeJson;
 use crate::status::{ApiError, created};
 
 pub(super) use parse::{init, labels, name as parse_name, secrets};
@@ -115,7 +116,7 @@ pub(crate) async fn create(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiQuery(query): ApiQuery<CreateQuery>,
-    ApiJson(request): ApiJson<CreateSandbox>,
+    LargeJson { value: request, part: _part }: LargeJson<CreateSandbox>,
 ) -> Result<Response, ApiError> {
     let template = match &request.template {
         Some(called) => {

@@ -1,10 +1,11 @@
 //! `bhatti create`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_api::{AttachVolume, CreateSandbox, Isolation, NewFile, NewVolume, Sandbox};
+use bhatti_types::NEW_FILES_BYTES_MAX;
 use clap::{Args, ValueEnum};
 use tokio::time::Instant;
 
@@ -41,7 +42,7 @@ pub(crate) struct Create {
     /// A secret that is a variable for its processes, too; may be given several times
     #[arg(long, value_name = "NAME")]
     secret: Vec<String>,
-    /// A file of this machine that is put into it; may be given several times
+    /// A file of this machine that is put into it before its init script runs, of 16 MiB with all others; may be given several times
     #[arg(long, value_name = "FILE:/PATH", value_parser = parse_file)]
     file: Vec<(PathBuf, String)>,
     /// A script that runs when it is up
@@ -81,6 +82,7 @@ enum IfExists {
 }
 
 pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
+    check_sizes(&arguments.file)?;
     let files = arguments.file.iter().map(|(local, path)| new_file(local, path));
     let request = CreateSandbox {
         name: arguments.name,
@@ -122,9 +124,31 @@ fn made(sandbox: &Sandbox, seconds: f64) -> String {
     }
 }
 
+/// Refuses files that are too large together, before they are read.
+fn check_sizes(files: &[(PathBuf, String)]) -> Result<(), CliError> {
+    let mut bytes = 0;
+    for (local, _) in files {
+        bytes += std::fs::metadata(local).map_err(|error| unreadable(local, &error))?.len();
+        if bytes > NEW_FILES_BYTES_MAX as u64 {
+            let message = format!(
+                "the files have more than {} MiB together, with `{}`",
+                NEW_FILES_BYTES_MAX >> 20,
+                local.display()
+            );
+            return Err(CliError::new(message)
+                .hint("copy large ones when the sandbox is there: bhatti file cp"));
+        }
+    }
+    Ok(())
+}
+
+fn unreadable(local: &Path, error: &std::io::Error) -> CliError {
+    CliError::new(format!("failed to read `{}`: {error}", local.display()))
+}
+
 fn new_file(local: &PathBuf, path: &str) -> Result<NewFile, CliError> {
     use std::os::unix::fs::PermissionsExt;
-    let failed = |error| CliError::new(format!("failed to read `{}`: {error}", local.display()));
+    let failed = |error| unreadable(local, &error);
     let content = std::fs::read(local).map_err(failed)?;
     let mode = std::fs::metadata(local).map_err(failed)?.permissions().mode() & 0o777;
     Ok(NewFile {

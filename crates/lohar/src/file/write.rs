@@ -37,11 +37,12 @@ pub(crate) async fn write<T: Transport>(
         return Err(too_large(size, limit).into());
     }
     let mode = parse_mode(&request.mode)?;
+    let owner = (request.configures && agent.place.is_guest()).then(usual_owner);
     // A writer to a frozen volume waits until it is thawed. It need not occupy a thread meanwhile.
     agent.awake().await;
     let (sender, mut pieces) = mpsc::channel(PIECES_WAITING);
     let writing = move || {
-        let mut new = NewFile::create(&path, None)?;
+        let mut new = NewFile::create(&path, owner)?;
         while let Some(piece) = pieces.blocking_recv() {
             match piece {
                 Piece::Content(bytes) => new.write(&bytes)?,
@@ -51,7 +52,11 @@ pub(crate) async fn write<T: Transport>(
         // The host is told why by those who dropped the other end.
         Ok(())
     };
-    let mut writing = worker::begin(agent, request.user.as_deref(), writing).await?;
+    let mut writing = if request.configures {
+        worker::begin_as_agent(agent, writing).await?
+    } else {
+        worker::begin(agent, request.user.as_deref(), writing).await?
+    };
     let length = Length { announced: size, limit };
     let received = tokio::select! {
         biased;
@@ -122,8 +127,11 @@ pub(crate) fn write_whole(
     mode: Option<u32>,
     is_guest: bool,
 ) -> Result<(), AgentError> {
-    let usual = Owner { uid: Uid::from_raw(USUAL_UID), gid: Gid::from_raw(USUAL_UID) };
-    let mut new = NewFile::create(&checked(path)?, is_guest.then_some(usual))?;
+    let mut new = NewFile::create(&checked(path)?, is_guest.then(usual_owner))?;
     new.write(content)?;
     new.finish(mode, Durable::Yes)
+}
+
+fn usual_owner() -> Owner {
+    Owner { uid: Uid::from_raw(USUAL_UID), gid: Gid::from_raw(USUAL_UID) }
 }

@@ -60,7 +60,7 @@ fn create(
     request: &ExecRequest,
     id: Option<&str>,
 ) -> Result<Rc<Session>, AgentError> {
-    let number = agent.sessions.admit(&agent.limits)?;
+    let number = agent.sessions.admit(&agent.limits, request.tty == Some(true))?;
     let id = id.map_or_else(|| format!("s{number}"), str::to_owned);
     let session = if request.tty == Some(true) {
         start_terminal(agent, request, id)?

@@ -18,14 +18,19 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// Draws the number of the next session; refused if too many run. Finished ones give way.
-    pub(super) fn admit(&self, limits: &Limits) -> Result<u64, AgentError> {
+    /// Draws the number of the next session, with a terminal or without one; refused if too many run. Finished ones give way.
+    pub(super) fn admit(&self, limits: &Limits, with_terminal: bool) -> Result<u64, AgentError> {
         let mut sessions = self.by_number.borrow_mut();
-        if sessions.values().filter(|session| session.is_running()).count() >= limits.sessions {
-            return Err(refused(
-                ErrorKind::Limit,
-                format!("too many sessions: the limit is {}", limits.sessions),
-            ));
+        let running = || sessions.values().filter(|session| session.is_running());
+        let too_many = |what, limit| {
+            refused(ErrorKind::Limit, format!("too many {what}: the limit is {limit}"))
+        };
+        if running().count() >= limits.sessions {
+            return Err(too_many("sessions", limits.sessions));
+        }
+        let terminals = || running().filter(|session| session.terminal.is_some()).count();
+        if with_terminal && terminals() >= limits.terminals {
+            return Err(too_many("sessions with a terminal", limits.terminals));
         }
         let finished: Vec<u64> = sessions
             .iter()

@@ -74,7 +74,7 @@ async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     agent.settings.borrow_mut().take_over(config);
     suspend::thaw(agent);
     if first {
-        start_init_of(agent, config);
+        start_init_of(agent, &config.init);
     }
     report
 }

@@ -1,0 +1,119 @@
+//! What a new sandbox is made with: files of any size that it may have.
+
+use std::io::Write;
+
+use bhatti_testkit::{Api, LIMIT, TestDaemon};
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::time::{sleep, timeout};
+
+/// The most content that the files of a new sandbox have, in bytes.
+const FILES_BYTES_MAX: usize = 16 << 20;
+
+#[tokio::test]
+async fn large_files_are_there_before_the_init_script_runs() {
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let place = tempfile::tempdir().unwrap();
+    let large = place.path().join("large");
+    // No two pieces are alike, so that a piece that is missing or twice there is seen.
+    let mut file = std::io::BufWriter::new(std::fs::File::create(&large).unwrap());
+    for number in 0..(12 << 20) / 8_u64 {
+        file.write_all(&number.to_le_bytes()).unwrap();
+    }
+    drop(file);
+    let expected = bhatti_host::process::command("sha256sum").arg(&large).output().await.unwrap();
+    let expected = String::from_utf8(expected.stdout).unwrap();
+    let tool = place.path().join("tool");
+    std::fs::write(&tool, "#!/bin/sh\nsha256sum /srv/data/large | cut -d' ' -f1\n").unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&tool, executable).unwrap();
+
+    for how in [None, Some("--cold-boot")] {
+        let mut create =
+            daemon.cli(&["create", "--name", "dev", "--init", "/opt/tool >/tmp/sum 2>&1"]);
+        create.args(how).arg("--file").arg(format!("{}:/opt/tool", tool.display()));
+        create.arg("--file").arg(format!("{}:/srv/data/large", large.display()));
+        let created = create.output().await.unwrap();
+        assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+
+        let wait = "until [ -s /tmp/sum ]; do sleep 0.05; done; cat /tmp/sum";
+        assert_eq!(
+            api.sh("dev", wait).await.trim(),
+            expected.split(' ').next().unwrap(),
+            "{how:?}"
+        );
+        let facts = "stat -c '%U %a' /srv/data /srv/data/large /opt/tool";
+        assert_eq!(api.sh("dev", facts).await, "user 755\nuser 644\nuser 755\n");
+        assert_eq!(api.call("DELETE", "/sandboxes/dev", &json!({})).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn files_that_are_too_large_together_are_refused_before_anything_is_made() {
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let place = tempfile::tempdir().unwrap();
+    let large = place.path().join("large");
+    std::fs::File::create(&large).unwrap().set_len(FILES_BYTES_MAX as u64).unwrap();
+    std::fs::write(place.path().join("small"), "1").unwrap();
+
+    let mut create = daemon.cli(&["create", "--name", "dev"]);
+    for name in ["large", "small"] {
+        create.arg("--file").arg(format!("{}/{name}:/srv/{name}", place.path().display()));
+    }
+    let refused = create.output().await.unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success());
+    assert!(said.contains("more than 16 MiB") && said.contains("file cp"), "{said}");
+
+    let file = |bytes| json!({ "path": format!("/srv/{bytes}"), "content": "x".repeat(bytes) });
+    let request = json!({ "name": "dev", "files": [file(FILES_BYTES_MAX), file(1)] });
+    let answer = api.call("POST", "/sandboxes", &request).await;
+    assert_eq!(answer.refusal(), (413, "body_too_large".to_owned()));
+    assert!(answer.text().contains("16777217 bytes together"), "{}", answer.text());
+    let request = json!({ "name": "x".repeat(30 << 20) });
+    let answer = api.call("POST", "/sandboxes", &request).await;
+    assert_eq!(answer.refusal(), (413, "body_too_large".to_owned()));
+    assert_eq!(api.get("/sandboxes").await.json(), json!([]));
+}
+
+#[tokio::test]
+async fn long_requests_of_one_user_take_limited_memory() {
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let announced = FILES_BYTES_MAX;
+    let mut held = Vec::new();
+    let refused = async {
+        loop {
+            let mut connection = BufReader::new(api.connect().await);
+            let head = format!(
+                "POST /sandboxes HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {announced}\r\n\r\n"
+            );
+            connection.write_all(head.as_bytes()).await.unwrap();
+            // It is told to go on when its memory has been set aside.
+            let mut line = String::new();
+            connection.read_line(&mut line).await.unwrap();
+            if !line.starts_with("HTTP/1.1 100") {
+                return line;
+            }
+            held.push(connection);
+        }
+    };
+
+    let refused = timeout(LIMIT, refused).await.unwrap();
+
+    assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+    assert_eq!(held.len(), 2, "64 MiB have room for two that take 32 MiB each");
+    let small = api.call("POST", "/sandboxes", &json!({ "name": "dev" })).await;
+    assert_eq!(small.status, 201, "{}", small.text());
+    held.clear();
+    let large = json!({ "name": "large", "files": [{ "path": "/srv/large", "content": "x".repeat(2 << 20) }] });
+    let given_back = async {
+        while api.call("POST", "/sandboxes", &large).await.status == 503 {
+            sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    timeout(LIMIT, given_back).await.unwrap();
+    assert_eq!(api.sh("large", "wc -c </srv/large").await.trim(), (2 << 20).to_string());
+}
