@@ -25,7 +25,19 @@ dist/bhatti setup --dev --data-dir "$dev_dir" --no-template &
 dev_build=$!
 containers_dir=$PWD/target/test-data-containers
 with_images "$containers_dir"
-dist/bhatti setup --data-dir "$containers_dir" --no-template
+# An authority of the tests' own, which this image trusts, and a server's certificate by it.
+tls=$containers_dir/tls
+if [ ! -e "$tls/server.pem" ]; then
+    mkdir -p "$tls"
+    openssl req -x509 -newkey rsa:2048 -nodes -days 3650 -subj "/CN=Authority of bhatti's tests" \
+        -keyout "$tls/ca.key" -out "$tls/ca.pem" 2>/dev/null
+    openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout "$tls/server.key" -out "$tls/server.csr" 2>/dev/null
+    openssl x509 -req -in "$tls/server.csr" -CA "$tls/ca.pem" -CAkey "$tls/ca.key" -CAcreateserial -days 3650 \
+        -extfile <(echo subjectAltName=DNS:localhost) -out "$tls/server.crt" 2>/dev/null
+    cat "$tls/server.crt" "$tls/server.key" >"$tls/server.pem"
+fi
+# Where `setup --ca-certificate` puts it. That would make the minimal image anew, too.
+install -D -m 0644 "$tls/ca.pem" "$containers_dir/images/ca-certificates/tests.crt"
 dist/bhatti image build containers --data-dir "$containers_dir" -p docker.io -p podman -p uidmap -p slirp4netns \
     -p busybox-static
 wait "$dev_build"

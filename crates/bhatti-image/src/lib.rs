@@ -14,6 +14,7 @@
 
 mod apt;
 mod archive;
+mod certificates;
 mod content_hash;
 mod import;
 mod initramfs;
@@ -25,6 +26,7 @@ mod store;
 mod tool;
 
 pub use apt::AptError;
+pub use certificates::CertificateError;
 pub use import::{ImportError, RemoveError};
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::apt::{self, AptError};
+use crate::certificates::{CertificateError, Certificates};
 use crate::tool::{ToolError, run, run_quietly};
 
 /// The release of Debian that the image is.
@@ -53,6 +54,18 @@ rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 "#;
 
+/// Has the system `$1` trust the certificates that lie beside this script. Programs that bring authorities of their own are told by
+/// variables: Python's requests and pip in virtual environments, node, and those that use rustls or OpenSSL of their own.
+const TRUST: &str = r#"#!/bin/sh
+set -e
+cp "$(dirname "$0")"/ca-certificates/*.crt "$1/usr/local/share/ca-certificates/"
+chroot "$1" update-ca-certificates >/dev/null
+all=/etc/ssl/certs/ca-certificates.crt
+for name in SSL_CERT_FILE REQUESTS_CA_BUNDLE PIP_CERT NODE_EXTRA_CA_CERTS; do
+    echo "$name=$all" >>"$1/etc/environment"
+done
+"#;
+
 /// Makes the file `$2` of `$3` out of the tar `$1`. All of it is written now: a guest that finished the work lazily would dirty
 /// pages of its own. Nothing in the tree is followed or written through: it may be a stranger's. Directories that the archive only
 /// implies are everybody's to enter, whatever the caller's umask.
@@ -97,6 +110,9 @@ pub enum RootfsError {
         #[source]
         source: ToolError,
     },
+    /// The certificates to trust could not be used.
+    #[error(transparent)]
+    Certificates(#[from] CertificateError),
     /// A file could not be made.
     #[error("failed to create `{}`", path.display())]
     Create {
@@ -108,13 +124,25 @@ pub enum RootfsError {
     },
 }
 
+/// How a recipe begins.
+const RECIPE: &str = "debian ";
+
 /// What an image is made of. Another recipe is another image.
-pub(crate) fn recipe(more_packages: &[String]) -> String {
-    format!(
-        "debian {SUITE} minbase {} 4G {}",
+pub(crate) fn recipe(
+    more_packages: &[String],
+    certificates: &Certificates,
+) -> Result<String, CertificateError> {
+    Ok(format!(
+        "{RECIPE}{SUITE} minbase {} 4G {}{}",
         packages(more_packages),
-        blake3::hash(CUSTOMIZE.as_bytes()).to_hex()
-    )
+        blake3::hash(CUSTOMIZE.as_bytes()).to_hex(),
+        certificates.recipe()?
+    ))
+}
+
+/// Whether an image's source is a recipe, rather than an archive that was imported.
+pub(crate) fn is_recipe(source: &str) -> bool {
+    source.starts_with(RECIPE)
 }
 
 /// The packages that all images have, and those of this one.
@@ -126,6 +154,7 @@ fn packages(more: &[String]) -> String {
 pub(crate) async fn build_debian(
     scratch: &Path,
     more_packages: &[String],
+    certificates: &Certificates,
     line: &mut (dyn FnMut(&str) + Send),
 ) -> Result<PathBuf, RootfsError> {
     let sources = apt::sources_for(SUITE).await.map_err(RootfsError::Mirror)?;
@@ -135,6 +164,7 @@ pub(crate) async fn build_debian(
         .map_err(|source| RootfsError::Create { path: customize.clone(), source })?;
     let tar_text = tar.to_string_lossy();
     let hook = format!("--customize-hook={}", customize.display());
+    let trust_hook = trust(scratch, certificates)?;
     let include = format!("--include={}", packages(more_packages));
     let is_root = rustix::process::geteuid().is_root();
     let (program, confinement, mode) = if is_root {
@@ -153,9 +183,9 @@ pub(crate) async fn build_debian(
         "--dpkgopt=path-include=/usr/share/doc/*/copyright",
         &include,
         &hook,
-        SUITE,
-        &tar_text,
     ]);
+    arguments.extend(trust_hook.as_deref());
+    arguments.extend([SUITE, &tar_text]);
     arguments.extend(sources.iter().map(String::as_str));
     let failed = |step| move |source| RootfsError::Build { step, source };
     // Its own messages begin so; the rest is what the packages' scripts have to say.
@@ -168,6 +198,18 @@ pub(crate) async fn build_debian(
         .await
         .map_err(failed("write the root file system"))?;
     Ok(image)
+}
+
+/// Prepares that an image trusts `certificates`. Returns the argument that has mmdebstrap do it; none if there are none.
+fn trust(scratch: &Path, certificates: &Certificates) -> Result<Option<String>, RootfsError> {
+    if certificates.is_empty() {
+        return Ok(None);
+    }
+    certificates.copy_to(&scratch.join("ca-certificates"))?;
+    let program = scratch.join("trust");
+    write_program(&program, TRUST)
+        .map_err(|source| RootfsError::Create { path: program.clone(), source })?;
+    Ok(Some(format!("--customize-hook={}", program.display())))
 }
 
 fn write_program(path: &Path, text: &str) -> io::Result<()> {

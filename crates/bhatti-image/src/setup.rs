@@ -8,6 +8,7 @@ use bhatti_host::{disk, durable};
 use bhatti_types::ImageName;
 
 use crate::apt::Package;
+use crate::certificates::{self, CertificateError, Certificates};
 use crate::kernel::{self, KernelError};
 use crate::rootfs::{self, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
@@ -44,6 +45,8 @@ pub struct SetupOptions {
     pub lohar: PathBuf,
     /// Whether the image with tools for development is built, too.
     pub dev: bool,
+    /// Files of certificate authorities in PEM that images trust from now on, beyond those that they trust already.
+    pub ca_certificates: Vec<PathBuf>,
 }
 
 /// Hears how far a setup is.
@@ -83,6 +86,9 @@ pub enum SetupError {
     /// The root file system could not be made.
     #[error("failed to build the root file system")]
     Rootfs(#[source] RootfsError),
+    /// The certificates to trust could not be used.
+    #[error(transparent)]
+    Certificates(#[from] CertificateError),
     /// No package of Debian's is called so.
     #[error("`{0}` is no name of a Debian package")]
     PackageName(String),
@@ -107,17 +113,20 @@ pub async fn set_up(
 ) -> Result<(), SetupError> {
     let _lock = store.lock()?;
     let mut index = store.read_index()?;
+    certificates::add(store, &options.ca_certificates)?;
     set_up_kernel(store, &mut index, &options.kernel, progress).await?;
     build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
-    if options.dev {
+    if options.dev || trusts_others(store, &index, DEV_IMAGE)? {
         let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
-        let other = index.images.get(DEV_IMAGE).filter(|it| it.source != rootfs::recipe(&packages));
-        if other.is_some() {
-            return Err(SetupError::NameTaken(
-                DEV_IMAGE.parse().map_err(|_| SetupError::PackageName(DEV_IMAGE.into()))?,
-            ));
-        }
+        let name = DEV_IMAGE.parse().map_err(|_| SetupError::PackageName(DEV_IMAGE.into()))?;
+        check_name(store, &index, &name, &packages)?;
         build_rootfs(store, &mut index, DEV_IMAGE, &packages, progress).await?;
+    }
+    for name in index.images.keys() {
+        if trusts_others(store, &index, name)? {
+            progress.begin(&format!("image `{name}`"));
+            progress.end("trusts other certificates than new images do; `bhatti image build` with the same packages makes it anew");
+        }
     }
     progress.begin("initramfs");
     let files = store.boot_files(DEFAULT_IMAGE, &options.lohar)?;
@@ -235,11 +244,31 @@ pub async fn build_image(
     }
     let _lock = store.lock()?;
     let mut index = store.read_index()?;
-    let recipe = rootfs::recipe(packages);
-    if index.images.get(name.as_str()).is_some_and(|image| image.source != recipe) {
-        return Err(SetupError::NameTaken(name.clone()));
-    }
+    check_name(store, &index, name, packages)?;
     build_rootfs(store, &mut index, name.as_str(), packages, progress).await
+}
+
+/// Whether an image of Debian's packages trusts other certificates than one would that was made now.
+fn trusts_others(store: &ImageStore, index: &Index, name: &str) -> Result<bool, SetupError> {
+    let Some(image) = index.images.get(name) else { return Ok(false) };
+    let now = Certificates::of(store)?.recipe()?;
+    Ok(rootfs::is_recipe(&image.source) && certificates::part_of(&image.source) != now)
+}
+
+/// Refuses the name of an image that is made of something else than these packages.
+fn check_name(
+    store: &ImageStore,
+    index: &Index,
+    name: &ImageName,
+    packages: &[String],
+) -> Result<(), SetupError> {
+    let recipe = rootfs::recipe(packages, &Certificates::of(store)?)?;
+    let same =
+        |image: &Artefact| certificates::without(&image.source) == certificates::without(&recipe);
+    if index.images.get(name.as_str()).is_none_or(same) {
+        return Ok(());
+    }
+    Err(SetupError::NameTaken(name.clone()))
 }
 
 async fn build_rootfs(
@@ -250,13 +279,15 @@ async fn build_rootfs(
     progress: &mut dyn Progress,
 ) -> Result<(), SetupError> {
     progress.begin(&format!("image `{image_name}`"));
-    let recipe = rootfs::recipe(packages);
+    let certificates = Certificates::of(store)?;
+    let recipe = rootfs::recipe(packages, &certificates)?;
     if let Some(current) = store.current(index.images.get(image_name), &recipe) {
         progress.end(&format!("{} (already there)", current.name));
         return Ok(());
     }
     let build = Build::start(store, "image", BUILD_BYTES)?;
-    let image = rootfs::build_debian(build.path(), packages, &mut |line| progress.detail(line))
+    let mut detail = |line: &str| progress.detail(line);
+    let image = rootfs::build_debian(build.path(), packages, &certificates, &mut detail)
         .await
         .map_err(SetupError::Rootfs)?;
     let artefact = finish_image(build, store, image_name, &image, recipe)?;

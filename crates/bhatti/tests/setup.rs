@@ -60,6 +60,18 @@ async fn file_that_is_no_kernel_is_refused_and_nothing_stays() {
 }
 
 /// A shell that runs `script` with a file system of `size` mounted at `data`, for itself alone.
+#[tokio::test]
+async fn file_without_a_certificate_is_refused_before_anything_is_built() {
+    let data = tempfile::tempdir().unwrap();
+
+    let output = setup(data.path(), &["--ca-certificate", "/etc/passwd"]).output().await.unwrap();
+
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(said.contains("`/etc/passwd` has no certificate in PEM"), "{said}");
+    assert_eq!(artefacts(data.path()), Vec::<String>::new());
+}
+
 async fn on_small_disk(data: &Path, size: &str, script: &str) -> Output {
     let script = format!("mount -t tmpfs -o size={size} small '{}' && {script}", data.display());
     bhatti_host::process::command("unshare")

@@ -1,8 +1,8 @@
-//! What a new sandbox is made with: files of any size that it may have.
+//! What a new sandbox is made with: files of any size that it may have, and certificates that its image trusts.
 
 use std::io::Write;
 
-use bhatti_testkit::{Api, LIMIT, TestDaemon};
+use bhatti_testkit::{Api, LIMIT, Serve, TestDaemon};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{sleep, timeout};
@@ -116,4 +116,35 @@ async fn long_requests_of_one_user_take_limited_memory() {
     };
     timeout(LIMIT, given_back).await.unwrap();
     assert_eq!(api.sh("large", "wc -c </srv/large").await.trim(), (2 << 20).to_string());
+}
+
+#[tokio::test]
+async fn image_trusts_the_authorities_that_it_was_made_with() {
+    let place = bhatti_testkit::repository().join("target/test-data-containers");
+    let serve = Serve { images: Some(place.join("images")), ..Serve::default() };
+    let daemon = TestDaemon::start_with(serve).await;
+    let api = Api::admin(&daemon);
+    let mut create = daemon.cli(&["create", "--name", "dev", "--cold-boot", "--file"]);
+    create.arg(format!("{}:/opt/server.pem", place.join("tls/server.pem").display()));
+    let created = create.output().await.unwrap();
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    let server = r#"
+cat >/tmp/server.py <<'END'
+import http.server, ssl
+server = http.server.HTTPServer(('127.0.0.1', 8443), http.server.SimpleHTTPRequestHandler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain('/opt/server.pem')
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print('ready', flush=True)
+server.serve_forever()
+END
+python3 /tmp/server.py >/tmp/ready 2>/tmp/log &
+until [ -s /tmp/ready ]; do sleep 0.05; done"#;
+    api.sh("dev", server).await;
+
+    let asks = "
+        curl -sS -o /dev/null -w '%{http_code}\n' https://localhost:8443/
+        python3 -c \"import urllib.request as r; print(r.urlopen('https://localhost:8443/').status)\"
+        env | grep -c '=/etc/ssl/certs/ca-certificates.crt$'";
+    assert_eq!(api.sh("dev", asks).await, "200\n200\n4\n");
 }

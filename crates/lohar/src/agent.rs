@@ -1,7 +1,7 @@
 //! What all connections share.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,6 +11,7 @@ use tokio::sync::{Notify, broadcast};
 
 use crate::descriptors::raise_limit;
 use crate::file::Workers;
+use crate::image_environment;
 use crate::limits::Limits;
 use crate::processes::{Cgroups, Processes};
 use crate::reaper::Reaper;
@@ -30,6 +31,8 @@ pub(crate) struct Agent {
     /// What the host made of this guest.
     pub(crate) settings: RefCell<Settings>,
     /// Processes that survive their client.
+    /// What the image sets for every process.
+    pub(crate) image_environment: BTreeMap<String, String>,
     pub(crate) sessions: Sessions,
     /// What happens in the guest.
     pub(crate) events: broadcast::Sender<GuestEvent>,
@@ -104,6 +107,11 @@ impl Agent {
             reaper,
             limits,
             settings: RefCell::default(),
+            image_environment: if place.is_guest() {
+                image_environment::read()
+            } else {
+                BTreeMap::new()
+            },
             sessions: Sessions::default(),
             events,
             state_dir,

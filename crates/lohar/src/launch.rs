@@ -128,8 +128,7 @@ struct Command {
 impl Command {
     fn find(agent: &Agent, request: &ExecRequest) -> Result<Self, AgentError> {
         let user = user::acting(agent, request.user.as_deref())?;
-        let environment =
-            environment(&agent.settings.borrow().environment, user.as_ref(), &request.env);
+        let environment = environment(agent, user.as_ref(), &request.env);
         let path = environment.get("PATH").map_or("", String::as_str);
         let directory = working_directory(request.cwd.as_deref())?;
         let name = request.argv.first().map_or("", String::as_str);
@@ -213,9 +212,9 @@ fn give_capabilities_up() -> io::Result<()> {
     Ok(())
 }
 
-/// The environment of a process: the defaults, the guest's, the request's. Nothing of the agent's own.
+/// The environment of a process: the defaults, the image's, the guest's, the request's. Nothing of the agent's own.
 fn environment(
-    guest: &BTreeMap<String, String>,
+    agent: &Agent,
     user: Option<&User>,
     request: &BTreeMap<String, String>,
 ) -> BTreeMap<String, String> {
@@ -231,7 +230,8 @@ fn environment(
     }
     let mut environment: BTreeMap<_, _> =
         defaults.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-    environment.extend(guest.clone());
+    environment.extend(agent.image_environment.clone());
+    environment.extend(agent.settings.borrow().environment.clone());
     environment.extend(request.clone());
     environment
 }

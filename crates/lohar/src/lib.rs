@@ -32,6 +32,7 @@ mod disk;
 mod exec;
 mod file;
 mod forward;
+mod image_environment;
 mod launch;
 mod limits;
 mod log;

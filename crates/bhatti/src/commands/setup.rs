@@ -34,6 +34,9 @@ pub(crate) struct Setup {
     /// Build the image `dev`, too: a compiler, make, pip, venv, node, npm, ssh, less, wget, unzip, ping
     #[arg(long)]
     dev: bool,
+    /// Certificate authorities in PEM that images trust from now on, as that of a proxy which inspects TLS; may be given several times
+    #[arg(long, value_name = "FILE")]
+    ca_certificate: Vec<PathBuf>,
     /// Do not boot a guest to fork sandboxes from; the first `create` does it then
     #[arg(long)]
     no_template: bool,
@@ -78,7 +81,12 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
         Some(image) => KernelSource::File { image, modules: arguments.modules },
         None => KernelSource::Debian,
     };
-    let options = SetupOptions { kernel, lohar: paths::lohar()?, dev: arguments.dev };
+    let options = SetupOptions {
+        kernel,
+        lohar: paths::lohar()?,
+        dev: arguments.dev,
+        ca_certificates: arguments.ca_certificate,
+    };
     let store = ImageStore::new(&context.data_dir);
     let result =
         with_progress(context.output, async |progress| set_up(&store, &options, progress).await);

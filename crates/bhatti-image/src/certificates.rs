@@ -1,0 +1,243 @@
+//! Certificate authorities that images trust beyond Debian's own: those of a proxy that inspects TLS, or of a company.
+//!
+//! Each is a file `<hash>.crt` of one certificate in PEM, in `ca-certificates` beside the images. Images that Debian's packages make have
+//! them; imported ones are as they were imported.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bhatti_host::durable;
+
+use crate::content_hash;
+use crate::store::ImageStore;
+
+/// The directory, beside the images.
+const DIRECTORY: &str = "ca-certificates";
+/// How the names of its files end. Debian's update-ca-certificates takes no other.
+const ENDING: &str = "crt";
+
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+const END: &str = "-----END CERTIFICATE-----";
+
+/// The largest file of certificates, in bytes: that of all authorities that Debian has takes 220 KiB.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Certificates could not be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    /// A file could not be read or written.
+    #[error("failed to {step} `{}`", path.display())]
+    File {
+        /// What was being done.
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A file has none in it.
+    #[error("`{}` has no certificate in PEM (a part that begins with `{BEGIN}`)", path.display())]
+    None {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file is far larger than certificates are.
+    #[error("`{}` has more than {FILE_BYTES_MAX} bytes", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A part of a file is no certificate.
+    #[error("certificate {number} in `{}` is damaged", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Its place in the file, from 1.
+        number: usize,
+    },
+}
+
+/// The certificates of a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Certificates {
+    /// Their files, by name.
+    files: Vec<PathBuf>,
+}
+
+impl Certificates {
+    /// Those that are there.
+    pub(crate) fn of(store: &ImageStore) -> Result<Self, CertificateError> {
+        let directory = store.directory().join(DIRECTORY);
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(failed("list", &directory)(error)),
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(failed("list", &directory))?.path();
+            if path.extension().is_some_and(|ending| ending == ENDING) {
+                files.push(path);
+            }
+        }
+        files.sort();
+        Ok(Self { files })
+    }
+
+    /// What an image's recipe says of them; nothing if there are none.
+    pub(crate) fn recipe(&self) -> Result<String, CertificateError> {
+        if self.files.is_empty() {
+            return Ok(String::new());
+        }
+        let mut text = String::new();
+        for file in &self.files {
+            text.push_str(&content_hash::of_file(file).map_err(failed("read", file))?);
+        }
+        Ok(format!("{RECIPE}{}", content_hash::of_bytes(text.as_bytes())))
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Copies them into the new directory `target`.
+    pub(crate) fn copy_to(&self, target: &Path) -> Result<(), CertificateError> {
+        fs::create_dir(target).map_err(failed("create", target))?;
+        for file in &self.files {
+            let copy = target.join(file.file_name().unwrap_or_default());
+            fs::copy(file, &copy).map_err(failed("write", &copy))?;
+        }
+        Ok(())
+    }
+}
+
+/// What precedes their hash in a recipe.
+const RECIPE: &str = " with certificates ";
+
+/// A recipe without what it says of certificates: an image that only trusts others is made anew under its name.
+pub(crate) fn without(recipe: &str) -> &str {
+    recipe.split_once(RECIPE).map_or(recipe, |(recipe, _)| recipe)
+}
+
+/// What a recipe says of certificates, as [`Certificates::recipe`] writes it.
+pub(crate) fn part_of(recipe: &str) -> &str {
+    &recipe[without(recipe).len()..]
+}
+
+/// Takes over every certificate in `files`. Those that are there already stay. Nothing is taken over if one of them is of no use.
+pub(crate) fn add(store: &ImageStore, files: &[PathBuf]) -> Result<(), CertificateError> {
+    let mut certificates = Vec::new();
+    for file in files {
+        let length = fs::metadata(file).map_err(failed("read", file))?.len();
+        if length > FILE_BYTES_MAX {
+            return Err(CertificateError::TooLarge { path: file.clone() });
+        }
+        let text = fs::read_to_string(file).map_err(failed("read", file))?;
+        let found = split(&text)
+            .map_err(|number| CertificateError::Damaged { path: file.clone(), number })?;
+        if found.is_empty() {
+            return Err(CertificateError::None { path: file.clone() });
+        }
+        certificates.extend(found);
+    }
+    if certificates.is_empty() {
+        return Ok(());
+    }
+    let directory = store.directory().join(DIRECTORY);
+    fs::create_dir_all(&directory).map_err(failed("create", &directory))?;
+    for certificate in certificates {
+        let name = format!("{}.{ENDING}", content_hash::of_bytes(certificate.as_bytes()));
+        let path = directory.join(name);
+        durable::write(&path, certificate.as_bytes()).map_err(failed("write", &path))?;
+    }
+    Ok(())
+}
+
+/// The certificates in a PEM file, each with its markers, and nothing else that the file has. The error is the number of a damaged one.
+fn split(text: &str) -> Result<Vec<String>, usize> {
+    let mut certificates = Vec::new();
+    for (index, part) in text.split(BEGIN).skip(1).enumerate() {
+        let number = index + 1;
+        let (body, _) = part.split_once(END).ok_or(number)?;
+        let encoded: String = body.split_whitespace().collect();
+        let der = STANDARD.decode(&encoded).map_err(|_| number)?;
+        // A certificate is a sequence of ASN.1.
+        if der.first() != Some(&0x30) {
+            return Err(number);
+        }
+        let lines: Vec<_> = encoded.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+        certificates.push(format!("{BEGIN}\n{}\n{END}\n", lines.join("\n")));
+    }
+    Ok(certificates)
+}
+
+fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CertificateError {
+    let path = path.to_owned();
+    move |source| CertificateError::File { step, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pem(content: &[u8]) -> String {
+        format!("{BEGIN}\n{}\n{END}\n", STANDARD.encode(content))
+    }
+
+    #[test]
+    fn certificates_of_a_bundle_become_files_of_one_each_and_part_of_the_recipe() {
+        let data = tempfile::tempdir().unwrap();
+        let store = ImageStore::new(data.path());
+        assert_eq!(Certificates::of(&store).unwrap().recipe().unwrap(), "");
+        let bundle = data.path().join("bundle.pem");
+        let key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
+        fs::write(&bundle, format!("# two\n{}{key}{}", pem(b"0first"), pem(b"0second"))).unwrap();
+
+        add(&store, &[bundle.clone(), bundle]).unwrap();
+
+        let certificates = Certificates::of(&store).unwrap();
+        let copy = data.path().join("copy");
+        certificates.copy_to(&copy).unwrap();
+        let mut texts: Vec<_> = fs::read_dir(&copy)
+            .unwrap()
+            .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap())
+            .collect();
+        texts.sort();
+        assert_eq!(texts, [pem(b"0first"), pem(b"0second")], "no key, none twice");
+        let recipe = format!("debian x{}", certificates.recipe().unwrap());
+        assert!(recipe.len() > "debian x".len() + RECIPE.len(), "{recipe}");
+        assert_eq!(without(&recipe), "debian x");
+        assert_eq!(part_of(&recipe), certificates.recipe().unwrap());
+        assert_eq!((without("debian x"), part_of("debian x")), ("debian x", ""));
+    }
+
+    #[test]
+    fn files_without_a_sound_certificate_are_named_and_nothing_is_taken_over() {
+        let data = tempfile::tempdir().unwrap();
+        let store = ImageStore::new(data.path());
+        let file = |name: &str, text: &str| {
+            let path = data.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let good = file("good", &pem(b"0good"));
+        let cases = [
+            (file("none", "der, perhaps"), "has no certificate in PEM"),
+            (file("cut", &format!("{BEGIN}\nMAAA")), "certificate 1 in"),
+            (file("odd", &format!("{}{BEGIN}\n???\n{END}", pem(b"0x"))), "certificate 2 in"),
+            (file("text", &pem(b"no sequence")), "is damaged"),
+            (file("large", &"x".repeat(1 << 21)), "has more than 1048576 bytes"),
+            (data.path().join("missing"), "failed to read"),
+        ];
+        for (path, expected) in cases {
+            let error = add(&store, &[good.clone(), path.clone()]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+        assert!(Certificates::of(&store).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,67 @@
+//! Variables that the image sets for every process: `/etc/environment`, as pam_env(8) reads it. It is read when the guest boots.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+
+use crate::log;
+
+const FILE: &str = "/etc/environment";
+
+/// How much of the file is read, in bytes.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// The variables of this guest's image. None if there is no such file; one that cannot be read is reported on the console.
+pub(crate) fn read() -> BTreeMap<String, String> {
+    let mut text = Vec::new();
+    match File::open(FILE).and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {
+        Ok(_) => parse(&String::from_utf8_lossy(&text)),
+        Err(error) if error.kind() == ErrorKind::NotFound => BTreeMap::new(),
+        Err(error) => {
+            log::line(format_args!("failed to read {FILE}: {error}"));
+            BTreeMap::new()
+        }
+    }
+}
+
+/// Lines of the form `NAME=VALUE` or `export NAME=VALUE`, with the value in quotes or not. Others mean nothing.
+fn parse(text: &str) -> BTreeMap<String, String> {
+    let variable = |line: &str| {
+        let line = line.trim();
+        let (name, value) =
+            line.strip_prefix("export ").unwrap_or(line).trim_start().split_once('=')?;
+        let is_name = !name.is_empty()
+            && name.bytes().all(|byte| byte == b'_' || byte.is_ascii_alphanumeric());
+        if !is_name || value.contains('\0') {
+            return None;
+        }
+        let quoted = ['"', '\'']
+            .into_iter()
+            .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
+        Some((name.to_owned(), quoted.unwrap_or(value).to_owned()))
+    };
+    text.lines().filter_map(variable).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_that_set_variables_do_and_others_do_not() {
+        let text = "A=1\n export B=\"two words\" \n#C=3\nD\n=4\nE-E=5\nF='it''s'\nG=\nH=\"open\nI=a=b\nA=last\nJ=x\0y\n";
+
+        let parsed = parse(text);
+
+        let expected = [
+            ("A", "last"),
+            ("B", "two words"),
+            ("F", "it''s"),
+            ("G", ""),
+            ("H", "\"open"),
+            ("I", "a=b"),
+        ];
+        let parsed: Vec<_> = parsed.iter().map(|(name, value)| (&**name, &**value)).collect();
+        assert_eq!(parsed, expected);
+    }
+}
