@@ -20,6 +20,9 @@ pub struct CreateSandbox {
     /// Its memory in MiB; 512 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
+    /// The size of its root disk in MiB; that of its image if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mb: Option<u64>,
     /// The environment of its processes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
@@ -163,6 +166,9 @@ pub struct Sandbox {
     pub cpus: u64,
     /// Its memory in MiB.
     pub memory_mb: u64,
+    /// The size of its root disk in MiB; that of its image if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mb: Option<u64>,
     /// The environment of its processes.
     pub env: BTreeMap<String, String>,
     /// Whether it stays hot, however long nobody uses it.

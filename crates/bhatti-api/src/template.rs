@@ -20,6 +20,9 @@ pub struct CreateTemplate {
     /// Their memory in MiB; 512 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
+    /// The size of their root disks in MiB; that of the image if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mb: Option<u64>,
     /// Their environment.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
@@ -47,6 +50,9 @@ pub struct Template {
     pub cpus: u64,
     /// Their memory in MiB.
     pub memory_mb: u64,
+    /// The size of their root disks in MiB; that of the image if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mb: Option<u64>,
     /// Their environment.
     pub env: BTreeMap<String, String>,
     /// Names of their secrets.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bhatti_engine::VmSpec;
 use bhatti_host::process::Followed;
-use bhatti_types::SandboxId;
+use bhatti_types::{DiskMib, SandboxId};
 use bollard::Docker;
 use bollard::errors::Error;
 use bollard::models::{
@@ -117,7 +117,8 @@ pub(crate) async fn create(
     };
     let mut body = body(spec, image, lohar);
     if !DISK_IS_UNLIMITED.load(Ordering::Relaxed) {
-        let bytes = fs::metadata(&spec.root_base)?.len();
+        let image_bytes = fs::metadata(&spec.root_base)?.len();
+        let bytes = spec.disk.map_or(image_bytes, DiskMib::bytes);
         let limit = HashMap::from([("size".to_owned(), bytes.to_string())]);
         body.host_config.get_or_insert_default().storage_opt = Some(limit);
         match create(body.clone()).await {

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 pub use bhatti_host::process::Usage;
-use bhatti_types::{CpuCount, MemoryMib, SandboxId, SandboxName};
+use bhatti_types::{CpuCount, DiskMib, MemoryMib, SandboxId, SandboxName};
 
 pub use boot::{AdoptError, BootError, RemoveError};
 pub use channel::{AgentChannel, AgentStream, ChannelError};
@@ -95,6 +95,8 @@ pub struct VmSpec {
     pub cpus: CpuCount,
     /// Its memory.
     pub memory: MemoryMib,
+    /// The size of its root disk, at least that of `root_base`; the same if absent. The guest makes its file system as large.
+    pub disk: Option<DiskMib>,
     /// Where everything of it is kept. The engine makes it.
     pub directory: PathBuf,
     /// The kernel, as an uncompressed ELF `vmlinux`. Never written.

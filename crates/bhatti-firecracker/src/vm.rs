@@ -1,5 +1,6 @@
 //! A VM: the Firecracker process and the ways to it.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,14 +63,25 @@ pub(crate) fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
+/// Copies the image, and makes the copy as large as the disk is to be.
+fn create_disk(spec: &VmSpec) -> io::Result<()> {
+    let path = spec.directory.join(DISK);
+    disk::copy(&spec.root_base, &path)?;
+    let Some(size) = spec.disk else { return Ok(()) };
+    let file = File::options().write(true).open(&path)?;
+    if size.bytes() > file.metadata()?.len() {
+        file.set_len(size.bytes())?;
+    }
+    Ok(())
+}
+
 /// Boots a VM. What was made stays where it is if that fails.
 pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, BootError> {
     let failed = |step| move |source| BootError::Prepare { step, source };
     let directory = &spec.directory;
     create_private(directory).map_err(failed("create the VM's directory"))?;
     if !spec.keep_disk {
-        disk::copy(&spec.root_base, &directory.join(DISK))
-            .map_err(failed("create the root disk"))?;
+        create_disk(spec).map_err(failed("create the root disk"))?;
     } else if !directory.join(DISK).exists() {
         return Err(BootError::NoDisk);
     }

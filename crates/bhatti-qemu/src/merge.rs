@@ -30,7 +30,7 @@ use crate::vm::QemuVm;
 
 /// From how many layers on they are merged: one that fails leaves room for as many more.
 const MERGE_AT: usize = overlay::LAYERS_MAX / 2;
-/// Layers are merged when that frees more than this part of the disk's size.
+/// Layers are merged when that frees more than this part of the image's size.
 const MERGE_AT_PART: u64 = 4;
 
 /// How long copying may take: who waits for the VM's disk waits for that. What was copied stays so if it takes longer.

@@ -61,17 +61,24 @@ pub(crate) enum OverlayError {
     },
 }
 
-/// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw otherwise. The overlay names it without
+/// Creates an empty overlay of the size of its base. See [`create_sized`].
+pub(crate) fn create(path: &Path, base: &str) -> Result<(), OverlayError> {
+    create_sized(path, base, 0)
+}
+
+/// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw otherwise. It has `bytes`, and no fewer
+/// than the base; behind the base's end it is zero. The overlay names it without
 /// its directory, so that both can be moved together. Its content is durable: what names it must not outlive it. Its name becomes so with
 /// the record of the VM, which lies in the same directory.
 ///
 /// # Errors
 ///
 /// Returns an error if the base cannot be used or the overlay not written; `path` must not exist yet. Blocks on disk.
-pub(crate) fn create(path: &Path, base: &str) -> Result<(), OverlayError> {
+pub(crate) fn create_sized(path: &Path, base: &str, bytes: u64) -> Result<(), OverlayError> {
     let base_path = path.with_file_name(base);
     let disk_bytes = disk_bytes(&base_path)
-        .map_err(|source| OverlayError::Base { path: base_path.clone(), source })?;
+        .map_err(|source| OverlayError::Base { path: base_path.clone(), source })?
+        .max(bytes);
     if disk_bytes > DISK_BYTES_MAX || base.len() > BASE_NAME_BYTES_MAX {
         return Err(OverlayError::Unsupported { path: base_path });
     }

@@ -14,7 +14,7 @@ use bhatti_engine::{
 };
 use bhatti_host::process::{Detached, Followed, Streams, Usage};
 use bhatti_host::socket;
-use bhatti_types::SandboxId;
+use bhatti_types::{DiskMib, SandboxId};
 use bhatti_vmm::{
     Console, cgroup, create_log, create_private, log_tail, remove_other_memory, user_of, volumes,
 };
@@ -90,7 +90,8 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
         files::share(&spec.root_base, directory, base)?;
         let disk = files::new_layer_name()?;
-        overlay::create(&directory.join(&disk), base).map_err(io::Error::other)?;
+        let bytes = spec.disk.map_or(0, DiskMib::bytes);
+        overlay::create_sized(&directory.join(&disk), base, bytes).map_err(io::Error::other)?;
         Ok(disk)
     };
     let disk = make_disk().map_err(|source| ("create the root disk", source))?;

@@ -60,6 +60,7 @@ impl Guest {
             hostname: "guest".parse().unwrap(),
             cpus: CpuCount::ONE,
             memory: MemoryMib::try_from(256).unwrap(),
+            disk: None,
             directory: directory.path().join("vm"),
             kernel: files.kernel,
             initramfs: files.initramfs,

@@ -211,6 +211,7 @@ impl From<CreateError> for ApiError {
             | CreateError::Name(_)
             | CreateError::FilePath(_)
             | CreateError::Files(_)
+            | CreateError::DiskTooSmall { .. }
             | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
             CreateError::FilesTooLarge { .. } => {
                 Self::new(ErrorCode::BodyTooLarge, error.to_string())

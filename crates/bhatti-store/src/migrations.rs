@@ -6,7 +6,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 6] = [
+const STEPS: [&str; 7] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -185,6 +185,12 @@ const STEPS: [&str; 6] = [
     "
     ALTER TABLE users ADD COLUMN max_disk_mib INTEGER DEFAULT 51200 CHECK (max_disk_mib >= 0);
     UPDATE users SET max_disk_mib = NULL WHERE id = '0000000000000000';
+",
+    // The sizes of root disks; those of their images where there is none.
+    "
+    ALTER TABLE sandboxes ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
+    ALTER TABLE snapshots ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
+    ALTER TABLE templates ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
 ",
 ];
 

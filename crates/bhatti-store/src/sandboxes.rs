@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use bhatti_types::{
-    Environment, InvalidLabel, Labels, NetworkMode, QuotaExceeded, SandboxId, SandboxName,
+    DiskMib, Environment, InvalidLabel, Labels, NetworkMode, QuotaExceeded, SandboxId, SandboxName,
     SandboxSpec, SandboxState, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -22,10 +22,11 @@ mod row;
 pub use row::StoredSandbox;
 
 use row::read;
+pub(crate) use row::read_disk;
 
 /// What `row.rs` reads, in its order.
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
-     identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address";
+     identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address, disk_mib";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -481,7 +482,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
     };
     let (state, reason) = state_columns(row.state);
     let mut insert = transaction.prepare_cached(&format!(
-        "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20)"
+        "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21)"
     ))?;
     insert.execute(params![
         row.id.to_string(),
@@ -504,6 +505,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
         row.spec.network.mode.as_str(),
         to_json(&row.spec.network.allow.to_texts())?,
         row.address.map(|address| address.to_string()),
+        row.spec.disk.map(DiskMib::get),
     ])?;
     drop(insert);
     row.volumes = attach_all(transaction, id, owner, volumes)?;
@@ -526,6 +528,11 @@ fn admit(connection: &Connection, owner: UserId, spec: &SandboxSpec) -> Result<(
     }
     if let Some(max) = quota.memory_mib_per_sandbox.filter(|max| spec.memory.get() > *max) {
         return Err(QuotaExceeded::Memory { max }.into());
+    }
+    if let (Some(disk), Some(max)) = (spec.disk, quota.disk_mib)
+        && disk.get() > max
+    {
+        return Err(QuotaExceeded::DiskSize { disk, max }.into());
     }
     match quota.sandboxes {
         Some(max) if used >= max => Err(QuotaExceeded::Sandboxes { used, max }.into()),

@@ -1,16 +1,17 @@
 //! The table of named snapshots.
 
 use bhatti_types::{
-    CpuCount, ImageName, MemoryMib, NetworkSpec, QuotaExceeded, SandboxId, SandboxName,
+    CpuCount, DiskMib, ImageName, MemoryMib, NetworkSpec, QuotaExceeded, SandboxId, SandboxName,
     SnapshotName, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use crate::sandboxes::read_disk;
 use crate::users::quota_of;
 use crate::volumes::{Attachment, attachments_text, parse_attachments};
 use crate::{Store, StoreError, changed_one, immediate, network_spec, now, parsed, to_json};
 
-const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes";
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib";
 
 /// A named snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub struct SnapshotRow {
     pub cpus: CpuCount,
     /// Its memory.
     pub memory: MemoryMib,
+    /// The size of its root disk; that of its image if absent.
+    pub disk: Option<DiskMib>,
     /// What the agent in it wants every connection to begin with.
     pub agent_token: String,
     /// Whether it holds all of the memory, rather than what differs from something else.
@@ -73,7 +76,7 @@ impl Store {
         check(&transaction, row.owner, &row.name)?;
         transaction
             .execute(
-                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)"),
+                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)"),
                 params![
                     row.id.to_string(),
                     row.owner.to_string(),
@@ -90,6 +93,7 @@ impl Store {
                     row.network.mode.as_str(),
                     to_json(&row.network.allow.to_texts())?,
                     attachments_text(&row.volumes)?,
+                    row.disk.map(DiskMib::get),
                 ],
             )
             .map_err(StoreError::from)?;
@@ -196,6 +200,7 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
         image: parsed(text(11)?.parse())?,
         network: network_spec(&text(12)?, &text(13)?)?,
         volumes: parse_attachments(&text(14)?)?,
+        disk: read_disk(row.get(15)?)?,
     })
 }
 
@@ -216,6 +221,7 @@ mod tests {
             sandbox_name: "dev".parse().unwrap(),
             cpus: CpuCount::ONE,
             memory: MemoryMib::DEFAULT,
+            disk: Some(DiskMib::try_from(8192).unwrap()),
             agent_token: "token".to_owned(),
             is_full: true,
             memory_bytes: 4096,

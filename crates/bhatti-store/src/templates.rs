@@ -1,18 +1,18 @@
 //! The table of templates: what users wrote down to create sandboxes from.
 
 use bhatti_types::{
-    CpuCount, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SandboxId, SecretName,
-    TemplateName, UserId,
+    CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SandboxId,
+    SecretName, TemplateName, UserId,
 };
 use rusqlite::{OptionalExtension, Row, params};
 
+use crate::sandboxes::read_disk;
 use crate::{
     CountError, Store, StoreError, changed_one, check_count, from_json, immediate, is_taken, now,
     parse_secrets, parsed, secrets_text, to_json,
 };
 
-const COLUMNS: &str =
-    "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at";
+const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib";
 
 /// The most templates of one user.
 const TEMPLATES_MAX: u32 = 200;
@@ -32,6 +32,8 @@ pub struct TemplateRow {
     pub cpus: CpuCount,
     /// Their memory.
     pub memory: MemoryMib,
+    /// The size of their root disks; that of the image if absent.
+    pub disk: Option<DiskMib>,
     /// Their environment.
     pub environment: Environment,
     /// Their labels.
@@ -87,9 +89,10 @@ impl Store {
             secrets_text(&row.secrets)?,
             row.init,
             row.created_at,
+            row.disk.map(DiskMib::get),
         ];
         let sql = format!(
-            "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"
+            "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)"
         );
         let mut connection = self.connection.lock();
         let transaction = immediate(&mut connection)?;
@@ -181,6 +184,7 @@ fn read(row: &Row<'_>) -> Result<TemplateRow, StoreError> {
         secrets: parse_secrets(&text(8)?)?,
         init: text(9)?,
         created_at: text(10)?,
+        disk: read_disk(row.get(11)?)?,
     })
 }
 
@@ -202,6 +206,7 @@ mod tests {
             image: "minimal".parse().unwrap(),
             cpus: CpuCount::ONE,
             memory: MemoryMib::DEFAULT,
+            disk: Some(DiskMib::try_from(8192).unwrap()),
             environment: Environment::try_from(pair("A", "\"1\n")).unwrap(),
             labels: Labels::try_from(pair("k", "v")).unwrap(),
             secrets: vec!["TOKEN".parse().unwrap()],

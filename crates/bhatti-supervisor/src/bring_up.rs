@@ -271,6 +271,7 @@ async fn boot(
         hostname: row.spec.name.clone(),
         cpus: row.spec.cpus,
         memory: row.spec.memory,
+        disk: row.spec.disk,
         directory: directory(shared, row.id),
         kernel: files.kernel,
         initramfs: files.initramfs,

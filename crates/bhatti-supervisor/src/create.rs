@@ -10,7 +10,7 @@ use bhatti_engine::{BootError, RestoreError, VmmError};
 use bhatti_image::{BootFiles, DEFAULT_IMAGE};
 use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
-    Allowance, CpuCount, Environment, ImageName, Labels, MemoryMib, NEW_FILES_BYTES_MAX,
+    Allowance, CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, NEW_FILES_BYTES_MAX,
     NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded, Report, SandboxId, SandboxName,
     SandboxSpec, SandboxState, SecretName, UserId, VOLUMES_MAX,
 };
@@ -40,6 +40,8 @@ pub struct SandboxRequest {
     pub cpus: Option<CpuCount>,
     /// Its memory; 512 MiB if absent.
     pub memory: Option<MemoryMib>,
+    /// The size of its root disk; that of its image if absent.
+    pub disk: Option<DiskMib>,
     /// The environment of its processes.
     pub environment: Environment,
     /// Whether it stays hot.
@@ -152,6 +154,16 @@ pub enum CreateError {
     /// The guest could not write a file.
     #[error("the sandbox's guest could not write its files: {0}")]
     Files(String),
+    /// Its image does not fit its disk.
+    #[error("disk_mb must be at least {image_mib} for image `{image}`, not {}", disk.get())]
+    DiskTooSmall {
+        /// The disk that was asked for.
+        disk: DiskMib,
+        /// The image.
+        image: ImageName,
+        /// The image's size.
+        image_mib: u64,
+    },
     /// Its files are too large together.
     #[error(
         "the files have {bytes} bytes together; at most {NEW_FILES_BYTES_MAX} can be put into a new sandbox"
@@ -280,6 +292,7 @@ impl Supervisor {
             name: request.name.map_or_else(made_up_name, Ok)?,
             cpus: request.cpus.unwrap_or(CpuCount::ONE),
             memory: request.memory.unwrap_or(MemoryMib::DEFAULT),
+            disk: request.disk,
             environment: request.environment,
             keep_hot: request.keep_hot,
             labels: request.labels,
@@ -303,6 +316,7 @@ impl Supervisor {
         shared.admit_network(owner, &spec.network).await?;
         let secrets = secrets::read(shared, owner, &spec.secrets)?;
         let files = boot_files(shared, &spec.image).await?;
+        check_disk(&spec, &files)?;
         let expires_at = request.lifetime.map(unix_seconds_after);
         let guest_files = guest_files(request.files)?;
         let engine = shared.engine.capabilities();
@@ -317,8 +331,14 @@ impl Supervisor {
         } else {
             let has_network = spec.network.mode == NetworkMode::Nat;
             let places = volumes::places(request.volumes.len());
-            let recipe =
-                Recipe { files, cpus: spec.cpus, memory: spec.memory, has_network, places };
+            let recipe = Recipe {
+                files,
+                cpus: spec.cpus,
+                memory: spec.memory,
+                disk: spec.disk,
+                has_network,
+                places,
+            };
             let template = shared.templates.get(shared, &recipe).await?;
             let spare = shared.spares.take(&template);
             Beginning::Template { recipe, template, spare }
@@ -404,7 +424,14 @@ impl Supervisor {
 /// What sandboxes that ask for nothing in particular are forked from.
 fn usual_recipe(shared: &Shared, files: BootFiles) -> Recipe {
     let has_network = shared.usual_network() == NetworkMode::Nat;
-    Recipe { files, cpus: CpuCount::ONE, memory: MemoryMib::DEFAULT, has_network, places: 0 }
+    Recipe {
+        files,
+        cpus: CpuCount::ONE,
+        memory: MemoryMib::DEFAULT,
+        disk: None,
+        has_network,
+        places: 0,
+    }
 }
 
 pub(crate) fn made_up_name() -> Result<SandboxName, CreateError> {
@@ -469,6 +496,17 @@ fn unix_seconds_after(time: Duration) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let then = now.saturating_add(time);
     then.as_secs() + u64::from(then.subsec_nanos() > 0)
+}
+
+/// Refuses a disk that is too small for its image.
+fn check_disk(spec: &SandboxSpec, files: &BootFiles) -> Result<(), CreateError> {
+    let Some(disk) = spec.disk else { return Ok(()) };
+    let image_bytes = std::fs::metadata(&files.root).map_err(|_| CreateError::Interrupted)?.len();
+    if disk.bytes() >= image_bytes {
+        return Ok(());
+    }
+    let image_mib = image_bytes.div_ceil(1 << 20);
+    Err(CreateError::DiskTooSmall { disk, image: spec.image.clone(), image_mib })
 }
 
 /// The files by their paths, checked.

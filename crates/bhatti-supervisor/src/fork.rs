@@ -218,6 +218,7 @@ fn fork_spec(
         name,
         cpus: parent.spec.cpus,
         memory: parent.spec.memory,
+        disk: parent.spec.disk,
         environment,
         keep_hot: false,
         labels: request.labels.clone(),

@@ -17,7 +17,7 @@ use bhatti_engine::{
 };
 use bhatti_image::BootFiles;
 use bhatti_proto::ExecRequest;
-use bhatti_types::{CpuCount, MemoryMib, Report, SandboxId};
+use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId};
 use parking_lot::Mutex;
 use tokio::time::{Duration, Instant, timeout};
 use tracing::{error, info, warn};
@@ -71,6 +71,8 @@ pub(crate) struct Recipe {
     pub(crate) files: BootFiles,
     pub(crate) cpus: CpuCount,
     pub(crate) memory: MemoryMib,
+    /// The size of its root disk; that of its image if absent.
+    pub(crate) disk: Option<DiskMib>,
     /// Whether there is a network card.
     pub(crate) has_network: bool,
     /// How many places there are for volumes.
@@ -246,7 +248,7 @@ struct Usage {
 
 fn key(machine: &str, recipe: &Recipe) -> String {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let Recipe { files, cpus, memory, has_network, places } = recipe;
+    let Recipe { files, cpus, memory, disk, has_network, places } = recipe;
     // The kernel's directory is named by its content, the other files are themselves.
     let kernel = files.kernel.parent().map(name).unwrap_or_default();
     let text = [
@@ -258,6 +260,7 @@ fn key(machine: &str, recipe: &Recipe) -> String {
         &memory.get().to_string(),
         if *has_network { "network" } else { "no network" },
         &places.to_string(),
+        &disk.map_or_else(String::new, |disk| disk.to_string()),
     ]
     .join("\n");
     blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
@@ -301,6 +304,7 @@ async fn make(
         hostname: shared.config.template_hostname.clone(),
         cpus: recipe.cpus,
         memory: recipe.memory,
+        disk: recipe.disk,
         directory: directory.join(format!("{MAKING}{id}")),
         kernel: recipe.files.kernel.clone(),
         initramfs: recipe.files.initramfs.clone(),
@@ -418,6 +422,7 @@ mod tests {
             files: files.clone(),
             cpus: CpuCount::ONE,
             memory: MemoryMib::DEFAULT,
+            disk: None,
             has_network: true,
             places: 0,
         };
@@ -427,6 +432,7 @@ mod tests {
             key("other", &recipe),
             key("m", &Recipe { has_network: false, ..recipe.clone() }),
             key("m", &Recipe { places: 1, ..recipe.clone() }),
+            key("m", &Recipe { disk: DiskMib::try_from(8192).ok(), ..recipe.clone() }),
             key("m", &Recipe { cpus: CpuCount::try_from(2).unwrap(), ..recipe.clone() }),
             key("m", &Recipe { memory: MemoryMib::try_from(1024).unwrap(), ..recipe.clone() }),
             key(

@@ -121,6 +121,7 @@ impl Driver {
             hostname: row.spec.name.clone(),
             cpus: row.spec.cpus,
             memory: row.spec.memory,
+            disk: row.spec.disk,
             directory,
             kernel: files.kernel,
             initramfs: files.initramfs,

@@ -142,6 +142,7 @@ pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
         hostname: "trial".parse().unwrap(),
         cpus: CpuCount::ONE,
         memory: MemoryMib::try_from(256).unwrap(),
+        disk: None,
         directory: directory.path().join(id.to_string()),
         kernel: files.kernel,
         initramfs: files.initramfs,

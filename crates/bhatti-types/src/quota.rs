@@ -1,5 +1,7 @@
 //! What a user may have.
 
+use crate::DiskMib;
+
 /// What one user may have at most; `None` is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quota {
@@ -92,6 +94,14 @@ pub enum QuotaExceeded {
     #[error("max {max} MB memory per sandbox")]
     Memory {
         /// How much it may have, in MiB.
+        max: u32,
+    },
+    /// The sandbox is to have a disk that is larger than all disks may be together.
+    #[error("a disk of {disk} is more than the {max} MiB that sandboxes and snapshots may take")]
+    DiskSize {
+        /// The disk that was asked for.
+        disk: DiskMib,
+        /// How much they may take, in MiB.
         max: u32,
     },
 }

@@ -90,6 +90,49 @@ impl fmt::Display for MemoryMib {
     }
 }
 
+/// A root disk, in mebibytes (2^20 bytes): 256 MiB to 4 TiB, which is the most that a layer of a disk addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DiskMib(u32);
+
+impl DiskMib {
+    const MIN: u32 = 256;
+    const MAX: u32 = 4 << 20;
+
+    /// The size in mebibytes.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        (self.0 as u64) << 20
+    }
+}
+
+impl TryFrom<u64> for DiskMib {
+    type Error = OutOfRange;
+
+    fn try_from(value: u64) -> Result<Self, OutOfRange> {
+        match u32::try_from(value) {
+            Ok(mib @ Self::MIN..=Self::MAX) => Ok(Self(mib)),
+            _ => Err(OutOfRange {
+                what: "disk_mb",
+                value,
+                minimum: u64::from(Self::MIN),
+                maximum: u64::from(Self::MAX),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for DiskMib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} MiB", self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +143,8 @@ mod tests {
         assert_eq!(CpuCount::try_from(32).map(CpuCount::get), Ok(32));
         assert_eq!(MemoryMib::try_from(128).map(MemoryMib::bytes), Ok(134_217_728));
         assert_eq!(MemoryMib::try_from(262_144).map(MemoryMib::get), Ok(262_144));
+        assert_eq!(DiskMib::try_from(256).map(DiskMib::bytes), Ok(256 << 20));
+        assert_eq!(DiskMib::try_from(4 << 20).map(DiskMib::bytes), Ok(4 << 40));
     }
 
     #[test]
@@ -109,6 +154,9 @@ mod tests {
         }
         for mib in [0, 3, 127, 262_145, 10 << 20, u64::MAX] {
             assert!(MemoryMib::try_from(mib).is_err(), "{mib} MiB");
+        }
+        for mib in [0, 255, (4 << 20) + 1, u64::MAX] {
+            assert!(DiskMib::try_from(mib).is_err(), "{mib} MiB");
         }
     }
 

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::{CpuCount, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName, SecretName};
+use crate::{
+    CpuCount, DiskMib, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName, SecretName,
+};
 
 /// The most content that the files of a new sandbox have together, in bytes.
 pub const NEW_FILES_BYTES_MAX: usize = 16 << 20;
@@ -82,6 +84,8 @@ pub struct SandboxSpec {
     pub cpus: CpuCount,
     /// Its memory.
     pub memory: MemoryMib,
+    /// The size of its root disk; that of its image if absent.
+    pub disk: Option<DiskMib>,
     /// The environment of every process that is started in it.
     pub environment: Environment,
     /// Whether it stays hot, however long nobody uses it.
@@ -106,6 +110,7 @@ impl SandboxSpec {
             name,
             cpus: CpuCount::ONE,
             memory: MemoryMib::DEFAULT,
+            disk: None,
             environment: Environment::default(),
             keep_hot: false,
             labels: Labels::default(),

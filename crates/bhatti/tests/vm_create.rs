@@ -1,8 +1,8 @@
-//! What a new sandbox is made with: files of any size that it may have, and certificates that its image trusts.
+//! What a new sandbox is made with: files and a disk of any size that it may have, and certificates that its image trusts.
 
 use std::io::Write;
 
-use bhatti_testkit::{Api, LIMIT, Serve, TestDaemon};
+use bhatti_testkit::{Api, Feature, LIMIT, Serve, TestDaemon, needs};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{sleep, timeout};
@@ -147,4 +147,66 @@ until [ -s /tmp/ready ]; do sleep 0.05; done"#;
         python3 -c \"import urllib.request as r; print(r.urlopen('https://localhost:8443/').status)\"
         env | grep -c '=/etc/ssl/certs/ca-certificates.crt$'";
     assert_eq!(api.sh("dev", asks).await, "200\n200\n4\n");
+}
+
+#[tokio::test]
+async fn root_disk_has_the_size_that_was_asked_for_wherever_it_goes() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let size = "df --output=size -m / | tail -1";
+    let mebibytes = async |name: &str| api.sh(name, size).await.trim().parse::<u32>().unwrap();
+    let request = json!({ "name": "forked", "disk_mb": 20480 });
+    let created = api.call("POST", "/sandboxes", &request).await;
+    assert_eq!((created.status.as_u16(), &created.json()["disk_mb"]), (201, &json!(20480)));
+    let booted = daemon.cli(&["create", "--name", "booted", "--cold-boot", "--disk", "6000"]);
+    assert!({ booted }.status().await.unwrap().success());
+
+    // A file system keeps some of its disk for itself.
+    assert!((19_500..20_480).contains(&mebibytes("forked").await));
+    assert!((5_600..6_000).contains(&mebibytes("booted").await));
+    api.sh("forked", "head -c 1M /dev/urandom >/workspace/file; sync").await;
+    assert_eq!(api.call("POST", "/sandboxes/forked/stop", &json!({})).await.status, 200);
+    assert_eq!(api.call("POST", "/sandboxes/forked/start", &json!({})).await.status, 200);
+    let fork = json!({ "name": "child" });
+    let forked = api.call("POST", "/sandboxes/forked/fork", &fork).await;
+    assert_eq!(forked.status, 201, "{}", forked.text());
+    assert!((19_500..20_480).contains(&mebibytes("child").await));
+    assert_eq!(api.get("/sandboxes/child").await.json()["disk_mb"], 20480);
+    let check = "df --output=size -m / | tail -1; wc -c </workspace/file";
+    let restart = json!({ "cold_boot": true });
+    assert_eq!(api.call("POST", "/sandboxes/child/stop", &json!({})).await.status, 200);
+    assert_eq!(api.call("POST", "/sandboxes/child/start", &restart).await.status, 200);
+    assert!(api.sh("child", check).await.ends_with("\n1048576\n"));
+    assert!((19_500..20_480).contains(&mebibytes("child").await));
+}
+
+#[tokio::test]
+async fn disk_that_cannot_be_is_refused_with_what_can() {
+    let config = "listen: 127.0.0.1:0\n".to_owned();
+    let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let api = Api::admin(&daemon);
+    for (disk, expected) in [
+        (json!(255), "disk_mb must be between 256 and 4194304, not 255"),
+        (json!(5_000_000), "disk_mb must be between 256 and 4194304, not 5000000"),
+        (json!(4095), "disk_mb must be at least 4096 for image `minimal`, not 4095"),
+    ] {
+        let answer = api.call("POST", "/sandboxes", &json!({ "disk_mb": disk })).await;
+        assert_eq!(answer.status, 400);
+        assert!(answer.text().contains(expected), "{}", answer.text());
+    }
+    let user = json!({ "name": "small", "max_disk_mb": 8192 });
+    let key =
+        api.call("POST", "/users", &user).await.json()["api_key"].as_str().unwrap().to_owned();
+    let theirs = Api::tcp(daemon.api_address(), Some(&key));
+    let answer = theirs.call("POST", "/sandboxes", &json!({ "disk_mb": 8193 })).await;
+    assert!(
+        answer.text().contains("8192 MiB that sandboxes and snapshots may take"),
+        "{}",
+        answer.text()
+    );
+    assert_eq!(theirs.get("/sandboxes").await.json(), json!([]));
+    assert_eq!(api.get("/sandboxes").await.json(), json!([]));
 }

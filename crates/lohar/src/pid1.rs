@@ -7,6 +7,7 @@
 //! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
 
 mod container;
+mod disk_growth;
 mod modules;
 mod mounts;
 mod power;
@@ -79,6 +80,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     for (step, done) in [
         ("offer the loadable modules", loadable.as_ref().map_or(Ok(()), modules::offer)),
         ("share mounts with namespaces", mounts::share()),
+        ("make the root file system as large as its disk", disk_growth::grow(&disk)),
         ("bring the loopback up", netlink::loopback_up()),
         ("bring the network card up", netlink::card_up()),
         ("protect the agent's memory", oom::protect_agent()),

@@ -102,6 +102,7 @@ async fn run_in(
         hostname: "kvm-lab".parse()?,
         cpus: CpuCount::try_from(CPUS)?,
         memory: MemoryMib::try_from(MEMORY_MIB)?,
+        disk: None,
         directory: place.to_owned(),
         kernel: boot.kernel,
         initramfs: boot.initramfs,

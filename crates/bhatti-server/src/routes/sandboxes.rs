@@ -300,6 +300,7 @@ fn listed(isolation: Isolation, thermal: Option<Thermal>, row: SandboxRow) -> Sa
         reason,
         cpus: row.spec.cpus.get().into(),
         memory_mb: row.spec.memory.get().into(),
+        disk_mb: row.spec.disk.map(|disk| disk.get().into()),
         env: row.spec.environment.into_map(),
         keep_hot: row.spec.keep_hot,
         labels: row.spec.labels.into_map(),

@@ -6,7 +6,7 @@ use axum::response::Response;
 use bhatti_api::{CreateTemplate, Deleted, ErrorCode, Template};
 use bhatti_image::DEFAULT_IMAGE;
 use bhatti_store::TemplateRow;
-use bhatti_types::{CpuCount, Environment, MemoryMib, SandboxId, UserId};
+use bhatti_types::{CpuCount, DiskMib, Environment, MemoryMib, SandboxId, UserId};
 
 use super::sandboxes::{init as check_init, labels, secrets};
 use crate::AppState;
@@ -73,6 +73,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         image,
         cpus,
         memory_mb,
+        disk_mb,
         env,
         secrets: wanted_secrets,
         labels: wanted_labels,
@@ -88,6 +89,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         image: image.parse().map_err(|error| bad(&error))?,
         cpus: cpus.map_err(|error| bad(&error))?,
         memory: memory.map_err(|error| bad(&error))?,
+        disk: disk_mb.map(DiskMib::try_from).transpose().map_err(|error| bad(&error))?,
         environment: Environment::try_from(env).map_err(|error| bad(&error))?,
         labels: labels(wanted_labels)?,
         secrets: secrets(&wanted_secrets)?,
@@ -103,6 +105,7 @@ fn template(row: TemplateRow) -> Template {
         image: row.image.to_string(),
         cpus: row.cpus.get().into(),
         memory_mb: row.memory.get().into(),
+        disk_mb: row.disk.map(|disk| disk.get().into()),
         env: row.environment.into_map(),
         secrets: row.secrets.iter().map(ToString::to_string).collect(),
         labels: row.labels.into_map(),

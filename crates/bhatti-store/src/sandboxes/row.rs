@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use bhatti_types::{CpuCount, Environment, MemoryMib, SandboxId, SandboxSpec, SandboxState};
+use bhatti_types::{
+    CpuCount, DiskMib, Environment, MemoryMib, SandboxId, SandboxSpec, SandboxState,
+};
 use rusqlite::Row;
 use rusqlite::types::ValueRef;
 
@@ -133,6 +135,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             name: parsed(lent(2)?.parse())?,
             cpus: parsed(CpuCount::try_from(number(5)?))?,
             memory: parsed(MemoryMib::try_from(number(6)?))?,
+            disk: read_disk(parsed(row.get(22))?)?,
             environment: parse_environment(lent(7)?)?,
             keep_hot: parsed(row.get(9))?,
             labels: parse_labels(lent(13)?)?,
@@ -149,8 +152,13 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         expires_at: time(16)?,
         stopped_at: maybe_text(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
-        volumes: parse_attachments(lent(22)?)?,
+        volumes: parse_attachments(lent(23)?)?,
     })
+}
+
+/// A column of a disk's size.
+pub(crate) fn read_disk(mib: Option<u64>) -> Result<Option<DiskMib>, StoreError> {
+    mib.map(|mib| parsed(DiskMib::try_from(mib))).transpose()
 }
 
 fn parse_environment(text: &str) -> Result<Environment, StoreError> {

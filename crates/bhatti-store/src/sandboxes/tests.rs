@@ -1,4 +1,4 @@
-use bhatti_types::{Allowance, CpuCount, FailReason, MemoryMib, NetworkSpec, Quota};
+use bhatti_types::{Allowance, CpuCount, DiskMib, FailReason, MemoryMib, NetworkSpec, Quota};
 
 use super::*;
 
@@ -13,6 +13,7 @@ fn spec(name: &str) -> SandboxSpec {
         name: name.parse().unwrap(),
         cpus: CpuCount::try_from(2).unwrap(),
         memory: MemoryMib::DEFAULT,
+        disk: DiskMib::try_from(8192).ok(),
         environment: Environment::try_from(BTreeMap::from(variables)).unwrap(),
         keep_hot: true,
         labels: Labels::try_from(BTreeMap::from([("k".to_owned(), "v".to_owned())])).unwrap(),

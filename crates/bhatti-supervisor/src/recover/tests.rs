@@ -328,6 +328,7 @@ fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
         sandbox_name: spec.name,
         cpus: spec.cpus,
         memory: spec.memory,
+        disk: None,
         agent_token: String::new(),
         is_full: true,
         memory_bytes: 0,

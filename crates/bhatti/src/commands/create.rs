@@ -36,6 +36,9 @@ pub(crate) struct Create {
     /// Its memory in MiB [default: 512]
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
+    /// The size of its root disk in MiB [default: that of the image, 4096 for those that are built here]
+    #[arg(long, value_name = "MIB")]
+    disk: Option<u64>,
     /// A variable for its processes; may be given several times
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     env: Vec<(String, String)>,
@@ -88,6 +91,7 @@ pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
         name: arguments.name,
         cpus: arguments.cpus,
         memory_mb: arguments.memory,
+        disk_mb: arguments.disk,
         env: arguments.env.into_iter().collect(),
         keep_hot: arguments.keep_hot,
         cold_boot: arguments.cold_boot,

@@ -36,6 +36,9 @@ fn describe(sandbox: &Sandbox) -> Vec<(&'static str, Cell)> {
     facts.push(("image", Cell::from(&sandbox.image)));
     facts.push(("cpus", Cell::number(sandbox.cpus)));
     facts.push(("memory", mib(sandbox.memory_mb).into()));
+    if let Some(disk) = sandbox.disk_mb {
+        facts.push(("disk", mib(disk).into()));
+    }
     let address = sandbox.ip.iter().map(|address| format!(", {address}"));
     let allowed = sandbox.network_allow.iter().map(|range| format!(", reaches {range}"));
     let network: String = address.chain(allowed).collect();

@@ -46,6 +46,9 @@ pub(crate) struct Create {
     /// Their memory in MiB [default: 512]
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
+    /// The size of their root disks in MiB [default: that of the image]
+    #[arg(long, value_name = "MIB")]
+    disk: Option<u64>,
     /// A variable for their processes; may be given several times
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     env: Vec<(String, String)>,
@@ -83,6 +86,7 @@ pub(super) async fn run(context: &Context, command: Template) -> Result<(), CliE
                 image: arguments.image,
                 cpus: arguments.cpus,
                 memory_mb: arguments.memory,
+                disk_mb: arguments.disk,
                 env: arguments.env.into_iter().collect(),
                 secrets: arguments.secret,
                 labels: arguments.label.into_iter().collect(),
@@ -114,6 +118,7 @@ fn describe(template: &Listed) -> Vec<(&'static str, Cell)> {
         ("image", Cell::from(&template.image)),
         ("cpus", Cell::number(template.cpus)),
         ("memory", mib(template.memory_mb).into()),
+        ("disk", template.disk_mb.map_or("as the image".to_owned(), mib).into()),
         ("created", Cell::Time(template.created_at.clone())),
     ];
     facts.extend(template.labels.iter().map(|label| ("label", variable(label))));

@@ -8,7 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use bhatti_api::{CreateSandbox, ErrorCode, NewFile};
 use bhatti_store::{SandboxFilter, TemplateRow};
 use bhatti_supervisor::{FileRequest, SandboxRequest};
-use bhatti_types::{Allowance, CpuCount, Environment, Labels, MemoryMib, SandboxName, SecretName};
+use bhatti_types::{
+    Allowance, CpuCount, DiskMib, Environment, Labels, MemoryMib, SandboxName, SecretName,
+};
 
 use super::ListQuery;
 use crate::routes::volumes::attachments;
@@ -86,6 +88,7 @@ pub(super) fn create(
         name: wanted_name,
         cpus,
         memory_mb,
+        disk_mb,
         env,
         keep_hot,
         cold_boot,
@@ -112,6 +115,9 @@ pub(super) fn create(
     }
     if let Some(memory) = memory_mb {
         base.memory = Some(MemoryMib::try_from(memory).map_err(|error| bad(&error))?);
+    }
+    if let Some(disk) = disk_mb {
+        base.disk = Some(DiskMib::try_from(disk).map_err(|error| bad(&error))?);
     }
     if let Some(image) = image {
         base.image = Some(image.parse().map_err(|error| bad(&error))?);
@@ -149,6 +155,7 @@ fn of_template(row: TemplateRow) -> SandboxRequest {
     SandboxRequest {
         cpus: Some(row.cpus),
         memory: Some(row.memory),
+        disk: row.disk,
         environment: row.environment,
         labels: row.labels,
         secrets: row.secrets,

@@ -1,0 +1,89 @@
+//! A root disk that is larger than the file system on it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::ioctl::{Setter, ioctl, opcode};
+
+/// Where the superblock is on the disk, in bytes, and how much of it is read. See the kernel's
+/// Documentation/filesystems/ext4/super.rst, which the offsets below are from, too.
+const SUPERBLOCK_OFFSET: u64 = 1024;
+const SUPERBLOCK_BYTES: usize = 1024;
+const MAGIC: [u8; 2] = [0x53, 0xef];
+const MAGIC_OFFSET: usize = 0x38;
+const BLOCKS_LOW_OFFSET: usize = 0x4;
+const BLOCKS_HIGH_OFFSET: usize = 0x150;
+const LOG_BLOCK_SIZE_OFFSET: usize = 0x18;
+const INCOMPATIBLE_OFFSET: usize = 0x60;
+/// The feature by which block numbers have 64 bits.
+const IS_64_BIT: u32 = 0x80;
+
+/// `EXT4_IOC_RESIZE_FS` of linux/ext4.h: makes a mounted file system so many blocks large.
+const RESIZE: rustix::ioctl::Opcode = opcode::write::<u64>(b'f', 16);
+
+/// Makes the root file system as large as `disk`, which is mounted. What is as large already, or no ext4, stays as it is.
+pub(super) fn grow(disk: &Path) -> io::Result<()> {
+    let device = File::open(disk)?;
+    let mut superblock = [0; SUPERBLOCK_BYTES];
+    device.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET)?;
+    let Some((blocks, block_bytes)) = size(&superblock) else { return Ok(()) };
+    let wanted = device_bytes(&device)? / block_bytes;
+    if wanted <= blocks {
+        return Ok(());
+    }
+    let root = File::open("/")?;
+    // SAFETY: the request reads one number of 64 bits.
+    #[expect(unsafe_code, reason = "no crate has this call")]
+    unsafe {
+        ioctl(&root, Setter::<RESIZE, u64>::new(wanted))?;
+    }
+    Ok(())
+}
+
+/// How many blocks a file system has, and the size of each in bytes.
+fn size(superblock: &[u8; SUPERBLOCK_BYTES]) -> Option<(u64, u64)> {
+    let number =
+        |offset: usize| superblock[offset..].first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+    if !superblock[MAGIC_OFFSET..].starts_with(&MAGIC) {
+        return None;
+    }
+    let is_64_bit = number(INCOMPATIBLE_OFFSET)? & IS_64_BIT != 0;
+    let high = if is_64_bit { number(BLOCKS_HIGH_OFFSET)? } else { 0 };
+    let blocks = u64::from(high) << 32 | u64::from(number(BLOCKS_LOW_OFFSET)?);
+    let block_bytes = 1024_u64.checked_shl(number(LOG_BLOCK_SIZE_OFFSET)?)?;
+    (block_bytes > 0).then_some((blocks, block_bytes))
+}
+
+fn device_bytes(device: &File) -> io::Result<u64> {
+    let mut bytes = 0_u64;
+    // SAFETY: the request writes one number of 64 bits.
+    #[expect(unsafe_code, reason = "no crate has this call")]
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) };
+    if result == 0 { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `BLKGETSIZE64` of linux/fs.h: the size of a block device in bytes.
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_of_a_file_system_is_read_from_its_superblock() {
+        let mut superblock = [0; SUPERBLOCK_BYTES];
+        assert_eq!(size(&superblock), None);
+        superblock[0x38..0x3a].copy_from_slice(&MAGIC);
+        superblock[0x4..0x8].copy_from_slice(&1_048_576_u32.to_le_bytes());
+        superblock[0x18] = 2;
+        superblock[0x150] = 1;
+        assert_eq!(size(&superblock), Some((1_048_576, 4096)));
+        superblock[0x60] = 0x80;
+        assert_eq!(size(&superblock), Some(((1 << 32) + 1_048_576, 4096)));
+        superblock[0x18] = 200;
+        assert_eq!(size(&superblock), None);
+    }
+}
