@@ -50,6 +50,10 @@ pub struct ExecRequest {
     /// Whether it is a job, which runs on without a client.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub detach: bool,
+    /// Whether a job starts again each time that the sandbox boots anew, until it has ended. Its command and variables lie in a file of
+    /// root's in the sandbox meanwhile.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restart: bool,
 }
 
 /// A command that runs, or ran, without a client.
@@ -70,6 +74,9 @@ pub struct Job {
     pub output_start: u64,
     /// The byte behind the last one of its output so far.
     pub output_end: u64,
+    /// Whether it starts again each time that the sandbox boots anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restart: bool,
 }
 
 /// A terminal session, or a job.

@@ -69,6 +69,9 @@ pub struct ExecRequest {
     /// Bytes of output that a session without a terminal keeps; the agent's default if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit: Option<u64>,
+    /// Whether a detached job starts again each time that the guest boots anew, until it has ended. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub restart: bool,
 }
 
 /// Why a request was refused.
@@ -144,6 +147,9 @@ pub struct SessionInfo {
     /// The byte behind the last one of the output so far. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_end: Option<u64>,
+    /// Whether it is a job that starts again when the guest boots anew. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub restart: bool,
 }
 
 /// Names a session.
@@ -446,6 +452,7 @@ mod tests {
             output_offset: Some(0),
             observe: true,
             output_limit: Some(1),
+            restart: true,
         };
 
         let json = serde_json::to_string(&request).unwrap();
@@ -465,6 +472,7 @@ mod tests {
             created_at: 1,
             output_start: None,
             output_end: None,
+            restart: false,
         };
         let running = serde_json::to_string(&session).unwrap();
         session.exit_code = Some(0);

@@ -214,6 +214,14 @@ async fn guest_that_reboots_itself_is_booted_from_its_disk() {
         shell(&daemon.client, "dev", &format!("echo kept >/workspace/f; sync; {boot}")).await;
     let reboot = "import ctypes; ctypes.CDLL(None).reboot(0x01234567)";
     let api = Api::admin(&daemon);
+    let service = "echo run >>/workspace/runs; sync; exec sleep 1000";
+    let attached = serde_json::json!({ "cmd": ["sh", "-c", service], "restart": true });
+    assert_eq!(api.call("POST", "/sandboxes/dev/exec", &attached).await.status, 400);
+    let job = ["exec", "--detach", "--restart", "dev", "--", "sh", "-c", service];
+    assert!(daemon.cli(&job).status().await.unwrap().success());
+    let wait_for_runs =
+        |runs: u32| format!("until [ $(wc -l </workspace/runs) = {runs} ]; do sleep 0.05; done");
+    shell(&daemon.client, "dev", &wait_for_runs(1)).await;
     let exec = serde_json::json!({ "cmd": ["python3", "-c", reboot], "user": "root" });
     drop(api.call("POST", "/sandboxes/dev/exec", &exec).await);
 
@@ -235,6 +243,12 @@ async fn guest_that_reboots_itself_is_booted_from_its_disk() {
     assert!(after.starts_with("kept\n"), "{after}");
     let events = daemon.client.list_events(&EventFilter::default()).await.unwrap();
     assert!(events.iter().any(|event| event.kind == "sandbox.rebooted"));
+    shell(&daemon.client, "dev", &wait_for_runs(2)).await;
+    assert_eq!(api.call("POST", "/sandboxes/dev/stop", &serde_json::json!({})).await.status, 200);
+    daemon.client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap();
+    shell(&daemon.client, "dev", &wait_for_runs(3)).await;
+    let jobs = api.get("/sandboxes/dev/jobs").await.json();
+    assert_eq!((&jobs[0]["running"], &jobs[0]["restart"]), (&true.into(), &true.into()), "{jobs}");
 }
 
 #[tokio::test]

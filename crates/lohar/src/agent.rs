@@ -231,6 +231,11 @@ impl Agent {
         self.shutdown.notify_waiters();
     }
 
+    /// Whether the host has asked for the guest to be shut down.
+    pub(crate) const fn is_shutting_down(&self) -> bool {
+        self.shutdown_asked.get()
+    }
+
     /// Waits until the host asks for the guest to be shut down.
     pub(crate) async fn shutdown_requested(&self) {
         while !self.shutdown_asked.get() {

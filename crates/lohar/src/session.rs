@@ -16,6 +16,7 @@
 mod attach;
 mod create;
 mod job_log;
+mod kept;
 mod output;
 mod pump;
 mod registry;
@@ -34,6 +35,7 @@ use output::Output;
 
 pub(crate) use attach::serve_attach;
 pub(crate) use create::{serve_create, start_init};
+pub(crate) use kept::start_kept;
 pub(crate) use registry::Sessions;
 
 /// The session of the guest's init script.
@@ -46,6 +48,8 @@ pub(crate) struct Session {
     terminal: Option<pump::Terminal>,
     created_at: i64,
     processes: Rc<Processes>,
+    /// Whether it starts again when the guest boots anew.
+    restarts: bool,
     max_idle_sec: Option<u64>,
     stdin: RefCell<Option<pump::StdinSender>>,
     output: RefCell<Output>,
@@ -89,6 +93,7 @@ impl Session {
             created_at: self.created_at,
             output_start: self.is_job().then(|| output.start()),
             output_end: self.is_job().then(|| output.end()),
+            restart: self.restarts,
         }
     }
 

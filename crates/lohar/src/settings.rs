@@ -16,8 +16,9 @@ use tokio::time::timeout;
 
 use crate::agent::{Agent, Place};
 use crate::file::{begin_as_agent, parse_mode, write_whole};
+use crate::log;
 use crate::refusal::{OpError, refused};
-use crate::session::start_init;
+use crate::session::{start_init, start_kept};
 
 pub(crate) use identity::{assume, feed_random, set_clock};
 
@@ -77,6 +78,9 @@ pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result
     write_files(agent, &config.files).await?;
     agent.settings.borrow_mut().take_over(config);
     start_init_of(agent, &config.init);
+    if timeout(FILES_LIMIT, start_kept(agent)).await.is_err() {
+        log::line(format_args!("jobs of an earlier boot could not be read in time"));
+    }
     Ok(())
 }
 

@@ -35,11 +35,24 @@ impl Agent {
     /// Starts an agent with other limits than the usual ones, in JSON.
     pub(crate) async fn start_with(limits: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("work")).unwrap();
+        Self::start_in(directory, limits).await
+    }
+
+    /// Kills the agent with all that it started, and starts another one with what it left on the disk.
+    pub(crate) async fn start_anew(mut self) -> Self {
+        self.process.kill().await.unwrap();
+        for socket in ["control", "forward"] {
+            std::fs::remove_file(self.directory.path().join(socket)).unwrap();
+        }
+        Self::start_in(self.directory, "{}").await
+    }
+
+    async fn start_in(directory: tempfile::TempDir, limits: &str) -> Self {
         let channel = UnixChannel {
             control: directory.path().join("control"),
             forward: directory.path().join("forward"),
         };
-        std::fs::create_dir(directory.path().join("work")).unwrap();
         let process = bhatti_host::process::command(lohar())
             .envs([("LOHAR_TEST", "1".as_ref()), ("LOHAR_SOCK", channel.control.as_os_str())])
             .env("LOHAR_FWD_SOCK", &channel.forward)

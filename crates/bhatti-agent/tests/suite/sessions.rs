@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bhatti_agent::{CallError, ExecEvent, ExecInput, SessionOutput};
-use bhatti_proto::{ErrorKind, ExecRequest, FrameType, SessionInfo};
+use bhatti_proto::{ErrorKind, ExecRequest, FrameType, GuestConfig, SessionInfo};
 use proptest::prelude::*;
 use tokio::time::timeout;
 
@@ -546,4 +546,66 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(run_steps(steps));
     }
+}
+
+#[tokio::test]
+async fn job_that_is_to_starts_again_with_the_guest_until_it_has_ended() {
+    let agent = Agent::start().await;
+    let (runs, pids) = (agent.path("runs"), agent.path("pids"));
+    let script = format!("echo $V $PWD >>{runs}; echo $$ >>{pids}; exec sleep 1000");
+    let service = ExecRequest {
+        restart: true,
+        env: [("V".to_owned(), "value".to_owned())].into(),
+        cwd: Some("/".to_owned()),
+        ..command(&["sh", "-c", &script])
+    };
+    agent.client.create_detached(command(&["true"])).await.unwrap();
+    let begun = agent.client.create_detached(service).await.unwrap();
+    assert_eq!((begun.session_id.as_str(), begun.restart), ("s2", true));
+    let lines = |path: &str| std::fs::read_to_string(path).unwrap_or_default().lines().count();
+    until("the job runs", || lines(&pids) == 1).await;
+
+    let agent = agent.start_anew().await;
+    // A machine takes its processes with it.
+    bhatti_testkit::kill_process(std::fs::read_to_string(&pids).unwrap().trim().parse().unwrap());
+    assert!(
+        agent.client.list_sessions().await.unwrap().is_empty(),
+        "the guest is not configured yet"
+    );
+    agent.client.configure(&GuestConfig::default()).await.unwrap();
+    until("the job runs again", || lines(&pids) == 2).await;
+    assert_eq!(std::fs::read_to_string(&runs).unwrap(), "value /\nvalue /\n");
+    let listed = agent.client.list_sessions().await.unwrap();
+    assert_eq!((listed.len(), listed[0].session_id.as_str(), listed[0].restart), (1, "s2", true));
+    let next = agent.client.create_detached(command(&["true"])).await.unwrap();
+    assert_eq!(next.session_id, "s3");
+
+    agent.client.kill_session("s2").await.unwrap();
+    let kept = agent.directory.path().join("state/restart/s2.json");
+    until("the job is forgotten", || !kept.exists()).await;
+    let agent = agent.start_anew().await;
+    agent.client.configure(&GuestConfig::default()).await.unwrap();
+    assert!(agent.client.list_sessions().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn jobs_that_cannot_start_again_are_refused_and_leave_nothing() {
+    let agent = Agent::start().await;
+    let restarting = |argv: &[&str]| ExecRequest { restart: true, ..command(argv) };
+
+    let attached = agent.client.create_session(restarting(&["true"])).await;
+    assert!(attached.err().unwrap().to_string().contains("only a detached job"));
+    let missing = agent.client.create_detached(restarting(&["no-such-program"])).await;
+    missing.unwrap_err();
+    let directory = agent.directory.path().join("state/restart");
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+    for number in 0..64 {
+        std::fs::write(directory.join(format!("s{}.json", 1000 + number)), "no request").unwrap();
+    }
+    let beyond = agent.client.create_detached(restarting(&["sleep", "1000"])).await;
+    assert!(beyond.unwrap_err().to_string().contains("64 jobs start again already"));
+    // What is no request is left alone.
+    let agent = agent.start_anew().await;
+    agent.client.configure(&GuestConfig::default()).await.unwrap();
+    assert!(agent.client.list_sessions().await.unwrap().is_empty());
 }

@@ -48,7 +48,8 @@ pub(crate) async fn run(
     headers: HeaderMap,
     ApiJson(request): ApiJson<ExecRequest>,
 ) -> Result<Response, ApiError> {
-    let ExecRequest { cmd, env, cwd, stdin, stdin_base64, user, timeout_sec, detach } = request;
+    let ExecRequest { cmd, env, cwd, stdin, stdin_base64, user, timeout_sec, detach, restart } =
+        request;
     let has_stdin = stdin.is_some() || stdin_base64.is_some();
     let stdin = read_stdin(stdin, stdin_base64);
     let exec = match agent_request(Command { cmd, env, cwd, user, timeout_sec }) {
@@ -64,7 +65,12 @@ pub(crate) async fn run(
             return Err(ApiError::new(ErrorCode::BadRequest, "a job has no stdin")
                 .hint("write its input into a file first, or run it without detach"));
         }
+        let exec = bhatti_proto::ExecRequest { restart, ..exec };
         return start_job(&state, owner, &called, exec).await;
+    }
+    if restart {
+        return Err(ApiError::new(ErrorCode::BadRequest, "only a job can be started again")
+            .hint("set detach, too"));
     }
     let stdin = stdin?;
     let (at_hand, rest) =

@@ -159,5 +159,6 @@ pub(super) fn job(info: SessionInfo) -> Option<Job> {
         created_at: info.created_at,
         output_start: info.output_start.unwrap_or_default(),
         output_end: info.output_end.unwrap_or_default(),
+        restart: info.restart,
     })
 }

@@ -56,6 +56,9 @@ pub(crate) struct Exec {
     /// Let it run on as a job, and print the job's id: see `bhatti logs` and `bhatti wait`
     #[arg(short, long)]
     detach: bool,
+    /// Start the job again each time that the sandbox boots anew (after a reboot, or a start without its memory), until it has ended
+    #[arg(long, requires = "detach")]
+    restart: bool,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -72,6 +75,7 @@ pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
         no_stdin,
         tty,
         detach,
+        restart,
         command,
     } = arguments;
     if detach {
@@ -82,6 +86,7 @@ pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
             user,
             timeout_sec: timeout,
             detach: true,
+            restart,
             stdin: None,
             stdin_base64: None,
         };

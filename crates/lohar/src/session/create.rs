@@ -4,14 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use bhatti_proto::{AgentError, ExecRequest, FrameType};
+use bhatti_proto::{AgentError, ErrorKind, ExecRequest, FrameType};
 use tokio::io::Interest;
 use tokio::sync::{Notify, mpsc};
 
 use super::job_log::JobLog;
 use super::output::Output;
 use super::pump::{self, Source};
-use super::{Attachment, INIT_ID, Session, attach};
+use super::{Attachment, INIT_ID, Session, attach, kept};
 use crate::agent::{Agent, unix_now};
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::exec::input;
@@ -34,7 +34,11 @@ pub(crate) async fn serve_create<T: Transport>(
     reader: HostReader<T>,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
-    let session = create(agent, request, None)?;
+    let session = if request.restart {
+        create_kept(agent, request).await?
+    } else {
+        create(agent, request, None)?
+    };
     if request.detach {
         writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
         session.watch_idleness(0);
@@ -53,6 +57,39 @@ pub(crate) fn start_init(agent: &Rc<Agent>, script: &str) {
     if let Err(error) = create(agent, &request, Some(INIT_ID)) {
         log::line(format_args!("failed to start the init script: {}", error.message));
     }
+}
+
+/// Creates a job that starts again when the guest boots anew.
+async fn create_kept(agent: &Rc<Agent>, request: &ExecRequest) -> Result<Rc<Session>, OpError> {
+    if request.tty == Some(true) || !request.detach {
+        let message = "only a detached job without a terminal can start again with the guest";
+        return Err(refused(ErrorKind::BadRequest, message).into());
+    }
+    let number = agent.sessions.admit(&agent.limits, false)?;
+    let id = format!("s{number}");
+    kept::keep(agent, &id, request).await?;
+    match start_job(agent, request, id.clone()) {
+        Ok(session) => {
+            agent.sessions.insert(number, &session);
+            Ok(session)
+        }
+        Err(error) => {
+            kept::forget(agent, &id).await;
+            Err(error.into())
+        }
+    }
+}
+
+/// Starts a job again, under the number that it had before the guest booted.
+pub(super) fn start_again(
+    agent: &Rc<Agent>,
+    number: u64,
+    request: &ExecRequest,
+) -> Result<(), AgentError> {
+    agent.sessions.reserve(number);
+    let session = start_job(agent, request, format!("s{number}"))?;
+    agent.sessions.insert(number, &session);
+    Ok(())
 }
 
 fn create(
@@ -145,6 +182,7 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
         terminal,
         created_at: unix_now(),
         processes,
+        restarts: request.restart,
         max_idle_sec: request
             .max_idle_sec
             .and_then(|seconds| u64::try_from(seconds).ok())

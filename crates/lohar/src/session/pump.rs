@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 
-use super::Session;
+use super::{Session, kept};
 use crate::agent::Agent;
 use crate::discard::discard;
 use crate::exec::input::Queued;
@@ -97,6 +97,10 @@ pub(super) async fn run(
     };
     for source in &sources {
         drain(&session, source, first_buffer).await;
+    }
+    if session.restarts && !agent.is_shutting_down() {
+        // Before anybody is told that it has ended.
+        kept::forget(&agent, &session.id).await;
     }
     session.finish(code);
     for source in sources {

@@ -45,6 +45,11 @@ impl Sessions {
         Ok(self.last_number.get())
     }
 
+    /// Leaves this number, and those before it, to the session that had it.
+    pub(super) fn reserve(&self, number: u64) {
+        self.last_number.set(self.last_number.get().max(number));
+    }
+
     pub(super) fn insert(&self, number: u64, session: &Rc<Session>) {
         self.by_number.borrow_mut().insert(number, Rc::clone(session));
     }

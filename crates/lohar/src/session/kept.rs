@@ -1,0 +1,137 @@
+//! Jobs that start again each time that the guest boots anew.
+//!
+//! Each is a file `restart/<id>.json` in the agent's own directory, which root alone can read: the request that started it. The file is on
+//! the disk before the host is told of the job, and goes when the job has ended. A shutdown of the guest ends no job in this sense.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use bhatti_proto::ExecRequest;
+
+use super::create::start_again;
+use crate::agent::Agent;
+use crate::file::begin_as_agent;
+use crate::log;
+use crate::refusal::{OpError, kind_of, refused};
+
+/// The most jobs that start again.
+pub(super) const KEPT_MAX: usize = 64;
+
+/// The largest file, in bytes: a request is at most one frame.
+const FILE_BYTES_MAX: u64 = 2 << 20;
+
+const ENDING: &str = "json";
+
+fn directory(agent: &Agent) -> PathBuf {
+    agent.state_dir.join("restart")
+}
+
+fn file(agent: &Agent, id: &str) -> PathBuf {
+    directory(agent).join(format!("{id}.{ENDING}"))
+}
+
+/// Keeps a request under the id of its job.
+///
+/// # Errors
+///
+/// Refused if it cannot be written.
+pub(super) async fn keep(agent: &Agent, id: &str, request: &ExecRequest) -> Result<(), OpError> {
+    let path = file(agent, id);
+    let text = serde_json::to_vec(request).map_err(io::Error::from);
+    let keeping = begin_as_agent(agent, move || {
+        text.and_then(|text| write(&path, &text))
+            .map_err(|error| refused(kind_of(&error), format!("start: keep the job: {error}")))
+    });
+    keeping.await?.end().await
+}
+
+/// Does not keep it any longer. A failure is reported on the console.
+pub(super) async fn forget(agent: &Agent, id: &str) {
+    let path = file(agent, id);
+    let shown = path.display().to_string();
+    let forgetting = async {
+        let mut forgetting = begin_as_agent(agent, move || Ok(remove(&path))).await?;
+        forgetting.end().await
+    };
+    let failed = match forgetting.await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(OpError::Refused(error)) => error.message,
+        Err(OpError::HostGone) => return,
+    };
+    log::line(format_args!("failed to remove {shown}: {failed}"));
+}
+
+/// Starts all of them, the oldest first, under the ids that they had.
+pub(crate) async fn start_kept(agent: &Rc<Agent>) {
+    let directory = directory(agent);
+    let reading = async {
+        let mut reading = begin_as_agent(agent, move || Ok(read_all(&directory))).await?;
+        reading.end().await
+    };
+    for (number, request) in reading.await.unwrap_or_default() {
+        if let Err(error) = start_again(agent, number, &request) {
+            log::line(format_args!("failed to start the job s{number} again: {}", error.message));
+        }
+    }
+}
+
+fn write(path: &Path, text: &[u8]) -> io::Result<()> {
+    let directory = path.parent().ok_or(ErrorKind::InvalidInput)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    let kept = fs::read_dir(directory)?.count();
+    if kept >= KEPT_MAX {
+        let message = format!("{kept} jobs start again already, which is the limit");
+        return Err(io::Error::new(ErrorKind::QuotaExceeded, message));
+    }
+    let unfinished = path.with_extension("new");
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(&unfinished)?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    fs::rename(&unfinished, path)?;
+    // The directory may be new, and so may be the one that it is in.
+    for directory in directory.ancestors().take(2) {
+        File::open(directory)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        removed => removed?,
+    }
+    File::open(path.parent().ok_or(ErrorKind::InvalidInput)?)?.sync_all()
+}
+
+/// The requests with the numbers of their sessions. What is none is reported on the console.
+fn read_all(directory: &Path) -> Vec<(u64, ExecRequest)> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut found = Vec::new();
+    for entry in entries.take(2 * KEPT_MAX) {
+        let path = entry.path();
+        if path.extension().is_none_or(|ending| ending != ENDING) {
+            continue;
+        }
+        match read(&path) {
+            Ok(kept) => found.push(kept),
+            Err(error) => log::line(format_args!("failed to read {}: {error}", path.display())),
+        }
+    }
+    found.sort_by_key(|(number, _)| *number);
+    found.truncate(KEPT_MAX);
+    found
+}
+
+fn read(path: &Path) -> io::Result<(u64, ExecRequest)> {
+    let number = path.file_stem().and_then(|stem| stem.to_str()?.strip_prefix('s')?.parse().ok());
+    let number = number.ok_or(ErrorKind::InvalidFilename)?;
+    let mut text = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX).read_to_end(&mut text)?;
+    Ok((number, serde_json::from_slice(&text)?))
+}
