@@ -107,7 +107,7 @@ async fn fork_template(
             warn!(error = %Report(&error), "A template cannot be used");
             spares::remove(shared, row.id).await;
             shared.templates.discard(template).await;
-            let template = shared.templates.get(shared, recipe).await?;
+            let template = shared.templates.get(shared, row.owner, recipe).await?;
             restore(shared, row, &template.directory, OwnVolumes::Fresh).await?
         }
         Err(error) => return Err(error),

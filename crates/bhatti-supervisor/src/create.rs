@@ -339,9 +339,13 @@ impl Supervisor {
                 has_network,
                 places,
             };
-            let template = shared.templates.get(shared, &recipe).await?;
-            let spare = shared.spares.take(&template);
-            Beginning::Template { recipe, template, spare }
+            if recipe.is_usual() || shared.templates.find(shared, &recipe).is_some() {
+                let template = shared.templates.get(shared, owner, &recipe).await?;
+                let spare = shared.spares.take(&template);
+                Beginning::Template { recipe, template, spare }
+            } else {
+                Beginning::Boot(recipe.files, Some(UNUSUAL_SIZE))
+            }
         };
         let volumes = request.volumes;
         let new = New { owner, spec, secrets, files: guest_files, expires_at, volumes };
@@ -360,7 +364,7 @@ impl Supervisor {
             return Ok(shared.engine.prepare_root(&files.root).await?);
         }
         let recipe = usual_recipe(shared, files);
-        let template = shared.templates.get(shared, &recipe).await?;
+        let template = shared.templates.get(shared, UserId::ADMIN, &recipe).await?;
         shared.spares.fill(shared, &template, recipe.memory).await;
         Ok(())
     }
@@ -420,6 +424,9 @@ impl Supervisor {
         created.await.map_err(|_| CreateError::Interrupted)?
     }
 }
+
+/// Why a sandbox boots whose memory or disk has an odd size.
+const UNUSUAL_SIZE: &str = "its memory is no multiple of 64 MiB, or its disk none of 1024 MiB";
 
 /// What sandboxes that ask for nothing in particular are forked from.
 fn usual_recipe(shared: &Shared, files: BootFiles) -> Recipe {

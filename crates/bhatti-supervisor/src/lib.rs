@@ -27,6 +27,7 @@ mod spares;
 mod steps;
 mod templates;
 mod transition;
+mod turns;
 mod volumes;
 mod wake;
 

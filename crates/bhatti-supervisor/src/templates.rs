@@ -17,7 +17,7 @@ use bhatti_engine::{
 };
 use bhatti_image::BootFiles;
 use bhatti_proto::ExecRequest;
-use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId};
+use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId, UserId};
 use parking_lot::Mutex;
 use tokio::time::{Duration, Instant, timeout};
 use tracing::{error, info, warn};
@@ -26,9 +26,20 @@ use crate::Shared;
 use crate::admission::Busy;
 use crate::identity::random;
 use crate::networks;
+use crate::turns::Turns;
 
 /// Held by who makes a template.
+/// Locked by everybody who makes a template, and alone by who takes up what was left behind.
 const LOCK: &str = ".lock";
+/// What the locks of single templates are called, before the key.
+const KEY_LOCK: &str = ".lock-";
+
+/// The share of the budget that templates made for one user may take: one part of so many.
+const OWNERS_SHARE: u64 = 4;
+
+/// Templates are made for memories and disks of these steps alone, in MiB: for every size there is, their number would have no bound.
+const MEMORY_STEP_MIB: u32 = 64;
+const DISK_STEP_MIB: u32 = 1024;
 
 /// How the directories of templates that are being made begin.
 const MAKING: &str = ".make-";
@@ -79,12 +90,24 @@ pub(crate) struct Recipe {
     pub(crate) places: usize,
 }
 
+impl Recipe {
+    /// Whether a template is made of it, if there is none.
+    pub(crate) fn is_usual(&self) -> bool {
+        self.memory.get().is_multiple_of(MEMORY_STEP_MIB)
+            && self.disk.is_none_or(|disk| disk.get().is_multiple_of(DISK_STEP_MIB))
+    }
+}
+
 /// The templates of a daemon.
 pub(crate) struct Templates {
     directory: PathBuf,
     budget_bytes: u64,
     /// One at a time makes a template, however many ask for it.
-    making: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    making: Turns<String>,
+    /// A user has one template made at a time: who asks for many shapes waits for them, and nobody else does.
+    making_for: Turns<UserId>,
+    /// Whom templates were made for, by key, as far as this daemon has made them.
+    made_for: Mutex<HashMap<String, UserId>>,
 }
 
 /// A template that is there.
@@ -100,7 +123,13 @@ pub(crate) struct Template {
 
 impl Templates {
     pub(crate) fn new(directory: PathBuf, budget_bytes: u64) -> Self {
-        Self { directory, budget_bytes, making: Mutex::default() }
+        Self {
+            directory,
+            budget_bytes,
+            making: Turns::default(),
+            making_for: Turns::default(),
+            made_for: Mutex::default(),
+        }
     }
 
     /// The template of a recipe, if there is one.
@@ -115,10 +144,11 @@ impl Templates {
         Some(Template { key: key.to_owned(), directory, has_network: recipe.has_network, inode })
     }
 
-    /// The template of a recipe: made first if there is none. In a task of its own: whoever asked may go away.
+    /// The template of a recipe: made first if there is none, for `owner`. In a task of its own: whoever asked may go away.
     pub(crate) async fn get(
         &self,
         shared: &Arc<Shared>,
+        owner: UserId,
         recipe: &Recipe,
     ) -> Result<Template, TemplateError> {
         let key = key(&shared.engine.capabilities().machine, recipe);
@@ -126,7 +156,8 @@ impl Templates {
             Some(template) => template,
             None => {
                 let (shared, recipe) = (Arc::clone(shared), recipe.clone());
-                let made = tokio::spawn(async move { make_first(&shared, &recipe, &key).await });
+                let made =
+                    tokio::spawn(async move { make_first(&shared, owner, &recipe, &key).await });
                 made.await.map_err(|_| TemplateError::Interrupted)??
             }
         };
@@ -135,14 +166,9 @@ impl Templates {
         Ok(template)
     }
 
-    fn turn(&self, key: &str) -> Arc<tokio::sync::Mutex<()>> {
-        Arc::clone(self.making.lock().entry(key.to_owned()).or_default())
-    }
-
     /// Takes a template away that proved to be of no use, unless it was made anew already.
     pub(crate) async fn discard(&self, template: &Template) {
-        let turn = self.turn(&template.key);
-        let _turn = turn.lock().await;
+        let _turn = self.making.take(template.key.clone()).await;
         if inode_of(&template.directory) == Some(template.inode) {
             warn!(template = template.key, "Removing a template that cannot be used");
             self.remove(&template.directory);
@@ -165,14 +191,24 @@ impl Templates {
                 }
             } else if name.ends_with(".tmp") || name.ends_with(".gone") {
                 self.remove(&entry.path());
+            } else if name.starts_with(KEY_LOCK) {
+                fs::remove_file(entry.path())?;
             }
         }
         Ok(())
     }
 
-    /// Removes those that were used least recently until the rest fits the budget: never `kept`, and none on which a VM stands, for that
-    /// would free nothing.
-    fn evict(&self, kept: &str) {
+    /// Removes those that were used least recently: of those that `kept`'s owner, unless it is the admin, had made until they fit its share
+    /// of the budget, then of all until they fit the budget. Never `kept`, and none on which a VM stands, for that would free nothing.
+    fn evict(&self, kept: &str, owner: UserId) {
+        if owner != UserId::ADMIN {
+            let share = self.budget_bytes / OWNERS_SHARE;
+            self.evict_of(kept, share, |key| self.made_for.lock().get(key) == Some(&owner));
+        }
+        self.evict_of(kept, self.budget_bytes, |_| true);
+    }
+
+    fn evict_of(&self, kept: &str, budget_bytes: u64, counts: impl Fn(&str) -> bool) {
         let mut others = match self.usage() {
             Ok(templates) => templates,
             Err(error) => {
@@ -180,10 +216,11 @@ impl Templates {
                 return;
             }
         };
+        others.retain(|usage| counts(&usage.key()));
         let mut bytes: u64 = others.iter().map(|usage| usage.bytes).sum();
         others.sort_by_key(|usage| usage.used);
         for usage in others {
-            if bytes <= self.budget_bytes {
+            if bytes <= budget_bytes {
                 return;
             }
             if usage.shared || usage.directory.ends_with(kept) {
@@ -191,6 +228,7 @@ impl Templates {
             }
             info!(template = %usage.directory.display(), bytes = usage.bytes, "Removing a template that is used least");
             self.remove(&usage.directory);
+            self.made_for.lock().remove(&usage.key());
             bytes -= usage.bytes;
         }
     }
@@ -246,6 +284,12 @@ struct Usage {
     shared: bool,
 }
 
+impl Usage {
+    fn key(&self) -> String {
+        self.directory.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
 fn key(machine: &str, recipe: &Recipe) -> String {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let Recipe { files, cpus, memory, disk, has_network, places } = recipe;
@@ -266,28 +310,40 @@ fn key(machine: &str, recipe: &Recipe) -> String {
     blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
 }
 
-/// Waits until no other process makes a template.
-async fn lock(directory: &Path) -> io::Result<File> {
-    let file = File::create(directory.join(LOCK))?;
-    let locked = tokio::task::spawn_blocking(move || file.lock().map(|()| file));
+/// Tells other processes that a template is made, and waits until none of them makes the same.
+async fn lock(directory: &Path, key: &str) -> io::Result<[File; 2]> {
+    let any = File::create(directory.join(LOCK))?;
+    let path = directory.join(format!("{KEY_LOCK}{key}"));
+    let locked = tokio::task::spawn_blocking(move || {
+        any.lock_shared()?;
+        // Now nobody removes it.
+        let this = File::create(path)?;
+        this.lock()?;
+        Ok([any, this])
+    });
     locked.await.map_err(io::Error::other)?
 }
 
 /// Makes a template, unless somebody else has done so meanwhile.
 async fn make_first(
     shared: &Arc<Shared>,
+    owner: UserId,
     recipe: &Recipe,
     key: &str,
 ) -> Result<Template, TemplateError> {
     let templates = &shared.templates;
-    let turn = templates.turn(key);
-    let _turn = turn.lock().await;
-    let _others_turn = lock(&templates.directory).await.map_err(TemplateError::Lock)?;
+    let _owners_turn = templates.making_for.take(owner).await;
+    let _turn = templates.making.take(key.to_owned()).await;
+    if let Some(template) = templates.existing(key, recipe) {
+        return Ok(template);
+    }
+    let _others_turn = lock(&templates.directory, key).await.map_err(TemplateError::Lock)?;
     if let Some(template) = templates.existing(key, recipe) {
         return Ok(template);
     }
     make(shared, recipe, key, &templates.directory).await?;
-    templates.evict(key);
+    templates.made_for.lock().insert(key.to_owned(), owner);
+    templates.evict(key, owner);
     templates.existing(key, recipe).ok_or(TemplateError::Interrupted)
 }
 
@@ -401,7 +457,7 @@ mod tests {
         // Room for three, and a little for what directories take.
         let templates = Templates::new(directory.clone(), 3 * MIB + MIB / 2);
 
-        templates.evict("new");
+        templates.evict("new", UserId::ADMIN);
 
         let mut left: Vec<String> = fs::read_dir(&directory)
             .unwrap()
@@ -409,6 +465,31 @@ mod tests {
             .collect();
         left.sort();
         assert_eq!(left, [".lock", "new", "recent", "used"]);
+    }
+
+    #[test]
+    fn templates_of_one_user_give_way_to_its_own_before_those_of_others() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().to_owned();
+        let greedy = UserId::from_entropy([7; 8]);
+        let templates = Templates::new(directory.clone(), 12 * MIB);
+        template(&directory, "others", 0);
+        for number in 1..=5 {
+            let key = format!("greedy-{number}");
+            template(&directory, &key, number);
+            templates.made_for.lock().insert(key, greedy);
+        }
+
+        templates.evict("greedy-5", greedy);
+
+        let mut left: Vec<String> = fs::read_dir(&directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        // Its share is 3 MiB.
+        assert_eq!(left, ["greedy-3", "greedy-4", "greedy-5", "others"]);
+        assert_eq!(templates.made_for.lock().len(), 3);
     }
 
     #[test]

@@ -161,8 +161,13 @@ async fn root_disk_has_the_size_that_was_asked_for_wherever_it_goes() {
     let request = json!({ "name": "forked", "disk_mb": 20480 });
     let created = api.call("POST", "/sandboxes", &request).await;
     assert_eq!((created.status.as_u16(), &created.json()["disk_mb"]), (201, &json!(20480)));
-    let booted = daemon.cli(&["create", "--name", "booted", "--cold-boot", "--disk", "6000"]);
-    assert!({ booted }.status().await.unwrap().success());
+    let booted =
+        api.call("POST", "/sandboxes", &json!({ "name": "booted", "disk_mb": 6000 })).await;
+    let origin = booted.json()["origin"].as_str().unwrap().to_owned();
+    assert_eq!(
+        origin,
+        "boot, because its memory is no multiple of 64 MiB, or its disk none of 1024 MiB"
+    );
 
     // A file system keeps some of its disk for itself.
     assert!((19_500..20_480).contains(&mebibytes("forked").await));
