@@ -153,6 +153,37 @@ fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError
     result.map_err(|error| StoreError::Damaged(error.to_string()))
 }
 
+/// What was read of a row, unless that is damaged: one of them must not take the others with it. The row's first column is its id.
+fn unless_damaged<T>(
+    row: &rusqlite::Row<'_>,
+    what: &str,
+    read: Result<T, StoreError>,
+) -> Result<Option<T>, StoreError> {
+    let damage = match read {
+        Err(StoreError::Damaged(damage)) => damage,
+        Err(StoreError::Query(
+            error @ (rusqlite::Error::FromSqlConversionFailure(..)
+            | rusqlite::Error::IntegralValueOutOfRange(..)
+            | rusqlite::Error::InvalidColumnType(..)),
+        )) => error.to_string(),
+        read => return read.map(Some),
+    };
+    let id: String = row.get(0).unwrap_or_default();
+    tracing::error!(id, damage, "The row of a {what} is damaged; the {what} is left alone");
+    Ok(None)
+}
+
+/// All rows of a query that are sound.
+fn sound_rows<T>(
+    query: &mut rusqlite::Statement<'_>,
+    parameters: impl rusqlite::Params,
+    what: &str,
+    read: impl Fn(&rusqlite::Row<'_>) -> Result<T, StoreError>,
+) -> Result<Vec<T>, StoreError> {
+    let rows = query.query_map(parameters, |row| Ok(unless_damaged(row, what, read(row))))?;
+    rows.filter_map(|row| row.map_err(StoreError::from).flatten().transpose()).collect()
+}
+
 /// The names of secrets in a column.
 fn parse_secrets(text: &str) -> Result<Vec<bhatti_types::SecretName>, StoreError> {
     if text == "[]" {

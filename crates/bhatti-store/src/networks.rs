@@ -7,7 +7,7 @@ use bhatti_types::{Allowance, QuotaExceeded, SandboxId, SandboxName, UserId};
 use ipnet::Ipv4Net;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, from_json, immediate, parsed};
+use crate::{Store, StoreError, from_json, immediate, parsed, sound_rows};
 
 /// The prefix of a network.
 const NETWORK_BITS: u8 = 24;
@@ -128,7 +128,7 @@ impl Store {
         Ok(network)
     }
 
-    /// The sandboxes of everybody that have a network card.
+    /// The sandboxes of everybody that have a network card. Damaged rows are logged and left out.
     ///
     /// # Errors
     ///
@@ -139,7 +139,7 @@ impl Store {
             "SELECT number, subnet, id, name, address, network_allow FROM sandboxes JOIN networks USING (owner)
              WHERE address IS NOT NULL ORDER BY created_at, id",
         )?;
-        query.query_map([], |row| Ok(port(row)))?.map(|row| row?).collect()
+        sound_rows(&mut query, [], "sandbox's network", port)
     }
 }
 

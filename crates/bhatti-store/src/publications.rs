@@ -5,6 +5,7 @@ use rusqlite::{OptionalExtension, Row, params};
 
 use crate::{
     CountError, Store, StoreError, changed_one, check_count, immediate, is_taken, now, parsed,
+    sound_rows,
 };
 
 /// The most published ports of one sandbox.
@@ -119,7 +120,7 @@ impl Store {
         let connection = self.connection.lock();
         let mut query = connection
             .prepare_cached(&format!("{SELECT} WHERE p.sandbox_id = ?1 ORDER BY p.port"))?;
-        query.query_map([sandbox.to_string()], |row| Ok(read(row)))?.map(|row| row?).collect()
+        sound_rows(&mut query, [sandbox.to_string()], "published port", read)
     }
 
     /// Takes a published port back.

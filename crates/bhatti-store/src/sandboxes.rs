@@ -14,7 +14,7 @@ use crate::users::quota_of;
 use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::{
     Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed, secrets_text,
-    to_json,
+    to_json, unless_damaged,
 };
 
 mod row;
@@ -237,7 +237,7 @@ impl Store {
         let mut rows = query.query([])?;
         let mut found = Vec::new();
         while let Some(row) = rows.next()? {
-            if let Some(row) = unless_damaged(row, read(row))? {
+            if let Some(row) = unless_damaged(row, "sandbox", read(row))? {
                 found.push(row);
             }
         }
@@ -304,7 +304,7 @@ impl Store {
         let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
         let mut rows = query.query(parameters)?;
         while let Some(row) = rows.next()? {
-            unless_damaged(row, take(StoredSandbox::new(row)))?;
+            unless_damaged(row, "sandbox", take(StoredSandbox::new(row)))?;
         }
         Ok(())
     }
@@ -416,22 +416,6 @@ impl Store {
         let connection = self.connection.lock();
         let mut delete = connection.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?;
         changed_one(delete.execute([id.to_string()])?)
-    }
-}
-
-/// What was read of a sandbox's row, unless that is damaged: one of them must not take the others with it.
-fn unless_damaged<T>(row: &Row<'_>, read: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
-    match read {
-        Err(StoreError::Damaged(what)) => {
-            let id: String = row.get(0).unwrap_or_default();
-            tracing::error!(
-                sandbox = id,
-                damaged = what,
-                "The row of a sandbox is damaged; the sandbox is left alone"
-            );
-            Ok(None)
-        }
-        read => read.map(Some),
     }
 }
 

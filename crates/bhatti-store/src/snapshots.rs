@@ -9,7 +9,9 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use crate::sandboxes::read_disk;
 use crate::users::quota_of;
 use crate::volumes::{Attachment, attachments_text, parse_attachments};
-use crate::{Store, StoreError, changed_one, immediate, network_spec, now, parsed, to_json};
+use crate::{
+    Store, StoreError, changed_one, immediate, network_spec, now, parsed, sound_rows, to_json,
+};
 
 const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib";
 
@@ -132,7 +134,18 @@ impl Store {
         found.optional()?.transpose()
     }
 
-    /// The snapshots of `owner`, or of everybody, newest first.
+    /// The ids of everybody's snapshots, damaged rows included.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn snapshot_ids(&self) -> Result<Vec<SandboxId>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached("SELECT id FROM snapshots")?;
+        sound_rows(&mut query, [], "snapshot", |row| parsed(row.get::<_, String>(0)?.parse()))
+    }
+
+    /// The snapshots of `owner`, or of everybody, newest first. Damaged rows are logged and left out.
     ///
     /// # Errors
     ///
@@ -143,7 +156,7 @@ impl Store {
             "SELECT {COLUMNS} FROM snapshots WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
         ))?;
         let owner = owner.map(|owner| owner.to_string());
-        query.query_map([owner], |row| Ok(read(row)))?.map(|row| row?).collect()
+        sound_rows(&mut query, [owner], "snapshot", read)
     }
 
     /// Forgets a snapshot.
@@ -208,13 +221,9 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn snapshot_survives_with_every_field_until_it_is_forgotten() {
-        let data = tempfile::tempdir().unwrap();
-        let store = Store::open(data.path()).unwrap();
-        let id = SandboxId::from_entropy([1; 8]);
-        let row = SnapshotRow {
-            id,
+    fn row(number: u8) -> SnapshotRow {
+        SnapshotRow {
+            id: SandboxId::from_entropy([number; 8]),
             owner: UserId::ADMIN,
             name: "ready".parse().unwrap(),
             sandbox_id: SandboxId::from_entropy([2; 8]),
@@ -238,7 +247,15 @@ mod tests {
                 mode: bhatti_types::NetworkMode::Nat,
                 allow: bhatti_types::Allowance::parse(&["10.0.0.0/8"]).unwrap(),
             },
-        };
+        }
+    }
+
+    #[test]
+    fn snapshot_survives_with_every_field_until_it_is_forgotten() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let row = row(1);
+        let id = row.id;
         let inserted = store.insert_snapshot(row.clone()).unwrap();
         drop(store);
 
@@ -250,5 +267,24 @@ mod tests {
         assert!(matches!(store.insert_snapshot(again), Err(SnapshotInsertError::NameTaken(_))));
         store.delete_snapshot(id).unwrap();
         assert!(matches!(store.delete_snapshot(id), Err(StoreError::NoSuchRow)));
+    }
+
+    #[test]
+    fn damaged_row_is_left_out_and_its_id_is_known() {
+        for damage in ["image = ' '", "cpus = 99", "memory_bytes = -1", "volumes = '[1]'"] {
+            let data = tempfile::tempdir().unwrap();
+            let store = Store::open(data.path()).unwrap();
+            for (number, name) in [(1, "sound"), (2, "damaged")] {
+                let row = SnapshotRow { name: name.parse().unwrap(), ..row(number) };
+                store.insert_snapshot(row).unwrap();
+            }
+            let sql = format!("UPDATE snapshots SET {damage} WHERE name = 'damaged'");
+            store.connection.lock().execute(&sql, []).unwrap();
+
+            let listed = store.list_snapshots(None).unwrap();
+
+            assert_eq!(listed.len(), 1, "{damage}");
+            assert_eq!(store.snapshot_ids().unwrap().len(), 2, "{damage}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use rusqlite::{OptionalExtension, Row, params};
 use crate::sandboxes::read_disk;
 use crate::{
     CountError, Store, StoreError, changed_one, check_count, from_json, immediate, is_taken, now,
-    parse_secrets, parsed, secrets_text, to_json,
+    parse_secrets, parsed, secrets_text, sound_rows, to_json,
 };
 
 const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib";
@@ -152,7 +152,7 @@ impl Store {
         let mut query = connection.prepare_cached(&format!(
             "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
         ))?;
-        query.query_map([owner.to_string()], |row| Ok(read(row)))?.map(|row| row?).collect()
+        sound_rows(&mut query, [owner.to_string()], "template", read)
     }
 
     /// Forgets a template. What was made from it stays.

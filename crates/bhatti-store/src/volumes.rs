@@ -5,7 +5,9 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 
 use crate::users::quota_of;
-use crate::{Store, StoreError, changed_one, from_json, immediate, now, parsed, to_json};
+use crate::{
+    Store, StoreError, changed_one, from_json, immediate, now, parsed, sound_rows, to_json,
+};
 
 const COLUMNS: &str = "id, owner, name, size_mib, work, created_at";
 
@@ -234,7 +236,18 @@ impl Store {
         find(&self.connection.lock(), owner, name)
     }
 
-    /// The volumes of `owner`, or of everybody, by name.
+    /// The ids of everybody's volumes, damaged rows included.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn volume_ids(&self) -> Result<Vec<VolumeId>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached("SELECT id FROM volumes")?;
+        sound_rows(&mut query, [], "volume", |row| parsed(row.get::<_, String>(0)?.parse()))
+    }
+
+    /// The volumes of `owner`, or of everybody, by name. Damaged rows are logged and left out.
     ///
     /// # Errors
     ///
@@ -245,7 +258,7 @@ impl Store {
             "SELECT {COLUMNS} FROM volumes WHERE ?1 IS NULL OR owner = ?1 ORDER BY name, id"
         ))?;
         let owner = owner.map(|owner| owner.to_string());
-        query.query_map([owner], |row| Ok(read(row)))?.map(|row| row?).collect()
+        sound_rows(&mut query, [owner], "volume", read)
     }
 
     /// The names of the sandboxes that have a volume, and whether they only read it.

@@ -93,7 +93,7 @@ impl Supervisor {
         let rows = self.shared.store.list_all_sandboxes()?;
         let mut tasks = JoinSet::new();
         self.look_at_unknown_directories(&rows, &mut tasks).map_err(RecoverError::List)?;
-        let named = self.shared.store.list_snapshots(None)?.into_iter().map(|row| row.id).collect();
+        let named = self.shared.store.snapshot_ids()?.into_iter().collect();
         self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
         self.settle_volumes().await.map_err(RecoverError::List)?;
         let mut found = Vec::new();

@@ -296,7 +296,8 @@ impl Supervisor {
     pub(crate) async fn settle_volumes(&self) -> io::Result<()> {
         self.shared.store.end_volume_copies().map_err(io::Error::other)?;
         let rows = self.shared.store.list_volumes(None).map_err(io::Error::other)?;
-        let known: HashSet<VolumeId> = rows.iter().map(|row| row.id).collect();
+        let known: HashSet<VolumeId> =
+            self.shared.store.volume_ids().map_err(io::Error::other)?.into_iter().collect();
         for entry in std::fs::read_dir(&self.shared.config.volumes_dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
