@@ -11,18 +11,26 @@ mkdir -p target/test-data
 data_dir=$PWD/target/test-data
 dist/bhatti setup --data-dir "$data_dir" --no-template
 # Further images have directories of their own: most tests have the minimal one alone. Each is built beside the other.
+kernel_of() {
+    grep -o '"kernel-[^"]*"' "$1/images/index.json" 2>/dev/null || true
+}
 with_images() {
-    if [ ! -e "$1/images/index.json" ]; then
+    # One with another kernel is made anew.
+    if [ "$(kernel_of "$1")" != "$(kernel_of "$data_dir")" ]; then
+        rm -rf "$1/images"
         mkdir -p "$1"
         chmod 700 "$1"
         # The index is replaced, not written, so the other one stays as it is.
         cp -a --link "$data_dir/images" "$1/"
+        # A lock of its own, so that both can be built at once.
+        rm -f "$1/images/.lock"
     fi
 }
 dev_dir=$PWD/target/test-data-dev
 with_images "$dev_dir"
 dist/bhatti setup --dev --data-dir "$dev_dir" --no-template &
 dev_build=$!
+trap 'kill "$dev_build" 2>/dev/null || true; wait' EXIT
 containers_dir=$PWD/target/test-data-containers
 with_images "$containers_dir"
 # An authority of the tests' own, which this image trusts, and a server's certificate by it.
@@ -41,6 +49,7 @@ install -D -m 0644 "$tls/ca.pem" "$containers_dir/images/ca-certificates/tests.c
 dist/bhatti image build containers --data-dir "$containers_dir" -p docker.io -p podman -p uidmap -p slirp4netns \
     -p busybox-static
 wait "$dev_build"
+trap - EXIT
 # The base snapshot is made in a network namespace of its own: it configures bridges and nftables.
 own_network=()
 [ "$(id -u)" = 0 ] && own_network=(unshare --net)

@@ -11,7 +11,8 @@ use liblzma::read::XzDecoder;
 use ruzstd::decoding::StreamingDecoder;
 
 use crate::apt::{self, AptError, Package};
-use crate::modules::{self, ModuleError, loadable};
+use crate::modules::loadable::{self, Packing};
+use crate::modules::{self, ModuleError};
 use crate::tool::{ToolError, run_quietly};
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
@@ -89,12 +90,12 @@ pub(crate) async fn from_package(
     });
     let image = image.ok_or(KernelError::Unrecognized { path: boot })?;
     write_vmlinux(&image, &directory.join("vmlinux"))?;
-    collect_modules(&unpacked.join("lib/modules"), directory)
+    collect_modules(&unpacked.join("lib/modules"), Packing::Kept, directory)
 }
 
-fn collect_modules(tree: &Path, directory: &Path) -> Result<(), KernelError> {
+fn collect_modules(tree: &Path, packing: Packing, directory: &Path) -> Result<(), KernelError> {
     let at_boot = modules::collect(tree, &directory.join(MODULES))?;
-    Ok(loadable::collect(tree, &at_boot, &directory.join(LOADABLE_MODULES))?)
+    Ok(loadable::collect(tree, &at_boot, packing, &directory.join(LOADABLE_MODULES))?)
 }
 
 /// Writes `vmlinux` and the directories of modules of somebody's own kernel into `directory`.
@@ -105,7 +106,7 @@ pub(crate) fn from_file(
 ) -> Result<(), KernelError> {
     write_vmlinux(image, &directory.join("vmlinux"))?;
     if let Some(tree) = module_tree {
-        return collect_modules(tree, directory);
+        return collect_modules(tree, Packing::Undone, directory);
     }
     let modules = directory.join(MODULES);
     fs::create_dir(&modules).map_err(|source| file_error("create", &modules, source))

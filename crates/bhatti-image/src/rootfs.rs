@@ -58,7 +58,8 @@ printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 /// variables: Python's requests and pip in virtual environments, node, and those that use rustls or OpenSSL of their own.
 const TRUST: &str = r#"#!/bin/sh
 set -e
-cp "$(dirname "$0")"/ca-certificates/*.crt "$1/usr/local/share/ca-certificates/"
+umask 022
+install -m 0644 "$(dirname "$0")"/ca-certificates/*.crt "$1/usr/local/share/ca-certificates/"
 chroot "$1" update-ca-certificates >/dev/null
 all=/etc/ssl/certs/ca-certificates.crt
 for name in SSL_CERT_FILE REQUESTS_CA_BUNDLE PIP_CERT NODE_EXTRA_CA_CERTS; do

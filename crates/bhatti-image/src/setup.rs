@@ -116,8 +116,8 @@ pub async fn set_up(
     certificates::add(store, &options.ca_certificates)?;
     set_up_kernel(store, &mut index, &options.kernel, progress).await?;
     build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
-    if options.dev || trusts_others(store, &index, DEV_IMAGE)? {
-        let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
+    let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
+    if options.dev || is_outdated_dev(store, &index, &packages)? {
         let name = DEV_IMAGE.parse().map_err(|_| SetupError::PackageName(DEV_IMAGE.into()))?;
         check_name(store, &index, &name, &packages)?;
         build_rootfs(store, &mut index, DEV_IMAGE, &packages, progress).await?;
@@ -125,7 +125,9 @@ pub async fn set_up(
     for name in index.images.keys() {
         if trusts_others(store, &index, name)? {
             progress.begin(&format!("image `{name}`"));
-            progress.end("trusts other certificates than new images do; `bhatti image build` with the same packages makes it anew");
+            progress.end(&format!(
+                "trusts other authorities than new images do: run `bhatti image build {name} --package …` with its packages"
+            ));
         }
     }
     progress.begin("initramfs");
@@ -255,6 +257,21 @@ fn trusts_others(store: &ImageStore, index: &Index, name: &str) -> Result<bool, 
     Ok(rootfs::is_recipe(&image.source) && certificates::part_of(&image.source) != now)
 }
 
+/// Whether the image `dev` is this version's, but for the certificates that it trusts.
+fn is_outdated_dev(
+    store: &ImageStore,
+    index: &Index,
+    packages: &[String],
+) -> Result<bool, SetupError> {
+    let Some(image) = index.images.get(DEV_IMAGE) else { return Ok(false) };
+    let recipe = rootfs::recipe(packages, &Certificates::of(store)?)?;
+    Ok(image.source != recipe && is_same_but_for_certificates(&image.source, &recipe))
+}
+
+fn is_same_but_for_certificates(one: &str, other: &str) -> bool {
+    certificates::without(one) == certificates::without(other)
+}
+
 /// Refuses the name of an image that is made of something else than these packages.
 fn check_name(
     store: &ImageStore,
@@ -263,8 +280,7 @@ fn check_name(
     packages: &[String],
 ) -> Result<(), SetupError> {
     let recipe = rootfs::recipe(packages, &Certificates::of(store)?)?;
-    let same =
-        |image: &Artefact| certificates::without(&image.source) == certificates::without(&recipe);
+    let same = |image: &Artefact| is_same_but_for_certificates(&image.source, &recipe);
     if index.images.get(name.as_str()).is_none_or(same) {
         return Ok(());
     }

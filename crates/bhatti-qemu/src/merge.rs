@@ -50,8 +50,9 @@ pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool,
     let layers = overlay::chain(&vm.directory, &top)?;
     let Some((base, frozen)) = layers.split_last() else { return Ok(false) };
     let frozen = Frozen::of(vm, frozen.get(1..).unwrap_or_default())?;
-    let disk_bytes = overlay::disk_bytes(&vm.directory.join(base))?;
-    let least_bytes = if to_save_space { 0 } else { disk_bytes / MERGE_AT_PART };
+    let image_bytes = overlay::disk_bytes(&vm.directory.join(base))?;
+    let disk_bytes = overlay::disk_bytes(&vm.directory.join(&top))?;
+    let least_bytes = if to_save_space { 0 } else { image_bytes / MERGE_AT_PART };
     if layers.len() < MERGE_AT && frozen.freed_bytes(disk_bytes) <= least_bytes {
         return Ok(false);
     }

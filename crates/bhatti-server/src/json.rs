@@ -45,20 +45,33 @@ pub(crate) fn check_announced(request: &Request, limit: usize) -> Result<(), Api
 }
 
 /// A request's whole body, of `limit` bytes at most.
-pub(crate) async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+    let body = to_bytes(request.into_body(), limit);
+    in_time(limit, async {
+        body.await.map_err(|error| match error.into_inner().downcast::<LengthLimitError>() {
+            Ok(_) => too_large(limit),
+            Err(error) => not_arrived(&error),
+        })
+    })
+    .await
+}
+
+/// Waits for a body of `limit` bytes at most as long as one may take.
+pub(crate) async fn in_time<T>(
+    limit: usize,
+    body: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
     let time = BODY_LIMIT + Duration::from_secs((limit / BODY_BYTES_PER_SECOND) as u64);
     let late = |_| {
         let message = format!("the body did not arrive within {} s", time.as_secs());
         ApiError::new(ErrorCode::BadRequest, message)
     };
-    let bytes = timeout(time, to_bytes(request.into_body(), limit)).await.map_err(late)?;
-    bytes.map_err(|error| match error.into_inner().downcast::<LengthLimitError>() {
-        Ok(_) => too_large(limit),
-        Err(error) => {
-            let message = format!("the body did not arrive: {error}");
-            ApiError::new(ErrorCode::BadRequest, message)
-        }
-    })
+    timeout(time, body).await.map_err(late)?
+}
+
+/// The error of a body that was not received whole.
+pub(crate) fn not_arrived(error: &dyn std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::BadRequest, format!("the body did not arrive: {error}"))
 }
 
 /// What a body of JSON says; an empty one is `{}`.
@@ -72,7 +85,8 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
 }
 
-fn too_large(limit: usize) -> ApiError {
+/// The error of a body of more than `limit` bytes.
+pub(crate) fn too_large(limit: usize) -> ApiError {
     let message = format!("the body is larger than {limit} bytes");
     ApiError::new(ErrorCode::BodyTooLarge, message)
         .hint("send large input through a streamed command or a file upload")

@@ -25,7 +25,6 @@ use serde::Serialize;
 
 /// When to come back to a host whose memory is in use.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
-
 /// When to come back for more than the caller may have: something has to be given up first, by a person or a program.
 const QUOTA_RETRY: Duration = Duration::from_secs(60);
 
@@ -215,7 +214,6 @@ impl From<CreateError> for ApiError {
             | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
             CreateError::FilesTooLarge { .. } => {
                 Self::new(ErrorCode::BodyTooLarge, error.to_string())
-                    .hint("copy larger ones when the sandbox is there: bhatti file cp, or PUT /sandboxes/{id}/files")
             }
             CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
             CreateError::Boot(boot) => boot_error(boot, &error),

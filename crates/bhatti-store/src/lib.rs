@@ -153,10 +153,14 @@ fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError
     result.map_err(|error| StoreError::Damaged(error.to_string()))
 }
 
-/// What was read of a row, unless that is damaged: one of them must not take the others with it. The row's first column is its id.
+/// What a row describes, and the column that it is called by, for the log.
+#[derive(Clone, Copy)]
+struct Called(&'static str, usize);
+
+/// What was read of a row, unless that is damaged: one of them must not take the others with it.
 fn unless_damaged<T>(
     row: &rusqlite::Row<'_>,
-    what: &str,
+    Called(what, id): Called,
     read: Result<T, StoreError>,
 ) -> Result<Option<T>, StoreError> {
     let damage = match read {
@@ -168,8 +172,8 @@ fn unless_damaged<T>(
         )) => error.to_string(),
         read => return read.map(Some),
     };
-    let id: String = row.get(0).unwrap_or_default();
-    tracing::error!(id, damage, "The row of a {what} is damaged; the {what} is left alone");
+    let id: String = row.get(id).unwrap_or_default();
+    tracing::error!(id, damage, "The row of a {what} is damaged; it is left out");
     Ok(None)
 }
 
@@ -177,10 +181,10 @@ fn unless_damaged<T>(
 fn sound_rows<T>(
     query: &mut rusqlite::Statement<'_>,
     parameters: impl rusqlite::Params,
-    what: &str,
+    called: Called,
     read: impl Fn(&rusqlite::Row<'_>) -> Result<T, StoreError>,
 ) -> Result<Vec<T>, StoreError> {
-    let rows = query.query_map(parameters, |row| Ok(unless_damaged(row, what, read(row))))?;
+    let rows = query.query_map(parameters, |row| Ok(unless_damaged(row, called, read(row))))?;
     rows.filter_map(|row| row.map_err(StoreError::from).flatten().transpose()).collect()
 }
 

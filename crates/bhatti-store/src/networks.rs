@@ -7,7 +7,7 @@ use bhatti_types::{Allowance, QuotaExceeded, SandboxId, SandboxName, UserId};
 use ipnet::Ipv4Net;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, from_json, immediate, parsed, sound_rows};
+use crate::{Called, Store, StoreError, from_json, immediate, parsed, sound_rows};
 
 /// The prefix of a network.
 const NETWORK_BITS: u8 = 24;
@@ -139,7 +139,7 @@ impl Store {
             "SELECT number, subnet, id, name, address, network_allow FROM sandboxes JOIN networks USING (owner)
              WHERE address IS NOT NULL ORDER BY created_at, id",
         )?;
-        sound_rows(&mut query, [], "sandbox's network", port)
+        sound_rows(&mut query, [], Called("sandbox's network", 2), port)
     }
 }
 

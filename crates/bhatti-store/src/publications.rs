@@ -4,8 +4,8 @@ use bhatti_types::{Alias, QuotaExceeded, SandboxId, UserId};
 use rusqlite::{OptionalExtension, Row, params};
 
 use crate::{
-    CountError, Store, StoreError, changed_one, check_count, immediate, is_taken, now, parsed,
-    sound_rows,
+    Called, CountError, Store, StoreError, changed_one, check_count, immediate, is_taken, now,
+    parsed, sound_rows,
 };
 
 /// The most published ports of one sandbox.
@@ -120,7 +120,7 @@ impl Store {
         let connection = self.connection.lock();
         let mut query = connection
             .prepare_cached(&format!("{SELECT} WHERE p.sandbox_id = ?1 ORDER BY p.port"))?;
-        sound_rows(&mut query, [sandbox.to_string()], "published port", read)
+        sound_rows(&mut query, [sandbox.to_string()], Called("published port", 0), read)
     }
 
     /// Takes a published port back.

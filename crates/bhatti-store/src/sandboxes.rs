@@ -13,8 +13,8 @@ use crate::networks::{AddressError, free_address};
 use crate::users::quota_of;
 use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::{
-    Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed, secrets_text,
-    to_json, unless_damaged,
+    Called, Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed,
+    secrets_text, to_json, unless_damaged,
 };
 
 mod row;
@@ -237,7 +237,7 @@ impl Store {
         let mut rows = query.query([])?;
         let mut found = Vec::new();
         while let Some(row) = rows.next()? {
-            if let Some(row) = unless_damaged(row, "sandbox", read(row))? {
+            if let Some(row) = unless_damaged(row, Called("sandbox", 0), read(row))? {
                 found.push(row);
             }
         }
@@ -304,7 +304,7 @@ impl Store {
         let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
         let mut rows = query.query(parameters)?;
         while let Some(row) = rows.next()? {
-            unless_damaged(row, "sandbox", take(StoredSandbox::new(row)))?;
+            unless_damaged(row, Called("sandbox", 0), take(StoredSandbox::new(row)))?;
         }
         Ok(())
     }

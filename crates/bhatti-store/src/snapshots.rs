@@ -10,7 +10,8 @@ use crate::sandboxes::read_disk;
 use crate::users::quota_of;
 use crate::volumes::{Attachment, attachments_text, parse_attachments};
 use crate::{
-    Store, StoreError, changed_one, immediate, network_spec, now, parsed, sound_rows, to_json,
+    Called, Store, StoreError, changed_one, immediate, network_spec, now, parsed, sound_rows,
+    to_json,
 };
 
 const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib";
@@ -142,7 +143,9 @@ impl Store {
     pub fn snapshot_ids(&self) -> Result<Vec<SandboxId>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached("SELECT id FROM snapshots")?;
-        sound_rows(&mut query, [], "snapshot", |row| parsed(row.get::<_, String>(0)?.parse()))
+        sound_rows(&mut query, [], Called("snapshot", 0), |row| {
+            parsed(row.get::<_, String>(0)?.parse())
+        })
     }
 
     /// The snapshots of `owner`, or of everybody, newest first. Damaged rows are logged and left out.
@@ -156,7 +159,7 @@ impl Store {
             "SELECT {COLUMNS} FROM snapshots WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
         ))?;
         let owner = owner.map(|owner| owner.to_string());
-        sound_rows(&mut query, [owner], "snapshot", read)
+        sound_rows(&mut query, [owner], Called("snapshot", 0), read)
     }
 
     /// Forgets a snapshot.

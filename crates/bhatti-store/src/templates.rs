@@ -8,8 +8,8 @@ use rusqlite::{OptionalExtension, Row, params};
 
 use crate::sandboxes::read_disk;
 use crate::{
-    CountError, Store, StoreError, changed_one, check_count, from_json, immediate, is_taken, now,
-    parse_secrets, parsed, secrets_text, sound_rows, to_json,
+    Called, CountError, Store, StoreError, changed_one, check_count, from_json, immediate,
+    is_taken, now, parse_secrets, parsed, secrets_text, sound_rows, to_json,
 };
 
 const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib";
@@ -152,7 +152,7 @@ impl Store {
         let mut query = connection.prepare_cached(&format!(
             "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
         ))?;
-        sound_rows(&mut query, [owner.to_string()], "template", read)
+        sound_rows(&mut query, [owner.to_string()], Called("template", 0), read)
     }
 
     /// Forgets a template. What was made from it stays.

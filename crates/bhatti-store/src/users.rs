@@ -3,7 +3,7 @@
 use bhatti_types::{Quota, UserId, UserName};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Store, StoreError, changed_one, immediate, is_taken, now, parsed, sound_rows};
+use crate::{Called, Store, StoreError, changed_one, immediate, is_taken, now, parsed, sound_rows};
 
 const COLUMNS: &str = "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots, max_volumes_mib, max_disk_mib";
 
@@ -135,7 +135,7 @@ impl Store {
         let connection = self.connection.lock();
         let mut query = connection
             .prepare_cached(&format!("SELECT {COLUMNS} FROM users ORDER BY created_at, id"))?;
-        sound_rows(&mut query, [], "user", read)
+        sound_rows(&mut query, [], Called("user", 0), read)
     }
 
     /// Gives a user another key: the one that it had is none any more.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::users::quota_of;
 use crate::{
-    Store, StoreError, changed_one, from_json, immediate, now, parsed, sound_rows, to_json,
+    Called, Store, StoreError, changed_one, from_json, immediate, now, parsed, sound_rows, to_json,
 };
 
 const COLUMNS: &str = "id, owner, name, size_mib, work, created_at";
@@ -244,7 +244,9 @@ impl Store {
     pub fn volume_ids(&self) -> Result<Vec<VolumeId>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached("SELECT id FROM volumes")?;
-        sound_rows(&mut query, [], "volume", |row| parsed(row.get::<_, String>(0)?.parse()))
+        sound_rows(&mut query, [], Called("volume", 0), |row| {
+            parsed(row.get::<_, String>(0)?.parse())
+        })
     }
 
     /// The volumes of `owner`, or of everybody, by name. Damaged rows are logged and left out.
@@ -258,7 +260,7 @@ impl Store {
             "SELECT {COLUMNS} FROM volumes WHERE ?1 IS NULL OR owner = ?1 ORDER BY name, id"
         ))?;
         let owner = owner.map(|owner| owner.to_string());
-        sound_rows(&mut query, [owner], "volume", read)
+        sound_rows(&mut query, [owner], Called("volume", 0), read)
     }
 
     /// The names of the sandboxes that have a volume, and whether they only read it.

@@ -166,7 +166,7 @@ pub enum CreateError {
     },
     /// Its files are too large together.
     #[error(
-        "the files have {bytes} bytes together; at most {NEW_FILES_BYTES_MAX} can be put into a new sandbox"
+        "the files have {bytes} bytes together; at most {NEW_FILES_BYTES_MAX} can be put into a new sandbox. Copy larger ones when it is there: bhatti file cp"
     )]
     FilesTooLarge {
         /// Their length.
@@ -426,7 +426,8 @@ impl Supervisor {
 }
 
 /// Why a sandbox boots whose memory or disk has an odd size.
-const UNUSUAL_SIZE: &str = "its memory is no multiple of 64 MiB, or its disk none of 1024 MiB";
+const UNUSUAL_SIZE: &str =
+    "its memory is not a multiple of 64 MiB, or its disk size is not a multiple of 1024 MiB";
 
 /// What sandboxes that ask for nothing in particular are forked from.
 fn usual_recipe(shared: &Shared, files: BootFiles) -> Recipe {
@@ -508,7 +509,14 @@ fn unix_seconds_after(time: Duration) -> u64 {
 /// Refuses a disk that is too small for its image.
 fn check_disk(spec: &SandboxSpec, files: &BootFiles) -> Result<(), CreateError> {
     let Some(disk) = spec.disk else { return Ok(()) };
-    let image_bytes = std::fs::metadata(&files.root).map_err(|_| CreateError::Interrupted)?.len();
+    let image = std::fs::metadata(&files.root);
+    let image_bytes = image
+        .map_err(|source| bhatti_image::StoreError::File {
+            step: "look at",
+            path: files.root.clone(),
+            source,
+        })?
+        .len();
     if disk.bytes() >= image_bytes {
         return Ok(());
     }

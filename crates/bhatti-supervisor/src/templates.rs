@@ -19,6 +19,7 @@ use bhatti_image::BootFiles;
 use bhatti_proto::ExecRequest;
 use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId, UserId};
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant, timeout};
 use tracing::{error, info, warn};
 
@@ -28,13 +29,15 @@ use crate::identity::random;
 use crate::networks;
 use crate::turns::Turns;
 
-/// Held by who makes a template.
+/// How many templates a daemon makes at once.
+const MAKERS: usize = 2;
+
 /// Locked by everybody who makes a template, and alone by who takes up what was left behind.
 const LOCK: &str = ".lock";
 /// What the locks of single templates are called, before the key.
 const KEY_LOCK: &str = ".lock-";
 
-/// The share of the budget that templates made for one user may take: one part of so many.
+/// The share of the budget that templates made for one user may take, but for those in use: one part of so many.
 const OWNERS_SHARE: u64 = 4;
 
 /// Templates are made for memories and disks of these steps alone, in MiB: for every size there is, their number would have no bound.
@@ -106,6 +109,8 @@ pub(crate) struct Templates {
     making: Turns<String>,
     /// A user has one template made at a time: who asks for many shapes waits for them, and nobody else does.
     making_for: Turns<UserId>,
+    /// How many are made at once at most: each boots a guest.
+    makers: Semaphore,
     /// Whom templates were made for, by key, as far as this daemon has made them.
     made_for: Mutex<HashMap<String, UserId>>,
 }
@@ -128,6 +133,7 @@ impl Templates {
             budget_bytes,
             making: Turns::default(),
             making_for: Turns::default(),
+            makers: Semaphore::new(MAKERS),
             made_for: Mutex::default(),
         }
     }
@@ -341,6 +347,7 @@ async fn make_first(
     if let Some(template) = templates.existing(key, recipe) {
         return Ok(template);
     }
+    let _maker = templates.makers.acquire().await.map_err(|_| TemplateError::Interrupted)?;
     make(shared, recipe, key, &templates.directory).await?;
     templates.made_for.lock().insert(key.to_owned(), owner);
     templates.evict(key, owner);

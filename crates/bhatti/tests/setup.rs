@@ -59,7 +59,6 @@ async fn file_that_is_no_kernel_is_refused_and_nothing_stays() {
     assert_eq!(artefacts(data.path()), Vec::<String>::new());
 }
 
-/// A shell that runs `script` with a file system of `size` mounted at `data`, for itself alone.
 #[tokio::test]
 async fn file_without_a_certificate_is_refused_before_anything_is_built() {
     let data = tempfile::tempdir().unwrap();
@@ -72,6 +71,7 @@ async fn file_without_a_certificate_is_refused_before_anything_is_built() {
     assert_eq!(artefacts(data.path()), Vec::<String>::new());
 }
 
+/// A shell that runs `script` with a file system of `size` mounted at `data`, for itself alone.
 async fn on_small_disk(data: &Path, size: &str, script: &str) -> Output {
     let script = format!("mount -t tmpfs -o size={size} small '{}' && {script}", data.display());
     bhatti_host::process::command("unshare")

@@ -124,7 +124,7 @@ async fn image_trusts_the_authorities_that_it_was_made_with() {
     let serve = Serve { images: Some(place.join("images")), ..Serve::default() };
     let daemon = TestDaemon::start_with(serve).await;
     let api = Api::admin(&daemon);
-    let mut create = daemon.cli(&["create", "--name", "dev", "--cold-boot", "--file"]);
+    let mut create = daemon.cli(&["create", "--name", "dev", "--image", "containers", "--file"]);
     create.arg(format!("{}:/opt/server.pem", place.join("tls/server.pem").display()));
     let created = create.output().await.unwrap();
     assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
@@ -166,7 +166,7 @@ async fn root_disk_has_the_size_that_was_asked_for_wherever_it_goes() {
     let origin = booted.json()["origin"].as_str().unwrap().to_owned();
     assert_eq!(
         origin,
-        "boot, because its memory is no multiple of 64 MiB, or its disk none of 1024 MiB"
+        "boot, because its memory is not a multiple of 64 MiB, or its disk size is not a multiple of 1024 MiB"
     );
 
     // A file system keeps some of its disk for itself.

@@ -30,9 +30,9 @@ pub(crate) struct Agent {
     pub(crate) limits: Limits,
     /// What the host made of this guest.
     pub(crate) settings: RefCell<Settings>,
-    /// Processes that survive their client.
     /// What the image sets for every process.
     pub(crate) image_environment: BTreeMap<String, String>,
+    /// Processes that survive their client.
     pub(crate) sessions: Sessions,
     /// What happens in the guest.
     pub(crate) events: broadcast::Sender<GuestEvent>,

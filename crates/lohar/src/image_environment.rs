@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::fs::OFlags;
 
 use crate::log;
 
@@ -14,7 +17,7 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 /// The variables of this guest's image. None if there is no such file; one that cannot be read is reported on the console.
 pub(crate) fn read() -> BTreeMap<String, String> {
     let mut text = Vec::new();
-    match File::open(FILE).and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {
+    match open().and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {
         Ok(_) => parse(&String::from_utf8_lossy(&text)),
         Err(error) if error.kind() == ErrorKind::NotFound => BTreeMap::new(),
         Err(error) => {
@@ -22,6 +25,13 @@ pub(crate) fn read() -> BTreeMap<String, String> {
             BTreeMap::new()
         }
     }
+}
+
+/// A pipe or a device in its place would keep the guest from coming up.
+fn open() -> io::Result<File> {
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(nonblocking).open(FILE)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(ErrorKind::InvalidInput.into()) }
 }
 
 /// Lines of the form `NAME=VALUE` or `export NAME=VALUE`, with the value in quotes or not. Others mean nothing.

@@ -1,6 +1,6 @@
 //! The kernel modules that a guest can load when a program needs them: for containers, networks and file systems.
 //!
-//! They stay as packed as the kernel's package has them: Debian's kernel unpacks modules itself. An index goes with them, which lohar's
+//! Those of Debian's kernel stay packed: it unpacks modules itself. Another kernel may not, so its modules are unpacked. An index goes with them, which lohar's
 //! `modprobe` reads. Each of its lines describes one module:
 //!
 //! ```text
@@ -67,6 +67,15 @@ const NAMES: [&str; 38] = [
     "packet_diag",
 ];
 
+/// Whether modules stay packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// They do: the kernel unpacks them.
+    Kept,
+    /// They are unpacked.
+    Undone,
+}
+
 /// A name for this choice of modules.
 pub(crate) fn wanted() -> String {
     content_hash::of_bytes([&DIRECTORIES[..], &NAMES[..]].concat().join(",").as_bytes())
@@ -77,6 +86,7 @@ pub(crate) fn wanted() -> String {
 pub(crate) fn collect(
     tree: &Path,
     loaded_at_boot: &[String],
+    packing: Packing,
     target: &Path,
 ) -> Result<(), ModuleError> {
     fs::create_dir(target).map_err(|source| file_error("create", target, source))?;
@@ -95,14 +105,22 @@ pub(crate) fn collect(
         if collected.contains_key(&name) || loaded_at_boot.contains(&name) {
             continue;
         }
-        let module = Module::read(file)?;
+        let bytes = read_module(file).map_err(|source| file_error("read", file, source))?;
+        let module = Module::of(&bytes);
         wanted.extend(module.needs.iter().cloned());
-        let copy = target.join(file.file_name().unwrap_or_default());
-        fs::copy(file, &copy).map_err(|source| file_error("write", &copy, source))?;
-        collected.insert(name, (file, module));
+        let copy = match packing {
+            Packing::Kept => target.join(file.file_name().unwrap_or_default()),
+            Packing::Undone => target.join(format!("{name}.ko")),
+        };
+        match packing {
+            Packing::Kept => fs::copy(file, &copy).map(drop),
+            Packing::Undone => fs::write(&copy, &bytes),
+        }
+        .map_err(|source| file_error("write", &copy, source))?;
+        collected.insert(name, (copy, module));
     }
-    let lines = collected.iter().map(|(name, (file, module))| {
-        let file = file.file_name().unwrap_or_default().to_string_lossy();
+    let lines = collected.iter().map(|(name, (copy, module))| {
+        let file = copy.file_name().unwrap_or_default().to_string_lossy();
         format!("{name}\t{file}\t{}\t{}\n", module.needs.join(" "), module.aliases.join(" "))
     });
     let index = target.join(INDEX);
@@ -126,10 +144,9 @@ struct Module {
 }
 
 impl Module {
-    fn read(file: &Path) -> Result<Self, ModuleError> {
-        let bytes = read_module(file).map_err(|source| file_error("read", file, source))?;
-        let mut needs = dependencies(&bytes);
-        for line in information(&bytes, "softdep=") {
+    fn of(bytes: &[u8]) -> Self {
+        let mut needs = dependencies(bytes);
+        for line in information(bytes, "softdep=") {
             // "pre: a b post: c"
             let before = line.split("post:").next().unwrap_or_default();
             let names = before.trim_start().strip_prefix("pre:").unwrap_or_default();
@@ -139,7 +156,7 @@ impl Module {
         let is_name = |alias: &String| {
             !alias.contains(['*', '?', '[']) && !alias.contains(char::is_whitespace)
         };
-        Ok(Self { needs, aliases: information(&bytes, "alias=").filter(is_name).collect() })
+        Self { needs, aliases: information(bytes, "alias=").filter(is_name).collect() }
     }
 }
 
@@ -169,7 +186,7 @@ mod tests {
         write("net/bridge2/unwanted2.ko", "depends=");
 
         let target = root.path().join("loadable");
-        collect(&tree, &["virtio_net".into()], &target).unwrap();
+        collect(&tree, &["virtio_net".into()], Packing::Kept, &target).unwrap();
 
         assert_eq!(
             fs::read_to_string(target.join(INDEX)).unwrap(),

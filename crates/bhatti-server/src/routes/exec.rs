@@ -70,7 +70,7 @@ pub(crate) async fn run(
     }
     if restart {
         return Err(ApiError::new(ErrorCode::BadRequest, "only a job can be started again")
-            .hint("set detach, too"));
+            .hint(r#"ask for a job: {"cmd": ["./server"], "detach": true, "restart": true}"#));
     }
     let stdin = stdin?;
     let (at_hand, rest) =
@@ -114,8 +114,18 @@ async fn start_job(
     called: &str,
     exec: bhatti_proto::ExecRequest,
 ) -> Result<Response, ApiError> {
+    let restart = exec.restart;
     let used = state.supervisor.enter(owner, called).await?;
     let info = used.agent.create_detached(exec).await?;
+    if restart && !info.restart {
+        // An agent of an older version, which runs on with its sandbox, does not know the wish.
+        used.agent.kill_session(&info.session_id).await?;
+        return Err(ApiError::new(
+            ErrorCode::WrongState,
+            "the sandbox's agent is too old to start a job again",
+        )
+        .hint("boot it anew: bhatti stop NAME, then bhatti start --cold-boot NAME"));
+    }
     let job = super::jobs::job(info);
     let job = job.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the job got a terminal"))?;
     Ok(accepted(job))

@@ -36,7 +36,7 @@ pub(crate) struct Create {
     /// Its memory in MiB [default: 512]
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
-    /// The size of its root disk in MiB [default: that of the image, 4096 for those that are built here]
+    /// The size of its root disk in MiB, with Docker where that can limit it [default: that of the image, 4096 for those built here]
     #[arg(long, value_name = "MIB")]
     disk: Option<u64>,
     /// A variable for its processes; may be given several times
@@ -45,7 +45,7 @@ pub(crate) struct Create {
     /// A secret that is a variable for its processes, too; may be given several times
     #[arg(long, value_name = "NAME")]
     secret: Vec<String>,
-    /// A file of this machine that is put into it before its init script runs, of 16 MiB with all others; may be given several times
+    /// A file of this machine to copy in before the init script runs, 16 MiB in total; may be given several times
     #[arg(long, value_name = "FILE:/PATH", value_parser = parse_file)]
     file: Vec<(PathBuf, String)>,
     /// A script that runs when it is up

@@ -34,7 +34,8 @@ pub(crate) struct Setup {
     /// Build the image `dev`, too: a compiler, make, pip, venv, node, npm, ssh, less, wget, unzip, ping
     #[arg(long)]
     dev: bool,
-    /// Certificate authorities in PEM that images trust from now on, as that of a proxy which inspects TLS; may be given several times
+    /// CA certificates (PEM) that images trust which are built from now on; may be given several times. To take one back, remove its
+    /// file from images/ca-certificates in the data directory
     #[arg(long, value_name = "FILE")]
     ca_certificate: Vec<PathBuf>,
     /// Do not boot a guest to fork sandboxes from; the first `create` does it then

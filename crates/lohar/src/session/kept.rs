@@ -4,12 +4,12 @@
 //! the disk before the host is told of the job, and goes when the job has ended. A shutdown of the guest ends no job in this sense.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use bhatti_proto::ExecRequest;
+use bhatti_proto::{ErrorKind, ExecRequest};
 
 use super::create::start_again;
 use crate::agent::Agent;
@@ -41,9 +41,19 @@ fn file(agent: &Agent, id: &str) -> PathBuf {
 pub(super) async fn keep(agent: &Agent, id: &str, request: &ExecRequest) -> Result<(), OpError> {
     let path = file(agent, id);
     let text = serde_json::to_vec(request).map_err(io::Error::from);
+    let failed =
+        |error: io::Error| refused(kind_of(&error), format!("start: keep the job: {error}"));
     let keeping = begin_as_agent(agent, move || {
-        text.and_then(|text| write(&path, &text))
-            .map_err(|error| refused(kind_of(&error), format!("start: keep the job: {error}")))
+        let text = text.map_err(failed)?;
+        if count(&path) >= KEPT_MAX {
+            let message = format!("{KEPT_MAX} jobs start again already, which is the limit");
+            return Err(refused(ErrorKind::Limit, message));
+        }
+        write(&path, &text).map_err(|error| {
+            // What could not be written whole must not start at the next boot.
+            drop((fs::remove_file(&path), fs::remove_file(unfinished(&path))));
+            failed(error)
+        })
     });
     keeping.await?.end().await
 }
@@ -80,14 +90,9 @@ pub(crate) async fn start_kept(agent: &Rc<Agent>) {
 }
 
 fn write(path: &Path, text: &[u8]) -> io::Result<()> {
-    let directory = path.parent().ok_or(ErrorKind::InvalidInput)?;
+    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let kept = fs::read_dir(directory)?.count();
-    if kept >= KEPT_MAX {
-        let message = format!("{kept} jobs start again already, which is the limit");
-        return Err(io::Error::new(ErrorKind::QuotaExceeded, message));
-    }
-    let unfinished = path.with_extension("new");
+    let unfinished = unfinished(path);
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);
     let mut file = options.open(&unfinished)?;
@@ -101,21 +106,35 @@ fn write(path: &Path, text: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        removed => removed?,
-    }
-    File::open(path.parent().ok_or(ErrorKind::InvalidInput)?)?.sync_all()
+/// What a file is called before all of it is on the disk.
+fn unfinished(path: &Path) -> PathBuf {
+    path.with_extension("new")
 }
 
-/// The requests with the numbers of their sessions. What is none is reported on the console.
+/// How many requests are kept beside `path`.
+fn count(path: &Path) -> usize {
+    let entries = path.parent().and_then(|directory| fs::read_dir(directory).ok());
+    let is_kept = |entry: &fs::DirEntry| entry.path().extension().is_some_and(|it| it == ENDING);
+    entries.into_iter().flatten().flatten().filter(is_kept).count()
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        removed => removed?,
+    }
+    File::open(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
+}
+
+/// The requests with the numbers of their sessions. What is none is reported on the console; what is unfinished is removed.
 fn read_all(directory: &Path) -> Vec<(u64, ExecRequest)> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let mut found = Vec::new();
     for entry in entries.take(2 * KEPT_MAX) {
         let path = entry.path();
         if path.extension().is_none_or(|ending| ending != ENDING) {
+            // Its host was not told that it is kept.
+            drop(fs::remove_file(&path));
             continue;
         }
         match read(&path) {
@@ -124,13 +143,12 @@ fn read_all(directory: &Path) -> Vec<(u64, ExecRequest)> {
         }
     }
     found.sort_by_key(|(number, _)| *number);
-    found.truncate(KEPT_MAX);
     found
 }
 
 fn read(path: &Path) -> io::Result<(u64, ExecRequest)> {
     let number = path.file_stem().and_then(|stem| stem.to_str()?.strip_prefix('s')?.parse().ok());
-    let number = number.ok_or(ErrorKind::InvalidFilename)?;
+    let number = number.ok_or(io::ErrorKind::InvalidFilename)?;
     let mut text = Vec::new();
     File::open(path)?.take(FILE_BYTES_MAX).read_to_end(&mut text)?;
     Ok((number, serde_json::from_slice(&text)?))

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use bhatti_proto::{CHUNK_BYTES, FrameType};
+use bhatti_proto::FrameType;
 use rustix::io::Errno;
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
@@ -23,6 +23,9 @@ pub(crate) type Terminal = Rc<AsyncFd<OwnedFd>>;
 /// Takes a session's input.
 pub(crate) type StdinSender = mpsc::UnboundedSender<Queued>;
 
+/// How much is read at once, in bytes. Every session has one or two such buffers as long as its process runs.
+const READ_BYTES: usize = 8 << 10;
+
 /// The most that is taken of each stream once the process has ended, in bytes: more than a pipe or terminal holds.
 const DRAIN_BYTES_MAX: usize = 1 << 20;
 
@@ -38,6 +41,14 @@ impl Source {
         match self {
             Self::Pipe(_, frame_type) => *frame_type,
             Self::Terminal(_) | Self::Ended => FrameType::STDOUT,
+        }
+    }
+
+    /// What it is read into.
+    fn buffer(&self) -> Vec<u8> {
+        match self {
+            Self::Terminal(_) | Self::Pipe(..) => vec![0; READ_BYTES],
+            Self::Ended => Vec::new(),
         }
     }
 
@@ -78,7 +89,7 @@ pub(super) async fn run(
     mut sources: [Source; 2],
     mut exit: Exit,
 ) {
-    let mut buffers = [vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]];
+    let mut buffers = sources.each_ref().map(Source::buffer);
     let [first_buffer, second_buffer] = &mut buffers;
     let code = loop {
         session.room().await;
