@@ -41,6 +41,8 @@ fn refusal(error: ClientError) -> (ErrorCode, String) {
 async fn bad_requests_get_the_status_and_code_of_the_callers_fault() {
     let daemon = TestDaemon::start().await;
     let large = vec![b' '; 5 << 20];
+    // A new sandbox may have 16 MiB of files with it.
+    let with_files = vec![b' '; 24 << 20];
     let cases: &[(&str, &[u8], u16, &str)] = &[
         ("POST /sandboxes", b"{", 400, "bad_request"),
         ("POST /sandboxes", b"[]", 400, "bad_request"),
@@ -54,7 +56,8 @@ async fn bad_requests_get_the_status_and_code_of_the_callers_fault() {
         ("POST /sandboxes", br#"{"name":"a/b"}"#, 400, "bad_request"),
         ("POST /sandboxes", br#"{"name":""}"#, 400, "bad_request"),
         ("POST /sandboxes", br#"{"env":{"A=B":"c"}}"#, 400, "bad_request"),
-        ("POST /sandboxes", &large, 413, "body_too_large"),
+        ("POST /templates", &large, 413, "body_too_large"),
+        ("POST /sandboxes", &with_files, 413, "body_too_large"),
         ("GET /sandboxes/nobody", b"", 404, "not_found"),
         ("DELETE /sandboxes/nobody", b"", 404, "not_found"),
         ("POST /sandboxes/nobody/exec", br#"{"cmd":["true"]}"#, 404, "not_found"),
