@@ -10,6 +10,7 @@ make --no-print-directory build
 mkdir -p target/test-data
 data_dir=$PWD/target/test-data
 dist/bhatti setup --data-dir "$data_dir" --no-template
+./scripts/hostile-module.sh "$data_dir"
 # Further images have directories of their own: most tests have the minimal one alone. Each is built beside the other.
 kernel_of() {
     grep -o '"kernel-[^"]*"' "$1/images/index.json" 2>/dev/null || true
