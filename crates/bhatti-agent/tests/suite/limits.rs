@@ -72,7 +72,9 @@ async fn terminals_beyond_their_limit_are_refused_and_jobs_are_not() {
 
     assert!(is_limit(&error), "{error}");
     assert!(error.to_string().contains("sessions with a terminal: the limit is 1"), "{error}");
-    agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
+    let job = agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
+    // It would outlive the agent, which is killed.
+    agent.client.kill_session(&job.session_id).await.unwrap();
 }
 
 #[tokio::test]
