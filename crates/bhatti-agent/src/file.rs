@@ -241,7 +241,8 @@ impl AgentClient {
         upload.finish().await
     }
 
-    /// Writes a file of the guest's configuration: with the agent's rights, and what is new belongs to the guest's usual user.
+    /// Writes a file of the guest's configuration: with the agent's rights, and what is new belongs
+    /// to the guest's usual user.
     ///
     /// # Errors
     ///

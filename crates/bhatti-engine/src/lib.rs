@@ -95,7 +95,8 @@ pub struct VmSpec {
     pub cpus: CpuCount,
     /// Its memory.
     pub memory: MemoryMib,
-    /// The size of its root disk, at least that of `root_base`; the same if absent. The guest makes its file system as large.
+    /// The size of its root disk, at least that of `root_base`; the same if absent. The guest makes
+    /// its file system as large.
     pub disk: Option<DiskMib>,
     /// Where everything of it is kept. The engine makes it.
     pub directory: PathBuf,

@@ -1,7 +1,7 @@
 //! Certificate authorities that images trust beyond Debian's own: those of a proxy that inspects TLS, or of a company.
 //!
-//! Each is a file `<hash>.crt` of one certificate in PEM, in `ca-certificates` beside the images. Images that Debian's packages make have
-//! them; imported ones are as they were imported.
+//! Each is a file `<hash>.crt` of one certificate in PEM, in `ca-certificates` beside the images.
+//! Images that Debian's packages make have them; imported ones are as they were imported.
 
 use std::fs;
 use std::io;
@@ -128,7 +128,8 @@ pub(crate) fn part_of(recipe: &str) -> &str {
     &recipe[without(recipe).len()..]
 }
 
-/// Takes over every certificate in `files`. Those that are there already stay. Nothing is taken over if one of them is of no use.
+/// Takes over every certificate in `files`. Those that are there already stay. Nothing is taken
+/// over if one of them is of no use.
 pub(crate) fn add(store: &ImageStore, files: &[PathBuf]) -> Result<(), CertificateError> {
     let mut certificates = Vec::new();
     for file in files {
@@ -157,7 +158,8 @@ pub(crate) fn add(store: &ImageStore, files: &[PathBuf]) -> Result<(), Certifica
     Ok(())
 }
 
-/// The certificates in a PEM file, each with its markers, and nothing else that the file has. The error is the number of a damaged one.
+/// The certificates in a PEM file, each with its markers, and nothing else that the file has. The
+/// error is the number of a damaged one.
 fn split(text: &str) -> Result<Vec<String>, usize> {
     let mut certificates = Vec::new();
     for (index, part) in text.split(BEGIN).skip(1).enumerate() {

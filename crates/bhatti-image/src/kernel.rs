@@ -98,7 +98,7 @@ fn collect_modules(tree: &Path, packing: Packing, directory: &Path) -> Result<()
     Ok(loadable::collect(tree, &at_boot, packing, &directory.join(LOADABLE_MODULES))?)
 }
 
-/// Writes `vmlinux` and the directories of modules of somebody's own kernel into `directory`.
+/// Writes `vmlinux` and the directories of modules of a kernel that the operator gives into `directory`.
 pub(crate) fn from_file(
     image: &Path,
     module_tree: Option<&Path>,

@@ -1,4 +1,5 @@
-//! The kernel modules of a guest: those it needs before it has its root disk, and those it can load later ([`loadable`]).
+//! The kernel modules of a guest: those it needs before it has its root disk, and those it can load
+//! later ([`loadable`]).
 
 pub(crate) mod loadable;
 
@@ -34,7 +35,8 @@ pub(crate) fn wanted() -> String {
     format!(" with modules {} and loadable ones {}", WANTED.join(","), loadable::wanted())
 }
 
-/// Copies the wanted modules of `tree`, uncompressed, to `target/NN-name.ko`, numbered in the order of loading. Returns their names.
+/// Copies the wanted modules of `tree`, uncompressed, to `target/NN-name.ko`, numbered in the order
+/// of loading. Returns their names.
 pub(crate) fn collect(tree: &Path, target: &Path) -> Result<Vec<String>, ModuleError> {
     fs::create_dir(target).map_err(|source| file_error("create", target, source))?;
     let mut files = Vec::new();
@@ -112,7 +114,8 @@ fn dependencies(module: &[u8]) -> Vec<String> {
     names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
 }
 
-/// The values of `field`, which ends with `=`, in a module's information section: texts of the form `field=value`, each ended by a NUL.
+/// The values of `field`, which ends with `=`, in a module's information section: texts of the form
+/// `field=value`, each ended by a NUL.
 fn information(module: &[u8], field: &'static str) -> impl Iterator<Item = String> {
     module
         .split(|byte| *byte == 0)

@@ -54,8 +54,9 @@ rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 "#;
 
-/// Has the system `$1` trust the certificates that lie beside this script. Programs that bring authorities of their own are told by
-/// variables: Python's requests and pip in virtual environments, node, and those that use rustls or OpenSSL of their own.
+/// Has the system `$1` trust the certificates that lie beside this script. Programs that bring
+/// authorities of their own are told by variables: Python's requests and pip in virtual
+/// environments, node, and those that use rustls or OpenSSL of their own.
 const TRUST: &str = r#"#!/bin/sh
 set -e
 umask 022
@@ -201,7 +202,8 @@ pub(crate) async fn build_debian(
     Ok(image)
 }
 
-/// Prepares that an image trusts `certificates`. Returns the argument that has mmdebstrap do it; none if there are none.
+/// Prepares that an image trusts `certificates`. Returns the argument that has mmdebstrap do it;
+/// none if there are none.
 fn trust(scratch: &Path, certificates: &Certificates) -> Result<Option<String>, RootfsError> {
     if certificates.is_empty() {
         return Ok(None);

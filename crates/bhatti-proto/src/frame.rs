@@ -124,8 +124,8 @@ impl FrameType {
     pub const SUSPEND_REQ: Self = Self(0x64);
     /// Host to guest: [`Woken`](crate::Woken), after each pause. Not in the original protocol.
     pub const WOKEN_REQ: Self = Self(0x65);
-    /// Host to guest: [`GuestInit`](crate::GuestInit), when the files are there that were too large for the configuration. Answered by
-    /// [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    /// Host to guest: [`GuestInit`](crate::GuestInit), when the files are there that were too large
+    /// for the configuration. Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const INIT_REQ: Self = Self(0x66);
 }
 

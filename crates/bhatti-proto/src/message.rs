@@ -293,8 +293,8 @@ pub struct FileWriteRequest {
     /// Whether the content ends with [`STDIN_EOF`](crate::FrameType::STDIN_EOF), its size being unknown. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub until_eof: bool,
-    /// Whether the file is part of the guest's configuration: the agent writes it with its own rights, and what is new belongs to the
-    /// guest's usual user. Optional, new.
+    /// Whether the file is part of the guest's configuration: the agent writes it with its own
+    /// rights, and what is new belongs to the guest's usual user. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub configures: bool,
     /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.

@@ -66,10 +66,11 @@ pub(crate) fn create(path: &Path, base: &str) -> Result<(), OverlayError> {
     create_sized(path, base, 0)
 }
 
-/// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw otherwise. It has `bytes`, and no fewer
-/// than the base; behind the base's end it is zero. The overlay names it without
-/// its directory, so that both can be moved together. Its content is durable: what names it must not outlive it. Its name becomes so with
-/// the record of the VM, which lies in the same directory.
+/// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw
+/// otherwise. It has `bytes`, and no fewer than the base; behind the base's end it is zero. The
+/// overlay names it without its directory, so that both can be moved together. Its content is
+/// durable: what names it must not outlive it. Its name becomes so with the record of the VM, which
+/// lies in the same directory.
 ///
 /// # Errors
 ///

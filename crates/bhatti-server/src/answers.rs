@@ -1,4 +1,5 @@
-//! Memory of long requests, and of answers that are collected before they are sent: a limit for all of them and one for each user.
+//! Memory of long requests, and of answers that are collected before they are sent: a limit for all
+//! of them and one for each user.
 //!
 //! A [`Part`] is held until the answer has been sent, however slowly its caller reads.
 

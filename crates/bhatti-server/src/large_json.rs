@@ -24,7 +24,8 @@ const VALUES_MAX: usize = 50_000;
 /// A body, what is made of it, and its files' content are in memory together at no time: two of them are.
 const COPIES: usize = 2;
 
-/// A body of JSON that may be longer than others. What is longer takes memory of its user's part, which is held as long as `part` is.
+/// A body of JSON that may be longer than others. What is longer takes memory of its user's part,
+/// which is held as long as `part` is.
 pub(crate) struct LargeJson<T> {
     pub(crate) value: T,
     pub(crate) part: Part,
@@ -35,7 +36,10 @@ impl<T: DeserializeOwned> FromRequest<AppState> for LargeJson<T> {
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         let Some(Caller(user)) = request.extensions().get::<Caller>().copied() else {
-            return Err(ApiError::new(ErrorCode::Unauthorized, "nobody is known to ask this"));
+            return Err(ApiError::new(
+                ErrorCode::Unauthorized,
+                "the request has no authenticated user",
+            ));
         };
         check_announced(&request, LARGE_BODY_BYTES_MAX)?;
         let mut part = state.answers.part(user);
@@ -75,7 +79,8 @@ async fn receive(mut body: Body, announced: usize, part: &mut Part) -> Result<Ve
     Ok(bytes)
 }
 
-/// Refuses a long body that is long for its many values rather than for its files: each takes far more memory than its text.
+/// Refuses a long body that is long for its many values rather than for its files: each takes far
+/// more memory than its text.
 fn check_values(json: &[u8]) -> Result<(), ApiError> {
     let (mut values, mut in_string, mut escaped) = (0, false, false);
     for byte in json {

@@ -299,7 +299,8 @@ async fn boot(
     Ok(driver.running(running)?)
 }
 
-/// Writes the files that were too large to be told with everything else, and then starts the init script, which may need them.
+/// Writes the files that were too large to be told with everything else, and then starts the init
+/// script, which may need them.
 async fn hand_over_files(
     shared: &Shared,
     row: &SandboxRow,

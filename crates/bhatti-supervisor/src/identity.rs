@@ -45,8 +45,8 @@ pub(crate) struct GuestFile {
 }
 
 impl Extras {
-    /// Whether the files are too large to be told with everything else. They follow it then, each by itself, and the init script follows
-    /// them.
+    /// Whether the files are too large to be told with everything else. They follow it then, each
+    /// by itself, and the init script follows them.
     pub(crate) fn files_follow(&self) -> bool {
         self.files.values().map(|file| file.content.len()).sum::<usize>() > FILES_TOLD_BYTES_MAX
     }

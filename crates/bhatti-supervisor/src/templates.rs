@@ -40,7 +40,8 @@ const KEY_LOCK: &str = ".lock-";
 /// The share of the budget that templates made for one user may take, but for those in use: one part of so many.
 const OWNERS_SHARE: u64 = 4;
 
-/// Templates are made for memories and disks of these steps alone, in MiB: for every size there is, their number would have no bound.
+/// Templates are made for memories and disks of these steps alone, in MiB: for every size there is,
+/// their number would have no bound.
 const MEMORY_STEP_MIB: u32 = 64;
 const DISK_STEP_MIB: u32 = 1024;
 
@@ -107,7 +108,8 @@ pub(crate) struct Templates {
     budget_bytes: u64,
     /// One at a time makes a template, however many ask for it.
     making: Turns<String>,
-    /// A user has one template made at a time: who asks for many shapes waits for them, and nobody else does.
+    /// The daemon makes one template at a time for a user. A user who asks for many shapes waits
+    /// for them; other users do not.
     making_for: Turns<UserId>,
     /// How many are made at once at most: each boots a guest.
     makers: Semaphore,
@@ -150,7 +152,8 @@ impl Templates {
         Some(Template { key: key.to_owned(), directory, has_network: recipe.has_network, inode })
     }
 
-    /// The template of a recipe: made first if there is none, for `owner`. In a task of its own: whoever asked may go away.
+    /// The template of a recipe: made first if there is none, for `owner`. It is made in a task of
+    /// its own, which goes on if the caller is cancelled.
     pub(crate) async fn get(
         &self,
         shared: &Arc<Shared>,
@@ -204,8 +207,9 @@ impl Templates {
         Ok(())
     }
 
-    /// Removes those that were used least recently: of those that `kept`'s owner, unless it is the admin, had made until they fit its share
-    /// of the budget, then of all until they fit the budget. Never `kept`, and none on which a VM stands, for that would free nothing.
+    /// Removes those that were used least recently: of those that `kept`'s owner, unless it is the
+    /// admin, had made until they fit its share of the budget, then of all until they fit the
+    /// budget. Never `kept`, and none on which a VM stands, for that would free nothing.
     fn evict(&self, kept: &str, owner: UserId) {
         if owner != UserId::ADMIN {
             let share = self.budget_bytes / OWNERS_SHARE;
@@ -322,7 +326,7 @@ async fn lock(directory: &Path, key: &str) -> io::Result<[File; 2]> {
     let path = directory.join(format!("{KEY_LOCK}{key}"));
     let locked = tokio::task::spawn_blocking(move || {
         any.lock_shared()?;
-        // Now nobody removes it.
+        // No daemon removes the key's lock file while this shared lock is held.
         let this = File::create(path)?;
         this.lock()?;
         Ok([any, this])

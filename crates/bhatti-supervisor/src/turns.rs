@@ -1,4 +1,4 @@
-//! Taking turns: whoever does something with one thing waits for others who do, and for nobody else.
+//! Locks by key: a task waits for other tasks with the same key alone.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
-/// A lock for each thing that somebody deals with. What nobody deals with takes no memory.
+/// A lock for each key that a task holds or waits for. Other keys take no memory.
 pub(crate) struct Turns<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
 
 impl<K> Default for Turns<K> {
@@ -21,7 +21,7 @@ impl<K: Eq + Hash> Turns<K> {
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: whoever gives up loses its place.
+    /// Cancel safe: a task that is cancelled loses its place in the queue.
     pub(crate) async fn take(&self, key: K) -> OwnedMutexGuard<()> {
         let turn = {
             let mut turns = self.0.lock();

@@ -1,4 +1,5 @@
-//! What a new sandbox is made with: files and a disk of any size that it may have, and certificates that its image trusts.
+//! What a new sandbox is made with: files and a disk of any size that it may have, and certificates
+//! that its image trusts.
 
 use std::io::Write;
 

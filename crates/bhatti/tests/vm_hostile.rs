@@ -33,8 +33,8 @@ if libc.syscall(313, file, sys.argv[1].encode(), 0):
     sys.exit(os.strerror(ctypes.get_errno()))
 "#;
 
-/// Attacks one kind of device, until the guest says that it has, does not answer any more, or the time of the attack is over: a process may
-/// hang for ever on the disk that it has broken.
+/// Attacks one kind of device, until the guest says that it has, does not answer any more, or the
+/// time of the attack is over: a process may hang for ever on the disk that it has broken.
 async fn attack(daemon: &TestDaemon, api: &Api, name: &str, device: u32) {
     let mut create = daemon.cli(&["create", "--name", name, "--memory", "256", "--file"]);
     let module = repository().join("target/test-data/hostile.ko");

@@ -1,4 +1,5 @@
-//! Variables that the image sets for every process: `/etc/environment`, as pam_env(8) reads it. It is read when the guest boots.
+//! Variables that the image sets for every process: `/etc/environment`, as pam_env(8) reads it. It
+//! is read when the guest boots.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +15,8 @@ const FILE: &str = "/etc/environment";
 /// How much of the file is read, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
 
-/// The variables of this guest's image. None if there is no such file; one that cannot be read is reported on the console.
+/// The variables of this guest's image. None if there is no such file; one that cannot be read is
+/// reported on the console.
 pub(crate) fn read() -> BTreeMap<String, String> {
     let mut text = Vec::new();
     match open().and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {

@@ -27,7 +27,8 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Sessions whose process runs.
     pub(crate) sessions: usize,
-    /// Those of them with a terminal: each keeps 64 KiB of output in the agent's memory, which is limited. A job has buffers of 16 KiB.
+    /// Those of them with a terminal: each keeps 64 KiB of output in the agent's memory, which is
+    /// limited. A job has buffers of 16 KiB.
     pub(crate) terminals: usize,
     /// Sessions whose process has ended and that are still kept: beyond it the oldest go early.
     pub(crate) finished_sessions: usize,

@@ -1,8 +1,9 @@
 //! Loads kernel modules on demand.
 //!
-//! The kernel runs [`PATH`] when a program uses what a module would bring: a file system, a kind of network device, a device file. The
-//! path is a link to this program, so it works in every image. Programs may run it, too; it takes what modprobe(8) of kmod takes in
-//! common use. The modules and their index were chosen by `bhatti setup`.
+//! The kernel runs [`PATH`] when a program uses what a module would bring: a file system, a kind of
+//! network device, a device file. The path is a link to this program, so it works in every image.
+//! Programs may run it, too; it takes what modprobe(8) of kmod takes in common use. The modules and
+//! their index were chosen by `bhatti setup`.
 
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsString};
@@ -145,7 +146,8 @@ fn find(modules: &[Module<'_>], wanted: &str) -> Vec<usize> {
     (0..modules.len()).filter(|place| has_alias(&modules[*place])).collect()
 }
 
-/// `wanted` and all that they need, each behind what it needs itself. What the index does not have is built in or was loaded at boot.
+/// `wanted` and all that they need, each behind what it needs itself. What the index does not have
+/// is built in or was loaded at boot.
 fn loading_order(modules: &[Module<'_>], wanted: &[usize]) -> Vec<usize> {
     fn visit(
         modules: &[Module<'_>],

@@ -1,7 +1,8 @@
 //! The kernel modules that a guest can load when a program needs them: for containers, networks and file systems.
 //!
-//! Those of Debian's kernel stay packed: it unpacks modules itself. Another kernel may not, so its modules are unpacked. An index goes with them, which lohar's
-//! `modprobe` reads. Each of its lines describes one module:
+//! Those of Debian's kernel stay packed: it unpacks modules itself. Another kernel may not, so its
+//! modules are unpacked. An index goes with them, which lohar's `modprobe` reads. Each of its lines
+//! describes one module:
 //!
 //! ```text
 //! NAME TAB FILE TAB NAMES OF WHAT IT NEEDS FIRST, divided by spaces TAB ALIASES, divided by spaces
@@ -81,8 +82,8 @@ pub(crate) fn wanted() -> String {
     content_hash::of_bytes([&DIRECTORIES[..], &NAMES[..]].concat().join(",").as_bytes())
 }
 
-/// Copies the loadable modules of `tree`, with all that they need and that `loaded_at_boot` does not name, into the new directory
-/// `target`, beside their index.
+/// Copies the loadable modules of `tree`, with all that they need and that `loaded_at_boot` does
+/// not name, into the new directory `target`, beside their index.
 pub(crate) fn collect(
     tree: &Path,
     loaded_at_boot: &[String],

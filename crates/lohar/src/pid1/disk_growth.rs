@@ -25,7 +25,8 @@ const IS_64_BIT: u32 = 0x80;
 /// `EXT4_IOC_RESIZE_FS` of linux/ext4.h: makes a mounted file system so many blocks large.
 const RESIZE: rustix::ioctl::Opcode = opcode::write::<u64>(b'f', 16);
 
-/// Makes the root file system as large as `disk`, which is mounted. What is as large already, or no ext4, stays as it is.
+/// Makes the root file system as large as `disk`, which is mounted. What is as large already, or no
+/// ext4, stays as it is.
 pub(super) fn grow(disk: &Path) -> io::Result<()> {
     let device = File::open(disk)?;
     let mut superblock = [0; SUPERBLOCK_BYTES];
@@ -41,7 +42,8 @@ pub(super) fn grow(disk: &Path) -> io::Result<()> {
     unsafe {
         ioctl(&root, Setter::<RESIZE, u64>::new(wanted))?;
     }
-    // The kernel would fill the new inode tables with zeroes by and by, which are there already, and the host's disk with them.
+    // The kernel would fill the new inode tables with zeroes by and by, which are there already,
+    // and the host's disk with them.
     Ok(mount_remount("/", MountFlags::NOATIME, c"noinit_itable")?)
 }
 

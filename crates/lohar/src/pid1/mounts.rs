@@ -111,7 +111,8 @@ pub(super) fn late() {
     }
 }
 
-/// Makes all mounts shared, as systemd does: those in a mount namespace that a container program makes follow the ones made here.
+/// Makes all mounts shared, as systemd does: those in a mount namespace that a container program
+/// makes follow the ones made here.
 pub(super) fn share() -> io::Result<()> {
     Ok(mount_change("/", MountPropagationFlags::SHARED | MountPropagationFlags::REC)?)
 }

@@ -24,8 +24,9 @@ use crate::refusal::{OpError, kind_of, refused};
 use crate::ring::Ring;
 use crate::watched::watch;
 
-/// The most of a command that is listed, in bytes. With six bytes of JSON for each, the 576 sessions of [`Limits`](crate::limits::Limits)
-/// have 675 KiB: a list of all of them fits in one frame.
+/// The most of a command that is listed, in bytes. With six bytes of JSON for each, the 576
+/// sessions of [`Limits`](crate::limits::Limits) have 675 KiB: a list of all of them fits in one
+/// frame.
 const LISTED_BYTES_MAX: usize = 200;
 
 /// Serves an `EXEC_REQ` for a new session: with a terminal, or without one for a session that was asked for.
@@ -69,7 +70,8 @@ async fn create_kept(agent: &Rc<Agent>, request: &ExecRequest) -> Result<Rc<Sess
     let number = agent.sessions.admit(&agent.limits, false)?;
     let id = format!("s{number}");
     kept::keep(agent, &id, request).await?;
-    // A child that is started while the users' processes are frozen would freeze before its program, and the agent with it.
+    // A child that is started while the users' processes are frozen would freeze before its
+    // program, and the agent with it.
     agent.awake().await;
     match start_job(agent, request, id.clone()) {
         Ok(session) => {

@@ -1,7 +1,8 @@
 //! Jobs that start again each time that the guest boots anew.
 //!
-//! Each is a file `restart/<id>.json` in the agent's own directory, which root alone can read: the request that started it. The file is on
-//! the disk before the host is told of the job, and goes when the job has ended. A shutdown of the guest ends no job in this sense.
+//! Each is a file `restart/<id>.json` in the agent's own directory, which root alone can read: the
+//! request that started it. The file is on the disk before the host is told of the job, and goes
+//! when the job has ended. A shutdown of the guest ends no job in this sense.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -126,7 +127,8 @@ fn remove(path: &Path) -> io::Result<()> {
     File::open(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
 }
 
-/// The requests with the numbers of their sessions. What is none is reported on the console; what is unfinished is removed.
+/// The requests with the numbers of their sessions. What is none is reported on the console; what
+/// is unfinished is removed.
 fn read_all(directory: &Path) -> Vec<(u64, ExecRequest)> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let mut found = Vec::new();

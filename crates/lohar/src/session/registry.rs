@@ -18,7 +18,8 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// Draws the number of the next session, with a terminal or without one; refused if too many run. Finished ones give way.
+    /// Draws the number of the next session, with a terminal or without one; refused if too many
+    /// run. Finished ones give way.
     pub(super) fn admit(&self, limits: &Limits, with_terminal: bool) -> Result<u64, AgentError> {
         let mut sessions = self.by_number.borrow_mut();
         let running = || sessions.values().filter(|session| session.is_running());
