@@ -26,6 +26,6 @@ pub use network::{
 };
 pub use quota::{Quota, QuotaExceeded};
 pub use report::Report;
-pub use size::{CpuCount, DiskMib, MemoryMib, OutOfRange};
+pub use size::{CpuCount, DiskMib, MemoryMib, OutOfRange, VolumeMib};
 pub use spec::{Environment, InvalidEnvironment, NEW_FILES_BYTES_MAX, SandboxSpec};
-pub use volume::{InvalidMount, InvalidVolumeSize, MountPath, VOLUMES_MAX, VolumeMib};
+pub use volume::{InvalidMount, MountPath, VOLUMES_MAX};

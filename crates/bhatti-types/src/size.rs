@@ -45,92 +45,73 @@ impl fmt::Display for CpuCount {
     }
 }
 
-/// Guest memory, in mebibytes (2^20 bytes): 128 MiB, below which Debian's kernel does not boot, to 256 GiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct MemoryMib(u32);
+/// A size in mebibytes (2^20 bytes) with the range that an engine can give. `$field` is its name in
+/// a request.
+macro_rules! mebibytes {
+    ($(#[$doc:meta])* $name:ident, $field:literal, $minimum:expr, $maximum:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(u32);
+
+        impl $name {
+            const MIN: u32 = $minimum;
+            const MAX: u32 = $maximum;
+
+            /// The size in mebibytes.
+            #[must_use]
+            pub const fn get(self) -> u32 {
+                self.0
+            }
+
+            /// The size in bytes.
+            #[must_use]
+            pub const fn bytes(self) -> u64 {
+                (self.0 as u64) << 20
+            }
+        }
+
+        impl TryFrom<u64> for $name {
+            type Error = OutOfRange;
+
+            fn try_from(value: u64) -> Result<Self, OutOfRange> {
+                match u32::try_from(value) {
+                    Ok(mib @ Self::MIN..=Self::MAX) => Ok(Self(mib)),
+                    _ => Err(OutOfRange {
+                        what: $field,
+                        value,
+                        minimum: u64::from(Self::MIN),
+                        maximum: u64::from(Self::MAX),
+                    }),
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{} MiB", self.0)
+            }
+        }
+    };
+}
+
+mebibytes! {
+    /// Guest memory: 128 MiB, below which Debian's kernel does not boot, to 256 GiB.
+    MemoryMib, "memory_mb", 128, 256 << 10
+}
 
 impl MemoryMib {
     /// The default, 512 MiB.
     pub const DEFAULT: Self = Self(512);
-    const MIN: u32 = 128;
-    const MAX: u32 = 256 * 1024;
-
-    /// The size in mebibytes.
-    #[must_use]
-    pub const fn get(self) -> u32 {
-        self.0
-    }
-
-    /// The size in bytes.
-    #[must_use]
-    pub const fn bytes(self) -> u64 {
-        (self.0 as u64) << 20
-    }
 }
 
-impl TryFrom<u64> for MemoryMib {
-    type Error = OutOfRange;
-
-    fn try_from(value: u64) -> Result<Self, OutOfRange> {
-        match u32::try_from(value) {
-            Ok(mib @ Self::MIN..=Self::MAX) => Ok(Self(mib)),
-            _ => Err(OutOfRange {
-                what: "memory_mb",
-                value,
-                minimum: u64::from(Self::MIN),
-                maximum: u64::from(Self::MAX),
-            }),
-        }
-    }
+mebibytes! {
+    /// A root disk: 256 MiB to 4 TiB, which is the most that a layer of a disk addresses.
+    DiskMib, "disk_mb", 256, 4 << 20
 }
 
-impl fmt::Display for MemoryMib {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB", self.0)
-    }
-}
-
-/// A root disk, in mebibytes (2^20 bytes): 256 MiB to 4 TiB, which is the most that a layer of a disk addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DiskMib(u32);
-
-impl DiskMib {
-    const MIN: u32 = 256;
-    const MAX: u32 = 4 << 20;
-
-    /// The size in mebibytes.
-    #[must_use]
-    pub const fn get(self) -> u32 {
-        self.0
-    }
-
-    /// The size in bytes.
-    #[must_use]
-    pub const fn bytes(self) -> u64 {
-        (self.0 as u64) << 20
-    }
-}
-
-impl TryFrom<u64> for DiskMib {
-    type Error = OutOfRange;
-
-    fn try_from(value: u64) -> Result<Self, OutOfRange> {
-        match u32::try_from(value) {
-            Ok(mib @ Self::MIN..=Self::MAX) => Ok(Self(mib)),
-            _ => Err(OutOfRange {
-                what: "disk_mb",
-                value,
-                minimum: u64::from(Self::MIN),
-                maximum: u64::from(Self::MAX),
-            }),
-        }
-    }
-}
-
-impl fmt::Display for DiskMib {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB", self.0)
-    }
+mebibytes! {
+    /// A volume: 16 MiB, the least that has room for a journal, to 16 TiB.
+    VolumeMib, "size_mb", 16, 16 << 20
 }
 
 #[cfg(test)]
@@ -145,6 +126,8 @@ mod tests {
         assert_eq!(MemoryMib::try_from(262_144).map(MemoryMib::get), Ok(262_144));
         assert_eq!(DiskMib::try_from(256).map(DiskMib::bytes), Ok(256 << 20));
         assert_eq!(DiskMib::try_from(4 << 20).map(DiskMib::bytes), Ok(4 << 40));
+        assert_eq!(VolumeMib::try_from(16).map(VolumeMib::bytes), Ok(16 << 20));
+        assert_eq!(VolumeMib::try_from(16 << 20).map(VolumeMib::get), Ok(16 << 20));
     }
 
     #[test]
@@ -157,6 +140,9 @@ mod tests {
         }
         for mib in [0, 255, (4 << 20) + 1, u64::MAX] {
             assert!(DiskMib::try_from(mib).is_err(), "{mib} MiB");
+        }
+        for mib in [0, 15, (16 << 20) + 1, u64::MAX] {
+            assert!(VolumeMib::try_from(mib).is_err(), "{mib} MiB");
         }
     }
 

@@ -9,10 +9,6 @@ pub const VOLUMES_MAX: usize = 8;
 /// The longest path at which a volume is mounted, in bytes.
 const MOUNT_BYTES_MAX: usize = 1024;
 
-/// The smallest volume that has room for a journal, and the largest, in MiB.
-const SIZE_MIB_MIN: u32 = 16;
-const SIZE_MIB_MAX: u32 = 16 << 20;
-
 /// Directories without which there is no guest: nothing is mounted over them, nor below.
 const CLOSED: [&str; 13] = [
     "bin",
@@ -100,40 +96,6 @@ impl FromStr for MountPath {
     }
 }
 
-/// A size that no volume has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a volume of {0} MiB cannot be: {SIZE_MIB_MIN} to {SIZE_MIB_MAX} MiB can")]
-pub struct InvalidVolumeSize(u64);
-
-/// The size of a volume, in MiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct VolumeMib(u32);
-
-impl VolumeMib {
-    /// The number.
-    #[must_use]
-    pub const fn get(self) -> u32 {
-        self.0
-    }
-
-    /// In bytes.
-    #[must_use]
-    pub const fn bytes(self) -> u64 {
-        (self.0 as u64) << 20
-    }
-}
-
-impl TryFrom<u64> for VolumeMib {
-    type Error = InvalidVolumeSize;
-
-    fn try_from(mib: u64) -> Result<Self, InvalidVolumeSize> {
-        match u32::try_from(mib) {
-            Ok(size) if (SIZE_MIB_MIN..=SIZE_MIB_MAX).contains(&size) => Ok(Self(size)),
-            _ => Err(InvalidVolumeSize(mib)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,15 +141,5 @@ mod tests {
         ] {
             assert!(text.parse::<MountPath>().is_err(), "{text:?}");
         }
-    }
-
-    #[test]
-    fn sizes_have_bounds() {
-        for (mib, is_size) in
-            [(0, false), (15, false), (16, true), (16 << 20, true), (u64::MAX, false)]
-        {
-            assert_eq!(VolumeMib::try_from(mib).is_ok(), is_size, "{mib}");
-        }
-        assert_eq!(VolumeMib::try_from(16).unwrap().bytes(), 16 << 20);
     }
 }
