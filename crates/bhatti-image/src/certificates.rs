@@ -93,7 +93,7 @@ impl Certificates {
         if self.files.is_empty() {
             return Ok(String::new());
         }
-        let mut text = String::new();
+        let mut text = content_hash::of_bytes(TRUST.as_bytes());
         for file in &self.files {
             text.push_str(&content_hash::of_file(file).map_err(failed("read", file))?);
         }
@@ -114,6 +114,20 @@ impl Certificates {
         Ok(())
     }
 }
+
+/// Has the system `$1` trust the certificates that lie beside this script. Programs that bring
+/// authorities of their own are told by variables: Python's requests and pip in virtual
+/// environments, node, and those that use rustls or OpenSSL of their own.
+pub(crate) const TRUST: &str = r#"#!/bin/sh
+set -e
+umask 022
+install -m 0644 "$(dirname "$0")"/ca-certificates/*.crt "$1/usr/local/share/ca-certificates/"
+chroot "$1" update-ca-certificates >/dev/null
+all=/etc/ssl/certs/ca-certificates.crt
+for name in SSL_CERT_FILE REQUESTS_CA_BUNDLE PIP_CERT NODE_EXTRA_CA_CERTS; do
+    echo "$name=$all" >>"$1/etc/environment"
+done
+"#;
 
 /// What precedes their hash in a recipe.
 const RECIPE: &str = " with certificates ";

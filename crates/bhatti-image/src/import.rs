@@ -241,6 +241,67 @@ mod tests {
         assert!(matches!(store.remove(&name), Err(RemoveError::NotFound(_))));
     }
 
+    /// The processes that work in a directory of the store, by their names.
+    fn working_in(store: &ImageStore) -> Vec<String> {
+        let processes = fs::read_dir("/proc").unwrap().flatten().filter(|process| {
+            fs::read_link(process.path().join("cwd"))
+                .is_ok_and(|directory| directory.starts_with(store.directory()))
+        });
+        let names = processes.flat_map(|process| fs::read_to_string(process.path().join("comm")));
+        names.map(|name| name.trim().to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn import_that_is_given_up_leaves_no_process_behind() {
+        let (_data, store) = store();
+        // So many files that the import can be seen while it works.
+        let mut tar = tar::Builder::new(Vec::new());
+        for number in 0..60_000 {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(0);
+            tar.append_data(&mut header, format!("file-{number}"), &[][..]).unwrap();
+        }
+        let archive = archive(&store, &tar.into_inner().unwrap());
+        let importing = store.clone();
+        let import =
+            tokio::spawn(async move { importing.import(&"many".parse().unwrap(), archive).await });
+        let unpacks = || working_in(&store).iter().any(|name| name == "tar");
+        bhatti_testkit::wait_for("tar to unpack", unpacks).await;
+
+        import.abort();
+
+        bhatti_testkit::wait_for("its processes to end", || working_in(&store).is_empty()).await;
+        assert!(import.await.unwrap_err().is_cancelled());
+    }
+
+    /// Compresses with xz, and has the header of the block ask for a dictionary of 1.5 GiB.
+    fn xz_with_a_large_dictionary(content: &[u8]) -> Vec<u8> {
+        // The .xz file format: the stream's header has 12 bytes; the block's then has its size, flags,
+        // the filter's id and length, the dictionary's size, padding, and a CRC32.
+        const BLOCK: usize = 12;
+        const DICTIONARY: usize = BLOCK + 4;
+        let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 0);
+        encoder.write_all(content).unwrap();
+        let mut bytes = encoder.finish().unwrap();
+        bytes[DICTIONARY] = 37;
+        let crc = BLOCK + usize::from(bytes[BLOCK]) * 4;
+        let mut sum = flate2::Crc::new();
+        sum.update(&bytes[BLOCK..crc]);
+        bytes[crc..crc + 4].copy_from_slice(&sum.sum().to_le_bytes());
+        bytes
+    }
+
+    #[tokio::test]
+    async fn xz_archive_that_takes_too_much_memory_is_refused() {
+        let (_data, store) = store();
+        let bytes = xz_with_a_large_dictionary(&[0; 10240]);
+
+        let error =
+            store.import(&"large".parse().unwrap(), archive(&store, &bytes)).await.unwrap_err();
+
+        assert!(error.to_string().contains("memory"), "{error}");
+    }
+
     #[tokio::test]
     async fn what_is_no_archive_is_refused_without_a_path_of_this_host_and_leaves_nothing() {
         let (_data, store) = store();

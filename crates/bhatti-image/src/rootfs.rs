@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::apt::{self, AptError};
-use crate::certificates::{CertificateError, Certificates};
+use crate::certificates::{CertificateError, Certificates, TRUST};
 use crate::tool::{ToolError, run, run_quietly};
 
 /// The release of Debian that the image is.
@@ -54,32 +54,21 @@ rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 "#;
 
-/// Has the system `$1` trust the certificates that lie beside this script. Programs that bring
-/// authorities of their own are told by variables: Python's requests and pip in virtual
-/// environments, node, and those that use rustls or OpenSSL of their own.
-const TRUST: &str = r#"#!/bin/sh
-set -e
-umask 022
-install -m 0644 "$(dirname "$0")"/ca-certificates/*.crt "$1/usr/local/share/ca-certificates/"
-chroot "$1" update-ca-certificates >/dev/null
-all=/etc/ssl/certs/ca-certificates.crt
-for name in SSL_CERT_FILE REQUESTS_CA_BUNDLE PIP_CERT NODE_EXTRA_CA_CERTS; do
-    echo "$name=$all" >>"$1/etc/environment"
-done
-"#;
-
 /// Makes the file `$2` of `$3` out of the tar `$1`. All of it is written now: a guest that finished the work lazily would dirty
 /// pages of its own. Nothing in the tree is followed or written through: it may be a stranger's. Directories that the archive only
 /// implies are everybody's to enter, whatever the caller's umask.
+///
+/// Only the shell is our child: a process that ends it, as an abandoned import does, must end what
+/// it runs, too (PR_SET_PDEATHSIG in prctl(2)).
 const MAKE_EXT4: &str = r#"set -e
 before=$(umask)
 umask 022
 mkdir root
-tar -C root --numeric-owner --xattrs --xattrs-include="*" -xf "$1"
+setpriv --pdeathsig KILL -- tar -C root --numeric-owner --xattrs --xattrs-include="*" -xf "$1"
 [ -n "$(ls -A root)" ] || { echo 'there is nothing in the archive' >&2; exit 1; }
 [ -e root/workspace ] || [ -L root/workspace ] || { mkdir root/workspace; chown 1000:1000 root/workspace; }
 umask "$before"
-mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root "$2" "$3"
+setpriv --pdeathsig KILL -- mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root "$2" "$3"
 "#;
 
 /// What keeps mmdebstrap from leaving anything behind, however we end: it dies with us, and its mounts are its own.
@@ -229,11 +218,12 @@ pub(crate) async fn make_ext4(
 ) -> Result<(), ToolError> {
     let (tar, image, size) =
         (tar.to_string_lossy(), image.to_string_lossy(), format!("{size_mib}M"));
-    let arguments = ["-c", MAKE_EXT4, "make-ext4", &tar, &image, &size];
-    if rustix::process::geteuid().is_root() {
-        run_quietly("sh", &arguments, scratch).await?;
-    } else {
-        run_quietly("fakeroot", &[&["sh"], &arguments[..]].concat(), scratch).await?;
+    // The shell ends with us, also if we are killed.
+    let mut arguments = vec!["--pdeathsig", "KILL", "--"];
+    if !rustix::process::geteuid().is_root() {
+        arguments.extend(["fakeroot", "setpriv", "--pdeathsig", "KILL", "--"]);
     }
+    arguments.extend(["sh", "-c", MAKE_EXT4, "make-ext4", &tar, &image, &size]);
+    run_quietly("setpriv", &arguments, scratch).await?;
     Ok(())
 }

@@ -22,16 +22,36 @@ use tar::{Archive, Builder, Entry, EntryType, Header};
 
 use super::{ArchiveError, Bounded, Part, bad, check_extensions, explain};
 
-/// The most entries of all layers together: what is known of each is kept in memory.
-const ENTRIES_MAX: usize = 1_000_000;
-/// The most bytes that their names may take together.
-const NAMES_BYTES_MAX: usize = 256 << 20;
+/// How much may be known of the entries of all layers together: it is kept in memory.
+#[derive(Clone, Copy)]
+struct KnownLeft {
+    entries: usize,
+    /// The bytes of their names and of those that hard links lead to.
+    name_bytes: usize,
+}
+
+const KNOWN_MAX: KnownLeft = KnownLeft { entries: 1_000_000, name_bytes: 256 << 20 };
 
 const WHITEOUT: &str = ".wh.";
 const OPAQUE: &str = ".wh..wh..opq";
 
 /// The true name of a sparse file, whose entry has another one.
 const SPARSE_NAME: &str = "GNU.sparse.name";
+
+impl KnownLeft {
+    /// Counts an entry whose names have so many bytes.
+    fn take(&mut self, name_bytes: usize) -> Result<(), ArchiveError> {
+        let entries = self
+            .entries
+            .checked_sub(1)
+            .ok_or_else(|| bad(format!("the image has more than {} files", KNOWN_MAX.entries)))?;
+        let name_bytes = self.name_bytes.checked_sub(name_bytes).ok_or_else(|| {
+            bad(format!("the names of its files take more than {} bytes", KNOWN_MAX.name_bytes))
+        })?;
+        *self = Self { entries, name_bytes };
+        Ok(())
+    }
+}
 
 /// What is done with an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,14 +111,14 @@ struct Known {
 /// Returns an error that names the layer's fault.
 pub(super) fn flatten(layers: &[Part<'_>], flat: &File, limit: u64) -> Result<(), ArchiveError> {
     let (mut above, mut actions) = (Above::default(), Vec::new());
-    let (mut entries, mut names) = (0, 0);
+    let mut known_left = KNOWN_MAX;
     // All layers together: one may be named many times.
     let budget = || Rc::new(Cell::new(limit));
     let (checked, looked_at, copied) = (budget(), budget(), budget());
     for layer in layers.iter().rev() {
         check_extensions(open(layer, &checked)?.into_inner())
             .map_err(|error| explain(error, limit))?;
-        let known = read(layer, limit, &looked_at, &mut entries, &mut names)?;
+        let known = read(layer, limit, &looked_at, &mut known_left)?;
         actions.push(decide(&known, &above));
         add(known, &mut above);
     }
@@ -128,8 +148,7 @@ fn read(
     layer: &Part<'_>,
     limit: u64,
     left: &Rc<Cell<u64>>,
-    entries: &mut usize,
-    names: &mut usize,
+    known_left: &mut KnownLeft,
 ) -> Result<Vec<Known>, ArchiveError> {
     let mut archive = open(layer, left)?;
     let mut known = Vec::new();
@@ -142,13 +161,7 @@ fn read(
             Some(target) if kind == EntryType::Link => Some(normal(&target)?),
             _ => None,
         };
-        *entries += 1;
-        *names += name.len() + target.as_ref().map_or(0, String::len);
-        if *entries > ENTRIES_MAX || *names > NAMES_BYTES_MAX {
-            return Err(bad(format!(
-                "the image has more than {ENTRIES_MAX} files, or names that are too long"
-            )));
-        }
+        known_left.take(name.len() + target.as_ref().map_or(0, String::len))?;
         known.push(Known { name, kind, target });
     }
     Ok(known)
@@ -354,6 +367,24 @@ mod tests {
 
     fn tree(entries: &[(&str, &str)]) -> BTreeMap<String, String> {
         entries.iter().map(|(name, content)| ((*name).to_owned(), (*content).to_owned())).collect()
+    }
+
+    #[test]
+    fn files_and_names_are_counted_over_all_layers() {
+        let layers = [layer(&[("a", ""), ("b", "")]), layer(&[("b => a", ""), ("name", "")])];
+        let read_all = |mut left: KnownLeft| {
+            let budget = Rc::new(Cell::new(u64::MAX));
+            layers.iter().try_for_each(|file| {
+                read(&Part::whole(file).unwrap(), u64::MAX, &budget, &mut left).map(drop)
+            })
+        };
+
+        read_all(KnownLeft { entries: 4, name_bytes: 8 }).unwrap();
+        let entries = read_all(KnownLeft { entries: 3, name_bytes: 8 }).unwrap_err();
+        let names = read_all(KnownLeft { entries: 4, name_bytes: 7 }).unwrap_err();
+
+        assert!(entries.to_string().ends_with("more than 1000000 files"), "{entries}");
+        assert!(names.to_string().ends_with("more than 268435456 bytes"), "{names}");
     }
 
     #[test]
