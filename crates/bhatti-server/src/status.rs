@@ -385,6 +385,7 @@ impl From<TransitionError> for ApiError {
             | TransitionError::Images(_)
             | TransitionError::End(_)
             | TransitionError::Consume(_)
+            | TransitionError::MarkBoot(_)
             | TransitionError::Store(_)
             | TransitionError::Entropy(_) => Self::internal(&error),
             TransitionError::Unconfigured(_) | TransitionError::Restless => busy_guest(&error),

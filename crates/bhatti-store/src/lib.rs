@@ -17,6 +17,7 @@ mod templates;
 mod users;
 mod volumes;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use bhatti_types::QuotaExceeded;
@@ -157,7 +158,11 @@ fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError
 #[derive(Clone, Copy)]
 struct Called(&'static str, usize);
 
-/// What was read of a row, unless that is damaged: one of them must not take the others with it.
+/// The damaged rows that were logged: some lists are read every few seconds.
+static LOGGED: Mutex<BTreeSet<(&str, String)>> = Mutex::new(BTreeSet::new());
+
+/// What was read of a row, unless that is damaged: one of them must not take the others with it. A
+/// daemon logs each damaged row once.
 fn unless_damaged<T>(
     row: &rusqlite::Row<'_>,
     Called(what, id): Called,
@@ -173,7 +178,9 @@ fn unless_damaged<T>(
         read => return read.map(Some),
     };
     let id: String = row.get(id).unwrap_or_default();
-    tracing::error!(id, damage, "The row of a {what} is damaged; it is left out");
+    if LOGGED.lock().insert((what, id.clone())) {
+        tracing::error!(id, damage, "The row of a {what} is damaged; it is left out");
+    }
     Ok(None)
 }
 

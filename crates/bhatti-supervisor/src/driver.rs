@@ -104,6 +104,9 @@ pub enum TransitionError {
     /// Its snapshot could not be marked.
     #[error("failed to consume the sandbox's snapshot")]
     Consume(#[source] std::io::Error),
+    /// That it boots could not be marked.
+    #[error("failed to mark the sandbox's boot in its directory")]
+    MarkBoot(#[source] std::io::Error),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -415,11 +418,8 @@ impl Driver {
         self.access.set_state(SandboxState::Destroyed);
         self.access.set_vm(None, Thermal::Cold);
         self.shared.registry.remove(self.id);
-        self.shared
-            .engine
-            .remove(self.id, &self.directory())
-            .await
-            .map_err(DestroyError::Remove)?;
+        let directory = self.directory();
+        self.shared.engine.remove(self.id, &directory).await.map_err(DestroyError::Remove)?;
         self.reached(Step::Removed).await;
         self.record("sandbox.destroyed", serde_json::json!({}));
         self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
@@ -439,6 +439,20 @@ async fn until(unix_seconds: Option<u64>) {
     while let Ok(left) = at.duration_since(SystemTime::now()) {
         sleep(left.min(CLOCK_LOOK)).await;
     }
+}
+
+/// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row. If
+/// something of it stays, its row does, too.
+pub(crate) async fn remove(shared: &Arc<Shared>, id: SandboxId) -> Result<(), DestroyError> {
+    let removed = shared.engine.remove(id, &directory(shared, id)).await;
+    removed.map_err(DestroyError::Remove)?;
+    match shared.store.delete_sandbox(id) {
+        // Two requests to destroy it came at once.
+        Err(StoreError::NoSuchRow) => return Err(DestroyError::AlreadyGone),
+        deleted => deleted.map_err(DestroyError::Store)?,
+    }
+    shared.settle_networks().await;
+    Ok(())
 }
 
 /// Where the files of a sandbox are.

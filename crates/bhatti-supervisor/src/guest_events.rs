@@ -70,21 +70,39 @@ impl Listener {
 /// Records what a guest tells, until its connection ends.
 async fn record(source: Source, agent: &AgentClient) {
     let Ok(mut events) = agent.events().await else { return };
-    let mut allowance = Allowance::new();
-    let mut missed = 0;
+    let mut pace = Pace::new();
     while let Ok(event) = events.next().await {
-        if !allowance.take() {
-            missed += 1;
-            sleep(PAUSE).await;
-            continue;
-        }
+        let Some(missed) = pace.admit().await else { continue };
         let (kind, mut detail) = describe(event);
         if missed > 0 {
-            detail["missed"] = json!(std::mem::take(&mut missed));
+            detail["missed"] = json!(missed);
         }
         let row = source.store.get_sandbox(source.sandbox);
         let name = row.ok().flatten().map_or_else(String::new, |row| row.spec.name.to_string());
         source.events.record(kind, source.owner, Some((source.sandbox, name)), detail);
+    }
+}
+
+/// How fast a guest's events are read, and which of them are recorded.
+struct Pace {
+    allowance: Allowance,
+    missed: u64,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { allowance: Allowance::new(), missed: 0 }
+    }
+
+    /// Decides about one event. If it is to be recorded, returns how many before it were only
+    /// counted. Else it waits, so that the next one is read late.
+    async fn admit(&mut self) -> Option<u64> {
+        if self.allowance.take() {
+            return Some(std::mem::take(&mut self.missed));
+        }
+        self.missed += 1;
+        sleep(PAUSE).await;
+        None
     }
 }
 
@@ -138,6 +156,21 @@ mod tests {
         assert_eq!(take(&mut allowance), 3);
         tokio::time::advance(RATE * 1000).await;
         assert_eq!(take(&mut allowance), BURST as usize);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guest_that_sends_too_many_events_is_read_slowly() {
+        let (mut pace, began) = (Pace::new(), Instant::now());
+        let mut recorded = Vec::new();
+
+        for _ in 0..1000 {
+            recorded.extend(pace.admit().await);
+        }
+
+        // One more for the minute that the others took.
+        let expected = [vec![0; BURST as usize], vec![600]].concat();
+        assert_eq!(recorded, expected);
+        assert_eq!(began.elapsed(), PAUSE * (1000 - BURST - 1));
     }
 
     #[test]

@@ -492,10 +492,22 @@ impl Supervisor {
     /// A destruction that has begun goes on.
     pub async fn destroy(&self, owner: UserId, id_or_name: &str) -> Result<(), UseError> {
         let id = self.find_id(owner, id_or_name)?;
-        Ok(self.handle(id, id_or_name)?.destroy().await?)
+        match self.handle(id, id_or_name) {
+            Ok(handle) => Ok(handle.destroy().await?),
+            Err(UseError::Store(StoreError::Damaged(damage))) => {
+                warn!(sandbox = %id, damage, "Destroying a sandbox whose row is damaged");
+                Ok(driver::remove(&self.shared, id).await?)
+            }
+            Err(error) => Err(error),
+        }
     }
 
+    /// The driver of a sandbox. One whose row is damaged has none.
     pub(crate) fn handle(&self, id: SandboxId, called: &str) -> Result<Handle, UseError> {
-        self.shared.registry.get(id).ok_or_else(|| UseError::NotFound(called.to_owned()))
+        let Some(handle) = self.shared.registry.get(id) else {
+            self.shared.store.get_sandbox(id)?;
+            return Err(UseError::NotFound(called.to_owned()));
+        };
+        Ok(handle)
     }
 }

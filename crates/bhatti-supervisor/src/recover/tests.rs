@@ -18,7 +18,7 @@ use bhatti_types::{Allowance, SandboxSpec, UserId, VolumeId, VolumeMib};
 use parking_lot::Mutex;
 
 use super::*;
-use crate::{Config, NetworkConfig, ThermalConfig};
+use crate::{Config, NetworkConfig, SnapshotOpError, ThermalConfig, UseError};
 
 /// What is found of a sandbox's VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -304,6 +304,84 @@ async fn what_the_store_does_not_know_is_left_alone() {
     assert_eq!(place.reality.found.lock()[&id], Found::Running);
     assert!(place.data.path().join("sandboxes/not-an-id").exists());
     assert_eq!(supervisor.count().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn sandbox_whose_row_is_damaged_is_left_alone_until_it_is_destroyed() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::No);
+    let sound = place.leave(2, RUNNING, Found::Running, Saved::No);
+    let connection = rusqlite::Connection::open(place.data.path().join("state.db")).unwrap();
+    connection.execute("UPDATE sandboxes SET memory_mib = 1 WHERE name = 's1'", []).unwrap();
+
+    let supervisor = place.recover().await;
+
+    assert!(place.directory(id).exists());
+    assert_eq!(place.reality.found.lock()[&id], Found::Running);
+    let started = supervisor.start(UserId::ADMIN, "s1", false).await.unwrap_err();
+    assert!(started.to_string().contains("damaged"), "{started}");
+
+    supervisor.destroy(UserId::ADMIN, "s1").await.unwrap();
+
+    assert!(!place.directory(id).exists());
+    assert_eq!(place.reality.found.lock().get(&id), None, "its VMM lives");
+    let again = supervisor.destroy(UserId::ADMIN, "s1").await.unwrap_err();
+    assert!(matches!(again, UseError::NotFound(_)), "{again}");
+    assert_eq!(supervisor.thermal(sound), Some(Thermal::Hot));
+}
+
+#[tokio::test]
+async fn snapshot_stays_whole_if_the_store_refuses_to_delete_it() {
+    let place = Place::new();
+    let id = SandboxId::from_entropy([8; 8]);
+    place.store.insert_snapshot(snapshot_row(id)).unwrap();
+    let file = place.data.path().join(format!("snapshots/{id}/memory"));
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, "pages").unwrap();
+    let supervisor = place.recover().await;
+    let connection = rusqlite::Connection::open(place.data.path().join("state.db")).unwrap();
+    let refuse =
+        "CREATE TRIGGER refuse BEFORE DELETE ON snapshots BEGIN SELECT RAISE(ABORT, 'no'); END";
+    connection.execute_batch(refuse).unwrap();
+
+    let refused = supervisor.delete_snapshot(UserId::ADMIN, "saved").await;
+
+    assert!(matches!(refused, Err(SnapshotOpError::Store(_))), "{refused:?}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "pages");
+    assert!(supervisor.find_snapshot(UserId::ADMIN, "saved").is_ok());
+
+    connection.execute_batch("DROP TRIGGER refuse").unwrap();
+    supervisor.delete_snapshot(UserId::ADMIN, "saved").await.unwrap();
+
+    assert_eq!(std::fs::read_dir(place.data.path().join("snapshots")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn memory_is_taken_from_the_sandbox_that_was_used_least_recently() {
+    let place = Place::new();
+    let [first, second, third, hot, stopped] = [
+        (1, RUNNING, Found::Paused),
+        (2, RUNNING, Found::Paused),
+        (3, RUNNING, Found::Paused),
+        (4, RUNNING, Found::Running),
+        (5, STOPPED, Found::Nothing),
+    ]
+    .map(|(number, state, found)| place.leave(number, state, found, Saved::No));
+    let supervisor = place.recover().await;
+    let registry = &supervisor.shared.registry;
+    for id in [second, third, first] {
+        registry.with(id, |handle| handle.access.touch());
+    }
+
+    let mut taken = HashSet::new();
+    for expected in [second, third, first] {
+        let (id, _) = registry.longest_idle(&taken).unwrap();
+        assert_eq!(id, expected);
+        taken.insert(id);
+    }
+
+    let left = registry.longest_idle(&taken).map(|(id, _)| id);
+    assert_eq!(left, None, "neither {hot}, which is in use, nor {stopped}, which has no memory");
 }
 
 #[tokio::test]
