@@ -14,6 +14,7 @@ mod driver;
 mod events;
 mod fork;
 mod guest_events;
+mod half_booted;
 mod identity;
 mod metrics;
 mod networks;

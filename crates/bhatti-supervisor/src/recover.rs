@@ -12,10 +12,12 @@
 //! |---|---|---|
 //! | creating | any | removed: whoever asked for it got no answer |
 //! | destroyed | any | removed: that had begun |
+//! | running | there, its boot had not ended | booted again from its disk: its guest has no settings |
 //! | running | there | taken up, with its memory and processes; paused ones stay so |
 //! | running | gone, a snapshot is there whose VM never ran on | asleep: the next request wakes it |
 //! | running | gone | failed, with that reason |
 //! | stopped | there | stopped now: that had begun |
+//! | stopped | there, its boot had not ended | ended; stays stopped |
 //! | stopped | gone | stays stopped |
 //! | failed | any | stays failed |
 //! | none, but marked as a spare | any | removed: nobody asked for it |
@@ -37,6 +39,7 @@ use crate::access::Running;
 use crate::admission::Admitted;
 use crate::driver::{Driver, directory};
 use crate::fork::FORKING;
+use crate::half_booted::HalfBooted;
 use crate::saved::Saved;
 use crate::snapshots::{DELETING, SAVING};
 use crate::{Shared, Supervisor, spares};
@@ -238,12 +241,41 @@ async fn settle_saved(path: &Path, name: &str, named: &HashSet<SandboxId>) -> io
 
 /// Brings a sandbox and its VMM together, and has its driver serve requests from then on.
 async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
+    let half_booted = HalfBooted::was(&driver.directory());
+    if half_booted {
+        drop(memory);
+        end_half_booted(&row, &driver).await;
+    } else {
+        adopt(&row, &driver, memory).await;
+    }
+    let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
+    let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
+    tokio::spawn(async move {
+        if half_booted
+            && driver.access.state() == SandboxState::Running
+            && let Err(error) = driver.boot_again().await
+        {
+            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to boot a sandbox again");
+            driver.fail(FailReason::VmmUnusable);
+        }
+        if stopping && let Err(error) = driver.stop().await {
+            error!(sandbox = %driver.id, error = %Report(&error), "Failed to finish a stop");
+        }
+        if keep_hot && let Err(error) = driver.wake().await {
+            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to wake a sandbox that is to be hot");
+        }
+        driver.run().await;
+    });
+}
+
+/// Finds the VMM of a sandbox, or what the sandbox can go on from.
+async fn adopt(row: &SandboxRow, driver: &Driver, memory: Admitted) {
     let place = driver.directory();
     match driver.shared.engine.adopt(row.id, &place).await {
         Ok(vm) => {
             let running = Running::new(vm, &row.agent_token, memory);
             driver.access.set_state(SandboxState::Running);
-            take_up_running(&driver, running).await;
+            take_up_running(driver, running).await;
         }
         Err(AdoptError::Gone) if is_saved(&place) => {
             drop(memory);
@@ -261,17 +293,15 @@ async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
             driver.fail(reason);
         }
     }
-    let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
-    let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
-    tokio::spawn(async move {
-        if stopping && let Err(error) = driver.stop().await {
-            error!(sandbox = %driver.id, error = %Report(&error), "Failed to finish a stop");
-        }
-        if keep_hot && let Err(error) = driver.wake().await {
-            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to wake a sandbox that is to be hot");
-        }
-        driver.run().await;
-    });
+}
+
+/// Ends the VM of a sandbox whose guest has no settings, for its daemon died while it booted.
+async fn end_half_booted(row: &SandboxRow, driver: &Driver) {
+    info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox whose boot had not ended");
+    if let Err(error) = driver.shared.engine.kill(row.id, &driver.directory()).await {
+        warn!(sandbox = %row.id, error = %Report(&error), "Failed to end a sandbox's VM");
+        driver.fail(FailReason::VmmUnusable);
+    }
 }
 
 /// Takes up a VM that runs or is paused. The daemon may have died while the guest stood still, and nobody else would tell it to go on.

@@ -14,6 +14,7 @@ use crate::admission::Admitted;
 use crate::bring_up::configure;
 use crate::create::{CreateError, boot_files};
 use crate::driver::{Driver, TransitionError};
+use crate::half_booted::HalfBooted;
 use crate::identity::{self, Extras};
 use crate::networks::{self, NetworkError};
 use crate::saved::SNAPSHOT;
@@ -136,13 +137,18 @@ impl Driver {
         if consumed {
             self.saved().note_run().await.map_err(TransitionError::Consume)?;
         }
+        let half_booted = HalfBooted::mark(&spec.directory).map_err(TransitionError::MarkBoot)?;
         match self.boot_and_configure(&spec, &row, &extras, admitted).await {
             Ok(running) => {
+                // Before a request can use it: a boot would lose what that did.
+                drop(half_booted);
                 self.forget_consumed().await;
                 Ok(self.running(running)?)
             }
             Err(error) => {
                 self.end_failed_wake().await;
+                // Before the memory is back: a boot would lose it.
+                drop(half_booted);
                 if consumed && !guest_may_have_run(&error) {
                     self.saved().put_back().await.map_err(TransitionError::Consume)?;
                 }
@@ -159,6 +165,7 @@ impl Driver {
         admitted: Admitted,
     ) -> Result<Running, TransitionError> {
         let vm = self.shared.engine.boot(spec).await?;
+        self.reached(Step::Running).await;
         self.connect_network().await?;
         let running = Running::new(vm, "", admitted);
         let configured = configure(&self.shared, row, extras, &running).await;

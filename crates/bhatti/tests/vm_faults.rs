@@ -4,7 +4,7 @@
 
 use bhatti_api::{CreateSandbox, CreateSnapshot, ForkSandbox, StartSandbox};
 use bhatti_client::Client;
-use bhatti_testkit::{Feature, Serve, TestDaemon, named, needs, shell, wait_for};
+use bhatti_testkit::{Feature, Serve, TestDaemon, named, needs, run, shell, wait_for};
 
 const LEAVE: &str =
     "echo marker >/dev/shm/ram; sleep 100000 >/dev/null 2>&1 & echo $! >/dev/shm/pid";
@@ -146,6 +146,56 @@ async fn daemon_that_dies_while_it_boots_a_sandbox_loses_nothing() {
     for step in ["inserted", "running"] {
         daemon_dies(step, "boot").await;
     }
+}
+
+/// Has the guest of a sandbox reset its machine, as `reboot -f` does.
+async fn reboot(client: &Client) {
+    let reset = "import os, ctypes; os.sync(); ctypes.CDLL(None).reboot(0x01234567)";
+    // The connection ends with the VM.
+    drop(run(client, "dev", &["sudo", "python3", "-c", reset]).await);
+}
+
+/// The daemon dies when the VM of a sandbox has booted anew, and its guest has no settings yet.
+async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client)) {
+    let mut daemon = daemon().await;
+    let env = [("COLOUR".to_owned(), "red".to_owned())].into();
+    daemon.client.create(&CreateSandbox { env, ..named("dev") }).await.unwrap();
+    shell(&daemon.client, "dev", "echo kept >/workspace/file; sync").await;
+    daemon.terminate().await;
+    daemon.serve_with(|serve| serve.fault = Some("daemon:running".to_owned())).await;
+    begin(&daemon.client).await;
+    daemon.ended().await;
+
+    daemon.serve_with(|serve| serve.fault = None).await;
+
+    // A sandbox that ran is booted again by itself.
+    if daemon.client.inspect("dev").await.unwrap().status == "stopped" {
+        daemon.client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap();
+    }
+    let seen = shell(&daemon.client, "dev", "cat /workspace/file; hostname; echo $COLOUR").await;
+    assert_eq!(seen, "kept\ndev\nred\n");
+    // What runs from now on outlives the daemon again.
+    shell(&daemon.client, "dev", LEAVE).await;
+    daemon.kill().await;
+    daemon.serve().await;
+    assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND);
+    nothing_is_left(&daemon, &["dev"]).await;
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_boots_a_guest_that_rebooted_boots_it_again() {
+    if needs(Feature::OwnKernel) {
+        daemon_dies_while_it_boots_again(reboot).await;
+    }
+}
+
+#[tokio::test]
+async fn daemon_that_dies_while_it_starts_a_sandbox_without_its_memory_leaves_it_stopped() {
+    daemon_dies_while_it_boots_again(async |client| {
+        drop(client.stop("dev").await);
+        drop(client.start("dev", &StartSandbox { cold_boot: true }).await);
+    })
+    .await;
 }
 
 /// Saves the sandbox under a name until the fault strikes, and returns what it has written until then.
