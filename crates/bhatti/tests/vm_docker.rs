@@ -178,6 +178,28 @@ async fn sandbox_whose_container_somebody_else_removed_says_so_and_can_be_destro
 }
 
 #[tokio::test]
+async fn volume_that_a_guest_may_have_forged_is_not_mounted_on_this_host() {
+    let Some((daemon, api)) = daemon("").await else { return };
+    let volume = json!({ "name": "data", "size_mb": 64 });
+    assert_eq!(api.call("POST", "/volumes", &volume).await.status, 201);
+    let volumes = std::fs::read_dir(daemon.data_dir().join("volumes")).unwrap();
+    let files = volumes.flatten().flat_map(|volume| std::fs::read_dir(volume.path()).unwrap());
+    let file = files.flatten().next().unwrap().path();
+    // As a guest with the disk itself could write it: it says that it is clean, and has no root.
+    let mut debugfs = bhatti_host::process::command("debugfs");
+    let forged = debugfs.args(["-w", "-R", "clri <2>"]).arg(&file).output().await.unwrap();
+    assert!(forged.status.success(), "{forged:?}");
+
+    let request = json!({ "name": "dev", "volumes": [{ "name": "data", "target": "/data" }] });
+    let refused = api.call("POST", "/sandboxes", &request).await;
+
+    assert!(refused.text().contains("is damaged"), "{}", refused.text());
+    assert_eq!(refused.status, 409);
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+    assert_eq!(api.call("DELETE", "/volumes/data", &Value::Null).await.status, 200);
+}
+
+#[tokio::test]
 async fn docker_that_is_not_there_is_refused_with_what_to_do() {
     let mut daemon = TestDaemon::start().await;
     daemon.terminate().await;

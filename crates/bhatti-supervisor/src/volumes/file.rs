@@ -159,6 +159,20 @@ async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
     sync(&held.path).await
 }
 
+/// [`settle`], for a file system that this host's kernel is about to mount. ext4 makes no promise
+/// about one that was made to harm it, and a guest with a disk of its own may have written any bytes
+/// in it: what says that it is clean is checked, too. One that is sound is only read, for it may be
+/// mounted already.
+pub(super) async fn settle_for_host(path: &Path) -> Result<(), VolumeFileError> {
+    let held = hold(path).await?;
+    settle_held(&held).await?;
+    if output("e2fsck", &["-f", "-n"], &held).await?.status.success() {
+        return Ok(());
+    }
+    check(&held, &["-f"]).await?;
+    sync(path).await
+}
+
 /// A volume's file that nobody else works on meanwhile. Tools inherit the lock: one that outlives this daemon keeps the next one away.
 struct Held {
     file: File,
@@ -349,6 +363,31 @@ mod tests {
         tool.kill().await.unwrap();
 
         second.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn volume_that_only_says_it_is_clean_is_checked_before_this_host_mounts_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(super::super::FILE);
+        let damage = async |request: &str| {
+            let mut debugfs = process::command("debugfs");
+            let done = debugfs.args(["-w", "-R", request]).arg(&path).output().await.unwrap();
+            assert!(done.status.success(), "{done:?}");
+            assert!(is_clean(&path).unwrap());
+        };
+        make(&path, mib(64)).await.unwrap();
+        let whole = fs::read(&path).unwrap();
+        settle_for_host(&path).await.unwrap();
+        assert!(fs::read(&path).unwrap() == whole, "a sound one is only read");
+
+        damage("set_super_value free_inodes_count 3").await;
+        settle_for_host(&path).await.unwrap();
+        assert_eq!(look(&path).await, (64, true), "mended");
+
+        damage("clri <2>").await;
+        settle(&path).await.unwrap();
+        let error = settle_for_host(&path).await.unwrap_err();
+        assert!(matches!(error, VolumeFileError::Damaged { .. }), "{error}");
     }
 
     #[tokio::test]

@@ -84,7 +84,12 @@ pub(crate) async fn files(
         }
         let is_attached_now = volume.volume.is_some() && !matches!(own, OwnVolumes::Kept);
         if is_attached_now || matches!(own, OwnVolumes::Left) {
-            file::settle(&path).await.map_err(failed)?;
+            let settled = if shared.engine.capabilities().shares_kernel {
+                file::settle_for_host(&path).await
+            } else {
+                file::settle(&path).await
+            };
+            settled.map_err(failed)?;
         }
         files[place] =
             Some(VolumeFile { path, read_only: volume.read_only, mount: volume.mount.to_string() });
