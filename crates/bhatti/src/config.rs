@@ -29,6 +29,8 @@ pub(crate) struct Config {
     pub(crate) docker: Option<PathBuf>,
     /// QEMU's program; looked up by its usual name if absent.
     pub(crate) qemu: Option<PathBuf>,
+    /// Whether a daemon that is root runs QEMU on a kernel without Landlock; not if absent.
+    pub(crate) allow_without_landlock: bool,
     /// How long a VM may take to boot, in seconds; 60 if absent.
     pub(crate) boot_timeout_sec: Option<u32>,
     /// When sandboxes that nobody uses are paused and saved.

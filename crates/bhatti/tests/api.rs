@@ -2,11 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, SetSecret};
 use bhatti_client::{Client, ClientError};
-use bhatti_testkit::{Serve, TestDaemon, wait_for};
+use bhatti_testkit::{Serve, TestDaemon, dist, is_root, wait_for};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -378,4 +380,60 @@ async fn what_cannot_be_deleted_keeps_nothing_else_from_it() {
     let told = String::from_utf8(deleted.stderr).unwrap();
     assert!(told.contains("missing") && told.ends_with("error: 1 of 3 failed\n"), "{told}");
     assert!(daemon.client.list_secrets().await.unwrap().is_empty());
+}
+
+/// A program that has `system_call` fail as on a kernel that lacks it, for itself and all that it
+/// starts, and then runs bhatti.
+fn bhatti_without(system_call: u32, place: &Path) -> PathBuf {
+    let script = format!(
+        r#"#!/usr/bin/env python3
+import ctypes, os, struct, sys
+ENOSYS, ALLOW, ERRNO = 38, 0x7FFF0000, 0x00050000
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, {system_call}), (0x06, 0, 0, ERRNO | ENOSYS), (0x06, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+class Program(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+program = Program(len(steps), ctypes.addressof(code))
+assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program)) == 0
+os.execv("{bhatti}", ["bhatti", *sys.argv[1:]])
+"#,
+        bhatti = dist("bhatti").display()
+    );
+    let path = place.join("bhatti");
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn daemon_of_root_refuses_qemu_without_landlock_unless_told() {
+    const LANDLOCK_CREATE_RULESET: u32 = 444;
+    let place = tempfile::tempdir().unwrap();
+    let program = bhatti_without(LANDLOCK_CREATE_RULESET, place.path());
+    let data = tempfile::tempdir().unwrap();
+    if is_root() {
+        let mut serve = bhatti_host::process::command(&program);
+        serve.args(["serve", "--data-dir"]).arg(data.path());
+
+        let refused = timeout(Duration::from_secs(60), serve.output()).await.unwrap().unwrap();
+
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(said.contains("this kernel has no Landlock"), "{said}");
+        assert!(said.contains("`allow_without_landlock: true` in config.yaml"), "{said}");
+        let left = std::fs::read_dir(data.path().join("sandboxes")).into_iter().flatten().count();
+        assert_eq!(left, 0);
+    }
+
+    let config = "allow_without_landlock: true\n".to_owned();
+    let daemon = TestDaemon::start_with(Serve { config, program, ..Serve::default() }).await;
+
+    assert!(
+        daemon.log().contains("QEMU processes can read files of other VMs"),
+        "{}",
+        daemon.log()
+    );
 }

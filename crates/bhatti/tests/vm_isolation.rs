@@ -1,9 +1,14 @@
 //! What is one user's does not exist for another: on every route there is, as the API describes itself.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bhatti_testkit::{Answer, Api, Feature, Serve, TestDaemon, engine_has};
+use bhatti_api::StartSandbox;
+use bhatti_testkit::{
+    Answer, Api, Feature, Serve, TestDaemon, dist, engine, engine_has, is_root, named, shell, skip,
+};
 use serde_json::{Map, Value, json};
 
 /// A request that makes sense, to a route of the description.
@@ -71,6 +76,40 @@ async fn send(caller: &Api, call: &Call) -> Answer {
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// A program that gives up root's right to become another user, as containers do, and then runs bhatti.
+fn bhatti_without_users(place: &Path) -> PathBuf {
+    let script = format!(
+        "#!/bin/sh\nexec setpriv --inh-caps=-setuid,-setgid --bounding-set=-setuid,-setgid {} \"$@\"\n",
+        dist("bhatti").display()
+    );
+    let path = place.join("bhatti");
+    std::fs::write(&path, script).expect("a file can be written");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
+        .expect("a mode can be set");
+    path
+}
+
+#[tokio::test]
+async fn root_that_cannot_become_another_user_runs_sandboxes_and_says_what_is_weaker() {
+    if !is_root() || engine() != "qemu" {
+        return skip("a daemon without the right to use other users", "it is QEMU's, and root's");
+    }
+    let place = tempfile::tempdir().expect("a directory can be made");
+    let program = bhatti_without_users(place.path());
+    let mut daemon = TestDaemon::start_with(Serve { program, ..Serve::default() }).await;
+    daemon.client.create(&named("dev")).await.expect("a sandbox");
+    shell(&daemon.client, "dev", "echo kept >/dev/shm/file").await;
+
+    assert!(daemon.log().contains("QEMU runs as the daemon's user"), "{}", daemon.log());
+    daemon.client.stop("dev").await.expect("it is saved");
+
+    // What one such daemon left, one with all rights takes up.
+    daemon.terminate().await;
+    daemon.serve_with(|serve| serve.program = dist("bhatti")).await;
+    daemon.client.start("dev", &StartSandbox::default()).await.expect("it wakes");
+    assert_eq!(shell(&daemon.client, "dev", "cat /dev/shm/file").await, "kept\n");
 }
 
 /// What an answer says, but for the name that was asked for.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bhatti_docker::DockerEngine;
 use bhatti_engine::{Accelerator, Engine};
 use bhatti_firecracker::{FirecrackerEngine, Unusable};
-use bhatti_host::process::{forgo_huge_pages, landlock_version};
+use bhatti_host::process::{forgo_huge_pages, is_root, landlock_version};
 use bhatti_host::{durable, kvm};
 use bhatti_qemu::QemuEngine;
 use bhatti_store::Store;
@@ -24,13 +24,9 @@ const QEMU: &str = "qemu";
 pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine>, CliError> {
     match config.engine {
         EngineChoice::Qemu => {
+            check_landlock(config)?;
             let engine = QemuEngine::new(config.qemu());
             tokio::spawn(engine.prepare());
-            if landlock_version() == 0 {
-                tracing::warn!(
-                    "VMMs are not kept to their own files: this kernel has no Landlock, or does not have it among `lsm=`"
-                );
-            }
             if engine.capabilities().accelerator == Some(Accelerator::Tcg) {
                 // QEMU asks for them for the code that it translates, and has 4 of 62 MiB for nothing then.
                 if let Err(error) = forgo_huge_pages() {
@@ -61,6 +57,28 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
             Ok(Arc::new(engine))
         }
     }
+}
+
+/// Whether QEMU may run with what this kernel has to confine it. A QEMU of root's keeps the right to
+/// read files of other users; only Landlock limits that to those of its VM.
+fn check_landlock(config: &Config) -> Result<(), CliError> {
+    if landlock_version() > 0 {
+        return Ok(());
+    }
+    if is_root() && !config.allow_without_landlock {
+        return Err(CliError::new(
+            "this kernel has no Landlock: a guest that broke out of its QEMU could read every file of this host",
+        )
+        .hint(
+            "boot with `landlock` among the kernel's `lsm=` (Linux 5.13 or later); or run the daemon \
+             as a user without root's rights; or accept the risk: `allow_without_landlock: true` in \
+             config.yaml",
+        ));
+    }
+    tracing::warn!(
+        "QEMU processes can read files of other VMs: this kernel has no Landlock, or `lsm=` leaves it out"
+    );
+    Ok(())
 }
 
 /// What to do about a Firecracker that cannot be used.
