@@ -1,7 +1,7 @@
 //! What the agent gives at most, and that it goes on afterwards.
 
 use bhatti_agent::CallError;
-use bhatti_proto::{ErrorKind, ExecRequest, FrameType};
+use bhatti_proto::{ErrorKind, ExecRequest, FileEventKind, FrameType};
 
 use crate::agent::{Agent, command};
 
@@ -187,4 +187,40 @@ async fn waiting_for_an_agent_that_never_comes_ends() {
     let error = client.wait_ready(std::time::Duration::from_millis(100)).await.unwrap_err();
 
     assert!(matches!(error, CallError::Channel(_)), "{error}");
+}
+
+#[tokio::test]
+async fn output_of_a_command_that_is_kept_whole_has_a_limit() {
+    let agent = Agent::start().await;
+    let zeros = |mib: u32| ExecRequest {
+        argv: ["head", "-c", &format!("{mib}M"), "/dev/zero"].map(str::to_owned).into(),
+        ..ExecRequest::default()
+    };
+
+    let (code, stdout, _) = agent.client.run(zeros(16)).await.unwrap();
+    let error = agent.client.run(zeros(17)).await.unwrap_err();
+
+    assert_eq!((code, stdout.len()), (0, 16 << 20));
+    assert!(matches!(error, CallError::TooMuch { limit, .. } if limit == 16 << 20), "{error}");
+}
+
+#[tokio::test]
+async fn watcher_that_reads_nothing_misses_events_and_is_told() {
+    let agent = Agent::start().await;
+    std::fs::create_dir(agent.path("watched")).unwrap();
+    let mut events = agent.client.watch(&agent.path("watched")).await.unwrap();
+    assert_eq!(events.next().await.unwrap().unwrap().kind, FileEventKind::Watching);
+
+    // More than the kernel keeps for a watcher (fs.inotify.max_queued_events) and its connection holds.
+    const FILES: usize = 40_000;
+    for number in 0..FILES {
+        std::fs::write(agent.path(&format!("watched/{number}")), "x").unwrap();
+    }
+    assert!(agent.run(&["true"]).await.is_ok(), "others are served");
+
+    let mut told = 0;
+    while events.next().await.unwrap().unwrap().kind != FileEventKind::Overflow {
+        told += 1;
+    }
+    assert!(told < 2 * FILES, "{told}");
 }

@@ -44,6 +44,9 @@ pub(super) async fn measure() -> Result<()> {
         daemon.terminate().await;
         std::fs::write(daemon.data_dir().join("config.yaml"), config)?;
         daemon.serve().await;
+        // The base snapshot of this configuration may not be there yet.
+        daemon.client.create(&named("first")).await?;
+        daemon.client.destroy("first").await?;
         let times = creates(&daemon, wait).await?;
         ratio(what, &times, "a bare fork", bare);
         show(what, times);
