@@ -71,6 +71,8 @@ pub enum ErrorCode {
     BootFailed,
     /// The disk of the daemon's host is full.
     HostDiskFull,
+    /// What the daemon's store holds of it is damaged. A sandbox can still be destroyed.
+    DamagedRow,
     /// The daemon is at fault.
     Internal,
 }

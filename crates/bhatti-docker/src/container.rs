@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bhatti_engine::VmSpec;
+use bhatti_engine::{BootError, VmSpec};
 use bhatti_host::process::Followed;
 use bhatti_types::{DiskMib, SandboxId};
 use bollard::Docker;
@@ -105,19 +105,24 @@ fn found(container: ContainerInspectResponse) -> Found {
 }
 
 /// Makes the container of a sandbox.
+///
+/// # Errors
+///
+/// Returns [`BootError::NoDiskSize`] if the request sets a disk size that Docker cannot limit.
 pub(crate) async fn create(
     docker: &Docker,
     spec: &VmSpec,
     image: String,
     lohar: &Path,
-) -> io::Result<()> {
+) -> Result<(), BootError> {
+    let failed = |source| BootError::Prepare { step: "create the container", source };
     let create = async |body| {
         let options = CreateContainerOptionsBuilder::new().name(&name(spec.id)).build();
         docker.create_container(Some(options), body).await.map(drop)
     };
     let mut body = body(spec, image, lohar);
     if !DISK_IS_UNLIMITED.load(Ordering::Relaxed) {
-        let image_bytes = fs::metadata(&spec.root_base)?.len();
+        let image_bytes = fs::metadata(&spec.root_base).map_err(failed)?.len();
         let bytes = spec.disk.map_or(image_bytes, DiskMib::bytes);
         let limit = HashMap::from([("size".to_owned(), bytes.to_string())]);
         body.host_config.get_or_insert_default().storage_opt = Some(limit);
@@ -132,10 +137,15 @@ pub(crate) async fn create(
                 DISK_IS_UNLIMITED.store(true, Ordering::Relaxed);
                 body.host_config.get_or_insert_default().storage_opt = None;
             }
-            created => return created.map_err(told),
+            created => return created.map_err(told).map_err(failed),
         }
     }
-    create(body).await.map_err(told)
+    if spec.disk.is_some() {
+        return Err(BootError::NoDiskSize(
+            "Docker cannot limit the size of a container's disk here",
+        ));
+    }
+    create(body).await.map_err(told).map_err(failed)
 }
 
 fn body(spec: &VmSpec, image: String, lohar: &Path) -> ContainerCreateBody {

@@ -54,8 +54,7 @@ pub(crate) async fn boot(
     if !spec.keep_disk {
         let image = roots.image(docker, &spec.root_base).await;
         let image = image.map_err(failed(root::IMPORT))?;
-        let created = container::create(docker, spec, image, lohar).await;
-        created.map_err(failed("create the container"))?;
+        container::create(docker, spec, image, lohar).await?;
     } else if container::find(docker, spec.id)
         .await
         .map_err(failed("look for the container"))?

@@ -25,6 +25,9 @@ pub enum BootError {
     /// The disk that was to be kept is not there: others took it away.
     #[error("the sandbox's disk is gone, with all that was on it: somebody else removed it")]
     NoDisk,
+    /// The request sets a disk size, and the engine cannot give a disk a size here.
+    #[error("{0}")]
+    NoDiskSize(&'static str),
     /// The VMM ended before the agent answered.
     #[error("the virtual machine ended while it booted; its last words:\n{console}")]
     Ended {

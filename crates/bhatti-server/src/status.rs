@@ -1,5 +1,7 @@
 //! Errors as responses: the only place that knows HTTP's numbers.
 
+mod creation;
+
 use std::io;
 use std::time::Duration;
 
@@ -9,19 +11,19 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
-use bhatti_engine::{BootError, RestoreError, SnapshotError};
+use bhatti_engine::{RestoreError, SnapshotError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{
-    AttachError, ChangeError, NetworkAssignError, PublishError, StoreError, TemplateInsertError,
-    UserDeleteError, UserInsertError, VolumeError,
+    ChangeError, PublishError, StoreError, TemplateInsertError, UserDeleteError, UserInsertError,
 };
 use bhatti_supervisor::{
-    Busy, CreateError, DestroyError, EditError, ForkError, NetworkError, SecretError,
-    SnapshotOpError, TemplateError, TransitionError, UseError, VolumeFileError, VolumeOpError,
-    VolumeUseError,
+    Busy, DestroyError, EditError, ForkError, SecretError, SnapshotOpError, TransitionError,
+    UseError,
 };
 use bhatti_types::{Denied, QuotaExceeded, Report};
 use serde::Serialize;
+
+use creation::{boot_error, network_error, restore_error, volume_error};
 
 /// When to come back to a host whose memory is in use.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
@@ -70,6 +72,10 @@ impl ApiError {
                     "destroy sandboxes or snapshots that are not needed, or ask the operator for room",
                 );
         }
+        if is_damaged_row(error) {
+            return Self::new(ErrorCode::DamagedRow, "its row in the daemon's store is damaged")
+                .hint("the daemon's log has the cause; a sandbox can be destroyed: bhatti destroy NAME");
+        }
         Self::new(ErrorCode::Internal, "internal error")
             .hint("the daemon's log has the cause under this request id")
     }
@@ -83,10 +89,20 @@ fn busy_guest(error: &(dyn std::error::Error + 'static)) -> ApiError {
         .retry_after(BUSY_RETRY)
 }
 
+/// An error and what led to it.
+fn chain<'error>(
+    error: &'error (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'error (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+fn is_damaged_row(error: &(dyn std::error::Error + 'static)) -> bool {
+    chain(error).any(|error| matches!(error.downcast_ref(), Some(StoreError::Damaged(_))))
+}
+
 /// Whether what went wrong, or what led to it, is that a disk of this host is full.
 fn is_full_disk(error: &(dyn std::error::Error + 'static)) -> bool {
-    let chain = std::iter::successors(Some(error), |error| error.source());
-    chain.into_iter().any(|error| {
+    chain(error).any(|error| {
         let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
         matches!(io, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
             || error.downcast_ref::<StoreError>().is_some_and(StoreError::is_full_disk)
@@ -159,7 +175,9 @@ const fn status(code: ErrorCode) -> StatusCode {
         }
         ErrorCode::Unsupported => StatusCode::NOT_IMPLEMENTED,
         ErrorCode::NotSetUp | ErrorCode::Busy => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorCode::BootFailed | ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        ErrorCode::BootFailed | ErrorCode::DamagedRow | ErrorCode::Internal => {
+            StatusCode::INTERNAL_SERVER_ERROR
+        }
     }
 }
 
@@ -178,164 +196,6 @@ impl From<UserInsertError> for ApiError {
         match error {
             UserInsertError::NameTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string()),
             UserInsertError::Store(error) => error.into(),
-        }
-    }
-}
-
-impl From<CreateError> for ApiError {
-    fn from(error: CreateError) -> Self {
-        match &error {
-            CreateError::NameTaken(name) => Self::new(ErrorCode::NameTaken, error.to_string())
-                .hint(format!("choose another name, or destroy it: bhatti destroy {name}")),
-            CreateError::Images(bhatti_image::StoreError::Missing(missing)) => {
-                Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
-            }
-            CreateError::Busy(busy) | CreateError::Template(TemplateError::Busy(busy)) => {
-                (*busy).into()
-            }
-            CreateError::Quota(quota) => quota.clone().into(),
-            CreateError::Secret(SecretError::NotFound(_)) => {
-                Self::new(ErrorCode::BadRequest, error.to_string())
-                    .hint("set it first: bhatti secret set NAME")
-            }
-            CreateError::Attach(attach) => attach_error(attach),
-            CreateError::VolumeUse(volume) => volume_error(volume),
-            CreateError::Volumes(_) | CreateError::Mount(_) => {
-                Self::new(ErrorCode::BadRequest, error.to_string())
-            }
-            CreateError::Network(network) => network_error(network),
-            CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
-                .hint("list the images: bhatti image list"),
-            CreateError::TooMuchEnvironment
-            | CreateError::Name(_)
-            | CreateError::FilePath(_)
-            | CreateError::Files(_)
-            | CreateError::DiskTooSmall { .. }
-            | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
-            CreateError::FilesTooLarge { .. } => {
-                Self::new(ErrorCode::BodyTooLarge, error.to_string())
-            }
-            CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
-            CreateError::Boot(boot) => boot_error(boot, &error),
-            CreateError::Restore(restore) => restore_error(restore),
-            CreateError::Unconfigured(_) => busy_guest(&error),
-            CreateError::Template(_)
-            | CreateError::Vmm(_)
-            | CreateError::Secret(_)
-            | CreateError::Report(_)
-            | CreateError::Images(_)
-            | CreateError::Store(_)
-            | CreateError::Entropy(_)
-            | CreateError::Interrupted => Self::internal(&error),
-        }
-    }
-}
-
-fn boot_error(boot: &BootError, whole: &(dyn std::error::Error + 'static)) -> ApiError {
-    match boot {
-        BootError::NotInstalled { .. } => {
-            ApiError::new(ErrorCode::NotSetUp, Report(whole).to_string())
-                .hint("`bhatti doctor` says how to install it")
-        }
-        // The guest's own last words hold no path of this host.
-        BootError::Ended { .. } | BootError::TimedOut { .. } => {
-            tracing::warn!(error = %boot, "Sandbox did not boot");
-            ApiError::new(ErrorCode::BootFailed, boot.to_string())
-        }
-        BootError::NoDisk => ApiError::new(ErrorCode::BootFailed, boot.to_string())
-            .hint("destroy it and create another: bhatti destroy NAME"),
-        BootError::Prepare { .. } => ApiError::internal(whole),
-    }
-}
-
-fn attach_error(error: &AttachError) -> ApiError {
-    match error {
-        AttachError::NotFound(name) => ApiError::new(ErrorCode::BadRequest, error.to_string())
-            .hint(format!("make it first: bhatti volume create {name}")),
-        AttachError::InUse { sandbox, .. } => ApiError::new(ErrorCode::WrongState, error.to_string())
-            .hint(format!("one sandbox writes a volume, or any number read it: destroy `{sandbox}`, or attach it read-only in all")),
-        AttachError::Busy(_) => {
-            ApiError::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
-        }
-        AttachError::Quota(quota) => quota.clone().into(),
-        AttachError::Store(_) => ApiError::internal(error),
-    }
-}
-
-fn volume_error(error: &VolumeUseError) -> ApiError {
-    match error {
-        VolumeUseError::File { source: VolumeFileError::Damaged { .. }, .. } => {
-            ApiError::new(ErrorCode::WrongState, Report(error).to_string())
-                .hint("the admin may look at it with e2fsck, and answer what it asks")
-        }
-        VolumeUseError::File { source: VolumeFileError::Slow, .. } => {
-            ApiError::new(ErrorCode::WrongState, Report(error).to_string()).hint("try again later")
-        }
-        VolumeUseError::Missing(_) | VolumeUseError::File { .. } => ApiError::internal(error),
-    }
-}
-
-impl From<VolumeOpError> for ApiError {
-    fn from(error: VolumeOpError) -> Self {
-        match error {
-            VolumeOpError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string())
-                .hint("list them: bhatti volume list"),
-            VolumeOpError::Refused(VolumeError::NameTaken(_)) => {
-                Self::new(ErrorCode::NameTaken, error.to_string()).hint("choose another name")
-            }
-            VolumeOpError::Refused(VolumeError::InUse { .. }) => {
-                Self::new(ErrorCode::WrongState, error.to_string()).hint("destroy them first")
-            }
-            VolumeOpError::Refused(VolumeError::Busy(_)) => {
-                Self::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
-            }
-            VolumeOpError::Refused(VolumeError::Shrinks { .. }) => {
-                Self::new(ErrorCode::BadRequest, error.to_string())
-            }
-            VolumeOpError::Refused(VolumeError::Quota(quota)) => quota.into(),
-            VolumeOpError::Refused(VolumeError::Store(error)) => error.into(),
-            VolumeOpError::File(VolumeFileError::Damaged { .. }) => {
-                Self::new(ErrorCode::WrongState, error.to_string())
-                    .hint("the admin may look at it with e2fsck, and answer what it asks")
-            }
-            VolumeOpError::File(VolumeFileError::Slow) => {
-                Self::new(ErrorCode::WrongState, error.to_string()).hint("try again later")
-            }
-            VolumeOpError::File(_)
-            | VolumeOpError::Place { .. }
-            | VolumeOpError::Entropy(_)
-            | VolumeOpError::Interrupted => Self::internal(&error),
-        }
-    }
-}
-
-fn network_error(error: &NetworkError) -> ApiError {
-    match error {
-        NetworkError::Unavailable(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
-            .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
-        NetworkError::NotAllowable(_) => ApiError::new(ErrorCode::Forbidden, error.to_string())
-            .hint("the admin may add it to network_allowable in the configuration"),
-        NetworkError::InTheWay(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
-            .hint("free it, or take the sandbox without a network: --network none"),
-        NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
-        NetworkError::Assign(NetworkAssignError::Exhausted { .. }) => {
-            ApiError::new(ErrorCode::Busy, error.to_string())
-        }
-        NetworkError::Assign(NetworkAssignError::Store(_))
-        | NetworkError::Host(_)
-        | NetworkError::Store(_) => ApiError::internal(error),
-    }
-}
-
-fn restore_error(error: &RestoreError) -> ApiError {
-    match error {
-        RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale => {
-            tracing::warn!(error = %Report(error), "Snapshot cannot be used");
-            ApiError::new(ErrorCode::SnapshotUnusable, error.to_string())
-                .hint("boot it from its disk, without its memory: bhatti start --cold-boot NAME")
-        }
-        RestoreError::Unsupported(_) | RestoreError::Vmm { .. } | RestoreError::File { .. } => {
-            ApiError::internal(error)
         }
     }
 }
@@ -386,8 +246,8 @@ impl From<TransitionError> for ApiError {
             | TransitionError::End(_)
             | TransitionError::Consume(_)
             | TransitionError::MarkBoot(_)
-            | TransitionError::Store(_)
             | TransitionError::Entropy(_) => Self::internal(&error),
+            TransitionError::Store(store) => Self::internal(store),
             TransitionError::Unconfigured(_) | TransitionError::Restless => busy_guest(&error),
         }
     }
@@ -407,9 +267,8 @@ impl From<SnapshotOpError> for ApiError {
             SnapshotOpError::Use(error) => error.into(),
             SnapshotOpError::Save(error) => error.into(),
             SnapshotOpError::Create(error) => error.into(),
-            SnapshotOpError::Store(_) | SnapshotOpError::Place(_) | SnapshotOpError::Remove(_) => {
-                Self::internal(&error)
-            }
+            SnapshotOpError::Store(store) => store.into(),
+            SnapshotOpError::Place(_) | SnapshotOpError::Remove(_) => Self::internal(&error),
         }
     }
 }
@@ -437,7 +296,9 @@ impl From<UseError> for ApiError {
             UseError::Destroy(DestroyError::AlreadyGone) => {
                 Self::new(ErrorCode::NotFound, error.to_string())
             }
-            UseError::Store(_) | UseError::Destroy(_) => Self::internal(&error),
+            UseError::Store(store) => store.into(),
+            UseError::Destroy(DestroyError::Store(store)) => store.into(),
+            UseError::Destroy(DestroyError::Remove(_)) => Self::internal(&error),
         }
     }
 }
@@ -473,9 +334,8 @@ impl From<SecretError> for ApiError {
             SecretError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()),
             SecretError::Value => Self::new(ErrorCode::BadRequest, error.to_string()),
             SecretError::Quota(quota) => quota.into(),
-            SecretError::Seal(_) | SecretError::Unseal { .. } | SecretError::Store(_) => {
-                Self::internal(&error)
-            }
+            SecretError::Store(store) => store.into(),
+            SecretError::Seal(_) | SecretError::Unseal { .. } => Self::internal(&error),
         }
     }
 }
@@ -597,5 +457,33 @@ pub(crate) fn file_error(error: CallError) -> ApiError {
             ApiError::new(ErrorCode::BadRequest, refused.message)
         }
         error => error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bhatti_supervisor::{CreateError, NetworkError, VolumeOpError};
+
+    use super::*;
+
+    #[test]
+    fn damaged_row_is_reported_by_every_operation() {
+        let damaged = || StoreError::Damaged("memory_mb".to_owned());
+        let errors: [ApiError; 8] = [
+            damaged().into(),
+            UseError::Store(damaged()).into(),
+            UseError::Destroy(DestroyError::Store(damaged())).into(),
+            TransitionError::Store(damaged()).into(),
+            SnapshotOpError::Store(damaged()).into(),
+            SecretError::Store(damaged()).into(),
+            CreateError::Store(damaged()).into(),
+            creation::network_error(&NetworkError::Store(damaged())),
+        ];
+        for error in errors {
+            assert_eq!(error.code, ErrorCode::DamagedRow, "{error:?}");
+            assert!(!error.message.contains("memory_mb"), "what a row holds is for the log");
+        }
+        let refused = VolumeOpError::Refused(bhatti_store::VolumeError::Store(damaged()));
+        assert_eq!(ApiError::from(refused).code, ErrorCode::DamagedRow);
     }
 }

@@ -244,6 +244,23 @@ impl Store {
         Ok(found)
     }
 
+    /// The ids of the sandboxes of everybody, damaged rows included, and whether each is being destroyed.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_all_sandbox_ids(&self) -> Result<Vec<(SandboxId, bool)>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query =
+            connection.prepare_cached("SELECT id, state = 'destroyed' FROM sandboxes")?;
+        let ids = query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get(1)?)))?;
+        ids.map(|row| {
+            let (id, is_destroyed) = row?;
+            Ok((parsed(id.parse())?, is_destroyed))
+        })
+        .collect()
+    }
+
     /// The ids of all sandboxes of `owner`, damaged rows included.
     ///
     /// # Errors

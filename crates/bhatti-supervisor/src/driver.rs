@@ -104,7 +104,7 @@ pub enum TransitionError {
     /// Its snapshot could not be marked.
     #[error("failed to consume the sandbox's snapshot")]
     Consume(#[source] std::io::Error),
-    /// That it boots could not be marked.
+    /// The mark of its boot could not be written.
     #[error("failed to mark the sandbox's boot in its directory")]
     MarkBoot(#[source] std::io::Error),
     /// The store failed.
@@ -441,17 +441,18 @@ async fn until(unix_seconds: Option<u64>) {
     }
 }
 
-/// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row. If
-/// something of it stays, its row does, too.
+/// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row. If a
+/// step fails, the row stays, and the request can be repeated.
 pub(crate) async fn remove(shared: &Arc<Shared>, id: SandboxId) -> Result<(), DestroyError> {
     let removed = shared.engine.remove(id, &directory(shared, id)).await;
     removed.map_err(DestroyError::Remove)?;
     match shared.store.delete_sandbox(id) {
-        // Two requests to destroy it came at once.
+        // A concurrent request destroyed the sandbox.
         Err(StoreError::NoSuchRow) => return Err(DestroyError::AlreadyGone),
         deleted => deleted.map_err(DestroyError::Store)?,
     }
     shared.settle_networks().await;
+    info!(sandbox = %id, "Sandbox destroyed");
     Ok(())
 }
 

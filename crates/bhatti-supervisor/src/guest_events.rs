@@ -83,7 +83,7 @@ async fn record(source: Source, agent: &AgentClient) {
     }
 }
 
-/// How fast a guest's events are read, and which of them are recorded.
+/// The rate limit on the events of one guest.
 struct Pace {
     allowance: Allowance,
     missed: u64,
@@ -94,8 +94,8 @@ impl Pace {
         Self { allowance: Allowance::new(), missed: 0 }
     }
 
-    /// Decides about one event. If it is to be recorded, returns how many before it were only
-    /// counted. Else it waits, so that the next one is read late.
+    /// Admits an event to be recorded, and returns how many before it were only counted. An event
+    /// beyond the rate is counted, after a pause that slows the guest down.
     async fn admit(&mut self) -> Option<u64> {
         if self.allowance.take() {
             return Some(std::mem::take(&mut self.missed));

@@ -1,10 +1,11 @@
 //! The mark of a sandbox whose VM boots again, in its directory.
 //!
-//! A guest that has booted has no settings until its daemon has sent them. A daemon that finds the
-//! VM of a daemon that died in between cannot tell by the VM whether it has them. With the mark it
-//! boots the sandbox anew; the caller of the earlier boot got no answer.
+//! A guest has no settings until the daemon sends them. If the daemon ends before that, its successor
+//! cannot see this in the VM. The mark tells it: the VM is ended, and the sandbox booted again if it
+//! is to run. No caller got an answer of the interrupted boot.
 //!
-//! The mark need not survive a power cut, for no VM does.
+//! Nothing but [`HalfBooted::clear`] removes the mark: a boot that is dropped leaves it, for its VM
+//! lives on. The mark need not survive a power cut, for no VM does.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,13 +13,16 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
+use crate::saved::Saved;
+
 const MARK: &str = "booting";
 
-/// A sandbox is marked until this is dropped.
+/// A sandbox that is marked. Calls block on disk for a moment.
+#[must_use = "the mark stays until it is cleared"]
 pub(crate) struct HalfBooted(PathBuf);
 
 impl HalfBooted {
-    /// Marks the sandbox of this directory. Blocks on disk for a moment.
+    /// Marks the sandbox of this directory.
     ///
     /// # Errors
     ///
@@ -29,20 +33,24 @@ impl HalfBooted {
         Ok(Self(path))
     }
 
-    /// Whether the daemon died while it booted the sandbox of this directory. Takes the mark away.
-    pub(crate) fn was(directory: &Path) -> bool {
-        let path = directory.join(MARK);
-        let is_there = path.exists();
-        drop(Self(path));
-        is_there
+    /// The mark of a sandbox whose boot an earlier daemon did not finish.
+    pub(crate) fn find(directory: &Path) -> Option<Self> {
+        let mark = Self(directory.join(MARK));
+        if !mark.0.exists() {
+            return None;
+        }
+        if Saved::new(directory.to_owned()).is_there() {
+            // A boot consumes the snapshot before it marks, so this mark could not be removed once.
+            mark.clear();
+            return None;
+        }
+        Some(mark)
     }
-}
 
-impl Drop for HalfBooted {
-    fn drop(&mut self) {
+    /// Removes the mark: the guest has its settings, or its VM is gone.
+    pub(crate) fn clear(self) {
         match fs::remove_file(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                // A daemon that finds the mark boots the sandbox, which then loses its memory.
                 warn!(path = %self.0.display(), %error, "Failed to remove the mark of a boot");
             }
             _ => {}
@@ -55,15 +63,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mark_is_there_from_the_boot_until_the_guest_has_its_settings() {
+    fn mark_lasts_until_it_is_cleared() {
         let directory = tempfile::tempdir().unwrap();
-        let mark = HalfBooted::mark(directory.path()).unwrap();
-        drop(mark);
-        assert!(!HalfBooted::was(directory.path()));
+        let directory = directory.path();
+        assert!(HalfBooted::find(directory).is_none());
 
-        std::mem::forget(HalfBooted::mark(directory.path()).unwrap());
+        drop(HalfBooted::mark(directory).unwrap());
 
-        assert!(HalfBooted::was(directory.path()), "its daemon died");
-        assert!(!HalfBooted::was(directory.path()), "and the next one knows");
+        HalfBooted::find(directory).expect("its daemon ended").clear();
+        assert!(HalfBooted::find(directory).is_none());
+    }
+
+    #[test]
+    fn mark_beside_a_snapshot_is_a_left_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        drop(HalfBooted::mark(directory).unwrap());
+        fs::create_dir(directory.join(crate::saved::SNAPSHOT)).unwrap();
+
+        assert!(HalfBooted::find(directory).is_none());
+        assert!(!directory.join(MARK).exists());
     }
 }

@@ -497,13 +497,19 @@ impl Supervisor {
             Ok(handle) => Ok(handle.destroy().await?),
             Err(UseError::Store(StoreError::Damaged(damage))) => {
                 warn!(sandbox = %id, damage, "Destroying a sandbox whose row is damaged");
-                Ok(driver::remove(&self.shared, id).await?)
+                let shared = Arc::clone(&self.shared);
+                // A task of its own: a client that hangs up must not stop it halfway.
+                let removed = tokio::spawn(async move { driver::remove(&shared, id).await });
+                removed.await.unwrap_or(Err(DestroyError::AlreadyGone))?;
+                let sandbox = Some((id, id_or_name.to_owned()));
+                self.record("sandbox.destroyed", owner, sandbox, serde_json::json!({}));
+                Ok(())
             }
             Err(error) => Err(error),
         }
     }
 
-    /// The driver of a sandbox. One whose row is damaged has none.
+    /// The driver of a sandbox. A sandbox with a damaged row has no driver.
     pub(crate) fn handle(&self, id: SandboxId, called: &str) -> Result<Handle, UseError> {
         let Some(handle) = self.shared.registry.get(id) else {
             self.shared.store.get_sandbox(id)?;

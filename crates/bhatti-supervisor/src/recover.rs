@@ -12,12 +12,12 @@
 //! |---|---|---|
 //! | creating | any | removed: whoever asked for it got no answer |
 //! | destroyed | any | removed: that had begun |
-//! | running | there, its boot had not ended | booted again from its disk: its guest has no settings |
+//! | running | any, and its boot was interrupted ([`HalfBooted`]) | booted again from its disk |
+//! | stopped or failed | any, and its boot was interrupted | ended; the state stays |
 //! | running | there | taken up, with its memory and processes; paused ones stay so |
 //! | running | gone, a snapshot is there whose VM never ran on | asleep: the next request wakes it |
 //! | running | gone | failed, with that reason |
 //! | stopped | there | stopped now: that had begun |
-//! | stopped | there, its boot had not ended | ended; stays stopped |
 //! | stopped | gone | stays stopped |
 //! | failed | any | stays failed |
 //! | none, but marked as a spare | any | removed: nobody asked for it |
@@ -37,7 +37,7 @@ use tracing::{error, info, warn};
 
 use crate::access::Running;
 use crate::admission::Admitted;
-use crate::driver::{Driver, directory};
+use crate::driver::{self, Driver, directory};
 use crate::fork::FORKING;
 use crate::half_booted::HalfBooted;
 use crate::saved::Saved;
@@ -95,7 +95,10 @@ impl Supervisor {
     pub async fn recover(&self) -> Result<Recovery, RecoverError> {
         let rows = self.shared.store.list_all_sandboxes()?;
         let mut tasks = JoinSet::new();
-        self.look_at_unknown_directories(&rows, &mut tasks).map_err(RecoverError::List)?;
+        let ids = self.shared.store.list_all_sandbox_ids()?;
+        let known = ids.iter().map(|(id, _)| id.to_string()).collect();
+        self.look_at_unknown_directories(&known, &mut tasks).map_err(RecoverError::List)?;
+        self.finish_damaged_removals(&ids, &rows, &mut tasks);
         let named = self.shared.store.snapshot_ids()?.into_iter().collect();
         self.settle_snapshots(&named).await.map_err(RecoverError::List)?;
         self.settle_volumes().await.map_err(RecoverError::List)?;
@@ -124,7 +127,11 @@ impl Supervisor {
                     found.push((row, driver, memory, TakingUp::begin(&self.shared)));
                 }
                 SandboxState::Failed(_) => {
-                    drop(tokio::spawn(Driver::register(&self.shared, &row, row.state).run()));
+                    let driver = Driver::register(&self.shared, &row, row.state);
+                    tokio::spawn(async move {
+                        end_failed(&driver).await;
+                        driver.run().await;
+                    });
                 }
             }
         }
@@ -176,12 +183,30 @@ impl Supervisor {
         }
     }
 
-    fn look_at_unknown_directories(
+    /// Removes what is left of sandboxes that were being destroyed, and whose rows are damaged.
+    fn finish_damaged_removals(
         &self,
+        ids: &[(SandboxId, bool)],
         rows: &[SandboxRow],
         tasks: &mut JoinSet<()>,
+    ) {
+        let is_sound = |id: SandboxId| rows.iter().any(|row| row.id == id);
+        let destroyed = ids.iter().filter(|(id, is_destroyed)| *is_destroyed && !is_sound(*id));
+        for &(id, _) in destroyed {
+            let counted = TakingUp::begin(&self.shared);
+            tasks.spawn(async move {
+                if let Err(error) = driver::remove(&counted.0, id).await {
+                    error!(sandbox = %id, error = %Report(&error), "Failed to remove what is left of a sandbox");
+                }
+            });
+        }
+    }
+
+    fn look_at_unknown_directories(
+        &self,
+        known: &HashSet<String>,
+        tasks: &mut JoinSet<()>,
     ) -> io::Result<()> {
-        let known: HashSet<String> = rows.iter().map(|row| row.id.to_string()).collect();
         for entry in std::fs::read_dir(&self.shared.config.sandboxes_dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -241,19 +266,19 @@ async fn settle_saved(path: &Path, name: &str, named: &HashSet<SandboxId>) -> io
 
 /// Brings a sandbox and its VMM together, and has its driver serve requests from then on.
 async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
-    let half_booted = HalfBooted::was(&driver.directory());
-    if half_booted {
-        drop(memory);
-        end_half_booted(&row, &driver).await;
-    } else {
-        adopt(&row, &driver, memory).await;
-    }
+    let half_booted = HalfBooted::find(&driver.directory());
+    let boot_with = match half_booted {
+        Some(mark) => end_half_booted(&row, &driver, mark, memory).await,
+        None => {
+            adopt(&row, &driver, memory).await;
+            None
+        }
+    };
     let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
     let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
     tokio::spawn(async move {
-        if half_booted
-            && driver.access.state() == SandboxState::Running
-            && let Err(error) = driver.boot_again().await
+        if let Some(memory) = boot_with
+            && let Err(error) = driver.boot_again(Some(memory)).await
         {
             warn!(sandbox = %driver.id, error = %Report(&error), "Failed to boot a sandbox again");
             driver.fail(FailReason::VmmUnusable);
@@ -268,7 +293,7 @@ async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
     });
 }
 
-/// Finds the VMM of a sandbox, or what the sandbox can go on from.
+/// Adopts the sandbox's VMM, or finds the snapshot to restore.
 async fn adopt(row: &SandboxRow, driver: &Driver, memory: Admitted) {
     let place = driver.directory();
     match driver.shared.engine.adopt(row.id, &place).await {
@@ -295,12 +320,39 @@ async fn adopt(row: &SandboxRow, driver: &Driver, memory: Admitted) {
     }
 }
 
-/// Ends the VM of a sandbox whose guest has no settings, for its daemon died while it booted.
-async fn end_half_booted(row: &SandboxRow, driver: &Driver) {
-    info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox whose boot had not ended");
-    if let Err(error) = driver.shared.engine.kill(row.id, &driver.directory()).await {
+/// Ends the VM of a sandbox whose boot an earlier daemon did not finish. Returns the memory to boot it
+/// with, if it is to run.
+async fn end_half_booted(
+    row: &SandboxRow,
+    driver: &Driver,
+    mark: HalfBooted,
+    memory: Admitted,
+) -> Option<Admitted> {
+    let place = driver.directory();
+    info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox with an interrupted boot");
+    if let Err(error) = driver.shared.engine.kill(row.id, &place).await {
         warn!(sandbox = %row.id, error = %Report(&error), "Failed to end a sandbox's VM");
         driver.fail(FailReason::VmmUnusable);
+        return None;
+    }
+    if row.state == SandboxState::Running {
+        // The boot that follows clears the mark.
+        return Some(memory);
+    }
+    mark.clear();
+    is_saved(&place);
+    None
+}
+
+/// Ends the VM of a failed sandbox whose boot an earlier daemon did not finish.
+async fn end_failed(driver: &Driver) {
+    let place = driver.directory();
+    let Some(mark) = HalfBooted::find(&place) else { return };
+    match driver.shared.engine.kill(driver.id, &place).await {
+        Ok(()) => mark.clear(),
+        Err(error) => {
+            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to end a sandbox's VM");
+        }
     }
 }
 

@@ -35,7 +35,7 @@ pub enum Step {
     Unnamed,
     /// A new sandbox is in its row, nothing else done.
     Inserted,
-    /// A VM that was booted or forked runs, its guest not told who it is.
+    /// A VM that was booted or forked runs, and its guest has no identity yet.
     Running,
     /// A destruction is in the row, nothing else done.
     DestroyNoted,

@@ -121,7 +121,7 @@ impl Driver {
             }
         }
         if cold_boot || !self.saves_memory() {
-            self.boot_again().await?;
+            self.boot_again(None).await?;
             self.breaker.note(&Ok(()));
             self.record("sandbox.started", json!({ "cold_boot": true }));
             return Ok(());
@@ -437,7 +437,7 @@ impl Driver {
         info!(sandbox = %self.id, "The guest reboots");
         // Requests wait for the boot meanwhile, as they wait for a wake.
         self.access.set_vm(None, Thermal::Cold);
-        match self.boot_again().await {
+        match self.boot_again(None).await {
             Ok(()) => {
                 self.record("sandbox.rebooted", json!({}));
                 true

@@ -97,15 +97,22 @@ impl Driver {
         self.shared.connect_network(self.id, self.owner, self.address).await
     }
 
-    async fn end_failed_wake(&self) {
-        if let Err(error) = self.shared.engine.kill(self.id, &self.directory()).await {
-            warn!(sandbox = %self.id, error = %Report(&error), "Failed to end a VM that did not wake");
+    /// Ends the VM. Returns whether it is gone.
+    async fn end_failed_wake(&self) -> bool {
+        let killed = self.shared.engine.kill(self.id, &self.directory()).await;
+        if let Err(error) = &killed {
+            warn!(sandbox = %self.id, error = %Report(error), "Failed to end a VM that did not wake");
         }
+        killed.is_ok()
     }
 
     /// Boots the sandbox from its disk, without its memory. The saved memory is given up only when nothing but the boot itself can fail, and
     /// is put back if no VM was started. Once a guest has run, its disk may be newer than the memory, so the memory is never used again.
-    pub(crate) async fn boot_again(&self) -> Result<(), TransitionError> {
+    /// `admitted` is memory that the sandbox has already.
+    pub(crate) async fn boot_again(
+        &self,
+        admitted: Option<Admitted>,
+    ) -> Result<(), TransitionError> {
         let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
         let files =
             boot_files(&self.shared, &row.spec.image).await.map_err(|error| match error {
@@ -114,7 +121,10 @@ impl Driver {
             })?;
         let secrets = secrets::read_what_is_left(&self.shared, row.owner, &row.spec.secrets);
         let extras = Extras { secrets, ..Extras::default() };
-        let admitted = self.shared.admit(self.memory).await?;
+        let admitted = match admitted {
+            Some(admitted) => admitted,
+            None => self.shared.admit(self.memory).await?,
+        };
         let directory = self.directory();
         self.shared.engine.kill(self.id, &directory).await.map_err(TransitionError::End)?;
         let spec = VmSpec {
@@ -140,17 +150,18 @@ impl Driver {
         let half_booted = HalfBooted::mark(&spec.directory).map_err(TransitionError::MarkBoot)?;
         match self.boot_and_configure(&spec, &row, &extras, admitted).await {
             Ok(running) => {
-                // Before a request can use it: a boot would lose what that did.
-                drop(half_booted);
+                // Before requests reach the sandbox: a later boot would discard their work.
+                half_booted.clear();
                 self.forget_consumed().await;
                 Ok(self.running(running)?)
             }
             Err(error) => {
-                self.end_failed_wake().await;
-                // Before the memory is back: a boot would lose it.
-                drop(half_booted);
-                if consumed && !guest_may_have_run(&error) {
-                    self.saved().put_back().await.map_err(TransitionError::Consume)?;
+                if self.end_failed_wake().await {
+                    // Before the snapshot is put back: a later boot would discard it.
+                    half_booted.clear();
+                    if consumed && !guest_may_have_run(&error) {
+                        self.saved().put_back().await.map_err(TransitionError::Consume)?;
+                    }
                 }
                 Err(error)
             }

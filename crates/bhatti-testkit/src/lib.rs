@@ -14,6 +14,7 @@ mod network;
 mod sandbox;
 mod skip;
 mod stand_in;
+mod store;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,6 +30,7 @@ pub use network::enter_own_network;
 pub use sandbox::{Ran, code_of, collect, named, run, shell, start};
 pub use skip::skip;
 pub use stand_in::EndlessLister;
+pub use store::change_store;
 
 /// How long anything that a test waits for may take.
 pub const LIMIT: Duration = Duration::from_secs(240);

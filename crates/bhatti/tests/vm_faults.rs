@@ -156,9 +156,11 @@ async fn reboot(client: &Client) {
 }
 
 /// The daemon dies when the VM of a sandbox has booted anew, and its guest has no settings yet.
-async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client)) {
+///
+/// The next daemon leaves the sandbox at `status`.
+async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client), status: &str) {
     let mut daemon = daemon().await;
-    let env = [("COLOUR".to_owned(), "red".to_owned())].into();
+    let env = [("COLOR".to_owned(), "red".to_owned())].into();
     daemon.client.create(&CreateSandbox { env, ..named("dev") }).await.unwrap();
     shell(&daemon.client, "dev", "echo kept >/workspace/file; sync").await;
     daemon.terminate().await;
@@ -168,11 +170,11 @@ async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client)) {
 
     daemon.serve_with(|serve| serve.fault = None).await;
 
-    // A sandbox that ran is booted again by itself.
-    if daemon.client.inspect("dev").await.unwrap().status == "stopped" {
+    assert_eq!(daemon.client.inspect("dev").await.unwrap().status, status);
+    if status == "stopped" {
         daemon.client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap();
     }
-    let seen = shell(&daemon.client, "dev", "cat /workspace/file; hostname; echo $COLOUR").await;
+    let seen = shell(&daemon.client, "dev", "cat /workspace/file; hostname; echo $COLOR").await;
     assert_eq!(seen, "kept\ndev\nred\n");
     // What runs from now on outlives the daemon again.
     shell(&daemon.client, "dev", LEAVE).await;
@@ -183,19 +185,19 @@ async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client)) {
 }
 
 #[tokio::test]
-async fn daemon_that_dies_while_it_boots_a_guest_that_rebooted_boots_it_again() {
+async fn next_daemon_boots_a_guest_whose_reboot_was_interrupted() {
     if needs(Feature::OwnKernel) {
-        daemon_dies_while_it_boots_again(reboot).await;
+        daemon_dies_while_it_boots_again(reboot, "running").await;
     }
 }
 
 #[tokio::test]
-async fn daemon_that_dies_while_it_starts_a_sandbox_without_its_memory_leaves_it_stopped() {
-    daemon_dies_while_it_boots_again(async |client| {
+async fn next_daemon_ends_a_start_without_memory_that_was_interrupted() {
+    let start = async |client: &Client| {
         drop(client.stop("dev").await);
         drop(client.start("dev", &StartSandbox { cold_boot: true }).await);
-    })
-    .await;
+    };
+    daemon_dies_while_it_boots_again(start, "stopped").await;
 }
 
 /// Saves the sandbox under a name until the fault strikes, and returns what it has written until then.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, StartSandbox};
 use bhatti_client::{Client, ClientError, CommandEvent, EventFilter};
 use bhatti_testkit::{
-    Api, Feature, LIMIT, Ran, Serve, TestDaemon, code_of, collect, engine, json_message,
-    kill_process, named, needs, replace, run, shell, start, vmm_pid, wait_for,
+    Api, Feature, LIMIT, Ran, Serve, TestDaemon, change_store, code_of, collect, engine,
+    json_message, kill_process, named, needs, replace, run, shell, start, vmm_pid, wait_for,
 };
 use tokio::time::{Instant, timeout};
 
@@ -249,6 +249,43 @@ async fn guest_that_reboots_itself_is_booted_from_its_disk() {
     shell(&daemon.client, "dev", &wait_for_runs(3)).await;
     let jobs = api.get("/sandboxes/dev/jobs").await.json();
     assert_eq!((&jobs[0]["running"], &jobs[0]["restart"]), (&true.into(), &true.into()), "{jobs}");
+}
+
+#[tokio::test]
+async fn sandbox_with_a_damaged_row_says_so_and_is_destroyed_by_its_name() {
+    let mut daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    daemon.terminate().await;
+    change_store(daemon.data_dir(), "UPDATE sandboxes SET memory_mib = 1");
+    daemon.serve().await;
+
+    let refused = daemon.client.inspect("dev").await.unwrap_err();
+    let destroyed = daemon.cli(&["destroy", "--yes", "dev"]).output().await.unwrap();
+
+    assert_eq!(code_of(&refused), Some(ErrorCode::DamagedRow), "{refused}");
+    assert!(destroyed.status.success(), "{}", String::from_utf8_lossy(&destroyed.stderr));
+    assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+    wait_for("no VMM but the one ahead of demand", || daemon.all_vmm_pids().len() <= 1).await;
+}
+
+#[tokio::test]
+async fn kept_job_is_on_the_disk_when_its_start_is_answered() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    let service = "touch /dev/shm/ran; exec sleep 1000";
+    let job = ["exec", "--detach", "--restart", "dev", "--", "sh", "-c", service];
+    assert!(daemon.cli(&job).status().await.unwrap().success());
+
+    // This loses what the guest has not written to its disk.
+    kill_process(vmm_pid(&daemon.sandbox_directories()[0]).unwrap());
+    let failed = async { while daemon.client.inspect("dev").await.unwrap().status != "failed" {} };
+    timeout(LIMIT, failed).await.unwrap();
+    daemon.client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap();
+
+    shell(&daemon.client, "dev", "until [ -e /dev/shm/ran ]; do sleep 0.05; done").await;
 }
 
 #[tokio::test]

@@ -13,7 +13,8 @@ use bhatti_engine::{
 use bhatti_host::process::Usage;
 use bhatti_image::ImageStore;
 use bhatti_secret::SecretKey;
-use bhatti_store::{NewSandbox, Store, VolumeRow, VolumeWork};
+use bhatti_store::{EventFilter, NewSandbox, Store, VolumeRow, VolumeWork};
+use bhatti_testkit::change_store;
 use bhatti_types::{Allowance, SandboxSpec, UserId, VolumeId, VolumeMib};
 use parking_lot::Mutex;
 
@@ -311,8 +312,7 @@ async fn sandbox_whose_row_is_damaged_is_left_alone_until_it_is_destroyed() {
     let place = Place::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::No);
     let sound = place.leave(2, RUNNING, Found::Running, Saved::No);
-    let connection = rusqlite::Connection::open(place.data.path().join("state.db")).unwrap();
-    connection.execute("UPDATE sandboxes SET memory_mib = 1 WHERE name = 's1'", []).unwrap();
+    change_store(place.data.path(), "UPDATE sandboxes SET memory_mib = 1 WHERE name = 's1'");
 
     let supervisor = place.recover().await;
 
@@ -323,11 +323,63 @@ async fn sandbox_whose_row_is_damaged_is_left_alone_until_it_is_destroyed() {
 
     supervisor.destroy(UserId::ADMIN, "s1").await.unwrap();
 
+    let events =
+        place.store.list_events(&EventFilter { limit: 10, ..EventFilter::default() }).unwrap();
+    assert!(events.iter().any(|event| event.kind == "sandbox.destroyed"), "{events:?}");
     assert!(!place.directory(id).exists());
     assert_eq!(place.reality.found.lock().get(&id), None, "its VMM lives");
     let again = supervisor.destroy(UserId::ADMIN, "s1").await.unwrap_err();
     assert!(matches!(again, UseError::NotFound(_)), "{again}");
     assert_eq!(supervisor.thermal(sound), Some(Thermal::Hot));
+}
+
+#[tokio::test]
+async fn removal_of_a_sandbox_with_a_damaged_row_is_finished() {
+    let place = Place::new();
+    let id = place.leave(1, SandboxState::Destroyed, Found::Running, Saved::No);
+    change_store(place.data.path(), "UPDATE sandboxes SET memory_mib = 1");
+
+    place.recover().await;
+
+    assert!(!place.directory(id).exists());
+    assert_eq!(place.reality.found.lock().get(&id), None, "its VMM lives");
+    assert_eq!(place.store.list_all_sandbox_ids().unwrap(), []);
+}
+
+#[tokio::test]
+async fn interrupted_boot_is_ended_and_stale_marks_are_removed() {
+    let place = Place::new();
+    let mark = |id| std::fs::write(place.directory(id).join("booting"), "").unwrap();
+    let cases = [
+        // Without images, the boot that follows fails.
+        (RUNNING, Found::Running, Saved::Ran, Some((UNUSABLE, None))),
+        (RUNNING, Found::Nothing, Saved::No, Some((UNUSABLE, None))),
+        (STOPPED, Found::Running, Saved::Ran, Some((STOPPED, None))),
+        (CRASHED, Found::Running, Saved::No, Some((CRASHED, None))),
+        // A mark that could not be removed, beside the memory of a later stop.
+        (RUNNING, Found::Nothing, Saved::Yes, Some((RUNNING, Some(Thermal::Cold)))),
+    ];
+    let numbered = (1..).zip(&cases);
+    let ids: Vec<SandboxId> = numbered
+        .map(|(n, (state, found, saved, _))| place.leave(n, *state, *found, *saved))
+        .collect();
+    ids.iter().for_each(|id| mark(*id));
+
+    let supervisor = place.recover().await;
+
+    for (id, (state, found, saved, expected)) in ids.iter().zip(&cases) {
+        let truth = || {
+            let row = place.store.get_sandbox(*id).unwrap();
+            row.map(|row| (row.state, supervisor.thermal(row.id)))
+        };
+        let is_settled = || truth() == *expected && !place.reality.found.lock().contains_key(id);
+        let is_settled = || is_settled() || (*found == Found::Nothing && truth() == *expected);
+        bhatti_testkit::wait_for(&format!("{state:?}, {found:?}, {saved:?}"), is_settled).await;
+    }
+    assert!(!place.directory(ids[2]).join("booting").exists(), "its VM is gone");
+    assert!(!place.directory(ids[2]).join("snapshot.used").exists(), "nothing uses it any more");
+    assert!(!place.directory(ids[4]).join("booting").exists(), "a later daemon must not boot it");
+    assert!(place.directory(ids[4]).join("snapshot").exists());
 }
 
 #[tokio::test]
@@ -339,10 +391,9 @@ async fn snapshot_stays_whole_if_the_store_refuses_to_delete_it() {
     std::fs::create_dir_all(file.parent().unwrap()).unwrap();
     std::fs::write(&file, "pages").unwrap();
     let supervisor = place.recover().await;
-    let connection = rusqlite::Connection::open(place.data.path().join("state.db")).unwrap();
-    let refuse =
+    let refusal =
         "CREATE TRIGGER refuse BEFORE DELETE ON snapshots BEGIN SELECT RAISE(ABORT, 'no'); END";
-    connection.execute_batch(refuse).unwrap();
+    change_store(place.data.path(), refusal);
 
     let refused = supervisor.delete_snapshot(UserId::ADMIN, "saved").await;
 
@@ -350,7 +401,7 @@ async fn snapshot_stays_whole_if_the_store_refuses_to_delete_it() {
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "pages");
     assert!(supervisor.find_snapshot(UserId::ADMIN, "saved").is_ok());
 
-    connection.execute_batch("DROP TRIGGER refuse").unwrap();
+    change_store(place.data.path(), "DROP TRIGGER refuse");
     supervisor.delete_snapshot(UserId::ADMIN, "saved").await.unwrap();
 
     assert_eq!(std::fs::read_dir(place.data.path().join("snapshots")).unwrap().count(), 0);

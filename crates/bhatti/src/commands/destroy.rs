@@ -1,5 +1,7 @@
 //! `bhatti destroy`.
 
+use bhatti_api::{ErrorCode, Sandbox};
+use bhatti_client::{Client, ClientError};
 use clap::Args;
 
 use super::Context;
@@ -19,12 +21,29 @@ pub(crate) struct Destroy {
 
 pub(super) async fn run(context: &Context, arguments: &Destroy) -> Result<(), CliError> {
     each(context, &arguments.sandboxes, async |typed| {
-        let sandbox = context.change(typed, async |id| context.client.inspect(id).await).await?;
-        let name = &sandbox.name;
+        let find = async |id: &str| find(&context.client, id).await;
+        let Found { id, name } = context.change(typed, find).await?;
         confirm(arguments.yes, &format!("destroy {name}, with its disk and its memory"))?;
         // By id: what was asked about, whatever is called so by now.
-        let deleted = context.client.destroy(&sandbox.id).await?;
-        context.output.done("sandbox", name, &deleted.status)
+        let deleted = context.client.destroy(&id).await?;
+        context.output.done("sandbox", &name, &deleted.status)
     })
     .await
+}
+
+/// The sandbox that is to be destroyed.
+struct Found {
+    id: String,
+    name: String,
+}
+
+/// Looks a sandbox up. One whose row is damaged can be destroyed, but not read.
+async fn find(client: &Client, called: &str) -> Result<Found, ClientError> {
+    match client.inspect(called).await {
+        Ok(Sandbox { id, name, .. }) => Ok(Found { id, name }),
+        Err(ClientError::Refused(body)) if body.code == ErrorCode::DamagedRow => {
+            Ok(Found { id: called.to_owned(), name: called.to_owned() })
+        }
+        Err(error) => Err(error),
+    }
 }

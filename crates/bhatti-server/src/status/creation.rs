@@ -1,0 +1,174 @@
+//! Errors of creations, and of the virtual machines, volumes and networks that sandboxes get.
+
+use bhatti_api::ErrorCode;
+use bhatti_engine::{BootError, RestoreError};
+use bhatti_store::{AttachError, NetworkAssignError, VolumeError};
+use bhatti_supervisor::{
+    CreateError, NetworkError, SecretError, TemplateError, VolumeFileError, VolumeOpError,
+    VolumeUseError,
+};
+use bhatti_types::Report;
+
+use super::{ApiError, busy_guest};
+
+impl From<CreateError> for ApiError {
+    fn from(error: CreateError) -> Self {
+        match &error {
+            CreateError::NameTaken(name) => Self::new(ErrorCode::NameTaken, error.to_string())
+                .hint(format!("choose another name, or destroy it: bhatti destroy {name}")),
+            CreateError::Images(bhatti_image::StoreError::Missing(missing)) => {
+                Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
+            }
+            CreateError::Busy(busy) | CreateError::Template(TemplateError::Busy(busy)) => {
+                (*busy).into()
+            }
+            CreateError::Quota(quota) => quota.clone().into(),
+            CreateError::Secret(SecretError::NotFound(_)) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+                    .hint("set it first: bhatti secret set NAME")
+            }
+            CreateError::Attach(attach) => attach_error(attach),
+            CreateError::VolumeUse(volume) => volume_error(volume),
+            CreateError::Volumes(_) | CreateError::Mount(_) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
+            CreateError::Network(network) => network_error(network),
+            CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
+                .hint("list the images: bhatti image list"),
+            CreateError::TooMuchEnvironment
+            | CreateError::Name(_)
+            | CreateError::FilePath(_)
+            | CreateError::Files(_)
+            | CreateError::DiskTooSmall { .. }
+            | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
+            CreateError::FilesTooLarge { .. } => {
+                Self::new(ErrorCode::BodyTooLarge, error.to_string())
+            }
+            CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
+            CreateError::Boot(boot) => boot_error(boot, &error),
+            CreateError::Restore(restore) => restore_error(restore),
+            CreateError::Unconfigured(_) => busy_guest(&error),
+            CreateError::Template(_)
+            | CreateError::Vmm(_)
+            | CreateError::Secret(_)
+            | CreateError::Report(_)
+            | CreateError::Images(_)
+            | CreateError::Entropy(_)
+            | CreateError::Interrupted => Self::internal(&error),
+            CreateError::Store(store) => Self::internal(store),
+        }
+    }
+}
+
+pub(super) fn boot_error(boot: &BootError, whole: &(dyn std::error::Error + 'static)) -> ApiError {
+    match boot {
+        BootError::NotInstalled { .. } => {
+            ApiError::new(ErrorCode::NotSetUp, Report(whole).to_string())
+                .hint("`bhatti doctor` says how to install it")
+        }
+        // The guest's own last words hold no path of this host.
+        BootError::Ended { .. } | BootError::TimedOut { .. } => {
+            tracing::warn!(error = %boot, "Sandbox did not boot");
+            ApiError::new(ErrorCode::BootFailed, boot.to_string())
+        }
+        BootError::NoDisk => ApiError::new(ErrorCode::BootFailed, boot.to_string())
+            .hint("destroy it and create another: bhatti destroy NAME"),
+        BootError::NoDiskSize(_) => ApiError::new(ErrorCode::BadRequest, boot.to_string()).hint(
+            "leave the size of the disk out; Docker has such limits on XFS with project quotas, btrfs and ZFS",
+        ),
+        BootError::Prepare { .. } => ApiError::internal(whole),
+    }
+}
+
+pub(super) fn attach_error(error: &AttachError) -> ApiError {
+    match error {
+        AttachError::NotFound(name) => ApiError::new(ErrorCode::BadRequest, error.to_string())
+            .hint(format!("make it first: bhatti volume create {name}")),
+        AttachError::InUse { sandbox, .. } => ApiError::new(ErrorCode::WrongState, error.to_string())
+            .hint(format!("one sandbox writes a volume, or any number read it: destroy `{sandbox}`, or attach it read-only in all")),
+        AttachError::Busy(_) => {
+            ApiError::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
+        }
+        AttachError::Quota(quota) => quota.clone().into(),
+        AttachError::Store(store) => ApiError::internal(store),
+    }
+}
+
+pub(super) fn volume_error(error: &VolumeUseError) -> ApiError {
+    match error {
+        VolumeUseError::File { source: VolumeFileError::Damaged { .. }, .. } => {
+            ApiError::new(ErrorCode::WrongState, Report(error).to_string())
+                .hint("the admin may look at it with e2fsck, and answer what it asks")
+        }
+        VolumeUseError::File { source: VolumeFileError::Slow, .. } => {
+            ApiError::new(ErrorCode::WrongState, Report(error).to_string()).hint("try again later")
+        }
+        VolumeUseError::Missing(_) | VolumeUseError::File { .. } => ApiError::internal(error),
+    }
+}
+
+impl From<VolumeOpError> for ApiError {
+    fn from(error: VolumeOpError) -> Self {
+        match error {
+            VolumeOpError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string())
+                .hint("list them: bhatti volume list"),
+            VolumeOpError::Refused(VolumeError::NameTaken(_)) => {
+                Self::new(ErrorCode::NameTaken, error.to_string()).hint("choose another name")
+            }
+            VolumeOpError::Refused(VolumeError::InUse { .. }) => {
+                Self::new(ErrorCode::WrongState, error.to_string()).hint("destroy them first")
+            }
+            VolumeOpError::Refused(VolumeError::Busy(_)) => {
+                Self::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
+            }
+            VolumeOpError::Refused(VolumeError::Shrinks { .. }) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
+            VolumeOpError::Refused(VolumeError::Quota(quota)) => quota.into(),
+            VolumeOpError::Refused(VolumeError::Store(error)) => error.into(),
+            VolumeOpError::File(VolumeFileError::Damaged { .. }) => {
+                Self::new(ErrorCode::WrongState, error.to_string())
+                    .hint("the admin may look at it with e2fsck, and answer what it asks")
+            }
+            VolumeOpError::File(VolumeFileError::Slow) => {
+                Self::new(ErrorCode::WrongState, error.to_string()).hint("try again later")
+            }
+            VolumeOpError::File(_)
+            | VolumeOpError::Place { .. }
+            | VolumeOpError::Entropy(_)
+            | VolumeOpError::Interrupted => Self::internal(&error),
+        }
+    }
+}
+
+pub(super) fn network_error(error: &NetworkError) -> ApiError {
+    match error {
+        NetworkError::Unavailable(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
+            .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
+        NetworkError::NotAllowable(_) => ApiError::new(ErrorCode::Forbidden, error.to_string())
+            .hint("the admin may add it to network_allowable in the configuration"),
+        NetworkError::InTheWay(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
+            .hint("free it, or take the sandbox without a network: --network none"),
+        NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
+        NetworkError::Assign(NetworkAssignError::Exhausted { .. }) => {
+            ApiError::new(ErrorCode::Busy, error.to_string())
+        }
+        NetworkError::Assign(NetworkAssignError::Store(store)) | NetworkError::Store(store) => {
+            ApiError::internal(store)
+        }
+        NetworkError::Host(_) => ApiError::internal(error),
+    }
+}
+
+pub(super) fn restore_error(error: &RestoreError) -> ApiError {
+    match error {
+        RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale => {
+            tracing::warn!(error = %Report(error), "Snapshot cannot be used");
+            ApiError::new(ErrorCode::SnapshotUnusable, error.to_string())
+                .hint("boot it from its disk, without its memory: bhatti start --cold-boot NAME")
+        }
+        RestoreError::Unsupported(_) | RestoreError::Vmm { .. } | RestoreError::File { .. } => {
+            ApiError::internal(error)
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Damage and refusals in a daemon's store.
+
+use std::path::Path;
+
+use crate::daemon::std_command;
+
+/// Runs statements of SQL on the store of a data directory, by Python's `sqlite3`.
+///
+/// # Panics
+///
+/// Panics if that fails.
+pub fn change_store(data_dir: &Path, sql: &str) {
+    const RUN: &str =
+        "import sqlite3, sys; sqlite3.connect(sys.argv[1]).executescript(sys.argv[2])";
+    let store = data_dir.join("state.db");
+    assert!(std_command("python3", &["-c", RUN, &store.to_string_lossy(), sql]), "{sql}");
+}
