@@ -14,7 +14,7 @@ use rustix::fs::{StatVfsMountFlags, Timespec, major, minor, stat, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::thread::nanosleep;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 const DIRECTORY: &str = "mounts";
 
@@ -24,6 +24,9 @@ const LOOP_MAJOR: u32 = 7;
 /// How long an unmounted volume may stay open, and how often to look.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 const CLOSE_LOOK_NS: i64 = 1_000_000;
+
+/// How long a mount may take: a file system may ask its mounter to wait for other hosts (MMP).
+const MOUNT_LIMIT: Duration = Duration::from_secs(60);
 
 /// A volume that is mounted on this host.
 #[derive(Clone, Debug)]
@@ -54,10 +57,13 @@ pub(crate) async fn make(directory: &Path, volumes: &[Option<VolumeFile>]) -> io
     for (file, place) in files.zip(places(directory, volumes)) {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&place.here)?;
         let access = if place.read_only { "ro" } else { "rw" };
-        let options = format!("loop,nosuid,nodev,noatime,{access}");
+        // What an error does is not the superblock's to say: that may ask for a panic.
+        let options = format!("loop,nosuid,nodev,noatime,errors=remount-ro,{access}");
         let mut mount = command("mount");
         mount.args(["-t", "ext4", "-o", &options]).args([file, &place.here]);
-        let output = mount.output().await?;
+        let output = timeout(MOUNT_LIMIT, mount.output()).await.map_err(|_| {
+            io::Error::new(io::ErrorKind::TimedOut, "the mount of a volume takes too long")
+        })??;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             return Err(io::Error::other(said));

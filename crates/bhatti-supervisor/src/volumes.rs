@@ -12,6 +12,7 @@
 
 mod file;
 mod places;
+mod trust;
 
 use std::collections::HashSet;
 use std::io;

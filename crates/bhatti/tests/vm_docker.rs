@@ -178,14 +178,14 @@ async fn sandbox_whose_container_somebody_else_removed_says_so_and_can_be_destro
 }
 
 #[tokio::test]
-async fn volume_that_a_guest_may_have_forged_is_not_mounted_on_this_host() {
+async fn forged_volume_is_refused() {
     let Some((daemon, api)) = daemon("").await else { return };
     let volume = json!({ "name": "data", "size_mb": 64 });
     assert_eq!(api.call("POST", "/volumes", &volume).await.status, 201);
     let volumes = std::fs::read_dir(daemon.data_dir().join("volumes")).unwrap();
     let files = volumes.flatten().flat_map(|volume| std::fs::read_dir(volume.path()).unwrap());
     let file = files.flatten().next().unwrap().path();
-    // As a guest with the disk itself could write it: it says that it is clean, and has no root.
+    // A guest with the disk can write this: the clean flag is set, and there is no root directory.
     let mut debugfs = bhatti_host::process::command("debugfs");
     let forged = debugfs.args(["-w", "-R", "clri <2>"]).arg(&file).output().await.unwrap();
     assert!(forged.status.success(), "{forged:?}");
@@ -197,6 +197,24 @@ async fn volume_that_a_guest_may_have_forged_is_not_mounted_on_this_host() {
     assert_eq!(refused.status, 409);
     assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
     assert_eq!(api.call("DELETE", "/volumes/data", &Value::Null).await.status, 200);
+}
+
+#[tokio::test]
+async fn disk_has_the_size_that_was_asked_for_or_is_refused() {
+    let Some((daemon, api)) = daemon("").await else { return };
+
+    let answer = api.call("POST", "/sandboxes", &json!({ "name": "dev", "disk_mb": 8192 })).await;
+
+    if answer.status == 201 {
+        let size = root(&api, "df --block-size=1M --output=size / | tail -1").await;
+        let mib: u64 = size.trim().parse().unwrap();
+        assert!((7_000..=8_192).contains(&mib), "{mib} MiB");
+    } else {
+        assert_eq!(answer.refusal(), (400, "bad_request".to_owned()), "{}", answer.text());
+        assert!(answer.text().contains("Docker cannot limit"), "{}", answer.text());
+        assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+        assert_eq!(api.call("POST", "/sandboxes", &json!({ "name": "dev" })).await.status, 201);
+    }
 }
 
 #[tokio::test]

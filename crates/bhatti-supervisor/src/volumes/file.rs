@@ -32,7 +32,7 @@ const NEEDS_RECOVERY: u8 = 4;
 const MENDED: i32 = 1 | 2;
 
 /// How long somebody waits for a tool: what is in a volume is a guest's, who may have made it take for ever.
-const CHECK_LIMIT: Duration = Duration::from_secs(300);
+pub(super) const CHECK_LIMIT: Duration = Duration::from_secs(300);
 
 /// Whom tools run as under a daemon that is root.
 const TOOL_USER: u32 = process::USERS.start - 1;
@@ -88,7 +88,7 @@ pub enum VolumeFileError {
     },
 }
 
-fn failed(step: &'static str) -> impl Fn(io::Error) -> VolumeFileError {
+pub(super) fn failed(step: &'static str) -> impl Fn(io::Error) -> VolumeFileError {
     move |source| VolumeFileError::File { step, source }
 }
 
@@ -150,7 +150,7 @@ pub(super) async fn settle(path: &Path) -> Result<(), VolumeFileError> {
     settle_held(&hold(path).await?).await
 }
 
-async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
+pub(super) async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
     if is_clean(&held.path).map_err(failed("read the volume's file"))? {
         return Ok(());
     }
@@ -159,27 +159,24 @@ async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
     sync(&held.path).await
 }
 
-/// [`settle`], for a file system that this host's kernel is about to mount. ext4 makes no promise
-/// about one that was made to harm it, and a guest with a disk of its own may have written any bytes
-/// in it: what says that it is clean is checked, too. One that is sound is only read, for it may be
-/// mounted already.
-pub(super) async fn settle_for_host(path: &Path) -> Result<(), VolumeFileError> {
-    let held = hold(path).await?;
-    settle_held(&held).await?;
-    if output("e2fsck", &["-f", "-n"], &held).await?.status.success() {
-        return Ok(());
-    }
-    check(&held, &["-f"]).await?;
-    sync(path).await
+/// Whether e2fsck finds no error in all of it. It writes nothing, and takes as long as it needs.
+pub(super) async fn is_sound(held: &Held) -> Result<bool, VolumeFileError> {
+    Ok(run_to_its_end("e2fsck", &["-f", "-n"], held).await?.status.success())
+}
+
+/// Repairs what is repaired without asking.
+pub(super) async fn repair(held: &Held) -> Result<(), VolumeFileError> {
+    check(held, &["-f"]).await?;
+    sync(&held.path).await
 }
 
 /// A volume's file that nobody else works on meanwhile. Tools inherit the lock: one that outlives this daemon keeps the next one away.
-struct Held {
+pub(super) struct Held {
     file: File,
-    path: PathBuf,
+    pub(super) path: PathBuf,
 }
 
-async fn hold(path: &Path) -> Result<Held, VolumeFileError> {
+pub(super) async fn hold(path: &Path) -> Result<Held, VolumeFileError> {
     let file = File::open(path).map_err(failed("open the volume's file"))?;
     let began = Instant::now();
     loop {
@@ -223,6 +220,16 @@ async fn output(
     options: &[&str],
     held: &Held,
 ) -> Result<Output, VolumeFileError> {
+    let ran = timeout(CHECK_LIMIT, run_to_its_end(tool, options, held)).await;
+    ran.unwrap_or(Err(VolumeFileError::Slow))
+}
+
+/// [`output`], without a limit of time.
+async fn run_to_its_end(
+    tool: &'static str,
+    options: &[&str],
+    held: &Held,
+) -> Result<Output, VolumeFileError> {
     let failed = |source| VolumeFileError::Tool { tool, source };
     let lock = held.file.try_clone().map_err(failed)?;
     let read = READ.map(Path::new);
@@ -235,11 +242,11 @@ async fn output(
     let mut command = process::command(tool);
     command.args(options).arg(HELD).kill_on_drop(false).stdin(Stdio::from(lock));
     process::confine(&mut command, confinement);
-    let ran = timeout(CHECK_LIMIT, command.output()).await.map_err(|_| VolumeFileError::Slow)?;
+    let ran = command.output().await.map_err(failed);
     if process::can_use_users() {
         give_to(held, 0).map_err(failed)?;
     }
-    ran.map_err(failed)
+    ran
 }
 
 /// Gives the file to a user. A tool that runs longer than the limit keeps the file; the next tool
@@ -363,31 +370,6 @@ mod tests {
         tool.kill().await.unwrap();
 
         second.await.unwrap().unwrap();
-    }
-
-    #[tokio::test]
-    async fn volume_that_only_says_it_is_clean_is_checked_before_this_host_mounts_it() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(super::super::FILE);
-        let damage = async |request: &str| {
-            let mut debugfs = process::command("debugfs");
-            let done = debugfs.args(["-w", "-R", request]).arg(&path).output().await.unwrap();
-            assert!(done.status.success(), "{done:?}");
-            assert!(is_clean(&path).unwrap());
-        };
-        make(&path, mib(64)).await.unwrap();
-        let whole = fs::read(&path).unwrap();
-        settle_for_host(&path).await.unwrap();
-        assert!(fs::read(&path).unwrap() == whole, "a sound one is only read");
-
-        damage("set_super_value free_inodes_count 3").await;
-        settle_for_host(&path).await.unwrap();
-        assert_eq!(look(&path).await, (64, true), "mended");
-
-        damage("clri <2>").await;
-        settle(&path).await.unwrap();
-        let error = settle_for_host(&path).await.unwrap_err();
-        assert!(matches!(error, VolumeFileError::Damaged { .. }), "{error}");
     }
 
     #[tokio::test]

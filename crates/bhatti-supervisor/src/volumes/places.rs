@@ -9,6 +9,7 @@ use bhatti_types::{SandboxId, VolumeId, VolumeName};
 
 use super::FILE;
 use super::file::{self, VolumeFileError, create_private};
+use super::trust;
 use crate::Shared;
 use crate::driver::directory;
 
@@ -72,6 +73,7 @@ pub(crate) async fn files(
     volumes: &[Attachment],
     own: OwnVolumes<'_>,
 ) -> Result<Vec<Option<VolumeFile>>, VolumeUseError> {
+    let shares_kernel = shared.engine.capabilities().shares_kernel;
     let mut files = vec![None; places(volumes.len())];
     for (place, volume) in volumes.iter().enumerate() {
         let path = file_of(shared, id, place, volume);
@@ -84,12 +86,17 @@ pub(crate) async fn files(
         }
         let is_attached_now = volume.volume.is_some() && !matches!(own, OwnVolumes::Kept);
         if is_attached_now || matches!(own, OwnVolumes::Left) {
-            let settled = if shared.engine.capabilities().shares_kernel {
-                file::settle_for_host(&path).await
+            let for_host = shares_kernel && volume.volume.is_some();
+            let settled = if for_host {
+                trust::settle_for_host(&path, volume.read_only).await
             } else {
                 file::settle(&path).await
             };
             settled.map_err(failed)?;
+        }
+        if volume.volume.is_some() && !shares_kernel && !volume.read_only {
+            let distrusted = trust::distrust(&path).await;
+            distrusted.map_err(file::failed("forget the volume's check")).map_err(failed)?;
         }
         files[place] =
             Some(VolumeFile { path, read_only: volume.read_only, mount: volume.mount.to_string() });
