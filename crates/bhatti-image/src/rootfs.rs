@@ -58,8 +58,8 @@ printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 /// pages of its own. Nothing in the tree is followed or written through: it may be a stranger's. Directories that the archive only
 /// implies are everybody's to enter, whatever the caller's umask.
 ///
-/// Only the shell is our child: a process that ends it, as an abandoned import does, must end what
-/// it runs, too (PR_SET_PDEATHSIG in prctl(2)).
+/// Only the shell is our child. The parent-death signal ends `tar` and `mke2fs` with it
+/// (PR_SET_PDEATHSIG in prctl(2)).
 const MAKE_EXT4: &str = r#"set -e
 before=$(umask)
 umask 022
@@ -218,12 +218,13 @@ pub(crate) async fn make_ext4(
 ) -> Result<(), ToolError> {
     let (tar, image, size) =
         (tar.to_string_lossy(), image.to_string_lossy(), format!("{size_mib}M"));
-    // The shell ends with us, also if we are killed.
-    let mut arguments = vec!["--pdeathsig", "KILL", "--"];
-    if !rustix::process::geteuid().is_root() {
-        arguments.extend(["fakeroot", "setpriv", "--pdeathsig", "KILL", "--"]);
+    let shell =
+        ["--pdeathsig", "KILL", "--", "sh", "-c", MAKE_EXT4, "make-ext4", &tar, &image, &size];
+    if rustix::process::geteuid().is_root() {
+        run_quietly("setpriv", &shell, scratch).await?;
+    } else {
+        // Its own daemon, `faked`, stays if fakeroot is killed. It has nothing open, and does nothing.
+        run_quietly("fakeroot", &[&["setpriv"], &shell[..]].concat(), scratch).await?;
     }
-    arguments.extend(["sh", "-c", MAKE_EXT4, "make-ext4", &tar, &image, &size]);
-    run_quietly("setpriv", &arguments, scratch).await?;
     Ok(())
 }

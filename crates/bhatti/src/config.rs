@@ -29,7 +29,7 @@ pub(crate) struct Config {
     pub(crate) docker: Option<PathBuf>,
     /// QEMU's program; looked up by its usual name if absent.
     pub(crate) qemu: Option<PathBuf>,
-    /// Whether a daemon that is root runs QEMU on a kernel without Landlock; not if absent.
+    /// Whether a daemon of root may run QEMU on a kernel without Landlock; not if absent.
     pub(crate) allow_without_landlock: bool,
     /// How long a VM may take to boot, in seconds; 60 if absent.
     pub(crate) boot_timeout_sec: Option<u32>,

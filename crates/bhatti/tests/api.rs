@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, SetSecret};
 use bhatti_client::{Client, ClientError};
-use bhatti_testkit::{Serve, TestDaemon, dist, is_root, wait_for};
+use bhatti_testkit::{Serve, TestDaemon, dist, engine, is_root, wait_for};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -409,8 +409,11 @@ os.execv("{bhatti}", ["bhatti", *sys.argv[1:]])
 }
 
 #[tokio::test]
-async fn daemon_of_root_refuses_qemu_without_landlock_unless_told() {
+async fn root_daemon_refuses_qemu_without_landlock() {
     const LANDLOCK_CREATE_RULESET: u32 = 444;
+    if engine() != "qemu" {
+        return;
+    }
     let place = tempfile::tempdir().unwrap();
     let program = bhatti_without(LANDLOCK_CREATE_RULESET, place.path());
     let data = tempfile::tempdir().unwrap();
@@ -424,8 +427,10 @@ async fn daemon_of_root_refuses_qemu_without_landlock_unless_told() {
         assert_eq!(refused.status.code(), Some(1), "{said}");
         assert!(said.contains("this kernel has no Landlock"), "{said}");
         assert!(said.contains("`allow_without_landlock: true` in config.yaml"), "{said}");
-        let left = std::fs::read_dir(data.path().join("sandboxes")).into_iter().flatten().count();
-        assert_eq!(left, 0);
+        let mut doctor = bhatti_host::process::command(&program);
+        let looked = doctor.args(["doctor", "--data-dir"]).arg(data.path()).output().await.unwrap();
+        let found = String::from_utf8(looked.stdout).unwrap();
+        assert!(found.contains("MISSING  landlock"), "{found}");
     }
 
     let config = "allow_without_landlock: true\n".to_owned();

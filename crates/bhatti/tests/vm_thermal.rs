@@ -252,7 +252,7 @@ async fn destroyed_sandbox_is_never_woken() {
     let rounds = (0..2).map(|worker| {
         let client = daemon.client.clone();
         tokio::spawn(async move {
-            for round in 0..100 {
+            for round in 0..40 {
                 let name = format!("w{worker}-{round}");
                 client.create(&named(&name)).await.unwrap();
                 if round % 10 == 0 {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use rustix::fs::OFlags;
 
@@ -19,7 +20,7 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 /// reported on the console.
 pub(crate) fn read() -> BTreeMap<String, String> {
     let mut text = Vec::new();
-    match open().and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {
+    match open(Path::new(FILE)).and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {
         Ok(_) => parse(&String::from_utf8_lossy(&text)),
         Err(error) if error.kind() == ErrorKind::NotFound => BTreeMap::new(),
         Err(error) => {
@@ -30,9 +31,9 @@ pub(crate) fn read() -> BTreeMap<String, String> {
 }
 
 /// A pipe or a device in its place would keep the guest from coming up.
-fn open() -> io::Result<File> {
+fn open(path: &Path) -> io::Result<File> {
     let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
-    let file = File::options().read(true).custom_flags(nonblocking).open(FILE)?;
+    let file = File::options().read(true).custom_flags(nonblocking).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(ErrorKind::InvalidInput.into()) }
 }
 
@@ -58,6 +59,26 @@ fn parse(text: &str) -> BTreeMap<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_regular_file_is_read_and_nothing_is_waited_for() {
+        let place = tempfile::tempdir().unwrap();
+        let (pipe, file) = (place.path().join("pipe"), place.path().join("file"));
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        std::fs::write(&file, "A=1").unwrap();
+
+        assert_eq!(open(&pipe).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert_eq!(open(Path::new("/dev/zero")).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert_eq!(open(place.path()).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert!(open(&file).is_ok());
+    }
 
     #[test]
     fn lines_that_set_variables_do_and_others_do_not() {

@@ -22,7 +22,7 @@ use tar::{Archive, Builder, Entry, EntryType, Header};
 
 use super::{ArchiveError, Bounded, Part, bad, check_extensions, explain};
 
-/// How much may be known of the entries of all layers together: it is kept in memory.
+/// A budget for the entries of all layers, whose names are kept in memory.
 #[derive(Clone, Copy)]
 struct KnownLeft {
     entries: usize,

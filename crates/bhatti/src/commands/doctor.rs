@@ -58,7 +58,11 @@ impl Finding {
 pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let data_dir = &context.data_dir;
     let lohar = paths::lohar();
-    let mut findings = vec![accelerator(), engine(&Config::read(data_dir)?).await];
+    let config = Config::read(data_dir)?;
+    let mut findings = vec![accelerator(), engine(&config).await];
+    if config.engine == EngineChoice::Qemu {
+        findings.push(landlock(&config));
+    }
     findings.extend(network().await);
     findings.extend([
         tool("mmdebstrap", "mmdebstrap").await,
@@ -170,20 +174,36 @@ async fn qemu(program: &Path) -> Finding {
     let major: u32 =
         version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
     if major >= QEMU_TESTED {
-        let kept = match process::landlock_version() {
-            0 => "not kept to its own files, for this kernel has no Landlock (or not among `lsm=`)",
-            1..6 => {
-                "kept to its own files; from Linux 6.12 on, also from signals to other processes"
-            }
-            _ => "kept to its own files",
-        };
-        Finding::good("qemu", format!("{first_line}, {kept}"))
+        Finding::good("qemu", first_line)
     } else {
         Finding::missing(
             "qemu",
             format!("{first_line}: too old, {QEMU_TESTED}.0 is needed"),
             install,
         )
+    }
+}
+
+/// Reports whether Landlock confines QEMU.
+fn landlock(config: &Config) -> Finding {
+    const WHAT: &str = "landlock";
+    match process::landlock_version() {
+        0 if engine::needs_landlock(config) => {
+            Finding::missing(WHAT, engine::NO_LANDLOCK, engine::WITHOUT_LANDLOCK)
+        }
+        0 if process::is_root() => Finding::slow(WHAT, engine::NO_LANDLOCK, None),
+        0 => Finding::good(
+            WHAT,
+            "this kernel has none: an escaped guest could read the files of this user",
+        ),
+        1..6 => Finding::good(
+            WHAT,
+            "limits QEMU to the files of its VM; from Linux 6.12 on, it also keeps it from sending signals",
+        ),
+        _ => Finding::good(
+            WHAT,
+            "limits QEMU to the files of its VM, and keeps it from sending signals",
+        ),
     }
 }
 

@@ -59,21 +59,25 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
     }
 }
 
-/// Whether QEMU may run with what this kernel has to confine it. A QEMU of root's keeps the right to
-/// read files of other users; only Landlock limits that to those of its VM.
-fn check_landlock(config: &Config) -> Result<(), CliError> {
+pub(super) const NO_LANDLOCK: &str =
+    "this kernel has no Landlock, so an escaped guest could read every file of this host";
+pub(super) const WITHOUT_LANDLOCK: &str = "set `allow_without_landlock: true` in config.yaml to accept the risk, run the daemon as another \
+     user than root, or boot a kernel with `landlock` among its `lsm=`";
+
+/// Whether a daemon refuses QEMU on a kernel without Landlock.
+pub(super) fn needs_landlock(config: &Config) -> bool {
+    is_root() && !config.allow_without_landlock
+}
+
+/// Refuses QEMU for root without Landlock: QEMU keeps CAP_DAC_READ_SEARCH, and only Landlock limits
+/// that to the VM's files.
+pub(super) fn check_landlock(config: &Config) -> Result<(), CliError> {
     if landlock_version() > 0 {
         return Ok(());
     }
-    if is_root() && !config.allow_without_landlock {
-        return Err(CliError::new(
-            "this kernel has no Landlock: a guest that broke out of its QEMU could read every file of this host",
-        )
-        .hint(
-            "boot with `landlock` among the kernel's `lsm=` (Linux 5.13 or later); or run the daemon \
-             as a user without root's rights; or accept the risk: `allow_without_landlock: true` in \
-             config.yaml",
-        ));
+    if needs_landlock(config) {
+        let refused = format!("QEMU is not run as root: {NO_LANDLOCK}");
+        return Err(CliError::new(refused).hint(WITHOUT_LANDLOCK));
     }
     tracing::warn!(
         "QEMU processes can read files of other VMs: this kernel has no Landlock, or `lsm=` leaves it out"

@@ -13,9 +13,9 @@ use clap::Args;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::{Context, supervisor};
+use super::{Context, engine, supervisor};
 use crate::cli::Global;
-use crate::config::Config;
+use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
 use crate::{paths, saved};
 use progress::with_progress;
@@ -82,6 +82,11 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
         Some(image) => KernelSource::File { image, modules: arguments.modules },
         None => KernelSource::Debian,
     };
+    let config = Config::read(&context.data_dir)?;
+    if config.engine == EngineChoice::Qemu && !arguments.no_template {
+        // Before minutes of building.
+        engine::check_landlock(&config)?;
+    }
     let options = SetupOptions {
         kernel,
         lohar: paths::lohar()?,
