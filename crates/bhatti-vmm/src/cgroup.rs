@@ -155,6 +155,12 @@ async fn remove_one(place: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Stdio;
+
+    use bhatti_host::process::command;
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     #[test]
@@ -165,5 +171,40 @@ mod tests {
         let separate = jailer_arguments(Groups::Separate, 512).join(" ");
         assert!(separate.contains("--cgroup memory.limit_in_bytes=1342177280"), "{separate}");
         assert!(jailer_arguments(Groups::Unusable, 512).is_empty());
+    }
+
+    /// Runs a Python program in a group for a guest without memory, once it is in there.
+    async fn run_in_group(name: &str, program: &str) -> Option<std::process::Output> {
+        let mut shell = command("sh");
+        shell.args(["-c", "read go; exec python3 -c \"$1\"", "sh", program]);
+        shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut shell = shell.spawn().unwrap();
+        if let Err(error) = enter(Groups::of_host(), name, 0, shell.id().unwrap()) {
+            bhatti_testkit::skip("limits of a control group", &error.to_string());
+            return None;
+        }
+        shell.stdin.take().unwrap().write_all(b"go\n").await.unwrap();
+        let ran = shell.wait_with_output().await.unwrap();
+        remove(name).await.unwrap();
+        Some(ran)
+    }
+
+    #[tokio::test]
+    async fn process_in_a_group_gets_no_more_memory_and_threads_than_its_limits() {
+        let name = |what| format!("bhatti-test-{what}-{}", std::process::id());
+        if Groups::of_host() == Groups::Unusable {
+            bhatti_testkit::skip("limits of a control group", "this host has none that help");
+            return;
+        }
+        let memory = format!("b'x' * ({} << 20)", MEMORY_BEYOND_MIB + 64);
+        let Some(ran) = run_in_group(&name("memory"), &memory).await else { return };
+        assert_eq!(ran.status.signal(), Some(9), "{ran:?}");
+
+        let threads = "import threading, os\nstop = threading.Event()\ncount = 1\ntry:\n  \
+            while count < 400:\n    threading.Thread(target=stop.wait).start()\n    count += 1\n\
+            except RuntimeError:\n  pass\nprint(count, flush=True)\nos._exit(0)";
+        let Some(ran) = run_in_group(&name("threads"), threads).await else { return };
+        let count: u64 = String::from_utf8(ran.stdout).unwrap().trim().parse().unwrap();
+        assert!((2..=MOST_TASKS_OF_QEMU).contains(&count), "{count} threads");
     }
 }

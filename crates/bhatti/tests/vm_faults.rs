@@ -192,6 +192,29 @@ async fn next_daemon_boots_a_guest_whose_reboot_was_interrupted() {
 }
 
 #[tokio::test]
+async fn next_daemon_boots_a_guest_that_rebooted_while_its_daemon_was_stopped() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let mut daemon = daemon().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    shell(&daemon.client, "dev", "echo kept >/workspace/file").await;
+    let mark = daemon.sandbox_directories()[0].join("booting");
+    let client = daemon.client.clone();
+    let rebooting = tokio::spawn(async move { reboot(&client).await });
+    wait_for("the boot", || mark.exists()).await;
+
+    // In order: requests in progress are waited for, a boot that nothing waits for is not.
+    daemon.terminate().await;
+    daemon.serve().await;
+
+    rebooting.await.unwrap();
+    assert_eq!(shell(&daemon.client, "dev", "cat /workspace/file").await, "kept\n");
+    assert!(!mark.exists());
+    nothing_is_left(&daemon, &["dev"]).await;
+}
+
+#[tokio::test]
 async fn next_daemon_ends_a_start_without_memory_that_was_interrupted() {
     let start = async |client: &Client| {
         drop(client.stop("dev").await);
