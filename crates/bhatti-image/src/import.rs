@@ -277,8 +277,8 @@ mod tests {
 
     /// Compresses with xz, and has the header of the block ask for a dictionary of 1.5 GiB.
     fn xz_with_a_large_dictionary(content: &[u8]) -> Vec<u8> {
-        // The .xz file format: the stream's header has 12 bytes; the block's then has its size, flags,
-        // the filter's id and length, the dictionary's size, padding, and a CRC32.
+        // The .xz file format: the stream's header has 12 bytes; the block's then has its size,
+        // flags, the filter's id and length, the dictionary's size, padding, and a CRC32.
         const BLOCK: usize = 12;
         const DICTIONARY: usize = BLOCK + 4;
         let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 0);

@@ -223,7 +223,8 @@ pub(crate) async fn make_ext4(
     if rustix::process::geteuid().is_root() {
         run_quietly("setpriv", &shell, scratch).await?;
     } else {
-        // Its own daemon, `faked`, stays if fakeroot is killed. It has nothing open, and does nothing.
+        // Its own daemon, `faked`, stays if fakeroot is killed. It has nothing open, and does
+        // nothing.
         run_quietly("fakeroot", &[&["setpriv"], &shell[..]].concat(), scratch).await?;
     }
     Ok(())

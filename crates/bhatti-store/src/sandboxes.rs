@@ -244,7 +244,8 @@ impl Store {
         Ok(found)
     }
 
-    /// The ids of the sandboxes of everybody, damaged rows included, and whether each is being destroyed.
+    /// The ids of the sandboxes of everybody, damaged rows included, and whether each is being
+    /// destroyed.
     ///
     /// # Errors
     ///

@@ -441,8 +441,8 @@ async fn until(unix_seconds: Option<u64>) {
     }
 }
 
-/// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row. If a
-/// step fails, the row stays, and the request can be repeated.
+/// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row.
+/// If a step fails, the row stays, and the request can be repeated.
 pub(crate) async fn remove(shared: &Arc<Shared>, id: SandboxId) -> Result<(), DestroyError> {
     let removed = shared.engine.remove(id, &directory(shared, id)).await;
     removed.map_err(DestroyError::Remove)?;

@@ -1,8 +1,8 @@
 //! The mark of a sandbox whose VM boots again, in its directory.
 //!
-//! A guest has no settings until the daemon sends them. If the daemon ends before that, its successor
-//! cannot see this in the VM. The mark tells it: the VM is ended, and the sandbox booted again if it
-//! is to run. No caller got an answer of the interrupted boot.
+//! A guest has no settings until the daemon sends them. If the daemon ends before that, its
+//! successor cannot see this in the VM. The mark tells it: the VM is ended, and the sandbox booted
+//! again if it is to run. No caller got an answer of the interrupted boot.
 //!
 //! Nothing but [`HalfBooted::clear`] removes the mark: a boot that is dropped leaves it, for its VM
 //! lives on. The mark need not survive a power cut, for no VM does.

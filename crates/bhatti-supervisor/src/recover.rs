@@ -320,8 +320,8 @@ async fn adopt(row: &SandboxRow, driver: &Driver, memory: Admitted) {
     }
 }
 
-/// Ends the VM of a sandbox whose boot an earlier daemon did not finish. Returns the memory to boot it
-/// with, if it is to run.
+/// Ends the VM of a sandbox whose boot an earlier daemon did not finish. Returns the memory to
+/// boot it with, if it is to run.
 async fn end_half_booted(
     row: &SandboxRow,
     driver: &Driver,

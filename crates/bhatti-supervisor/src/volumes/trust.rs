@@ -1,9 +1,9 @@
 //! Which volumes this host's kernel may mount, as it does for containers.
 //!
-//! ext4 makes no promise about a file system that was crafted to harm it. A guest with a disk of its
-//! own may have written any bytes, so its clean flag proves nothing. e2fsck therefore checks all of
-//! such a volume once, and a file beside it records that. An engine whose guests get the disk removes
-//! the record first.
+//! ext4 makes no promise about a file system that was crafted to harm it. A guest with a disk of
+//! its own may have written any bytes, so its clean flag proves nothing. e2fsck therefore checks
+//! all of such a volume once, and a file beside it records that. An engine whose guests get the
+//! disk removes the record first.
 
 use std::fs::{self, File};
 use std::io;
@@ -27,8 +27,8 @@ fn record(volume: &Path) -> PathBuf {
 ///
 /// # Errors
 ///
-/// Returns [`VolumeFileError::Damaged`] if it is beyond repair. One that is only read is not repaired:
-/// it may be mounted already.
+/// Returns [`VolumeFileError::Damaged`] if it is beyond repair. One that is only read is not
+/// repaired: it may be mounted already.
 pub(super) async fn settle_for_host(volume: &Path, read_only: bool) -> Result<(), VolumeFileError> {
     let volume = volume.to_owned();
     let settled = tokio::spawn(async move {
