@@ -14,7 +14,7 @@ use crate::users::quota_of;
 use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::{
     Called, Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed,
-    secrets_text, to_json, unless_damaged,
+    secrets_text, sound_rows, to_json, unless_damaged,
 };
 
 mod row;
@@ -244,8 +244,8 @@ impl Store {
         Ok(found)
     }
 
-    /// The ids of the sandboxes of everybody, damaged rows included, and whether each is being
-    /// destroyed.
+    /// The ids of all users' sandboxes, damaged rows included, and whether each is being destroyed.
+    /// Rows whose ids are damaged are logged and left out.
     ///
     /// # Errors
     ///
@@ -254,15 +254,13 @@ impl Store {
         let connection = self.connection.lock();
         let mut query =
             connection.prepare_cached("SELECT id, state = 'destroyed' FROM sandboxes")?;
-        let ids = query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get(1)?)))?;
-        ids.map(|row| {
-            let (id, is_destroyed) = row?;
-            Ok((parsed(id.parse())?, is_destroyed))
+        sound_rows(&mut query, [], Called("sandbox", 0), |row| {
+            Ok((parsed(row.get::<_, String>(0)?.parse())?, row.get(1)?))
         })
-        .collect()
     }
 
-    /// The ids of all sandboxes of `owner`, damaged rows included.
+    /// The ids of all sandboxes of `owner`, damaged rows included. Rows whose ids are damaged are
+    /// logged and left out.
     ///
     /// # Errors
     ///
@@ -270,8 +268,9 @@ impl Store {
     pub fn list_sandbox_ids(&self, owner: UserId) -> Result<Vec<SandboxId>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached("SELECT id FROM sandboxes WHERE owner = ?1")?;
-        let ids = query.query_map([owner.to_string()], |row| row.get::<_, String>(0))?;
-        ids.map(|id| parsed(id?.parse())).collect()
+        sound_rows(&mut query, [owner.to_string()], Called("sandbox", 0), |row| {
+            parsed(row.get::<_, String>(0)?.parse())
+        })
     }
 
     /// The sandboxes of `owner` that a filter lets through, newest first, without their guests' reports, which are long.

@@ -347,6 +347,20 @@ async fn removal_of_a_sandbox_with_a_damaged_row_is_finished() {
 }
 
 #[tokio::test]
+async fn row_with_a_damaged_id_keeps_no_other_sandbox_down() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::No);
+    let sound = place.leave(2, RUNNING, Found::Running, Saved::No);
+    change_store(place.data.path(), "UPDATE sandboxes SET id = 'x' WHERE name = 's1'");
+
+    let supervisor = place.recover().await;
+
+    assert_eq!(supervisor.thermal(sound), Some(Thermal::Hot));
+    assert_eq!(place.store.list_sandbox_ids(UserId::ADMIN).unwrap(), [sound]);
+    assert!(place.directory(id).exists(), "it is left alone");
+}
+
+#[tokio::test]
 async fn interrupted_boot_is_ended_and_stale_marks_are_removed() {
     let place = Place::new();
     let mark = |id| std::fs::write(place.directory(id).join("booting"), "").unwrap();
