@@ -40,7 +40,8 @@ impl HalfBooted {
             return None;
         }
         if Saved::new(directory.to_owned()).is_there() {
-            // A boot consumes the snapshot before it marks, so this mark could not be removed once.
+            // No VM has run since the snapshot was taken: a boot gives it up before its VM runs.
+            // Either that boot had not come so far, or an older mark could not be removed.
             mark.clear();
             return None;
         }

@@ -1,5 +1,6 @@
 //! Coming back: from a snapshot, or from the disk alone, and telling the guest so.
 
+use std::io;
 use std::time::Duration;
 
 use bhatti_agent::CallError;
@@ -143,11 +144,15 @@ impl Driver {
             boot_limit: self.shared.config.boot_limit,
         };
         self.shared.enforce_network(row.owner, row.address).await?;
-        let consumed = self.saved().consume().await.map_err(TransitionError::Consume)?;
-        if consumed {
-            self.saved().note_run().await.map_err(TransitionError::Consume)?;
-        }
+        // What can fail for want of room comes before the memory is given up.
         let half_booted = HalfBooted::mark(&spec.directory).map_err(TransitionError::MarkBoot)?;
+        let consumed = match self.give_up_memory().await {
+            Ok(consumed) => consumed,
+            Err(error) => {
+                half_booted.clear();
+                return Err(TransitionError::Consume(error));
+            }
+        };
         match self.boot_and_configure(&spec, &row, &extras, admitted).await {
             Ok(running) => {
                 // Before requests reach the sandbox: a later boot would discard their work.
@@ -166,6 +171,20 @@ impl Driver {
                 Err(error)
             }
         }
+    }
+
+    /// Takes the snapshot out of use for good, if there is one. Returns whether there is. If that
+    /// fails, it is still there.
+    async fn give_up_memory(&self) -> io::Result<bool> {
+        let saved = self.saved();
+        let consumed = saved.consume().await?;
+        if consumed && let Err(error) = saved.note_run().await {
+            if let Err(error) = saved.put_back().await {
+                warn!(sandbox = %self.id, %error, "Failed to put a snapshot back");
+            }
+            return Err(error);
+        }
+        Ok(consumed)
     }
 
     async fn boot_and_configure(

@@ -148,6 +148,27 @@ async fn daemon_that_dies_while_it_boots_a_sandbox_loses_nothing() {
     }
 }
 
+#[tokio::test]
+async fn start_without_memory_that_is_refused_leaves_the_memory() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
+    let daemon = daemon().await;
+    daemon.client.create(&named("dev")).await.unwrap();
+    shell(&daemon.client, "dev", LEAVE).await;
+    daemon.client.stop("dev").await.unwrap();
+    // The mark of the boot cannot be written.
+    let mark = daemon.sandbox_directories()[0].join("booting");
+    std::fs::create_dir(&mark).unwrap();
+
+    daemon.client.start("dev", &StartSandbox { cold_boot: true }).await.unwrap_err();
+
+    std::fs::remove_dir(&mark).unwrap();
+    daemon.client.start("dev", &StartSandbox::default()).await.unwrap();
+    assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND);
+    nothing_is_left(&daemon, &["dev"]).await;
+}
+
 /// Has the guest of a sandbox reset its machine, as `reboot -f` does.
 async fn reboot(client: &Client) {
     let reset = "import os, ctypes; os.sync(); ctypes.CDLL(None).reboot(0x01234567)";
