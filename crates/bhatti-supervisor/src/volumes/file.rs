@@ -34,6 +34,9 @@ const MENDED: i32 = 1 | 2;
 /// How long somebody waits for a tool: what is in a volume is a guest's, who may have made it take for ever.
 pub(super) const CHECK_LIMIT: Duration = Duration::from_secs(300);
 
+/// How long a check of all of a volume, which only reads, may go on: a guest may have made it long.
+const WHOLE_CHECK_LIMIT: Duration = Duration::from_secs(3600);
+
 /// Whom tools run as under a daemon that is root.
 const TOOL_USER: u32 = process::USERS.start - 1;
 /// The file that a tool works on: its standard input, which needs no right to enter any directory.
@@ -159,9 +162,11 @@ pub(super) async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
     sync(&held.path).await
 }
 
-/// Whether e2fsck finds no error in all of it. It writes nothing, and takes as long as it needs.
+/// Whether e2fsck finds no error in all of it. It writes nothing, so it is ended after an hour.
 pub(super) async fn is_sound(held: &Held) -> Result<bool, VolumeFileError> {
-    Ok(run_to_its_end("e2fsck", &["-f", "-n"], held).await?.status.success())
+    let checked = run_to_its_end("e2fsck", &["-f", "-n"], held, IfDropped::Killed);
+    let checked = timeout(WHOLE_CHECK_LIMIT, checked).await;
+    Ok(checked.unwrap_or(Err(VolumeFileError::Slow))?.status.success())
 }
 
 /// Repairs what is repaired without asking.
@@ -220,8 +225,15 @@ async fn output(
     options: &[&str],
     held: &Held,
 ) -> Result<Output, VolumeFileError> {
-    let ran = timeout(CHECK_LIMIT, run_to_its_end(tool, options, held)).await;
+    let ran = timeout(CHECK_LIMIT, run_to_its_end(tool, options, held, IfDropped::GoesOn)).await;
     ran.unwrap_or(Err(VolumeFileError::Slow))
+}
+
+/// What becomes of a tool if the future that runs it is dropped. One that writes must go on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IfDropped {
+    GoesOn,
+    Killed,
 }
 
 /// [`output`], without a limit of time.
@@ -229,6 +241,7 @@ async fn run_to_its_end(
     tool: &'static str,
     options: &[&str],
     held: &Held,
+    if_dropped: IfDropped,
 ) -> Result<Output, VolumeFileError> {
     let failed = |source| VolumeFileError::Tool { tool, source };
     let lock = held.file.try_clone().map_err(failed)?;
@@ -240,7 +253,8 @@ async fn run_to_its_end(
         give_to(held, TOOL_USER).map_err(failed)?;
     }
     let mut command = process::command(tool);
-    command.args(options).arg(HELD).kill_on_drop(false).stdin(Stdio::from(lock));
+    command.args(options).arg(HELD).stdin(Stdio::from(lock));
+    command.kill_on_drop(if_dropped == IfDropped::Killed);
     process::confine(&mut command, confinement);
     let ran = command.output().await.map_err(failed);
     if process::can_use_users() {
@@ -370,6 +384,22 @@ mod tests {
         tool.kill().await.unwrap();
 
         second.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn tool_that_only_reads_ends_with_its_caller() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(super::super::FILE);
+        make(&path, mib(16)).await.unwrap();
+        let held = hold(&path).await.unwrap();
+        let endless =
+            run_to_its_end("sh", &["-c", "while :; do :; done"], &held, IfDropped::Killed);
+
+        timeout(LOCK_LOOK * 4, endless).await.unwrap_err();
+        drop(held);
+
+        // The tool had the lock, too.
+        timeout(Duration::from_secs(60), hold(&path)).await.unwrap().unwrap();
     }
 
     #[tokio::test]
