@@ -1,4 +1,4 @@
-//! A guest whose kernel attacks its VMM: what that costs this host, and nobody else.
+//! A guest whose kernel attacks its VMM: what that costs this host, and that other sandboxes go on.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 

@@ -61,8 +61,9 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
 
 pub(super) const NO_LANDLOCK: &str =
     "this kernel has no Landlock, so an escaped guest could read every file of this host";
-pub(super) const WITHOUT_LANDLOCK: &str = "set `allow_without_landlock: true` in config.yaml to accept the risk, run the daemon as another \
-     user than root, or boot a kernel with `landlock` among its `lsm=`";
+pub(super) const WITHOUT_LANDLOCK: &str = "set `allow_without_landlock: true` in config.yaml to \
+     accept the risk, run the daemon as another user than root, or boot a kernel with `landlock` \
+     among its `lsm=`";
 
 /// Whether a daemon refuses QEMU on a kernel without Landlock.
 pub(super) fn needs_landlock(config: &Config) -> bool {
