@@ -36,8 +36,7 @@ pub use setup::{KernelSource, Progress, SetupError, SetupOptions, build_image, s
 pub use store::{BootFiles, ImageStore, ImageSummary, MissingImages, StoreError};
 pub use tool::ToolError;
 
-/// The root file system that every sandbox begins with, unless it asks for another.
-pub const DEFAULT_IMAGE: &str = "minimal";
+pub use bhatti_types::DEFAULT_IMAGE;
 
 /// The image with tools for development, which `bhatti setup --dev` builds.
 pub const DEV_IMAGE: &str = "dev";

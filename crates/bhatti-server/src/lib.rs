@@ -1,6 +1,6 @@
 //! The HTTP API.
 //!
-//! A handler parses, makes one call of the supervisor and converts. Who may call is decided before, by the listener that the request
+//! A handler parses, makes one call of the control and converts. Who may call is decided before, by the listener that the request
 //! came through; what an error looks like after, in one place.
 
 mod accept;
@@ -36,9 +36,9 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
+use bhatti_control::Control;
 use bhatti_image::ImageStore;
 use bhatti_store::Store;
-use bhatti_supervisor::Supervisor;
 use bhatti_types::UserId;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -74,7 +74,7 @@ pub struct AppState(Arc<Inner>);
 /// See [`AppState`].
 pub struct Inner {
     /// The sandboxes.
-    pub supervisor: Supervisor,
+    pub control: Control,
     /// The users, and what they wrote down.
     pub store: Arc<Store>,
     /// The images.
@@ -110,8 +110,8 @@ pub struct PublicAddress {
 
 /// What a state is made of.
 pub struct StateParts {
-    /// See [`Inner::supervisor`].
-    pub supervisor: Supervisor,
+    /// See [`Inner::control`].
+    pub control: Control,
     /// See [`Inner::store`].
     pub store: Arc<Store>,
     /// See [`Inner::images`].
@@ -130,11 +130,10 @@ impl AppState {
     /// The state of one daemon.
     #[must_use]
     pub fn new(parts: StateParts) -> Self {
-        let StateParts { supervisor, store, images, started, public, proxy_limit, stopping } =
-            parts;
-        let metrics = HttpMetrics::new(&supervisor);
+        let StateParts { control, store, images, started, public, proxy_limit, stopping } = parts;
+        let metrics = HttpMetrics::new(&control);
         Self(Arc::new(Inner {
-            supervisor,
+            control,
             store,
             images,
             started,

@@ -2,7 +2,7 @@
 
 use axum::extract::{MatchedPath, Request};
 use axum::response::Response;
-use bhatti_supervisor::Supervisor;
+use bhatti_control::Control;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 type Labels = [(&'static str, String); 3];
 
-/// The metrics of the HTTP API, with the supervisor's.
+/// The metrics of the HTTP API, with the control's.
 pub struct HttpMetrics {
     registry: Registry,
     requests: Family<Labels, Histogram, fn() -> Histogram>,
@@ -30,7 +30,7 @@ impl Drop for OpenWebSocket {
 
 impl HttpMetrics {
     /// Metrics that nothing has been counted in.
-    pub(crate) fn new(supervisor: &Supervisor) -> Self {
+    pub(crate) fn new(control: &Control) -> Self {
         let mut registry = Registry::default();
         let durations: fn() -> Histogram =
             || Histogram::new(exponential_buckets(0.000_25, 2.0, 18));
@@ -42,7 +42,7 @@ impl HttpMetrics {
         );
         let websockets = Gauge::default();
         registry.register("bhatti_websockets", "WebSockets that are open", websockets.clone());
-        supervisor.register_metrics(&mut registry);
+        control.register_metrics(&mut registry);
         Self { registry, requests, websockets }
     }
 

@@ -94,7 +94,7 @@ async fn pass_on(
         path_and_query: with_query(rest, uri.query()),
         prefix: prefix.to_owned(),
     };
-    let used = state.supervisor.enter(owner, called).await?;
+    let used = state.control.enter(owner, called).await?;
     let mut response = relay::relay(state, (used, ()), target, request).await?;
     headers::confine(response.headers_mut());
     Ok(response)

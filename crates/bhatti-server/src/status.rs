@@ -11,19 +11,17 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::CallError;
 use bhatti_api::ErrorCode;
+use bhatti_control::{EditError, ForkError, SecretError, SnapshotOpError};
 use bhatti_engine::{RestoreError, SnapshotError};
+use bhatti_node::{Busy, DestroyError, TransitionError, UseError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{
     ChangeError, PublishError, StoreError, TemplateInsertError, UserDeleteError, UserInsertError,
 };
-use bhatti_supervisor::{
-    Busy, DestroyError, EditError, ForkError, SecretError, SnapshotOpError, TransitionError,
-    UseError,
-};
 use bhatti_types::{Denied, QuotaExceeded, Report};
 use serde::Serialize;
 
-use creation::{boot_error, network_error, restore_error, volume_error};
+use creation::{boot_error, node_network_error, restore_error, volume_error};
 
 /// When to come back to a host whose memory is in use.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
@@ -228,7 +226,7 @@ impl From<TransitionError> for ApiError {
             TransitionError::GivenUp { wait, error: last, .. } => given_up(&error, *wait, last),
             TransitionError::Boot(boot) => boot_error(boot, &error),
             TransitionError::Volume(volume) => volume_error(volume),
-            TransitionError::Network(network) => network_error(network),
+            TransitionError::Network(network) => node_network_error(network),
             TransitionError::Images(bhatti_image::StoreError::Missing(missing)) => {
                 Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
             }
@@ -268,7 +266,7 @@ impl From<SnapshotOpError> for ApiError {
             SnapshotOpError::Save(error) => error.into(),
             SnapshotOpError::Create(error) => error.into(),
             SnapshotOpError::Store(store) => store.into(),
-            SnapshotOpError::Place(_) | SnapshotOpError::Remove(_) => Self::internal(&error),
+            SnapshotOpError::PutInPlace(_) | SnapshotOpError::Remove(_) => Self::internal(&error),
         }
     }
 }
@@ -298,7 +296,9 @@ impl From<UseError> for ApiError {
             }
             UseError::Store(store) => store.into(),
             UseError::Destroy(DestroyError::Store(store)) => store.into(),
-            UseError::Destroy(DestroyError::Remove(_)) => Self::internal(&error),
+            UseError::Destroy(DestroyError::Remove(_)) | UseError::Entropy(_) => {
+                Self::internal(&error)
+            }
         }
     }
 }
@@ -462,7 +462,7 @@ pub(crate) fn file_error(error: CallError) -> ApiError {
 
 #[cfg(test)]
 mod tests {
-    use bhatti_supervisor::{CreateError, NetworkError, VolumeOpError};
+    use bhatti_control::{CreateError, VolumeOpError};
 
     use super::*;
 
@@ -477,7 +477,7 @@ mod tests {
             SnapshotOpError::Store(damaged()).into(),
             SecretError::Store(damaged()).into(),
             CreateError::Store(damaged()).into(),
-            creation::network_error(&NetworkError::Store(damaged())),
+            creation::node_network_error(&bhatti_node::NetworkError::Store(damaged())),
         ];
         for error in errors {
             assert_eq!(error.code, ErrorCode::DamagedRow, "{error:?}");

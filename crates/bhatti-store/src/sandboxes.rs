@@ -224,6 +224,17 @@ impl Store {
         query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
     }
 
+    /// Returns the name of a sandbox.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn sandbox_name(&self, id: SandboxId) -> Result<Option<String>, StoreError> {
+        let connection = self.connection.lock();
+        let mut query = connection.prepare_cached("SELECT name FROM sandboxes WHERE id = ?1")?;
+        Ok(query.query_row([id.to_string()], |row| row.get(0)).optional()?)
+    }
+
     /// The sandboxes of everybody, newest first. Damaged rows are logged and left out.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ pub struct Serve {
     pub images: Option<PathBuf>,
     /// Further arguments.
     pub arguments: Vec<String>,
-    /// What goes wrong and when: `daemon:STEP` or `vmm:STEP`, with the steps of `bhatti_supervisor::Step`.
+    /// What goes wrong and when: `daemon:STEP` or `vmm:STEP`, with the steps of `bhatti_node::Step`.
     pub fault: Option<String>,
 }
 

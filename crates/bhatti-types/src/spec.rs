@@ -6,6 +6,9 @@ use crate::{
     CpuCount, DiskMib, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName, SecretName,
 };
 
+/// The image of sandboxes whose requests name none.
+pub const DEFAULT_IMAGE: &str = "minimal";
+
 /// The most content that the files of a new sandbox have together, in bytes.
 pub const NEW_FILES_BYTES_MAX: usize = 16 << 20;
 

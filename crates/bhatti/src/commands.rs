@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod completion;
+mod control;
 pub(crate) mod create;
 pub(crate) mod destroy;
 mod doctor;
@@ -28,7 +29,6 @@ pub(crate) mod setup;
 mod several;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
-mod supervisor;
 pub(crate) mod template;
 mod terminal;
 pub(crate) mod user;

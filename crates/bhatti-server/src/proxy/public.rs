@@ -60,7 +60,7 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
         prefix: prefix.to_owned(),
     };
     let called = published.sandbox_id.to_string();
-    let used = state.supervisor.enter(published.owner, &called).await.map_err(|error| {
+    let used = state.control.enter(published.owner, &called).await.map_err(|error| {
         // Who is no user of this daemon is told no more of a sandbox than that it cannot be reached.
         hidden(&ApiError::from(error))
     })?;

@@ -11,7 +11,7 @@ use axum::http::HeaderValue;
 use axum::http::header::{CONNECTION, TRANSFER_ENCODING, UPGRADE};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
-use bhatti_supervisor::SandboxUse;
+use bhatti_node::SandboxUse;
 use bhatti_types::UserId;
 use http_body_util::BodyExt;
 use hyper::client::conn::http1;

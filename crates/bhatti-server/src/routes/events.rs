@@ -75,8 +75,7 @@ pub(crate) async fn list(
     if accepts(&headers, EVENT_STREAM) {
         return follow(state, &headers, filter, query.after);
     }
-    let events: Vec<Event> =
-        state.supervisor.list_events(&filter)?.into_iter().map(event).collect();
+    let events: Vec<Event> = state.control.list_events(&filter)?.into_iter().map(event).collect();
     Ok(Json(events).into_response())
 }
 
@@ -87,13 +86,13 @@ fn follow(
     filter: EventFilter,
     after: Option<u64>,
 ) -> Result<Response, ApiError> {
-    let watch = state.supervisor.watch_events();
+    let watch = state.control.watch_events();
     let last_seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
     let after = match last_seen.or(after) {
         Some(after) => after,
         None => {
             let latest = EventFilter { limit: 1, latest: true, ..EventFilter::default() };
-            state.supervisor.list_events(&latest)?.last().map_or(0, |event| event.id)
+            state.control.list_events(&latest)?.last().map_or(0, |event| event.id)
         }
     };
     let filter = EventFilter { after, latest: false, limit: LIMIT, ..filter };
@@ -102,7 +101,7 @@ fn follow(
             let rows = loop {
                 // Before the look: what happens after it is seen by the next one.
                 let latest = *watch.borrow_and_update();
-                match state.supervisor.list_events(&filter) {
+                match state.control.list_events(&filter) {
                     // Nothing up to there is wanted: it need not be looked through again.
                     Ok(rows) if rows.is_empty() => filter.after = filter.after.max(latest),
                     Ok(rows) => break rows,

@@ -56,7 +56,7 @@ pub(crate) async fn run(
         Ok(exec) => exec,
         Err(error) => {
             // A sandbox that is not there is the better answer.
-            state.supervisor.find_id(owner, &called)?;
+            state.control.find_id(owner, &called)?;
             return Err(error);
         }
     };
@@ -75,7 +75,7 @@ pub(crate) async fn run(
     let stdin = stdin?;
     let (at_hand, rest) =
         if stdin.len() <= SHORT_INPUT_BYTES { (Some(stdin), None) } else { (None, Some(stdin)) };
-    let (input, output) = state.supervisor.exec(owner, &called, exec, at_hand.as_deref()).await?;
+    let (input, output) = state.control.exec(owner, &called, exec, at_hand.as_deref()).await?;
     if accepts(&headers, NDJSON) {
         return Ok(lines(input, output, rest));
     }
@@ -115,7 +115,7 @@ async fn start_job(
     exec: bhatti_proto::ExecRequest,
 ) -> Result<Response, ApiError> {
     let restart = exec.restart;
-    let used = state.supervisor.enter(owner, called).await?;
+    let used = state.control.enter(owner, called).await?;
     let info = used.agent.create_detached(exec).await?;
     if restart && !info.restart {
         // An agent of an older version, which runs on with its sandbox, does not know the wish.

@@ -49,7 +49,7 @@ pub(crate) async fn run(
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
     // What can be refused with a proper status is.
-    state.supervisor.find_id(owner, &called)?;
+    state.control.find_id(owner, &called)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
@@ -88,7 +88,7 @@ async fn start(
         return Err(bad("the first message must be `start`"));
     };
     let request = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
-    Ok(state.supervisor.exec(owner, called, request, None).await?)
+    Ok(state.control.exec(owner, called, request, None).await?)
 }
 
 /// Relays until the command has ended, and returns the last message; none if the client has gone.

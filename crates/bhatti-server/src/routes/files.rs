@@ -62,7 +62,7 @@ pub(crate) async fn read(
     ApiQuery(query): ApiQuery<ReadQuery>,
 ) -> Result<Response, ApiError> {
     let ReadQuery { path, ls, offset, limit, max_bytes, user } = query;
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     if ls {
         if offset.is_some() || limit.is_some() || max_bytes.is_some() {
@@ -136,7 +136,7 @@ pub(crate) async fn stat(
     ApiPath(called): ApiPath<String>,
     ApiQuery(PathQuery { path, user }): ApiQuery<PathQuery>,
 ) -> Result<Response, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let info = agent.stat(&path).await.map_err(file_error)?;
     let headers = [
@@ -173,7 +173,7 @@ pub(crate) async fn write(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Done>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let mode = mode.unwrap_or_default();
     let agent = used.agent.acting_as(user.as_deref());
@@ -223,7 +223,7 @@ pub(crate) async fn remove(
     ApiPath(called): ApiPath<String>,
     ApiQuery(RemoveQuery { path, recursive, user }): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     used.agent.acting_as(user.as_deref()).remove(&path, recursive).await.map_err(file_error)?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
@@ -238,7 +238,7 @@ pub(crate) async fn make_directory(
     ApiJson(request): ApiJson<MakeDirectory>,
 ) -> Result<Json<Done>, ApiError> {
     let MakeDirectory { path, mode, parents, user } = request;
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let mode = mode.unwrap_or_default();
     let agent = used.agent.acting_as(user.as_deref());
     agent.make_directory(&path, &mode, parents).await.map_err(file_error)?;
@@ -255,7 +255,7 @@ pub(crate) async fn rename(
     ApiJson(request): ApiJson<RenameFile>,
 ) -> Result<Json<Done>, ApiError> {
     let RenameFile { from, to, user } = request;
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     used.agent.acting_as(user.as_deref()).rename(&from, &to).await.map_err(file_error)?;
     Ok(Json(Done { status: "ok".to_owned() }))
 }

@@ -37,12 +37,12 @@ pub(crate) async fn run(
     ApiPath((called, port)): ApiPath<(String, u16)>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
-    state.supervisor.find_id(owner, &called)?;
+    state.control.find_id(owner, &called)?;
     if port == 0 {
         return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
     }
     let upgrade = upgrade?;
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let stream = used.agent.forward(port).await?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = (state.metrics.open_websocket(), used);

@@ -15,15 +15,15 @@ use crate::status::ApiError;
 #[utoipa::path(get, path = "/health", tag = "daemon", security(()),
     responses((status = 200, body = Health), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, ApiError> {
-    let engine = state.supervisor.capabilities();
+    let engine = state.control.capabilities();
     Ok(Json(Health {
         status: "ok".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         engine: engine.name.to_owned(),
         accelerator: engine.accelerator_name().to_owned(),
-        network: state.supervisor.network().unwrap_or_default().as_str().to_owned(),
-        sandboxes: state.supervisor.count()?,
-        taking_up: state.supervisor.taking_up() as u64,
+        network: state.control.network().unwrap_or_default().as_str().to_owned(),
+        sandboxes: state.control.count()?,
+        taking_up: state.control.taking_up() as u64,
         uptime: uptime(state.started.elapsed().as_secs()),
     }))
 }

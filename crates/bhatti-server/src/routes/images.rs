@@ -66,7 +66,7 @@ pub(crate) async fn import(
     let upload = state.images.upload().map_err(|error| ApiError::internal(&error))?;
     let archive = receive(body, upload).await?;
     let made = state.images.import(&name, archive).await?;
-    state.supervisor.record(
+    state.control.record(
         "image.imported",
         caller.0,
         None,
@@ -115,7 +115,7 @@ pub(crate) async fn delete(
     let (images, removed) = (state.images.clone(), image.clone());
     let removal = tokio::task::spawn_blocking(move || images.remove(&removed)).await;
     removal.map_err(|error| ApiError::internal(&error))??;
-    state.supervisor.record(
+    state.control.record(
         "image.deleted",
         caller.0,
         None,

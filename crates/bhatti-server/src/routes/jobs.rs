@@ -9,8 +9,8 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
 use bhatti_api::{Deleted, ErrorCode, Job};
+use bhatti_node::SandboxUse;
 use bhatti_proto::SessionInfo;
-use bhatti_supervisor::SandboxUse;
 use bhatti_types::UserId;
 use bytes::Bytes;
 use futures_util::stream;
@@ -32,7 +32,7 @@ pub(crate) async fn list(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Vec<Job>>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     Ok(Json(used.agent.list_sessions().await?.into_iter().filter_map(job).collect()))
 }
 
@@ -44,7 +44,7 @@ pub(crate) async fn get(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Job>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     find(&used, &id).await.map(Json)
 }
 
@@ -66,7 +66,7 @@ pub(crate) async fn kill(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     find(&used, &id).await?;
     used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
@@ -94,7 +94,7 @@ pub(crate) async fn output(
     ApiPath((called, id)): ApiPath<(String, String)>,
     ApiQuery(OutputQuery { offset, follow }): ApiQuery<OutputQuery>,
 ) -> Result<Response, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     find(&used, &id).await?;
     let (info, input, output) =
         used.agent.observe(&id, offset).await.map_err(of_session(&used, &id))?;

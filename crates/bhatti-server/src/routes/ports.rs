@@ -37,7 +37,7 @@ pub(crate) async fn list(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Vec<Port>>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let ports = listening(&used.agent).await?;
     Ok(Json(ports.into_iter().map(|number| port(used.id, number, false)).collect()))
 }
@@ -50,13 +50,13 @@ pub(crate) async fn list_all(
     Extension(Caller(owner)): Extension<Caller>,
 ) -> Result<Json<Vec<Port>>, ApiError> {
     let mut all = Vec::new();
-    for row in state.supervisor.list(owner, &SandboxFilter::default())? {
-        if state.supervisor.thermal(row.id) != Some(Thermal::Hot) {
+    for row in state.control.list(owner, &SandboxFilter::default())? {
+        if state.control.thermal(row.id) != Some(Thermal::Hot) {
             continue;
         }
         // One that cools, goes, or does not answer has no ports.
         let asked = async {
-            let used = state.supervisor.enter(owner, &row.id.to_string()).await.ok()?;
+            let used = state.control.enter(owner, &row.id.to_string()).await.ok()?;
             listening(&used.agent).await.ok()
         };
         let ports = timeout(GUEST_LIMIT, asked).await.ok().flatten().unwrap_or_default();

@@ -51,7 +51,7 @@ pub(crate) async fn publish(
     let published = state.store.publish(row.id, port, wanted, made_up_alias(&row)?)?;
     let detail = json!({ "port": port, "alias": published.alias.as_str() });
     let sandbox = Some((row.id, row.spec.name.to_string()));
-    state.supervisor.record("port.published", owner, sandbox, detail);
+    state.control.record("port.published", owner, sandbox, detail);
     Ok(created(publication(&state, published)))
 }
 
@@ -71,7 +71,7 @@ pub(crate) async fn unpublish(
         error => error.into(),
     })?;
     let sandbox = Some((row.id, row.spec.name.to_string()));
-    state.supervisor.record("port.unpublished", owner, sandbox, json!({ "port": port }));
+    state.control.record("port.unpublished", owner, sandbox, json!({ "port": port }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 

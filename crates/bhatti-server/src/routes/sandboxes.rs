@@ -9,8 +9,8 @@ use bhatti_api::{
     CreateSandbox, Deleted, ErrorCode, ForkSandbox, Forks, Isolation, Sandbox, StartSandbox,
     UpdateSandbox,
 };
+use bhatti_control::{CreateError, ForkRequest};
 use bhatti_store::{SandboxChange, SandboxFilter, SandboxRow};
-use bhatti_supervisor::{CreateError, ForkRequest};
 use bhatti_types::{Environment, SandboxId, SandboxState, Thermal, UserId};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -60,7 +60,7 @@ pub(crate) async fn list(
     let mut listings = state.listings.lock();
     state.store.each_sandbox(owner, &filter, |stored| {
         let id = stored.id()?;
-        let thermal = if stored.is_running()? { state.supervisor.thermal(id) } else { None };
+        let thermal = if stored.is_running()? { state.control.thermal(id) } else { None };
         sandboxes.push(listings.text(&stored, id, thermal, |row| listed(isolation, thermal, row))?);
         if filter.limit.is_some() {
             last = Some((stored.created_at()?.to_owned(), id));
@@ -129,11 +129,11 @@ pub(crate) async fn create(
     };
     let request = parse::create(request, template)?;
     let name = request.name.clone();
-    match state.supervisor.create(owner, request).await {
+    match state.control.create(owner, request).await {
         Ok(row) => Ok(created(sandbox(&state, row))),
         Err(CreateError::NameTaken(taken)) if query.if_exists == Some(IfExists::Return) => {
             let name = name.map_or_else(|| taken.to_string(), |name| name.to_string());
-            let row = state.supervisor.find(owner, &name)?;
+            let row = state.control.find(owner, &name)?;
             let existing = HeaderMap::from_iter([(
                 axum::http::HeaderName::from_static(EXISTING),
                 HeaderValue::from_static("true"),
@@ -152,7 +152,7 @@ pub(crate) async fn get(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.supervisor.find(owner, &called)?;
+    let row = state.control.find(owner, &called)?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -166,13 +166,13 @@ pub(crate) async fn update(
     ApiJson(request): ApiJson<UpdateSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let UpdateSandbox { name, labels, keep_hot } = request;
-    let mut row = state.supervisor.find(owner, &called)?;
+    let mut row = state.control.find(owner, &called)?;
     let change = SandboxChange { name: parse::name(name)?, labels };
     if change != SandboxChange::default() {
-        row = state.supervisor.edit(owner, &row.id.to_string(), change)?;
+        row = state.control.edit(owner, &row.id.to_string(), change)?;
     }
     if let Some(keep_hot) = keep_hot {
-        row = state.supervisor.set_keep_hot(owner, &row.id.to_string(), keep_hot).await?;
+        row = state.control.set_keep_hot(owner, &row.id.to_string(), keep_hot).await?;
     }
     Ok(Json(sandbox(&state, row)))
 }
@@ -185,7 +185,7 @@ pub(crate) async fn pause(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.supervisor.pause(owner, &called).await?;
+    let row = state.control.pause(owner, &called).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -197,7 +197,7 @@ pub(crate) async fn resume(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.supervisor.resume(owner, &called).await?;
+    let row = state.control.resume(owner, &called).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -209,7 +209,7 @@ pub(crate) async fn stop(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.supervisor.stop(owner, &called).await?;
+    let row = state.control.stop(owner, &called).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -222,7 +222,7 @@ pub(crate) async fn start(
     ApiPath(called): ApiPath<String>,
     ApiJson(request): ApiJson<StartSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.supervisor.start(owner, &called, request.cold_boot).await?;
+    let row = state.control.start(owner, &called, request.cold_boot).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -244,7 +244,7 @@ pub(crate) async fn fork(
         labels: parse::labels(labels)?,
         secrets: parse::secrets(&secrets)?,
     };
-    let forked = state.supervisor.fork(owner, &called, request).await?;
+    let forked = state.control.fork(owner, &called, request).await?;
     Ok(created(Forks {
         sandboxes: forked.sandboxes.into_iter().map(|row| sandbox(&state, row)).collect(),
         parent_paused_us: u64::try_from(forked.paused.as_micros()).unwrap_or(u64::MAX),
@@ -260,26 +260,26 @@ pub(crate) async fn destroy(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.supervisor.destroy(owner, &called).await?;
+    state.control.destroy(owner, &called).await?;
     Ok(Json(Deleted { status: "destroyed".to_owned() }))
 }
 
 /// The sandbox that `owner` calls so; the error that everybody gets who calls one that is not theirs.
 pub(super) fn find(state: &AppState, owner: UserId, called: &str) -> Result<SandboxRow, ApiError> {
-    Ok(state.supervisor.find(owner, called)?)
+    Ok(state.control.find(owner, called)?)
 }
 
 /// A sandbox with all that is known of it.
 pub(super) fn sandbox(state: &AppState, mut row: SandboxRow) -> Sandbox {
     let identity = row.identity.take();
     let identity = identity.and_then(|report| serde_json::from_str(&report).ok());
-    let thermal = state.supervisor.thermal(row.id);
+    let thermal = state.control.thermal(row.id);
     Sandbox { identity, ..listed(isolation(state), thermal, row) }
 }
 
 /// What keeps a sandbox of this daemon from its host and from others.
 fn isolation(state: &AppState) -> Isolation {
-    if state.supervisor.capabilities().shares_kernel { Isolation::Container } else { Isolation::Vm }
+    if state.control.capabilities().shares_kernel { Isolation::Container } else { Isolation::Vm }
 }
 
 /// A sandbox as lists have it.

@@ -19,7 +19,7 @@ pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
 ) -> Result<Json<Vec<Secret>>, ApiError> {
-    Ok(Json(state.supervisor.list_secrets(owner)?.into_iter().map(secret).collect()))
+    Ok(Json(state.control.list_secrets(owner)?.into_iter().map(secret).collect()))
 }
 
 /// Sets a secret, new or not. Sandboxes that have it keep the value that they got.
@@ -32,7 +32,7 @@ pub(crate) async fn set(
 ) -> Result<Response, ApiError> {
     let SetSecret { name, value } = request;
     let name = name.parse().map_err(|error| ApiError::bad_request(&error))?;
-    Ok(created(secret(state.supervisor.set_secret(owner, &name, &value)?)))
+    Ok(created(secret(state.control.set_secret(owner, &name, &value)?)))
 }
 
 /// Deletes a secret. Sandboxes that have it keep it.
@@ -43,7 +43,7 @@ pub(crate) async fn delete(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.supervisor.delete_secret(owner, &name)?;
+    state.control.delete_secret(owner, &name)?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 

@@ -4,8 +4,8 @@ use axum::Extension;
 use axum::extract::State;
 use bhatti_agent::CallError;
 use bhatti_api::{Deleted, ErrorCode, Session};
+use bhatti_node::SandboxUse;
 use bhatti_proto::{ErrorKind, SessionInfo};
-use bhatti_supervisor::SandboxUse;
 
 use crate::AppState;
 use crate::auth::Caller;
@@ -21,7 +21,7 @@ pub(crate) async fn list(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Vec<Session>>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     Ok(Json(used.agent.list_sessions().await?.into_iter().map(session).collect()))
 }
 
@@ -34,7 +34,7 @@ pub(crate) async fn kill(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath((called, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
 }

@@ -15,8 +15,8 @@ use axum::extract::ws::Message;
 use axum::response::Response;
 use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
 use bhatti_api::{ErrorCode, ShellRequest, ShellServerMessage, TIMED_OUT};
+use bhatti_node::SandboxUse;
 use bhatti_proto::{ExecRequest, SessionInfo};
-use bhatti_supervisor::SandboxUse;
 use bhatti_types::UserId;
 use bytes::Bytes;
 use serde::Deserialize;
@@ -115,7 +115,7 @@ pub(crate) async fn run(
     ApiQuery(query): ApiQuery<ShellQuery>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
-    state.supervisor.find_id(owner, &called)?;
+    state.control.find_id(owner, &called)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
@@ -140,7 +140,7 @@ async fn attach(
     called: &str,
     query: ShellQuery,
 ) -> Result<Attached, ApiError> {
-    let used = state.supervisor.enter(owner, called).await?;
+    let used = state.control.enter(owner, called).await?;
     let (rows, cols) = (query.rows, query.cols);
     // One after the other: a session that is made here is not taken by who looks for one without a client.
     let door = state.shells.door(used.id);
@@ -157,7 +157,7 @@ async fn attach(
         // The newest first. One that somebody claims meanwhile, or that ends, is simply not taken.
         for info in sessions.into_iter().rev().filter(|info| info.tty && info.running) {
             let Some(claim) = state.shells.claim(used.id, &info.session_id) else { continue };
-            let used = state.supervisor.enter(owner, called).await?;
+            let used = state.control.enter(owner, called).await?;
             match take_up(used, &info.session_id, claim, rows, cols).await {
                 Err(ApiError { code: ErrorCode::NotFound, .. }) => {}
                 Ok(attached) if !attached.info.running => {}

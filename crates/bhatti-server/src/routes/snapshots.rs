@@ -4,8 +4,8 @@ use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use bhatti_api::{CreateSnapshot, Deleted, ResumeSnapshot, Snapshot};
+use bhatti_control::ResumeRequest;
 use bhatti_store::SnapshotRow;
-use bhatti_supervisor::ResumeRequest;
 use bhatti_types::Environment;
 
 use super::sandboxes::{labels, parse_name, sandbox, secrets};
@@ -25,7 +25,7 @@ pub(crate) async fn create(
     ApiJson(request): ApiJson<CreateSnapshot>,
 ) -> Result<Response, ApiError> {
     let name = request.name.parse().map_err(|error| ApiError::bad_request(&error))?;
-    let row = state.supervisor.create_snapshot(owner, &called, name).await?;
+    let row = state.control.create_snapshot(owner, &called, name).await?;
     Ok(created(snapshot(row)))
 }
 
@@ -36,7 +36,7 @@ pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
 ) -> Result<Json<Vec<Snapshot>>, ApiError> {
-    Ok(Json(state.supervisor.list_snapshots(owner)?.into_iter().map(snapshot).collect()))
+    Ok(Json(state.control.list_snapshots(owner)?.into_iter().map(snapshot).collect()))
 }
 
 /// One snapshot.
@@ -47,7 +47,7 @@ pub(crate) async fn get(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Snapshot>, ApiError> {
-    Ok(Json(snapshot(state.supervisor.find_snapshot(owner, &name)?)))
+    Ok(Json(snapshot(state.control.find_snapshot(owner, &name)?)))
 }
 
 /// Makes a sandbox of a snapshot, which stays.
@@ -67,7 +67,7 @@ pub(crate) async fn resume(
         labels: labels(request.labels)?,
         secrets: secrets(&request.secrets)?,
     };
-    let row = state.supervisor.resume_snapshot(owner, &name, request).await?;
+    let row = state.control.resume_snapshot(owner, &name, request).await?;
     Ok(created(sandbox(&state, row)))
 }
 
@@ -79,7 +79,7 @@ pub(crate) async fn delete(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.supervisor.delete_snapshot(owner, &name).await?;
+    state.control.delete_snapshot(owner, &name).await?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 

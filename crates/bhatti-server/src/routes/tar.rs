@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::{ArchiveContent, ArchiveUpload, CallError};
 use bhatti_api::{ARCHIVE_OUTCOME, ArchiveOutcome, ErrorCode, Unpacked};
-use bhatti_supervisor::SandboxUse;
+use bhatti_node::SandboxUse;
 use futures_util::{StreamExt, stream};
 use http_body_util::StreamBody;
 use hyper::body::Frame;
@@ -51,7 +51,7 @@ pub(crate) async fn download(
     ApiQuery(TarQuery { path, user }): ApiQuery<TarQuery>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut content = agent.read_archive(&path).await.map_err(file_error)?;
     // A directory that is not there, or has something unreadable in it, is a proper error.
@@ -144,7 +144,7 @@ pub(crate) async fn upload(
     ApiQuery(TarQuery { path, user }): ApiQuery<TarQuery>,
     body: Body,
 ) -> Result<Json<Unpacked>, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut upload = agent.write_archive(&path).await.map_err(file_error)?;
     send(&mut upload, body).await?;

@@ -16,7 +16,7 @@ pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
 ) -> Result<Json<Vec<Usage>>, ApiError> {
-    let used = state.supervisor.usage(owner).await?;
+    let used = state.control.usage(owner).await?;
     let shown = used.into_iter().map(|(sandbox, usage)| Usage {
         sandbox_id: sandbox.to_string(),
         cpu_ms: u64::try_from(usage.cpu.as_millis()).unwrap_or(u64::MAX),

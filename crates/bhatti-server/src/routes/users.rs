@@ -55,7 +55,7 @@ pub(crate) async fn create(
     let api_key = keys::generate()?;
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
     let row = state.store.insert_user(name, id, &keys::hash(&api_key), quota)?;
-    state.supervisor.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
+    state.control.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(created(with_key(row, api_key)))
 }
 
@@ -99,7 +99,7 @@ pub(crate) async fn update(
         disk_mib: max_disk_mb.or(before.disk_mib),
     };
     state.store.set_user_quota(row.id, quota)?;
-    state.supervisor.record("user.changed", UserId::ADMIN, None, json!({ "user": row.name }));
+    state.control.record("user.changed", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(user(UserRow { quota, ..row })))
 }
 
@@ -116,7 +116,7 @@ pub(crate) async fn delete(
     state.store.delete_user(row.id)?;
     state.tickets.forget(row.id);
     state.sessions.revoke(row.id);
-    state.supervisor.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
+    state.control.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
@@ -135,7 +135,7 @@ pub(crate) async fn rotate_key(
     // Whoever came with the old one goes.
     state.tickets.forget(row.id);
     state.sessions.revoke(row.id);
-    state.supervisor.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
+    state.control.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(with_key(row, api_key)))
 }
 

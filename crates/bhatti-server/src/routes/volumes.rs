@@ -7,8 +7,8 @@ use bhatti_api::{
     AttachVolume, AttachedVolume, CloneVolume, CreateVolume, Deleted, NewVolume, ResizeVolume,
     Volume, VolumeUser,
 };
+use bhatti_control::VolumeInfo;
 use bhatti_store::{Attach, AttachKind, Attachment};
-use bhatti_supervisor::VolumeInfo;
 use bhatti_types::{VolumeMib, VolumeName};
 
 use crate::AppState;
@@ -29,7 +29,7 @@ pub(crate) async fn create(
     ApiJson(request): ApiJson<CreateVolume>,
 ) -> Result<Response, ApiError> {
     let (name, size) = (parse_name(&request.name)?, size(request.size_mb.unwrap_or(USUAL_MIB))?);
-    Ok(created(volume(state.supervisor.create_volume(owner, name, size).await?)))
+    Ok(created(volume(state.control.create_volume(owner, name, size).await?)))
 }
 
 /// Lists the caller's volumes, by name.
@@ -39,7 +39,7 @@ pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
 ) -> Result<Json<Vec<Volume>>, ApiError> {
-    Ok(Json(state.supervisor.list_volumes(owner)?.into_iter().map(volume).collect()))
+    Ok(Json(state.control.list_volumes(owner)?.into_iter().map(volume).collect()))
 }
 
 /// One volume.
@@ -50,7 +50,7 @@ pub(crate) async fn get(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Volume>, ApiError> {
-    Ok(Json(volume(state.supervisor.find_volume(owner, &name)?)))
+    Ok(Json(volume(state.control.find_volume(owner, &name)?)))
 }
 
 /// Makes a volume larger that no sandbox has.
@@ -63,9 +63,9 @@ pub(crate) async fn resize(
     ApiJson(request): ApiJson<ResizeVolume>,
 ) -> Result<Json<Volume>, ApiError> {
     // Whose it is comes before what is wrong with the request.
-    state.supervisor.find_volume(owner, &name)?;
+    state.control.find_volume(owner, &name)?;
     let size = size(request.size_mb)?;
-    Ok(Json(volume(state.supervisor.resize_volume(owner, &name, size).await?)))
+    Ok(Json(volume(state.control.resize_volume(owner, &name, size).await?)))
 }
 
 /// Copies a volume that no sandbox writes.
@@ -78,7 +78,7 @@ pub(crate) async fn clone(
     ApiJson(request): ApiJson<CloneVolume>,
 ) -> Result<Response, ApiError> {
     let copy = parse_name(&request.name)?;
-    Ok(created(volume(state.supervisor.clone_volume(owner, &name, copy).await?)))
+    Ok(created(volume(state.control.clone_volume(owner, &name, copy).await?)))
 }
 
 /// Deletes a volume that no sandbox has, with all that is in it.
@@ -89,7 +89,7 @@ pub(crate) async fn delete(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.supervisor.delete_volume(owner, &name).await?;
+    state.control.delete_volume(owner, &name).await?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 

@@ -10,8 +10,8 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::{CallError, FileEvents};
 use bhatti_api::{FileChange, FileChangeKind};
+use bhatti_node::SandboxUse;
 use bhatti_proto::{FileEvent, FileEventKind};
-use bhatti_supervisor::SandboxUse;
 use bhatti_types::UserId;
 use bytes::Bytes;
 use futures_util::stream;
@@ -38,7 +38,7 @@ pub(crate) async fn watch(
     ApiPath(called): ApiPath<String>,
     ApiQuery(PathQuery { path, user }): ApiQuery<PathQuery>,
 ) -> Result<Response, ApiError> {
-    let used = state.supervisor.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut events = agent.watch(&path).await.map_err(file_error)?;
     // The first one says that the watch stands, or why it does not.

@@ -1,12 +1,10 @@
 //! Errors of creations, and of the virtual machines, volumes and networks that sandboxes get.
 
 use bhatti_api::ErrorCode;
+use bhatti_control::{CreateError, NetworkError, SecretError, VolumeOpError};
 use bhatti_engine::{BootError, RestoreError};
+use bhatti_node::{BaseError, VolumeFileError, VolumeUseError};
 use bhatti_store::{AttachError, NetworkAssignError, VolumeError};
-use bhatti_supervisor::{
-    CreateError, NetworkError, SecretError, TemplateError, VolumeFileError, VolumeOpError,
-    VolumeUseError,
-};
 use bhatti_types::Report;
 
 use super::{ApiError, busy_guest};
@@ -16,47 +14,57 @@ impl From<CreateError> for ApiError {
         match &error {
             CreateError::NameTaken(name) => Self::new(ErrorCode::NameTaken, error.to_string())
                 .hint(format!("choose another name, or destroy it: bhatti destroy {name}")),
-            CreateError::Images(bhatti_image::StoreError::Missing(missing)) => {
-                Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
-            }
-            CreateError::Busy(busy) | CreateError::Template(TemplateError::Busy(busy)) => {
-                (*busy).into()
-            }
             CreateError::Quota(quota) => quota.clone().into(),
             CreateError::Secret(SecretError::NotFound(_)) => {
                 Self::new(ErrorCode::BadRequest, error.to_string())
                     .hint("set it first: bhatti secret set NAME")
             }
             CreateError::Attach(attach) => attach_error(attach),
-            CreateError::VolumeUse(volume) => volume_error(volume),
-            CreateError::Volumes(_) | CreateError::Mount(_) => {
-                Self::new(ErrorCode::BadRequest, error.to_string())
-            }
             CreateError::Network(network) => network_error(network),
-            CreateError::NoSuchImage(_) => Self::new(ErrorCode::BadRequest, error.to_string())
-                .hint("list the images: bhatti image list"),
             CreateError::TooMuchEnvironment
             | CreateError::Name(_)
             | CreateError::FilePath(_)
-            | CreateError::Files(_)
-            | CreateError::DiskTooSmall { .. }
-            | CreateError::TooMuch { .. } => Self::new(ErrorCode::BadRequest, error.to_string()),
+            | CreateError::Volumes(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
             CreateError::FilesTooLarge { .. } => {
                 Self::new(ErrorCode::BodyTooLarge, error.to_string())
             }
-            CreateError::Template(TemplateError::Boot(boot)) => boot_error(boot, &error),
-            CreateError::Boot(boot) => boot_error(boot, &error),
-            CreateError::Restore(restore) => restore_error(restore),
-            CreateError::Unconfigured(_) => busy_guest(&error),
-            CreateError::Template(_)
-            | CreateError::Vmm(_)
-            | CreateError::Secret(_)
-            | CreateError::Report(_)
-            | CreateError::Images(_)
-            | CreateError::Entropy(_)
-            | CreateError::Interrupted => Self::internal(&error),
+            CreateError::Node(node) => node_error(node),
+            CreateError::Secret(_) | CreateError::Entropy(_) | CreateError::Interrupted => {
+                Self::internal(&error)
+            }
             CreateError::Store(store) => Self::internal(store),
         }
+    }
+}
+
+/// The answer to a creation that the node could not carry out.
+fn node_error(error: &bhatti_node::CreateError) -> ApiError {
+    use bhatti_node::CreateError;
+    match error {
+        CreateError::Images(bhatti_image::StoreError::Missing(missing)) => {
+            ApiError::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
+        }
+        CreateError::Busy(busy) | CreateError::Base(BaseError::Busy(busy)) => (*busy).into(),
+        CreateError::VolumeUse(volume) => volume_error(volume),
+        CreateError::Network(network) => node_network_error(network),
+        CreateError::NoSuchImage(_) => ApiError::new(ErrorCode::BadRequest, error.to_string())
+            .hint("list the images: bhatti image list"),
+        CreateError::Name(_)
+        | CreateError::Mount(_)
+        | CreateError::Files(_)
+        | CreateError::DiskTooSmall { .. }
+        | CreateError::TooMuch { .. } => ApiError::new(ErrorCode::BadRequest, error.to_string()),
+        CreateError::Base(BaseError::Boot(boot)) => boot_error(boot, error),
+        CreateError::Boot(boot) => boot_error(boot, error),
+        CreateError::Restore(restore) => restore_error(restore),
+        CreateError::Unconfigured(_) => busy_guest(error),
+        CreateError::Base(_)
+        | CreateError::Vmm(_)
+        | CreateError::Report(_)
+        | CreateError::Images(_)
+        | CreateError::Entropy(_)
+        | CreateError::Interrupted => ApiError::internal(error),
+        CreateError::Store(store) => ApiError::internal(store),
     }
 }
 
@@ -134,7 +142,7 @@ impl From<VolumeOpError> for ApiError {
                 Self::new(ErrorCode::WrongState, error.to_string()).hint("try again later")
             }
             VolumeOpError::File(_)
-            | VolumeOpError::Place { .. }
+            | VolumeOpError::Directory { .. }
             | VolumeOpError::Entropy(_)
             | VolumeOpError::Interrupted => Self::internal(&error),
         }
@@ -143,13 +151,20 @@ impl From<VolumeOpError> for ApiError {
 
 pub(super) fn network_error(error: &NetworkError) -> ApiError {
     match error {
-        NetworkError::Unavailable(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
-            .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
         NetworkError::NotAllowable(_) => ApiError::new(ErrorCode::Forbidden, error.to_string())
             .hint("the admin may add it to network_allowable in the configuration"),
+        NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
+        NetworkError::Node(error) => node_network_error(error),
+    }
+}
+
+pub(super) fn node_network_error(error: &bhatti_node::NetworkError) -> ApiError {
+    use bhatti_node::NetworkError;
+    match error {
+        NetworkError::Unavailable(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
+            .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
         NetworkError::InTheWay(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
             .hint("free it, or take the sandbox without a network: --network none"),
-        NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
         NetworkError::Assign(NetworkAssignError::Exhausted { .. }) => {
             ApiError::new(ErrorCode::Busy, error.to_string())
         }

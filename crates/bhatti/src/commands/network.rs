@@ -1,9 +1,9 @@
 //! The network of this host, as the configuration wants it used.
 
 use bhatti_net::{Host, Instance, PrivateNames, Upstreams};
+use bhatti_node::NetworkConfig;
 use bhatti_store::Store;
-use bhatti_supervisor::NetworkConfig;
-use bhatti_types::{Allowance, Report};
+use bhatti_types::Report;
 
 use crate::config::{Config, NetworkUse};
 use crate::error::CliError;
@@ -11,10 +11,9 @@ use crate::error::CliError;
 /// Where this host says who knows names.
 const RESOLVERS: &str = "/etc/resolv.conf";
 
-/// What the supervisor makes networks with. Without what they need, sandboxes have none, and those that ask for one are told why.
+/// Returns the settings of sandboxes' networks. If this host cannot have networks, they hold the
+/// reason, and requests for a network are refused with it.
 pub(super) async fn open(config: &Config, store: &Store) -> Result<NetworkConfig, CliError> {
-    let allowable = Allowance::parse(&config.network_allowable)
-        .map_err(|error| CliError::of(&error).hint("see `network_allowable` in config.yaml"))?;
     let range = config.network_range()?;
     let instance = Instance(store.instance().map_err(|error| CliError::of(&error))?);
     let host = match config.network {
@@ -26,7 +25,7 @@ pub(super) async fn open(config: &Config, store: &Store) -> Result<NetworkConfig
             host.map_err(|error| Report(&error).to_string())
         }
     };
-    Ok(NetworkConfig { host, range, allowable, reach_host: config.network_reach_host })
+    Ok(NetworkConfig { host, range, reach_host: config.network_reach_host })
 }
 
 /// Who is asked for names that are no sandbox's.

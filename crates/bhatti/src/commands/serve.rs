@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
-use super::{Context, supervisor};
+use super::{Context, control};
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
@@ -98,9 +98,9 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     if arguments.forget_secrets {
         forget_secrets(data_dir, &store)?;
     }
-    let supervisor = supervisor::make(data_dir, &config, &store).await?;
+    let control = control::make(data_dir, &config, &store).await?;
     // Its sandboxes are taken up while this daemon listens already.
-    supervisor.recover().await.map_err(|error| CliError::of(&error))?.detach();
+    control.recover().await.map_err(|error| CliError::of(&error))?.detach();
 
     let (stop, stopped) = watch::channel(false);
     let stopping = |mut stopped: watch::Receiver<bool>| async move {
@@ -112,7 +112,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         None => None,
     };
     let state = AppState::new(StateParts {
-        supervisor,
+        control,
         store,
         images: ImageStore::new(data_dir),
         started,
@@ -143,11 +143,11 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     servers.spawn(unix);
     announce(&state, data_dir, started);
 
-    let ahead = state.supervisor.clone();
-    tokio::spawn(async move { ahead.get_ready().await });
-    tokio::spawn(state.supervisor.clone().prune_events());
-    tokio::spawn(state.supervisor.clone().watch_networks());
-    state.supervisor.record(
+    let ahead = state.control.clone();
+    tokio::spawn(async move { ahead.start_spares().await });
+    tokio::spawn(state.control.clone().prune_events());
+    tokio::spawn(state.control.clone().watch_networks());
+    state.control.record(
         "daemon.started",
         UserId::ADMIN,
         None,
@@ -169,18 +169,18 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     if timeout(DRAIN_LIMIT, drained).await.is_err() {
         warn!("Cut off requests that were still running");
     }
-    state.supervisor.shut_down(arguments.stop_sandboxes).await;
-    state.supervisor.record("daemon.stopped", UserId::ADMIN, None, json!({}));
+    state.control.shut_down(arguments.stop_sandboxes).await;
+    state.control.record("daemon.stopped", UserId::ADMIN, None, json!({}));
     Ok(())
 }
 
 /// Says what this daemon is.
 fn announce(state: &AppState, data_dir: &Path, started: Instant) {
-    match state.supervisor.network() {
+    match state.control.network() {
         Ok(mode) => info!(network = mode.as_str(), "Sandboxes have a network"),
         Err(why) => warn!(why, "Sandboxes have no network"),
     }
-    let engine = state.supervisor.capabilities();
+    let engine = state.control.capabilities();
     if engine.shares_kernel {
         warn!(
             engine = engine.name,

@@ -13,7 +13,7 @@ use clap::Args;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::{Context, engine, supervisor};
+use super::{Context, control, engine};
 use crate::cli::Global;
 use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
@@ -113,16 +113,16 @@ async fn warm_up(context: &Context, skip: bool) -> Result<(), CliError> {
     let config =
         Config { ready_vmms: Some(0), ready_forks: Some(0), ..Config::read(&context.data_dir)? };
     let store = Store::open(&context.data_dir).map_err(|error| CliError::of(&error))?;
-    let supervisor = supervisor::make(&context.data_dir, &config, &Arc::new(store)).await?;
+    let control = control::make(&context.data_dir, &config, &Arc::new(store)).await?;
     let began = Instant::now();
-    let made = supervisor.warm_up().await;
+    let made = control.warm_up().await;
     made.map_err(|error| {
         CliError::of(&error).hint("`bhatti doctor` says what this machine lacks; set-up without a template: --no-template")
     })?;
     if !context.output.json && !context.output.quiet {
         let seconds = began.elapsed().as_secs_f64();
         let what =
-            if supervisor.capabilities().saves_memory { "template" } else { "root file system" };
+            if control.capabilities().saves_memory { "template" } else { "root file system" };
         context.output.print(&format!("{what}: ready after {seconds:.1} s"))?;
     }
     Ok(())

@@ -6,8 +6,8 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_api::{CreateSandbox, ErrorCode, NewFile};
+use bhatti_control::{FileRequest, SandboxRequest};
 use bhatti_store::{SandboxFilter, TemplateRow};
-use bhatti_supervisor::{FileRequest, SandboxRequest};
 use bhatti_types::{
     Allowance, CpuCount, DiskMib, Environment, Labels, MemoryMib, SandboxName, SecretName,
 };

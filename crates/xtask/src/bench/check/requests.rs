@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use bhatti_control::Control;
 use bhatti_image::ImageStore;
+use bhatti_node::{Config, NetworkConfig, Node, ThermalConfig};
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_secret::SecretKey;
 use bhatti_server::{AppState, Listener, PublicAddress, StateParts, router};
 use bhatti_store::Store;
-use bhatti_supervisor::{Config, NetworkConfig, Supervisor, ThermalConfig};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use hyper::Request;
@@ -26,10 +27,10 @@ pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons
     let store = Arc::new(Store::open(place.path())?);
     (0..sandboxes).try_for_each(|number| add_stopped(&store, number))?;
     let (_stop, stopping) = watch::channel(false);
-    let supervisor = supervisor(place.path(), &store)?;
+    let control = control(place.path(), &store)?;
     let daemon = || {
         let state = AppState::new(StateParts {
-            supervisor: supervisor.clone(),
+            control: control.clone(),
             store: Arc::clone(&store),
             images: ImageStore::new(place.path()),
             started: Instant::now(),
@@ -59,21 +60,20 @@ pub(super) enum Daemons {
     New,
 }
 
-/// One that is never asked to run anything.
-fn supervisor(place: &Path, store: &Arc<Store>) -> Result<Supervisor> {
+/// A control half whose node is never asked to run anything.
+fn control(place: &Path, store: &Arc<Store>) -> Result<Control> {
     let config = Config {
         sandboxes_dir: place.join("sandboxes"),
         images: ImageStore::new(place),
         lohar: place.join("lohar"),
         boot_limit: Duration::from_secs(1),
         snapshots_dir: place.join("snapshots"),
-        templates_dir: place.join("templates"),
-        templates_bytes: 0,
-        template_hostname: "template".parse()?,
+        bases_dir: place.join("templates"),
+        bases_bytes: 0,
+        base_hostname: "template".parse()?,
         ready_vmms: 0,
         ready_forks: 0,
         memory_budget_mib: 1024,
-        secret_key: SecretKey::open(place, false)?,
         thermal: ThermalConfig {
             warm_after: Duration::from_secs(1),
             cold_after: Duration::from_secs(1),
@@ -82,11 +82,15 @@ fn supervisor(place: &Path, store: &Arc<Store>) -> Result<Supervisor> {
         network: NetworkConfig {
             host: Err("nothing runs here".to_owned()),
             range: "10.213.0.0/16".parse()?,
-            allowable: bhatti_types::Allowance::default(),
             reach_host: false,
         },
         fault: None,
     };
     let engine = Arc::new(QemuEngine::new(PROGRAM.into()));
-    Ok(Supervisor::new(config, Arc::clone(store), engine))
+    let control_config = bhatti_control::Config {
+        secret_key: SecretKey::open(place, false)?,
+        network_allowable: bhatti_types::Allowance::default(),
+    };
+    let start_node = |control| Node::new(config, Arc::clone(store), engine, control);
+    Ok(Control::new(control_config, Arc::clone(store), start_node))
 }

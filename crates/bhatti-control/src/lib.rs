@@ -1,0 +1,183 @@
+//! The control half of a daemon: users' rights, names, quotas, secrets and catalogues.
+//!
+//! Control decides who may do what, and writes to the store what is wanted. It never touches a
+//! path, a tap, a process or an engine. [`Node`] runs the sandboxes of this host and knows nothing
+//! about users' rights.
+//!
+//! ```text
+//!  bhatti-server ──► Control ──► Store   rows: sandboxes, snapshots, volumes, secrets, events
+//!                       │
+//!                       └──────► Node    by id, with the full specification
+//!                                 └────► NodeServices   events, and secrets for a boot
+//! ```
+
+mod create;
+mod disk_quota;
+mod events;
+mod fork;
+mod networks;
+mod sandboxes;
+mod secrets;
+mod services;
+mod snapshots;
+mod volumes;
+
+use std::sync::Arc;
+
+use bhatti_node::{Capabilities, ControlPlane, Node, Recovery};
+use bhatti_secret::SecretKey;
+use bhatti_store::{Store, StoreError};
+use bhatti_types::{Allowance, NetworkMode, SandboxId, UserId};
+use prometheus_client::registry::Registry;
+use serde_json::Value;
+
+pub use create::{CreateError, FileRequest, SandboxRequest};
+pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
+pub use networks::NetworkError;
+pub use sandboxes::EditError;
+pub use secrets::SecretError;
+pub use snapshots::{ResumeRequest, SnapshotOpError};
+pub use volumes::{VolumeInfo, VolumeOpError};
+
+use disk_quota::Reservations;
+use events::Events;
+use secrets::Secrets;
+use services::NodeServices;
+
+/// The settings of the control half.
+pub struct Config {
+    /// The key that seals secrets in the store.
+    pub secret_key: SecretKey,
+    /// Address ranges that users other than the admin may allow their sandboxes to reach.
+    pub network_allowable: Allowance,
+}
+
+/// The control half of a daemon. Clones share it.
+#[derive(Clone)]
+pub struct Control {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    node: Node,
+    store: Arc<Store>,
+    secrets: Arc<Secrets>,
+    events: Arc<Events>,
+    network_allowable: Allowance,
+    disk_reservations: Reservations,
+}
+
+impl Control {
+    /// Makes the control half, and with `start_node` the node that it directs. The node's sandboxes
+    /// are unknown until [`recover`](Self::recover) has run.
+    #[must_use]
+    pub fn new(
+        config: Config,
+        store: Arc<Store>,
+        start_node: impl FnOnce(Arc<dyn ControlPlane>) -> Node,
+    ) -> Self {
+        let Config { secret_key, network_allowable } = config;
+        let events = Arc::new(Events::new(Arc::clone(&store)));
+        let secrets = Arc::new(Secrets::new(secret_key, Arc::clone(&store)));
+        let services =
+            NodeServices::new(Arc::clone(&store), Arc::clone(&events), Arc::clone(&secrets));
+        let node = start_node(Arc::new(services));
+        let disk_reservations = Reservations::default();
+        Self {
+            inner: Arc::new(Inner {
+                node,
+                store,
+                secrets,
+                events,
+                network_allowable,
+                disk_reservations,
+            }),
+        }
+    }
+
+    /// Settles what an earlier daemon left, and begins to take up its sandboxes. A daemon may be
+    /// killed in this at any point; the next daemon repeats it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store or a directory cannot be read. A sandbox that cannot be taken
+    /// up is logged and left alone.
+    pub async fn recover(&self) -> Result<Recovery, bhatti_node::RecoverError> {
+        self.settle_volumes().await?;
+        self.inner.node.recover().await
+    }
+
+    /// Returns the number of an earlier daemon's sandboxes that are not taken up or removed yet.
+    #[must_use]
+    pub fn taking_up(&self) -> usize {
+        self.inner.node.taking_up()
+    }
+
+    /// Returns what the engine can do.
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities {
+        self.inner.node.capabilities()
+    }
+
+    /// Returns the network mode of sandboxes that ask for none, or why they have no network.
+    ///
+    /// # Errors
+    ///
+    /// Returns why this host's network cannot be used.
+    pub fn network(&self) -> Result<NetworkMode, &str> {
+        self.inner.node.network()
+    }
+
+    /// Watches the firewall rules of the sandboxes' networks for as long as the future is polled.
+    pub async fn watch_networks(self) {
+        self.inner.node.watch_networks().await;
+    }
+
+    /// Makes the base snapshot of the default image and shape if there is none, and starts spares.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed.
+    pub async fn warm_up(&self) -> Result<(), bhatti_node::CreateError> {
+        self.inner.node.warm_up().await
+    }
+
+    /// Starts spares if there is a base snapshot to start them from.
+    pub async fn start_spares(&self) {
+        self.inner.node.start_spares().await;
+    }
+
+    /// Ends spares and waits for work on volumes. Sandboxes run on, unless `save_sandboxes` is set:
+    /// then each sandbox is saved, ten at a time.
+    pub async fn shut_down(&self, save_sandboxes: bool) {
+        self.inner.node.shut_down(save_sandboxes).await;
+    }
+
+    /// Adds the metrics of the node to a registry.
+    pub fn register_metrics(&self, registry: &mut Registry) {
+        self.inner.node.register_metrics(registry);
+    }
+
+    /// Records an event.
+    pub fn record(
+        &self,
+        kind: &'static str,
+        owner: UserId,
+        sandbox: Option<(SandboxId, String)>,
+        detail: Value,
+    ) {
+        self.inner.events.record(kind, owner, sandbox, detail);
+    }
+
+    /// Returns how many sandboxes all users have.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn count(&self) -> Result<u64, StoreError> {
+        self.inner.store.count_sandboxes()
+    }
+}
+
+#[cfg(test)]
+mod tests;

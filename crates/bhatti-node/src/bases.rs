@@ -1,0 +1,558 @@
+//! Bases: for each image and shape a guest that has booted, from which sandboxes are forked.
+//!
+//! A base snapshot is a snapshot in `<base snapshots>/<key>`. The key is a hash of all that it depends on: files that are named by their content,
+//! the shape, the VMM. So a base snapshot is never changed and never out of date; one that nothing asks for any more is the first to go.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bhatti_agent::{AgentClient, CallError};
+use bhatti_engine::{
+    BootError, Disks, MemoryKind, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
+};
+use bhatti_image::BootFiles;
+use bhatti_proto::ExecRequest;
+use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId, UserId};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+use tokio::time::{Duration, Instant, timeout};
+use tracing::{error, info, warn};
+
+use crate::Shared;
+use crate::admission::Busy;
+use crate::identity::random;
+use crate::networks;
+use crate::turns::Turns;
+
+/// How many base snapshots a daemon makes at once.
+const MAKERS: usize = 2;
+
+/// Locked by everybody who makes a base snapshot, and alone by who takes up what was left behind.
+const LOCK: &str = ".lock";
+/// What the locks of single base snapshots are called, before the key.
+const KEY_LOCK: &str = ".lock-";
+
+/// The share of the budget that base snapshots made for one user may take, but for those in use: one part of so many.
+const OWNERS_SHARE: u64 = 4;
+
+/// Bases are made for memories and disks of these steps alone, in MiB: for every size there is,
+/// their number would have no bound.
+const MEMORY_STEP_MIB: u32 = 64;
+const DISK_STEP_MIB: u32 = 1024;
+
+/// How the directories of base snapshots that are being made begin.
+const MAKING: &str = ".make-";
+
+/// How long the first processes of a guest may take.
+const WARM_UP_LIMIT: Duration = Duration::from_secs(30);
+
+/// A base snapshot could not be made. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseError {
+    /// Its guest did not boot.
+    #[error("failed to boot the base snapshot")]
+    Boot(#[from] BootError),
+    /// Its agent failed.
+    #[error("failed to prepare the base snapshot's guest")]
+    Agent(#[from] CallError),
+    /// It could not be paused.
+    #[error("failed to pause the base snapshot")]
+    Pause(#[from] VmmError),
+    /// It could not be saved.
+    #[error("failed to save the base snapshot")]
+    Save(#[from] SnapshotError),
+    /// Another process makes one, and cannot be waited for.
+    #[error("failed to lock the base snapshots")]
+    Lock(#[source] io::Error),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// It was taken away again, or the daemon is going down.
+    #[error("the base snapshot is not there")]
+    Interrupted,
+    /// This host gives no random bytes.
+    #[error("failed to draw an id")]
+    Entropy(#[from] getrandom::Error),
+}
+
+/// What a base snapshot is made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Recipe {
+    pub(crate) files: BootFiles,
+    pub(crate) cpus: CpuCount,
+    pub(crate) memory: MemoryMib,
+    /// The size of its root disk; that of its image if absent.
+    pub(crate) disk: Option<DiskMib>,
+    /// Whether there is a network card.
+    pub(crate) has_network: bool,
+    /// How many places there are for volumes.
+    pub(crate) slots: usize,
+}
+
+impl Recipe {
+    /// Whether a base snapshot is made of it, if there is none.
+    pub(crate) fn is_usual(&self) -> bool {
+        self.memory.get().is_multiple_of(MEMORY_STEP_MIB)
+            && self.disk.is_none_or(|disk| disk.get().is_multiple_of(DISK_STEP_MIB))
+    }
+}
+
+/// The base snapshots of a daemon.
+pub(crate) struct Bases {
+    directory: PathBuf,
+    budget_bytes: u64,
+    /// One at a time makes a base snapshot, however many ask for it.
+    making: Turns<String>,
+    /// The daemon makes one base snapshot at a time for a user. A user who asks for many shapes waits
+    /// for them; other users do not.
+    making_for: Turns<UserId>,
+    /// How many are made at once at most: each boots a guest.
+    makers: Semaphore,
+    /// Whom base snapshots were made for, by key, as far as this daemon has made them.
+    made_for: Mutex<HashMap<String, UserId>>,
+}
+
+/// A base snapshot that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Base {
+    pub(crate) key: String,
+    pub(crate) directory: PathBuf,
+    /// Whether it has a network card.
+    pub(crate) has_network: bool,
+    /// Tells it from one that was made anew in its place.
+    inode: u64,
+}
+
+impl Bases {
+    pub(crate) fn new(directory: PathBuf, budget_bytes: u64) -> Self {
+        Self {
+            directory,
+            budget_bytes,
+            making: Turns::default(),
+            making_for: Turns::default(),
+            makers: Semaphore::new(MAKERS),
+            made_for: Mutex::default(),
+        }
+    }
+
+    /// The base snapshot of a recipe, if there is one.
+    pub(crate) fn find(&self, shared: &Shared, recipe: &Recipe) -> Option<Base> {
+        let key = key(&shared.engine.capabilities().machine, recipe);
+        self.existing(&key, recipe)
+    }
+
+    fn existing(&self, key: &str, recipe: &Recipe) -> Option<Base> {
+        let directory = self.directory.join(key);
+        let inode = inode_of(&directory)?;
+        Some(Base { key: key.to_owned(), directory, has_network: recipe.has_network, inode })
+    }
+
+    /// The base snapshot of a recipe: made first if there is none, for `owner`. It is made in a task of
+    /// its own, which goes on if the caller is cancelled.
+    pub(crate) async fn get(
+        &self,
+        shared: &Arc<Shared>,
+        owner: UserId,
+        recipe: &Recipe,
+    ) -> Result<Base, BaseError> {
+        let key = key(&shared.engine.capabilities().machine, recipe);
+        let base = match self.existing(&key, recipe) {
+            Some(base) => base,
+            None => {
+                let (shared, recipe) = (Arc::clone(shared), recipe.clone());
+                let made =
+                    tokio::spawn(async move { make_first(&shared, owner, &recipe, &key).await });
+                made.await.map_err(|_| BaseError::Interrupted)??
+            }
+        };
+        // For the choice of what goes first; a base snapshot is as good without.
+        drop(File::open(&base.directory).and_then(|file| file.set_modified(SystemTime::now())));
+        Ok(base)
+    }
+
+    /// Takes a base snapshot away that proved to be of no use, unless it was made anew already.
+    pub(crate) async fn discard(&self, base: &Base) {
+        let _turn = self.making.take(base.key.clone()).await;
+        if inode_of(&base.directory) == Some(base.inode) {
+            warn!(base = base.key, "Removing a base snapshot that cannot be used");
+            self.remove(&base.directory);
+        }
+    }
+
+    /// Takes away what an earlier daemon was making.
+    pub(crate) async fn recover(&self, shared: &Shared) -> io::Result<()> {
+        // Somebody is making one right now: a set-up, or a daemon that shares them.
+        let lock = File::create(self.directory.join(LOCK))?;
+        if lock.try_lock().is_err() {
+            return Ok(());
+        }
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let Some(id) = name.strip_prefix(MAKING).and_then(|id| id.parse().ok()) {
+                if let Err(left) = shared.engine.remove(id, &entry.path()).await {
+                    error!(base = name, error = %Report(&left), "Failed to remove an unfinished base snapshot");
+                }
+            } else if name.ends_with(".tmp") || name.ends_with(".gone") {
+                self.remove(&entry.path());
+            } else if name.starts_with(KEY_LOCK) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes those that were used least recently: of those that `kept`'s owner, unless it is the
+    /// admin, had made until they fit its share of the budget, then of all until they fit the
+    /// budget. Never `kept`, and none on which a VM stands, for that would free nothing.
+    fn evict(&self, kept: &str, owner: UserId) {
+        if owner != UserId::ADMIN {
+            let share = self.budget_bytes / OWNERS_SHARE;
+            self.evict_of(kept, share, |key| self.made_for.lock().get(key) == Some(&owner));
+        }
+        self.evict_of(kept, self.budget_bytes, |_| true);
+    }
+
+    fn evict_of(&self, kept: &str, budget_bytes: u64, counts: impl Fn(&str) -> bool) {
+        let mut others = match self.usage() {
+            Ok(bases) => bases,
+            Err(error) => {
+                warn!(%error, "Failed to look for base snapshots to remove");
+                return;
+            }
+        };
+        others.retain(|usage| counts(&usage.key()));
+        let mut bytes: u64 = others.iter().map(|usage| usage.bytes).sum();
+        others.sort_by_key(|usage| usage.used);
+        for usage in others {
+            if bytes <= budget_bytes {
+                return;
+            }
+            if usage.shared || usage.directory.ends_with(kept) {
+                continue;
+            }
+            info!(base = %usage.directory.display(), bytes = usage.bytes, "Removing a base snapshot that is used least");
+            self.remove(&usage.directory);
+            self.made_for.lock().remove(&usage.key());
+            bytes -= usage.bytes;
+        }
+    }
+
+    fn usage(&self) -> io::Result<Vec<Usage>> {
+        let mut bases = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().contains('.') {
+                continue;
+            }
+            let mut usage = Usage {
+                directory: entry.path(),
+                used: entry.metadata()?.modified()?,
+                bytes: 0,
+                shared: false,
+            };
+            for file in fs::read_dir(entry.path())? {
+                let (file, name) = file.map(|file| (file.metadata(), file.file_name()))?;
+                let (file, name) = (file?, name.to_string_lossy().into_owned());
+                if name.ends_with(".ext4") {
+                    continue;
+                }
+                usage.bytes += file.blocks() * 512;
+                usage.shared |= file.nlink() > 1;
+            }
+            bases.push(usage);
+        }
+        Ok(bases)
+    }
+
+    /// Renames first: what is half removed is no base snapshot.
+    fn remove(&self, directory: &Path) {
+        let gone = directory.with_extension("gone");
+        let removed = match fs::rename(directory, &gone) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            renamed => renamed.and_then(|()| fs::remove_dir_all(&gone)),
+        };
+        if let Err(error) = removed {
+            warn!(path = %directory.display(), %error, "Failed to remove a base snapshot");
+        }
+    }
+}
+
+fn inode_of(directory: &Path) -> Option<u64> {
+    Some(fs::metadata(directory).ok()?.ino())
+}
+
+struct Usage {
+    directory: PathBuf,
+    used: SystemTime,
+    bytes: u64,
+    shared: bool,
+}
+
+impl Usage {
+    fn key(&self) -> String {
+        self.directory.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+fn key(machine: &str, recipe: &Recipe) -> String {
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let Recipe { files, cpus, memory, disk, has_network, slots } = recipe;
+    // The kernel's directory is named by its content, the other files are themselves.
+    let kernel = files.kernel.parent().map(name).unwrap_or_default();
+    let text = [
+        machine,
+        &kernel,
+        &name(&files.initramfs),
+        &name(&files.root),
+        &cpus.get().to_string(),
+        &memory.get().to_string(),
+        if *has_network { "network" } else { "no network" },
+        &slots.to_string(),
+        &disk.map_or_else(String::new, |disk| disk.to_string()),
+    ]
+    .join("\n");
+    blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
+}
+
+/// Tells other processes that a base snapshot is made, and waits until none of them makes the same.
+async fn lock(directory: &Path, key: &str) -> io::Result<[File; 2]> {
+    let any = File::create(directory.join(LOCK))?;
+    let path = directory.join(format!("{KEY_LOCK}{key}"));
+    let locked = tokio::task::spawn_blocking(move || {
+        any.lock_shared()?;
+        // No daemon removes the key's lock file while this shared lock is held.
+        let this = File::create(path)?;
+        this.lock()?;
+        Ok([any, this])
+    });
+    locked.await.map_err(io::Error::other)?
+}
+
+/// Makes a base snapshot, unless somebody else has done so meanwhile.
+async fn make_first(
+    shared: &Arc<Shared>,
+    owner: UserId,
+    recipe: &Recipe,
+    key: &str,
+) -> Result<Base, BaseError> {
+    let bases = &shared.bases;
+    let _owners_turn = bases.making_for.take(owner).await;
+    let _turn = bases.making.take(key.to_owned()).await;
+    if let Some(base) = bases.existing(key, recipe) {
+        return Ok(base);
+    }
+    let _others_turn = lock(&bases.directory, key).await.map_err(BaseError::Lock)?;
+    if let Some(base) = bases.existing(key, recipe) {
+        return Ok(base);
+    }
+    let _maker = bases.makers.acquire().await.map_err(|_| BaseError::Interrupted)?;
+    make(shared, recipe, key, &bases.directory).await?;
+    bases.made_for.lock().insert(key.to_owned(), owner);
+    bases.evict(key, owner);
+    bases.existing(key, recipe).ok_or(BaseError::Interrupted)
+}
+
+async fn make(
+    shared: &Shared,
+    recipe: &Recipe,
+    key: &str,
+    directory: &Path,
+) -> Result<(), BaseError> {
+    let began = Instant::now();
+    let id = SandboxId::from_entropy(random()?);
+    let spec = VmSpec {
+        id,
+        hostname: shared.config.base_hostname.clone(),
+        cpus: recipe.cpus,
+        memory: recipe.memory,
+        disk: recipe.disk,
+        directory: directory.join(format!("{MAKING}{id}")),
+        kernel: recipe.files.kernel.clone(),
+        initramfs: recipe.files.initramfs.clone(),
+        root_base: recipe.files.root.clone(),
+        keep_disk: false,
+        tap: networks::tap(id, recipe.has_network),
+        volumes: vec![None; recipe.slots],
+        boot_limit: shared.config.boot_limit,
+    };
+    let _admitted = shared.admit(recipe.memory).await?;
+    let vm = shared.engine.boot(&spec).await?;
+    let saved = save(vm.as_ref(), &directory.join(key)).await;
+    if let Err(left) = shared.engine.remove(id, &spec.directory).await {
+        error!(error = %Report(&left), "Failed to remove the VM that a base snapshot was made of");
+    }
+    saved?;
+    let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(
+        base = key,
+        cpus = recipe.cpus.get(),
+        memory_mb = recipe.memory.get(),
+        make_ms,
+        "Made a base snapshot"
+    );
+    Ok(())
+}
+
+/// Runs a command that an image may not have: one without a shell is an image all the same.
+///
+/// # Errors
+///
+/// If the agent does not answer.
+pub(crate) async fn run_if_there(
+    agent: &AgentClient,
+    command: ExecRequest,
+) -> Result<(), CallError> {
+    match agent.run(command).await {
+        Ok(_) | Err(CallError::Agent(_) | CallError::Refused(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), BaseError> {
+    let agent = AgentClient::new(vm.channel());
+    // What every command needs is then in the memory of every fork, and no disk is read for it.
+    for argv in [&["true"][..], &["sh", "-c", "ls >/dev/null; cat /dev/null"]] {
+        let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
+        let first = run_if_there(&agent, ExecRequest { argv, ..ExecRequest::default() });
+        let silent = |_| CallError::Silent { limit: WARM_UP_LIMIT };
+        timeout(WARM_UP_LIMIT, first).await.map_err(silent)??;
+    }
+    agent.suspend(true).await?;
+    vm.pause().await?;
+    let request = SnapshotRequest {
+        directory: directory.to_owned(),
+        memory: Some(MemoryKind::Full),
+        disks: Disks::Frozen,
+        copies: Vec::new(),
+    };
+    vm.capture(&request).await?.finish().await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A base snapshot of a MiB that was used so many seconds after another.
+    fn base(directory: &Path, key: &str, used: u64) -> PathBuf {
+        let base = directory.join(key);
+        fs::create_dir(&base).unwrap();
+        fs::write(base.join("memory-1.img"), vec![1; usize::try_from(MIB).unwrap()]).unwrap();
+        // The image is the image store's.
+        fs::write(base.join("rootfs.ext4"), vec![1; usize::try_from(8 * MIB).unwrap()]).unwrap();
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 + used);
+        File::open(&base).unwrap().set_modified(time).unwrap();
+        base
+    }
+
+    #[test]
+    fn least_used_templates_go_first_and_those_in_use_stay() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("templates");
+        fs::create_dir(&directory).unwrap();
+        let used = base(&directory, "used", 0);
+        fs::hard_link(used.join("memory-1.img"), place.path().join("of-a-fork")).unwrap();
+        for (key, when) in [("new", 1), ("old", 2), ("older", 3), ("recent", 4)] {
+            base(&directory, key, when);
+        }
+        fs::write(directory.join(LOCK), "").unwrap();
+        // Room for three, and a little for what directories take.
+        let bases = Bases::new(directory.clone(), 3 * MIB + MIB / 2);
+
+        bases.evict("new", UserId::ADMIN);
+
+        let mut left: Vec<String> = fs::read_dir(&directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, [".lock", "new", "recent", "used"]);
+    }
+
+    #[test]
+    fn templates_of_one_user_give_way_to_its_own_before_those_of_others() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().to_owned();
+        let greedy = UserId::from_entropy([7; 8]);
+        let bases = Bases::new(directory.clone(), 12 * MIB);
+        base(&directory, "others", 0);
+        for number in 1..=5 {
+            let key = format!("greedy-{number}");
+            base(&directory, &key, number);
+            bases.made_for.lock().insert(key, greedy);
+        }
+
+        bases.evict("greedy-5", greedy);
+
+        let mut left: Vec<String> = fs::read_dir(&directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        // Its share is 3 MiB.
+        assert_eq!(left, ["greedy-3", "greedy-4", "greedy-5", "others"]);
+        assert_eq!(bases.made_for.lock().len(), 3);
+    }
+
+    #[test]
+    fn key_tells_every_ingredient_apart() {
+        let files = BootFiles {
+            kernel: "/data/kernel-1/vmlinux".into(),
+            initramfs: "/data/initramfs-1.cpio".into(),
+            root: "/data/rootfs-1.ext4".into(),
+        };
+        let recipe = Recipe {
+            files: files.clone(),
+            cpus: CpuCount::ONE,
+            memory: MemoryMib::DEFAULT,
+            disk: None,
+            has_network: true,
+            slots: 0,
+        };
+        let same = BootFiles { kernel: "/elsewhere/kernel-1/vmlinux".into(), ..files.clone() };
+        assert_eq!(key("m", &recipe), key("m", &Recipe { files: same, ..recipe.clone() }));
+        let others = [
+            key("other", &recipe),
+            key("m", &Recipe { has_network: false, ..recipe.clone() }),
+            key("m", &Recipe { slots: 1, ..recipe.clone() }),
+            key("m", &Recipe { disk: DiskMib::try_from(8192).ok(), ..recipe.clone() }),
+            key("m", &Recipe { cpus: CpuCount::try_from(2).unwrap(), ..recipe.clone() }),
+            key("m", &Recipe { memory: MemoryMib::try_from(1024).unwrap(), ..recipe.clone() }),
+            key(
+                "m",
+                &Recipe {
+                    files: BootFiles { kernel: "/data/kernel-2/vmlinux".into(), ..files.clone() },
+                    ..recipe.clone()
+                },
+            ),
+            key(
+                "m",
+                &Recipe {
+                    files: BootFiles {
+                        initramfs: "/data/initramfs-2.cpio".into(),
+                        ..files.clone()
+                    },
+                    ..recipe.clone()
+                },
+            ),
+            key(
+                "m",
+                &Recipe {
+                    files: BootFiles { root: "/data/rootfs-2.ext4".into(), ..files },
+                    ..recipe.clone()
+                },
+            ),
+            key("m", &recipe),
+        ];
+        let different: std::collections::HashSet<&String> = others.iter().collect();
+        assert_eq!(different.len(), others.len());
+    }
+}

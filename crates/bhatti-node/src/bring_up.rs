@@ -1,0 +1,327 @@
+//! A new sandbox's VM: from a base snapshot, from something that was saved, or by booting; and its guest, which becomes this sandbox's own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_agent::CallError;
+use bhatti_engine::{RestoreError, Vm, VmSpec};
+use bhatti_image::BootFiles;
+use bhatti_proto::{Applied, IdentityReport};
+use bhatti_store::SandboxRow;
+use bhatti_types::Report;
+use tokio::time::{Instant, timeout};
+use tracing::warn;
+
+use crate::Shared;
+use crate::bases::{Base, Recipe};
+use crate::create::{BootSource, CreateError};
+use crate::driver::Driver;
+use crate::driver::access::Running;
+use crate::driver::steps::Step;
+use crate::identity::{self, Extras, GUEST_CONFIG_BYTES_MAX};
+use crate::networks::{self, NetworkError};
+use crate::pool::{self, Spare, Stage};
+use crate::volumes::{self, OwnVolumes};
+
+/// The error of a new sandbox's clock that is put up with.
+const CLOCK_EXACT: Duration = Duration::from_millis(10);
+
+/// Brings a sandbox's VM up, and makes it this sandbox's own. Returns what its guest did for that.
+pub(crate) async fn bring_up(
+    shared: &Arc<Shared>,
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    source: BootSource,
+) -> Result<Option<String>, CreateError> {
+    let mut told = identity::config(row, extras);
+    // Whether it is told now or later, a message has to have room for it.
+    told.init.clone_from(&row.spec.init);
+    let bytes = serde_json::to_vec(&told)?.len();
+    if bytes > GUEST_CONFIG_BYTES_MAX {
+        return Err(CreateError::TooMuch { bytes });
+    }
+    Ok(match source {
+        BootSource::Boot(files, _) => {
+            boot(shared, driver, row, extras, files).await?;
+            None
+        }
+        BootSource::Base { recipe, base, spare } => {
+            // Nothing passes a tap that is not connected, so a guest in which no process of anybody runs yet need not wait for the rules.
+            let may_run = row.spec.init.is_empty();
+            let enforced = shared.enforce_network(row.owner, row.address);
+            let forked = fork_base(shared, row, &recipe, &base, spare);
+            let report = settle(driver, row, extras, forked, enforced, may_run).await?;
+            // What has volumes is not kept ready: which they are is known when somebody asks.
+            if recipe.slots == 0 {
+                let shared = Arc::clone(shared);
+                tokio::spawn(
+                    async move { shared.spares.fill(&shared, &base, recipe.memory).await },
+                );
+            }
+            Some(report)
+        }
+        BootSource::Saved { snapshot, token, .. } => {
+            let restored = async {
+                let admitted = shared.admit(row.spec.memory).await?;
+                let vm = restore(shared, row, &snapshot, OwnVolumes::Saved(&snapshot)).await?;
+                Ok(Running::new(vm, &token, admitted))
+            };
+            let enforced = shared.enforce_network(row.owner, row.address);
+            Some(settle(driver, row, extras, restored, enforced, false).await?)
+        }
+    })
+}
+
+/// Makes a paused VM from a base snapshot. One that cannot be used, however that came, is made anew once.
+async fn fork_base(
+    shared: &Arc<Shared>,
+    row: &SandboxRow,
+    recipe: &Recipe,
+    base: &Base,
+    spare: Option<Spare>,
+) -> Result<Running, CreateError> {
+    if let Some(spare) = spare {
+        let (stage, admitted) = spare.claim(shared).map_err(|source| RestoreError::File {
+            step: "claim a VM that was started ahead",
+            source,
+        })?;
+        match stage.load().await {
+            Ok(vm) => return Ok(Running::new(vm, "", admitted)),
+            Err(error) => {
+                warn!(error = %Report(&error), "A VM that was started ahead cannot be used");
+                pool::remove(shared, row.id).await;
+            }
+        }
+    }
+    let admitted = shared.admit(row.spec.memory).await?;
+    let vm = match restore(shared, row, &base.directory, OwnVolumes::Fresh).await {
+        Ok(vm) => vm,
+        Err(CreateError::Restore(
+            error @ (RestoreError::Damaged { .. } | RestoreError::Mismatch { .. }),
+        )) => {
+            warn!(error = %Report(&error), "A base snapshot cannot be used");
+            pool::remove(shared, row.id).await;
+            shared.bases.discard(base).await;
+            let base = shared.bases.get(shared, row.owner, recipe).await?;
+            restore(shared, row, &base.directory, OwnVolumes::Fresh).await?
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(Running::new(vm, "", admitted))
+}
+
+async fn restore(
+    shared: &Shared,
+    row: &SandboxRow,
+    snapshot: &Path,
+    own: OwnVolumes<'_>,
+) -> Result<Arc<dyn Vm>, CreateError> {
+    let volumes = volumes::files(shared, row.id, &row.volumes, own).await?;
+    let staged = pool::stage(shared, row.id, snapshot, row.address.is_some(), volumes).await?;
+    Ok(Stage::Waiting(staged).load().await?)
+}
+
+/// Lets a VM run that was another one, and makes its guest this sandbox's own. Returns its report. `enforced` are its network's rules: the
+/// tap is connected when they are in force. With `early`, the VM runs meanwhile.
+async fn settle(
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    restored: impl Future<Output = Result<Running, CreateError>>,
+    enforced: impl Future<Output = Result<(), NetworkError>>,
+    early: bool,
+) -> Result<String, CreateError> {
+    let connect = || driver.shared.connect_network(row.id, row.owner, row.address);
+    let (running, report) = if early {
+        let restored = async {
+            let running = restored.await?;
+            let report = assume_identity(driver, row, extras, &running).await;
+            Ok::<_, CreateError>((running, report))
+        };
+        // To their ends, both: what is half done cannot be undone.
+        let (restored, enforced) = tokio::join!(restored, enforced);
+        let restored = restored?;
+        enforced?;
+        connect().await?;
+        restored
+    } else {
+        let (restored, enforced) = tokio::join!(restored, enforced);
+        let running = restored?;
+        enforced?;
+        connect().await?;
+        let report = assume_identity(driver, row, extras, &running).await;
+        (running, report)
+    };
+    let AssumedIdentity { report, clock_error } = report?;
+    warn_of_failures(row, &report);
+    if let Applied::Failed { message } = &report.files
+        && !extras.files.is_empty()
+    {
+        return Err(CreateError::Files(message.clone()));
+    }
+    if let Applied::Failed { message } = &report.first_setup
+        && !row.volumes.is_empty()
+    {
+        return Err(CreateError::Mount(message.clone()));
+    }
+    let text = serde_json::to_string(&report)?;
+    driver.shared.store.set_sandbox_identity(row.id, &text)?;
+    let running = running.with_token(&row.agent_token);
+    hand_over_files(&driver.shared, row, extras, &running).await?;
+    if clock_error > CLOCK_EXACT {
+        // What took so long made the clock late; this does not.
+        driver.tell_woken(&running).await;
+    }
+    driver.running(running)?;
+    Ok(text)
+}
+
+/// What a guest reported, and how far its clock may be off.
+struct AssumedIdentity {
+    report: IdentityReport,
+    clock_error: Duration,
+}
+
+/// Lets a VM run, and makes its guest this sandbox's own.
+async fn assume_identity(
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<AssumedIdentity, CreateError> {
+    running.vm.resume().await?;
+    driver.reached(Step::Running).await;
+    let began = Instant::now();
+    let limit = driver.shared.config.boot_limit;
+    let assumed = timeout(limit, async {
+        running.agent.reach().await?;
+        // Only now: the time in it is the time when it arrives.
+        let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
+        running.agent.assume_identity(&identity).await
+    });
+    let mut report = assumed
+        .await
+        .unwrap_or(Err(CallError::Silent { limit }))
+        .map_err(CreateError::Unconfigured)?;
+    // It is late by what its message took there, and seems later by what its answer took back.
+    let clock_error = report.clock_ns.take().map_or_else(|| began.elapsed(), identity::clock_error);
+    Ok(AssumedIdentity { report, clock_error })
+}
+
+fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
+    let IdentityReport {
+        rng,
+        wall_clock,
+        hostname,
+        machine_id,
+        token,
+        environment,
+        files,
+        first_setup,
+        addresses,
+        connections,
+        clock_ns: _,
+    } = report;
+    let parts = [
+        rng,
+        wall_clock,
+        hostname,
+        machine_id,
+        token,
+        environment,
+        files,
+        first_setup,
+        addresses,
+        connections,
+    ];
+    for part in parts {
+        if let Applied::Failed { message } = part {
+            warn!(sandbox = %row.id, message, "Guest did not become itself in every part");
+        }
+    }
+}
+
+/// Makes a guest that has booted this sandbox's own. It has as long for that as for its boot: it may have volumes to make sound.
+pub(crate) async fn configure(
+    shared: &Shared,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<(), CallError> {
+    let limit = shared.config.boot_limit;
+    let configured = timeout(limit, running.agent.configure(&identity::config(row, extras))).await;
+    configured.unwrap_or(Err(CallError::Silent { limit }))
+}
+
+async fn boot(
+    shared: &Arc<Shared>,
+    driver: &Driver,
+    row: &SandboxRow,
+    extras: &Extras,
+    files: BootFiles,
+) -> Result<(), CreateError> {
+    let admitted = shared.admit(row.spec.memory).await?;
+    let vm_spec = VmSpec {
+        id: row.id,
+        hostname: row.spec.name.clone(),
+        cpus: row.spec.cpus,
+        memory: row.spec.memory,
+        disk: row.spec.disk,
+        directory: shared.directory(row.id),
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        root_base: files.root,
+        keep_disk: false,
+        tap: networks::tap(row.id, row.address.is_some()),
+        volumes: volumes::files(shared, row.id, &row.volumes, OwnVolumes::Fresh).await?,
+        boot_limit: shared.config.boot_limit,
+    };
+    shared.enforce_network(row.owner, row.address).await?;
+    let vm = shared.engine.boot(&vm_spec).await?;
+    driver.reached(Step::Running).await;
+    shared.connect_network(row.id, row.owner, row.address).await?;
+    let running = Running::new(vm, "", admitted);
+    configure(shared, row, extras, &running).await.map_err(|error| match error {
+        CallError::Agent(refused) if !row.volumes.is_empty() => CreateError::Mount(refused.message),
+        CallError::Agent(refused) if !extras.files.is_empty() => {
+            CreateError::Files(refused.message)
+        }
+        CallError::Refused(message) if !extras.files.is_empty() => CreateError::Files(message),
+        error => CreateError::Unconfigured(error),
+    })?;
+    let running = running.with_token(&row.agent_token);
+    hand_over_files(shared, row, extras, &running).await?;
+    Ok(driver.running(running)?)
+}
+
+/// Writes the files that were too large to be told with everything else, and then starts the init
+/// script, which may need them.
+async fn hand_over_files(
+    shared: &Shared,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<(), CreateError> {
+    if !extras.files_follow() {
+        return Ok(());
+    }
+    let agent = &running.agent;
+    let handed_over = async {
+        for (path, file) in &extras.files {
+            let written = agent.write_configured_file(path, &file.mode, &file.content).await;
+            written.map_err(|error| match error {
+                CallError::Agent(refused) => CreateError::Files(refused.message),
+                error => CreateError::Unconfigured(error),
+            })?;
+        }
+        if row.spec.init.is_empty() {
+            return Ok(());
+        }
+        agent.start_init(&row.spec.init).await.map_err(CreateError::Unconfigured)
+    };
+    let limit = shared.config.boot_limit;
+    let late = || Err(CreateError::Unconfigured(CallError::Silent { limit }));
+    timeout(limit, handed_over).await.unwrap_or_else(|_| late())
+}

@@ -1,0 +1,341 @@
+//! Recovery from every combination of row and VMM, with a simulated engine. The daemon's tests
+//! `vm_sandbox`, `vm_faults` and `vm_thermal` do the same with real VMs.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bhatti_engine::Engine;
+use bhatti_image::ImageStore;
+use bhatti_store::{NewSandbox, Store};
+use bhatti_testkit::{Found, FoundVms, change_store};
+use bhatti_types::{SandboxSpec, SecretName, UserId};
+use serde_json::Value;
+
+use super::*;
+use crate::{Config, ControlPlane, NetworkConfig, ThermalConfig};
+
+/// A control half without events and secrets.
+struct NoControl;
+
+impl ControlPlane for NoControl {
+    fn record(&self, _: &'static str, _: UserId, _: SandboxId, _: Value) {}
+
+    fn secrets(&self, _: UserId, _: &[SecretName]) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+}
+
+/// What is found of a sandbox's snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Saved {
+    No,
+    Yes,
+    Used,
+    Ran,
+}
+
+/// A data directory with a store.
+struct Place {
+    data: tempfile::TempDir,
+    store: Arc<Store>,
+    vms: Arc<FoundVms>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        for directory in ["sandboxes", "snapshots", "templates", "volumes"] {
+            std::fs::create_dir(data.path().join(directory)).unwrap();
+        }
+        let store = Arc::new(Store::open(data.path()).unwrap());
+        Self { data, store, vms: Arc::default() }
+    }
+
+    fn directory(&self, id: SandboxId) -> std::path::PathBuf {
+        self.data.path().join("sandboxes").join(id.to_string())
+    }
+
+    /// Puts a sandbox in place as an earlier daemon left it.
+    fn leave(&self, number: u8, state: SandboxState, found: Found, saved: Saved) -> SandboxId {
+        let id = SandboxId::from_entropy([number; 8]);
+        let spec =
+            SandboxSpec::plain(format!("s{number}").parse().unwrap(), "minimal".parse().unwrap());
+        let (origin, agent_token) = ("boot".to_owned(), String::new());
+        let new = NewSandbox {
+            id,
+            owner: UserId::ADMIN,
+            spec,
+            origin,
+            agent_token,
+            expires_at: None,
+            volumes: Vec::new(),
+        };
+        self.store.insert_sandbox(new).unwrap();
+        self.store.set_sandbox_state(id, state).unwrap();
+        let directory = self.directory(id);
+        std::fs::create_dir(&directory).unwrap();
+        match saved {
+            Saved::No => {}
+            Saved::Yes => std::fs::create_dir(directory.join("snapshot")).unwrap(),
+            Saved::Used => std::fs::create_dir(directory.join("snapshot.used")).unwrap(),
+            Saved::Ran => std::fs::create_dir_all(directory.join("snapshot.used/ran")).unwrap(),
+        }
+        self.vms.leave(id, found);
+        id
+    }
+
+    async fn recover(&self) -> Node {
+        let path = self.data.path();
+        let config = Config {
+            sandboxes_dir: path.join("sandboxes"),
+            images: ImageStore::new(path),
+            lohar: path.join("lohar"),
+            boot_limit: Duration::from_secs(1),
+            snapshots_dir: path.join("snapshots"),
+            bases_dir: path.join("templates"),
+            bases_bytes: 0,
+            base_hostname: "template".parse().unwrap(),
+            ready_vmms: 0,
+            ready_forks: 0,
+            memory_budget_mib: 4096,
+            thermal: ThermalConfig {
+                warm_after: Duration::from_secs(3600),
+                cold_after: Duration::from_secs(3600),
+            },
+            volumes_dir: path.join("volumes"),
+            network: NetworkConfig {
+                host: Err("this is a test".to_owned()),
+                range: "10.213.0.0/16".parse().unwrap(),
+                reach_host: false,
+            },
+            fault: None,
+        };
+        let engine: Arc<dyn Engine> = Arc::clone(&self.vms) as _;
+        let node = Node::new(config, Arc::clone(&self.store), engine, Arc::new(NoControl));
+        node.recover().await.unwrap().finished().await;
+        node
+    }
+}
+
+const RUNNING: SandboxState = SandboxState::Running;
+const STOPPED: SandboxState = SandboxState::Stopped;
+const CRASHED: SandboxState = SandboxState::Failed(FailReason::VmmExited);
+const MISSING: SandboxState = SandboxState::Failed(FailReason::VmmMissing);
+const UNUSABLE: SandboxState = SandboxState::Failed(FailReason::VmmUnusable);
+
+#[tokio::test]
+async fn every_row_and_reality_come_to_one_truth_however_often() {
+    use self::Saved::{No, Ran, Used, Yes};
+    use Found::{Broken, Nothing, Paused, Running};
+    use Thermal::{Cold, Hot, Warm};
+    let cases = [
+        (RUNNING, Running, No, Some((RUNNING, Some(Hot)))),
+        (RUNNING, Running, Used, Some((RUNNING, Some(Hot)))),
+        (RUNNING, Paused, No, Some((RUNNING, Some(Warm)))),
+        (RUNNING, Nothing, Yes, Some((RUNNING, Some(Cold)))),
+        (RUNNING, Nothing, Used, Some((RUNNING, Some(Cold)))),
+        (RUNNING, Nothing, Ran, Some((MISSING, None))),
+        (RUNNING, Nothing, No, Some((MISSING, None))),
+        (RUNNING, Broken, No, Some((UNUSABLE, None))),
+        (STOPPED, Nothing, Yes, Some((STOPPED, None))),
+        (STOPPED, Nothing, No, Some((STOPPED, None))),
+        (CRASHED, Nothing, No, Some((CRASHED, None))),
+        (SandboxState::Creating, Running, No, None),
+        (SandboxState::Creating, Nothing, No, None),
+        (SandboxState::Destroyed, Running, Yes, None),
+        (SandboxState::Destroyed, Nothing, No, None),
+    ];
+    let place = Place::new();
+    let numbered = (1..).zip(&cases);
+    let ids: Vec<SandboxId> = numbered
+        .map(|(number, (state, found, saved, _))| place.leave(number, *state, *found, *saved))
+        .collect();
+
+    for round in 1..=2 {
+        let node = place.recover().await;
+        for (id, (state, found, saved, expected)) in ids.iter().zip(&cases) {
+            let what = format!("round {round}: {state:?}, {found:?}, {saved:?}");
+            let row = place.store.get_sandbox(*id).unwrap();
+            let truth = row.as_ref().map(|row| (row.state, node.thermal(row.id)));
+            assert_eq!(truth, *expected, "{what}");
+            assert_eq!(place.directory(*id).exists(), expected.is_some(), "{what}");
+            if expected.is_none() {
+                assert_eq!(place.vms.get(*id), None, "{what}: its VMM lives");
+            }
+        }
+    }
+    let used_again = place.directory(ids[4]);
+    assert!(used_again.join("snapshot").exists() && !used_again.join("snapshot.used").exists());
+}
+
+#[tokio::test]
+async fn stop_that_was_cut_off_is_finished_or_undone() {
+    let place = Place::new();
+    // Its VM cannot be saved: then it goes on, rather than being lost.
+    let id = place.leave(1, STOPPED, Found::Running, Saved::No);
+
+    let _node = place.recover().await;
+
+    let undone = async {
+        while place.store.get_sandbox(id).unwrap().unwrap().state != RUNNING {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), undone).await.unwrap();
+    assert_eq!(place.vms.get(id), Some(Found::Running));
+}
+
+#[tokio::test]
+async fn what_the_store_does_not_know_is_left_alone() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::Yes);
+    // A store that was restored from an older copy.
+    place.store.delete_sandbox(id).unwrap();
+    std::fs::create_dir(place.data.path().join("sandboxes/not-an-id")).unwrap();
+
+    let node = place.recover().await;
+
+    assert!(place.directory(id).join("snapshot").exists());
+    assert_eq!(place.vms.get(id), Some(Found::Running));
+    assert!(place.data.path().join("sandboxes/not-an-id").exists());
+    assert_eq!(node.taking_up(), 0);
+}
+
+#[tokio::test]
+async fn removal_of_a_sandbox_with_a_damaged_row_is_finished() {
+    let place = Place::new();
+    let id = place.leave(1, SandboxState::Destroyed, Found::Running, Saved::No);
+    change_store(place.data.path(), "UPDATE sandboxes SET memory_mib = 1");
+
+    place.recover().await;
+
+    assert!(!place.directory(id).exists());
+    assert_eq!(place.vms.get(id), None, "its VMM lives");
+    assert_eq!(place.store.list_all_sandbox_ids().unwrap(), []);
+}
+
+#[tokio::test]
+async fn row_with_a_damaged_id_keeps_no_other_sandbox_down() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::No);
+    let sound = place.leave(2, RUNNING, Found::Running, Saved::No);
+    change_store(place.data.path(), "UPDATE sandboxes SET id = 'x' WHERE name = 's1'");
+
+    let node = place.recover().await;
+
+    assert_eq!(node.thermal(sound), Some(Thermal::Hot));
+    assert_eq!(place.store.list_sandbox_ids(UserId::ADMIN).unwrap(), [sound]);
+    assert!(place.directory(id).exists(), "it is left alone");
+}
+
+#[tokio::test]
+async fn interrupted_boot_is_ended_and_stale_marks_are_removed() {
+    let place = Place::new();
+    let mark = |id| std::fs::write(place.directory(id).join("booting"), "").unwrap();
+    let cases = [
+        // Without images, the boot that follows fails.
+        (RUNNING, Found::Running, Saved::Ran, Some((UNUSABLE, None))),
+        (RUNNING, Found::Nothing, Saved::No, Some((UNUSABLE, None))),
+        (STOPPED, Found::Running, Saved::Ran, Some((STOPPED, None))),
+        (CRASHED, Found::Running, Saved::No, Some((CRASHED, None))),
+        // A mark that could not be removed, beside the memory of a later stop.
+        (RUNNING, Found::Nothing, Saved::Yes, Some((RUNNING, Some(Thermal::Cold)))),
+    ];
+    let numbered = (1..).zip(&cases);
+    let ids: Vec<SandboxId> = numbered
+        .map(|(n, (state, found, saved, _))| place.leave(n, *state, *found, *saved))
+        .collect();
+    ids.iter().for_each(|id| mark(*id));
+
+    let node = place.recover().await;
+
+    for (id, (state, found, saved, expected)) in ids.iter().zip(&cases) {
+        let truth = || {
+            let row = place.store.get_sandbox(*id).unwrap();
+            row.map(|row| (row.state, node.thermal(row.id)))
+        };
+        let is_settled = || truth() == *expected && place.vms.get(*id).is_none();
+        let is_settled = || is_settled() || (*found == Found::Nothing && truth() == *expected);
+        bhatti_testkit::wait_for(&format!("{state:?}, {found:?}, {saved:?}"), is_settled).await;
+    }
+    assert!(!place.directory(ids[2]).join("booting").exists(), "its VM is gone");
+    assert!(!place.directory(ids[2]).join("snapshot.used").exists(), "nothing uses it any more");
+    assert!(!place.directory(ids[4]).join("booting").exists(), "a later daemon must not boot it");
+    assert!(place.directory(ids[4]).join("snapshot").exists());
+}
+
+#[tokio::test]
+async fn memory_is_taken_from_the_sandbox_that_was_used_least_recently() {
+    let place = Place::new();
+    let [first, second, third, hot, stopped] = [
+        (1, RUNNING, Found::Paused),
+        (2, RUNNING, Found::Paused),
+        (3, RUNNING, Found::Paused),
+        (4, RUNNING, Found::Running),
+        (5, STOPPED, Found::Nothing),
+    ]
+    .map(|(number, state, found)| place.leave(number, state, found, Saved::No));
+    let node = place.recover().await;
+    let registry = &node.shared.registry;
+    for id in [second, third, first] {
+        registry.with(id, |handle| handle.access.touch());
+    }
+
+    let mut taken = HashSet::new();
+    for expected in [second, third, first] {
+        let (id, _) = registry.longest_idle(&taken).unwrap();
+        assert_eq!(id, expected);
+        taken.insert(id);
+    }
+
+    let left = registry.longest_idle(&taken).map(|(id, _)| id);
+    assert_eq!(left, None, "neither {hot}, which is in use, nor {stopped}, which has no memory");
+}
+
+#[tokio::test]
+async fn snapshot_that_was_being_deleted_is_back_if_its_row_is() {
+    let place = Place::new();
+    let id = SandboxId::from_entropy([8; 8]);
+    place.store.insert_snapshot(snapshot_row(id)).unwrap();
+    std::fs::create_dir(place.data.path().join(format!("snapshots/{id}.tmp"))).unwrap();
+
+    place.recover().await;
+
+    assert!(place.data.path().join(format!("snapshots/{id}")).exists());
+}
+
+fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
+    let spec = SandboxSpec::plain("s".parse().unwrap(), "minimal".parse().unwrap());
+    bhatti_store::SnapshotRow {
+        id,
+        owner: UserId::ADMIN,
+        name: "saved".parse().unwrap(),
+        sandbox_id: id,
+        sandbox_name: spec.name,
+        cpus: spec.cpus,
+        memory: spec.memory,
+        disk: None,
+        agent_token: String::new(),
+        is_full: true,
+        memory_bytes: 0,
+        image: spec.image,
+        network: spec.network,
+        volumes: Vec::new(),
+        created_at: String::new(),
+    }
+}
+
+#[tokio::test]
+async fn snapshots_that_were_being_made_are_finished_or_gone() {
+    let place = Place::new();
+    let snapshots = place.data.path().join("snapshots");
+    let id = SandboxId::from_entropy([7; 8]);
+    for name in [format!(".save-{id}"), ".fork-abc".to_owned(), "x.tmp".to_owned()] {
+        std::fs::create_dir(snapshots.join(name)).unwrap();
+    }
+
+    place.recover().await;
+
+    assert_eq!(std::fs::read_dir(snapshots).unwrap().count(), 0);
+}
