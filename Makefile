@@ -1,4 +1,5 @@
-# Everything a user or a developer starts. `make quickstart` is the way in; `make test` and `make check` are what CI runs.
+# Commands for users and developers. Start with `make quickstart`. CI runs `make check` and
+# `make test`.
 
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
@@ -21,11 +22,13 @@ test:
 test-engines: build
 	./scripts/test-engines.sh
 
-# The daemon's tests on Firecracker, in the KVM lab where there is no KVM. PROGRAMS="vm_network vm_volumes" chooses some.
+# The daemon's tests on Firecracker, in the KVM lab if this machine has no KVM.
+# PROGRAMS="vm_network vm_volumes" selects test programs.
 test-firecracker: build
 	./scripts/test-firecracker.sh $(PROGRAMS)
 
-# Cuts the power of a recorded daemon at 300 points on ext4 and on XFS; about ten minutes. SEED=N repeats a choice of points.
+# Cuts the power of a recorded daemon at 300 points on ext4 and on XFS; takes about ten minutes.
+# SEED=N repeats a choice of points.
 power-loss: test-data
 	cargo xtask power-loss --file-system ext4 --file-system xfs $(if $(SEED),--seed $(SEED))
 
@@ -35,22 +38,22 @@ check:
 	RUSTDOCFLAGS='-D warnings' cargo doc --release --locked --workspace --no-deps --document-private-items
 	cargo xtask tidy
 
-# Asks a daemon thousands of things that the API's description allows; a few minutes.
+# Sends a daemon thousands of requests that the API's description allows; takes a few minutes.
 api-check: build
 	./scripts/api-check.sh
 
-# What tests and benchmarks need: packages, programs, images.
+# The inputs of tests and benchmarks: packages, programs, images.
 test-data:
 	./scripts/test-data.sh
 
 bench: test-data
 	cargo xtask bench
 
-# Whether the promises hold: ratios with their noise, and counts of instructions.
+# Checks whether the promises hold: ratios with their noise, and instruction counts.
 bench-check: test-data
 	cargo xtask bench check
 
-# Docker, QEMU alone and the host beside bhatti, in turns.
+# Compares bhatti with Docker, QEMU alone and the host, in turns.
 compare: test-data
 	./scripts/with-docker.sh cargo xtask compare
 

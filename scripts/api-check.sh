@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Asks a real daemon, with a real sandbox, thousands of things that the API's description allows, by schemathesis: none may be the daemon's
-# fault. Its versions are pinned; it lives in target/schemathesis.
+# Sends a real daemon with a real sandbox thousands of requests that the API's description allows,
+# with schemathesis. No response may be a server error. The version of schemathesis is pinned; it
+# is installed in target/schemathesis.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +25,7 @@ ask -X POST http://x/sandboxes/dev/checkpoint -d '{"name":"snap"}'
 ask -X POST http://x/templates -d '{"name":"tmpl"}'
 ask -X POST http://x/users -d '{"name":"bob"}'
 
-# As the admin: the tool knows no Unix sockets.
+# Requests are the admin's, through a relay: schemathesis does not support Unix sockets.
 python3 scripts/tcp-to-unix.py "$data/bhatti.sock" "$data/port" &
 bridge=$!
 until [ -s "$data/port" ]; do sleep 0.1; kill -0 "$bridge"; done
@@ -36,11 +37,12 @@ cat >"$data/schemathesis.toml" <<'TOML'
 "path.user" = "bob"
 "path.port" = 8000
 
-# What an application in the guest answers, or the host's memory being in use, is not the daemon's fault.
+# Failures of applications in the guest and a lack of free host memory are not the daemon's fault.
 [checks.not_a_server_error]
 expected-statuses = ["1xx", "2xx", "3xx", "4xx", 502, 503, 504]
 TOML
-# Not what takes away, or stops, the one sandbox that everything else is asked of; nor what makes VMs without end.
+# Exclude requests that delete or stop the one sandbox that all other requests use, and requests
+# that create VMs without limit.
 "$tool/bin/schemathesis" --config-file "$data/schemathesis.toml" run "http://127.0.0.1:$(cat "$data/port")/openapi.json" \
     --url "http://127.0.0.1:$(cat "$data/port")" --checks not_a_server_error --phases examples,coverage,fuzzing --max-examples 60 \
     --exclude-path-regex '(checkpoint|fork|resume|pause|stop|start|rotate-key)$' --exclude-method DELETE --exclude-path /sandboxes \

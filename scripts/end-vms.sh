@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends the VMs of a data directory, whose daemon has ended.
+# Kills the VMs of a data directory whose daemon has ended.
 set -euo pipefail
 directory=$1
 for command_line in /proc/[0-9]*/cmdline; do

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prints each failed test of a log with the last lines that it printed.
+# Prints each failed test of a log with the last lines of its output.
 #
 #   ./scripts/failed-tests.sh SUITE LOG
 #
-# In a log of nextest, a test's output follows its `FAIL` line (profile `ci` prints it at the end once more); of any other log, the
-# last lines are printed.
+# In a nextest log, a test's output follows its `FAIL` line (profile `ci` prints the output again at
+# the end). For any other log, the script prints the last lines.
 set -euo pipefail
 suite=$1 log=$2
 readonly lines=25
@@ -18,7 +18,7 @@ if [ -z "$failed" ]; then
 fi
 while read -r test; do
     printf '\nFAILED: %s: %s\n' "$suite" "$test"
-    # Its output, up to the next test's line.
+    # The output of the test, up to the next test's line.
     awk -v test="$test" '
         /^ +[A-Z]+ \[/ || /^────/ { on = 0 }
         /^ +(FAIL|TIMEOUT|SIG[A-Z]+|ABORT) \[/ && index($0, test) { on = 1; n = 0; next }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds the kernel module of the tests' hostile guest (crates/bhatti/tests/guest/hostile.c) for the kernel that sandboxes boot:
+# Builds the kernel module of the tests' hostile guest (crates/bhatti/tests/guest/hostile.c) for the
+# kernel that sandboxes boot:
 #
-#   ./scripts/hostile-module.sh DATA_DIR    writes DATA_DIR/hostile.ko, unless it is there already
+#   ./scripts/hostile-module.sh DATA_DIR    writes DATA_DIR/hostile.ko, unless it is up to date
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data_dir=$1
@@ -19,7 +20,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 headers=linux-headers-$release
-# The headers that all flavours share, and the programs that build modules, have names of their own.
+# The headers that all flavors share and the programs that build modules are separate packages.
 others=$(apt-cache show "$headers=$version" | sed -n 's/^Depends: //p' | tr ',' '\n' |
     grep -o 'linux-headers-[^ ]*-common\|linux-kbuild-[^ ]*' | sort -u)
 (
@@ -34,7 +35,7 @@ sed -i "s|/usr/src/|$work/root/usr/src/|" "$work/root/usr/src/$headers/Makefile"
 mkdir "$work/module"
 cp "$source" "$work/module/"
 echo 'obj-m := hostile.o' >"$work/module/Makefile"
-# Without its type information: that takes pahole, and nothing here reads it.
+# Build without BTF type information: it needs pahole, and nothing here reads it.
 make -s -C "$work/root/usr/src/$headers" M="$work/module" CONFIG_DEBUG_INFO_BTF_MODULES= modules >"$work/log" 2>&1 || {
     cat "$work/log" >&2
     exit 1

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what bhatti needs on Debian 12, with apt, and only what is missing. Root or sudo.
+# Installs the missing packages that bhatti needs on Debian 12, with apt. Needs root or sudo.
 #
-#   ./scripts/install-packages.sh         what running needs
-#   ./scripts/install-packages.sh test    what the tests need, too
+#   ./scripts/install-packages.sh         packages to run bhatti
+#   ./scripts/install-packages.sh test    also packages for the tests
 set -euo pipefail
 
 readonly backports=bookworm-backports
@@ -47,7 +47,7 @@ add_backports() {
     local uri
     uri=$(mirror)
     if [ -z "$uri" ]; then
-        # A machine whose lists were never fetched, or were cleaned away, knows no mirror yet.
+        # apt reports no mirror if its package lists were never fetched or were deleted.
         apt update
         uri=$(mirror)
     fi

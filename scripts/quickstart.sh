@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# From a fresh clone to a command in a microVM. Running it again takes seconds and keeps the sandbox `dev` with all its files.
+# From a fresh clone to a command in a microVM. Running it again takes seconds and keeps the sandbox
+# `dev` with all its files.
 #
-# BHATTI_DATA_DIR names the data directory [default: /var/lib/bhatti for root, else ~/.local/share/bhatti].
+# BHATTI_DATA_DIR names the data directory [default: /var/lib/bhatti for root, else
+# ~/.local/share/bhatti].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,12 +46,12 @@ start_daemon() {
     exit 1
 }
 
-# Creates the sandbox unless there is one of that name. Never destroys one: its disk is the user's.
+# Creates the sandbox `dev` unless it exists. Never destroys it: the disk belongs to the user.
 create_sandbox() {
     "$bhatti" --quiet create --name dev --if-exists return >/dev/null
     if ! "$bhatti" --quiet start dev >/dev/null; then
-        echo "error: the sandbox \`dev\` is there and does not start; its disk is kept" >&2
-        echo "hint: boot it from its disk: $bhatti start dev --cold-boot" >&2
+        echo "error: the existing sandbox \`dev\` does not start; its disk is kept" >&2
+        echo "hint: boot the sandbox from its disk: $bhatti start dev --cold-boot" >&2
         exit 1
     fi
 }
@@ -73,6 +75,6 @@ The sandbox \`dev\` is a virtual machine with a kernel of its own. Try:
   $bhatti destroy dev
   $bhatti doctor
 To have \`bhatti\` on your PATH: make install
-To stop the daemon (its sandboxes go on running until they are destroyed):
+To stop the daemon (its sandboxes keep running until they are destroyed):
   kill \$(cat $data_dir/daemon.lock)
 TEXT

@@ -1,4 +1,7 @@
-"""Passes TCP connections on to a Unix socket, for tools that know no other. Usage: tcp-to-unix.py SOCKET PORT_FILE"""
+"""Relays TCP connections to a Unix socket, for tools that support only TCP.
+
+Usage: tcp-to-unix.py SOCKET PORT_FILE
+"""
 
 import asyncio
 import sys

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Tests the web console in a real browser against the program in dist/, in a network of its own.
+# Tests the web console in a real browser against the program in dist/, in its own
+# network namespace.
 #
 #   ./scripts/test-console.sh DATA_DIR      a data directory that `bhatti setup` has filled
 #
-# Screenshots are left in target/console.
+# Leaves screenshots in target/console.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +20,7 @@ made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 npm run --silent build -- "$made"
 if ! diff -rq "$made" ../crates/bhatti-server/console; then
-    echo "error: crates/bhatti-server/console is not what web/ makes: run \`npm ci && npm run build\` in web/, then \`make build\`" >&2
+    echo "error: crates/bhatti-server/console does not match the build of web/: run \`npm ci && npm run build\` in web/, then \`make build\`" >&2
     exit 1
 fi
 export BHATTI=$PWD/../dist/bhatti BHATTI_DATA=$data_dir CHROMIUM=$chromium SCREENSHOTS=$PWD/../target/console

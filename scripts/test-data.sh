@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes what tests and benchmarks need, where it is missing: packages, the programs in dist/, and images and base snapshots in
-# target/test-data. Running it again takes seconds.
+# Makes the missing inputs of tests and benchmarks: packages, the programs in dist/, and images
+# and base snapshots in target/test-data. Running it again takes seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,19 +11,21 @@ mkdir -p target/test-data
 data_dir=$PWD/target/test-data
 dist/bhatti setup --data-dir "$data_dir" --no-template
 ./scripts/hostile-module.sh "$data_dir"
-# Further images have directories of their own: most tests have the minimal one alone. Each is built beside the other.
+# Further images have their own data directories, because most tests use only the minimal image. The
+# images are built in parallel.
 kernel_of() {
     grep -o '"kernel-[^"]*"' "$1/images/index.json" 2>/dev/null || true
 }
 with_images() {
-    # One with another kernel is made anew.
+    # Make the images again if they have another kernel.
     if [ "$(kernel_of "$1")" != "$(kernel_of "$data_dir")" ]; then
         rm -rf "$1/images"
         mkdir -p "$1"
         chmod 700 "$1"
-        # The index is replaced, not written, so the other one stays as it is.
+        # Setup replaces the index file instead of writing to it, so the linked original stays as
+        # it is.
         cp -a --link "$data_dir/images" "$1/"
-        # A lock of its own, so that both can be built at once.
+        # Each directory needs its own lock file, so that both images can be built at once.
         rm -f "$1/images/.lock"
     fi
 }
@@ -34,7 +36,7 @@ dev_build=$!
 trap 'kill "$dev_build" 2>/dev/null || true; wait' EXIT
 containers_dir=$PWD/target/test-data-containers
 with_images "$containers_dir"
-# An authority of the tests' own, which this image trusts, and a server's certificate by it.
+# The tests' certificate authority, which this image trusts, and a server certificate that it signs.
 tls=$containers_dir/tls
 if [ ! -e "$tls/server.pem" ]; then
     mkdir -p "$tls"
@@ -45,13 +47,14 @@ if [ ! -e "$tls/server.pem" ]; then
         -extfile <(echo subjectAltName=DNS:localhost) -out "$tls/server.crt" 2>/dev/null
     cat "$tls/server.crt" "$tls/server.key" >"$tls/server.pem"
 fi
-# Where `setup --ca-certificate` puts it. That would make the minimal image anew, too.
+# `setup --ca-certificate` would put the certificate here, but also rebuild the minimal image.
 install -D -m 0644 "$tls/ca.pem" "$containers_dir/images/ca-certificates/tests.crt"
 dist/bhatti image build containers --data-dir "$containers_dir" -p docker.io -p podman -p uidmap -p slirp4netns \
     -p busybox-static
 wait "$dev_build"
 trap - EXIT
-# The base snapshot is made in a network namespace of its own: it configures bridges and nftables.
+# Run setup in a network namespace of its own: making the base snapshot configures bridges and
+# nftables.
 own_network=()
 [ "$(id -u)" = 0 ] && own_network=(unshare --net)
 "${own_network[@]}" dist/bhatti setup --data-dir "$data_dir"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs every engine's conformance tests, where they can run here and in the KVM lab, and prints engine × part with what came of it.
-# FIRECRACKER_BIN names a firecracker, with its jailer beside it; without one, one on PATH is taken.
+# Runs the conformance tests of every engine, on this machine where they can run and in the KVM
+# lab, and prints a table of engines, tests and results. FIRECRACKER_BIN names the firecracker
+# binary, with its jailer beside it [default: firecracker on PATH].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,13 +17,13 @@ results=$(mktemp)
 trap 'rm -f "$results"' EXIT
 status=0
 
-# The program of an engine's tests.
+# Prints the path of the test program of an engine.
 program_of() {
     cargo test --release --locked --no-run --message-format=json -p "$1" --test vm_conformance 2>/dev/null |
         sed -n 's/.*"executable":"\([^"]*vm_conformance-[^"]*\)".*/\1/p' | tail -1
 }
 
-# Notes what came of each part: NAME, then the output of a run.
+# note NAME: records the result of each test in the output of a run.
 note() {
     sed -n "s/^test \([a-z_]*\) \.\.\. \(ok\|FAILED\)$/$1\t\1\t\2/p" >>"$results"
 }

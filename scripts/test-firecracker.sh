@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the daemon's tests on Firecracker, here or, without KVM, in the KVM lab: all of them, or those of the programs that are named
-# (`vm_network`, for one). FIRECRACKER_BIN names a firecracker, with its jailer beside it; without one, one on PATH is taken.
+# Runs the daemon's tests on Firecracker, on this machine or, without KVM, in the KVM lab. Arguments
+# select test programs, such as `vm_network` [default: all]. FIRECRACKER_BIN names the firecracker
+# binary, with its jailer beside it [default: firecracker on PATH].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,12 +15,12 @@ fi
 mkdir -p target/test-data
 dist/bhatti setup --data-dir "$PWD/target/test-data" --no-template
 
-# What is not about containers.
+# All VM test programs except those for a single engine and the conformance suites.
 programs=$(cargo test --release --locked --no-run --message-format=json --workspace 2>/dev/null |
     sed -n 's/.*"executable":"\([^"]*\/vm_[a-z]*-[0-9a-f]*\)".*/\1/p' | grep -vE '/vm_(docker|guest|conformance)-' | sort -u)
 [ $# = 0 ] || programs=$(grep -E "/($(IFS='|' && echo "$*"))-" <<<"$programs")
-# Tests that are left out, by the beginnings of their names: those that build images, or look for what that takes. It is the same on every
-# engine, and wants Debian's archive.
+# Beginnings of the names of skipped tests. These tests build images, or look for the tools that
+# this needs. Building images is the same on every engine, and needs Debian's archive.
 left_out=(image_is image_trusts docker_and_podman doctor_finds)
 is_lab=true
 if [ -r /dev/kvm ] && grep -qwE 'vmx|svm' /proc/cpuinfo; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs `make quickstart` three times on a data directory of its own and checks that a file in /workspace is still there: with the
-# sandbox running, and with the sandbox stopped. Uses the images of target/test-data, so `scripts/test-data.sh` runs first.
+# Runs `make quickstart` three times on its own data directory and checks that a file in
+# /workspace is still there: with the sandbox running, and with the sandbox stopped. Uses the
+# images of target/test-data, so run `scripts/test-data.sh` first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all of them. What cannot run here says so at the end, behind what failed.
+# Installs the packages that the tests need and runs all tests. Prints the tests that cannot run
+# here at the end, before the failed tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./scripts/install-packages.sh test
-# Some tests want a Docker of their own, never the machine's.
+# Some tests need a Docker daemon of their own, never the machine's.
 [ -n "${DOCKER_SOCK:-}" ] || exec ./scripts/with-docker.sh ./scripts/test.sh "$@"
 ./scripts/test-data.sh
 data_dir=$PWD/target/test-data
 rm -f target/skipped.txt target/failed.txt
 
 status=0
-# run NAME COMMAND...: runs one suite and notes its failure for the summary.
+# run NAME COMMAND...: runs one suite and records its failure for the summary.
 run() {
     local name=$1 log=target/log-$1.txt code=0
     shift
@@ -22,7 +23,7 @@ run() {
 }
 
 run tests cargo nextest run --release --locked --workspace --profile ci "$@"
-# Once more on Docker, unless some tests were chosen.
+# Run the daemon's tests again on Docker, unless the arguments select tests.
 if [ $# = 0 ] && [ -S "$DOCKER_SOCK" ]; then
     BHATTI_TEST_CONFIG="engine: docker,docker: $DOCKER_SOCK" \
         run docker cargo nextest run --release --locked --workspace --profile ci \
@@ -42,7 +43,7 @@ if [ -s target/skipped.txt ]; then
     sort -u target/skipped.txt
 fi
 echo "skipped: $(sort -u target/skipped.txt 2>/dev/null | wc -l)"
-# Last: whoever reads the end of a cut log sees what failed.
+# Print failures last, so that the end of a truncated log shows them.
 if [ -s target/failed.txt ]; then
     cat target/failed.txt
 fi

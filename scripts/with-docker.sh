@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Runs a command with a Docker of its own: DOCKER_SOCK names its socket, and what it made is gone at the end.
+# Runs a command with its own Docker daemon. DOCKER_SOCK names the daemon's socket. At the end, the
+# script removes everything that the daemon made.
 #
 #   ./scripts/with-docker.sh COMMAND [ARGUMENT...]
 #
-# Where Docker cannot run, DOCKER_SOCK names a socket that is not there, and the tests say so.
+# If Docker cannot run, DOCKER_SOCK names a socket that does not exist, and the tests report that.
 set -euo pipefail
 
-# Not on a file system that a container's layers cannot lie on, and short: a socket's path is.
+# In /tmp, because not every file system can hold container layers, and a socket's path must be
+# short.
 place=$(mktemp -d /tmp/bhatti-docker-XXXXXX)
 export DOCKER_SOCK=$place/docker.sock
 daemon=
 
 clean_up() {
     if [ -n "$daemon" ]; then
-        # Whatever a test that failed has left. A Docker that has ended meanwhile has nothing to say.
+        # Remove the containers that failed tests left. Ignore errors of a Docker that has ended.
         containers=$(docker --host "unix://$DOCKER_SOCK" ps --all --quiet || true)
         [ -z "$containers" ] || docker --host "unix://$DOCKER_SOCK" rm --force $containers >/dev/null || true
         kill "$daemon" || true
@@ -24,7 +26,7 @@ clean_up() {
 trap clean_up EXIT
 
 if [ "$(id -u)" = 0 ] && command -v dockerd >/dev/null; then
-    # It has nothing to do with this machine's network: containers are given theirs by bhatti.
+    # This Docker does not touch the machine's network: bhatti gives containers their networks.
     dockerd --data-root "$place/data" --exec-root "$place/exec" --pidfile "$place/pid" \
         --host "unix://$DOCKER_SOCK" --bridge none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
         >"$place/log" 2>&1 &

@@ -1,5 +1,5 @@
-// Makes the files that the daemon has in it, in crates/bhatti-server/console or in the directory that is named. They are committed, so
-// that building bhatti takes no Node.
+// Builds the files that are compiled into the daemon, in crates/bhatti-server/console or in the
+// directory that the argument names. They are committed, so that building bhatti needs no Node.
 import { build } from "esbuild";
 import { copyFile, mkdir } from "node:fs/promises";
 import { join } from "node:path";

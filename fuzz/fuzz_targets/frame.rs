@@ -1,4 +1,4 @@
-//! Any bytes, in any pieces, are frames or an error: the same whatever the pieces.
+//! Any bytes decode to frames or an error, and the result is the same for any split of the bytes.
 #![no_main]
 
 use bhatti_proto::{FrameReader, encode, parse};
@@ -12,12 +12,12 @@ fuzz_target!(|input: (u8, &[u8])| {
     while let Ok(Some(parsed)) = parse(rest) {
         assert!(parsed.total_bytes <= rest.len());
         let mut again = Vec::new();
-        encode(&mut again, parsed.frame_type, parsed.payload).expect("what was parsed can be encoded");
+        encode(&mut again, parsed.frame_type, parsed.payload).expect("a parsed frame can be encoded");
         assert_eq!(again, rest[..parsed.total_bytes]);
         whole.push((parsed.frame_type.0, parsed.payload.to_vec()));
         rest = &rest[parsed.total_bytes..];
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("the runtime can be built");
     let pieces = runtime.block_on(async {
         let (mut near, far) = tokio::io::duplex(usize::from(piece).max(1));
         let bytes = bytes.to_vec();

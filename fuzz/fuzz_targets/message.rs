@@ -1,4 +1,4 @@
-//! Any bytes are one of the JSON messages or an error; what was decoded is the same after another round.
+//! Any bytes decode to a JSON message or an error. A decoded message survives another round trip.
 #![no_main]
 
 use bhatti_proto::{
@@ -11,8 +11,8 @@ use libfuzzer_sys::fuzz_target;
 macro_rules! check {
     ($bytes:expr, $($message:ty),* $(,)?) => {$(
         if let Ok(message) = serde_json::from_slice::<$message>($bytes) {
-            let json = serde_json::to_vec(&message).expect("what was decoded can be encoded");
-            let again: $message = serde_json::from_slice(&json).expect("what was encoded can be decoded");
+            let json = serde_json::to_vec(&message).expect("a decoded message can be encoded");
+            let again: $message = serde_json::from_slice(&json).expect("an encoded message can be decoded");
             assert_eq!(message, again);
         }
     )*};

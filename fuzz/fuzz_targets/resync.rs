@@ -1,4 +1,5 @@
-//! Any bytes before a hello, in any pieces, leave the hello and what is behind it whole; any bytes before an ack, too.
+//! A hello and the data after it decode unchanged after any bytes, in any split. The same holds for
+//! an ack.
 #![no_main]
 
 use bhatti_proto::resync::{Decoder, GENERATION, Hello, escape, greet};
@@ -8,7 +9,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fuzz_target!(|input: (u8, [u8; 16], &[u8], &[u8])| {
     let (piece, epoch, noise, plain) = input;
-    // Whoever knows the epoch can say the ack: it is drawn at random so that nothing stale does.
+    // Noise with a part of the epoch can forge an ack. A real epoch is random, so stale bytes lack
+    // it.
     if epoch.windows(4).any(|known| noise.windows(4).any(|window| window == known)) {
         return;
     }
@@ -26,13 +28,13 @@ fuzz_target!(|input: (u8, [u8; 16], &[u8], &[u8])| {
     }
     assert_eq!((last, &data[..]), (Some(hello), plain));
 
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("the runtime can be built");
     runtime.block_on(async {
         let (near, mut far) = tokio::io::duplex(1 << 20);
-        far.write_all(&[noise, &hello.encode_ack(), plain].concat()).await.expect("there is room");
-        let mut stream = greet(near, epoch).await.expect("the ack is there");
+        far.write_all(&[noise, &hello.encode_ack(), plain].concat()).await.expect("the pipe has room");
+        let mut stream = greet(near, epoch).await.expect("the ack is found");
         let mut behind = vec![0; plain.len()];
-        stream.read_exact(&mut behind).await.expect("what is behind it is there");
+        stream.read_exact(&mut behind).await.expect("the data after the ack arrives");
         assert_eq!(behind, plain);
     });
 });

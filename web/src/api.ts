@@ -1,17 +1,17 @@
-// The API, as the caller whose key this tab has.
+// API client that uses the API key of this tab.
 
 import type { BhattiEvent, ErrorBody } from "./types";
 
 const KEY = "bhatti-key";
 
-/** What a tab knows ends with it. */
+/** The API key, in the tab's session storage: closing the tab discards it. */
 export const key = {
   get: () => sessionStorage.getItem(KEY),
   set: (value: string) => sessionStorage.setItem(KEY, value),
   forget: () => sessionStorage.clear(),
 };
 
-/** The API refused, or was not reached. */
+/** An error response of the API, or a failure to reach the daemon. */
 export class ApiError extends Error {
   constructor(
     message: string,
@@ -28,7 +28,7 @@ export class ApiError extends Error {
 
 let whenUnauthorized = () => {};
 
-/** Has this done when the key is no use any more. */
+/** Sets the function to call when the API rejects the key. */
 export function onUnauthorized(act: () => void): void {
   whenUnauthorized = act;
 }
@@ -37,13 +37,13 @@ export function headers(): Record<string, string> {
   return { Authorization: `Bearer ${key.get() ?? ""}` };
 }
 
-/** What a body of an error says. */
+/** Converts an error response into an error. */
 export function refusal(status: number, text: string): ApiError {
   if (status === 401) whenUnauthorized();
   try {
     return ApiError.of(JSON.parse(text) as ErrorBody);
   } catch {
-    return new ApiError(`the daemon answered ${status}`, "internal");
+    return new ApiError(`the daemon answered with HTTP status ${status}`, "internal");
   }
 }
 
@@ -59,7 +59,7 @@ async function send(method: string, path: string, init: RequestInit): Promise<Re
   return response;
 }
 
-/** Calls the API with a body in JSON, if any, and returns the answer. */
+/** Calls the API with an optional JSON body and returns the response. */
 export async function call<T>(method: string, path: string, body?: unknown): Promise<T> {
   const init: RequestInit = {};
   if (body !== undefined) {
@@ -73,36 +73,36 @@ export async function call<T>(method: string, path: string, body?: unknown): Pro
 
 export const get = <T>(path: string) => call<T>("GET", path);
 
-/** The path of something that belongs to a sandbox. */
+/** The API path of a resource of a sandbox. */
 export function of(sandbox: string, rest = ""): string {
   return `/sandboxes/${encodeURIComponent(sandbox)}${rest}`;
 }
 
-/** The path of a file in a sandbox. */
+/** The API path of a file in a sandbox. */
 export function fileOf(sandbox: string, path: string, more = ""): string {
   return of(sandbox, `/files?path=${encodeURIComponent(path)}${more}`);
 }
 
-/** A file's content, whole. */
+/** Downloads a whole file. */
 export async function download(sandbox: string, path: string): Promise<Blob> {
   return (await send("GET", fileOf(sandbox, path), {})).blob();
 }
 
-/** Writes a file, and tells from 0 to 1 how far that is. */
+/** Uploads a file and reports the progress from 0 to 1. */
 export function upload(sandbox: string, path: string, content: Blob, far: (part: number) => void): Promise<void> {
-  // fetch does not tell how far it is.
+  // fetch reports no upload progress.
   const request = new XMLHttpRequest();
   request.open("PUT", fileOf(sandbox, path));
   for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
   request.upload.onprogress = (event) => event.lengthComputable && far(event.loaded / event.total);
   return new Promise((resolve, reject) => {
     request.onload = () => (request.status < 300 ? resolve() : reject(refusal(request.status, request.responseText)));
-    request.onerror = () => reject(new ApiError("the upload broke off", "unreachable"));
+    request.onerror = () => reject(new ApiError("the upload was interrupted", "unreachable"));
     request.send(content);
   });
 }
 
-/** A WebSocket of the API: a ticket in its address stands for the key, which no log then sees. */
+/** Opens a WebSocket of the API. Its URL has a ticket, so that no log shows the key. */
 export async function webSocket(path: string, query: Record<string, string>): Promise<WebSocket> {
   const { ticket } = await call<{ ticket: string }>("POST", "/ws-ticket");
   const url = new URL(path, location.href);
@@ -113,7 +113,7 @@ export async function webSocket(path: string, query: Record<string, string>): Pr
   return socket;
 }
 
-/** Events from now on, until aborted. Comes back after a loss without missing any. */
+/** Follows new events until aborted. Reconnects after a failure without missing events. */
 export async function followEvents(heard: (event: BhattiEvent) => void, signal: AbortSignal): Promise<void> {
   let last = "";
   let pause = 500;

@@ -1,4 +1,4 @@
-// A terminal on the page, and its way to a session in a sandbox.
+// A terminal on the page and its connection to a session in a sandbox.
 
 import { FitAddon } from "@xterm/addon-fit";
 import { Terminal } from "@xterm/xterm";
@@ -6,12 +6,12 @@ import { ApiError, of, webSocket } from "./api";
 import { terminalTheme } from "./theme";
 import type { ShellMessage } from "./types";
 
-/** The daemon may not have noticed yet that the page, as it was before a reload, has gone. */
+/** After a reload, the daemon may not have noticed yet that the old page has disconnected. */
 const TAKEN_RETRY_MS = 300;
 const TAKEN_RETRIES = 20;
 const LOST_RETRY_MS = 1000;
 
-/** Ctrl+\, as on the command line. */
+/** Ctrl+\ leaves the terminal, as on the command line. */
 const isLeaving = (event: KeyboardEvent) => event.ctrlKey && event.key === "\\";
 
 export class Connection {
@@ -57,7 +57,7 @@ export class Connection {
     void this.connect(false);
   }
 
-  /** Ends the terminal here; its session goes on. */
+  /** Closes this terminal; its session keeps running. */
   leave(): void {
     this.hasLeft = true;
     clearTimeout(this.timer);
@@ -89,7 +89,7 @@ export class Connection {
       };
       socket.onclose = () => this.closed(socket);
     } catch (error) {
-      // The page shows where to log in.
+      // The page shows the login form.
       if (error instanceof ApiError && error.code === "unauthorized") return;
       this.tell(error instanceof Error ? error.message : String(error));
       this.later(LOST_RETRY_MS, false);
@@ -103,12 +103,12 @@ export class Connection {
         this.retries = 0;
         this.terminal.reset();
         this.fit.fit();
-        this.tell(`session ${message.session_id}${message.new ? "" : ", taken up again"}.`);
+        this.tell(`session ${message.session_id}${message.new ? "" : ", reattached"}.`);
         break;
       case "exit":
         this.forget();
         this.hasEnded = true;
-        this.tell(`The session ended with code ${message.exit_code}. Enter opens another.`);
+        this.tell(`The session ended with exit code ${message.exit_code}. Press Enter to open a new one.`);
         break;
       case "error":
         this.refused(message);
@@ -126,13 +126,13 @@ export class Connection {
       this.forget();
       this.later(0, false);
     } else {
-      this.tell(`${error}${hint ? ` (${hint})` : ""}. Enter opens another session.`);
+      this.tell(`${error}${hint ? ` (${hint})` : ""}. Press Enter to open a new session.`);
     }
   }
 
   private closed(socket: WebSocket): void {
     if (this.hasLeft || this.hasEnded || socket !== this.socket) return;
-    this.tell("The connection was lost; trying again…");
+    this.tell("Connection lost; reconnecting…");
     this.later(LOST_RETRY_MS, false);
   }
 
@@ -147,7 +147,7 @@ export class Connection {
 
   private typed(bytes: Uint8Array<ArrayBuffer>): void {
     if (this.hasEnded && bytes[0] === 13) this.later(0, true);
-    // Binary: typed text is never taken for a message.
+    // Typed text is sent as binary, so that the daemon never takes it for a message.
     else this.send(bytes);
   }
 

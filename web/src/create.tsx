@@ -4,7 +4,7 @@ import type { Fleet } from "./fleet";
 import type { Named, Sandbox } from "./types";
 import { Dialog, Trouble, useAction } from "./widgets";
 
-/** What a new sandbox is asked for. What is left empty is the daemon's to choose. */
+/** The request for a new sandbox. The daemon chooses a value for each field that is empty. */
 function request(form: FormData): Record<string, unknown> {
   const asked: Record<string, unknown> = {};
   for (const name of ["name", "image", "template", "network"]) {
@@ -36,23 +36,23 @@ export function Create({ fleet, close }: { fleet: Fleet; close: () => void }) {
       <form onSubmit={submit}>
         <label>
           Name
-          <input name="name" placeholder="chosen for you" autofocus spellcheck={false} autocomplete="off" />
+          <input name="name" placeholder="generated" autofocus spellcheck={false} autocomplete="off" />
         </label>
         <Choice label="Template" name="template" names={templates} none="none" />
-        <Choice label="Image" name="image" names={images} none="the usual one" />
+        <Choice label="Image" name="image" names={images} none="default" />
         <div class="two">
           <label>
             CPUs
             <input name="cpus" type="number" min="1" placeholder="1" />
           </label>
           <label>
-            Memory, MiB
+            Memory (MiB)
             <input name="memory_mb" type="number" min="128" step="128" placeholder="512" />
           </label>
         </div>
-        <Choice label="Network" name="network" names={["nat", "none"]} none="the usual one" />
+        <Choice label="Network" name="network" names={["nat", "none"]} none="default" />
         <label class="check">
-          <input name="keep_hot" type="checkbox" /> Never sleeps
+          <input name="keep_hot" type="checkbox" /> Keep hot (never pause)
         </label>
         <Trouble error={error} />
         <div class="buttons">

@@ -1,14 +1,14 @@
 import { clock } from "./format";
 import type { BhattiEvent } from "./types";
 
-/** What happened lately, the newest first. */
+/** Recent events, newest first. */
 export function Events({ events }: { events: BhattiEvent[] }) {
   return (
     <main>
       <div class="bar">
         <h1>Events</h1>
       </div>
-      {events.length === 0 && <p class="empty">Nothing has happened yet.</p>}
+      {events.length === 0 && <p class="empty">No events yet.</p>}
       <ul class="entries events" aria-live="polite">
         {events.map((event) => (
           <li key={event.id}>

@@ -6,7 +6,7 @@ import { Confirm, Dialog, Trouble, useAction } from "./widgets";
 
 const below = (directory: string, name: string) => `${directory === "/" ? "" : directory}/${name}`;
 
-/** The files of a sandbox, a directory at a time. */
+/** The files of a sandbox, one directory at a time. */
 export function Files({ sandbox }: { sandbox: string }) {
   const [directory, setDirectory] = useState("/workspace");
   const [entries, setEntries] = useState<FileEntry[]>();
@@ -51,7 +51,7 @@ export function Files({ sandbox }: { sandbox: string }) {
         </label>
       )}
       <Trouble error={error ?? failure ?? fetching.error} />
-      {entries?.length === 0 && !error && <p class="empty">Nothing is here. Files can be dropped here.</p>}
+      {entries?.length === 0 && !error && <p class="empty">Empty directory. Drop files here to upload them.</p>}
       <ul class="entries">
         {entries?.map((entry) => (
           <li key={entry.name}>
@@ -67,7 +67,7 @@ export function Files({ sandbox }: { sandbox: string }) {
       {making && <MakeDirectory sandbox={sandbox} directory={directory} done={load} close={() => setMaking(false)} />}
       {deleting && (
         <Confirm
-          question={`Delete ${deleting.name}${deleting.is_dir ? " and all that is in it" : ""}?`}
+          question={`Delete ${deleting.name}${deleting.is_dir ? " and its contents" : ""}?`}
           yes="Delete"
           close={() => setDeleting(undefined)}
           act={async () => {
@@ -101,7 +101,7 @@ function Entry({ entry, open, fetch }: { entry: FileEntry; open: () => void; fet
 function Crumbs({ directory, go }: { directory: string; go: (path: string) => void }) {
   const names = directory.split("/").filter(Boolean);
   return (
-    <nav class="crumbs" aria-label="Directories above">
+    <nav class="crumbs" aria-label="Parent directories">
       <button class="link" onClick={() => go("/")}>
         /
       </button>
@@ -158,7 +158,7 @@ function MakeDirectory(props: { sandbox: string; directory: string; done: () => 
             Cancel
           </button>
           <button class="primary" disabled={pending}>
-            Make it
+            Create
           </button>
         </div>
       </form>
@@ -184,12 +184,12 @@ function useUpload(sandbox: string, directory: string, done: () => Promise<void>
   return { progress, failure, send: run };
 }
 
-/** Has the browser save it. */
+/** Makes the browser save `content` as a file. */
 function save(content: Blob, name: string): void {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(content);
   link.download = name;
   link.click();
-  // The browser has it by then, however long it takes to write it.
+  // By then the browser has the content, even if it is still writing the file.
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }

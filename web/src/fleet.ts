@@ -1,17 +1,17 @@
-// The caller's sandboxes as they are right now, and what they have used lately.
+// The current sandboxes of the caller and their recent usage.
 
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { type ApiError, followEvents, get } from "./api";
 import type { BhattiEvent, Sandbox, Usage } from "./types";
 
-/** How often it is asked: sandboxes fall asleep without an event. */
+/** Polling interval. Polling is needed because sandboxes are paused without an event. */
 const EVERY_MS = 2000;
 /** Points of a sparkline. */
 const POINTS = 40;
-/** Events that are shown. */
+/** Maximum number of events to show. */
 const EVENTS = 200;
 
-/** What a sandbox used: parts of its processors from 0 to 1, and bytes of memory. */
+/** Usage of a sandbox: share of its CPUs from 0 to 1, and memory in bytes. */
 export interface History {
   cpu: number[];
   memory: number[];
@@ -81,7 +81,7 @@ function remember(history: Map<string, Seen>, sandboxes: Sandbox[], usage: Usage
     const one = used.get(id);
     const cpuMs = one?.cpu_ms ?? 0;
     const passed = before ? now - before.at : 0;
-    // A VM that came anew counts from zero.
+    // A new VM counts from zero.
     const cpu = before && passed > 0 ? Math.max(0, cpuMs - before.cpuMs) / passed / cpus : 0;
     history.set(id, {
       at: now,

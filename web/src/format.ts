@@ -1,4 +1,4 @@
-// Sizes and times as a person reads them.
+// Human-readable sizes and times.
 
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 

@@ -18,7 +18,7 @@ export function List({ fleet }: { fleet: Fleet }) {
         </button>
       </div>
       <Trouble error={fleet.trouble} />
-      {sandboxes?.length === 0 && <p class="empty">There is none yet. A new one takes a moment.</p>}
+      {sandboxes?.length === 0 && <p class="empty">No sandboxes yet. Creating one takes a moment.</p>}
       <ul class="sandboxes">
         {sandboxes?.map((sandbox) => (
           <Row key={sandbox.id} sandbox={sandbox} used={history.get(sandbox.id)} />

@@ -30,7 +30,7 @@ export function Login({ done }: { done: () => void }) {
           <input name="key" type="password" autocomplete="current-password" required autofocus spellcheck={false} />
         </label>
         <p class="hint">
-          Whoever owns the daemon makes one: <code>bhatti user create NAME</code>. It is kept until this tab is closed.
+          The daemon's admin creates keys: <code>bhatti user create NAME</code>. This tab keeps the key until it closes.
         </p>
         <Trouble error={error} />
         <button class="primary" disabled={pending}>

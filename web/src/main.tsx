@@ -1,4 +1,4 @@
-// The console: one page, which uses nothing but the public API.
+// The console: one page that uses only the public API.
 
 import "@xterm/xterm/css/xterm.css";
 import "./style.css";
@@ -60,10 +60,10 @@ function Page({ place, part, fleet }: { place: string; part: string; fleet: Retu
     const tab = TABS.find((name) => name === part) ?? "terminal";
     return <SandboxView sandbox={sandbox} tab={tab satisfies Tab} fleet={fleet} />;
   }
-  return <main>{fleet.sandboxes && <p class="empty">This sandbox is not there any more.</p>}</main>;
+  return <main>{fleet.sandboxes && <p class="empty">This sandbox no longer exists.</p>}</main>;
 }
 
-/** `#/PLACE/PART`. */
+/** The location's hash, `#/PLACE/PART`. */
 function useRoute(): [string, string] {
   const read = (): [string, string] => {
     const [, place = "", part = ""] = location.hash.split("/");

@@ -1,5 +1,6 @@
-// The page's policy lets nothing style it but what carries the nonce of this very page. xterm styles what it draws with <style> elements and
-// `style` attributes that it makes itself: the first get the nonce, the second are set by property, which the policy allows.
+// The page's content security policy allows only styles that carry the nonce of this page. xterm
+// creates <style> elements and `style` attributes. The elements get the nonce; the attributes are
+// set by property, which the policy allows.
 
 export function styleWithinPolicy(): void {
   const nonce = document.querySelector("script")?.nonce ?? "";

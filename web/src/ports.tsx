@@ -10,8 +10,8 @@ interface Row {
 }
 
 /**
- * Ports in a sandbox. Links go to published ports alone, which have an origin of their own: a page of the sandbox below the API's would
- * be in reach of this page's key.
+ * Ports of a sandbox. Links lead only to published ports, which have their own origin: a page of
+ * the sandbox below the API's address could reach this page's key.
  */
 export function Ports({ sandbox }: { sandbox: string }) {
   const [rows, setRows] = useState<Row[]>();
@@ -43,17 +43,17 @@ export function Ports({ sandbox }: { sandbox: string }) {
   return (
     <section>
       <div class="bar">
-        <p class="hint">What is published can be reached by anybody, without a key.</p>
-        <button onClick={() => void load()}>Look again</button>
+        <p class="hint">Published ports are public: requests need no API key.</p>
+        <button onClick={() => void load()}>Refresh</button>
       </div>
       <Trouble error={error ?? change.error} />
-      {rows?.length === 0 && <p class="empty">Nothing listens in it, and nothing is published.</p>}
+      {rows?.length === 0 && <p class="empty">No listening ports and no published ports.</p>}
       <ul class="entries">
         {rows?.map((row) => (
           <li key={row.port}>
             <span>
               {row.port}
-              {!row.listens && <span class="hint"> (nothing listens)</span>}
+              {!row.listens && <span class="hint"> (not listening)</span>}
             </span>
             <span class="grow">
               <Links publication={row.publication} />
@@ -71,7 +71,7 @@ export function Ports({ sandbox }: { sandbox: string }) {
 function Links({ publication }: { publication: Publication | undefined }) {
   if (!publication) return null;
   if (!publication.urls?.length) {
-    return <span class="hint">{publication.alias}: the daemon has no public listener (public_listen)</span>;
+    return <span class="hint">{publication.alias}: the daemon has no public listener; set public_listen</span>;
   }
   return (
     <>

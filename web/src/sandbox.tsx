@@ -11,7 +11,7 @@ import { Confirm, State, Trouble, useAction } from "./widgets";
 export const TABS = ["terminal", "files", "ports", "details"] as const;
 export type Tab = (typeof TABS)[number];
 
-/** One sandbox, and what can be done with it. */
+/** One sandbox and its actions. */
 export function SandboxView({ sandbox, tab, fleet }: { sandbox: Sandbox; tab: Tab; fleet: Fleet }) {
   return (
     <main class="sandbox">
@@ -25,7 +25,7 @@ export function SandboxView({ sandbox, tab, fleet }: { sandbox: Sandbox; tab: Ta
         <State sandbox={sandbox} />
         <Actions sandbox={sandbox} fleet={fleet} />
       </div>
-      <nav class="tabs" aria-label="Parts of the sandbox">
+      <nav class="tabs" aria-label="Views of the sandbox">
         {TABS.map((name) => (
           <a key={name} href={`#/${sandbox.id}/${name}`} aria-current={name === tab ? "page" : undefined}>
             {name}
@@ -39,7 +39,7 @@ export function SandboxView({ sandbox, tab, fleet }: { sandbox: Sandbox; tab: Ta
 
 function Content({ sandbox, tab }: { sandbox: Sandbox; tab: Tab }) {
   if (tab !== "details" && sandbox.status !== "running") {
-    return <p class="empty">It does not run. Start it to use it.</p>;
+    return <p class="empty">The sandbox is not running. Start it to use it.</p>;
   }
   switch (tab) {
     case "terminal":
@@ -101,17 +101,17 @@ function Details({ sandbox }: { sandbox: Sandbox }) {
   const labels = Object.entries(sandbox.labels).map(([name, value]) => `${name}=${value}`);
   const facts: [string, string][] = [
     ["id", sandbox.id],
-    ["isolation", sandbox.isolation === "container" ? "a container, which shares the host's kernel" : "a VM of its own"],
+    ["isolation", sandbox.isolation === "container" ? "container (shares the host's kernel)" : "VM (own kernel)"],
     ["image", sandbox.image],
     ["CPUs", String(sandbox.cpus)],
     ["memory", bytes(sandbox.memory_mb * 2 ** 20)],
     ["network", sandbox.ip ? `${sandbox.network}, ${sandbox.ip}` : sandbox.network],
-    ["made of", sandbox.origin],
-    ["made", ago(sandbox.created_at)],
-    ["ends", sandbox.expires_at ?? "when it is destroyed"],
-    ["sleeps", sandbox.keep_hot ? "never" : "when nobody uses it"],
+    ["origin", sandbox.origin],
+    ["created", ago(sandbox.created_at)],
+    ["expires", sandbox.expires_at ?? "never"],
+    ["pauses", sandbox.keep_hot ? "never" : "when idle"],
     ["labels", labels.join(", ") || "none"],
-    ["trouble", sandbox.reason ?? "none"],
+    ["failure", sandbox.reason ?? "none"],
   ];
   return (
     <dl class="details">

@@ -1,7 +1,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { Connection } from "./connection";
 
-/** A terminal in a sandbox. Its session goes on when the page is left, and is found again. */
+/** A terminal in a sandbox. Its session outlives the page, which reattaches to it later. */
 export function TerminalView({ sandbox }: { sandbox: string }) {
   const place = useRef<HTMLDivElement>(null);
   const [status, setStatus] = useState("connecting…");
@@ -15,7 +15,7 @@ export function TerminalView({ sandbox }: { sandbox: string }) {
       <div class="screen" ref={place} />
       <p class="status" role="status">
         {status}
-        <span class="hint"> Ctrl+\ leaves the terminal for the page.</span>
+        <span class="hint"> Ctrl+\ moves the focus out of the terminal.</span>
       </p>
     </>
   );

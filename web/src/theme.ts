@@ -1,8 +1,8 @@
-// Dark or light: as the machine has it, unless chosen.
+// Dark or light theme: the system's setting, unless the user has chosen one.
 
 const CHOSEN = "bhatti-theme";
 
-/** Shows the page as it was chosen. */
+/** Applies the theme that the user has chosen, if any. */
 export function applyTheme(): void {
   const chosen = localStorage.getItem(CHOSEN);
   if (chosen) document.documentElement.dataset["theme"] = chosen;
@@ -25,7 +25,7 @@ export function terminalTheme() {
   const text = color("--text");
   const common = { background: color("--sunken"), foreground: text, cursor: text };
   if (isDark()) return { ...common, selectionBackground: "#3d4a5c" };
-  // The usual colours are too pale on white.
+  // xterm's default colors are too pale on white.
   return {
     ...common,
     selectionBackground: "#b9d4f2",

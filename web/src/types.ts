@@ -1,4 +1,4 @@
-// What the API says, as far as the console reads it. docs/openapi.json has all of it.
+// The API's types, as far as the console reads them. docs/openapi.json has all of them.
 
 export interface Sandbox {
   id: string;

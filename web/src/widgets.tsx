@@ -1,4 +1,4 @@
-// What several views are made of.
+// Components that several views use.
 
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
@@ -15,7 +15,7 @@ export function Trouble({ error }: { error: ApiError | undefined }) {
   );
 }
 
-/** Where a sandbox stands. Colour alone tells nobody anything: the word is there, too. */
+/** The state of a sandbox. The word is shown, too, because color alone is not accessible. */
 export function State({ sandbox }: { sandbox: Sandbox }) {
   const state = sandbox.status === "running" ? (sandbox.thermal ?? "running") : sandbox.status;
   return (
@@ -28,7 +28,7 @@ export function State({ sandbox }: { sandbox: Sandbox }) {
 const WIDTH = 96;
 const HEIGHT = 24;
 
-/** What was used lately; `top` is the upper edge. */
+/** Recent usage; `top` is the value at the upper edge. */
 export function Sparkline({ points, top, label }: { points: number[]; top: number; label: string }) {
   const step = WIDTH / Math.max(1, points.length - 1);
   const place = (value: number, at: number) =>
@@ -40,7 +40,7 @@ export function Sparkline({ points, top, label }: { points: number[]; top: numbe
   );
 }
 
-/** A dialog over the page; Escape closes it, and focus goes back to where it was. */
+/** A dialog over the page. Escape closes it, and the focus returns to where it was. */
 export function Dialog({ title, close, children }: { title: string; close: () => void; children: ComponentChildren }) {
   const dialog = useRef<HTMLDialogElement>(null);
   useEffect(() => dialog.current?.showModal(), []);
@@ -52,7 +52,7 @@ export function Dialog({ title, close, children }: { title: string; close: () =>
   );
 }
 
-/** A question before something that cannot be undone. */
+/** Asks for confirmation before an action that cannot be undone. */
 export function Confirm(props: { question: string; yes: string; act: () => Promise<void>; close: () => void }) {
   const { pending, error, run } = useAction(props.act);
   return (
@@ -67,7 +67,7 @@ export function Confirm(props: { question: string; yes: string; act: () => Promi
         }}
       >
         <button type="button" onClick={props.close}>
-          Keep it
+          Cancel
         </button>
         <button class="danger" disabled={pending}>
           {props.yes}
@@ -77,7 +77,7 @@ export function Confirm(props: { question: string; yes: string; act: () => Promi
   );
 }
 
-/** Something that is done on request: not twice at once, and what went wrong is kept to be shown. */
+/** Runs an action: `pending` lets the view prevent a second run, `error` is its failure. */
 export function useAction<A extends unknown[]>(act: (...given: A) => Promise<void>) {
   const [pending, setPending] = useState(false);
   const [error, setError] = useState<ApiError>();

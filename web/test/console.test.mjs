@@ -1,6 +1,7 @@
-// The console in a real browser, against a real daemon with real VMs.
+// Tests the console in a real browser, against a real daemon with real VMs.
 //
-// BHATTI: the program. BHATTI_DATA: a data directory that is set up. CHROMIUM: the browser. Screenshots go to SCREENSHOTS.
+// BHATTI: the program. BHATTI_DATA: a data directory that `bhatti setup` has filled. CHROMIUM: the
+// browser. SCREENSHOTS: the directory for screenshots.
 
 import assert from "node:assert/strict";
 import { execFileSync, spawn } from "node:child_process";
@@ -52,7 +53,7 @@ const cli = (...words) => execFileSync(program, words, { encoding: "utf8" });
 const admin = (...words) => cli("--data-dir", data, ...words);
 const alice = (...words) => cli("--url", `http://${address}`, "--token", key, ...words);
 
-/** A page that fails the test for whatever the browser complains about. */
+/** Opens the console and collects the errors that the browser reports. */
 async function open(options = {}) {
   const context = await browser.newContext({ viewport: { width: 1100, height: 760 }, ...options });
   const page = await context.newPage();
@@ -77,7 +78,7 @@ async function type(page, line) {
   await page.keyboard.press("Enter");
 }
 
-/** Waits until the terminal shows this. */
+/** Waits until the terminal shows `text`. */
 const shows = (page, text) => screen(page).getByText(text, { exact: false }).first().waitFor();
 
 test("a wrong key is refused and not kept", async () => {
@@ -89,10 +90,10 @@ test("a wrong key is refused and not kept", async () => {
   await page.context().close();
 });
 
-test("a sandbox is made, typed in, found again, filled and destroyed", async () => {
+test("a sandbox is created, used by terminal, files and ports, forked and destroyed", async () => {
   const { page, complaints } = await open();
   await logIn(page);
-  await page.getByText("There is none yet").waitFor();
+  await page.getByText("No sandboxes yet").waitFor();
 
   await page.getByRole("button", { name: "New sandbox" }).click();
   await page.getByLabel("Name").fill("Not A Name");
@@ -101,7 +102,7 @@ test("a sandbox is made, typed in, found again, filled and destroyed", async () 
   complaints.splice(0, complaints.length, ...complaints.filter((text) => !text.includes("400")));
   await page.getByLabel("Name").fill("web");
   const dialog = page.getByRole("dialog");
-  assert.ok(await dialog.evaluate((one) => one.scrollWidth <= one.clientWidth), "nothing sticks out");
+  assert.ok(await dialog.evaluate((one) => one.scrollWidth <= one.clientWidth), "no horizontal overflow");
   await picture(page, "create");
   await page.getByRole("button", { name: "Create" }).click();
 
@@ -110,25 +111,25 @@ test("a sandbox is made, typed in, found again, filled and destroyed", async () 
   await shows(page, "42");
   await page.getByRole("status").getByText("session s").waitFor();
   const session = (await page.getByRole("status").textContent()).match(/session (s\w+)/)[1];
-  // Colours of 24 bits are attributes of their own, which the page's policy has to let pass.
-  await type(page, "printf '\\033[38;2;255;0;128mcolour\\033[0m\\n'");
-  await page.locator('.xterm-rows span[style*="color"]', { hasText: "colour" }).first().waitFor();
+  // xterm shows 24-bit colors by `style` attributes, which the page's policy must allow.
+  await type(page, "printf '\\033[38;2;255;0;128mcolor\\033[0m\\n'");
+  await page.locator('.xterm-rows span[style*="color"]', { hasText: "color" }).first().waitFor();
   await page.setViewportSize({ width: 900, height: 700 });
   await type(page, "clear; stty size");
   await screen(page).getByText(/^\d+ \d+$/).first().waitFor();
   await picture(page, "terminal");
 
   await page.reload();
-  await page.getByRole("status").getByText(`session ${session}, taken up again`).waitFor();
+  await page.getByRole("status").getByText(`session ${session}, reattached`).waitFor();
   await type(page, "clear; echo X is $X");
   await shows(page, "X is kept");
 
-  // The keyboard gets out of the terminal.
+  // Ctrl+\ moves the focus out of the terminal.
   await page.keyboard.press("Control+\\");
   assert.equal(await page.evaluate(() => document.activeElement.textContent), "terminal");
   await page.keyboard.press("Tab");
   await page.keyboard.press("Enter");
-  await page.getByText("Nothing is here").waitFor();
+  await page.getByText("Empty directory").waitFor();
 
   await page.getByLabel("Files to upload").setInputFiles({
     name: "räport #1.txt",
@@ -141,7 +142,7 @@ test("a sandbox is made, typed in, found again, filled and destroyed", async () 
   assert.equal(readFileSync(await download.path(), "utf8"), "from the browser");
   await page.getByRole("button", { name: "New directory" }).click();
   await page.getByLabel("Name").fill("made");
-  await page.getByRole("button", { name: "Make it" }).click();
+  await page.getByRole("button", { name: "Create" }).click();
   await page.getByRole("button", { name: "made/", exact: true }).waitFor();
   await picture(page, "files");
   await page.getByRole("button", { name: "Delete räport #1.txt" }).click();
@@ -149,7 +150,7 @@ test("a sandbox is made, typed in, found again, filled and destroyed", async () 
   await uploaded.waitFor({ state: "detached" });
 
   await page.getByRole("link", { name: "terminal" }).click();
-  await page.getByRole("status").getByText(`session ${session}, taken up again`).waitFor();
+  await page.getByRole("status").getByText(`session ${session}, reattached`).waitFor();
   await type(page, "python3 -m http.server 8000 >/dev/null 2>&1 &");
   await type(page, "until curl -s localhost:8000 >/dev/null; do sleep 0.1; done; echo it is $((8*1000))");
   await shows(page, "it is 8000");
@@ -175,7 +176,7 @@ test("a sandbox is made, typed in, found again, filled and destroyed", async () 
 
   await page.locator(".row", { hasText: /^web/ }).first().click();
   await page.getByRole("button", { name: "Destroy" }).click();
-  await page.getByRole("dialog").getByRole("button", { name: "Keep it" }).click();
+  await page.getByRole("dialog").getByRole("button", { name: "Cancel" }).click();
   await page.getByRole("button", { name: "Destroy" }).click();
   await page.getByRole("dialog").getByRole("button", { name: "Destroy" }).click();
   await page.locator(".row").first().waitFor();
@@ -184,7 +185,7 @@ test("a sandbox is made, typed in, found again, filled and destroyed", async () 
   await page.context().close();
 });
 
-test("it is live, sleeps and stops in view, and is readable on a phone and in the dark", async () => {
+test("the list shows pause, save and stop as they happen, and fits a phone in dark mode", async () => {
   alice("create", "--name", "phone");
   const { page, complaints } = await open({
     viewport: { width: 360, height: 740 },
@@ -202,13 +203,13 @@ test("it is live, sleeps and stops in view, and is readable on a phone and in th
   alice("stop", "phone");
   await row.locator(".state.stopped").waitFor();
   const width = () => page.evaluate(() => document.documentElement.scrollWidth);
-  assert.ok((await width()) <= 360, "nothing sticks out");
+  assert.ok((await width()) <= 360, "no horizontal overflow");
   await picture(page, "phone-sandboxes");
   await row.click();
-  await page.getByText("It does not run").waitFor();
+  await page.getByText("The sandbox is not running").waitFor();
   await page.getByRole("button", { name: "Start" }).click();
   await shows(page, "user@");
-  assert.ok((await width()) <= 360, "nothing sticks out");
+  assert.ok((await width()) <= 360, "no horizontal overflow");
   await picture(page, "phone-terminal");
   const background = () => page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor);
   const dark = await background();

@@ -1,15 +1,16 @@
-//! Directories in the guest as tar archives. Each call acts as one user: see [`AgentClient::acting_as`].
+//! Directories in the guest as tar archives. Each call acts as one user: see
+//! [`AgentClient::acting_as`].
 
 use bhatti_proto::{ArchiveRequest, CHUNK_BYTES, FrameType};
 use bytes::Bytes;
 
 use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
 
-/// The most names of entries that were left out which are kept, and the most bytes of each.
+/// The most names of skipped entries that are kept, and the most bytes of each name.
 const SKIPPED_MAX: usize = 128;
 const SKIPPED_BYTES_MAX: usize = 4096;
 
-/// A directory on its way as an archive. Dropping it ends the read.
+/// A directory that is being read as an archive. Dropping the value ends the read.
 pub struct ArchiveContent {
     reader: Reader,
     _writer: Writer,
@@ -17,11 +18,12 @@ pub struct ArchiveContent {
 }
 
 impl ArchiveContent {
-    /// Waits for the next piece; `None` behind the last.
+    /// Waits for the next piece. Returns `None` after the last one.
     ///
     /// # Errors
     ///
-    /// Returns an error if something cannot be read or the connection is lost: what came is then no whole archive.
+    /// Returns an error if an entry cannot be read or the connection is lost. The pieces so far
+    /// are then not a whole archive.
     ///
     /// # Cancel safety
     ///
@@ -38,14 +40,16 @@ impl ArchiveContent {
         }
     }
 
-    /// The paths of entries that an archive cannot have (sockets, pipes, devices), once the last piece has come.
+    /// Returns the paths of skipped entries (sockets, pipes, devices). Complete once the last
+    /// piece has arrived.
     #[must_use]
     pub fn skipped(&self) -> &[String] {
         &self.skipped
     }
 }
 
-/// An archive that is being unpacked in the guest. Dropping it before [`finish`](Self::finish) leaves what was unpacked until then.
+/// An archive that is being unpacked in the guest. Dropping it before [`finish`](Self::finish)
+/// leaves the entries that were unpacked until then.
 pub struct ArchiveUpload {
     reader: Reader,
     writer: Writer,
@@ -56,7 +60,8 @@ impl ArchiveUpload {
     ///
     /// # Errors
     ///
-    /// Returns an error if the connection is gone; why, [`finish`](Self::finish) may know.
+    /// Returns an error if the connection has ended. [`finish`](Self::finish) may then return the
+    /// cause.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), CallError> {
         for chunk in bytes.chunks(CHUNK_BYTES) {
             self.writer.send(FrameType::STDIN, chunk).await.map_err(CallError::Write)?;
@@ -64,20 +69,21 @@ impl ArchiveUpload {
         Ok(())
     }
 
-    /// Says that the archive is complete.
+    /// Marks the archive as complete.
     ///
     /// # Errors
     ///
-    /// As [`write`](Self::write).
+    /// Returns the errors of [`write`](Self::write).
     pub async fn end(&mut self) -> Result<(), CallError> {
         self.writer.send(FrameType::STDIN_EOF, &[]).await.map_err(CallError::Write)
     }
 
-    /// Waits until all of it is unpacked, durably, and returns the paths of entries that were left out (pipes, devices).
+    /// Waits until the archive is unpacked and durable. Returns the paths of skipped entries
+    /// (pipes, devices).
     ///
     /// # Errors
     ///
-    /// Returns an error if the guest refused; what was unpacked until then stays.
+    /// Returns an error if the guest refused. The entries that were unpacked until then stay.
     ///
     /// # Cancel safety
     ///
@@ -107,23 +113,23 @@ impl AgentClient {
         ArchiveRequest { path: path.to_owned(), user: self.acting_user(), error_details: true }
     }
 
-    /// Reads a directory as a tar archive, with names relative to the directory. What can be known to be unreadable is an error before the
-    /// first piece.
+    /// Reads a directory as a tar archive, with names relative to the directory. If it is known
+    /// from the start that an entry is unreadable, the error comes before the first piece.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached.
+    /// Returns an error if the agent is not reachable.
     pub async fn read_archive(&self, path: &str) -> Result<ArchiveContent, CallError> {
         let request = self.archive_request(path);
         let (reader, writer) = self.request(FrameType::ARCHIVE_READ_REQ, &request).await?;
         Ok(ArchiveContent { reader, _writer: writer, skipped: Vec::new() })
     }
 
-    /// Begins to unpack a tar archive into a directory, which is made if it is not there.
+    /// Starts to unpack a tar archive into a directory, which the agent creates if it is missing.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached.
+    /// Returns an error if the agent is not reachable.
     pub async fn write_archive(&self, path: &str) -> Result<ArchiveUpload, CallError> {
         let request = self.archive_request(path);
         let (reader, writer) = self.request(FrameType::ARCHIVE_WRITE_REQ, &request).await?;

@@ -1,4 +1,4 @@
-//! How calls fail.
+//! Errors of calls.
 
 use std::io;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use bhatti_proto::{AgentError, ReadFrameError, SendJsonError};
 /// A call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The agent cannot be reached.
+    /// The agent is not reachable.
     #[error(transparent)]
     Channel(#[from] ChannelError),
     /// The request could not be sent.
@@ -18,53 +18,54 @@ pub enum CallError {
     /// Bytes could not be sent.
     #[error("failed to send to the guest agent")]
     Write(#[source] io::Error),
-    /// The content to be sent could not be read.
+    /// The content to send could not be read.
     #[error("failed to read the content to be written")]
     Content(#[source] io::Error),
-    /// The agent refused, with a reason.
+    /// The agent refused, with a reason code.
     #[error("{}", .0.message)]
     Agent(AgentError),
-    /// The agent refused, in its own words: an old one, or before it knew that we understand more.
+    /// The agent refused with a text alone: an old agent, or a refusal before the agent knew that
+    /// this client accepts reason codes.
     #[error("the guest agent refused: {0}")]
     Refused(String),
-    /// Nothing accepts at the port.
+    /// Nothing accepts connections at the port.
     #[error("forward to port {port} refused: {message}")]
     ForwardRefused {
         /// The port.
         port: u16,
-        /// The guest's words.
+        /// The guest's error text.
         message: String,
     },
-    /// The connection broke off before the answer, or while a command ran.
-    #[error("the connection to the sandbox was lost while the command ran")]
+    /// The connection ended before the answer, or while a command ran.
+    #[error("the connection to the sandbox was lost")]
     Lost,
-    /// The guest does not answer.
-    #[error("the sandbox does not answer: it said nothing within {} s", limit.as_secs())]
+    /// The guest answers nothing at all.
+    #[error("the sandbox does not answer: no message within {} s", limit.as_secs())]
     Silent {
-        /// The time that it had.
+        /// The time that the guest had.
         limit: Duration,
     },
-    /// The guest answers others, and not this.
-    #[error("the sandbox is busy: it answers others, and this not within {} s", waited.as_secs())]
+    /// The guest answers other requests, but not this one.
+    #[error("the sandbox is busy with other requests: no answer within {} s", waited.as_secs())]
     Busy {
-        /// The time that it had.
+        /// The time that the guest had.
         waited: Duration,
     },
-    /// The connection brought something that is no frame.
-    #[error("the guest agent sent something that is no frame")]
+    /// The received bytes are not a frame.
+    #[error("the guest agent sent bytes that are not a frame")]
     Garbled(#[source] ReadFrameError),
-    /// The guest says more than is taken.
+    /// The answer exceeds a limit of this client.
     #[error("the guest's answer is too long: more than {limit} {what}")]
     TooMuch {
-        /// How much is taken.
+        /// The limit.
         limit: usize,
-        /// Of what.
+        /// The unit of the limit.
         what: &'static str,
     },
-    /// The agent answered something else than was asked.
-    #[error("the guest agent answered something else than was asked")]
+    /// The agent sent another answer than the request calls for.
+    #[error("the guest agent sent an unexpected answer")]
     Unexpected,
-    /// This host gives no random bytes.
-    #[error("failed to draw a name for the command")]
+    /// The host's random number generator failed.
+    #[error("failed to get random bytes from this host")]
     Entropy,
 }

@@ -10,19 +10,19 @@ use bytes::Bytes;
 
 use crate::{AgentClient, CallError, Reader, Writer, next, refusal};
 
-/// The signal that nothing survives.
+/// The number of SIGKILL, which no process survives.
 const SIGKILL: u8 = 9;
 
-/// Something that a command did.
+/// An event of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecEvent {
-    /// It wrote to its standard output, or to its terminal.
+    /// Bytes that the command wrote to its standard output, or to its terminal.
     Stdout(Bytes),
-    /// It wrote to its standard error.
+    /// Bytes that the command wrote to its standard error.
     Stderr(Bytes),
-    /// Its time was over; its exit follows.
+    /// The command reached its time limit. The exit follows.
     TimedOut,
-    /// It ended. Nothing follows.
+    /// The command ended with this exit code. Nothing follows.
     Exit(i32),
 }
 
@@ -30,8 +30,8 @@ pub enum ExecEvent {
 const RUN_BYTES_MAX: usize = 16 << 20;
 
 impl AgentClient {
-    /// Starts a command, with pipes for its standard streams. Whether it could be started is the first thing that the output says.
-    /// Dropping both halves kills it.
+    /// Starts a command, with pipes for its standard streams. The first event of the output, or
+    /// its error, tells whether the command started. Dropping both halves kills the command.
     ///
     /// # Errors
     ///
@@ -44,11 +44,12 @@ impl AgentClient {
         self.exec_with_input(request, None).await
     }
 
-    /// The same; `whole_input`, if it is at hand and short, travels with the request, and the command's input ends with it.
+    /// Like [`exec`](Self::exec). If `whole_input` is given, it is sent together with the
+    /// request, and the command's input ends after it. Meant for short input.
     ///
     /// # Errors
     ///
-    /// As [`exec`](Self::exec).
+    /// Returns the errors of [`exec`](Self::exec).
     pub async fn exec_with_input(
         &self,
         mut request: ExecRequest,
@@ -78,11 +79,12 @@ impl AgentClient {
         Ok((input, ExecOutput { reader, first: None, _held: None }))
     }
 
-    /// Runs a command to its end, and returns its exit code with all that it wrote, which may be 16 MiB.
+    /// Runs a command to its end. Returns its exit code and its output, at most 16 MiB.
     ///
     /// # Errors
     ///
-    /// Returns an error if it cannot be started or is lost.
+    /// Returns an error if the command cannot be started, if the connection is lost, or if the
+    /// output is longer.
     pub async fn run(&self, request: ExecRequest) -> Result<(i32, Vec<u8>, Vec<u8>), CallError> {
         let (_input, mut output) = self.exec_with_input(request, Some(&[])).await?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
@@ -100,17 +102,18 @@ impl AgentClient {
     }
 }
 
-/// The way to a command or session.
+/// The input of a command or session.
 pub struct ExecInput {
     pub(crate) control: ExecControl,
     pub(crate) writer: Writer,
-    /// Whether the end of the input is also the end of our direction of the connection: an agent that does not know the frame needs it.
+    /// Whether the end of the input also closes our direction of the connection, for agents that
+    /// do not know [`FrameType::STDIN_EOF`].
     pub(crate) half_close: bool,
     /// Whether our direction of the connection is closed.
     pub(crate) ended: bool,
 }
 
-/// A way to a command or session past its input.
+/// Control over a command or session, on a stream beside its input.
 #[derive(Clone)]
 pub struct ExecControl {
     pub(crate) client: AgentClient,
@@ -118,11 +121,11 @@ pub struct ExecControl {
 }
 
 impl ExecControl {
-    /// Signals its process group, past any input that it has not read yet.
+    /// Signals the process group, even if the process has not read all of its input.
     ///
     /// # Errors
     ///
-    /// Returns an error if the command has ended, or the agent cannot be reached.
+    /// Returns an error if the command has ended, or if the agent is not reachable.
     pub async fn signal(&self, signal: u8) -> Result<(), CallError> {
         let request = SignalRequest { signal, error_details: true, ..self.target.clone() };
         self.client.act_soon(FrameType::SIGNAL_REQ, &request).await
@@ -130,7 +133,7 @@ impl ExecControl {
 }
 
 impl ExecInput {
-    /// Writes to its standard input. Waits while the command does not read.
+    /// Writes to the standard input. Waits while the command does not read.
     ///
     /// # Errors
     ///
@@ -142,7 +145,7 @@ impl ExecInput {
         Ok(())
     }
 
-    /// Ends its standard input.
+    /// Ends the standard input.
     ///
     /// # Errors
     ///
@@ -156,7 +159,7 @@ impl ExecInput {
         Ok(())
     }
 
-    /// Tells its terminal how large it is.
+    /// Sets the size of the terminal.
     ///
     /// # Errors
     ///
@@ -165,22 +168,22 @@ impl ExecInput {
         self.send(FrameType::RESIZE, &bhatti_proto::resize_payload(rows, cols)).await
     }
 
-    /// The way past the input.
+    /// Returns the control over the command or session.
     #[must_use]
     pub fn control(&self) -> ExecControl {
         self.control.clone()
     }
 
-    /// As [`ExecControl::signal`].
+    /// Signals the process group, like [`ExecControl::signal`].
     ///
     /// # Errors
     ///
-    /// Returns an error if the command has ended, or the agent cannot be reached.
+    /// Returns an error if the command has ended, or if the agent is not reachable.
     pub async fn signal(&mut self, signal: u8) -> Result<(), CallError> {
         self.control.signal(signal).await
     }
 
-    /// Kills its process group; a terminal session is asked to end, as if its line had been hung up.
+    /// Kills the process group. A session with a terminal gets `SIGTERM` instead.
     ///
     /// # Errors
     ///
@@ -197,7 +200,7 @@ impl ExecInput {
     }
 }
 
-/// The way from a command.
+/// The output of a command.
 pub struct ExecOutput {
     pub(crate) reader: Reader,
     pub(crate) first: Option<ExecEvent>,
@@ -205,18 +208,20 @@ pub struct ExecOutput {
 }
 
 impl ExecOutput {
-    /// Keeps something for as long as the output is waited for.
+    /// Keeps `held` alive until the output is dropped.
     #[must_use]
     pub fn holding(self, held: impl Send + Sync + 'static) -> Self {
         Self { _held: Some(Box::new(held)), ..self }
     }
 
-    /// Waits until the command runs, for agents that say so: a guest that hangs is told from a command that is silent.
+    /// Waits until the command runs, with agents that report the start. This tells a guest that
+    /// hangs from a command that writes nothing.
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Agent`] if the command could not be started, [`CallError::Silent`] if the guest does not say, and says nothing
-    /// to others either, for `limit`.
+    /// Returns [`CallError::Agent`] if the command could not be started, and
+    /// [`CallError::Silent`] if the guest sends nothing on any stream for `limit`. Returns
+    /// [`CallError::Busy`] if the guest only answers other requests.
     pub async fn started(&mut self, limit: Duration) -> Result<(), CallError> {
         let heard = self.reader.heard.clone();
         let started = async {
@@ -236,8 +241,8 @@ impl ExecOutput {
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Agent`] if the command could not be started, [`CallError::Lost`] if the connection ended before the command
-    /// did.
+    /// Returns [`CallError::Agent`] if the command could not be started, and [`CallError::Lost`]
+    /// if the connection ended before the command.
     ///
     /// # Cancel safety
     ///
@@ -251,7 +256,7 @@ impl ExecOutput {
             if let Some(error) = refusal(&frame) {
                 return Err(error);
             }
-            // What a newer agent may say beyond what we know is not for us.
+            // Ignore the frame types that only a newer agent knows.
             if let Some(event) = event(&frame)? {
                 return Ok(event);
             }

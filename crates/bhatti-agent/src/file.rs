@@ -13,12 +13,13 @@ use tokio::time::timeout;
 
 use crate::{AgentClient, CallError, Reader, Writer, expect, expect_soon, next, refusal};
 
-/// The most that the listing of a directory may take, in bytes of JSON, and in time. A guest decides what it lists.
+/// The limits of a directory listing, in bytes of JSON and in time, since the guest decides what
+/// it lists.
 const LISTING_BYTES_MAX: usize = 8 << 20;
 /// See [`LISTING_BYTES_MAX`].
 const LISTING_LIMIT: Duration = Duration::from_secs(60);
 
-/// Which part of a file is read; by default all of it.
+/// The part of a file to read; by default all of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadOptions {
     /// The first line, counted from 1.
@@ -29,7 +30,7 @@ pub struct ReadOptions {
     pub max_bytes: Option<u64>,
 }
 
-/// The content of a file on its way. Dropping it ends the read.
+/// The content of a file that is being read. Dropping the value ends the read.
 pub struct FileContent {
     /// The size of the whole file in bytes, and its permission bits.
     pub info: FileReadResponse,
@@ -38,7 +39,7 @@ pub struct FileContent {
 }
 
 impl FileContent {
-    /// Waits for the next piece; `None` behind the last.
+    /// Waits for the next piece. Returns `None` after the last one.
     ///
     /// # Errors
     ///
@@ -56,11 +57,12 @@ impl FileContent {
         }
     }
 
-    /// Reads the rest, if it has no more than `limit` bytes.
+    /// Reads the rest, at most `limit` bytes.
     ///
     /// # Errors
     ///
-    /// As [`next`](Self::next); [`CallError::TooMuch`] if there are more.
+    /// Returns the errors of [`next`](Self::next), and [`CallError::TooMuch`] if the rest is
+    /// longer.
     pub async fn read_to_end(mut self, limit: usize) -> Result<Vec<u8>, CallError> {
         let mut content = Vec::new();
         while let Some(bytes) = self.next().await? {
@@ -73,18 +75,20 @@ impl FileContent {
     }
 }
 
-/// A file that is being written. Dropping it before [`finish`](Self::finish) leaves the guest's file as it was.
+/// A file that is being written. Dropping it before [`finish`](Self::finish) leaves the guest's
+/// file unchanged.
 pub struct FileUpload {
     reader: Reader,
     writer: Writer,
 }
 
 impl FileUpload {
-    /// Sends content.
+    /// Sends a part of the content.
     ///
     /// # Errors
     ///
-    /// Returns an error if the connection is gone; why, [`finish`](Self::finish) may know.
+    /// Returns an error if the connection has ended. [`finish`](Self::finish) may then return the
+    /// cause.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), CallError> {
         for chunk in bytes.chunks(CHUNK_BYTES) {
             self.writer.send(FrameType::STDIN, chunk).await.map_err(CallError::Write)?;
@@ -92,16 +96,16 @@ impl FileUpload {
         Ok(())
     }
 
-    /// Says that a content of unknown size is complete.
+    /// Marks content of unknown size as complete.
     ///
     /// # Errors
     ///
-    /// As [`write`](Self::write).
+    /// Returns the errors of [`write`](Self::write).
     pub async fn end(&mut self) -> Result<(), CallError> {
         self.writer.send(FrameType::STDIN_EOF, &[]).await.map_err(CallError::Write)
     }
 
-    /// Waits until the file is there, durably.
+    /// Waits until the file is in place and durable.
     ///
     /// # Errors
     ///
@@ -112,14 +116,14 @@ impl FileUpload {
     }
 }
 
-/// What happens to a watched path. Dropping it ends the watch.
+/// Events on a watched path. Dropping the value ends the watch.
 pub struct FileEvents {
     reader: Reader,
     _writer: Writer,
 }
 
 impl FileEvents {
-    /// Waits for the next event; `None` when the watched path is gone.
+    /// Waits for the next event. Returns `None` when the watched path is gone.
     ///
     /// # Errors
     ///
@@ -147,11 +151,11 @@ impl AgentClient {
         }
     }
 
-    /// Reads a file, or a part of it. Truncated or not, the bytes are the file's own.
+    /// Reads a file, or a part of it. The bytes are always those of the file.
     ///
     /// # Errors
     ///
-    /// Returns an error if it is not there or is not a regular file.
+    /// Returns an error if the file does not exist or is not a regular file.
     pub async fn read_file(
         &self,
         path: &str,
@@ -174,12 +178,13 @@ impl AgentClient {
         Ok(FileContent { info, reader, _writer: writer })
     }
 
-    /// Begins to write a file of exactly `size` bytes, or, without one, until [`FileUpload::end`]. `mode` are its permission bits in octal; if
-    /// empty, those of the file that is there, or `0644`.
+    /// Starts to write a file of exactly `size` bytes, or, without a size, until
+    /// [`FileUpload::end`]. `mode` is the permission bits in octal; if empty, those of the
+    /// existing file, else `0644`.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached.
+    /// Returns an error if the agent is not reachable.
     pub async fn begin_write(
         &self,
         path: &str,
@@ -189,7 +194,8 @@ impl AgentClient {
         self.begin_write_as(path, mode, size, false).await
     }
 
-    /// The same; with `configures`, as a part of the guest's configuration.
+    /// Like [`begin_write`](Self::begin_write). With `configures`, the file is part of the
+    /// guest's configuration.
     async fn begin_write_as(
         &self,
         path: &str,
@@ -200,7 +206,8 @@ impl AgentClient {
         let request = FileWriteRequest {
             path: path.to_owned(),
             mode: mode.to_owned(),
-            // An agent that does not know such writes refuses the size, rather than to take it for that of an empty file.
+            // An agent that does not know writes of unknown size refuses the size -1. It must not
+            // take the content for an empty file.
             size: size.map_or(Ok(-1), i64::try_from).map_err(|_| CallError::Unexpected)?,
             until_eof: size.is_none(),
             configures,
@@ -211,11 +218,12 @@ impl AgentClient {
         Ok(FileUpload { reader, writer })
     }
 
-    /// Writes a file of exactly `size` bytes out of `content`.
+    /// Writes a file of exactly `size` bytes from `content`.
     ///
     /// # Errors
     ///
-    /// Returns an error if the content cannot be read, ends early, or the guest refuses; the guest's file is then as it was.
+    /// Returns an error if the content cannot be read or ends early, or if the guest refuses. The
+    /// guest's file is then unchanged.
     pub async fn write_file(
         &self,
         path: &str,
@@ -234,19 +242,19 @@ impl AgentClient {
             }
             left -= length as u64;
             if upload.write(&buffer[..length]).await.is_err() {
-                // A guest that does not take more has said why.
+                // The guest refused the rest. `finish` returns the reason.
                 break;
             }
         }
         upload.finish().await
     }
 
-    /// Writes a file of the guest's configuration: with the agent's rights, and what is new belongs
-    /// to the guest's usual user.
+    /// Writes a file of the guest's configuration: with the agent's rights, and with new files
+    /// and directories owned by the guest's usual user.
     ///
     /// # Errors
     ///
-    /// Returns an error if the guest refuses; its file is then as it was.
+    /// Returns an error if the guest refuses. The guest's file is then unchanged.
     pub async fn write_configured_file(
         &self,
         path: &str,
@@ -257,38 +265,41 @@ impl AgentClient {
         let mut upload = self.begin_write_as(path, mode, size, true).await?;
         for piece in content.chunks(CHUNK_BYTES) {
             if upload.write(piece).await.is_err() {
-                // A guest that does not take more has said why.
+                // The guest refused the rest. `finish` returns the reason.
                 break;
             }
         }
         upload.finish().await
     }
 
-    /// Facts about a file or directory. Links are followed.
+    /// Returns the attributes of a file or directory. Links are followed.
     ///
     /// # Errors
     ///
-    /// Returns an error if it is not there.
+    /// Returns an error if the path does not exist.
     pub async fn stat(&self, path: &str) -> Result<FileInfo, CallError> {
         self.ask(FrameType::FILE_STAT_REQ, &self.path_request(path), FrameType::FILE_STAT_RESP)
             .await
     }
 
-    /// All entries of a directory, by name.
+    /// Returns all entries of a directory, sorted by name.
     ///
     /// # Errors
     ///
-    /// Returns an error if it is not there or no directory; [`CallError::TooMuch`] if the listing takes more than
-    /// 8 MiB of JSON; [`CallError::Silent`] if it is not complete in a minute.
+    /// Returns an error if the path does not exist or is not a directory; [`CallError::TooMuch`]
+    /// if the listing takes more than 8 MiB of JSON; [`CallError::Silent`] if it is not complete
+    /// within 60 s.
     pub async fn list_directory(&self, path: &str) -> Result<Vec<FileInfo>, CallError> {
         self.list_directory_within(path, |_| true).await
     }
 
-    /// The same, as long as `admit` takes the bytes of JSON that have come so far.
+    /// Like [`list_directory`](Self::list_directory), for as long as `admit` accepts the number
+    /// of bytes of JSON received so far.
     ///
     /// # Errors
     ///
-    /// As [`list_directory`](Self::list_directory); [`CallError::TooMuch`] if `admit` refuses.
+    /// Returns the errors of [`list_directory`](Self::list_directory), and [`CallError::TooMuch`]
+    /// if `admit` refuses.
     pub async fn list_directory_within(
         &self,
         path: &str,
@@ -312,7 +323,7 @@ impl AgentClient {
         loop {
             let frame = match next(&mut reader).await {
                 Ok(frame) => frame,
-                // An old agent sends one frame, and no end.
+                // An old agent sends one frame, and no `EXIT`.
                 Err(CallError::Lost) if !entries.is_empty() => return Ok(entries),
                 Err(error) => return Err(error),
             };
@@ -332,11 +343,12 @@ impl AgentClient {
         }
     }
 
-    /// Makes a directory; with `parents`, those that are missing, too, and none is missing is fine.
+    /// Creates a directory. With `parents`, missing parents are created, too, and the directory
+    /// may exist.
     ///
     /// # Errors
     ///
-    /// Returns an error if it exists, without `parents`, or cannot be made.
+    /// Returns an error if the directory exists (without `parents`) or cannot be created.
     pub async fn make_directory(
         &self,
         path: &str,
@@ -353,11 +365,11 @@ impl AgentClient {
         self.act_soon(FrameType::FILE_MKDIR_REQ, &request).await
     }
 
-    /// Removes a file, a link, or a directory; with `recursive`, all that is in it.
+    /// Removes a file, a link, or a directory; with `recursive`, a directory with its contents.
     ///
     /// # Errors
     ///
-    /// Returns an error if it is not there, or is a directory that is not empty.
+    /// Returns an error if the path does not exist, or is a directory that is not empty.
     pub async fn remove(&self, path: &str, recursive: bool) -> Result<(), CallError> {
         let request = RemoveRequest {
             path: path.to_owned(),
@@ -383,11 +395,11 @@ impl AgentClient {
         self.act_soon(FrameType::FILE_RENAME_REQ, &request).await
     }
 
-    /// Watches a file or directory. The first event says that the watch stands.
+    /// Watches a file or directory. The first event reports that the watch is active.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached.
+    /// Returns an error if the agent is not reachable.
     pub async fn watch(&self, path: &str) -> Result<FileEvents, CallError> {
         let (reader, writer) =
             self.request(FrameType::FILE_WATCH_REQ, &self.path_request(path)).await?;

@@ -13,18 +13,19 @@ use tokio::time::sleep;
 
 use crate::{AgentClient, CallError, Reader, Writer, expect};
 
-/// Bytes that wait between a stream and its frames, each way.
+/// The most bytes buffered between a stream and its frames, each way.
 const WAITING_BYTES: usize = 64 << 10;
 
-/// How long what was written to a stream that was dropped may take to reach the guest.
+/// How long bytes written to a stream may take to reach the guest after the stream was dropped.
 const LINGER: Duration = Duration::from_secs(5);
 
 impl AgentClient {
-    /// Connects to a TCP port of the guest's loopback. The stream is raw from here on; each direction ends for itself.
+    /// Connects to a TCP port of the guest's loopback. The returned stream is raw, and each
+    /// direction ends on its own.
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::ForwardRefused`] if nothing accepts there.
+    /// Returns [`CallError::ForwardRefused`] if nothing accepts connections at the port.
     pub async fn forward(&self, port: u16) -> Result<Box<dyn AgentStream>, CallError> {
         let (mut reader, mut writer) = self.open(FORWARD_PORT).await?;
         let framed = !self.channel.ends_directions_apart();
@@ -49,10 +50,10 @@ impl AgentClient {
     }
 }
 
-/// A stream that travels as frames.
+/// A stream that is relayed as frames.
 struct Framed {
     stream: DuplexStream,
-    /// Goes with it, which tells its task that nobody reads any more.
+    /// Dropped together with the stream, which tells the relay task that the reader has gone.
     _held: oneshot::Sender<()>,
 }
 
@@ -62,7 +63,7 @@ impl Framed {
         let (held, dropped) = oneshot::channel::<()>();
         tokio::spawn(async move {
             tokio::select! {
-                // Whoever reads finds the end of it, and of how it came there is nothing more to say.
+                // The reader of the stream sees an EOF. The cause has no further use.
                 _ = relay_as_frames(other_end, &mut reader.frames, &mut writer) => {}
                 () = async { drop(dropped.await); sleep(LINGER).await } => {}
             }

@@ -1,4 +1,4 @@
-//! The guest as a whole.
+//! Calls that concern the whole guest.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use tokio::time::{sleep, timeout};
 
 use crate::{AgentClient, CallError, Reader, Writer, expect};
 
-/// How long one attempt to reach an agent may take, and the pause between two.
+/// The timeout of one attempt to reach an agent, and the pause between two attempts.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(2);
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// What happens in the guest. Dropping it ends the listening.
+/// Events in the guest. Dropping the value ends the stream.
 pub struct GuestEvents {
     reader: Reader,
     _writer: Writer,
@@ -36,71 +36,74 @@ impl GuestEvents {
 }
 
 impl AgentClient {
-    /// Makes the guest what the configuration says: once, after its boot.
+    /// Configures the guest, once after its boot.
     ///
     /// # Errors
     ///
-    /// Returns an error if a part cannot be done, or the guest has been configured.
+    /// Returns an error if a part of the configuration fails, or if the guest has been configured
+    /// before.
     pub async fn configure(&self, config: &GuestConfig) -> Result<(), CallError> {
         self.act(FrameType::CONFIG_REQ, config).await
     }
 
-    /// Starts the guest's init script, which its configuration has left out.
+    /// Starts the guest's init script, which the configuration left out.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be asked. A script that does not start is named on the guest's console.
+    /// Returns an error if the agent is not reachable. If the script does not start, the guest's
+    /// console names the error.
     pub async fn start_init(&self, script: &str) -> Result<(), CallError> {
         self.act(FrameType::INIT_REQ, &GuestInit { script: script.to_owned() }).await
     }
 
-    /// Waits until the agent can be reached. What is said next arrives at once.
+    /// Waits until the agent is reachable. The next request then arrives at once.
     ///
     /// # Errors
     ///
-    /// Returns an error if it cannot.
+    /// Returns an error if the agent is not reachable.
     pub async fn reach(&self) -> Result<(), CallError> {
-        // A stream that asks nothing: opening it takes the connection.
+        // A stream without a request: opening it shows that the agent is reachable.
         let (_reader, mut writer) = self.open(bhatti_proto::CONTROL_PORT).await?;
         writer.flush().await.map_err(CallError::Write)
     }
 
-    /// Gives a restored guest another identity, and returns what came of each part. How long that may take is the caller's to say: volumes are
-    /// mounted and files written.
+    /// Gives a restored guest another identity, and returns the outcome of each part. The caller
+    /// sets the timeout, since the guest mounts volumes and writes files.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be asked.
+    /// Returns an error if the agent does not answer.
     pub async fn assume_identity(&self, identity: &Identity) -> Result<IdentityReport, CallError> {
         let (mut reader, _writer) = self.request(FrameType::IDENTITY_REQ, identity).await?;
         let report = expect(&mut reader, FrameType::IDENTITY_RESP).await?;
         report.json().map_err(|_| CallError::Unexpected)
     }
 
-    /// Has the guest stand still, but for its agent, until it is told that it has woken or who it is. With `sync`, what was written to its
-    /// disks is on them first.
+    /// Suspends the guest: all processes but its agent stop until the host sends
+    /// [`woken`](Self::woken) or [`assume_identity`](Self::assume_identity). With `sync`, the
+    /// guest first flushes pending writes to its disks.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be asked, or its processes do not stand still.
+    /// Returns an error if the agent does not answer, or if the guest's processes do not stop.
     pub async fn suspend(&self, sync: bool) -> Result<(), CallError> {
         self.act(FrameType::SUSPEND_REQ, &Suspend { sync }).await
     }
 
-    /// Tells the guest that it has stood still. Does no harm to one that has not.
+    /// Tells the guest that it was suspended. The call does no harm if it was not.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be asked.
+    /// Returns an error if the agent does not answer.
     pub async fn woken(&self, woken: &Woken) -> Result<(), CallError> {
         self.act(FrameType::WOKEN_REQ, woken).await
     }
 
-    /// What happened in the guest lately.
+    /// Returns the recent activity in the guest.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be asked.
+    /// Returns an error if the agent does not answer.
     pub async fn activity(&self) -> Result<ActivityInfo, CallError> {
         let (mut reader, _writer) = self.bare_request(FrameType::ACTIVITY_REQ).await?;
         expect(&mut reader, FrameType::ACTIVITY_RESP)
@@ -109,31 +112,31 @@ impl AgentClient {
             .map_err(|_| CallError::Unexpected)
     }
 
-    /// Listens to what happens in the guest from now on.
+    /// Follows the events in the guest from now on.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached.
+    /// Returns an error if the agent is not reachable.
     pub async fn events(&self) -> Result<GuestEvents, CallError> {
         let (reader, writer) = self.bare_request(FrameType::EVENTS_REQ).await?;
         Ok(GuestEvents { reader, _writer: writer })
     }
 
-    /// Asks the guest to shut down. Returns when it has said that it will.
+    /// Asks the guest to shut down. Returns when the guest has agreed.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be reached or refuses.
+    /// Returns an error if the agent is not reachable or refuses.
     pub async fn shut_down(&self) -> Result<(), CallError> {
         let (mut reader, _writer) = self.bare_request(FrameType::SHUTDOWN_REQ).await?;
         expect(&mut reader, FrameType::EXIT).await.map(drop)
     }
 
-    /// Waits until a command can be run.
+    /// Waits until the guest can run a command.
     ///
     /// # Errors
     ///
-    /// Returns the last error if none can within `limit`.
+    /// Returns the last error if no attempt succeeds within `limit`.
     pub async fn wait_ready(&self, limit: Duration) -> Result<(), CallError> {
         let mut last = CallError::Lost;
         let attempts = async {

@@ -1,4 +1,5 @@
-//! When a guest was last heard. One that answers others is busy, however long this answer takes; one that says nothing to anybody hangs.
+//! Records when a guest was last heard. A guest that answers other requests is busy, however long
+//! this answer takes. A guest that sends nothing at all hangs.
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,16 +9,18 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::CallError;
 
-/// How many times as long as a guest that says nothing, one that is busy is waited for: so that a start and a request stay below the 90 s after
-/// which a WebSocket that nobody reads meanwhile is taken for a dead one.
+/// The factor by which a busy guest gets more time than a silent one. This factor keeps the start
+/// of a command and a request below 90 s. After 90 s the daemon drops a WebSocket that it has not
+/// read from.
 const BUSY_FACTOR: u32 = 4;
 
-/// The last time that a guest said anything, in a frame of any stream; not in bytes of a forwarded port.
+/// The time of the last frame from the guest, on any stream. Bytes of a forwarded port do not
+/// count.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Heard(Arc<Mutex<Option<Instant>>>);
 
 impl Heard {
-    /// It says something right now.
+    /// Records that the guest sent a frame just now.
     pub(crate) fn note(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
@@ -26,12 +29,13 @@ impl Heard {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for an answer: for `limit` after the guest was last heard, and no more than [`BUSY_FACTOR`] times that in all.
+    /// Waits for an answer: for `limit` after the guest was last heard, and for at most
+    /// [`BUSY_FACTOR`] times `limit` in all.
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Silent`] if it said nothing for `limit`, [`CallError::Busy`] if it only ever answered others, or the answer's own
-    /// error.
+    /// Returns [`CallError::Silent`] if the guest sent nothing for `limit`, [`CallError::Busy`]
+    /// if it answered only other requests, or the answer's own error.
     pub(crate) async fn within<T>(
         &self,
         limit: Duration,
@@ -70,7 +74,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(15);
 
-    /// A guest that starts a command after some time, if ever, and answers everything else at once.
+    /// A guest that starts commands after `starts_after`, and answers everything else at once.
     struct Slow {
         starts_after: Duration,
     }
@@ -103,7 +107,8 @@ mod tests {
         }
     }
 
-    /// What comes of a command, and after how long, while others ask something every `others`, if they do.
+    /// Starts a command, and returns the result and the time that it took. Another client sends a
+    /// request every `others`, if given.
     async fn start(
         starts_after: Duration,
         others: Option<Duration>,
@@ -123,12 +128,12 @@ mod tests {
         };
         tokio::select! {
             started = start => (started, began.elapsed()),
-            () = ask => unreachable!("they ask for ever"),
+            () = ask => unreachable!("the other client asks forever"),
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guest_that_answers_others_is_waited_for() {
+    async fn guest_that_answers_other_requests_gets_more_time() {
         let (started, took) = start(LIMIT * 3, Some(LIMIT / 4)).await;
 
         started.unwrap();
@@ -136,7 +141,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guest_that_says_nothing_is_not_waited_for_longer() {
+    async fn guest_that_sends_nothing_is_silent_after_the_limit() {
         for others in [None, Some(LIMIT + LIMIT / 2)] {
             let (started, took) = start(LIMIT * 3, others).await;
 
@@ -146,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guest_that_only_ever_answers_others_is_busy() {
+    async fn guest_that_answers_only_other_requests_is_busy() {
         let (started, took) = start(Duration::from_secs(3600), Some(LIMIT / 4)).await;
 
         assert!(matches!(started, Err(CallError::Busy { .. })), "{started:?}");

@@ -1,7 +1,8 @@
 //! The host's client of the guest agent.
 //!
-//! Knows what can be asked of the agent; how its streams travel is the [`AgentChannel`]'s affair. One call, one stream. Dropping a call's
-//! future or its streams gives the stream up, and the agent what it was doing for it.
+//! Offers one call per operation of the agent. How a stream reaches the agent is the
+//! [`AgentChannel`]'s concern. Each call has its own stream. If the caller drops a call's future
+//! or its streams, the stream closes and the agent stops that operation; a session keeps running.
 
 mod archive;
 mod error;
@@ -32,12 +33,13 @@ pub use unix::UnixChannel;
 
 use heard::Heard;
 
-/// How long a guest that says nothing to anybody may take to answer what takes no time.
+/// How long the guest may take to answer a quick request if it sends nothing on any other stream.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-/// How long its kernel may likewise take to accept a connection, on channels that are told of it.
+/// The same limit for the guest's kernel to accept a connection, on channels that report the
+/// acceptance.
 const OPEN_LIMIT: Duration = Duration::from_secs(15);
 
-/// What the guest says on one stream.
+/// The frames that the guest sends on one stream.
 struct Reader {
     frames: FrameReader<ReadHalf<Box<dyn AgentStream>>>,
     heard: Heard,
@@ -45,54 +47,55 @@ struct Reader {
 
 type Writer = FrameWriter<WriteHalf<Box<dyn AgentStream>>>;
 
-/// Asks the agent of one VM.
+/// The client of the agent of one VM.
 #[derive(Clone)]
 pub struct AgentClient {
     channel: Arc<dyn AgentChannel>,
     token: Option<Arc<[u8]>>,
-    /// The user that file operations act as; the guest's usual user without one.
+    /// The user that file operations act as; the guest's usual user if `None`.
     user: Option<Arc<str>>,
     heard: Heard,
 }
 
 impl AgentClient {
-    /// A client of the agent behind `channel`.
+    /// Creates a client of the agent behind `channel`.
     #[must_use]
     pub fn new(channel: Arc<dyn AgentChannel>) -> Self {
         Self { channel, token: None, user: None, heard: Heard::default() }
     }
 
-    /// The same client, which shows `token` on every stream.
+    /// Returns the same client, which sends `token` on every stream.
     #[must_use]
     pub fn with_token(&self, token: &[u8]) -> Self {
         Self { token: Some(token.into()), ..self.clone() }
     }
 
-    /// The same client, whose file operations act as `user` (a name, a number, or `UID:GID`); as the guest's usual user without one.
+    /// Returns the same client, whose file operations act as `user`: a name, a number, or
+    /// `UID:GID`; the guest's usual user if `None`.
     #[must_use]
     pub fn acting_as(&self, user: Option<&str>) -> Self {
         Self { user: user.map(Into::into), ..self.clone() }
     }
 
-    /// The user that file operations act as, as requests have it.
+    /// Returns the user that file operations act as, in the form that requests need.
     fn acting_user(&self) -> Option<String> {
         self.user.as_deref().map(str::to_owned)
     }
 
-    /// Opens a stream and shows the token.
+    /// Opens a stream and queues the token.
     async fn open(&self, port: u32) -> Result<(Reader, Writer), CallError> {
         let opened = async { Ok(self.channel.open(port).await?) };
         let opened = self.heard.within(OPEN_LIMIT, opened).await?;
         let (reader, writer) = tokio::io::split(opened);
         let mut writer = FrameWriter::new(writer);
         if let Some(token) = &self.token {
-            // It travels with the request.
+            // The token is sent together with the request.
             writer.queue(FrameType::AUTH, token).map_err(CallError::Write)?;
         }
         Ok((Reader { frames: FrameReader::new(reader), heard: self.heard.clone() }, writer))
     }
 
-    /// Opens a stream with a request on it.
+    /// Opens a stream and sends a request on it.
     async fn request(
         &self,
         kind: FrameType,
@@ -103,26 +106,27 @@ impl AgentClient {
         Ok((reader, writer))
     }
 
-    /// Opens a stream with a request on it that has no payload.
+    /// Opens a stream and sends a request without a payload on it.
     async fn bare_request(&self, kind: FrameType) -> Result<(Reader, Writer), CallError> {
         let (reader, mut writer) = self.open(CONTROL_PORT).await?;
         writer.send(kind, &[]).await.map_err(CallError::Write)?;
         Ok((reader, writer))
     }
 
-    /// A request that is answered by `EXIT`.
+    /// Sends a request that the agent answers with `EXIT`.
     async fn act(&self, kind: FrameType, request: &impl Serialize) -> Result<(), CallError> {
         let (mut reader, _writer) = self.request(kind, request).await?;
         let frame = expect(&mut reader, FrameType::EXIT).await?;
         parse_exit(&frame.payload).map(drop).ok_or(CallError::Unexpected)
     }
 
-    /// The same, of a guest that has nothing to do for it that takes long. What was given up on may still happen.
+    /// Like [`act`](Self::act), for requests that the guest answers quickly. After a timeout the
+    /// request may still take effect.
     async fn act_soon(&self, kind: FrameType, request: &impl Serialize) -> Result<(), CallError> {
         self.heard.within(ANSWER_LIMIT, self.act(kind, request)).await
     }
 
-    /// A request that is answered by one message.
+    /// Sends a request that the agent answers with one message.
     async fn ask<T: DeserializeOwned>(
         &self,
         kind: FrameType,
@@ -134,7 +138,7 @@ impl AgentClient {
     }
 }
 
-/// Receives a frame that has to be there.
+/// Receives the next frame. The end of the stream is an error.
 async fn next(reader: &mut Reader) -> Result<Frame, CallError> {
     use bhatti_proto::ReadFrameError;
     match reader.frames.next().await {
@@ -149,7 +153,7 @@ async fn next(reader: &mut Reader) -> Result<Frame, CallError> {
     }
 }
 
-/// What a frame is if it says that the request was refused.
+/// Returns the error if the frame refuses the request.
 fn refusal(frame: &Frame) -> Option<CallError> {
     match frame.frame_type {
         FrameType::ERROR_DETAILS => {
@@ -162,13 +166,14 @@ fn refusal(frame: &Frame) -> Option<CallError> {
     }
 }
 
-/// The same, from a guest that has nothing to do for it that takes long: one that hangs is told from one that works.
+/// Like [`expect`], for answers that the guest sends quickly: the timeout tells a guest that
+/// hangs from a guest that works.
 async fn expect_soon(reader: &mut Reader, wanted: FrameType) -> Result<Frame, CallError> {
     let heard = reader.heard.clone();
     heard.within(ANSWER_LIMIT, expect(reader, wanted)).await
 }
 
-/// Receives a frame of this type, or the refusal that came instead.
+/// Receives a frame of type `wanted`, or the refusal in its place.
 async fn expect(reader: &mut Reader, wanted: FrameType) -> Result<Frame, CallError> {
     let frame = next(reader).await?;
     match refusal(&frame) {

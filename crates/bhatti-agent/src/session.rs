@@ -4,18 +4,21 @@ use bhatti_proto::{ExecRequest, FrameType, SessionInfo, SessionRef, SignalReques
 
 use crate::{AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, expect_soon};
 
-/// The way from a session, with the place in its output. Dropping it, with the input, detaches.
+/// The output of a session, with the position in it. Dropping it together with the input
+/// detaches.
 pub struct SessionOutput {
     output: ExecOutput,
     position: u64,
 }
 
 impl SessionOutput {
-    /// Waits for the next event. [`ExecEvent::Exit`] is the process's end, or 0 if another client took the session over.
+    /// Waits for the next event. [`ExecEvent::Exit`] has the process's exit code, or 0 if another
+    /// client took over the session.
     ///
     /// # Errors
     ///
-    /// Returns [`CallError::Lost`] if the connection ended: attach again, from [`position`](Self::position).
+    /// Returns [`CallError::Lost`] if the connection ended: attach again, from
+    /// [`position`](Self::position).
     ///
     /// # Cancel safety
     ///
@@ -28,7 +31,7 @@ impl SessionOutput {
         Ok(event)
     }
 
-    /// The place of the next byte of a job's output.
+    /// Returns the offset of the next byte of a job's output.
     #[must_use]
     pub const fn position(&self) -> u64 {
         self.position
@@ -36,7 +39,8 @@ impl SessionOutput {
 }
 
 impl AgentClient {
-    /// Makes a session and attaches to it: with a terminal if the request has `tty`, else a job, whose output is kept.
+    /// Creates a session and attaches to it: a terminal if the request has `tty`, otherwise a
+    /// job, whose output is kept.
     ///
     /// # Errors
     ///
@@ -49,7 +53,7 @@ impl AgentClient {
             .await
     }
 
-    /// Starts a job, or a session with a terminal, and leaves it to itself.
+    /// Starts a job, or a session with a terminal, without a client.
     ///
     /// # Errors
     ///
@@ -65,12 +69,12 @@ impl AgentClient {
         self.ask(FrameType::EXEC_REQ, &request, FrameType::SESSION_INFO).await
     }
 
-    /// Attaches to a session, taking it over from another client. A job's output comes from byte `from` on, or from the first one that
-    /// is kept; a terminal's scrollback comes first.
+    /// Attaches to a session, and takes it over from another client. A job's output starts at
+    /// byte `from`, or at the first byte that is kept. A terminal first replays its scrollback.
     ///
     /// # Errors
     ///
-    /// Returns an error if there is no such session.
+    /// Returns an error if the session does not exist.
     pub async fn attach(
         &self,
         session_id: &str,
@@ -81,11 +85,11 @@ impl AgentClient {
             .await
     }
 
-    /// Follows a job's output beside its client, from byte `from` on.
+    /// Follows a job's output beside its client, starting at byte `from`.
     ///
     /// # Errors
     ///
-    /// Returns an error if there is no such session, or it has a terminal.
+    /// Returns an error if the session does not exist, or if it has a terminal.
     pub async fn observe(
         &self,
         session_id: &str,
@@ -116,7 +120,7 @@ impl AgentClient {
             .output_offset
             .unwrap_or(first)
             .clamp(first, info.output_end.unwrap_or(u64::MAX));
-        // To a session, the end of the connection says that its client has left.
+        // The agent takes the end of this connection as the client's detaching.
         let control = ExecControl { client: self.clone(), target };
         let input = ExecInput { control, writer, half_close: false, ended: false };
         Ok((
@@ -126,11 +130,11 @@ impl AgentClient {
         ))
     }
 
-    /// All sessions, oldest first.
+    /// Returns all sessions, oldest first.
     ///
     /// # Errors
     ///
-    /// Returns an error if the agent cannot be asked.
+    /// Returns an error if the agent does not answer.
     pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, CallError> {
         let (mut reader, _writer) = self.bare_request(FrameType::EXEC_LIST_REQ).await?;
         expect_soon(&mut reader, FrameType::EXEC_LIST_RESP)
@@ -139,11 +143,11 @@ impl AgentClient {
             .map_err(|_| CallError::Unexpected)
     }
 
-    /// Kills a session's process; a job that has ended is forgotten.
+    /// Kills a session's process. If a job has ended already, the agent removes the job.
     ///
     /// # Errors
     ///
-    /// Returns an error if there is no such session.
+    /// Returns an error if the session does not exist.
     pub async fn kill_session(&self, session_id: &str) -> Result<(), CallError> {
         self.act_soon(
             FrameType::EXEC_KILL,

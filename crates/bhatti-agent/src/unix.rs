@@ -1,4 +1,5 @@
-//! The agent behind two Unix sockets: test mode, and engines whose guest shares a directory with the host.
+//! The agent behind two Unix sockets: in test mode, and with engines whose guest shares a
+//! directory with the host.
 
 use std::io;
 use std::path::PathBuf;

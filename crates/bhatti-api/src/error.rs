@@ -3,90 +3,92 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What went wrong, for programs. The words are stable.
+/// Error code, for programs. Codes are stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// The request makes no sense.
+    /// The request is invalid.
     BadRequest,
     /// The body is larger than the limit.
     BodyTooLarge,
-    /// There is no key, or an unknown one.
+    /// The API key is missing or unknown.
     Unauthorized,
-    /// The key's owner may not do this.
+    /// The caller may not do this.
     Forbidden,
-    /// There is no such thing, or it is somebody else's.
+    /// The resource does not exist, or belongs to another user.
     NotFound,
-    /// The path exists, the method does not.
+    /// The path exists, but not with this method.
     MethodNotAllowed,
     /// The name is in use.
     NameTaken,
-    /// The sandbox is in a state in which this cannot be done.
+    /// The current state does not allow the operation.
     WrongState,
-    /// The command names no program.
+    /// The program of the command does not exist.
     CommandNotFound,
-    /// The command's program may not be executed.
+    /// The program of the command is not executable.
     CommandNotExecutable,
     /// The command's working directory cannot be entered.
     BadWorkingDirectory,
-    /// The output of a buffered command is larger than the limit.
+    /// The output of a buffered command, or another answer of the guest, exceeds the limit.
     OutputTooLarge,
-    /// The connection to the sandbox broke.
+    /// The connection to the sandbox was lost, or the guest did not answer in time.
     ConnectionLost,
-    /// Something has to be set up on this host first.
+    /// The host is not set up for the request.
     NotSetUp,
-    /// The host has no memory for it right now: try again later.
+    /// The host or the guest has no capacity for the request right now: retry later.
     Busy,
-    /// The caller has as much as it may have.
+    /// The caller's quota is used up.
     QuotaExceeded,
-    /// The caller asks too often: see the `Retry-After` header.
+    /// The caller exceeds a rate limit: see the `Retry-After` header.
     RateLimited,
-    /// There is something of that name in the guest.
+    /// The path exists already in the guest.
     AlreadyExists,
     /// The directory in the guest is not empty.
     NotEmpty,
-    /// The path in the guest is a directory, or something else that is no file.
+    /// The path in the guest is a directory or a special file, not a regular file.
     NotAFile,
-    /// The path in the guest is no directory.
+    /// The path in the guest is not a directory.
     NotADirectory,
-    /// The guest's kernel does not permit it.
+    /// The guest's kernel does not permit the operation.
     PermissionDenied,
     /// The guest's disk is full.
     NoSpace,
-    /// A limit of the guest's agent is reached.
+    /// A limit of the guest agent is reached.
     GuestLimit,
-    /// The session has another client.
+    /// Another client is attached to the session.
     Attached,
     /// Nothing listens at the port in the guest.
     PortRefused,
-    /// What listens at the port answered nothing that makes sense.
+    /// The application at the port sent an invalid answer.
     BadGateway,
-    /// What listens at the port did not answer in time.
+    /// The application at the port did not answer in time.
     GatewayTimeout,
-    /// A snapshot is damaged, or was taken on another machine or before the disk was written.
+    /// The snapshot is damaged, was taken on another machine, or is older than the disk.
     SnapshotUnusable,
-    /// The daemon's engine cannot do it: its containers have no snapshots and no forks.
+    /// The daemon's engine does not support the operation: containers have no snapshots and no
+    /// forks.
     Unsupported,
-    /// The virtual machine did not come up.
+    /// The virtual machine did not boot.
     BootFailed,
     /// The disk of the daemon's host is full.
     HostDiskFull,
-    /// What the daemon's store holds of it is damaged. A sandbox can still be destroyed.
+    /// The row of the resource in the daemon's store is damaged. A sandbox can still be
+    /// destroyed.
     DamagedRow,
-    /// The daemon is at fault.
+    /// An internal error of the daemon.
     Internal,
 }
 
-/// The body of every response that is an error.
+/// The body of every error response.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
-    /// For a person.
+    /// Error text, for people.
     pub error: String,
-    /// For a program.
+    /// Error code, for programs.
     pub code: ErrorCode,
-    /// What to do about it.
+    /// How to fix the problem.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// Names the request in the daemon's log.
+    /// Id of the request in the daemon's log.
     pub request_id: String,
 }

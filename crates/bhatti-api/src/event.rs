@@ -3,25 +3,25 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Something that happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
-    /// Its number: later events have larger ones.
+    /// Number of the event. Later events have larger numbers.
     pub id: u64,
-    /// When it happened (RFC 3339).
+    /// Time of the event (RFC 3339).
     pub at: String,
-    /// What: `sandbox.created`.
+    /// Type of the event, such as `sandbox.created`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// The sandbox that it happened to.
+    /// Id of the sandbox that the event concerns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_id: Option<String>,
-    /// What that was called then.
+    /// Name of the sandbox at that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_name: Option<String>,
-    /// Whose it is: a user's id.
+    /// Id of the user that the event belongs to.
     pub user_id: String,
-    /// Anything else, by its type.
+    /// Further facts, depending on the type.
     #[schema(value_type = Object)]
     pub detail: serde_json::Value,
 }

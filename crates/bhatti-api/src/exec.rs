@@ -9,7 +9,8 @@ use utoipa::ToSchema;
 
 use crate::ErrorCode;
 
-/// The first byte of a binary WebSocket message of a streamed command: which stream the rest belongs to.
+/// The first byte of a binary WebSocket message of a streamed command. It names the stream that
+/// the other bytes belong to.
 pub mod channel {
     /// Client to server: standard input.
     pub const STDIN: u8 = 1;
@@ -19,62 +20,63 @@ pub mod channel {
     pub const STDERR: u8 = 3;
 }
 
-/// The exit code of a command whose time was over.
+/// The exit code of a command that reached its time limit.
 pub const TIMED_OUT: i32 = 124;
 
-/// Runs a command and waits for it.
+/// Runs a command, or starts a job.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExecRequest {
-    /// The command and its arguments.
+    /// Command and arguments.
     #[serde(default)]
     pub cmd: Vec<String>,
-    /// Variables laid over the sandbox's environment.
+    /// Variables added to the sandbox's environment, which they override.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Working directory; `/workspace` if absent.
+    /// Working directory [default: `/workspace`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
-    /// Standard input; empty if absent.
+    /// Standard input, as text [default: empty].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
-    /// Standard input that need not be text, as base64 with padding (RFC 4648, 4), instead of `stdin`.
+    /// Standard input as base64 with padding (RFC 4648, section 4), in place of `stdin`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin_base64: Option<String>,
-    /// Who it runs as, a name or a number; the image's usual user if absent.
+    /// User to run as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Seconds after which it is ended; never if absent. Its exit code is then 124, that of a job 128 plus the signal.
+    /// Seconds after which the command is ended [default: never]. Its exit code is then 124; that
+    /// of a job is 128 plus the signal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_sec: Option<u32>,
-    /// Whether it is a job, which runs on without a client.
+    /// Whether to run the command as a job, which needs no client.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub detach: bool,
-    /// Whether a job starts again each time that the sandbox boots anew, until it has ended. Its command and variables lie in a file of
-    /// root's in the sandbox meanwhile.
+    /// Whether the job restarts at each boot of the sandbox, until it has ended. Until then, its
+    /// command and variables are kept in a file inside the sandbox that only root can read.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub restart: bool,
 }
 
-/// A command that runs, or ran, without a client.
+/// A job: a command that runs, or ran, without a client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Job {
-    /// Its id.
+    /// Job id.
     pub id: String,
-    /// The command, joined by single spaces. Of a long one, its beginning and `…`.
+    /// Command, joined by single spaces. A long one is cut and ends with `…`.
     pub cmd: String,
-    /// Whether it runs.
+    /// Whether the job runs.
     pub running: bool,
-    /// Its exit code, once it has ended.
+    /// Exit code, once the job has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// When it was started, in seconds since 1970.
+    /// Start time, in seconds since 1970.
     pub created_at: i64,
-    /// The first byte of its output that is kept.
+    /// Offset of the first output byte that is kept.
     pub output_start: u64,
-    /// The byte behind the last one of its output so far.
+    /// Offset after the last output byte so far.
     pub output_end: u64,
-    /// Whether it starts again each time that the sandbox boots anew.
+    /// Whether the job restarts at each boot of the sandbox.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub restart: bool,
 }
@@ -82,28 +84,29 @@ pub struct Job {
 /// A terminal session, or a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Session {
-    /// Its id.
+    /// Session id.
     pub session_id: String,
-    /// Its command, joined by single spaces.
+    /// Command, joined by single spaces. A long one is cut and ends with `…`.
     pub argv: String,
-    /// Whether it has a terminal.
+    /// Whether the session has a terminal.
     pub tty: bool,
-    /// Whether its process runs.
+    /// Whether the process runs.
     pub running: bool,
-    /// The exit code, once the process has ended.
+    /// Exit code, once the process has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
     /// Whether a client is attached.
     pub attached: bool,
-    /// When it was created, in seconds since 1970.
+    /// Creation time, in seconds since 1970.
     pub created_at: i64,
 }
 
-/// Text messages from the client on the WebSocket of a shell. Every other message, text or binary, is what was typed.
+/// Text messages from the client on the WebSocket of a shell. Every other message, text or
+/// binary, is keyboard input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ShellRequest {
-    /// Its window has another size.
+    /// Resizes the terminal.
     Resize {
         /// Rows.
         rows: u16,
@@ -116,36 +119,37 @@ pub enum ShellRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ShellServerMessage {
-    /// The client is attached. Comes first.
+    /// The client is attached. This message comes first.
     Session {
-        /// To come back to it.
+        /// Session id, for attaching again.
         session_id: String,
-        /// Whether it was made just now.
+        /// Whether the session is new.
         new: bool,
     },
     /// The session ended. Nothing follows.
     Exit {
-        /// Its exit code; 128 plus the signal that ended it.
+        /// Exit code; 128 plus the signal if a signal ended the process; 124 after `timeout_sec`.
         exit_code: i32,
     },
-    /// There is no session, or it was lost. Nothing follows.
+    /// The session does not exist, or was lost. Nothing follows.
     Error {
-        /// For a person.
+        /// Error text, for people.
         error: String,
-        /// For a program.
+        /// Error code, for programs.
         code: ErrorCode,
-        /// What to do about it.
+        /// How to fix the problem.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         hint: Option<String>,
     },
 }
 
-/// Bytes that a command wrote. JSON holds text only, so what is not UTF-8 comes twice: readable, and exactly.
+/// Output bytes of a command. JSON holds text only, so bytes that are not UTF-8 appear twice: as
+/// readable text, and exactly.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
-    /// The bytes as text; U+FFFD stands for what is none.
+    /// The bytes as text, with U+FFFD for bytes that are not UTF-8.
     pub text: String,
-    /// The bytes in base64, if the text is not exactly them.
+    /// The bytes in base64, if `text` does not equal them.
     pub base64: Option<String>,
 }
 
@@ -162,7 +166,7 @@ impl Output {
         }
     }
 
-    /// The bytes.
+    /// Returns the bytes.
     #[must_use]
     pub fn into_bytes(self) -> Vec<u8> {
         match self.base64.and_then(|encoded| STANDARD.decode(encoded).ok()) {
@@ -172,14 +176,14 @@ impl Output {
     }
 }
 
-/// How a command ended, with all that it wrote.
+/// Result of a command, with its whole output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ExecResult {
-    /// Its exit code; 128 plus the signal that ended it.
+    /// Exit code; 128 plus the signal if a signal ended the command; 124 after `timeout_sec`.
     pub exit_code: i32,
-    /// What it wrote to standard output, as text.
+    /// Standard output, as text.
     pub stdout: String,
-    /// What it wrote to standard error, as text.
+    /// Standard error, as text.
     pub stderr: String,
     /// Standard output in base64, if it is not UTF-8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -189,63 +193,64 @@ pub struct ExecResult {
     pub stderr_base64: Option<String>,
 }
 
-/// One line of a streamed command's output.
+/// A line of a streamed command's output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ExecEvent {
-    /// It wrote to standard output.
+    /// The command wrote to standard output.
     Stdout {
-        /// As text.
+        /// Output as text.
         data: String,
-        /// In base64, if it is not UTF-8.
+        /// Output in base64, if it is not UTF-8.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         data_base64: Option<String>,
     },
-    /// It wrote to standard error.
+    /// The command wrote to standard error.
     Stderr {
-        /// As text.
+        /// Output as text.
         data: String,
-        /// In base64, if it is not UTF-8.
+        /// Output in base64, if it is not UTF-8.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         data_base64: Option<String>,
     },
-    /// It ended. Nothing follows.
+    /// The command ended. Nothing follows.
     Exit {
-        /// Its exit code; 128 plus the signal that ended it.
+        /// Exit code; 128 plus the signal if a signal ended the command; 124 after `timeout_sec`.
         exit_code: i32,
     },
-    /// It could not be started, or was lost. Nothing follows.
+    /// The command could not be started, or was lost. Nothing follows.
     Error {
-        /// For a person.
+        /// Error text, for people.
         data: String,
-        /// For a program.
+        /// Error code, for programs.
         code: ErrorCode,
     },
 }
 
-/// Bytes of standard input that a client may have sent and not yet had acknowledged. Who keeps to it is never made to wait with a
-/// message half sent, and so can always send a signal.
+/// Bytes of standard input that a client may have sent without an acknowledgment. A client that
+/// stays within this window never waits in the middle of a message, so it can always send a
+/// signal. The number is published in [`StreamServerMessage::StdinAck`].
 pub const STDIN_WINDOW_BYTES: u64 = 1 << 20;
 
-/// Text messages from the client on the WebSocket of a streamed command. The first one is `Start`; standard input travels in binary
-/// messages, see [`channel`].
+/// Text messages from the client on the WebSocket of a streamed command. The first message is of
+/// type `start`. Standard input travels in binary messages whose first byte is 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum StreamRequest {
     /// Starts the command.
     Start {
-        /// The command and its arguments.
+        /// Command and arguments.
         cmd: Vec<String>,
-        /// Variables laid over the sandbox's environment.
+        /// Variables added to the sandbox's environment, which they override.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         env: BTreeMap<String, String>,
-        /// Working directory; `/workspace` if absent.
+        /// Working directory [default: `/workspace`].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         cwd: Option<String>,
-        /// Who it runs as, a name or a number; the image's usual user if absent.
+        /// User to run as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         user: Option<String>,
-        /// Seconds after which it is ended, its exit code 124; never if absent.
+        /// Seconds after which the command is ended, with exit code 124 [default: never].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         timeout_sec: Option<u32>,
     },
@@ -253,32 +258,34 @@ pub enum StreamRequest {
     StdinEof,
     /// Signals the command's process group.
     Signal {
-        /// The signal's number.
+        /// Number of the signal.
         signal: u8,
     },
 }
 
-/// Text messages from the server on the WebSocket of a streamed command. Output travels in binary messages, see [`channel`].
+/// Text messages from the server on the WebSocket of a streamed command. Output travels in binary
+/// messages, whose first byte is 2 for standard output and 3 for standard error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum StreamServerMessage {
-    /// The command's side has taken so many more bytes of standard input: see [`STDIN_WINDOW_BYTES`].
+    /// Acknowledges further bytes of standard input. A client may send at most 1 MiB without an
+    /// acknowledgment.
     StdinAck {
-        /// How many.
+        /// Number of bytes.
         bytes: u64,
     },
     /// The command ended. Nothing follows.
     Exit {
-        /// Its exit code; 128 plus the signal that ended it.
+        /// Exit code; 128 plus the signal if a signal ended the command; 124 after `timeout_sec`.
         exit_code: i32,
     },
-    /// It could not be started, or was lost. Nothing follows.
+    /// The command could not be started, or was lost. Nothing follows.
     Error {
-        /// For a person.
+        /// Error text, for people.
         error: String,
-        /// For a program.
+        /// Error code, for programs.
         code: ErrorCode,
-        /// What to do about it.
+        /// How to fix the problem.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         hint: Option<String>,
     },
@@ -299,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn text_needs_no_second_form() {
+    fn text_needs_no_base64() {
         assert_eq!(Output::new("é".into()), Output { text: "é".into(), base64: None });
     }
 

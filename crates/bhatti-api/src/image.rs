@@ -3,20 +3,20 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// The longest archive that becomes an image, in bytes.
+/// The longest archive that can be imported as an image, in bytes.
 pub const CONTENT_BYTES_MAX: u64 = 10 << 30;
 
-/// What the disk of a sandbox can begin as.
+/// An image: the root file system that a sandbox starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Image {
-    /// Its name.
+    /// Name of the image.
     pub name: String,
-    /// Whether sandboxes that ask for none have it.
+    /// Whether this is the default image.
     pub is_default: bool,
-    /// The size of the disk, in MiB.
+    /// Size of the disk, in MiB.
     pub size_mb: u64,
-    /// What it takes of the host's disk, in bytes.
+    /// Space that the image takes on the host's disk, in bytes.
     pub disk_bytes: u64,
-    /// What it was made of.
+    /// Source of the image.
     pub source: String,
 }

@@ -1,6 +1,7 @@
 //! The wire types of the HTTP API.
 //!
-//! Requests refuse unknown fields: every field has an effect. Responses may gain fields; clients ignore what they do not know.
+//! Requests with unknown fields are refused: every field has an effect. Responses may gain
+//! fields; clients ignore fields that they do not know.
 
 mod error;
 mod event;

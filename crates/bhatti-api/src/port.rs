@@ -3,14 +3,14 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// A TCP port that something listens at in the guest.
+/// A TCP port with a listener in the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Port {
-    /// The port.
+    /// Port in the guest.
     pub container_port: u16,
-    /// Where the daemon's API reaches it.
+    /// Path of the port's proxy in the daemon's API.
     pub proxy_url: String,
-    /// The sandbox, in the list of all.
+    /// Id of the sandbox, in the list of all ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_id: Option<String>,
 }
@@ -19,25 +19,26 @@ pub struct Port {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PublishPort {
-    /// The port in the guest.
+    /// Port in the guest.
     pub port: u16,
-    /// What it is called; the sandbox's name and six hex digits if absent.
+    /// Alias of the port [default: the sandbox's name and six hex digits].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
 }
 
-/// A published port. Whoever reaches the daemon's public listener reaches it, without a key.
+/// A published port. Any client that reaches the daemon's public listener reaches the port
+/// without an API key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Publication {
-    /// What it is called.
+    /// Alias of the port.
     pub alias: String,
-    /// The port in the guest.
+    /// Port in the guest.
     pub port: u16,
-    /// The sandbox.
+    /// Id of the sandbox.
     pub sandbox_id: String,
-    /// When it was published (RFC 3339).
+    /// Time of publication (RFC 3339).
     pub created_at: String,
-    /// Where it is reached, if the daemon has a public listener.
+    /// URLs of the port, if the daemon has a public listener.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
 }

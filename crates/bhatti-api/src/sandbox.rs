@@ -7,104 +7,107 @@ use utoipa::ToSchema;
 
 use crate::{AttachVolume, AttachedVolume, NewVolume};
 
-/// Makes a sandbox.
+/// Creates a sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateSandbox {
-    /// Its name; `sandbox-` and six hex digits if absent.
+    /// Name [default: `sandbox-` and six hex digits; with a template, the template's name in
+    /// place of `sandbox`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Its vCPUs; 1 if absent.
+    /// Number of vCPUs [default: 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u64>,
-    /// Its memory in MiB; 512 if absent.
+    /// Memory in MiB [default: 512].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
-    /// The size of its root disk in MiB; that of its image if absent.
+    /// Size of the root disk in MiB [default: that of the image].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mb: Option<u64>,
-    /// The environment of its processes.
+    /// Environment variables to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Whether it stays hot, however long nobody uses it.
+    /// Whether the sandbox stays hot when idle.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_hot: bool,
-    /// Whether it boots, rather than being forked from a template.
+    /// Whether to boot the sandbox instead of forking it from a base snapshot.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cold_boot: bool,
-    /// The template that says what is left out here, by name or id.
+    /// Template that supplies the options not given here, by name or id.
     #[serde(default, alias = "template_id", skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
-    /// The image that its disk begins as; the usual one if absent.
+    /// Image to start from [default: `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// A script that runs when it is up, as the session `init`.
+    /// Script to run once the sandbox is up, as the session `init`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
-    /// Files that are put into it before `init` runs, of 16 MiB together.
+    /// Files to write before `init` runs, at most 16 MiB in total.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<NewFile>,
-    /// Names of secrets that are variables of its environment, too.
+    /// Secrets to expose as environment variables, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<String>,
-    /// What is noted on it.
+    /// Labels to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// Seconds after which it is destroyed; never if absent.
+    /// Seconds after which the sandbox is destroyed [default: never].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_sec: Option<u32>,
-    /// `nat`: it reaches its siblings and the world, but neither this host nor private networks; `none`: it has no network card. As this host
-    /// can if absent.
+    /// Network mode: `nat` (the sandbox reaches its owner's other sandboxes and the internet, but
+    /// neither the host nor private networks) or `none` (no network card) [default: the daemon's
+    /// default mode].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
-    /// Private ranges that it may reach all the same, such as `192.168.1.0/24`.
+    /// Private ranges to allow with `nat`, such as `192.168.1.0/24`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_allow: Vec<String>,
-    /// Volumes that it has, in the order in which they are mounted.
+    /// Volumes to attach, in mount order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<AttachVolume>,
-    /// Volumes of its own, which end with it; they are mounted after the others.
+    /// Volumes to create with the sandbox and to destroy with it. They are mounted after
+    /// `volumes`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub new_volumes: Vec<NewVolume>,
 }
 
-/// A file that is put into a new sandbox.
+/// A file to write into a new sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewFile {
-    /// Its absolute path.
+    /// Absolute path.
     pub path: String,
-    /// Its content, as text.
+    /// Content, as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
-    /// Its content in base64, instead.
+    /// Content in base64, in place of `content`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content_base64: Option<String>,
-    /// Its permission bits in octal; `0644` if absent.
+    /// Permission bits in octal [default: `0644`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
 }
 
-/// Changes a sandbox. What is absent stays.
+/// Changes a sandbox. Absent fields stay unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UpdateSandbox {
-    /// Another name. Its host name stays what it is.
+    /// New name. The host name inside the sandbox stays the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Labels that it gets; those that are `null` it loses.
+    /// Labels to set; a value of `null` removes the label.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Option<String>>,
-    /// Whether it stays hot, however long nobody uses it.
+    /// Whether the sandbox stays hot when idle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_hot: Option<bool>,
 }
 
-/// Starts a sandbox that was stopped.
+/// Starts a stopped sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StartSandbox {
-    /// Whether it boots from its disk. What was in its memory is lost then.
+    /// Whether to boot from the disk. The contents of the memory are then lost.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cold_boot: bool,
 }
@@ -113,113 +116,118 @@ pub struct StartSandbox {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkSandbox {
-    /// How many forks; 1 if absent.
+    /// Number of forks [default: 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub count: Option<u32>,
-    /// The fork's name; of several, what their names begin with: `NAME-1` and so on.
+    /// Name of the fork; with several forks, the prefix of `NAME-1`, `NAME-2` and so on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The environment of processes to come.
+    /// Environment variables of later processes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Whether the parent's environment is theirs too.
+    /// Whether the forks inherit the parent's environment.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub inherit_env: bool,
-    /// Names of secrets that are variables of their environment. The parent's are not theirs unless named here.
+    /// Secrets to expose as environment variables, by name. The forks do not inherit the parent's
+    /// secrets unless they are named here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<String>,
-    /// What is noted on them.
+    /// Labels to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
 }
 
-/// What came of a fork.
+/// Result of a fork.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Forks {
-    /// The forks.
+    /// The new sandboxes.
     pub sandboxes: Vec<Sandbox>,
-    /// How long the parent's processes stood still, in microseconds.
+    /// Time for which the parent's processes were paused, in microseconds.
     pub parent_paused_us: u64,
-    /// The pages of memory that were saved, in bytes.
+    /// Size of the saved memory pages, in bytes.
     pub memory_bytes: u64,
 }
 
 /// A sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Sandbox {
-    /// Its id.
+    /// Sandbox id.
     pub id: String,
-    /// Its name.
+    /// Name of the sandbox.
     pub name: String,
-    /// What keeps it from this host and from others. A daemon that does not say has VMs.
+    /// Isolation of the sandbox from the host and from other sandboxes. If absent (older
+    /// daemons), the sandbox is a VM.
     #[serde(default)]
     pub isolation: Isolation,
     /// `creating`, `running`, `stopped`, `failed` or `destroyed`.
     pub status: String,
-    /// Of one that runs, what it costs right now: `hot`, `warm` (paused) or `cold` (saved). A request makes it hot.
+    /// Activity of a running sandbox: `hot`, `warm` (paused) or `cold` (saved). A request makes
+    /// it hot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thermal: Option<String>,
-    /// Why it has failed.
+    /// Reason for the state `failed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its vCPUs.
+    /// Number of vCPUs.
     pub cpus: u64,
-    /// Its memory in MiB.
+    /// Memory in MiB.
     pub memory_mb: u64,
-    /// The size of its root disk in MiB; that of its image if absent.
+    /// Size of the root disk in MiB; that of the image if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mb: Option<u64>,
-    /// The environment of its processes.
+    /// Environment variables of the sandbox.
     pub env: BTreeMap<String, String>,
-    /// Whether it stays hot, however long nobody uses it.
+    /// Whether the sandbox stays hot when idle.
     pub keep_hot: bool,
-    /// What is noted on it.
+    /// Labels of the sandbox.
     pub labels: BTreeMap<String, String>,
-    /// Names of the secrets that it was given.
+    /// Names of the sandbox's secrets.
     pub secrets: Vec<String>,
-    /// The image that its disk began as.
+    /// Image that the sandbox started from.
     pub image: String,
-    /// How it is connected: `nat` or `none`.
+    /// Network mode: `nat` or `none`.
     pub network: String,
-    /// Private ranges that it may reach all the same.
+    /// Private ranges that are allowed with `nat`.
     pub network_allow: Vec<String>,
-    /// Its address among its siblings, if it has a network.
+    /// Address in the owner's network, if the sandbox has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<String>,
-    /// Its volumes, in the order in which they were mounted.
+    /// Attached volumes, in mount order.
     pub volumes: Vec<AttachedVolume>,
-    /// Who made it: a user's id.
+    /// Id of the user that created the sandbox and owns it.
     pub created_by: String,
-    /// When it was made (RFC 3339).
+    /// Creation time (RFC 3339).
     pub created_at: String,
-    /// When it was stopped (RFC 3339), if it is.
+    /// Time of the stop (RFC 3339), if the sandbox is stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_at: Option<String>,
-    /// When it is destroyed (RFC 3339), if ever.
+    /// Time at which the sandbox will be destroyed (RFC 3339), if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
-    /// What it was made from: `boot`, and why if nobody asked for that, or `template`, `sandbox` or `snapshot` and an id.
+    /// Origin of the sandbox: `boot`, with the reason if the request did not ask for a boot; or
+    /// `template` (a base snapshot), `sandbox` or `snapshot`, with an id.
     pub origin: String,
-    /// What its guest did to become itself after it had been another, part by part.
+    /// The guest's report on the identity that it took on after it was restored, part by part.
+    /// Absent in lists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub identity: Option<serde_json::Value>,
 }
 
-/// What keeps a sandbox from its host and from others.
+/// Isolation of a sandbox from the host and from other sandboxes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Isolation {
-    /// A virtual machine: it has a kernel of its own.
+    /// A virtual machine with its own kernel.
     #[default]
     Vm,
-    /// A container: it shares its host's kernel, which is weaker.
+    /// A container, which shares the host's kernel. This isolation is weaker.
     Container,
 }
 
-/// Says that something was taken away.
+/// A resource was deleted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Deleted {
-    /// `destroyed` or `deleted`.
+    /// `destroyed` (sandboxes), `killed` (sessions and jobs) or `deleted`.
     pub status: String,
 }

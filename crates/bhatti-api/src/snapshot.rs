@@ -1,4 +1,4 @@
-//! Snapshots with a name.
+//! Named snapshots.
 
 use std::collections::BTreeMap;
 
@@ -9,27 +9,27 @@ use utoipa::ToSchema;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateSnapshot {
-    /// The name.
+    /// Name of the snapshot.
     pub name: String,
 }
 
-/// Makes a sandbox of a snapshot.
+/// Creates a sandbox from a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResumeSnapshot {
-    /// The sandbox's name; a random one if absent.
+    /// Name of the sandbox [default: a random name].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The environment of processes to come.
+    /// Environment variables of later processes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Whether it stays hot.
+    /// Whether the sandbox stays hot when idle.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_hot: bool,
-    /// Names of secrets that are variables of its environment.
+    /// Secrets to expose as environment variables, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<String>,
-    /// What is noted on it.
+    /// Labels to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
 }
@@ -37,24 +37,25 @@ pub struct ResumeSnapshot {
 /// A snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Snapshot {
-    /// Its id.
+    /// Snapshot id.
     pub id: String,
-    /// Its name.
+    /// Name of the snapshot.
     pub name: String,
-    /// The sandbox that was saved, by the name that it had then.
+    /// Name of the saved sandbox at the time of the snapshot.
     pub sandbox: String,
-    /// The same by its id.
+    /// Id of the saved sandbox.
     pub sandbox_id: String,
-    /// Its vCPUs.
+    /// Number of vCPUs.
     pub cpus: u64,
-    /// Its memory in MiB.
+    /// Memory in MiB.
     pub memory_mb: u64,
-    /// `full`, or `diff`: then what it differs from is kept beside it.
+    /// `full`, or `diff`: only the pages that differ from a base, which is kept with the
+    /// snapshot.
     pub kind: String,
-    /// The pages of memory in it, in bytes.
+    /// Size of the memory pages in the snapshot, in bytes.
     pub memory_bytes: u64,
-    /// The names of the volumes that it has copies of.
+    /// Names of the volumes that the snapshot has copies of.
     pub volumes: Vec<String>,
-    /// When it was taken (RFC 3339).
+    /// Time of the snapshot (RFC 3339).
     pub created_at: String,
 }

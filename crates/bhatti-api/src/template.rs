@@ -1,38 +1,38 @@
-//! Templates: what sandboxes have in common.
+//! Templates.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Makes a template.
+/// Creates a template: default options for new sandboxes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateTemplate {
-    /// Its name.
+    /// Name of the template.
     pub name: String,
-    /// The image of its sandboxes; the usual one if absent.
+    /// Image of the sandboxes [default: `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// Their vCPUs; 1 if absent.
+    /// Number of vCPUs [default: 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u64>,
-    /// Their memory in MiB; 512 if absent.
+    /// Memory in MiB [default: 512].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
-    /// The size of their root disks in MiB; that of the image if absent.
+    /// Size of the root disk in MiB [default: that of the image].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mb: Option<u64>,
-    /// Their environment.
+    /// Environment variables to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Names of their secrets.
+    /// Secrets to expose as environment variables, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<String>,
-    /// Their labels.
+    /// Labels to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// A script that runs when they are up.
+    /// Script to run once a sandbox is up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
 }
@@ -40,27 +40,27 @@ pub struct CreateTemplate {
 /// A template.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Template {
-    /// Its id.
+    /// Template id.
     pub id: String,
-    /// Its name.
+    /// Name of the template.
     pub name: String,
-    /// The image of its sandboxes.
+    /// Image of the sandboxes.
     pub image: String,
-    /// Their vCPUs.
+    /// Number of vCPUs.
     pub cpus: u64,
-    /// Their memory in MiB.
+    /// Memory in MiB.
     pub memory_mb: u64,
-    /// The size of their root disks in MiB; that of the image if absent.
+    /// Size of the root disk in MiB; that of the image if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mb: Option<u64>,
-    /// Their environment.
+    /// Environment variables of the sandboxes.
     pub env: BTreeMap<String, String>,
-    /// Names of their secrets.
+    /// Names of the secrets of the sandboxes.
     pub secrets: Vec<String>,
-    /// Their labels.
+    /// Labels of the sandboxes.
     pub labels: BTreeMap<String, String>,
-    /// A script that runs when they are up; none if empty.
+    /// Script that runs once a sandbox is up; none if empty.
     pub init: String,
-    /// When it was made (RFC 3339).
+    /// Creation time (RFC 3339).
     pub created_at: String,
 }

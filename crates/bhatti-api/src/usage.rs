@@ -1,15 +1,15 @@
-//! What sandboxes use.
+//! Resource usage.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What a sandbox that has a VM uses of the host, seen from outside.
+/// Resource usage of a sandbox that has a VM, as measured on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Usage {
-    /// The sandbox.
+    /// Id of the sandbox.
     pub sandbox_id: String,
-    /// The time of processors since its VM began, in milliseconds. It begins anew with each VM.
+    /// CPU time of the VM since it started, in milliseconds. Starts at 0 with each new VM.
     pub cpu_ms: u64,
-    /// Its memory, in bytes; what forks have in common counts in parts.
+    /// Memory of the VM, in bytes. A page that several VMs share counts in equal parts.
     pub memory_bytes: u64,
 }

@@ -3,104 +3,105 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What a user may have at most; what is absent has no limit.
+/// Limits of a user. An absent limit means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Limits {
-    /// Sandboxes.
+    /// Maximum number of sandboxes.
     pub max_sandboxes: Option<u32>,
-    /// vCPUs of one sandbox.
+    /// Maximum number of vCPUs of one sandbox.
     pub max_cpus_per_sandbox: Option<u32>,
-    /// Memory of one sandbox, in MiB.
+    /// Maximum memory of one sandbox, in MiB.
     pub max_memory_mb_per_sandbox: Option<u32>,
-    /// Named snapshots.
+    /// Maximum number of named snapshots.
     pub max_snapshots: Option<u32>,
-    /// Volumes, all together, in MiB.
+    /// Maximum total size of volumes, in MiB.
     pub max_volume_mb: Option<u32>,
-    /// Disk space of the host that sandboxes and snapshots take together, in MiB.
+    /// Maximum total disk space of sandboxes and snapshots on the host, in MiB.
     pub max_disk_mb: Option<u32>,
 }
 
-/// Makes a user.
+/// Creates a user.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateUser {
-    /// Its name.
+    /// Name of the user.
     pub name: String,
-    /// How many sandboxes it may have; 5 if absent.
+    /// Maximum number of sandboxes [default: 5].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sandboxes: Option<u32>,
-    /// How many vCPUs one of them may have; 4 if absent.
+    /// Maximum number of vCPUs of one sandbox [default: 4].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_cpus_per_sandbox: Option<u32>,
-    /// How much memory one of them may have, in MiB; 4096 if absent.
+    /// Maximum memory of one sandbox, in MiB [default: 4096].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_memory_mb_per_sandbox: Option<u32>,
-    /// How many named snapshots it may have; 5 if absent.
+    /// Maximum number of named snapshots [default: 5].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_snapshots: Option<u32>,
-    /// How large its volumes may be together, in MiB; 20480 if absent.
+    /// Maximum total size of volumes, in MiB [default: 20480].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_volume_mb: Option<u32>,
-    /// Disk space of the host that its sandboxes and snapshots may take together, in MiB; 51200 if absent.
+    /// Maximum total disk space of sandboxes and snapshots on the host, in MiB [default: 51200].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_disk_mb: Option<u32>,
 }
 
-/// Changes what a user may have. What is absent stays; what it has already stays, too.
+/// Changes the limits of a user. Absent limits stay unchanged. Existing resources are kept, even
+/// above a new limit.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UpdateUser {
-    /// Sandboxes.
+    /// Maximum number of sandboxes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sandboxes: Option<u32>,
-    /// vCPUs of one sandbox.
+    /// Maximum number of vCPUs of one sandbox.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_cpus_per_sandbox: Option<u32>,
-    /// Memory of one sandbox, in MiB.
+    /// Maximum memory of one sandbox, in MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_memory_mb_per_sandbox: Option<u32>,
-    /// Named snapshots.
+    /// Maximum number of named snapshots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_snapshots: Option<u32>,
-    /// Volumes, all together, in MiB.
+    /// Maximum total size of volumes, in MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_volume_mb: Option<u32>,
-    /// Disk space of the host that sandboxes and snapshots take together, in MiB.
+    /// Maximum total disk space of sandboxes and snapshots on the host, in MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_disk_mb: Option<u32>,
 }
 
-/// A user that was just made, or was given another key. The key is shown this once.
+/// A new user, or a user with a new API key. The key is shown only once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CreatedUser {
-    /// Its id.
+    /// User id.
     pub id: String,
-    /// Its name.
+    /// Name of the user.
     pub name: String,
-    /// When it was made (RFC 3339).
+    /// Creation time (RFC 3339).
     pub created_at: String,
-    /// Its key for `Authorization: Bearer`.
+    /// API key, for `Authorization: Bearer`.
     pub api_key: String,
 }
 
 /// A user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct User {
-    /// Its id.
+    /// User id.
     pub id: String,
-    /// Its name.
+    /// Name of the user.
     pub name: String,
-    /// When it was made (RFC 3339).
+    /// Creation time (RFC 3339).
     pub created_at: String,
-    /// What it may have.
+    /// Limits of the user.
     pub limits: Limits,
 }
 
 /// A ticket for one WebSocket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ticket {
-    /// For `?ticket=`, once.
+    /// Ticket for the query parameter `ticket`. Works once.
     pub ticket: String,
-    /// How long it is good, in seconds.
+    /// Lifetime of the ticket, in seconds.
     pub expires_in_sec: u32,
 }

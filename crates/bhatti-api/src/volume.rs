@@ -3,22 +3,23 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Makes a volume.
+/// Creates a volume.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVolume {
-    /// Its name.
+    /// Name of the volume.
     pub name: String,
-    /// Its size in MiB; 1024 if absent. It takes of the host's disk what is written to it.
+    /// Size in MiB [default: 1024]. The volume takes disk space of the host only for written
+    /// data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_mb: Option<u64>,
 }
 
-/// Makes a volume larger.
+/// Grows a volume.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResizeVolume {
-    /// Its size in MiB from now on.
+    /// New size in MiB.
     pub size_mb: u64,
 }
 
@@ -26,72 +27,73 @@ pub struct ResizeVolume {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CloneVolume {
-    /// The copy's name.
+    /// Name of the copy.
     pub name: String,
 }
 
 /// A volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
-    /// Its id.
+    /// Volume id.
     pub id: String,
-    /// Its name.
+    /// Name of the volume.
     pub name: String,
-    /// Its size in MiB.
+    /// Size in MiB.
     pub size_mb: u64,
-    /// What it takes of the host's disk, in bytes.
+    /// Space that the volume takes on the host's disk, in bytes.
     pub disk_bytes: u64,
-    /// The sandboxes that have it.
+    /// Sandboxes that the volume is attached to.
     pub attached_to: Vec<VolumeUser>,
-    /// When it was made (RFC 3339).
+    /// Creation time (RFC 3339).
     pub created_at: String,
 }
 
-/// A sandbox that has a volume.
+/// A sandbox that a volume is attached to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VolumeUser {
-    /// The sandbox's name.
+    /// Name of the sandbox.
     pub sandbox: String,
-    /// Whether it only reads it.
+    /// Whether the volume is attached read-only.
     pub readonly: bool,
 }
 
-/// A volume that a new sandbox is to have.
+/// A volume to attach to a new sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AttachVolume {
-    /// The volume's name.
+    /// Name of the volume.
     pub name: String,
-    /// Where it is mounted: an absolute path.
+    /// Mount point: an absolute path.
     pub target: String,
-    /// Whether it is only read, as any number of sandboxes may at once. Who writes it is alone.
+    /// Whether to attach the volume read-only. A volume can be attached read-only to any number
+    /// of sandboxes, or writable to one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub readonly: bool,
 }
 
-/// A volume of a new sandbox's own, which ends with it.
+/// A volume to create with a new sandbox, and to destroy with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewVolume {
-    /// Its name in this sandbox.
+    /// Name of the volume in this sandbox.
     pub name: String,
-    /// Its size in MiB.
+    /// Size in MiB.
     pub size_mb: u64,
-    /// Where it is mounted: an absolute path.
+    /// Mount point: an absolute path.
     pub mount: String,
 }
 
-/// A volume that a sandbox has.
+/// A volume that is attached to a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AttachedVolume {
-    /// Its name.
+    /// Name of the volume.
     pub name: String,
-    /// Where it is mounted.
+    /// Mount point.
     pub target: String,
-    /// Whether it is only read.
+    /// Whether the volume is attached read-only.
     pub readonly: bool,
-    /// Its size in MiB.
+    /// Size in MiB.
     pub size_mb: u64,
-    /// Whether it is the sandbox's own, and ends with it.
+    /// Whether the volume is destroyed with the sandbox.
     pub ephemeral: bool,
 }

@@ -1,4 +1,4 @@
-//! Ways to a daemon.
+//! Connections to a daemon.
 
 use std::io;
 use std::path::PathBuf;
@@ -12,48 +12,48 @@ use tokio::net::TcpStream;
 /// The daemon's socket in its data directory.
 const SOCKET: &str = "bhatti.sock";
 
-/// Where a daemon is.
+/// The address of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// On this machine.
     Unix {
-        /// Its data directory.
+        /// The daemon's data directory.
         data_dir: PathBuf,
     },
     /// On the network.
     Tcp {
-        /// Its host name or address.
+        /// The daemon's host name or address.
         host: String,
-        /// Its port.
+        /// The daemon's port.
         port: u16,
     },
 }
 
-/// A URL that cannot be called.
+/// A URL is not the URL of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no URL of a daemon: expected http://HOST:PORT")]
+#[error("`{0}` is not the URL of a daemon: expected http://HOST:PORT")]
 pub struct ParseUrlError(String);
 
-/// A daemon cannot be reached.
+/// A daemon is not reachable.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// None runs on the data directory.
+    /// No daemon runs on the data directory.
     #[error("no daemon runs on `{}`", data_dir.display())]
     Unix {
         /// The data directory.
         data_dir: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// None answers at the address.
+    /// No daemon answers at the address.
     #[error("no daemon answers at {host}:{port}")]
     Tcp {
-        /// Its host name or address.
+        /// The host name or address.
         host: String,
-        /// Its port.
+        /// The port.
         port: u16,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },

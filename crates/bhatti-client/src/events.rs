@@ -8,16 +8,16 @@ use http::header::ACCEPT;
 use crate::path::with_query;
 use crate::{Client, ClientError, Download};
 
-/// Which events are wanted.
+/// Selects events.
 #[derive(Clone, Debug, Default)]
 pub struct EventFilter {
-    /// Only those whose type begins so.
+    /// Only events whose type starts with this text.
     pub kind: Option<String>,
-    /// Only those of this sandbox, by id or name.
+    /// Only events of this sandbox, by id or name.
     pub sandbox: Option<String>,
-    /// Only those behind this one.
+    /// Only events after this one.
     pub after: Option<u64>,
-    /// The most of them, 1 to 1000.
+    /// The most events to return, 1 to 1000.
     pub limit: Option<u32>,
 }
 
@@ -51,7 +51,7 @@ impl Client {
         self.get(&filter.path()).await
     }
 
-    /// Events as they happen.
+    /// Follows events as they happen.
     ///
     /// # Errors
     ///
@@ -64,11 +64,11 @@ impl Client {
 }
 
 impl Events {
-    /// The next event; none when the daemon stops.
+    /// Waits for the next event. Returns `None` when the daemon stops.
     ///
     /// # Errors
     ///
-    /// Returns an error if the connection broke.
+    /// Returns an error if the connection was lost.
     ///
     /// # Cancel safety
     ///
@@ -77,7 +77,7 @@ impl Events {
         loop {
             while let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
                 let line = self.unread.split_to(end + 1);
-                // The number and type are in the data, too.
+                // The lines with the id and the type are skipped: the data has both.
                 if let Some(data) = line.strip_prefix(b"data: ") {
                     let event = serde_json::from_slice(data);
                     return event

@@ -7,29 +7,30 @@ use crate::path::{sandbox_path, with_query};
 use crate::{Client, ClientError, Download, Upload};
 use bytes::BytesMut;
 
-/// Facts about a file or directory.
+/// The attributes of a file or directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileStat {
-    /// Its size in bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// Its permission bits in octal.
+    /// The permission bits in octal.
     pub mode: String,
-    /// Whether it is a directory.
+    /// Whether the entry is a directory.
     pub is_dir: bool,
 }
 
-/// Changes of a watched file or directory, as they happen.
+/// Changes of a watched file or directory.
 pub struct FileChanges {
     answer: Download,
     unread: BytesMut,
 }
 
 impl FileChanges {
-    /// The next change; none when the watched path is gone or the daemon stops.
+    /// Waits for the next change. Returns `None` when the watched path is gone or the daemon
+    /// stops.
     ///
     /// # Errors
     ///
-    /// Returns an error if the connection broke.
+    /// Returns an error if the connection was lost.
     ///
     /// # Cancel safety
     ///
@@ -51,7 +52,7 @@ impl FileChanges {
 }
 
 impl Client {
-    /// Watches a file, or a directory's own entries.
+    /// Watches a file, or the direct entries of a directory.
     ///
     /// # Errors
     ///
@@ -62,7 +63,7 @@ impl Client {
         Ok(FileChanges { answer, unread: BytesMut::new() })
     }
 
-    /// A path with a query, and with the user that the call acts as.
+    /// Returns a path with a query that includes the acting user.
     fn file_query<'a>(
         &'a self,
         sandbox: &str,
@@ -96,7 +97,7 @@ impl Client {
         self.get(&self.file_query(sandbox, "/files", [("path", path), ("ls", "true")])).await
     }
 
-    /// Facts about a file or directory.
+    /// Returns the attributes of a file or directory.
     ///
     /// # Errors
     ///
@@ -104,7 +105,8 @@ impl Client {
     pub async fn stat(&self, sandbox: &str, path: &str) -> Result<FileStat, ClientError> {
         let query = self.file_query(sandbox, "/files", [("path", path)]);
         let answer = match self.download(Method::HEAD, &query, &[]).await {
-            // An answer to HEAD has no body that could say why: another request has the same fault.
+            // The answer to HEAD has no body with an error. A GET request fails the same way, and
+            // returns the error.
             Err(ClientError::Unexpected(_)) => {
                 self.download(Method::GET, &format!("{query}&max_bytes=1"), &[]).await?
             }
@@ -118,7 +120,7 @@ impl Client {
         })
     }
 
-    /// Writes a file, whole or not at all; `mode` in octal.
+    /// Writes a file, whole or not at all. `mode` is in octal.
     ///
     /// # Errors
     ///
@@ -135,7 +137,7 @@ impl Client {
         self.upload(Method::PUT, &path, content).await
     }
 
-    /// Removes a file or directory; with `recursive` all that is in it.
+    /// Removes a file or directory; with `recursive`, a directory with its contents.
     ///
     /// # Errors
     ///
@@ -151,7 +153,7 @@ impl Client {
         self.delete(&self.file_query(sandbox, "/files", query)).await
     }
 
-    /// Makes a directory.
+    /// Creates a directory.
     ///
     /// # Errors
     ///
@@ -181,7 +183,8 @@ impl Client {
         self.post(&sandbox_path(sandbox, "/files/rename"), Some(&request)).await
     }
 
-    /// Downloads a directory as a tar archive. Behind its last piece, [`Download::skipped`] has what was left out.
+    /// Downloads a directory as a tar archive. After the last piece, [`Download::skipped`]
+    /// returns the skipped entries.
     ///
     /// # Errors
     ///

@@ -8,10 +8,10 @@ use crate::path::sandbox_path;
 use crate::websocket::{Sink, Source, lost};
 use crate::{Client, ClientError};
 
-/// The way to the port. Dropping both halves ends the connection.
+/// The sending half of a connection to a port. Dropping both halves ends the connection.
 pub struct ForwardSender(Sink);
 
-/// The way from the port.
+/// The receiving half of a connection to a port.
 pub struct ForwardReceiver(Source);
 
 impl Client {
@@ -19,7 +19,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// Returns [`ClientError::Refused`] if nothing listens there.
+    /// Returns [`ClientError::Refused`] if nothing listens at the port.
     pub async fn forward(
         &self,
         sandbox: &str,
@@ -32,7 +32,7 @@ impl Client {
 }
 
 impl ForwardSender {
-    /// Sends bytes; none end this direction.
+    /// Sends bytes. An empty `bytes` ends this direction.
     ///
     /// # Errors
     ///
@@ -43,11 +43,11 @@ impl ForwardSender {
 }
 
 impl ForwardReceiver {
-    /// The next bytes; none at the end.
+    /// Waits for the next bytes. Returns `None` at the end.
     ///
     /// # Errors
     ///
-    /// Returns an error if the connection broke.
+    /// Returns an error if the connection was lost.
     ///
     /// # Cancel safety
     ///

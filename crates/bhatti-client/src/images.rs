@@ -25,7 +25,7 @@ impl Client {
         self.get(&segment_path("/images/", image, "")).await
     }
 
-    /// Makes an image of a tar archive.
+    /// Creates an image from a tar archive.
     ///
     /// # Errors
     ///
@@ -35,7 +35,7 @@ impl Client {
         self.upload(Method::POST, &path, archive).await
     }
 
-    /// Takes an image away that nobody needs.
+    /// Deletes an image that is not in use.
     ///
     /// # Errors
     ///

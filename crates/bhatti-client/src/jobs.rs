@@ -1,4 +1,4 @@
-//! Commands without a client, and sessions.
+//! Commands, jobs and sessions.
 
 use bhatti_api::{Deleted, ExecRequest, ExecResult, Job, Session, StreamRequest};
 use http::Method;
@@ -8,7 +8,7 @@ use crate::stream::{CommandInput, CommandOutput};
 use crate::{Client, ClientError, Download, stream};
 
 impl Client {
-    /// Runs a command and waits for all of its output.
+    /// Runs a command and waits for its whole output.
     ///
     /// # Errors
     ///
@@ -21,7 +21,7 @@ impl Client {
         self.post(&sandbox_path(sandbox, "/exec"), Some(request)).await
     }
 
-    /// Starts a command that runs on without a client; `detach` must be set.
+    /// Starts a command as a job, which runs without a client. `detach` must be set.
     ///
     /// # Errors
     ///
@@ -43,7 +43,8 @@ impl Client {
         self.get(&segment_path(&sandbox_path(sandbox, "/jobs/"), job, "")).await
     }
 
-    /// A job's output from a byte on, or from the first that is kept; with `follow` until it ends.
+    /// A job's output from byte `offset`, or from the first byte that is kept; with `follow`,
+    /// until the job ends.
     ///
     /// # Errors
     ///
@@ -79,11 +80,12 @@ impl Client {
         self.delete(&segment_path(&sandbox_path(sandbox, "/sessions/"), session, "")).await
     }
 
-    /// Starts a command in a sandbox, its streams on one connection.
+    /// Starts a command in a sandbox, with its streams on one connection.
     ///
     /// # Errors
     ///
-    /// Returns an error if the call fails. Whether the command could be started is the first thing that its output says.
+    /// Returns an error if the call fails. The first event of the output, or its error, tells
+    /// whether the command started.
     pub async fn start_command(
         &self,
         sandbox: &str,

@@ -48,53 +48,54 @@ pub enum ClientError {
     /// The daemon refused, and said why.
     #[error("{}", .0.error)]
     Refused(ErrorBody),
-    /// The connection broke.
+    /// The connection was lost.
     #[error("the connection to the daemon was lost")]
     Lost(#[source] hyper::Error),
-    /// The connection broke while a command ran.
+    /// The WebSocket connection was lost.
     #[error("the connection to the daemon was lost")]
     StreamLost(#[source] Option<Box<tokio_tungstenite::tungstenite::Error>>),
-    /// An archive is not whole: something in it could not be read.
+    /// An archive is incomplete: one of its entries could not be read.
     #[error("{0}")]
     Archive(String),
-    /// What answered is no bhatti daemon, or one of another time.
-    #[error("the daemon answered something unexpected: {0}")]
+    /// The peer is not a bhatti daemon, or its version does not match.
+    #[error("unexpected answer from the daemon: {0}")]
     Unexpected(String),
 }
 
-/// Calls one daemon. Each call is a connection of its own.
+/// A client of one daemon. Each call uses its own connection.
 #[derive(Clone, Debug)]
 pub struct Client {
     endpoint: Endpoint,
     token: Option<String>,
-    /// The user that file calls act as; the sandbox's usual user without one.
+    /// The user that file calls act as; the sandbox's usual user if `None`.
     user: Option<String>,
 }
 
 impl Client {
-    /// A client of the daemon that runs on `data_dir`.
+    /// Creates a client of the daemon that runs on `data_dir`.
     #[must_use]
     pub fn unix(data_dir: &std::path::Path) -> Self {
         let endpoint = Endpoint::Unix { data_dir: data_dir.to_owned() };
         Self { endpoint, token: None, user: None }
     }
 
-    /// A client of the daemon at `url`, `http://HOST:PORT`, with an API key.
+    /// Creates a client of the daemon at `url`, `http://HOST:PORT`, with an API key.
     ///
     /// # Errors
     ///
-    /// Returns an error if the URL is none that can be called.
+    /// Returns an error if `url` is not the URL of a daemon.
     pub fn http(url: &str, token: &str) -> Result<Self, ParseUrlError> {
         Ok(Self { endpoint: url.parse()?, token: Some(token.to_owned()), user: None })
     }
 
-    /// The same client, whose file and archive calls act as `user` in the sandbox: a name, a number, or `UID:GID`.
+    /// Returns the same client, whose file and archive calls act as `user` in the sandbox: a
+    /// name, a number, or `UID:GID`.
     #[must_use]
     pub fn acting_as(&self, user: Option<&str>) -> Self {
         Self { user: user.map(str::to_owned), ..self.clone() }
     }
 
-    /// Where the daemon is.
+    /// Returns the address of the daemon.
     #[must_use]
     pub const fn endpoint(&self) -> &Endpoint {
         &self.endpoint

@@ -1,11 +1,12 @@
 //! Paths of the API.
 
-/// The path of a sandbox.
+/// Returns a path below a sandbox.
 pub(crate) fn sandbox_path(sandbox: &str, rest: &str) -> String {
     segment_path("/sandboxes/", sandbox, rest)
 }
 
-/// The path of something that a person named. What was typed may hold anything: it must stay one segment.
+/// Returns a path with a segment that a person typed. The typed text may contain any character,
+/// so it is percent-encoded to stay one segment.
 pub(crate) fn segment_path(before: &str, typed: &str, rest: &str) -> String {
     let mut path = before.to_owned();
     for byte in typed.bytes() {
@@ -18,13 +19,13 @@ pub(crate) fn segment_path(before: &str, typed: &str, rest: &str) -> String {
     path + rest
 }
 
-/// A path with a query.
+/// Returns a path with a query.
 pub(crate) fn with_query<'a>(
     path: &str,
     pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
 ) -> String {
     let pairs: Vec<_> = pairs.into_iter().collect();
-    // Pairs of text can always be written so.
+    // Encoding pairs of text never fails.
     match serde_html_form::to_string(pairs) {
         Ok(query) if !query.is_empty() => format!("{path}?{query}"),
         _ => path.to_owned(),
@@ -36,13 +37,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn anything_typed_stays_one_segment_of_the_path() {
+    fn typed_text_stays_one_segment_of_the_path() {
         assert_eq!(sandbox_path("dev.v2", "/exec"), "/sandboxes/dev.v2/exec");
         assert_eq!(sandbox_path("../users?x#y é", ""), "/sandboxes/..%2Fusers%3Fx%23y%20%C3%A9");
     }
 
     #[test]
-    fn anything_typed_stays_one_value_of_the_query() {
+    fn typed_text_stays_one_value_of_the_query() {
         assert_eq!(with_query("/a", []), "/a");
         assert_eq!(with_query("/a", [("path", "/x &y=é")]), "/a?path=%2Fx+%26y%3D%C3%A9");
     }

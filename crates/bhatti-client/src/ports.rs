@@ -6,7 +6,7 @@ use crate::path::sandbox_path;
 use crate::{Client, ClientError};
 
 impl Client {
-    /// The TCP ports that something listens at in a sandbox.
+    /// The TCP ports with a listener in a sandbox.
     ///
     /// # Errors
     ///
@@ -15,7 +15,7 @@ impl Client {
         self.get(&sandbox_path(sandbox, "/ports")).await
     }
 
-    /// The same, of all sandboxes that are hot.
+    /// The TCP ports with a listener in all hot sandboxes.
     ///
     /// # Errors
     ///
@@ -46,7 +46,7 @@ impl Client {
         self.post(&sandbox_path(sandbox, "/publish"), Some(request)).await
     }
 
-    /// Takes a published port back.
+    /// Unpublishes a port.
     ///
     /// # Errors
     ///

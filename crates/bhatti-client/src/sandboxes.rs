@@ -9,7 +9,7 @@ use crate::path::{sandbox_path, with_query};
 use crate::{Client, ClientError};
 
 impl Client {
-    /// Whether and how the daemon runs.
+    /// The daemon's status.
     ///
     /// # Errors
     ///
@@ -18,7 +18,7 @@ impl Client {
         self.get("/health").await
     }
 
-    /// What the daemon measures, in the text format of Prometheus.
+    /// The daemon's metrics, in the text format of Prometheus.
     ///
     /// # Errors
     ///
@@ -36,7 +36,7 @@ impl Client {
         self.post("/sandboxes", Some(request)).await
     }
 
-    /// Creates a sandbox, or returns the one that has its name already, whatever state that is in.
+    /// Creates a sandbox, or returns the existing sandbox of that name in its current state.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ impl Client {
         self.list_labelled(&[]).await
     }
 
-    /// The caller's sandboxes that have all of these labels (`KEY=VALUE`), newest first.
+    /// The caller's sandboxes with all of these labels (`KEY=VALUE`), newest first.
     ///
     /// # Errors
     ///
@@ -86,7 +86,7 @@ impl Client {
         self.call(Method::PATCH, &sandbox_path(sandbox, ""), Some(request)).await
     }
 
-    /// Pauses a sandbox until somebody uses it.
+    /// Pauses a sandbox until its next use.
     ///
     /// # Errors
     ///
@@ -95,7 +95,7 @@ impl Client {
         self.post(&sandbox_path(sandbox, "/pause"), None::<&()>).await
     }
 
-    /// Makes a sandbox hot, unless it was stopped.
+    /// Makes a sandbox hot, unless it is stopped.
     ///
     /// # Errors
     ///
@@ -104,7 +104,7 @@ impl Client {
         self.post(&sandbox_path(sandbox, "/resume"), None::<&()>).await
     }
 
-    /// Saves a sandbox and ends its VM, until it is started.
+    /// Saves a sandbox and ends its VM, until the sandbox is started.
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl Client {
         self.post(&sandbox_path(sandbox, "/stop"), None::<&()>).await
     }
 
-    /// Starts a sandbox that was stopped.
+    /// Starts a stopped sandbox.
     ///
     /// # Errors
     ///
@@ -144,7 +144,7 @@ impl Client {
         self.delete(&sandbox_path(sandbox, "")).await
     }
 
-    /// What each of the caller's sandboxes that has a VM uses of the host.
+    /// The resource usage of the caller's sandboxes that have a VM.
     ///
     /// # Errors
     ///

@@ -15,7 +15,7 @@ impl Client {
         self.get("/secrets").await
     }
 
-    /// Sets a secret, new or not.
+    /// Sets a new or existing secret.
     ///
     /// # Errors
     ///

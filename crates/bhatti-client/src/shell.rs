@@ -9,55 +9,56 @@ use crate::path::{sandbox_path, with_query};
 use crate::websocket::{Sink, Source, lost, unexpected};
 use crate::{Client, ClientError};
 
-/// Which session is wanted; see the API's `GET /sandboxes/{sandbox}/ws`.
+/// Selects a session; see the API's `GET /sandboxes/{sandbox}/ws`.
 #[derive(Clone, Debug, Default)]
 pub struct ShellOptions {
-    /// The session to come back to.
+    /// The session to attach to.
     pub session: Option<String>,
-    /// Whether a new one is wanted in any case.
+    /// Whether to create a new session in any case.
     pub new: bool,
     /// Rows and columns of the terminal.
     pub size: Option<(u16, u16)>,
     /// The command of a new session; a login shell if empty.
     pub command: Vec<String>,
-    /// Variables of a new session.
+    /// The environment variables of a new session.
     pub env: Vec<(String, String)>,
-    /// Who a new session runs as.
+    /// The user that a new session runs as.
     pub user: Option<String>,
-    /// Where a new session begins.
+    /// The working directory of a new session.
     pub workdir: Option<String>,
-    /// Seconds after which the process of a new session is ended.
+    /// The time limit of a new session, in seconds.
     pub timeout_sec: Option<u32>,
 }
 
-/// Something that a terminal did.
+/// An event of a terminal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ShellEvent {
-    /// The client is attached. Comes first.
+    /// The client is attached. This event comes first.
     Session {
-        /// To come back to it.
+        /// The session's id, for attaching again.
         id: String,
-        /// Whether it was made just now.
+        /// Whether the session is new.
         is_new: bool,
     },
-    /// It wrote.
+    /// Bytes that the terminal wrote.
     Output(Bytes),
-    /// Its process ended. Nothing follows.
+    /// The process ended with this exit code. Nothing follows.
     Exit(i32),
 }
 
-/// The way to a terminal. Dropping both halves leaves the session running.
+/// The input of a terminal. Dropping both halves leaves the session running.
 pub struct ShellInput(Sink);
 
-/// The way from a terminal.
+/// The output of a terminal.
 pub struct ShellOutput(Source);
 
 impl Client {
-    /// Opens a terminal session, or comes back to one.
+    /// Opens a terminal session, or attaches to an existing one.
     ///
     /// # Errors
     ///
-    /// Returns an error if the call fails. Whether there is such a session is the first thing that the output says.
+    /// Returns an error if the call fails. The first event of the output, or its error, tells
+    /// whether the session exists.
     pub async fn open_shell(
         &self,
         sandbox: &str,
@@ -91,7 +92,7 @@ impl ShellOptions {
 }
 
 impl ShellInput {
-    /// Types.
+    /// Sends keyboard input.
     ///
     /// # Errors
     ///
@@ -100,7 +101,7 @@ impl ShellInput {
         self.0.send(Message::binary(bytes.to_vec())).await.map_err(lost)
     }
 
-    /// Gives the terminal another size.
+    /// Resizes the terminal.
     ///
     /// # Errors
     ///
@@ -111,11 +112,11 @@ impl ShellInput {
         self.0.send(Message::text(json)).await.map_err(lost)
     }
 
-    /// Leaves the session, which goes on.
+    /// Detaches from the session, which keeps running.
     ///
     /// # Errors
     ///
-    /// Returns an error if the connection is gone: then it was left already.
+    /// Returns an error if the connection is gone. The client is then detached already.
     pub async fn leave(&mut self) -> Result<(), ClientError> {
         self.0.close().await.map_err(lost)
     }
@@ -126,7 +127,7 @@ impl ShellOutput {
     ///
     /// # Errors
     ///
-    /// Returns [`ClientError::Refused`] if there is no session or its sandbox is lost.
+    /// Returns [`ClientError::Refused`] if the session does not exist or the sandbox is lost.
     ///
     /// # Cancel safety
     ///

@@ -1,4 +1,4 @@
-//! Snapshots with a name.
+//! Named snapshots.
 
 use bhatti_api::{CreateSnapshot, Deleted, ResumeSnapshot, Sandbox, Snapshot};
 
@@ -6,7 +6,7 @@ use crate::path::{sandbox_path, segment_path};
 use crate::{Client, ClientError};
 
 impl Client {
-    /// Saves a sandbox under a name; it goes on meanwhile.
+    /// Saves a sandbox under a name. The sandbox keeps running.
     ///
     /// # Errors
     ///
@@ -37,7 +37,7 @@ impl Client {
         self.get(&segment_path("/snapshots/", name, "")).await
     }
 
-    /// Makes a sandbox of a snapshot, which stays.
+    /// Creates a sandbox from a snapshot, which stays.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! A command whose streams travel on a WebSocket.
+//! Commands whose streams travel on a WebSocket.
 
 use std::sync::Arc;
 
@@ -11,27 +11,27 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::websocket::{Sink, Source, lost, unexpected};
 use crate::{Client, ClientError};
 
-/// Input that one message carries at most, in bytes.
+/// The most input that one message carries, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 
-/// Something that a command did.
+/// An event of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CommandEvent {
-    /// It wrote to its standard output.
+    /// Bytes that the command wrote to its standard output.
     Stdout(Bytes),
-    /// It wrote to its standard error.
+    /// Bytes that the command wrote to its standard error.
     Stderr(Bytes),
-    /// It ended. Nothing follows.
+    /// The command ended with this exit code. Nothing follows.
     Exit(i32),
 }
 
-/// The way to a command. Dropping both halves kills it.
+/// The input of a command. Dropping both halves kills the command.
 pub struct CommandInput {
     sink: Sink,
     window: Arc<Semaphore>,
 }
 
-/// The way from a command. Dropping both halves kills it.
+/// The output of a command. Dropping both halves kills the command.
 pub struct CommandOutput {
     stream: Source,
     window: Arc<Semaphore>,
@@ -51,8 +51,8 @@ pub(crate) async fn start(
 }
 
 impl CommandInput {
-    /// Waits until a [`write`](Self::write) of [`MESSAGE_BYTES_MAX`] bytes does not wait for the command. The output must be polled
-    /// meanwhile: it brings the news.
+    /// Waits until a [`write`](Self::write) of [`MESSAGE_BYTES_MAX`] bytes does not wait for the
+    /// command. Meanwhile the caller must poll the output, which receives the acknowledgments.
     ///
     /// # Cancel safety
     ///
@@ -63,7 +63,8 @@ impl CommandInput {
         drop(self.window.acquire_many(bytes).await);
     }
 
-    /// Writes to the command's standard input. Waits while the command does not read; the output must be polled meanwhile.
+    /// Writes to the command's standard input. Waits while the command does not read. Meanwhile
+    /// the caller must poll the output.
     ///
     /// # Errors
     ///
@@ -112,7 +113,8 @@ impl CommandOutput {
     ///
     /// # Errors
     ///
-    /// Returns [`ClientError::Refused`] if the command could not be started or its sandbox is lost.
+    /// Returns [`ClientError::Refused`] if the command could not be started, or if the sandbox is
+    /// lost.
     ///
     /// # Cancel safety
     ///
@@ -139,7 +141,8 @@ impl CommandOutput {
         match serde_json::from_str(json) {
             Ok(StreamServerMessage::Exit { exit_code }) => Ok(Some(CommandEvent::Exit(exit_code))),
             Ok(StreamServerMessage::StdinAck { bytes }) => {
-                // No daemon acknowledges more than was sent; one that did would only open the window wider.
+                // A daemon never acknowledges more than was sent. If it did, the window would
+                // only grow.
                 self.window
                     .add_permits(usize::try_from(bytes).unwrap_or_default().min(MESSAGE_BYTES_MAX));
                 Ok(None)

@@ -6,7 +6,7 @@ use crate::path::segment_path;
 use crate::{Client, ClientError};
 
 impl Client {
-    /// Writes a template down.
+    /// Creates a template.
     ///
     /// # Errors
     ///
@@ -33,7 +33,7 @@ impl Client {
         self.get(&segment_path("/templates/", template, "")).await
     }
 
-    /// Forgets a template.
+    /// Deletes a template.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! One call on one connection.
+//! HTTP calls: one call on one connection.
 
 use std::io;
 
@@ -20,20 +20,20 @@ use crate::{Client, ClientError};
 
 type Body = UnsyncBoxBody<Bytes, io::Error>;
 
-/// What is read of an upload at once, in bytes.
+/// The most bytes that one read of an upload returns.
 const PIECE_BYTES: usize = 64 * 1024;
 
-/// The most of an answer that an error repeats.
+/// The most characters of an answer that an error quotes.
 const SHOWN_CHARS: usize = 200;
 
-/// Something that is sent as it is read.
+/// Content that is sent while it is read.
 pub struct Upload {
     content: Box<dyn AsyncRead + Send + Unpin>,
     length: Option<u64>,
 }
 
 impl Upload {
-    /// Content of any length; or of exactly `length` bytes, if it is known.
+    /// Creates an upload of `length` bytes, or of unknown length.
     pub fn new(content: impl AsyncRead + Send + Unpin + 'static, length: Option<u64>) -> Self {
         Self { content: Box::new(content), length }
     }
@@ -51,7 +51,7 @@ impl Upload {
     }
 }
 
-/// An answer that is read as it comes.
+/// An answer that is read piece by piece.
 #[derive(Debug)]
 pub struct Download {
     headers: HeaderMap,
@@ -60,23 +60,23 @@ pub struct Download {
 }
 
 impl Download {
-    /// A header of the answer, if it is text.
+    /// Returns a header of the answer, if the header exists and is text.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
 
-    /// Its size in bytes, if it was said.
+    /// Returns the size of the file in bytes, if the daemon sent it.
     #[must_use]
     pub fn size(&self) -> Option<u64> {
         self.header("x-file-size")?.parse().ok()
     }
 
-    /// The next piece; none behind the last.
+    /// Waits for the next piece. Returns `None` after the last one.
     ///
     /// # Errors
     ///
-    /// Returns an error if the answer breaks off before its end.
+    /// Returns an error if the answer ends early.
     ///
     /// # Cancel safety
     ///
@@ -94,7 +94,8 @@ impl Download {
         }
     }
 
-    /// What was left out of an archive (sockets, pipes, devices), once its last piece has come.
+    /// Returns the skipped entries of an archive (sockets, pipes, devices). Complete once the
+    /// last piece has arrived.
     #[must_use]
     pub fn skipped(&self) -> &[String] {
         &self.outcome.skipped
@@ -170,7 +171,8 @@ impl Client {
         parse(&self.send(method, path, &headers, content.into_body()).await?.collect().await?)
     }
 
-    /// Sends a request and waits for the head of the answer. One that is an error is read to its end, and returned as such.
+    /// Sends a request and waits for the head of the answer. An error answer is read to its end
+    /// and returned as an error.
     async fn send(
         &self,
         method: Method,
@@ -191,7 +193,7 @@ impl Client {
 
         let stream = TokioIo::new(self.endpoint.connect().await?);
         let (mut sender, connection) = http1::handshake(stream).await.map_err(ClientError::Lost)?;
-        // Ends with the sender and the answer.
+        // The task ends when the sender and the answer are dropped.
         tokio::spawn(connection);
         let response = sender.send_request(request).await.map_err(ClientError::Lost)?;
         let (status, (parts, body)) = (response.status(), response.into_parts());
@@ -208,7 +210,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ClientError> {
     serde_json::from_slice(body).map_err(|_| unexpected(body))
 }
 
-/// What the body of an error says.
+/// Returns the error in the body of an error answer.
 pub(crate) fn refusal(body: &[u8]) -> ClientError {
     serde_json::from_slice(body).map_or_else(|_| unexpected(body), ClientError::Refused)
 }

@@ -7,7 +7,7 @@ use crate::path::segment_path;
 use crate::{Client, ClientError};
 
 impl Client {
-    /// Makes a user. Its key is in the answer, and nowhere else.
+    /// Creates a user. Only this answer contains the API key.
     ///
     /// # Errors
     ///
@@ -25,7 +25,7 @@ impl Client {
         self.get("/users").await
     }
 
-    /// One user, by name or id.
+    /// One user, by name.
     ///
     /// # Errors
     ///
@@ -34,7 +34,7 @@ impl Client {
         self.get(&segment_path("/users/", user, "")).await
     }
 
-    /// Changes what a user may have.
+    /// Changes the limits of a user.
     ///
     /// # Errors
     ///
@@ -43,7 +43,7 @@ impl Client {
         self.call(Method::PATCH, &segment_path("/users/", user, ""), Some(request)).await
     }
 
-    /// Deletes a user that owns nothing any more.
+    /// Deletes a user that owns nothing.
     ///
     /// # Errors
     ///
@@ -52,7 +52,7 @@ impl Client {
         self.delete(&segment_path("/users/", user, "")).await
     }
 
-    /// Gives a user another key; the one before is good no longer.
+    /// Gives a user a new API key. The old key becomes invalid.
     ///
     /// # Errors
     ///

@@ -6,7 +6,7 @@ use crate::path::segment_path;
 use crate::{Client, ClientError};
 
 impl Client {
-    /// Makes an empty volume.
+    /// Creates an empty volume.
     ///
     /// # Errors
     ///
@@ -33,7 +33,7 @@ impl Client {
         self.get(&segment_path("/volumes/", name, "")).await
     }
 
-    /// Makes a volume larger.
+    /// Grows a volume.
     ///
     /// # Errors
     ///

@@ -51,7 +51,7 @@ pub(crate) fn lost(error: Error) -> ClientError {
     ClientError::StreamLost(Some(Box::new(error)))
 }
 
-/// A text message that makes no sense.
+/// Returns the error for a text message that cannot be parsed.
 pub(crate) fn unexpected(json: &str) -> ClientError {
     ClientError::Unexpected(json.chars().take(200).collect())
 }

@@ -1,4 +1,4 @@
-//! Creating a sandbox: what the owner may have, and with which specification.
+//! Creating a sandbox: its specification, and whether the owner may have it.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -209,7 +209,7 @@ impl Control {
         let files = guest_files(request.files)?;
         // All that can be refused is refused before there is a row.
         store.admit_sandbox(owner, &spec)?;
-        // A new sandbox has few files at first. An owner at the limit gets none.
+        // A new sandbox has few files at first. An owner over the limit gets no sandbox.
         let _disk = self.admit_disk(owner, 0).await?;
         store.admit_attach(owner, &request.volumes).map_err(InsertError::from)?;
         let shape = Shape {
@@ -299,7 +299,9 @@ fn check_volumes(volumes: &[Attach]) -> Result<(), CreateError> {
         for other in &volumes[..index] {
             if other.mount == volume.mount {
                 let mount = &volume.mount;
-                return Err(CreateError::Volumes(format!("two volumes are at `{mount}`")));
+                return Err(CreateError::Volumes(format!(
+                    "two volumes have the mount point `{mount}`"
+                )));
             }
             let (above, below) = (volume.mount.as_str(), other.mount.as_str());
             if below.strip_prefix(above).is_some_and(|rest| rest.starts_with('/')) {
@@ -309,14 +311,14 @@ fn check_volumes(volumes: &[Attach]) -> Result<(), CreateError> {
             }
             if other.name == volume.name {
                 let name = &volume.name;
-                return Err(CreateError::Volumes(format!("two volumes are called `{name}`")));
+                return Err(CreateError::Volumes(format!("two volumes have the name `{name}`")));
             }
         }
     }
     Ok(())
 }
 
-/// Returns the first second since 1970 that begins when `time` is over.
+/// Returns the first full second since 1970 at which `time` from now has passed.
 fn unix_seconds_after(time: Duration) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let then = now.saturating_add(time);

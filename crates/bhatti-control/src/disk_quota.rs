@@ -1,8 +1,8 @@
 //! The quota of host disk space that a user's sandboxes and snapshots take.
 //!
-//! The node measures what is used. Operations that add files check the quota. What a guest writes
-//! to its own disk is bounded by the size of that disk, so a user can exceed the quota by the sizes
-//! of its sandboxes' disks at most.
+//! The node measures the used space. Operations that add files check the quota. A guest's writes
+//! to its own disk are bounded by the size of that disk, so a user can exceed the quota by the
+//! sizes of its sandboxes' disks at most.
 
 use std::collections::HashMap;
 use std::sync::Arc;

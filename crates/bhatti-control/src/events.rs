@@ -30,8 +30,8 @@ impl Events {
         Self { store, latest: watch::Sender::new(0) }
     }
 
-    /// Records an event. If the store fails, the event is lost and the failure is logged: what
-    /// happened has happened.
+    /// Records an event. If the store fails, the event is lost and the failure is logged: the
+    /// action has happened already.
     pub(crate) fn record(
         &self,
         kind: &'static str,

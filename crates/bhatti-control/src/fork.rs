@@ -14,7 +14,7 @@ use tracing::{error, info};
 use crate::Control;
 use crate::create::{Admitted, CreateError, generated_name};
 
-/// The most forks that one request makes.
+/// Maximum number of forks of one request.
 pub const FORKS_MAX: u32 = 100;
 
 /// A request to fork a sandbox.
@@ -39,7 +39,7 @@ pub struct ForkRequest {
 pub struct Forked {
     /// The forks, by name.
     pub sandboxes: Vec<SandboxRow>,
-    /// What was saved of the parent.
+    /// The kind and size of the parent's saved memory.
     pub snapshot: SnapshotInfo,
     /// How long the parent's processes were stopped.
     pub paused: Duration,
@@ -58,7 +58,7 @@ pub enum ForkError {
     #[error(transparent)]
     Create(#[from] CreateError),
     /// The number of forks is out of range.
-    #[error("{0} forks are asked for; 1 to {FORKS_MAX} can be made at once")]
+    #[error("{0} forks requested; 1 to {FORKS_MAX} can be made at once")]
     Count(u32),
 }
 

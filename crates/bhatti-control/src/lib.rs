@@ -1,6 +1,6 @@
-//! The control half of a daemon: users' rights, names, quotas, secrets and catalogues.
+//! The control half of a daemon: users' rights, names, quotas, secrets and catalogs.
 //!
-//! Control decides who may do what, and writes to the store what is wanted. It never touches a
+//! Control checks users' rights, and writes the wanted state to the store. It never touches a
 //! path, a tap, a process or an engine. [`Node`] runs the sandboxes of this host and knows nothing
 //! about users' rights.
 //!
@@ -95,25 +95,25 @@ impl Control {
         }
     }
 
-    /// Settles what an earlier daemon left, and begins to take up its sandboxes. A daemon may be
-    /// killed in this at any point; the next daemon repeats it.
+    /// Settles the files and rows that an earlier daemon left, and begins to adopt its sandboxes.
+    /// If the daemon is killed at any point of this, the next daemon repeats it.
     ///
     /// # Errors
     ///
-    /// Returns an error if the store or a directory cannot be read. A sandbox that cannot be taken
-    /// up is logged and left alone.
+    /// Returns an error if the store or a directory cannot be read. A sandbox that cannot be
+    /// adopted is logged and left alone.
     pub async fn recover(&self) -> Result<Recovery, bhatti_node::RecoverError> {
         self.settle_volumes().await?;
         self.inner.node.recover().await
     }
 
-    /// Returns the number of an earlier daemon's sandboxes that are not taken up or removed yet.
+    /// Returns the number of an earlier daemon's sandboxes that are not adopted or removed yet.
     #[must_use]
     pub fn taking_up(&self) -> usize {
         self.inner.node.taking_up()
     }
 
-    /// Returns what the engine can do.
+    /// Returns the engine's capabilities.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
         self.inner.node.capabilities()

@@ -1,11 +1,11 @@
-//! Which network a sandbox may have.
+//! Admission of sandboxes' networks.
 
 use bhatti_types::{NetworkMode, NetworkSpec, UserId};
 use ipnet::Ipv4Net;
 
 use crate::Control;
 
-/// A sandbox cannot have the network that was asked for.
+/// A sandbox cannot have the requested network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// The owner may not allow the range.
@@ -32,7 +32,7 @@ impl Control {
             if allow.ranges().is_empty() {
                 return Ok(());
             }
-            // The mode may be a default, because this host has no network: then that is the error.
+            // If the mode is a default because this host has no network, that is the error.
             node.require_network()?;
             return Err(NetworkError::NothingToAllow);
         }

@@ -177,7 +177,7 @@ impl Control {
         self.inner.node.thermal(id)
     }
 
-    /// Returns what the sandboxes of `owner` that have a VM use of this host. Does not wake
+    /// Returns the host resources used by the sandboxes of `owner` that have a VM. Does not wake
     /// sandboxes, and does not count as use.
     ///
     /// # Errors

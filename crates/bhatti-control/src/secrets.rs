@@ -10,7 +10,7 @@ use tracing::warn;
 
 use crate::Control;
 
-/// The longest value, in bytes.
+/// Maximum length of a value, in bytes.
 const VALUE_BYTES_MAX: usize = 64 * 1024;
 
 /// An operation on a secret failed.
@@ -105,7 +105,7 @@ impl Secrets {
 }
 
 impl Control {
-    /// Sets a secret, new or not. Sandboxes that use it keep the value that they have.
+    /// Creates or replaces a secret. Sandboxes that use it keep the value that they have.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! What the node asks of control: see [`ControlPlane`].
+//! The services that control offers the node: see [`ControlPlane`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

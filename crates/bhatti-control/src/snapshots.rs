@@ -1,4 +1,4 @@
-//! The catalogue of named snapshots: sandboxes as they were, from which sandboxes are created.
+//! The catalog of named snapshots: saved sandboxes, from which sandboxes are created.
 
 use std::io;
 

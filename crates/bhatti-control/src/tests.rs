@@ -1,4 +1,4 @@
-//! Control over a node with a simulated engine: what users see of damaged rows, refusals of the
+//! Control over a node with a simulated engine: damaged rows as users see them, refusals of the
 //! store, and interrupted work on volumes.
 
 use std::sync::Arc;
@@ -168,7 +168,7 @@ fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
     }
 }
 
-/// A volume's row, and a directory of this name for it.
+/// Creates a volume's directory with this prefix, and its row if `has_row` is set.
 fn leave_volume(place: &Place, number: u8, has_row: bool, prefix: &str) -> VolumeId {
     let id = VolumeId::from_entropy([number; 8]);
     if has_row {
@@ -196,7 +196,7 @@ async fn recovery_settles_volumes_and_removes_only_unfinished_ones() {
     let settled = leave_volume(&place, 3, true, "");
     let unmade = leave_volume(&place, 4, false, ".make-");
     let gone = leave_volume(&place, 5, false, ".gone-");
-    // Of a store that is an older copy.
+    // As if the store were an older copy.
     let unknown = leave_volume(&place, 6, false, "");
     place.store.begin_volume_work(settled, VolumeWork::Clone, None).unwrap();
 
@@ -211,7 +211,7 @@ async fn recovery_settles_volumes_and_removes_only_unfinished_ones() {
     assert!(!file(unmade).exists() && !file(gone).exists());
     assert_eq!(std::fs::read_dir(place.data.path().join("volumes")).unwrap().count(), 4);
     let free = place.store.begin_volume_work(settled, VolumeWork::Clone, None);
-    assert!(free.is_ok(), "whoever worked on it is gone: {free:?}");
+    assert!(free.is_ok(), "the earlier daemon's work has not ended: {free:?}");
 }
 
 #[tokio::test]
@@ -222,7 +222,8 @@ async fn volume_can_be_grown_after_a_resize_that_failed() {
     let made = control.create_volume(UserId::ADMIN, "data".parse().unwrap(), size(16));
     let id = made.await.unwrap().row.id;
     let file = place.data.path().join(format!("volumes/{id}/volume.ext4"));
-    // As it is left by a tool that fails: a larger file, on record as what it takes, with a smaller file system.
+    // The state after a tool has failed: the file is larger, its size is recorded, and the file
+    // system in it is smaller.
     place.store.begin_volume_work(id, VolumeWork::Resize, Some(size(32))).unwrap();
     std::fs::File::options().write(true).open(&file).unwrap().set_len(size(32).bytes()).unwrap();
     place.store.end_volume_work(id, size(32)).unwrap();
@@ -232,7 +233,7 @@ async fn volume_can_be_grown_after_a_resize_that_failed() {
     assert_eq!((grown.row.size, size_in_mib(&file)), (size(32), 32));
 }
 
-/// The size of a file system in MiB, as it says itself.
+/// Returns a file system's own record of its size, in MiB.
 fn size_in_mib(file: &std::path::Path) -> u64 {
     let superblock = std::fs::read(file).unwrap()[1024..2048].to_vec();
     let word = |at: usize| u32::from_le_bytes(superblock[at..at + 4].try_into().unwrap());
@@ -242,7 +243,7 @@ fn size_in_mib(file: &std::path::Path) -> u64 {
 #[tokio::test]
 async fn interrupted_resize_of_a_volume_is_finished() {
     let size = |mib| VolumeMib::try_from(mib).unwrap();
-    // Before its file was made longer, and after.
+    // Before the file was lengthened, and after.
     for longer in [false, true] {
         let place = Place::new();
         let earlier = place.recover().await;

@@ -1,4 +1,4 @@
-//! The catalogue of volumes: file systems that outlive sandboxes.
+//! The catalog of volumes: file systems that outlive sandboxes.
 //!
 //! Which sandboxes a volume is attached to is written in the transaction that inserts the sandbox's
 //! row. The files are the node's ([`bhatti_node::VolumeFiles`]). Nothing but
@@ -29,7 +29,7 @@ pub enum VolumeOpError {
     /// The volume's directory could not be made, moved or removed.
     #[error("failed to {step}")]
     Directory {
-        /// What failed.
+        /// The step that failed.
         step: &'static str,
         /// The cause.
         #[source]
@@ -39,7 +39,7 @@ pub enum VolumeOpError {
     #[error("failed to draw an id")]
     Entropy(#[from] getrandom::Error),
     /// The daemon is stopping.
-    #[error("the daemon stopped before that was done")]
+    #[error("the daemon stopped before the operation was finished")]
     Interrupted,
 }
 
@@ -144,7 +144,7 @@ impl Control {
             }
         };
         if let Err(source) = files.put_in_place(id) {
-            // The row goes first: without it the next daemon removes what is left of the files.
+            // The row goes first: without it, the next daemon removes the rest of the files.
             self.inner.store.delete_volume::<VolumeError>(id, || Ok(()))?;
             files.discard_unnamed(id).await;
             return Err(VolumeOpError::Directory { step: "put a volume in place", source });
@@ -211,7 +211,7 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// Returns why it stays.
+    /// Returns why it is not deleted.
     pub async fn delete_volume(&self, owner: UserId, name: &str) -> Result<(), VolumeOpError> {
         let row = self.volume_row(owner, name)?;
         let files = self.inner.node.volume_files();
@@ -245,7 +245,7 @@ impl Control {
         Ok(VolumeInfo { row, sandboxes, disk_bytes })
     }
 
-    /// Finishes what an earlier daemon began with volumes.
+    /// Finishes the work on volumes that an earlier daemon began.
     pub(crate) async fn settle_volumes(&self) -> Result<(), RecoverError> {
         let store = &self.inner.store;
         store.end_volume_copies()?;

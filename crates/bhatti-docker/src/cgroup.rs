@@ -1,4 +1,4 @@
-//! What a container uses, as its control group has it: of either version.
+//! A container's CPU time and memory, read from its control group of version 1 or 2.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use bhatti_host::process::Usage;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// What the container uses whose first process is `pid`.
+/// Returns the usage of the container whose first process is `pid`.
 pub(crate) fn usage(pid: u32) -> io::Result<Usage> {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let number = |path: PathBuf| -> io::Result<u64> {
@@ -31,7 +31,7 @@ pub(crate) fn usage(pid: u32) -> io::Result<Usage> {
     })
 }
 
-/// The group of `controller` in version 1: lines such as `4:memory:/docker/0123`.
+/// Returns the group of `controller` in version 1, from lines such as `4:memory:/docker/0123`.
 fn of(groups: &str, controller: &str) -> Option<PathBuf> {
     groups.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -40,7 +40,7 @@ fn of(groups: &str, controller: &str) -> Option<PathBuf> {
     })
 }
 
-/// The group of version 2: a line such as `0::/docker/0123`.
+/// Returns the group of version 2, from a line such as `0::/docker/0123`.
 fn unified(groups: &str) -> Option<PathBuf> {
     let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
     Some(below(Path::new(ROOT), path))

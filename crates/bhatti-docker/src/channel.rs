@@ -1,4 +1,4 @@
-//! The way to the agent: two sockets in a directory that is the container's to write.
+//! The channel to the guest agent: two sockets in a directory that the container can write.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,13 +10,13 @@ use bhatti_host::socket;
 use bhatti_proto::{CONTROL_PORT, FORWARD_PORT};
 use tokio::net::UnixStream;
 
-/// The directory's name beside the container's other files.
+/// The name of that directory in the sandbox's directory.
 pub(crate) const DIRECTORY: &str = "agent";
 
 /// Connects to the agent's sockets, one connection per stream.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedChannel {
-    /// The directory that holds them.
+    /// The directory of the sockets.
     pub(crate) directory: PathBuf,
 }
 
@@ -27,7 +27,7 @@ impl SharedChannel {
             FORWARD_PORT => "forward.sock",
             _ => return Err(io::ErrorKind::AddrNotAvailable.into()),
         };
-        // A link of the container's making would lead to the sockets of others.
+        // Follows no link: the container could place one to another sandbox's socket.
         let socket = socket::open_in(&self.directory, name)?;
         UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
     }
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn link_to_the_socket_of_another_is_not_followed() {
+    async fn link_to_another_sandboxs_socket_is_not_followed() {
         let (own, others) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let other = others.path().join("control.sock");
         let _listener = UnixListener::bind(&other).unwrap();

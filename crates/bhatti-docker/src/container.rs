@@ -1,4 +1,4 @@
-//! What Docker is told, and asked.
+//! Requests to Docker about containers.
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,14 +29,15 @@ use crate::mounts;
 use crate::root::NOT_FOUND;
 use crate::told;
 
-/// Where the container finds its agent, and the directory that both sides share.
+/// Paths in the container: the guest agent's program, and the directory shared with the host.
 const AGENT: &str = "/run/lohar";
 const SHARED: &str = "/run/bhatti";
 
 /// The label with the name of the host's end of the network card.
 const TAP: &str = "bhatti.tap";
 
-/// What changing users and files takes, and nothing else. The agent needs `SETPCAP` to take `NET_ADMIN` from whatever it starts.
+/// The capabilities that containers keep: those for users, files, signals, low ports and chroot.
+/// The guest agent needs `SETPCAP` to take `NET_ADMIN` from the processes that it starts.
 const CAPABILITIES: [&str; 10] = [
     "CHOWN",
     "DAC_OVERRIDE",
@@ -53,38 +54,38 @@ const CAPABILITIES: [&str; 10] = [
 /// The most processes and threads of a sandbox.
 const PIDS_MAX: i64 = 8192;
 
-/// A period of the processor's time, in microseconds.
+/// The scheduler period of the CPU quota, in microseconds.
 const CPU_PERIOD_US: i64 = 100_000;
 
 /// How long a killed container may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// What Docker names when it refuses a limit of a container's disk. It has one with overlay2 on XFS
-/// with project quotas, btrfs and ZFS.
+/// The option that Docker's error names if Docker cannot limit a container's disk. Docker can with
+/// overlay2 on XFS with project quotas, with btrfs and with ZFS.
 const STORAGE_OPTION: &str = "storage-opt";
 /// Whether Docker has refused such a limit.
 static DISK_IS_UNLIMITED: AtomicBool = AtomicBool::new(false);
 
-/// A status that says that there is nothing to do.
+/// Statuses of requests for a state that the container already has.
 const NOT_MODIFIED: u16 = 304;
 const CONFLICT: u16 = 409;
 
-/// A container as Docker sees it.
+/// The state of a container as Docker reports it.
 pub(crate) struct Found {
-    /// Its first process on this host; 0 if it does not run.
+    /// The process id of its first process on this host; 0 if the container does not run.
     pid: u32,
-    /// Whether it runs, paused or not.
+    /// Whether the container runs, paused or not.
     pub(crate) runs: bool,
     pub(crate) is_paused: bool,
     tap: Option<String>,
 }
 
-/// The name of a sandbox's container.
+/// Returns the name of a sandbox's container.
 pub(crate) fn name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
-/// The container of a sandbox, if there is one.
+/// Looks for the container of a sandbox.
 pub(crate) async fn find(docker: &Docker, id: SandboxId) -> io::Result<Option<Found>> {
     match docker.inspect_container(&name(id), None::<InspectContainerOptions>).await {
         Ok(container) => Ok(Some(found(container))),
@@ -104,7 +105,7 @@ fn found(container: ContainerInspectResponse) -> Found {
     }
 }
 
-/// Makes the container of a sandbox.
+/// Creates the container of a sandbox.
 ///
 /// # Errors
 ///
@@ -132,7 +133,7 @@ pub(crate) async fn create(
             {
                 warn!(
                     reason = message,
-                    "Docker cannot limit the disks of containers here: one can fill Docker's data directory"
+                    "Docker cannot limit container disks here: a sandbox can fill Docker's data directory"
                 );
                 DISK_IS_UNLIMITED.store(true, Ordering::Relaxed);
                 body.host_config.get_or_insert_default().storage_opt = None;
@@ -153,7 +154,7 @@ fn body(spec: &VmSpec, image: String, lohar: &Path) -> ContainerCreateBody {
     ContainerCreateBody {
         image: Some(image),
         hostname: Some(spec.hostname.to_string()),
-        // The argument says whose process it is.
+        // The argument identifies the sandbox in the process's command line.
         entrypoint: Some(vec![AGENT.to_owned(), name(spec.id)]),
         env: Some(vec!["LOHAR_CONTAINER=1".to_owned()]),
         user: Some("0:0".to_owned()),
@@ -176,7 +177,7 @@ fn host_config(spec: &VmSpec, lohar: &Path) -> HostConfig {
     }
     HostConfig {
         memory: Some(memory),
-        // Together with swap: none.
+        // The limit of memory plus swap, so the container gets no swap.
         memory_swap: Some(memory),
         cpu_period: Some(CPU_PERIOD_US),
         cpu_quota: Some(CPU_PERIOD_US * i64::from(spec.cpus.get())),
@@ -198,7 +199,7 @@ fn host_config(spec: &VmSpec, lohar: &Path) -> HostConfig {
     }
 }
 
-/// The network is one of the fourth version, and what is not there cannot be switched off.
+/// Disables IPv6, because the network is IPv4 only. A host without IPv6 has no such settings.
 fn sysctls() -> &'static [(&'static str, &'static str)] {
     if Path::new("/proc/sys/net/ipv6").exists() {
         &[("net.ipv6.conf.all.disable_ipv6", "1"), ("net.ipv6.conf.default.disable_ipv6", "1")]
@@ -235,14 +236,14 @@ pub(crate) async fn start(docker: &Docker, id: SandboxId) -> io::Result<()> {
     started.or_else(|error| nothing_to_do(error, NOT_MODIFIED)).map_err(told)
 }
 
-/// The first process of a sandbox's container, if it runs.
+/// Returns the first process of a sandbox's container, if the container runs.
 pub(crate) async fn follow(docker: &Docker, id: SandboxId) -> io::Result<Option<Followed>> {
     let Some(pid) = running_pid(docker, id).await? else { return Ok(None) };
     let process = match Followed::of(pid) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         process => process?,
     };
-    // Asked again: it may have ended in between, and another process have its number.
+    // Asks again: the process may have ended in between, and its id may have been reused.
     let is_it = running_pid(docker, id).await? == Some(pid);
     Ok(is_it.then_some(process))
 }
@@ -252,18 +253,20 @@ async fn running_pid(docker: &Docker, id: SandboxId) -> io::Result<Option<u32>> 
     Ok(container.map(|container| container.pid))
 }
 
-/// Ends the container of a sandbox, if it runs. Returns the name of its network card on this host.
+/// Kills the container of a sandbox, if it runs. Returns the name of the host's end of its network
+/// card.
 pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<String>> {
     let Some(container) = find(docker, id).await? else { return Ok(None) };
     if container.runs {
         let name = name(id);
         let killed = docker.kill_container(&name, None::<KillContainerOptions>).await;
         killed.or_else(|error| nothing_to_do(error, CONFLICT)).map_err(told)?;
-        // It answers with what the process ended with, which is an error in its eyes.
+        // The response has the process's exit code, and bollard treats a code other than 0 as an
+        // error.
         let ended = docker.wait_container(&name, None::<WaitContainerOptions>);
         let ended: Result<Vec<_>, _> = timeout(KILL_LIMIT, ended.try_collect())
             .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the container does not end"))?;
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the container did not end"))?;
         match ended {
             Ok(_) | Err(Error::DockerContainerWaitError { .. }) => {}
             Err(error) => nothing_to_do(error, NOT_FOUND).map_err(told)?,
@@ -272,14 +275,14 @@ pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<St
     Ok(container.tap)
 }
 
-/// Removes the container of a sandbox, and its disk.
+/// Removes the container of a sandbox with its disk.
 pub(crate) async fn remove(docker: &Docker, id: SandboxId) -> io::Result<()> {
     let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
     let removed = docker.remove_container(&name(id), Some(options)).await;
     removed.or_else(|error| nothing_to_do(error, NOT_FOUND)).map_err(told)
 }
 
-/// An answer with this status is none that matters.
+/// Ignores an error response with this status.
 fn nothing_to_do(error: Error, status: u16) -> Result<(), Error> {
     match error {
         Error::DockerResponseServerError { status_code, .. } if status_code == status => Ok(()),

@@ -1,18 +1,22 @@
-//! The engine on Docker: a container in the place of a VM, for hosts that have Docker and no wish for emulation.
+//! The Docker engine: each sandbox is a container instead of a VM, for hosts with Docker where
+//! emulation is not wanted.
 //!
 //! ```text
 //!  <sandbox directory>/
 //!    agent/          shared with the container: the agent's two sockets
-//!    mounts/<n>/     the volume in place <n>, mounted here for as long as the container runs
+//!    mounts/<n>/     the volume in place <n>, mounted here while the container runs
 //!  container `bhatti-<id>`, with its root disk, which Docker keeps
 //!  image `bhatti-root:<hash>`, imported from an image's root file system
 //! ```
 //!
-//! **The isolation is weaker than a VM's**: sandboxes share the host's kernel, and whoever breaks that has the host. What can be taken from
-//! them is: all capabilities but those that changing users and files takes, new privileges by setuid programs, the host's network (a
-//! container has none but the card that this engine gives it), swap, and more processes than a sandbox needs; Docker's seccomp filter holds.
+//! **The isolation is weaker than a VM's**: sandboxes share the host's kernel, and a guest that
+//! breaks the kernel controls the host. The engine takes from containers: all capabilities except
+//! those in `container.rs`, new privileges by setuid programs, the host's network (a container has
+//! only the card that this engine gives it), swap, and more processes than a sandbox needs.
+//! Docker's seccomp filter applies.
 //!
-//! A container's memory can be paused and not saved: it has no snapshots and no forks, and its processes end with it.
+//! A container can be paused, but its memory cannot be saved: it has no snapshots and no forks, and
+//! a stop ends its processes.
 
 mod cgroup;
 mod channel;
@@ -37,45 +41,45 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 
 use vm::DockerVm;
 
-/// Where Docker listens unless told otherwise.
+/// The default path of Docker's socket.
 pub const SOCKET: &str = "/var/run/docker.sock";
 
-/// How long Docker may take to answer, in seconds: it imports whole root file systems.
+/// Time limit of Docker's responses, in seconds: Docker imports whole root file systems.
 const ANSWER_LIMIT_SEC: u64 = 300;
 
 /// Docker cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
-    /// Nobody listens.
+    /// Docker does not listen on the socket.
     #[error("Docker does not listen at `{}`", socket.display())]
     NotThere {
-        /// Where it was looked for.
+        /// The path of the socket.
         socket: PathBuf,
     },
-    /// It does not answer.
+    /// Docker does not answer.
     #[error("Docker at `{}` does not answer", socket.display())]
     Silent {
-        /// Where it listens.
+        /// The path of the socket.
         socket: PathBuf,
-        /// Why.
+        /// The error of the request.
         #[source]
         source: bollard::errors::Error,
     },
 }
 
-/// Docker as it is here.
+/// The Docker daemon of this host.
 #[derive(Clone, Debug)]
 pub struct Found {
     docker: Docker,
-    /// Its version.
+    /// Docker's version.
     pub version: String,
 }
 
-/// Looks for Docker at `socket`.
+/// Connects to Docker at `socket`.
 ///
 /// # Errors
 ///
-/// Returns why it cannot be used.
+/// Returns why Docker cannot be used.
 pub async fn check(socket: &Path) -> Result<Found, Unusable> {
     let path = socket.to_string_lossy();
     let docker = Docker::connect_with_socket(&path, ANSWER_LIMIT_SEC, API_DEFAULT_VERSION)
@@ -89,25 +93,26 @@ pub async fn check(socket: &Path) -> Result<Found, Unusable> {
 /// Runs containers with Docker.
 pub struct DockerEngine {
     docker: Docker,
-    /// The agent: containers run it from here.
+    /// The guest agent's program, which containers run.
     lohar: PathBuf,
     roots: root::Roots,
 }
 
 impl DockerEngine {
-    /// An engine on Docker as it was found. `lohar` is the agent's program, absolute.
+    /// Returns an engine on the Docker daemon `found`. `lohar` is the absolute path of the guest
+    /// agent's program.
     #[must_use]
     pub fn new(found: Found, lohar: PathBuf) -> Self {
         Self { docker: found.docker, lohar, roots: root::Roots::default() }
     }
 
-    /// Removes the root file systems whose images are gone.
+    /// Removes Docker images of root file systems that no longer exist.
     pub fn prepare(&self) -> impl Future<Output = ()> + Send + use<> {
         root::remove_orphans(self.docker.clone())
     }
 }
 
-/// The error that comes in the place of Docker's.
+/// Converts Docker's error.
 pub(crate) fn told(error: bollard::errors::Error) -> io::Error {
     io::Error::other(error)
 }
@@ -145,7 +150,7 @@ impl Engine for DockerEngine {
                     self.remove(spec.id, &spec.directory).await
                 };
                 cleaned.unwrap_or_else(|left| {
-                    tracing::error!(sandbox = %spec.id, error = %left, "Failed to clean up after a container that did not come up");
+                    tracing::error!(sandbox = %spec.id, error = %left, "Failed to clean up after a failed boot of a container");
                 });
                 Err(error)
             }
@@ -186,5 +191,5 @@ impl Engine for DockerEngine {
     }
 }
 
-/// Why there are none.
+/// Why this engine has no snapshots.
 pub(crate) const NO_SNAPSHOTS: &str = "the memory of a container cannot be saved";

@@ -1,6 +1,7 @@
-//! The container's network card: a pair of interfaces, one of them on this host, where it is what a VM's tap is.
+//! The container's network card: a veth pair, whose end on this host takes the place of a VM's tap.
 //!
-//! Docker is told to give the container no network. Rules, bridges and addresses are then the same as for every other engine.
+//! Docker gives the container no network, so rules, bridges and addresses are the same as for every
+//! other engine.
 
 use std::io;
 
@@ -10,9 +11,10 @@ use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth};
 /// The card's name in the container.
 const CARD: &str = "eth0";
 
-/// Makes the pair `tap` here and the card in the network of the process `pid`. It ends with that network.
+/// Makes a veth pair: `tap` on this host, and the card in the network namespace of the process
+/// `pid`. The pair ends with that namespace.
 pub(crate) async fn make(tap: &str, pid: u32) -> io::Result<()> {
-    // One of an earlier run, whose network the kernel has not taken down yet.
+    // Removes the pair of an earlier run, whose namespace the kernel has not removed yet.
     remove(tap).await?;
     let card = LinkMessageBuilder::<LinkUnspec>::new().name(CARD.to_owned()).setns_by_pid(pid);
     let pair = LinkMessageBuilder::<LinkVeth>::new(tap, CARD)

@@ -1,6 +1,8 @@
-//! Volumes: their file systems are mounted on this host, and the container is given the mounts.
+//! Volumes: the engine mounts their file systems on this host and binds the mounts into the
+//! container.
 //!
-//! Whatever removes the sandbox's directory must not reach into a volume: a place is taken away only once nothing is mounted there.
+//! Removing the sandbox's directory must not delete a volume's content, so the engine removes a
+//! mount point only when nothing is mounted there any more.
 
 use std::fs;
 use std::io;
@@ -18,27 +20,27 @@ use tokio::time::{Instant, timeout};
 
 const DIRECTORY: &str = "mounts";
 
-/// The number of loop devices' driver: Documentation/admin-guide/devices.txt.
+/// The major number of loop devices: Documentation/admin-guide/devices.txt.
 const LOOP_MAJOR: u32 = 7;
 
-/// How long an unmounted volume may stay open, and how often to look.
+/// How long an unmounted volume may stay open, and the pause between checks.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 const CLOSE_LOOK_NS: i64 = 1_000_000;
 
 /// How long a mount may take: a file system may ask its mounter to wait for other hosts (MMP).
 const MOUNT_LIMIT: Duration = Duration::from_secs(60);
 
-/// A volume that is mounted on this host.
+/// The mount of a volume.
 #[derive(Clone, Debug)]
 pub(crate) struct Mounted {
-    /// Where, on this host.
+    /// The mount point on this host.
     pub(crate) here: PathBuf,
-    /// Where, in the container.
+    /// The mount point in the container.
     pub(crate) there: String,
     pub(crate) read_only: bool,
 }
 
-/// Where the volumes of a sandbox will be.
+/// Returns the mounts that the volumes of a sandbox have.
 pub(crate) fn places(directory: &Path, volumes: &[Option<VolumeFile>]) -> Vec<Mounted> {
     let place = |(number, volume): (usize, &Option<VolumeFile>)| {
         let volume = volume.as_ref()?;
@@ -57,12 +59,12 @@ pub(crate) async fn make(directory: &Path, volumes: &[Option<VolumeFile>]) -> io
     for (file, place) in files.zip(places(directory, volumes)) {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&place.here)?;
         let access = if place.read_only { "ro" } else { "rw" };
-        // What an error does is not the superblock's to say: that may ask for a panic.
+        // Sets the behavior on errors, because the superblock could ask for a kernel panic.
         let options = format!("loop,nosuid,nodev,noatime,errors=remount-ro,{access}");
         let mut mount = command("mount");
         mount.args(["-t", "ext4", "-o", &options]).args([file, &place.here]);
         let output = timeout(MOUNT_LIMIT, mount.output()).await.map_err(|_| {
-            io::Error::new(io::ErrorKind::TimedOut, "the mount of a volume takes too long")
+            io::Error::new(io::ErrorKind::TimedOut, "the mount of a volume timed out")
         })??;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
@@ -72,7 +74,7 @@ pub(crate) async fn make(directory: &Path, volumes: &[Option<VolumeFile>]) -> io
     Ok(())
 }
 
-/// Takes the mounts away, and writes what they have.
+/// Unmounts the volumes of a sandbox, which writes their cached data, and removes the mount points.
 pub(crate) async fn remove(directory: &Path) -> Result<(), RemoveError> {
     let directory = directory.join(DIRECTORY);
     let at = directory.clone();
@@ -83,26 +85,27 @@ pub(crate) async fn remove(directory: &Path) -> Result<(), RemoveError> {
         .map_err(|source| RemoveError::Files { path: at, source })
 }
 
-/// The loop device of a volume that is mounted at `place` to be written.
+/// Returns the number of the loop device of a volume that is mounted read-write at `place`.
 fn written_device(directory: &Path, place: &Path) -> io::Result<Option<u32>> {
     let device = stat(place)?.st_dev;
-    // The directory itself may be on a loop device.
+    // The sandbox's directory itself may lie on a loop device.
     let is_mounted = device != stat(directory)?.st_dev && major(device) == LOOP_MAJOR;
     let is_written = !statvfs(place)?.f_flag.contains(StatVfsMountFlags::RDONLY);
     Ok((is_mounted && is_written).then(|| minor(device)))
 }
 
-/// Waits until nobody has a volume open any more. The kernel takes a dead container's mounts down when it comes to it, and until then its file
-/// may change under whoever checks it next.
+/// Waits until the kernel has released a volume's loop device. The kernel unmounts a dead
+/// container's mounts with a delay. Until then it may still write the volume's file, and e2fsck
+/// must not run on it.
 fn wait_until_closed(device: u32) -> io::Result<()> {
     let backing = format!("/sys/block/loop{device}/loop/backing_file");
     let began = Instant::now();
     while Path::new(&backing).exists() {
         if began.elapsed() > CLOSE_LIMIT {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "a volume stays in use"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "a volume is still in use"));
         }
         let pause = Timespec { tv_sec: 0, tv_nsec: CLOSE_LOOK_NS };
-        // An early return only means an early look.
+        // If a signal interrupts the pause, the next check is only early.
         drop(nanosleep(&pause));
     }
     Ok(())

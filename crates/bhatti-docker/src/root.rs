@@ -1,4 +1,4 @@
-//! Root file systems as Docker's images.
+//! Root file systems as Docker images.
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,28 +19,28 @@ use tracing::{info, warn};
 
 use crate::{told, tree};
 
-/// The repository of what was imported here.
+/// The repository of imported images.
 const REPOSITORY: &str = "bhatti-root";
 
-/// The step that makes an image.
+/// The step that imports an image, for errors.
 pub(crate) const IMPORT: &str = "import the root file system into Docker";
 
-/// The label that says which file an image was imported from.
+/// The label with the path of the file that an image was imported from.
 const SOURCE: &str = "bhatti.root";
 
-/// The status of an answer that something is not there.
+/// The status of a response about an object that does not exist.
 pub(crate) const NOT_FOUND: u16 = 404;
 
-/// Imports root file systems, each once however many ask for it.
+/// Imports root file systems, each only once for concurrent callers.
 #[derive(Default)]
 pub(crate) struct Roots {
     importing: Mutex<()>,
 }
 
 impl Roots {
-    /// The name of Docker's image of the root file system `disk`.
+    /// Returns the name of Docker's image of the root file system `disk`. Imports it if needed.
     pub(crate) async fn image(&self, docker: &Docker, disk: &Path) -> io::Result<String> {
-        // However one comes there: many data directories may share one.
+        // Resolves links, because several data directories may share one image.
         let disk = &fs::canonicalize(disk)?;
         let tag = tag(disk)?;
         let name = format!("{REPOSITORY}:{tag}");
@@ -56,7 +56,8 @@ impl Roots {
     }
 }
 
-/// Tells one root file system from another: a file that was written anew is another one.
+/// Returns a tag that identifies a root file system by path, size and time of change, so that a
+/// rewritten file gets another tag.
 fn tag(disk: &Path) -> io::Result<String> {
     let file = fs::metadata(disk)?;
     let mut hasher = blake3::Hasher::new();
@@ -84,27 +85,30 @@ async fn import(docker: &Docker, disk: &Path, tag: &str) -> io::Result<()> {
     let written = writing.await.map_err(io::Error::other)?;
     let imported = imported.map(drop).map_err(told);
     if written.is_err() {
-        // It may have taken the half for the whole.
+        // Docker may have accepted an incomplete archive as complete.
         drop(
             docker
                 .remove_image(&format!("{REPOSITORY}:{tag}"), None::<RemoveImageOptions>, None)
                 .await,
         );
     }
-    // What went wrong first: an archive that ends early is what Docker complains of; one that nobody reads on is Docker's doing.
+    // Returns the error that came first. If the write failed, Docker's error is only about the
+    // incomplete archive. If the write failed with a broken pipe, Docker failed first and stopped
+    // reading.
     match &written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => imported.and(written),
         _ => written.and(imported),
     }
 }
 
-/// A path as a value of a `LABEL` instruction.
+/// Quotes a path as the value of a `LABEL` instruction.
 fn quoted(path: &Path) -> String {
     let escaped = path.to_string_lossy().replace('\\', "\\\\").replace('"', "\\\"");
     format!("\"{escaped}\"")
 }
 
-/// Removes the images whose root file systems are not there any more. Those that containers stand on stay.
+/// Removes the Docker images whose root file systems no longer exist. Images that containers use
+/// stay.
 pub(crate) async fn remove_orphans(docker: Docker) {
     let filters = HashMap::from([("label".to_owned(), vec![SOURCE.to_owned()])]);
     let options = ListImagesOptionsBuilder::new().filters(&filters).build();
@@ -123,11 +127,11 @@ pub(crate) async fn remove_orphans(docker: Docker) {
         if is_current {
             continue;
         }
-        // One that is in use is refused, and looked at again at the next start.
+        // Docker refuses to remove an image in use. The next start of the daemon tries again.
         if docker.remove_image(&image.id, None::<RemoveImageOptions>, None).await.is_ok() {
             info!(
                 image = image.id,
-                "Removed a root file system from Docker that is no image's any more"
+                "Removed a Docker image whose root file system no longer exists"
             );
         }
     }

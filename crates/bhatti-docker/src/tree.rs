@@ -1,4 +1,4 @@
-//! The tree of a root file system, out of its disk image and without mounting it.
+//! Reads the tree of a root file system from its disk image, without mounting it.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -9,7 +9,8 @@ use std::path::Path;
 use ext4_view::{Ext4, FileType, Metadata};
 use tar::{Builder, EntryType, Header};
 
-/// Writes the tree of the ext4 file system `disk` as a tar archive. Devices, sockets and pipes are left out: a container has its own.
+/// Writes the tree of the ext4 file system `disk` as a tar archive. Skips devices, sockets and
+/// pipes: a container has its own.
 pub(crate) fn write_tar(disk: &Path, to: impl Write) -> io::Result<()> {
     let disk = Ext4::load(Box::new(File::open(disk)?))?;
     let mut archive = Builder::new(to);
@@ -85,7 +86,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn tree_comes_out_as_it_went_in_but_for_what_a_container_has_of_its_own() {
+    async fn archive_has_the_whole_tree_except_devices_sockets_and_pipes() {
         let place = tempfile::tempdir().unwrap();
         let (tree, disk) = (place.path().join("tree"), place.path().join("disk.ext4"));
         let long = format!("usr/{}/{}", "d".repeat(90), "f".repeat(90));
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_system_is_an_error() {
+    fn file_that_is_not_ext4_is_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(&file, vec![0; 1 << 20]).unwrap();
         assert!(write_tar(file.path(), Vec::new()).is_err());

@@ -1,4 +1,4 @@
-//! A container that runs, in the place of a VM.
+//! A running container in place of a VM.
 
 use std::fs;
 use std::io;
@@ -25,10 +25,10 @@ use crate::channel::{self, SharedChannel};
 use crate::root::{self, Roots};
 use crate::{NO_SNAPSHOTS, cgroup, container, link, mounts, told, vmm_error};
 
-/// How often the agent of a container that starts is looked for.
+/// The pause between attempts to connect to the agent of a starting container.
 const LOOK_PAUSE: Duration = Duration::from_millis(2);
 
-/// A container.
+/// A running container.
 pub(crate) struct DockerVm {
     docker: Docker,
     id: SandboxId,
@@ -37,7 +37,8 @@ pub(crate) struct DockerVm {
     console: Console,
 }
 
-/// Makes or starts a container, and waits until its agent answers. What was made stays where it is if that fails.
+/// Creates or starts a container, and waits until its agent listens. If that fails, everything that
+/// was made stays, and the caller removes it.
 pub(crate) async fn boot(
     spec: &VmSpec,
     docker: &Docker,
@@ -79,7 +80,7 @@ pub(crate) async fn boot(
 }
 
 impl DockerVm {
-    /// Takes up the container whose first process is `process`.
+    /// Adopts the container whose first process is `process`.
     pub(crate) fn attach(
         docker: &Docker,
         id: SandboxId,
@@ -108,7 +109,7 @@ impl DockerVm {
             };
             match opened {
                 Ok(Ok(_stream)) => return Ok(()),
-                // Nobody listens in the container yet.
+                // The agent does not listen yet.
                 Ok(Err(_)) if !left.is_zero() => sleep(LOOK_PAUSE).await,
                 _ => return Err(BootError::TimedOut { limit, console: self.console.tail() }),
             }
@@ -117,7 +118,7 @@ impl DockerVm {
 
     async fn is_paused(&self) -> Result<bool, VmmError> {
         let container = container::find(&self.docker, self.id).await?;
-        let gone = || VmmError::Refused("the container does not run any more".to_owned());
+        let gone = || VmmError::Refused("the container no longer runs".to_owned());
         let running = container.filter(|container| container.runs).ok_or_else(gone)?;
         Ok(running.is_paused)
     }

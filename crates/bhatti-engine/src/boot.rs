@@ -1,4 +1,4 @@
-//! How making, adopting and removing a VM can fail.
+//! Errors of booting, adopting and removing a VM.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,47 +13,47 @@ pub enum BootError {
         /// The program.
         program: PathBuf,
     },
-    /// A file of the VM could not be made.
+    /// A file of the VM could not be created.
     #[error("failed to {step}")]
     Prepare {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         #[source]
         source: io::Error,
     },
-    /// The disk that was to be kept is not there: others took it away.
-    #[error("the sandbox's disk is gone, with all that was on it: somebody else removed it")]
+    /// The disk to keep is missing: it was removed from outside.
+    #[error("the sandbox's disk is lost: its file was removed outside of bhatti")]
     NoDisk,
-    /// The request sets a disk size, and the engine cannot give a disk a size here.
+    /// The request sets a disk size, but the engine cannot set disk sizes on this host.
     #[error("{0}")]
     NoDiskSize(&'static str),
     /// The VMM ended before the agent answered.
-    #[error("the virtual machine ended while it booted; its last words:\n{console}")]
+    #[error("the virtual machine ended during boot; end of its console:\n{console}")]
     Ended {
-        /// The end of the console's output and of the VMM's own.
+        /// The end of the guest's console output.
         console: String,
     },
     /// The agent did not answer in time.
-    #[error("the guest did not come up within {} s; its last words:\n{console}", limit.as_secs())]
+    #[error("the guest did not answer within {} s; end of its console:\n{console}", limit.as_secs())]
     TimedOut {
-        /// The time that it had.
+        /// The time limit.
         limit: Duration,
-        /// The end of the console's output and of the VMM's own.
+        /// The end of the guest's console output.
         console: String,
     },
 }
 
-/// A VM could not be taken up.
+/// A VM could not be adopted.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
-    /// It does not run any more.
-    #[error("the virtual machine does not run any more")]
+    /// The VM no longer runs.
+    #[error("the virtual machine no longer runs")]
     Gone,
-    /// It runs, and its state or sockets are of no use.
+    /// The VM runs, but its record, state or sockets are unusable.
     #[error("failed to {step}")]
     Broken {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         #[source]
@@ -61,28 +61,28 @@ pub enum AdoptError {
     },
 }
 
-/// Something of a VM could not be removed.
+/// A VM could not be ended or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoveError {
-    /// Its VMM does not die.
-    #[error("the virtual machine process {pid} does not end although it was killed")]
+    /// The VMM does not end after SIGKILL.
+    #[error("virtual machine process {pid} did not end after it was killed")]
     Unkillable {
-        /// The process.
+        /// The VMM's process id.
         pid: u32,
     },
-    /// Its VMM could not be looked for.
-    #[error("failed to look for the virtual machine's process")]
+    /// The search for the VMM's process failed.
+    #[error("failed to search for the virtual machine's process")]
     Process {
         /// Why.
         #[source]
         source: io::Error,
     },
-    /// A file stays.
+    /// A file could not be removed.
     #[error("failed to remove `{}`", path.display())]
     Files {
         /// The file or directory.
         path: PathBuf,
-        /// Why it stays.
+        /// Why it could not be removed.
         #[source]
         source: io::Error,
     },

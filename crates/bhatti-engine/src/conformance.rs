@@ -1,6 +1,8 @@
-//! What every engine must do, as tests that it runs on real VMs: an engine is done when it passes.
+//! The requirements on every engine, as tests on real VMs: an engine is done when it passes all
+//! of them.
 //!
-//! Each part takes a [`Bench`] with a fresh directory, makes its own VMs there and leaves none behind. A part that finds a fault panics.
+//! Each part takes a [`Bench`] with a fresh directory, creates its own VMs there and removes
+//! them. A part that finds a fault panics.
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
 use std::fs;
@@ -17,39 +19,42 @@ use crate::{
     SnapshotRequest, Vm, VmSpec, VolumeFile,
 };
 
-/// How long anything here may take.
+/// Time limit of each step.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Runs scripts in a guest, by its agent.
+/// Runs scripts in a guest through its agent.
 #[async_trait]
 pub trait Shell: Send + Sync {
-    /// Runs a script as root and returns what it printed, without the last newline. Panics if it fails.
+    /// Runs a script as root and returns its output, without the last newline. Panics if the
+    /// script fails.
     async fn run(&self, vm: &dyn Vm, script: &str) -> String;
 
-    /// Has a guest stand still, as before every snapshot.
+    /// Suspends the guest's processes, as before every snapshot.
     async fn suspend(&self, vm: &dyn Vm);
 
-    /// Tells a guest that stood still that it is still the one that it was.
+    /// Resumes the processes of a suspended guest, which keeps its identity.
     async fn wake(&self, vm: &dyn Vm);
 
-    /// Tells a guest that has just booted what it is, with these volumes (where, and whether only to be read) in their places.
+    /// Configures a newly booted guest, with these volumes (mount point, and whether read-only)
+    /// in its volume slots.
     async fn configure(&self, vm: &dyn Vm, volumes: &[(&str, bool)]);
 
-    /// Makes a restored guest another one, of this name, with random bytes and the wall clock of this host.
+    /// Gives a restored guest a new identity with this name, random bytes, and this host's wall
+    /// clock.
     async fn become_another(&self, vm: &dyn Vm, name: &str);
 }
 
-/// An engine on trial.
+/// An engine under test.
 pub struct Bench<'a> {
     /// The engine.
     pub engine: &'a dyn Engine,
-    /// A way into its guests.
+    /// Access to its guests.
     pub shell: &'a dyn Shell,
-    /// A VM that boots; its directory does not exist yet.
+    /// A VM to boot; its directory does not exist yet.
     pub spec: VmSpec,
 }
 
-/// A VM that is booted, lives, is let go of, taken up, killed and removed.
+/// Boots a VM, drops it, adopts it, kills it and removes it.
 pub async fn lifecycle(bench: &Bench<'_>) {
     let (engine, spec) = (bench.engine, &bench.spec);
     assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
@@ -63,17 +68,17 @@ pub async fn lifecycle(bench: &Bench<'_>) {
     vm.pause().await.unwrap();
     drop(vm);
     let vm = engine.adopt(spec.id, &spec.directory).await.unwrap();
-    assert!(!vm.is_running().await.unwrap(), "a paused VM is alive, and stays paused");
+    assert!(!vm.is_running().await.unwrap(), "an adopted VM stays paused");
 
     engine.kill(spec.id, &spec.directory).await.unwrap();
-    tokio::time::timeout(LIMIT, vm.ended()).await.expect("its end is told");
+    tokio::time::timeout(LIMIT, vm.ended()).await.expect("`ended` returns after the VM was killed");
     engine.kill(spec.id, &spec.directory).await.unwrap();
     assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
-    assert!(spec.directory.exists(), "killing keeps the files");
+    assert!(spec.directory.exists(), "`kill` keeps the files");
     bench.remove(&[spec.id], &[&spec.directory]).await;
 }
 
-/// Pause and resume, each of them twice.
+/// Pauses and resumes a VM, each of them twice.
 pub async fn thermal(bench: &Bench<'_>) {
     let vm = bench.engine.boot(&bench.spec).await.unwrap();
     bench
@@ -88,12 +93,12 @@ pub async fn thermal(bench: &Bench<'_>) {
         vm.resume().await.unwrap();
         assert!(vm.is_running().await.unwrap());
         let more = "a=$(wc -l </dev/shm/ticks); until [ $(wc -l </dev/shm/ticks) -gt $a ]; do sleep 0.01; done; echo ticks";
-        assert_eq!(bench.run(&vm, more).await, "ticks", "the process goes on");
+        assert_eq!(bench.run(&vm, more).await, "ticks", "the process runs again");
     }
     bench.remove(&[bench.spec.id], &[&bench.spec.directory]).await;
 }
 
-/// A VM that ends and boots again from its disk.
+/// Kills a VM and boots it again from its disk.
 pub async fn keep_disk(bench: &Bench<'_>) {
     let (engine, spec) = (bench.engine, &bench.spec);
     let vm = engine.boot(spec).await.unwrap();
@@ -108,7 +113,7 @@ pub async fn keep_disk(bench: &Bench<'_>) {
     bench.remove(&[spec.id], &[&spec.directory]).await;
 }
 
-/// A volume that is written in one VM and read in two others; another one's root disk is not touched by either.
+/// Writes a volume in one VM and reads it in two others, which cannot write it.
 pub async fn volumes(bench: &Bench<'_>) {
     let spec = &bench.spec;
     let file = spec.directory.with_extension("volume");
@@ -120,7 +125,7 @@ pub async fn volumes(bench: &Bench<'_>) {
     };
     let writer = bench.engine.boot(&with(spec, false)).await.unwrap();
     bench.shell.configure(&*writer, &[("/data/volume", false)]).await;
-    // The VM is killed: what is on the disk is what was synced.
+    // The VM is killed: only synced data is on the disk.
     let script = "echo written >/data/volume/file; sync; stat -f -c %T /data/volume";
     assert_eq!(bench.run(&writer, script).await, "ext2/ext3");
     bench.remove(&[spec.id], &[&spec.directory]).await;
@@ -135,7 +140,7 @@ pub async fn volumes(bench: &Bench<'_>) {
         bench.shell.configure(&*reader, &[("/data/volume", true)]).await;
         let script = "cat /data/volume/file; touch /data/volume/no 2>/dev/null || echo refused";
         assert_eq!(bench.run(&reader, script).await, "written\nrefused");
-        // Nor by root, who can mount it otherwise, and write past the file system.
+        // Root cannot write either, by remounting it or by writing to the block device.
         let script = "mount -o remount,rw /data/volume && touch /data/volume/no && echo mounted
             device=$(awk '$2 == \"/data/volume\" { print $1 }' /proc/mounts)
             test -b $device && dd if=/dev/urandom of=$device bs=4096 count=64 seek=100 conv=notrunc,fsync && echo overwritten
@@ -143,7 +148,7 @@ pub async fn volumes(bench: &Bench<'_>) {
         assert_eq!(bench.run(&reader, &format!("{{ {script}; }} 2>/dev/null")).await, "");
     }
     bench.remove(&ids, &[&places[0], &places[1]]).await;
-    assert!(content_of(&file) == before, "who may only read has written");
+    assert!(content_of(&file) == before, "a read-only VM has written to the volume");
     check_volume(&file);
     fs::remove_file(file).unwrap();
 }
@@ -157,26 +162,24 @@ fn make_volume(file: &Path) {
     e2fs("mke2fs", &["-q", "-t", "ext4"], file);
 }
 
-/// Has the volume checked. Its journal is replayed first, as it is before a volume is attached.
+/// Checks the volume's file system. First replays its journal, as is done before a volume is
+/// attached.
 fn check_volume(file: &Path) {
     e2fs("e2fsck", &["-p"], file);
     e2fs("e2fsck", &["-f", "-n"], file);
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a tool that tests use, and that gets its input whole"
-)]
+#[expect(clippy::disallowed_methods, reason = "a tool that only tests run, with trusted input")]
 fn e2fs(tool: &str, options: &[&str], file: &Path) {
     let path = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin";
     let mut command = std::process::Command::new(tool);
     let output = command.args(options).arg(file).env("PATH", path).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    // e2fsck says with 1 that it has put something right.
+    // e2fsck exits with 1 if it corrected errors.
     assert!(output.status.code().unwrap() <= 1, "{tool}: {said}");
 }
 
-/// An engine that saves no memory says so, and its VM goes on.
+/// Checks that an engine that cannot save memory reports so, and that its VM continues.
 pub async fn no_snapshots(bench: &Bench<'_>) {
     let (engine, spec) = (bench.engine, &bench.spec);
     assert!(!engine.capabilities().saves_memory);
@@ -188,7 +191,7 @@ pub async fn no_snapshots(bench: &Bench<'_>) {
     assert!(matches!(refused, SnapshotError::Unsupported(_)), "{refused}");
     assert!(!place.exists());
     vm.resume().await.unwrap();
-    assert_eq!(bench.run(&vm, "echo goes on").await, "goes on");
+    assert_eq!(bench.run(&vm, "echo still runs").await, "still runs");
     let (id, directory) = bench.another();
     let refused = bench.wake(id, &directory, &place, Disks::Frozen).await.err().unwrap();
     assert!(matches!(refused, RestoreError::Unsupported(_)), "{refused}");
@@ -196,7 +199,8 @@ pub async fn no_snapshots(bench: &Bench<'_>) {
     bench.remove(&[spec.id], &[&spec.directory]).await;
 }
 
-/// One VM through a full snapshot and three diffs, with data of every phase in memory and on the disk.
+/// Takes one VM through a full snapshot and three diffs, with data of every phase in memory and
+/// on the disk.
 pub async fn snapshot_cycles(bench: &Bench<'_>) {
     let spec = &bench.spec;
     let mut vm = bench.engine.boot(spec).await.unwrap();
@@ -213,7 +217,7 @@ pub async fn snapshot_cycles(bench: &Bench<'_>) {
         assert_eq!(bench.run(&vm, "cd /; sha256sum dev/shm/p* root/p*").await, sums, "{phase}");
         assert_eq!(bench.run(&vm, "kill -0 $(cat /dev/shm/sleeper) && echo alive").await, "alive");
     }
-    // From the disk alone, past the page cache: what was written before is there.
+    // Reads from the disk, past the page cache: data written before the snapshots is there.
     let check = "sync; echo 3 >/proc/sys/vm/drop_caches; cat /root/p* | sha256sum; cat /dev/shm/p* | sha256sum";
     let sums = bench.run(&vm, check).await;
     let (on_disk, in_memory) = sums.split_once('\n').unwrap();
@@ -221,7 +225,8 @@ pub async fn snapshot_cycles(bench: &Bench<'_>) {
     bench.remove(&[spec.id], &[&spec.directory]).await;
 }
 
-/// Two forks of a VM that runs, and one of a fork: nobody sees what another writes, and what they stand on does not change.
+/// Forks a running VM twice, and one fork again: no VM sees another VM's writes, and their
+/// snapshots do not change.
 pub async fn fork(bench: &Bench<'_>) {
     let spec = &bench.spec;
     let parent = bench.engine.boot(spec).await.unwrap();
@@ -250,7 +255,8 @@ pub async fn fork(bench: &Bench<'_>) {
         assert_eq!(bench.run(vm, script).await, format!("{name}\n{name}"));
     }
     assert!(content(&snapshot) == before, "a snapshot never changes");
-    // What a VM stands on is its own: it sleeps and wakes without the snapshot that it came from.
+    // A VM owns links to all files that it depends on: it can be saved and restored without the
+    // snapshot that it was forked from.
     fs::remove_dir_all(&snapshot).unwrap();
     fs::remove_dir_all(&generation).unwrap();
     let first = bench.sleep_and_wake_at(first, ids[0], &places[0], None).await;
@@ -258,7 +264,8 @@ pub async fn fork(bench: &Bench<'_>) {
     bench.remove(&[spec.id, ids[0], ids[2]], &[&spec.directory, &places[0], &places[2]]).await;
 }
 
-/// Restored guests become others before any of their processes goes on, and their parent stays who it was.
+/// Checks that restored guests get a new identity before any of their processes resumes, and that
+/// their parent keeps its own.
 pub async fn identity(bench: &Bench<'_>) {
     let spec = &bench.spec;
     let parent = bench.engine.boot(spec).await.unwrap();
@@ -284,7 +291,8 @@ pub async fn identity(bench: &Bench<'_>) {
         let clock: u128 = bench.run(&fork, "date +%s%3N").await.parse().unwrap();
         let exact = earliest - 100..=host() + 100;
         assert!(exact.contains(&clock), "{name}: {clock} is not in {exact:?}");
-        // What ran before went on as somebody else: it never saw the parent's name again.
+        // Processes from before the snapshot resume with the new identity: they never see the
+        // parent's name again.
         let names = "sed -n '/one\\|two/,$p' /dev/shm/seen | sort -u";
         let until = format!("until grep -q {name} /dev/shm/seen; do sleep 0.01; done; {names}");
         assert_eq!(bench.run(&fork, &until).await, name);
@@ -303,7 +311,8 @@ pub async fn identity(bench: &Bench<'_>) {
     bench.remove(&[spec.id, ids[0], ids[1]], &[&spec.directory, &places[0], &places[1]]).await;
 }
 
-/// What cannot be saved or restored is refused, and changes nothing.
+/// Checks that snapshots that cannot be saved or restored are refused, and that the refusal
+/// changes nothing.
 pub async fn failure(bench: &Bench<'_>) {
     let (engine, spec) = (bench.engine, &bench.spec);
     let vm = engine.boot(spec).await.unwrap();
@@ -313,21 +322,21 @@ pub async fn failure(bench: &Bench<'_>) {
     let refused = vm.capture(&request).await.err().unwrap();
     assert!(matches!(refused, SnapshotError::NotPaused), "{refused}");
     vm.pause().await.unwrap();
-    fs::write(&place, "somebody's").unwrap();
-    vm.capture(&request).await.err().expect("a place that is taken");
-    assert_eq!(fs::read(&place).unwrap(), b"somebody's");
+    fs::write(&place, "another file").unwrap();
+    vm.capture(&request).await.err().expect("a snapshot over an existing file is refused");
+    assert_eq!(fs::read(&place).unwrap(), b"another file");
     fs::remove_file(&place).unwrap();
-    // Given up, before and after it was whole but for its name.
+    // Discard a snapshot after `capture`, and one that is complete except for its name.
     drop(vm.capture(&request).await.unwrap());
     let captured = vm.capture(&request).await.unwrap();
     fs::write(&place, "in the way").unwrap();
-    captured.finish().await.expect_err("a place that was taken meanwhile");
+    captured.finish().await.expect_err("a snapshot over a file created meanwhile is refused");
     fs::remove_file(&place).unwrap();
     let mut left = names(&spec.directory);
     left.retain(|name| name.starts_with("snapshot"));
     assert_eq!(left, Vec::<String>::new());
     vm.resume().await.unwrap();
-    assert_eq!(bench.run(&vm, "cat /dev/shm/marker").await, "marker", "the VM goes on");
+    assert_eq!(bench.run(&vm, "cat /dev/shm/marker").await, "marker", "the VM continues");
 
     bench.snapshot(&vm, &place, Some(MemoryKind::Diff), Disks::InPlace).await;
     engine.kill(spec.id, &spec.directory).await.unwrap();
@@ -339,11 +348,11 @@ pub async fn failure(bench: &Bench<'_>) {
         let middle = flipped.len() / 2;
         flipped[middle] ^= 0x10;
         for damaged in [&whole[..middle], &[][..], &flipped] {
-            // It may not be written.
+            // The file may be read-only.
             fs::remove_file(&path).unwrap();
             fs::write(&path, damaged).unwrap();
             let refused = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await;
-            let error = refused.err().unwrap_or_else(|| panic!("{name} is damaged"));
+            let error = refused.err().unwrap_or_else(|| panic!("damaged {name} was restored"));
             let told = matches!(
                 error,
                 RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale
@@ -357,10 +366,10 @@ pub async fn failure(bench: &Bench<'_>) {
     let none = spec.directory.join("none");
     let missing = bench.wake(spec.id, &spec.directory, &none, Disks::InPlace).await;
     assert!(matches!(missing, Err(RestoreError::Damaged { .. })));
-    // After all that, the snapshot is as good as before.
+    // After all that, the snapshot is still usable.
     let vm = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await.unwrap();
     assert_eq!(bench.run(&vm, "cat /dev/shm/marker").await, "marker");
-    // The disk is written: that memory must never come back.
+    // The disk is written: that memory must never be restored over it.
     bench.run(&vm, "echo newer >/root/newer; sync").await;
     engine.kill(spec.id, &spec.directory).await.unwrap();
     let stale = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await;
@@ -386,7 +395,7 @@ impl Bench<'_> {
             SnapshotRequest { directory: directory.to_owned(), memory, disks, copies: Vec::new() };
         let info = vm.capture(&request).await.unwrap().finish().await.unwrap();
         assert!(memory.is_none_or(|memory| memory == info.memory));
-        assert!(!vm.is_running().await.unwrap(), "it is for the caller to let it run");
+        assert!(!vm.is_running().await.unwrap(), "the VM stays paused until the caller resumes it");
         info
     }
 
@@ -407,7 +416,7 @@ impl Bench<'_> {
             limit: LIMIT,
         };
         let vm = self.engine.stage(&spec).await?.load().await?;
-        assert!(!vm.is_running().await.unwrap(), "it is for the caller to let it run");
+        assert!(!vm.is_running().await.unwrap(), "the VM stays paused until the caller resumes it");
         vm.resume().await.unwrap();
         Ok(vm)
     }
@@ -431,7 +440,7 @@ impl Bench<'_> {
         vm
     }
 
-    /// An id and a directory beside the first VM's.
+    /// Returns an id and a directory beside the first VM's.
     fn another(&self) -> (SandboxId, PathBuf) {
         let id = random_id();
         (id, self.spec.directory.with_file_name(id.to_string()))
@@ -454,7 +463,7 @@ fn in_place(directory: &Path) -> SnapshotRequest {
     }
 }
 
-/// An id that no other test has: some engines know VMs by it, whoever's they are.
+/// Returns an id that no other test uses: some engines find VMs on the whole host by their id.
 #[must_use]
 pub fn random_id() -> SandboxId {
     SandboxId::from_entropy(RandomState::new().build_hasher().finish().to_be_bytes())
@@ -468,10 +477,10 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// A file that is longer is a disk, and mostly empty.
+/// A longer file is a disk, and mostly empty.
 const READ_BYTES_MAX: u64 = 1 << 30;
 
-/// All files of a snapshot: of a disk, when it was written last; of the others, their bytes.
+/// Returns all files of a snapshot: of a disk, its modification time; of the others, their bytes.
 fn content(directory: &Path) -> Vec<(String, SystemTime, Vec<u8>)> {
     let read = |name: String| {
         let path = directory.join(&name);

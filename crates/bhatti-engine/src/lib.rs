@@ -1,9 +1,11 @@
-//! What an engine is.
+//! The interface of an engine.
 //!
-//! An [`Engine`] runs VMs with one VMM; a [`Vm`] is one that runs. Nothing above this crate asks which engine it is; it asks what the
-//! engine can do. An engine owns everything of a VM that is not in its directory: processes above all.
+//! An [`Engine`] runs VMs with one VMM; a [`Vm`] is a running VM. Code above this crate never
+//! asks which engine it uses; it asks for the engine's [`Capabilities`]. An engine owns
+//! everything of a VM that is outside the VM's directory, above all its processes.
 //!
-//! A VM outlives the daemon: dropping a [`Vm`] lets go of it, and [`Engine::adopt`] takes it up again. Only [`Engine::remove`] ends it.
+//! A VM outlives the daemon: dropping a [`Vm`] releases it, and [`Engine::adopt`] adopts it
+//! again. Only [`Engine::kill`] and [`Engine::remove`] end it.
 
 mod boot;
 mod channel;
@@ -36,7 +38,7 @@ pub enum Accelerator {
 }
 
 impl Accelerator {
-    /// Its name in the API.
+    /// Returns the accelerator's name in the API.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -46,22 +48,24 @@ impl Accelerator {
     }
 }
 
-/// What an engine can do, and with what.
+/// The abilities of an engine on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// The engine's name in the API.
     pub name: &'static str,
-    /// What executes the guest's instructions; nothing does for a container.
+    /// What executes the guest's instructions; `None` for containers.
     pub accelerator: Option<Accelerator>,
-    /// What saved VMs depend on beside their files: another value, and none of them can be restored.
+    /// What saved VMs depend on besides their files: if this value changes, they cannot be
+    /// restored.
     pub machine: String,
-    /// Whether a VM that is restored can have other disks in its places than the one that was saved.
+    /// Whether a restored VM can have other disks in its volume slots than the saved VM had.
     pub exchanges_disks: bool,
-    /// Whether a VM can be saved, restored and forked. If not, what it has in its memory ends with it.
+    /// Whether VMs can be saved, restored and forked. If not, the content of a VM's memory is
+    /// lost when the VM ends.
     pub saves_memory: bool,
-    /// Whether sandboxes run on this host's kernel: they are less isolated then.
+    /// Whether sandboxes run on this host's kernel, and so are less isolated.
     pub shares_kernel: bool,
-    /// What a VMM takes of the host's memory at most, beside its guest's, in MiB.
+    /// The maximum host memory that a VMM takes in addition to its guest's memory, in MiB.
     pub vmm_mib: u32,
 }
 
@@ -73,79 +77,87 @@ impl Capabilities {
     }
 }
 
-/// A file that a VM has as a disk.
+/// A file that is attached to a VM as a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeFile {
-    /// The file: a disk as it is.
+    /// The file, a raw disk.
     pub path: PathBuf,
-    /// Whether the VM only reads it, as any number may at once; who writes it is alone.
+    /// Whether the VM only reads the file. Any number of VMs may read it at once; a writer is
+    /// alone.
     pub read_only: bool,
-    /// Where the guest has it mounted. Its agent is told so, too, and where it does the mounting the engine need not care.
+    /// Mount point in the guest. The guest agent gets it, too; an engine whose guest agent mounts
+    /// the volumes ignores it.
     pub mount: String,
 }
 
-/// A VM to be made.
+/// A VM to boot.
 #[derive(Clone, Debug)]
 pub struct VmSpec {
-    /// The sandbox that it is for.
+    /// The sandbox that the VM belongs to.
     pub id: SandboxId,
     /// The guest's host name.
     pub hostname: SandboxName,
-    /// Its vCPUs.
+    /// Number of vCPUs.
     pub cpus: CpuCount,
-    /// Its memory.
+    /// Size of the memory.
     pub memory: MemoryMib,
-    /// The size of its root disk, at least that of `root_base`; the same if absent. The guest makes
-    /// its file system as large.
+    /// Size of the root disk, at least that of `root_base`; that of `root_base` if absent. The
+    /// guest grows its file system to this size.
     pub disk: Option<DiskMib>,
-    /// Where everything of it is kept. The engine makes it.
+    /// Directory of the VM's files. The engine creates it.
     pub directory: PathBuf,
     /// The kernel, as an uncompressed ELF `vmlinux`. Never written.
     pub kernel: PathBuf,
     /// The initramfs with the guest agent. Never written.
     pub initramfs: PathBuf,
-    /// The root file system that the root disk begins as. Never written.
+    /// The root file system of the image. Never written.
     pub root_base: PathBuf,
-    /// Whether the disk that is in `directory` already is the root disk, with all that is on it.
+    /// Whether to keep the root disk that is already in `directory`, with its content.
     pub keep_disk: bool,
-    /// The interface of this host that its network card is to end at; it has no card if absent. The engine makes it, it is down and
-    /// belongs to no bridge, and it ends with the VM, or when what has ended is killed or removed.
+    /// Name of the tap interface on this host for the VM's network card; the VM has no card if
+    /// absent. The engine creates the tap, down and in no bridge. The tap disappears with the VM,
+    /// or when an ended VM is killed or removed.
     pub tap: Option<String>,
-    /// What is in its places for volumes; `None` is an empty place. Its guest knows them as disks with the serials `volume0` and so on.
+    /// The files in the VM's volume slots; `None` is an empty slot. The guest agent finds them by
+    /// the names `volume0` and so on: as serials, or, if the engine gives disks no serials, in
+    /// this order.
     pub volumes: Vec<Option<VolumeFile>>,
-    /// How long it may take until the agent answers.
+    /// How long the boot may take until the agent answers.
     pub boot_limit: Duration,
 }
 
 /// Runs VMs with one VMM.
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// What it can do here.
+    /// Returns the engine's abilities on this host.
     fn capabilities(&self) -> Capabilities;
 
     /// Boots a VM and waits until its agent answers.
     ///
     /// # Errors
     ///
-    /// Returns the step that failed. Nothing of the VM is then left, its directory included.
+    /// Returns the step that failed. Nothing of the VM is then left, including its directory,
+    /// unless [`VmSpec::keep_disk`] is set.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: what was made stays until [`remove`](Self::remove).
+    /// Not cancel safe: created files and processes stay until [`remove`](Self::remove).
     async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError>;
 
-    /// Starts a VMM that waits for a snapshot: most of the time that a restore takes.
+    /// Starts a VMM that waits for a snapshot. This takes most of the time of a restore.
     ///
     /// # Errors
     ///
-    /// Returns why the snapshot cannot be used. Nothing of the VM is then left that was not there before.
+    /// Returns why the snapshot cannot be used. Nothing of the VM is then left that did not exist
+    /// before.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: what was made stays until [`remove`](Self::remove).
+    /// Not cancel safe: created files and processes stay until [`remove`](Self::remove).
     async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError>;
 
-    /// Makes ready whatever all VMs need that begin as this root file system, so that the first of them need not wait for it.
+    /// Prepares what all VMs with this root file system need, so that the first of them need not
+    /// wait for it.
     ///
     /// # Errors
     ///
@@ -154,101 +166,107 @@ pub trait Engine: Send + Sync {
         Ok(())
     }
 
-    /// Takes up the VM in `directory` that an earlier daemon booted.
+    /// Adopts the VM in `directory` that an earlier daemon booted or restored.
     ///
     /// # Errors
     ///
-    /// Returns [`AdoptError::Gone`] if it does not run any more.
+    /// Returns [`AdoptError::Gone`] if the VM no longer runs.
     async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError>;
 
-    /// Ends the VM of `id`, if it runs, and keeps its files. May be called in any state, and again.
+    /// Ends the VM of `id`, if it runs, and keeps its files. Idempotent; callable in any state.
     ///
     /// # Errors
     ///
-    /// Returns an error if it does not end.
+    /// Returns an error if the VM does not end.
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError>;
 
-    /// Ends the VM of `id`, if it runs, and removes everything of it. May be called in any state, and again.
+    /// Ends the VM of `id`, if it runs, and removes all of its files. Idempotent; callable in any
+    /// state.
     ///
     /// # Errors
     ///
-    /// Returns what could not be removed.
+    /// Returns the file or process that could not be removed.
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError>;
 }
 
-/// A VM that runs.
+/// A running VM.
 #[async_trait]
 pub trait Vm: Send + Sync {
-    /// The way to its agent.
+    /// Returns the channel to the guest agent.
     fn channel(&self) -> Arc<dyn AgentChannel>;
 
-    /// Whether its vCPUs run.
+    /// Whether the VM's vCPUs run.
     ///
     /// # Errors
     ///
     /// Returns an error if the VMM does not answer.
     async fn is_running(&self) -> Result<bool, VmmError>;
 
-    /// Stops its vCPUs. Does nothing to a paused VM.
+    /// Stops the VM's vCPUs. Does nothing to a paused VM.
     ///
     /// # Errors
     ///
     /// Returns an error if the VMM does not answer.
     async fn pause(&self) -> Result<(), VmmError>;
 
-    /// Lets its vCPUs run. Does nothing to a running VM.
+    /// Resumes the VM's vCPUs. Does nothing to a running VM.
     ///
     /// # Errors
     ///
     /// Returns an error if the VMM does not answer.
     async fn resume(&self) -> Result<(), VmmError>;
 
-    /// Merges the layers of its disk, if snapshots that froze it have made them many or large. With
-    /// `_to_save_space`, merges them whenever that frees disk space. It takes as long as copying
-    /// what the layers hold, at most 20 s, while the VM runs; the VM stands still for a moment at
-    /// the end. Returns whether there was anything to do: engines whose disks are one file have
-    /// nothing.
+    /// Merges the layers of the VM's disk, if frozen layers have become many or large. With
+    /// `_to_save_space`, merges them whenever that frees disk space. The merge takes as long as
+    /// copying the layers' content, at most 20 s. The VM runs meanwhile, and is paused for a
+    /// moment at the end. Returns whether there was anything to merge: engines with single-file
+    /// disks have nothing.
     ///
     /// # Errors
     ///
-    /// Returns why it was not done: the disk is what it was, on as many files.
+    /// Returns why the merge failed. The disk's content is unchanged, on as many layers as
+    /// before.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: the VM may stand still. The VMM goes on by itself; the next call, or the next snapshot, ends that.
+    /// Not cancel safe: the VM may stay paused. The VMM continues by itself; the next call, or
+    /// the next snapshot, ends the merge.
     async fn merge_disk(&self, _to_save_space: bool) -> Result<bool, VmmError> {
         Ok(false)
     }
 
-    /// Takes what a snapshot needs of the paused VM.
+    /// Captures the state of the paused VM for a snapshot.
     ///
     /// # Errors
     ///
-    /// Returns the step that failed. The VM is paused as before, and nothing of the snapshot is left.
+    /// Returns the step that failed. The VM is paused as before, and nothing of the snapshot is
+    /// left.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: a directory beside the snapshot's, with a name that ends in `.tmp`, may stay.
+    /// Not cancel safe: a directory beside the snapshot's, with a name that ends in `.tmp`, may
+    /// stay.
     async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError>;
 
-    /// Waits until its VMM has ended.
+    /// Waits until the VM's VMM has ended.
     ///
     /// # Cancel safety
     ///
     /// Cancel safe.
     async fn ended(&self);
 
-    /// What it has used of this host so far. Blocks for about a millisecond.
+    /// Returns the host resources that the VM has used so far. Blocks for about a millisecond.
     ///
     /// # Errors
     ///
-    /// Returns an error if its VMM has ended.
+    /// Returns an error if the VMM has ended.
     fn usage(&self) -> io::Result<Usage>;
 
-    /// The end of its console's output, for a person.
+    /// Returns the end of the console's output, for a human reader.
     fn console_tail(&self) -> String;
 
-    /// The same, once all of it is there: for a VMM that has ended. It takes a moment at most.
+    /// Like [`console_tail`](Self::console_tail), but of a VMM that has ended: waits, for a
+    /// moment at most, until the output is complete.
     ///
     /// # Cancel safety
     ///

@@ -1,4 +1,4 @@
-//! Saving a VM and starting it again.
+//! Saving a VM and restoring it.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,83 +10,86 @@ use bhatti_types::SandboxId;
 
 use crate::{Vm, VolumeFile};
 
-/// Which pages of memory a snapshot holds.
+/// The pages that a snapshot's memory contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryKind {
-    /// All that are not zero: it needs no other memory.
+    /// All pages that are not zero: the snapshot needs no other memory file.
     Full,
-    /// Those that differ from the memory that the VM was restored from, which is kept beside it.
+    /// The pages that differ from the memory file that the VM was restored from, which is kept
+    /// beside the snapshot.
     Diff,
 }
 
-/// What becomes of the disks that a snapshot needs.
+/// What a snapshot does with the VM's disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Disks {
-    /// They stay the VM's own: for a VM that ends now and goes on from here, once.
+    /// The disks stay the VM's own: for a VM that ends now and is restored once.
     InPlace,
-    /// They are frozen and part of the snapshot; the VM goes on with another layer on top. Any number of VMs may start from it.
+    /// The disks are frozen and become part of the snapshot; the VM continues with its own layer
+    /// or copy. Any number of VMs may start from the snapshot.
     Frozen,
 }
 
-/// A snapshot to be taken.
+/// A snapshot to take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotRequest {
-    /// Its directory, which must not exist. It comes to be whole or not at all.
+    /// Directory of the snapshot, which must not exist. It appears complete or not at all.
     pub directory: PathBuf,
-    /// Its memory; the engine's choice if `None`.
+    /// Kind of the memory; the engine's choice if `None`.
     pub memory: Option<MemoryKind>,
-    /// Its disks.
+    /// What to do with the disks.
     pub disks: Disks,
-    /// Files that are copied into it while the VM is paused.
+    /// Files to copy into the snapshot while the VM is paused.
     pub copies: Vec<FileCopy>,
 }
 
-/// A file that is copied into a snapshot.
+/// A file to copy into a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileCopy {
     /// The file.
     pub from: PathBuf,
-    /// Its name in the snapshot.
+    /// Name of the copy in the snapshot.
     pub name: String,
 }
 
 /// A snapshot that was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SnapshotInfo {
-    /// Which pages it holds.
+    /// Kind of the memory.
     pub memory: MemoryKind,
-    /// Pages of memory written, in bytes.
+    /// Size of the written memory pages, in bytes.
     pub memory_bytes: u64,
-    /// The state of the devices, in bytes.
+    /// Size of the devices' state, in bytes.
     pub device_bytes: u64,
 }
 
-/// The part of a snapshot that cannot wait has been taken: the VM may run again. Dropping it gives the snapshot up.
+/// A snapshot whose state is captured: the VM may run again. Dropping it discards the snapshot.
 #[async_trait]
 pub trait Captured: Send {
     /// Makes the snapshot durable and puts it in place.
     ///
     /// # Errors
     ///
-    /// Returns the step that failed; nothing of the snapshot is left then, and the VM is not touched.
+    /// Returns the step that failed. Nothing of the snapshot is then left, and the VM is
+    /// unaffected.
     async fn finish(self: Box<Self>) -> Result<SnapshotInfo, SnapshotError>;
 }
 
-/// A VM to be made from a snapshot.
+/// A VM to restore from a snapshot.
 #[derive(Clone, Debug)]
 pub struct RestoreSpec {
-    /// The sandbox that it is for.
+    /// The sandbox that the VM belongs to.
     pub id: SandboxId,
-    /// Where everything of it is kept.
+    /// Directory of the VM's files.
     pub directory: PathBuf,
     /// The snapshot's directory. Never written.
     pub snapshot: PathBuf,
-    /// Where its disks come from: [`Disks::InPlace`] takes up those that are in `directory`, [`Disks::Frozen`] makes the directory,
-    /// with layers over the snapshot's.
+    /// Origin of the disks: [`Disks::InPlace`] uses those in `directory`; [`Disks::Frozen`]
+    /// creates the directory, with layers over the snapshot's disks or copies of them.
     pub disks: Disks,
-    /// See [`VmSpec::tap`](crate::VmSpec::tap): there is to be one if the VM that was saved had one, and none if it had none.
+    /// See [`VmSpec::tap`](crate::VmSpec::tap). Present if and only if the saved VM had a tap.
     pub tap: Option<String>,
-    /// See [`VmSpec::volumes`](crate::VmSpec::volumes): as many places as the VM that was saved had.
+    /// See [`VmSpec::volumes`](crate::VmSpec::volumes). As many slots as the saved VM had.
     pub volumes: Vec<Option<VolumeFile>>,
     /// How long the VMM may take.
     pub limit: Duration,
@@ -95,40 +98,41 @@ pub struct RestoreSpec {
 /// A VMM that runs and waits for its snapshot.
 #[async_trait]
 pub trait Staged: Send + Sync {
-    /// Loads the snapshot. The VM is paused then, and its agent has not been asked.
+    /// Loads the snapshot. Afterwards the VM is paused, and its agent has not been contacted.
     ///
     /// # Errors
     ///
-    /// Returns why the snapshot cannot be used; the VMM has ended then, and the directory is left to [`Engine::remove`](crate::Engine::remove).
+    /// Returns why the snapshot cannot be used. The VMM has then ended; the caller removes the
+    /// directory with [`Engine::remove`](crate::Engine::remove).
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: the VMM stays.
+    /// Not cancel safe: the VMM keeps running.
     async fn load(self: Box<Self>) -> Result<Arc<dyn Vm>, RestoreError>;
 }
 
-/// A VM could not be saved. It is as it was before.
+/// A VM could not be saved. The VM is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
-    /// It runs: only a paused VM can be saved.
+    /// The VM runs: only a paused VM can be saved.
     #[error("the virtual machine is not paused")]
     NotPaused,
-    /// It cannot be saved as asked.
+    /// The engine does not support the request.
     #[error("{0}")]
     Unsupported(&'static str),
     /// The VMM did not answer, or refused.
     #[error("the VMM failed to {step}")]
     Vmm {
-        /// What it was asked to do.
+        /// The requested step.
         step: &'static str,
-        /// What it said.
+        /// The VMM's response.
         #[source]
         source: VmmError,
     },
     /// A file could not be written.
     #[error("failed to {step}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         #[source]
@@ -136,44 +140,44 @@ pub enum SnapshotError {
     },
 }
 
-/// A snapshot could not be used. It is as it was before.
+/// A snapshot could not be restored. The snapshot is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// This engine restores nothing.
+    /// The engine cannot restore.
     #[error("{0}")]
     Unsupported(&'static str),
-    /// It is not there, not whole, or not what was written.
+    /// The snapshot is missing, incomplete or altered.
     #[error("the snapshot is damaged: {what}")]
     Damaged {
-        /// What is wrong with it.
+        /// The damage.
         what: String,
     },
-    /// It was taken on something else.
-    #[error("the snapshot does not fit: it needs {what} `{needed}`, and this is `{found}`")]
+    /// The snapshot was taken on a different machine.
+    #[error("the snapshot needs {what} `{needed}`, but found `{found}`")]
     Mismatch {
-        /// What differs.
+        /// The property that differs.
         what: &'static str,
-        /// What it was taken on.
+        /// The value that the snapshot was taken on.
         needed: String,
-        /// What is here.
+        /// The value found here.
         found: String,
     },
-    /// The disk has been written since: going back to this memory would damage it.
+    /// The disk was written after the snapshot: restoring this memory would damage it.
     #[error("the snapshot is older than the disk")]
     Stale,
     /// The VMM did not answer, or refused.
     #[error("the VMM failed to {step}")]
     Vmm {
-        /// What it was asked to do.
+        /// The requested step.
         step: &'static str,
-        /// What it said.
+        /// The VMM's response.
         #[source]
         source: VmmError,
     },
-    /// A file could not be read or made.
+    /// A file could not be read or created.
     #[error("failed to {step}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         #[source]
@@ -181,22 +185,22 @@ pub enum RestoreError {
     },
 }
 
-/// The VMM did not do what it was asked to.
+/// A request to the VMM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
-    /// It cannot be reached, or broke off.
+    /// The VMM cannot be reached, or closed the connection.
     #[error("the VMM cannot be reached")]
     Unreachable(#[from] io::Error),
-    /// It answered nothing in time.
+    /// The VMM did not answer in time.
     #[error("the VMM did not answer within {} s", limit.as_secs())]
     Silent {
-        /// The time that it had.
+        /// The time limit.
         limit: Duration,
     },
-    /// It refused.
-    #[error("the VMM said: {0}")]
+    /// The VMM refused the request.
+    #[error("the VMM refused: {0}")]
     Refused(String),
-    /// It answered something that is no answer.
-    #[error("the VMM answered nonsense")]
+    /// The VMM's response is malformed.
+    #[error("the VMM sent a malformed response")]
     Garbled,
 }

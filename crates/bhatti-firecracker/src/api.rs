@@ -15,16 +15,16 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
-/// The socket in a VM's directory.
+/// The socket in Firecracker's root directory.
 pub(crate) const SOCKET: &str = "api.sock";
 
-/// How long Firecracker may take for what takes no time.
+/// Time limit of a request that takes no noticeable time.
 pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(10);
 
-/// How often to look whether a Firecracker that was started listens.
+/// How often to check whether a started Firecracker listens.
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
 
-/// What Firecracker says of itself.
+/// Firecracker's state and version.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Instance {
     pub(crate) state: State,
@@ -44,7 +44,7 @@ struct Fault {
     fault_message: String,
 }
 
-/// The way to one Firecracker.
+/// The client of one Firecracker.
 #[derive(Clone, Debug)]
 pub(crate) struct Api {
     directory: PathBuf,
@@ -55,7 +55,7 @@ impl Api {
         Self { directory: directory.to_owned() }
     }
 
-    /// Waits until it listens. The caller sees to it that this ends when the process has.
+    /// Waits until Firecracker listens. The caller must stop waiting if the process ends.
     pub(crate) async fn listening(&self, limit: Duration) -> Result<(), VmmError> {
         let began = Instant::now();
         while let Err(error) = socket::try_connect_in(&self.directory, SOCKET) {
@@ -76,13 +76,13 @@ impl Api {
         Ok(())
     }
 
-    /// What it is, and how far.
+    /// Returns Firecracker's state and version.
     pub(crate) async fn instance(&self) -> Result<Instance, VmmError> {
         let answer = self.send(Method::GET, "/", None, CALL_LIMIT).await?;
         serde_json::from_slice(&answer).map_err(|_| VmmError::Garbled)
     }
 
-    /// Tells it to make or do something.
+    /// Creates a resource, or performs an action.
     pub(crate) async fn put(
         &self,
         resource: &str,
@@ -92,7 +92,7 @@ impl Api {
         self.send(Method::PUT, resource, Some(body), limit).await.map(drop)
     }
 
-    /// Tells it to change something.
+    /// Changes a resource.
     pub(crate) async fn patch(
         &self,
         resource: &str,
@@ -144,7 +144,7 @@ impl Api {
         let mut connection = std::pin::pin!(connection);
         tokio::select! {
             answer = &mut answering => answer,
-            // It closes the connection behind its answer, which is here then.
+            // Firecracker closes the connection after its answer, which has arrived by then.
             _ended = &mut connection => answering.await,
         }
     }

@@ -1,7 +1,8 @@
-//! Takes snapshots: what needs the VM paused first, what only needs time afterwards.
+//! Takes snapshots: captures the state while the VM is paused, and makes it durable afterwards.
 //!
-//! Firecracker tells pages that were written since it was last asked. So what they stand on is known only as long as every answer has been
-//! kept: a snapshot that is given up leaves a VM of which the next one has all pages. A VM that booted stands on empty ones until then.
+//! Firecracker reports the pages dirtied since its previous report. If one report is lost, the
+//! next diff has no base: after a discarded snapshot, the next snapshot contains all pages. The
+//! base of a booted VM is empty memory until its first snapshot.
 
 use std::fs::{self, File};
 use std::io;
@@ -29,10 +30,10 @@ use crate::manifest::{self, Manifest, Memory, PAGES, STATE};
 use crate::memory;
 use crate::vm::{FirecrackerVm, Known};
 
-/// What Firecracker writes the memory to: a sparse file.
+/// The sparse file that Firecracker writes the memory to.
 const SPARSE: &str = "memory.sparse";
 
-/// How long Firecracker may take to write a memory.
+/// How long Firecracker may take to write the memory.
 const SAVE_LIMIT: Duration = Duration::from_secs(600);
 
 /// See [`Vm::capture`](bhatti_engine::Vm::capture).
@@ -42,12 +43,12 @@ pub(crate) async fn capture(
 ) -> Result<Box<dyn Captured>, SnapshotError> {
     let vmm = |step| move |source| SnapshotError::Vmm { step, source };
     let file = |step| move |source| SnapshotError::File { step, source };
-    let instance = vm.api.instance().await.map_err(vmm("say whether it runs"))?;
+    let instance = vm.api.instance().await.map_err(vmm("report whether the VM runs"))?;
     if instance.state != State::Paused {
         return Err(SnapshotError::NotPaused);
     }
     let draft = Draft::create(&request.directory)?;
-    let (machine, number) = forget_memory(vm).map_err(file("note what is being saved"))?;
+    let (machine, number) = forget_memory(vm).map_err(file("record that the VM is being saved"))?;
     let kind = request.memory.unwrap_or(match machine.memory {
         Some(_) => MemoryKind::Diff,
         None => MemoryKind::Full,
@@ -61,7 +62,7 @@ pub(crate) async fn capture(
     });
     let saved = save(vm, &ask, draft.path()).await;
     if saved.is_err() {
-        // Above all where the disk is full, nobody wants what was written of it.
+        // The partial files only take space, which matters most if the disk is full.
         if let Err(error) = remove_unfinished(vm) {
             tracing::warn!(%error, "Failed to remove an unfinished snapshot");
         }
@@ -99,35 +100,37 @@ pub(crate) async fn capture(
     }))
 }
 
-/// Has Firecracker save itself, and takes what it wrote.
+/// Makes Firecracker save the VM, and moves the files that it wrote to `place`.
 async fn save(vm: &FirecrackerVm, ask: &Value, place: &Path) -> Result<(), SnapshotError> {
     let failed = |step| move |source| SnapshotError::File { step, source };
-    // A daemon that died meanwhile leaves some; a diff would be written over it.
+    // A daemon that died during a snapshot leaves partial files, into which Firecracker would
+    // write a diff.
     remove_unfinished(vm).map_err(failed("remove an unfinished snapshot"))?;
     let told = vm.api.put("/snapshot/create", ask, SAVE_LIMIT).await;
-    // Its guest is told to forget its connections, whatever comes of it.
+    // Firecracker makes the guest forget its connections, whether or not the snapshot succeeds.
     vm.channel.reset();
-    told.map_err(|source| SnapshotError::Vmm { step: "save itself", source })?;
+    told.map_err(|source| SnapshotError::Vmm { step: "save the VM", source })?;
     let (directory, place) = (vm.directory.clone(), place.to_owned());
     let taken = spawn_blocking(move || {
         let mut names = [STATE, SPARSE].into_iter();
         names.try_for_each(|name| jail::take(&directory, name, &place.join(name)))
     });
     let taken = taken.await.map_err(io::Error::other).and_then(|taken| taken);
-    taken.map_err(failed("take what Firecracker saved"))
+    taken.map_err(failed("move the files that Firecracker saved"))
 }
 
-/// Removes what Firecracker wrote of a snapshot.
+/// Removes the files that Firecracker wrote for a snapshot.
 fn remove_unfinished(vm: &FirecrackerVm) -> io::Result<()> {
     [STATE, SPARSE].into_iter().try_for_each(|name| jail::expel(&vm.directory, name))
 }
 
-/// Notes that it is not known any more which pages are dirty, before Firecracker forgets it. Returns the machine as it was, and which capture
-/// this is.
+/// Records that the dirty pages are unknown, before Firecracker resets its list of them. Returns
+/// the machine as it was before, and the number of this capture.
 fn forget_memory(vm: &FirecrackerVm) -> io::Result<(Machine, u64)> {
     let mut known = vm.state.lock();
     let before = known.machine.clone();
-    // It has run since it was made: no snapshot that another memory belongs to can come back.
+    // The VM has run since it was restored: no snapshot based on another memory file can be
+    // restored again.
     remove_other_memory(&vm.directory, before.memory.as_deref().unwrap_or_default())?;
     let number = known.captures.fetch_add(1, Ordering::SeqCst) + 1;
     let machine = Machine { memory: None, is_unsaved: false, ..before.clone() };
@@ -136,7 +139,7 @@ fn forget_memory(vm: &FirecrackerVm) -> io::Result<(Machine, u64)> {
     Ok((before, number))
 }
 
-/// A snapshot on its way to the disk.
+/// A captured snapshot that is not durable yet.
 struct Draught {
     draft: Draft,
     manifest: Manifest,
@@ -189,7 +192,8 @@ impl Draught {
         Ok(SnapshotInfo { memory: self.kind, memory_bytes, device_bytes: state.len() as u64 })
     }
 
-    /// Makes of what Firecracker wrote what the manifest is to say. Returns the file's name, and the bytes of its pages.
+    /// Converts the memory that Firecracker wrote to the snapshot's format, and completes the
+    /// manifest. Returns the file's name, and the size of its pages in bytes.
     fn settle_memory(&mut self) -> io::Result<(String, u64)> {
         let draft = self.draft.path();
         let sparse = draft.join(SPARSE);
@@ -220,7 +224,8 @@ impl Draught {
         Ok((file, bytes))
     }
 
-    /// What Firecracker wrote is the guest's memory, and no more: the host's disk holds it.
+    /// Checks that Firecracker wrote exactly the guest's memory: the file takes space on the
+    /// host's disk.
     fn check_memory(&self, sparse: &Path) -> io::Result<()> {
         let memory = u64::from(self.manifest.machine.memory_mib) << 20;
         let bytes = fs::metadata(sparse)?.len();
@@ -230,7 +235,8 @@ impl Draught {
         Err(io::Error::other(format!("the saved memory has {bytes} bytes instead of {memory}")))
     }
 
-    /// The VM goes on: what it writes from now on is over this memory.
+    /// Makes `name` the base of the VM, which continues: its dirty pages are relative to this
+    /// file from now on.
     fn stand_on(&self, name: &str) -> io::Result<()> {
         let mut known = self.known.lock();
         if known.captures.load(Ordering::SeqCst) != self.number {
@@ -240,7 +246,8 @@ impl Draught {
         let machine = Machine { memory: Some(name.to_owned()), ..known.machine.clone() };
         Record::new(self.process, machine.clone()).write(&self.directory)?;
         known.machine = machine;
-        // What it stood on before is mapped, and so there as long as it runs.
+        // The VM maps its previous memory file, so the file's content exists for as long as the
+        // VM runs.
         remove_other_memory(&self.directory, name)
     }
 }

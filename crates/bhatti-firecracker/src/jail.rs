@@ -1,16 +1,18 @@
-//! What a VMM sees of this host, and as whom.
+//! The jail of a VMM: the host's files that the VMM sees, and the user that it runs as.
 //!
 //! ```text
 //!  <sandbox directory>/
-//!    vmm/                      Firecracker's root directory, with links to what it may use
-//!    jail/firecracker/…/root   where the jailer looks for that: a link to it
-//!    jail/tap                  the tap that was made for it
+//!    vmm/                      Firecracker's root directory, with links to the files it may use
+//!    jail/firecracker/…/root   the jailer's path to that directory: a link to it
+//!    jail/tap                  the name of the tap that was created for the VMM
 //! ```
 //!
-//! A daemon that is root starts Firecracker through its jailer: as a user of its own, in `vmm/` as its root, in a control group. What lies in
-//! there is the VMM's to change, so nothing in it is trusted: files are used by their names in the sandbox's directory, which the VMM cannot
-//! reach, and what it wrote is looked at only when it has been moved there. Any other daemon starts Firecracker in the same directory as
-//! itself; it must be allowed to open `/dev/kvm`.
+//! A daemon that is root starts Firecracker through its jailer: as a separate user, with `vmm/`
+//! as its root directory, in a control group. The VMM can change everything in `vmm/`, so the
+//! daemon trusts nothing there. It uses files by their names in the sandbox's directory, which
+//! the VMM cannot access, and moves a file that the VMM wrote there before it inspects the file.
+//! Any other daemon starts Firecracker in the same directory as its own user, which must be
+//! allowed to open `/dev/kvm`.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
@@ -36,25 +38,25 @@ pub(crate) fn root(directory: &Path) -> PathBuf {
     directory.join(ROOT)
 }
 
-/// What a VMM does with a file.
+/// How a VMM uses a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// It writes it, and so the file is its alone.
+    /// The VMM writes the file, and so is its only user.
     Own,
-    /// It only reads it, as others do.
+    /// The VMM only reads the file, which others read, too.
     Shared,
 }
 
-/// A place for a VMM that is about to be started.
+/// The jail of a VMM that is about to start.
 #[derive(Clone, Debug)]
 pub(crate) struct Jail {
     root: PathBuf,
-    /// Whose it is, if not the daemon's.
+    /// The VMM's user, if it is not the daemon's.
     user: Option<u32>,
 }
 
 impl Jail {
-    /// Makes an empty one; what an earlier one left is removed.
+    /// Makes an empty jail. Removes an earlier one.
     pub(crate) async fn make(
         setup: &Setup,
         id: SandboxId,
@@ -69,20 +71,21 @@ impl Jail {
         create_private(&place)?;
         symlink(Path::new("../../..").join(ROOT), place.join("root"))?;
         if let Some(tap) = tap {
-            // Its name first: whatever happens in between, it is known what to take away.
+            // Write the tap's name first: if the daemon dies in between, the next one knows which
+            // tap to remove.
             fs::write(directory.join(TAP), tap)?;
             let failed =
-                |error: io::Error| io::Error::other(format!("no tap can be made: {error}"));
+                |error: io::Error| io::Error::other(format!("failed to create the tap: {error}"));
             tap::create_lasting(tap, owner).map_err(failed)?;
         }
         Ok(jail)
     }
 
-    /// Lets the VMM use `file` by the name `name`.
+    /// Gives the VMM access to `file` under the name `name`.
     pub(crate) fn admit(&self, file: &Path, name: &str, how: Use) -> io::Result<()> {
         let Some(user) = self.user else { return share(file, &self.root, name) };
         let place = self.root.join(name);
-        // The file itself: a link to it leads nowhere in a jail.
+        // Link the file itself: a symbolic link leads nowhere in a jail.
         let file = fs::canonicalize(file)?;
         match fs::hard_link(&file, &place) {
             Err(error) if error.kind() == ErrorKind::CrossesDevices && how == Use::Shared => {
@@ -90,7 +93,7 @@ impl Jail {
             }
             Err(error) if error.kind() == ErrorKind::CrossesDevices => {
                 return Err(io::Error::other(
-                    "a disk is on another file system than its sandbox, where Firecracker's jail cannot have it",
+                    "a disk is on another file system than its sandbox, so it cannot be linked into Firecracker's jail",
                 ));
             }
             linked => linked?,
@@ -101,14 +104,14 @@ impl Jail {
         }
     }
 
-    /// Makes a file that is the VMM's.
+    /// Creates a file that belongs to the VMM.
     pub(crate) fn create(&self, name: &str, bytes: u64) -> io::Result<()> {
         let place = self.root.join(name);
         File::create_new(&place)?.set_len(bytes)?;
         self.user.map_or(Ok(()), |user| chown(&place, Some(user), Some(user)))
     }
 
-    /// How Firecracker is started with `arguments`.
+    /// Returns the program and the arguments that start Firecracker with `arguments`.
     pub(crate) fn command(
         &self,
         setup: &Setup,
@@ -150,7 +153,7 @@ fn program_name(setup: &Setup) -> &Path {
     setup.program.file_name().map_or(Path::new(""), Path::new)
 }
 
-/// Lets everybody read a file who gets at it.
+/// Makes a file readable for all users that can reach it.
 fn let_read(file: &Path) -> io::Result<()> {
     const READABLE: u32 = 0o444;
     let mode = fs::metadata(file)?.mode();
@@ -160,21 +163,21 @@ fn let_read(file: &Path) -> io::Result<()> {
     fs::set_permissions(file, Permissions::from_mode(mode & 0o7777 | READABLE))
 }
 
-/// Takes away the VMM's way to a file, which it needs no more.
+/// Removes a file that the VMM no longer needs from its jail.
 pub(crate) fn expel(directory: &Path, name: &str) -> io::Result<()> {
     gone(fs::remove_file(root(directory).join(name)))
 }
 
-/// Takes a file that the VMM wrote, to `place`.
+/// Moves a file that the VMM wrote to `place`.
 pub(crate) fn take(directory: &Path, name: &str, place: &Path) -> io::Result<()> {
-    // What it is can be said only where the VMM cannot exchange it any more.
+    // The file can be checked only where the VMM can no longer replace it.
     let safe = directory.join(name);
     discard(&safe)?;
     fs::rename(root(directory).join(name), &safe)?;
     let file = fs::symlink_metadata(&safe)?;
     if !file.is_file() {
         discard(&safe)?;
-        return Err(io::Error::new(ErrorKind::InvalidData, format!("`{name}` is no file")));
+        return Err(io::Error::new(ErrorKind::InvalidData, format!("`{name}` is not a file")));
     }
     if file.uid() >= USERS.start {
         chown(&safe, Some(0), Some(0))?;
@@ -188,7 +191,7 @@ pub(crate) fn take(directory: &Path, name: &str, place: &Path) -> io::Result<()>
     }
 }
 
-/// Removes whatever is at `place`.
+/// Removes the file or directory at `place`, if any.
 fn discard(place: &Path) -> io::Result<()> {
     match fs::symlink_metadata(place) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(place),
@@ -197,7 +200,7 @@ fn discard(place: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the place of a VMM that has ended, and what was made for it on this host.
+/// Removes the jail of a VMM that has ended, its control group and its tap.
 pub(crate) async fn clear(id: SandboxId, directory: &Path) -> io::Result<()> {
     if directory.join(JAIL).exists() {
         cgroup::remove(&vm_name(id)).await?;
@@ -236,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_vmm_puts_in_the_place_of_a_file_is_not_taken() {
+    fn link_or_directory_in_place_of_a_file_is_not_taken() {
         let directory = made();
         let others = directory.path().join("others");
         fs::write(&others, "secret").unwrap();
@@ -265,7 +268,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn files_in_a_jail_are_its_users_or_readable_and_never_links() {
+    async fn jailed_files_are_owned_or_readable_and_never_links() {
         if !rustix::process::geteuid().is_root() {
             skip("firecracker's jail", "only root's Firecracker is jailed");
             return;
@@ -293,7 +296,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_of_an_earlier_vmm_is_in_the_next_ones_place() {
+    async fn new_jail_has_no_files_of_an_earlier_vmm() {
         let directory = made();
         fs::write(root(directory.path()).join("left"), "").unwrap();
         let setup = setup(None);

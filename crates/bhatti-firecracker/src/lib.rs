@@ -3,19 +3,20 @@
 //! ```text
 //!  <sandbox directory>/
 //!    disk.ext4       the root disk
-//!    memory-*.img    what the memory is a private mapping of, once it was restored or forked
-//!    snapshot/       of a VM that sleeps: see `manifest`
+//!    memory-*.img    the file that the memory of a restored or forked VM is a private mapping of
+//!    snapshot/       the snapshot of a cold VM: see `manifest`
 //!    console.fifo    the guest's console
-//!    vm.json         which process it is, and what it was told to be
-//!    vmm.log         what Firecracker itself has to say
-//!    vmm/            all that Firecracker sees of this host: see `jail`
-//!      …             links to what it uses of the above
+//!    vm.json         the record of Firecracker's process and machine
+//!    vmm.log         Firecracker's own output
+//!    vmm/            all files that Firecracker sees of this host: see `jail`
+//!      …             links to the files above that Firecracker uses
 //!      vsock.sock    the agent channel: one connection per operation
 //!      api.sock      Firecracker's API
 //! ```
 //!
-//! Firecracker is told names, not paths, so what is saved for one sandbox can be restored for another. It runs in a session of its own and
-//! outlives the daemon. Its disks are raw files: a fork's is a copy, shared where the file system can.
+//! The engine gives Firecracker names, not paths, so a snapshot of one sandbox can be restored
+//! for another. Firecracker runs in its own session and outlives the daemon. Its disks are raw
+//! files: a fork has a copy, which shares blocks if the file system supports that.
 
 mod api;
 mod capture;
@@ -51,7 +52,7 @@ pub use version::{Found, MINIMUM, Unusable, Version, check};
 
 /// Firecracker's program.
 pub const PROGRAM: &str = "firecracker";
-/// The program that starts it as a user of its own.
+/// The program that starts Firecracker as another user.
 pub const JAILER: &str = "jailer";
 
 /// Runs VMs with Firecracker.
@@ -59,26 +60,26 @@ pub struct FirecrackerEngine {
     setup: Setup,
 }
 
-/// What all VMs of an engine are started with.
+/// The settings that all VMs of an engine are started with.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
     pub(crate) program: PathBuf,
-    /// What starts it, if this daemon is root.
+    /// The jailer that starts Firecracker, if this daemon is root.
     pub(crate) jailer: Option<PathBuf>,
     pub(crate) groups: Groups,
-    /// What saved VMs depend on: another value, and they cannot be restored.
+    /// What saved VMs depend on: if this value changes, they cannot be restored.
     pub(crate) depends_on: String,
 }
 
 impl FirecrackerEngine {
-    /// An engine on a Firecracker that was checked.
+    /// Creates an engine on a checked Firecracker.
     #[must_use]
     pub fn new(found: Found) -> Self {
         let Found { program, jailer, .. } = found;
         let groups = Groups::of_host();
         if jailer.is_some() && groups == Groups::Unusable {
             tracing::warn!(
-                "This host has no control groups for memory and processes: what a VMM takes is not bounded"
+                "This host has no control groups for memory and processes: VMMs run without limits"
             );
         }
         let depends_on = format!(
@@ -86,18 +87,18 @@ impl FirecrackerEngine {
             std::env::consts::ARCH,
             kind_of_program(&program),
             machine::LAYOUT,
-            // A guest has this machine's own.
+            // A guest sees this host's own processor.
             processor::identity()
         );
         Self { setup: Setup { program, jailer, groups, depends_on } }
     }
 
-    /// The VMM process of a sandbox.
+    /// Finds the VMM process of a sandbox.
     async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
         let name = vm::vm_name(id);
         let found = bhatti_vmm::find(directory, &self.setup.program, &name).await;
         match (found, &self.setup.jailer) {
-            // It is the jailer until that has done its work.
+            // The process is the jailer until the jailer starts Firecracker.
             (Err(error), Some(jailer)) if error.kind() == io::ErrorKind::NotFound => {
                 bhatti_vmm::find(directory, jailer, &name).await
             }
@@ -105,16 +106,16 @@ impl FirecrackerEngine {
         }
     }
 
-    /// Ends a VM that did not come up; its disk and what was saved of it stay.
+    /// Ends a VM that did not start. Its disk and its snapshot stay.
     async fn end(&self, id: SandboxId, directory: &Path) {
         if let Err(left) = self.kill(id, directory).await {
-            tracing::error!(sandbox = %id, error = %left, "Failed to end a VM that did not come up");
+            tracing::error!(sandbox = %id, error = %left, "Failed to end a VM that did not start");
         }
     }
 
     async fn clean_up(&self, id: SandboxId, directory: &Path) {
         if let Err(left) = self.remove(id, directory).await {
-            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not come up");
+            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not start");
         }
     }
 }
@@ -164,7 +165,7 @@ impl Engine for FirecrackerEngine {
         let process =
             self.find_process(id, directory).await.map_err(|source| match source.kind() {
                 io::ErrorKind::NotFound => AdoptError::Gone,
-                _ => AdoptError::Broken { step: "look for the VM's process", source },
+                _ => AdoptError::Broken { step: "search for the VM's process", source },
             })?;
         let attach = || {
             let machine = Record::read(directory)?.machine;
@@ -174,7 +175,7 @@ impl Engine for FirecrackerEngine {
         let vm = attach().map_err(broken("open the VM's console"))?;
         let instance = vm.api.instance().await;
         if instance.is_ok_and(|instance| instance.state == State::NotStarted) {
-            // Its state is still where it was to come from; this process has none.
+            // The snapshot is still in its place; this process has not loaded it.
             self.kill(id, directory).await.map_err(|left| AdoptError::Broken {
                 step: "end a VM that was being restored",
                 source: io::Error::other(left),
@@ -196,7 +197,7 @@ impl Engine for FirecrackerEngine {
     }
 }
 
-/// Tells one build of a program from another, without running it.
+/// Returns a text that differs between builds of a program, without running it.
 fn kind_of_program(program: &Path) -> String {
     fs::metadata(program).map_or_else(
         |_| "unknown".to_owned(),

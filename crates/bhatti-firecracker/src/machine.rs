@@ -1,6 +1,7 @@
-//! What Firecracker is told to be.
+//! The machine that Firecracker runs.
 //!
-//! All paths are relative to the root directory that its Firecracker has for itself: what is saved of one can be restored for another.
+//! All paths are relative to Firecracker's own root directory, so a snapshot of one machine can
+//! be restored for another.
 
 use std::io;
 
@@ -11,47 +12,50 @@ use serde_json::{Value, json};
 
 use crate::jail::{Jail, Use};
 
-/// Changes with every change of the machine, devices, their order and the kernel's command line included: a saved VM can only be restored on the
-/// machine that it was saved on.
+/// Version of the machine. Changes with every change of the machine, including devices, their
+/// order and the kernel's command line: a saved VM can only be restored on the machine that it
+/// was saved on.
 pub(crate) const LAYOUT: u32 = 1;
 
-/// What it boots, as it knows it.
+/// The boot files' names in Firecracker's root directory.
 pub(crate) const KERNEL: &str = "kernel";
 pub(crate) const INITRAMFS: &str = "initramfs";
 /// The root disk.
 pub(crate) const DISK: &str = "disk.ext4";
-/// The hypervisor's end of vsock.
+/// The host's vsock socket.
 pub(crate) const VSOCK: &str = "vsock.sock";
-/// The network card for Firecracker.
+/// Firecracker's id of the network card.
 pub(crate) const CARD: &str = "net";
 
-/// The size of a disk that is none.
+/// Size of the disk in an empty volume slot.
 const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
 
-/// The link address of a card before its guest has another.
+/// Link address of a network card until its guest sets another.
 const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
 
-/// The guest's address on vsock; each guest has a hypervisor's end of its own.
+/// The guest's vsock address. Each Firecracker has its own socket on the host, so all guests can
+/// share the address.
 const GUEST_CID: u32 = 3;
 
-/// The VMM process of a sandbox, and what it was started with.
+/// The VMM process of a sandbox, and its machine.
 pub(crate) type Record = bhatti_vmm::Record<Machine>;
 
-/// A VM but for its process.
+/// A VM without its process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Machine {
     pub(crate) cpus: u8,
     pub(crate) memory_mib: u32,
-    /// The file in its directory that pages which are not dirty are in; none if it booted, or if it is not known which are.
+    /// The file in the VM's directory with the content of clean pages. `None` if the VM booted,
+    /// or if its dirty pages are unknown.
     pub(crate) memory: Option<String>,
-    /// Whether it booted and was never saved: every page in which there is anything is dirty.
+    /// Whether the VM booted and was never saved: every page with content is dirty.
     #[serde(default)]
     pub(crate) is_unsaved: bool,
     pub(crate) has_network: bool,
     pub(crate) volumes: Vec<Option<Volume>>,
 }
 
-/// What Firecracker is told, in this order, until the guest boots.
+/// Returns the API requests that configure and boot the guest, in order.
 pub(crate) fn boot_requests(spec: &VmSpec) -> Vec<(String, Value)> {
     let mut requests = vec![
         (
@@ -85,7 +89,7 @@ pub(crate) fn boot_requests(spec: &VmSpec) -> Vec<(String, Value)> {
     requests
 }
 
-/// A disk whose writes are durable when the guest has flushed them.
+/// Returns the request for a disk whose writes are durable once the guest has flushed them.
 fn drive(id: &str, path: &str, read_only: bool) -> (String, Value) {
     let drive = json!({
         "drive_id": id,
@@ -97,7 +101,8 @@ fn drive(id: &str, path: &str, read_only: bool) -> (String, Value) {
     (format!("/drives/{id}"), drive)
 }
 
-/// Firecracker gives disks no serials, so the guest is told their order.
+/// Returns the kernel's command line. It gives the disks' order, because Firecracker gives disks
+/// no serials.
 fn kernel_command_line(spec: &VmSpec) -> String {
     let volumes: String = (0..spec.volumes.len()).map(|slot| format!(",volume{slot}")).collect();
     format!(
@@ -111,7 +116,7 @@ fn volume_name(slot: usize) -> String {
     format!("volume{slot}.disk")
 }
 
-/// Puts volumes into their places.
+/// Puts the volumes' files into the jail.
 pub(crate) fn place_volumes(jail: &Jail, volumes: &[Option<Volume>]) -> io::Result<()> {
     for (slot, volume) in volumes.iter().enumerate() {
         let name = volume_name(slot);

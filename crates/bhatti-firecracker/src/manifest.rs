@@ -1,13 +1,13 @@
-//! What a snapshot says of itself.
+//! The manifest of a snapshot.
 //!
 //! ```text
 //!  <snapshot>/
-//!    manifest.json       this
-//!    vm.state            the devices and the processors, as Firecracker saves them
-//!    memory.pages        the pages that differ from the VM's own memory file, or all if it has none
-//!    memory-<number>.img instead: all memory
-//!    disk.ext4           with frozen disks: the root disk
-//!    …                   whatever else was to be copied into it
+//!    manifest.json        the manifest
+//!    vm.state             the state of devices and vCPUs, as Firecracker saves it
+//!    memory.pages         the pages that differ from the VM's memory file, or all if it has none
+//!    memory-<number>.img  in place of `memory.pages`: all memory
+//!    disk.ext4            with frozen disks: the root disk
+//!    …                    other files that were copied into the snapshot
 //! ```
 
 use std::path::Path;
@@ -28,26 +28,26 @@ pub(crate) const FORMAT: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Manifest {
     pub(crate) format: u32,
-    /// Firecracker's version, and what else the machine depends on.
+    /// Firecracker's version, and the other properties that the machine depends on.
     pub(crate) vmm_version: String,
     pub(crate) vmm_machine: String,
-    /// The machine; of a diff, its memory is the file that the pages stand on.
+    /// The machine. In a diff, its memory is the file that the pages are based on.
     pub(crate) machine: Machine,
     pub(crate) memory: Memory,
     pub(crate) state_hash: String,
-    /// Of a disk that stays in place: when it was written last. It is the generation that the memory belongs to.
+    /// The generation of a disk that stays in place: the memory belongs to this generation.
     pub(crate) disk_generation: Option<Generation>,
-    /// The same of the volumes that it writes, each in its place.
+    /// The generations of the volumes that the guest writes, by slot.
     pub(crate) volume_generations: Vec<Option<Generation>>,
 }
 
-/// Where the pages are.
+/// Location of the saved pages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(crate) enum Memory {
-    /// All, in a file that VMs map.
+    /// All pages, in a file that VMs map.
     Whole { file: String },
-    /// Some; the hash of them.
+    /// The pages in `memory.pages`, with the hash of that file.
     Diff { hash: String },
 }
 

@@ -1,4 +1,5 @@
-//! Files of memory: whole ones, which VMs map, and Firecracker's diffs, in which only the pages are data that were written since.
+//! Memory files: complete ones, which VMs map, and Firecracker's diffs, sparse files in which
+//! only the dirty pages are data.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,7 +15,8 @@ use rustix::fs::{FallocateFlags, fallocate};
 const PAGE: usize = 4096;
 const ZEROES: [u8; PAGE] = [0; PAGE];
 
-/// Makes a list of pages of what is data in a file, which is removed. Returns their bytes and the list's hash.
+/// Writes the data pages of a sparse file to a list, and removes the sparse file. Returns the
+/// size of the pages in bytes, and the list's hash.
 pub(crate) fn list_pages(sparse: &Path, list: &Path) -> io::Result<(u64, blake3::Hash)> {
     let file = File::open(sparse)?;
     let listed = write_pages(list, &data(&file)?, |bytes, at| file.read_exact_at(bytes, at))?;
@@ -22,7 +24,8 @@ pub(crate) fn list_pages(sparse: &Path, list: &Path) -> io::Result<(u64, blake3:
     Ok(listed)
 }
 
-/// Makes a memory file of `base`, or of `size` bytes of nothing, that the pages of a list are in, too. Returns the list's hash.
+/// Creates a memory file from `base`, or from `size` zero bytes, and writes the pages of a list
+/// over it. Returns the list's hash.
 pub(crate) fn with_pages(
     base: Option<&Path>,
     size: u64,
@@ -32,11 +35,12 @@ pub(crate) fn with_pages(
     let file = start_from(base, size, target)?;
     read_pages(list, |bytes, at| match at.checked_add(bytes.len() as u64) {
         Some(end) if end <= size => file.write_all_at(bytes, at),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "a page outside of the memory")),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "a page is outside of the memory")),
     })
 }
 
-/// Makes a memory file of `base` that what is data in a diff is in, too. Returns its bytes.
+/// Creates a memory file from `base`, and writes the data pages of a diff over it. Returns the
+/// size of the pages in bytes.
 pub(crate) fn with_diff(base: &Path, diff: &Path, target: &Path) -> io::Result<u64> {
     let diff = File::open(diff)?;
     let file = start_from(Some(base), diff.metadata()?.len(), target)?;
@@ -48,7 +52,7 @@ pub(crate) fn with_diff(base: &Path, diff: &Path, target: &Path) -> io::Result<u
     Ok(written)
 }
 
-/// Gives the disk back what pages of nothing take. Returns the bytes of the others.
+/// Punches holes in place of zero pages. Returns the size of the other pages in bytes.
 pub(crate) fn dig_holes(path: &Path) -> io::Result<u64> {
     let file = File::options().read(true).write(true).open(path)?;
     let (mut kept, mut empty) = (0, 0..0);
@@ -70,7 +74,7 @@ pub(crate) fn dig_holes(path: &Path) -> io::Result<u64> {
     Ok(kept)
 }
 
-/// A hole at once for all pages beside each other: each takes the file system the same time.
+/// Punches one hole for all adjacent pages: each hole takes the file system the same time.
 fn dig_hole(file: &File, bytes: &Range<u64>) -> io::Result<()> {
     if bytes.is_empty() {
         return Ok(());
@@ -83,14 +87,14 @@ fn start_from(base: Option<&Path>, size: u64, target: &Path) -> io::Result<File>
     match base {
         Some(base) if base.metadata()?.len() == size => disk::copy(base, target)?,
         Some(_) => {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "its base has another size"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the base has the wrong size"));
         }
         None => File::create_new(target)?.set_len(size)?,
     }
     File::options().write(true).open(target)
 }
 
-/// The runs of pages that are data.
+/// Returns the runs of pages that are data.
 fn data(file: &File) -> io::Result<Vec<Range<u64>>> {
     let (mut runs, mut at) = (Vec::new(), 0);
     while let Some(Range { start, end }) = disk::next_data(file, at)? {
@@ -128,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn diff_goes_over_its_base_either_way_and_changes_neither() {
+    fn diff_and_page_list_are_merged_without_changing_the_base() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let same =
             |one: &str, other: &str| fs::read(path(one)).unwrap() == fs::read(path(other)).unwrap();
         sparse(&path("base"), &[(1, 1), (2, 1), (7, 1), (2047, 1)]);
         sparse(&path("before"), &[(1, 1), (2, 1), (7, 1), (2047, 1)]);
-        // A page of zeroes is one that was written, too.
+        // A dirty page may be all zeros.
         sparse(&path("diff"), &[(2, 2), (7, 0), (1000, 2)]);
         sparse(&path("expected"), &[(1, 1), (2, 2), (1000, 2), (2047, 1)]);
 
@@ -161,11 +165,11 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_nothing_take_no_room() {
+    fn zero_pages_take_no_disk_space() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
         let mut content = vec![0; usize::try_from(SIZE).unwrap()];
-        // In the middle of what is read at once, and at both sides of where the next begins.
+        // In the middle of a piece, and on both sides of a boundary between pieces.
         for page in [5, 255, 256] {
             content[page * PAGE] = 1;
         }

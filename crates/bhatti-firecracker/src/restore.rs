@@ -1,4 +1,4 @@
-//! Makes VMs from snapshots.
+//! Restores VMs from snapshots.
 
 use std::fs;
 use std::io;
@@ -51,9 +51,8 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     let machine =
         prepared.map_err(io::Error::other).map_err(failed("prepare the VM's files"))??;
     let place = Place { id: spec.id, directory: &spec.directory, tap: spec.tap.as_deref() };
-    let jail = vm::prepare(setup, &place, &machine)
-        .await
-        .map_err(failed("prepare Firecracker's place"))?;
+    let jail =
+        vm::prepare(setup, &place, &machine).await.map_err(failed("prepare Firecracker's jail"))?;
     let process = vm::start(setup, &place, &jail, &machine).map_err(failed("start Firecracker"))?;
     let waiting = Waiting {
         id: spec.id,
@@ -74,13 +73,13 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     }
 }
 
-/// Checks that the machine to be is the one that was.
+/// Checks that the machine to restore is the same as the saved one.
 fn check(spec: &RestoreSpec, manifest: &Manifest, setup: &Setup) -> Result<(), RestoreError> {
     same("machine", &manifest.vmm_machine, &setup.depends_on)?;
     let card = |is_there: bool| if is_there { "present" } else { "absent" };
     same("network card", card(manifest.machine.has_network), card(spec.tap.is_some()))?;
     let saved = &manifest.machine.volumes;
-    same("places for volumes", &saved.len().to_string(), &spec.volumes.len().to_string())?;
+    same("number of volume slots", &saved.len().to_string(), &spec.volumes.len().to_string())?;
     for (before, now) in saved.iter().zip(&spec.volumes) {
         let access = |read_only: Option<bool>| match read_only {
             Some(true) => "read-only",
@@ -93,11 +92,11 @@ fn check(spec: &RestoreSpec, manifest: &Manifest, setup: &Setup) -> Result<(), R
     Ok(())
 }
 
-/// Makes what the VM stands on.
+/// Prepares the files that the VM depends on.
 fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreError> {
     let (from, to) = (&spec.snapshot, &spec.directory);
     let missing = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => damaged("a file that it needs is gone"),
+        io::ErrorKind::NotFound => damaged("a required file is missing"),
         _ => RestoreError::File { step: "share the snapshot's files", source },
     };
     match (spec.disks, manifest.disk_generation) {
@@ -106,7 +105,7 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
                 return Err(RestoreError::Stale);
             }
             check_volumes(&spec.volumes, &manifest.volume_generations)?;
-            // What an earlier try has left.
+            // Remove the memory file of an earlier attempt.
             let kept = manifest.machine.memory.as_deref().unwrap_or_default();
             remove_other_memory(to, kept).map_err(missing)?;
         }
@@ -117,24 +116,24 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
             })?;
             disk::copy(&from.join(DISK), &to.join(DISK)).map_err(missing)?;
         }
-        (Disks::InPlace, None) => return Err(damaged("its disk belongs to others too")),
-        (Disks::Frozen, Some(_)) => return Err(damaged("it has no disk of its own")),
+        (Disks::InPlace, None) => return Err(damaged("its disks are frozen, not in place")),
+        (Disks::Frozen, Some(_)) => return Err(damaged("its disks are in place, not frozen")),
     }
     let memory = prepare_memory(from, to, manifest)?;
     let size = fs::metadata(to.join(&memory)).map_err(missing)?.len();
     if size != u64::from(manifest.machine.memory_mib) << 20 {
-        return Err(damaged("its memory has another size"));
+        return Err(damaged("its memory file has the wrong size"));
     }
     let volumes = volumes(&spec.volumes);
     Ok(Machine { memory: Some(memory), is_unsaved: false, volumes, ..manifest.machine.clone() })
 }
 
-/// Makes the file that the VM's memory is a private mapping of. Returns its name.
+/// Creates the file that the VM's memory is a private mapping of. Returns its name.
 fn prepare_memory(from: &Path, to: &Path, manifest: &Manifest) -> Result<String, RestoreError> {
     let unreadable = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => damaged("its memory is gone"),
+        io::ErrorKind::NotFound => damaged("its memory file is missing"),
         io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
-            damaged(&format!("its memory: {source}"))
+            damaged(&format!("its memory is unreadable: {source}"))
         }
         _ => RestoreError::File { step: "prepare the memory", source },
     };
@@ -151,10 +150,10 @@ fn prepare_memory(from: &Path, to: &Path, manifest: &Manifest) -> Result<String,
                 memory::with_pages(base.as_deref(), size, &from.join(PAGES), &to.join(&name));
             let found = made.map_err(unreadable).and_then(|found| {
                 let is_it = found.to_string() == *hash;
-                is_it.then_some(()).ok_or_else(|| damaged("its memory is not what was saved"))
+                is_it.then_some(()).ok_or_else(|| damaged("its memory pages were altered"))
             });
             if found.is_err() {
-                // What it stands on stays: another try may find the diff whole.
+                // The base stays: another attempt may find an intact diff.
                 drop(fs::remove_file(to.join(&name)));
             }
             found.map(|()| name)
@@ -173,21 +172,21 @@ impl Waiting {
             () = self.process.ended() => Err(VmmError::Unreachable(io::ErrorKind::BrokenPipe.into())),
         };
         let instance =
-            instance.map_err(|source| RestoreError::Vmm { step: "say its version", source })?;
+            instance.map_err(|source| RestoreError::Vmm { step: "report its version", source })?;
         same("Firecracker", &self.manifest.vmm_version, &instance.vmm_version)
     }
 
-    /// Ends the process, and leaves what was there before it.
+    /// Ends the process, and restores the directory to its earlier state. Returns `error`.
     async fn give_up(self, error: RestoreError) -> RestoreError {
         bhatti_vmm::end(&self.process).await;
         report_log(&self.directory);
-        // What the VM stood on is the base of a diff, and has to be there again.
+        // The VM's earlier memory file is the base of the diff, so it must stay.
         let kept = self.manifest.machine.memory.as_deref().unwrap_or_default();
         if let Err(error) = remove_other_memory(&self.directory, kept) {
-            tracing::warn!(%error, "Failed to remove a memory that was not used");
+            tracing::warn!(%error, "Failed to remove an unused memory file");
         }
         if let Err(error) = jail::clear(self.id, &self.directory).await {
-            tracing::warn!(%error, "Failed to remove the place of a VM that was not restored");
+            tracing::warn!(%error, "Failed to remove the jail of a VM that was not restored");
         }
         error
     }
@@ -195,16 +194,17 @@ impl Waiting {
     async fn load_state(&self) -> Result<(), RestoreError> {
         let state = self.snapshot.join(STATE);
         let content = read_at_most(&state, STATE_BYTES_MAX)
-            .map_err(|error| damaged(&format!("its state cannot be read: {error}")))?;
+            .map_err(|error| damaged(&format!("its device state is unreadable: {error}")))?;
         if blake3::hash(&content).to_string() != self.manifest.state_hash {
-            return Err(damaged("its state is not what was saved"));
+            return Err(damaged("its device state was altered"));
         }
         self.jail
             .admit(&state, STATE, Use::Shared)
             .map_err(|source| RestoreError::File { step: "share the snapshot's state", source })?;
         let cards: Vec<_> =
             self.tap.iter().map(|tap| json!({ "iface_id": CARD, "host_dev_name": tap })).collect();
-        // The guest's monotonic clock goes on where it was, as after every kind of sleep; the agent sets the other one.
+        // The guest's monotonic clock continues from its saved value, as after every pause; the
+        // agent sets the wall clock.
         let ask = json!({
             "snapshot_path": STATE,
             "mem_backend": { "backend_type": "File", "backend_path": self.machine.memory },
@@ -217,11 +217,11 @@ impl Waiting {
             () = self.process.ended() => Err(VmmError::Unreachable(io::ErrorKind::BrokenPipe.into())),
         };
         loaded.map_err(|source| RestoreError::Vmm { step: "load the snapshot", source })?;
-        // It has both by now, and for as long as it lives.
+        // Firecracker has loaded both files, and no longer needs their names.
         let memory = self.machine.memory.as_deref();
         for name in memory.into_iter().chain([STATE]) {
             jail::expel(&self.directory, name).map_err(|source| RestoreError::File {
-                step: "take back the snapshot's files",
+                step: "remove the snapshot's files from the jail",
                 source,
             })?;
         }

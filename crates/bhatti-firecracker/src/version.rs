@@ -1,4 +1,4 @@
-//! Whether there is a Firecracker that can be used.
+//! Finds a usable Firecracker.
 
 use std::fmt;
 use std::fs::File;
@@ -13,13 +13,13 @@ use tokio::time::timeout;
 
 use crate::JAILER;
 
-/// The oldest Firecracker that can be used. The one before forgets vsock when it restores.
+/// The oldest usable Firecracker. Version 1.16.0 loses vsock in a restore.
 pub const MINIMUM: Version = Version(1, 16, 1);
 
-/// How long it may take to say its version.
+/// How long Firecracker may take to report its version.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// A version: `1.16.1`.
+/// A version, such as `1.16.1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(u16, u16, u16);
 
@@ -32,7 +32,7 @@ impl fmt::Display for Version {
 impl FromStr for Version {
     type Err = ();
 
-    /// Of what comes behind a third number nothing matters.
+    /// Parses three numbers, and ignores everything after them.
     fn from_str(text: &str) -> Result<Self, ()> {
         let mut numbers = text.split('.').map(|part| {
             part.split(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok())
@@ -42,17 +42,17 @@ impl FromStr for Version {
     }
 }
 
-/// Firecracker cannot be used here.
+/// Firecracker cannot be used on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
-    /// It is not there.
+    /// The program is not installed.
     #[error("`{}` is not installed", program.display())]
     NotInstalled {
         /// The program.
         program: PathBuf,
     },
-    /// It is there, and does not say what it is.
-    #[error("`{}` does not say its version", program.display())]
+    /// The program does not report its version.
+    #[error("`{}` does not report its version", program.display())]
     Silent {
         /// The program.
         program: PathBuf,
@@ -60,45 +60,49 @@ pub enum Unusable {
         #[source]
         source: io::Error,
     },
-    /// It is older than what can be used.
-    #[error("`{}` is version {found}, and {MINIMUM} is the oldest that can be used: vsock is dead after a restore in earlier ones", program.display())]
+    /// The program is older than [`MINIMUM`].
+    #[error(
+        "`{}` is version {found}, but must be {MINIMUM} or newer: older versions lose vsock in a restore",
+        program.display()
+    )]
     TooOld {
         /// The program.
         program: PathBuf,
-        /// Its version.
+        /// The program's version.
         found: Version,
     },
-    /// A daemon that is root has no jailer for it.
-    #[error("`{}`, under which Firecracker runs when the daemon is root, is not installed", jailer.display())]
+    /// The daemon is root, and the jailer is not installed.
+    #[error("the jailer `{}` is not installed; a daemon that is root needs it", jailer.display())]
     NoJailer {
-        /// The program.
+        /// The jailer.
         jailer: PathBuf,
     },
-    /// It needs other files, which are not there in its jail.
-    #[error("`{}` is not statically linked, and so cannot run in its jail", program.display())]
+    /// The program needs shared libraries, which do not exist in its jail.
+    #[error("`{}` is not statically linked, so it cannot run in a jail", program.display())]
     NotStatic {
         /// The program.
         program: PathBuf,
     },
 }
 
-/// A Firecracker that can be used.
+/// A usable Firecracker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Its program.
+    /// Path of the program.
     pub program: PathBuf,
-    /// Its version.
+    /// The program's version.
     pub version: Version,
-    /// What it is started by, if this process is root.
+    /// Path of the jailer, if this process is root.
     pub jailer: Option<PathBuf>,
 }
 
-/// Looks for `program`, a path or a name to look up, and checks its version. If this process is root, there has to be a jailer for it: `jailer`,
-/// likewise, or one beside it or on the path.
+/// Looks up `program`, a path or a name, and checks its version. If this process is root, also
+/// looks up its jailer: `jailer`, a path or a name, or otherwise a program beside `program` or on
+/// the `PATH`.
 ///
 /// # Errors
 ///
-/// Returns why it cannot be used.
+/// Returns why Firecracker cannot be used.
 pub async fn check(program: &Path, jailer: Option<&Path>) -> Result<Found, Unusable> {
     let found =
         look_up(program).ok_or_else(|| Unusable::NotInstalled { program: program.to_owned() })?;
@@ -123,7 +127,7 @@ async fn check_version(program: &Path) -> Result<Version, Unusable> {
     Ok(version)
 }
 
-/// Finds the jailer for `program`, which has to be one that can run in a jail.
+/// Finds the jailer for `program`, which must be able to run in a jail.
 fn check_jail(program: &Path, jailer: Option<&Path>) -> Result<PathBuf, Unusable> {
     if !is_static(program).unwrap_or(false) {
         return Err(Unusable::NotStatic { program: program.to_owned() });
@@ -138,8 +142,8 @@ fn check_jail(program: &Path, jailer: Option<&Path>) -> Result<PathBuf, Unusable
     look_up(&jailer).ok_or(Unusable::NoJailer { jailer })
 }
 
-/// Whether a program runs where there is no other file: elf(5), of 64 bits and little-endian, as all are that run here, without an
-/// interpreter.
+/// Whether a program runs without any other file: whether its ELF file (elf(5), 64-bit and
+/// little-endian, as on all supported architectures) names no interpreter.
 fn is_static(program: &Path) -> io::Result<bool> {
     const MAGIC: &[u8] = b"\x7fELF";
     const PT_INTERP: u32 = 3;
@@ -201,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn jailer_is_found_beside_a_program_that_needs_nothing_else() {
+    fn jailer_is_found_beside_a_static_program() {
         let directory = tempfile::tempdir().unwrap();
         let place = |name: &str| directory.path().join(name);
         std::fs::copy("/bin/sh", place("dynamic")).unwrap();

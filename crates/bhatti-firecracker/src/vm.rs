@@ -1,4 +1,4 @@
-//! A VM: the Firecracker process and the ways to it.
+//! A VM: the Firecracker process and the connections to it.
 
 use std::fs::File;
 use std::io;
@@ -28,17 +28,18 @@ use crate::jail::{self, Jail, Use};
 use crate::machine::{self, DISK, INITRAMFS, KERNEL, Machine, Record, VSOCK};
 use crate::{Setup, capture};
 
-/// Where the guest's console goes: a pipe, of which Firecracker drops what nobody reads. A hostile guest could fill a file.
+/// The guest's console: a pipe. Firecracker drops output that does not fit into it. A hostile
+/// guest could fill a file.
 const CONSOLE: &str = "console.fifo";
 const LOG: &str = "vmm.log";
 
-/// How often the agent of a guest that boots is looked for.
+/// How often to try to reach the agent of a booting guest.
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
 
-/// How long Firecracker may take to start the guest, and to stop and start its vCPUs.
+/// How long Firecracker may take to start the guest, and to pause or resume its vCPUs.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// A VM that runs, or is paused.
+/// A VM that is running or paused.
 pub(crate) struct FirecrackerVm {
     pub(crate) directory: PathBuf,
     pub(crate) process: Followed,
@@ -50,20 +51,20 @@ pub(crate) struct FirecrackerVm {
     console: Console,
 }
 
-/// What is known of the machine.
+/// The daemon's knowledge of the machine.
 #[derive(Debug)]
 pub(crate) struct Known {
     pub(crate) machine: Machine,
-    /// How often it was saved: what was learnt of its memory at one time is not true after the next.
+    /// Number of captures so far. Each capture makes earlier knowledge of the memory obsolete.
     pub(crate) captures: AtomicU64,
 }
 
-/// The argument by which the process of a sandbox's VM can be found.
+/// Returns the argument by which the process of a sandbox's VM can be found.
 pub(crate) fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
-/// Copies the image, and makes the copy as large as the disk is to be.
+/// Copies the image, and extends the copy to the size of the disk.
 fn create_disk(spec: &VmSpec) -> io::Result<()> {
     let path = spec.directory.join(DISK);
     disk::copy(&spec.root_base, &path)?;
@@ -75,7 +76,7 @@ fn create_disk(spec: &VmSpec) -> io::Result<()> {
     Ok(())
 }
 
-/// Boots a VM. What was made stays where it is if that fails.
+/// Boots a VM. If that fails, created files and processes stay.
 pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, BootError> {
     let failed = |step| move |source| BootError::Prepare { step, source };
     let directory = &spec.directory;
@@ -85,7 +86,7 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
     } else if !directory.join(DISK).exists() {
         return Err(BootError::NoDisk);
     }
-    remove_other_memory(directory, "").map_err(failed("remove an earlier memory"))?;
+    remove_other_memory(directory, "").map_err(failed("remove an earlier memory file"))?;
     let machine = Machine {
         cpus: spec.cpus.get(),
         memory_mib: spec.memory.get(),
@@ -96,9 +97,9 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
     };
     let place = Place { id: spec.id, directory, tap: spec.tap.as_deref() };
     let jail =
-        prepare(setup, &place, &machine).await.map_err(failed("prepare Firecracker's place"))?;
+        prepare(setup, &place, &machine).await.map_err(failed("prepare Firecracker's jail"))?;
     for (file, name) in [(&spec.kernel, KERNEL), (&spec.initramfs, INITRAMFS)] {
-        jail.admit(file, name, Use::Shared).map_err(failed("share what the VM boots"))?;
+        jail.admit(file, name, Use::Shared).map_err(failed("share the boot files"))?;
     }
     let process = start(setup, &place, &jail, &machine).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => BootError::NotInstalled { program: setup.program.clone() },
@@ -115,20 +116,20 @@ pub(crate) async fn boot(spec: &VmSpec, setup: &Setup) -> Result<FirecrackerVm, 
         vm.until_it_ends(vm.api.put(&resource, &body, START_LIMIT)).await?.map_err(refused)?;
     }
     for name in [KERNEL, INITRAMFS] {
-        jail::expel(directory, name).map_err(failed("take back what the VM booted"))?;
+        jail::expel(directory, name).map_err(failed("remove the boot files from the jail"))?;
     }
     vm.wait_for_agent(spec.boot_limit).await?;
     Ok(vm)
 }
 
-/// Where a VM is to run.
+/// The sandbox, directory and tap of a VM.
 pub(crate) struct Place<'a> {
     pub(crate) id: SandboxId,
     pub(crate) directory: &'a Path,
     pub(crate) tap: Option<&'a str>,
 }
 
-/// Makes a place for Firecracker, with the disks of `machine`, and its memory.
+/// Makes a jail for Firecracker, with the disks and the memory file of `machine`.
 pub(crate) async fn prepare(
     setup: &Setup,
     place: &Place<'_>,
@@ -143,7 +144,7 @@ pub(crate) async fn prepare(
     Ok(jail)
 }
 
-/// Starts Firecracker in its place and records its process.
+/// Starts Firecracker in its jail and records its process.
 pub(crate) fn start(
     setup: &Setup,
     place: &Place<'_>,
@@ -153,7 +154,8 @@ pub(crate) fn start(
     let directory = place.directory;
     let console = directory.join(CONSOLE);
     let output = create_log(&console)?;
-    // What names files of this host is not for the console, whose end the sandbox's owner gets to see.
+    // Messages that name files of this host must not go to the console, whose end the sandbox's
+    // owner can see.
     let complaints = create_log(&directory.join(LOG))?;
     jail.admit(&directory.join(LOG), LOG, Use::Own)?;
     let arguments = ["--api-sock", api::SOCKET, "--log-path", LOG, "--level", "Warn"];
@@ -175,7 +177,8 @@ pub(crate) fn start(
 }
 
 impl FirecrackerVm {
-    /// Takes up the VM of `process`. Its agent is not asked: a guest that is paused or busy is alive all the same.
+    /// Attaches to the VM of `process`. Does not contact the agent: a paused or busy guest is
+    /// alive, too.
     pub(crate) fn attach(
         process: Followed,
         directory: &Path,
@@ -194,7 +197,7 @@ impl FirecrackerVm {
         })
     }
 
-    /// Waits for something that Firecracker does, as long as there is one.
+    /// Waits for `act`. Returns an error if Firecracker ends first.
     async fn until_it_ends<T>(&self, act: impl Future<Output = T>) -> Result<T, BootError> {
         tokio::select! {
             done = act => Ok(done),
@@ -209,21 +212,22 @@ impl FirecrackerVm {
             let opened = timeout(left, self.channel.open(CONTROL_PORT));
             match self.until_it_ends(opened).await? {
                 Ok(Ok(_stream)) => return Ok(()),
-                // Nobody listens in the guest yet.
+                // The agent does not listen in the guest yet.
                 Ok(Err(_)) if !left.is_zero() => self.until_it_ends(sleep(LOOK_PAUSE)).await?,
                 _ => return Err(BootError::TimedOut { limit, console: self.last_words().await }),
             }
         }
     }
 
-    /// What the guest said last. What Firecracker itself said names files of this host, and so goes to our log alone.
+    /// Returns the end of the guest's console. Firecracker's own output names files of this host,
+    /// and so goes only to the daemon's log.
     async fn last_words(&self) -> String {
         report_log(&self.directory);
         self.console.complete().await;
         self.console.tail()
     }
 
-    /// Writes down what the machine is now.
+    /// Records the machine's new state.
     pub(crate) fn record(&self, machine: &Machine) -> io::Result<()> {
         Record::new(self.process.id(), machine.clone()).write(&self.directory)
     }
@@ -236,11 +240,11 @@ impl FirecrackerVm {
     }
 }
 
-/// Logs what Firecracker had to say.
+/// Logs Firecracker's own output.
 pub(crate) fn report_log(directory: &Path) {
     let log = log_tail(&directory.join(LOG));
     if !log.trim().is_empty() {
-        tracing::warn!(log, "Firecracker complained");
+        tracing::warn!(log, "Firecracker wrote to its log");
     }
 }
 

@@ -1,5 +1,6 @@
-//! The engine as `bhatti_engine::conformance` wants it, and what is Firecracker's own. Firecracker is the user's to install: `FIRECRACKER_BIN`, or
-//! on the path; its jailer is looked for beside it.
+//! Runs `bhatti_engine::conformance` on the Firecracker engine, and tests its jail. Firecracker
+//! must be installed: as `FIRECRACKER_BIN` or on the `PATH`, with its jailer beside it or on the
+//! `PATH`.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,7 +12,7 @@ use bhatti_host::namespace;
 use bhatti_testkit::conformance::on_trial;
 use bhatti_testkit::{skip, vmm_pid};
 
-/// The engine, if it can run here.
+/// Returns the engine, if it can run on this host.
 async fn engine() -> Option<FirecrackerEngine> {
     let program = std::env::var("FIRECRACKER_BIN").unwrap_or_else(|_| PROGRAM.to_owned());
     match (check(program.as_ref(), None).await, bhatti_host::kvm::check()) {
@@ -27,9 +28,9 @@ async fn engine() -> Option<FirecrackerEngine> {
 
 bhatti_testkit::conformance_tests!(engine().await);
 
-/// What a VMM that was taken over could reach.
+/// Checks the files and rights that a compromised VMM would have.
 #[tokio::test]
-async fn vmm_of_a_root_daemon_is_nobody_and_sees_its_own_files_alone() {
+async fn vmm_of_a_root_daemon_has_no_rights_and_sees_only_its_own_files() {
     let Some(engine) = engine().await else { return };
     if namespace::enter_own_network().is_err() {
         skip("firecracker's jail", "only root's Firecracker is jailed");
@@ -68,7 +69,7 @@ async fn vmm_of_a_root_daemon_is_nobody_and_sees_its_own_files_alone() {
             "vmm.log",
             "vsock.sock",
         ];
-        assert_eq!(seen, own, "what it booted has been taken back, too");
+        assert_eq!(seen, own, "the jail has only the VMM's own files, without the boot files");
 
         let groups = fs::read_to_string(process.join("cgroup")).unwrap();
         assert!(groups.contains(&format!("/bhatti/bhatti-{}", spec.id)), "{groups}");

@@ -1,9 +1,11 @@
 //! The frequency of the time stamp counter.
 //!
-//! A microVM has no timer that its kernel could calibrate the counter against, so the host tells it. Under software emulation and
-//! under KVM alike the guest's counter runs at the host's speed.
+//! A microVM has no timer against which its kernel could calibrate the counter, so the host
+//! passes the frequency to the guest. Under software emulation and under KVM alike, the guest's
+//! counter runs at the host's speed.
 
-/// Measures the counter's frequency in kHz, against the monotonic raw clock. `None` where there is no such counter.
+/// Measures the counter's frequency in kHz, against the monotonic raw clock. Returns `None` where
+/// there is no such counter.
 ///
 /// Blocks for a tenth of a second: the error is then a few parts per million.
 #[must_use]
@@ -18,7 +20,7 @@ mod imp {
 
     const MEASURED_NS: i64 = 100_000_000;
 
-    /// A reading of both clocks, in counts and nanoseconds: the closest pair of a few attempts.
+    /// Reads both clocks, in counts and nanoseconds. Keeps the closest pair of a few attempts.
     fn reading() -> (u64, i128) {
         let attempt = || {
             // SAFETY: every 64-bit x86 processor has the instruction, and it touches no memory.
@@ -40,7 +42,7 @@ mod imp {
 
     pub(super) fn tsc_khz() -> Option<u64> {
         let (counts_before, before) = reading();
-        // However long it really slept is measured.
+        // The two readings measure how long the thread really slept.
         drop(nanosleep(&Timespec { tv_sec: 0, tv_nsec: MEASURED_NS }));
         let (counts_after, after) = reading();
         let elapsed_ns = after.checked_sub(before).filter(|elapsed| *elapsed > 0)?;

@@ -1,4 +1,4 @@
-//! Room on a file system, and large files in it.
+//! Free space of a file system, and copies of large sparse files.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -8,10 +8,10 @@ use std::path::Path;
 use rustix::fs::{copy_file_range, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
-/// The most that one call copies, in bytes.
+/// Maximum that one call copies, in bytes.
 const COPY_BYTES: u64 = 1 << 30;
 
-/// Bytes that may still be written below `directory`.
+/// Returns the number of bytes that can still be written below `directory`.
 ///
 /// # Errors
 ///
@@ -21,11 +21,13 @@ pub fn free_bytes(directory: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Copies a file as it is: shared with the original where the file system can, else with its holes, so that it takes what has been written alone.
+/// Copies a file with its holes. If the file system supports reflinks, the copy shares its blocks
+/// with the original; otherwise it takes as much space as the data that has been written.
 ///
 /// # Errors
 ///
-/// Returns an error if `to` is there already, or a file cannot be read or written. `to` may then be there in part.
+/// Returns an error if `to` exists already, or if a file cannot be read or written. If a read or
+/// a write fails, `to` may be incomplete.
 pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let (source, mut target) = (File::open(from)?, File::create_new(to)?);
     match ioctl_ficlone(&target, &source) {
@@ -43,7 +45,7 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The next part of a file, from `at` on, that is no hole.
+/// Returns the first range of data in the file at or after `at`, without holes.
 ///
 /// # Errors
 ///
@@ -63,7 +65,7 @@ fn copy_range(source: &File, target: &mut File, start: u64, end: u64) -> io::Res
         match copy_file_range(source, Some(&mut from), &*target, Some(&mut to), left) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
-            // Between file systems that cannot.
+            // The file systems do not support `copy_file_range` between them.
             Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                 return copy_through(source, target, from, end);
             }
@@ -100,7 +102,7 @@ mod tests {
         copy(&from, &to).unwrap();
 
         assert!(fs::read(&from).unwrap() == fs::read(&to).unwrap());
-        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20, "it has holes");
+        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20, "the copy is not sparse");
         assert_eq!(copy(&from, &to).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         for empty in [0, 1 << 20] {
             let (from, to) = (

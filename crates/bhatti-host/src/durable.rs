@@ -1,4 +1,5 @@
-//! Files that are there whole or not at all, whatever happens in between.
+//! Durable files: if a write is interrupted at any point, the file is either complete or
+//! unchanged.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -6,19 +7,22 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Writes that this process has begun.
+/// Number of writes that this process has begun.
 static WRITES: AtomicU64 = AtomicU64::new(0);
 
-/// Writes `content` to `path` atomically and durably: a temporary file beside it, fsync, rename, fsync of the directory.
+/// Writes `content` to `path` atomically and durably: a temporary file beside it, fsync, rename,
+/// fsync of the directory.
 ///
 /// # Errors
 ///
-/// Returns the first error; `path` is then as it was, and the temporary file is gone.
+/// Returns the first error. If the write or the rename failed, `path` is unchanged and the
+/// temporary file is removed; if only the fsync of the directory failed, `path` has the new
+/// content.
 pub fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     write_with_mode(path, content, 0o666)
 }
 
-/// The same, for a file that only its owner may read.
+/// As [`write()`], for a file that only its owner may read.
 ///
 /// # Errors
 ///
@@ -27,7 +31,8 @@ pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     write_with_mode(path, content, 0o600)
 }
 
-/// The same, for a file that is replaced and never changed: a process of the same user's without root's rights cannot write into it.
+/// As [`write()`], for a file that is replaced and never changed. A process of the same user
+/// cannot write to the file unless it has root's rights.
 ///
 /// # Errors
 ///
@@ -36,16 +41,17 @@ pub fn write_sealed(path: &Path, content: &[u8]) -> io::Result<()> {
     write_with_mode(path, content, 0o444)
 }
 
-/// Creates such a file, to be written once, by what is returned. It is not made durable.
+/// Creates a sealed file, as [`write_sealed`] does, that the caller writes once through the
+/// returned handle. The file is not made durable.
 ///
 /// # Errors
 ///
-/// Returns the error of open(2); it must not be there yet.
+/// Returns the error of open(2); the file must not exist yet.
 pub fn create_sealed(path: &Path) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(0o444).open(path)
 }
 
-/// Seals a file that others stand on from now on, as [`write_sealed`] does.
+/// Seals a file, as [`write_sealed`] does, before other files depend on it.
 ///
 /// # Errors
 ///
@@ -74,7 +80,7 @@ fn write_with_mode(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
         .and_then(|()| rename(&temporary, path));
     if written.is_err() {
-        // The first error is the one to tell; the file may never have been made.
+        // Return the first error. The file may never have been made.
         drop(fs::remove_file(&temporary));
     }
     written
@@ -90,7 +96,7 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     sync_parent(to)
 }
 
-/// Makes durable that `path` is there, or is not.
+/// Makes the creation or the removal of `path` durable.
 ///
 /// # Errors
 ///
@@ -108,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn write_replaces_the_file_and_leaves_nothing_beside_it() {
+    fn write_replaces_the_file_and_leaves_no_temporary_file() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         write(&file, b"old").unwrap();
@@ -120,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn writers_at_once_each_write_whole_files() {
+    fn concurrent_writes_each_leave_a_whole_file() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
 
@@ -141,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_write_leaves_nothing() {
+    fn failed_write_leaves_no_temporary_file() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("target");
         fs::create_dir(&target).unwrap();

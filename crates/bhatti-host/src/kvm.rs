@@ -1,4 +1,4 @@
-//! Whether KVM really works here.
+//! Checks whether KVM works on this host.
 
 use std::fs;
 use std::fs::OpenOptions;
@@ -7,12 +7,12 @@ use std::io;
 /// Why KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmUnusable {
-    /// There is no `/dev/kvm`, or it may not be opened.
+    /// `/dev/kvm` does not exist, or this process may not open it.
     #[error("/dev/kvm cannot be opened")]
     Device(#[source] io::Error),
-    /// The processor offers no hardware virtualization to this machine: `/dev/kvm` may open on such nested hosts, and no stock kernel
-    /// boots in it.
-    #[error("the processor shows neither `vmx` nor `svm`, so no stock kernel boots under KVM here")]
+    /// The CPU offers no hardware virtualization to this machine. On such nested hosts `/dev/kvm`
+    /// may open, but no stock kernel boots under KVM.
+    #[error("this CPU has neither `vmx` nor `svm`, so KVM cannot run a stock kernel")]
     NoExtension,
 }
 
@@ -20,14 +20,15 @@ pub enum KvmUnusable {
 ///
 /// # Errors
 ///
-/// Says why it cannot.
+/// Returns why it cannot.
 pub fn check() -> Result<(), KvmUnusable> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(KvmUnusable::Device)?;
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").map_err(KvmUnusable::Device)?;
     if has_extension(&cpuinfo) { Ok(()) } else { Err(KvmUnusable::NoExtension) }
 }
 
-/// Whether the processor virtualizes. Arm's shows no flag for it: there, a device that opens is KVM that works.
+/// Whether the CPU has hardware virtualization. Arm CPUs show no flag for it: there, KVM works if
+/// the device opens.
 fn has_extension(cpuinfo: &str) -> bool {
     let mut flags =
         cpuinfo.lines().filter(|line| line.starts_with("flags")).flat_map(str::split_whitespace);
@@ -39,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_processor_with_the_flag_virtualizes() {
+    fn processor_virtualizes_only_with_the_flag() {
         assert!(has_extension("processor: 0\nflags\t\t: fpu svm sse\n"));
         assert!(has_extension("flags\t\t: vmx\n"));
         assert!(!has_extension("model name : vmx svm\nflags\t\t: fpu svmx\n"));

@@ -1,6 +1,7 @@
 //! The host's operating system, as bhatti uses it.
 //!
-//! Wraps what has sharp edges and knows nothing of sandboxes. The only crate of the host in which `unsafe` is allowed.
+//! Wraps the system's error-prone interfaces and knows nothing of sandboxes. On the host side,
+//! this is the only crate in which `unsafe` is allowed.
 
 pub mod clock;
 pub mod disk;

@@ -1,8 +1,9 @@
-//! The memory of another process, where it maps one file: what a VMM gives its guest.
+//! The memory of another process where it maps a file, as a VMM maps its guest's memory.
 //!
-//! A private mapping of a file begins as the file's own pages, which all who map it share; the first write to a page makes a private
-//! copy of it. `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst) tells which pages have one: exactly those that differ
-//! from the file, if the file never changes.
+//! A private mapping of a file begins as the file's own pages, which all processes that map the
+//! file share. The first write to a page makes a private copy of it. `/proc/PID/pagemap`
+//! (Documentation/admin-guide/mm/pagemap.rst) shows which pages have a private copy. If the file
+//! never changes, only those pages can differ from it.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,10 +12,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-/// The unit in which memory is copied on write, in bytes.
+/// The size of a page, the unit of copy-on-write, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Entries of pagemap that are read at once.
+/// Number of pagemap entries that one read takes.
 const PAGEMAP_ENTRIES: usize = 64 * 1024;
 const ENTRY_BYTES: u64 = 8;
 const PRESENT: u64 = 1 << 63;
@@ -25,7 +26,7 @@ const OF_FILE: u64 = 1 << 61;
 ///
 /// # Errors
 ///
-/// Returns an error if the kernel does not say.
+/// Returns an error if `/proc/meminfo` does not have the value.
 pub fn machine_bytes() -> io::Result<u64> {
     let info = fs::read_to_string("/proc/meminfo")?;
     let kib = info.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap_or_default();
@@ -33,7 +34,7 @@ pub fn machine_bytes() -> io::Result<u64> {
     Ok(kib << 10)
 }
 
-/// The pages of a file that a process maps, in its memory.
+/// A file that another process maps, with access to its pages in that process.
 #[derive(Debug)]
 pub struct MappedFile {
     pid: u32,
@@ -41,12 +42,12 @@ pub struct MappedFile {
     mappings: Vec<Mapping>,
 }
 
-/// A part of the file.
+/// A mapped part of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mapping {
-    /// Where it begins in the process.
+    /// Start address in the process.
     address: u64,
-    /// Where it begins in the file.
+    /// Start offset in the file.
     offset: u64,
     bytes: u64,
 }
@@ -56,8 +57,9 @@ impl MappedFile {
     ///
     /// # Errors
     ///
-    /// Returns an error if it does not map the file, or this process may not look into its memory (see ptrace(2): it must be of the same
-    /// user, and Yama's `ptrace_scope` 0, unless this one is root).
+    /// Returns an error if the process does not map the file, or if this process may not access
+    /// its memory. ptrace(2) has the conditions: unless this process is root, both processes must
+    /// be of the same user and Yama's `ptrace_scope` must be 0.
     pub fn open(pid: u32, path: &Path) -> io::Result<Self> {
         let path = fs::canonicalize(path)?;
         let inode = fs::metadata(&path)?.ino();
@@ -73,11 +75,11 @@ impl MappedFile {
         Ok(Self { pid, memory, mappings })
     }
 
-    /// The page numbers, in the file, of which the process has a copy of its own, in order.
+    /// Returns the numbers of the file's pages of which the process has a private copy, in order.
     ///
     /// # Errors
     ///
-    /// Returns an error if the process is gone.
+    /// Returns an error if the process has ended.
     pub fn private_pages(&self) -> io::Result<Vec<Range<u64>>> {
         let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
         let mut runs = Vec::new();
@@ -88,21 +90,22 @@ impl MappedFile {
         Ok(runs)
     }
 
-    /// Reads at a place of the file, as the process sees it.
+    /// Reads from an offset in the file, as the process sees it.
     ///
     /// # Errors
     ///
-    /// Returns an error if the place is not mapped or the process is gone.
+    /// Returns an error if the range is not mapped or the process has ended.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let address = self.address(offset, buffer.len() as u64)?;
         self.memory.read_exact_at(buffer, address)
     }
 
-    /// Writes at a place of the file, for this process alone if it maps the file privately.
+    /// Writes at an offset in the file. If the process maps the file privately, only the process
+    /// sees the change.
     ///
     /// # Errors
     ///
-    /// Returns an error if the place is not mapped or the process is gone.
+    /// Returns an error if the range is not mapped or the process has ended.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let address = self.address(offset, bytes.len() as u64)?;
         self.memory.write_all_at(bytes, address)
@@ -114,16 +117,18 @@ impl MappedFile {
             mapping.offset <= offset && end.is_some_and(|end| end <= mapping.offset + mapping.bytes)
         };
         let mapping = self.mappings.iter().find(holds);
-        let outside = || io::Error::new(io::ErrorKind::InvalidInput, "not in the mapped file");
+        let outside = || io::Error::new(io::ErrorKind::InvalidInput, "outside the mapped file");
         mapping.map(|mapping| mapping.address + (offset - mapping.offset)).ok_or_else(outside)
     }
 }
 
-/// A line of `/proc/PID/maps` (proc_pid_maps(5)), if it maps this file: addresses, permissions, offset, device, inode, path. The inode
-/// alone could be that of a file on another file system, and the device's number is none that stat(2) knows on some.
+/// Parses a line of `/proc/PID/maps` (proc_pid_maps(5)) if it maps this file. Its fields are
+/// addresses, permissions, offset, device, inode and path. The inode alone could be that of a
+/// file on another file system, and on some file systems stat(2) reports another device number
+/// than the line has.
 fn parse_mapping(line: &[u8], inode: u64, path: &Path) -> Option<Mapping> {
     let start = line.iter().position(|byte| *byte == b'/')?;
-    // A line break in a path is the only thing that is escaped.
+    // The kernel escapes only line breaks in a path.
     if line[start..] != *path.as_os_str().as_bytes() {
         return None;
     }
@@ -174,7 +179,8 @@ mod tests {
 
     use super::*;
 
-    /// Maps a file privately, writes to its pages 1, 2 and 5, reads page 7, says so, and answers each line with the first byte of page 2.
+    /// Maps a file privately, writes to its pages 1, 2 and 5, and reads page 7. Then prints the
+    /// first byte of page 2, and prints it again for each line of input.
     const MAPPER: &str = "
 import mmap, sys
 file = open(sys.argv[1], 'r+b')
@@ -186,7 +192,7 @@ for line in sys.stdin:
 ";
 
     #[test]
-    fn pages_that_a_process_wrote_are_its_own_and_can_be_read_and_written() {
+    fn written_pages_are_private_and_can_be_read_and_written() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
         fs::write(&path, vec![b'.'; 16 * 4096]).unwrap();

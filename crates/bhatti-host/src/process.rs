@@ -1,4 +1,4 @@
-//! Starts processes, and follows those that outlive us.
+//! Starts helper programs, and processes that outlive the daemon.
 
 mod confine;
 mod follow;
@@ -22,14 +22,15 @@ use rustix::thread::{CapabilitySet, disable_transparent_huge_pages};
 pub use confine::{Confinement, Reach, User, landlock_version};
 pub use follow::{Followed, ProcessId, Usage};
 
-/// Where programs are looked for, whatever the caller's environment says.
+/// Directories that are searched for programs, independent of the caller's environment.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A helper program: an environment of `PATH` and a neutral locale, no standard input, killed when its handle is dropped.
+/// Prepares a helper program: its environment has only `PATH` and a neutral locale, it has no
+/// standard input, and it is killed when its handle is dropped.
 pub fn command(program: impl AsRef<OsStr>) -> tokio::process::Command {
     #[expect(
         clippy::disallowed_methods,
-        reason = "this is the place that the rule sends everybody to"
+        reason = "this is the function that the lint's rule points to"
     )]
     let mut command = tokio::process::Command::new(program);
     command
@@ -47,9 +48,9 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Whether this process can have others run as [`USERS`] and give files to them: it is root, has
-/// the capabilities for that, and is in no user namespace that lacks these users. Root in a
-/// container often is not.
+/// Whether this process can run other processes as [`USERS`] and give files to these users: it is
+/// root, has the capabilities for that, and its user namespace has all of these users. Root in a
+/// container often cannot.
 #[must_use]
 pub fn can_use_users() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
@@ -66,7 +67,7 @@ pub fn can_use_users() -> bool {
     })
 }
 
-/// Whether a map of a user namespace has all of [`USERS`], and the one before them.
+/// Whether a user namespace's map has all of [`USERS`], and the user id just before them.
 fn covers_users(map: &str) -> bool {
     map.lines().any(|line| {
         let numbers: Vec<u64> =
@@ -78,33 +79,36 @@ fn covers_users(map: &str) -> bool {
 
 /// Confines a helper program from its first instruction on.
 pub fn confine(command: &mut tokio::process::Command, confinement: Confinement) {
-    // SAFETY: between fork and exec `enter` makes only system calls that are async-signal-safe, and allocates nothing.
+    // SAFETY: between fork and exec `enter` makes only system calls that are async-signal-safe,
+    // and allocates nothing.
     #[expect(unsafe_code, reason = "the child must be prepared between fork and exec")]
     unsafe {
         command.pre_exec(move || confinement.enter());
     }
 }
 
-/// The numbers of users that confined programs run as: 2^28 that no system assigns (unused in
+/// The ids of the users that confined programs run as: 2^28 ids that no system assigns (unused in
 /// systemd's "Users, Groups, UIDs and GIDs").
 pub const USERS: std::ops::Range<u32> = 0x7000_0000..0x8000_0000;
 
-/// glibc's name for how much a heap may keep at its end of what is not used any more, and that in bytes.
+/// glibc's parameter for how much unused memory a heap may keep at its end, and its value in
+/// bytes.
 #[cfg(target_env = "gnu")]
 const M_TRIM_THRESHOLD: c_int = -1;
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: c_int = 128 * 1024;
 
 #[cfg(target_env = "gnu")]
-#[expect(unsafe_code, reason = "no crate has this call")]
+#[expect(unsafe_code, reason = "no crate wraps this call")]
 unsafe extern "C" {
     /// See mallopt(3).
     fn mallopt(parameter: c_int, value: c_int) -> c_int;
 }
 
-/// Settles this process as a daemon: what it makes is its owner's alone, and it may open as many files as the machine lets it. Memory
-/// that it needed at its busiest goes back to the machine (33 MiB are 6 after a hundred commands at once): unless told, glibc raises what it
-/// keeps with every large piece that is freed. To be called before there are threads.
+/// Sets up this process as a daemon. Only the owner can access the files that it creates, and it
+/// may open as many files as the machine allows. After a peak, glibc returns the memory to the
+/// machine (33 MiB shrink to 6 after a hundred commands at once). By default, glibc raises the
+/// amount that it keeps with every large block that is freed. Call this before there are threads.
 ///
 /// # Errors
 ///
@@ -112,8 +116,8 @@ unsafe extern "C" {
 pub fn settle_daemon() -> io::Result<()> {
     umask(Mode::from_raw_mode(0o077));
     #[cfg(target_env = "gnu")]
-    #[expect(unsafe_code, reason = "no crate has this call")]
-    // SAFETY: glibc has this function; it only sets a number, and refuses by its answer.
+    #[expect(unsafe_code, reason = "no crate wraps this call")]
+    // SAFETY: glibc has this function. It only sets a number, and its result says if it refuses.
     unsafe {
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES);
     }
@@ -121,55 +125,59 @@ pub fn settle_daemon() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?)
 }
 
-/// Takes huge pages from this process and from all that it starts from now on.
+/// Disables transparent huge pages for this process and for all processes that it starts from now
+/// on.
 ///
 /// # Errors
 ///
-/// Returns the kernel's error: it is older than Linux 3.15, or a filter of system calls is in the way.
+/// Returns the kernel's error: the kernel is older than Linux 3.15, or a seccomp filter refuses
+/// the call.
 pub fn forgo_huge_pages() -> io::Result<()> {
     Ok(disable_transparent_huge_pages(true)?)
 }
 
-/// Where a process writes.
+/// The files that a process's output goes to.
 #[derive(Clone, Copy, Debug)]
 pub struct Streams<'a> {
-    /// Its output.
+    /// Standard output.
     pub output: &'a File,
-    /// What it says of errors.
+    /// Standard error.
     pub errors: &'a File,
 }
 
-/// A process that is to outlive its starter: a session of its own, an environment of `PATH` and what is named, nothing inherited but what is
-/// named and the output streams.
+/// A process that outlives the process that starts it. It has a session of its own, an
+/// environment of `PATH` and the given variables, and inherits only the given descriptors and the
+/// output streams.
 pub struct Detached<'a> {
-    /// The program, a path or a name to look up.
+    /// The program: a path, or a name to look up in `PATH`.
     pub program: &'a OsStr,
-    /// Its arguments.
+    /// The program's arguments.
     pub arguments: &'a [String],
-    /// Where it starts.
+    /// Working directory.
     pub directory: &'a Path,
-    /// Variables beside `PATH`.
+    /// Environment variables beside `PATH`.
     pub environment: &'a [(&'a str, &'a str)],
-    /// Descriptors that it has under the same numbers.
+    /// Descriptors that the process inherits under the same numbers.
     pub inherited: &'a [BorrowedFd<'a>],
-    /// Where it writes.
+    /// The files that its output goes to.
     pub streams: Streams<'a>,
-    /// What it is kept from, from its first instruction on.
+    /// Restrictions that apply from its first instruction on.
     pub confinement: Option<Confinement>,
 }
 
 impl Detached<'_> {
-    /// Starts it.
+    /// Starts the process.
     ///
     /// # Errors
     ///
-    /// Returns the error of starting it; [`io::ErrorKind::NotFound`] if there is no such program.
+    /// Returns the error of starting the process; [`io::ErrorKind::NotFound`] if there is no such
+    /// program.
     pub fn spawn(self) -> io::Result<Followed> {
         let Self { program, arguments, directory, environment, inherited, streams, confinement } =
             self;
         #[expect(
             clippy::disallowed_methods,
-            reason = "this is the place that the rule sends everybody to"
+            reason = "this is the function that the lint's rule points to"
         )]
         let mut command = std::process::Command::new(program);
         command.args(arguments).env_clear().env("PATH", PATH).envs(environment.iter().copied());
@@ -179,14 +187,16 @@ impl Detached<'_> {
         let prepare = move || {
             setsid()?;
             for descriptor in &descriptors {
-                // SAFETY: the descriptors are borrowed for the duration of `spawn`, which is when this runs.
+                // SAFETY: the descriptors are borrowed for the duration of `spawn`, which is when
+                // this runs.
                 #[expect(unsafe_code, reason = "descriptors cross the fork as numbers")]
                 let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor) };
                 fcntl_setfd(descriptor, FdFlags::empty())?;
             }
             confinement.as_ref().map_or(Ok(()), Confinement::enter)
         };
-        // SAFETY: between fork and exec `prepare` makes only system calls that are async-signal-safe, and allocates nothing.
+        // SAFETY: between fork and exec `prepare` makes only system calls that are
+        // async-signal-safe, and allocates nothing.
         #[expect(unsafe_code, reason = "the child must be prepared between fork and exec")]
         unsafe {
             command.pre_exec(prepare);
@@ -201,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn namespace_with_few_users_has_none_for_programs() {
+    fn namespace_with_few_users_does_not_cover_ours() {
         assert!(covers_users("         0          0 4294967295\n"));
         assert!(!covers_users("         0     100000      65536\n"));
         assert!(!covers_users(""));

@@ -1,7 +1,8 @@
-//! The processor of this machine, as guests under KVM see it.
+//! The CPU of this machine, as guests under KVM see it.
 
-/// Tells processors apart that a saved guest cannot be moved between: vendor, model and features. The kernel's version is not in it, so that what is
-/// saved can be restored after an update of it.
+/// Identifies the CPU by vendor, model and features. A saved guest can only move between CPUs
+/// with the same identity. The kernel's version is not part of it, so that a saved guest can be
+/// restored after a kernel update.
 #[must_use]
 pub fn identity() -> String {
     imp::identity()
@@ -12,8 +13,9 @@ mod imp {
     use std::arch::x86_64::{__cpuid_count, CpuidResult};
     use std::fmt::Write;
 
-    /// Leaf 1 and its features; structured features; extended features; what XSAVE saves. Of leaf 1, EBX holds the number of the core that
-    /// is asked, and differs between two calls.
+    /// Leaf 1 and its features, structured features, extended features, and the state that XSAVE
+    /// saves. In leaf 1, EBX holds the number of the core that runs the instruction, so it may
+    /// differ between two calls.
     const LEAVES: [(u32, u32); 6] = [(1, 0), (7, 0), (7, 1), (0x8000_0001, 0), (0xd, 0), (0xd, 1)];
 
     pub(super) fn identity() -> String {
@@ -22,10 +24,10 @@ mod imp {
         let mut identity = String::from_utf8_lossy(&name).into_owned();
         for (leaf, part) in LEAVES {
             let CpuidResult { eax, ebx, ecx, edx } = __cpuid_count(leaf, part);
-            // EBX of leaf 0xd is the size of what is enabled right now.
+            // EBX of leaf 0xd is the size of the currently enabled state.
             let ebx = if leaf == 7 { ebx } else { 0 };
             let written = write!(identity, " {eax:x}.{ebx:x}.{ecx:x}.{edx:x}");
-            debug_assert!(written.is_ok(), "a string takes all");
+            debug_assert!(written.is_ok(), "writing to a string never fails");
         }
         identity
     }

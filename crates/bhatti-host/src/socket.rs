@@ -1,7 +1,7 @@
-//! Unix sockets in a directory, however long its path; and peers that vanish.
+//! Unix sockets in a directory with a path of any length, and detection of vanished peers.
 //!
-//! A socket's address holds 107 bytes of path. Addressed through an open descriptor of its directory (`/proc/self/fd/N/name`) any
-//! directory will do.
+//! A socket's address holds 107 bytes of path. An address that starts at an open descriptor of
+//! the directory (`/proc/self/fd/N/name`) works for any directory.
 
 use std::fs::File;
 use std::io;
@@ -22,16 +22,18 @@ fn short_path(directory: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
 }
 
-/// The pauses between attempts at a listener whose backlog is full.
+/// First and longest pause between attempts to connect to a listener whose backlog is full.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
-/// When a peer that says nothing is asked whether it is there, how often, and how many times in vain.
+/// Idle time before the first keepalive probe, interval between probes, and number of unanswered
+/// probes after which the connection ends.
 const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(60);
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_TIMES: u32 = 4;
 
-/// Has the kernel notice when a peer has vanished without a word.
+/// Enables keepalive, so that the kernel notices when a peer has vanished without closing the
+/// connection.
 ///
 /// # Errors
 ///
@@ -43,11 +45,11 @@ pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
     Ok(sockopt::set_tcp_keepcnt(&socket, KEEP_ALIVE_TIMES)?)
 }
 
-/// Has the runtime watch a descriptor.
+/// Registers a descriptor with the runtime.
 ///
 /// # Errors
 ///
-/// Returns an error if the kernel cannot watch it, or has no room for another.
+/// Returns an error if the kernel cannot watch the descriptor, or has no room for another one.
 ///
 /// # Panics
 ///
@@ -63,18 +65,20 @@ pub fn watch(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Owne
 ///
 /// # Errors
 ///
-/// Returns the error of opening the directory or binding; a name that is taken is [`io::ErrorKind::AddrInUse`].
+/// Returns the error of opening the directory or binding; [`io::ErrorKind::AddrInUse`] if the
+/// name is taken.
 pub fn listen_in(directory: &Path, name: &str) -> io::Result<UnixListener> {
     let directory = File::open(directory)?;
     UnixListener::bind(short_path(&directory, name))
 }
 
-/// Opens the socket `directory/name` to be connected to at `/proc/self/fd/N`, and nothing that is in its place: who may write the directory
-/// could put a link there that leads elsewhere.
+/// Opens the socket `directory/name`; connect to it at `/proc/self/fd/N`. Refuses anything else
+/// at this name: a process that may write to the directory could put a link there that leads
+/// elsewhere.
 ///
 /// # Errors
 ///
-/// Returns an error if there is none.
+/// Returns an error if there is no socket at this name.
 pub fn open_in(directory: &Path, name: &str) -> io::Result<OwnedFd> {
     let directory = File::open(directory)?;
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -82,15 +86,17 @@ pub fn open_in(directory: &Path, name: &str) -> io::Result<OwnedFd> {
     if FileType::from_raw_mode(fstat(&socket)?.st_mode) == FileType::Socket {
         Ok(socket)
     } else {
-        Err(io::Error::new(io::ErrorKind::InvalidInput, format!("`{name}` is no socket")))
+        Err(io::Error::new(io::ErrorKind::InvalidInput, format!("`{name}` is not a socket")))
     }
 }
 
-/// Connects to the socket `directory/name`; a link is none. Never blocks, and neither does the stream.
+/// Connects to the socket `directory/name`, without following a link. Neither this call nor the
+/// stream blocks.
 ///
 /// # Errors
 ///
-/// Returns the error of opening the directory or connecting: [`io::ErrorKind::WouldBlock`] if the listener's backlog is full.
+/// Returns the error of opening the directory or connecting; [`io::ErrorKind::WouldBlock`] if the
+/// listener's backlog is full.
 pub fn try_connect_in(directory: &Path, name: &str) -> io::Result<UnixStream> {
     let socket = open_in(directory, name)?;
     let address = SocketAddrUnix::new(format!("/proc/self/fd/{}", socket.as_raw_fd()))?;
@@ -100,8 +106,9 @@ pub fn try_connect_in(directory: &Path, name: &str) -> io::Result<UnixStream> {
     Ok(stream.into())
 }
 
-/// Connects to the socket `directory/name`; a link is none. A listener that takes no connections is waited for: by whoever may have one in its
-/// power, so the caller sets a limit.
+/// Connects to the socket `directory/name`, without following a link. Waits for a listener that
+/// accepts no connections. An untrusted process may control the listener, so the caller sets a
+/// timeout.
 ///
 /// # Errors
 ///
@@ -128,10 +135,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn listener_that_takes_nothing_blocks_no_thread() {
+    async fn full_backlog_does_not_block_a_thread() {
         let directory = tempfile::tempdir().unwrap();
         let listener = listen_in(directory.path(), "s.sock").unwrap();
-        // As short as a backlog can be.
+        // The shortest possible backlog.
         rustix::net::listen(&listener, 0).unwrap();
         let mut waiting = Vec::new();
         while let Ok(stream) = try_connect_in(directory.path(), "s.sock") {
@@ -154,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn socket_lives_in_a_directory_of_any_length() {
+    fn socket_works_in_a_directory_with_a_long_path() {
         let root = tempfile::tempdir().unwrap();
         let directory = root.path().join("d".repeat(200));
         std::fs::create_dir(&directory).unwrap();

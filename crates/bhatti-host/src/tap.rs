@@ -1,4 +1,4 @@
-//! Taps: interfaces of this host whose other end is a file descriptor.
+//! Taps: network interfaces of this host whose other end is a file descriptor.
 
 use std::ffi::{c_short, c_uint};
 use std::fs::File;
@@ -14,12 +14,13 @@ const SET_INTERFACE: Opcode = 0x4004_54ca;
 const SET_LASTING: Opcode = 0x4004_54cb;
 const SET_OWNER: Opcode = 0x4004_54cc;
 
-/// A tap, without a header of its own before each frame, with the one of virtio: checksums and large frames are left to who knows better.
+/// Flags of a tap: frames have no packet information header, but a virtio header, so that
+/// checksums and segmentation of large frames are left to the other end.
 const TAP: c_short = 0x0002;
 const NO_HEADER: c_short = 0x1000;
 const VIRTIO_HEADER: c_short = 0x4000;
 
-/// The longest name of an interface, and the byte that ends it.
+/// Bytes of an interface's name, with the zero byte that ends it.
 const NAME_BYTES: usize = 16;
 
 /// `struct ifreq` of linux/if.h, as far as this request reads it.
@@ -30,7 +31,7 @@ struct Request {
     rest: [c_uint; 5],
 }
 
-/// Checks that there can be taps, for who may change networks.
+/// Checks that a process with the rights to change networks can make taps.
 ///
 /// # Errors
 ///
@@ -39,11 +40,12 @@ pub fn check() -> io::Result<()> {
     File::options().read(true).write(true).open(DEVICE).map(drop)
 }
 
-/// Makes the tap `name`. It is there as long as the answer, or a duplicate of it, is open; it is down and belongs to no bridge.
+/// Creates the tap `name`. It exists as long as the returned descriptor, or a duplicate of it, is
+/// open. It is down and belongs to no bridge.
 ///
 /// # Errors
 ///
-/// Returns an error if the name is too long or taken, or this process may make none.
+/// Returns an error if the name is too long or taken, or if this process may not make taps.
 pub fn create(name: &str) -> io::Result<OwnedFd> {
     let device = File::options().read(true).write(true).open(DEVICE)?;
     let mut request =
@@ -60,22 +62,24 @@ pub fn create(name: &str) -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// Makes the tap `name`, which stays until it is [removed](remove), and which the user `owner` may open.
+/// Creates the tap `name`, which exists until it is [removed](remove) and which the user `owner`
+/// may open.
 ///
 /// # Errors
 ///
-/// Returns an error if the name is too long or something opened it, or this process may make none.
+/// Returns an error if the name is too long, if another process has the tap open, or if this
+/// process may not make taps.
 pub fn create_lasting(name: &str, owner: u32) -> io::Result<()> {
     let tap = create(name)?;
     set::<SET_OWNER>(&tap, owner)?;
     set::<SET_LASTING>(&tap, 1)
 }
 
-/// Removes the tap `name`. It need not be there.
+/// Removes the tap `name`. Succeeds if there is no such tap.
 ///
 /// # Errors
 ///
-/// Returns an error if something has opened it.
+/// Returns an error if another process has the tap open.
 pub fn remove(name: &str) -> io::Result<()> {
     set::<SET_LASTING>(&create(name)?, 0)
 }
@@ -95,11 +99,11 @@ mod tests {
 
     use super::*;
 
-    /// Runs in a thread with a network of its own.
+    /// Runs `test` in a thread with its own network namespace.
     fn in_own_network(test: fn()) {
         let in_thread = move || match crate::namespace::enter_own_network() {
             Ok(()) => test(),
-            Err(_) => skip("taps", "a network of one's own needs root"),
+            Err(_) => skip("taps", "a network namespace needs root"),
         };
         std::thread::spawn(in_thread).join().unwrap();
     }
@@ -109,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn tap_is_there_as_long_as_it_is_open() {
+    fn tap_exists_as_long_as_it_is_open() {
         in_own_network(|| {
             let tap = create("bhtest0").unwrap();
             assert!(is_there());
@@ -122,12 +126,12 @@ mod tests {
     }
 
     #[test]
-    fn lasting_tap_stays_until_it_is_removed() {
+    fn lasting_tap_exists_until_it_is_removed() {
         in_own_network(|| {
             create_lasting("bhtest0", 4711).unwrap();
             assert!(is_there());
             let opened = create("bhtest0").unwrap();
-            assert!(remove("bhtest0").is_err(), "somebody has it open");
+            assert!(remove("bhtest0").is_err(), "the tap is still open");
             drop(opened);
             assert!(is_there());
             remove("bhtest0").unwrap();

@@ -1,17 +1,17 @@
-//! Asks the machine's own apt.
+//! Queries the machine's own apt.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::tool::{ToolError, run_quietly};
 
-/// Apt did not help.
+/// Apt could not provide a package.
 #[derive(Debug, thiserror::Error)]
 pub enum AptError {
-    /// It could not be asked.
+    /// A program of apt's could not be run, or failed.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// It knows no such package.
+    /// Apt knows no such package.
     #[error(
         "apt knows no package `{package}`; run `apt-get update`, or give a kernel with --kernel FILE"
     )]
@@ -19,7 +19,7 @@ pub enum AptError {
         /// The package.
         package: String,
     },
-    /// It downloaded nothing.
+    /// Apt downloaded nothing.
     #[error("`apt-get download {package}` left no package behind")]
     NothingDownloaded {
         /// The package.
@@ -27,7 +27,7 @@ pub enum AptError {
     },
 }
 
-/// A package at a version.
+/// A package at one version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Package {
     pub(crate) name: String,
@@ -40,7 +40,7 @@ pub(crate) async fn architecture() -> Result<String, AptError> {
     Ok(output.trim().to_owned())
 }
 
-/// The package that the newest version of `meta` depends on first, whatever release it is from.
+/// Returns the first dependency of the newest version of the package `meta`, from any release.
 pub(crate) async fn newest_dependency(meta: &str) -> Result<Package, AptError> {
     let unknown = || AptError::UnknownPackage { package: meta.to_owned() };
     let versions = run_quietly("apt-cache", &["madison", meta], Path::new("/")).await?;
@@ -60,8 +60,8 @@ pub(crate) async fn download(package: &Package, directory: &Path) -> Result<Path
     archive.ok_or(AptError::NothingDownloaded { package: pinned })
 }
 
-/// The lines of a sources.list for Debian's `suite` and its security updates, from the mirrors that this machine uses. Empty if it
-/// uses none for that suite.
+/// Returns the lines of a sources.list for Debian's `suite` and its security updates, from the
+/// mirrors that this machine uses. Returns no lines if the machine uses none for that suite.
 pub(crate) async fn sources_for(suite: &str) -> Result<Vec<String>, AptError> {
     let format = "$(LABEL)|$(CODENAME)|$(SUITE)|$(COMPONENT)|$(REPO_URI)";
     let listing = run_quietly(

@@ -1,7 +1,9 @@
-//! Archives that become images: the tar of a root file system, what `docker save` writes, and OCI layouts as a tar.
+//! Archives that become images: the tar of a root file system, the output of `docker save`, and
+//! OCI layouts as a tar.
 //!
-//! A root file system is decompressed and otherwise left as it is. An image of layers is flattened
-//! into one tar ([`layers`]). Both have a limit of bytes, so a small archive cannot fill the disk.
+//! A root file system is decompressed and otherwise left unchanged. An image of layers is
+//! flattened into one tar ([`layers`]). Both have a size limit, so a small archive cannot fill
+//! the disk.
 
 mod layers;
 mod manifest;
@@ -20,28 +22,29 @@ use tar::{Archive, EntryType};
 
 use self::zstd::ZstdFrames;
 
-/// The longest description of an image (manifest or index) that is read, in bytes.
+/// Maximum size of an image's description (manifest or index), in bytes.
 const MANIFEST_BYTES_MAX: u64 = 4 << 20;
 
-/// The most memory that decoding xz may take, in bytes: its strongest preset takes 65 MiB.
+/// Maximum of memory that the xz decoder may use, in bytes: the strongest preset takes 65 MiB.
 const XZ_MEMORY_BYTES_MAX: u64 = 256 << 20;
 
-/// The longest extension of an entry (its name, its attributes) in bytes: the reader holds each as a whole.
+/// Maximum size of an entry's extension (its name, its attributes), in bytes: the reader holds
+/// each extension in memory.
 const EXTENSION_BYTES_MAX: u64 = 1 << 20;
 
-/// How files begin that gzip, zstd and xz wrote.
+/// Magic bytes of gzip, zstd and xz files.
 const COMPRESSED: [&[u8]; 3] = [&[0x1f, 0x8b], &[0x28, 0xb5, 0x2f, 0xfd], b"\xfd7zXZ\0"];
 
 /// An archive cannot become an image.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ArchiveError {
-    /// It is not what it seems to be.
+    /// The archive is malformed, or its format is not supported.
     #[error("{0}")]
     Bad(String),
-    /// What is in it is larger than the limit.
-    #[error("more than {limit} bytes are in the archive")]
+    /// The archive's content is larger than the limit.
+    #[error("the archive has more than {limit} bytes of content")]
     TooLarge {
-        /// The limit.
+        /// The limit, in bytes.
         limit: u64,
     },
     /// A file of this host could not be read or written.
@@ -70,7 +73,8 @@ impl<'file> Part<'file> {
         PartReader { file: self.file, at: self.offset }.take(self.bytes)
     }
 
-    /// Its content, decompressed if its first bytes say that it is compressed.
+    /// Returns a reader of the content. Decompresses it if its first bytes are those of a
+    /// compressed file.
     fn decompressed(&self) -> Result<Box<dyn Read + 'file>, ArchiveError> {
         let mut magic = [0; 6];
         let read = self.reader().read(&mut magic)?;
@@ -89,7 +93,7 @@ impl<'file> Part<'file> {
         })
     }
 
-    /// All of it, for descriptions of images.
+    /// Reads all of the content, for descriptions of images.
     fn read_small(&self) -> Result<Vec<u8>, ArchiveError> {
         if self.bytes > MANIFEST_BYTES_MAX {
             return Err(bad(format!("a manifest of {} bytes is too long", self.bytes)));
@@ -114,7 +118,8 @@ impl Read for PartReader<'_> {
     }
 }
 
-/// Reads no more than `left` bytes, which several readers may share: one more is an error of the kind [`TOO_LARGE`].
+/// Reads no more than `left` bytes, which several readers may share. Reading more is an error of
+/// the kind [`TOO_LARGE`].
 struct Bounded<R> {
     inner: R,
     left: Rc<Cell<u64>>,
@@ -130,13 +135,13 @@ impl<R: Read> Read for Bounded<R> {
     }
 }
 
-/// The root file system that an archive describes, as one tar that is not compressed and has at
-/// most `limit` bytes. It is the archive itself, if that is one, or a file without a name in
+/// Returns the root file system that an archive describes, as one uncompressed tar of at most
+/// `limit` bytes. It is the archive itself if that is such a tar, or else an unnamed file in
 /// `scratch`.
 ///
 /// # Errors
 ///
-/// Returns an error that names what is wrong with the archive, without a path of this host. Blocks on disk.
+/// Returns an error that names the archive's fault, without a path of this host. Blocks on disk.
 pub(crate) fn root_tar(archive: File, scratch: &Path, limit: u64) -> Result<File, ArchiveError> {
     let outer = if is_compressed(&archive)? {
         let mut outer = tempfile::tempfile_in(scratch)?;
@@ -188,7 +193,8 @@ fn copy(mut from: impl Read, to: &mut File, limit: u64) -> Result<(), ArchiveErr
     io::copy(&mut from, to).map(drop).map_err(|error| explain(error, limit))
 }
 
-/// An error of reading an archive: the archive's fault, unless this host's disk is to blame.
+/// Converts an error of reading an archive: blames the archive, unless the error is one of this
+/// host's disk.
 fn explain(error: io::Error, limit: u64) -> ArchiveError {
     match error.kind() {
         TOO_LARGE => ArchiveError::TooLarge { limit },

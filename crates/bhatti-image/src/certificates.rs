@@ -1,7 +1,8 @@
-//! Certificate authorities that images trust beyond Debian's own: those of a proxy that inspects TLS, or of a company.
+//! Certificate authorities that images trust beyond Debian's own: those of a proxy that inspects
+//! TLS, or of a company.
 //!
-//! Each is a file `<hash>.crt` of one certificate in PEM, in `ca-certificates` beside the images.
-//! Images that Debian's packages make have them; imported ones are as they were imported.
+//! Each certificate is a file `<hash>.crt` in PEM, in `ca-certificates` beside the images. Images
+//! built from Debian's packages trust these certificates; imported images are left unchanged.
 
 use std::fs;
 use std::io;
@@ -16,22 +17,23 @@ use crate::store::ImageStore;
 
 /// The directory, beside the images.
 const DIRECTORY: &str = "ca-certificates";
-/// How the names of its files end. Debian's update-ca-certificates takes no other.
+/// Extension of the certificate files. Debian's update-ca-certificates ignores all others.
 const ENDING: &str = "crt";
 
 const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
 const END: &str = "-----END CERTIFICATE-----";
 
-/// The largest file of certificates, in bytes: that of all authorities that Debian has takes 220 KiB.
+/// Maximum size of a file of certificates, in bytes. The file of all authorities in Debian takes
+/// 220 KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// Certificates could not be taken over.
+/// Certificates could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     /// A file could not be read or written.
     #[error("failed to {step} `{}`", path.display())]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// The file.
         path: PathBuf,
@@ -39,7 +41,7 @@ pub enum CertificateError {
         #[source]
         source: io::Error,
     },
-    /// A file has none in it.
+    /// A file has no certificate.
     #[error("`{}` has no certificate in PEM (a part that begins with `{BEGIN}`)", path.display())]
     None {
         /// The file.
@@ -51,12 +53,12 @@ pub enum CertificateError {
         /// The file.
         path: PathBuf,
     },
-    /// A part of a file is no certificate.
+    /// A part of a file is not a certificate.
     #[error("certificate {number} in `{}` is damaged", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Its place in the file, from 1.
+        /// The certificate's position in the file, from 1.
         number: usize,
     },
 }
@@ -64,12 +66,12 @@ pub enum CertificateError {
 /// The certificates of a store.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Certificates {
-    /// Their files, by name.
+    /// Paths of their files, sorted by name.
     files: Vec<PathBuf>,
 }
 
 impl Certificates {
-    /// Those that are there.
+    /// Lists the certificates of a store.
     pub(crate) fn of(store: &ImageStore) -> Result<Self, CertificateError> {
         let directory = store.directory().join(DIRECTORY);
         let entries = match fs::read_dir(&directory) {
@@ -88,7 +90,8 @@ impl Certificates {
         Ok(Self { files })
     }
 
-    /// What an image's recipe says of them; nothing if there are none.
+    /// Returns the certificates' part of an image's recipe; an empty text if there are no
+    /// certificates.
     pub(crate) fn recipe(&self) -> Result<String, CertificateError> {
         if self.files.is_empty() {
             return Ok(String::new());
@@ -104,7 +107,7 @@ impl Certificates {
         self.files.is_empty()
     }
 
-    /// Copies them into the new directory `target`.
+    /// Copies the certificates into the new directory `target`.
     pub(crate) fn copy_to(&self, target: &Path) -> Result<(), CertificateError> {
         fs::create_dir(target).map_err(failed("create", target))?;
         for file in &self.files {
@@ -115,9 +118,9 @@ impl Certificates {
     }
 }
 
-/// Has the system `$1` trust the certificates that lie beside this script. Programs that bring
-/// authorities of their own are told by variables: Python's requests and pip in virtual
-/// environments, node, and those that use rustls or OpenSSL of their own.
+/// Makes the system `$1` trust the certificates beside this script. Variables point programs that
+/// bring their own authorities to the system's: Python's requests and pip in virtual
+/// environments, node, and programs that use rustls or their own OpenSSL.
 pub(crate) const TRUST: &str = r#"#!/bin/sh
 set -e
 umask 022
@@ -129,21 +132,22 @@ for name in SSL_CERT_FILE REQUESTS_CA_BUNDLE PIP_CERT NODE_EXTRA_CA_CERTS; do
 done
 "#;
 
-/// What precedes their hash in a recipe.
+/// Precedes the certificates' hash in a recipe.
 const RECIPE: &str = " with certificates ";
 
-/// A recipe without what it says of certificates: an image that only trusts others is made anew under its name.
+/// Returns a recipe without the certificates' part. If only the trusted certificates of an image
+/// change, it is rebuilt under its name.
 pub(crate) fn without(recipe: &str) -> &str {
     recipe.split_once(RECIPE).map_or(recipe, |(recipe, _)| recipe)
 }
 
-/// What a recipe says of certificates, as [`Certificates::recipe`] writes it.
+/// Returns the certificates' part of a recipe, as [`Certificates::recipe`] writes it.
 pub(crate) fn part_of(recipe: &str) -> &str {
     &recipe[without(recipe).len()..]
 }
 
-/// Takes over every certificate in `files`. Those that are there already stay. Nothing is taken
-/// over if one of them is of no use.
+/// Adds every certificate in `files`, and keeps existing ones. Adds none if one of the files is
+/// not usable.
 pub(crate) fn add(store: &ImageStore, files: &[PathBuf]) -> Result<(), CertificateError> {
     let mut certificates = Vec::new();
     for file in files {
@@ -172,8 +176,8 @@ pub(crate) fn add(store: &ImageStore, files: &[PathBuf]) -> Result<(), Certifica
     Ok(())
 }
 
-/// The certificates in a PEM file, each with its markers, and nothing else that the file has. The
-/// error is the number of a damaged one.
+/// Returns the certificates in a PEM file, each with its markers, without the file's other
+/// content. The error is the number of a damaged certificate.
 fn split(text: &str) -> Result<Vec<String>, usize> {
     let mut certificates = Vec::new();
     for (index, part) in text.split(BEGIN).skip(1).enumerate() {
@@ -181,7 +185,7 @@ fn split(text: &str) -> Result<Vec<String>, usize> {
         let (body, _) = part.split_once(END).ok_or(number)?;
         let encoded: String = body.split_whitespace().collect();
         let der = STANDARD.decode(&encoded).map_err(|_| number)?;
-        // A certificate is a sequence of ASN.1.
+        // A certificate is an ASN.1 sequence.
         if der.first() != Some(&0x30) {
             return Err(number);
         }
@@ -205,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn certificates_of_a_bundle_become_files_of_one_each_and_part_of_the_recipe() {
+    fn bundle_is_split_into_single_certificates_that_change_the_recipe() {
         let data = tempfile::tempdir().unwrap();
         let store = ImageStore::new(data.path());
         assert_eq!(Certificates::of(&store).unwrap().recipe().unwrap(), "");
@@ -223,7 +227,7 @@ mod tests {
             .map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap())
             .collect();
         texts.sort();
-        assert_eq!(texts, [pem(b"0first"), pem(b"0second")], "no key, none twice");
+        assert_eq!(texts, [pem(b"0first"), pem(b"0second")], "no key and no duplicates");
         let recipe = format!("debian x{}", certificates.recipe().unwrap());
         assert!(recipe.len() > "debian x".len() + RECIPE.len(), "{recipe}");
         assert_eq!(without(&recipe), "debian x");
@@ -232,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn files_without_a_sound_certificate_are_named_and_nothing_is_taken_over() {
+    fn file_without_a_valid_certificate_is_named_and_nothing_is_added() {
         let data = tempfile::tempdir().unwrap();
         let store = ImageStore::new(data.path());
         let file = |name: &str, text: &str| {

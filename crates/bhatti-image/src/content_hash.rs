@@ -1,4 +1,4 @@
-//! Names files by their content, at a cost that grows with their data and not with their size.
+//! Names files by their content. The cost grows with a file's data, not with its size.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -7,18 +7,19 @@ use std::path::Path;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-/// The unit in which zeroes are skipped, in bytes.
+/// Size of the blocks that are skipped if they are zero, in bytes.
 const BLOCK_BYTES: usize = 4096;
-/// The unit of reading, in bytes.
+/// Size of a read, in bytes.
 const READ_BYTES: usize = 1 << 20;
 const ZEROES: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
-/// Enough of a hash to name something, as hex digits.
+/// Returns a hash that is long enough for a name, as hex digits.
 pub(crate) fn of_bytes(bytes: &[u8]) -> String {
     short(blake3::hash(bytes))
 }
 
-/// A hash of a file's size and of its blocks that are not zero, with their places: the same whether zeroes are stored or not.
+/// Returns a hash of a file's size and of its nonzero blocks with their offsets. The hash does
+/// not depend on whether zeroes are stored or holes.
 pub(crate) fn of_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let size = file.metadata()?.len();
@@ -55,7 +56,7 @@ pub(crate) fn of_tree(directory: &Path) -> io::Result<String> {
     Ok(of_bytes(text.as_bytes()))
 }
 
-/// Where the next stored data is, at or behind `from`; `None` at the end.
+/// Returns the offset of the next stored data at or after `from`, or `None` at the end.
 fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     match seek(file, SeekFrom::Data(from)) {
         Ok(at) => Ok(Some(at)),
@@ -64,7 +65,7 @@ fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     }
 }
 
-/// Fills the buffer as far as the file goes.
+/// Reads until the buffer is full or the file ends.
 fn read_full(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     loop {
@@ -86,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hash_is_of_the_content_and_not_of_how_it_is_stored() {
+    fn hash_depends_on_content_and_not_on_holes() {
         let directory = tempfile::tempdir().unwrap();
         let (sparse, dense) = (directory.path().join("sparse"), directory.path().join("dense"));
         let mut content = vec![0; 5 << 20];
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn size_is_part_of_the_content() {
+    fn hash_depends_on_the_file_size() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         std::fs::write(&path, "").unwrap();

@@ -1,4 +1,4 @@
-//! Images made of archives that somebody brings, and their end.
+//! Imports archives as images, and removes images.
 
 use std::fs::{self, File};
 use std::io;
@@ -16,26 +16,27 @@ use crate::setup::{Build, SetupError, finish_image};
 use crate::store::{ImageStore, ImageSummary, StoreError, file_error};
 use crate::tool::ToolError;
 
-/// The longest tar of a root file system, in bytes: one that fits the disk, and as much for its headers.
+/// Maximum size of the tar of a root file system, in bytes: as much as fits the disk, and the
+/// same again for headers.
 const ARCHIVE_BYTES_MAX: u64 = (2 * DISK_MIB as u64) << 20;
 
-/// What `mke2fs` says when a tree does not fit.
+/// The message of `mke2fs` when a tree does not fit.
 const FULL: &str = "Could not allocate";
 
-/// An archive did not become an image. The images are what they were.
+/// An archive could not be imported. The images are unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// There is an image of that name.
+    /// An image of that name exists.
     #[error("image `{0}` already exists")]
     NameTaken(ImageName),
-    /// It cannot be unpacked.
+    /// The archive cannot be unpacked.
     #[error("the archive cannot be unpacked: {complaint}")]
     Archive {
-        /// What `tar` says about it.
+        /// The complaint of `tar`, or of our own checks.
         complaint: String,
     },
-    /// What is in it does not fit.
-    #[error("what is in the archive does not fit a disk of {DISK_MIB} MiB")]
+    /// The archive's content does not fit on the disk.
+    #[error("the archive's content does not fit on a disk of {DISK_MIB} MiB")]
     TooLarge,
     /// A program could not be run.
     #[error("failed to unpack the archive")]
@@ -43,7 +44,7 @@ pub enum ImportError {
     /// A file of this host could not be read or written.
     #[error("failed to unpack the archive")]
     File(#[source] io::Error),
-    /// It could not be put in place.
+    /// The build could not be started.
     #[error(transparent)]
     Build(#[from] SetupError),
     /// The store cannot be used.
@@ -51,14 +52,14 @@ pub enum ImportError {
     Store(#[from] StoreError),
 }
 
-/// An image could not be taken away.
+/// An image could not be removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoveError {
-    /// There is none of that name.
+    /// There is no image of that name.
     #[error("image `{0}` not found")]
     NotFound(ImageName),
-    /// It is the one that `bhatti setup` makes.
-    #[error("image `{0}` is the one that sandboxes have unless they ask for another")]
+    /// It is the default image, which `bhatti setup` builds.
+    #[error("image `{0}` is the default image, which cannot be removed")]
     IsDefault(ImageName),
     /// The store cannot be used.
     #[error(transparent)]
@@ -76,38 +77,42 @@ impl From<ArchiveError> for ImportError {
 }
 
 impl ImageStore {
-    /// A file without a name for an archive that is on its way: nothing of it stays, however its writer ends.
+    /// Makes an unnamed file for an archive that is being uploaded. Nothing of it stays, however
+    /// the upload ends.
     ///
     /// # Errors
     ///
-    /// Returns an error if none can be made.
+    /// Returns an error if the file cannot be made.
     pub fn upload(&self) -> Result<File, StoreError> {
         let directory = self.directory();
         fs::create_dir_all(directory).map_err(file_error("create", directory))?;
         tempfile::tempfile_in(directory).map_err(file_error("create a file in", directory))
     }
 
-    /// Makes an image of a tar archive: a root file system, as `docker export` writes it, an image,
-    /// as `docker save` writes it, or an OCI layout. It may be compressed with gzip, xz or zstd.
-    /// Everything in it is the image's, and nothing of it is run.
+    /// Imports a tar archive as an image: a root file system as `docker export` writes it, an
+    /// image as `docker save` writes it, or an OCI layout. It may be compressed with gzip, xz or
+    /// zstd. All of its content becomes part of the image, and nothing in it is run.
     ///
     /// # Errors
     ///
-    /// Returns [`ImportError::Archive`] if it is none, and [`ImportError::NameTaken`] if there is an image of that name.
+    /// Returns [`ImportError::Archive`] if the archive is not valid, and
+    /// [`ImportError::NameTaken`] if an image of that name exists.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future is as killing the process: the next build cleans up.
+    /// Dropping the future has the effect of killing the process: the next build cleans up.
     pub async fn import(
         &self,
         name: &ImageName,
         archive: File,
     ) -> Result<ImageSummary, ImportError> {
         let store = self.clone();
-        let archive_bytes =
-            archive.metadata().map_err(file_error("look at", self.directory()))?.len();
+        let archive_bytes = archive
+            .metadata()
+            .map_err(file_error("read the metadata of an archive in", self.directory()))?
+            .len();
         let locked = tokio::task::spawn_blocking(move || store.lock()).await;
-        // A lock that cannot be waited for is a runtime that ends.
+        // Waiting for the lock only fails if the runtime shuts down.
         let _lock = locked
             .map_err(std::io::Error::other)
             .map_err(file_error("lock", self.directory()))??;
@@ -115,7 +120,8 @@ impl ImageStore {
         if index.images.contains_key(name.as_str()) {
             return Err(ImportError::NameTaken(name.clone()));
         }
-        // Unpacked and as an image, and both may be several times as large as what was compressed.
+        // Space for the unpacked tree and for the image. Both may be several times as large as a
+        // compressed archive.
         let build = Build::start(self, "image", archive_bytes.saturating_mul(2))?;
         let (build, image) = unpack(build, archive).await?;
         let source = format!("imported archive of {archive_bytes} bytes");
@@ -131,12 +137,13 @@ impl ImageStore {
         }))
     }
 
-    /// Takes an image away. Sandboxes that were made of it go on, if their disks have it by a link of their own; the caller makes sure
-    /// that there are none.
+    /// Removes an image. The caller makes sure that no sandbox, snapshot or template uses it; a
+    /// sandbox continues only if its disk has its own hard link to the image.
     ///
     /// # Errors
     ///
-    /// Returns [`RemoveError::NotFound`] if there is no such image. Blocks on disk, and while something is built.
+    /// Returns [`RemoveError::NotFound`] if there is no such image. Blocks on disk, and while a
+    /// build holds the lock.
     pub fn remove(&self, name: &ImageName) -> Result<(), RemoveError> {
         if name.as_str() == DEFAULT_IMAGE {
             return Err(RemoveError::IsDefault(name.clone()));
@@ -162,7 +169,7 @@ async fn unpack(build: Build, archive: File) -> Result<(Build, PathBuf), ImportE
     let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd()));
     let image = build.path().join("root.ext4");
     let made = rootfs::make_ext4(build.path(), &path, &image, DISK_MIB).await;
-    // It had to stay open until it was unpacked.
+    // The shell opens the archive through this descriptor, so it stays open until here.
     drop(archive);
     match made {
         Ok(()) => Ok((build, image)),
@@ -209,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn archive_becomes_an_image_once_and_can_be_taken_away() {
+    async fn archive_is_imported_once_and_its_image_can_be_removed() {
         let (_data, store) = store();
         let name: ImageName = "small".parse().unwrap();
         let tar = small_tar().await;
@@ -217,7 +224,7 @@ mod tests {
         let made = store.import(&name, archive(&store, &tar)).await.unwrap();
 
         assert_eq!((&*made.name, made.size_bytes), ("small", u64::from(DISK_MIB) << 20));
-        // Its tables of inodes alone are 64 MiB, which file systems keep in more or less room.
+        // Its inode tables alone have 64 MiB, for which file systems use more or less space.
         assert!(made.disk_bytes < made.size_bytes / 10, "{}", made.disk_bytes);
         let file = fs::read_dir(store.directory()).unwrap().flatten();
         let file = file
@@ -241,7 +248,7 @@ mod tests {
         assert!(matches!(store.remove(&name), Err(RemoveError::NotFound(_))));
     }
 
-    /// The processes that work in a directory of the store, by their names.
+    /// Returns the names of the processes that work in a directory of the store.
     fn working_in(store: &ImageStore) -> Vec<String> {
         let processes = fs::read_dir("/proc").unwrap().flatten().filter(|process| {
             fs::read_link(process.path().join("cwd"))
@@ -255,7 +262,7 @@ mod tests {
     #[tokio::test]
     async fn abandoned_import_leaves_no_process() {
         let (_data, store) = store();
-        // So many files that the import can be seen while it works.
+        // Enough files that the test sees the import while it works.
         let mut tar = tar::Builder::new(Vec::new());
         for number in 0..60_000 {
             let mut header = tar::Header::new_gnu();
@@ -275,7 +282,7 @@ mod tests {
         assert!(import.await.unwrap_err().is_cancelled());
     }
 
-    /// Compresses with xz, and has the header of the block ask for a dictionary of 1.5 GiB.
+    /// Compresses with xz, and patches the block's header to ask for a dictionary of 1.5 GiB.
     fn xz_with_a_large_dictionary(content: &[u8]) -> Vec<u8> {
         // The .xz file format: the stream's header has 12 bytes; the block's then has its size,
         // flags, the filter's id and length, the dictionary's size, padding, and a CRC32.
@@ -304,7 +311,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_archive_is_refused_without_a_path_of_this_host_and_leaves_nothing() {
+    async fn invalid_archive_is_refused_without_a_host_path_and_leaves_no_files() {
         let (_data, store) = store();
         let name: ImageName = "bad".parse().unwrap();
         let empty_tar = vec![0; 10240];
@@ -323,7 +330,7 @@ mod tests {
         assert_eq!(left, [".lock"]);
     }
 
-    /// What debugfs prints about the one image in a store.
+    /// Returns the output of debugfs about the one image in a store.
     async fn debugfs(store: &ImageStore, request: &str) -> String {
         let files = fs::read_dir(store.directory()).unwrap().flatten().map(|entry| entry.path());
         let mut images = files.filter(|path| path.extension() == Some("ext4".as_ref()));
@@ -406,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_image_stays() {
+    fn default_image_cannot_be_removed() {
         let (_data, store) = store();
         let error = store.remove(&DEFAULT_IMAGE.parse().unwrap()).unwrap_err();
         assert!(matches!(error, RemoveError::IsDefault(_)), "{error}");

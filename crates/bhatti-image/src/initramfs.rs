@@ -1,7 +1,9 @@
-//! The initramfs: lohar, the kernel's modules, and empty directories to mount on, as a cpio archive.
+//! The initramfs: lohar, the kernel's modules, and empty directories to mount on, as a cpio
+//! archive.
 //!
-//! The format is `newc` (Documentation/driver-api/early-userspace/buffer-format.rst): per entry a header of thirteen eight-digit hex
-//! fields behind `070701`, the name with its NUL, the content; name and content each padded to four bytes.
+//! The format is `newc` (Documentation/driver-api/early-userspace/buffer-format.rst). Each entry
+//! has `070701`, a header of thirteen hex fields of eight digits, the name with its NUL, and the
+//! content. Name and content are each padded to four bytes.
 
 use std::fs;
 use std::io;
@@ -13,12 +15,13 @@ const MODE_DIRECTORY: u32 = 0o040_755;
 const MODE_PROGRAM: u32 = 0o100_755;
 const MODE_FILE: u32 = 0o100_644;
 
-/// The page size, and how much of the archive's last page may be used: the firmware of QEMU's microvm writes its ACPI tables into the
-/// last KiB of RAM, where the initramfs ends, too. Without room they overlap, and the guest finds no device.
+/// The page size, and the number of bytes of the archive's last page that may be used. The
+/// firmware of QEMU's microvm writes its ACPI tables into the last KiB of RAM, where the
+/// initramfs ends, too. Without free space the two overlap, and the guest finds no devices.
 const PAGE_BYTES: usize = 4096;
 const LAST_PAGE_BYTES: usize = 512;
 
-/// An initramfs could not be made.
+/// An initramfs could not be built.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to read `{}` for the initramfs", path.display())]
 pub struct InitramfsError {
@@ -29,7 +32,8 @@ pub struct InitramfsError {
     pub source: io::Error,
 }
 
-/// Makes the archive of `lohar` and the modules in `kernel`, a directory that `bhatti setup` made.
+/// Builds the archive from `lohar` and the modules in `kernel`, a directory that `bhatti setup`
+/// made.
 pub(crate) fn build(lohar: &Path, kernel: &Path) -> Result<Vec<u8>, InitramfsError> {
     let mut archive = Archive::default();
     for directory in ["dev", "sys", "root-disk"] {
@@ -56,7 +60,7 @@ struct Archive {
 }
 
 impl Archive {
-    /// Adds a directory and the files in it, in the order of their names.
+    /// Adds a directory and the files in it, sorted by name.
     fn add_directory(&mut self, name: &str, directory: &Path) -> Result<(), InitramfsError> {
         self.add(name, MODE_DIRECTORY, &[]);
         let entries = fs::read_dir(directory).map_err(failed(directory))?;
@@ -73,7 +77,8 @@ impl Archive {
         self.entries += 1;
         let links = if mode == MODE_DIRECTORY { 2 } else { 1 };
         let mode = mode as usize;
-        // inode, mode, uid, gid, links, mtime, size, device (2), rdevice (2), name with NUL, checksum
+        // inode, mode, uid, gid, links, mtime, size, device (2), rdevice (2), name with NUL,
+        // checksum
         let fields =
             [self.entries, mode, 0, 0, links, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0];
         self.bytes.extend_from_slice(b"070701");
@@ -120,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn cpio_reads_the_archive() {
+    fn archive_has_all_entries_in_newc_format() {
         let directory = tempfile::tempdir().unwrap();
         let lohar = directory.path().join("lohar");
         fs::write(&lohar, b"program").unwrap();
@@ -149,7 +154,7 @@ mod tests {
         );
     }
 
-    /// The names in an archive, read by the rules of its format.
+    /// Reads the names in an archive by the rules of its format.
     fn names(archive: &[u8]) -> Vec<String> {
         let (mut at, mut names) = (0, Vec::new());
         while names.last().is_none_or(|name| name != "TRAILER!!!") {

@@ -1,7 +1,8 @@
 //! The guest kernel: an uncompressed ELF `vmlinux`, which boots without decompressing anything.
 //!
-//! Debian ships a bzImage. Its set-up header says where the compressed kernel lies: fields `setup_sects`, `payload_offset` and
-//! `payload_length` of the x86 boot protocol (Documentation/arch/x86/boot.rst), at 0x1f1, 0x248 and 0x24c.
+//! Debian ships a bzImage. Its setup header gives the location of the compressed kernel: the
+//! fields `setup_sects`, `payload_offset` and `payload_length` of the x86 boot protocol
+//! (Documentation/arch/x86/boot.rst), at 0x1f1, 0x248 and 0x24c.
 
 use std::fs;
 use std::io::{self, Read};
@@ -20,10 +21,10 @@ const ZSTD_MAGIC: &[u8] = b"\x28\xb5\x2f\xfd";
 const XZ_MAGIC: &[u8] = b"\xfd7zXZ\0";
 const BOOT_SECTOR_BYTES: usize = 512;
 
-/// A kernel could not be made.
+/// A kernel could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// The package could not be had.
+    /// The package could not be downloaded.
     #[error("failed to fetch the kernel package")]
     Fetch(#[source] AptError),
     /// The package could not be unpacked.
@@ -32,7 +33,7 @@ pub enum KernelError {
     /// A file could not be read or written.
     #[error("failed to {step} `{}`", path.display())]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// The file.
         path: PathBuf,
@@ -40,7 +41,7 @@ pub enum KernelError {
         #[source]
         source: io::Error,
     },
-    /// The file is no kernel that could be booted.
+    /// The file is not a bootable kernel.
     #[error("`{}` is neither an ELF vmlinux nor a bzImage with a zstd or xz kernel in it", path.display())]
     Unrecognized {
         /// The file.
@@ -55,12 +56,13 @@ pub enum KernelError {
         #[source]
         source: io::Error,
     },
-    /// Its modules could not be used.
+    /// The kernel's modules could not be used.
     #[error(transparent)]
     Modules(#[from] ModuleError),
 }
 
-/// Debian's kernel for virtual machines: the newest that this machine's apt knows.
+/// Returns Debian's kernel package for virtual machines: the newest that this machine's apt
+/// knows.
 pub(crate) async fn debian_package() -> Result<Package, KernelError> {
     let architecture = apt::architecture().await.map_err(KernelError::Fetch)?;
     apt::newest_dependency(&format!("linux-image-cloud-{architecture}"))
@@ -68,12 +70,14 @@ pub(crate) async fn debian_package() -> Result<Package, KernelError> {
         .map_err(KernelError::Fetch)
 }
 
-/// The directory of the modules that a guest loads as it boots.
+/// Name of the directory of the modules that a guest loads as it boots.
 pub(crate) const MODULES: &str = "modules";
-/// The directory of those that it can load later. Kernels of older versions of bhatti have none.
+/// Name of the directory of the modules that a guest can load later. Kernels that older versions
+/// of bhatti built do not have it.
 pub(crate) const LOADABLE_MODULES: &str = "loadable-modules";
 
-/// Fetches `package` and writes `vmlinux` and the directories of modules into `directory`, working in `scratch`.
+/// Downloads `package` and writes `vmlinux` and the directories of modules into `directory`.
+/// Works in `scratch`.
 pub(crate) async fn from_package(
     package: &Package,
     scratch: &Path,
@@ -98,7 +102,8 @@ fn collect_modules(tree: &Path, packing: Packing, directory: &Path) -> Result<()
     Ok(loadable::collect(tree, &at_boot, packing, &directory.join(LOADABLE_MODULES))?)
 }
 
-/// Writes `vmlinux` and the directories of modules of a kernel that the operator gives into `directory`.
+/// Writes `vmlinux` and the directories of modules into `directory`, from a kernel that the
+/// operator supplies.
 pub(crate) fn from_file(
     image: &Path,
     module_tree: Option<&Path>,
@@ -120,7 +125,7 @@ fn write_vmlinux(image: &Path, vmlinux: &Path) -> Result<(), KernelError> {
     fs::write(vmlinux, kernel).map_err(|source| file_error("write", vmlinux, source))
 }
 
-/// The ELF kernel in `image`; `None` if it holds none that is known here.
+/// Returns the ELF kernel in `image`; `None` if `image` has no kernel in a known format.
 fn extract(image: &[u8]) -> io::Result<Option<Vec<u8>>> {
     if image.starts_with(ELF_MAGIC) {
         return Ok(Some(image.to_vec()));
@@ -156,7 +161,7 @@ fn file_error(step: &'static str, path: &Path, source: io::Error) -> KernelError
 mod tests {
     use super::*;
 
-    /// A bzImage of one set-up sector with `payload` at offset 16 behind it.
+    /// Makes a bzImage of one setup sector, with `payload` at offset 16 after it.
     fn bzimage(payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 2 * BOOT_SECTOR_BYTES + 16];
         image[0x1f1] = 1;
@@ -175,12 +180,12 @@ mod tests {
     }
 
     #[test]
-    fn elf_kernel_is_taken_as_it_is() {
+    fn elf_kernel_is_used_unchanged() {
         assert_eq!(extract(b"\x7fELF and so on").unwrap().unwrap(), b"\x7fELF and so on");
     }
 
     #[test]
-    fn kernel_is_taken_out_of_a_bzimage() {
+    fn kernel_is_extracted_from_a_bzimage() {
         let zstd = ruzstd::encoding::compress_to_vec(
             &b"\x7fELF zstd"[..],
             ruzstd::encoding::CompressionLevel::Fastest,
@@ -191,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn other_files_are_no_kernels() {
+    fn other_files_are_not_kernels() {
         for image in
             [&b""[..], b"#!/bin/sh", &vec![0; 4096], &bzimage(b"gz"), &bzimage(&xz(b"no elf"))]
         {

@@ -1,16 +1,17 @@
-//! Builds and keeps what a VM boots from.
+//! Builds and stores the files that a VM boots from.
 //!
 //! ```text
 //!  <data dir>/images/
-//!    index.json                         names → artefacts; replaced atomically
+//!    index.json                         names → artifacts; replaced atomically
 //!    kernel-<hash>/vmlinux              and the modules that the guest needs
 //!    initramfs-<hash>.cpio              lohar and those modules
 //!    rootfs-<name>-<hash>.ext4
 //!    .build-<random>/                   work in progress; removed by the next build
 //! ```
 //!
-//! Artefacts are named by their content and never written again. A build works in a directory of its own and renames what it has
-//! finished, so one that is interrupted leaves nothing half-made, and the next one goes on behind the last finished artefact.
+//! Artifacts are named by their content and never written again. A build works in its own
+//! directory and renames each artifact when it is finished. So an interrupted build leaves
+//! nothing half-made in place, and the next build continues after the last finished artifact.
 
 mod apt;
 mod archive;

@@ -1,5 +1,5 @@
-//! The kernel modules of a guest: those it needs before it has its root disk, and those it can load
-//! later ([`loadable`]).
+//! The kernel modules of a guest: modules that it needs before its root disk is mounted, and
+//! modules that it can load later ([`loadable`]).
 
 pub(crate) mod loadable;
 
@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use liblzma::read::XzDecoder;
 use ruzstd::decoding::StreamingDecoder;
 
-/// What lohar loads, whatever these depend on first. A kernel that has one built in has no file of it.
+/// Modules that lohar loads at boot, after their dependencies. If a module is built into the
+/// kernel, there is no file of it.
 const WANTED: [&str; 5] =
     ["virtio_mmio", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "tcp_diag"];
 
@@ -20,7 +21,7 @@ pub enum ModuleError {
     /// A file could not be read or written.
     #[error("failed to {step} `{}`", path.display())]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// The file.
         path: PathBuf,
@@ -30,7 +31,8 @@ pub enum ModuleError {
     },
 }
 
-/// What a kernel's source says of its modules: a bhatti that wants others makes its kernel anew.
+/// Returns the modules' part of a kernel's source. A version of bhatti that wants other modules
+/// rebuilds the kernel.
 pub(crate) fn wanted() -> String {
     format!(" with modules {} and loadable ones {}", WANTED.join(","), loadable::wanted())
 }
@@ -76,7 +78,7 @@ fn find_modules(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), Module
     let failed = |source| file_error("list", directory, source);
     for entry in fs::read_dir(directory).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        // A link would lead out of the tree, or round in it.
+        // Links are skipped: a link could lead out of the tree, or in circles.
         match entry.file_type().map_err(failed)? {
             kind if kind.is_dir() => find_modules(&entry.path(), files)?,
             kind if kind.is_file() && module_name(&entry.path()).is_some() => {
@@ -88,7 +90,7 @@ fn find_modules(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), Module
     Ok(())
 }
 
-/// The module's name: dashes and underscores are one to the kernel.
+/// Returns the module's name. The kernel treats dashes and underscores in it alike.
 fn module_name(file: &Path) -> Option<String> {
     let name = file.file_name()?.to_str()?;
     let stem = [".ko", ".ko.xz", ".ko.zst"].iter().find_map(|ending| name.strip_suffix(ending))?;
@@ -114,8 +116,8 @@ fn dependencies(module: &[u8]) -> Vec<String> {
     names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
 }
 
-/// The values of `field`, which ends with `=`, in a module's information section: texts of the form
-/// `field=value`, each ended by a NUL.
+/// Returns the values of `field`, which ends with `=`, in a module's information section. The
+/// section has texts of the form `field=value`, each ended by a NUL.
 fn information(module: &[u8], field: &'static str) -> impl Iterator<Item = String> {
     module
         .split(|byte| *byte == 0)
@@ -132,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modules_are_numbered_behind_what_they_depend_on() {
+    fn modules_are_numbered_after_their_dependencies() {
         let root = tempfile::tempdir().unwrap();
         let tree = root.path().join("tree/6.1/kernel/drivers");
         fs::create_dir_all(&tree).unwrap();

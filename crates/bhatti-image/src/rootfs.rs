@@ -1,4 +1,5 @@
-//! Root file systems: Debian, made by mmdebstrap, as an ext4 file made by `mke2fs -d`. Nothing is mounted.
+//! Root file systems: Debian, assembled by mmdebstrap, in an ext4 file written by `mke2fs -d`.
+//! Nothing is mounted.
 
 use std::fs;
 use std::io;
@@ -9,13 +10,14 @@ use crate::apt::{self, AptError};
 use crate::certificates::{CertificateError, Certificates, TRUST};
 use crate::tool::{ToolError, run, run_quietly};
 
-/// The release of Debian that the image is.
+/// The Debian release of the image.
 const SUITE: &str = "bookworm";
 
-/// What the minimal image has beyond the smallest Debian.
+/// Packages of the minimal image beyond the smallest Debian.
 const PACKAGES: &str = "ca-certificates,curl,git,procps,iproute2,sudo,python3";
 
-/// What the image `dev` has beyond the minimal one: what coding agents and people who build software reach for first.
+/// Packages of the image `dev` beyond the minimal image: the first tools that coding agents and
+/// developers need.
 pub(crate) const DEV_PACKAGES: [&str; 16] = [
     "build-essential",
     "pkg-config",
@@ -38,7 +40,8 @@ pub(crate) const DEV_PACKAGES: [&str; 16] = [
 /// The size of the file system, in MiB; its file is sparse.
 pub(crate) const DISK_MIB: u32 = 4096;
 
-/// What a guest needs and no package brings: the user of every command, a place to work, no identity of this build.
+/// Adds the parts that a guest needs and no package brings: the user of every command, a working
+/// directory, and no identity of this build.
 const CUSTOMIZE: &str = r#"#!/bin/sh
 set -e
 chroot "$1" useradd --create-home --uid 1000 --shell /bin/bash --user-group user
@@ -54,9 +57,10 @@ rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
 "#;
 
-/// Makes the file `$2` of `$3` out of the tar `$1`. All of it is written now: a guest that finished the work lazily would dirty
-/// pages of its own. Nothing in the tree is followed or written through: it may be a stranger's. Directories that the archive only
-/// implies are everybody's to enter, whatever the caller's umask.
+/// Makes the file `$2` of size `$3` from the tar `$1`. `mke2fs` initializes all tables now: a
+/// guest that finished this work lazily would dirty its own pages. The tree may be untrusted, so
+/// the script follows and writes through nothing in it. Directories that the archive only implies
+/// can be entered by every user, regardless of the caller's umask.
 ///
 /// Only the shell is our child. The parent-death signal ends `tar` and `mke2fs` with it
 /// (PR_SET_PDEATHSIG in prctl(2)).
@@ -65,13 +69,14 @@ before=$(umask)
 umask 022
 mkdir root
 setpriv --pdeathsig KILL -- tar -C root --numeric-owner --xattrs --xattrs-include="*" -xf "$1"
-[ -n "$(ls -A root)" ] || { echo 'there is nothing in the archive' >&2; exit 1; }
+[ -n "$(ls -A root)" ] || { echo 'the archive is empty' >&2; exit 1; }
 [ -e root/workspace ] || [ -L root/workspace ] || { mkdir root/workspace; chown 1000:1000 root/workspace; }
 umask "$before"
 setpriv --pdeathsig KILL -- mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root "$2" "$3"
 "#;
 
-/// What keeps mmdebstrap from leaving anything behind, however we end: it dies with us, and its mounts are its own.
+/// Keeps mmdebstrap from leaving anything behind, however this process ends: it dies with this
+/// process, and has a private mount namespace.
 const CONFINEMENT: [&str; 11] = [
     "--pdeathsig",
     "KILL",
@@ -86,16 +91,16 @@ const CONFINEMENT: [&str; 11] = [
     "mmdebstrap",
 ];
 
-/// A root file system could not be made.
+/// A root file system could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
-    /// The machine's mirrors are not known.
+    /// Apt did not list the machine's mirrors.
     #[error("failed to find a Debian mirror")]
     Mirror(#[source] AptError),
     /// A program failed.
     #[error("failed to {step}")]
     Build {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         #[source]
@@ -104,7 +109,7 @@ pub enum RootfsError {
     /// The certificates to trust could not be used.
     #[error(transparent)]
     Certificates(#[from] CertificateError),
-    /// A file could not be made.
+    /// A file could not be created.
     #[error("failed to create `{}`", path.display())]
     Create {
         /// The file.
@@ -115,10 +120,10 @@ pub enum RootfsError {
     },
 }
 
-/// How a recipe begins.
+/// Prefix of a recipe.
 const RECIPE: &str = "debian ";
 
-/// What an image is made of. Another recipe is another image.
+/// Returns the recipe of an image. Images with different recipes are different images.
 pub(crate) fn recipe(
     more_packages: &[String],
     certificates: &Certificates,
@@ -131,7 +136,7 @@ pub(crate) fn recipe(
     ))
 }
 
-/// Whether an image's source is a recipe, rather than an archive that was imported.
+/// Whether an image's source is a recipe and not an imported archive.
 pub(crate) fn is_recipe(source: &str) -> bool {
     source.starts_with(RECIPE)
 }
@@ -141,7 +146,7 @@ fn packages(more: &[String]) -> String {
     std::iter::once(PACKAGES).chain(more.iter().map(String::as_str)).collect::<Vec<_>>().join(",")
 }
 
-/// Makes an image of Debian in `scratch` and returns its file.
+/// Builds a Debian image in `scratch` and returns its file.
 pub(crate) async fn build_debian(
     scratch: &Path,
     more_packages: &[String],
@@ -179,7 +184,8 @@ pub(crate) async fn build_debian(
     arguments.extend([SUITE, &tar_text]);
     arguments.extend(sources.iter().map(String::as_str));
     let failed = |step| move |source| RootfsError::Build { step, source };
-    // Its own messages begin so; the rest is what the packages' scripts have to say.
+    // mmdebstrap's own messages have this prefix; all other lines are output of the packages'
+    // scripts.
     let mut own_messages = |text: &str| text.strip_prefix("I: ").map_or((), &mut *line);
     run(program, &arguments, scratch, &mut own_messages)
         .await
@@ -191,8 +197,8 @@ pub(crate) async fn build_debian(
     Ok(image)
 }
 
-/// Prepares that an image trusts `certificates`. Returns the argument that has mmdebstrap do it;
-/// none if there are none.
+/// Prepares an image to trust `certificates`. Returns the argument that makes mmdebstrap do it,
+/// or `None` if there are no certificates.
 fn trust(scratch: &Path, certificates: &Certificates) -> Result<Option<String>, RootfsError> {
     if certificates.is_empty() {
         return Ok(None);
@@ -209,7 +215,8 @@ fn write_program(path: &Path, text: &str) -> io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
 }
 
-/// Unpacks `tar` and writes it into an ext4 file. Where we are not root, fakeroot remembers who owns what.
+/// Unpacks `tar` and writes it into an ext4 file. If this process is not root, fakeroot tracks
+/// the owners of files.
 pub(crate) async fn make_ext4(
     scratch: &Path,
     tar: &Path,
@@ -223,8 +230,7 @@ pub(crate) async fn make_ext4(
     if rustix::process::geteuid().is_root() {
         run_quietly("setpriv", &shell, scratch).await?;
     } else {
-        // Its own daemon, `faked`, stays if fakeroot is killed. It has nothing open, and does
-        // nothing.
+        // If fakeroot is killed, its daemon `faked` stays. It has no files open and does nothing.
         run_quietly("fakeroot", &[&["setpriv"], &shell[..]].concat(), scratch).await?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! `bhatti setup`: builds what is missing, one artefact after the other.
+//! `bhatti setup`: builds missing artifacts, one after another.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,15 +14,16 @@ use crate::rootfs::{self, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
 use crate::{DEFAULT_IMAGE, DEV_IMAGE, content_hash, modules};
 
-/// What a build needs at its fullest: packages, their tree, its tar and the image, in bytes.
+/// Disk space that a build needs at its peak, in bytes: packages, their tree, its tar and the
+/// image.
 const BUILD_BYTES: u64 = 2 << 30;
-/// The same for the kernel alone.
+/// Disk space that the kernel's build needs, in bytes.
 const KERNEL_BUILD_BYTES: u64 = 400 << 20;
 
-/// How the source of a kernel from a package begins.
+/// Prefix of the source of a kernel from a package.
 const PACKAGE_SOURCE: &str = "package ";
 
-/// Where the kernel comes from.
+/// The source of the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KernelSource {
     /// Debian's package for virtual machines.
@@ -31,81 +32,85 @@ pub enum KernelSource {
     File {
         /// The kernel.
         image: PathBuf,
-        /// Its modules, as in `/lib/modules/<release>`; none if the kernel has all it needs built in.
+        /// The kernel's modules, as in `/lib/modules/<release>`; `None` if the kernel has all
+        /// modules that it needs built in.
         modules: Option<PathBuf>,
     },
 }
 
-/// What to set up.
+/// Options of a setup.
 #[derive(Clone, Debug)]
 pub struct SetupOptions {
     /// The kernel.
     pub kernel: KernelSource,
-    /// The guest agent's program.
+    /// Path of the guest agent's program.
     pub lohar: PathBuf,
-    /// Whether the image with tools for development is built, too.
+    /// Whether the image with development tools is built, too.
     pub dev: bool,
-    /// Files of certificate authorities in PEM that images trust from now on, beyond those that they trust already.
+    /// PEM files of certificate authorities that images trust from now on, beyond those that they
+    /// trust already.
     pub ca_certificates: Vec<PathBuf>,
 }
 
-/// Hears how far a setup is.
+/// Receives the progress of a setup.
 pub trait Progress: Send {
     /// A step begins.
     fn begin(&mut self, step: &str);
-    /// The step goes on; for a person who waits.
+    /// The step continues; `line` is for a user who waits.
     fn detail(&mut self, line: &str);
-    /// The step has ended: what was made, or that there was nothing to do.
+    /// The step has ended. `outcome` names the artifact, and says if it already existed.
     fn end(&mut self, outcome: &str);
 }
 
-/// A setup failed. What it had finished stays.
+/// A setup failed. Finished artifacts stay.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is too little room.
+    /// The disk has too little free space.
     #[error(
-        "`{}` has {} MiB free; building the {what} takes {} MiB. Free some, or choose another place with --data-dir",
+        "`{}` has {} MiB free; building the {what} takes {} MiB. Free some space, or choose another directory with --data-dir",
         directory.display(), free_bytes >> 20, needed_bytes >> 20
     )]
     DiskFull {
-        /// What was to be built.
+        /// The artifact to be built.
         what: &'static str,
-        /// Where.
+        /// The directory of the build.
         directory: PathBuf,
-        /// The room that is there.
+        /// Free space, in bytes.
         free_bytes: u64,
-        /// The room that it takes.
+        /// Space that the build needs, in bytes.
         needed_bytes: u64,
     },
-    /// The kernel could not be made.
+    /// The kernel could not be built.
     #[error("failed to build the kernel")]
     Kernel(#[source] KernelError),
-    /// The root file system could not be made.
+    /// The root file system could not be built.
     #[error("failed to build the root file system")]
     Rootfs(#[source] RootfsError),
     /// The certificates to trust could not be used.
     #[error(transparent)]
     Certificates(#[from] CertificateError),
-    /// No package of Debian's is called so.
-    #[error("`{0}` is no name of a Debian package")]
+    /// A name is not valid for a Debian package.
+    #[error("`{0}` is not a valid name of a Debian package")]
     PackageName(String),
-    /// There is an image of that name, made of something else.
-    #[error("image `{0}` already exists, and is made of something else")]
+    /// An image of that name exists, with another recipe or an imported one.
+    #[error("image `{0}` already exists, and was built from other sources")]
     NameTaken(ImageName),
 }
 
-/// Builds everything that a sandbox boots from and that is not there yet.
+/// Builds every missing artifact that a sandbox boots from.
 ///
 /// # Errors
 ///
-/// Returns the step that failed. Nothing half-made is left in place, and what earlier steps made stays.
+/// Returns the step that failed. Nothing half-made is left in place, and the artifacts of earlier
+/// steps stay.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future is as killing the process: the next setup cleans up and goes on.
+/// Dropping the future has the effect of killing the process: the next setup cleans up and
+/// continues.
 pub async fn set_up(
     store: &ImageStore,
     options: &SetupOptions,
@@ -126,7 +131,7 @@ pub async fn set_up(
         if trusts_others(store, &index, name)? {
             progress.begin(&format!("image `{name}`"));
             progress.end(&format!(
-                "trusts other authorities than new images do: run `bhatti image build {name} --package …` with its packages"
+                "trusts other certificate authorities than new images; rebuild it: `bhatti image build {name} --package …` with its packages"
             ));
         }
     }
@@ -168,11 +173,11 @@ async fn set_up_kernel(
     Ok(store.write_index(index)?)
 }
 
-/// What is to be done about the kernel.
+/// The plan for the kernel.
 enum KernelPlan<'a> {
-    /// Nothing: this one is there.
+    /// The existing kernel, named here, is kept.
     Keep(String),
-    /// It is made.
+    /// A kernel is built.
     Make { source_text: String, from: KernelFrom<'a> },
 }
 
@@ -192,7 +197,7 @@ async fn plan_kernel<'a>(
         .filter(|kernel| store.current(Some(kernel), &kernel.source).is_some());
     let (source_text, from) = match source {
         KernelSource::Debian => {
-            // One of Debian's stays, however old: a newer one is fetched when this one is removed.
+            // A Debian kernel stays, however old. To get a newer one, the operator removes it.
             let is_ours = |source: &str| {
                 source.starts_with(PACKAGE_SOURCE) && source.ends_with(&modules::wanted())
             };
@@ -221,15 +226,16 @@ async fn plan_kernel<'a>(
     })
 }
 
-/// Builds an image: the usual one with further packages of Debian's. One that was made so already stays.
+/// Builds an image: the default image with further Debian packages. Keeps an existing image with
+/// the same recipe.
 ///
 /// # Errors
 ///
-/// Returns the step that failed; the images are then what they were.
+/// Returns the step that failed. The images are then unchanged.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future is as killing the process: the next build cleans up.
+/// Dropping the future has the effect of killing the process: the next build cleans up.
 pub async fn build_image(
     store: &ImageStore,
     name: &ImageName,
@@ -250,14 +256,15 @@ pub async fn build_image(
     build_rootfs(store, &mut index, name.as_str(), packages, progress).await
 }
 
-/// Whether an image of Debian's packages trusts other certificates than one would that was made now.
+/// Whether an image of Debian packages trusts other certificates than a new image would.
 fn trusts_others(store: &ImageStore, index: &Index, name: &str) -> Result<bool, SetupError> {
     let Some(image) = index.images.get(name) else { return Ok(false) };
     let now = Certificates::of(store)?.recipe()?;
     Ok(rootfs::is_recipe(&image.source) && certificates::part_of(&image.source) != now)
 }
 
-/// Whether the image `dev` is this version's, but for the certificates that it trusts.
+/// Whether the recipe of the image `dev` differs from this version's only in the trusted
+/// certificates.
 fn is_outdated_dev(
     store: &ImageStore,
     index: &Index,
@@ -272,7 +279,7 @@ fn is_same_but_for_certificates(one: &str, other: &str) -> bool {
     certificates::without(one) == certificates::without(other)
 }
 
-/// Refuses the name of an image that is made of something else than these packages.
+/// Refuses the name of an existing image that was built from anything but these packages.
 fn check_name(
     store: &ImageStore,
     index: &Index,
@@ -312,7 +319,7 @@ async fn build_rootfs(
     Ok(store.write_index(index)?)
 }
 
-/// Puts a root file system in place.
+/// Moves a root file system into the store.
 pub(crate) fn finish_image(
     build: Build,
     store: &ImageStore,
@@ -324,7 +331,7 @@ pub(crate) fn finish_image(
     build.finish(store, image, file, source)
 }
 
-/// A build's own directory, removed with it.
+/// The directory of a build, removed on drop.
 pub(crate) struct Build(tempfile::TempDir);
 
 impl Build {
@@ -334,8 +341,8 @@ impl Build {
         needed_bytes: u64,
     ) -> Result<Self, SetupError> {
         let directory = store.directory();
-        let free_bytes = disk::free_bytes(directory)
-            .map_err(file_error("ask for the free space of", directory))?;
+        let free_bytes =
+            disk::free_bytes(directory).map_err(file_error("read the free space of", directory))?;
         if free_bytes < needed_bytes {
             return Err(SetupError::DiskFull {
                 what,
@@ -352,7 +359,7 @@ impl Build {
         self.0.path()
     }
 
-    /// Puts what was made in place, under its name.
+    /// Moves the built file or directory into the store, under its name.
     fn finish(
         self,
         store: &ImageStore,

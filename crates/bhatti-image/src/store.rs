@@ -1,4 +1,4 @@
-//! The directory of artefacts and its index.
+//! The directory of artifacts and its index.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,24 +17,25 @@ use crate::initramfs::{self, InitramfsError};
 const INDEX: &str = "index.json";
 pub(crate) const BUILD_PREFIX: &str = ".build-";
 
-/// The artefacts of a data directory.
+/// The artifacts of a data directory.
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     directory: PathBuf,
-    /// The initramfs that was made last: to find that it is there would take reading, copying and hashing 5 MB at every creation.
+    /// The initramfs that was built last. Without this record, every creation would read, copy
+    /// and hash 5 MB to find that the file exists.
     initramfs: Arc<Mutex<Option<Initramfs>>>,
 }
 
-/// An initramfs, and what it was made of.
+/// An initramfs, and the files that it was built from.
 #[derive(Clone, Debug)]
 struct Initramfs {
     path: PathBuf,
     lohar: FileVersion,
-    /// Named by its content.
+    /// The kernel's directory, which is named by its content.
     kernel: PathBuf,
 }
 
-/// A file as it is: written anew, or another in its place, it is another version.
+/// The version of a file. It changes when the file is written or replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FileVersion {
     device: u64,
@@ -57,7 +58,7 @@ impl FileVersion {
     }
 }
 
-/// What a VM boots from.
+/// The files that a VM boots from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootFiles {
     /// An uncompressed ELF kernel.
@@ -68,20 +69,20 @@ pub struct BootFiles {
     pub root: PathBuf,
 }
 
-/// An image.
+/// Summary of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageSummary {
-    /// Its name.
+    /// The image's name.
     pub name: String,
     /// The size of its file system.
     pub size_bytes: u64,
-    /// What its file takes of the disk.
+    /// Disk space that its file takes.
     pub disk_bytes: u64,
-    /// What it was made of.
+    /// The recipe or archive that it was made from.
     pub source: String,
 }
 
-/// What a VM boots from has not been built.
+/// A file that a VM boots from has not been built.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no {missing} has been built; run `bhatti setup`")]
 pub struct MissingImages {
@@ -91,13 +92,13 @@ pub struct MissingImages {
 /// The store could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Something has not been built.
+    /// An artifact has not been built.
     #[error(transparent)]
     Missing(#[from] MissingImages),
     /// A file could not be read or written.
     #[error("failed to {step} `{}`", path.display())]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// The file.
         path: PathBuf,
@@ -110,28 +111,28 @@ pub enum StoreError {
     Index {
         /// The index.
         path: PathBuf,
-        /// Where.
+        /// Position and cause of the damage.
         #[source]
         source: serde_json::Error,
     },
-    /// An initramfs could not be made.
+    /// An initramfs could not be built.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
 }
 
-/// An artefact and what it was made from.
+/// An artifact and its source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Artefact {
-    /// Its file or directory, inside the store.
+    /// Name of its file or directory, inside the store.
     pub(crate) name: String,
     /// The package, file or recipe that it was made from.
     pub(crate) source: String,
 }
 
-/// The directories whose VMs and snapshots stand on images.
+/// Directories whose VMs and snapshots depend on images.
 const USERS_OF_IMAGES: [&str; 3] = ["sandboxes", "snapshots", "templates"];
 
-/// How the names of artefacts begin.
+/// Prefixes of the names of artifacts.
 const ARTEFACTS: [&str; 3] = ["kernel-", "rootfs-", "initramfs-"];
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,19 +143,20 @@ pub(crate) struct Index {
 }
 
 impl ImageStore {
-    /// The store of a data directory. Nothing needs to be there yet.
+    /// Returns the store of a data directory. The directory does not need to exist yet.
     #[must_use]
     pub fn new(data_dir: &Path) -> Self {
         Self { directory: data_dir.join("images"), initramfs: Arc::default() }
     }
 
-    /// Where the artefacts are.
+    /// Returns the directory of the artifacts.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// The files of `image`, with an initramfs of exactly this `lohar`: one is made if there is none.
+    /// Returns the boot files of `image`, with an initramfs that has exactly this `lohar`. Builds
+    /// the initramfs if it does not exist.
     ///
     /// # Errors
     ///
@@ -190,7 +192,7 @@ impl ImageStore {
         let images = self.read_index()?.images.into_iter();
         let summary = |(name, artefact): (String, Artefact)| {
             let path = self.directory.join(&artefact.name);
-            let file = fs::metadata(&path).map_err(file_error("look at", &path))?;
+            let file = fs::metadata(&path).map_err(file_error("read the metadata of", &path))?;
             Ok(ImageSummary {
                 name,
                 size_bytes: file.len(),
@@ -202,8 +204,8 @@ impl ImageStore {
     }
 
     fn initramfs(&self, lohar: &Path, kernel: &Path) -> Result<PathBuf, StoreError> {
-        // Before it is read: what is written meanwhile is another version.
-        let version = FileVersion::of(lohar).map_err(file_error("look at", lohar))?;
+        // Taken before the file is read: a later write makes another version.
+        let version = FileVersion::of(lohar).map_err(file_error("read the metadata of", lohar))?;
         let made = self.initramfs.lock().clone();
         if let Some(made) = made
             && (made.lohar, made.kernel.as_path()) == (version, kernel)
@@ -222,9 +224,9 @@ impl ImageStore {
         Ok(path)
     }
 
-    /// Removes artefacts that neither the index nor `initramfs` names: a rebuilt one has replaced
-    /// them. VMs have hard links to theirs; where they cannot have, they have symbolic ones, and
-    /// nothing is removed.
+    /// Removes artifacts that neither the index nor `initramfs` names, because a rebuilt one has
+    /// replaced them. VMs have hard links to their artifacts. Where hard links do not work, VMs
+    /// have symbolic links, and nothing is removed.
     pub(crate) fn prune(&self, index: &Index, initramfs: &Path) -> Result<(), StoreError> {
         if !self.is_linked_to(USERS_OF_IMAGES) {
             return Ok(());
@@ -245,7 +247,8 @@ impl ImageStore {
         Ok(())
     }
 
-    /// Whether files of the store can have hard links in these directories beside it, as far as they exist.
+    /// Whether files of the store can be hard-linked into these directories beside it. Skips
+    /// directories that do not exist.
     fn is_linked_to(&self, directories: [&str; 3]) -> bool {
         let data_dir = self.directory.parent().unwrap_or(&self.directory);
         directories.iter().map(|name| data_dir.join(name)).filter(|path| path.exists()).all(
@@ -267,7 +270,7 @@ impl ImageStore {
         }
     }
 
-    /// The artefact, if it was made from `source` and is still there.
+    /// Returns the artifact, if it was made from `source` and still exists.
     pub(crate) fn current<'a>(
         &self,
         artefact: Option<&'a Artefact>,
@@ -294,7 +297,8 @@ impl ImageStore {
         durable::write(&path, &json).map_err(file_error("write", &path))
     }
 
-    /// Makes the directory and takes the build lock; builds that an earlier holder left behind are removed.
+    /// Makes the directory and takes the build lock. Removes builds that an earlier holder left
+    /// behind.
     pub(crate) fn lock(&self) -> Result<File, StoreError> {
         fs::create_dir_all(&self.directory).map_err(file_error("create", &self.directory))?;
         let path = self.directory.join(".lock");
@@ -323,7 +327,7 @@ pub(crate) fn file_error(
 mod tests {
     use super::*;
 
-    /// A store with a kernel and an image that are files of a few bytes.
+    /// Makes a store with a kernel and an image, in files of a few bytes.
     fn store() -> (tempfile::TempDir, ImageStore, PathBuf) {
         let data = tempfile::tempdir().unwrap();
         let store = ImageStore::new(data.path());
@@ -343,10 +347,10 @@ mod tests {
     }
 
     #[test]
-    fn initramfs_is_made_again_only_when_it_would_be_another() {
+    fn initramfs_is_rebuilt_only_when_its_inputs_change() {
         let (_data, store, lohar) = store();
         let first = store.boot_files("minimal", &lohar).unwrap().initramfs;
-        // What it is made of is not needed any more.
+        // The store must not need the inputs any more.
         fs::remove_dir(store.directory().join("kernel-1/modules")).unwrap();
         assert_eq!(store.boot_files("minimal", &lohar).unwrap().initramfs, first);
 
@@ -358,11 +362,11 @@ mod tests {
         assert_eq!(store.boot_files("minimal", &lohar).unwrap().initramfs, first);
         fs::remove_file(&first).unwrap();
         store.boot_files("minimal", &lohar).unwrap();
-        assert!(first.exists(), "one that was removed is made again");
+        assert!(first.exists(), "a removed initramfs is built again");
     }
 
     #[test]
-    fn artefacts_that_were_replaced_are_removed() {
+    fn replaced_artifacts_are_removed() {
         let data = tempfile::tempdir().unwrap();
         let store = ImageStore::new(data.path());
         let directory = store.directory().to_owned();
@@ -390,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_built_names_the_command_to_run() {
+    fn error_without_a_build_names_the_command_to_run() {
         let data = tempfile::tempdir().unwrap();
 
         let error =
@@ -400,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn another_agent_gets_another_initramfs() {
+    fn changed_agent_gets_another_initramfs() {
         let (_data, store, lohar) = store();
         let first = store.boot_files("minimal", &lohar).unwrap();
         assert_eq!(store.boot_files("minimal", &lohar).unwrap(), first);
@@ -438,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn lock_removes_what_an_interrupted_build_left() {
+    fn lock_removes_leftovers_of_an_interrupted_build() {
         let (_data, store, _lohar) = store();
         let left = store.directory().join(format!("{BUILD_PREFIX}dead"));
         fs::create_dir_all(left.join("deep")).unwrap();

@@ -1,4 +1,4 @@
-//! Runs the programs that builds are made with.
+//! Runs the programs that builds use.
 
 use std::collections::VecDeque;
 use std::io;
@@ -7,21 +7,21 @@ use std::process::Stdio;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-/// Lines of a failed program's output that its error shows.
+/// Number of lines of a failed program's output that its error shows.
 const ERROR_LINES: usize = 8;
 
 /// A program failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
-    /// It is not there.
+    /// The program is not installed.
     #[error("`{program}` is not installed; install it with: apt-get install {package}")]
     NotInstalled {
         /// The program.
         program: String,
-        /// Debian's package that has it.
+        /// Debian's package with the program.
         package: &'static str,
     },
-    /// It could not be run.
+    /// The program could not be run.
     #[error("failed to run `{program}`")]
     Run {
         /// The program.
@@ -30,19 +30,19 @@ pub enum ToolError {
         #[source]
         source: io::Error,
     },
-    /// It ran and failed.
+    /// The program ran and failed.
     #[error("`{program}` failed ({status}):\n{output}")]
     Failed {
         /// The program.
         program: String,
-        /// How it ended.
+        /// Exit status.
         status: std::process::ExitStatus,
-        /// The end of what it said.
+        /// The last lines of its output.
         output: String,
     },
 }
 
-/// Debian's package of a program.
+/// Returns the Debian package of a program.
 fn package_of(program: &str) -> &'static str {
     match program {
         "mmdebstrap" => "mmdebstrap",
@@ -56,7 +56,8 @@ fn package_of(program: &str) -> &'static str {
     }
 }
 
-/// Runs a program to its end and returns its standard output. Each line of its standard error goes to `line` as it comes.
+/// Runs a program to its end and returns its standard output. Passes each line of its standard
+/// error to `line` at once.
 pub(crate) async fn run(
     program: &str,
     arguments: &[&str],
@@ -105,7 +106,7 @@ pub(crate) async fn run(
     Ok(String::from_utf8_lossy(&output).into_owned())
 }
 
-/// [`run`], for programs whose progress nobody wants to see.
+/// Runs a program as [`run`] does, without reporting its progress.
 pub(crate) async fn run_quietly(
     program: &str,
     arguments: &[&str],

@@ -1,14 +1,16 @@
 //! The networks of sandboxes on this host.
 //!
 //! ```text
-//!  sandbox ─ eth0 ═ bh… (tap) ─┐                         ┌─ this host: refused, but for names
+//!  sandbox ─ eth0 ═ bh… (tap) ─┐                         ┌─ this host: refused, except DNS
 //!  sandbox ─ eth0 ═ bh… (tap) ─┴─ bhatti<n> (bridge) ────┼─ other networks: refused
 //!                                 10.213.<n>.1/24        └─ elsewhere: masqueraded
 //! ```
 //!
-//! One bridge per user. What there is to be is a [`Plan`], declared as a whole; [`Host::apply`] makes the host so, and may be called again
-//! at any time. What is on the host and not this daemon's own is never touched: bridges carry its mark in their link address, the tables of
-//! the packet filter its name. Taps are the VMMs': they end with them, so none can be left over.
+//! Each user has one bridge. A [`Plan`] declares the whole target state; [`Host::apply`] brings
+//! the host to that state, and may be called again at any time. It never touches interfaces and
+//! tables of other owners: the daemon's bridges carry its mark in their link address, and the
+//! tables of the packet filter carry its name. Taps belong to the VMMs and end with them, so no
+//! tap is left over.
 
 mod links;
 mod names;
@@ -37,18 +39,18 @@ use links::Links;
 use nfnetlink::RulesWatch;
 use resolver::Resolver;
 
-/// The packet filter's program.
+/// The program that controls the packet filter.
 const NFT: &str = "nft";
 
-/// Whether this host passes on what is not for itself.
+/// The kernel setting that makes this host forward packets.
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// A user's network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
-    /// Its number on this host.
+    /// The network's number on this host.
     pub number: u32,
-    /// Its addresses: 256 of them.
+    /// The network's 256 addresses.
     pub subnet: Ipv4Net,
 }
 
@@ -57,32 +59,32 @@ pub struct Network {
 pub struct Port {
     /// The interface on this host.
     pub tap: String,
-    /// The number of its network.
+    /// The number of the sandbox's network.
     pub network: u32,
     /// The sandbox's address.
     pub address: Ipv4Addr,
-    /// What siblings call it.
+    /// The name under which siblings find the sandbox.
     pub name: String,
-    /// What it may reach beyond what everybody may.
+    /// Ranges that the sandbox may reach beyond those that all sandboxes may.
     pub allow: Allowance,
-    /// A number of the sandbox's own, never 0, which its connections carry as a mark: those of an earlier sandbox with its address are known
-    /// by another one.
+    /// The sandbox's unique number, never 0. Its connections carry the number as a mark, so that
+    /// connections of an earlier sandbox with the same address can be told apart.
     pub epoch: u32,
 }
 
-/// All that there is to be.
+/// The target state of the host's network.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// The networks in which there are sandboxes.
+    /// The networks that have sandboxes.
     pub networks: Vec<Network>,
-    /// The sandboxes, whether they have a VM or not.
+    /// The sandboxes, with or without a VM.
     pub ports: Vec<Port>,
-    /// Whether sandboxes reach this host's own addresses in the ranges that they are allowed.
+    /// Whether sandboxes reach this host's own addresses in their allowed ranges.
     pub reach_host: bool,
 }
 
 impl Plan {
-    /// One with everything in it that a plan can have.
+    /// Returns a plan that uses every feature of a plan.
     fn sample() -> Self {
         let range = NEVER_REACHED[0];
         let network = Network { number: 0, subnet: range };
@@ -93,45 +95,45 @@ impl Plan {
     }
 }
 
-/// The host's network could not be made what it is to be.
+/// The host's network could not be brought to the target state.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    /// The kernel refused something.
+    /// The kernel refused a request.
     #[error("failed to {step}: {message}")]
     Netlink {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
-        /// What it said.
+        /// The kernel's message.
         message: String,
     },
-    /// No tap can be made.
+    /// A tap cannot be made.
     #[error("failed to make a tap")]
     Tap(#[source] io::Error),
     /// Netlink cannot be used.
     #[error("failed to open netlink")]
     Open(#[source] io::Error),
-    /// An interface of this name is somebody else's.
-    #[error("the interface `{name}` belongs to somebody else")]
+    /// An interface of this name does not belong to this daemon.
+    #[error("the interface `{name}` does not belong to this daemon")]
     Taken {
-        /// Its name.
+        /// The interface's name.
         name: String,
     },
-    /// An interface is not there.
+    /// An interface does not exist.
     #[error("there is no interface `{name}`")]
     Missing {
-        /// Its name.
+        /// The interface's name.
         name: String,
     },
-    /// The packet filter did not take the rules.
+    /// The packet filter refused the rules.
     #[error("nft refused the rules: {message}")]
     Rules {
-        /// What it said.
+        /// The message of `nft`.
         message: String,
     },
     /// The packet filter's program cannot be run.
     #[error("failed to run `nft`")]
     Nft(#[source] io::Error),
-    /// A setting of the kernel cannot be made.
+    /// A setting of the kernel cannot be written.
     #[error("failed to write `{path}`")]
     File {
         /// The setting.
@@ -143,7 +145,7 @@ pub enum NetError {
     /// The resolver of a network cannot listen.
     #[error("failed to listen on {address}")]
     Resolver {
-        /// Where.
+        /// Address to listen on.
         address: SocketAddr,
         /// Why.
         #[source]
@@ -169,43 +171,46 @@ pub struct Host {
     links: Links,
     resolver: Resolver,
     watch: RulesWatch,
-    /// One change at a time, and one list of everything: the kernel has busy sockets start no second.
+    /// Serializes changes and netlink dumps: the kernel refuses to start a second dump on a busy
+    /// socket.
     changing: Mutex<Applied>,
-    /// Changes that have been asked for.
+    /// Number of changes requested so far.
     asked: AtomicU64,
 }
 
-/// How far the host has come.
+/// The state that the host is known to have.
 #[derive(Debug, Default)]
 struct Applied {
-    /// The changes that the last one covers: its plan was read after they had been asked for.
+    /// Number of requests that the last change covers: its plan was read after they had been
+    /// made.
     asked: u64,
-    /// Networks that could not be set up then.
+    /// Networks that the last change could not set up.
     failed: Vec<u32>,
-    /// What the rules were declared for last, if it is known.
+    /// The plan of which the rules are in force, if it is known.
     rules: Option<Plan>,
-    /// The number of changes to this host's rules when they were last known to be what was declared.
+    /// Generation of this host's rules when they were last known to match the declared ones.
     generation: Option<u32>,
-    /// How nft lists what was declared last, once it was looked at.
+    /// nft's listing of the declared rules, after the first check.
     listing: Option<String>,
 }
 
-/// What a look at the rules found.
+/// The result of a check of the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rules {
-    /// They are what was declared.
+    /// The rules match the declared ones.
     Intact,
-    /// They are gone, or were changed.
+    /// The rules are gone, or were changed.
     Changed,
 }
 
 impl Host {
-    /// Takes hold of the host's network, and sees whether it can be changed. Must be called within a runtime. Names that are no sandbox's
-    /// are asked of `upstreams`, those of private networks only if `private_names` says so.
+    /// Opens the host's network, and checks that it can be changed. Must be called within a
+    /// runtime. The resolvers ask `upstreams` for names other than those of sandboxes, and for
+    /// names of private networks only if `private_names` says so.
     ///
     /// # Errors
     ///
-    /// Returns why it cannot be changed.
+    /// Returns why the network cannot be changed.
     pub async fn open(
         instance: Instance,
         upstreams: Upstreams,
@@ -225,20 +230,21 @@ impl Host {
         Ok(host)
     }
 
-    /// Whether this host has what a sandbox needs.
+    /// Checks that this host supports networks of sandboxes.
     async fn check(&self) -> Result<(), NetError> {
         bhatti_host::tap::check().map_err(NetError::Tap)?;
-        // Rules of every kind, of which nothing stays. Who may make them may make taps; to make one and take it away would take 20 ms.
+        // Checks rules of every kind without applying them. A process that may make rules may
+        // also make taps; making and removing one as a test would take 20 ms.
         nft(&["--check"], &rules::script(self.instance, &Plan::sample())).await?;
         Ok(())
     }
 
-    /// Whether the rules are what was declared last, to the last element of their sets. After [`Rules::Changed`] the next [`apply`](Self::apply)
-    /// declares them as a whole.
+    /// Checks whether the rules match those declared last, down to each element of their sets.
+    /// After [`Rules::Changed`] the next [`apply`](Self::apply) declares the rules as a whole.
     ///
     /// # Errors
     ///
-    /// Returns an error if they cannot be looked at.
+    /// Returns an error if the rules cannot be listed.
     pub async fn check_rules(&self) -> Result<Rules, NetError> {
         let mut applied = self.changing.lock().await;
         if applied.rules.is_none() {
@@ -252,7 +258,7 @@ impl Host {
         let there = rules::declared_part(self.instance, &ruleset);
         let is_ours = Some(generation) == applied.generation;
         match &applied.listing {
-            // Nobody else has changed anything since they were declared.
+            // Only this daemon has changed rules since they were declared.
             None if is_ours => applied.listing = Some(there),
             Some(declared) if *declared == there => applied.generation = Some(generation),
             _ => {
@@ -263,11 +269,11 @@ impl Host {
         Ok(Rules::Intact)
     }
 
-    /// Waits until somebody, which may be this daemon, has changed the rules of this host.
+    /// Waits until the rules of this host change. The change may be this daemon's own.
     ///
     /// # Errors
     ///
-    /// Returns an error if the kernel does not tell.
+    /// Returns an error if the kernel does not report changes.
     ///
     /// # Cancel safety
     ///
@@ -276,31 +282,33 @@ impl Host {
         self.watch.changed().await.map_err(NetError::Open)
     }
 
-    /// Cuts a sandbox's tap off.
+    /// Takes a sandbox's tap down.
     ///
     /// # Errors
     ///
-    /// Returns an error if it is not there.
+    /// Returns an error if there is no such tap.
     pub async fn disconnect(&self, tap: &str) -> Result<(), NetError> {
         self.links.disconnect(tap).await
     }
 
-    /// What others have on this host.
+    /// Returns the networks on this host that do not belong to this daemon.
     ///
     /// # Errors
     ///
-    /// Returns an error if the kernel does not say.
+    /// Returns an error if the kernel does not list them.
     pub async fn taken(&self) -> Result<Taken, NetError> {
         let _turn = self.changing.lock().await;
         self.links.taken().await
     }
 
-    /// Makes the host what `plan` says, and what is there beyond it, of this daemon's, goes. `plan` is asked for when it is this change's turn.
+    /// Brings the host to the state of `plan`, and removes everything else of this daemon's.
+    /// Calls `plan` when it is this change's turn.
     ///
     /// # Errors
     ///
-    /// Returns what could not be done, unless it is about another network than the one of the number `needed`: that is logged, for nobody
-    /// suffers by it who asked. The rules are then the new ones or the old ones, never in between.
+    /// Returns the first failure. A network other than `needed` that cannot be set up is only
+    /// logged, because the caller does not depend on it. After an error, the rules are either the
+    /// new ones or the old ones, never a mixture.
     pub async fn apply<E: From<NetError>>(
         &self,
         needed: Option<u32>,
@@ -310,7 +318,8 @@ impl Host {
         let mut applied = self.changing.lock().await;
         let has_failed = needed.is_some_and(|network| applied.failed.contains(&network));
         if applied.asked >= mine && !has_failed {
-            // Another change came first, whose plan had what this one is for.
+            // An earlier change read its plan after this one was requested, so it covers this
+            // one.
             return Ok(());
         }
         let asked = self.asked.load(Ordering::SeqCst);
@@ -320,7 +329,7 @@ impl Host {
         Ok(())
     }
 
-    /// Returns the networks that could not be set up and that nobody asked for.
+    /// Returns the numbers of the networks that could not be set up, except `needed`.
     async fn make_so(
         &self,
         needed: Option<u32>,
@@ -329,13 +338,13 @@ impl Host {
     ) -> Result<Vec<u32>, NetError> {
         let mut failed = Vec::new();
         let there = self.links.bridges().await?;
-        // The rules come first, and go last: no bridge is ever without them.
+        // The rules are added first and removed last, so no bridge is ever without them.
         self.declare(plan, applied).await?;
         for network in &plan.networks {
             match self.set_up(network, &there).await {
                 Err(error) if needed != Some(network.number) => {
                     let bridge = bridge_name(network.number);
-                    tracing::error!(bridge, error = %Report(&error), "A network cannot be set up");
+                    tracing::error!(bridge, error = %Report(&error), "Failed to set up a network");
                     failed.push(network.number);
                 }
                 done => done?,
@@ -353,9 +362,11 @@ impl Host {
         Ok(failed)
     }
 
-    /// Puts the rules of `plan` in force, and has the kernel forget the connections of sandboxes that are gone.
+    /// Puts the rules of `plan` in force, and makes the kernel forget the connections of
+    /// sandboxes that are gone.
     async fn declare(&self, plan: &Plan, applied: &mut Applied) -> Result<(), NetError> {
-        // Unknown until it is done: who is cancelled does not hear whether the kernel took it.
+        // Unknown until it is done: if this future is dropped, the kernel may or may not have the
+        // new rules.
         let before = applied.rules.take();
         let known = applied.generation.take();
         let change = before.as_ref().and_then(|before| rules::change(self.instance, before, plan));
@@ -374,7 +385,8 @@ impl Host {
             Some(known) => (known.wrapping_add(1), None),
             None => (generation, None),
         };
-        // If there was another change in between, the next look does not know what to expect, and they are declared anew.
+        // If there was another change in between, the expected generation is unknown at the next
+        // check, and the rules are declared again.
         applied.generation = (generation == expected).then_some(generation);
         applied.listing = listing;
         applied.rules = Some(plan.clone());
@@ -392,16 +404,16 @@ impl Host {
         self.resolver.serve(network)
     }
 
-    /// Changes what siblings are called, and nothing else.
+    /// Changes only the names under which siblings find sandboxes.
     pub fn rename(&self, plan: &Plan) {
         self.resolver.keep(plan);
     }
 
-    /// Connects a sandbox's tap with its network. Before that, nothing passes it.
+    /// Connects a sandbox's tap to its network. No packets pass the tap before that.
     ///
     /// # Errors
     ///
-    /// Returns an error if either is not there.
+    /// Returns an error if the tap or the network's bridge does not exist.
     pub async fn connect(&self, tap: &str, network: u32) -> Result<(), NetError> {
         self.links.connect(tap, &bridge_name(network)).await
     }
@@ -413,7 +425,8 @@ async fn generation() -> Result<u32, NetError> {
     asked.map_err(io::Error::other).flatten().map_err(NetError::Open)
 }
 
-/// Has the kernel forget connections. One that it does not forget takes room for a while, and passes nothing.
+/// Makes the kernel forget connections. A connection that it does not forget takes up memory
+/// until it expires, but passes no packets.
 async fn forget_connections(epochs: Vec<u32>) {
     if epochs.is_empty() {
         return;
@@ -422,11 +435,11 @@ async fn forget_connections(epochs: Vec<u32>) {
     if let Err(error) =
         tokio::task::spawn_blocking(forget).await.map_err(io::Error::other).flatten()
     {
-        tracing::warn!(%error, "Connections of sandboxes that are gone were not forgotten");
+        tracing::warn!(%error, "Failed to make the kernel forget connections of removed sandboxes");
     }
 }
 
-/// Has `nft` do a script, all of it or nothing. Returns what it prints.
+/// Runs a script with `nft`, which applies all of it or nothing. Returns the output of `nft`.
 async fn nft(arguments: &[&str], script: &str) -> Result<String, NetError> {
     let mut nft = command(NFT);
     nft.args(arguments).args(["-f", "-"]).stdin(Stdio::piped());
@@ -435,7 +448,7 @@ async fn nft(arguments: &[&str], script: &str) -> Result<String, NetError> {
     let input = process.stdin.take();
     let written = async {
         if let Some(mut input) = input {
-            // If it closes the pipe, it says itself why.
+            // If nft closes the pipe, its error output gives the reason.
             drop(input.write_all(script.as_bytes()).await);
         }
     };
@@ -449,12 +462,12 @@ async fn nft(arguments: &[&str], script: &str) -> Result<String, NetError> {
     Err(NetError::Rules { message: first.join(" ") })
 }
 
-/// Has this host pass on what is not for itself: without that, nothing leaves a network.
+/// Enables forwarding on this host: without it, no packets leave a network.
 fn enable_forwarding() -> Result<(), NetError> {
     let failed = |source| NetError::File { path: FORWARDING.to_owned(), source };
     if std::fs::read_to_string(FORWARDING).map_err(failed)?.trim() == "0" {
         std::fs::write(FORWARDING, "1").map_err(failed)?;
-        tracing::info!("This host forwards packets from now on, for its sandboxes");
+        tracing::info!("Enabled packet forwarding on this host for sandboxes");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Interfaces, addresses and routes of this host, by route netlink.
+//! Interfaces, addresses and routes of this host, through route netlink.
 
 use std::fs;
 use std::io;
@@ -13,26 +13,28 @@ use rtnetlink::{Handle, LinkBridge, LinkUnspec, RouteMessageBuilder};
 use crate::names::{Instance, Mac, bridge_name, bridge_number};
 use crate::{NetError, Network};
 
-/// The longest prefix of a default route and of the halves that some set up instead: no network of this host's own.
+/// The longest prefix of a default route, and of the two halves that some software sets up
+/// instead. Such a route does not stand for a network of this host.
 const DEFAULT_ROUTE_BITS: u8 = 1;
 
-/// Link addresses that a bridge learns: a guest that shows others fills no memory of this host.
+/// Maximum of link addresses that a bridge learns, so that a guest that uses many fills no memory
+/// of this host.
 const LEARNED_MAX: u32 = 1024;
 
-/// A way to the kernel's route netlink.
+/// A connection to the kernel's route netlink.
 pub(crate) struct Links {
     handle: Handle,
     instance: Instance,
 }
 
-/// A bridge that is there.
+/// A bridge that exists on this host.
 pub(crate) struct Bridge {
     pub(crate) number: u32,
     index: u32,
     is_ours: bool,
 }
 
-/// What this host has already, so that nothing is given out twice.
+/// Networks that this host already has, so that none is assigned twice.
 #[derive(Clone, Debug, Default)]
 pub struct Taken {
     bridges: Vec<u32>,
@@ -40,7 +42,8 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// Whether a network cannot be this one's because somebody else has its name or its addresses.
+    /// Whether `network` cannot be assigned because another owner has its name or some of its
+    /// addresses.
     #[must_use]
     pub fn holds(&self, network: &Network) -> bool {
         let overlaps =
@@ -50,14 +53,14 @@ impl Taken {
 }
 
 impl Links {
-    /// Must be called within a runtime, which then serves it.
+    /// Opens route netlink. Must be called within a runtime, which then drives the connection.
     pub(crate) fn open(instance: Instance) -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
         Ok(Self { handle, instance })
     }
 
-    /// What others have on this host.
+    /// Returns the networks on this host that do not belong to this daemon.
     pub(crate) async fn taken(&self) -> Result<Taken, NetError> {
         let bridges = self.bridges().await?;
         let (ours, others): (Vec<_>, Vec<_>) = bridges.iter().partition(|bridge| bridge.is_ours);
@@ -83,7 +86,7 @@ impl Links {
         Ok(Taken { bridges: others.iter().map(|bridge| bridge.number).collect(), ranges })
     }
 
-    /// All interfaces with the name of a bridge of ours, whosever they are.
+    /// Returns all interfaces that are named like our bridges, including those of other owners.
     pub(crate) async fn bridges(&self) -> Result<Vec<Bridge>, NetError> {
         let failed = NetError::netlink("list the interfaces");
         let links: Vec<_> =
@@ -108,7 +111,8 @@ impl Links {
         Some(Bridge { number: number?, index: link.header.index, is_ours: is_bridge && is_marked })
     }
 
-    /// Makes sure that the bridge of a network is there, with its address. Does nothing to one that is as it should be.
+    /// Makes sure that the bridge of a network exists and has its address. Leaves a bridge alone
+    /// that already does.
     pub(crate) async fn ensure_bridge(
         &self,
         network: &Network,
@@ -123,12 +127,13 @@ impl Links {
         };
         self.ensure_address(index, network).await?;
         let up = LinkUnspec::new_with_index(index).up().build();
-        self.handle.link().set(up).execute().await.map_err(NetError::netlink("start a bridge"))
+        self.handle.link().set(up).execute().await.map_err(NetError::netlink("bring a bridge up"))
     }
 
     async fn create_bridge(&self, name: &str) -> Result<u32, NetError> {
         let mark = Mac::of_bridges(self.instance).0.to_vec();
-        // It learns nothing from frames that are for itself alone, which its rules do not see, and no more than a network can have.
+        // The bridge learns nothing from link-local frames, which its rules do not see, and
+        // learns a limited number of addresses.
         let bridge = LinkBridge::new(name).down().address(mark);
         let bridge = bridge.no_linklocal_learn(true).fdb_max_learned(LEARNED_MAX).build();
         let failed = NetError::netlink("create a bridge");
@@ -151,19 +156,19 @@ impl Links {
             if right && bits_match {
                 is_there = true;
             } else {
-                // Of a network that it was of before.
-                let failed = NetError::netlink("take an address from a bridge");
+                // An address of a network that had this bridge before.
+                let failed = NetError::netlink("remove an address from a bridge");
                 addresses.del(message).execute().await.map_err(failed)?;
             }
         }
         if is_there {
             return Ok(());
         }
-        let failed = NetError::netlink("give a bridge its address");
+        let failed = NetError::netlink("add an address to a bridge");
         addresses.add(index, IpAddr::V4(gateway), bits).execute().await.map_err(failed)
     }
 
-    /// Removes a bridge of ours. Whoever is left at it has nothing any more.
+    /// Removes a bridge of ours, and takes down the interfaces that are connected to it.
     pub(crate) async fn remove_bridge(&self, bridge: &Bridge) -> Result<(), NetError> {
         if !bridge.is_ours {
             return Ok(());
@@ -179,11 +184,11 @@ impl Links {
         removed.map_err(NetError::netlink("remove a bridge"))
     }
 
-    /// Makes a tap a port of a bridge, and brings it up.
+    /// Connects a tap to a bridge, and brings it up.
     pub(crate) async fn connect(&self, tap: &str, bridge: &str) -> Result<(), NetError> {
         switch_off_ipv6(tap)?;
         let (tap, bridge) = (self.index(tap).await?, self.index(bridge).await?);
-        // Known to the rules, and only then a port.
+        // Mark the tap for the rules before it becomes a port.
         let group = LinkUnspec::new_with_index(tap).link_group(self.instance.0).build();
         let failed = NetError::netlink("mark a tap");
         self.handle.link().set(group).execute().await.map_err(failed)?;
@@ -191,7 +196,7 @@ impl Links {
         self.handle.link().set(port).execute().await.map_err(NetError::netlink("connect a tap"))
     }
 
-    /// Cuts a tap off.
+    /// Takes a tap down.
     pub(crate) async fn disconnect(&self, tap: &str) -> Result<(), NetError> {
         let index = self.index(tap).await?;
         self.take_down(index).await
@@ -204,7 +209,7 @@ impl Links {
     }
 
     async fn index(&self, name: &str) -> Result<u32, NetError> {
-        let failed = NetError::netlink("look for an interface");
+        let failed = NetError::netlink("look up an interface");
         let mut found = self.handle.link().get().match_name(name.to_owned()).execute();
         let link = found.try_next().await.map_err(failed)?;
         let missing = || NetError::Missing { name: name.to_owned() };
@@ -212,14 +217,15 @@ impl Links {
     }
 }
 
-/// Keeps an interface that is not up yet from having an address of the sixth version: this host is not to be found under one.
+/// Keeps an interface that is not up yet from getting an IPv6 address, so that guests cannot
+/// reach this host over IPv6.
 fn switch_off_ipv6(interface: &str) -> Result<(), NetError> {
     let setting = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
     match fs::write(&setting, "1") {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
             Err(NetError::File { path: setting, source })
         }
-        // A kernel without it has nothing to switch off.
+        // A kernel without IPv6 has no such setting.
         _ => Ok(()),
     }
 }

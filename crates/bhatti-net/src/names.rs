@@ -1,20 +1,22 @@
-//! What things are called on this host: interfaces, link addresses.
+//! Names of interfaces, and link addresses.
 //!
-//! An interface's name has at most 15 bytes. What is made here is shorter or exactly that, and no two things have the same.
+//! An interface's name has at most 15 bytes. The names made here fit, and no two interfaces get
+//! the same name.
 
 use std::fmt;
 use std::net::Ipv4Addr;
 
 use bhatti_types::SandboxId;
 
-/// 64 bits, five at a time: each digit is one of `0-9a-v`.
+/// Digits of a tap's name: 64 bits, five at a time, each digit one of `0-9a-v`.
 const TAP_DIGITS: u32 = 13;
 
-/// The first two bytes of link addresses: locally administered, for one card each.
+/// The first two bytes of link addresses: locally administered, unicast.
 const GUEST_PREFIX: [u8; 2] = [0x06, 0x62];
 const BRIDGE_PREFIX: [u8; 2] = [0x02, 0x62];
 
-/// The interface on this host that is the other end of a sandbox's network card.
+/// Returns the name of a sandbox's tap, the interface on this host at the other end of its
+/// network card.
 #[must_use]
 pub fn tap_name(id: SandboxId) -> String {
     let number = id.as_u64();
@@ -24,13 +26,13 @@ pub fn tap_name(id: SandboxId) -> String {
     format!("bh{digits}")
 }
 
-/// The bridge of a network.
+/// Returns the name of a network's bridge.
 #[must_use]
 pub fn bridge_name(number: u32) -> String {
     format!("bhatti{number}")
 }
 
-/// The number of the network that a bridge is of.
+/// Returns the number of the network that has this bridge.
 pub(crate) fn bridge_number(name: &str) -> Option<u32> {
     let number = name.strip_prefix("bhatti")?.parse().ok()?;
     (bridge_name(number) == name).then_some(number)
@@ -41,15 +43,16 @@ pub(crate) fn bridge_number(name: &str) -> Option<u32> {
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// The link address of the card with this address: always the same, so what anybody remembers of an address stays true when the next
-    /// sandbox has it.
+    /// Returns the link address of the network card with this IP address. The mapping is fixed,
+    /// so a neighbor entry stays true when the next sandbox has the IP address.
     #[must_use]
     pub const fn of_guest(address: Ipv4Addr) -> Self {
         let ([x, y], [a, b, c, d]) = (GUEST_PREFIX, address.octets());
         Self([x, y, a, b, c, d])
     }
 
-    /// The link address of a daemon's bridges. A bridge gets it when it is made, and is so known as this daemon's at any time.
+    /// Returns the link address of a daemon's bridges. A bridge has it from its creation on, so
+    /// it can be recognized as this daemon's at any time.
     pub(crate) const fn of_bridges(instance: Instance) -> Self {
         let ([x, y], [a, b, c, d]) = (BRIDGE_PREFIX, instance.0.to_be_bytes());
         Self([x, y, a, b, c, d])
@@ -63,7 +66,8 @@ impl fmt::Display for Mac {
     }
 }
 
-/// Tells the daemons of a host apart. Not zero: that is the group of interfaces that nobody put into one.
+/// Tells the daemons on a host apart. Never zero: that is the group of interfaces without an
+/// assigned group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Instance(pub u32);
 
@@ -99,12 +103,12 @@ mod tests {
     }
 
     #[test]
-    fn link_addresses_belong_to_one_card_each() {
+    fn link_addresses_are_unique_and_unicast() {
         let one = Mac::of_guest(Ipv4Addr::new(10, 213, 0, 2));
         assert_eq!(one.to_string(), "06:62:0a:d5:00:02");
         assert_ne!(one, Mac::of_guest(Ipv4Addr::new(10, 213, 1, 2)));
         for Mac([first, ..]) in [one, Mac::of_bridges(Instance(7))] {
-            assert_eq!(first & 3, 2, "locally administered, and of one card");
+            assert_eq!(first & 3, 2, "locally administered and unicast");
         }
     }
 }

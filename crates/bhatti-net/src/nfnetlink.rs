@@ -1,7 +1,8 @@
-//! What of the packet filter nft(8) does not do well: forgetting connections, and noticing that somebody changed the rules.
+//! Operations of the packet filter that nft(8) does not do well: forgetting connections, and
+//! noticing that rules were changed.
 //!
-//! Messages are built by hand: there are three of them. Numbers and layouts are those of linux/netlink.h, linux/netfilter/nfnetlink.h,
-//! nfnetlink_conntrack.h and nf_tables.h.
+//! Messages are built by hand, because there are only three of them. Numbers and layouts are
+//! those of linux/netlink.h, linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h and nf_tables.h.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 /// `NLM_F_REQUEST` and `NLM_F_ACK`.
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
-/// `NLMSG_ERROR`: an error, or with the number 0 an acknowledgement.
+/// `NLMSG_ERROR`: an error, or with the number 0 an acknowledgment.
 const ERROR: u16 = 2;
 
 /// `NFNL_SUBSYS_CTNETLINK`, `IPCTNL_MSG_CT_DELETE`, `CTA_MARK` and `CTA_MARK_MASK`.
@@ -39,17 +40,17 @@ const HEADER: usize = 16;
 const FAMILY_HEADER: usize = 4;
 const ATTRIBUTE_HEADER: usize = 4;
 
-/// How long the kernel may take to answer: it looks at every connection that it has.
+/// Timeout for the kernel's answer: the kernel searches all of its connections.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// Bytes of answers that are taken at once.
+/// Bytes that one read takes.
 const ANSWER_BYTES: usize = 8192;
 
-/// Has the kernel forget the connections that have this mark. Blocks while it does.
+/// Makes the kernel forget the connections with this mark. Blocks until it has.
 ///
 /// # Errors
 ///
-/// Returns the kernel's error. That there is no such connection is none.
+/// Returns the kernel's error. It is no error if there is no such connection.
 pub(crate) fn forget_connections(mark: u32) -> io::Result<()> {
     let attributes = [(CTA_MARK, mark), (CTA_MARK_MASK, u32::MAX)];
     match ask(CT_DELETE, REQUEST | ACK, &attributes, acknowledged) {
@@ -58,7 +59,8 @@ pub(crate) fn forget_connections(mark: u32) -> io::Result<()> {
     }
 }
 
-/// The number of changes that were made to the rules of this host, by anybody. Packets do not count.
+/// Returns the generation of this host's rules: the number of changes made to them by any
+/// process. Packets do not change it.
 ///
 /// # Errors
 ///
@@ -70,18 +72,18 @@ pub(crate) fn generation() -> io::Result<u32> {
     })
 }
 
-/// Tells of changes to the rules of this host.
+/// Reports changes to the rules of this host.
 pub(crate) struct RulesWatch(AsyncFd<OwnedFd>);
 
 impl RulesWatch {
-    /// Watches from now on. Must be called within a runtime.
+    /// Starts to watch. Must be called within a runtime.
     pub(crate) fn open() -> io::Result<Self> {
         let socket = open(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
         bind(&socket, &SocketAddrNetlink::new(0, NFTABLES_GROUP))?;
         Ok(Self(bhatti_host::socket::watch(socket, Interest::READABLE)?))
     }
 
-    /// Waits until something has changed, and takes all that is known of it.
+    /// Waits until the rules have changed, and consumes all pending notices.
     ///
     /// # Cancel safety
     ///
@@ -94,7 +96,8 @@ impl RulesWatch {
                 Ok(_) => {}
                 Err(error) => {
                     ready.clear_ready();
-                    // More happened than the socket holds: something has changed all the same.
+                    // The socket lost notices because its buffer was full, so the rules have
+                    // changed.
                     let is_full = error == rustix::io::Errno::NOBUFS;
                     let is_over = error == rustix::io::Errno::AGAIN || is_full;
                     return if is_over { Ok(()) } else { Err(error.into()) };
@@ -108,7 +111,7 @@ fn open(flags: SocketFlags) -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(NETFILTER))?)
 }
 
-/// Sends a request, and takes messages until one is the answer.
+/// Sends a request, and receives messages until one of them is the answer.
 fn ask<T>(
     kind: u16,
     flags: u16,
@@ -141,13 +144,13 @@ fn message(kind: u16, flags: u16, attributes: &[(u16, u32)]) -> Vec<u8> {
     let mut message = length.to_ne_bytes().to_vec();
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
-    // Sequence and sender: there is one request a socket.
+    // Sequence number and sender stay 0, because each socket carries one request.
     message.extend([0; 8]);
     message.extend(body);
     message
 }
 
-/// The messages in a buffer, as kind and body. What makes no sense ends them.
+/// Splits a buffer into messages, as type and body. A malformed message ends the iteration.
 fn messages(mut buffer: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = u32::from_ne_bytes(buffer.get(..4)?.try_into().ok()?) as usize;
@@ -158,7 +161,7 @@ fn messages(mut buffer: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// What the kernel says in an acknowledgement, or an error.
+/// Parses an acknowledgment or an error of the kernel.
 fn acknowledged(kind: u16, body: &[u8]) -> Option<io::Result<()>> {
     if kind != ERROR {
         return None;
@@ -167,7 +170,7 @@ fn acknowledged(kind: u16, body: &[u8]) -> Option<io::Result<()>> {
     Some(if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) })
 }
 
-/// The number in an attribute.
+/// Returns the number in the attribute `wanted`.
 fn attribute(mut attributes: &[u8], wanted: u16) -> Option<u32> {
     loop {
         let length = usize::from(u16::from_ne_bytes(attributes.get(..2)?.try_into().ok()?));
@@ -185,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nonsense_ends_what_is_read() {
+    fn malformed_input_ends_parsing() {
         assert_eq!(messages(&[1, 2, 3]).count(), 0);
         assert_eq!(messages(&[0; 64]).count(), 0, "a message has at least its header");
         assert_eq!(attribute(&[3, 0, 1, 0, 5], GEN_ID), None);
@@ -193,12 +196,9 @@ mod tests {
     }
 
     #[test]
-    fn kernel_tells_its_generation() {
+    fn kernel_reports_its_generation() {
         if !bhatti_testkit::enter_own_network() {
-            bhatti_testkit::skip(
-                "the generation of the rules",
-                "a network of one's own needs root",
-            );
+            bhatti_testkit::skip("the generation of the rules", "a network namespace needs root");
             return;
         }
         let first = generation().unwrap();

@@ -1,29 +1,30 @@
-//! Packet filters of others, which drop what sandboxes send although ours lets it pass.
+//! Other firewalls: finds their packet filters that drop traffic of sandboxes that our rules let
+//! pass.
 
 use std::fmt;
 
 use crate::{NetError, nft};
 
-/// How names of ours begin, where somebody lets them pass.
+/// The prefix of our names. A rule of another firewall that lets sandboxes pass contains it.
 const OURS: &str = "bhatti";
 
-/// What such a filter keeps from sandboxes.
+/// The traffic that another firewall blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    /// All that is not on this host.
+    /// All traffic to destinations outside this host.
     World,
-    /// The resolver on this host, and so names.
+    /// Traffic to the resolver on this host, and so name lookups.
     Names,
 }
 
-/// A chain of somebody else's that drops what its rules do not know, and whose rules do not know sandboxes.
+/// A chain of another firewall that drops packets by default, and has no rules for sandboxes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
-    /// Its table: family and name.
+    /// The table: family and name.
     pub table: String,
-    /// Its name.
+    /// The chain's name.
     pub chain: String,
-    /// What it keeps from sandboxes.
+    /// The traffic that it blocks.
     pub kept: Kept,
 }
 
@@ -31,18 +32,19 @@ impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { table, chain, kept } = self;
         let kept = match kept {
-            Kept::World => "so sandboxes reach nothing outside",
-            Kept::Names => "so sandboxes look up no names",
+            Kept::World => "so sandboxes cannot reach anything outside this host",
+            Kept::Names => "so sandboxes cannot resolve names",
         };
-        write!(f, "`{chain}` of the table `{table}` drops what it does not know, {kept}")
+        write!(f, "chain `{chain}` of table `{table}` drops packets by default, {kept}")
     }
 }
 
-/// The filters of others that sandboxes do not get past. Those of the legacy `iptables` cannot be seen.
+/// Returns the chains of other firewalls that block sandboxes. Chains of the legacy `iptables`
+/// are invisible here.
 ///
 /// # Errors
 ///
-/// Returns an error if the packet filter does not say.
+/// Returns an error if nft cannot list the chains.
 pub async fn obstacles() -> Result<Vec<Obstacle>, NetError> {
     let dropping = dropping(&nft(&[], "list chains\n").await?);
     let mut obstacles = Vec::new();
@@ -55,9 +57,10 @@ pub async fn obstacles() -> Result<Vec<Obstacle>, NetError> {
     Ok(obstacles)
 }
 
-/// Whether a chain of a table, or one that its packets come through, names the bridges of sandboxes: whoever lets them pass does.
+/// Whether a chain of a table, or a chain that it jumps to, names the bridges of sandboxes. A
+/// rule that lets sandboxes pass does.
 fn knows_sandboxes(table: &str, chain: &str) -> bool {
-    // Chains cannot lead back to themselves: nft refuses that.
+    // nft refuses loops of chains, so the recursion ends.
     rules(table, chain).any(|rule| {
         let next = ["jump ", "goto "].iter().find_map(|how| Some(rule.split_once(how)?.1));
         let next = next.and_then(|rest| rest.split_whitespace().next());
@@ -65,14 +68,15 @@ fn knows_sandboxes(table: &str, chain: &str) -> bool {
     })
 }
 
-/// The lines of a chain.
+/// Returns the rules of a chain, one a line.
 fn rules<'a>(table: &'a str, chain: &str) -> impl Iterator<Item = &'a str> {
     let opening = format!("chain {chain} {{");
     let lines = table.lines().map(str::trim).skip_while(move |line| *line != opening);
     lines.skip(1).take_while(|line| *line != "}")
 }
 
-/// The chains of a list that drop IPv4 packets on their way through this host, or to it.
+/// Returns the chains in a listing that by default drop IPv4 packets that this host forwards or
+/// receives.
 fn dropping(chains: &str) -> Vec<Obstacle> {
     let (mut table, mut chain) = ("", "");
     let mut found = Vec::new();

@@ -1,6 +1,8 @@
-//! Names: each network has a resolver at its gateway's address, which knows the sandboxes in it and asks others about the rest.
+//! DNS: each network has a resolver at its gateway's address. It knows the network's sandboxes,
+//! and forwards all other questions.
 //!
-//! A resolver answers for everything, for one that says "no such name" is believed: no other would be asked.
+//! A resolver answers every question itself, because guests believe an answer of "no such name"
+//! and then ask no other resolver.
 
 mod answer;
 
@@ -25,29 +27,31 @@ use answer::{Answer, answer, parse};
 
 const PORT: u16 = 53;
 
-/// The largest datagram; names that are answered from here fit easily, and what comes from elsewhere says itself that it was cut.
+/// Maximum size of a datagram. Local answers fit easily, and an upstream's answer carries its own
+/// flag if it was truncated.
 const DATAGRAM_BYTES_MAX: usize = 4096;
 
-/// How long the list of other resolvers holds.
+/// How long the list of upstreams is cached.
 const SERVERS_HOLD: Duration = Duration::from_secs(5);
 
-/// How long another resolver may take.
+/// Timeout for an upstream's answer.
 const UPSTREAM_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a caller may keep a connection without asking.
+/// Idle timeout of a client's connection.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Questions that one network may have open at once, and connections.
+/// Maximum of open questions and of connections that one network may have at once.
 const OPEN_QUESTIONS: usize = 256;
 const CONNECTIONS: usize = 64;
 const CONNECTION_QUEUE: u32 = 64;
 
-/// Who is asked for names that are no sandbox's.
+/// The upstream resolvers for names other than those of sandboxes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Upstreams {
-    /// These.
+    /// These servers.
     Fixed(Vec<IpAddr>),
-    /// Those whom a file such as `/etc/resolv.conf` names, whenever something is asked: they change with the host's own network.
+    /// The servers that a file such as `/etc/resolv.conf` lists. The file is read again when the
+    /// cached list is too old, because the list changes with the host's own network.
     In(PathBuf),
 }
 
@@ -64,16 +68,17 @@ impl Upstreams {
     }
 }
 
-/// Whether questions about names of private networks leave this host, which may be trusted with the answers where its sandboxes are not.
+/// Whether the resolvers forward questions about names of private networks. The upstreams may
+/// trust this host with answers that sandboxes should not get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrivateNames {
-    /// They are asked like others.
+    /// Such questions are forwarded like others.
     Asked,
     /// Such names do not exist for sandboxes.
     Denied,
 }
 
-/// The servers that are asked, read again now and then.
+/// The upstreams, read again when the cached list is too old.
 struct Servers {
     upstreams: Upstreams,
     last: tokio::sync::Mutex<Option<(Instant, Vec<IpAddr>)>>,
@@ -103,7 +108,7 @@ pub(crate) struct Resolver {
     networks: Mutex<HashMap<u32, Served>>,
 }
 
-/// A network's resolver, for as long as this lives.
+/// The running resolver of a network. Dropping it ends the resolver.
 struct Served {
     gateway: Ipv4Addr,
     names: Arc<Mutex<Names>>,
@@ -118,7 +123,7 @@ impl Drop for Served {
     }
 }
 
-/// What one question needs.
+/// Shared state that answering a question needs.
 #[derive(Clone)]
 struct Known {
     names: Arc<Mutex<Names>>,
@@ -133,7 +138,7 @@ impl Resolver {
         Self { servers, private_names, networks: Mutex::default() }
     }
 
-    /// Serves a network.
+    /// Starts the resolver of a network, unless it already runs at the network's gateway.
     pub(crate) fn serve(&self, network: &Network) -> Result<(), NetError> {
         let mut networks = self.networks.lock();
         let gateway = network.gateway();
@@ -152,7 +157,7 @@ impl Resolver {
             let ports = plan.ports.iter().filter(|port| port.network == *number);
             let mut names = Names::new();
             for port in ports {
-                // Of names that differ in case alone, which DNS does not see, the first is meant.
+                // DNS ignores case. If names differ only in case, the first one counts.
                 names.entry(port.name.to_ascii_lowercase()).or_insert(port.address);
             }
             *served.names.lock() = names;
@@ -163,7 +168,8 @@ impl Resolver {
         let gateway = network.gateway();
         let address = SocketAddr::from((gateway, PORT));
         let failed = |source| NetError::Resolver { address, source };
-        // For this network alone: nobody else is to know its names, nor to have this host ask for them.
+        // Bound to this network's bridge: no other network may look up its names, or use this
+        // host as a resolver.
         let bridge = bridge_name(network.number);
         let datagrams = std::net::UdpSocket::bind(address).map_err(failed)?;
         datagrams.set_nonblocking(true).map_err(failed)?;
@@ -195,9 +201,9 @@ async fn serve_datagrams(socket: Arc<UdpSocket>, known: Known) {
         let Ok(turn) = Arc::clone(&known.open).acquire_owned().await else { return };
         let (length, from) = match socket.recv_from(&mut buffer).await {
             Ok(received) => received,
-            // Of an answer that nobody took.
+            // An earlier answer could not be delivered.
             Err(error) => {
-                debug!(%error, "Resolver got an error");
+                debug!(%error, "Resolver failed to receive a datagram");
                 continue;
             }
         };
@@ -219,7 +225,7 @@ async fn serve_connections(listener: TcpListener, known: Known) {
         let connection = match listener.accept().await {
             Ok((connection, _)) => connection,
             Err(error) => {
-                debug!(%error, "Resolver got no connection");
+                debug!(%error, "Resolver failed to accept a connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -228,7 +234,7 @@ async fn serve_connections(listener: TcpListener, known: Known) {
         tokio::spawn(async move {
             let _turn = turn;
             if let Err(error) = converse(connection, &known).await {
-                debug!(%error, "Resolver's connection ended");
+                debug!(%error, "Resolver connection failed");
             }
         });
     }
@@ -260,7 +266,7 @@ async fn write_message(connection: &mut TcpStream, message: &[u8]) -> io::Result
 }
 
 impl Known {
-    /// The answer to a question; none if it is none.
+    /// Returns the answer to a question, or `None` if the message is not a valid question.
     async fn ask(
         &self,
         question: &[u8],
@@ -278,17 +284,18 @@ impl Known {
                     if is_final(&answer) {
                         return Some(answer);
                     }
-                    // Another one may know. If none does, the asker hears why.
+                    // Another upstream may know. If none does, the client gets this failure.
                     failure = answer;
                 }
-                other => debug!(%upstream, ?other, "Resolver got no answer"),
+                other => debug!(%upstream, ?other, "Upstream resolver did not answer"),
             }
         }
         Some(failure)
     }
 }
 
-/// Whether an answer says that the name is there or that it is not. Other codes say that this server cannot tell.
+/// Whether an answer says that the name exists or that it does not. Other codes mean that the
+/// server cannot tell.
 fn is_final(answer: &[u8]) -> bool {
     answer.get(3).is_some_and(|flags| matches!(flags & 0x0f, 0 | 3))
 }
@@ -298,7 +305,7 @@ async fn ask_by_datagram(upstream: IpAddr, question: &[u8]) -> io::Result<Vec<u8
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
     };
-    // A port of its own for each question: who would forge an answer has to guess it.
+    // Each question gets its own source port, which an attacker has to guess to forge an answer.
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect((upstream, PORT)).await?;
     socket.send(question).await?;
@@ -308,7 +315,7 @@ async fn ask_by_datagram(upstream: IpAddr, question: &[u8]) -> io::Result<Vec<u8
     if length > DATAGRAM_BYTES_MAX
         && let Some(flags) = answer.get_mut(2)
     {
-        // TC: whoever asked asks again on a connection.
+        // TC: the client asks again over TCP.
         *flags |= 0x02;
     }
     Ok(answer)

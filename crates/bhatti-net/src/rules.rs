@@ -1,24 +1,29 @@
-//! What may pass: the rules of all networks, as a script of nft(8).
+//! Firewall rules of all networks, as a script for nft(8).
 //!
 //! ```text
-//!  tap ─► bridge prerouting: the sandbox's own addresses, IPv4 and ARP, or dropped
+//!  tap ─► bridge prerouting: IPv4 and ARP from the sandbox's own addresses, or dropped
 //!           ├─► another tap of the same bridge: passes
-//!           ├─► this host:   the network's resolver, what is allowed, or refused
-//!           └─► elsewhere:   other networks are refused, what is allowed passes, private ranges are refused, the rest passes, masqueraded
+//!           ├─► this host:   DNS to the network's resolver, allowed ranges, or refused
+//!           └─► elsewhere:   other networks are refused, allowed ranges pass,
+//!                            private ranges are refused, the rest passes, masqueraded
 //!  elsewhere ─► tap: answers, or dropped
 //! ```
 //!
-//! Taps are known by their group, which is the daemon's own number: one that no sandbox of the plan has passes nothing.
+//! The rules identify taps by their group, which is the daemon's own number. A tap that belongs
+//! to no sandbox of the plan passes nothing.
 //!
-//! What is addressed to a bridge itself (`01:80:c2:00:00:0x`) passes none of its hooks, but comes in from the tap, as does all from a tap that is no
-//! port: this host hears nothing from there.
+//! Frames that are addressed to the bridge itself (`01:80:c2:00:00:0x`) bypass the hooks of the
+//! bridge and come in from the tap, as do all frames from a tap that is not a port. This host
+//! drops all of them.
 //!
-//! Three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name. They are declared whole in one transaction, or their sets are
-//! changed in one: at no time is there half a policy. Chains of others are not touched; what they drop stays dropped.
+//! There are three tables, of the families `bridge`, `inet` and `arp`, in the daemon's own name.
+//! One transaction either declares them whole or changes their sets, so half a policy is never in
+//! force. We do not touch other chains; what those drop stays dropped.
 //!
-//! **Epochs.** A connection carries a mark: the *epoch* of its sandbox, a number that no other sandbox has. "Established" is believed only with the
-//! epoch that the address has now. So a connection that was opened while the rules were gone, or by the sandbox that had the address before, passes
-//! no more.
+//! **Epochs.** A connection carries a mark: the *epoch* of its sandbox, a number that no other
+//! sandbox has. The rules accept an established connection only if its mark is the current epoch
+//! of the address. So a connection no longer passes if it was opened while the rules were gone,
+//! or by the sandbox that had the address before.
 
 use std::net::Ipv4Addr;
 
@@ -27,7 +32,8 @@ use bhatti_types::NEVER_REACHED;
 use crate::names::{Instance, Mac, bridge_name};
 use crate::{Network, Plan, Port};
 
-/// Ranges that are nobody's on the public network, and so may be this host's neighbours.
+/// Ranges that are not assigned on the public internet, and so may be in use on networks around
+/// this host.
 const PRIVATE: [&str; 8] = [
     "10.0.0.0/8",
     "100.64.0.0/10",
@@ -42,20 +48,21 @@ const PRIVATE: [&str; 8] = [
 /// The families of the tables.
 const FAMILIES: [&str; 3] = ["bridge", "inet", "arp"];
 
-/// Connections that one sandbox may have open through this host, and lookups of names beside them: the table that the host keeps them in is
-/// shared by all.
+/// Maximum of connections that one sandbox may have open through this host, and of name lookups
+/// beside them: all sandboxes share the host's connection table.
 const CONNECTIONS_MAX: u32 = 4096;
 const LOOKUPS_MAX: u32 = 1024;
 
 /// The sets to which packets add elements.
 const COUNTING: [&str; 2] = ["flows", "lookups"];
 
-/// The name of all tables.
+/// Returns the name of the daemon's tables, the same for all families.
 fn table(instance: Instance) -> String {
     format!("bhatti_{instance}")
 }
 
-/// What a list of all rules has of this daemon's tables, without what packets change: the elements of the sets that count connections.
+/// Returns this daemon's tables from a listing of all rules, without the parts that packets
+/// change: the elements of the sets that count connections.
 pub(crate) fn declared_part(instance: Instance, ruleset: &str) -> String {
     let tables = FAMILIES.map(|family| format!("table {family} {} {{", table(instance)));
     let (mut is_ours, mut is_counting) = (false, false);
@@ -67,28 +74,31 @@ pub(crate) fn declared_part(instance: Instance, ruleset: &str) -> String {
         } else if *line == "\t}" {
             is_counting = false;
         }
-        // Elements may take several lines.
+        // The list of elements may take several lines.
         let is_element = line.starts_with("\t\telements") || line.starts_with("\t\t\t");
         is_ours && !(is_counting && is_element)
     });
     kept.flat_map(|line| [line, "\n"]).collect()
 }
 
-/// All tables as they are to be, whatever is there. Without networks there are none.
+/// Returns a script that declares all tables of `plan`, regardless of the existing ones. A plan
+/// without networks has no tables.
 pub(crate) fn script(instance: Instance, plan: &Plan) -> String {
     let table = table(instance);
     let mut script = String::new();
     for family in FAMILIES {
-        // What is not there cannot be deleted; declaring it first makes sure that it is.
+        // Deleting a missing table fails, so declare it first.
         script += &format!("table {family} {table} {{}}\ndelete table {family} {table}\n");
     }
     script + &tables(instance, &table, plan)
 }
 
-/// What makes tables that were made for `before` those of `plan`. What is counted stays counted: the tables are not replaced. Fails if they
-/// are not what they were.
+/// Returns a script that turns the tables of `before` into those of `plan`. It does not replace
+/// the tables, so connection counts are kept. The script fails if the tables do not match
+/// `before`.
 ///
-/// `None` if they have to be declared as a whole; an empty script if nothing is to be done.
+/// Returns `None` if the tables have to be declared as a whole, and an empty script if nothing
+/// changes.
 pub(crate) fn change(instance: Instance, before: &Plan, plan: &Plan) -> Option<String> {
     if plan.networks.is_empty() {
         return None;
@@ -117,7 +127,7 @@ pub(crate) fn change(instance: Instance, before: &Plan, plan: &Plan) -> Option<S
     Some(script)
 }
 
-/// What is in a set because of a plan.
+/// The elements of a set that depend on the plan.
 struct Elements {
     family: &'static str,
     set: &'static str,
@@ -145,7 +155,8 @@ fn elements(plan: &Plan) -> [Elements; 8] {
             }),
         },
         inet("bridges", "type ifname", "", of_networks(&bridge)),
-        // Where a module sends what is bridged through the hooks of what is routed, siblings meet here.
+        // If the br_netfilter module passes bridged packets through the hooks for routed packets,
+        // traffic between siblings matches here.
         inet(
             "same",
             "type ifname . ifname",
@@ -164,7 +175,7 @@ fn elements(plan: &Plan) -> [Elements; 8] {
             INTERVAL,
             of_networks(&|network| network.subnet.to_string()),
         ),
-        // The ranges that sandboxes reach beyond what all may.
+        // The ranges that a sandbox reaches beyond those that all sandboxes do.
         inet(
             "allowed",
             "type ipv4_addr . ipv4_addr",
@@ -233,7 +244,7 @@ fn arp_table(instance: Instance, table: &str) -> String {
     )
 }
 
-/// The sets of a family that depend on the plan.
+/// Declares the sets of a family that depend on the plan.
 fn sets_of(family: &str, plan: &Plan) -> String {
     let of_family = elements(plan).into_iter().filter(|elements| elements.family == family);
     let declared = of_family.map(|Elements { set: name, kind, flags, elements, .. }| {
@@ -243,7 +254,8 @@ fn sets_of(family: &str, plan: &Plan) -> String {
     declared.collect()
 }
 
-/// The other sets: what is never reached, what only some may reach, and what is counted.
+/// Declares the other sets: ranges that are never reached, ranges that only allowed sandboxes
+/// reach, and counters.
 fn fixed_sets() -> String {
     let counting = COUNTING.map(|set| {
         format!("\tset {set} {{\n\t\ttype ipv4_addr\n\t\tsize 65535\n\t\tflags dynamic\n\t}}\n")
@@ -340,13 +352,13 @@ fn quoted(name: &str) -> String {
 }
 
 impl Network {
-    /// This host's own address in it.
+    /// Returns this host's own address in the network.
     #[must_use]
     pub fn gateway(&self) -> Ipv4Addr {
         self.address(1)
     }
 
-    /// The address of this number in it.
+    /// Returns the address with this number in the network.
     #[must_use]
     pub fn address(&self, number: u8) -> Ipv4Addr {
         let [a, b, c, _] = self.subnet.network().octets();
@@ -359,18 +371,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_declared_for_nobody() {
+    fn plan_without_networks_declares_no_rules() {
         let script = script(Instance(1), &Plan::default());
         assert!(script.lines().all(|line| line.ends_with("{}") || line.starts_with("delete")));
     }
 
     #[test]
-    fn change_names_what_differs_and_nothing_else() {
+    fn change_touches_only_elements_that_differ() {
         let (mut before, mut plan) = (Plan::sample(), Plan::sample());
         assert_eq!(change(Instance(1), &before, &plan).as_deref(), Some(""));
 
         before.ports[0].name = "another".to_owned();
-        assert_eq!(change(Instance(1), &before, &plan).as_deref(), Some(""), "rules know no names");
+        assert_eq!(change(Instance(1), &before, &plan).as_deref(), Some(""), "rules have no names");
         plan.ports[0].epoch = 9;
         let script = change(Instance(1), &before, &plan).unwrap();
         let lines: Vec<_> = script.lines().map(|line| line.split(' ').nth(4).unwrap()).collect();
@@ -381,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn what_packets_add_to_a_listing_is_left_out() {
+    fn declared_part_omits_elements_that_packets_add() {
         let listing = "table inet another {\n\tset x {\n\t}\n}\ntable inet bhatti_00000001 {\n\tset flows {\n\t\ttype ipv4_addr\n\t\telements = { 10.0.0.1,\n\t\t\t     10.0.0.2 }\n\t}\n\tset never {\n\t\telements = { 10.0.0.3 }\n\t}\n}\n";
 
         let declared = declared_part(Instance(1), listing);

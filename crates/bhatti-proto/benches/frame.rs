@@ -1,4 +1,4 @@
-//! The frame codec, as it runs: through reader and writer, over memory.
+//! Benchmarks of the frame codec: through reader and writer, over memory.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -10,7 +10,7 @@ use tokio::runtime::{Builder, Runtime};
 
 const KIB: usize = 1024;
 
-/// The value of a future that has nothing to wait for: memory is always ready.
+/// Returns the value of a future that never waits: memory is always ready.
 fn at_once<T>(future: impl Future<Output = T>) -> T {
     future.now_or_never().expect("memory is always ready")
 }
@@ -29,7 +29,7 @@ fn write(criterion: &mut Criterion) {
             bencher.iter(|| {
                 writer.get_mut().clear();
                 at_once(writer.send(FrameType::STDOUT, black_box(&payload)))
-                    .expect("memory takes all");
+                    .expect("a write to memory succeeds");
             });
         });
     }
@@ -40,19 +40,19 @@ fn read(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("frame read");
     for kib in [1, 32] {
         let mut bytes = Vec::new();
-        encode(&mut bytes, FrameType::STDOUT, &vec![7; kib * KIB]).expect("it fits");
+        encode(&mut bytes, FrameType::STDOUT, &vec![7; kib * KIB]).expect("the payload fits");
         group.throughput(Throughput::Bytes((kib * KIB) as u64));
         group.bench_function(format!("{kib} KiB"), |bencher| {
             bencher.iter(|| {
                 let mut reader = FrameReader::new(black_box(&bytes[..]));
-                at_once(reader.next()).expect("a frame")
+                at_once(reader.next()).expect("the buffer holds a frame")
             });
         });
     }
     group.finish();
 }
 
-/// One frame there and back through a pipe in memory, between two tasks.
+/// Sends one frame there and back through a pipe in memory, between two tasks.
 fn round_trip(criterion: &mut Criterion) {
     let runtime = runtime();
     criterion.bench_function("frame round trip 1 KiB", |bencher| {
@@ -71,8 +71,8 @@ fn round_trip(criterion: &mut Criterion) {
         let payload = vec![7; KIB];
         bencher.iter(|| {
             runtime.block_on(async {
-                writer.send(FrameType::STDOUT, &payload).await.expect("the pipe takes it");
-                reader.next().await.expect("the echo comes")
+                writer.send(FrameType::STDOUT, &payload).await.expect("the pipe accepts the frame");
+                reader.next().await.expect("the echo arrives")
             })
         });
         echo.abort();
@@ -90,7 +90,7 @@ fn json(criterion: &mut Criterion) {
         bencher.iter(|| {
             writer.get_mut().clear();
             at_once(writer.send_json(FrameType::EXEC_REQ, black_box(&request)))
-                .expect("memory takes all");
+                .expect("a write to memory succeeds");
         });
     });
 }

@@ -1,4 +1,4 @@
-//! Writes that go out together.
+//! Batched writes: small writes that leave as one.
 
 use std::io;
 use std::pin::Pin;
@@ -6,19 +6,20 @@ use std::task::{Context, Poll, ready};
 
 use futures_util::io::{AsyncRead, AsyncWrite};
 
-/// From how many bytes on they are written, whatever else may come.
+/// The number of buffered bytes that forces a write, even if no read follows.
 const KEPT_BYTES_MAX: usize = 64 * 1024;
 
-/// The most memory that is kept for the next ones, in bytes.
+/// The most buffer memory that is kept for later writes, in bytes.
 const SPARE_BYTES_MAX: usize = 4096;
 
-/// A stream that keeps what is written to it until something is to be read from it, or until that is much. A multiplexer writes the parts of
-/// its frames one by one, and reads when it has no more to write: the other side is woken once instead of for each part.
+/// A stream that buffers writes until the next read, or until [`KEPT_BYTES_MAX`] bytes wait. A
+/// multiplexer writes the parts of its frames one by one, and reads when it has no more to write:
+/// the peer is woken once instead of for each part.
 #[derive(Debug)]
 pub(crate) struct Batched<S> {
     inner: S,
     kept: Vec<u8>,
-    /// How much of it is written.
+    /// How many bytes of `kept` are written.
     written: usize,
 }
 
@@ -43,7 +44,7 @@ impl<S: AsyncWrite + Unpin> Batched<S> {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends all that is kept, here and by the stream below.
+    /// Writes out all buffered bytes and flushes the stream below.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_write_kept(cx))?;
         Pin::new(&mut self.inner).poll_flush(cx)
@@ -56,7 +57,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Batched<S> {
         cx: &mut Context<'_>,
         buf: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        // What the stream does not take now, it takes when it is ready: this task is woken then.
+        // If the stream cannot take the bytes now, it wakes this task when it can, and the next
+        // poll sends them.
         if let Poll::Ready(Err(error)) = self.poll_send(cx) {
             return Poll::Ready(Err(error));
         }
@@ -77,7 +79,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Batched<S> {
         Poll::Ready(Ok(buf.len()))
     }
 
-    /// Does nothing: the next read does.
+    /// Does nothing: the next read sends the buffered bytes.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

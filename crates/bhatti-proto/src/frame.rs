@@ -18,36 +18,40 @@ pub const PAYLOAD_BYTES_MAX: usize = FRAME_BYTES_MAX - 1;
 /// Length field and type byte, in bytes.
 const HEADER_BYTES: usize = 5;
 
-/// What a frame is. Unknown types are kept as they are: who receives one decides.
+/// The type of a frame. Unknown types are kept as they are: the receiver decides about them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FrameType(pub u8);
 
 impl FrameType {
-    /// Host to guest: bytes for the process, or for the file being written. Either way: bytes of a connection that travels as frames.
+    /// Host to guest: bytes for the process, or for the file being written. Both ways: bytes of a
+    /// connection that is relayed as frames.
     pub const STDIN: Self = Self(0x01);
-    /// Guest to host: bytes of the process, or of the file being read.
+    /// Guest to host: standard output of the process, or bytes of the file being read.
     pub const STDOUT: Self = Self(0x02);
-    /// Guest to host: bytes of the process.
+    /// Guest to host: standard error of the process.
     pub const STDERR: Self = Self(0x03);
     /// Host to guest: rows and columns of the terminal.
     pub const RESIZE: Self = Self(0x04);
     /// Guest to host: the exit code; the operation is over.
     pub const EXIT: Self = Self(0x05);
-    /// Either way: text for a person; the operation is over.
+    /// Both ways: an error text for people; the operation is over.
     pub const ERROR: Self = Self(0x06);
     /// Host to guest: kill the process group.
     pub const KILL: Self = Self(0x07);
-    /// Host to guest: the process's standard input ends here. Either way: that direction of a connection does. Not in the original
-    /// protocol.
+    /// Host to guest: end of the process's standard input. Both ways: end of one direction of a
+    /// connection. Not in the original protocol.
     pub const STDIN_EOF: Self = Self(0x08);
-    /// Host to guest: one byte, a signal for the process group. Not in the original protocol.
+    /// Host to guest: one byte, the signal to send to the process group. Not in the original
+    /// protocol.
     pub const SIGNAL: Self = Self(0x09);
-    /// Guest to host: [`AgentError`](crate::AgentError) in place of [`ERROR`](Self::ERROR), for hosts that asked for it with
-    /// `error_details`. Not in the original protocol.
+    /// Guest to host: [`AgentError`](crate::AgentError) in place of [`ERROR`](Self::ERROR), for
+    /// hosts that ask for it with `error_details`. Not in the original protocol.
     pub const ERROR_DETAILS: Self = Self(0x0a);
-    /// Guest to host: the command is being ended because its time is over; [`EXIT`](Self::EXIT) follows. Not in the original protocol.
+    /// Guest to host: the command reached its time limit and is being ended; [`EXIT`](Self::EXIT)
+    /// follows. Not in the original protocol.
     pub const TIMEOUT: Self = Self(0x0b);
-    /// Guest to host: the command runs. Sent to hosts that asked for `error_details`. Not in the original protocol.
+    /// Guest to host: the command runs. Sent to hosts that ask for `error_details`. Not in the
+    /// original protocol.
     pub const STARTED: Self = Self(0x0c);
     /// Host to guest: [`ExecRequest`](crate::ExecRequest).
     pub const EXEC_REQ: Self = Self(0x10);
@@ -65,7 +69,8 @@ impl FrameType {
     pub const EXEC_KILL: Self = Self(0x32);
     /// Guest to host: [`SessionInfo`](crate::SessionInfo).
     pub const SESSION_INFO: Self = Self(0x33);
-    /// Host to guest: [`SignalRequest`](crate::SignalRequest). Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    /// Host to guest: [`SignalRequest`](crate::SignalRequest). Answered by
+    /// [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const SIGNAL_REQ: Self = Self(0x34);
     /// Host to guest: ask for the activity.
     pub const ACTIVITY_REQ: Self = Self(0x40);
@@ -91,41 +96,51 @@ impl FrameType {
     pub const FILE_LS_REQ: Self = Self(0x56);
     /// Guest to host: an array of [`FileInfo`](crate::FileInfo).
     pub const FILE_LS_RESP: Self = Self(0x57);
-    /// Host to guest: [`MkdirRequest`](crate::MkdirRequest). This and the next two are answered by [`EXIT`](Self::EXIT) 0. Not in the
-    /// original protocol.
+    /// Host to guest: [`MkdirRequest`](crate::MkdirRequest). This request and the next two are
+    /// answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const FILE_MKDIR_REQ: Self = Self(0x58);
     /// Host to guest: [`RemoveRequest`](crate::RemoveRequest). Not in the original protocol.
     pub const FILE_REMOVE_REQ: Self = Self(0x59);
     /// Host to guest: [`RenameRequest`](crate::RenameRequest). Not in the original protocol.
     pub const FILE_RENAME_REQ: Self = Self(0x5a);
-    /// Host to guest: [`FilePathRequest`](crate::FilePathRequest), the file or directory to watch. Not in the original protocol.
+    /// Host to guest: [`FilePathRequest`](crate::FilePathRequest), the file or directory to
+    /// watch. Not in the original protocol.
     pub const FILE_WATCH_REQ: Self = Self(0x5b);
     /// Guest to host: [`FileEvent`](crate::FileEvent). Not in the original protocol.
     pub const FILE_EVENT: Self = Self(0x5c);
-    /// Host to guest: [`ArchiveRequest`](crate::ArchiveRequest), a directory to read as a tar archive. Answered by the archive as
-    /// [`STDOUT`](Self::STDOUT), by one [`STDERR`](Self::STDERR) for each entry that is left out (its path), and
-    /// [`EXIT`](Self::EXIT) 0. Not in the original protocol.
-    pub const ARCHIVE_READ_REQ: Self = Self(0x5d);
-    /// Host to guest: [`ArchiveRequest`](crate::ArchiveRequest), a directory to unpack a tar archive into. The archive follows as
-    /// [`STDIN`](Self::STDIN), and [`STDIN_EOF`](Self::STDIN_EOF). Answered as [`ARCHIVE_READ_REQ`](Self::ARCHIVE_READ_REQ), without
-    /// an archive. Not in the original protocol.
-    pub const ARCHIVE_WRITE_REQ: Self = Self(0x5e);
-    /// Host to guest: shut the guest down. Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
-    pub const SHUTDOWN_REQ: Self = Self(0x60);
-    /// Host to guest: [`GuestConfig`](crate::GuestConfig), once after the boot. Answered by [`EXIT`](Self::EXIT) 0. Not in the original
+    /// Host to guest: [`ArchiveRequest`](crate::ArchiveRequest), a directory to read as a tar
+    /// archive. Answered by the archive as [`STDOUT`](Self::STDOUT), one [`STDERR`](Self::STDERR)
+    /// with the path of each skipped entry, and [`EXIT`](Self::EXIT) 0. Not in the original
     /// protocol.
+    pub const ARCHIVE_READ_REQ: Self = Self(0x5d);
+    /// Host to guest: [`ArchiveRequest`](crate::ArchiveRequest), a directory to unpack a tar
+    /// archive into. The archive follows as [`STDIN`](Self::STDIN) and
+    /// [`STDIN_EOF`](Self::STDIN_EOF). Answered like
+    /// [`ARCHIVE_READ_REQ`](Self::ARCHIVE_READ_REQ), without an archive. Not in the original
+    /// protocol.
+    pub const ARCHIVE_WRITE_REQ: Self = Self(0x5e);
+    /// Host to guest: shut the guest down. Answered by [`EXIT`](Self::EXIT) 0. Not in the
+    /// original protocol.
+    pub const SHUTDOWN_REQ: Self = Self(0x60);
+    /// Host to guest: [`GuestConfig`](crate::GuestConfig), once after the boot. Answered by
+    /// [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const CONFIG_REQ: Self = Self(0x61);
-    /// Host to guest: [`Identity`](crate::Identity), once after each restore. Not in the original protocol.
+    /// Host to guest: [`Identity`](crate::Identity), once after each restore as another sandbox.
+    /// Not in the original protocol.
     pub const IDENTITY_REQ: Self = Self(0x62);
     /// Guest to host: [`IdentityReport`](crate::IdentityReport). Not in the original protocol.
     pub const IDENTITY_RESP: Self = Self(0x63);
-    /// Host to guest: [`Suspend`](crate::Suspend), before a snapshot: no process of a user runs from the answer on, until this guest is
-    /// told that it has woken or who it is. This and the next one are answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    /// Host to guest: [`Suspend`](crate::Suspend), before a snapshot. From the answer on, no user
+    /// process runs until the host sends [`WOKEN_REQ`](Self::WOKEN_REQ) or
+    /// [`IDENTITY_REQ`](Self::IDENTITY_REQ). This request and the next one are answered by
+    /// [`EXIT`](Self::EXIT) 0. Not in the original protocol.
     pub const SUSPEND_REQ: Self = Self(0x64);
-    /// Host to guest: [`Woken`](crate::Woken), after each pause. Not in the original protocol.
+    /// Host to guest: [`Woken`](crate::Woken), after each pause or restore of the same sandbox.
+    /// Not in the original protocol.
     pub const WOKEN_REQ: Self = Self(0x65);
-    /// Host to guest: [`GuestInit`](crate::GuestInit), when the files are there that were too large
-    /// for the configuration. Answered by [`EXIT`](Self::EXIT) 0. Not in the original protocol.
+    /// Host to guest: [`GuestInit`](crate::GuestInit), after the host has written the files that
+    /// were too large for the configuration. Answered by [`EXIT`](Self::EXIT) 0. Not in the
+    /// original protocol.
     pub const INIT_REQ: Self = Self(0x66);
 }
 
@@ -141,7 +156,7 @@ impl fmt::Debug for FrameType {
     }
 }
 
-/// Bytes that are no frame, or a payload that fits in none.
+/// Bytes are not a frame, or a payload does not fit in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// `L` is over [`FRAME_BYTES_MAX`].
@@ -158,11 +173,11 @@ pub enum FrameError {
 /// A frame found at the start of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parsed<'a> {
-    /// Its type.
+    /// The frame's type.
     pub frame_type: FrameType,
-    /// Its payload.
+    /// The frame's payload.
     pub payload: &'a [u8],
-    /// The bytes it takes in the buffer, header included.
+    /// The bytes that the frame takes in the buffer, header included.
     pub total_bytes: usize,
 }
 
@@ -170,7 +185,8 @@ pub struct Parsed<'a> {
 ///
 /// # Errors
 ///
-/// Returns [`FrameError::TooLarge`], with `buffer` unchanged, if `payload` is longer than [`PAYLOAD_BYTES_MAX`].
+/// Returns [`FrameError::TooLarge`], with `buffer` unchanged, if `payload` is longer than
+/// [`PAYLOAD_BYTES_MAX`].
 pub fn encode(
     buffer: &mut Vec<u8>,
     frame_type: FrameType,
@@ -186,11 +202,12 @@ pub fn encode(
     Ok(())
 }
 
-/// Finds the frame at the start of `buffer`, without consuming it. `None` means that more bytes are needed.
+/// Finds the frame at the start of `buffer`, without consuming it. Returns `None` if more bytes
+/// are needed.
 ///
 /// # Errors
 ///
-/// Returns an error as soon as the length field is there and no frame can have it.
+/// Returns an error as soon as the length field is there and is not valid for any frame.
 pub fn parse(buffer: &[u8]) -> Result<Option<Parsed<'_>>, FrameError> {
     let Some((field, rest)) = buffer.split_first_chunk::<4>() else { return Ok(None) };
     let length = u32::from_be_bytes(*field) as usize;
@@ -208,27 +225,29 @@ pub fn parse(buffer: &[u8]) -> Result<Option<Parsed<'_>>, FrameError> {
     }))
 }
 
-/// The payload of [`FrameType::RESIZE`].
+/// Returns the payload of [`FrameType::RESIZE`].
 #[must_use]
 pub fn resize_payload(rows: u16, cols: u16) -> [u8; 4] {
     let (rows, cols) = (rows.to_be_bytes(), cols.to_be_bytes());
     [rows[0], rows[1], cols[0], cols[1]]
 }
 
-/// Rows and columns of [`FrameType::RESIZE`]. `None` if the payload is shorter than four bytes; more are ignored.
+/// Returns rows and columns of [`FrameType::RESIZE`], or `None` if the payload is shorter than
+/// four bytes. Further bytes are ignored.
 #[must_use]
 pub fn parse_resize(payload: &[u8]) -> Option<(u16, u16)> {
     let [r0, r1, c0, c1] = *payload.first_chunk::<4>()?;
     Some((u16::from_be_bytes([r0, r1]), u16::from_be_bytes([c0, c1])))
 }
 
-/// The payload of [`FrameType::EXIT`].
+/// Returns the payload of [`FrameType::EXIT`].
 #[must_use]
 pub const fn exit_payload(code: i32) -> [u8; 4] {
     code.to_be_bytes()
 }
 
-/// The code of [`FrameType::EXIT`]. `None` if the payload is shorter than four bytes; more are ignored.
+/// Returns the code of [`FrameType::EXIT`], or `None` if the payload is shorter than four bytes.
+/// Further bytes are ignored.
 #[must_use]
 pub fn parse_exit(payload: &[u8]) -> Option<i32> {
     payload.first_chunk::<4>().map(|bytes| i32::from_be_bytes(*bytes))

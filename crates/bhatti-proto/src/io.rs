@@ -9,18 +9,18 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::frame::{FrameError, FrameType, PAYLOAD_BYTES_MAX, encode, parse};
 
-/// Bytes asked of the stream at once: a full chunk with its header.
+/// Bytes that one read asks for: a full chunk with its header.
 const READ_BYTES: usize = crate::CHUNK_BYTES + 64;
 
-/// Bytes asked of a fresh stream, which begins with a request: most are smaller.
+/// Bytes that the first read of a stream asks for: most requests are smaller.
 const FIRST_READ_BYTES: usize = 2048;
 
 /// A frame that was received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// What it is.
+    /// The frame's type.
     pub frame_type: FrameType,
-    /// What it carries.
+    /// The frame's payload.
     pub payload: Bytes,
 }
 
@@ -29,7 +29,7 @@ impl Frame {
     ///
     /// # Errors
     ///
-    /// Returns the decoder's error, which names the place.
+    /// Returns the decoder's error, which names the position.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_slice(&self.payload)
     }
@@ -44,7 +44,7 @@ pub enum ReadFrameError {
     /// The stream ended inside a frame.
     #[error("unexpected EOF")]
     UnexpectedEof,
-    /// What came is no frame.
+    /// The received bytes are not a frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
 }
@@ -74,21 +74,22 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Self { inner, buffer: BytesMut::new(), payload_bytes_max: PAYLOAD_BYTES_MAX }
     }
 
-    /// Takes only frames with payloads of so many bytes from now on: what a stream is for decides
-    /// how much of it is held in memory.
+    /// Limits later frames to payloads of `bytes` bytes, so that a stream's purpose bounds its
+    /// memory.
     pub const fn limit_payload(&mut self, bytes: usize) {
         self.payload_bytes_max = bytes;
     }
 
-    /// Receives the next frame; `None` when the stream ended between two frames.
+    /// Receives the next frame. Returns `None` if the stream ended between two frames.
     ///
     /// # Errors
     ///
-    /// Returns an error if the stream fails, ends inside a frame, or holds something that is no frame.
+    /// Returns an error if the stream fails, ends inside a frame, or contains bytes that are not
+    /// a frame.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: what was received stays in the reader.
+    /// Cancel safe: received bytes stay in the reader.
     pub async fn next(&mut self) -> Result<Option<Frame>, ReadFrameError> {
         loop {
             self.check_length()?;
@@ -113,7 +114,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
-    /// Refuses a frame as soon as its length is there.
+    /// Rejects a frame that is too large as soon as its length is there.
     fn check_length(&self) -> Result<(), ReadFrameError> {
         let Some(field) = self.buffer.first_chunk::<4>() else { return Ok(()) };
         let length = u32::from_be_bytes(*field) as usize;
@@ -123,12 +124,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(())
     }
 
-    /// The stream.
+    /// Returns the stream.
     pub const fn get_ref(&self) -> &R {
         &self.inner
     }
 
-    /// Gives the stream back, with the bytes that were read beyond the last frame.
+    /// Returns the stream, with the bytes that were read past the last frame.
     pub fn into_parts(self) -> (R, Bytes) {
         (self.inner, self.buffer.freeze())
     }
@@ -139,7 +140,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 pub struct FrameWriter<W> {
     inner: W,
     buffer: Vec<u8>,
-    /// Whether the buffer holds frames that go out with the next one.
+    /// Whether the buffer holds frames that are sent with the next one.
     queued: bool,
 }
 
@@ -149,7 +150,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         Self { inner, buffer: Vec::new(), queued: false }
     }
 
-    /// Keeps a frame until the next one is sent, so that both arrive in one piece.
+    /// Queues a frame until the next one is sent, so that both arrive in one piece.
     ///
     /// # Errors
     ///
@@ -164,7 +165,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         Ok(())
     }
 
-    /// Keeps a frame whose payload is `message` as JSON.
+    /// Queues a frame whose payload is `message` as JSON.
     ///
     /// # Errors
     ///
@@ -178,7 +179,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         self.queue(frame_type, &json).map_err(SendJsonError::Send)
     }
 
-    /// Sends the frames that were kept, and flushes.
+    /// Sends the queued frames, and flushes.
     ///
     /// # Errors
     ///
@@ -194,11 +195,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         self.inner.flush().await
     }
 
-    /// Sends one frame, behind those that were kept, and flushes.
+    /// Sends one frame after the queued ones, and flushes.
     ///
     /// # Errors
     ///
-    /// Returns [`io::ErrorKind::InvalidInput`], with nothing sent, if the payload fits in no frame; else the stream's error.
+    /// Returns [`io::ErrorKind::InvalidInput`], with nothing sent, if the payload fits in no
+    /// frame; otherwise the stream's error.
     ///
     /// # Cancel safety
     ///
@@ -216,7 +218,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe, as [`send`](Self::send).
+    /// Not cancel safe, like [`send`](Self::send).
     pub async fn send_json<T: Serialize>(
         &mut self,
         frame_type: FrameType,
@@ -226,7 +228,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         self.send(frame_type, &json).await.map_err(SendJsonError::Send)
     }
 
-    /// Sends `bytes` as they are, outside any frame, and flushes.
+    /// Sends `bytes` unchanged, outside any frame, and flushes.
     ///
     /// # Errors
     ///
@@ -245,12 +247,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         self.inner.shutdown().await
     }
 
-    /// The stream, for bytes outside any frame.
+    /// Returns the stream, for bytes outside any frame.
     pub const fn get_mut(&mut self) -> &mut W {
         &mut self.inner
     }
 
-    /// Gives the stream back.
+    /// Returns the stream.
     pub fn into_inner(self) -> W {
         self.inner
     }
@@ -271,7 +273,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn frame_beyond_the_streams_limit_is_refused_before_its_payload_comes() {
+    async fn frame_over_the_streams_limit_is_refused_before_its_payload() {
         let (mut near, far) = tokio::io::duplex(64);
         let mut reader = FrameReader::new(far);
         reader.limit_payload(1000);
@@ -297,7 +299,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn frames_arrive_in_order_with_leftover_bytes_behind() {
+    async fn frames_arrive_in_order_and_leftover_bytes_are_kept() {
         let mut writer = FrameWriter::new(Vec::new());
         for (frame_type, payload) in [(0x01, "a"), (0x02, ""), (0x99, "c")] {
             writer.send(FrameType(frame_type), payload.as_bytes()).await.unwrap();

@@ -6,11 +6,12 @@
 //!  resync     a fresh start on every host connect                  (virtio-serial)
 //! ```
 //!
-//! Where the engine gives a connection per operation (vsock, Unix sockets), frames travel on it directly. The codec, the messages
-//! and the resync state machines do no I/O; [`FrameReader`], [`FrameWriter`] and [`mux`] are the thin asynchronous layer on top.
+//! Where the engine gives a connection per operation (vsock, Unix sockets), frames travel on it
+//! directly. The codec, the messages and the resync state machines do no I/O; [`FrameReader`],
+//! [`FrameWriter`] and [`mux`] are the thin asynchronous layer on top.
 //!
-//! Frames and messages are those of the original system, byte for byte. What is new is a new frame type or an optional key, so
-//! that old and new ends understand each other.
+//! Frames and messages are those of the original system, byte for byte. Additions are new frame
+//! types or optional keys, so that old and new peers understand each other.
 
 mod batch;
 mod frame;
@@ -36,14 +37,15 @@ pub use message::{
 };
 pub use relay::relay_as_frames;
 
-/// The port of the agent's control service: vsock, TCP and the multiplexed channel alike.
+/// The port of the agent's control service, on vsock, TCP and the multiplexed channel.
 pub const CONTROL_PORT: u32 = 1024;
 
 /// The port of the agent's TCP forwarding service.
 pub const FORWARD_PORT: u32 = 1025;
 
-/// The size of the pieces in which output and files travel, in bytes.
+/// The size of the pieces in which output and files are sent, in bytes.
 pub const CHUNK_BYTES: usize = 32 * 1024;
 
-/// The longest piece of output or of a file that a host takes, in bytes: no agent sends longer ones.
+/// The longest piece of output or of a file that a host accepts, in bytes. No agent sends longer
+/// ones.
 pub const PIECE_BYTES_MAX: usize = 2 * CHUNK_BYTES;

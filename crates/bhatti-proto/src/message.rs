@@ -1,6 +1,7 @@
 //! The JSON messages that frames carry.
 //!
-//! Keys, their order and their absence are the original's. Keys marked *optional, new* were added since; an old peer ignores them.
+//! Keys, their order, and which of them are left out are the original system's. Keys marked
+//! *optional, new* were added since; an old peer ignores them.
 
 use std::collections::BTreeMap;
 
@@ -20,10 +21,10 @@ pub struct ExecRequest {
     /// The command and its arguments. Ignored when `session_id` is present.
     #[serde(default)]
     pub argv: Vec<String>,
-    /// Variables laid over the default environment.
+    /// Variables added to the default environment, which they override.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Whether the process gets a terminal, and so a session.
+    /// Whether the process gets a terminal, and with it a session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tty: Option<bool>,
     /// Rows of the terminal; 24 if absent.
@@ -41,113 +42,120 @@ pub struct ExecRequest {
     /// Seconds after which a detached session is killed; never if absent or not positive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_idle_sec: Option<i64>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
-    /// Who the process runs as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the process runs as: a name, a number, or `UID:GID`; the guest's usual user
+    /// if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Milliseconds after which the process group is ended; never if absent. Optional, new.
+    /// Milliseconds after which the agent ends the process group; never if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
-    /// A name that the host gives this command, for [`SignalRequest`]. Optional, new.
+    /// The name that the host gives this command, for [`SignalRequest`]. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exec_id: Option<String>,
-    /// Whether a process without a terminal gets a session, too. Optional, new.
+    /// Whether a process without a terminal also gets a session. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub session: bool,
-    /// Whether to answer with [`SessionInfo`] alone and leave the session to itself. Optional, new.
+    /// Whether to answer with [`SessionInfo`] alone and to run the session without a client.
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub detach: bool,
-    /// When attaching: the byte of the output to go on from; all that is kept if absent. Optional, new.
+    /// When attaching: the byte of the output to start from; the first byte that is kept if
+    /// absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_offset: Option<u64>,
-    /// When attaching to a job: whether to follow its output beside its client, whoever that is, rather than to take its place. Output
-    /// that is pushed out before it was sent is left out. Optional, new.
+    /// When attaching to a job: whether to follow its output beside its client rather than to
+    /// replace that client. If output is dropped before it was sent, the agent ends the stream
+    /// with an error. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub observe: bool,
-    /// Bytes of output that a session without a terminal keeps; the agent's default if absent. Optional, new.
+    /// Bytes of output that a session without a terminal keeps; the agent's default if absent.
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit: Option<u64>,
-    /// Whether a detached job starts again each time that the guest boots anew, until it has ended. Optional, new.
+    /// Whether a detached job restarts at each boot of the guest until it has ended. Optional,
+    /// new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub restart: bool,
 }
 
-/// Why a request was refused.
+/// The reason for a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
-    /// There is no such program, file or directory.
+    /// The program, file or directory does not exist.
     NotFound,
-    /// The program may not be executed.
+    /// The program is not executable.
     NotExecutable,
     /// The working directory cannot be entered.
     BadCwd,
-    /// The request makes no sense.
+    /// The request is invalid.
     BadRequest,
-    /// There is no such user.
+    /// The user does not exist.
     NoSuchUser,
-    /// There is no such session or command.
+    /// The session or command does not exist.
     NoSuchSession,
-    /// The path is a directory, and must not be.
+    /// The path is a directory, but must not be.
     IsDirectory,
-    /// The path is no directory, and must be.
+    /// The path is not a directory, but must be.
     NotDirectory,
     /// The path is a pipe, socket or device.
     NotRegular,
-    /// The path exists, and must not.
+    /// The path exists, but must not.
     AlreadyExists,
     /// The directory is not empty.
     NotEmpty,
-    /// The guest's kernel does not permit it.
+    /// The guest's kernel does not permit the operation.
     PermissionDenied,
     /// The guest's disk is full.
     NoSpace,
-    /// The content is larger than the agent takes. New.
+    /// The content exceeds the agent's limit. New.
     TooLarge,
     /// A limit of the agent is reached.
     Limit,
     /// The connection did not authenticate.
     Unauthorized,
-    /// The guest could not do it.
+    /// The operation failed in the guest.
     Other,
 }
 
 /// A request was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentError {
-    /// Why.
+    /// The reason.
     pub kind: ErrorKind,
     /// The text that [`ERROR`](crate::FrameType::ERROR) would have carried.
     pub message: String,
 }
 
-/// A session, as listed.
+/// A session, as the agent lists it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionInfo {
-    /// Its id.
+    /// The session's id.
     pub session_id: String,
-    /// Its command, joined by single spaces. Of a long one, its beginning and `…`.
+    /// The command, joined by single spaces. A long one is cut and ends with `…`.
     pub argv: String,
-    /// Whether it has a terminal.
+    /// Whether the session has a terminal.
     pub tty: bool,
-    /// Whether its process runs.
+    /// Whether the process runs.
     pub running: bool,
     /// The exit code, once the process has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
     /// Whether a client is attached.
     pub attached: bool,
-    /// When it was created, in seconds since 1970.
+    /// The creation time, in seconds since 1970.
     pub created_at: i64,
-    /// The first byte of the output that is kept. Optional, new.
+    /// The offset of the first output byte that is kept. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_start: Option<u64>,
-    /// The byte behind the last one of the output so far. Optional, new.
+    /// The offset after the last output byte so far. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_end: Option<u64>,
-    /// Whether it is a job that starts again when the guest boots anew. Optional, new.
+    /// Whether the session is a job that restarts at each boot of the guest. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub restart: bool,
 }
@@ -155,23 +163,25 @@ pub struct SessionInfo {
 /// Names a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionRef {
-    /// Its id.
+    /// The session's id.
     pub session_id: String,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
 
-/// What happened in the guest lately.
+/// The recent activity in the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ActivityInfo {
     /// The last activity, in seconds since 1970; 0 if there was none.
     pub last_activity_unix: i64,
     /// Sessions whose process runs.
     pub active_sessions: u32,
-    /// Sessions with a client.
+    /// Sessions with an attached client.
     pub attached_sessions: u32,
-    /// Commands that run without a session, and sessions without a terminal whose process runs. Optional, new.
+    /// Running commands without a session, and running sessions without a terminal. Optional,
+    /// new.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub running_jobs: u32,
 }
@@ -187,22 +197,23 @@ pub struct SignalRequest {
     pub session_id: Option<String>,
     /// The signal's number.
     pub signal: u8,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
 
-/// Something that happened in the guest.
+/// An event in the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum GuestEvent {
-    /// The kernel killed a process for want of memory.
+    /// The kernel killed a process because memory ran out.
     OomKill {
-        /// The process's number.
+        /// The process id.
         pid: u32,
         /// The process's name.
         name: String,
-        /// The cgroup that it was in, as a path in the guest's tree. Optional, new.
+        /// The process's cgroup, as a path in the guest's tree. Optional, new.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         cgroup: Option<String>,
     },
@@ -213,7 +224,8 @@ pub enum GuestEvent {
 pub struct ForwardRequest {
     /// The port.
     pub port: u16,
-    /// Whether what follows travels as frames, see [`relay_as_frames`](crate::relay_as_frames). Optional, new.
+    /// Whether the connection is relayed as frames, see
+    /// [`relay_as_frames`](crate::relay_as_frames). Optional, new.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub framed: bool,
 }
@@ -223,10 +235,10 @@ pub struct ForwardRequest {
 pub struct ForwardResponse {
     /// `ok` or `error`.
     pub status: String,
-    /// The error's text.
+    /// The error text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// Whether what follows travels as frames, as it was asked to. Optional, new.
+    /// Whether the connection is relayed as frames, as the request asked. Optional, new.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub framed: bool,
 }
@@ -234,22 +246,22 @@ pub struct ForwardResponse {
 /// A file or directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileInfo {
-    /// Its base name.
+    /// The base name.
     pub name: String,
-    /// Its size in bytes.
+    /// The size in bytes.
     pub size: i64,
-    /// Its permission bits as four octal digits.
+    /// The permission bits as four octal digits.
     pub mode: String,
-    /// Whether it is a directory.
+    /// Whether the entry is a directory.
     pub is_dir: bool,
-    /// Its modification time, in seconds since 1970.
+    /// The modification time, in seconds since 1970.
     pub mtime: i64,
-    /// Where it leads, if it is a symbolic link. Optional, new.
+    /// The target, if the entry is a symbolic link. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub symlink_target: Option<String>,
 }
 
-/// Reads a file, or the part of it that `offset`, `limit` and `max_bytes` leave.
+/// Reads a file, or the part that `offset`, `limit` and `max_bytes` select.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileReadRequest {
     /// The file.
@@ -263,10 +275,12 @@ pub struct FileReadRequest {
     /// The most bytes; 0 means all.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub max_bytes: i64,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
@@ -285,44 +299,49 @@ pub struct FileReadResponse {
 pub struct FileWriteRequest {
     /// The file.
     pub path: String,
-    /// The permission bits in octal. If empty, those of the file that is there, or 0644.
+    /// The permission bits in octal. If empty, those of the existing file, else 0644.
     #[serde(default)]
     pub mode: String,
-    /// The size of the content, in bytes; -1 if it is unknown.
+    /// The size of the content, in bytes; -1 if unknown.
     pub size: i64,
-    /// Whether the content ends with [`STDIN_EOF`](crate::FrameType::STDIN_EOF), its size being unknown. Optional, new.
+    /// Whether the content has no known size and ends with
+    /// [`STDIN_EOF`](crate::FrameType::STDIN_EOF). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub until_eof: bool,
     /// Whether the file is part of the guest's configuration: the agent writes it with its own
-    /// rights, and what is new belongs to the guest's usual user. Optional, new.
+    /// rights, and new files and directories belong to the guest's usual user. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub configures: bool,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
 
-/// Asks about a path.
+/// Names a path to stat, list or watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FilePathRequest {
     /// The path.
     pub path: String,
-    /// When listing: whether all entries come, in as many frames as it takes, and [`EXIT`](crate::FrameType::EXIT) behind them.
-    /// Optional, new.
+    /// When listing: whether the agent sends all entries, in as many frames as needed, followed
+    /// by [`EXIT`](crate::FrameType::EXIT). Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub all: bool,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
 
-/// Makes a directory.
+/// Creates a directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MkdirRequest {
     /// The directory.
@@ -330,13 +349,15 @@ pub struct MkdirRequest {
     /// The permission bits in octal; 0755 if empty.
     #[serde(default)]
     pub mode: String,
-    /// Whether its parents are made, too, and it may exist already.
+    /// Whether to create missing parents, and to accept an existing directory.
     #[serde(default, skip_serializing_if = "is_false")]
     pub parents: bool,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
@@ -346,38 +367,43 @@ pub struct MkdirRequest {
 pub struct RemoveRequest {
     /// The file or directory.
     pub path: String,
-    /// Whether a directory goes with all that is in it.
+    /// Whether to remove a directory with its contents.
     #[serde(default, skip_serializing_if = "is_false")]
     pub recursive: bool,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
 
-/// Renames a file or directory, replacing what a rename replaces.
+/// Renames a file or directory, and replaces the target as rename(2) does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RenameRequest {
-    /// Its path.
+    /// The old path.
     pub from: String,
-    /// Its new path.
+    /// The new path.
     pub to: String,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS). Optional, new.
+    /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
+    /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub error_details: bool,
 }
 
-/// Reads a directory as a tar archive, or unpacks one into a directory.
+/// Reads a directory as a tar archive, or unpacks an archive into a directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArchiveRequest {
     /// The directory.
     pub path: String,
-    /// The user that the operation acts as, a name or a number; the guest's usual user if absent. Optional, new.
+    /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
+    /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
@@ -385,35 +411,35 @@ pub struct ArchiveRequest {
     pub error_details: bool,
 }
 
-/// What happened to a watched file, or to an entry of a watched directory.
+/// The kind of an event on a watched file, or on an entry of a watched directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FileEventKind {
-    /// The watch stands: what happens from now on is told.
+    /// The watch is active: later changes are reported.
     Watching,
-    /// It was made, or moved here.
+    /// The entry was created, or moved here.
     Created,
-    /// Its content was changed.
+    /// The content was changed.
     Modified,
-    /// Its attributes were changed.
+    /// The attributes were changed.
     Attributes,
-    /// It was removed, or moved away.
+    /// The entry was removed, or moved away.
     Removed,
-    /// Events were lost: look for yourself.
+    /// Events were lost: read the path again.
     Overflow,
 }
 
-/// Something that happened to a watched path.
+/// An event on a watched path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEvent {
-    /// What happened.
+    /// The kind of event.
     pub kind: FileEventKind,
-    /// The entry of the watched directory; absent if it is the watched path itself.
+    /// The entry of the watched directory; absent if the event is on the watched path itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
-/// Says that it was done.
+/// Reports success.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusOk {
     /// Always `ok`.
@@ -425,7 +451,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn smallest_request_is_the_originals() {
+    fn smallest_request_matches_the_original() {
         let request =
             ExecRequest { argv: vec!["echo".into(), "hi".into()], ..ExecRequest::default() };
 

@@ -1,8 +1,8 @@
 //! Many streams over one connection: yamux, with the host as the side that opens them.
 //!
-//! A stream begins with the port it is for, as four bytes big-endian ([`CONTROL_PORT`](crate::CONTROL_PORT) or
-//! [`FORWARD_PORT`](crate::FORWARD_PORT)); after that it is what a connection to that port would be. Opening one costs no round
-//! trip. Streams that the guest opens are reset.
+//! A stream begins with its port, as four bytes big-endian ([`CONTROL_PORT`](crate::CONTROL_PORT)
+//! or [`FORWARD_PORT`](crate::FORWARD_PORT)). The rest of the stream is the same as a connection
+//! to that port. Opening a stream costs no round trip. Streams that the guest opens are reset.
 
 use std::io;
 use std::pin::Pin;
@@ -19,13 +19,13 @@ use crate::batch::Batched;
 /// Streams that may be open at once on one channel.
 pub const STREAMS_MAX: usize = 1024;
 
-/// Streams that yamux may know beyond those: ones that are closed here, and not yet on the other side.
+/// Further streams that yamux may hold: closed on this side, but not yet on the other.
 const CLOSING_STREAMS: usize = 1024;
 
-/// What goes out with the port at most, in bytes.
+/// The most bytes that are sent together with the port.
 const FIRST_BYTES_MAX: usize = 8 * 1024;
 
-/// Open requests that may wait for the driver.
+/// The most open requests that wait for the driver.
 const OPEN_QUEUE: usize = 64;
 
 fn config() -> yamux::Config {
@@ -37,7 +37,7 @@ fn config() -> yamux::Config {
     config
 }
 
-/// The window that yamux gives every stream from the start: section "Flow Control" of its specification.
+/// The initial window of every yamux stream: section "Flow Control" of the yamux specification.
 const fn yamux_window_bytes() -> usize {
     256 * 1024
 }
@@ -45,7 +45,7 @@ const fn yamux_window_bytes() -> usize {
 /// A stream could not be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// The channel is gone, and with it all its streams.
+    /// The channel has ended, and all its streams with it.
     #[error("the agent channel is closed")]
     Closed,
     /// [`STREAMS_MAX`] streams are open.
@@ -61,8 +61,8 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// Multiplexes `io`. The second value drives the channel: spawn it. It ends when the connection does, or when the opener with all
-    /// its clones and streams is gone.
+    /// Multiplexes `io`. The second value drives the channel: spawn it. The driver ends when the
+    /// connection ends, or when the opener, its clones and all their streams are dropped.
     pub fn new<S>(io: S) -> (Self, impl Future<Output = ()> + Send)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin,
@@ -83,8 +83,8 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// Returns an error if the channel has ended or too many streams are open. Waits while the guest lags far behind in taking notice
-    /// of streams: give it a limit.
+    /// Returns an error if the channel has ended or too many streams are open. Waits while the
+    /// guest is far behind in accepting streams: give the call a timeout.
     pub async fn open(&self, port: u32) -> Result<MuxStream, OpenError> {
         let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| OpenError::TooMany)?;
         let (reply, stream) = oneshot::channel();
@@ -107,7 +107,8 @@ async fn drive<S>(
     let mut request: Option<oneshot::Sender<yamux::Stream>> = None;
     std::future::poll_fn(|cx| {
         loop {
-            // First: nobody is to be given a stream of a connection whose end is there to be read.
+            // Poll the inbound side first: if the connection has ended, no caller may get a
+            // stream of it.
             match connection.poll_next_inbound(cx) {
                 Poll::Ready(Some(Ok(uninvited))) => {
                     drop(uninvited);
@@ -123,10 +124,10 @@ async fn drive<S>(
                     Poll::Pending => return Poll::Pending,
                 }
             }
-            // The new stream is driven by the next round.
+            // The next iteration drives the new stream.
             match connection.poll_new_outbound(cx) {
                 Poll::Ready(Ok(stream)) => {
-                    // Whoever asked may have given up: dropping the stream resets it.
+                    // The caller may have given up. Dropping the stream resets it.
                     if let Some(reply) = request.take() {
                         drop(reply.send(stream));
                     }
@@ -143,14 +144,15 @@ async fn drive<S>(
 #[derive(Debug)]
 pub struct MuxStream {
     stream: Compat<yamux::Stream>,
-    /// What it is for, until that is said.
+    /// The port, until it has been sent.
     port: Option<u32>,
     _keeps_channel: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
     _room: OwnedSemaphorePermit,
 }
 
 impl MuxStream {
-    /// Says what the stream is for, unless that is said, together with the beginning of `bytes`. Returns how many of these.
+    /// Sends the port, unless it was sent already, together with the first of `bytes`. Returns
+    /// how many of `bytes` were sent, or `None` if the port was sent before.
     fn poll_write_port(
         &mut self,
         cx: &mut Context<'_>,
@@ -160,7 +162,7 @@ impl MuxStream {
         let port = port.to_be_bytes();
         let first = [&port, &bytes[..bytes.len().min(FIRST_BYTES_MAX)]].concat();
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &first))?;
-        // It has the room from the beginning.
+        // The initial window has room for the port, so a shorter write is an error.
         let written = written.checked_sub(port.len()).ok_or(io::ErrorKind::WriteZero)?;
         self.port = None;
         Poll::Ready(Ok(Some(written)))
@@ -216,7 +218,8 @@ impl<S: FuturesRead + FuturesWrite + Unpin> Acceptor<S> {
         Self { connection: yamux::Connection::new(io, config(), yamux::Mode::Server) }
     }
 
-    /// Accepts the next stream; `None` when the channel has ended. The channel moves only while this is awaited.
+    /// Accepts the next stream. Returns `None` when the channel has ended. The channel makes
+    /// progress only while this future is polled.
     ///
     /// # Cancel safety
     ///
@@ -231,7 +234,7 @@ impl<S: FuturesRead + FuturesWrite + Unpin> Acceptor<S> {
 ///
 /// # Errors
 ///
-/// Returns the stream's error, or that it ended.
+/// Returns the stream's error, or an EOF error if the stream ended.
 pub async fn read_port(stream: &mut AcceptedStream) -> io::Result<u32> {
     stream.read_u32().await
 }
@@ -244,7 +247,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts what is written in one.
+    /// Counts the writes to the stream.
     struct CountsWrites(DuplexStream, Arc<AtomicUsize>);
 
     impl AsyncRead for CountsWrites {
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_said_at_once_is_one_write() {
+    async fn messages_sent_together_are_one_write() {
         let (near, far) = duplex(8192);
         let (asks, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let (opener, driver) = Opener::new(CountsWrites(near, Arc::clone(&asks)));
@@ -305,12 +308,12 @@ mod tests {
 
             let before = writes;
             writes = (asks.load(Ordering::Relaxed), answers.load(Ordering::Relaxed));
-            // The first time yamux measures how long a round trip takes.
+            // In the first round yamux also measures the round-trip time.
             if round > 0 {
                 assert_eq!((writes.0 - before.0, writes.1 - before.1), (1, 1));
             }
             drop(stream);
-            // All that follows from that has run by then.
+            // Let everything that follows from the drop run.
             for _ in 0..100 {
                 tokio::task::yield_now().await;
             }
@@ -319,7 +322,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_connection_keeps_goes_out_as_well() {
+    async fn buffer_of_the_connection_below_is_flushed() {
         let (near, far) = duplex(8192);
         let (opener, driver) = Opener::new(tokio::io::BufWriter::new(near));
         tokio::spawn(driver);
@@ -334,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn stream_on_which_only_the_guest_speaks_is_opened() {
+    async fn stream_is_opened_by_a_read_alone() {
         let (opener, _driver) = echo_channel();
         let mut stream = opener.open(1024).await.unwrap();
 
@@ -361,7 +364,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn stream_half_closes_and_brings_the_rest() {
+    async fn half_closed_stream_still_receives() {
         let (opener, _driver) = echo_channel();
         let mut stream = opener.open(1025).await.unwrap();
         stream.write_all(b"hello").await.unwrap();
@@ -399,7 +402,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn opener_says_so_when_the_channel_is_gone() {
+    async fn opener_reports_a_closed_channel() {
         let (near, far) = duplex(8192);
         let (opener, driver) = Opener::new(near);
         let driver = tokio::spawn(driver);
@@ -411,7 +414,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn streams_beyond_the_limit_are_refused_and_harm_no_others() {
+    async fn streams_over_the_limit_are_refused_and_others_go_on() {
         let (opener, _driver) = echo_channel();
         let mut streams = Vec::new();
         for _ in 0..STREAMS_MAX {

@@ -1,4 +1,4 @@
-//! A byte stream as frames, for channels on which no direction can end before the other.
+//! A byte stream as frames, for channels that cannot close one direction before the other.
 
 use std::io;
 
@@ -6,20 +6,22 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::{FrameReader, FrameType, FrameWriter, ReadFrameError};
 
-/// Bytes that travel in one frame at most.
+/// The most bytes that one frame carries.
 const PIECE_BYTES: usize = 32 << 10;
 
-/// Relays `stream` both ways, its bytes as [`STDIN`](FrameType::STDIN) and the end of either direction as
-/// [`STDIN_EOF`](FrameType::STDIN_EOF), until both have ended.
+/// Relays `stream` both ways until both directions have ended. Bytes travel as
+/// [`STDIN`](FrameType::STDIN), the end of either direction as
+/// [`STDIN_EOF`](FrameType::STDIN_EOF).
 ///
 /// # Errors
 ///
-/// Returns an error if the frames fail or end before they said so. One direction may then have been relayed further than the other. A stream
-/// that fails in one direction has ended in that direction only.
+/// Returns an error if the frames fail, or end without a [`STDIN_EOF`](FrameType::STDIN_EOF). One
+/// direction may then have been relayed further than the other. If `stream` fails in one
+/// direction, only that direction ends.
 ///
 /// # Cancel safety
 ///
-/// Not cancel safe: what was read may not have been written.
+/// Not cancel safe: bytes that were read may not have been written.
 pub async fn relay_as_frames<S, R, W>(
     stream: S,
     reader: &mut FrameReader<R>,
@@ -34,7 +36,7 @@ where
     let to_frames = async {
         let mut piece = vec![0; PIECE_BYTES];
         loop {
-            // A stream that breaks has ended, too: what it said before still arrives.
+            // A read error ends this direction like an EOF: the bytes before it still arrive.
             match from_stream.read(&mut piece).await.unwrap_or_default() {
                 0 => return writer.send(FrameType::STDIN_EOF, &[]).await,
                 length => writer.send(FrameType::STDIN, &piece[..length]).await?,
@@ -42,7 +44,8 @@ where
         }
     };
     let from_frames = async {
-        // One that takes nothing more may still have something to say, so the rest is read and dropped.
+        // A stream that takes no more bytes may still send some, so later frames are read and
+        // dropped.
         let mut takes_more = true;
         loop {
             let frame = reader.next().await.map_err(|error| match error {
@@ -58,7 +61,7 @@ where
                     return Ok(());
                 }
                 frame => {
-                    let message = format!("a frame of type {} in a stream", frame.frame_type);
+                    let message = format!("unexpected frame type {} in a stream", frame.frame_type);
                     return Err(io::Error::new(io::ErrorKind::InvalidData, message));
                 }
             }

@@ -1,17 +1,20 @@
-//! A fresh start of the channel on every host connect.
+//! A resync of the channel on every host connect.
 //!
-//! A virtio-serial port is one byte stream that outlives its users: the host's end closes and opens again when the daemon restarts
-//! or the VM is restored, the guest may not notice, and bytes of the old conversation, half a frame of it perhaps, are still on
-//! their way in both directions. So each host connect begins with a handshake that cannot be mistaken for anything else:
+//! A virtio-serial port is one byte stream that outlives both peers. The host's end closes and
+//! opens again when the daemon restarts or the VM is restored. The guest may not notice, and
+//! bytes of the old conversation, perhaps half a frame, are still on their way in both
+//! directions. So each host connect begins with a handshake that cannot be mistaken for other
+//! bytes:
 //!
 //! ```text
 //!  host → guest   F7 01 ‖ escape(generation ‖ epoch)      "hello"; everything before it is void
 //!  guest → host   ACK_MAGIC ‖ generation ‖ epoch          "ack"; everything before it is void
 //! ```
 //!
-//! *Epoch* is 16 bytes that the host draws anew each time, so no stale byte can look like the ack. Towards the guest the byte `F7`
-//! is *escaped* as `F7 00` in all that follows, so `F7 01` occurs in a hello and nowhere else, wherever the last conversation broke
-//! off. (`F7` never occurs in UTF-8 and seldom elsewhere.) The other direction needs no escaping.
+//! *Epoch* is 16 bytes that the host draws anew each time, so no stale byte can look like the
+//! ack. In all later bytes from host to guest, the byte `F7` is *escaped* as `F7 00`. So `F7 01`
+//! occurs in a hello and nowhere else, wherever the last conversation broke off. (`F7` never
+//! occurs in UTF-8 and seldom elsewhere.) The other direction needs no escaping.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -20,10 +23,11 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-/// The version of what follows the handshake. The host is the newer side and adapts to the guest's answer.
+/// The version of the bytes after the handshake. The guest answers with its own generation, and
+/// this host refuses an agent of another one.
 pub const GENERATION: u8 = 1;
 
-/// Random bytes that name one connection.
+/// Random bytes that identify one connection.
 pub type Epoch = [u8; 16];
 
 const ESCAPE: u8 = 0xf7;
@@ -33,21 +37,22 @@ const ACK_MAGIC: [u8; 8] = *b"\xf7bhatti\n";
 const HELLO_BODY_BYTES: usize = 1 + 16;
 const ACK_BYTES: usize = ACK_MAGIC.len() + HELLO_BODY_BYTES;
 
-/// Stale bytes that a guest may send before its ack, in bytes: more than the port and the sockets can hold.
+/// Stale bytes that a guest may send before its ack, in bytes: more than the port and the sockets
+/// can hold.
 const STALE_BYTES_MAX: usize = 16 << 20;
 
-/// The most plain bytes that one write takes on, so that its escaped form stays small.
+/// The most plain bytes that one write accepts, so that their escaped form stays small.
 const WRITE_BYTES_MAX: usize = 64 * 1024;
 
-/// What is read at once where less is wanted, in bytes.
+/// The bytes that a small read asks for: one read serves several of them.
 const READ_BYTES: usize = 4096;
 
-/// The host's first words.
+/// The first message of the host, and the content of the guest's ack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// The host's [`GENERATION`].
+    /// The sender's [`GENERATION`].
     pub generation: u8,
-    /// The connection's name.
+    /// The epoch of the connection.
     pub epoch: Epoch,
 }
 
@@ -58,7 +63,7 @@ impl Hello {
         body
     }
 
-    /// The bytes that the host sends.
+    /// Returns the bytes that the host sends.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![ESCAPE, ESCAPED_HELLO];
@@ -66,7 +71,7 @@ impl Hello {
         bytes
     }
 
-    /// The bytes that the guest answers.
+    /// Returns the bytes that the guest answers.
     #[must_use]
     pub fn encode_ack(&self) -> Vec<u8> {
         let mut bytes = ACK_MAGIC.to_vec();
@@ -87,7 +92,7 @@ pub fn escape(plain: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(rest);
 }
 
-/// The guest's view of the stream: data, and now and then a [`Hello`].
+/// The guest's decoder of the stream: data, and a [`Hello`] per host connect.
 #[derive(Debug, Default)]
 pub struct Decoder {
     escaped: bool,
@@ -97,16 +102,18 @@ pub struct Decoder {
 impl Decoder {
     /// Decodes the start of `input`, appending plain bytes to `data`.
     ///
-    /// Takes all of `input` and returns `None`, or stops behind a hello and returns it: then all data before it is void, and what is
-    /// left of `input` belongs to the new connection.
+    /// Consumes all of `input` and returns `None`, or stops after a hello and returns that. All
+    /// data before the hello is then void, and the rest of `input` belongs to the new connection.
     pub fn decode(&mut self, input: &mut &[u8], data: &mut BytesMut) -> Option<Hello> {
         while !input.is_empty() {
             if std::mem::take(&mut self.escaped) {
                 match input.get_u8() {
                     ESCAPED_HELLO => self.hello_body = Some(Vec::with_capacity(HELLO_BODY_BYTES)),
-                    // The last conversation broke off right behind an escape, and the next begins with one.
+                    // The last conversation broke off right after an escape, and the next one
+                    // begins with an escape.
                     ESCAPE => self.escaped = true,
-                    // Only `ESCAPED_ESCAPE` is ever sent; any other code can only be noise, and noise is data here.
+                    // Peers send only `ESCAPED_ESCAPE`. Any other code is noise, and noise counts
+                    // as data here.
                     _ => self.take(&[ESCAPE], data),
                 }
             } else {
@@ -150,28 +157,29 @@ pub enum GreetError {
     /// The stream failed or ended.
     #[error("the agent channel broke before the guest answered")]
     Io(#[source] io::Error),
-    /// What came was not an ack, for longer than anything stale could last.
+    /// The guest sent other bytes than an ack, and more than stale bytes can explain.
     #[error("the guest sent {STALE_BYTES_MAX} bytes and no answer to the handshake")]
     Noise,
-    /// The agent is of another time.
+    /// The agent speaks another generation of the channel.
     #[error(
         "the guest agent speaks generation {generation} of the channel; this host speaks {GENERATION}"
     )]
     Generation {
-        /// What it answered.
+        /// The generation that the agent answered.
         generation: u8,
     },
 }
 
-/// Says hello on a fresh connection and waits for the ack.
+/// Sends a hello on a fresh connection and waits for the ack.
 ///
 /// # Errors
 ///
-/// Returns an error if the stream fails or the guest answers something else. There is no time limit: the guest may still be booting.
+/// Returns an error if the stream fails, if the guest sends only noise, or if its generation
+/// differs. There is no timeout: the guest may still be booting.
 ///
 /// # Cancel safety
 ///
-/// Not cancel safe: drop the stream with the future.
+/// Not cancel safe: drop the stream together with the future.
 pub async fn greet<S>(mut stream: S, epoch: Epoch) -> Result<HostStream<S>, GreetError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -196,7 +204,7 @@ where
     }
 }
 
-/// Consumes `received` up to the end of the ack, or all of it that cannot be the ack's beginning.
+/// Consumes `received` up to the end of the ack, or all bytes that cannot begin an ack.
 fn find_ack(received: &mut BytesMut, epoch: &Epoch, discarded: &mut usize) -> Option<u8> {
     let mut from = 0;
     while let Some(at) = memchr::memmem::find(&received[from..], &ACK_MAGIC).map(|at| from + at) {
@@ -214,7 +222,7 @@ fn find_ack(received: &mut BytesMut, epoch: &Epoch, discarded: &mut usize) -> Op
     None
 }
 
-/// The host's end of the channel behind the handshake: escapes what it writes.
+/// The host's end of the channel after the handshake. Escapes the bytes that are written.
 #[derive(Debug)]
 pub struct HostStream<S> {
     inner: S,
@@ -245,7 +253,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for HostStream<S> {
             if buf.remaining() >= READ_BYTES {
                 return Pin::new(&mut self.inner).poll_read(cx, buf);
             }
-            // Many small parts are wanted, and one read brings them.
+            // The caller wants many small parts, and one read of the stream serves them.
             let this = &mut *self;
             this.received.reserve(READ_BYTES);
             let mut read = pin!(this.inner.read_buf(&mut this.received));
@@ -271,7 +279,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for HostStream<S> {
         let mut escaped = Vec::new();
         escape(plain, &mut escaped);
         self.escaped.extend_from_slice(&escaped);
-        // The bytes are taken; what the stream does not take now, the next write or flush sends.
+        // The bytes are accepted. The next write or flush sends those that the stream cannot take
+        // now.
         if let Poll::Ready(Err(error)) = self.poll_drain(cx) {
             return Poll::Ready(Err(error));
         }

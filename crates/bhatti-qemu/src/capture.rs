@@ -1,4 +1,4 @@
-//! Takes snapshots: what needs the VM paused first, what only needs time afterwards.
+//! Takes snapshots: captures the state while the VM is paused, and makes it durable afterwards.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -26,11 +26,13 @@ use crate::{files, merge, overlay, pages};
 /// How long QEMU may take to write the state of its devices.
 const SAVE_LIMIT: Duration = Duration::from_secs(60);
 
-/// A diff that is more than this part of a full snapshot, and not small, is not worth its base.
+/// If a diff is larger than this fraction of a full snapshot, and not small, it is not worth
+/// keeping its base: the snapshot is full instead.
 const FULL_WORTH: u64 = 2;
 const SMALL_DIFF_BYTES: u64 = 64 << 20;
 
-/// The most that the state of a VM's devices takes; that of the machine as it is, has some hundred KiB.
+/// Maximum size of the devices' state, in bytes. The current machine's state has some hundred
+/// KiB.
 const DEVICES_BYTES_MAX: u64 = 64 << 20;
 
 /// See [`Vm::capture`].
@@ -39,11 +41,11 @@ pub(crate) async fn capture(
     request: &SnapshotRequest,
 ) -> Result<Box<dyn Captured>, SnapshotError> {
     let vmm = |step| move |source| SnapshotError::Vmm { step, source };
-    if vm.is_running().await.map_err(vmm("say whether it runs"))? {
+    if vm.is_running().await.map_err(vmm("report whether the VM runs"))? {
         return Err(SnapshotError::NotPaused);
     }
-    merge::settle_jobs(vm).await.map_err(vmm("end what it does to the disk"))?;
-    let version = vm.qmp.version(&vm.directory).await.map_err(vmm("say its version"))?;
+    merge::settle_jobs(vm).await.map_err(vmm("end its jobs on the disk"))?;
+    let version = vm.qmp.version(&vm.directory).await.map_err(vmm("report its version"))?;
     let draft = Draft::create(&request.directory)?;
     save_devices(vm, &draft.path().join(DEVICES)).await?;
     let (memory, machine, memory_bytes) = save_memory(vm, request, draft.path()).await?;
@@ -78,7 +80,8 @@ pub(crate) async fn capture(
     }))
 }
 
-/// Has QEMU write the devices' state into a file of its own, the only place where it may write, and puts that where it belongs.
+/// Makes QEMU write the devices' state to a file in its own directory, the only place where it
+/// may write, and copies the file to `devices`.
 async fn save_devices(vm: &QemuVm, devices: &Path) -> Result<(), SnapshotError> {
     let failed = |source| SnapshotError::File { step: "save the devices", source };
     let own = vm.directory.join(DEVICES);
@@ -103,17 +106,17 @@ async fn save_devices(vm: &QemuVm, devices: &Path) -> Result<(), SnapshotError> 
     put.and(removed)
 }
 
-/// Copies what QEMU wrote: no more than it can have meant, for a guest may have taken it over.
+/// Copies the state that QEMU wrote, up to a limit: a guest may have taken QEMU over.
 fn copy_devices(from: &Path, to: &Path) -> io::Result<()> {
     let mut state = File::open(from)?.take(DEVICES_BYTES_MAX + 1);
     let copied = io::copy(&mut state, &mut durable::create_sealed(to)?)?;
     if copied > DEVICES_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the devices' state has no end"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the devices' state is too long"));
     }
     Ok(())
 }
 
-/// Saves the memory, and whatever it stands on.
+/// Saves the memory, and links its base into a snapshot with frozen disks.
 async fn save_memory(
     vm: &QemuVm,
     request: &SnapshotRequest,
@@ -157,7 +160,7 @@ const fn choose((private_bytes, all_bytes): (u64, u64)) -> MemoryKind {
     }
 }
 
-/// Gives the snapshot the disk as it is, and the VM a new layer over it.
+/// Freezes the disk for the snapshot, and gives the VM a new layer over it.
 async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotError> {
     let failed = |source| SnapshotError::File { step: "freeze the disk", source };
     let layers = overlay::chain(&vm.directory, disk).map_err(failed)?;
@@ -174,13 +177,15 @@ async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotErr
         return Err(failed(error));
     }
     let before = vm.machine.lock().clone();
-    // Before QEMU writes to the new layer: whoever finds it empty finds the old one below it.
+    // Record the new layer before QEMU writes to it: an empty layer has the content of the old
+    // layer below it.
     vm.record(Machine { disk: layer, ..before.clone() }).map_err(failed)?;
     let arguments = json!({
         "device": ROOT_DRIVE, "snapshot-file": path, "format": "qcow2", "mode": "existing",
     });
     if let Err(source) = vm.ask("blockdev-snapshot-sync", arguments).await {
-        // Only a refusal says that it was not done. Otherwise the new layer stays: empty, it is as good as none.
+        // Only a refusal means that QEMU does not use the new layer. Otherwise the layer stays:
+        // while it is empty, it changes nothing.
         if matches!(source, VmmError::Refused(_)) {
             vm.record(before).map_err(failed)?;
             fs::remove_file(&path).map_err(failed)?;
@@ -190,7 +195,7 @@ async fn freeze(vm: &QemuVm, draft: &Path, disk: &str) -> Result<(), SnapshotErr
     files::share_layers(&vm.directory, disk, draft).map_err(failed)
 }
 
-/// A snapshot on its way to the disk.
+/// A captured snapshot that is not durable yet.
 struct Draught {
     draft: Draft,
     manifest: Manifest,
@@ -242,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn state_of_devices_that_has_no_end_is_refused() {
+    fn oversized_device_state_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let (from, to) = (directory.path().join("from"), directory.path().join("to"));
         let state = File::create(&from).unwrap();

@@ -1,4 +1,4 @@
-//! The agent channel of a VM, connected anew when it has broken.
+//! The agent channel of a VM, which reconnects when the connection breaks.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,16 @@ use tokio::time::timeout;
 
 pub(crate) const SOCKET: &str = "agent.sock";
 
-/// How long the first attempt at a connection waits for the agent; each further one waits twice as long, up to a limit.
+/// How long the first connection attempt waits for the agent. Each further attempt waits twice as
+/// long, up to [`LONGEST_ATTEMPT`].
 ///
-/// A connection that is lost while the guest writes can leave QEMU's port throttled for good: the failed write closes the port, which lifts
-/// the throttle, and only then throttles it (`flush_buf` of hw/char/virtio-console.c, QEMU 10). Another closing lifts it.
+/// If a connection is lost while the guest writes, QEMU's port can stay throttled forever: the
+/// failed write closes the port, which lifts the throttle, and only then throttles it
+/// (`flush_buf` of hw/char/virtio-console.c, QEMU 10). Closing the port again lifts the throttle.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(250);
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(4);
 
-/// How long a guest that runs may take to answer a new connection.
+/// How long a running guest may take to answer a new connection.
 pub(crate) const RECONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The channel of one VM.
@@ -31,12 +33,12 @@ pub(crate) struct QemuChannel {
 }
 
 impl QemuChannel {
-    /// The channel of the VM in `directory`, not connected yet.
+    /// Creates the channel of the VM in `directory`, not connected yet.
     pub(crate) fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned(), opener: Mutex::new(None) }
     }
 
-    /// Connects, and waits for the agent for as long as it takes.
+    /// Connects, and waits for the agent without a limit.
     pub(crate) async fn connect(&self) -> io::Result<()> {
         self.connected().await.map(drop)
     }
@@ -73,7 +75,7 @@ impl AgentChannel for QemuChannel {
     async fn open(&self, port: u32) -> Result<Box<dyn AgentStream>, ChannelError> {
         let failed = |kind: io::ErrorKind| ChannelError(kind.into());
         let open = async {
-            // A channel that has just broken is found out by using it: once.
+            // Only use shows that a channel has just broken: try again once.
             for _ in 0..2 {
                 match self.connected().await.map_err(ChannelError)?.open(port).await {
                     Ok(stream) => return Ok(Box::new(stream) as Box<dyn AgentStream>),

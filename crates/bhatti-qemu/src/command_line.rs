@@ -9,21 +9,22 @@ use bhatti_vmm::Volume;
 
 use crate::record::Machine;
 
-/// Changes with every change of the machine that QEMU is told to make, devices, their order and the
-/// kernel's command line included: a saved VM can only be restored
-/// on the machine that it was saved on.
+/// Version of the machine. Changes with every change of QEMU's machine, including devices, their
+/// order and the kernel's command line: a saved VM can only be restored on the machine that it
+/// was saved on.
 pub(crate) const LAYOUT: u32 = 4;
 
-/// The name of the root disk for the monitor.
+/// Name of the root disk in the monitor.
 pub(crate) const ROOT_DRIVE: &str = "root";
 
-/// The size of a disk that is none.
+/// Size of the disk in an empty volume slot.
 const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
 
-/// The link address of a card before its guest has another.
+/// Link address of a network card until its guest sets another.
 const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
 
-/// What QEMU is handed, already open: the sockets that it listens on, and the tap that its network card ends at.
+/// The open descriptors that QEMU inherits: the sockets that it listens on, and the tap of its
+/// network card.
 pub(crate) struct Handed<'a> {
     pub(crate) agent: BorrowedFd<'a>,
     pub(crate) console: BorrowedFd<'a>,
@@ -32,21 +33,22 @@ pub(crate) struct Handed<'a> {
 }
 
 impl<'a> Handed<'a> {
-    /// All of it.
+    /// Returns all descriptors.
     pub(crate) fn all(&self) -> Vec<BorrowedFd<'a>> {
         let Self { agent, console, qmp, tap } = *self;
         [agent, console, qmp].into_iter().chain(tap).collect()
     }
 }
 
-/// QEMU's own memory, in MiB: its program's, its devices' and its threads'.
+/// QEMU's own memory, in MiB: program, devices and threads.
 const OWN_MIB: u32 = 48;
 
-/// Under software emulation, the memory for translated code, in MiB. When it is full it is emptied, and what runs is translated again. QEMU
-/// takes up to 1024 by itself, however small the guest, and a guest can fill it.
+/// Under software emulation, the memory for translated code, in MiB. When it is full, QEMU
+/// empties it and translates running code again. By default QEMU takes up to 1024 MiB, however
+/// small the guest, and a guest can fill it.
 pub(crate) const TRANSLATED_MIB: u32 = 128;
 
-/// What QEMU takes beside its guest's memory, in MiB.
+/// Returns QEMU's memory in addition to its guest's memory, in MiB.
 pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {
     match accelerator {
         Accelerator::Kvm => OWN_MIB,
@@ -54,16 +56,17 @@ pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {
     }
 }
 
-/// The name by which the process of a sandbox's VM can be found.
+/// Returns the name by which the process of a sandbox's VM can be found.
 pub(crate) fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
-/// The arguments that make the machine: the same for a boot and for a restore.
+/// Returns the arguments that define the machine: the same for a boot and for a restore.
 ///
-/// `pit=off,pic=off` with the TSC's frequency on the kernel's command line: a microvm has no timer that its kernel could trust for
-/// calibration, and with QEMU's default ones most boots die under software emulation. Without a configuration section and a description of
-/// the devices, a file of device states alone is what an incoming migration expects.
+/// `pit=off,pic=off` goes with the TSC's frequency on the kernel's command line: a microvm has no
+/// timer that its kernel could trust for calibration, and with QEMU's default timers most boots
+/// fail under software emulation. With the configuration section and the description of the
+/// devices off, an incoming migration expects a file of device states alone.
 pub(crate) fn machine_arguments(
     accelerator: Accelerator,
     id: SandboxId,
@@ -78,7 +81,8 @@ pub(crate) fn machine_arguments(
         "microvm,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=ram,suppress-vmdesc=on",
     );
     arguments.add("-global", "migration.send-configuration=off");
-    // Nor does QEMU say for a card that it has moved: whoever is restored may be another by then.
+    // QEMU must not announce the network card after a restore: the guest may have another
+    // identity by then.
     arguments.add("-global", "migration.announce-rounds=0");
     let (accel, cpu) = match accelerator {
         Accelerator::Kvm => ("kvm".to_owned(), "host"),
@@ -88,7 +92,7 @@ pub(crate) fn machine_arguments(
     arguments.add("-cpu", cpu);
     arguments.add("-smp", machine.cpus.to_string());
     arguments.add("-m", format!("{}M", machine.memory_mib));
-    // Private to this VM, and the file opened for reading alone: others stand on it.
+    // The mapping is private to this VM and the file is opened read-only: other VMs use it, too.
     arguments.add(
         "-object",
         format!(
@@ -123,7 +127,8 @@ pub(crate) fn machine_arguments(
     }
     if let Some(tap) = handed.tap {
         arguments.add("-netdev", format!("tap,id=net,fd={}", tap.as_raw_fd()));
-        // A restored guest would tell its network that it is there, by the address of the guest that it was.
+        // A restored guest would announce itself on its network with the address of the saved
+        // guest.
         let card =
             format!("virtio-net-device,netdev=net,mac={UNCONFIGURED_MAC},guest_announce=off");
         arguments.add("-device", card);
@@ -131,7 +136,8 @@ pub(crate) fn machine_arguments(
     arguments.0
 }
 
-/// A place for a volume, and what is in it. QEMU locks the file: of two that would write it, the second does not start.
+/// Returns the drive of a volume slot. QEMU locks the file: if two VMs would write it, the second
+/// does not start.
 fn volume_drive(slot: usize, volume: Option<&Volume>) -> String {
     let drive = format!("id=volume{slot},if=none,werror=report,rerror=report");
     match volume {
@@ -143,7 +149,7 @@ fn volume_drive(slot: usize, volume: Option<&Volume>) -> String {
     }
 }
 
-/// The arguments by which the machine boots.
+/// Returns the arguments that boot the machine.
 pub(crate) fn boot_arguments(spec: &VmSpec, tsc_khz: Option<u64>) -> Vec<String> {
     let mut arguments = Arguments::default();
     arguments.add("-kernel", spec.kernel.to_string_lossy());
@@ -152,22 +158,23 @@ pub(crate) fn boot_arguments(spec: &VmSpec, tsc_khz: Option<u64>) -> Vec<String>
     arguments.0
 }
 
-/// The arguments by which the machine waits for its state, and does not run when it has it.
+/// Returns the arguments that make the machine wait for its state, and stay paused once it is
+/// loaded.
 pub(crate) fn restore_arguments() -> Vec<String> {
     ["-incoming", "defer", "-S"].map(str::to_owned).to_vec()
 }
 
 fn kernel_command_line(spec: &VmSpec, tsc_khz: Option<u64>) -> String {
     let tsc = tsc_khz.map(|khz| format!(" tsc_early_khz={khz} tsc=reliable")).unwrap_or_default();
-    // `hostname=` is the kernel's own parameter. A kernel that panics reboots at once, which ends QEMU. Of the security modules, those
-    // stay that do nothing unless somebody has them do it.
+    // `hostname=` is the kernel's own parameter. A kernel that panics reboots at once, which ends
+    // QEMU. The remaining security modules do nothing until a program uses them.
     format!(
         "console=ttyS0 earlyprintk=ttyS0,115200 quiet reboot=t panic=-1{tsc} lsm=landlock,yama,bpf audit=0 hostname={} rdinit=/lohar",
         spec.hostname
     )
 }
 
-/// A path as the value of an option: a comma would end it.
+/// Returns a path as the value of an option. An unescaped comma would end the value.
 fn value(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }

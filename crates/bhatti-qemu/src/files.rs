@@ -1,4 +1,4 @@
-//! The layers of a VM's disk, and the memory of one that has not booted.
+//! The layers of a VM's disk, and the memory file of a VM to boot.
 
 use std::io;
 use std::path::Path;
@@ -9,26 +9,29 @@ use bhatti_vmm::new_name;
 
 use crate::overlay;
 
-/// The file for a memory in which nothing is.
+/// Name of the file of an empty memory.
 const EMPTY_MEMORY: &str = "memory-empty.img";
 
-/// A name for a layer that no other layer of this host has.
+/// Returns a name for a layer that no other layer of this host has.
 pub(crate) fn new_layer_name() -> io::Result<String> {
     new_name("disk-", ".qcow2")
 }
 
-/// Makes the memory of a VM that has not booted. Returns its name.
+/// Creates the memory file of a VM to boot. Returns its name.
 pub(crate) fn create_empty_memory(directory: &Path, size: MemoryMib) -> io::Result<String> {
     let file = durable::create_sealed(&directory.join(EMPTY_MEMORY))?;
     file.set_len(u64::from(size.get()) << 20)?;
     Ok(EMPTY_MEMORY.to_owned())
 }
 
-/// Puts a file that others stand on into `directory`, under `name`, without copying it. It is sealed: QEMU may write what is in its directory.
+/// Links a shared file into `directory`, under `name`, without copying it. Seals the file,
+/// because QEMU may write the files in its directory.
 pub(crate) fn share(file: &Path, directory: &Path, name: &str) -> io::Result<()> {
-    // It becomes root's, so that no VMM could unseal it even if its rules did not refuse that.
+    // Root becomes the owner, so that no VMM could unseal the file even if its rules allowed
+    // that.
     match durable::seal(file).and_then(|()| bhatti_vmm::give_to(file, 0)) {
-        // Another user's file is none that this user's QEMU could write, nor one of a file system that is not to be written.
+        // If this user may not seal the file, or its file system is read-only, this user's QEMU
+        // cannot write it either.
         Err(error)
             if matches!(
                 error.kind(),

@@ -3,19 +3,20 @@
 //! ```text
 //!  <sandbox directory>/
 //!    disk-*.qcow2    the root disk's layers, the lowest over the image
-//!    memory-*.img    what the memory is a private mapping of
-//!    snapshot/       of a VM that sleeps: see `manifest`
-//!    device.state    while a VM is saved: what QEMU says of its devices, on its way into the snapshot
+//!    memory-*.img    the file that the guest's memory is a private mapping of
+//!    snapshot/       the snapshot of a cold VM: see `manifest`
+//!    device.state    QEMU's device state, until it is copied into the snapshot
 //!    agent.sock      the agent channel, multiplexed (bhatti_proto::mux)
 //!    console.sock    the guest's console
 //!    qmp.sock        QEMU's monitor
-//!    vm.json         which process it is, and what it was started with
-//!    vmm.log         what QEMU itself has to say
+//!    vm.json         the record of QEMU's process and machine
+//!    vmm.log         QEMU's own output
 //! ```
 //!
-//! The sockets are made before QEMU starts and handed to it, so there is nothing to wait for until the guest speaks. QEMU runs in a
-//! session of its own, reaches its VM's files alone (see `confine`), and outlives the daemon. The guest's console goes to a socket, not a
-//! file: a hostile guest could fill the disk.
+//! The engine creates the sockets before QEMU starts and passes them to it, so it only waits for
+//! the guest's first answer. QEMU runs in its own session, can access only its VM's files (see
+//! `confine`), and outlives the daemon. The guest's console goes to a socket, not to a file,
+//! because a hostile guest could fill the disk.
 
 mod capture;
 mod channel;
@@ -62,22 +63,23 @@ pub struct QemuEngine {
     tsc_khz: Arc<OnceCell<Option<u64>>>,
 }
 
-/// What all VMs of an engine are started with.
+/// The settings that all VMs of an engine are started with.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
     pub(crate) program: PathBuf,
     pub(crate) accelerator: Accelerator,
     pub(crate) groups: Groups,
-    /// What saved VMs depend on: another value, and they cannot be restored.
+    /// What saved VMs depend on: if this value changes, they cannot be restored.
     pub(crate) depends_on: String,
 }
 
 impl QemuEngine {
-    /// An engine on `program`, a path or a name to look up, with the best accelerator that works here.
+    /// Creates an engine on `program`, a path or a name to look up, with the best accelerator
+    /// that works on this host.
     #[must_use]
     pub fn new(program: PathBuf) -> Self {
         let accelerator = if kvm::check().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg };
-        // Under KVM a guest has this machine's own processor; TCG's is the same everywhere.
+        // Under KVM a guest sees this host's own processor; TCG's is the same on every host.
         let processor = match accelerator {
             Accelerator::Kvm => format!(" processor {}", processor::identity()),
             Accelerator::Tcg => String::new(),
@@ -93,13 +95,13 @@ impl QemuEngine {
         let setup = Setup { program, accelerator, groups, depends_on };
         if process::is_root() && confine::user(&setup, process::USERS.start).is_none() {
             tracing::warn!(
-                "QEMU runs as the daemon's user: this process lacks capabilities or users of its namespace, or only root may open /dev/kvm"
+                "QEMU runs as the daemon's user: the daemon lacks capabilities or user ids in its namespace, or only root may open /dev/kvm"
             );
         }
         Self { setup, tsc_khz: Arc::default() }
     }
 
-    /// Measures now what the first boot would otherwise wait for.
+    /// Measures the TSC's frequency now, so that the first boot need not wait for it.
     pub fn prepare(&self) -> impl Future<Output = ()> + Send + 'static {
         let tsc_khz = Arc::clone(&self.tsc_khz);
         async move {
@@ -161,7 +163,7 @@ impl Engine for QemuEngine {
         let process =
             self.find_process(id, directory).await.map_err(|source| match source.kind() {
                 io::ErrorKind::NotFound => AdoptError::Gone,
-                _ => AdoptError::Broken { step: "look for the VM's process", source },
+                _ => AdoptError::Broken { step: "search for the VM's process", source },
             })?;
         let attach = || {
             let machine = Record::read(directory)?.machine;
@@ -170,7 +172,7 @@ impl Engine for QemuEngine {
         let vm = attach()
             .map_err(|source| AdoptError::Broken { step: "connect to the VM's console", source })?;
         if vm.waits_for_state().await {
-            // Its state is still where it was to come from; this process has none.
+            // The snapshot is still in its place; this process has not loaded it.
             self.kill(id, directory).await.map_err(|left| AdoptError::Broken {
                 step: "end a VM that was being restored",
                 source: io::Error::other(left),
@@ -198,17 +200,17 @@ impl Engine for QemuEngine {
 impl QemuEngine {
     async fn clean_up(&self, id: SandboxId, directory: &Path) {
         if let Err(left) = self.remove(id, directory).await {
-            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not come up");
+            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not start");
         }
     }
 
-    /// The VMM process of a sandbox.
+    /// Finds the VMM process of a sandbox.
     async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
         bhatti_vmm::find(directory, &self.setup.program, &command_line::vm_name(id)).await
     }
 }
 
-/// Where a program is, all links followed.
+/// Returns the path of a program, with all links resolved.
 fn locate(program: &Path) -> Option<PathBuf> {
     const PLACES: [&str; 6] =
         ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
@@ -216,7 +218,7 @@ fn locate(program: &Path) -> Option<PathBuf> {
     places.filter_map(|path| fs::canonicalize(path).ok()).find(|path| path.is_file())
 }
 
-/// Tells one build of a program from another, without running it.
+/// Returns a text that differs between builds of a program, without running it.
 fn kind_of_program(program: &Path) -> String {
     locate(program).and_then(|path| fs::metadata(path).ok()).map_or_else(
         || "unknown".to_owned(),

@@ -1,13 +1,13 @@
-//! What a snapshot says of itself.
+//! The manifest of a snapshot.
 //!
 //! ```text
 //!  <snapshot>/
-//!    manifest.json       this
-//!    device.state        the devices, as QEMU saves them
+//!    manifest.json       the manifest
+//!    device.state        the devices' state, as QEMU saves it
 //!    memory.pages        of a diff: the pages that differ from the base
 //!    memory-<hash>.img   of a full snapshot: all memory; of a diff with frozen disks: its base
 //!    disk-*.qcow2, …     with frozen disks: all layers
-//!    …                   whatever else was to be copied into it
+//!    …                   other files that were copied into the snapshot
 //! ```
 
 use std::path::Path;
@@ -28,28 +28,29 @@ pub(crate) const FORMAT: u32 = 2;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Manifest {
     pub(crate) format: u32,
-    /// QEMU's version, and what else the machine depends on.
+    /// QEMU's version, and the other properties that the machine depends on.
     pub(crate) vmm_version: String,
     pub(crate) vmm_machine: String,
-    /// The machine; its memory is the file that the pages stand on, its disk the topmost layer.
+    /// The machine. Its memory is the file that the pages are based on, its disk the topmost
+    /// layer.
     pub(crate) machine: Machine,
     pub(crate) memory: Memory,
     pub(crate) memory_bytes: u64,
     pub(crate) devices_hash: String,
     pub(crate) devices_bytes: u64,
-    /// Of a disk that stays in place: when it was written last. It is the generation that the memory belongs to.
+    /// The generation of a disk that stays in place: the memory belongs to this generation.
     pub(crate) disk_generation: Option<Generation>,
-    /// The same of the volumes that it writes, each in its place.
+    /// The generations of the volumes that the guest writes, by slot.
     pub(crate) volume_generations: Vec<Option<Generation>>,
 }
 
-/// Which pages there are, and their hash.
+/// The kind and the hash of the saved pages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(crate) enum Memory {
-    /// All, in the machine's memory file.
+    /// All pages, in the machine's memory file.
     Full { hash: String },
-    /// Those that differ from the machine's memory file.
+    /// The pages that differ from the machine's memory file.
     Diff { hash: String },
 }
 

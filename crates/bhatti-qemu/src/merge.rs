@@ -1,15 +1,18 @@
-//! Merges the layers of a disk. Each snapshot that others may stand on freezes one. QEMU keeps all
-//! of them open, so a disk may have only [`overlay::LAYERS_MAX`]; and a frozen layer keeps its
-//! blocks when newer layers have replaced their content and the snapshot is deleted.
+//! Merges the layers of a disk. Each snapshot with frozen disks adds a layer. QEMU keeps all
+//! layers open, so a disk may have at most [`overlay::LAYERS_MAX`]. A frozen layer also keeps its
+//! blocks after newer layers have replaced their content and the snapshot is deleted.
 //!
-//! QEMU copies what the layers between hold into the topmost one (`block-stream`), which stands on the image then:
+//! QEMU copies the content of the layers in between into the topmost one (`block-stream`), whose
+//! backing file is then the image:
 //!
 //! ```text
-//!  copied ─► vCPUs stopped, all flushed ─► header names the image ─► synced ─► job gone ─► links to the layers between gone
+//!  copied ─► vCPUs stopped, all flushed ─► header names the image ─► synced ─► job dismissed
+//!    ─► links to the layers in between removed
 //! ```
 //!
-//! Until its header names the image, the topmost layer is as good as it was: what was copied is what stands below. After that everything that
-//! it needs is in it, and on the disk.
+//! Until its header names the image, the topmost layer stays valid: the copied blocks equal those
+//! of the layers below it. After that, the topmost layer contains everything it needs, on the
+//! disk.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -28,18 +31,19 @@ use crate::command_line::ROOT_DRIVE;
 use crate::overlay;
 use crate::vm::QemuVm;
 
-/// From how many layers on they are merged: one that fails leaves room for as many more.
+/// Number of layers from which they are merged. If a merge fails, there is room for as many more.
 const MERGE_AT: usize = overlay::LAYERS_MAX / 2;
-/// Layers are merged when that frees more than this part of the image's size.
+/// Layers are also merged if that frees more than this fraction of the image's size.
 const MERGE_AT_PART: u64 = 4;
 
-/// How long copying may take: who waits for the VM's disk waits for that. What was copied stays so if it takes longer.
+/// How long copying may take: other operations on the VM's disk wait for it. Blocks that were
+/// copied before the limit stay copied.
 const COPY_LIMIT: Duration = Duration::from_secs(20);
-/// How long QEMU may take to end a job whose work is done, or not wanted.
+/// How long QEMU may take to end a job that is complete or canceled.
 const END_LIMIT: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
 
-/// A job's states: all is copied, and it has ended, however that was.
+/// Job states: everything is copied; the job has ended, successfully or not.
 const COPIED: &str = "pending";
 const CONCLUDED: &str = "concluded";
 
@@ -63,7 +67,8 @@ pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool,
     });
     vm.ask("block-stream", arguments).await?;
     let merged = finish(vm, &top).await;
-    // Whatever came of it, nothing else is done to a disk that is being copied.
+    // End the job in any case: a disk must not be used for anything else while it is being
+    // copied.
     settle_jobs(vm).await?;
     merged?;
     remove_other_layers(vm).await?;
@@ -75,11 +80,11 @@ pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool,
     Ok(true)
 }
 
-/// What the layers between the topmost one and the image take of the host's disk, in bytes.
+/// Disk space of the layers between the topmost one and the image on the host, in bytes.
 struct Frozen {
-    /// Layers that only this VM has: their blocks are free once they are merged.
+    /// Layers that only this VM uses: merging frees their blocks.
     own: u64,
-    /// Layers that snapshots or forks have, too.
+    /// Layers that snapshots or forks use, too.
     shared: u64,
 }
 
@@ -95,11 +100,12 @@ impl Frozen {
         Ok(frozen)
     }
 
-    /// What merging is expected to free. The content of every layer that newer ones have not
-    /// replaced is copied into the topmost layer: of this VM's own layers never more than they
-    /// free, of shared ones all that they have. So a large shared part counts against merging as if
-    /// nothing had been replaced; the disk's size is the limit of both. A base snapshot's layer is
-    /// shared and small.
+    /// Returns the expected number of bytes that merging frees. Merging copies all content that
+    /// newer layers have not replaced into the topmost layer. Copies of the VM's own layers never
+    /// take more space than merging frees; shared layers free nothing, so their copies only take
+    /// space. A large shared part therefore counts against merging as if none of its content had
+    /// been replaced; own and shared copies together are at most the disk's size. A base
+    /// snapshot's layer is shared and small.
     fn freed_bytes(&self, disk_bytes: u64) -> u64 {
         if self.shared <= self.own / 8 {
             return self.own - self.shared;
@@ -108,27 +114,29 @@ impl Frozen {
     }
 }
 
-/// Waits until everything is copied, and has the topmost layer stand on the image.
+/// Waits until everything is copied, and makes the image the topmost layer's backing file.
 async fn finish(vm: &QemuVm, job: &str) -> Result<(), VmmError> {
     check(&wait_for(vm, job, COPIED, COPY_LIMIT).await?, COPIED)?;
     let was_running = vm.is_running().await?;
     let finalized = async {
-        // Flushes all disks, too: the header must not name the image before what was copied is there.
+        // Pausing also flushes all disks: the header must not name the image before the copied
+        // blocks are on the disk.
         vm.pause().await?;
         vm.ask("job-finalize", json!({ "id": job })).await?;
         check(&wait_for(vm, job, CONCLUDED, END_LIMIT).await?, CONCLUDED)?;
         sync_top(vm).await
     };
     let finalized = finalized.await;
-    // Whatever came of it: a VM that did not answer may have stopped.
+    // Resume after an error, too: a VM that did not answer in time may have been paused.
     if was_running {
         vm.resume().await?;
     }
     finalized
 }
 
-/// Ends what QEMU does to the disk by itself, if it does: an earlier daemon may have begun it. A disk that is being copied must not be saved:
-/// QEMU makes it inactive then, and goes on as if it copied.
+/// Ends QEMU's jobs on the disk, if any: an earlier daemon may have started one. A disk must not
+/// be saved while it is being copied: QEMU would make the disk inactive, and the job would
+/// continue as if it copied.
 pub(crate) async fn settle_jobs(vm: &QemuVm) -> Result<(), VmmError> {
     for job in jobs(vm).await? {
         let Some(id) = job["id"].as_str() else { return Err(VmmError::Garbled) };
@@ -149,7 +157,7 @@ async fn jobs(vm: &QemuVm) -> Result<Vec<Value>, VmmError> {
     }
 }
 
-/// Waits until a job is in a state, or has ended. Returns what QEMU says of it then.
+/// Waits until a job is in `state`, or has ended. Returns QEMU's description of the job.
 async fn wait_for(vm: &QemuVm, id: &str, state: &str, limit: Duration) -> Result<Value, VmmError> {
     let began = Instant::now();
     while began.elapsed() < limit {
@@ -163,13 +171,13 @@ async fn wait_for(vm: &QemuVm, id: &str, state: &str, limit: Duration) -> Result
     Err(VmmError::Silent { limit })
 }
 
-/// Whether a job has ended with an error, or too early.
+/// Returns an error if a job failed, or ended before the state `wanted`.
 fn check(job: &Value, wanted: &str) -> Result<(), VmmError> {
     if let Some(error) = job["error"].as_str() {
         return Err(VmmError::Refused(error.to_owned()));
     }
     let is_it = job["status"] == wanted;
-    is_it.then_some(()).ok_or_else(|| VmmError::Refused("the copying was ended".to_owned()))
+    is_it.then_some(()).ok_or_else(|| VmmError::Refused("the copy job was canceled".to_owned()))
 }
 
 async fn sync_top(vm: &QemuVm) -> Result<(), VmmError> {
@@ -177,7 +185,8 @@ async fn sync_top(vm: &QemuVm) -> Result<(), VmmError> {
     blocking(move || File::open(top)?.sync_all()).await
 }
 
-/// Removes the links to layers that the disk does not stand on, by what is on the disk.
+/// Removes the links to layers that are not in the disk's chain, as the layers' headers on the
+/// disk give it.
 async fn remove_other_layers(vm: &QemuVm) -> Result<(), VmmError> {
     let (directory, top) = (vm.directory.clone(), vm.machine.lock().disk.clone());
     blocking(move || {
@@ -205,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layers_that_others_have_too_speak_against_merging() {
+    fn shared_layers_count_against_merging() {
         const GIB: u64 = 1 << 30;
         let freed = |own, shared| Frozen { own, shared }.freed_bytes(4 * GIB);
         assert_eq!(freed(2 * GIB, 0), 2 * GIB);

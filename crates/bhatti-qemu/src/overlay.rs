@@ -1,7 +1,8 @@
-//! Layers of a disk: empty qcow2 overlays over a raw image or another overlay.
+//! The layers of a disk: empty qcow2 overlays over a raw image or another overlay.
 //!
-//! Written here rather than by `qemu-img`, whose start takes longer than all the rest of making a sandbox's files. The layout is that
-//! of QEMU's docs/interop/qcow2.txt, version 3, with four clusters: header, refcount table, refcount block, first-level table.
+//! This module writes overlays itself, because starting `qemu-img` takes longer than creating all
+//! other files of a sandbox. The layout is that of QEMU's docs/interop/qcow2.txt, version 3, with
+//! four clusters: header, refcount table, refcount block, first-level table.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER_BYTES: usize = 1 << CLUSTER_BITS;
 const HEADER_BYTES: u32 = 104;
-/// Where the header holds the disk's size.
+/// Offset of the disk's size in the header.
 const DISK_BYTES_OFFSET: u64 = 24;
 const MAGIC: &[u8; 4] = b"QFI\xfb";
 const VERSION: u32 = 3;
@@ -20,19 +21,20 @@ const VERSION: u32 = 3;
 const REFCOUNT_ORDER: u32 = 4;
 const BACKING_FORMAT_EXTENSION: u32 = 0xe279_2aca;
 
-/// How the name of a qcow2 file ends.
+/// Suffix of a qcow2 file's name.
 const QCOW2: &str = ".qcow2";
-/// The most layers that a disk may have: QEMU keeps each of them open.
+/// The maximum number of layers of a disk: QEMU keeps each of them open.
 pub(crate) const LAYERS_MAX: usize = 64;
 
-/// The bytes that one entry of the first-level table covers: a cluster of second-level entries, each for a cluster.
+/// Number of bytes that one entry of the first-level table covers: a cluster of second-level
+/// entries, each for a cluster.
 const L1_ENTRY_BYTES: u64 = (CLUSTER_BYTES as u64 / 8) * CLUSTER_BYTES as u64;
-/// The bytes that the one cluster of first-level entries can cover.
+/// Number of bytes that the one cluster of first-level entries can cover.
 const DISK_BYTES_MAX: u64 = L1_ENTRY_BYTES * (CLUSTER_BYTES as u64 / 8);
-/// The longest name of a base, by the rule of file systems; the format's own is 1023.
+/// Maximum length of a base's name: the limit of file systems. The format's own limit is 1023.
 const BASE_NAME_BYTES_MAX: usize = 255;
 
-/// An overlay could not be made.
+/// An overlay could not be created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OverlayError {
     /// The base cannot be used.
@@ -44,13 +46,14 @@ pub(crate) enum OverlayError {
         #[source]
         source: io::Error,
     },
-    /// The base is larger than the format's first table can cover here, or its path too long.
-    #[error("the base image `{}` is too large or its path too long for an overlay", path.display())]
+    /// The base is larger than the one cluster of first-level entries can cover, or its name is
+    /// too long.
+    #[error("the base image `{}` is too large or its name too long for an overlay", path.display())]
     Unsupported {
         /// The base.
         path: PathBuf,
     },
-    /// The overlay cannot be written.
+    /// The overlay could not be written.
     #[error("failed to write the overlay `{}`", path.display())]
     Write {
         /// The overlay.
@@ -66,15 +69,16 @@ pub(crate) fn create(path: &Path, base: &str) -> Result<(), OverlayError> {
     create_sized(path, base, 0)
 }
 
-/// Creates an empty overlay at `path` over `base`, a file beside it: qcow2 if its name says so, raw
-/// otherwise. It has `bytes`, and no fewer than the base; behind the base's end it is zero. The
-/// overlay names it without its directory, so that both can be moved together. Its content is
-/// durable: what names it must not outlive it. Its name becomes so with the record of the VM, which
-/// lies in the same directory.
+/// Creates an empty overlay at `path` over `base`, a file in the same directory: qcow2 if its
+/// name says so, raw otherwise. The overlay has `bytes`, but at least the base's size, and is
+/// zero beyond the base's end. It names the base without a directory, so that both can be moved
+/// together. Its content is durable on return, because it must not be lost before a file that
+/// names it. Its name becomes durable with the VM's record, which is in the same directory.
 ///
 /// # Errors
 ///
-/// Returns an error if the base cannot be used or the overlay not written; `path` must not exist yet. Blocks on disk.
+/// Returns an error if the base cannot be used or the overlay cannot be written; `path` must not
+/// exist. Blocks on disk.
 pub(crate) fn create_sized(path: &Path, base: &str, bytes: u64) -> Result<(), OverlayError> {
     let base_path = path.with_file_name(base);
     let disk_bytes = disk_bytes(&base_path)
@@ -89,25 +93,29 @@ pub(crate) fn create_sized(path: &Path, base: &str, bytes: u64) -> Result<(), Ov
         .map_err(|source| OverlayError::Write { path: path.to_owned(), source })
 }
 
-/// The names of all layers below and including `top` in `directory`, from the top down.
+/// Returns the names of the layers in `directory` from `top` down to the image.
 pub(crate) fn chain(directory: &Path, top: &str) -> io::Result<Vec<String>> {
     let mut layers = vec![top.to_owned()];
     while let Some(base) = base_of(&directory.join(&layers[layers.len() - 1]))? {
         layers.push(base);
         if layers.len() > LAYERS_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a disk with too many layers"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the disk has too many layers"));
         }
     }
     Ok(layers)
 }
 
-/// The name of the file that an overlay stands on; `None` for a raw image.
+/// Returns the name of an overlay's backing file; `None` for a raw image.
 fn base_of(path: &Path) -> io::Result<Option<String>> {
     if !is_qcow2(path) {
         return Ok(None);
     }
-    let bad =
-        || io::Error::new(io::ErrorKind::InvalidData, format!("{} is no overlay", path.display()));
+    let bad = || {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("`{}` is not an overlay", path.display()),
+        )
+    };
     let file = File::open(path)?;
     let mut header = [0; 20];
     file.read_exact_at(&mut header, 0)?;
@@ -119,17 +127,17 @@ fn base_of(path: &Path) -> io::Result<Option<String>> {
     let mut name = vec![0; length];
     file.read_exact_at(&mut name, offset)?;
     let name = String::from_utf8(name).map_err(|_| bad())?;
-    // A name, not a path: what a VMM wrote must not lead anywhere else.
+    // Only a name is accepted, not a path: data from a VMM must not lead to another directory.
     let is_name = !name.is_empty() && !name.contains('/') && !name.starts_with('.');
     is_name.then_some(Some(name)).ok_or_else(bad)
 }
 
-/// Whether a file is an overlay, by its name.
+/// Whether a file is an overlay, according to its name.
 pub(crate) fn is_qcow2(path: &Path) -> bool {
     path.as_os_str().as_bytes().ends_with(QCOW2.as_bytes())
 }
 
-/// The size of the disk in a file.
+/// Returns the size of the disk in a file, in bytes.
 pub(crate) fn disk_bytes(path: &Path) -> io::Result<u64> {
     if !is_qcow2(path) {
         return Ok(fs::metadata(path)?.len());
@@ -143,7 +151,7 @@ fn empty_image(disk_bytes: u64, base: &str) -> Vec<u8> {
     let format = if base.ends_with(QCOW2) { "qcow2" } else { "raw" };
     let cluster = |number: u64| number * CLUSTER_BYTES as u64;
     let (refcount_table, refcount_block, l1_table) = (cluster(1), cluster(2), cluster(3));
-    // Below 2^13 entries by the check above.
+    // At most 2^13 entries, because the caller checked the size.
     let l1_entries = u32::try_from(disk_bytes.div_ceil(L1_ENTRY_BYTES)).unwrap_or(u32::MAX);
     let base_length = u32::try_from(base.len()).unwrap_or(u32::MAX);
     let base_offset = u64::from(HEADER_BYTES) + 16 + 8;
@@ -191,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn qemu_finds_the_overlay_sound_and_its_content_the_bases() {
+    async fn overlay_is_valid_and_has_the_content_of_its_base() {
         let directory = tempfile::tempdir().unwrap();
         for bytes in [512, 3 << 20, (5 << 30) + 512] {
             let (base, overlay) =
@@ -215,16 +223,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (base, overlay) = (directory.path().join("base"), directory.path().join("overlay"));
         fs::write(&base, [0; 512]).unwrap();
-        fs::write(&overlay, "somebody's").unwrap();
+        fs::write(&overlay, "another file").unwrap();
 
         let error = create(&overlay, "base").unwrap_err();
 
         assert!(matches!(error, OverlayError::Write { .. }), "{error}");
-        assert_eq!(fs::read(&overlay).unwrap(), b"somebody's");
+        assert_eq!(fs::read(&overlay).unwrap(), b"another file");
     }
 
     #[tokio::test]
-    async fn chain_of_layers_can_be_moved_and_is_known_from_the_top_down() {
+    async fn chain_of_layers_can_be_moved_and_is_listed_from_the_top() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         fs::write(path("image.ext4"), vec![7; 1 << 20]).unwrap();
@@ -249,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn overlay_that_points_elsewhere_is_refused() {
+    fn overlay_over_another_directory_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let overlay = directory.path().join("disk.qcow2");
         for base in ["../image", "/etc/passwd", ""] {

@@ -1,6 +1,7 @@
-//! The memory of a QEMU: what is its own, and all of it.
+//! The memory of a QEMU process: its private pages, and all pages.
 //!
-//! A full memory is a sparse file of the guest's whole size, which VMs map; for a diff see [`bhatti_vmm::write_pages`].
+//! A full memory is a sparse file of the guest's whole size, which VMs map. For diffs, see
+//! [`bhatti_vmm::write_pages`].
 
 use std::fs::File;
 use std::io;
@@ -15,18 +16,19 @@ use bhatti_vmm::{piece_bytes, pieces, read_pages, write_pages};
 const PAGE: usize = 4096;
 const ZEROES: [u8; PAGE] = [0; PAGE];
 
-/// Writes the private pages of a VM's memory to `path`. Returns their bytes and the file's hash.
+/// Writes the private pages of a VM's memory to `path`. Returns their size in bytes, and the
+/// file's hash.
 pub(crate) fn write_diff(memory: &MappedFile, path: &Path) -> io::Result<(u64, blake3::Hash)> {
     write_pages(path, &memory.private_pages()?, |bytes, at| memory.read_at(bytes, at))
 }
 
-/// Gives a VM the pages in `path`. Returns the file's hash.
+/// Writes the pages in `path` to a VM's memory. Returns the file's hash.
 pub(crate) fn load_diff(memory: &MappedFile, path: &Path) -> io::Result<blake3::Hash> {
     read_pages(path, |bytes, at| memory.write_at(bytes, at))
 }
 
-/// Writes all memory of a VM to `path`, without its zeroes. `base` is the file that it maps. Returns the bytes of the pages, and a hash
-/// of them with their places.
+/// Writes all nonzero pages of a VM's memory to `path`. `base` is the file that the VM maps.
+/// Returns the size of the pages in bytes, and a hash of the pages with their offsets.
 pub(crate) fn write_full(
     memory: &MappedFile,
     base: &Path,
@@ -58,7 +60,8 @@ pub(crate) fn write_full(
     Ok((written, hasher.finalize()))
 }
 
-/// How much of a VM's memory is its own, and how much there is at most to save, in bytes.
+/// Returns the size of a VM's private pages, and the maximum size of a full snapshot's pages, in
+/// bytes.
 pub(crate) fn measure(memory: &MappedFile, base: &Path) -> io::Result<(u64, u64)> {
     let bytes =
         |runs: &[Range<u64>]| runs.iter().map(|run| run.end - run.start).sum::<u64>() * PAGE_BYTES;
@@ -68,12 +71,12 @@ pub(crate) fn measure(memory: &MappedFile, base: &Path) -> io::Result<(u64, u64)
     Ok((private, all))
 }
 
-/// The pages that may hold something: those that are the VM's own, and those that its base has.
+/// Returns the pages that may hold data: the VM's private pages, and the pages that its base has.
 fn holding_something(memory: &MappedFile, base: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     let mut runs = memory.private_pages()?;
     let mut at = 0;
     while let Some(data) = seek(base, rustix::fs::SeekFrom::Data(at))? {
-        // A file ends in a hole, if in nothing else.
+        // The end of a file counts as a hole.
         let hole = seek(base, rustix::fs::SeekFrom::Hole(data))?.unwrap_or(size);
         runs.push(data / PAGE_BYTES..hole.div_ceil(PAGE_BYTES));
         at = hole;

@@ -1,4 +1,4 @@
-//! QEMU's monitor: docs/interop/qmp-spec.rst. Lines of JSON; events are not for us.
+//! QEMU's monitor (docs/interop/qmp-spec.rst): lines of JSON. Events are ignored.
 
 use std::io;
 use std::path::Path;
@@ -16,13 +16,13 @@ use tokio::time::timeout;
 
 pub(crate) const SOCKET: &str = "qmp.sock";
 
-/// How long a command may take that touches no disk. QEMU's main loop serves them between other work.
+/// Time limit of a command without disk I/O. QEMU's main loop serves commands between other work.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 
-/// The longest line that is taken from a VMM.
+/// Maximum length of a line from a VMM, in bytes.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 
-/// The monitor of one VMM. It serves one connection at a time, so there is one.
+/// The monitor of one VMM. It serves one connection at a time, so only one is opened.
 pub(crate) struct Qmp {
     connection: Mutex<Option<Connection>>,
 }
@@ -68,12 +68,12 @@ struct Refusal {
 }
 
 impl Qmp {
-    /// The monitor of a VMM, not connected yet.
+    /// Creates the monitor of a VMM, not connected yet.
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self { connection: Mutex::new(None) })
     }
 
-    /// QEMU's version, with that of its package.
+    /// Returns QEMU's version, including its package version.
     pub(crate) async fn version(&self, directory: &Path) -> Result<String, VmmError> {
         let limited = timeout(COMMAND_LIMIT, async {
             let mut slot = self.connection.lock().await;
@@ -88,11 +88,11 @@ impl Qmp {
         limited.await.unwrap_or(Err(VmmError::Silent { limit: COMMAND_LIMIT }))
     }
 
-    /// Has QEMU do something, and returns its answer.
+    /// Executes a QEMU command and returns its result.
     ///
     /// # Cancel safety
     ///
-    /// The command may have been carried out or not; the monitor is connected anew.
+    /// The command may or may not have been executed. The next call opens a new connection.
     pub(crate) async fn execute(
         &self,
         directory: &Path,
@@ -102,7 +102,7 @@ impl Qmp {
     ) -> Result<Value, VmmError> {
         let limited = timeout(limit, async {
             let mut slot = self.connection.lock().await;
-            // Out of its place while it is used: what is cut off in the middle is not used again.
+            // Taken out of its slot while in use: an interrupted connection is not used again.
             let mut connection = match slot.take() {
                 Some(connection) => connection,
                 None => Connection::open(directory).await?,
@@ -161,7 +161,7 @@ mod tests {
 
     use super::*;
 
-    /// A monitor that answers each line with what `answers` says.
+    /// Starts a monitor that sends each of `answers`, and reads a line after each.
     fn monitor(directory: &Path, answers: Vec<&'static str>) {
         let listener: UnixListener = socket::listen_in(directory, SOCKET).unwrap();
         std::thread::spawn(move || {
@@ -180,7 +180,7 @@ mod tests {
     const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"Debian\"}}}\n";
 
     #[tokio::test]
-    async fn answers_are_told_from_events_and_refusals() {
+    async fn answers_events_and_refusals_are_distinguished() {
         let directory = tempfile::tempdir().unwrap();
         let answers = vec![
             GREETING,
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn monitor_that_says_nothing_is_silent_and_one_that_is_gone_unreachable() {
+    async fn mute_monitor_is_silent_and_missing_monitor_is_unreachable() {
         let directory = tempfile::tempdir().unwrap();
         let qmp = Qmp::new();
         let limit = Duration::from_millis(20);

@@ -1,4 +1,4 @@
-//! Makes VMs from snapshots.
+//! Restores VMs from snapshots.
 
 use std::fs;
 use std::io;
@@ -23,7 +23,8 @@ use crate::record::Machine;
 use crate::vm::{self, Beginning, QemuVm, report_log};
 use crate::{Setup, command_line, files, overlay};
 
-/// Looks at an incoming state that are made at once, and the pause between further ones.
+/// Number of status queries during a load that are sent without a pause, and the pause between
+/// later ones.
 const QUICK_LOOKS: u32 = 20;
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
 
@@ -49,7 +50,7 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     same("network card", card(has_network), card(spec.tap.is_some()))?;
     let places = |number: usize| number.to_string();
     let saved = manifest.machine.volumes.len();
-    same("places for volumes", &places(saved), &places(spec.volumes.len()))?;
+    same("number of volume slots", &places(saved), &places(spec.volumes.len()))?;
     let mut machine = prepare(spec, &manifest)?;
     machine.volumes = volumes(&spec.volumes);
     let devices = spec.snapshot.join(DEVICES);
@@ -73,12 +74,12 @@ pub(crate) async fn stage(spec: &RestoreSpec, setup: &Setup) -> Result<Waiting, 
     }
 }
 
-/// Makes what the VM stands on.
+/// Prepares the files that the VM depends on.
 fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreError> {
     let (from, to) = (&spec.snapshot, &spec.directory);
     let mut machine = manifest.machine.clone();
     let missing = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => damaged("a file that it needs is gone"),
+        io::ErrorKind::NotFound => damaged("a required file is missing"),
         _ => RestoreError::File { step: "share the snapshot's files", source },
     };
     match (spec.disks, manifest.disk_generation) {
@@ -108,12 +109,12 @@ fn prepare(spec: &RestoreSpec, manifest: &Manifest) -> Result<Machine, RestoreEr
             machine.disk = new_layer()
                 .map_err(|source| RestoreError::File { step: "create the VM's disk", source })?;
         }
-        (Disks::InPlace, None) => return Err(damaged("its disk belongs to others too")),
-        (Disks::Frozen, Some(_)) => return Err(damaged("it has no disk of its own")),
+        (Disks::InPlace, None) => return Err(damaged("its disks are frozen, not in place")),
+        (Disks::Frozen, Some(_)) => return Err(damaged("its disks are in place, not frozen")),
     }
     let size = fs::metadata(to.join(&machine.memory)).map_err(missing)?.len();
     if size != u64::from(machine.memory_mib) << 20 {
-        return Err(damaged("its memory has another size"));
+        return Err(damaged("its memory file has the wrong size"));
     }
     Ok(machine)
 }
@@ -122,11 +123,11 @@ impl Waiting {
     async fn check_version(&self) -> Result<(), RestoreError> {
         let version = self.qmp.version(&self.directory).await;
         let version =
-            version.map_err(|source| RestoreError::Vmm { step: "say its version", source })?;
+            version.map_err(|source| RestoreError::Vmm { step: "report its version", source })?;
         same("QEMU", &self.manifest.vmm_version, &version)
     }
 
-    /// Ends the process.
+    /// Ends the process and returns `error`.
     async fn give_up(self, error: RestoreError) -> RestoreError {
         bhatti_vmm::end(&self.process).await;
         report_log(&self.directory);
@@ -136,13 +137,13 @@ impl Waiting {
     async fn load_state(&self) -> Result<(), RestoreError> {
         self.load_memory().await?;
         let state = self.snapshot.join(DEVICES);
-        let gone = |_| damaged("its devices are gone");
+        let gone = |_| damaged("its device state is missing");
         let is_as_long = fs::metadata(&state).map_err(gone)?.len() == self.manifest.devices_bytes;
         if !is_as_long
             || blake3::hash(&fs::read(&state).map_err(gone)?).to_string()
                 != self.manifest.devices_hash
         {
-            return Err(damaged("its devices are not what was saved"));
+            return Err(damaged("its device state was altered"));
         }
         let failed = |source| RestoreError::Vmm { step: "load the devices", source };
         let uri = format!("file:{}", state.display());
@@ -153,7 +154,7 @@ impl Waiting {
             match status["status"].as_str() {
                 Some("inmigrate") => {}
                 Some("paused" | "prelaunch" | "postmigrate") => return Ok(()),
-                other => return Err(damaged(&format!("its devices were refused ({other:?})"))),
+                other => return Err(damaged(&format!("QEMU refused its devices ({other:?})"))),
             }
             if began.elapsed() > self.limit {
                 break;
@@ -165,7 +166,8 @@ impl Waiting {
         Err(failed(bhatti_engine::VmmError::Silent { limit: self.limit }))
     }
 
-    /// Gives the guest its own pages. Before the devices: they look into the guest's memory when they are loaded.
+    /// Loads the diff's pages into the guest's memory. This precedes the devices, which read the
+    /// guest's memory when they are loaded.
     async fn load_memory(&self) -> Result<(), RestoreError> {
         let Memory::Diff { hash } = &self.manifest.memory else { return Ok(()) };
         let (pid, base) = (self.process.id().pid, self.directory.join(&self.machine.memory));
@@ -179,13 +181,13 @@ impl Waiting {
             io::ErrorKind::InvalidData
             | io::ErrorKind::UnexpectedEof
             | io::ErrorKind::InvalidInput
-            | io::ErrorKind::NotFound => damaged(&format!("its memory: {source}")),
+            | io::ErrorKind::NotFound => damaged(&format!("its memory is unreadable: {source}")),
             _ => RestoreError::File { step: "load the memory", source },
         })?;
         if found.to_string() == *hash {
             Ok(())
         } else {
-            Err(damaged("its memory is not what was saved"))
+            Err(damaged("its memory pages were altered"))
         }
     }
 
@@ -206,7 +208,7 @@ impl Staged for Waiting {
         }
         let file = |step| move |source| RestoreError::File { step, source };
         if let Err(source) = remove_other_memory(&self.directory, &self.machine.memory) {
-            return Err(self.give_up(file("remove memory that nothing stands on")(source)).await);
+            return Err(self.give_up(file("remove unused memory files")(source)).await);
         }
         let id = self.process.id();
         let vm =

@@ -1,4 +1,4 @@
-//! The engine as `bhatti_engine::conformance` wants it.
+//! Runs `bhatti_engine::conformance` on the QEMU engine.
 
 use bhatti_qemu::{PROGRAM, QemuEngine};
 

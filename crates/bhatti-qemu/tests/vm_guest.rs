@@ -1,4 +1,4 @@
-//! The agent as PID 1 of a real guest.
+//! Tests the agent as PID 1 of a real guest.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::fs;
@@ -23,7 +23,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// A VM of a test's own, without a daemon.
+/// A VM without a daemon, used by one test.
 struct Guest {
     engine: QemuEngine,
     id: SandboxId,
@@ -33,7 +33,7 @@ struct Guest {
     _leftover: Leftover,
 }
 
-/// A test that failed leaves no VM behind either.
+/// Kills the VM of a test that failed.
 struct Leftover(PathBuf, SandboxId);
 
 impl Drop for Leftover {
@@ -47,7 +47,7 @@ impl Guest {
         Self::boot_in(tempfile::tempdir().unwrap(), false).await
     }
 
-    /// With `keep_disk`, from the disk of one that was killed.
+    /// Boots a guest. With `keep_disk`, boots it from the disk of a killed VM.
     async fn boot_in(directory: tempfile::TempDir, keep_disk: bool) -> Self {
         let files = ImageStore::new(images().parent().unwrap())
             .boot_files(DEFAULT_IMAGE, &dist("lohar"))
@@ -82,7 +82,7 @@ impl Guest {
         Ok((code, String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap()))
     }
 
-    /// What a script says, as `user`.
+    /// Runs a script as `user` and returns its output.
     async fn say(&self, user: Option<&str>, script: &str) -> String {
         let request = ExecRequest { user: user.map(str::to_owned), ..shell(script) };
         let (code, stdout, stderr) = self.run(request).await.unwrap();
@@ -99,13 +99,13 @@ fn shell(script: &str) -> ExecRequest {
     ExecRequest { argv: ["sh", "-c", script].map(str::to_owned).to_vec(), ..ExecRequest::default() }
 }
 
-/// A volume in memory: what its device is makes no difference to how it is mounted.
+/// Returns a volume in memory: mounting does not depend on the kind of the device.
 fn volume(mount: &str, read_only: bool) -> ConfigVolume {
     ConfigVolume { device: "volume".into(), mount: mount.into(), fs: "tmpfs".into(), read_only }
 }
 
 #[tokio::test]
-async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
+async fn processes_run_as_the_user_and_configuration_is_private() {
     let mut guest = Guest::boot().await;
     let file = ConfigFile { content: "c2VjcmV0IGtleQ==".into(), mode: "0600".into() };
     let config = GuestConfig {
@@ -143,14 +143,14 @@ async fn processes_are_the_users_and_the_configuration_is_theirs_alone() {
     let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
     assert!(format!("{said:?}").contains("init as user in /workspace"), "{said:?}");
 
-    // The token is in no file, and in no environment but the agent's memory.
+    // The token is in no file and in no process's environment; only the agent's memory holds it.
     let search = "grep -rsl CANARY / --exclude-dir=proc --exclude-dir=sys; grep -l CANARY /proc/[0-9]*/environ 2>/dev/null; true";
     assert_eq!(guest.say(Some("root"), search).await, "");
     guest.remove().await;
 }
 
 #[tokio::test]
-async fn nothing_that_users_do_to_memory_or_processes_reaches_the_agent() {
+async fn agent_survives_memory_exhaustion_and_a_fork_bomb() {
     let guest = Guest::boot().await;
     let mut events = guest.client.events().await.unwrap();
 
@@ -170,7 +170,7 @@ async fn nothing_that_users_do_to_memory_or_processes_reaches_the_agent() {
         ..shell("bomb() { bomb | bomb & }; bomb; sleep 1000")
     };
     assert!(guest.run(bomb).await.is_ok());
-    // The bomb's processes go on; the agent serves all the same, and can clear them away.
+    // The bomb's processes keep running. The agent still serves, and can kill them.
     assert!(guest.client.list_directory("/").await.unwrap().len() > 5);
     let kill = "echo 1 > /sys/fs/cgroup/user/cgroup.kill";
     let killed = ExecRequest { user: Some("root".into()), ..shell(kill) };
@@ -187,7 +187,7 @@ fn network(address: &str) -> GuestNetwork {
 }
 
 #[tokio::test]
-async fn guest_takes_another_identity_and_shuts_down_in_order() {
+async fn guest_assumes_an_identity_and_shuts_down_in_order() {
     let guest = Guest::boot().await;
     let before = guest.say(None, "cat /etc/machine-id").await;
     let parent = GuestConfig { network: Some(network("10.9.8.7/24")), ..GuestConfig::default() };
@@ -244,12 +244,12 @@ async fn guest_takes_another_identity_and_shuts_down_in_order() {
     guest.client.shut_down().await.unwrap();
     timeout(LIMIT, guest.vm.ended()).await.unwrap();
     let asked = || guest.vm.console_tail().contains("asked to end");
-    bhatti_testkit::wait_for("the process's last words", asked).await;
+    bhatti_testkit::wait_for("the process's output on SIGTERM", asked).await;
     guest.remove().await;
 }
 
 #[tokio::test]
-async fn suspended_guest_stands_still_until_it_has_another_identity_or_is_woken() {
+async fn suspended_guest_runs_no_process_until_it_gets_an_identity_or_wakes() {
     let guest = Guest::boot().await;
     let ticking = "while :; do echo x >>/dev/shm/ticks; sleep 0.01; done";
     guest.client.create_detached(shell(ticking)).await.unwrap();
@@ -257,16 +257,16 @@ async fn suspended_guest_stands_still_until_it_has_another_identity_or_is_woken(
     let goes_on = async || {
         let before = ticks().await;
         let more = async { while ticks().await <= before {} };
-        timeout(LIMIT, more).await.expect("the process goes on");
+        timeout(LIMIT, more).await.expect("the process runs again");
     };
     goes_on().await;
 
     guest.client.suspend(true).await.unwrap();
     guest.client.suspend(false).await.unwrap();
     let before = ticks().await;
-    // A command of the host's starts among the users', and stands still with them.
+    // A command from the host starts in the users' cgroup, and is suspended with it.
     let (_input, mut output) = guest.client.exec(shell("echo started")).await.unwrap();
-    timeout(Duration::from_millis(200), output.next()).await.expect_err("nothing runs");
+    timeout(Duration::from_millis(200), output.next()).await.expect_err("the command is suspended");
     assert_eq!(ticks().await, before);
 
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -277,7 +277,8 @@ async fn suspended_guest_stands_still_until_it_has_another_identity_or_is_woken(
     assert_eq!(said, ExecEvent::Stdout("started\n".into()));
     goes_on().await;
 
-    // A guest that was never configured, as a template's is: the identity brings all of a configuration.
+    // A guest that was never configured, as in a base snapshot: its identity includes a complete
+    // configuration.
     guest.client.suspend(false).await.unwrap();
     let config = GuestConfig {
         hostname: "fork".into(),
@@ -318,7 +319,8 @@ async fn freeze(vm: &dyn Vm, snapshot: &Path) {
     vm.resume().await.unwrap();
 }
 
-/// A monitor of QEMU's behind everybody's back. Whoever talks to QEMU has to have hung up.
+/// A second client of QEMU's monitor, which serves one client at a time: the engine must have
+/// disconnected.
 struct Monitor(BufReader<UnixStream>);
 
 impl Monitor {
@@ -333,7 +335,7 @@ impl Monitor {
         self.try_to(command, arguments).await.unwrap()
     }
 
-    /// What QEMU says to it, or why it does not do it.
+    /// Sends a command. Returns QEMU's result, or its error.
     async fn try_to(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.0.write_all(request.to_string().as_bytes()).await.unwrap();
@@ -350,7 +352,7 @@ impl Monitor {
         }
     }
 
-    /// Has the layers of the disk copied, so many bytes a second.
+    /// Starts a job that copies the layers of the disk, at `speed` bytes per second.
     async fn copy(&mut self, speed: u64) {
         let arguments = json!({
             "job-id": "left", "device": "root", "speed": speed, "auto-finalize": false, "auto-dismiss": false,
@@ -361,7 +363,7 @@ impl Monitor {
 
 const READ: &str = "echo 3 >/proc/sys/vm/drop_caches; sha256sum /workspace/file";
 
-/// A guest with a file in a layer below that which it writes to, and the file's checksum.
+/// Boots a guest with a file in a layer below the topmost one. Returns the file's checksum, too.
 async fn with_layers(snapshots: &Path) -> (Guest, String) {
     let guest = Guest::boot().await;
     let write = "head -c 9000000 /dev/urandom >/workspace/file; sync; sha256sum /workspace/file";
@@ -371,12 +373,12 @@ async fn with_layers(snapshots: &Path) -> (Guest, String) {
 }
 
 #[tokio::test]
-async fn disk_that_an_earlier_daemon_was_merging_is_saved_whole() {
+async fn disk_with_an_unfinished_merge_is_saved_completely() {
     let snapshots = tempfile::tempdir().unwrap();
     let (guest, sum) = with_layers(snapshots.path()).await;
     let Guest { engine, id, directory, vm, client, _leftover } = guest;
     drop((vm, client));
-    // A byte a second: it does not end by itself.
+    // One byte per second: the job does not end by itself.
     let place = directory.path().join("vm");
     Monitor::connect(&place).await.copy(1).await;
 
@@ -390,7 +392,7 @@ async fn disk_that_an_earlier_daemon_was_merging_is_saved_whole() {
 }
 
 #[tokio::test]
-async fn disk_is_whole_wherever_qemu_dies_while_it_merges() {
+async fn disk_is_intact_after_qemu_dies_at_any_point_of_a_merge() {
     let snapshots = tempfile::tempdir().unwrap();
     let (mut guest, sum) = with_layers(snapshots.path()).await;
     for (speed, copied) in [(1, 1), (4 << 20, 4 << 20), (0, u64::MAX)] {
@@ -415,7 +417,7 @@ async fn disk_is_whole_wherever_qemu_dies_while_it_merges() {
         engine.kill(id, &place).await.unwrap();
         guest = Guest::boot_in(directory, true).await;
 
-        assert_eq!(guest.say(Some("root"), READ).await, sum, "{speed} bytes a second");
+        assert_eq!(guest.say(Some("root"), READ).await, sum, "{speed} bytes per second");
     }
     assert_eq!(guest.say(None, "cat /workspace/rounds").await, "1\n4194304\n0\n");
     guest.remove().await;
@@ -424,14 +426,11 @@ async fn disk_is_whole_wherever_qemu_dies_while_it_merges() {
 /// The capability `CAP_DAC_READ_SEARCH`.
 const TO_READ: u64 = 1 << 2;
 
-/// What somebody would try who has broken out of a guest into its QEMU: here QEMU is told to.
+/// Sends commands that a compromised QEMU would execute after an escape from its guest.
 #[tokio::test]
-async fn vmm_reaches_its_own_files_and_nothing_else_of_its_host() {
+async fn vmm_accesses_only_its_own_files() {
     if landlock_version() == 0 {
-        bhatti_testkit::skip(
-            "vmm_reaches_its_own_files_and_nothing_else_of_its_host",
-            "this kernel has no Landlock",
-        );
+        bhatti_testkit::skip("vmm_accesses_only_its_own_files", "this kernel has no Landlock");
         return;
     }
     let guest = Guest::boot().await;
@@ -474,7 +473,7 @@ async fn vmm_reaches_its_own_files_and_nothing_else_of_its_host() {
     guest.remove().await;
 }
 
-/// Whether a process can be put into a group here.
+/// Whether a process can be moved to a control group on this host.
 async fn can_use_groups(groups: bhatti_vmm::cgroup::Groups) -> bool {
     let mut probe = bhatti_host::process::command("sleep").arg("60").spawn().unwrap();
     let entered = bhatti_vmm::cgroup::enter(groups, "bhatti-probe", 64, probe.id().unwrap());
@@ -483,7 +482,7 @@ async fn can_use_groups(groups: bhatti_vmm::cgroup::Groups) -> bool {
     entered.is_ok() && groups != bhatti_vmm::cgroup::Groups::Unusable
 }
 
-/// The user that a process runs as.
+/// Returns the user that a process runs as.
 fn owner_of(pid: u32) -> u32 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap();
@@ -491,10 +490,10 @@ fn owner_of(pid: u32) -> u32 {
 }
 
 #[tokio::test]
-async fn vmm_of_a_root_daemon_has_a_user_and_a_control_group_of_its_own() {
-    let what = "vmm_of_a_root_daemon_has_a_user_and_a_control_group_of_its_own";
+async fn vmm_of_a_root_daemon_has_its_own_user_and_control_group() {
+    let what = "vmm_of_a_root_daemon_has_its_own_user_and_control_group";
     if !bhatti_host::process::can_use_users() {
-        bhatti_testkit::skip(what, "only root can become another user");
+        bhatti_testkit::skip(what, "only root can run a process as another user");
         return;
     }
     let guest = Guest::boot().await;
@@ -503,13 +502,13 @@ async fn vmm_of_a_root_daemon_has_a_user_and_a_control_group_of_its_own() {
     assert_eq!(owner_of(pid), bhatti_vmm::user_of(guest.id));
     let groups = bhatti_vmm::cgroup::Groups::of_host();
     if !can_use_groups(groups).await {
-        bhatti_testkit::skip(what, "this host's control groups cannot be divided");
+        bhatti_testkit::skip(what, "no usable control groups");
     } else {
         let inside = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         let name = format!("/bhatti/bhatti-{}", guest.id);
         assert!(inside.lines().any(|line| line.ends_with(&name)), "{inside}");
     }
-    // Its disk is frozen and saved as that user's, too.
+    // The disk is frozen and saved correctly for that user, too.
     let snapshots = tempfile::tempdir().unwrap();
     freeze(&*guest.vm, &snapshots.path().join("first")).await;
     assert_eq!(

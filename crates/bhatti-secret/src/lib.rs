@@ -1,7 +1,7 @@
-//! Makes secrets unreadable at rest, with [age](https://age-encryption.org).
+//! Encrypts secrets at rest, with [age](https://age-encryption.org).
 //!
-//! The key is a file of its own beside the store, so that a copy of the store alone gives nothing away. `age -d -i age.key` reads what
-//! was sealed, too.
+//! The key is a separate file beside the store, so that a copy of the store alone reveals
+//! nothing. `age -d -i age.key` also decrypts the sealed secrets.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,19 +11,19 @@ use std::str::FromStr;
 use age::secrecy::ExposeSecret;
 use age::x25519::Identity;
 
-/// The key's file in the data directory.
+/// Name of the key's file in the data directory.
 pub const FILE: &str = "age.key";
 
-/// Held while the key is looked for or drawn.
+/// Name of the lock file that is held while the key is read or generated.
 const LOCK: &str = ".age.lock";
 
-/// The key cannot be had.
+/// The key cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// Its file cannot be read or made.
+    /// The key file cannot be locked, read or created.
     #[error("failed to {step} the key file `{}`", path.display())]
     File {
-        /// What failed.
+        /// The step that failed.
         step: &'static str,
         /// The file.
         path: PathBuf,
@@ -31,13 +31,14 @@ pub enum KeyError {
         #[source]
         source: io::Error,
     },
-    /// Its file holds no key. It is left as it is: what was sealed with the key that it held cannot be read without it.
+    /// The key file holds no key. It is left unchanged: without the original key, the secrets
+    /// cannot be decrypted.
     #[error("the key file `{}` holds no age key", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
     },
-    /// Its file is gone, and there are secrets that need it.
+    /// The key file is missing, and there are secrets that need it.
     #[error("the key file `{}` is missing, and there are secrets that need it", path.display())]
     Missing {
         /// The file.
@@ -45,12 +46,12 @@ pub enum KeyError {
     },
 }
 
-/// Something cannot be read any more.
+/// A secret cannot be decrypted.
 #[derive(Debug, thiserror::Error)]
-#[error("a secret cannot be read with the key of this data directory")]
+#[error("a secret cannot be decrypted with the key of this data directory")]
 pub struct UnsealError(#[source] age::DecryptError);
 
-/// Something could not be sealed.
+/// A secret could not be encrypted.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to encrypt a secret")]
 pub struct SealError(#[source] age::EncryptError);
@@ -59,14 +60,17 @@ pub struct SealError(#[source] age::EncryptError);
 pub struct SecretKey(Identity);
 
 impl SecretKey {
-    /// The key of `data_dir`. It is drawn if there is none, unless `needed`, by something that was sealed before.
+    /// Opens the key of `data_dir`. If there is no key, generates one, unless `needed` says that
+    /// sealed secrets depend on the missing key.
     ///
     /// # Errors
     ///
-    /// Returns an error if its file cannot be read or made, or holds no key.
+    /// Returns an error if the key file cannot be read or created, if it holds no key, or if it
+    /// is missing although a key is needed.
     pub fn open(data_dir: &Path, needed: bool) -> Result<Self, KeyError> {
         let path = data_dir.join(FILE);
-        // A daemon and a set-up may begin at once: the second finds the key of the first. The lock ends with the file.
+        // A daemon and a setup may start at the same time: the second one finds the key of the
+        // first. The lock ends when its file is closed.
         let lock = File::create(data_dir.join(LOCK)).and_then(|file| file.lock().map(|()| file));
         let _lock =
             lock.map_err(|source| KeyError::File { step: "lock", path: path.clone(), source })?;
@@ -83,7 +87,7 @@ impl SecretKey {
         }
     }
 
-    /// Makes something unreadable without this key.
+    /// Encrypts `plain` for this key.
     ///
     /// # Errors
     ///
@@ -92,24 +96,24 @@ impl SecretKey {
         age::encrypt(&self.0.to_public(), plain).map_err(SealError)
     }
 
-    /// Reads what was sealed.
+    /// Decrypts the result of [`seal`](Self::seal).
     ///
     /// # Errors
     ///
-    /// Returns an error if it was sealed with another key, or is damaged.
+    /// Returns an error if `sealed` was encrypted for another key, or is damaged.
     pub fn unseal(&self, sealed: &[u8]) -> Result<Vec<u8>, UnsealError> {
         age::decrypt(&self.0, sealed).map_err(UnsealError)
     }
 }
 
 fn parse(text: &str) -> Option<SecretKey> {
-    // As `age-keygen` writes it, with comments.
+    // The format of `age-keygen`, with comments.
     let mut lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
     let identity = Identity::from_str(lines.next()?.trim()).ok()?;
     lines.next().is_none().then_some(SecretKey(identity))
 }
 
-/// Draws a key. Its file gets its name when it is whole and on the disk.
+/// Generates a key. The file gets its name once it is complete and on disk.
 fn create(path: PathBuf) -> Result<SecretKey, KeyError> {
     let key = SecretKey(Identity::generate());
     let text = format!("{}\n", key.0.to_string().expose_secret());
@@ -126,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn key_is_drawn_once_and_is_its_owners_alone() {
+    fn key_is_generated_once_and_only_its_owner_can_read_it() {
         let data = tempfile::tempdir().unwrap();
         let sealed = SecretKey::open(data.path(), false).unwrap().seal(b"canary").unwrap();
 
@@ -140,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_or_missing_key_is_an_error_and_stays_so() {
+    fn damaged_or_missing_key_is_an_error_and_is_not_replaced() {
         let data = tempfile::tempdir().unwrap();
         assert!(matches!(SecretKey::open(data.path(), true), Err(KeyError::Missing { .. })));
         for text in ["", "\n", "AGE-SECRET-KEY-1", "nonsense"] {
@@ -154,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn all_who_begin_at_once_have_the_same_key() {
+    fn concurrent_opens_return_the_same_key() {
         let data = tempfile::tempdir().unwrap();
 
         let sealed: Vec<Vec<u8>> = std::thread::scope(|scope| {
@@ -168,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_key_sealed_cannot_be_read() {
+    fn secret_of_another_key_cannot_be_unsealed() {
         let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let sealed = SecretKey::open(one.path(), false).unwrap().seal(b"x").unwrap();
         let other = SecretKey::open(other.path(), false).unwrap();

@@ -1,4 +1,5 @@
-//! Takes connections and serves them, within limits: a peer that asks nothing gets little.
+//! Accepts connections and serves HTTP on them, within limits. A peer that sends no request gets
+//! few resources.
 
 mod peers;
 mod socket;
@@ -30,28 +31,29 @@ use peers::{Asking, Peers};
 pub(crate) use socket::PeerSocket;
 use socket::{Connection, Stream};
 
-/// Connections of one listener at once. Beyond it, a new one takes the place of one that asks nothing.
+/// Maximum number of connections of one listener. Beyond it, a new connection replaces a silent
+/// one (see [`peers`]).
 const CONNECTIONS_MAX: usize = 8192;
 
-/// How long a peer may take for the head of a request, or keep a connection on which it asks nothing.
+/// Time limit for the head of a request, and for a connection on which the peer sends no request.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
 
-/// The longest head of a request, in bytes, and the most that is read of a connection at once.
+/// Maximum length of a request's head, in bytes, and of one read from a connection.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
-/// How long to wait when the host has no descriptor for another connection.
+/// Pause after a failed accept, which usually means that the host has no free file descriptor.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-/// Where connections come from.
+/// Source of connections.
 pub(crate) trait Source: Send + Sync + 'static {
     /// A connection.
     type Connection: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    /// Waits for the next one. Cancel safe.
+    /// Waits for the next connection. Cancel safe.
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Connection, Peer)>> + Send;
 }
 
-/// Who is at the other end of a connection.
+/// The other end of a connection.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Peer {
     address: Option<SocketAddr>,
@@ -73,8 +75,8 @@ impl Source for TcpListener {
 
     async fn accept(&self) -> io::Result<(Connection, Peer)> {
         let (stream, peer) = Self::accept(self).await?;
-        // Small answers are not to wait for the acknowledgement of earlier ones, and a peer that vanished is to be noticed. A connection on
-        // which neither can be said has ended already.
+        // Small responses must not wait for the acknowledgment of earlier ones, and a vanished
+        // peer must be noticed. If an option cannot be set, the connection has already ended.
         drop(stream.set_nodelay(true));
         drop(bhatti_host::socket::keep_alive(&stream));
         let connection = Connection::new(Stream::Tcp(stream));
@@ -83,7 +85,8 @@ impl Source for TcpListener {
     }
 }
 
-/// Serves `app` on what comes until `stop` resolves, and then until all requests have been answered.
+/// Serves `app` on the connections of `source` until `stop` resolves, then finishes all requests
+/// in flight.
 pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Output = ()> + Send) {
     let peers = Peers::new(CONNECTIONS_MAX);
     let stopping = watch::Sender::new(());
@@ -98,12 +101,12 @@ pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Ou
         let (connection, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                warn!(%error, "Failed to take a connection");
+                warn!(%error, "Failed to accept a connection");
                 sleep(EXHAUSTED_PAUSE).await;
                 continue;
             }
         };
-        // Without a place it is closed at once: all others are asking something.
+        // Without a place the connection is closed at once: all others have a request in flight.
         let Some(place) = peers.enter(peer.address.map(|address| address.ip())) else { continue };
         let (app, asking) = (app.clone(), Arc::clone(&place));
         let service =
@@ -121,11 +124,11 @@ pub(crate) async fn serve(source: impl Source, app: Router, stop: impl Future<Ou
                 }
             };
             if let Err(error) = ended {
-                debug!(%error, "A connection broke off");
+                debug!(%error, "Connection failed");
             }
         });
     }
-    // Nobody waits in vain for a daemon that takes no more.
+    // Close the listener, so that no client waits for a daemon that accepts no more connections.
     drop(source);
     stopping.send_replace(());
     stopping.closed().await;
@@ -148,18 +151,18 @@ async fn answer(
     Ok(hold(response, asking))
 }
 
-/// Keeps something until the answer's body has been sent.
+/// Keeps `held` alive until the response's body has been sent.
 pub(crate) fn hold(response: Response, held: impl Send + 'static) -> Response {
     response.map(|body| Body::new(Held { body, _held: held }))
 }
 
-/// A body with something that lives as long.
+/// A body that keeps a value alive.
 struct Held<T> {
     body: Body,
     _held: T,
 }
 
-// What is held is never looked at, so it need not stay where it is.
+// The held value is never accessed, so it need not stay in place.
 impl<T> Unpin for Held<T> {}
 
 impl<T: Send + 'static> HttpBody for Held<T> {
@@ -189,7 +192,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// One connection, and no other.
+    /// Source of a single connection.
     struct One(Mutex<Option<DuplexStream>>);
 
     impl Source for One {
@@ -204,7 +207,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A connection to a server of `app`.
+    /// Returns a client's connection to a server of `app`.
     pub(crate) fn serve_one(app: Router) -> DuplexStream {
         let (ours, theirs) = duplex(1024);
         tokio::spawn(serve(One(Mutex::new(Some(theirs))), app, std::future::pending()));
@@ -216,7 +219,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn peer_that_asks_nothing_or_slowly_is_let_go() {
+    async fn connection_without_a_complete_request_head_is_closed() {
         for begin in ["", "GET / HTTP/1.1\r\nHost:"] {
             let mut peer = serve_answers();
             peer.write_all(begin.as_bytes()).await.unwrap();
@@ -224,12 +227,12 @@ pub(crate) mod tests {
             let mut said = Vec::new();
             let ended = tokio::time::timeout(2 * HEAD_LIMIT, peer.read_to_end(&mut said)).await;
 
-            assert!(ended.is_ok(), "{begin:?} is waited for");
+            assert!(ended.is_ok(), "the connection is still open after {begin:?}");
         }
     }
 
     #[tokio::test]
-    async fn head_without_end_is_refused() {
+    async fn endless_request_head_is_refused() {
         let mut peer = serve_answers();
         let head = [b"GET / HTTP/1.1\r\nX: ", &vec![b'x'; 2 * HEAD_BYTES_MAX][..]].concat();
         drop(peer.write_all(&head).await);
@@ -241,7 +244,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn silent_connections_keep_nobody_out() {
+    async fn silent_connections_do_not_block_callers() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let app = Router::new().fallback(|| async { "answered" });
@@ -257,7 +260,7 @@ pub(crate) mod tests {
         caller.read_to_string(&mut said).await.unwrap();
 
         assert!(said.ends_with("answered"), "{said}");
-        // The oldest have been closed, the newest are kept.
+        // The oldest connections are closed, the newest are kept.
         assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0);
         let mut byte = [0];
         let newest = silent.last_mut().unwrap().read(&mut byte);
@@ -265,7 +268,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn kept_connection_answers_again() {
+    async fn connection_serves_a_second_request() {
         let mut peer = serve_answers();
         for _ in 0..2 {
             peer.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();

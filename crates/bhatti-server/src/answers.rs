@@ -1,7 +1,7 @@
-//! Memory of long requests, and of answers that are collected before they are sent: a limit for all
-//! of them and one for each user.
+//! Memory budget of large requests, and of responses that are buffered before they are sent: one
+//! cap for all users together and one for each user.
 //!
-//! A [`Part`] is held until the answer has been sent, however slowly its caller reads.
+//! A [`Part`] is held until the response has been sent, however slowly the caller reads.
 
 mod exec;
 
@@ -19,14 +19,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub(crate) use exec::{Collected, exec_answer};
 
-/// All of it, and that of one user, in bytes.
+/// Budget of all users together, and of one user, in bytes.
 const MEMORY_BYTES: usize = 160 << 20;
 const MEMORY_OF_USER_BYTES: usize = 64 << 20;
 
-/// The pieces in which it is given, in bytes.
+/// Unit in which memory is reserved, in bytes.
 const PIECE_BYTES: usize = 64 * 1024;
 
-/// The memory that is left.
+/// The memory budget.
 pub(crate) struct AnswerMemory {
     all: Arc<Semaphore>,
     of_users: Mutex<HashMap<UserId, Weak<Semaphore>>>,
@@ -41,7 +41,7 @@ impl Default for AnswerMemory {
     }
 }
 
-/// The part of one answer. The first piece of each is free: most have no more.
+/// The memory of one response. The first unit is free, because most responses need no more.
 pub(crate) struct Part {
     all: Arc<Semaphore>,
     of_user: Arc<Semaphore>,
@@ -49,7 +49,7 @@ pub(crate) struct Part {
 }
 
 impl AnswerMemory {
-    /// The part of a new answer.
+    /// Returns the part of a new response, with nothing reserved yet.
     pub(crate) fn part(&self, user: UserId) -> Part {
         let mut of_users = self.of_users.lock();
         let of_user = of_users.get(&user).and_then(Weak::upgrade).unwrap_or_else(|| {
@@ -63,7 +63,7 @@ impl AnswerMemory {
 }
 
 impl Part {
-    /// Makes the part large enough for `bytes`, if there is so much left.
+    /// Grows the part to `bytes`. Returns whether enough memory was left.
     pub(crate) fn grow_to(&mut self, bytes: usize) -> bool {
         while bytes > (self.given.len() + 1) * PIECE_BYTES {
             let of_user = Arc::clone(&self.of_user).try_acquire_owned();
@@ -75,7 +75,7 @@ impl Part {
     }
 }
 
-/// An answer of JSON that is at hand, with the part that it takes.
+/// Returns a response with JSON that is complete, and keeps its memory part until the end.
 pub(crate) fn json_answer(json: Vec<u8>, part: Part) -> Response {
     let headers = [(CONTENT_TYPE, "application/json")];
     if json.len() <= PIECE_BYTES {
@@ -83,13 +83,13 @@ pub(crate) fn json_answer(json: Vec<u8>, part: Part) -> Response {
     }
     let pieces = (0..json.len()).step_by(PIECE_BYTES).map(move |at| {
         let _held = &part;
-        // A copy: a slice would keep all of it in memory behind the last piece.
+        // A copy: a slice would keep the whole text in memory after the last piece was made.
         Bytes::copy_from_slice(&json[at..json.len().min(at + PIECE_BYTES)])
     });
     (headers, body(pieces)).into_response()
 }
 
-/// A body of pieces that are made when they are sent.
+/// Returns a body whose pieces are made when they are sent.
 fn body(pieces: impl Iterator<Item = Bytes> + Send + 'static) -> Body {
     Body::from_stream(stream::iter(pieces.map(Ok::<_, Infallible>)))
 }

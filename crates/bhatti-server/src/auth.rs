@@ -1,7 +1,8 @@
-//! Who is calling.
+//! Authentication of callers.
 //!
-//! A caller on the network shows a key in the `Authorization` header. A WebSocket's client that can set no header shows a ticket or the
-//! key in the query; both are taken out of the request here, so that no log, handler or guest ever sees them.
+//! A caller on the network sends an API key in the `Authorization` header. A WebSocket client
+//! that cannot set headers sends a ticket or the key in the query. Tickets and keys are removed
+//! from the query here, so that no log, handler or guest ever sees them.
 
 use axum::extract::Request;
 use axum::http::Uri;
@@ -13,10 +14,11 @@ use bhatti_types::UserId;
 use crate::status::ApiError;
 use crate::{AppState, Listener, console, keys, tickets};
 
-/// The paths that need no caller, with the console's. Compared with the path as it was sent: nothing is decoded or resolved, here or later.
+/// Paths that need no authentication, besides the console's. They are compared with the path as
+/// it was sent: nothing is decoded or resolved, here or later.
 const PUBLIC_PATHS: [&str; 2] = ["/health", "/openapi.json"];
 
-/// Who is calling.
+/// The user that a request was authenticated as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Caller(pub(crate) UserId);
 
@@ -34,7 +36,8 @@ impl Caller {
     }
 }
 
-/// Finds out who is calling, and notes it as an extension of the request. Returns the request in any case, without what was shown in its query.
+/// Authenticates the caller, and stores it as an extension of the request. Returns the request in
+/// any case, without the credentials in its query.
 pub(crate) fn authenticate(
     state: &AppState,
     listener: Listener,
@@ -51,7 +54,7 @@ pub(crate) fn authenticate(
     (known, request)
 }
 
-/// What a request shows in its query.
+/// Credentials in a request's query.
 #[derive(Debug, PartialEq, Eq)]
 enum Shown {
     Ticket(String),
@@ -72,14 +75,18 @@ fn caller(
     let key = header.and_then(bearer).filter(|key| !key.is_empty());
     let key = match (key, shown) {
         (Some(key), _) => key.to_owned(),
-        // Anything but a WebSocket can set a header: what is in a URL is kept in histories and logs of others.
+        // Every client except a WebSocket can set a header. A URL is unsafe for a key: histories
+        // and other programs' logs keep it.
         (None, Some(shown)) if request.headers().contains_key(UPGRADE) => match shown {
             Shown::Key(key) => key,
             Shown::Ticket(ticket) => {
                 let owner = state.tickets.redeem(&ticket);
                 return owner.map(Caller).ok_or_else(|| {
-                    ApiError::new(ErrorCode::Unauthorized, "the ticket is used, old or unknown")
-                        .hint("draw another: POST /ws-ticket")
+                    ApiError::new(
+                        ErrorCode::Unauthorized,
+                        "the ticket is unknown, expired or already used",
+                    )
+                    .hint("request a new ticket: POST /ws-ticket")
                 });
             }
         },
@@ -89,19 +96,21 @@ fn caller(
     user.map(|user| Caller(user.id)).ok_or_else(invalid)
 }
 
-/// The key of an `Authorization` header. The scheme's name may be in any case (RFC 9110, section 11.1).
+/// Returns the key in an `Authorization` header. The scheme's name is case-insensitive (RFC 9110,
+/// section 11.1).
 fn bearer(header: &str) -> Option<&str> {
     let (scheme, key) = header.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim_start())
 }
 
-/// Takes ticket and key out of the query.
+/// Removes ticket and key from the query, and returns the one to use.
 fn take_from_query(request: &mut Request) -> Option<Shown> {
     let query = request.uri().query()?;
     let (mut shown, mut rest) = (None, Vec::new());
     for pair in query.split('&') {
         match pair.split_once('=') {
-            // Known by how they begin: an application behind the proxy may have parameters of the same name.
+            // Recognized by their prefix: an application behind the proxy may have parameters of
+            // the same name.
             Some(("ticket", ticket)) if ticket.starts_with(tickets::PREFIX) => {
                 shown = Some(Shown::Ticket(ticket.to_owned()));
             }
@@ -133,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_in_the_query_goes_no_further() {
+    fn credentials_are_removed_from_the_query() {
         let ticket = Some(Shown::Ticket("bht-ticket_1".into()));
         assert_eq!(taken("/a?x=1&ticket=bht-ticket_1&y=%2F"), (ticket, "/a?x=1&y=%2F".into()));
         let key = Some(Shown::Key("bht_k".into()));
@@ -141,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn other_parameters_stay_as_they_are() {
+    fn other_parameters_are_unchanged() {
         for uri in ["/a", "/a?", "/a?token=csrf&x=%20", "/a?ticket=1"] {
             assert_eq!(taken(uri), (None, uri.to_owned()));
         }

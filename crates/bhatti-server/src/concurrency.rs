@@ -1,5 +1,5 @@
-//! How many requests a user may have under way at once: each holds a connection, and those that stream hold memory on the way to and from
-//! the guest.
+//! Limits a user's requests in flight. Each request holds a connection, and a streaming request
+//! holds memory on the way to and from the guest.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,16 +13,17 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::status::ApiError;
 
-/// Requests of one user at once, answers that are being read and open WebSockets included.
+/// Maximum number of a user's requests in flight, including responses that are being read and
+/// open WebSockets.
 const OF_USER_MAX: usize = 512;
-/// Those of the admin, who owns the machine.
+/// The same limit for the admin, who owns the machine.
 const OF_ADMIN_MAX: usize = 4096;
 
-/// What all users have under way.
+/// Number of requests in flight, by user.
 #[derive(Default)]
 pub(crate) struct Concurrency(Arc<Mutex<HashMap<UserId, usize>>>);
 
-/// One request of a user, until this is dropped.
+/// One request of a user, counted until this is dropped.
 pub(crate) struct Permit {
     user: UserId,
     all: Arc<Mutex<HashMap<UserId, usize>>>,
@@ -52,14 +53,17 @@ impl Drop for Permit {
     }
 }
 
-/// Lets a request of a known caller through if it has not too many under way. The permit is an extension of the request; it is to be held
-/// until the answer has been sent.
+/// Admits a request of an authenticated caller that has not too many in flight. The permit
+/// becomes an extension of the request, and must be held until the response has been sent.
 pub(crate) fn limit(state: &AppState, mut request: Request) -> Result<Request, ApiError> {
     let Some(caller) = request.extensions().get::<Caller>().copied() else { return Ok(request) };
     let most = if caller.is_admin() { OF_ADMIN_MAX } else { OF_USER_MAX };
     let permit = state.concurrency.admit(caller.0, most).ok_or_else(|| {
-        ApiError::new(ErrorCode::RateLimited, format!("{most} requests are under way"))
-            .hint("read the answers, or close streams and WebSockets that are not needed")
+        ApiError::new(
+            ErrorCode::RateLimited,
+            format!("the maximum of {most} requests is in flight"),
+        )
+        .hint("read the pending responses, or close unneeded streams and WebSockets")
     })?;
     request.extensions_mut().insert(Arc::new(permit));
     Ok(request)
@@ -70,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn permits_are_a_users_own_and_come_back() {
+    fn permits_are_counted_per_user_and_released() {
         let all = Concurrency::default();
         let (alice, bob) = (UserId::from_entropy([1; 8]), UserId::from_entropy([2; 8]));
 

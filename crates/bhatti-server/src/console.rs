@@ -1,7 +1,9 @@
-//! `/`: the web console, one page that uses the API as anybody does. Its files are made of `web/` and lie in the program.
+//! `/`: the web console, one page that uses the API like any other client. Its files are built
+//! from `web/` and embedded in the program.
 //!
-//! The page's policy lets in nothing that this daemon does not serve at this address, and no style that does not carry the nonce of that very
-//! page (xterm draws with `<style>` elements).
+//! The page's Content-Security-Policy allows only what this daemon serves at this address, and
+//! images in `data:` URLs. An inline style needs the nonce of that very page, because xterm draws
+//! with `<style>` elements.
 
 use std::sync::LazyLock;
 
@@ -19,11 +21,11 @@ use crate::AppState;
 use crate::keys::random_hex;
 use crate::status::{ApiError, not_modified};
 
-/// Where the console's files are. They are the same for everybody, and need no key.
+/// Paths of the console's files. The files are the same for all callers and need no key.
 pub(crate) const PATHS: [&str; 3] = ["/", SCRIPT.path, STYLE.path];
 
 const PAGE: &str = include_str!("../console/index.html");
-/// What the page has in place of its nonce.
+/// Placeholder of the nonce in the page.
 const NONCE: &str = "{nonce}";
 
 const SCRIPT: File = File {
@@ -37,7 +39,7 @@ const STYLE: File = File {
     content: include_str!("../console/app.css"),
 };
 
-/// A file that is the same for everybody.
+/// A file that is the same for all callers.
 struct File {
     path: &'static str,
     kind: &'static str,
@@ -70,13 +72,13 @@ async fn page() -> Result<Response, ApiError> {
     Ok((headers, PAGE.replace(NONCE, &nonce)).into_response())
 }
 
-/// What a file's content is known by.
+/// Returns the entity tag of a file's content.
 fn tag(content: &str) -> String {
     let hash = Sha256::digest(content.as_bytes());
     format!("\"{}\"", hash[..16].iter().map(|byte| format!("{byte:02x}")).collect::<String>())
 }
 
-/// A file, or word that the caller has it already.
+/// Returns a file, or "not modified" if the caller already has this version.
 fn file(file: &File, tag: &str, asked: &HeaderMap) -> Response {
     let headers = [
         (CONTENT_TYPE, file.kind),
@@ -95,7 +97,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn page_carries_the_nonce_that_its_policy_lets_in_and_another_each_time() {
+    async fn page_and_policy_share_a_nonce_that_is_new_each_time() {
         let mut nonces = Vec::new();
         for _ in 0..2 {
             let response = page().await.unwrap();
@@ -112,14 +114,14 @@ mod tests {
     }
 
     #[test]
-    fn page_names_the_files_that_there_are() {
+    fn page_refers_to_every_console_file() {
         for path in &PATHS[1..] {
             assert!(PAGE.contains(&format!("\"{path}\"")), "{path}");
         }
     }
 
     #[test]
-    fn file_that_is_known_is_not_sent_again() {
+    fn file_with_a_known_tag_is_not_sent_again() {
         let tag = tag(STYLE.content);
         let known = HeaderMap::from_iter([(IF_NONE_MATCH, tag.parse().unwrap())]);
         assert_eq!(file(&STYLE, &tag, &HeaderMap::new()).status().as_u16(), 200);

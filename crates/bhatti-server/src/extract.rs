@@ -1,4 +1,4 @@
-//! What handlers take out of a request, and the errors of that.
+//! Extractors of path and query parameters, and their errors.
 
 use axum::extract::{FromRequestParts, Path};
 use axum::http::request::Parts;
@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use crate::status::ApiError;
 
-/// The parameters of a path, decoded once.
+/// Parameters of a path, decoded once.
 pub(crate) struct ApiPath<T>(pub(crate) T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for ApiPath<T> {
@@ -19,7 +19,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for ApiPath
     }
 }
 
-/// The parameters of a query; those that nobody asked for are refused.
+/// Parameters of a query. Unknown parameters are refused.
 pub(crate) struct ApiQuery<T>(pub(crate) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for ApiQuery<T> {
@@ -35,7 +35,7 @@ fn parse_query<T: DeserializeOwned>(query: Option<&str>) -> Result<T, ApiError> 
         .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid query: {error}")))
 }
 
-/// Whether a request asks for an answer of this type.
+/// Returns whether a request accepts a response of the media type `wanted`.
 pub(crate) fn accepts(headers: &axum::http::HeaderMap, wanted: &str) -> bool {
     let accept = headers.get(axum::http::header::ACCEPT).and_then(|value| value.to_str().ok());
     accept.is_some_and(|accept| {

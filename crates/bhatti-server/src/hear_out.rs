@@ -1,6 +1,8 @@
-//! Hears callers out who still send what nobody wants any more.
+//! Drains an abandoned request body so that the client can read the response before the
+//! connection closes.
 //!
-//! A connection that is closed while its caller writes is lost to it, and with it the answer that it has not read yet.
+//! If the connection closes while the client still writes, the client loses the connection, and
+//! with it a response that it has not read yet.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -12,16 +14,16 @@ use http_body_util::BodyExt;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// How long a caller is heard out. It may read its answer meanwhile, and stop.
+/// Time limit of a drain. The client may read the response meanwhile, and stop sending.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// What surely fits between caller and daemon, in bytes: nobody has to read it.
+/// Size of a body that surely fits in the socket's buffers, in bytes. Such a body needs no drain.
 const SMALL_BYTES: u64 = 8 << 10;
 
-/// The most that a caller whom nobody knows is heard out for, in bytes.
+/// Maximum number of bytes to drain for an unauthenticated client.
 pub(crate) const OF_STRANGERS_BYTES: u64 = 16 << 20;
 
-/// Has what the handler of a request leaves of its body be read, up to `most` bytes.
+/// Drains the part of the request's body that the handler leaves unread, up to `most` bytes.
 pub(crate) fn hear_out(request: Request, most: u64) -> Request {
     let size = request.body().size_hint();
     if size.upper().is_some_and(|most| most <= SMALL_BYTES) {
@@ -29,7 +31,7 @@ pub(crate) fn hear_out(request: Request, most: u64) -> Request {
     }
     let (leave, left) = oneshot::channel();
     tokio::spawn(async move {
-        // Nothing is left of one that was read to its end.
+        // A body that was read to its end is never sent.
         let Ok(mut body) = left.await else { return };
         let rest = async {
             let mut heard = 0;
@@ -44,7 +46,7 @@ pub(crate) fn hear_out(request: Request, most: u64) -> Request {
     request.map(|body| Body::new(Leaving { body, leave: Some(leave) }))
 }
 
-/// A body that is passed on when it is dropped before its end.
+/// A body that goes to the draining task if it is dropped before its end.
 struct Leaving {
     body: Body,
     leave: Option<oneshot::Sender<Body>>,
@@ -75,7 +77,7 @@ impl Drop for Leaving {
         if let Some(leave) = self.leave.take()
             && !self.body.is_end_stream()
         {
-            // Who is not there any more cannot read it either.
+            // Without the draining task, the rest of the body stays unread.
             drop(leave.send(std::mem::take(&mut self.body)));
         }
     }

@@ -1,4 +1,4 @@
-//! JSON bodies of requests and of answers.
+//! JSON bodies of requests and responses.
 
 use std::time::Duration;
 
@@ -14,14 +14,15 @@ use tokio::time::timeout;
 
 use crate::status::ApiError;
 
-/// The largest body, in bytes.
+/// Maximum size of a body, in bytes.
 pub(crate) const BODY_BYTES_MAX: usize = 1 << 20;
 
-/// How long a body may take to arrive, and how many bytes of its limit give it a second more.
+/// Time limit for a body to arrive. Each `BODY_BYTES_PER_SECOND` bytes of the body's size limit
+/// add a second.
 const BODY_LIMIT: Duration = Duration::from_secs(30);
 const BODY_BYTES_PER_SECOND: usize = 1 << 20;
 
-/// A body of JSON; an empty one is `{}`.
+/// A JSON body. An empty body counts as `{}`.
 pub(crate) struct ApiJson<T>(pub(crate) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
@@ -33,18 +34,19 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
     }
 }
 
-/// The length that a request's body is announced to have, in bytes; `None` if it is not, or is no number.
+/// Returns the announced length of a request's body, in bytes; `None` if the request has no valid
+/// `Content-Length`.
 pub(crate) fn announced(request: &Request) -> Option<u64> {
     request.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// Refuses a body that is announced to be too large.
+/// Refuses a body whose announced length exceeds `limit`.
 pub(crate) fn check_announced(request: &Request, limit: usize) -> Result<(), ApiError> {
     let fits = announced(request).is_none_or(|length| length <= limit as u64);
     if fits { Ok(()) } else { Err(too_large(limit)) }
 }
 
-/// A request's whole body, of `limit` bytes at most.
+/// Reads a request's whole body, of at most `limit` bytes.
 async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     let body = to_bytes(request.into_body(), limit);
     in_time(limit, async {
@@ -56,7 +58,7 @@ async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     .await
 }
 
-/// Waits for a body of `limit` bytes at most as long as one may take.
+/// Waits for a body of at most `limit` bytes, within the time limit for such a body.
 pub(crate) async fn in_time<T>(
     limit: usize,
     body: impl Future<Output = Result<T, ApiError>>,
@@ -69,15 +71,15 @@ pub(crate) async fn in_time<T>(
     timeout(time, body).await.map_err(late)?
 }
 
-/// The error of a body that was not received whole.
+/// Returns the error for a body that did not arrive completely.
 pub(crate) fn not_arrived(error: &dyn std::fmt::Display) -> ApiError {
     ApiError::new(ErrorCode::BadRequest, format!("the body did not arrive: {error}"))
 }
 
-/// What a body of JSON says; an empty one is `{}`.
+/// Parses a JSON body. An empty body counts as `{}`.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let json = if bytes.is_empty() { b"{}" } else { bytes };
-    // The decoder would take an array for an object whose fields come without names.
+    // Serde would accept an array in place of an object, as field values without names.
     if json.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{') {
         return Err(ApiError::new(ErrorCode::BadRequest, "invalid json: expected an object"));
     }
@@ -85,14 +87,15 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
 }
 
-/// The error of a body of more than `limit` bytes.
+/// Returns the error for a body of more than `limit` bytes.
 pub(crate) fn too_large(limit: usize) -> ApiError {
     let message = format!("the body is larger than {limit} bytes");
     ApiError::new(ErrorCode::BodyTooLarge, message)
         .hint("send large input through a streamed command or a file upload")
 }
 
-/// An answer in JSON. Axum's own takes half as many instructions again, for each piece goes through a writer that is not inlined.
+/// A JSON response. Axum's own type takes half as many instructions again, because each piece
+/// goes through a writer that is not inlined.
 pub(crate) struct Json<T>(pub(crate) T);
 
 impl<T: Serialize> IntoResponse for Json<T> {
@@ -104,7 +107,8 @@ impl<T: Serialize> IntoResponse for Json<T> {
     }
 }
 
-/// An answer that is an array, written element by element: of a long one no more is made than its text.
+/// A response that is a JSON array, written element by element. Of a long list, only the text is
+/// in memory as a whole.
 pub(crate) struct JsonArray {
     text: Vec<u8>,
     elements: usize,
@@ -117,7 +121,7 @@ impl Default for JsonArray {
 }
 
 impl JsonArray {
-    /// Adds an element that is JSON.
+    /// Appends an element that is already JSON.
     pub(crate) fn push(&mut self, element: &[u8]) {
         if self.elements > 0 {
             self.text.push(b',');

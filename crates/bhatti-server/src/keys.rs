@@ -4,19 +4,20 @@ use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
 
-/// What every key begins with.
+/// Prefix of every API key.
 pub(crate) const PREFIX: &str = "bht_";
 
-/// Draws a key.
+/// Generates an API key.
 ///
 /// # Errors
 ///
-/// Returns an error if this host gives no random bytes: a key that could be guessed is never made.
+/// Returns an error if the host provides no random bytes: a key that can be guessed is never
+/// generated.
 pub(crate) fn generate() -> Result<String, getrandom::Error> {
     Ok(PREFIX.to_owned() + &random_hex()?)
 }
 
-/// 64 hex digits that nobody can guess.
+/// Returns 64 hex digits that cannot be guessed.
 pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
     let mut secret = [0; 32];
     getrandom::fill(&mut secret)?;
@@ -27,7 +28,7 @@ pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
     }))
 }
 
-/// What is kept of a key.
+/// Returns the hash that the store keeps of a key.
 pub(crate) fn hash(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
 }
@@ -37,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_have_their_shape_and_differ() {
+    fn keys_have_prefix_and_hex_digits_and_differ() {
         let (first, second) = (generate().unwrap(), generate().unwrap());
 
         assert_eq!(first.len(), 68);

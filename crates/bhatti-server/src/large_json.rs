@@ -1,4 +1,4 @@
-//! Bodies of JSON with files in them.
+//! JSON bodies that contain files.
 
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
@@ -15,17 +15,18 @@ use crate::json::{
 };
 use crate::status::ApiError;
 
-/// The largest body, in bytes: all files of a new sandbox in base64, and everything else.
+/// Maximum size of a body, in bytes: all files of a new sandbox in base64, and everything else.
 const LARGE_BODY_BYTES_MAX: usize = NEW_FILES_BYTES_MAX / 3 * 4 + BODY_BYTES_MAX;
 
-/// The most values in a body. Each of them takes some hundred bytes of memory.
+/// Maximum number of values in a body. Each of them takes some hundred bytes of memory.
 const VALUES_MAX: usize = 50_000;
 
-/// A body, what is made of it, and its files' content are in memory together at no time: two of them are.
+/// Number of copies of a body that memory is reserved for. Of the body, the parsed request and
+/// the decoded files, at most two are in memory at once.
 const COPIES: usize = 2;
 
-/// A body of JSON that may be longer than others. What is longer takes memory of its user's part,
-/// which is held as long as `part` is.
+/// A JSON body that may be larger than others. A larger body takes memory from its user's budget,
+/// for as long as `part` is held.
 pub(crate) struct LargeJson<T> {
     pub(crate) value: T,
     pub(crate) part: Part,
@@ -52,18 +53,18 @@ impl<T: DeserializeOwned> FromRequest<AppState> for LargeJson<T> {
     }
 }
 
-/// Sets memory aside for a body of `bytes`, unless it is as short as others.
+/// Reserves memory for a body of `bytes`, unless the body fits the limit of ordinary bodies.
 fn reserve(part: &mut Part, bytes: usize) -> Result<(), ApiError> {
     if bytes <= BODY_BYTES_MAX || part.grow_to(COPIES * bytes) {
         return Ok(());
     }
-    let message = "too many long requests and answers are under way";
-    Err(ApiError::new(ErrorCode::Busy, message).hint(
-        "try again later, or copy the files into the sandbox when it is there: bhatti file cp",
-    ))
+    let message = "the memory for large requests and responses is in use";
+    Err(ApiError::new(ErrorCode::Busy, message)
+        .hint("try again later, or create the sandbox without files and copy them: bhatti file cp"))
 }
 
-/// The whole body. One whose length was not announced takes memory as it comes.
+/// Receives the whole body. If its length was not announced, memory is reserved as the body
+/// arrives.
 async fn receive(mut body: Body, announced: usize, part: &mut Part) -> Result<Vec<u8>, ApiError> {
     let mut bytes = Vec::with_capacity(announced);
     while let Some(frame) = body.frame().await {
@@ -79,8 +80,8 @@ async fn receive(mut body: Body, announced: usize, part: &mut Part) -> Result<Ve
     Ok(bytes)
 }
 
-/// Refuses a long body that is long for its many values rather than for its files: each takes far
-/// more memory than its text.
+/// Refuses a body with too many values, because each value takes far more memory than its text. A
+/// body may be large because of its files, but not because of its values.
 fn check_values(json: &[u8]) -> Result<(), ApiError> {
     let (mut values, mut in_string, mut escaped) = (0, false, false);
     for byte in json {
@@ -95,7 +96,7 @@ fn check_values(json: &[u8]) -> Result<(), ApiError> {
     if values <= VALUES_MAX {
         return Ok(());
     }
-    let message = format!("the body has {values} values; at most {VALUES_MAX} are taken");
+    let message = format!("the body has {values} values; the maximum is {VALUES_MAX}");
     Err(ApiError::new(ErrorCode::BadRequest, message))
 }
 
@@ -104,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_counted_and_what_is_text_is_not() {
+    fn values_are_counted_only_outside_of_strings() {
         let many = format!("[{}]", "\"\",".repeat(VALUES_MAX));
         assert!(check_values(many.as_bytes()).is_err());
         let text = format!(r#"{{"content":"\\\"{}"}}"#, ",[{".repeat(VALUES_MAX));

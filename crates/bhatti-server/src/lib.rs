@@ -1,7 +1,8 @@
 //! The HTTP API.
 //!
-//! A handler parses, makes one call of the control and converts. Who may call is decided before, by the listener that the request
-//! came through; what an error looks like after, in one place.
+//! A handler parses the request, calls the control once and converts the result.
+//! Authentication comes before the handler and depends on the listener that accepted the request.
+//! Errors get their response body after the handler, in one place (`request_id.rs`).
 
 mod accept;
 mod answers;
@@ -61,13 +62,13 @@ use shells::Shells;
 use status::ApiError;
 use tickets::Tickets;
 
-/// How often a daemon that stops looks whether its WebSockets have ended.
+/// Interval at which a stopping daemon checks whether its WebSockets have closed.
 const DRAIN_LOOK: Duration = Duration::from_millis(10);
 
-/// The daemon's socket in the data directory.
+/// Name of the daemon's Unix socket in the data directory.
 pub const SOCKET: &str = "bhatti.sock";
 
-/// What handlers work with.
+/// Shared state of all request handlers.
 #[derive(Clone)]
 pub struct AppState(Arc<Inner>);
 
@@ -75,7 +76,7 @@ pub struct AppState(Arc<Inner>);
 pub struct Inner {
     /// The sandboxes.
     pub control: Control,
-    /// The users, and what they wrote down.
+    /// The store: users, sandboxes and everything that users have saved.
     pub store: Arc<Store>,
     /// The images.
     pub images: ImageStore,
@@ -83,11 +84,11 @@ pub struct Inner {
     pub started: Instant,
     /// How published ports are reached.
     pub public: PublicAddress,
-    /// How long an application in a guest may take to begin its answer.
+    /// Time limit for an application in a guest to start its response.
     pub proxy_limit: Duration,
-    /// What is measured.
+    /// The metrics.
     pub metrics: HttpMetrics,
-    /// Becomes true when the daemon stops: streams without an end of their own end then.
+    /// Becomes true when the daemon stops. Streams without an end of their own then end.
     pub stopping: watch::Receiver<bool>,
     pub(crate) tickets: Tickets,
     pub(crate) rates: Rates,
@@ -108,7 +109,7 @@ pub struct PublicAddress {
     pub zone: Option<String>,
 }
 
-/// What a state is made of.
+/// Parts of an [`AppState`].
 pub struct StateParts {
     /// See [`Inner::control`].
     pub control: Control,
@@ -127,7 +128,7 @@ pub struct StateParts {
 }
 
 impl AppState {
-    /// The state of one daemon.
+    /// Creates the state of one daemon.
     #[must_use]
     pub fn new(parts: StateParts) -> Self {
         let StateParts { control, store, images, started, public, proxy_limit, stopping } = parts;
@@ -159,19 +160,19 @@ impl AppState {
         }
     }
 
-    /// Resolves when what a user has opened has to end, and says why.
+    /// Resolves when the streams of a user must end, and returns the reason.
     pub(crate) async fn ended(&self, owner: UserId) -> ApiError {
         tokio::select! {
             () = self.stopped() => ApiError::stopping(),
             () = self.sessions.revoked(owner) => {
-                ApiError::new(ErrorCode::Unauthorized, "the key was changed")
+                ApiError::new(ErrorCode::Unauthorized, "the API key is no longer valid")
             }
         }
     }
 
     /// Resolves when the daemon stops.
     pub(crate) async fn stopped(&self) {
-        // A sender that is gone is a daemon that stops.
+        // If the sender is gone, the daemon is stopping, too.
         drop(self.stopping.clone().wait_for(|stopping| *stopping).await.map(|_| ()));
     }
 }
@@ -184,16 +185,16 @@ impl std::ops::Deref for AppState {
     }
 }
 
-/// Where a request came in, which decides how its caller is known.
+/// Listener that accepted a request. It decides how the caller is authenticated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
-    /// The daemon's own socket, which only its owner can open: the caller is the admin.
+    /// The daemon's Unix socket. Only the daemon's owner can open it, so the caller is the admin.
     Unix,
-    /// The network: the caller shows a key.
+    /// The network. The caller sends an API key.
     Tcp,
 }
 
-/// The API as served on `listener`.
+/// Returns the API's router for `listener`.
 pub fn router(state: AppState, listener: Listener) -> Router {
     routes::router()
         .merge(console::router())
@@ -201,7 +202,9 @@ pub fn router(state: AppState, listener: Listener) -> Router {
         .with_state(state)
 }
 
-/// What every request passes on its way to its handler, and back. One layer: each would copy all those below it for every request.
+/// Runs the steps that surround every handler: request id, metrics, authentication, draining,
+/// rate limit and concurrency limit. All steps are one layer, because every layer copies all
+/// layers below it for every request.
 async fn pass(
     State((state, listener)): State<(AppState, Listener)>,
     request: Request,

@@ -1,4 +1,5 @@
-//! What lists say of each sandbox, kept as text: from one list to the next, hardly any row is another.
+//! Cache of the text that lists contain for each sandbox. Few rows change from one list to the
+//! next.
 
 use std::collections::HashMap;
 
@@ -6,19 +7,20 @@ use bhatti_store::{SandboxRow, StoreError, StoredSandbox};
 use bhatti_types::{SandboxId, Thermal};
 use serde::Serialize;
 
-/// The most that is kept, in bytes: some eight thousand sandboxes; and the most of one. Whoever has larger variables pays for them anew.
+/// Maximum size of the cache, in bytes (some eight thousand sandboxes), and of one entry. A
+/// sandbox with larger environment variables is serialized for every list.
 const KEPT_BYTES_MAX: usize = 8 << 20;
 const LISTING_BYTES_MAX: usize = 16 << 10;
 
-/// What each takes beside its bytes.
+/// Overhead of an entry, in bytes.
 const OVERHEAD_BYTES: usize = 128;
 
-/// The texts that are kept, each with all that it was made of.
+/// The cached texts, each with everything that it was made from.
 #[derive(Default)]
 pub(crate) struct Listings {
     kept: HashMap<SandboxId, Listing>,
     kept_bytes: usize,
-    /// Of the sandbox that was described last, whether or not that is kept.
+    /// Content and text of the sandbox that was described last, whether or not it is cached.
     content: Vec<u8>,
     text: Vec<u8>,
 }
@@ -36,7 +38,8 @@ impl Listing {
 }
 
 impl Listings {
-    /// What a list says of a sandbox that costs `thermal` right now, in JSON: `describe` makes it of the row, if it is not what it was.
+    /// Returns the JSON that a list contains for a sandbox whose thermal state is `thermal`. If
+    /// the row or the thermal state has changed, `describe` makes the JSON from the row.
     ///
     /// # Errors
     ///
@@ -73,7 +76,7 @@ impl Listings {
             return;
         }
         if self.kept_bytes + listing.bytes() > KEPT_BYTES_MAX {
-            // Those of sandboxes that are gone go with the others.
+            // This also drops the entries of sandboxes that no longer exist.
             self.kept.clear();
             self.kept_bytes = 0;
         }
@@ -107,7 +110,7 @@ mod tests {
         id
     }
 
-    /// What a list has, and of how many rows it had to be made.
+    /// Returns the texts of a list, and the number of rows that had to be described.
     fn list(
         store: &Store,
         listings: &mut Listings,
@@ -130,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn list_is_made_of_what_has_changed_and_says_all_of_it() {
+    fn only_changed_rows_are_described_again() {
         let place = tempfile::tempdir().unwrap();
         let store = Store::open(place.path()).unwrap();
         let ids = [1, 2].map(|number| add(&store, number));
@@ -146,7 +149,7 @@ mod tests {
 
         let warm = Some(Thermal::Warm);
         let warmed = both("s1 running Some(Warm)", "s2 creating Some(Warm)");
-        assert_eq!(list(warm), (warmed, 2), "what it costs is no part of its row");
+        assert_eq!(list(warm), (warmed, 2), "the thermal state is not part of the row");
 
         let name = Some("other".parse().unwrap());
         store.change_sandbox(ids[1], SandboxChange { name, ..SandboxChange::default() }).unwrap();
@@ -158,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_kept_than_there_is_room_for() {
+    fn cache_stays_within_its_limits() {
         let mut listings = Listings::default();
         let id = |number: u64| SandboxId::from_entropy(number.to_be_bytes());
         let listing = |bytes: usize| {
@@ -176,11 +179,11 @@ mod tests {
 
         listings.keep(id(1999), listing(size + 1));
 
-        assert!(!listings.kept.contains_key(&id(1999)), "it is too large");
+        assert!(!listings.kept.contains_key(&id(1999)), "the entry is too large");
     }
 
     #[test]
-    fn sandbox_with_large_variables_is_listed_whole_every_time() {
+    fn sandbox_with_large_variables_is_listed_without_the_cache() {
         let place = tempfile::tempdir().unwrap();
         let store = Store::open(place.path()).unwrap();
         add(&store, 1);

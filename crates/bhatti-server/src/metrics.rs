@@ -1,4 +1,4 @@
-//! What the daemon measures, in the text format of Prometheus.
+//! The daemon's metrics, in the OpenMetrics text format.
 
 use axum::extract::{MatchedPath, Request};
 use axum::response::Response;
@@ -19,7 +19,7 @@ pub struct HttpMetrics {
     websockets: Gauge,
 }
 
-/// A WebSocket is open for as long as this lives.
+/// Counts a WebSocket as open until this is dropped.
 pub(crate) struct OpenWebSocket(Gauge);
 
 impl Drop for OpenWebSocket {
@@ -29,7 +29,7 @@ impl Drop for OpenWebSocket {
 }
 
 impl HttpMetrics {
-    /// Metrics that nothing has been counted in.
+    /// Creates metrics without samples.
     pub(crate) fn new(control: &Control) -> Self {
         let mut registry = Registry::default();
         let durations: fn() -> Histogram =
@@ -37,16 +37,16 @@ impl HttpMetrics {
         let requests = Family::new_with_constructor(durations);
         registry.register(
             "bhatti_http_request_seconds",
-            "From a request to the head of its answer",
+            "Time from a request to the head of its response",
             requests.clone(),
         );
         let websockets = Gauge::default();
-        registry.register("bhatti_websockets", "WebSockets that are open", websockets.clone());
+        registry.register("bhatti_websockets", "Open WebSockets", websockets.clone());
         control.register_metrics(&mut registry);
         Self { registry, requests, websockets }
     }
 
-    /// Counts a WebSocket.
+    /// Counts a WebSocket as open until the result is dropped.
     pub(crate) fn open_websocket(&self) -> OpenWebSocket {
         self.websockets.inc();
         OpenWebSocket(self.websockets.clone())
@@ -56,7 +56,7 @@ impl HttpMetrics {
         self.websockets.get()
     }
 
-    /// All of it as text.
+    /// Returns all metrics as text.
     pub(crate) fn text(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
@@ -64,7 +64,8 @@ impl HttpMetrics {
     }
 }
 
-/// A request whose answer is waited for. It is counted by its route, so that there are no more series than routes.
+/// A request that awaits its response. It is counted by its route, not its path, so that the
+/// routes bound the number of series.
 pub(crate) struct Measured {
     method: &'static str,
     route: String,
@@ -83,11 +84,11 @@ impl Measured {
         }
     }
 
-    /// Counts its answer, and how long that took.
+    /// Records the response and its duration.
     pub(crate) fn end(self, metrics: &HttpMetrics, response: &Response) {
         let status = response.status();
         let status = if self.route.contains("/proxy/") {
-            // The application's own: one of nine hundred.
+            // The application's own status, one of 900: only its class is counted.
             format!("{}xx", status.as_u16() / 100)
         } else {
             status.as_str().to_owned()

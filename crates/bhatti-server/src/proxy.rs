@@ -1,6 +1,8 @@
-//! Ports of guests, reached through the agent: by the API's own path, and by aliases that were published.
+//! Proxy to ports of guests, through the guest agent: by the API's own path, and by published
+//! aliases.
 //!
-//! Neither needs a network: the agent dials the port inside. Nothing of what a caller showed to be let in goes along.
+//! Neither needs a network: the guest agent connects to the port inside the guest. The
+//! credentials that a caller sends to the daemon are never passed on.
 
 mod addresses;
 mod headers;
@@ -22,23 +24,26 @@ use crate::status::ApiError;
 pub use public::public_router;
 pub(crate) use visits::Visits;
 
-/// An application in a sandbox, as a request is to reach it.
+/// Application in a sandbox that a request goes to.
 struct Target {
-    /// Whose key let the request in; none is needed for a published port.
+    /// User whose key authorized the request; `None` for a published port.
     caller: Option<UserId>,
     port: u16,
-    /// The path and query that it is asked for.
+    /// Path and query that the application receives.
     path_and_query: String,
-    /// The part of the path by which it is reached, and which it does not see.
+    /// Prefix of the path that leads to the application, which does not see it.
     prefix: String,
 }
 
-/// Passes a request on to a port in a sandbox; `/sandboxes/{sandbox}/proxy/{port}/` and any path below it do the same. HTTP of all methods,
-/// event streams and WebSockets work. Answers have another `Content-Security-Policy`, which gives pages an origin of their own, and neither
-/// `Service-Worker-Allowed` nor `Clear-Site-Data`.
+/// Passes a request on to a port in a sandbox.
+///
+/// `/sandboxes/{sandbox}/proxy/{port}/` and any path below it do the same. All HTTP methods,
+/// event streams and WebSockets work. A response gets another `Content-Security-Policy` beside
+/// its own, which gives pages an origin of their own. It loses headers that apply to the whole
+/// origin, such as `Service-Worker-Allowed` and `Clear-Site-Data`.
 #[utoipa::path(method(get, head, post, put, patch, delete, options), path = "/sandboxes/{sandbox}/proxy/{port}", tag = "ports",
     params(("sandbox" = String, Path), ("port" = u16, Path)),
-    responses((status = "default", description = "What the application answers; or `ErrorBody`, if it cannot be reached.")))]
+    responses((status = "default", description = "The application's response, or `ErrorBody` if the application cannot be reached.")))]
 pub(crate) async fn to_port(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -48,20 +53,21 @@ pub(crate) async fn to_port(
     pass_on(&state, caller, &called, &port, request).await
 }
 
-/// The same, for longer paths.
+/// Does the same as [`to_port`], for longer paths.
 pub(crate) async fn to_path(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    // Not by the router, which would decode the rest as well: that is the application's, and need not be text.
+    // Split by hand, because the router would decode the rest of the path as well. The rest
+    // belongs to the application and need not be text.
     let mut segments = request.uri().path().split('/').skip(2);
     let called = segments.next().and_then(decode).unwrap_or_default();
     let port = segments.nth(1).unwrap_or_default().to_owned();
     pass_on(&state, caller, &called, &port, request).await
 }
 
-/// Decodes a segment of a path, once; `None` if it is no text.
+/// Decodes a segment of a path, once. Returns `None` if it is malformed or not UTF-8.
 fn decode(segment: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.bytes();
@@ -86,7 +92,7 @@ async fn pass_on(
     let port = port.parse().ok().filter(|port| *port > 0);
     let port = port.ok_or_else(|| ApiError::new(ErrorCode::BadRequest, "invalid port"))?;
     let uri = request.uri();
-    // The path as it was sent: what is encoded in it is the application's.
+    // The path as it was sent: encoded parts belong to the application.
     let (prefix, rest) = split_path(uri.path(), 4);
     let target = Target {
         caller: Some(owner),
@@ -100,7 +106,7 @@ async fn pass_on(
     Ok(response)
 }
 
-/// Splits a path behind its first `segments` segments.
+/// Splits a path after its first `segments` segments.
 fn split_path(path: &str, segments: usize) -> (&str, &str) {
     let end = path.match_indices('/').nth(segments).map_or(path.len(), |(at, _)| at);
     path.split_at(end)

@@ -1,4 +1,4 @@
-//! How often a user may ask.
+//! Rate limits of users and of published ports.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::status::ApiError;
 
-/// Requests of one kind that a user may make.
+/// Limit of a user's requests of one kind.
 struct Rate {
     per_minute: NonZeroU32,
     burst: NonZeroU32,
@@ -27,19 +27,20 @@ const fn rate(per_minute: u32, burst: u32) -> Rate {
     }
 }
 
-/// Making something that has memory or a disk.
+/// Creation of something that has memory or a disk.
 const CREATE: Rate = rate(30, 10);
-/// Using a sandbox.
+/// Use of a sandbox.
 const USE: Rate = rate(600, 30);
-/// Looking.
+/// Reads.
 const READ: Rate = rate(1200, 60);
-/// What an application in a sandbox is asked: one page may ask for a hundred things.
+/// Requests to an application in a sandbox: one page may load a hundred resources.
 const PROXY: Rate = rate(6000, 2000);
 
-/// Sandboxes whose requests are counted, before those are forgotten that nobody asks.
+/// Number of counted sandboxes above which those without recent requests are dropped.
 const SANDBOXES_KEPT: usize = 10_000;
 
-/// The rates of all users. Only those who showed a key have one, so there are no more than users.
+/// The rate limiters. Only authenticated users are counted, so there are no more entries than
+/// users. Published ports are counted by sandbox.
 pub(crate) struct Rates {
     create: DefaultKeyedRateLimiter<UserId>,
     use_: DefaultKeyedRateLimiter<UserId>,
@@ -63,17 +64,19 @@ impl Default for Rates {
 }
 
 impl Rates {
-    /// Counts a request to a published port of a sandbox, whoever makes it; or returns when the next one may come.
+    /// Counts a request to a published port of a sandbox, from any client. If the rate is
+    /// exceeded, returns the time until the next request may come.
     pub(crate) fn check_public(&self, sandbox: SandboxId) -> Result<(), Duration> {
         if self.public.len() > SANDBOXES_KEPT {
-            // Those that nobody asked lately have all of their burst anyway.
+            // A sandbox without recent requests has its full burst anyway.
             self.public.retain_recent();
         }
         let checked = self.public.check_key(&sandbox);
         checked.map_err(|until| until.wait_time_from(DefaultClock::default().now()))
     }
 
-    /// Counts a request; or returns when the next one may come.
+    /// Counts a request. If the rate is exceeded, returns the time until the next request may
+    /// come.
     fn check(&self, user: UserId, method: &Method, route: &str) -> Result<(), Duration> {
         let limiter = match (method, route) {
             (_, route) if route.contains("/proxy/") => &self.proxy,
@@ -99,7 +102,8 @@ impl Rates {
     }
 }
 
-/// Lets a request through if its user has not made too many. The admin, who owns the machine, may make any number.
+/// Admits a request if its user is within the rate limit. The admin owns the machine and has no
+/// limit.
 pub(crate) fn limit(state: &AppState, request: Request) -> Result<Request, ApiError> {
     let caller = request.extensions().get::<Caller>().copied();
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
@@ -117,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn burst_is_let_through_and_no_more() {
+    fn burst_is_admitted_and_further_requests_are_limited() {
         let rates = Rates::default();
         let (alice, bob) = (UserId::from_entropy([1; 8]), UserId::from_entropy([2; 8]));
         let create = |user| rates.check(user, &Method::POST, "/sandboxes");

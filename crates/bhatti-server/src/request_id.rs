@@ -11,7 +11,8 @@ use crate::status::ApiError;
 
 const HEADER: &str = "x-request-id";
 
-/// Names a request in the log and in its answer, and turns an [`ApiError`] into one.
+/// Adds an id to a request's log lines and response, and turns an [`ApiError`] into a response
+/// body.
 pub(crate) async fn identify(
     method: Method,
     path: String,
@@ -46,7 +47,8 @@ fn finish(mut response: Response, request_id: String) -> Response {
     response
 }
 
-/// Eight random hex digits. They name, they guard nothing: a host without random bytes gets a constant.
+/// Returns eight random hex digits. They identify a request and protect nothing, so a host
+/// without random bytes gets a constant.
 fn request_id() -> String {
     getrandom::u32().map_or_else(|_| "00000000".to_owned(), |number| format!("{number:08x}"))
 }

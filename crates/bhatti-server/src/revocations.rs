@@ -1,4 +1,4 @@
-//! Keys that are none any more: what was opened with them ends.
+//! Revoked keys: the streams that were opened with a revoked key end.
 
 use std::collections::HashMap;
 
@@ -6,25 +6,25 @@ use bhatti_types::UserId;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-/// Tells those who serve a user that its key was changed.
+/// Notifies the streams of a user that the user's key was revoked.
 #[derive(Default)]
 pub(crate) struct Revocations(Mutex<HashMap<UserId, watch::Sender<()>>>);
 
 impl Revocations {
-    /// Ends what `user` has opened.
+    /// Ends the streams that `user` has opened.
     pub(crate) fn revoke(&self, user: UserId) {
         if let Some(told) = self.0.lock().remove(&user) {
             told.send_replace(());
         }
     }
 
-    /// Resolves when the key with which `user` came is none any more.
+    /// Resolves when the key of `user` is revoked.
     pub(crate) async fn revoked(&self, user: UserId) {
         let mut told = {
             let mut all = self.0.lock();
             all.entry(user).or_insert_with(|| watch::Sender::new(())).subscribe()
         };
-        // A sender that is gone was removed to tell.
+        // `revoke` removes the sender, so a closed channel means the same as a message.
         drop(told.changed().await);
     }
 }
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn one_users_streams_end_and_no_others() {
+    async fn revocation_ends_only_the_streams_of_its_user() {
         let revocations = Arc::new(Revocations::default());
         let (alice, bob) = (UserId::from_entropy([1; 8]), UserId::from_entropy([2; 8]));
         let [hers, his] = [alice, bob].map(|user| {

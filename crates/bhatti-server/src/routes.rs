@@ -1,4 +1,5 @@
-//! The routes, one file per resource. Each is described where it is written; [`open_api`] gathers the descriptions.
+//! The routes, one file per resource. Each route is described beside its handler; [`open_api`]
+//! collects the descriptions.
 
 mod events;
 mod exec;
@@ -35,7 +36,7 @@ use crate::json::BODY_BYTES_MAX;
 use crate::status::ApiError;
 use crate::{AppState, proxy};
 
-/// Description of what all routes have in common.
+/// Description of the parts that all routes share.
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -56,7 +57,7 @@ impl Modify for BearerKey {
         let bearer = HttpBuilder::new()
             .scheme(HttpAuthScheme::Bearer)
             .description(Some(
-                "An API key. WebSockets also take `?ticket=` (see `POST /ws-ticket`) or `?token=`. The daemon's Unix socket asks for none.",
+                "An API key. WebSockets also accept `?ticket=` (see `POST /ws-ticket`) or `?token=`. The daemon's Unix socket needs no key.",
             ))
             .build();
         let components = api.components.get_or_insert_default();
@@ -112,7 +113,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(users::ticket))
         .routes(routes!(events::list))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
-    // What comes here is passed on as it comes, and may be of any length.
+    // These requests have bodies that are passed on as they arrive, and may have any length.
     let streamed = OpenApiRouter::new()
         .routes(routes!(files::read, files::stat, files::write, files::remove))
         .routes(routes!(tar::download, tar::upload))
@@ -122,13 +123,13 @@ fn described() -> OpenApiRouter<AppState> {
     small.merge(streamed)
 }
 
-/// The description of the API.
+/// Returns the OpenAPI description of the API.
 #[must_use]
 pub fn open_api() -> utoipa::openapi::OpenApi {
     described().into_openapi()
 }
 
-/// Every route of the API.
+/// Returns a router with every route of the API.
 pub(crate) fn router() -> Router<AppState> {
     let (router, api) = described().split_for_parts();
     let description = axum::body::Bytes::from(serde_json::to_vec(&api).unwrap_or_default());
@@ -159,7 +160,7 @@ mod tests {
     const COMMITTED: &str = include_str!("../../../docs/openapi.json");
 
     #[test]
-    fn committed_description_is_the_codes() {
+    fn committed_openapi_document_matches_the_code() {
         let described = serde_json::to_string_pretty(&open_api()).unwrap() + "\n";
 
         assert!(COMMITTED == described, "run `cargo xtask openapi`");

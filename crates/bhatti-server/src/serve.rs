@@ -1,4 +1,4 @@
-//! Listens and serves.
+//! Opens the daemon's listeners and serves the API on them.
 
 use std::fs;
 use std::io;
@@ -20,7 +20,7 @@ pub enum ServeError {
     Unix {
         /// The socket.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -29,13 +29,14 @@ pub enum ServeError {
     Tcp {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-/// Serves the API on the socket of `data_dir` until `stop` resolves. The socket is there when this returns its future.
+/// Serves the API on the Unix socket in `data_dir` until `stop` resolves. The socket exists when
+/// this function returns its future.
 ///
 /// # Errors
 ///
@@ -53,7 +54,7 @@ where
     Ok(accept::serve(listener, router(state, Listener::Unix), stop))
 }
 
-/// Serves the API on a TCP address until `stop` resolves. Returns the address that it really has.
+/// Serves the API on a TCP address until `stop` resolves. Returns the bound address.
 ///
 /// # Errors
 ///
@@ -99,8 +100,9 @@ fn serve_on(
     Ok((address, accept::serve(listener, app, stop)))
 }
 
-/// Makes the socket under another name, gives it to its owner alone, and only then puts it in place: over one that an earlier daemon
-/// left behind, and never half-open.
+/// Creates the socket under a temporary name, restricts it to its owner, and only then renames it
+/// into place. The rename replaces a socket that an earlier daemon left behind, and the socket
+/// never has wider permissions under its final name.
 fn listen(data_dir: &Path) -> io::Result<UnixListener> {
     let name = format!(".{SOCKET}.{}", std::process::id());
     let temporary = data_dir.join(&name);

@@ -1,4 +1,4 @@
-//! Errors as responses: the only place that knows HTTP's numbers.
+//! Maps errors to responses. Only this module knows HTTP status codes.
 
 mod creation;
 
@@ -23,12 +23,12 @@ use serde::Serialize;
 
 use creation::{boot_error, node_network_error, restore_error, volume_error};
 
-/// When to come back to a host whose memory is in use.
+/// Retry delay for a host whose memory is in use, or a guest that is busy.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
-/// When to come back for more than the caller may have: something has to be given up first, by a person or a program.
+/// Retry delay for an exhausted quota. A person or a program must first free something.
 const QUOTA_RETRY: Duration = Duration::from_secs(60);
 
-/// An error for the caller. [`crate::request_id`] gives it its body.
+/// An error for the caller. [`crate::request_id`] turns it into a response body.
 #[derive(Clone, Debug)]
 pub(crate) struct ApiError {
     pub(crate) code: ErrorCode,
@@ -42,7 +42,7 @@ impl ApiError {
         Self { code, message: message.into(), hint: None, retry_after: None }
     }
 
-    /// When asking again makes sense.
+    /// Sets the delay after which a retry makes sense.
     pub(crate) fn retry_after(self, wait: Duration) -> Self {
         Self { retry_after: Some(wait), ..self }
     }
@@ -55,31 +55,37 @@ impl ApiError {
         Self::new(ErrorCode::BadRequest, Report(error).to_string())
     }
 
-    /// The daemon is going down.
+    /// Returns the error of a daemon that is stopping.
     pub(crate) fn stopping() -> Self {
         Self::new(ErrorCode::ConnectionLost, "the daemon is stopping")
-            .hint("the sandbox goes on; come back when the daemon is up again")
+            .hint("the sandbox keeps running; try again after the daemon has restarted")
     }
 
-    /// Hides an error that is ours: it may name paths of this host, so only the log gets it.
+    /// Hides an internal error from the caller. The error may name paths of this host, so only
+    /// the log gets it.
     pub(crate) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error = %Report(error), "Request failed");
         if is_full_disk(error) {
             return Self::new(ErrorCode::HostDiskFull, "the disk of the daemon's host is full")
                 .hint(
-                    "destroy sandboxes or snapshots that are not needed, or ask the operator for room",
+                    "delete unneeded sandboxes or snapshots, or ask the operator for disk space",
                 );
         }
         if is_damaged_row(error) {
-            return Self::new(ErrorCode::DamagedRow, "its row in the daemon's store is damaged")
-                .hint("the daemon's log has the cause; a sandbox can be destroyed: bhatti destroy NAME");
+            return Self::new(
+                ErrorCode::DamagedRow,
+                "the object's row in the daemon's store is damaged",
+            )
+            .hint(
+                "the daemon's log has the cause; a sandbox can be destroyed: bhatti destroy NAME",
+            );
         }
         Self::new(ErrorCode::Internal, "internal error")
             .hint("the daemon's log has the cause under this request id")
     }
 }
 
-/// A guest or host that is too busy to do it in time: asking again helps.
+/// Returns the error of a guest or host that is too busy to respond in time. A retry helps.
 fn busy_guest(error: &(dyn std::error::Error + 'static)) -> ApiError {
     tracing::warn!(error = %Report(error), "Request failed");
     ApiError::new(ErrorCode::Busy, error.to_string())
@@ -87,7 +93,7 @@ fn busy_guest(error: &(dyn std::error::Error + 'static)) -> ApiError {
         .retry_after(BUSY_RETRY)
 }
 
-/// An error and what led to it.
+/// Returns an error and its chain of causes.
 fn chain<'error>(
     error: &'error (dyn std::error::Error + 'static),
 ) -> impl Iterator<Item = &'error (dyn std::error::Error + 'static)> {
@@ -98,7 +104,7 @@ fn is_damaged_row(error: &(dyn std::error::Error + 'static)) -> bool {
     chain(error).any(|error| matches!(error.downcast_ref(), Some(StoreError::Damaged(_))))
 }
 
-/// Whether what went wrong, or what led to it, is that a disk of this host is full.
+/// Returns whether an error, or one of its causes, is a full disk of this host.
 fn is_full_disk(error: &(dyn std::error::Error + 'static)) -> bool {
     chain(error).any(|error| {
         let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
@@ -111,7 +117,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = status(self.code).into_response();
         if let Some(wait) = self.retry_after {
-            // Not earlier than that: a second that has begun counts.
+            // Round up to whole seconds, so that the client does not retry too early.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
@@ -120,27 +126,27 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// A response to a request that made something.
+/// Returns the response to a request that created something.
 pub(crate) fn created<T: Serialize>(body: T) -> Response {
     (StatusCode::CREATED, Json(body)).into_response()
 }
 
-/// A response to a request whose work goes on.
+/// Returns the response to a request whose work continues.
 pub(crate) fn accepted<T: Serialize>(body: T) -> Response {
     (StatusCode::ACCEPTED, Json(body)).into_response()
 }
 
-/// A response that leads elsewhere, with the same method and body.
+/// Returns a redirect that keeps the method and the body.
 pub(crate) fn moved(location: String) -> Response {
     (StatusCode::PERMANENT_REDIRECT, [(LOCATION, location)]).into_response()
 }
 
-/// The answer to who has the content already.
+/// Returns the status for a caller that already has the content.
 pub(crate) const fn not_modified() -> StatusCode {
     StatusCode::NOT_MODIFIED
 }
 
-/// Whether an answer is that the connection changes to another protocol.
+/// Returns whether a response switches the connection to another protocol.
 pub(crate) fn changes_protocol<T>(response: &axum::http::Response<T>) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS
 }
@@ -182,8 +188,8 @@ const fn status(code: ErrorCode) -> StatusCode {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
-            // Somebody else was faster to take it away.
-            StoreError::NoSuchRow => Self::new(ErrorCode::NotFound, "it is not there any more"),
+            // Another request deleted the row first.
+            StoreError::NoSuchRow => Self::new(ErrorCode::NotFound, "the object no longer exists"),
             error => Self::internal(&error),
         }
     }
@@ -198,7 +204,8 @@ impl From<UserInsertError> for ApiError {
     }
 }
 
-/// What a sandbox that was not woken is told as: what kept it asleep before.
+/// Returns the error for a sandbox that is not woken again after repeated failures. The error
+/// contains the cause of the last failure.
 fn given_up(error: &TransitionError, wait: Duration, last: &RestoreError) -> ApiError {
     let told = restore_error(last);
     ApiError { message: format!("{error}: {}", told.message), ..told }.retry_after(wait)
@@ -232,12 +239,12 @@ impl From<TransitionError> for ApiError {
             }
             TransitionError::Save(SnapshotError::Unsupported(_)) => {
                 Self::new(ErrorCode::WrongState, Report(&error).to_string())
-                    .hint("create another and copy into it what you need")
+                    .hint("create another sandbox and copy the files that you need")
             }
             TransitionError::NoSnapshots { .. } => Self::new(ErrorCode::Unsupported, error.to_string())
-                .hint("`engine: qemu` in config.yaml can, even without KVM; pause and stop work here, too"),
+                .hint("set `engine: qemu` in config.yaml, which works even without KVM; pause and stop work with any engine"),
             TransitionError::Moving => Self::new(ErrorCode::WrongState, error.to_string())
-                .hint("its guest is very busy; try again"),
+                .hint("the guest is very busy; try again"),
             TransitionError::Vmm(_)
             | TransitionError::Save(_)
             | TransitionError::Images(_)
@@ -258,7 +265,7 @@ impl From<SnapshotOpError> for ApiError {
                 .hint("list them: bhatti snapshot list"),
             SnapshotOpError::NameTaken(ref name) => {
                 Self::new(ErrorCode::NameTaken, error.to_string()).hint(format!(
-                    "choose another name, or delete it: bhatti snapshot delete {name}"
+                    "choose another name, or delete the snapshot: bhatti snapshot delete {name}"
                 ))
             }
             SnapshotOpError::Quota(quota) => quota.into(),
@@ -307,7 +314,7 @@ impl From<QuotaExceeded> for ApiError {
     fn from(error: QuotaExceeded) -> Self {
         if error.passes() {
             Self::new(ErrorCode::QuotaExceeded, error.to_string())
-                .hint("destroy or delete one first, or ask the admin for more")
+                .hint("destroy or delete something first, or ask the admin for a higher limit")
                 .retry_after(QUOTA_RETRY)
         } else {
             Self::new(ErrorCode::BadRequest, error.to_string())
@@ -354,7 +361,7 @@ impl From<PublishError> for ApiError {
     fn from(error: PublishError) -> Self {
         match error {
             PublishError::AliasTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string())
-                .hint("choose another alias, or none"),
+                .hint("choose another alias, or leave it out to get a generated one"),
             PublishError::Published(_) => {
                 Self::new(ErrorCode::NameTaken, error.to_string()).hint("unpublish the port first")
             }
@@ -385,11 +392,11 @@ impl From<Denied> for ApiError {
         let error = Self::new(ErrorCode::WrongState, denied.to_string());
         match denied {
             Denied::Failed(_) => error.hint(
-                "boot it from its disk: bhatti start --cold-boot NAME, or destroy it: bhatti destroy NAME",
+                "boot the sandbox from its disk: bhatti start --cold-boot NAME, or destroy it: bhatti destroy NAME",
             ),
-            Denied::Running => error.hint("a cold boot loses its memory; stop it first: bhatti stop NAME"),
-            Denied::Stopped => error.hint("start it: bhatti start NAME"),
-            Denied::StillCreating => error.hint("wait until it is running"),
+            Denied::Running => error.hint("a cold boot discards the sandbox's memory; stop the sandbox first: bhatti stop NAME"),
+            Denied::Stopped => error.hint("start the sandbox: bhatti start NAME"),
+            Denied::StillCreating => error.hint("wait until the sandbox is running"),
             Denied::Destroyed => error,
         }
     }
@@ -405,12 +412,12 @@ impl From<CallError> for ApiError {
             }
             CallError::Entropy => Self::internal(&error),
             CallError::Send(SendJsonError::Send(ref cause)) if cause.kind() == io::ErrorKind::InvalidInput => {
-                Self::new(ErrorCode::BodyTooLarge, "the command with its environment is too long")
+                Self::new(ErrorCode::BodyTooLarge, "the command and its environment are too long")
             }
             CallError::Silent { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
-                .hint("the guest may be out of memory or halted; boot it again from its disk, without its processes: bhatti stop NAME, then bhatti start --cold-boot NAME"),
+                .hint("the guest may be out of memory or halted; boot the sandbox from its disk, without its processes: bhatti stop NAME, then bhatti start --cold-boot NAME"),
             CallError::Busy { .. } => Self::new(ErrorCode::ConnectionLost, error.to_string())
-                .hint("try again when less runs in it"),
+                .hint("try again when fewer processes run in the sandbox"),
             CallError::TooMuch { .. } => Self::new(ErrorCode::OutputTooLarge, error.to_string()),
             CallError::Channel(_)
             | CallError::Content(_)
@@ -425,7 +432,7 @@ impl From<CallError> for ApiError {
     }
 }
 
-/// What the agent's refusal of a command is called.
+/// Maps a refusal of the guest agent to an error code.
 const fn agent_code(kind: ErrorKind) -> ErrorCode {
     match kind {
         ErrorKind::NotFound => ErrorCode::CommandNotFound,
@@ -441,13 +448,13 @@ const fn agent_code(kind: ErrorKind) -> ErrorCode {
         ErrorKind::NoSpace => ErrorCode::NoSpace,
         ErrorKind::TooLarge => ErrorCode::BodyTooLarge,
         ErrorKind::Limit => ErrorCode::GuestLimit,
-        // Our own token: the guest's agent is not the one that it should be.
+        // The agent refused our own token, so it is not the agent that we expect.
         ErrorKind::Unauthorized => ErrorCode::ConnectionLost,
         ErrorKind::Other => ErrorCode::Internal,
     }
 }
 
-/// The same error about a file: what is not found is no command.
+/// Maps an error of a file operation. "Not found" then means a file, not a command.
 pub(crate) fn file_error(error: CallError) -> ApiError {
     match error {
         CallError::Agent(refused) if refused.kind == ErrorKind::NotFound => {
@@ -481,7 +488,10 @@ mod tests {
         ];
         for error in errors {
             assert_eq!(error.code, ErrorCode::DamagedRow, "{error:?}");
-            assert!(!error.message.contains("memory_mb"), "what a row holds is for the log");
+            assert!(
+                !error.message.contains("memory_mb"),
+                "only the log may show the content of a row"
+            );
         }
         let refused = VolumeOpError::Refused(bhatti_store::VolumeError::Store(damaged()));
         assert_eq!(ApiError::from(refused).code, ErrorCode::DamagedRow);

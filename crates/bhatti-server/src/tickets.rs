@@ -1,4 +1,5 @@
-//! Tickets: for a WebSocket's client that can set no header, good once and for a short time.
+//! Tickets for WebSocket clients that cannot set headers. A ticket is valid once and for a short
+//! time.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,21 +10,21 @@ use tokio::time::Instant;
 
 use crate::keys;
 
-/// What every ticket begins with.
+/// Prefix of every ticket.
 pub(crate) const PREFIX: &str = "bht-ticket_";
 
-/// How long a ticket is good.
+/// Lifetime of a ticket.
 pub(crate) const GOOD_FOR: Duration = Duration::from_secs(30);
 
-/// Tickets that may be out at once; beyond it the oldest are good no more.
+/// Maximum number of unused tickets. Beyond it, the oldest become invalid.
 const TICKETS_MAX: usize = 10_000;
 
-/// The tickets that are out, by the hash of what they are.
+/// The unused tickets, by their hash.
 #[derive(Default)]
 pub(crate) struct Tickets(Mutex<HashMap<[u8; 32], (UserId, Instant)>>);
 
 impl Tickets {
-    /// Draws a ticket.
+    /// Issues a ticket.
     pub(crate) fn issue(&self, owner: UserId) -> Result<String, getrandom::Error> {
         let ticket = PREFIX.to_owned() + &keys::random_hex()?;
         let now = Instant::now();
@@ -39,12 +40,12 @@ impl Tickets {
         Ok(ticket)
     }
 
-    /// Makes all tickets of a user good for nothing.
+    /// Invalidates all tickets of a user.
     pub(crate) fn forget(&self, owner: UserId) {
         self.0.lock().retain(|_, (of, _)| *of != owner);
     }
 
-    /// Takes a ticket, and returns whose it is.
+    /// Redeems a ticket, and returns its owner.
     pub(crate) fn redeem(&self, ticket: &str) -> Option<UserId> {
         let (owner, until) = self.0.lock().remove(&keys::hash(ticket))?;
         (until > Instant::now()).then_some(owner)
@@ -56,7 +57,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn ticket_is_good_once_and_for_a_while() {
+    async fn ticket_is_valid_once_and_expires() {
         let tickets = Tickets::default();
         let (first, second) =
             (tickets.issue(UserId::ADMIN).unwrap(), tickets.issue(UserId::ADMIN).unwrap());

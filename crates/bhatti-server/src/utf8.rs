@@ -1,13 +1,13 @@
 //! Cuts a byte stream into pieces that do not split characters.
 
-/// Holds back the beginning of a character until its end has come.
+/// Holds back the beginning of a character until its end arrives.
 #[derive(Debug, Default)]
 pub(crate) struct Utf8Pieces {
     held: Vec<u8>,
 }
 
 impl Utf8Pieces {
-    /// Takes `bytes`, and returns what can go out now.
+    /// Appends `bytes`, and returns all bytes held except an incomplete character at the end.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(bytes);
         let keep = incomplete_tail(&self.held);
@@ -15,13 +15,14 @@ impl Utf8Pieces {
         std::mem::replace(&mut self.held, rest)
     }
 
-    /// What is still held, at the end.
+    /// Returns the bytes that are still held, at the end of the stream.
     pub(crate) fn finish(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.held)
     }
 }
 
-/// The length of an incomplete character at the end of `bytes`, in bytes; 0 if there is none, or what is there can become none.
+/// Returns the length of an incomplete character at the end of `bytes`, in bytes. Returns 0 if
+/// there is none, or if the last bytes cannot become a character.
 fn incomplete_tail(bytes: &[u8]) -> usize {
     // A character has at most four bytes, so its first is among the last three if it is incomplete.
     let from = bytes.len().saturating_sub(3);
@@ -52,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_go_through() {
+    fn bytes_that_are_not_utf8_pass_unchanged() {
         let mut pieces = Utf8Pieces::default();
         let bytes: Vec<u8> = (0..=255).rev().collect();
 
@@ -64,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn beginning_of_a_character_goes_out_at_the_end() {
+    fn finish_returns_an_incomplete_character() {
         let mut pieces = Utf8Pieces::default();
 
         assert_eq!(pieces.push(&"€".as_bytes()[..2]), b"");

@@ -1,4 +1,4 @@
-//! What all WebSockets have in common: dead peers are noticed, and the daemon's end ends them.
+//! Behavior that all WebSockets share: the origin check, detection of dead peers, and closing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,19 +20,20 @@ use crate::concurrency::Permit;
 use crate::json::BODY_BYTES_MAX;
 use crate::status::ApiError;
 
-/// How often a peer is asked for a sign of life, and how long it may give none. One that takes no output right now, as a pager does, is
-/// not counted as silent.
+/// Interval of pings, and how long a peer may be silent. A peer that reads no output at the
+/// moment, as a pager does, does not count as silent.
 const PING_EVERY: Duration = Duration::from_secs(30);
 const SILENCE_LIMIT: Duration = Duration::from_secs(90);
 
-/// How long a peer that takes output at all takes to take a ping.
+/// Time limit for sending a ping. A peer that reads output at all accepts a ping within it.
 const PING_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long a client may take to read the last message and close. A socket that is dropped before, with input of the client's unread,
-/// would be reset, and take output with it that is still on its way.
+/// Time limit for a client to read the last message and close. If the daemon dropped the socket
+/// earlier, with input of the client unread, the kernel would reset the connection and discard
+/// output that is still on its way.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A request that wants to become a WebSocket.
+/// A request to open a WebSocket.
 pub(crate) struct Upgrade {
     upgrade: WebSocketUpgrade,
     peer: Option<PeerSocket>,
@@ -40,7 +41,8 @@ pub(crate) struct Upgrade {
 }
 
 impl Upgrade {
-    /// Answers the request, and serves the socket with `serve`, which is dropped when the peer has gone. The caller's permit is held meanwhile.
+    /// Accepts the request and runs `serve` on the socket. `serve` is dropped when the peer has
+    /// gone. The caller's permit is held meanwhile.
     pub(crate) fn serve<F>(self, serve: impl FnOnce(WebSocket) -> F + Send + 'static) -> Response
     where
         F: Future<Output = ()> + Send + 'static,
@@ -66,13 +68,13 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        // Browsers let any page open a WebSocket to anywhere, and say which page it was.
+        // Browsers let any page open a WebSocket to any address, and name the page in `Origin`.
         let host = parts.headers.get(HOST).map(HeaderValue::as_bytes).unwrap_or_default();
         let origin = parts.headers.get(ORIGIN).map(HeaderValue::as_bytes);
         if origin.is_some_and(|origin| !is_of_host(origin, host)) {
             return Err(ApiError::new(
                 ErrorCode::Forbidden,
-                "this page may open no WebSocket here",
+                "a page of another origin cannot open a WebSocket here",
             ));
         }
         let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
@@ -85,24 +87,24 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     }
 }
 
-/// Whether an origin, `scheme://host`, is of this host.
+/// Returns whether an origin, `scheme://host`, has this host.
 fn is_of_host(origin: &[u8], host: &[u8]) -> bool {
     let schemes: [&[u8]; 2] = [b"http://", b"https://"];
     let of = schemes.iter().find_map(|scheme| origin.strip_prefix(*scheme));
     of.is_some_and(|of| of.eq_ignore_ascii_case(host))
 }
 
-/// The way to a peer, for several who have something to say.
+/// Sending half of a WebSocket, which several tasks can use.
 pub(crate) struct Sender(Mutex<SplitSink<WebSocket, Message>>);
 
-/// The way from a peer.
+/// Receiving half of a WebSocket.
 pub(crate) struct Receiver {
     messages: SplitStream<WebSocket>,
     pings: Interval,
     heard: Instant,
 }
 
-/// Splits a socket.
+/// Splits a WebSocket into its halves.
 pub(crate) fn split(socket: WebSocket) -> (Sender, Receiver) {
     let (sender, messages) = socket.split();
     let mut pings = interval(PING_EVERY);
@@ -112,12 +114,13 @@ pub(crate) fn split(socket: WebSocket) -> (Sender, Receiver) {
 }
 
 impl Sender {
-    /// Sends a message; `None` if the peer does not take it.
+    /// Sends a message. Returns `None` if the connection has failed.
     pub(crate) async fn send(&self, message: Message) -> Option<()> {
         self.0.lock().await.send(message).await.ok()
     }
 
-    /// Sends a ping, if the peer takes anything right now; `None` if it has gone.
+    /// Sends a ping, and returns whether the peer accepts data right now. Returns `None` if the
+    /// peer has gone.
     async fn ping(&self) -> Option<bool> {
         let Ok(mut sender) = self.0.try_lock() else { return Some(false) };
         match timeout(PING_LIMIT, sender.send(Message::Ping(Vec::new().into()))).await {
@@ -126,24 +129,25 @@ impl Sender {
         }
     }
 
-    /// Sends a message in JSON.
+    /// Sends a message as JSON.
     pub(crate) async fn send_json(&self, message: &impl serde::Serialize) -> Option<()> {
         let json = serde_json::to_string(message).ok()?;
         self.send(Message::text(json)).await
     }
 
-    /// Closes the socket, and waits until the peer has taken all that was sent, if it is still there.
+    /// Closes the socket, and waits until the peer has read everything that was sent, for at most
+    /// [`CLOSE_LIMIT`].
     pub(crate) async fn hang_up(&self, receiver: &mut Receiver) {
         let closing = async {
             if self.0.lock().await.close().await.is_ok() {
                 while let Some(Ok(_)) = receiver.messages.next().await {}
             }
         };
-        // The peer may be gone: then nothing of this arrives, and nothing has to.
+        // If the peer has gone, the close need not arrive.
         drop(timeout(CLOSE_LIMIT, closing).await);
     }
 
-    /// Sends the last message and waits until the peer has it, if it is still there.
+    /// Sends the last message, closes the socket, and waits until the peer has read everything.
     pub(crate) async fn close(&self, last: &impl serde::Serialize, receiver: &mut Receiver) {
         if let Ok(Some(())) = timeout(CLOSE_LIMIT, self.send_json(last)).await {
             self.hang_up(receiver).await;
@@ -152,12 +156,13 @@ impl Sender {
 }
 
 impl Receiver {
-    /// Whoever was kept waiting was not silent meanwhile.
+    /// Restarts the silence limit, after the daemon itself did not read from the peer.
     pub(crate) fn heard_now(&mut self) {
         self.heard = Instant::now();
     }
 
-    /// Waits for a message with something in it; `None` when the peer has gone, or is silent for too long.
+    /// Waits for a message with content. Returns `None` if the peer has gone, or has been silent
+    /// for too long.
     ///
     /// # Cancel safety
     ///
@@ -170,7 +175,7 @@ impl Receiver {
                     match message {
                         Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                         Some(Ok(Message::Close(_))) => {
-                            // The answer to it lies ready.
+                            // The reply is already queued and needs only a flush.
                             let answering = async { sender.0.lock().await.flush().await };
                             drop(timeout(CLOSE_LIMIT, answering).await);
                             return None;
@@ -207,12 +212,14 @@ mod tests {
         b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\
         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n";
 
-    /// An empty ping as a server sends it, and an empty pong and the text `x` as a client does, masked with zeros (RFC 6455, section 5.2).
+    /// An empty ping as a server sends it, and an empty pong and the text `x` as a client sends
+    /// them, masked with zeros (RFC 6455, section 5.2).
     const PING: [u8; 2] = [0x89, 0];
     const PONG: [u8; 6] = [0x8a, 0x80, 0, 0, 0, 0];
     const TEXT: [u8; 7] = [0x81, 0x81, 0, 0, 0, 0, b'x'];
 
-    /// A peer of a receiver, and what that receives, with when. Beside it, `output` is sent.
+    /// Returns a client's connection, and a channel with each message that the server receives
+    /// and its time. The server also sends `output` bytes.
     async fn peer(output: usize) -> (DuplexStream, mpsc::Receiver<(Option<String>, Instant)>) {
         let (received, receives) = mpsc::channel(1);
         let app = get(async move |upgrade: Upgrade| {
@@ -246,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn silent_peer_is_asked_for_a_sign_of_life_and_then_let_go() {
+    async fn silent_peer_is_pinged_and_then_disconnected() {
         let (mut peer, mut receives) = peer(0).await;
         let began = Instant::now();
 
@@ -261,7 +268,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn peer_that_only_answers_pings_is_kept() {
+    async fn peer_that_only_answers_pings_stays_connected() {
         let (mut peer, mut receives) = peer(0).await;
         for _ in 0..10 {
             let mut ping = [0; 2];
@@ -277,7 +284,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn peer_that_takes_no_output_is_not_taken_for_a_silent_one() {
+    async fn peer_that_reads_no_output_does_not_count_as_silent() {
         let output = 1 << 20;
         let (mut peer, mut receives) = peer(output).await;
         sleep(5 * SILENCE_LIMIT).await;
@@ -286,7 +293,7 @@ mod tests {
 
         let (received, _) = receives.recv().await.unwrap();
         assert_eq!(received.as_deref(), Some("x"));
-        // And it gets all of it.
+        // The peer still gets all of the output.
         let mut said = vec![0; output];
         peer.read_exact(&mut said).await.unwrap();
     }

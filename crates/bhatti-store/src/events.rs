@@ -1,4 +1,4 @@
-//! The table of events: what happened, in the order of their numbers, which are never used again.
+//! The table of events, ordered by number. A number is never used again.
 
 use std::time::Duration;
 
@@ -7,25 +7,25 @@ use rusqlite::{Row, ToSql, params};
 
 use crate::{Store, StoreError, from_json, now, parsed, to_json};
 
-/// Something that happened.
+/// An event to record.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
-    /// What: `sandbox.created`.
+    /// The kind, such as `sandbox.created`.
     pub kind: &'static str,
-    /// Whose it is.
+    /// The owner.
     pub owner: UserId,
-    /// The sandbox that it happened to, and its name then.
+    /// The sandbox concerned, and its name at that time.
     pub sandbox: Option<(SandboxId, String)>,
-    /// Anything else.
+    /// Further details.
     pub detail: serde_json::Value,
 }
 
 /// An event as stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EventRow {
-    /// Its number.
+    /// The event's number.
     pub id: u64,
-    /// When it happened (RFC 3339).
+    /// When the event happened (RFC 3339).
     pub at: String,
     /// See [`NewEvent::kind`].
     pub kind: String,
@@ -39,20 +39,21 @@ pub struct EventRow {
     pub detail: serde_json::Value,
 }
 
-/// Which events are wanted.
+/// Selects events.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EventFilter {
-    /// Those of one user.
+    /// Only events of this user.
     pub owner: Option<UserId>,
-    /// Those whose kind begins so.
+    /// Only events whose kind has this prefix.
     pub kind_prefix: Option<String>,
-    /// Those of a sandbox, by id or name.
+    /// Only events of this sandbox, by id or name.
     pub sandbox: Option<String>,
-    /// Those behind this one.
+    /// Only events after this number.
     pub after: u64,
-    /// How many.
+    /// The maximum number of events.
     pub limit: u32,
-    /// Whether the latest ones are wanted if there are more.
+    /// Whether to return the latest events, rather than the earliest, if there are more than
+    /// `limit`.
     pub latest: bool,
 }
 
@@ -74,17 +75,17 @@ impl Store {
         Ok(insert.query_row(parameters, |row| row.get(0))?)
     }
 
-    /// The events that a filter lets through, oldest first.
+    /// Returns the events that match a filter, oldest first.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
     pub fn list_events(&self, filter: &EventFilter) -> Result<Vec<EventRow>, StoreError> {
         let EventFilter { owner, kind_prefix, sandbox, after, limit, latest } = filter;
-        // No event has a number beyond SQLite's.
+        // No event has a number beyond `i64::MAX`, the largest in SQLite.
         let after = i64::try_from(*after).unwrap_or(i64::MAX);
         let owner = owner.map(|owner| owner.to_string());
-        // Only what is asked for is in the query, so that its index is used.
+        // Only the filter's own conditions are in the query, so that SQLite uses an index.
         let mut conditions = vec!["id > ?1"];
         let mut parameters: Vec<&dyn ToSql> = vec![&after, limit];
         for (wanted, condition) in [
@@ -114,7 +115,8 @@ impl Store {
         Ok(rows)
     }
 
-    /// Forgets all events but the latest `keep` of each user, and those that happened before `before`, in time since 1970. Returns how many.
+    /// Deletes all events but the latest `keep` of each user, and all events before `before`, a
+    /// time since 1970. Returns the number of deleted events.
     ///
     /// # Errors
     ///
@@ -132,7 +134,8 @@ impl Store {
     }
 }
 
-/// Conditions in one, with the numbers of their parameters: the first is `?1`, the others are `?3` and so on.
+/// Joins conditions and numbers their parameters: the first is `?1`, the others are `?3` and so
+/// on.
 fn numbered(conditions: &[&str]) -> String {
     let number =
         |(place, condition): (usize, &&str)| condition.replace("?#", &format!("?{}", place + 2));
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_found_by_what_they_are() {
+    fn events_are_filtered_by_number_owner_kind_and_sandbox() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
         let other = UserId::from_entropy([9; 8]);
@@ -187,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn old_events_go_and_their_numbers_with_them() {
+    fn pruned_event_numbers_are_not_reused() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
         for _ in 0..5 {

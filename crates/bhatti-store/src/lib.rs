@@ -1,10 +1,12 @@
-//! SQLite: what the daemon must not forget.
+//! SQLite store: the state that outlives the daemon.
 //!
-//! One file, `<data dir>/state.db`, in WAL mode; one module per table. Every call is one transaction. Calls block on disk for a moment:
-//! call them from a blocking task, or where a moment does not matter.
+//! The store is one file, `<data dir>/state.db`, in WAL mode. There is one module per table.
+//! Every call is one transaction. Calls block on disk for a moment: call them from a blocking
+//! task, or where a short delay does not matter.
 //!
-//! A commit survives the death of the daemon and of the machine: it is flushed before the call returns (`synchronous = FULL`). Events are
-//! written through a connection of their own that does not flush (`NORMAL`): a power cut may lose the last ones.
+//! A commit survives the death of the daemon and of the machine: it is flushed before the call
+//! returns (`synchronous = FULL`). Events are written through a separate connection that does not
+//! flush (`NORMAL`): a power cut may lose the last events.
 
 mod events;
 mod migrations;
@@ -42,7 +44,7 @@ pub use volumes::{
 /// The store's file in the data directory.
 pub const FILE: &str = "state.db";
 
-/// Statements that are kept: more than there are.
+/// Capacity of the cache of prepared statements: more than the daemon has.
 const STATEMENTS: usize = 128;
 
 /// The store could not be used.
@@ -53,7 +55,7 @@ pub enum StoreError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: rusqlite::Error,
     },
@@ -62,24 +64,24 @@ pub enum StoreError {
     Newer {
         /// The file.
         path: PathBuf,
-        /// Its version.
+        /// The version of the file.
         version: usize,
-        /// The latest version that is known.
+        /// The latest version that this daemon knows.
         known: usize,
     },
     /// A query failed.
-    #[error("the store failed")]
+    #[error("a query of the store failed")]
     Query(#[from] rusqlite::Error),
-    /// A row holds something that no version of this daemon wrote.
+    /// A row holds a value that no version of this daemon wrote.
     #[error("the store holds a damaged row: {0}")]
     Damaged(String),
-    /// A row that had to be there is not.
+    /// A required row is missing.
     #[error("the store has no such row")]
     NoSuchRow,
 }
 
 impl StoreError {
-    /// Whether the disk that the store is on is full.
+    /// Whether the store's disk is full.
     #[must_use]
     pub fn is_full_disk(&self) -> bool {
         let (Self::Open { source, .. } | Self::Query(source)) = self else { return false };
@@ -90,23 +92,24 @@ impl StoreError {
 /// The store of one data directory.
 pub struct Store {
     connection: Mutex<Connection>,
-    /// For events alone.
+    /// The connection that writes events.
     lazy: Mutex<Connection>,
 }
 
 impl Store {
-    /// Opens the store in `data_dir`, making it or bringing it up to date.
+    /// Opens the store in `data_dir`. Creates it or migrates it to the current version.
     ///
     /// # Errors
     ///
-    /// Returns an error if the file cannot be opened, is damaged, or is from a newer daemon. It is then as it was.
+    /// Returns an error if the file cannot be opened, is damaged, or is from a newer daemon. The
+    /// file is then unchanged.
     pub fn open(data_dir: &Path) -> Result<Self, StoreError> {
         let path = data_dir.join(FILE);
         let failed = |source| StoreError::Open { path: path.clone(), source };
         let mut connection = open(&path, "FULL").map_err(failed)?;
         migrations::run(&mut connection, &path)?;
         let lazy = open(&path, "NORMAL").map_err(failed)?;
-        // That the file is there, too.
+        // Make the file's directory entry durable, too.
         sync_directory(data_dir)
             .map_err(|error| failed(rusqlite::Error::ToSqlConversionFailure(Box::new(error))))?;
         Ok(Self { connection: Mutex::new(connection), lazy: Mutex::new(lazy) })
@@ -119,7 +122,8 @@ fn open(path: &Path, synchronous: &str) -> rusqlite::Result<Connection> {
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = {synchronous}; PRAGMA busy_timeout = 5000;
          PRAGMA foreign_keys = ON;"
     ))?;
-    // A statement that is kept would be planned anew whenever its parameters may make another plan better.
+    // Otherwise SQLite replans a cached statement whenever its parameters may make another plan
+    // better.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     Ok(connection)
@@ -129,40 +133,41 @@ fn sync_directory(directory: &Path) -> std::io::Result<()> {
     std::fs::File::open(directory)?.sync_all()
 }
 
-/// A transaction that may write: what it reads first stays true until it has written.
+/// Begins a transaction that may write: the rows that it reads stay unchanged until it commits.
 fn immediate(connection: &mut Connection) -> Result<rusqlite::Transaction<'_>, StoreError> {
     Ok(connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?)
 }
 
-/// Turns "nothing was changed" into an error: an update that hits no row is a bug or a race, never a success.
+/// Turns "no row was changed" into an error: an update that changes no row is a bug or a race,
+/// never a success.
 fn changed_one(changed: usize) -> Result<(), StoreError> {
     if changed == 1 { Ok(()) } else { Err(StoreError::NoSuchRow) }
 }
 
-/// Reads what a column holds in JSON.
+/// Parses the JSON of a column.
 fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|error| StoreError::Damaged(error.to_string()))
 }
 
-/// What a column is to hold in JSON: maps and lists of text, which always can be written.
+/// Returns the JSON for a column: maps and lists of text, which can always be serialized.
 fn to_json(value: &impl serde::Serialize) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|error| StoreError::Damaged(error.to_string()))
 }
 
-/// What a column holds, parsed.
+/// Maps the result of parsing a column to a [`StoreError`].
 fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError> {
     result.map_err(|error| StoreError::Damaged(error.to_string()))
 }
 
-/// What a row describes, and the column that it is called by, for the log.
+/// The kind of row and the index of its identifying column, for the log.
 #[derive(Clone, Copy)]
 struct Called(&'static str, usize);
 
-/// The damaged rows that were logged: some lists are read every few seconds.
+/// The damaged rows that were already logged: some lists are read every few seconds.
 static LOGGED: Mutex<BTreeSet<(&str, String)>> = Mutex::new(BTreeSet::new());
 
-/// What was read of a row, unless that is damaged: one of them must not take the others with it. A
-/// daemon logs each damaged row once.
+/// Returns the result of reading a row, or `None` if the row is damaged: one damaged row must not
+/// hide the others. A daemon logs each damaged row once.
 fn unless_damaged<T>(
     row: &rusqlite::Row<'_>,
     Called(what, id): Called,
@@ -179,12 +184,12 @@ fn unless_damaged<T>(
     };
     let id: String = row.get(id).unwrap_or_default();
     if LOGGED.lock().insert((what, id.clone())) {
-        tracing::error!(id, damage, "The row of a {what} is damaged; it is left out");
+        tracing::error!(row = what, id, damage, "Skipped a damaged row");
     }
     Ok(None)
 }
 
-/// All rows of a query that are sound.
+/// Returns all rows of a query that are not damaged.
 fn sound_rows<T>(
     query: &mut rusqlite::Statement<'_>,
     parameters: impl rusqlite::Params,
@@ -195,7 +200,7 @@ fn sound_rows<T>(
     rows.filter_map(|row| row.map_err(StoreError::from).flatten().transpose()).collect()
 }
 
-/// The names of secrets in a column.
+/// Parses a column of secret names.
 fn parse_secrets(text: &str) -> Result<Vec<bhatti_types::SecretName>, StoreError> {
     if text == "[]" {
         return Ok(Vec::new());
@@ -204,18 +209,18 @@ fn parse_secrets(text: &str) -> Result<Vec<bhatti_types::SecretName>, StoreError
     names.iter().map(|name| parsed(name.parse())).collect()
 }
 
-/// The names of secrets for a column.
+/// Returns secret names as the text of a column.
 fn secrets_text(secrets: &[bhatti_types::SecretName]) -> Result<String, StoreError> {
     to_json(&secrets.iter().map(bhatti_types::SecretName::as_str).collect::<Vec<_>>())
 }
 
-/// A network as two columns hold it.
+/// Parses the two columns of a network specification.
 fn network_spec(mode: &str, allow: &str) -> Result<bhatti_types::NetworkSpec, StoreError> {
     let (mode, allow) = (parsed(mode.parse())?, networks::allowance(allow)?);
     Ok(bhatti_types::NetworkSpec { mode, allow })
 }
 
-/// Refuses one more of something that is only counted.
+/// Refuses one more row if `of` already has `max` rows.
 fn check_count(
     connection: &Connection,
     sql: &str,
@@ -230,10 +235,10 @@ fn check_count(
     Ok(())
 }
 
-/// Something is one too many, or the store failed.
+/// A row would exceed its limit, or the store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CountError {
-    /// It is one too many.
+    /// The row would exceed the limit.
     #[error(transparent)]
     TooMany(QuotaExceeded),
     /// The store failed.
@@ -247,14 +252,14 @@ impl From<rusqlite::Error> for CountError {
     }
 }
 
-/// Whether an error says that a row of that kind is there already.
+/// Whether an error says that a row with this unique key already exists.
 fn is_taken(error: &rusqlite::Error) -> bool {
     let code = error.sqlite_error().map(|error| error.extended_code);
     code == Some(rusqlite::ffi::SQLITE_CONSTRAINT_UNIQUE)
         || code == Some(rusqlite::ffi::SQLITE_CONSTRAINT_PRIMARYKEY)
 }
 
-/// The current time as the store keeps it: RFC 3339, in UTC, to the microsecond.
+/// Returns the current time in the store's format: RFC 3339, in UTC, to the microsecond.
 fn now() -> String {
     let now = jiff::Timestamp::now();
     format!("{now:.6}")
@@ -267,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn query_is_planned_once_whatever_it_is_asked() {
+    fn query_is_planned_once_for_all_parameters() {
         let place = tempfile::tempdir().unwrap();
         let store = Store::open(place.path()).unwrap();
         let connection = store.connection.lock();

@@ -1,4 +1,5 @@
-//! The schema, as a list of steps. A step that has been released is never changed; `user_version` counts those that were taken.
+//! The schema, as a list of steps. A released step is never changed; `user_version` counts the
+//! steps that were applied.
 
 use std::path::Path;
 
@@ -32,7 +33,8 @@ const STEPS: [&str; 7] = [
 
     CREATE UNIQUE INDEX sandboxes_name ON sandboxes (owner, name) WHERE state <> 'destroyed';
 ",
-    // Sandboxes that sleep, what they came from, who they are to their guests; named snapshots.
+    // Sandboxes that can be saved, their origin and the identity of their guests; named
+    // snapshots.
     "
     CREATE TABLE sandboxes_2 (
         id          TEXT PRIMARY KEY,
@@ -73,8 +75,8 @@ const STEPS: [&str; 7] = [
         UNIQUE (owner, name)
     ) STRICT;
 ",
-    // What users may have; labels, secrets, init scripts and an end of sandboxes; events; what users write down to create from; ports
-    // that are published.
+    // Quotas of users; labels, secrets, init scripts and lifetimes of sandboxes; events;
+    // templates; published ports.
     "
     ALTER TABLE users ADD COLUMN max_sandboxes INTEGER DEFAULT 5 CHECK (max_sandboxes >= 0);
     ALTER TABLE users ADD COLUMN max_cpus INTEGER DEFAULT 4 CHECK (max_cpus >= 0);
@@ -135,7 +137,7 @@ const STEPS: [&str; 7] = [
         UNIQUE (sandbox_id, port)
     ) STRICT;
 ",
-    // Networks; which of the daemons on a host this is.
+    // Networks; the number that tells this daemon from others on the host.
     "
     CREATE TABLE instance (number INTEGER NOT NULL CHECK (number BETWEEN 1 AND 4294967295)) STRICT;
     INSERT INTO instance VALUES ((random() & 4294967295) | 2147483648);
@@ -153,7 +155,8 @@ const STEPS: [&str; 7] = [
     ALTER TABLE snapshots ADD COLUMN network TEXT NOT NULL DEFAULT 'none';
     ALTER TABLE snapshots ADD COLUMN network_allow TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(network_allow));
 ",
-    // Volumes, and the sandboxes that have them; a volume that is none is the sandbox's own.
+    // Volumes and their attachments. An attachment without a volume id is a volume of the
+    // sandbox's own.
     "
     CREATE TABLE volumes (
         id         TEXT PRIMARY KEY,
@@ -181,12 +184,12 @@ const STEPS: [&str; 7] = [
     ALTER TABLE users ADD COLUMN max_volumes_mib INTEGER DEFAULT 20480 CHECK (max_volumes_mib >= 0);
     UPDATE users SET max_volumes_mib = NULL WHERE id = '0000000000000000';
 ",
-    // What sandboxes and snapshots of a user may take of the host's disk.
+    // Limit of the disk space that a user's sandboxes and snapshots take on the host.
     "
     ALTER TABLE users ADD COLUMN max_disk_mib INTEGER DEFAULT 51200 CHECK (max_disk_mib >= 0);
     UPDATE users SET max_disk_mib = NULL WHERE id = '0000000000000000';
 ",
-    // The sizes of root disks; those of their images where there is none.
+    // Sizes of root disks. NULL means the size of the image.
     "
     ALTER TABLE sandboxes ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
     ALTER TABLE snapshots ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
@@ -194,11 +197,12 @@ const STEPS: [&str; 7] = [
 ",
 ];
 
-/// Takes the steps that are missing, each in a transaction of its own.
+/// Applies the missing steps, each in its own transaction.
 pub(crate) fn run(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     let failed = |source| StoreError::Open { path: path.to_owned(), source };
     loop {
-        // Two daemons that start together take turns here, and the second finds nothing to do.
+        // Two daemons that start together are serialized here, and the second finds no missing
+        // step.
         let transaction =
             connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         let version: usize = transaction
@@ -223,7 +227,7 @@ mod tests {
     use crate::{FILE, Store, StoreError};
 
     #[test]
-    fn store_is_brought_up_to_date_once() {
+    fn store_is_migrated_once() {
         let data = tempfile::tempdir().unwrap();
         Store::open(data.path()).unwrap();
 
@@ -233,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn store_of_a_newer_daemon_is_left_alone() {
+    fn store_of_a_newer_daemon_is_refused() {
         let data = tempfile::tempdir().unwrap();
         drop(Store::open(data.path()).unwrap());
         let connection = Connection::open(data.path().join(FILE)).unwrap();
@@ -245,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn file_that_is_no_store_is_an_error_that_names_it() {
+    fn error_names_a_file_that_is_not_a_store() {
         let data = tempfile::tempdir().unwrap();
         std::fs::write(
             data.path().join(FILE),
@@ -254,13 +258,13 @@ mod tests {
         .unwrap();
 
         let Err(StoreError::Open { path, .. }) = Store::open(data.path()) else {
-            panic!("it was opened")
+            panic!("the store was opened")
         };
 
         assert!(path.ends_with(FILE));
     }
 
-    /// A store as the first daemon left it: before anything slept.
+    /// A store of the first version: before sandboxes could be saved.
     fn first_version(path: &Path) -> Connection {
         let connection = Connection::open(path.join(FILE)).unwrap();
         connection.execute_batch("PRAGMA journal_mode = WAL;").unwrap();
@@ -284,11 +288,12 @@ mod tests {
     }
 
     #[test]
-    fn daemon_that_dies_anywhere_in_a_migration_loses_nothing() {
+    fn death_at_any_point_of_a_migration_loses_no_row() {
         let data = tempfile::tempdir().unwrap();
         let mut connection = first_version(data.path());
         let deaths = tempfile::tempdir().unwrap();
-        // The files as a death at this moment would leave them, every few instructions of SQLite's.
+        // Copies the files every few SQLite instructions, as a death at that moment would leave
+        // them.
         let (from, to) = (data.path().to_owned(), deaths.path().to_owned());
         let mut count = 0;
         let die = move || {

@@ -9,19 +9,19 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::{Called, Store, StoreError, from_json, immediate, parsed, sound_rows};
 
-/// The prefix of a network.
+/// The prefix length of a network.
 const NETWORK_BITS: u8 = 24;
 
-/// The addresses that sandboxes have in it, by their last number: the first is this host's.
+/// The range of the sandboxes' addresses in a network, by last octet. Address 1 is the host's.
 const FIRST_ADDRESS: u8 = 2;
 const LAST_ADDRESS: u8 = 254;
 
 /// A user's network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NetworkRow {
-    /// Its number on this host.
+    /// The network's number on this host.
     pub number: u32,
-    /// Its addresses.
+    /// The network's addresses.
     pub subnet: Ipv4Net,
 }
 
@@ -30,25 +30,23 @@ pub struct NetworkRow {
 pub struct PortRow {
     /// The sandbox.
     pub sandbox: SandboxId,
-    /// Its name.
+    /// Name of the sandbox.
     pub name: SandboxName,
-    /// Its owner's network.
+    /// The owner's network.
     pub network: NetworkRow,
-    /// Its address.
+    /// Address of the sandbox.
     pub address: Ipv4Addr,
-    /// What it may reach beyond what everybody may.
+    /// Ranges that the sandbox may reach in addition to those that every sandbox may reach.
     pub allow: Allowance,
 }
 
-/// A user could not be given a network.
+/// No network could be assigned to a user.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkAssignError {
-    /// All are given out, or not free on this host.
-    #[error(
-        "no network is free in {range}: `network_range` in the configuration says where they come from"
-    )]
+    /// All networks are assigned or in use on this host.
+    #[error("no network in {range} is free; change `network_range` in the configuration")]
     Exhausted {
-        /// Where they come from.
+        /// The configured range.
         range: Ipv4Net,
     },
     /// The store failed.
@@ -63,7 +61,7 @@ impl From<rusqlite::Error> for NetworkAssignError {
 }
 
 impl Store {
-    /// What tells this store's daemon from others on its host.
+    /// Returns the number that tells this store's daemon from others on the host.
     ///
     /// # Errors
     ///
@@ -73,7 +71,7 @@ impl Store {
         Ok(connection.query_row("SELECT number FROM instance", [], |row| row.get(0))?)
     }
 
-    /// The network of `owner`, if it has one.
+    /// Returns the network of `owner`, if assigned.
     ///
     /// # Errors
     ///
@@ -82,7 +80,7 @@ impl Store {
         network_of(&self.connection.lock(), owner)
     }
 
-    /// Whether sandboxes of `owner` are in its network.
+    /// Whether sandboxes of `owner` have addresses in the owner's network.
     ///
     /// # Errors
     ///
@@ -91,7 +89,9 @@ impl Store {
         Ok(!addresses_of(&self.connection.lock(), owner)?.is_empty())
     }
 
-    /// Gives `owner` the first network of `range` that nobody has and that `is_free`. One that it has stays, if it is free or in use.
+    /// Assigns to `owner` the first network of `range` that no user has and that `is_free`
+    /// accepts. A network already assigned to `owner` stays, if `is_free` accepts it or sandboxes
+    /// use it.
     ///
     /// # Errors
     ///
@@ -128,7 +128,8 @@ impl Store {
         Ok(network)
     }
 
-    /// The sandboxes of everybody that have a network card. Damaged rows are logged and left out.
+    /// Returns the sandboxes of all users that have a network card. Damaged rows are logged and
+    /// skipped.
     ///
     /// # Errors
     ///
@@ -158,7 +159,7 @@ fn network(row: &Row<'_>) -> Result<NetworkRow, StoreError> {
     Ok(NetworkRow { number: row.get(0)?, subnet: parsed(row.get::<_, String>(1)?.parse())? })
 }
 
-/// What a column says of ranges that are allowed.
+/// Parses a column of allowed ranges.
 pub(crate) fn allowance(text: &str) -> Result<Allowance, StoreError> {
     parsed(Allowance::parse(&from_json::<Vec<String>>(text)?))
 }
@@ -181,7 +182,7 @@ fn addresses_of(connection: &Connection, owner: UserId) -> Result<HashSet<Ipv4Ad
     addresses.map(|address| parsed(address?.parse())).collect()
 }
 
-/// An address could not be given out.
+/// No address could be assigned.
 pub(crate) enum AddressError {
     Quota(QuotaExceeded),
     Store(StoreError),
@@ -193,7 +194,7 @@ impl From<StoreError> for AddressError {
     }
 }
 
-/// The first address in the network of `owner` that no sandbox has.
+/// Returns the first address in the network of `owner` that no sandbox has.
 pub(crate) fn free_address(
     connection: &Connection,
     owner: UserId,
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_are_given_out_once_and_what_is_not_free_is_passed_over() {
+    fn networks_are_assigned_once_and_skipped_if_not_free() {
         let (_data, store) = store();
         let (alice, bob) = (user(&store, 1), user(&store, 2));
 
@@ -245,14 +246,14 @@ mod tests {
         assert_eq!((his.number, his.subnet), (2, range("10.213.2.0/24")));
         assert_eq!(store.assign_network(alice, range("10.9.0.0/16"), |_| true).unwrap(), hers);
         let moved = store.assign_network(alice, range("10.213.0.0/22"), |it| it.number == 3);
-        assert_eq!(moved.unwrap().number, 3, "nobody was in it");
+        assert_eq!(moved.unwrap().number, 3, "no sandbox uses alice's network");
         let carol = user(&store, 3);
         let none = store.assign_network(carol, range("10.213.2.0/24"), |_| true);
         assert!(matches!(none, Err(NetworkAssignError::Exhausted { .. })));
     }
 
     #[test]
-    fn subnets_go_beyond_a_byte() {
+    fn network_numbers_exceed_a_byte() {
         let (_data, store) = store();
         for (owner, wanted, subnet) in [
             (1, 0, "10.0.0.0/24"),
@@ -269,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_the_first_free_ones_and_come_back() {
+    fn first_free_address_is_assigned_and_freed_addresses_are_reused() {
         let (_data, store) = store();
         let alice = user(&store, 1);
         store.assign_network(alice, range("10.213.0.0/16"), |_| true).unwrap();

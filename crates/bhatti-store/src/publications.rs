@@ -8,7 +8,7 @@ use crate::{
     parsed, sound_rows,
 };
 
-/// The most published ports of one sandbox.
+/// The maximum number of published ports of one sandbox.
 const PORTS_MAX: u32 = 64;
 
 const SELECT: &str = "SELECT p.alias, p.sandbox_id, p.port, p.created_at, s.owner
@@ -17,28 +17,28 @@ const SELECT: &str = "SELECT p.alias, p.sandbox_id, p.port, p.created_at, s.owne
 /// A published port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublicationRow {
-    /// What it is called.
+    /// The port's alias.
     pub alias: Alias,
     /// The sandbox.
     pub sandbox_id: SandboxId,
-    /// The port in its guest.
+    /// The port in the guest.
     pub port: u16,
-    /// When it was published (RFC 3339).
+    /// When the port was published (RFC 3339).
     pub created_at: String,
-    /// Whose sandbox it is.
+    /// The owner of the sandbox.
     pub owner: UserId,
 }
 
 /// A port could not be published.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// The alias names another port, of whoever's sandbox.
+    /// The alias names another port, possibly of another user's sandbox.
     #[error("alias `{0}` is in use")]
     AliasTaken(Alias),
-    /// The port is published already, under another alias than the one that was asked for.
-    #[error("port {} is published as `{}` already", .0.port, .0.alias)]
+    /// The port is already published under an alias other than the requested one.
+    #[error("port {} is already published as `{}`", .0.port, .0.alias)]
     Published(PublicationRow),
-    /// The sandbox has as many as it may.
+    /// The sandbox has the maximum number of published ports.
     #[error(transparent)]
     Quota(QuotaExceeded),
     /// The store failed.
@@ -53,11 +53,12 @@ impl From<rusqlite::Error> for PublishError {
 }
 
 impl Store {
-    /// Publishes a port; one that is published already stays what it is. Without an alias that was asked for, `fallback` is taken.
+    /// Publishes a port under the alias `wanted`, or under `fallback` if `wanted` is `None`. A
+    /// port that is already published keeps its alias.
     ///
     /// # Errors
     ///
-    /// Returns an error if the alias is in use, or the port has another.
+    /// Returns an error if the alias is in use, or if the port is published under another alias.
     pub fn publish(
         &self,
         sandbox: SandboxId,
@@ -100,7 +101,7 @@ impl Store {
         Ok(row)
     }
 
-    /// The port of that alias.
+    /// Returns the published port with this alias.
     ///
     /// # Errors
     ///
@@ -111,7 +112,7 @@ impl Store {
         query.query_row([alias], |row| Ok(read(row))).optional()?.transpose()
     }
 
-    /// The published ports of a sandbox, by number.
+    /// Returns the published ports of a sandbox, by number.
     ///
     /// # Errors
     ///
@@ -123,11 +124,11 @@ impl Store {
         sound_rows(&mut query, [sandbox.to_string()], Called("published port", 0), read)
     }
 
-    /// Takes a published port back.
+    /// Unpublishes a port.
     ///
     /// # Errors
     ///
-    /// Returns [`StoreError::NoSuchRow`] if it is not published.
+    /// Returns [`StoreError::NoSuchRow`] if the port is not published.
     pub fn unpublish(&self, sandbox: SandboxId, port: u16) -> Result<(), StoreError> {
         let connection = self.connection.lock();
         let deleted = connection.execute(
@@ -155,7 +156,7 @@ mod tests {
     use crate::sandboxes::tests::{id, new};
 
     #[test]
-    fn alias_is_one_ports_until_its_sandbox_is_gone() {
+    fn alias_names_one_port_until_its_sandbox_is_deleted() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
         store.insert_sandbox(new(id(1))).unwrap();

@@ -24,47 +24,48 @@ pub use row::StoredSandbox;
 use row::read;
 pub(crate) use row::read_disk;
 
-/// What `row.rs` reads, in its order.
+/// The columns, in the order in which `row.rs` reads them.
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
      identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address, disk_mib";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SandboxRow {
-    /// Its id.
+    /// Id of the sandbox.
     pub id: SandboxId,
-    /// Whose it is.
+    /// The owner.
     pub owner: UserId,
-    /// What it was asked to be.
+    /// The requested specification.
     pub spec: SandboxSpec,
-    /// Where it stands.
+    /// State of the sandbox.
     pub state: SandboxState,
-    /// When it was made (RFC 3339).
+    /// When the sandbox was created (RFC 3339).
     pub created_at: String,
-    /// What it was made from: `boot`, and why if nobody asked for that, or `template`, `sandbox` or `snapshot` and an id.
+    /// Origin of the sandbox: `boot` (with a reason if the user did not ask for a boot), or
+    /// `template`, `sandbox` or `snapshot` and an id.
     pub origin: String,
-    /// What its agent wants every connection to begin with; nothing if empty.
+    /// The token that the guest agent expects at the start of every connection; none if empty.
     pub agent_token: String,
-    /// What its guest did to become itself, in JSON.
+    /// The guest's report of applying its identity, in JSON.
     pub identity: Option<String>,
-    /// When it is destroyed, in seconds since 1970; never if absent.
+    /// When the sandbox is destroyed, in seconds since 1970; never if absent.
     pub expires_at: Option<u64>,
-    /// When it was stopped (RFC 3339), if it is.
+    /// When the sandbox was stopped (RFC 3339), if it is stopped.
     pub stopped_at: Option<String>,
-    /// Its address in its owner's network, if it has a network card.
+    /// Address in the owner's network, if the sandbox has a network card.
     pub address: Option<Ipv4Addr>,
-    /// Its volumes, in the order asked.
+    /// Attached volumes, in the requested order.
     pub volumes: Vec<Attachment>,
 }
 
 /// A sandbox to be added.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSandbox {
-    /// Its id.
+    /// Id of the sandbox.
     pub id: SandboxId,
-    /// Whose it is.
+    /// The owner.
     pub owner: UserId,
-    /// What it was asked to be.
+    /// The requested specification.
     pub spec: SandboxSpec,
     /// See [`SandboxRow::origin`].
     pub origin: String,
@@ -72,40 +73,40 @@ pub struct NewSandbox {
     pub agent_token: String,
     /// See [`SandboxRow::expires_at`].
     pub expires_at: Option<u64>,
-    /// The volumes that it is to have.
+    /// Volumes to attach.
     pub volumes: Vec<Attach>,
 }
 
-/// Which sandboxes are wanted.
+/// Selects sandboxes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SandboxFilter {
-    /// Those with all of these labels.
+    /// Only sandboxes with all of these labels.
     pub labels: BTreeMap<String, String>,
-    /// Those behind this one in the list, by when it was made and its id.
+    /// Only sandboxes after this one in the list, given by creation time and id.
     pub after: Option<(String, String)>,
-    /// How many; all if absent.
+    /// The maximum number of sandboxes; all if absent.
     pub limit: Option<u32>,
 }
 
-/// A change of what a person gave a sandbox.
+/// A change of a sandbox's name and labels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SandboxChange {
-    /// Another name.
+    /// The new name.
     pub name: Option<SandboxName>,
-    /// Labels that it gets, or, without a value, loses.
+    /// Labels to set, or, without a value, to remove.
     pub labels: BTreeMap<String, Option<String>>,
 }
 
 /// A sandbox could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum InsertError {
-    /// Its owner has one of that name.
+    /// The owner has a sandbox of that name.
     #[error("sandbox `{0}` already exists")]
     NameTaken(SandboxName),
-    /// Its owner may have no more, or none so large.
+    /// The sandbox would exceed the owner's quota.
     #[error(transparent)]
     Quota(#[from] QuotaExceeded),
-    /// It cannot have one of its volumes.
+    /// A volume cannot be attached.
     #[error(transparent)]
     Attach(#[from] AttachError),
     /// The store failed.
@@ -131,10 +132,10 @@ impl From<rusqlite::Error> for InsertError {
 /// A sandbox could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
-    /// Its owner has another of that name.
+    /// The owner has another sandbox of that name.
     #[error("sandbox `{0}` already exists")]
     NameTaken(SandboxName),
-    /// Its labels would be none.
+    /// The resulting labels would be invalid.
     #[error(transparent)]
     Label(#[from] InvalidLabel),
     /// The store failed.
@@ -149,7 +150,7 @@ impl From<rusqlite::Error> for ChangeError {
 }
 
 impl Store {
-    /// Adds a sandbox in the state `creating`, within what its owner may have.
+    /// Adds a sandbox in the state `creating`, within its owner's quota.
     ///
     /// # Errors
     ///
@@ -162,29 +163,30 @@ impl Store {
         Ok(row)
     }
 
-    /// Whether all of these could be added one after the other, before the work of making them. Nothing is added.
+    /// Checks whether all of these sandboxes could be added one after the other, before the work
+    /// of making them. Adds none.
     ///
     /// # Errors
     ///
     /// As [`insert_sandbox`](Self::insert_sandbox).
     pub fn admit_sandboxes(&self, wanted: Vec<NewSandbox>) -> Result<(), InsertError> {
         let mut connection = self.connection.lock();
-        // Taken back when it is dropped.
+        // The transaction is rolled back when it is dropped.
         let transaction = immediate(&mut connection)?;
         wanted.into_iter().try_for_each(|new| insert(&transaction, new).map(drop))
     }
 
-    /// Whether `owner` may have such a sandbox, before the work of making one.
+    /// Checks whether `owner` may have such a sandbox, before the work of making it.
     ///
     /// # Errors
     ///
-    /// Returns [`InsertError::NameTaken`] if its owner has a sandbox of that name, [`InsertError::Quota`] if it may have no more, or
-    /// none so large.
+    /// Returns [`InsertError::NameTaken`] if `owner` has a sandbox of that name, and
+    /// [`InsertError::Quota`] if the sandbox would exceed the quota in number or size.
     pub fn admit_sandbox(&self, owner: UserId, spec: &SandboxSpec) -> Result<(), InsertError> {
         admit(&self.connection.lock(), owner, spec)
     }
 
-    /// The sandbox that `owner` calls by this id or name.
+    /// Returns the sandbox of `owner` with this id or name.
     ///
     /// # Errors
     ///
@@ -197,7 +199,8 @@ impl Store {
         find(&self.connection.lock(), owner, id_or_name, &format!("{COLUMNS}, {ATTACHED}"), read)
     }
 
-    /// The id of the sandbox that `owner` calls so, without the work of reading the rest.
+    /// Returns the id of the sandbox of `owner` with this id or name, without the work of reading
+    /// the other columns.
     ///
     /// # Errors
     ///
@@ -211,7 +214,7 @@ impl Store {
         find(&self.connection.lock(), owner, id_or_name, "id", read)
     }
 
-    /// The sandbox of this id.
+    /// Returns the sandbox with this id.
     ///
     /// # Errors
     ///
@@ -235,7 +238,7 @@ impl Store {
         Ok(query.query_row([id.to_string()], |row| row.get(0)).optional()?)
     }
 
-    /// The sandboxes of everybody, newest first. Damaged rows are logged and left out.
+    /// Returns the sandboxes of all users, newest first. Damaged rows are logged and skipped.
     ///
     /// # Errors
     ///
@@ -255,8 +258,8 @@ impl Store {
         Ok(found)
     }
 
-    /// The ids of all users' sandboxes, damaged rows included, and whether each is being destroyed.
-    /// Rows whose ids are damaged are logged and left out.
+    /// Returns the ids of all users' sandboxes, damaged rows included, and whether each is being
+    /// destroyed. Rows whose ids are damaged are logged and skipped.
     ///
     /// # Errors
     ///
@@ -270,8 +273,8 @@ impl Store {
         })
     }
 
-    /// The ids of all sandboxes of `owner`, damaged rows included. Rows whose ids are damaged are
-    /// logged and left out.
+    /// Returns the ids of all sandboxes of `owner`, damaged rows included. Rows whose ids are
+    /// damaged are logged and skipped.
     ///
     /// # Errors
     ///
@@ -284,7 +287,8 @@ impl Store {
         })
     }
 
-    /// The sandboxes of `owner` that a filter lets through, newest first, without their guests' reports, which are long.
+    /// Returns the sandboxes of `owner` that match a filter, newest first, without their guests'
+    /// identity reports, which are long.
     ///
     /// # Errors
     ///
@@ -302,13 +306,15 @@ impl Store {
         Ok(rows)
     }
 
-    /// Gives `take` each of the sandboxes that [`list_sandboxes`](Self::list_sandboxes) has, one after the other, so that a thousand of
-    /// them need not be in memory at once. The store is locked meanwhile: `take` must not use it.
+    /// Calls `take` with each sandbox that [`list_sandboxes`](Self::list_sandboxes) would return,
+    /// one after the other, so that a thousand sandboxes need not be in memory at once. The store
+    /// is locked meanwhile: `take` must not use it.
     ///
     /// # Errors
     ///
-    /// Returns an error if the store fails, or that of `take`, which has then had some of them. A row that `take` says is
-    /// [damaged](StoreError::Damaged) is logged and left out.
+    /// Returns an error if the store fails, or the error of `take`, which has then seen some of
+    /// the sandboxes. If `take` returns that a row is [damaged](StoreError::Damaged), the row is
+    /// logged and skipped.
     pub fn each_sandbox(
         &self,
         owner: UserId,
@@ -337,11 +343,11 @@ impl Store {
         Ok(())
     }
 
-    /// Changes what a person gave a sandbox, all of it or nothing.
+    /// Changes a sandbox's name and labels, all of them or none.
     ///
     /// # Errors
     ///
-    /// Returns what would be wrong with the result.
+    /// Returns an error if the new name is taken or a label would be invalid.
     pub fn change_sandbox(&self, id: SandboxId, change: SandboxChange) -> Result<(), ChangeError> {
         let SandboxChange { name, labels } = change;
         let mut connection = self.connection.lock();
@@ -371,7 +377,7 @@ impl Store {
         Ok(transaction.commit()?)
     }
 
-    /// How many sandboxes there are.
+    /// Returns the number of sandboxes that are not being destroyed.
     ///
     /// # Errors
     ///
@@ -383,7 +389,7 @@ impl Store {
         Ok(query.query_row([], |row| row.get(0))?)
     }
 
-    /// How many sandboxes and named snapshots there are, of all owners.
+    /// Returns the number of sandboxes and named snapshots of all users.
     ///
     /// # Errors
     ///
@@ -396,7 +402,7 @@ impl Store {
         Ok(query.query_row([], |row| row.get(0))?)
     }
 
-    /// Writes down what a sandbox's guest did to become itself.
+    /// Stores the guest's report of applying its identity.
     ///
     /// # Errors
     ///
@@ -408,7 +414,7 @@ impl Store {
         changed_one(update.execute(params![id.to_string(), report])?)
     }
 
-    /// Writes down whether a sandbox stays hot.
+    /// Stores whether a sandbox stays hot.
     ///
     /// # Errors
     ///
@@ -420,7 +426,7 @@ impl Store {
         changed_one(update.execute(params![id.to_string(), keep_hot])?)
     }
 
-    /// Writes down where a sandbox stands.
+    /// Stores a sandbox's state.
     ///
     /// # Errors
     ///
@@ -435,7 +441,7 @@ impl Store {
         changed_one(update.execute(params![id.to_string(), state, reason, now()])?)
     }
 
-    /// Forgets a sandbox.
+    /// Deletes a sandbox's row.
     ///
     /// # Errors
     ///
@@ -458,7 +464,8 @@ const fn state_columns(state: SandboxState) -> (&'static str, Option<&'static st
     (state.as_str(), reason)
 }
 
-/// Variables as `NAME=value`, each ended by NUL: names hold no `=`, neither holds NUL.
+/// Returns variables as `NAME=value`, each terminated by NUL: names contain no `=`, and neither
+/// names nor values contain NUL.
 fn environment_text(environment: &Environment) -> String {
     environment.as_map().iter().map(|(name, value)| format!("{name}={value}\0")).collect()
 }
@@ -470,7 +477,8 @@ fn parse_labels(text: &str) -> Result<Labels, StoreError> {
     parsed(Labels::try_from(from_json::<BTreeMap<_, _>>(text)?))
 }
 
-/// See [`Store::admit_sandbox`]. A name that is taken is said first: it is no matter of how many there are.
+/// Inserts a sandbox. See [`Store::admit_sandbox`]. A taken name is reported before an exceeded
+/// quota, because the name conflicts at any number of sandboxes.
 fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, InsertError> {
     let NewSandbox { id, owner, spec, origin, agent_token, expires_at, volumes } = new;
     admit(transaction, owner, &spec)?;
@@ -552,7 +560,8 @@ fn admit(connection: &Connection, owner: UserId, spec: &SandboxSpec) -> Result<(
     }
 }
 
-/// Columns of the sandbox that `owner` calls so. An id wins over a name that looks like one.
+/// Reads columns of the sandbox of `owner` with this id or name. An id takes precedence over an
+/// equal name.
 fn find<T>(
     connection: &Connection,
     owner: UserId,
@@ -560,7 +569,7 @@ fn find<T>(
     columns: &str,
     read: impl Fn(&Row<'_>) -> Result<T, StoreError>,
 ) -> Result<Option<T>, StoreError> {
-    // One by one: a query for either has to sort.
+    // Separate queries, because a single query for either key has to sort.
     let is_id = id_or_name.parse::<SandboxId>().is_ok();
     for key in if is_id { &["id", "name"][..] } else { &["name"] } {
         let mut query = connection.prepare_cached(&format!(

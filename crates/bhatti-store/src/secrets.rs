@@ -1,30 +1,30 @@
-//! The table of secrets: their names, and what has been made unreadable of their values.
+//! The table of secrets: their names and their encrypted values.
 
 use bhatti_types::{SecretName, UserId};
 use rusqlite::{OptionalExtension, params};
 
 use crate::{CountError, Store, StoreError, changed_one, check_count, immediate, now};
 
-/// The most secrets of one user.
+/// The maximum number of secrets of one user.
 const SECRETS_MAX: u32 = 1000;
 
 /// A secret without its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecretRow {
-    /// Its name.
+    /// Name of the secret.
     pub name: String,
-    /// When it was first set (RFC 3339).
+    /// When the secret was first set (RFC 3339).
     pub created_at: String,
-    /// When it was last set (RFC 3339).
+    /// When the secret was last set (RFC 3339).
     pub updated_at: String,
 }
 
 impl Store {
-    /// Sets a secret, new or not.
+    /// Creates or replaces a secret.
     ///
     /// # Errors
     ///
-    /// Returns [`CountError::TooMany`] if `owner` has as many as it may.
+    /// Returns [`CountError::TooMany`] if `owner` has the maximum number of secrets.
     pub fn set_secret(
         &self,
         owner: UserId,
@@ -60,7 +60,8 @@ impl Store {
         Ok(row)
     }
 
-    /// Forgets all secrets of everybody, which nothing can read any more. Returns how many.
+    /// Deletes the secrets of all users, because their key is lost. Returns the number of
+    /// secrets.
     ///
     /// # Errors
     ///
@@ -69,7 +70,7 @@ impl Store {
         Ok(self.connection.lock().execute("DELETE FROM secrets", [])?)
     }
 
-    /// The ciphertext of a secret.
+    /// Returns the ciphertext of a secret.
     ///
     /// # Errors
     ///
@@ -81,7 +82,7 @@ impl Store {
         Ok(query.query_row(params![owner.to_string(), name], |row| row.get(0)).optional()?)
     }
 
-    /// The secrets of `owner`, by name.
+    /// Returns the secrets of `owner`, by name.
     ///
     /// # Errors
     ///
@@ -97,7 +98,7 @@ impl Store {
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// Whether anybody has a secret.
+    /// Whether any user has a secret.
     ///
     /// # Errors
     ///
@@ -107,7 +108,7 @@ impl Store {
         Ok(connection.query_row("SELECT EXISTS (SELECT 1 FROM secrets)", [], |row| row.get(0))?)
     }
 
-    /// Forgets a secret.
+    /// Deletes a secret.
     ///
     /// # Errors
     ///
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn secret_is_its_owners_and_is_set_again() {
+    fn secret_belongs_to_its_owner_and_can_be_replaced() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
         let name = "TOKEN".parse().unwrap();

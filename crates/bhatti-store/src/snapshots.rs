@@ -19,45 +19,45 @@ const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_m
 /// A named snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotRow {
-    /// Its id, which names its directory.
+    /// Id of the snapshot, which names its directory.
     pub id: SandboxId,
-    /// Whose it is.
+    /// The owner.
     pub owner: UserId,
-    /// Its name.
+    /// Name of the snapshot.
     pub name: SnapshotName,
-    /// The sandbox that was saved, by the id and the name that it had then.
+    /// Id of the saved sandbox.
     pub sandbox_id: SandboxId,
-    /// See [`sandbox_id`](Self::sandbox_id).
+    /// Name of the saved sandbox at that time.
     pub sandbox_name: SandboxName,
-    /// Its vCPUs.
+    /// Number of vCPUs.
     pub cpus: CpuCount,
-    /// Its memory.
+    /// Size of the memory.
     pub memory: MemoryMib,
-    /// The size of its root disk; that of its image if absent.
+    /// Size of the root disk; that of the image if absent.
     pub disk: Option<DiskMib>,
-    /// What the agent in it wants every connection to begin with.
+    /// The token that the guest agent in the snapshot expects at the start of every connection.
     pub agent_token: String,
-    /// Whether it holds all of the memory, rather than what differs from something else.
+    /// Whether the snapshot is full, rather than a diff.
     pub is_full: bool,
-    /// The pages of memory in it, in bytes.
+    /// The size of the saved memory pages, in bytes.
     pub memory_bytes: u64,
-    /// The image that its disk began as.
+    /// Image of the sandbox.
     pub image: ImageName,
-    /// How it was connected.
+    /// Network of the sandbox.
     pub network: NetworkSpec,
-    /// The volumes that it had.
+    /// Volumes of the sandbox.
     pub volumes: Vec<Attachment>,
-    /// When it was taken (RFC 3339); the store sets it.
+    /// When the snapshot was taken (RFC 3339); the store sets it.
     pub created_at: String,
 }
 
 /// A snapshot could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotInsertError {
-    /// Its owner has one of that name.
+    /// The owner has a snapshot of that name.
     #[error("snapshot `{0}` already exists")]
     NameTaken(SnapshotName),
-    /// Its owner may have no more.
+    /// The owner has the maximum number of snapshots.
     #[error(transparent)]
     Quota(#[from] QuotaExceeded),
     /// The store failed.
@@ -66,12 +66,12 @@ pub enum SnapshotInsertError {
 }
 
 impl Store {
-    /// Adds a snapshot that is in place.
+    /// Adds a snapshot whose files are in place.
     ///
     /// # Errors
     ///
-    /// Returns [`SnapshotInsertError::NameTaken`] if its owner has a snapshot of that name, [`SnapshotInsertError::Quota`] if it may have
-    /// no more.
+    /// Returns [`SnapshotInsertError::NameTaken`] if the owner has a snapshot of that name, and
+    /// [`SnapshotInsertError::Quota`] if the owner has the maximum number of snapshots.
     pub fn insert_snapshot(&self, row: SnapshotRow) -> Result<SnapshotRow, SnapshotInsertError> {
         let row = SnapshotRow { created_at: now(), ..row };
         let mut connection = self.connection.lock();
@@ -104,7 +104,7 @@ impl Store {
         Ok(row)
     }
 
-    /// Whether `owner` may have a snapshot of that name, before the work of taking one.
+    /// Checks whether `owner` may have a snapshot of that name, before the work of taking it.
     ///
     /// # Errors
     ///
@@ -117,7 +117,7 @@ impl Store {
         check(&self.connection.lock(), owner, name)
     }
 
-    /// The snapshot that `owner` calls so.
+    /// Returns the snapshot of `owner` with this name.
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl Store {
         found.optional()?.transpose()
     }
 
-    /// The ids of everybody's snapshots, damaged rows included.
+    /// Returns the ids of all users' snapshots, damaged rows included.
     ///
     /// # Errors
     ///
@@ -148,7 +148,8 @@ impl Store {
         })
     }
 
-    /// The snapshots of `owner`, or of everybody, newest first. Damaged rows are logged and left out.
+    /// Returns the snapshots of `owner`, or of all users, newest first. Damaged rows are logged
+    /// and skipped.
     ///
     /// # Errors
     ///
@@ -162,7 +163,7 @@ impl Store {
         sound_rows(&mut query, [owner], Called("snapshot", 0), read)
     }
 
-    /// Forgets a snapshot.
+    /// Deletes a snapshot.
     ///
     /// # Errors
     ///
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn snapshot_survives_with_every_field_until_it_is_forgotten() {
+    fn snapshot_is_stored_with_every_field_until_it_is_deleted() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
         let row = row(1);
@@ -273,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_row_is_left_out_and_its_id_is_known() {
+    fn damaged_snapshot_row_is_skipped_but_its_id_is_listed() {
         for damage in ["image = ' '", "cpus = 99", "memory_bytes = -1", "volumes = '[1]'"] {
             let data = tempfile::tempdir().unwrap();
             let store = Store::open(data.path()).unwrap();

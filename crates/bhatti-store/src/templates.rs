@@ -1,4 +1,4 @@
-//! The table of templates: what users wrote down to create sandboxes from.
+//! The table of templates, from which users create sandboxes.
 
 use bhatti_types::{
     CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SandboxId,
@@ -14,45 +14,45 @@ use crate::{
 
 const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib";
 
-/// The most templates of one user.
+/// The maximum number of templates of one user.
 const TEMPLATES_MAX: u32 = 200;
 
 /// A template as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TemplateRow {
-    /// Its id.
+    /// Id of the template.
     pub id: SandboxId,
-    /// Whose it is.
+    /// The owner.
     pub owner: UserId,
-    /// Its name.
+    /// Name of the template.
     pub name: TemplateName,
-    /// The image that its sandboxes have.
+    /// Image of its sandboxes.
     pub image: ImageName,
-    /// Their vCPUs.
+    /// Number of vCPUs.
     pub cpus: CpuCount,
-    /// Their memory.
+    /// Size of the memory.
     pub memory: MemoryMib,
-    /// The size of their root disks; that of the image if absent.
+    /// Size of the root disk; that of the image if absent.
     pub disk: Option<DiskMib>,
-    /// Their environment.
+    /// Environment variables.
     pub environment: Environment,
-    /// Their labels.
+    /// Labels.
     pub labels: Labels,
-    /// Their secrets.
+    /// Names of secrets.
     pub secrets: Vec<SecretName>,
-    /// Their init script.
+    /// Init script.
     pub init: String,
-    /// When it was made (RFC 3339); the store sets it.
+    /// When the template was created (RFC 3339); the store sets it.
     pub created_at: String,
 }
 
 /// A template could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateInsertError {
-    /// Its owner has one of that name.
+    /// The owner has a template of that name.
     #[error("template `{0}` already exists")]
     NameTaken(TemplateName),
-    /// Its owner has as many as it may.
+    /// The owner has the maximum number of templates.
     #[error(transparent)]
     Quota(QuotaExceeded),
     /// The store failed.
@@ -74,7 +74,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Returns [`TemplateInsertError::NameTaken`] if its owner has one of that name.
+    /// Returns [`TemplateInsertError::NameTaken`] if the owner has a template of that name.
     pub fn insert_template(&self, row: TemplateRow) -> Result<TemplateRow, TemplateInsertError> {
         let row = TemplateRow { created_at: now(), ..row };
         let parameters = params![
@@ -108,7 +108,7 @@ impl Store {
         }
     }
 
-    /// Something that an image is needed for: a sandbox, snapshot or template of anybody's.
+    /// Returns a resource of any user that needs an image: a sandbox, snapshot or template.
     ///
     /// # Errors
     ///
@@ -123,7 +123,7 @@ impl Store {
         Ok(query.query_row([image.as_str()], |row| row.get(0)).optional()?)
     }
 
-    /// The template that `owner` calls by this id or name.
+    /// Returns the template of `owner` with this id or name.
     ///
     /// # Errors
     ///
@@ -142,7 +142,7 @@ impl Store {
         query.query_row(parameters, |row| Ok(read(row))).optional()?.transpose()
     }
 
-    /// The templates of `owner`, newest first.
+    /// Returns the templates of `owner`, newest first.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl Store {
         sound_rows(&mut query, [owner.to_string()], Called("template", 0), read)
     }
 
-    /// Forgets a template. What was made from it stays.
+    /// Deletes a template. Sandboxes that were created from it stay.
     ///
     /// # Errors
     ///
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn template_survives_with_every_field_until_it_is_forgotten() {
+    fn template_is_stored_with_every_field_until_it_is_deleted() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::open(data.path()).unwrap();
         let pair = |key: &str, value: &str| {

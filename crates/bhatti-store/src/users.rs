@@ -1,4 +1,4 @@
-//! The table of users. Of their keys only hashes are kept.
+//! The table of users. Only hashes of API keys are stored.
 
 use bhatti_types::{Quota, UserId, UserName};
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -10,20 +10,20 @@ const COLUMNS: &str = "id, name, created_at, max_sandboxes, max_cpus, max_memory
 /// A user as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserRow {
-    /// Its id.
+    /// Id of the user.
     pub id: UserId,
-    /// Its name.
+    /// Name of the user.
     pub name: String,
-    /// When it was made (RFC 3339).
+    /// When the user was created (RFC 3339).
     pub created_at: String,
-    /// What it may have.
+    /// The user's limits.
     pub quota: Quota,
 }
 
 /// A user could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum UserInsertError {
-    /// There is one of that name.
+    /// A user of that name exists.
     #[error("user `{0}` already exists")]
     NameTaken(UserName),
     /// The store failed.
@@ -34,12 +34,12 @@ pub enum UserInsertError {
 /// A user could not be removed.
 #[derive(Debug, thiserror::Error)]
 pub enum UserDeleteError {
-    /// It has something that would belong to nobody.
-    #[error("user has {count} {what}(s)")]
+    /// The user owns resources, which would be left without an owner.
+    #[error("user owns {count} {what}(s)")]
     Owns {
-        /// How many.
+        /// The number of resources.
         count: u32,
-        /// Of what.
+        /// The kind of resource.
         what: &'static str,
     },
     /// The store failed.
@@ -54,7 +54,7 @@ impl From<rusqlite::Error> for UserDeleteError {
 }
 
 impl Store {
-    /// Adds a user whose key has this SHA-256.
+    /// Adds a user whose API key has this SHA-256.
     ///
     /// # Errors
     ///
@@ -99,7 +99,8 @@ impl Store {
         }
     }
 
-    /// The user whose key has this SHA-256. The look-up compares hashes, so its timing says nothing about keys.
+    /// Returns the user whose API key has this SHA-256. The query compares hashes, so its timing
+    /// reveals nothing about keys.
     ///
     /// # Errors
     ///
@@ -114,7 +115,7 @@ impl Store {
         query.query_row([key_hash], |row| Ok(read(row))).optional()?.transpose()
     }
 
-    /// The user of that name.
+    /// Returns the user with this name.
     ///
     /// # Errors
     ///
@@ -126,7 +127,7 @@ impl Store {
         query.query_row([name], |row| Ok(read(row))).optional()?.transpose()
     }
 
-    /// All users, oldest first.
+    /// Returns all users, oldest first.
     ///
     /// # Errors
     ///
@@ -138,11 +139,11 @@ impl Store {
         sound_rows(&mut query, [], Called("user", 0), read)
     }
 
-    /// Gives a user another key: the one that it had is none any more.
+    /// Replaces a user's API key. The previous key is no longer valid.
     ///
     /// # Errors
     ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such user.
+    /// Returns [`StoreError::NoSuchRow`] if the user does not exist.
     pub fn set_user_key(&self, id: UserId, key_hash: &[u8; 32]) -> Result<(), StoreError> {
         let connection = self.connection.lock();
         let changed = connection.execute(
@@ -152,11 +153,11 @@ impl Store {
         changed_one(changed)
     }
 
-    /// Writes down what a user may have. What it has already stays.
+    /// Sets a user's quota. Resources that the user already owns stay.
     ///
     /// # Errors
     ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such user.
+    /// Returns [`StoreError::NoSuchRow`] if the user does not exist.
     pub fn set_user_quota(&self, id: UserId, quota: Quota) -> Result<(), StoreError> {
         let Quota {
             sandboxes,
@@ -174,11 +175,11 @@ impl Store {
         changed_one(changed)
     }
 
-    /// Forgets a user that owns nothing.
+    /// Deletes a user that owns nothing.
     ///
     /// # Errors
     ///
-    /// Returns [`UserDeleteError::Owns`] if it owns something.
+    /// Returns [`UserDeleteError::Owns`] if the user owns something.
     pub fn delete_user(&self, id: UserId) -> Result<(), UserDeleteError> {
         let mut connection = self.connection.lock();
         let transaction = immediate(&mut connection)?;
@@ -204,17 +205,17 @@ impl Store {
 }
 
 impl Store {
-    /// What a user may have.
+    /// Returns a user's quota.
     ///
     /// # Errors
     ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such user.
+    /// Returns [`StoreError::NoSuchRow`] if the user does not exist.
     pub fn quota(&self, id: UserId) -> Result<Quota, StoreError> {
         quota_of(&self.connection.lock(), id)
     }
 }
 
-/// What a user may have.
+/// Returns a user's quota.
 pub(crate) fn quota_of(connection: &Connection, id: UserId) -> Result<Quota, StoreError> {
     let mut query =
         connection.prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE id = ?1"))?;
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn user_is_found_by_the_hash_of_its_key_until_it_has_another() {
+    fn user_is_found_by_the_hash_of_its_current_key_only() {
         let (_data, store) = store();
         let alice = add(&store, "alice", 1).unwrap();
 
@@ -274,14 +275,14 @@ mod tests {
     }
 
     #[test]
-    fn name_is_taken_once() {
+    fn user_names_are_unique() {
         let (_data, store) = store();
 
         assert!(matches!(add(&store, "admin", 1), Err(UserInsertError::NameTaken(_))));
     }
 
     #[test]
-    fn quota_survives_and_can_be_changed() {
+    fn quota_is_stored_and_can_be_changed() {
         let (_data, store) = store();
         let alice = add(&store, "alice", 1).unwrap();
         let quota = Quota { sandboxes: None, snapshots: Some(0), ..Quota::USUAL };
@@ -293,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn user_that_owns_something_stays() {
+    fn user_that_owns_something_is_not_deleted() {
         let (_data, store) = store();
         let alice = add(&store, "alice", 1).unwrap();
         store.set_secret(alice.id, &"KEY".parse().unwrap(), b"x").unwrap();

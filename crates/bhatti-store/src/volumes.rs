@@ -1,4 +1,4 @@
-//! The tables of volumes, and of the sandboxes that have them.
+//! The tables of volumes and of their attachments to sandboxes.
 
 use bhatti_types::{MountPath, QuotaExceeded, SandboxId, UserId, VolumeId, VolumeMib, VolumeName};
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -14,26 +14,26 @@ const COLUMNS: &str = "id, owner, name, size_mib, work, created_at";
 /// A volume as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeRow {
-    /// Its id, which names its directory.
+    /// Id of the volume, which names its directory.
     pub id: VolumeId,
-    /// Whose it is.
+    /// The owner.
     pub owner: UserId,
-    /// Its name.
+    /// Name of the volume.
     pub name: VolumeName,
-    /// Its size.
+    /// Size of the volume.
     pub size: VolumeMib,
-    /// What is being done with it, during which no sandbox gets it.
+    /// Work in progress, during which the volume cannot be attached.
     pub work: Option<VolumeWork>,
-    /// When it was made (RFC 3339); the store sets it.
+    /// When the volume was created (RFC 3339); the store sets it.
     pub created_at: String,
 }
 
-/// What is done with a volume while no sandbox may get it.
+/// Work on a volume, during which it cannot be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VolumeWork {
-    /// It is made larger: no sandbox has it.
+    /// The volume grows: it is attached to no sandbox.
     Resize,
-    /// It is copied: no sandbox writes it.
+    /// The volume is copied: no sandbox writes to it.
     Clone,
 }
 
@@ -46,46 +46,47 @@ impl VolumeWork {
     }
 }
 
-/// A volume that a sandbox is to have.
+/// A volume to attach to a new sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attach {
-    /// Its name.
+    /// Name of the volume.
     pub name: VolumeName,
-    /// Where it is mounted.
+    /// Path of the mount point.
     pub mount: MountPath,
-    /// Which it is.
+    /// Kind of the volume.
     pub kind: AttachKind,
 }
 
-/// Which volume a sandbox is to have.
+/// The kind of volume to attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachKind {
-    /// The one that its owner calls so: for itself alone, or to read, with others.
+    /// The owner's volume of that name: attached to this sandbox alone, or read-only and shared.
     Named {
-        /// Whether it is only read.
+        /// Whether the volume is read-only.
         read_only: bool,
     },
-    /// One of its own, which ends with it.
+    /// A volume of the sandbox's own, which is deleted with the sandbox.
     Own {
-        /// Its size.
+        /// Size of the volume.
         size: VolumeMib,
-        /// Whether it is only read: a copy of what another one only read.
+        /// Whether the volume is read-only: a copy of a volume that another sandbox attached
+        /// read-only.
         read_only: bool,
     },
 }
 
-/// A volume that a sandbox has.
+/// A volume attached to a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// The volume's name.
+    /// Name of the volume.
     pub name: VolumeName,
-    /// Which volume; one of the sandbox's own if absent.
+    /// Id of the volume; absent for a volume of the sandbox's own.
     pub volume: Option<VolumeId>,
-    /// Where it is mounted.
+    /// Path of the mount point.
     pub mount: MountPath,
-    /// Whether it is only read.
+    /// Whether the volume is read-only.
     pub read_only: bool,
-    /// Its size.
+    /// Size of the volume.
     pub size: VolumeMib,
 }
 
@@ -102,10 +103,10 @@ struct Text {
 /// A volume could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// Its owner has none of that name.
+    /// The owner has no volume of that name.
     #[error("volume `{0}` not found")]
     NotFound(VolumeName),
-    /// Another sandbox has it.
+    /// The volume is attached to another sandbox.
     #[error("volume `{name}` is attached to sandbox `{sandbox}`")]
     InUse {
         /// The volume.
@@ -113,10 +114,10 @@ pub enum AttachError {
         /// The sandbox.
         sandbox: String,
     },
-    /// Something else is being done with it.
+    /// The volume is being resized or copied.
     #[error("volume `{0}` is being resized or copied")]
     Busy(VolumeName),
-    /// All would be too large together.
+    /// The total size of the owner's volumes would exceed the quota.
     #[error(transparent)]
     Quota(#[from] QuotaExceeded),
     /// The store failed.
@@ -130,13 +131,13 @@ impl From<rusqlite::Error> for AttachError {
     }
 }
 
-/// Something could not be done with a volume. It is what it was.
+/// An operation on a volume failed. The volume is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// Its owner has one of that name.
+    /// The owner has a volume of that name.
     #[error("volume `{0}` already exists")]
     NameTaken(VolumeName),
-    /// Sandboxes have it.
+    /// The volume is attached to sandboxes.
     #[error("volume `{name}` is attached to {} ({})", count(sandboxes), sandboxes.join(", "))]
     InUse {
         /// The volume.
@@ -144,18 +145,18 @@ pub enum VolumeError {
         /// The sandboxes.
         sandboxes: Vec<String>,
     },
-    /// Something else is being done with it.
+    /// The volume is being resized or copied.
     #[error("volume `{0}` is being resized or copied")]
     Busy(VolumeName),
-    /// It would not be larger.
-    #[error("volume `{name}` has {} MiB: it can only grow", size.get())]
+    /// The volume would shrink.
+    #[error("volume `{name}` has {} MiB; a volume can only grow", size.get())]
     Shrinks {
         /// The volume.
         name: VolumeName,
-        /// Its size.
+        /// Current size of the volume.
         size: VolumeMib,
     },
-    /// All would be too large together.
+    /// The total size of the owner's volumes would exceed the quota.
     #[error(transparent)]
     Quota(#[from] QuotaExceeded),
     /// The store failed.
@@ -177,7 +178,7 @@ fn count(sandboxes: &[String]) -> String {
 }
 
 impl Store {
-    /// Adds a volume that is in place.
+    /// Adds a volume whose file is in place.
     ///
     /// # Errors
     ///
@@ -201,11 +202,12 @@ impl Store {
         Ok(row)
     }
 
-    /// Whether `owner` may have such a volume, before the work of making one.
+    /// Checks whether `owner` may have such a volume, before the work of making it.
     ///
     /// # Errors
     ///
-    /// Returns [`VolumeError::NameTaken`] if it has one of that name, [`VolumeError::Quota`] if all would be too large together.
+    /// Returns [`VolumeError::NameTaken`] if `owner` has a volume of that name, and
+    /// [`VolumeError::Quota`] if the total size would exceed the quota.
     pub fn admit_volume(
         &self,
         owner: UserId,
@@ -215,11 +217,12 @@ impl Store {
         admit(&self.connection.lock(), owner, name, size)
     }
 
-    /// Whether `owner` may give these volumes to a sandbox, before the work of making one.
+    /// Checks whether `owner` may attach these volumes to a new sandbox, before the work of
+    /// making it.
     ///
     /// # Errors
     ///
-    /// Returns why it cannot have one of them.
+    /// Returns why one of them cannot be attached.
     pub fn admit_attach(&self, owner: UserId, wanted: &[Attach]) -> Result<(), AttachError> {
         let connection = self.connection.lock();
         wanted
@@ -227,7 +230,7 @@ impl Store {
             .try_for_each(|attach| admit_attach(&connection, owner, attach.clone()).map(drop))
     }
 
-    /// The volume that `owner` calls so.
+    /// Returns the volume of `owner` with this name.
     ///
     /// # Errors
     ///
@@ -236,7 +239,7 @@ impl Store {
         find(&self.connection.lock(), owner, name)
     }
 
-    /// The ids of everybody's volumes, damaged rows included.
+    /// Returns the ids of all users' volumes, damaged rows included.
     ///
     /// # Errors
     ///
@@ -249,7 +252,8 @@ impl Store {
         })
     }
 
-    /// The volumes of `owner`, or of everybody, by name. Damaged rows are logged and left out.
+    /// Returns the volumes of `owner`, or of all users, by name. Damaged rows are logged and
+    /// skipped.
     ///
     /// # Errors
     ///
@@ -263,7 +267,8 @@ impl Store {
         sound_rows(&mut query, [owner], Called("volume", 0), read)
     }
 
-    /// The names of the sandboxes that have a volume, and whether they only read it.
+    /// Returns the names of the sandboxes that a volume is attached to, and whether each is
+    /// read-only.
     ///
     /// # Errors
     ///
@@ -272,13 +277,15 @@ impl Store {
         users_of(&self.connection.lock(), id)
     }
 
-    /// Keeps a volume from sandboxes while something is done with it, until [`end_volume_work`](Self::end_volume_work). Returns it as it was;
-    /// one that grows has its new size on record from here on, so that nobody else gets the same room.
+    /// Blocks attaching a volume while work on it is in progress, until
+    /// [`end_volume_work`](Self::end_volume_work). Returns the row before the work. If the volume
+    /// grows, its new size is recorded now, so that no other volume gets the same quota.
     ///
     /// # Errors
     ///
-    /// Returns [`VolumeError::InUse`] if sandboxes have it in a way that does not go with that, [`VolumeError::Busy`] if something else is
-    /// done with it, and for a size that it is to have, what is wrong with that.
+    /// Returns [`VolumeError::InUse`] if the volume's attachments conflict with the work,
+    /// [`VolumeError::Busy`] if other work is in progress, and [`VolumeError::Shrinks`] or
+    /// [`VolumeError::Quota`] if the new size is refused.
     pub fn begin_volume_work(
         &self,
         id: VolumeId,
@@ -290,7 +297,7 @@ impl Store {
         let row = get(&transaction, id)?;
         check_unused(&transaction, &row, work == VolumeWork::Clone)?;
         if let Some(size) = grow_to {
-            // As large as it is on record: growing that did not succeed is tried again.
+            // The recorded size is allowed, so that a failed growth can be tried again.
             let more = size.get().checked_sub(row.size.get());
             let shrinks = || VolumeError::Shrinks { name: row.name.clone(), size: row.size };
             let more = u64::from(more.ok_or_else(shrinks)?);
@@ -304,7 +311,7 @@ impl Store {
         Ok(row)
     }
 
-    /// Gives a volume back to sandboxes, with the size that it has now.
+    /// Allows attaching a volume again, and records its current size.
     ///
     /// # Errors
     ///
@@ -317,7 +324,8 @@ impl Store {
         )?)
     }
 
-    /// Gives back what an earlier daemon was copying. What it was making larger is to be finished.
+    /// Allows attaching the volumes that an earlier daemon was copying. Its interrupted resizes
+    /// are still to be finished.
     ///
     /// # Errors
     ///
@@ -328,11 +336,12 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets a volume that no sandbox has. `remove` takes its files away before that is final.
+    /// Deletes a volume that no sandbox has attached. `remove` deletes the files before the
+    /// transaction commits.
     ///
     /// # Errors
     ///
-    /// Returns [`VolumeError::InUse`] if a sandbox has it.
+    /// Returns [`VolumeError::InUse`] if a sandbox has it attached.
     pub fn delete_volume<E: From<VolumeError>>(
         &self,
         id: VolumeId,
@@ -356,7 +365,7 @@ fn read(row: &Row<'_>) -> Result<VolumeRow, StoreError> {
         None => None,
         Some("resize") => Some(VolumeWork::Resize),
         Some("clone") => Some(VolumeWork::Clone),
-        Some(other) => return Err(StoreError::Damaged(format!("the work `{other}`"))),
+        Some(other) => return Err(StoreError::Damaged(format!("unknown volume work `{other}`"))),
     };
     Ok(VolumeRow {
         id: parsed(text(0)?.parse())?,
@@ -422,7 +431,8 @@ fn admit(
     check_quota(connection, owner, size.get().into())
 }
 
-/// Whether `owner` may have so much more, in MiB. Those of sandboxes count as well.
+/// Checks whether `owner` may have `asked` MiB more. Volumes of the owner's sandboxes count as
+/// well.
 fn check_quota<E: From<StoreError> + From<QuotaExceeded>>(
     connection: &Connection,
     owner: UserId,
@@ -444,7 +454,7 @@ fn check_quota<E: From<StoreError> + From<QuotaExceeded>>(
     Ok(())
 }
 
-/// Gives a new sandbox its volumes.
+/// Attaches a new sandbox's volumes.
 pub(crate) fn attach_all(
     connection: &Connection,
     sandbox: SandboxId,
@@ -488,7 +498,7 @@ fn admit_attach(
     let Some(row) = find(connection, owner, name.as_str())? else {
         return Err(AttachError::NotFound(name));
     };
-    // To one that writes, or to any number that read.
+    // A volume is attached to one writer, or to any number of readers.
     let others = users_of(connection, row.id)?;
     if let Some((sandbox, _)) = others.into_iter().find(|(_, reads)| !(*reads && read_only)) {
         return Err(AttachError::InUse { name, sandbox });
@@ -499,13 +509,13 @@ fn admit_attach(
     Ok(Attachment { name, volume: Some(row.id), mount, read_only, size: row.size })
 }
 
-/// The volumes of a sandbox, in their order, as one column of a query of the table of sandboxes.
+/// The volumes of a sandbox, in slot order, as one column of a query of the table of sandboxes.
 pub(crate) const ATTACHED: &str = "iif(EXISTS (SELECT 1 FROM sandbox_volumes WHERE sandbox_id = sandboxes.id),
     (SELECT json_group_array(json_object(
         'name', name, 'volume', volume_id, 'mount', mount, 'read_only', json(iif(read_only, 'true', 'false')), 'size_mib', size_mib))
      FROM (SELECT * FROM sandbox_volumes WHERE sandbox_id = sandboxes.id ORDER BY slot)), '[]')";
 
-/// What a column says of volumes.
+/// Parses a column of attachments.
 pub(crate) fn parse_attachments(text: &str) -> Result<Vec<Attachment>, StoreError> {
     if text == "[]" {
         return Ok(Vec::new());
@@ -524,7 +534,7 @@ pub(crate) fn parse_attachments(text: &str) -> Result<Vec<Attachment>, StoreErro
     texts.into_iter().map(attachment).collect()
 }
 
-/// What a column is to say of volumes.
+/// Returns attachments as the text of a column.
 pub(crate) fn attachments_text(attachments: &[Attachment]) -> Result<String, StoreError> {
     let text = |attachment: &Attachment| Text {
         name: attachment.name.to_string(),

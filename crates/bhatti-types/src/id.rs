@@ -1,4 +1,4 @@
-//! Ids: sixteen lower-case hexadecimal digits, so that they can be DNS labels and file names.
+//! Ids: sixteen lower-case hexadecimal digits, so that they are valid DNS labels and file names.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ macro_rules! id {
         pub struct $name([u8; 8]);
 
         impl $name {
-            /// Makes an id of eight random bytes.
+            /// Makes an id from eight random bytes.
             #[must_use]
             pub const fn from_entropy(bytes: [u8; 8]) -> Self {
                 Self(bytes)
@@ -66,7 +66,7 @@ fn read_hex(text: &str) -> Option<[u8; 8]> {
     Some(number.to_be_bytes())
 }
 
-/// Sixteen digits in one piece: lists have thousands of ids.
+/// Writes all sixteen digits at once, because lists have thousands of ids.
 fn write_hex(bytes: [u8; 8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = [0; 16];
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn id_survives_its_text() {
+    fn id_round_trips_through_its_text() {
         let id = SandboxId::from_entropy([0, 1, 0xab, 0xff, 4, 5, 6, 7]);
 
         assert_eq!(id.to_string(), "0001abff04050607");
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_another_shape_is_no_id() {
+    fn malformed_ids_are_refused() {
         for text in [
             "",
             "dev",

@@ -1,23 +1,23 @@
-//! Labels: what a person or program notes on a sandbox, to find it again.
+//! Labels: keys and values that users and programs set on a sandbox, to find it again.
 
 use std::collections::BTreeMap;
 
-/// The most labels of one sandbox.
+/// Maximum of labels on one sandbox.
 const LABELS_MAX: usize = 16;
 
-/// The longest segment of a key: what is before or behind its one `/`.
+/// Maximum length of a segment of a key, in bytes: the part before or after its one `/`.
 const SEGMENT_BYTES_MAX: usize = 63;
 
-/// The longest value.
+/// Maximum length of a value, in bytes.
 const VALUE_BYTES_MAX: usize = 256;
 
-/// Keys that begin so are ours.
+/// Prefix of the keys that are reserved for bhatti.
 const RESERVED_PREFIX: &str = "bhatti.sh/";
 
-/// A label that cannot be.
+/// An invalid label.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidLabel {
-    /// Its key is none.
+    /// The key is malformed.
     #[error(
         "invalid label key {key:?}: at most {SEGMENT_BYTES_MAX} letters, digits, `.`, `_` or `-`, with one optional prefix and `/` before"
     )]
@@ -25,24 +25,24 @@ pub enum InvalidLabel {
         /// The key as given.
         key: String,
     },
-    /// Its key is ours.
+    /// The key is reserved.
     #[error("invalid label key {key:?}: keys that begin with `{RESERVED_PREFIX}` are reserved")]
     Reserved {
         /// The key as given.
         key: String,
     },
-    /// Its value is none.
+    /// The value is malformed.
     #[error(
         "invalid value of label `{key}`: at most {VALUE_BYTES_MAX} letters, digits, `.`, `_` or `-`"
     )]
     Value {
-        /// The label whose value it is.
+        /// The label's key.
         key: String,
     },
-    /// There are too many.
+    /// There are too many labels.
     #[error("{count} labels are too many: a sandbox has at most {LABELS_MAX}")]
     TooMany {
-        /// How many there would be.
+        /// The number of labels that the sandbox would have.
         count: usize,
     },
 }
@@ -58,17 +58,18 @@ impl Labels {
         &self.0
     }
 
-    /// Gives the labels away.
+    /// Converts the labels into a map.
     #[must_use]
     pub fn into_map(self) -> BTreeMap<String, String> {
         self.0
     }
 
-    /// These labels with others laid over them; a key without a value is taken away.
+    /// Applies changes to these labels: sets keys that have a value, and removes keys that have
+    /// none.
     ///
     /// # Errors
     ///
-    /// Returns what is wrong with the result.
+    /// Returns an error if the result is not valid.
     pub fn changed(self, change: BTreeMap<String, Option<String>>) -> Result<Self, InvalidLabel> {
         let mut labels = self.0;
         for (key, value) in change {
@@ -121,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn usual_labels_are_labels() {
+    fn valid_labels_are_accepted() {
         for (key, value) in [("team", "a"), ("example.com/run_id", "2026-11-24"), ("k", "")] {
             assert!(labels(key, value).is_ok(), "{key}={value}");
         }

@@ -1,7 +1,7 @@
 //! The vocabulary of bhatti: ids, names, sizes, specs and the sandbox lifecycle.
 //!
-//! Everything here is plain data that has been checked once, at the edge. There is no I/O, no clock and no randomness: whoever
-//! makes an id brings the entropy.
+//! Everything here is plain data that is checked once, at the edge. This crate has no I/O, no
+//! clock and no randomness: a caller that makes an id supplies the entropy.
 
 mod id;
 mod label;

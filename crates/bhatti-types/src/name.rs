@@ -1,9 +1,9 @@
-//! Names that people give: at most 63 characters, safe in a URL path, a file name and a shell.
+//! Names that users choose: at most 63 characters, safe in a URL path, a file name and a shell.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The longest name, in bytes (all of them ASCII).
+/// Maximum length of a name, in bytes (all of them ASCII).
 const NAME_BYTES_MAX: usize = 63;
 
 /// A string that cannot be a name.
@@ -15,7 +15,7 @@ pub struct ParseNameError {
     dots: Dots,
 }
 
-/// Whether there may be dots in a name.
+/// Whether a name may contain dots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Dots {
     Allowed,
@@ -76,7 +76,7 @@ macro_rules! name {
                 if is_name(text, $dots) {
                     Ok(Self(text.into()))
                 } else {
-                    // A name of megabytes is not worth repeating in its own error.
+                    // Do not repeat a name of megabytes in the error.
                     let text = text.chars().take(NAME_BYTES_MAX + 1).collect();
                     Err(ParseNameError { kind: $kind, text, dots: $dots })
                 }
@@ -86,12 +86,12 @@ macro_rules! name {
 }
 
 name! {
-    /// The name of a sandbox, unique among its owner's.
+    /// The name of a sandbox, unique among its owner's sandboxes.
     SandboxName, "sandbox"
 }
 
 name! {
-    /// The name of a snapshot, unique among its owner's.
+    /// The name of a snapshot, unique among its owner's snapshots.
     SnapshotName, "snapshot"
 }
 
@@ -106,12 +106,12 @@ name! {
 }
 
 name! {
-    /// The name of a template that a user wrote, unique among its owner's.
+    /// The name of a template that a user wrote, unique among its owner's templates.
     TemplateName, "template"
 }
 
 name! {
-    /// The name of a volume, unique among its owner's.
+    /// The name of a volume, unique among its owner's volumes.
     VolumeName, "volume", Dots::Refused
 }
 
@@ -124,7 +124,8 @@ pub struct ParseSecretNameError {
     text: String,
 }
 
-/// The name of a secret, unique among its owner's: that of the environment variable which it becomes.
+/// The name of a secret, unique among its owner's secrets. The secret's environment variable has
+/// the same name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SecretName(Box<str>);
 
@@ -157,7 +158,7 @@ impl FromStr for SecretName {
     }
 }
 
-/// Aliases that would be taken for something else.
+/// Aliases that users could mistake for other services.
 const RESERVED_ALIASES: [&str; 7] = ["www", "mail", "admin", "status", "ns1", "ns2", "api"];
 
 /// A string that cannot be an alias.
@@ -170,7 +171,7 @@ pub struct ParseAliasError {
     text: String,
 }
 
-/// What a published port is called: a DNS label, unique on this daemon.
+/// The alias of a published port: a DNS label, unique on this daemon.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Alias(Box<str>);
 
@@ -211,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn usual_names_are_names() {
+    fn valid_names_are_accepted() {
         let longest = "x".repeat(63);
 
         for text in ["a", "my-sandbox", "dev.v2", "test_env", "0", &longest] {
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn volume_has_no_dots_in_its_name() {
+    fn volume_name_has_no_dots() {
         assert!("data_1-x".parse::<VolumeName>().is_ok());
         for text in ["data.1", "data.", "..", "a/b"] {
             let error = text.parse::<VolumeName>().unwrap_err().to_string();
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn secret_is_named_like_a_variable_and_alias_like_a_host() {
+    fn secret_name_is_a_variable_name_and_alias_is_a_host_label() {
         for (text, is_secret, is_alias) in [
             ("API_KEY", true, false),
             ("_x1", true, false),

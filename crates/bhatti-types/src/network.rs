@@ -1,12 +1,13 @@
-//! What a sandbox may reach.
+//! Network access of a sandbox.
 
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 use ipnet::{Ipv4Net, PrefixLenError};
 
-/// Ranges that no sandbox reaches, whatever it is allowed: this host as it calls itself, link-local with the clouds' metadata, multicast, and the
-/// address at which one cloud's hosts talk to their machines.
+/// Ranges that no sandbox reaches, regardless of its allowance: this host's own addresses,
+/// link-local with the clouds' metadata, multicast, and the address through which one cloud's
+/// hosts talk to their machines.
 pub const NEVER_REACHED: [Ipv4Net; 5] = [
     range([0, 0, 0, 0], 8),
     range([127, 0, 0, 0], 8),
@@ -15,7 +16,7 @@ pub const NEVER_REACHED: [Ipv4Net; 5] = [
     range([168, 63, 129, 16], 32),
 ];
 
-/// The most ranges that one sandbox is allowed.
+/// Maximum of ranges in one sandbox's allowance.
 const ALLOWED_MAX: usize = 64;
 
 const fn range([a, b, c, d]: [u8; 4], bits: u8) -> Ipv4Net {
@@ -29,15 +30,16 @@ const fn range([a, b, c, d]: [u8; 4], bits: u8) -> Ipv4Net {
 /// How a sandbox is connected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NetworkMode {
-    /// It has no network card.
+    /// The sandbox has no network card.
     #[default]
     None,
-    /// It reaches its siblings and the world, through this host; nobody else reaches it.
+    /// The sandbox reaches its siblings and, through this host, the world. Only its siblings and
+    /// this host can open connections to it.
     Nat,
 }
 
 impl NetworkMode {
-    /// Its name in the API.
+    /// Returns the mode's name in the API.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -47,9 +49,9 @@ impl NetworkMode {
     }
 }
 
-/// No mode has this name.
+/// A name that is not a network mode.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no network mode: there are `nat` and `none`")]
+#[error("unknown network mode `{0}`: expected `nat` or `none`")]
 pub struct UnknownNetworkMode(String);
 
 impl FromStr for NetworkMode {
@@ -67,27 +69,30 @@ impl FromStr for NetworkMode {
 /// Ranges that cannot be allowed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAllowance {
-    /// One is no range.
-    #[error("`{0}` is no IPv4 range such as 192.168.1.0/24")]
+    /// A text is not an IPv4 range.
+    #[error("`{0}` is not an IPv4 range such as 192.168.1.0/24")]
     Syntax(String),
-    /// One is never reached by any sandbox.
-    #[error("{0} is reached by no sandbox: it is this host's own, link-local or multicast")]
+    /// No sandbox may reach the range.
+    #[error(
+        "{0} cannot be allowed: it is reserved for this host or its cloud, link-local or multicast"
+    )]
     Never(Ipv4Net),
-    /// There are too many.
+    /// There are too many ranges.
     #[error("{0} ranges are too many: at most {ALLOWED_MAX} can be allowed")]
     TooMany(usize),
 }
 
-/// What a sandbox may reach beyond what everybody may: ranges without overlap, in order.
+/// Ranges that a sandbox may reach beyond those that all sandboxes may, in order and without
+/// overlap.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allowance(Vec<Ipv4Net>);
 
 impl Allowance {
-    /// Parses ranges; an address alone is a range of one.
+    /// Parses ranges. A single address is a range of one address.
     ///
     /// # Errors
     ///
-    /// Returns the first that cannot be allowed.
+    /// Returns an error for the first range that cannot be allowed.
     pub fn parse<T: AsRef<str>>(ranges: &[T]) -> Result<Self, InvalidAllowance> {
         if ranges.len() > ALLOWED_MAX {
             return Err(InvalidAllowance::TooMany(ranges.len()));
@@ -119,7 +124,7 @@ impl Allowance {
         self.0.iter().map(ToString::to_string).collect()
     }
 
-    /// The first range of this that is not wholly within one of `others`.
+    /// Returns the first of these ranges that is not wholly within a range of `others`.
     #[must_use]
     pub fn first_outside(&self, others: &Self) -> Option<Ipv4Net> {
         let is_inside = |range: &Ipv4Net| others.0.iter().any(|other| other.contains(range));
@@ -127,12 +132,12 @@ impl Allowance {
     }
 }
 
-/// A sandbox's network as it was asked for.
+/// A sandbox's network as requested.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetworkSpec {
-    /// How it is connected.
+    /// How the sandbox is connected.
     pub mode: NetworkMode,
-    /// What it may reach beyond what everybody may.
+    /// Ranges that the sandbox may reach beyond those that all sandboxes may.
     pub allow: Allowance,
 }
 
@@ -141,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_one_where_they_overlap_and_an_address_is_a_range() {
+    fn overlapping_ranges_are_merged_and_an_address_is_a_range() {
         let allowed = Allowance::parse(&["10.1.2.9/24", "10.1.0.0/16", "192.168.0.1"]).unwrap();
 
         assert_eq!(allowed.to_texts(), ["10.1.0.0/16", "192.168.0.1/32"]);
@@ -151,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_sandbox_reaches_cannot_be_allowed() {
+    fn ranges_that_no_sandbox_reaches_cannot_be_allowed() {
         for never in ["169.254.169.254", "127.0.0.0/8", "239.0.0.1/32", "0.0.0.0/8"] {
             let refused = Allowance::parse(&[never]);
             assert!(matches!(refused, Err(InvalidAllowance::Never(_))), "{never}");

@@ -1,8 +1,8 @@
-//! What a user may have.
+//! Quotas of a user.
 
 use crate::DiskMib;
 
-/// What one user may have at most; `None` is no limit.
+/// Limits of one user. `None` means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quota {
     /// Sandboxes.
@@ -13,14 +13,14 @@ pub struct Quota {
     pub memory_mib_per_sandbox: Option<u32>,
     /// Named snapshots.
     pub snapshots: Option<u32>,
-    /// Volumes, all together, in MiB.
+    /// All volumes together, in MiB.
     pub volumes_mib: Option<u32>,
-    /// Disk space of the host that its sandboxes and snapshots take together, in MiB.
+    /// Disk space of the host that the user's sandboxes and snapshots take together, in MiB.
     pub disk_mib: Option<u32>,
 }
 
 impl Quota {
-    /// That of a user for whom nothing else was said.
+    /// The default quota of a user.
     pub const USUAL: Self = Self {
         sandboxes: Some(5),
         cpus_per_sandbox: Some(4),
@@ -31,83 +31,85 @@ impl Quota {
     };
 }
 
-/// A user would have more than it may.
+/// A request would exceed a user's quota.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuotaExceeded {
-    /// It has as many sandboxes as it may.
+    /// The user has as many sandboxes as allowed.
     #[error("sandbox limit reached ({used}/{max})")]
     Sandboxes {
-        /// How many it has.
+        /// Number of sandboxes that the user has.
         used: u32,
-        /// How many it may have.
+        /// Number that is allowed.
         max: u32,
     },
-    /// It has as many snapshots as it may.
+    /// The user has as many snapshots as allowed.
     #[error("snapshot limit reached ({used}/{max})")]
     Snapshots {
-        /// How many it has.
+        /// Number of snapshots that the user has.
         used: u32,
-        /// How many it may have.
+        /// Number that is allowed.
         max: u32,
     },
-    /// It has as many of something as anybody may.
+    /// The user has as many objects of one kind as any user may.
     #[error("{what} limit reached ({used}/{max})")]
     Count {
-        /// Of what.
+        /// The kind of object.
         what: &'static str,
-        /// How many it has.
+        /// Number that the user has.
         used: u32,
-        /// How many it may have.
+        /// Number that is allowed.
         max: u32,
     },
-    /// Its volumes would be too large together.
+    /// The user's volumes would exceed their total size.
     #[error(
-        "volume limit reached: {used} MiB are in use, {asked} more are asked for, {max} may be"
+        "volume limit reached: volumes take {used} MiB, this needs {asked} MiB more, and {max} MiB are allowed"
     )]
     Volumes {
-        /// How much it has, in MiB.
+        /// Total size of the user's volumes, in MiB.
         used: u64,
-        /// How much more was asked for, in MiB.
+        /// Additional size of the request, in MiB.
         asked: u64,
-        /// How much it may have, in MiB.
+        /// Total size that is allowed, in MiB.
         max: u32,
     },
-    /// Its sandboxes and snapshots would take too much of the host's disk.
+    /// The user's sandboxes and snapshots would take too much of the host's disk.
     #[error(
         "disk limit reached: sandboxes and snapshots take {used} MiB, this needs up to {needed} MiB more, and {max} MiB are allowed"
     )]
     Disk {
-        /// How much they take, in MiB.
+        /// Disk space that they take, in MiB.
         used: u64,
-        /// How much the operation may add, in MiB.
+        /// Maximum that the operation may add, in MiB.
         needed: u64,
-        /// How much they may take, in MiB.
+        /// Disk space that is allowed, in MiB.
         max: u32,
     },
-    /// The sandbox is to have too many vCPUs.
+    /// The request gives a sandbox too many vCPUs.
     #[error("max {max} CPUs per sandbox")]
     Cpus {
-        /// How many it may have.
+        /// Number that is allowed.
         max: u32,
     },
-    /// The sandbox is to have too much memory.
+    /// The request gives a sandbox too much memory.
     #[error("max {max} MB memory per sandbox")]
     Memory {
-        /// How much it may have, in MiB.
+        /// Memory that is allowed, in MiB.
         max: u32,
     },
-    /// The sandbox is to have a disk that is larger than all disks may be together.
+    /// The request gives a sandbox a disk that is larger than the disk space of all sandboxes may
+    /// be.
     #[error("a disk of {disk} is more than the {max} MiB that sandboxes and snapshots may take")]
     DiskSize {
-        /// The disk that was asked for.
+        /// The requested disk.
         disk: DiskMib,
-        /// How much they may take, in MiB.
+        /// Disk space that is allowed, in MiB.
         max: u32,
     },
 }
 
 impl QuotaExceeded {
-    /// Whether giving something up helps; asking for less does otherwise.
+    /// Whether the user can make the request pass by removing something; otherwise the user has
+    /// to ask for less.
     #[must_use]
     pub const fn passes(&self) -> bool {
         matches!(

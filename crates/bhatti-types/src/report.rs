@@ -1,4 +1,4 @@
-//! Prints an error with its causes, at the log, the API and the command line alike.
+//! Prints an error with its causes, in the same form for the log, the API and the command line.
 
 use std::error::Error;
 use std::fmt;

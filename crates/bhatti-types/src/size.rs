@@ -1,4 +1,4 @@
-//! Sizes of a VM, each with the range that an engine can really give.
+//! Sizes of a VM, each with the range that engines support.
 
 use std::fmt;
 
@@ -45,7 +45,7 @@ impl fmt::Display for CpuCount {
     }
 }
 
-/// A size in mebibytes (2^20 bytes) with the range that an engine can give. `$field` is its name in
+/// A size in mebibytes (2^20 bytes), with the range that engines support. `$field` is its name in
 /// a request.
 macro_rules! mebibytes {
     ($(#[$doc:meta])* $name:ident, $field:literal, $minimum:expr, $maximum:expr) => {
@@ -95,7 +95,7 @@ macro_rules! mebibytes {
 }
 
 mebibytes! {
-    /// Guest memory: 128 MiB, below which Debian's kernel does not boot, to 256 GiB.
+    /// Guest memory: 128 MiB to 256 GiB. Debian's kernel does not boot with less.
     MemoryMib, "memory_mb", 128, 256 << 10
 }
 
@@ -105,12 +105,12 @@ impl MemoryMib {
 }
 
 mebibytes! {
-    /// A root disk: 256 MiB to 4 TiB, which is the most that a layer of a disk addresses.
+    /// A root disk: 256 MiB to 4 TiB, which is the most that an overlay of a disk addresses.
     DiskMib, "disk_mb", 256, 4 << 20
 }
 
 mebibytes! {
-    /// A volume: 16 MiB, the least that has room for a journal, to 16 TiB.
+    /// A volume: 16 MiB, the smallest size that has room for a journal, to 16 TiB.
     VolumeMib, "size_mb", 16, 16 << 20
 }
 
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ends_of_each_range_are_in_it() {
+    fn limits_of_each_range_are_accepted() {
         assert_eq!(CpuCount::try_from(1).map(CpuCount::get), Ok(1));
         assert_eq!(CpuCount::try_from(32).map(CpuCount::get), Ok(32));
         assert_eq!(MemoryMib::try_from(128).map(MemoryMib::bytes), Ok(134_217_728));

@@ -1,4 +1,4 @@
-//! What a sandbox is asked to be.
+//! The specification of a sandbox.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +9,20 @@ use crate::{
 /// The image of sandboxes whose requests name none.
 pub const DEFAULT_IMAGE: &str = "minimal";
 
-/// The most content that the files of a new sandbox have together, in bytes.
+/// Maximum total content of the files of a new sandbox, in bytes.
 pub const NEW_FILES_BYTES_MAX: usize = 16 << 20;
 
-/// The longest environment, in bytes, counted as a process has it. With a command of the largest request body it fits one frame.
+/// Maximum size of an environment, in bytes, counted as in a process. With a command of the
+/// largest request body, an environment of this size fits one frame.
 const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
 
 /// An environment that no process could have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidEnvironment {
-    /// A variable's name is empty or holds `=` or NUL.
-    #[error("invalid environment variable name {name:?}: it must not be empty nor hold `=` or NUL")]
+    /// A variable's name is empty, or contains `=` or NUL.
+    #[error(
+        "invalid environment variable name {name:?}: it must not be empty or contain `=` or NUL"
+    )]
     Name {
         /// The name as given.
         name: String,
@@ -29,13 +32,13 @@ pub enum InvalidEnvironment {
         "the environment has {bytes} bytes; at most {ENVIRONMENT_BYTES_MAX} are passed to processes"
     )]
     TooLong {
-        /// Their length.
+        /// Size of the environment.
         bytes: usize,
     },
-    /// A variable's value holds NUL.
-    #[error("invalid value of environment variable `{name}`: it must not hold NUL")]
+    /// A variable's value contains NUL.
+    #[error("invalid value of environment variable `{name}`: it must not contain NUL")]
     Value {
-        /// The variable whose value it is.
+        /// Name of the variable.
         name: String,
     },
 }
@@ -51,7 +54,7 @@ impl Environment {
         &self.0
     }
 
-    /// Gives the variables away.
+    /// Converts the environment into a map.
     #[must_use]
     pub fn into_map(self) -> BTreeMap<String, String> {
         self.0
@@ -78,35 +81,35 @@ impl TryFrom<BTreeMap<String, String>> for Environment {
     }
 }
 
-/// What a sandbox was asked to be, checked.
+/// The checked specification of a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SandboxSpec {
-    /// Its name.
+    /// The sandbox's name.
     pub name: SandboxName,
-    /// Its vCPUs.
+    /// The sandbox's vCPUs.
     pub cpus: CpuCount,
-    /// Its memory.
+    /// The sandbox's memory.
     pub memory: MemoryMib,
-    /// The size of its root disk; that of its image if absent.
+    /// Size of the root disk; the image's size if absent.
     pub disk: Option<DiskMib>,
-    /// The environment of every process that is started in it.
+    /// Environment of every process that is started in the sandbox.
     pub environment: Environment,
-    /// Whether it stays hot, however long nobody uses it.
+    /// Whether the sandbox stays hot, however long it is idle.
     pub keep_hot: bool,
-    /// What is noted on it.
+    /// The sandbox's labels.
     pub labels: Labels,
-    /// The secrets that are variables of its environment, too.
+    /// Secrets that become environment variables, too.
     pub secrets: Vec<SecretName>,
-    /// A script that runs when it has booted; none if empty.
+    /// A script that runs when the guest has booted; no script if empty.
     pub init: String,
-    /// The image that its disk began as.
+    /// Image that the sandbox starts from.
     pub image: ImageName,
-    /// How it is connected.
+    /// How the sandbox is connected.
     pub network: NetworkSpec,
 }
 
 impl SandboxSpec {
-    /// One of which nothing else was asked: a processor, the usual memory, the usual network.
+    /// Returns a specification with defaults: one vCPU, default memory, default network.
     #[must_use]
     pub fn plain(name: SandboxName, image: ImageName) -> Self {
         Self {
@@ -134,14 +137,14 @@ mod tests {
     }
 
     #[test]
-    fn any_text_without_nul_is_a_value() {
+    fn text_without_nul_is_a_valid_value() {
         for value in ["", "a=b", "two\nlines", "'\"", "é"] {
             assert!(environment("K", value).is_ok(), "{value:?}");
         }
     }
 
     #[test]
-    fn impossible_variables_are_refused() {
+    fn invalid_variables_are_refused() {
         assert_eq!(environment("", "v"), Err(InvalidEnvironment::Name { name: String::new() }));
         assert_eq!(environment("A=B", "v"), Err(InvalidEnvironment::Name { name: "A=B".into() }));
         assert_eq!(environment("K", "a\0b"), Err(InvalidEnvironment::Value { name: "K".into() }));

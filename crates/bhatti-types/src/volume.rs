@@ -1,15 +1,15 @@
-//! Volumes: what they may be called, how large they may be, where they are mounted.
+//! Volumes: their number, and the paths where they are mounted.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The most volumes of one sandbox: each takes a place on the machine's bus.
+/// Maximum of volumes of one sandbox: each takes a slot on the machine's bus.
 pub const VOLUMES_MAX: usize = 8;
 
-/// The longest path at which a volume is mounted, in bytes.
+/// Maximum length of a mount path, in bytes.
 const MOUNT_BYTES_MAX: usize = 1024;
 
-/// Directories without which there is no guest: nothing is mounted over them, nor below.
+/// Directories that the guest needs to work. No volume is mounted over or below them.
 const CLOSED: [&str; 13] = [
     "bin",
     "boot",
@@ -26,13 +26,13 @@ const CLOSED: [&str; 13] = [
     "lost+found",
 ];
 
-/// Directories that hold those of others: something may be mounted below.
+/// Directories that hold other directories. A volume may be mounted below, but not over them.
 const SHARED: [&str; 7] = ["home", "opt", "root", "srv", "tmp", "usr", "var"];
 
-/// Parts of `/usr` that are the guest's own.
+/// Directories in `/usr` that belong to the guest's system.
 const CLOSED_IN_USR: [&str; 7] = ["bin", "lib", "lib32", "lib64", "libx32", "libexec", "sbin"];
 
-/// A path at which no volume is mounted.
+/// A path where no volume can be mounted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("invalid mount path `{text}`: {why}")]
 pub struct InvalidMount {
@@ -40,12 +40,13 @@ pub struct InvalidMount {
     why: &'static str,
 }
 
-/// Where a volume is mounted in the guest: an absolute path without `.` and `..`, over no directory of the system.
+/// The mount path of a volume in the guest: an absolute path without `.` and `..` that is not a
+/// directory of the system.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MountPath(Box<str>);
 
 impl MountPath {
-    /// The path as text, without a slash at its end.
+    /// Returns the path as text, without a trailing slash.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -73,24 +74,24 @@ impl FromStr for MountPath {
             return refused("it is too long");
         }
         if text.chars().any(char::is_control) {
-            return refused("it must not hold control characters");
+            return refused("it must not contain control characters");
         }
         let parts: Vec<&str> = text.split('/').filter(|part| !part.is_empty()).collect();
         if parts.iter().any(|part| matches!(*part, "." | "..")) {
-            return refused("it must not hold `.` or `..`");
+            return refused("it must not contain `.` or `..`");
         }
         let is_system = match parts[..] {
             [] => true,
             [first] => CLOSED.contains(&first) || SHARED.contains(&first),
             ["usr", second, ..] => CLOSED_IN_USR.contains(&second),
-            // Often links to what is closed.
+            // Often links to closed directories.
             ["var", "run" | "lock", ..] => true,
-            // What the agent and the guest's packages know of themselves.
+            // Databases of the guest agent and of the package manager.
             ["var", "lib"] | ["var", "lib", "lohar" | "dpkg", ..] => true,
             [first, ..] => CLOSED.contains(&first),
         };
         if is_system {
-            return refused("the system's own directories stay what they are");
+            return refused("volumes cannot be mounted over system directories");
         }
         Ok(Self(format!("/{}", parts.join("/")).into()))
     }
@@ -101,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn volumes_are_mounted_where_the_system_is_not() {
+    fn mount_path_cannot_be_a_system_directory() {
         for (text, path) in [
             ("/data", "/data"),
             ("/data/", "/data"),

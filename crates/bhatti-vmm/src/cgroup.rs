@@ -1,7 +1,8 @@
-//! The control group of a VMM: a bound on what one that a guest has taken over could take of this host.
+//! The control group of a VMM: bounds the host resources that the VMM can take if a guest has
+//! taken it over.
 //!
-//! What a sandbox is entitled to is the supervisor's to say, and the guest's kernel sees no more
-//! memory than it has. The group's limits only hold what goes beyond that.
+//! `bhatti-control` enforces a sandbox's quota, and the guest's kernel sees no more memory than
+//! the VM has. The group's limits only bound use beyond that.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -10,41 +11,41 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// The files of limits, by the version of control groups.
+/// The limit files, by the version of control groups.
 const MEMORY_UNIFIED: &str = "memory.max";
 const MEMORY_SEPARATE: &str = "memory.limit_in_bytes";
 const TASKS: &str = "pids.max";
 
 const MOUNT: &str = "/sys/fs/cgroup";
-/// The group that those of all VMMs are in.
+/// The parent of all VMMs' groups.
 const PARENT: &str = "bhatti";
 
-/// Firecracker has a thread per vCPU and three more.
+/// Maximum number of Firecracker's threads: one for each vCPU and three more.
 const MOST_TASKS: u64 = 64;
-/// QEMU has a thread per vCPU (32 at most), up to 64 for the disk's requests, and some of its own;
-/// it aborts if it cannot start one.
+/// Maximum number of QEMU's threads: one for each vCPU (32 at most), up to 64 for disk requests,
+/// and some of its own. QEMU aborts if it cannot start a thread.
 const MOST_TASKS_OF_QEMU: u64 = 192;
-/// What a VMM may have beyond twice the guest's memory, in MiB. Twice: what is written of it, when
-/// it is saved, counts until it is on the disk.
+/// Memory that a VMM may take beyond twice the guest's memory, in MiB. Twice, because pages that
+/// are written to a snapshot count until they are on the disk.
 const MEMORY_BEYOND_MIB: u64 = 256;
 
-/// How long a process that has ended may take to leave its group, and how often to look.
+/// How long an ended process may take to leave its group, and how often to check.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 const LEAVE_PAUSE: Duration = Duration::from_millis(2);
 
-/// The control groups of this host.
+/// The kind of control groups on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Groups {
-    /// Version 2, with the controllers that are needed.
+    /// Version 2, with the required controllers.
     Unified,
-    /// Version 1, a tree for each controller.
+    /// Version 1, with one hierarchy for each controller.
     Separate,
-    /// None that help.
+    /// No usable control groups.
     Unusable,
 }
 
 impl Groups {
-    /// Those of this host.
+    /// Detects the control groups of this host.
     #[must_use]
     pub fn of_host() -> Self {
         let mount = Path::new(MOUNT);
@@ -60,7 +61,7 @@ impl Groups {
     }
 }
 
-/// What Firecracker's jailer is told, for a guest with so much memory.
+/// Returns the control group arguments of Firecracker's jailer for a guest with this memory.
 #[must_use]
 pub fn jailer_arguments(groups: Groups, memory_mib: u32) -> Vec<String> {
     let memory = memory_bytes(memory_mib);
@@ -83,17 +84,18 @@ pub fn jailer_arguments(groups: Groups, memory_mib: u32) -> Vec<String> {
     all.map(str::to_owned).to_vec()
 }
 
-/// The most that a VMM may take, with what it reads and writes of files, in bytes.
+/// Returns the memory limit of a VMM, including its page cache, in bytes.
 const fn memory_bytes(memory_mib: u32) -> u64 {
     (2 * memory_mib as u64 + MEMORY_BEYOND_MIB) << 20
 }
 
-/// Puts the process `pid` into the group `name`, which is made if need be, with limits for a guest with so much memory.
+/// Moves the process `pid` to the group `name`, which is created if missing, with limits for a
+/// guest with this memory.
 ///
 /// # Errors
 ///
-/// Returns the error of the kernel: the daemon is not root, or its groups are not its own to
-/// divide. Blocks on the kernel alone.
+/// Returns the kernel's error: the daemon is not root, or may not create groups. Blocks only on
+/// the kernel.
 pub fn enter(groups: Groups, name: &str, memory_mib: u32, pid: u32) -> io::Result<()> {
     let trees: &[(&str, &[(&str, u64)])] = match groups {
         Groups::Unified => {
@@ -110,7 +112,7 @@ pub fn enter(groups: Groups, name: &str, memory_mib: u32, pid: u32) -> io::Resul
         let group = parent.join(name);
         fs::create_dir_all(&group)?;
         if groups == Groups::Unified {
-            // Each level hands its controllers down; a level that has done so refuses nothing.
+            // Enable the controllers on each level. Enabling them again is no error.
             for level in [Path::new(MOUNT), &parent] {
                 fs::write(level.join("cgroup.subtree_control"), "+memory +pids")?;
             }
@@ -123,11 +125,12 @@ pub fn enter(groups: Groups, name: &str, memory_mib: u32, pid: u32) -> io::Resul
     Ok(())
 }
 
-/// Removes the group `name`, whose process has ended. There may be none.
+/// Removes the group `name`, whose process has ended. A missing group is no error.
 ///
 /// # Errors
 ///
-/// Returns the error of rmdir(2), if a process is still in it after five seconds.
+/// Returns the error of rmdir(2), for example if a process is still in the group after five
+/// seconds.
 pub async fn remove(name: &str) -> io::Result<()> {
     for tree in ["", "memory", "pids"] {
         remove_one(&Path::new(MOUNT).join(tree).join(PARENT).join(name)).await?;
@@ -164,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_are_told_in_the_words_of_each_version() {
+    fn jailer_arguments_match_the_cgroup_version() {
         let unified = jailer_arguments(Groups::Unified, 512).join(" ");
         let limits = "--cgroup memory.max=1342177280 --cgroup pids.max=64";
         assert_eq!(unified, format!("--cgroup-version 2 --parent-cgroup bhatti {limits}"));
@@ -173,7 +176,8 @@ mod tests {
         assert!(jailer_arguments(Groups::Unusable, 512).is_empty());
     }
 
-    /// Runs a Python program in a group for a guest without memory, once it is in there.
+    /// Runs a Python program in a group for a guest without memory. The program starts once it is
+    /// in the group.
     async fn run_in_group(name: &str, program: &str) -> Option<std::process::Output> {
         let mut shell = command("sh");
         shell.args(["-c", "read go; exec python3 -c \"$1\"", "sh", program]);
@@ -190,10 +194,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn process_in_a_group_gets_no_more_memory_and_threads_than_its_limits() {
+    async fn group_limits_memory_and_threads() {
         let name = |what| format!("bhatti-test-{what}-{}", std::process::id());
         if Groups::of_host() == Groups::Unusable {
-            bhatti_testkit::skip("limits of a control group", "this host has none that help");
+            bhatti_testkit::skip("limits of a control group", "no usable control groups");
             return;
         }
         let memory = format!("b'x' * ({} << 20)", MEMORY_BEYOND_MIB + 64);

@@ -1,4 +1,4 @@
-//! The guest's console: its last words, kept for errors.
+//! The guest's console: keeps the end of its output for error messages.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,21 +9,21 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-/// What is kept, in bytes.
+/// Size of the kept output, in bytes.
 const KEPT_BYTES: usize = 16 * 1024;
 
-/// How long the last words of a VMM may be on their way, and how often to look.
+/// How long the last output of an ended VMM may take to arrive, and how often to check.
 const COMPLETE_LIMIT: Duration = Duration::from_millis(500);
 const COMPLETE_LOOK: Duration = Duration::from_millis(5);
 
-/// Reads the console for as long as it lives.
+/// Reads the console until it is dropped.
 pub struct Console {
     kept: Arc<Mutex<VecDeque<u8>>>,
     reading: JoinHandle<()>,
 }
 
 impl Console {
-    /// Reads what the guest writes, in a task of its own.
+    /// Reads the guest's output in a separate task.
     #[must_use]
     pub fn read(from: impl AsyncRead + Send + Unpin + 'static) -> Self {
         let kept = Arc::default();
@@ -31,21 +31,22 @@ impl Console {
         Self { kept, reading }
     }
 
-    /// The end of the output, without what a terminal would not show.
+    /// Returns the end of the output, without carriage returns.
     #[must_use]
     pub fn tail(&self) -> String {
         let mut kept = self.kept.lock();
         String::from_utf8_lossy(kept.make_contiguous()).replace('\r', "")
     }
 
-    /// Waits until the last words of a VMM that has ended are there, or for a moment if it has not.
+    /// Waits until the output of an ended VMM is complete. If the VMM still runs, returns after a
+    /// moment.
     pub async fn complete(&self) {
         let complete = async {
             while !self.reading.is_finished() {
                 sleep(COMPLETE_LOOK).await;
             }
         };
-        // What has not come by then does not come.
+        // Output that has not arrived by then does not arrive at all.
         drop(timeout(COMPLETE_LIMIT, complete).await);
     }
 }
@@ -58,7 +59,7 @@ impl Drop for Console {
 
 async fn keep(mut from: impl AsyncRead + Unpin, kept: Arc<Mutex<VecDeque<u8>>>) {
     let mut buffer = [0; 1024];
-    // The VMM is gone, or we are.
+    // The loop ends when the VMM has ended or reading fails.
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         let mut kept = kept.lock();
         kept.extend(&buffer[..length]);
@@ -75,7 +76,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn last_words_are_kept_and_the_first_forgotten() {
+    async fn end_of_the_output_is_kept() {
         let (near, mut far) = UnixStream::pair().unwrap();
         let console = Console::read(near);
 

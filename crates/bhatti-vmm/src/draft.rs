@@ -1,4 +1,5 @@
-//! A snapshot on its way: a directory beside its place, which is renamed when all of it is there.
+//! An unfinished snapshot: a directory beside its final place, which is renamed once it is
+//! complete.
 
 use std::fs;
 use std::io;
@@ -10,7 +11,7 @@ use tokio::task::spawn_blocking;
 
 use crate::create_private;
 
-/// A directory that is removed unless it is put in its place.
+/// A directory that is removed unless it is put in place.
 #[derive(Debug)]
 pub struct Draft {
     path: PathBuf,
@@ -19,7 +20,7 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Makes an empty one for `place`, which must not exist. What an earlier one left is removed.
+    /// Creates an empty draft for `place`, which must not exist. Removes an earlier draft.
     ///
     /// # Errors
     ///
@@ -42,20 +43,21 @@ impl Draft {
         Ok(Self { path, place: place.to_owned(), is_kept: false })
     }
 
-    /// Where it is.
+    /// Returns the draft's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Puts it in its place, durably; what is in it is durable already.
+    /// Renames the draft to its place, durably. The files in it must already be durable.
     ///
     /// # Errors
     ///
-    /// Returns an error if the place was taken meanwhile, or the new name cannot be made durable; nothing of the draft is left then.
+    /// Returns an error if the place was taken meanwhile, or if the new name cannot be made
+    /// durable. Nothing of the draft is then left.
     pub fn put_in_place(mut self) -> io::Result<()> {
         fs::rename(&self.path, &self.place)?;
-        // It goes by that name from here on, also if it is to go.
+        // The directory has this name from here on, also if it is removed on drop.
         self.path.clone_from(&self.place);
         durable::sync_parent(&self.place)?;
         self.is_kept = true;
@@ -73,11 +75,11 @@ impl Drop for Draft {
     }
 }
 
-/// Copies what belongs into a snapshot beside what the VMM writes.
+/// Copies files into a snapshot beside the files that the VMM writes.
 ///
 /// # Errors
 ///
-/// Returns an error if one cannot be copied.
+/// Returns an error if a file cannot be copied.
 pub async fn copy_files(copies: &[FileCopy], draft: &Path) -> Result<(), SnapshotError> {
     let (copies, draft) = (copies.to_vec(), draft.to_owned());
     let copied = spawn_blocking(move || {

@@ -1,4 +1,4 @@
-//! Whether what a snapshot belongs to is still what it was.
+//! Checks that the disk and the volumes of a snapshot are unchanged since it was taken.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::files::read_at_most;
 use crate::record::Volume;
 
-/// The most that a manifest may be, in bytes.
+/// The maximum size of a manifest, in bytes.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
-/// Tells whether a file has been written since.
+/// Size and modification time of a file, which change when the file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generation {
     bytes: u64,
@@ -24,7 +24,7 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// When a file was written last.
+    /// Reads the current generation of a file.
     ///
     /// # Errors
     ///
@@ -35,11 +35,11 @@ impl Generation {
     }
 }
 
-/// When the volumes that a guest writes were written last; they are durable then.
+/// Makes the volumes that a guest writes durable, and returns their generations.
 ///
 /// # Errors
 ///
-/// Returns an error if one cannot be made durable.
+/// Returns an error if a volume cannot be made durable.
 pub fn volume_generations(volumes: &[Option<Volume>]) -> io::Result<Vec<Option<Generation>>> {
     let generation = |volume: &Option<Volume>| match volume {
         Some(volume) if !volume.read_only => {
@@ -51,11 +51,12 @@ pub fn volume_generations(volumes: &[Option<Volume>]) -> io::Result<Vec<Option<G
     volumes.iter().map(generation).collect()
 }
 
-/// Volumes that the guest writes hold what they held when it was saved: what it knows of them has to be true.
+/// Checks that the volumes that the guest writes are unchanged since it was saved: the guest's
+/// caches must match their content.
 ///
 /// # Errors
 ///
-/// Returns [`RestoreError::Stale`] if one was written since.
+/// Returns [`RestoreError::Stale`] if a volume was written since.
 pub fn check_volumes(
     volumes: &[Option<VolumeFile>],
     generations: &[Option<Generation>],
@@ -63,8 +64,8 @@ pub fn check_volumes(
     for (volume, then) in volumes.iter().zip(generations) {
         let (Some(volume), Some(then)) = (volume, then) else { continue };
         let now = Generation::of(&volume.path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => damaged("a volume's file is gone"),
-            _ => RestoreError::File { step: "look at a volume's file", source },
+            io::ErrorKind::NotFound => damaged("a volume's file is missing"),
+            _ => RestoreError::File { step: "inspect a volume's file", source },
         })?;
         if now != *then {
             return Err(RestoreError::Stale);
@@ -73,17 +74,17 @@ pub fn check_volumes(
     Ok(())
 }
 
-/// The error of a snapshot that is not what was written.
+/// Returns the error of a damaged snapshot.
 #[must_use]
 pub fn damaged(what: &str) -> RestoreError {
     RestoreError::Damaged { what: what.to_owned() }
 }
 
-/// Checks something that must be the same.
+/// Checks that a property is the same as in the snapshot.
 ///
 /// # Errors
 ///
-/// Returns [`RestoreError::Mismatch`] if it is not.
+/// Returns [`RestoreError::Mismatch`] if it differs.
 pub fn same(what: &'static str, needed: &str, found: &str) -> Result<(), RestoreError> {
     if needed == found {
         return Ok(());
@@ -91,7 +92,7 @@ pub fn same(what: &'static str, needed: &str, found: &str) -> Result<(), Restore
     Err(RestoreError::Mismatch { what, needed: needed.to_owned(), found: found.to_owned() })
 }
 
-/// What a manifest says before anything else.
+/// The part of a manifest that is read first.
 #[derive(Deserialize)]
 struct Format {
     format: u32,
@@ -101,14 +102,15 @@ struct Format {
 ///
 /// # Errors
 ///
-/// Returns [`RestoreError::Damaged`] if it is not there or cannot be read, and [`RestoreError::Mismatch`] if it has another format.
+/// Returns [`RestoreError::Damaged`] if the manifest is missing or unreadable, and
+/// [`RestoreError::Mismatch`] if its format differs.
 pub fn read_manifest<M: DeserializeOwned>(path: &Path, format: u32) -> Result<M, RestoreError> {
     let text = read_at_most(path, MANIFEST_BYTES_MAX).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => damaged("it has no manifest"),
+        io::ErrorKind::NotFound => damaged("the manifest is missing"),
         _ => RestoreError::File { step: "read the snapshot's manifest", source },
     })?;
     let unreadable =
-        |error: serde_json::Error| damaged(&format!("its manifest cannot be read: {error}"));
+        |error: serde_json::Error| damaged(&format!("the manifest is unreadable: {error}"));
     let found: Format = serde_json::from_slice(&text).map_err(unreadable)?;
     same("format", &found.format.to_string(), &format.to_string())?;
     serde_json::from_slice(&text).map_err(unreadable)

@@ -1,6 +1,7 @@
-//! What engines have in common: a VM's files, the record of its process, its console, and snapshots on their way to the disk.
+//! Shared parts of engines: a VM's files, the record of its process, its console, and unfinished
+//! snapshots.
 //!
-//! Nothing here knows a VMM. An engine's own crate has what its VMM is told, and when.
+//! This crate knows no VMM. The requests to a VMM, and their order, are in its engine's crate.
 
 pub mod cgroup;
 mod console;

@@ -1,7 +1,9 @@
-//! What a VMM complains about: a pipe with a name, which holds the first 64 KiB that nobody has read and drops the rest.
+//! The log of a VMM: a named pipe, which holds the first 64 KiB of unread output and drops the
+//! rest.
 //!
-//! A guest can make its VMM complain as often as it likes. A file would fill the host's disk. The VMM has both ends of the pipe, so it can write
-//! whether there is a daemon or not, and never waits.
+//! A guest can make its VMM log as often as it likes, and a file would fill the host's disk. The
+//! VMM holds both ends of the pipe, so it can write whether a daemon runs or not, and never
+//! blocks.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -10,17 +12,17 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 
-/// How much of its end is told, in bytes.
+/// Length of the returned tail, in bytes.
 const TAIL_BYTES: usize = 4096;
 
-/// The most that is read at once, in bytes: what a pipe holds, unless somebody has changed that.
+/// Maximum number of bytes to read at once: the kernel's default limit of a pipe's capacity.
 const READ_BYTES_MAX: u64 = 1 << 20;
 
-/// Makes the pipe, in place of an earlier one, and opens it for its VMM.
+/// Creates the pipe, in place of an earlier one, and opens it for the VMM.
 ///
 /// # Errors
 ///
-/// Returns the error of making or opening it.
+/// Returns the error of creating or opening the pipe.
 pub fn create_log(path: &Path) -> io::Result<File> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -30,7 +32,8 @@ pub fn create_log(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).custom_flags(non_blocking()).open(path)
 }
 
-/// The end of what the VMM has complained about since this was asked last. Empty if there is nothing, or no pipe.
+/// Returns the end of the VMM's output since the previous call. Empty if there is no output, or
+/// no pipe.
 #[must_use]
 pub fn log_tail(path: &Path) -> String {
     let tail = read_tail(path).unwrap_or_default();
@@ -40,7 +43,7 @@ pub fn log_tail(path: &Path) -> String {
 fn read_tail(path: &Path) -> io::Result<Vec<u8>> {
     let mut log = File::options().read(true).custom_flags(non_blocking()).open(path)?;
     if !log.metadata()?.file_type().is_fifo() {
-        // Of a VMM that an earlier daemon has started.
+        // An earlier daemon started this VMM, with a regular file as its log.
         let begin = log.metadata()?.len().saturating_sub(TAIL_BYTES as u64);
         log.seek(SeekFrom::Start(begin))?;
     }
@@ -63,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn log_has_an_end_however_much_is_written() {
+    fn log_keeps_a_bounded_amount_of_output() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vmm.log");
         let mut log = create_log(&path).unwrap();
@@ -81,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn file_of_an_earlier_daemon_is_read_at_its_end() {
+    fn tail_of_a_regular_log_file_is_read() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vmm.log");
         fs::write(&path, [vec![b'x'; 100_000], b"end".to_vec()].concat()).unwrap();

@@ -1,13 +1,14 @@
-//! Files of memory pages: those of a diff.
+//! The file format of a diff's memory pages.
 //!
 //! ```text
 //!  magic          16 bytes
-//!  runs           u64, how many
+//!  runs           u64, the number of runs
 //!  first, count   u64 each, of every run, in pages
 //!  pages          4096 bytes each, in the order of the runs
 //! ```
 //!
-//! in little-endian. A list, not a sparse file: a file system may only know holes of more than a page, and a copy may have none.
+//! Numbers are little-endian. The format is a list, not a sparse file: a file system may support
+//! only holes of more than a page, and a copy may have no holes.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -19,15 +20,16 @@ use bhatti_host::memory::PAGE_BYTES;
 
 const MAGIC: &[u8; 16] = b"bhatti pages 1\n\0";
 
-/// Pages that are copied at once.
+/// Number of pages that are copied at once.
 const COPY_PAGES: u64 = 256;
 const PAGE: usize = 4096;
 
-/// Writes the pages of `runs` to a new file; `read` gives the bytes at a place. Returns their bytes and the file's hash.
+/// Writes the pages of `runs` to a new file. `read` fills its buffer from a byte offset. Returns
+/// the size of the pages, in bytes, and the file's hash.
 ///
 /// # Errors
 ///
-/// Returns an error if one cannot be read or written.
+/// Returns an error if a page cannot be read or written.
 pub fn write_pages(
     path: &Path,
     runs: &[Range<u64>],
@@ -52,12 +54,12 @@ pub fn write_pages(
     Ok((pages * PAGE_BYTES, file.hasher.finalize()))
 }
 
-/// Gives the pages of a file to `write`, with their places in bytes. Returns the file's hash: what it says of a damaged file is that it is not the
-/// expected one.
+/// Passes the pages of a file to `write`, in pieces, each with its byte offset. Returns the
+/// file's hash: if the file is damaged, the hash differs from the expected one.
 ///
 /// # Errors
 ///
-/// Returns an error if the file is none of pages, or one cannot be read or written.
+/// Returns an error if the file is not a file of pages, or if a page cannot be read or written.
 pub fn read_pages(
     path: &Path,
     mut write: impl FnMut(&[u8], u64) -> io::Result<()>,
@@ -78,7 +80,7 @@ pub fn read_pages(
     for _ in 0..count {
         let (first, count) = (read_u64(&mut file)?, read_u64(&mut file)?);
         let end = first.checked_add(count).filter(|end| end.checked_mul(PAGE_BYTES).is_some());
-        runs.push(first..end.ok_or_else(|| bad("a run without an end"))?);
+        runs.push(first..end.ok_or_else(|| bad("a run of pages that is out of range"))?);
     }
     let mut buffer = vec![0; PAGE * 256];
     for piece in runs.into_iter().flat_map(pieces) {
@@ -87,23 +89,23 @@ pub fn read_pages(
         write(bytes, piece.start * PAGE_BYTES)?;
     }
     if file.read(&mut [0])? != 0 {
-        return Err(bad("more than its pages"));
+        return Err(bad("bytes after the last page"));
     }
     Ok(file.hasher.finalize())
 }
 
-/// A run in parts that are copied at once.
+/// Splits a run into pieces of at most the number of pages that are copied at once.
 pub fn pieces(run: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let end = run.end;
     let step = usize::try_from(COPY_PAGES).unwrap_or(usize::MAX);
     run.step_by(step).map(move |start| start..end.min(start + COPY_PAGES))
 }
 
-/// How many bytes a part has.
+/// Returns the number of bytes in a piece.
 ///
 /// # Errors
 ///
-/// Returns an error if they are more than can be addressed.
+/// Returns an error if the number does not fit in a `usize`.
 pub fn piece_bytes(piece: &Range<u64>) -> io::Result<usize> {
     usize::try_from((piece.end - piece.start) * PAGE_BYTES).map_err(io::Error::other)
 }
@@ -114,7 +116,7 @@ fn read_u64(file: &mut impl Read) -> io::Result<u64> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// A file whose bytes are hashed on their way.
+/// A file whose bytes are hashed as they are read or written.
 struct Hashing<F> {
     inner: F,
     hasher: blake3::Hasher,
@@ -151,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_come_back_at_their_places_and_no_damage_goes_unnoticed() {
+    fn pages_are_read_at_their_offsets_and_damage_is_detected() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pages");
         let runs = [1..2, 300..900];

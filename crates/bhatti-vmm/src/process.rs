@@ -1,4 +1,4 @@
-//! The VMM's process: found again, ended.
+//! The VMM's process: finds it again and ends it.
 
 use std::io;
 use std::path::Path;
@@ -13,22 +13,23 @@ use crate::record::recorded_process;
 /// How long a killed VMM may take to disappear.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// The VMM of a VM: the one on record, whichever engine wrote it, or, if the daemon died before it could write the record, the one of `program`
-/// that has `argument`.
+/// Finds the VMM process of a VM: the recorded process, whichever engine wrote the record. If the
+/// daemon died before it wrote the record, finds the process of `program` that has `argument`.
 ///
 /// # Errors
 ///
-/// Returns [`io::ErrorKind::NotFound`] if there is none.
+/// Returns [`io::ErrorKind::NotFound`] if there is no such process.
 pub async fn find(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
     let (directory, program) = (directory.to_owned(), program.to_owned());
     let argument = argument.to_owned();
-    // It may have to look at every process there is.
+    // The search may have to read every process on the host.
     let found = move || find_now(&directory, &program, &argument);
     tokio::task::spawn_blocking(found).await.map_err(io::Error::other)?
 }
 
 fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
-    // Even without a directory there may be a process: an operator may have removed the directory.
+    // Search even without a directory: an operator may have removed the directory of a running
+    // VM.
     match recorded_process(directory).and_then(Followed::adopt) {
         Err(error)
             if matches!(
@@ -43,29 +44,29 @@ fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Foll
     }
 }
 
-/// Kills a VMM and waits until it has ended. Returns whether it has: one that stays is reported.
+/// Kills a VMM and waits until it has ended. Returns whether it has ended. Logs an error if not.
 pub async fn end(process: &Followed) -> bool {
     process.kill();
     let ended = timeout(KILL_LIMIT, process.ended()).await.is_ok();
     if !ended {
         let (pid, seconds) = (process.id().pid, KILL_LIMIT.as_secs());
-        tracing::error!(pid, seconds, "A killed virtual machine process does not end");
+        tracing::error!(pid, seconds, "A virtual machine process did not end after it was killed");
     }
     ended
 }
 
-/// Ends a VMM whose handle is gone. One that cannot be found has ended.
+/// Ends a VMM whose handle was dropped. A process that cannot be found has ended.
 pub async fn end_by_id(id: ProcessId) {
     if let Ok(process) = Followed::adopt(id) {
         end(&process).await;
     }
 }
 
-/// Ends a VMM that was looked for, if there is one.
+/// Ends the VMM that a search found, if any.
 ///
 /// # Errors
 ///
-/// Returns an error if it could not be looked for, or does not end.
+/// Returns an error if the search failed, or if the VMM does not end.
 pub async fn kill(found: io::Result<Followed>) -> Result<(), RemoveError> {
     let process = match found {
         Ok(process) => process,
@@ -76,11 +77,11 @@ pub async fn kill(found: io::Result<Followed>) -> Result<(), RemoveError> {
     end(&process).await.then_some(()).ok_or(RemoveError::Unkillable { pid })
 }
 
-/// Removes everything of a VM that has ended.
+/// Removes all files of a VM that has ended.
 ///
 /// # Errors
 ///
-/// Returns an error if something stays.
+/// Returns an error if a file cannot be removed.
 pub async fn remove(directory: &Path) -> Result<(), RemoveError> {
     match tokio::fs::remove_dir_all(directory).await {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {

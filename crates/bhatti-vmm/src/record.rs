@@ -1,4 +1,4 @@
-//! What a later daemon must know of a VM.
+//! The record of a VM, from which a later daemon adopts it.
 
 use std::fs;
 use std::io;
@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 
 const FILE: &str = "vm.json";
 
-/// The VMM process of a sandbox, and the machine that it was told to be.
+/// The VMM process of a sandbox, and its machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record<M> {
     pid: u32,
     started_ticks: u64,
-    /// The machine.
+    /// The machine that the VMM was started with.
     pub machine: M,
 }
 
@@ -28,13 +28,13 @@ struct Process {
     started_ticks: u64,
 }
 
-/// The process on record of the VM in `directory`.
+/// Returns the recorded process of the VM in `directory`.
 pub(crate) fn recorded_process(directory: &Path) -> io::Result<ProcessId> {
     let Process { pid, started_ticks } = serde_json::from_slice(&fs::read(directory.join(FILE))?)?;
     Ok(ProcessId { pid, started_ticks })
 }
 
-/// A file that a VM has as a disk.
+/// A file that is attached to a VM as a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
     /// The file.
@@ -49,14 +49,14 @@ impl From<VolumeFile> for Volume {
     }
 }
 
-/// What a machine has in its places for volumes.
+/// Returns the content of a machine's volume slots.
 #[must_use]
 pub fn volumes(files: &[Option<VolumeFile>]) -> Vec<Option<Volume>> {
     files.iter().cloned().map(|file| file.map(Volume::from)).collect()
 }
 
 impl<M: Serialize + DeserializeOwned> Record<M> {
-    /// The record of a process.
+    /// Creates the record of a process.
     pub const fn new(process: ProcessId, machine: M) -> Self {
         let ProcessId { pid, started_ticks } = process;
         Self { pid, started_ticks, machine }
@@ -66,18 +66,20 @@ impl<M: Serialize + DeserializeOwned> Record<M> {
     ///
     /// # Errors
     ///
-    /// Returns an error if there is none, or none that makes sense.
+    /// Returns an error if the record is missing or malformed.
     pub fn read(directory: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(directory.join(FILE))?)?)
     }
 
-    /// Writes it durably: the process does not outlive the host, but the disk does, and this says which it is.
+    /// Writes the record durably: the process does not outlive the host, but the disk does, and
+    /// the record identifies the disk.
     ///
     /// # Errors
     ///
     /// Returns the error of writing.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
-        // Its VMM writes into the same directory, and is not to say what it is.
+        // Sealed, because the VMM writes to the same directory and must not change its own
+        // record.
         durable::write_sealed(&directory.join(FILE), &serde_json::to_vec(self)?)
     }
 }
@@ -87,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn record_survives_and_a_torn_one_is_an_error() {
+    fn record_is_stored_and_a_truncated_record_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let machine = vec![None, Some(Volume { path: "/v.ext4".into(), read_only: true })];
         let record = Record::new(ProcessId { pid: 7, started_ticks: 8 }, machine);

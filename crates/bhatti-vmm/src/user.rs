@@ -1,4 +1,4 @@
-//! Users of VMMs: under a daemon that is root, each VMM runs as one of its own.
+//! Users of VMMs: if the daemon is root, each VMM runs as its own user.
 
 use std::fs;
 use std::io;
@@ -8,8 +8,8 @@ use std::path::Path;
 use bhatti_host::process::{USERS, can_use_users};
 use bhatti_types::SandboxId;
 
-/// The user that the VMM of a sandbox runs as, if the daemon can have it so. Two sandboxes that
-/// have the same one by chance are still kept apart by their rules.
+/// Returns the user that the VMM of a sandbox runs as, if the daemon can run it as another user.
+/// If two sandboxes get the same user by chance, their confinement rules still isolate them.
 #[must_use]
 pub fn user_of(id: SandboxId) -> u32 {
     let hash = blake3::hash(id.to_string().as_bytes());
@@ -17,8 +17,8 @@ pub fn user_of(id: SandboxId) -> u32 {
     USERS.start + u32::from_le_bytes([a, b, c, d]) % (USERS.end - USERS.start)
 }
 
-/// Gives a file to a user, if the daemon can. A file that is missing is no error: the program that
-/// opens it reports that better.
+/// Makes a user the owner of a file, if the daemon can. A missing file is no error: the program
+/// that opens it reports that better.
 ///
 /// # Errors
 ///
@@ -30,7 +30,7 @@ pub fn give_to(path: &Path, user: u32) -> io::Result<()> {
     }
 }
 
-/// Gives a file to the user that has `other`: that of the VMM that writes both.
+/// Gives a file the same owner as `other`: the user of the VMM that writes both.
 ///
 /// # Errors
 ///
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn users_of_sandboxes_are_nobody_elses() {
+    fn sandboxes_get_distinct_users_from_the_reserved_range() {
         let users = [1, 2, 3].map(|seed| user_of(SandboxId::from_entropy([seed; 8])));
         assert!(users.iter().all(|user| USERS.contains(user)), "{users:?}");
         assert!(users[0] != users[1] && users[1] != users[2]);

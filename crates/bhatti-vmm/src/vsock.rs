@@ -1,4 +1,5 @@
-//! The agent behind a hypervisor's hybrid vsock: a Unix socket on the host, on which each connection begins by naming the guest's port.
+//! The agent channel through a hypervisor's hybrid vsock: a Unix socket on the host, on which
+//! each connection begins with the guest's port.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,15 +15,15 @@ use rustix::net::{Shutdown, shutdown};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 
-/// The longest greeting: `OK`, a space, and a port of the host's.
+/// Maximum length of the greeting: `OK`, a space, and a port of the host.
 const GREETING_BYTES: usize = 32;
 
-/// Connects through the hypervisor's socket, one connection per stream.
+/// Connects through the hypervisor's socket, with one connection per stream.
 #[derive(Debug)]
 pub struct VsockChannel {
     directory: PathBuf,
     socket: &'static str,
-    /// The streams that are open.
+    /// The open streams.
     streams: Mutex<Vec<Weak<UnixStream>>>,
 }
 
@@ -41,8 +42,8 @@ impl AgentChannel for VsockChannel {
     }
 }
 
-/// A stream that is open in both directions until it is dropped: a hypervisor that finds the host's direction closed ends both, whatever is
-/// still on its way.
+/// A stream that stays open in both directions until it is dropped: if the host closes its
+/// direction, the hypervisor ends both directions, and discards data in flight.
 struct Whole(Arc<UnixStream>);
 
 impl AsyncRead for Whole {
@@ -86,17 +87,18 @@ impl AsyncWrite for Whole {
 }
 
 impl VsockChannel {
-    /// Through the socket that is called `socket` in `directory`.
+    /// Creates a channel through the socket named `socket` in `directory`.
     #[must_use]
     pub fn new(directory: PathBuf, socket: &'static str) -> Self {
         Self { directory, socket, streams: Mutex::default() }
     }
 
-    /// Ends all streams that are open: the guest has forgotten them, and the hypervisor does not say so to who only listens.
+    /// Ends all open streams: the guest has forgotten them, and the hypervisor does not report
+    /// that to a host that only reads.
     pub fn reset(&self) {
         for stream in self.streams.lock().drain(..).filter_map(|stream| stream.upgrade()) {
             if let Err(error) = shutdown(&*stream, Shutdown::Both) {
-                tracing::debug!(%error, "A stream has ended by itself");
+                tracing::debug!(%error, "A stream had already ended");
             }
         }
     }
@@ -116,7 +118,7 @@ impl VsockChannel {
     }
 }
 
-/// Reads a line and nothing behind it: that is the agent's.
+/// Reads one line and nothing after it: the following bytes are the agent's.
 async fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     while line.len() < GREETING_BYTES {

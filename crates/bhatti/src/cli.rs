@@ -1,4 +1,5 @@
-//! The command line: what there is. What each command takes is beside what it does.
+//! The command line: its commands and global options. The arguments of each command are beside its
+//! code.
 
 use std::path::PathBuf;
 
@@ -10,7 +11,7 @@ use crate::commands::{
     template, user, volume, wait,
 };
 
-/// Runs untrusted code and AI agents in real Linux microVMs on a machine you own.
+/// Run untrusted code and AI agents in real Linux microVMs on a machine you own.
 #[derive(Debug, Parser)]
 #[command(name = "bhatti", version, disable_help_subcommand = false, max_term_width = 100)]
 pub(crate) struct Cli {
@@ -20,36 +21,38 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// What the help calls the options of every command.
-const EVERYWHERE: &str = "Options of every command";
+/// Heading of the global options in the help.
+const EVERYWHERE: &str = "Global options";
 
 /// Options of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// Where the daemon keeps everything [default: /var/lib/bhatti for root, else ~/.local/share/bhatti]
+    /// Data directory of the daemon [default: /var/lib/bhatti for root, else
+    /// ~/.local/share/bhatti]
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// A daemon on the network, http://HOST:PORT [default: what `bhatti setup --url` saved, else the one on this machine]
+    /// URL of a remote daemon, http://HOST:PORT [default: the one saved by `bhatti setup --url`,
+    /// else the local daemon]
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_URL", value_name = "URL")]
     pub(crate) url: Option<String>,
-    /// The API key for --url
+    /// API key for --url
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_TOKEN", value_name = "KEY", hide_env_values = true)]
     pub(crate) token: Option<String>,
     /// Print JSON
     #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub(crate) json: bool,
-    /// Print no more than a script needs
+    /// Print only what scripts need, such as ids and names
     #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Build what sandboxes boot from; or, with --url, remember which daemon to call
+    /// Build the kernel and the images; with --url, save the address of a remote daemon instead
     Setup(setup::Setup),
     /// Run the daemon
     Serve(serve::Serve),
-    /// Create a sandbox and wait until it is up
+    /// Create a sandbox and wait until it is ready
     Create(create::Create),
     /// List sandboxes
     #[command(visible_alias = "ls")]
@@ -59,26 +62,26 @@ pub(crate) enum Command {
     Inspect(inspect::Inspect),
     /// Run a command in a sandbox
     Exec(exec::Exec),
-    /// Open a terminal in a sandbox, or come back to one
+    /// Open a terminal in a sandbox, or reattach to one
     #[command(visible_alias = "sh")]
     Shell(shell::Shell),
     /// List the terminals and jobs of a sandbox
     Ps(ps::Ps),
     /// Kill terminals or jobs of a sandbox
     Kill(kill::Kill),
-    /// Print what a job has written
+    /// Print the output of a job
     Logs(logs::Logs),
-    /// Wait until a job has ended, and exit with its code
+    /// Wait until a job ends, and exit with its exit code
     Wait(wait::Wait),
-    /// Change a sandbox: its name, its labels, whether it stays hot
+    /// Change a sandbox's name, labels, or whether it stays hot
     Edit(edit::Edit),
-    /// Pause sandboxes until somebody uses them; their memory is kept
+    /// Pause sandboxes until their next use (their memory is kept)
     Pause(lifecycle::Pause),
     /// Resume sandboxes that are paused or saved
     Resume(lifecycle::Resume),
-    /// Stop sandboxes: save their memory and processes (a container loses them), until they are started
+    /// Stop sandboxes, and save their memory and processes (containers lose them)
     Stop(lifecycle::Stop),
-    /// Start sandboxes that were stopped, where they were
+    /// Start stopped sandboxes from their saved state
     Start(lifecycle::Start),
     /// Fork a running sandbox: its memory, its processes and its disk
     Fork(fork::Fork),
@@ -87,41 +90,41 @@ pub(crate) enum Command {
     Destroy(destroy::Destroy),
     /// Read, write and copy files of sandboxes
     File(file::File),
-    /// Save sandboxes under a name, and make others of them
+    /// Manage snapshots: save a sandbox under a name, create sandboxes from it
     #[command(subcommand)]
     Snapshot(snapshot::Snapshot),
     /// Manage volumes: file systems that outlive sandboxes
     #[command(subcommand)]
     Volume(volume::Volume),
-    /// Manage secrets: variables whose values nothing shows again
+    /// Manage secrets: environment variables whose values are never shown again
     #[command(subcommand)]
     Secret(secret::Secret),
-    /// Manage templates: what sandboxes have in common
+    /// Manage templates: saved options for new sandboxes
     #[command(subcommand)]
     Template(template::Template),
-    /// Manage images: what the disks of sandboxes begin as
+    /// Manage images: root file systems that sandboxes start from
     #[command(subcommand)]
     Image(image::Image),
-    /// Publish a port of a sandbox: whoever knows its address reaches it
+    /// Publish a port of a sandbox at a URL that needs no API key
     Publish(publish::Publish),
-    /// Take a published port back
+    /// Unpublish a port of a sandbox
     Unpublish(publish::Unpublish),
-    /// List the ports that something listens at
+    /// List the ports that sandboxes listen on
     Ports(ports::Ports),
-    /// Reach a port of a sandbox at a port of this machine, until interrupted
+    /// Forward a local port to a port of a sandbox, until interrupted
     Forward(forward::Forward),
     /// Manage the daemon's users
     #[command(subcommand)]
     User(user::User),
-    /// Show what happened, and what happens
+    /// List past events, or follow new ones
     Events(events::Events),
-    /// Print what the daemon measures, in the text format of Prometheus
+    /// Print the daemon's metrics in Prometheus text format
     #[command(after_help = "Example:\n  bhatti metrics | grep bhatti_http")]
     Metrics,
-    /// Say what works on this machine, and how to mend what does not
+    /// Check this machine, and print how to fix what is missing
     #[command(after_help = "Example:\n  bhatti doctor")]
     Doctor,
-    /// Measure how fast sandboxes are made and used
+    /// Measure how fast sandboxes are created and used
     Bench(bench::Bench),
     /// Print a completion script for a shell
     Completion(completion::Completion),
@@ -130,7 +133,7 @@ pub(crate) enum Command {
     Version,
 }
 
-/// `NAME=VALUE`, whatever is behind the first equals sign.
+/// Parses `NAME=VALUE`. The value is all text after the first equals sign.
 pub(crate) fn parse_variable(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
@@ -148,12 +151,12 @@ mod tests {
     }
 
     #[test]
-    fn variable_may_hold_anything_behind_the_first_equals_sign() {
+    fn value_of_a_variable_is_all_text_after_the_first_equals_sign() {
         assert_eq!(parse_variable("A=b=c,d"), Ok(("A".into(), "b=c,d".into())));
         assert!(parse_variable("A").is_err());
     }
 
-    /// Every command that does something, with the words that lead to it.
+    /// Returns every command without subcommands, with the words that invoke it.
     fn leaves(command: &clap::Command, words: &str) -> Vec<(String, clap::Command)> {
         let below: Vec<_> =
             command.get_subcommands().filter(|sub| sub.get_name() != "help").collect();
@@ -165,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_has_an_example_that_it_understands() {
+    fn every_command_has_an_example_that_parses() {
         for (words, command) in leaves(&Cli::command(), "") {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             let examples: Vec<&str> = help
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn help_is_what_it_was() {
+    fn help_matches_the_snapshot() {
         let mut text = String::new();
         let mut top = Cli::command();
         top.build();

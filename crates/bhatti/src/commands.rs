@@ -47,10 +47,10 @@ use crate::error::CliError;
 use crate::output::Output;
 use crate::{paths, saved};
 
-/// The fewest leading digits of an id that stand for the whole id. Six rarely spell a word.
+/// Minimum length of an id prefix that stands for the whole id. Six digits rarely spell a word.
 const PREFIX_CHARS_MIN: usize = 6;
 
-/// What commands work with.
+/// The data directory, client and output of a command.
 struct Context {
     data_dir: PathBuf,
     client: Client,
@@ -70,16 +70,16 @@ impl Context {
         Ok(Self { data_dir, client, output })
     }
 
-    /// The same, whose file calls act as this user of the sandbox.
+    /// Returns the same context, whose file calls act as this user of the sandbox.
     fn acting_as(&self, user: Option<&str>) -> Self {
         let client = self.client.acting_as(user);
         Self { data_dir: self.data_dir.clone(), client, output: self.output }
     }
 
-    /// Reads from the sandbox that was typed: its name, its id or a prefix of its id.
+    /// Reads from the sandbox that `typed` names: by its name, its id or a prefix of its id.
     ///
-    /// Only for commands that change nothing: a name that is gone may be the prefix of an id. For all others, see
-    /// [`change`](Self::change).
+    /// Only for commands that change nothing: the name of a destroyed sandbox may be the prefix of
+    /// an id. For all others, see [`change`](Self::change).
     async fn read<T>(
         &self,
         typed: &str,
@@ -96,8 +96,9 @@ impl Context {
         }
     }
 
-    /// Changes the sandbox that was typed, or runs something in it. Takes its name or its whole id, never a prefix: a script that
-    /// destroys `db` twice must not destroy a sandbox whose id begins with `db`.
+    /// Changes the sandbox that `typed` names, or runs something in it. Accepts its name or its
+    /// whole id, never a prefix: a script that destroys `db` twice must not destroy a sandbox
+    /// whose id begins with `db`.
     async fn change<T>(
         &self,
         typed: &str,
@@ -121,7 +122,7 @@ impl Context {
         }
     }
 
-    /// The one sandbox whose id begins with `typed`.
+    /// Finds the only sandbox whose id begins with `typed`.
     async fn find_by_prefix(&self, typed: &str) -> Result<Option<Sandbox>, CliError> {
         if typed.len() < PREFIX_CHARS_MIN || !typed.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Ok(None);
@@ -130,7 +131,8 @@ impl Context {
     }
 }
 
-/// The one sandbox whose id begins with `typed`; none if there is no such sandbox, or one has exactly that name or id.
+/// Returns the only sandbox whose id begins with `typed`; `None` if there is no such sandbox, or
+/// if a sandbox has exactly that name or id.
 fn one_with_prefix(typed: &str, sandboxes: Vec<Sandbox>) -> Result<Option<Sandbox>, CliError> {
     if sandboxes.iter().any(|sandbox| sandbox.name == typed || sandbox.id == typed) {
         return Ok(None);
@@ -148,7 +150,7 @@ fn one_with_prefix(typed: &str, sandboxes: Vec<Sandbox>) -> Result<Option<Sandbo
     }
 }
 
-/// Runs the command that was asked for.
+/// Runs the command of a parsed command line.
 pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let Cli { global, command } = cli;
     let context = Context::new(&global, *output)?;
@@ -157,7 +159,7 @@ pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(run_client(&context, &global, command));
-    // A thread that waits for standard input cannot be waited for.
+    // Do not wait for a thread that still reads standard input.
     runtime.shutdown_background();
     result
 }
@@ -221,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn prefix_of_one_id_finds_it_and_of_several_ids_is_an_error_that_lists_them() {
+    fn unique_id_prefix_is_found_and_ambiguous_one_lists_the_candidates() {
         let all = || {
             vec![
                 sandbox("abc1", "dev"),

@@ -19,48 +19,57 @@ const FILE: &str = "config.yaml";
 pub(crate) struct Config {
     /// The address for callers with an API key; none if absent.
     pub(crate) listen: Option<SocketAddr>,
-    /// What runs VMs.
+    /// The engine.
     pub(crate) engine: EngineChoice,
     /// Firecracker's program; looked up by its usual name if absent.
     pub(crate) firecracker: Option<PathBuf>,
-    /// Its jailer, for a daemon that is root; looked up beside it, and by its usual name, if absent.
+    /// Firecracker's jailer, for a daemon that runs as root; looked up beside Firecracker, and by
+    /// its usual name, if absent.
     pub(crate) jailer: Option<PathBuf>,
-    /// Docker's socket; where it usually listens if absent.
+    /// Docker's socket; its usual path if absent.
     pub(crate) docker: Option<PathBuf>,
     /// QEMU's program; looked up by its usual name if absent.
     pub(crate) qemu: Option<PathBuf>,
-    /// Whether a daemon of root may run QEMU on a kernel without Landlock; not if absent.
+    /// Whether a daemon that runs as root may run QEMU on a kernel without Landlock; false if
+    /// absent.
     pub(crate) allow_without_landlock: bool,
-    /// How long a VM may take to boot, in seconds; 60 if absent.
+    /// Time limit of a boot, in seconds; 60 if absent.
     pub(crate) boot_timeout_sec: Option<u32>,
-    /// When sandboxes that nobody uses are paused and saved.
+    /// When unused sandboxes are paused and saved.
     pub(crate) thermal: Thermal,
-    /// VMMs that wait for a sandbox to be created; 1 if absent.
+    /// Number of VMMs that wait for a sandbox to be created; 1 if absent.
     pub(crate) ready_vmms: Option<usize>,
-    /// Of those, how many have their memory and have run what every sandbox runs; if absent, 1 under software emulation, else none.
+    /// How many of them have their memory and have done the warm-up run; if absent, 1 under
+    /// software emulation, else 0.
     pub(crate) ready_forks: Option<usize>,
-    /// What templates may take of the disk, in MiB; 8192 if absent.
+    /// Disk space that base snapshots may take, in MiB; 8192 if absent.
     pub(crate) template_budget_mb: Option<u64>,
-    /// The memory of all sandboxes that are hot or warm, in MiB; all but 1024 of the machine's if absent.
+    /// Memory of all hot and warm sandboxes, in MiB; if absent, all but 1024 of the machine's, but
+    /// at least half of it.
     pub(crate) memory_budget_mb: Option<usize>,
-    /// The address at which anybody reaches published ports; none if absent.
+    /// Address that serves published ports without an API key; none if absent.
     pub(crate) public_listen: Option<SocketAddr>,
-    /// The domain under which each alias of a published port is a host name; only `ALIAS.localhost` if absent.
+    /// Domain under which each alias of a published port is a host name; only `ALIAS.localhost` if
+    /// absent.
     pub(crate) public_zone: Option<String>,
-    /// How long an application in a sandbox may take to begin its answer, in seconds; 300 if absent.
+    /// Time limit for an application in a sandbox to begin its response, in seconds; 300 if
+    /// absent.
     pub(crate) proxy_timeout_sec: Option<u32>,
-    /// Whether sandboxes have networks: where this host can make some, if absent.
+    /// Whether sandboxes have networks; if absent, they do if this host can set networks up.
     pub(crate) network: NetworkUse,
-    /// Where users' networks of 256 addresses come from; 10.213.0.0/16 if absent.
+    /// Range from which each user gets a network of 256 addresses; 10.213.0.0/16 if absent.
     pub(crate) network_range: Option<String>,
-    /// What private ranges users other than the admin may let their sandboxes reach; none if absent.
+    /// Private ranges that users other than the admin may let their sandboxes reach; none if
+    /// absent.
     pub(crate) network_allowable: Vec<String>,
-    /// Whether sandboxes reach this host's own addresses in the private ranges that they are allowed; not if absent.
+    /// Whether sandboxes reach this host's own addresses in the private ranges that they are
+    /// allowed; false if absent.
     pub(crate) network_reach_host: bool,
-    /// Who is asked for names that are no sandbox's; this host's own name servers if absent.
+    /// Name servers for names that belong to no sandbox; this host's own if absent.
     pub(crate) dns: Option<Vec<IpAddr>>,
-    /// Whether they are asked for names of private networks, too: those without a dot, `*.internal`, `*.local`, and the names of private
-    /// addresses; such names do not exist for sandboxes if absent.
+    /// Whether those name servers are asked for names of private networks, too: names without a
+    /// dot, `*.internal`, `*.local`, and the names of private addresses. If absent, such names do
+    /// not exist for sandboxes.
     pub(crate) dns_private_names: bool,
 }
 
@@ -81,7 +90,7 @@ pub(crate) enum EngineChoice {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum NetworkUse {
-    /// Where this host can make some.
+    /// If this host can set them up.
     #[default]
     Auto,
     /// Never.
@@ -101,12 +110,12 @@ pub(crate) struct Thermal {
 }
 
 const NETWORK_RANGE: &str = "10.213.0.0/16";
-/// The prefix of one network.
+/// Prefix length of one user's network.
 const NETWORK_BITS: u8 = 24;
 const WARM_AFTER: Duration = Duration::from_secs(30);
 const COLD_AFTER: Duration = Duration::from_secs(30 * 60);
 const TEMPLATE_BUDGET_MIB: u64 = 8192;
-/// What the sandboxes leave to the rest of the machine, in MiB.
+/// Memory that the sandboxes leave to the rest of the machine, in MiB.
 const MEMORY_LEFT_MIB: usize = 1024;
 
 impl Thermal {
@@ -124,7 +133,7 @@ fn chosen(ms: Option<u64>, sec: Option<u64>, default: Duration) -> Duration {
 }
 
 impl Config {
-    /// Reads the configuration of `data_dir`. A file that is not there is an empty one.
+    /// Reads the configuration of `data_dir`. A missing file counts as an empty one.
     pub(crate) fn read(data_dir: &Path) -> Result<Self, CliError> {
         let path = data_dir.join(FILE);
         let failed =
@@ -157,8 +166,8 @@ impl Config {
         let text = self.network_range.as_deref().unwrap_or(NETWORK_RANGE);
         let range: Option<Ipv4Net> = text.parse().ok();
         let range = range.filter(|range| range.prefix_len() <= NETWORK_BITS);
-        let bad = || CliError::new(format!("`{text}` is no range of IPv4 networks"));
-        let hint = "network_range in config.yaml is one such as 10.213.0.0/16";
+        let bad = || CliError::new(format!("`{text}` is not a range of IPv4 networks"));
+        let hint = "set `network_range` in config.yaml to a range such as 10.213.0.0/16";
         Ok(range.ok_or_else(|| bad().hint(hint))?.trunc())
     }
 
@@ -210,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn misspelt_key_and_bad_value_are_errors_that_name_the_file() {
+    fn misspelled_key_and_bad_value_are_errors_that_name_the_file() {
         for text in ["lisen: 127.0.0.1:1", "listen: here", "boot_timeout_sec: -1", "- a"] {
             let error = read(text).unwrap_err();
             assert!(error.message.contains(FILE), "{text}: {}", error.message);

@@ -1,4 +1,4 @@
-//! Errors of commands: what went wrong, what to do, and the exit code.
+//! Errors of commands: message, hint and exit code.
 
 use std::error::Error;
 use std::io;
@@ -9,11 +9,11 @@ use bhatti_types::Report;
 
 /// Exit code of a command that failed.
 const EXIT_FAILED: u8 = 1;
-/// Exit codes of `exec` when the command itself has none, as shells and container tools have them.
+/// Exit codes of `exec` if the command itself has none, as in shells and container tools.
 pub(crate) const EXIT_OURS: u8 = 125;
 const EXIT_NOT_EXECUTABLE: u8 = 126;
 const EXIT_NOT_FOUND: u8 = 127;
-/// 128 plus SIGPIPE: whoever read our output has gone.
+/// 128 plus SIGPIPE: the reader of the output is gone.
 const EXIT_PIPE: u8 = 141;
 
 /// A command failed.
@@ -39,27 +39,27 @@ impl CliError {
         }
     }
 
-    /// An error with all its causes.
+    /// Creates an error from `error` and all its causes.
     pub(crate) fn of(error: &dyn Error) -> Self {
         Self::new(Report(error).to_string())
     }
 
-    /// Ended by a signal.
+    /// Creates the error of a command that a signal has ended.
     pub(crate) fn interrupted(signal: u8) -> Self {
         Self { exit: 128 + signal, is_interrupted: true, ..Self::new("interrupted") }
-            .hint("what is left of the command ends when the sandbox notices")
+            .hint("the command in the sandbox ends when the disconnect is noticed")
     }
 
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
     }
 
-    /// Whether the daemon, or the way to it, went away.
+    /// Returns whether the daemon, or the connection to it, was lost.
     pub(crate) const fn is_lost(&self) -> bool {
         self.is_lost
     }
 
-    /// The same error with the exit code that `exec` has for it.
+    /// Returns the same error with the exit code that `exec` uses for it.
     pub(crate) fn of_exec(self) -> Self {
         let exit = match self.code {
             Some(ErrorCode::CommandNotFound) => EXIT_NOT_FOUND,
@@ -70,7 +70,7 @@ impl CliError {
         Self { exit, ..self }
     }
 
-    /// Whether there is anybody to tell.
+    /// Returns whether the error is not printed, because the reader is gone.
     pub(crate) const fn is_silent(&self) -> bool {
         self.exit == EXIT_PIPE
     }

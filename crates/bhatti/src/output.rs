@@ -1,4 +1,4 @@
-//! What commands print.
+//! The output of commands.
 
 mod human;
 mod paint;
@@ -18,11 +18,11 @@ pub(crate) use paint::Paint;
 pub(crate) use table::{Cell, Table, facts};
 pub(crate) use transfer::Transfer;
 
-/// Prints in the way that was asked for.
+/// Prints results in the requested format.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     pub(crate) json: bool,
-    /// No more than what a script needs.
+    /// Print only what scripts need.
     pub(crate) quiet: bool,
     /// Whether standard output is a terminal.
     pub(crate) terminal: bool,
@@ -41,12 +41,14 @@ impl Output {
         }
     }
 
-    /// Whether there is a person who watches how something goes on.
+    /// Returns whether progress is shown: to a user at a terminal, unless JSON or quiet output is
+    /// requested.
     pub(crate) fn is_watched(self) -> bool {
         !self.json && !self.quiet && io::stderr().is_terminal()
     }
 
-    /// Prints `value` as JSON, or else what `text` makes of it; nothing if only the necessary is wanted.
+    /// Prints `value` as JSON, or as the text that `text` makes of it. Prints no text if output is
+    /// quiet.
     pub(crate) fn show<T: Serialize>(
         self,
         value: &T,
@@ -59,7 +61,8 @@ impl Output {
         }
     }
 
-    /// Prints something that was made: as JSON, by its id alone, or as `text` tells it to a person.
+    /// Prints a resource that was created: as JSON, by its id alone if output is quiet, as the
+    /// text that `text` makes of it on a terminal, or else by its id and name.
     pub(crate) fn show_made<T: Serialize>(
         self,
         value: &T,
@@ -74,7 +77,7 @@ impl Output {
         }
     }
 
-    /// Prints facts about one thing: as JSON, or as a list of what each of them is called and is.
+    /// Prints facts about one resource: as JSON, or as a list of names and values.
     pub(crate) fn show_facts<T: Serialize>(
         self,
         value: &T,
@@ -86,7 +89,8 @@ impl Output {
         self.print(&facts(&facts_of(value), self.terminal, self.paint))
     }
 
-    /// Prints things of one kind: as JSON, by their names alone, or as a table.
+    /// Prints resources of one kind: as JSON, by their names alone if output is quiet, or as a
+    /// table.
     pub(crate) fn show_list<T: Serialize>(
         self,
         items: &[T],
@@ -102,7 +106,7 @@ impl Output {
         }
     }
 
-    /// Prints what was done to something that was named.
+    /// Prints that `what` was done to the resource `name`.
     pub(crate) fn done(self, kind: &str, name: &str, what: &str) -> Result<(), CliError> {
         self.show(&serde_json::json!({ kind: name, "status": what }), |_| format!("{what} {name}"))
     }
@@ -116,23 +120,23 @@ impl Output {
         Ok(stdout.flush()?)
     }
 
-    /// Tells somebody who watches something beside the result.
+    /// Prints a note beside the result, if progress is shown.
     pub(crate) fn note(self, text: &str) {
         if self.is_watched() {
-            // Whoever watched may have gone; the result is what counts.
+            // The reader may be gone; only the result counts.
             drop(writeln!(io::stderr(), "{}", self.error_paint.dim(&harmless(text))));
         }
     }
 
-    /// Tells something that belongs to the result and is none, unless only the necessary is wanted.
+    /// Prints a note that belongs to the result, unless output is quiet.
     pub(crate) fn tell(self, text: &str) {
         if !self.quiet {
-            // Whoever listened may have gone; the result is what counts.
+            // The reader may be gone; only the result counts.
             drop(writeln!(io::stderr(), "{}", harmless(text)));
         }
     }
 
-    /// Tells what went wrong.
+    /// Prints an error, and returns its exit code.
     pub(crate) fn fail(self, error: &CliError) -> ExitCode {
         if !error.is_silent() {
             let mut stderr = io::stderr().lock();
@@ -149,7 +153,7 @@ impl Output {
                     None => Ok(()),
                 })
             };
-            // There is no place left to complain in.
+            // If this fails, there is no place left to report it.
             drop(told);
         }
         ExitCode::from(error.exit)

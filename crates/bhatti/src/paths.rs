@@ -1,4 +1,4 @@
-//! Where things are.
+//! Paths of the data directory and the guest agent.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -10,7 +10,7 @@ use crate::error::CliError;
 const ROOT_DATA_DIR: &str = "/var/lib/bhatti";
 const USER_DATA_DIR: &str = ".local/share/bhatti";
 
-/// The data directory: the one that was named, root's, or the user's own.
+/// Returns the data directory: the one that was named, root's, or the user's own.
 pub(crate) fn data_dir(named: Option<PathBuf>) -> Result<PathBuf, CliError> {
     let chosen = match named {
         Some(named) => named,
@@ -26,7 +26,7 @@ pub(crate) fn data_dir(named: Option<PathBuf>) -> Result<PathBuf, CliError> {
     std::path::absolute(&chosen).map_err(|error| CliError::of(&error))
 }
 
-/// Makes the data directory, for its owner alone.
+/// Creates the data directory, for its owner alone.
 pub(crate) fn create_data_dir(data_dir: &Path) -> Result<(), CliError> {
     DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|error| {
         CliError::new(format!(
@@ -37,7 +37,7 @@ pub(crate) fn create_data_dir(data_dir: &Path) -> Result<(), CliError> {
     })
 }
 
-/// The guest agent's program: beside this one, or where a package would put it.
+/// Returns the guest agent's program: beside this program, or where a package would put it.
 pub(crate) fn lohar() -> Result<PathBuf, CliError> {
     let ours = std::env::current_exe()
         .and_then(|path| path.canonicalize())
@@ -52,7 +52,7 @@ pub(crate) fn lohar() -> Result<PathBuf, CliError> {
 }
 
 fn is_file(path: &Path) -> bool {
-    // A path that cannot be looked at is no file for us.
+    // A path that cannot be read counts as no file.
     path.metadata().map(|metadata| metadata.is_file()).unwrap_or_else(|error: io::Error| {
         drop(error);
         false

@@ -10,15 +10,15 @@ use serde::Deserialize;
 use crate::cli::Global;
 use crate::error::CliError;
 
-/// Names another file than [`USUAL_FILE`].
+/// Environment variable that names another file than [`USUAL_FILE`].
 const FILE_VARIABLE: &str = "BHATTI_CONFIG";
-/// Where the choice is kept, below the home directory.
+/// Path of the file, below the home directory.
 const USUAL_FILE: &str = ".bhatti/config.yaml";
 
 const URL_KEY: &str = "api_url";
 const TOKEN_KEY: &str = "auth_token";
 
-/// What is read of the file; other keys are somebody else's.
+/// The keys that are read from the file. Other keys belong to other programs.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 struct Saved {
@@ -26,8 +26,8 @@ struct Saved {
     auth_token: Option<String>,
 }
 
-/// The daemon to call, with the key for it; none for the one on this machine. What is named now goes before what was saved, and so does
-/// a data directory that is named.
+/// Returns the daemon to call and its key; `None` for the daemon on this machine. Options given
+/// now take precedence over saved ones, and so does a data directory.
 pub(crate) fn choose(global: &Global) -> Result<Option<(String, String)>, CliError> {
     let saved = || file().map_or_else(|| Ok(Saved::default()), |path| read(&path));
     let (url, saved) = match (&global.url, &global.data_dir) {
@@ -41,7 +41,7 @@ pub(crate) fn choose(global: &Global) -> Result<Option<(String, String)>, CliErr
             Saved { api_url: None, .. } => return Ok(None),
         },
     };
-    // A key is shown to the daemon that it is for, and to no other.
+    // A key is sent only to the daemon that it was saved for.
     let kept = saved.auth_token.filter(|_| saved.api_url.as_ref() == Some(&url));
     let token = global.token.clone().or(kept).ok_or_else(|| {
         CliError::new(format!("there is no API key for {url}")).hint(
@@ -51,7 +51,7 @@ pub(crate) fn choose(global: &Global) -> Result<Option<(String, String)>, CliErr
     Ok(Some((url, token)))
 }
 
-/// The file, unless there is no place for it.
+/// Returns the path of the file; `None` without a home directory.
 fn file() -> Option<PathBuf> {
     let named = std::env::var_os(FILE_VARIABLE).filter(|path| !path.is_empty());
     let home = || std::env::var_os("HOME").filter(|home| !home.is_empty());
@@ -69,20 +69,20 @@ fn read(path: &Path) -> Result<Saved, CliError> {
     }
 }
 
-/// Remembers a daemon and its key, for its owner alone. What else is in the file stays.
+/// Saves a daemon's URL and key in the file, for its owner alone. Other content of the file stays.
 pub(crate) fn save(url: &str, token: &str) -> Result<PathBuf, CliError> {
     let path = file().ok_or_else(|| {
         CliError::new("HOME is not set").hint(format!("name a file with {FILE_VARIABLE}"))
     })?;
     save_in(&path, url, token)
         .map_err(|error| CliError::new(format!("failed to save `{}`: {error}", path.display())))?;
-    // What was written is what will be read.
+    // Check that the saved values are read back.
     let saved = read(&path)?;
     if saved.api_url.as_deref() == Some(url) && saved.auth_token.as_deref() == Some(token) {
         return Ok(path);
     }
     Err(CliError::new(format!(
-        "`{}` has these keys in a way that is not understood",
+        "`{}` has these keys in a form that cannot be read back",
         path.display()
     ))
     .hint(format!("write `{URL_KEY}` and `{TOKEN_KEY}` into it by hand")))
@@ -101,7 +101,7 @@ fn save_in(path: &Path, url: &str, token: &str) -> io::Result<()> {
     let is_ours = |line: &&str| [URL_KEY, TOKEN_KEY].iter().any(|key| is_key(line, key));
     let mut text: String =
         before.lines().filter(|line| !is_ours(line)).map(|line| format!("{line}\n")).collect();
-    // JSON's strings are YAML's, too.
+    // JSON strings are valid YAML, too.
     for (key, value) in [(URL_KEY, url), (TOKEN_KEY, token)] {
         text += &format!("{key}: {}\n", serde_json::Value::from(value));
     }
@@ -113,7 +113,8 @@ fn is_key(line: &str, key: &str) -> bool {
     line.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with(':'))
 }
 
-/// Root in somebody's home directory, as under sudo, leaves nothing there that its owner cannot change.
+/// Gives a file of root to the owner of its directory. Under sudo, root must leave no file in a
+/// user's home directory that the user cannot change.
 fn give_to_owner_of_parent(path: &Path) -> io::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Ok(());
@@ -129,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn saved_is_read_and_the_rest_of_the_file_stays() {
+    fn save_keeps_the_rest_of_the_file_and_is_read_back() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("deep/config.yaml");
         fs::create_dir(home.path().join("deep")).unwrap();
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_an_error_that_names_the_file() {
+    fn unreadable_file_is_an_error_that_names_the_file() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("config.yaml");
         assert_eq!(read(&path).unwrap(), Saved::default());

@@ -1,4 +1,4 @@
-//! The API of a real daemon, as far as it needs no VM.
+//! The API of a real daemon, where no VM is needed.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// Sends a request as these bytes, and returns status and body of the answer.
+/// Sends a request with exactly these bytes. Returns status and body of the response.
 async fn send(daemon: &TestDaemon, head: &str, body: &[u8]) -> (u16, Value) {
     let mut stream =
         bhatti_host::socket::connect_in(daemon.data_dir(), "bhatti.sock").await.unwrap();
@@ -22,7 +22,7 @@ async fn send(daemon: &TestDaemon, head: &str, body: &[u8]) -> (u16, Value) {
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
-    // A body that is refused may be cut off by the answer.
+    // If the daemon refuses the body, it may close the connection before the whole body is sent.
     drop(stream.write_all(body).await);
     let mut answer = Vec::new();
     drop(timeout(Duration::from_secs(20), stream.read_to_end(&mut answer)).await.unwrap());
@@ -40,10 +40,10 @@ fn refusal(error: ClientError) -> (ErrorCode, String) {
 }
 
 #[tokio::test]
-async fn bad_requests_get_the_status_and_code_of_the_callers_fault() {
+async fn bad_requests_get_client_error_statuses_and_codes() {
     let daemon = TestDaemon::start().await;
     let large = vec![b' '; 5 << 20];
-    // A new sandbox may have 16 MiB of files with it.
+    // Longer than a create request may be, which may carry 16 MiB of files.
     let with_files = vec![b' '; 24 << 20];
     let cases: &[(&str, &[u8], u16, &str)] = &[
         ("POST /sandboxes", b"{", 400, "bad_request"),
@@ -79,7 +79,7 @@ async fn bad_requests_get_the_status_and_code_of_the_callers_fault() {
 }
 
 #[tokio::test]
-async fn health_says_what_runs() {
+async fn health_reports_engine_and_accelerator() {
     let daemon = TestDaemon::start().await;
 
     let health = daemon.client.health().await.unwrap();
@@ -103,7 +103,7 @@ async fn without_images_the_error_names_the_command_to_run() {
 }
 
 #[tokio::test]
-async fn without_qemu_the_error_says_so_and_nothing_stays() {
+async fn missing_qemu_is_an_error_and_leaves_nothing() {
     let config = "qemu: /no/such/qemu-system-x86_64\n".to_owned();
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
 
@@ -129,15 +129,16 @@ async fn second_daemon_on_a_data_directory_is_refused() {
 }
 
 #[tokio::test]
-async fn daemon_waits_for_what_a_killed_one_leaves_behind_for_a_moment() {
+async fn daemon_waits_for_the_lock_of_a_killed_daemon() {
     let mut daemon = TestDaemon::start().await;
     daemon.kill().await;
-    // As a child of it does that was not yet another program.
+    // Holds the lock, as a child of the killed daemon does between fork and exec.
     let left = std::fs::File::open(daemon.data_dir().join("daemon.lock")).unwrap();
     left.lock().unwrap();
     let log = daemon.data_dir().join("serve.log");
     let let_go = async {
-        let waits = || std::fs::read_to_string(&log).unwrap().contains("has the lock");
+        let waits =
+            || std::fs::read_to_string(&log).unwrap().contains("Waiting for another daemon");
         wait_for("the daemon to wait", waits).await;
         drop(left);
     };
@@ -147,7 +148,7 @@ async fn daemon_waits_for_what_a_killed_one_leaves_behind_for_a_moment() {
 }
 
 #[tokio::test]
-async fn socket_is_its_owners_alone() {
+async fn socket_is_accessible_only_to_its_owner() {
     let daemon = TestDaemon::start().await;
 
     let mode = std::os::unix::fs::MetadataExt::mode(
@@ -157,12 +158,12 @@ async fn socket_is_its_owners_alone() {
     assert_eq!(mode & 0o777, 0o600);
 }
 
-/// A daemon that also listens on a port of the loopback, and that port's URL.
+/// Starts a daemon that also listens on a loopback port. Returns the daemon and the port's URL.
 async fn daemon_on_tcp() -> (TestDaemon, String) {
     let config = "listen: 127.0.0.1:0\n".to_owned();
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let log = daemon.log();
-    let line = log.lines().find(|line| line.contains("Listening")).expect("it says where");
+    let line = log.lines().find(|line| line.contains("Listening")).expect("the daemon logs it");
     let address = line.rsplit("address=").next().unwrap().trim().to_owned();
     (daemon, format!("http://{address}"))
 }
@@ -209,7 +210,7 @@ async fn no_spelling_of_a_path_passes_the_auth_layer() {
 }
 
 #[tokio::test]
-async fn users_are_the_admins_business_and_their_names_unique() {
+async fn only_the_admin_manages_users_and_names_are_unique() {
     let (daemon, url) = daemon_on_tcp().await;
     let user = daemon
         .client
@@ -234,7 +235,7 @@ async fn users_are_the_admins_business_and_their_names_unique() {
 }
 
 #[tokio::test]
-async fn user_has_limits_and_another_key_and_can_be_deleted() {
+async fn user_has_limits_a_rotatable_key_and_can_be_deleted() {
     let (daemon, url) = daemon_on_tcp().await;
     let api = bhatti_testkit::Api::admin(&daemon);
     let tcp = |key: &str| bhatti_testkit::Api::tcp(daemon.api_address(), Some(key));
@@ -280,7 +281,7 @@ async fn user_has_limits_and_another_key_and_can_be_deleted() {
 }
 
 #[tokio::test]
-async fn who_asks_too_often_is_told_when_to_come_back() {
+async fn rate_limited_user_gets_retry_after() {
     let (daemon, _url) = daemon_on_tcp().await;
     let api = bhatti_testkit::Api::admin(&daemon);
     let made = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
@@ -295,7 +296,7 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     assert!((4..=5).contains(&limited.len()), "{answers:?}");
     let wait = limited[0].headers["retry-after"].to_str().unwrap();
     assert!(["1", "2"].contains(&wait), "{wait}");
-    // Looking is another matter, and so is the admin.
+    // Reads have their own rate limit, and the admin has none.
     assert_eq!(bob.get("/sandboxes").await.status, 200);
     for _ in 0..100 {
         assert_eq!(api.get("/sandboxes").await.status, 200);
@@ -303,7 +304,7 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn metrics_are_the_admins() {
+async fn admin_reads_metrics_of_requests_and_sandboxes() {
     let (daemon, _url) = daemon_on_tcp().await;
     let api = bhatti_testkit::Api::admin(&daemon);
     assert_eq!(api.get("/sandboxes").await.status, 200);
@@ -324,7 +325,7 @@ async fn metrics_are_the_admins() {
 }
 
 #[tokio::test]
-async fn damaged_or_missing_key_of_secrets_stops_the_daemon_and_stays_what_it_is() {
+async fn damaged_or_missing_secret_key_is_refused_at_startup() {
     let mut daemon = TestDaemon::start().await;
     let api = bhatti_testkit::Api::admin(&daemon);
     let secret = json!({ "name": "K", "value": "v" });
@@ -347,7 +348,7 @@ async fn damaged_or_missing_key_of_secrets_stops_the_daemon_and_stays_what_it_is
     daemon.serve().await;
     assert_eq!(api.get("/secrets").await.json()[0]["name"], "K");
 
-    // Without the key there is a way on, too.
+    // `--forget-secrets` starts the daemon without the key and deletes the secrets.
     daemon.terminate().await;
     std::fs::write(&key, "damaged").unwrap();
     daemon.serve_with(|serve| serve.arguments = vec!["--forget-secrets".to_owned()]).await;
@@ -356,7 +357,7 @@ async fn damaged_or_missing_key_of_secrets_stops_the_daemon_and_stays_what_it_is
 }
 
 #[tokio::test]
-async fn daemon_that_is_asked_to_stop_as_soon_as_it_can_be_called_stops_in_order() {
+async fn daemon_stops_cleanly_right_after_its_start() {
     let mut daemon = TestDaemon::start_with(Serve { images: None, ..Serve::default() }).await;
     for _ in 0..10 {
         daemon.terminate().await;
@@ -365,7 +366,7 @@ async fn daemon_that_is_asked_to_stop_as_soon_as_it_can_be_called_stops_in_order
 }
 
 #[tokio::test]
-async fn what_cannot_be_deleted_keeps_nothing_else_from_it() {
+async fn failed_deletion_does_not_stop_the_others() {
     let daemon = TestDaemon::start().await;
     for name in ["one", "two"] {
         let secret = SetSecret { name: name.to_owned(), value: "value".to_owned() };
@@ -382,8 +383,8 @@ async fn what_cannot_be_deleted_keeps_nothing_else_from_it() {
     assert!(daemon.client.list_secrets().await.unwrap().is_empty());
 }
 
-/// A program that has `system_call` fail as on a kernel that lacks it, for itself and all that it
-/// starts, and then runs bhatti.
+/// Writes a program that runs bhatti with `system_call` failing as on a kernel that lacks it, for
+/// bhatti and all its children.
 fn bhatti_without(system_call: u32, place: &Path) -> PathBuf {
     let script = format!(
         r#"#!/usr/bin/env python3

@@ -1,4 +1,4 @@
-//! `bhatti setup`, as a program.
+//! `bhatti setup`, run as a program.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -14,7 +14,7 @@ fn setup(data_dir: &Path, arguments: &[&str]) -> tokio::process::Command {
     command
 }
 
-/// A kernel that is there already: what the tests' own images boot.
+/// Finds an existing kernel: the one that the tests' images boot.
 fn kernel() -> PathBuf {
     let entries = fs::read_dir(images()).unwrap().flatten();
     let kernel = entries.map(|entry| entry.path().join("vmlinux")).find(|path| path.exists());
@@ -25,7 +25,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// What is in the images' directory, but the lock.
+/// Lists the names in the directory of images, except the lock.
 fn artefacts(data_dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(data_dir.join("images")).into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -45,7 +45,7 @@ async fn second_setup_has_nothing_to_do() {
 }
 
 #[tokio::test]
-async fn file_that_is_no_kernel_is_refused_and_nothing_stays() {
+async fn file_that_is_not_a_kernel_is_refused_and_leaves_nothing() {
     let data = tempfile::tempdir().unwrap();
 
     let output = setup(data.path(), &["--kernel", "/etc/passwd"]).output().await.unwrap();
@@ -71,7 +71,7 @@ async fn file_without_a_certificate_is_refused_before_anything_is_built() {
     assert_eq!(artefacts(data.path()), Vec::<String>::new());
 }
 
-/// A shell that runs `script` with a file system of `size` mounted at `data`, for itself alone.
+/// Runs `script` with a file system of `size` mounted at `data`, visible only to the script.
 async fn on_small_disk(data: &Path, size: &str, script: &str) -> Output {
     let script = format!("mount -t tmpfs -o size={size} small '{}' && {script}", data.display());
     bhatti_host::process::command("unshare")
@@ -82,7 +82,7 @@ async fn on_small_disk(data: &Path, size: &str, script: &str) -> Output {
 }
 
 #[tokio::test]
-async fn too_small_a_disk_is_told_before_anything_is_built() {
+async fn too_small_a_disk_is_refused_before_anything_is_built() {
     if !is_root() {
         return skip("setup on a full disk", "mounting a small disk needs root");
     }
@@ -109,7 +109,7 @@ async fn disk_that_fills_up_during_the_build_leaves_nothing_half_made() {
     }
     let data = tempfile::tempdir().unwrap();
     let (bhatti, kernel) = (dist("bhatti"), kernel());
-    // Room enough to begin, taken away by somebody else as soon as the build has begun.
+    // There is enough space to begin, and another process takes it as soon as the build has begun.
     let script = format!(
         "{bhatti} setup --data-dir '{data}' --kernel {kernel} & setup=$!
          while ! ls -d '{data}'/images/.build-* >/dev/null 2>&1; do kill -0 $setup 2>/dev/null || break; done
@@ -131,11 +131,11 @@ async fn disk_that_fills_up_during_the_build_leaves_nothing_half_made() {
 }
 
 #[tokio::test]
-async fn killed_setup_leaves_nothing_in_place_and_the_next_one_goes_on() {
+async fn killed_setup_installs_nothing_and_the_next_one_cleans_up() {
     if !is_root() {
         return skip(
             "a setup that is killed",
-            "keeping the next one from building all needs a small disk, and so root",
+            "the small disk that ends the next setup early needs root",
         );
     }
     let data = tempfile::tempdir().unwrap();
@@ -150,7 +150,7 @@ async fn killed_setup_leaves_nothing_in_place_and_the_next_one_goes_on() {
     let left = artefacts(data.path());
     assert!(left.iter().all(|name| name.starts_with(".build-")), "{left:?}");
 
-    // With too little room for the image, the next one ends behind the kernel.
+    // The disk is too small for the image, so the next setup ends after the kernel.
     let script = format!(
         "mkdir -p '{data}/images/.build-dead' && {bhatti} setup --data-dir '{data}' --kernel {kernel}; ls -A '{data}/images'",
         bhatti = dist("bhatti").display(),
@@ -173,13 +173,13 @@ async fn kernel_with_other_modules_is_another_kernel() {
     if !is_root() {
         return skip(
             "a kernel with other modules",
-            "keeping the set-up from building all needs a small disk, and so root",
+            "the small disk that ends the setup early needs root",
         );
     }
     let data = tempfile::tempdir().unwrap();
     let modules = tempfile::tempdir().unwrap();
     fs::write(modules.path().join("virtio_blk.ko"), b"\x7fELF\0depends=\0").unwrap();
-    // With too little room for the image, each ends behind the kernel.
+    // The disk is too small for the image, so each setup ends after the kernel.
     let script = format!(
         "for modules in '' '--modules {modules}'; do {bhatti} setup --data-dir '{data}' --kernel {kernel} $modules; done; \
          ls -d '{data}'/images/kernel-*; cat '{data}'/images/kernel-*/modules/00-virtio_blk.ko >/dev/null && echo collected",

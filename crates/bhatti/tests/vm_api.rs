@@ -1,4 +1,4 @@
-//! What the API does with a real guest: commands, jobs, terminals, files, and what a sandbox is made with.
+//! The API with a real guest: creating sandboxes, commands, jobs, terminals and events.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 
 #[tokio::test]
-async fn sandbox_is_what_its_template_and_request_say() {
+async fn sandbox_merges_its_template_and_request() {
     let daemon = TestDaemon::start().await;
     let api = Api::admin(&daemon);
     let canary = "canary-5f1b";
@@ -46,7 +46,7 @@ async fn sandbox_is_what_its_template_and_request_say() {
     let wait = "until [ -s /tmp/init ]; do sleep 0.05; done; cat /tmp/init";
     assert_eq!(api.sh("dev", wait).await, format!("{canary}\n"));
 
-    // A name that is there.
+    // A create request whose name exists.
     let dev = json!({ "name": "dev" });
     assert_eq!(api.call("POST", "/sandboxes", &dev).await.refusal(), (409, "name_taken".into()));
     let existing = api.call("POST", "/sandboxes?if_exists=return", &dev).await;
@@ -56,7 +56,7 @@ async fn sandbox_is_what_its_template_and_request_say() {
     );
     assert_eq!(existing.json()["id"], created["id"]);
 
-    // A fork has none of the parent's secrets unless it is given them.
+    // A fork has none of the parent's secrets unless the request names them.
     let forks = [("poor", json!([]), ""), ("rich", json!(["TOKEN"]), canary)];
     for (name, secrets, token) in forks.into_iter().filter(|_| needs(Feature::SavedMemory)) {
         let request = json!({ "name": name, "secrets": secrets });
@@ -66,7 +66,7 @@ async fn sandbox_is_what_its_template_and_request_say() {
         assert_eq!(ran["stdout"], token, "{name}");
     }
 
-    // The value is nowhere that it can be read.
+    // The secret's value is in no response, in no log and in no file of the store.
     assert!(!api.get("/secrets").await.text().contains(canary));
     assert!(!api.get("/sandboxes/dev").await.text().contains(canary));
     assert!(!api.get("/events?limit=1000").await.text().contains(canary));
@@ -83,7 +83,7 @@ async fn sandbox_is_what_its_template_and_request_say() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_put_into_a_sandbox_is_an_error_and_leaves_nothing() {
+async fn invalid_create_requests_are_refused_and_leave_nothing() {
     let daemon = TestDaemon::start().await;
     let api = Api::admin(&daemon);
     let files = |path: &str| json!([{ "path": path, "content": "x" }]);
@@ -119,7 +119,7 @@ async fn what_cannot_be_put_into_a_sandbox_is_an_error_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn name_and_labels_can_be_changed_and_are_found() {
+async fn sandbox_is_found_by_its_changed_name_and_labels() {
     let request = json!({ "name": "dev", "labels": { "a": "1", "b": "2" } });
     let (_daemon, api) = TestDaemon::with_sandbox("", &request).await;
     let change = json!({ "name": "new", "labels": { "a": null, "c": "3" } });
@@ -155,7 +155,7 @@ async fn name_and_labels_can_be_changed_and_are_found() {
 }
 
 #[tokio::test]
-async fn sandbox_whose_time_is_over_is_gone() {
+async fn expired_sandbox_is_destroyed() {
     let daemon = TestDaemon::start().await;
     let api = Api::admin(&daemon);
     let request = json!({ "name": "dev", "timeout_sec": 2 });
@@ -169,14 +169,14 @@ async fn sandbox_whose_time_is_over_is_gone() {
     };
     timeout(LIMIT, gone).await.unwrap();
 
-    wait_for("its files are gone", || daemon.sandbox_directories().is_empty()).await;
+    wait_for("removal of the sandbox's files", || daemon.sandbox_directories().is_empty()).await;
     let events = api.get("/events?type=sandbox").await.json();
     let kinds: Vec<_> = events.as_array().unwrap().iter().map(|event| &event["type"]).collect();
     assert_eq!(kinds, ["sandbox.created", "sandbox.expired", "sandbox.destroyed"]);
 }
 
 #[tokio::test]
-async fn command_has_its_user_and_its_time() {
+async fn command_runs_as_its_user_and_ends_at_its_timeout() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
 
     let root = api
@@ -223,7 +223,8 @@ async fn job_runs_without_a_client_and_keeps_the_sandbox_hot() {
     let job = api.exec("dev", json!({ "cmd": ["sh", "-c", script], "detach": true })).await;
     let path = format!("/sandboxes/dev/jobs/{}", job["id"].as_str().unwrap());
 
-    // Longer than it takes to be paused: who is paused at once would never get to the end.
+    // The job runs for longer than `warm_after_ms`. If the sandbox were paused, the job would not
+    // end.
     let mut events =
         api.begin("GET", &format!("{path}/output?follow=true"), &[], "").await.into_body();
     let first = timeout(LIMIT, events.frame()).await.unwrap().unwrap().unwrap();
@@ -264,13 +265,13 @@ async fn job_runs_without_a_client_and_keeps_the_sandbox_hot() {
     assert_eq!(api.get(&path).await.json()["exit_code"], 137);
 }
 
-/// Waits until a terminal has shown something.
+/// Waits until a terminal has shown `wanted`, and returns everything shown until then.
 async fn shows(socket: &mut Socket, wanted: &str) -> String {
     let mut shown = String::new();
     while !shown.contains(wanted) {
         match message(socket).await {
             Some(Message::Binary(bytes)) => shown.push_str(&String::from_utf8_lossy(&bytes)),
-            other => panic!("{other:?} came behind {shown:?}"),
+            other => panic!("{other:?} came after {shown:?}"),
         }
     }
     shown
@@ -284,7 +285,7 @@ async fn open_shell(api: &Api, query: &str) -> (Socket, Value) {
 }
 
 #[tokio::test]
-async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
+async fn terminal_is_detached_and_reattached_by_one_client_at_a_time() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     let (mut socket, first) = open_shell(&api, "?rows=30&cols=100").await;
     assert_eq!(first["new"], true);
@@ -297,14 +298,15 @@ async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
     socket.send(Message::binary(&b"stty size; echo re''sized\n"[..])).await.unwrap();
     assert!(shows(&mut socket, "resized\r\n").await.contains("40 120"));
 
-    // It is no job, whoever asks for one.
+    // The routes of jobs do not find a terminal session.
     for (method, of_job) in [("GET", ""), ("GET", "/output"), ("DELETE", "")] {
         let path = format!("/sandboxes/dev/jobs/{id}{of_job}");
         let answer = api.call(method, &path, &Value::Null).await;
         assert_eq!(answer.refusal(), (404, "not_found".into()), "{method} {path}");
     }
 
-    // Another client is refused as long as this one is there, and gets a session of its own if it names none.
+    // While this client is attached, another client that names the session is refused. One that
+    // names no session gets a new one.
     let (_, refused) = open_shell(&api, &format!("?session={id}")).await;
     assert_eq!((&refused["type"], &refused["code"]), (&json!("error"), &json!("attached")));
     let (mut own, other) = open_shell(&api, "").await;
@@ -317,7 +319,7 @@ async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
     };
     assert_eq!(exit, json!({ "type": "exit", "exit_code": 5 }));
 
-    // Left, it goes on, and is taken up where it was.
+    // A detached session keeps running, and a client that reattaches sees its output.
     socket.send(Message::text("sleep 0.3; echo while''away\n")).await.unwrap();
     drop(socket);
     let detached =
@@ -327,7 +329,7 @@ async fn terminal_is_left_and_taken_up_again_by_one_client_at_a_time() {
     assert_eq!(again, json!({ "type": "session", "session_id": id, "new": false }));
     shows(&mut back, "whileaway\r\n").await;
 
-    // A client that goes while the program reads nothing is noticed all the same.
+    // The daemon notices that a client disconnects even if the program reads none of its input.
     back.send(Message::text("sleep 1000\n")).await.unwrap();
     back.send(Message::text("y".repeat(900_000))).await.unwrap();
     drop(back);
@@ -375,7 +377,7 @@ async fn tickets_and_keys_open_websockets_and_reach_no_log() {
         socket.send(Message::text(r#"{"type":"start","cmd":["true"]}"#)).await.unwrap();
         assert_eq!(json_message(&mut socket).await["exit_code"], 0);
     }
-    // Whoever came with a key that was changed goes.
+    // When a user's key is rotated, WebSockets that were opened with the old key are closed.
     let path = format!("/sandboxes/dev/exec/ws?ticket={}", ticket().await);
     let mut cut = nobody.websocket(&path, &[]).await.unwrap_or_else(|a| panic!("{}", a.text()));
     cut.send(Message::text(r#"{"type":"start","cmd":["sh","-c","echo up; cat"]}"#)).await.unwrap();
@@ -393,7 +395,8 @@ async fn tickets_and_keys_open_websockets_and_reach_no_log() {
         issued.json()["ticket"].as_str().unwrap().to_owned()
     };
 
-    // A ticket is good once; neither is good for anything but a WebSocket; a wrong one is none.
+    // A ticket is valid once. Tickets and keys in the query are valid only for WebSockets. A wrong
+    // ticket or key is refused.
     let unused = ticket().await;
     for (path, wanted) in [
         (format!("/sandboxes/dev/exec/ws?ticket={drawn}"), "unauthorized"),
@@ -415,7 +418,7 @@ async fn tickets_and_keys_open_websockets_and_reach_no_log() {
 }
 
 #[tokio::test]
-async fn events_are_told_as_they_happen_and_none_is_missed() {
+async fn events_are_streamed_live_and_none_is_missed() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     let sse = [("accept", "text/event-stream")];
     let mut live = api.begin("GET", "/events?type=sandbox", &sse, "").await.into_body();
@@ -433,7 +436,7 @@ async fn events_are_told_as_they_happen_and_none_is_missed() {
     let id = stopped.lines().find_map(|line| line.strip_prefix("id: ")).unwrap().to_owned();
     drop(live);
 
-    // What happens while nobody listens is told to who comes back.
+    // A client that reconnects with `Last-Event-ID` gets the events that it missed.
     api.call("POST", "/sandboxes/dev/start", &Value::Null).await;
     let headers = [sse[0], ("last-event-id", &id)];
     let mut again = api.begin("GET", "/events?type=sandbox", &headers, "").await.into_body();
@@ -444,7 +447,7 @@ async fn events_are_told_as_they_happen_and_none_is_missed() {
         history.as_array().unwrap().iter().map(|event| event["type"].clone()).collect();
     let mut happened =
         vec!["sandbox.created", "sandbox.stopped", "thermal.woken", "sandbox.started"];
-    // What boots anew does not wake.
+    // An engine that saves no memory boots the sandbox, so there is no `thermal.woken`.
     happened.retain(|kind| engine_has(Feature::SavedMemory) || *kind != "thermal.woken");
     assert_eq!(kinds, happened);
     for query in ["limit=0", "limit=1001", "after=x"] {
@@ -453,7 +456,7 @@ async fn events_are_told_as_they_happen_and_none_is_missed() {
 }
 
 #[tokio::test]
-async fn daemon_that_stops_ends_its_streams_and_leaves_the_sandbox() {
+async fn stopping_daemon_ends_its_streams_and_leaves_the_sandbox_running() {
     let (mut daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     let (mut shell, _) = open_shell(&api, "").await;
     let mut command = api
@@ -472,7 +475,7 @@ async fn daemon_that_stops_ends_its_streams_and_leaves_the_sandbox() {
     let mut output = api.begin("GET", &follow, &[], "").await.into_body();
     api.sh("dev", "echo marker >/dev/shm/ram").await;
 
-    // As clients do, these read what comes.
+    // Reads all streams while the daemon stops, as clients do.
     let command = tokio::spawn(async move { json_message(&mut command).await });
     let shell = tokio::spawn(async move {
         loop {
@@ -487,8 +490,8 @@ async fn daemon_that_stops_ends_its_streams_and_leaves_the_sandbox() {
     let began = tokio::time::Instant::now();
     daemon.terminate().await;
 
-    // Sooner than what is cut off.
-    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    // Streams end by themselves, sooner than the daemon cuts connections off.
+    assert!(began.elapsed() < Duration::from_secs(5), "stopping took {:?}", began.elapsed());
     assert_eq!(command.await.unwrap()["code"], "connection_lost");
     assert!(shell.await.unwrap().contains("the daemon is stopping"));
     events.await.unwrap();

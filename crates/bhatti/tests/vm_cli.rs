@@ -22,7 +22,7 @@ fn stderr(output: &Output) -> &str {
 }
 
 #[tokio::test]
-async fn sandbox_lives_its_life_on_the_command_line() {
+async fn sandbox_is_created_used_and_destroyed_on_the_command_line() {
     let daemon = TestDaemon::start().await;
 
     let created = run(
@@ -90,13 +90,13 @@ async fn sandbox_lives_its_life_on_the_command_line() {
 }
 
 async fn stdin_and_signals_reach_the_command(daemon: &TestDaemon) {
-    // What a loop reads is left to the loop.
+    // With `-n`, the command does not read the input of, for example, a surrounding shell loop.
     let mut none = daemon.cli(&["exec", "-n", "dev", "--", "sh", "-c", "cat; echo end"]);
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let none = none.stdin(std::os::fd::OwnedFd::from(ours)).output();
     let none = tokio::time::timeout(bhatti_testkit::LIMIT, none)
         .await
-        .expect("it has no input to wait for")
+        .expect("the command does not wait for input")
         .unwrap();
     assert_eq!(none.stdout, b"end\n");
 
@@ -119,7 +119,7 @@ async fn stdin_and_signals_reach_the_command(daemon: &TestDaemon) {
 }
 
 #[tokio::test]
-async fn command_dies_with_the_command_line_that_started_it() {
+async fn command_ends_when_its_cli_process_is_killed() {
     let daemon = TestDaemon::start().await;
     assert!(run(&daemon, &["create", "--name", "dev"]).await.status.success());
     let mut sleeping =
@@ -135,7 +135,7 @@ async fn command_dies_with_the_command_line_that_started_it() {
 }
 
 #[tokio::test]
-async fn input_that_nobody_reads_holds_up_neither_signals_nor_the_end() {
+async fn unread_input_delays_neither_signals_nor_exit() {
     let daemon = TestDaemon::start().await;
     assert!(run(&daemon, &["create", "--name", "dev"]).await.status.success());
     let flood = || std::fs::File::open("/dev/zero").unwrap();
@@ -170,7 +170,7 @@ async fn input_that_nobody_reads_holds_up_neither_signals_nor_the_end() {
     }
 }
 
-/// Waits until no process of the sandbox has this command line.
+/// Waits until no process of the sandbox has the command line `command`.
 async fn command_is_gone(daemon: &TestDaemon, command: &str) {
     for _ in 0..200 {
         let found = run(daemon, &["exec", "dev", "--", "pgrep", "-xf", command]).await;
@@ -193,7 +193,7 @@ async fn without_a_daemon_the_error_says_how_to_start_one() {
 }
 
 #[tokio::test]
-async fn doctor_finds_this_machine_in_order() {
+async fn doctor_finds_nothing_missing_on_this_machine() {
     let daemon = TestDaemon::start().await;
     wait_for("the socket", || daemon.data_dir().join("bhatti.sock").exists()).await;
 
@@ -202,12 +202,12 @@ async fn doctor_finds_this_machine_in_order() {
     let findings: Vec<Value> = serde_json::from_str(stdout(&examined)).unwrap();
     let missing: Vec<&Value> =
         findings.iter().filter(|finding| finding["verdict"] == "missing").collect();
-    // The disk of a test machine may be small.
+    // The disk of a test machine may be too small.
     assert!(missing.iter().all(|finding| finding["what"] == "disk space"), "{missing:?}");
-    // Of firewalls there may be several.
+    // There may be several findings about firewalls, so subjects are counted, not findings.
     let looked_at: BTreeSet<_> = findings.iter().map(|finding| finding["what"].as_str()).collect();
     let has_landlock = looked_at.contains(&Some("landlock"));
-    assert_eq!(has_landlock, engine() == "qemu", "only QEMU is confined by it");
+    assert_eq!(has_landlock, engine() == "qemu", "only QEMU is confined by Landlock");
     let usual = if bhatti_testkit::is_root() { 10 } else { 12 };
     assert_eq!(looked_at.len(), usual + usize::from(has_landlock));
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::timeout;
 
-/// What a command line said.
+/// The outcome of a command line.
 #[derive(Debug)]
 struct Said {
     code: Option<i32>,
@@ -21,7 +21,7 @@ struct Said {
 }
 
 impl Said {
-    /// What it printed; it must have succeeded.
+    /// Checks that the command succeeded, and returns its standard output.
     #[track_caller]
     fn ok(self) -> String {
         assert_eq!(self.code, Some(0), "{self:?}");
@@ -33,7 +33,7 @@ impl Said {
         serde_json::from_str(&self.ok()).unwrap()
     }
 
-    /// What it complained about, with this exit code.
+    /// Checks that the command failed with the exit code `code`, and returns its standard error.
     #[track_caller]
     fn failed(self, code: i32) -> String {
         assert_eq!(self.code, Some(code), "{self:?}");
@@ -46,7 +46,7 @@ async fn ask(daemon: &TestDaemon, line: &str) -> Said {
     with_input(daemon, line, b"").await
 }
 
-/// Runs a command line, divided at spaces, with this on its standard input.
+/// Runs a command line, split at spaces, with `input` on its standard input.
 async fn with_input(daemon: &TestDaemon, line: &str, input: &[u8]) -> Said {
     let arguments: Vec<&str> = line.split(' ').collect();
     run(daemon.cli(&arguments), input).await
@@ -67,13 +67,13 @@ async fn run(mut command: tokio::process::Command, input: &[u8]) -> Said {
     }
 }
 
-/// The lines of a list behind its header, divided into columns.
+/// Returns the lines of a list after its header, split into columns.
 fn rows(list: &str) -> Vec<Vec<&str>> {
     list.lines().skip(1).map(|line| line.split('\t').collect()).collect()
 }
 
 #[tokio::test]
-async fn sandbox_is_addressed_by_name_and_id_and_read_by_a_prefix_of_its_id() {
+async fn sandbox_is_addressed_by_name_or_id_and_inspected_by_id_prefix() {
     let daemon = TestDaemon::start().await;
     let id = ask(&daemon, "create -q --name dev").await.ok().trim().to_owned();
     assert_eq!(id.len(), 16);
@@ -95,7 +95,7 @@ async fn sandbox_is_addressed_by_name_and_id_and_read_by_a_prefix_of_its_id() {
 }
 
 #[tokio::test]
-async fn command_that_changes_a_sandbox_takes_no_prefix_of_its_id() {
+async fn command_that_changes_a_sandbox_refuses_an_id_prefix() {
     let daemon = TestDaemon::start().await;
     let id = ask(&daemon, "create -q --name dev").await.ok().trim().to_owned();
     let prefix = &id[..8];
@@ -150,7 +150,7 @@ async fn lists_are_tables_names_or_json() {
     assert_eq!((one[0][2], one[0][5]), ("running (hot)", "256 MiB"));
     assert_eq!(ask(&daemon, "list -q --label a=b").await.ok(), "one\n");
     assert_eq!(ask(&daemon, "list --json").await.json().as_array().unwrap().len(), 2);
-    assert!(!listed.contains('\x1b'), "no colours in a pipe");
+    assert!(!listed.contains('\x1b'), "colors in a pipe");
 
     let edited = ask(&daemon, "edit one --name uno --label c=d --label-delete a --keep-hot").await;
     assert_eq!(edited.ok(), "uno running (hot)\n");
@@ -213,7 +213,7 @@ async fn jobs_are_followed_and_waited_for() {
 }
 
 #[tokio::test]
-async fn shell_reads_commands_from_a_pipe_and_a_terminal_can_be_had_without_one() {
+async fn shell_reads_commands_from_a_pipe_and_exec_allocates_a_terminal() {
     let daemon = TestDaemon::start().await;
     ask(&daemon, "create --name dev").await.ok();
 
@@ -223,7 +223,7 @@ async fn shell_reads_commands_from_a_pipe_and_a_terminal_can_be_had_without_one(
     assert_eq!((said.code, &*said.stdout), (Some(3), "b\ngot line\n"));
     let said = with_input(&daemon, "exec -it dev -- sh -c tty;cat", b"typed\n").await;
     assert_eq!(said.code, Some(0), "{said:?}");
-    // The terminal's echo of what was typed may come before and after.
+    // The terminal's echo of the input may come before or after the output.
     assert!(said.stdout.contains("/dev/pts/") && said.stdout.ends_with("typed\r\n"), "{said:?}");
     let said = with_input(&daemon, "exec -it dev -- cat", b"half a line").await;
     assert!(said.code == Some(0) && said.stdout.contains("half a line"), "{said:?}");
@@ -261,7 +261,7 @@ async fn files_and_directories_are_copied_both_ways() {
     }
     assert_eq!(fs::read_link(place("back/link")).unwrap(), Path::new("run"));
     assert_eq!(fs::metadata(place("back/run")).unwrap().permissions().mode() & 0o777, 0o755);
-    // Into a directory that exists, under its own name.
+    // If the target directory exists, the tree is copied into it under its own name.
     ask(&daemon, &format!("file cp dev:/workspace/tree {}", place("back"))).await.ok();
     assert!(Path::new(&place("back/tree/run")).exists());
 
@@ -282,7 +282,7 @@ async fn files_and_directories_are_copied_both_ways() {
 }
 
 #[tokio::test]
-async fn copy_skips_sockets_and_names_what_cannot_be_read() {
+async fn copy_skips_sockets_and_names_unreadable_files() {
     let daemon = TestDaemon::start().await;
     ask(&daemon, "create --name dev").await.ok();
     let here = tempfile::tempdir().unwrap();
@@ -297,7 +297,7 @@ async fn copy_skips_sockets_and_names_what_cannot_be_read() {
     let script = "cd /workspace/tree && ln b c && python3 -c 'import socket
 socket.socket(socket.AF_UNIX).bind(\"guest\")'";
     run(daemon.cli(&["exec", "dev", "--", "sh", "-c", script]), b"").await.ok();
-    // Hard links over themselves, the second time.
+    // The first copy makes `copy`; the second goes into it, because it exists by then.
     for _ in 0..2 {
         let copy = format!("file cp dev:/workspace/tree {}", here.path().join("copy").display());
         let down = ask(&daemon, &copy).await;
@@ -383,7 +383,7 @@ async fn secrets_templates_and_users_are_managed() {
     let saved = home.path().join(".bhatti/config.yaml");
     assert_eq!(saved.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(run(with_home(&["list", "-q"]), b"").await.ok(), "");
-    // The key is for that daemon alone.
+    // The saved key is sent only to the daemon that it was saved for.
     let said = run(with_home(&["list", "--url", "http://127.0.0.1:1"]), b"").await.failed(1);
     assert!(said.contains("there is no API key"), "{said}");
     let said = run(with_home(&["user", "list"]), b"").await.failed(1);
@@ -392,7 +392,8 @@ async fn secrets_templates_and_users_are_managed() {
     assert_eq!(ask(&daemon, "user list -q").await.ok(), "admin\n");
 }
 
-/// A data directory with images of its own: the other tests' stay as they are.
+/// Makes a data directory with its own copy of the images, so that other tests' images stay
+/// unchanged.
 async fn own_images() -> (tempfile::TempDir, Serve) {
     let place = tempfile::tempdir().unwrap();
     let copied = bhatti_host::process::command("cp")
@@ -410,7 +411,8 @@ async fn own_images() -> (tempfile::TempDir, Serve) {
 #[tokio::test]
 async fn image_is_built_with_more_packages() {
     let (place, serve) = own_images().await;
-    // Before there is a daemon, whose network has no way to packages.
+    // Builds before the daemon starts, because the daemon's network namespace has no way to the
+    // package mirror.
     let build = async |name: &str, package: &str| {
         let mut command = bhatti_host::process::command(bhatti_testkit::dist("bhatti"));
         command.arg("--data-dir").arg(place.path());
@@ -510,7 +512,7 @@ async fn image_is_imported_used_and_deleted() {
     let said = ask(&daemon, "image delete mine").await.failed(1);
     assert!(said.contains("in use by sandbox `its`"), "{said}");
     let said = ask(&daemon, "image delete minimal").await.failed(1);
-    assert!(said.contains("`dev`") || said.contains("unless they ask"), "{said}");
+    assert!(said.contains("`dev`") || said.contains("the default image"), "{said}");
     ask(&daemon, "destroy its").await.ok();
     assert_eq!(ask(&daemon, "image delete mine").await.ok(), "deleted mine\n");
     ask(&daemon, "create --image mine").await.failed(1);
@@ -543,7 +545,7 @@ async fn image_of_one_program_boots_and_runs_it() {
     }
     let (place, serve) = own_images().await;
     let daemon = TestDaemon::start_with(serve).await;
-    // The agent's own program needs no library, and says so when it is run by hand.
+    // The guest agent's program needs no library. Run by hand, it refuses to run.
     let tree = place.path().join("tree");
     fs::create_dir(&tree).unwrap();
     fs::copy(bhatti_testkit::dist("lohar"), tree.join("app")).unwrap();
@@ -568,7 +570,7 @@ async fn image_of_one_program_boots_and_runs_it() {
     ask(&daemon, "destroy one").await.ok();
 }
 
-/// A server in the guest that sends back what it gets.
+/// Program for a server in the guest that echoes its input.
 const ECHO: &str = r#"
 import socket, threading
 server = socket.create_server(('127.0.0.1', 7000))
@@ -628,12 +630,12 @@ async fn ports_are_listed_published_and_forwarded() {
 }
 
 #[tokio::test]
-async fn events_are_followed_and_the_rest_is_told() {
+async fn events_are_followed_and_remaining_commands_answer() {
     let mut daemon = TestDaemon::start().await;
     let mut follow = daemon.cli(&["events", "--follow", "--type", "sandbox.", "--json"]);
     let mut follow = follow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
-    // A stream begins with what happens once it is open: sandboxes are made until it tells of one.
+    // A stream has only events after it was opened, so sandboxes are created until one is reported.
     let mut made = 0;
     let line = loop {
         made += 1;
@@ -642,7 +644,7 @@ async fn events_are_followed_and_the_rest_is_told() {
         if let Ok(line) = timeout(wait, lines.next_line()).await {
             break line.unwrap().unwrap();
         }
-        assert!(made < 20, "nothing is told");
+        assert!(made < 20, "no event was reported");
     };
     let event: Value = serde_json::from_str(&line).unwrap();
     assert!(event["type"].as_str().unwrap().starts_with("sandbox."), "{event}");
@@ -669,7 +671,7 @@ async fn events_are_followed_and_the_rest_is_told() {
     );
     assert!(figures.iter().all(|f| f["p50_ms"].as_f64().unwrap() > 0.0));
     assert!(std::fs::read_to_string(plot).unwrap().contains("wake, n = 2"));
-    assert_eq!(daemon.client.list().await.unwrap().len(), made, "what was measured with is gone");
+    assert_eq!(daemon.client.list().await.unwrap().len(), made, "the benchmark left a sandbox");
 
     daemon.terminate().await;
     let ended = timeout(LIMIT, follow.wait_with_output()).await.unwrap().unwrap();
@@ -680,7 +682,7 @@ async fn events_are_followed_and_the_rest_is_told() {
 }
 
 #[tokio::test]
-async fn usage_of_sandboxes_is_told_and_wakes_none() {
+async fn usage_is_reported_and_wakes_no_sandbox() {
     let daemon = TestDaemon::start().await;
     ask(&daemon, "create --name dev").await.ok();
     ask(&daemon, "create --name other").await.ok();
@@ -699,7 +701,7 @@ async fn usage_of_sandboxes_is_told_and_wakes_none() {
 const VARYING: [&str; 9] =
     ["ID", "CREATED", "CHANGED", "UPDATED", "ON DISK", "SAVED", "KIND", "ADDRESS", "SOURCE"];
 
-/// A table whose varying cells tell only that there is something.
+/// Replaces varying cells of a table by `…`, unless they are empty.
 fn redacted(table: &str) -> String {
     let header: Vec<&str> = table.lines().next().unwrap_or_default().split('\t').collect();
     let cell = |(title, text): (&&str, &str)| {
@@ -711,7 +713,7 @@ fn redacted(table: &str) -> String {
 }
 
 #[tokio::test]
-async fn every_table_is_what_it_was() {
+async fn tables_match_their_snapshot() {
     if !needs(Feature::SavedMemory) {
         return;
     }

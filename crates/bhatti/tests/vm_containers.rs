@@ -4,7 +4,7 @@
 
 use bhatti_testkit::{Feature, Serve, TestDaemon, needs};
 
-/// What a command printed; it must succeed.
+/// Runs a command of the CLI that must succeed, and returns what it printed.
 async fn ask(daemon: &TestDaemon, arguments: &[&str]) -> String {
     let output = daemon.cli(arguments).output().await.unwrap();
     let (stdout, stderr) =
@@ -42,7 +42,7 @@ async fn docker_and_podman_run_containers_from_a_local_tar() {
         docker rm -f web >/dev/null";
     assert_eq!(shell(&daemon, "root", serve).await, "from a container\n67108864\n");
 
-    // Podman as the usual user, with a network of its own over /dev/net/tun.
+    // Podman runs as the usual user, with its own network over /dev/net/tun.
     let rootless = "
         podman --storage-driver overlay import -q /tmp/busy.tar busy >/dev/null
         podman --storage-driver overlay run --rm busy /bin/busybox sh -c '
@@ -52,7 +52,7 @@ async fn docker_and_podman_run_containers_from_a_local_tar() {
 }
 
 #[tokio::test]
-async fn kernel_modules_and_devices_are_there_when_they_are_used() {
+async fn kernel_modules_and_devices_load_on_first_use() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -61,7 +61,7 @@ async fn kernel_modules_and_devices_are_there_when_they_are_used() {
     let loaded = "cut -d' ' -f1 /proc/modules";
     assert!(!shell(&daemon, "root", loaded).await.contains("overlay"), "loaded before its use");
 
-    // The kernel asks for these by aliases: file system, kind of link, device number, family of netlink.
+    // The kernel requests these by alias: file system, link kind, device number, netlink family.
     let used = "
         mkdir -p /tmp/o/lower /tmp/o/upper /tmp/o/work /tmp/o/both
         mount -t overlay overlay -o lowerdir=/tmp/o/lower,upperdir=/tmp/o/upper,workdir=/tmp/o/work /tmp/o/both
@@ -72,7 +72,7 @@ async fn kernel_modules_and_devices_are_there_when_they_are_used() {
         umount /tmp/o/lower";
     shell(&daemon, "root", used).await;
     shell(&daemon, "user", "exec 3<>/dev/net/tun 4<>/dev/fuse").await;
-    // No alias leads to this one: programs load it by its name.
+    // No alias leads to br_netfilter: programs load it by name.
     shell(&daemon, "root", "modprobe -q br_netfilter; test -e /proc/sys/net/bridge").await;
     let after = shell(&daemon, "root", loaded).await;
     for module in ["overlay", "bridge", "veth", "loop", "tun", "br_netfilter"] {

@@ -1,5 +1,5 @@
-//! What a new sandbox is made with: files and a disk of any size that it may have, and certificates
-//! that its image trusts.
+//! Contents of a new sandbox: files up to the size limit, a root disk of the requested size, and
+//! the certificate authorities that its image trusts.
 
 use std::io::Write;
 
@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{sleep, timeout};
 
-/// The most content that the files of a new sandbox have, in bytes.
+/// Limit of the total content of a new sandbox's files, in bytes.
 const FILES_BYTES_MAX: usize = 16 << 20;
 
 #[tokio::test]
@@ -17,7 +17,7 @@ async fn large_files_are_there_before_the_init_script_runs() {
     let api = Api::admin(&daemon);
     let place = tempfile::tempdir().unwrap();
     let large = place.path().join("large");
-    // No two pieces are alike, so that a piece that is missing or twice there is seen.
+    // Every eight bytes differ, so a missing or repeated piece changes the hash.
     let mut file = std::io::BufWriter::new(std::fs::File::create(&large).unwrap());
     for number in 0..(12 << 20) / 8_u64 {
         file.write_all(&number.to_le_bytes()).unwrap();
@@ -51,7 +51,7 @@ async fn large_files_are_there_before_the_init_script_runs() {
 }
 
 #[tokio::test]
-async fn files_that_are_too_large_together_are_refused_before_anything_is_made() {
+async fn files_over_the_total_limit_are_refused_before_creation() {
     let daemon = TestDaemon::start().await;
     let api = Api::admin(&daemon);
     let place = tempfile::tempdir().unwrap();
@@ -92,7 +92,7 @@ async fn long_requests_of_one_user_take_limited_memory() {
                 "POST /sandboxes HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {announced}\r\n\r\n"
             );
             connection.write_all(head.as_bytes()).await.unwrap();
-            // It is told to go on when its memory has been set aside.
+            // The daemon sends `100 Continue` once it has reserved memory for the body.
             let mut line = String::new();
             connection.read_line(&mut line).await.unwrap();
             if !line.starts_with("HTTP/1.1 100") {
@@ -105,7 +105,7 @@ async fn long_requests_of_one_user_take_limited_memory() {
     let refused = timeout(LIMIT, refused).await.unwrap();
 
     assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
-    assert_eq!(held.len(), 2, "64 MiB have room for two that take 32 MiB each");
+    assert_eq!(held.len(), 2, "64 MiB have room for two requests of 32 MiB each");
     let small = api.call("POST", "/sandboxes", &json!({ "name": "dev" })).await;
     assert_eq!(small.status, 201, "{}", small.text());
     held.clear();
@@ -120,7 +120,7 @@ async fn long_requests_of_one_user_take_limited_memory() {
 }
 
 #[tokio::test]
-async fn image_trusts_the_authorities_that_it_was_made_with() {
+async fn image_trusts_the_authorities_it_was_built_with() {
     let place = bhatti_testkit::repository().join("target/test-data-containers");
     let serve = Serve { images: Some(place.join("images")), ..Serve::default() };
     let daemon = TestDaemon::start_with(serve).await;
@@ -151,7 +151,7 @@ until [ -s /tmp/ready ]; do sleep 0.05; done"#;
 }
 
 #[tokio::test]
-async fn root_disk_has_the_size_that_was_asked_for_wherever_it_goes() {
+async fn root_disk_keeps_its_requested_size_in_restarts_and_forks() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -170,7 +170,7 @@ async fn root_disk_has_the_size_that_was_asked_for_wherever_it_goes() {
         "boot, because its memory is not a multiple of 64 MiB, or its disk size is not a multiple of 1024 MiB"
     );
 
-    // A file system keeps some of its disk for itself.
+    // The file system reserves some of its disk.
     assert!((19_500..20_480).contains(&mebibytes("forked").await));
     assert!((5_600..6_000).contains(&mebibytes("booted").await));
     api.sh("forked", "head -c 1M /dev/urandom >/workspace/file; sync").await;
@@ -190,7 +190,7 @@ async fn root_disk_has_the_size_that_was_asked_for_wherever_it_goes() {
 }
 
 #[tokio::test]
-async fn disk_that_cannot_be_is_refused_with_what_can() {
+async fn invalid_disk_size_is_refused_with_the_valid_range() {
     let config = "listen: 127.0.0.1:0\n".to_owned();
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let api = Api::admin(&daemon);

@@ -1,4 +1,4 @@
-//! Many lives of sandboxes leave nothing behind.
+//! Creating and destroying many sandboxes leaves nothing behind.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -8,12 +8,12 @@ use bhatti_api::CreateSandbox;
 use bhatti_client::{Client, CommandEvent};
 use bhatti_testkit::{Feature, TestDaemon, engine_has, wait_for};
 
-/// Open files of a process.
+/// Counts the open files of a process.
 fn open_files(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
-/// Files and directories below a directory, except what only ever grows: the log and the store's own files.
+/// Lists the names of all files and directories below a directory.
 fn files(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).unwrap().flatten() {
@@ -27,7 +27,7 @@ fn files(directory: &Path) -> Vec<String> {
     found
 }
 
-/// Processes whose command line holds `text`.
+/// Counts the processes whose command line contains `text`.
 fn processes_with(text: &str) -> usize {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     let lines = entries.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
@@ -43,14 +43,15 @@ async fn cycle(client: &Client) {
 }
 
 #[tokio::test]
-async fn fifty_lives_leave_no_process_file_or_descriptor() {
+async fn fifty_sandboxes_leave_no_process_file_or_descriptor() {
     let daemon = TestDaemon::start().await;
-    // The first life opens what stays open: the store's files, for one.
+    // The first sandbox opens files that stay open, for example those of the store.
     cycle(&daemon.client).await;
     let data_dir = daemon.data_dir().to_string_lossy().into_owned();
     let expected = if engine_has(Feature::SavedMemory) { 1 } else { 0 };
-    wait_for("a VM ahead of demand", || daemon.all_vmm_pids().len() == expected).await;
-    // A VMM in a jail names no file of the daemon's; others may that are no VMMs.
+    wait_for("the spare VM", || daemon.all_vmm_pids().len() == expected).await;
+    // VMMs and processes that name the data directory are counted separately: a jailed VMM names no
+    // file of the daemon, and a process that names one may be no VMM.
     let now =
         || (files(daemon.data_dir()).len(), daemon.all_vmm_pids().len(), processes_with(&data_dir));
     let before = now();
@@ -68,8 +69,9 @@ async fn fifty_lives_leave_no_process_file_or_descriptor() {
         worker.await.unwrap();
     }
 
-    // The VM ahead of demand may have been on its way before: it has a few. Fifty lives that left one each would be more.
+    // The spare VM has a few descriptors, and may still have been starting when they were counted.
+    // Fifty sandboxes that leaked one descriptor each would exceed the tolerance of 10.
     wait_for("closed descriptors", || open_files(daemon.pid()) <= descriptors + 10).await;
-    // One VM waits for the next life, as one did before.
-    wait_for("the files and processes of before", || now() == before).await;
+    // As before, one spare VM waits for the next create.
+    wait_for("as many files and processes as before", || now() == before).await;
 }

@@ -1,11 +1,11 @@
-//! Sandboxes that are containers: what is the same, what is weaker, and what there is not. Docker is the user's to run: `DOCKER_SOCK`, or where
-//! it usually listens.
+//! Sandboxes on the Docker engine: equal, weaker and missing features. The tests use the Docker
+//! daemon at `DOCKER_SOCK`, or at the default socket; they do not start one.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use bhatti_testkit::{Api, Serve, TestDaemon, skip, wait_for};
 use serde_json::{Value, json};
 
-/// Where Docker listens; none if it does not, and then that is said.
+/// Returns Docker's socket. If Docker does not answer there, reports the skip and returns `None`.
 async fn socket() -> Option<String> {
     let socket = std::env::var("DOCKER_SOCK").unwrap_or_else(|_| bhatti_docker::SOCKET.to_owned());
     match bhatti_docker::check(socket.as_ref()).await {
@@ -25,7 +25,7 @@ async fn daemon(more: &str) -> Option<(TestDaemon, Api)> {
     Some((daemon, api))
 }
 
-/// What root in a sandbox says.
+/// Runs a script as root in the sandbox `dev` and returns its trimmed output.
 async fn root(api: &Api, script: &str) -> String {
     let command = json!({ "cmd": ["sh", "-c", script], "user": "root" });
     let ran = api.exec("dev", command).await;
@@ -33,14 +33,14 @@ async fn root(api: &Api, script: &str) -> String {
     ran["stdout"].as_str().unwrap().trim().to_owned()
 }
 
-/// A set of capabilities in `/proc/self/status`, as a number.
+/// Reads a capability set from `/proc/self/status`, as a number.
 async fn capabilities(api: &Api, set: &str) -> u64 {
     let line = root(api, &format!("grep {set}: /proc/self/status")).await;
     u64::from_str_radix(line.split_whitespace().last().unwrap(), 16).unwrap()
 }
 
 #[tokio::test]
-async fn root_in_a_container_can_do_little() {
+async fn root_in_a_container_is_restricted() {
     let Some((_daemon, api)) = daemon("").await else { return };
     let request = json!({ "name": "dev", "memory_mb": 256 });
     assert_eq!(api.call("POST", "/sandboxes", &request).await.status, 201);
@@ -50,7 +50,7 @@ async fn root_in_a_container_can_do_little() {
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         let has = capabilities(&api, set).await;
         assert_eq!(has & !allowed, 0, "{set} {has:x}");
-        assert_eq!(has & net_admin, 0, "what the agent sets the network up with is its own");
+        assert_eq!(has & net_admin, 0, "NET_ADMIN is the guest agent's alone");
     }
     let status = root(&api, "grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status").await;
     assert_eq!(status, "NoNewPrivs:\t1\nSeccomp:\t2");
@@ -67,7 +67,8 @@ async fn root_in_a_container_can_do_little() {
         let script = format!("{refused} 2>/dev/null && echo done || echo refused");
         assert_eq!(root(&api, &script).await, "refused", "{refused}");
     }
-    // Its memory and its processes are limited: what is beyond is killed, and the sandbox goes on.
+    // Memory and processes are limited: a process beyond the memory limit is killed, and the
+    // sandbox keeps running.
     let greedy = "python3 -c 'b = bytearray(400 << 20)' 2>/dev/null; echo $?";
     assert_eq!(root(&api, greedy).await, "137");
     let pids = "cat /sys/fs/cgroup/pids/pids.max 2>/dev/null || cat /sys/fs/cgroup/pids.max";
@@ -75,7 +76,7 @@ async fn root_in_a_container_can_do_little() {
 }
 
 #[tokio::test]
-async fn weaker_isolation_and_what_there_is_not_are_told() {
+async fn weaker_isolation_and_missing_features_are_reported() {
     let Some((daemon, api)) = daemon("").await else { return };
     let created = daemon.cli(&["create", "--name", "dev", "--json"]).output().await.unwrap();
     let created: Value = serde_json::from_slice(&created.stdout).unwrap();
@@ -100,7 +101,7 @@ async fn weaker_isolation_and_what_there_is_not_are_told() {
 }
 
 #[tokio::test]
-async fn container_is_paused_when_nobody_uses_it_and_never_ended_for_it() {
+async fn idle_container_is_paused_and_never_ended() {
     let thermal = "thermal: {warm_after_ms: 200, cold_after_ms: 1}\n";
     let Some((daemon, api)) = daemon(thermal).await else { return };
     assert_eq!(api.call("POST", "/sandboxes", &json!({ "name": "dev" })).await.status, 201);
@@ -111,7 +112,8 @@ async fn container_is_paused_when_nobody_uses_it_and_never_ended_for_it() {
     let find = "cat /dev/shm/ram; kill -0 $(cat /dev/shm/pid) && echo alive";
     assert_eq!(api.sh("dev", find).await, "marker\nalive\n");
 
-    // A daemon that is to stop its sandboxes leaves these: nothing could bring back what runs in them.
+    // With `--stop-sandboxes`, the daemon leaves containers running: their processes could not be
+    // restored.
     let mut daemon = daemon;
     daemon.terminate().await;
     daemon.serve_with(|serve| serve.arguments = vec!["--stop-sandboxes".into()]).await;
@@ -120,7 +122,7 @@ async fn container_is_paused_when_nobody_uses_it_and_never_ended_for_it() {
     daemon.serve().await;
     assert_eq!(api.sh("dev", find).await, "marker\nalive\n");
 
-    // Whoever stops it ends what runs in it. What is on its disk stays.
+    // A stop ends the container's processes and keeps its disk.
     let stopped = api.call("POST", "/sandboxes/dev/stop", &Value::Null).await;
     assert_eq!(stopped.json()["status"], "stopped");
     assert_eq!(daemon.vmm_pids(), Vec::<u32>::new());
@@ -133,7 +135,7 @@ async fn container_is_paused_when_nobody_uses_it_and_never_ended_for_it() {
 }
 
 #[tokio::test]
-async fn daemon_that_dies_while_it_stops_a_container_has_its_successor_finish_that() {
+async fn next_daemon_finishes_an_interrupted_container_stop() {
     for step in ["stop_noted", "ended"] {
         let Some((mut daemon, api)) = daemon("").await else { return };
         let volume = json!({ "name": "data", "size_mb": 64 });
@@ -148,7 +150,7 @@ async fn daemon_that_dies_while_it_stops_a_container_has_its_successor_finish_th
 
         daemon.serve_with(|serve| serve.fault = None).await;
 
-        wait_for("the end of its container", || daemon.vmm_pids().is_empty()).await;
+        wait_for("the container's end", || daemon.vmm_pids().is_empty()).await;
         assert_eq!(api.get("/sandboxes/dev").await.json()["status"], "stopped", "{step}");
         let started = api.call("POST", "/sandboxes/dev/start", &Value::Null).await;
         assert_eq!(started.json()["status"], "running", "{step}: {}", started.text());
@@ -162,7 +164,7 @@ async fn daemon_that_dies_while_it_stops_a_container_has_its_successor_finish_th
 }
 
 #[tokio::test]
-async fn sandbox_whose_container_somebody_else_removed_says_so_and_can_be_destroyed() {
+async fn sandbox_of_a_removed_container_reports_it_and_can_be_destroyed() {
     let Some((daemon, api)) = daemon("").await else { return };
     assert_eq!(api.call("POST", "/sandboxes", &json!({ "name": "dev" })).await.status, 201);
     daemon.remove_containers();
@@ -172,7 +174,7 @@ async fn sandbox_whose_container_somebody_else_removed_says_so_and_can_be_destro
     let started = api.call("POST", "/sandboxes/dev/start", &cold).await;
 
     assert_eq!(started.refusal(), (500, "boot_failed".to_owned()));
-    assert!(started.text().contains("the sandbox's disk is gone"), "{}", started.text());
+    assert!(started.text().contains("the sandbox's disk is lost"), "{}", started.text());
     assert_eq!(api.call("DELETE", "/sandboxes/dev", &Value::Null).await.status, 200);
     assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
 }
@@ -185,7 +187,8 @@ async fn forged_volume_is_refused() {
     let volumes = std::fs::read_dir(daemon.data_dir().join("volumes")).unwrap();
     let files = volumes.flatten().flat_map(|volume| std::fs::read_dir(volume.path()).unwrap());
     let file = files.flatten().next().unwrap().path();
-    // A guest with the disk can write this: the clean flag is set, and there is no root directory.
+    // A guest that has the volume as a disk can write this: the clean flag is set, but the root
+    // directory is missing.
     let mut debugfs = bhatti_host::process::command("debugfs");
     let forged = debugfs.args(["-w", "-R", "clri <2>"]).arg(&file).output().await.unwrap();
     assert!(forged.status.success(), "{forged:?}");
@@ -200,7 +203,7 @@ async fn forged_volume_is_refused() {
 }
 
 #[tokio::test]
-async fn disk_has_the_size_that_was_asked_for_or_is_refused() {
+async fn disk_has_the_requested_size_or_is_refused() {
     let Some((daemon, api)) = daemon("").await else { return };
 
     let answer = api.call("POST", "/sandboxes", &json!({ "name": "dev", "disk_mb": 8192 })).await;
@@ -218,7 +221,7 @@ async fn disk_has_the_size_that_was_asked_for_or_is_refused() {
 }
 
 #[tokio::test]
-async fn docker_that_is_not_there_is_refused_with_what_to_do() {
+async fn missing_docker_is_an_error_with_a_hint() {
     let mut daemon = TestDaemon::start().await;
     daemon.terminate().await;
     let config = "engine: docker\ndocker: /nowhere/docker.sock\n";

@@ -1,5 +1,5 @@
-//! The daemon or a VMM dies at each step of a sandbox's transitions: nothing that was finished is lost, nothing is left over, and there
-//! is a way out.
+//! The daemon or a VMM dies at each step of a sandbox's transitions. Completed work is not lost,
+//! nothing is left over, and the sandbox can be used or booted again.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use bhatti_api::{CreateSandbox, CreateSnapshot, ForkSandbox, StartSandbox};
@@ -11,13 +11,13 @@ const LEAVE: &str =
 const FIND: &str = "cat /dev/shm/ram; kill -0 $(cat /dev/shm/pid) && echo alive";
 const FOUND: &str = "marker\nalive\n";
 
-/// A daemon without VMs ahead of demand, so that what runs is what it made of its sandboxes.
+/// Starts a daemon without spares, so that every VMM belongs to a sandbox.
 async fn daemon() -> TestDaemon {
     let config = "ready_vmms: 0\n".to_owned();
     TestDaemon::start_with(Serve { config, ..Serve::default() }).await
 }
 
-/// A daemon with a sandbox that has a marker and a process, and then a fault ahead.
+/// Starts a daemon with a sandbox that has a marker and a process, and restarts it with `fault`.
 async fn with_sandbox(fault: &str) -> TestDaemon {
     let mut daemon = daemon().await;
     daemon.client.create(&named("dev")).await.unwrap();
@@ -27,7 +27,7 @@ async fn with_sandbox(fault: &str) -> TestDaemon {
     daemon
 }
 
-/// Does something that may fail, for the daemon or the VMM dies meanwhile.
+/// Attempts an operation. It may fail, because the daemon or the VMM dies during it.
 async fn attempt(client: &Client, what: &str) {
     match what {
         "pause" => drop(client.pause("dev").await),
@@ -58,14 +58,14 @@ async fn attempt(client: &Client, what: &str) {
     }
 }
 
-/// Makes the sandbox usable by what its state calls for.
+/// Starts the sandbox if it is stopped.
 async fn bring_back(client: &Client) {
     if client.inspect("dev").await.unwrap().status == "stopped" {
         client.start("dev", &StartSandbox::default()).await.unwrap();
     }
 }
 
-/// Nothing is there but what the sandboxes need.
+/// Checks that only the files and processes of `sandboxes` are left, and then destroys them.
 async fn nothing_is_left(daemon: &TestDaemon, sandboxes: &[&str]) {
     let mut names: Vec<_> =
         daemon.client.list().await.unwrap().into_iter().map(|sandbox| sandbox.name).collect();
@@ -86,7 +86,8 @@ async fn nothing_is_left(daemon: &TestDaemon, sandboxes: &[&str]) {
     assert!(daemon.sandbox_directories().is_empty());
 }
 
-/// The daemon dies at a step, and the next one finds the sandbox with all that it had.
+/// Ends the daemon at a step, and checks that the next daemon finds the sandbox with its memory and
+/// processes.
 async fn daemon_dies(step: &str, during: &str) {
     let mut daemon = with_sandbox(&format!("daemon:{step}")).await;
     attempt(&daemon.client, during).await;
@@ -149,7 +150,7 @@ async fn daemon_that_dies_while_it_boots_a_sandbox_loses_nothing() {
 }
 
 #[tokio::test]
-async fn start_without_memory_that_is_refused_leaves_the_memory() {
+async fn refused_cold_boot_keeps_the_saved_memory() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -157,7 +158,7 @@ async fn start_without_memory_that_is_refused_leaves_the_memory() {
     daemon.client.create(&named("dev")).await.unwrap();
     shell(&daemon.client, "dev", LEAVE).await;
     daemon.client.stop("dev").await.unwrap();
-    // The mark of the boot cannot be written.
+    // The daemon cannot write the file that marks a boot in progress.
     let mark = daemon.sandbox_directories()[0].join("booting");
     std::fs::create_dir(&mark).unwrap();
 
@@ -169,16 +170,16 @@ async fn start_without_memory_that_is_refused_leaves_the_memory() {
     nothing_is_left(&daemon, &["dev"]).await;
 }
 
-/// Has the guest of a sandbox reset its machine, as `reboot -f` does.
+/// Makes the guest of a sandbox reset its machine, as `reboot -f` does.
 async fn reboot(client: &Client) {
     let reset = "import os, ctypes; os.sync(); ctypes.CDLL(None).reboot(0x01234567)";
     // The connection ends with the VM.
     drop(run(client, "dev", &["sudo", "python3", "-c", reset]).await);
 }
 
-/// The daemon dies when the VM of a sandbox has booted anew, and its guest has no settings yet.
+/// Ends the daemon when the VM of a sandbox has booted again and its guest has no settings yet.
 ///
-/// The next daemon leaves the sandbox at `status`.
+/// The next daemon must leave the sandbox in `status`.
 async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client), status: &str) {
     let mut daemon = daemon().await;
     let env = [("COLOR".to_owned(), "red".to_owned())].into();
@@ -197,7 +198,7 @@ async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client), stat
     }
     let seen = shell(&daemon.client, "dev", "cat /workspace/file; hostname; echo $COLOR").await;
     assert_eq!(seen, "kept\ndev\nred\n");
-    // What runs from now on outlives the daemon again.
+    // From now on, the sandbox outlives the daemon again.
     shell(&daemon.client, "dev", LEAVE).await;
     daemon.kill().await;
     daemon.serve().await;
@@ -225,7 +226,8 @@ async fn next_daemon_boots_a_guest_that_rebooted_while_its_daemon_was_stopped() 
     let rebooting = tokio::spawn(async move { reboot(&client).await });
     wait_for("the boot", || mark.exists()).await;
 
-    // In order: requests in progress are waited for, a boot that nothing waits for is not.
+    // A stopping daemon waits for requests in progress, but not for a boot that no request waits
+    // for.
     daemon.terminate().await;
     daemon.serve().await;
 
@@ -236,7 +238,7 @@ async fn next_daemon_boots_a_guest_that_rebooted_while_its_daemon_was_stopped() 
 }
 
 #[tokio::test]
-async fn next_daemon_ends_a_start_without_memory_that_was_interrupted() {
+async fn next_daemon_ends_an_interrupted_cold_boot() {
     let start = async |client: &Client| {
         drop(client.stop("dev").await);
         drop(client.start("dev", &StartSandbox { cold_boot: true }).await);
@@ -244,7 +246,8 @@ async fn next_daemon_ends_a_start_without_memory_that_was_interrupted() {
     daemon_dies_while_it_boots_again(start, "stopped").await;
 }
 
-/// Saves the sandbox under a name until the fault strikes, and returns what it has written until then.
+/// Saves the sandbox under a name until the fault occurs. Returns the content that the guest has
+/// written to its disk.
 async fn saved_until_its_layers_are_merged(daemon: &TestDaemon) -> String {
     let mut written = String::new();
     for round in 0.. {
@@ -276,7 +279,7 @@ async fn daemon_that_dies_when_a_disk_is_merged_loses_nothing() {
 }
 
 #[tokio::test]
-async fn vmm_that_dies_when_a_disk_is_merged_leaves_all_of_it() {
+async fn vmm_that_dies_when_a_disk_is_merged_loses_no_disk_content() {
     if !needs(Feature::LayeredDisks) {
         return;
     }
@@ -292,7 +295,7 @@ async fn vmm_that_dies_when_a_disk_is_merged_leaves_all_of_it() {
 }
 
 #[tokio::test]
-async fn daemon_that_dies_while_it_destroys_finishes_that() {
+async fn next_daemon_finishes_an_interrupted_destroy() {
     for step in ["destroy_noted", "removed"] {
         let mut daemon = with_sandbox(&format!("daemon:{step}")).await;
         attempt(&daemon.client, "destroy").await;
@@ -304,7 +307,8 @@ async fn daemon_that_dies_while_it_destroys_finishes_that() {
     }
 }
 
-/// A VMM that dies takes its memory with it, unless that is on the disk already; the sandbox can then be booted.
+/// Ends the VMM at a step. If the memory is on disk by then, nothing is lost; otherwise the sandbox
+/// fails and can be booted from its disk.
 async fn vmm_dies(step: &str, during: &str, memory_is_safe: bool) {
     let mut daemon = with_sandbox(&format!("vmm:{step}")).await;
     shell(&daemon.client, "dev", "echo on disk >/workspace/file; sync").await;

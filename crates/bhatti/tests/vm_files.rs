@@ -77,7 +77,7 @@ async fn files_are_read_written_listed_and_removed() {
 }
 
 #[tokio::test]
-async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
+async fn files_belong_to_the_sandbox_user_and_keep_owner_and_mode() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     let files = "/sandboxes/dev/files";
     let put = async |path: &str| {
@@ -88,7 +88,7 @@ async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
         api.call("POST", "/sandboxes/dev/exec", &exec).await.json()["stdout"].clone()
     };
 
-    // What a call makes is the user's: it can go on there.
+    // Directories that a call creates belong to the user, who can write in them.
     assert_eq!(put("/workspace/a/b/c").await, 200);
     let mkdir = json!({ "path": "/workspace/d/e", "parents": true });
     assert_eq!(api.call("POST", &format!("{files}/mkdir"), &mkdir).await.status, 200);
@@ -98,7 +98,7 @@ async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
     let script = "cd /workspace && touch a/x a/b/x d/x d/e/x f/x f/g/x f/g/b/x && echo fine";
     assert_eq!(api.sh("dev", script).await, "fine\n");
 
-    // What is there keeps its owner, mode and attributes, and what the user may not write is refused.
+    // An existing file keeps its owner and mode. A file that the user may not write is refused.
     root(
         "cd /workspace && printf x >script && chmod 755 script && chown 1000:1000 script \
           && printf x >shared && chmod 664 shared && chown root:1000 shared \
@@ -118,11 +118,11 @@ async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
         facts,
         "script user:user 755\nshared root:user 664\nroots root:root 644\nnewsymbolic link\nfifo\n"
     );
-    // The modes of others are shown whole.
+    // The mode of a directory of root is reported with its sticky bit.
     let head = api.send("HEAD", &format!("{files}?path=/tmp"), &[], "").await;
     assert_eq!(head.headers["x-file-mode"], "1777");
 
-    // Of what the user cannot read there is an error, not half an archive.
+    // A file that the user cannot read is an error, not an incomplete archive.
     root("install -m 600 /etc/hostname /workspace/a/secret").await;
     let refused = api.get("/sandboxes/dev/tar?path=/workspace/a").await;
     assert_eq!(refused.status, 403, "{}", refused.text());
@@ -131,7 +131,7 @@ async fn files_belong_to_the_sandbox_user_and_keep_what_they_have() {
 }
 
 #[tokio::test]
-async fn watched_directory_reports_its_changes_and_its_end() {
+async fn watched_directory_reports_its_changes_and_its_removal() {
     let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     api.sh("dev", "mkdir -p /workspace/w /root-only; touch /workspace/w/old").await;
     api.exec(
@@ -152,7 +152,7 @@ async fn watched_directory_reports_its_changes_and_its_end() {
         command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     let mut lines = tokio::io::BufReader::new(printing.stdout.take().unwrap());
     let mut printed = String::new();
-    // It prints something once its watch stands.
+    // Changes the directory until the command prints one, so that its watch is known to be active.
     while printed.is_empty() {
         api.sh("dev", "touch /workspace/w/old").await;
         let read = tokio::io::AsyncBufReadExt::read_line(&mut lines, &mut printed);
@@ -185,9 +185,9 @@ async fn watched_directory_reports_its_changes_and_its_end() {
 }
 
 #[tokio::test]
-async fn listing_of_long_links_is_refused_and_harms_nobody() {
+async fn oversized_listing_is_refused_and_the_sandbox_keeps_working() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
-    // Ten times what a listing may take, in names alone.
+    // The link targets alone are ten times the size limit of a listing.
     let script = "import os\nos.mkdir('/workspace/m')\nfor i in range(20000): os.symlink('x' * 4000, f'/workspace/m/{i}')";
     let exec = json!({ "cmd": ["python3", "-c", script] });
     assert_eq!(api.call("POST", "/sandboxes/dev/exec", &exec).await.json()["exit_code"], 0);
@@ -216,7 +216,7 @@ async fn upload_is_whole_or_not_at_all() {
     timeout(LIMIT, settled).await.unwrap();
     assert!(api.get(&format!("{files}?path=/workspace/d/f")).await.body == "old");
 
-    // One whose length nobody announced.
+    // An upload without a content length.
     let mut chunked = api.connect().await;
     let begin = format!(
         "PUT {files}?path=/workspace/d/f HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nnew\r\n5\r\n file\r\n0\r\n\r\n"
@@ -229,7 +229,7 @@ async fn upload_is_whole_or_not_at_all() {
 }
 
 #[tokio::test]
-async fn upload_that_is_refused_is_heard_out_so_that_its_sender_learns_why() {
+async fn refused_upload_is_drained_so_that_the_client_reads_the_error() {
     const LENGTH: usize = 64 << 20;
     let daemon = TestDaemon::start().await;
     let api = Api::admin(&daemon);
@@ -247,7 +247,7 @@ async fn upload_that_is_refused_is_heard_out_so_that_its_sender_learns_why() {
 }
 
 #[tokio::test]
-async fn directories_go_down_and_up_as_archives() {
+async fn directories_are_downloaded_and_uploaded_as_archives() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     api.sh("dev", "mkdir -p /workspace/a/b && echo one >/workspace/a/1 && echo two >/workspace/a/b/2 && chmod 700 /workspace/a/b/2").await;
 
@@ -277,7 +277,7 @@ async fn directories_go_down_and_up_as_archives() {
 
 #[tokio::test]
 async fn large_file_goes_up_and_down_in_constant_memory() {
-    // Eight times what the daemon may grow by.
+    // Eight times the memory by which the daemon may grow.
     const BYTES: u64 = 256 << 20;
     let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
     let before = bhatti_testkit::resident_mib(daemon.pid());

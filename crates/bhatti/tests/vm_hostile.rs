@@ -1,4 +1,5 @@
-//! A guest whose kernel attacks its VMM: what that costs this host, and that other sandboxes go on.
+//! Guests whose kernels attack their VMMs: the cost to the host is bounded, and other sandboxes
+//! keep running.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -12,19 +13,20 @@ use futures_util::future::join_all;
 use serde_json::json;
 use tokio::time::timeout;
 
-/// The kinds of devices, as the virtio specification numbers them, and all at once.
+/// The type of a network device in the virtio specification.
 const NETWORK: u32 = 1;
+/// The attacked device types, as the virtio specification numbers them; 0 attacks all at once.
 const DEVICES: [(&str, u32); 4] = [("network", NETWORK), ("block", 2), ("console", 3), ("all", 0)];
 
 /// How long an attack may take.
 const ATTACK_TIME: Duration = Duration::from_secs(30);
 
-/// What the daemon may have in memory, in MiB: far more than it has with six sandboxes.
+/// Limit of the daemon's resident memory, in MiB: far more than it takes with five sandboxes.
 const DAEMON_MIB_MAX: u64 = 128;
-/// What the files that a VMM writes beside disk and memory may take on this host, in bytes.
+/// Limit of the files that a VMM writes besides disk and memory, in bytes.
 const FILES_BYTES_MAX: u64 = 8 << 20;
 
-/// Loads the module; minimal images have no insmod.
+/// Script that loads the module, because minimal images have no insmod.
 const LOAD: &str = r#"
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -33,8 +35,8 @@ if libc.syscall(313, file, sys.argv[1].encode(), 0):
     sys.exit(os.strerror(ctypes.get_errno()))
 "#;
 
-/// Attacks one kind of device, until the guest says that it has, does not answer any more, or the
-/// time of the attack is over: a process may hang for ever on the disk that it has broken.
+/// Attacks one device type until the guest reports completion, stops answering, or [`ATTACK_TIME`]
+/// is over: a process may hang forever on the disk that it has broken.
 async fn attack(daemon: &TestDaemon, api: &Api, name: &str, device: u32) {
     let mut create = daemon.cli(&["create", "--name", name, "--memory", "256", "--file"]);
     let module = repository().join("target/test-data/hostile.ko");
@@ -55,12 +57,13 @@ async fn attack(daemon: &TestDaemon, api: &Api, name: &str, device: u32) {
     };
     let answer = timeout(ATTACK_TIME, attacked).await.ok().flatten();
     if device == NETWORK {
-        // Without its card the guest does all else that it did: so the module was loaded, and went through its rounds.
+        // The guest works without its network card, so it can report that the module was loaded and
+        // completed its rounds.
         assert_eq!(answer.unwrap().json()["exit_code"], 0, "{name}");
     }
 }
 
-/// What the files in a VM's directory take, but for its disk and its memory.
+/// Returns the total size of the files in a VM's directory except disk and memory, in bytes.
 fn other_files_bytes(directory: &Path) -> u64 {
     let entries = std::fs::read_dir(directory).unwrap().flatten();
     let other = entries.filter(|entry| {
@@ -71,7 +74,7 @@ fn other_files_bytes(directory: &Path) -> u64 {
 }
 
 #[tokio::test]
-async fn guests_whose_kernels_attack_their_devices_harm_nobody_else() {
+async fn guest_kernels_that_attack_their_devices_harm_no_other_sandbox() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -85,7 +88,7 @@ async fn guests_whose_kernels_attack_their_devices_harm_nobody_else() {
 
     assert_eq!(api.sh("other", "echo undisturbed").await, "undisturbed\n");
     let resident = resident_mib(daemon.pid());
-    assert!(resident < DAEMON_MIB_MAX, "the daemon has {resident} MiB");
+    assert!(resident < DAEMON_MIB_MAX, "the daemon takes {resident} MiB");
     for directory in daemon.sandbox_directories() {
         let bytes = other_files_bytes(&directory);
         assert!(bytes < FILES_BYTES_MAX, "{}: {bytes} bytes", directory.display());

@@ -1,4 +1,5 @@
-//! What is one user's does not exist for another: on every route there is, as the API describes itself.
+//! Isolation between users: on every route of the API's description, the resources of one user do
+//! not exist for another.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +12,7 @@ use bhatti_testkit::{
 };
 use serde_json::{Map, Value, json};
 
-/// A request that makes sense, to a route of the description.
+/// A valid request to a route of the description.
 struct Call {
     method: String,
     path: String,
@@ -19,7 +20,7 @@ struct Call {
     body: Value,
 }
 
-/// All routes, with the parameters of their paths filled in.
+/// Returns a request for each route, with its path parameters filled in.
 fn calls(api: &Value, names: &BTreeMap<&str, &str>) -> Vec<Call> {
     let mut calls = Vec::new();
     for (route, operations) in api["paths"].as_object().expect("paths") {
@@ -47,7 +48,7 @@ fn calls(api: &Value, names: &BTreeMap<&str, &str>) -> Vec<Call> {
     calls
 }
 
-/// The least that a schema takes.
+/// Returns the smallest value that a schema accepts.
 fn example(api: &Value, schema: &Value) -> Value {
     if let Some(reference) = schema["$ref"].as_str() {
         return example(api, api.pointer(reference.trim_start_matches('#')).expect("a schema"));
@@ -67,7 +68,7 @@ fn example(api: &Value, schema: &Value) -> Value {
     }
 }
 
-/// Sends a call. Rates are another matter: they are the caller's own.
+/// Sends a request, and repeats it while it is rate limited: rate limits are not tested here.
 async fn send(caller: &Api, call: &Call) -> Answer {
     loop {
         let answer = caller.call(&call.method, &call.path, &call.body).await;
@@ -78,7 +79,8 @@ async fn send(caller: &Api, call: &Call) -> Answer {
     }
 }
 
-/// A program that gives up root's right to become another user, as containers do, and runs bhatti.
+/// Writes a program that drops root's capabilities to switch users, as containers do, and runs
+/// bhatti.
 fn bhatti_without_users(place: &Path) -> PathBuf {
     let script = format!(
         "#!/bin/sh\nexec setpriv --inh-caps=-setuid,-setgid --bounding-set=-setuid,-setgid {} \"$@\"\n",
@@ -92,8 +94,8 @@ fn bhatti_without_users(place: &Path) -> PathBuf {
 }
 
 #[tokio::test]
-async fn root_daemon_without_other_users_runs_sandboxes_and_warns() {
-    const WHAT: &str = "a daemon of root that cannot become another user";
+async fn root_daemon_that_cannot_switch_users_runs_sandboxes_and_warns() {
+    const WHAT: &str = "a root daemon that cannot switch users";
     if engine() != "qemu" {
         return;
     }
@@ -104,23 +106,23 @@ async fn root_daemon_without_other_users_runs_sandboxes_and_warns() {
     let program = bhatti_without_users(place.path());
     let version = bhatti_host::process::command(&program).arg("version").output().await;
     if !version.is_ok_and(|version| version.status.success()) {
-        return skip(WHAT, "this process cannot give up a capability for good");
+        return skip(WHAT, "this process cannot drop a capability from its bounding set");
     }
     let mut daemon = TestDaemon::start_with(Serve { program, ..Serve::default() }).await;
     daemon.client.create(&named("dev")).await.expect("a sandbox");
     shell(&daemon.client, "dev", "echo kept >/dev/shm/file").await;
 
     assert!(daemon.log().contains("QEMU runs as the daemon's user"), "{}", daemon.log());
-    daemon.client.stop("dev").await.expect("it is saved");
+    daemon.client.stop("dev").await.expect("the sandbox stops");
 
-    // A daemon with all capabilities takes the sandbox up.
+    // A daemon with all capabilities starts the saved sandbox.
     daemon.terminate().await;
     daemon.serve_with(|serve| serve.program = dist("bhatti")).await;
-    daemon.client.start("dev", &StartSandbox::default()).await.expect("it wakes");
+    daemon.client.start("dev", &StartSandbox::default()).await.expect("the sandbox starts");
     assert_eq!(shell(&daemon.client, "dev", "cat /dev/shm/file").await, "kept\n");
 }
 
-/// What an answer says, but for the name that was asked for.
+/// Returns status, code and error text of a response, with `name` in the text replaced.
 fn said(answer: &Answer, name: &str) -> (u16, String, String) {
     let (status, code) = answer.refusal();
     let error = answer.json()["error"].as_str().unwrap_or_default().replace(name, "NAME");
@@ -128,7 +130,7 @@ fn said(answer: &Answer, name: &str) -> (u16, String, String) {
 }
 
 #[tokio::test]
-async fn what_is_one_users_does_not_exist_for_another() {
+async fn no_route_shows_the_resources_of_another_user() {
     let config = "listen: 127.0.0.1:0\n".to_owned();
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let admin = Api::admin(&daemon);

@@ -1,6 +1,6 @@
-//! What one tenant can take from the host and from other tenants, on real VMs.
+//! Limits on what one tenant can take from the host and from other tenants, with real VMs.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
-#![expect(clippy::print_stderr, reason = "figures are shown where the output is")]
+#![expect(clippy::print_stderr, reason = "measurements are shown with the test's output")]
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-/// Replaces the content of a file in place with what cannot be compressed.
+/// Command that overwrites a file in place with random bytes, which do not compress.
 const REWRITE: &str =
     "dd if=/dev/urandom of=/workspace/file bs=1M count=64 conv=notrunc,fsync status=none";
 
@@ -27,7 +27,7 @@ async fn daemon_on_tcp() -> (TestDaemon, Api) {
     (daemon, admin)
 }
 
-/// A user with these limits.
+/// Creates a user with `limits` and returns its client.
 async fn user(daemon: &TestDaemon, admin: &Api, name: &str, limits: Value) -> Api {
     let mut request = limits;
     request["name"] = name.into();
@@ -42,14 +42,14 @@ async fn create(api: &Api, request: Value) -> String {
     made.json()["id"].as_str().unwrap().to_owned()
 }
 
-/// The layers of a sandbox's disk.
+/// Lists the layers of a sandbox's disk.
 fn layers(directory: &Path) -> Vec<PathBuf> {
     let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     files.filter(|path| path.extension().is_some_and(|it| it == "qcow2")).collect()
 }
 
 #[tokio::test]
-async fn tenant_that_rewrites_its_disk_and_keeps_snapshots_is_stopped_by_its_disk_limit() {
+async fn disk_limit_bounds_the_snapshots_of_a_rewritten_disk() {
     if !needs(Feature::LayeredDisks) {
         return;
     }
@@ -72,13 +72,13 @@ async fn tenant_that_rewrites_its_disk_and_keeps_snapshots_is_stopped_by_its_dis
         }
     }
 
-    let (rounds, answer) = refused.expect("the disk limit is reached");
+    let (rounds, answer) = refused.expect("a snapshot is refused at the disk limit");
     assert!(rounds > 1, "{}", answer.text());
     assert_eq!(answer.refusal(), (429, "quota_exceeded".to_owned()));
     let error = answer.json()["error"].as_str().unwrap().to_owned();
     assert!(error.contains("disk limit") && error.contains("600 MiB"), "{error}");
     assert_eq!(alice.call("POST", "/sandboxes/dev/fork", &json!({})).await.status, 429);
-    // The sandbox goes on, and giving snapshots up makes room.
+    // The sandbox keeps running, and deleting snapshots frees space.
     assert_eq!(alice.sh("dev", "echo on").await, "on\n");
     for round in 0..rounds {
         let deleted = alice.call("DELETE", &format!("/snapshots/s{round}"), &Value::Null).await;
@@ -89,14 +89,14 @@ async fn tenant_that_rewrites_its_disk_and_keeps_snapshots_is_stopped_by_its_dis
 }
 
 #[tokio::test]
-async fn layers_of_deleted_snapshots_are_merged_when_they_take_much_of_the_disk() {
+async fn layers_of_deleted_snapshots_are_merged_at_a_quarter_of_the_disk() {
     if !needs(Feature::LayeredDisks) {
         return;
     }
     let (daemon, admin) = daemon_on_tcp().await;
     create(&admin, json!({ "name": "dev", "memory_mb": 256 })).await;
     let directory = daemon.sandbox_directories()[0].clone();
-    // 304 MiB from memory: random bytes would take the emulated processor a minute.
+    // Copies 304 MiB from memory: random bytes would take the emulated processor a minute.
     admin.sh("dev", "head -c 16M /dev/urandom >/dev/shm/piece").await;
     let write = "for i in $(seq 0 18); do dd if=/dev/shm/piece of=/workspace/file bs=16M seek=$i conv=notrunc status=none; done; sync";
     let mut most = 0;
@@ -109,7 +109,8 @@ async fn layers_of_deleted_snapshots_are_merged_when_they_take_much_of_the_disk(
     }
     let sum = admin.sh("dev", "sha256sum </workspace/file").await;
 
-    // Six rounds leave six layers with 304 MiB each; at 1 GiB, a quarter of the disk, they are merged.
+    // Six rounds make six layers of 304 MiB each. At 1 GiB, a quarter of the disk, the daemon
+    // merges them.
     assert!(most >= 4, "{most} layers");
     assert!(layers(&directory).len() <= 4, "{:?}", layers(&directory));
     admin.call("POST", "/sandboxes/dev/stop", &Value::Null).await;
@@ -144,7 +145,8 @@ async fn daemon_listens_while_twenty_guests_hang() {
     daemon.listen().await;
     let health = admin.get("/health").await.json();
     eprintln!("answered {} ms after the start: {health}", began.elapsed().as_millis());
-    // None of them can be taken up, so the daemon answered before any was. A spare may be among them.
+    // The daemon cannot adopt a hanging guest, so it answered before it had adopted any. A spare
+    // may be counted, too.
     assert!(health["taking_up"].as_u64() >= Some(20), "{health}");
     assert_eq!(admin.get("/sandboxes").await.json().as_array().map(Vec::len), Some(20));
 
@@ -160,7 +162,7 @@ async fn daemon_listens_while_twenty_guests_hang() {
     assert_eq!(admin.sh("s7", "echo alive").await, "alive\n");
 }
 
-/// Requests whose answers nobody reads. They end when this is dropped.
+/// Requests whose responses the client never reads. Dropping this value ends them.
 #[derive(Default)]
 struct Unread {
     requests: JoinSet<()>,
@@ -182,7 +184,7 @@ impl Unread {
                 let headers = [("content-type", "application/json"), ("accept", accept)];
                 let answer = api.begin(method, path, &headers, body).await;
                 statuses.lock().unwrap().push(answer.status().as_u16());
-                // The head is there; the body stays unread.
+                // The head has been read; the body stays unread.
                 std::future::pending::<()>().await;
                 drop(answer);
             });
@@ -191,7 +193,7 @@ impl Unread {
 }
 
 #[tokio::test]
-async fn daemon_stays_small_and_answers_others_under_everything_a_tenant_can_do() {
+async fn daemon_stays_small_and_serves_others_under_a_hostile_tenant() {
     const SILENT: usize = 8192;
     if !needs(Feature::LayeredDisks) {
         return;
@@ -199,7 +201,7 @@ async fn daemon_stays_small_and_answers_others_under_everything_a_tenant_can_do(
     let files = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: files.maximum, maximum: files.maximum }).unwrap();
     let (mut daemon, admin) = daemon_on_tcp().await;
-    // The admin does the harm: other users' requests have rates, which hold most of these off.
+    // The admin makes the hostile requests: the rate limits of other users would refuse most.
     let alice = admin.clone();
     create(&alice, json!({ "name": "hostile", "keep_hot": true })).await;
     let hostile = daemon.sandbox_directories()[0].clone();
@@ -227,7 +229,7 @@ async fn daemon_stays_small_and_answers_others_under_everything_a_tenant_can_do(
     }
     let mut silent = Vec::new();
     while silent.len() < SILENT {
-        // The listener closes the oldest ones; connecting never fails.
+        // Connecting never fails: the listener closes its oldest silent connection.
         silent.push(TcpStream::connect(daemon.api_address()).await.unwrap());
     }
     let (mut most, mut waits) = (before, Vec::new());
@@ -244,7 +246,7 @@ async fn daemon_stays_small_and_answers_others_under_everything_a_tenant_can_do(
     let statuses = unread.statuses.lock().unwrap().clone();
     let count = |wanted: u16| statuses.iter().filter(|&&status| status == wanted).count();
     let [streams, refused] = [200, 503].map(count);
-    eprintln!("{streams} answers began and {refused} were refused, of {}", statuses.len());
+    eprintln!("{streams} responses began and {refused} were refused, of {}", statuses.len());
     assert!(streams > 10, "{statuses:?}");
     eprintln!(
         "{before} MiB before, {most} MiB at most; a list took {median:?}, {longest:?} at most"

@@ -1,4 +1,5 @@
-//! Networks of real guests. Everything of this host that they meet is in a network of the test's own.
+//! Networks of real guests. Each test runs in its own network namespace, which has all host
+//! addresses that the guests reach.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -11,10 +12,10 @@ use bhatti_testkit::{
 };
 use serde_json::{Value, json};
 
-/// An address of this host, in a range that sandboxes reach only if they are allowed to.
+/// An address of the host in a range that sandboxes reach only if their policy allows it.
 const PRIVATE: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
 
-/// Sends one echo request and waits for its answer.
+/// Script that sends one echo request and waits for the reply.
 const PING: &str = "
 import os, socket, struct, sys
 s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
@@ -31,7 +32,7 @@ while True:
         break
 ";
 
-/// Connects, says hello, and keeps the connection. What became of it is in a file.
+/// Script that connects, keeps the connection, and records its state in `/tmp/held`.
 const HOLD: &str = "
 import socket, sys, time
 s = socket.create_connection((sys.argv[1], 7777))
@@ -46,20 +47,20 @@ except OSError as error:
 fn ready(what: &str) -> bool {
     let ready = enter_own_network();
     if !ready {
-        skip(what, "a network of one's own needs root");
+        skip(what, "a network namespace needs root");
     }
     ready
 }
 
 fn here(program: &str, arguments: &[&str]) -> String {
-    #[expect(clippy::disallowed_methods, reason = "it must run in this thread's network")]
+    #[expect(clippy::disallowed_methods, reason = "the program must run in this thread's network")]
     let output = std::process::Command::new(program).args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{program} {arguments:?}: {said}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The taps in this test's network.
+/// Lists the taps in this test's network namespace.
 fn taps() -> String {
     let links = here("ip", &["-brief", "link"]);
     let is_tap = |line: &&str| line.starts_with("bh") && !line.starts_with("bhatti");
@@ -78,7 +79,7 @@ async fn post(api: &Api, path: &str, body: &Value) -> Value {
     answer.json()
 }
 
-/// What a script prints, and whether it succeeds.
+/// Runs a script. Returns what it prints, trimmed, and whether it succeeds.
 async fn sh(api: &Api, sandbox: &str, script: &str) -> (String, bool) {
     let ran = api.exec(sandbox, json!({ "cmd": ["sh", "-c", script] })).await;
     (ran["stdout"].as_str().unwrap().trim().to_owned(), ran["exit_code"] == 0)
@@ -88,11 +89,11 @@ async fn ip_of(api: &Api, sandbox: &str) -> String {
     let row = api.get(&format!("/sandboxes/{sandbox}")).await.json();
     let told = row["ip"].as_str().unwrap().to_owned();
     let (has, _) = sh(api, sandbox, "ip -4 -o addr show dev eth0 | awk '{print $4}'").await;
-    assert_eq!(has, format!("{told}/24"), "{sandbox} is what it is said to be");
+    assert_eq!(has, format!("{told}/24"), "{sandbox} does not have the address that is listed");
     told
 }
 
-/// Has a sandbox answer at port 7777 with its own name.
+/// Starts a server in a sandbox that returns the sandbox's name on port 7777.
 async fn serve_name(api: &Api, sandbox: &str) {
     let script =
         "mkdir -p /tmp/www && cd /tmp/www && hostname >name && exec python3 -m http.server 7777";
@@ -113,7 +114,7 @@ async fn name_at(api: &Api, from: &str, at: &str) -> Option<String> {
 }
 
 #[tokio::test]
-async fn siblings_ping_and_talk_and_go_on_after_every_sleep_and_forks_have_another_address() {
+async fn siblings_stay_connected_after_every_restart_and_forks_get_their_own_address() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -139,11 +140,12 @@ async fn siblings_ping_and_talk_and_go_on_after_every_sleep_and_forks_have_anoth
     let (lookups, _) = sh(&api, "one", "getent hosts one two; cat /etc/hosts").await;
     assert!(lookups.contains(&two) && lookups.contains("localhost one"), "{lookups}");
     let (sixth, _) = sh(&api, "one", "ip -6 -o addr show dev eth0").await;
-    assert_eq!(sixth, "", "no address of the sixth version");
+    assert_eq!(sixth, "", "the guest has an IPv6 address");
 
-    // Stopped and started; asleep when another calls; the daemon killed, and gone for good.
+    // The network works after a stop and a start, after a kill of the daemon, and after a daemon
+    // that saved its sandboxes.
     post(&api, "/sandboxes/two/stop", &json!({})).await;
-    assert_eq!(name_at(&api, "one", "two").await, None, "it is stopped");
+    assert_eq!(name_at(&api, "one", "two").await, None, "a stopped sandbox answered");
     post(&api, "/sandboxes/two/start", &json!({})).await;
     assert_eq!(name_at(&api, "one", "two").await, named);
     daemon.kill().await;
@@ -152,24 +154,24 @@ async fn siblings_ping_and_talk_and_go_on_after_every_sleep_and_forks_have_anoth
     daemon.terminate().await;
     daemon.serve_with(|serve| serve.arguments = vec!["--stop-sandboxes".into()]).await;
     daemon.terminate().await;
-    assert!(daemon.all_vmm_pids().is_empty(), "all sleep");
-    // An interface goes a moment after who had it.
+    assert!(daemon.all_vmm_pids().is_empty(), "a VMM still runs");
+    // The kernel removes a tap a moment after its VMM has ended.
     wait_for("no taps", || taps().is_empty()).await;
     daemon.serve().await;
-    assert_eq!(sh(&api, "two", "hostname").await.0, "two", "woken by that");
+    assert_eq!(sh(&api, "two", "hostname").await.0, "two", "the command did not wake it");
     assert_eq!(name_at(&api, "one", "two").await, named);
     assert_eq!((ip_of(&api, "one").await, ip_of(&api, "two").await), (one.clone(), two.clone()));
 
-    // A fork is another, with connections of its own alone; the parent's go on.
+    // A fork gets another address and loses the parent's connections, which the parent keeps.
     let hold = json!({ "cmd": ["python3", "/tmp/hold.py", "one"], "detach": true });
     post(&api, "/sandboxes/two/exec", &hold).await;
     sh(&api, "two", "while ! test -s /tmp/held; do sleep 0.05; done").await;
     post(&api, "/sandboxes/two/fork", &json!({ "name": "heir" })).await;
     let heir = ip_of(&api, "heir").await;
     assert!(heir != one && heir != two, "{heir}");
-    assert_eq!(ip_of(&api, "two").await, two, "the parent keeps its own");
+    assert_eq!(ip_of(&api, "two").await, two, "the parent's address changed");
     assert_eq!(name_at(&api, "one", "two").await, named);
-    assert_eq!(name_at(&api, "one", "heir").await, named, "the same memory");
+    assert_eq!(name_at(&api, "one", "heir").await, named, "the fork lacks the parent's server");
     assert_eq!(name_at(&api, "heir", "one").await, Some("one".to_owned()));
     let row = api.get("/sandboxes/heir").await.json();
     assert_eq!(row["identity"]["connections"]["result"], "done", "{row}");
@@ -183,14 +185,14 @@ async fn siblings_ping_and_talk_and_go_on_after_every_sleep_and_forks_have_anoth
     assert_eq!(sh(&api, "two", "cat /tmp/held").await.0, "connected");
 }
 
-/// Whether a sandbox reaches this host at [`PRIVATE`].
+/// Whether a sandbox reaches the host at [`PRIVATE`].
 async fn reaches_here(api: &Api, sandbox: &str) -> bool {
     let (said, _) = sh(api, sandbox, &format!("curl -s --max-time 5 http://{PRIVATE}:9000/")).await;
     said == "hello"
 }
 
 #[tokio::test]
-async fn policy_is_in_force_in_every_life_of_a_sandbox_and_of_the_daemon() {
+async fn policy_holds_after_every_restart_of_sandbox_and_daemon() {
     if !ready("policies of real guests") {
         return;
     }
@@ -227,25 +229,25 @@ async fn policy_is_in_force_in_every_life_of_a_sandbox_and_of_the_daemon() {
     }
     assert_eq!(both(&api).await, (true, false), "after a cold boot");
 
-    // Rules that were lost are back before anybody goes on.
+    // The daemon restores lost rules before it runs a sandbox, and in regular checks.
     daemon.kill().await;
     here("nft", &["flush", "ruleset"]);
     daemon.serve().await;
     assert_eq!(both(&api).await, (true, false), "after the daemon's death");
     here("nft", &["flush", "ruleset"]);
-    wait_for("the rules that somebody flushed", || {
+    wait_for("the flushed rules to be restored", || {
         here("nft", &["list", "ruleset"]).contains("chain from_guest")
     })
     .await;
-    assert_eq!(both(&api).await, (true, false), "after somebody else's flush");
+    assert_eq!(both(&api).await, (true, false), "after another program's flush");
     here("nft", &["flush", "ruleset"]);
     post(&api, "/sandboxes/shut/stop", &json!({})).await;
     post(&api, "/sandboxes/shut/start", &json!({})).await;
-    assert!(!reaches_here(&api, "shut").await, "before it ran again");
+    assert!(!reaches_here(&api, "shut").await, "the rules were not restored before the start");
 }
 
 #[tokio::test]
-async fn policy_that_cannot_be_applied_is_an_error_and_nothing_runs_without_it() {
+async fn sandbox_is_not_started_if_its_policy_cannot_be_applied() {
     if !ready("policies that cannot be applied") {
         return;
     }
@@ -254,7 +256,7 @@ async fn policy_that_cannot_be_applied_is_an_error_and_nothing_runs_without_it()
     let api = Api::admin(&daemon);
     create(&api, &json!({ "name": "dev" })).await;
     post(&api, "/sandboxes/dev/stop", &json!({})).await;
-    // The bridge is somebody else's now.
+    // Replaces the daemon's bridge with one that lacks the daemon's mark.
     here("ip", &["link", "delete", "bhatti0"]);
     here("ip", &["link", "add", "bhatti0", "type", "bridge"]);
 
@@ -262,8 +264,8 @@ async fn policy_that_cannot_be_applied_is_an_error_and_nothing_runs_without_it()
         let answer = api.call("POST", path, &request).await;
         assert_eq!(answer.refusal(), (503, "not_set_up".into()), "{path}");
         let text = answer.text();
-        assert!(text.contains("the interface `bhatti0` belongs to somebody else"), "{text}");
-        wait_for("nothing that runs", || daemon.all_vmm_pids().is_empty()).await;
+        assert!(text.contains("the interface `bhatti0` does not belong to this daemon"), "{text}");
+        wait_for("the end of all VMMs", || daemon.all_vmm_pids().is_empty()).await;
     }
     let rows = api.get("/sandboxes").await.json();
     assert_eq!(rows.as_array().map(Vec::len), Some(1), "{rows}");
@@ -275,8 +277,8 @@ async fn policy_that_cannot_be_applied_is_an_error_and_nothing_runs_without_it()
 }
 
 #[tokio::test]
-async fn nothing_is_left_of_networks_after_destruction_and_after_a_crash() {
-    if !ready("what is left of networks") {
+async fn networks_leave_nothing_after_destruction_or_a_crash() {
+    if !ready("the removal of networks") {
         return;
     }
     let config = "ready_vmms: 0\n".to_owned();
@@ -299,7 +301,8 @@ async fn nothing_is_left_of_networks_after_destruction_and_after_a_crash() {
     assert_eq!(api.call("DELETE", "/sandboxes/dev", &Value::Null).await.status, 200);
     assert_eq!(there(), before);
 
-    // Died between the row and the VM, or the sandbox.
+    // The daemon dies after it has inserted the row: before the VM runs, or before the sandbox is
+    // complete.
     let step = if engine_has(Feature::SavedMemory) { "running" } else { "inserted" };
     daemon.terminate().await;
     daemon.serve_with(|serve| serve.fault = Some(format!("daemon:{step}"))).await;
@@ -312,7 +315,7 @@ async fn nothing_is_left_of_networks_after_destruction_and_after_a_crash() {
 }
 
 #[tokio::test]
-async fn sandbox_without_a_network_has_no_card_and_is_used_and_published_all_the_same() {
+async fn sandbox_without_a_network_has_no_card_but_can_be_used_and_published() {
     let config = "public_listen: 127.0.0.1:0\n".to_owned();
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let api = Api::admin(&daemon);
@@ -334,7 +337,7 @@ async fn sandbox_without_a_network_has_no_card_and_is_used_and_published_all_the
 }
 
 #[tokio::test]
-async fn network_that_cannot_be_is_refused_before_anything_is_made() {
+async fn invalid_network_request_is_refused_before_creation() {
     let config = "listen: 127.0.0.1:0\nnetwork: off\n".to_owned();
     let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let api = Api::admin(&daemon);
@@ -364,7 +367,7 @@ async fn network_that_cannot_be_is_refused_before_anything_is_made() {
         assert_eq!(forbidden, (403, "forbidden".to_owned()));
         let allowed = create(&bob, &json!({ "network_allow": ["10.9.8.0/24"] })).await;
         assert_eq!(allowed["network_allow"], json!(["10.9.8.0/24"]));
-        // Another user's sandbox is neither reached nor known.
+        // Another user's sandbox can be reached neither by its address nor by its name.
         create(&api, &json!({ "name": "mine" })).await;
         serve_name(&api, "mine").await;
         let (mine, bobs) = (ip_of(&api, "mine").await, allowed["id"].as_str().unwrap());
@@ -375,7 +378,7 @@ async fn network_that_cannot_be_is_refused_before_anything_is_made() {
         let gone = api.call("DELETE", "/sandboxes/mine", &Value::Null).await;
         assert!(gone.status.is_success(), "{}", gone.text());
     } else {
-        skip("what users may allow", "a network needs root");
+        skip("`network_allow` of a user", "a network needs root");
     }
-    assert_eq!(api.get("/sandboxes").await.json(), json!([]), "nothing of what was refused");
+    assert_eq!(api.get("/sandboxes").await.json(), json!([]), "a refused request left a sandbox");
 }

@@ -1,4 +1,5 @@
-//! Ports of a real guest, through the API and through aliases. The application in the guest says exactly what arrived.
+//! Ports of a real guest, reached through the API and through aliases. The application in the guest
+//! echoes exactly what it received.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -14,7 +15,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 const UPSTREAM: &str = include_str!("guest/upstream.py");
 
-/// A daemon with a sandbox in which the application listens at port 8000.
+/// Starts a daemon with a sandbox whose application listens on port 8000.
 async fn with_application(config: &str) -> (TestDaemon, Api) {
     let files = json!([{ "path": "/tmp/upstream.py", "content": UPSTREAM }]);
     let request = json!({ "name": "dev", "files": files });
@@ -26,18 +27,18 @@ async fn with_application(config: &str) -> (TestDaemon, Api) {
     (daemon, api)
 }
 
-/// A header that arrived, or null.
+/// Returns a header that the application received, or null.
 fn arrived(echo: &Value, name: &str) -> Value {
     let headers = echo["headers"].as_array().unwrap();
     headers.iter().find(|pair| pair[0] == name).map_or(Value::Null, |pair| pair[1].clone())
 }
 
 #[tokio::test]
-async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
+async fn requests_pass_unchanged_except_for_hop_by_hop_headers() {
     let (daemon, api) = with_application("listen: 127.0.0.1:0\n").await;
     let base = "/sandboxes/dev/proxy/8000";
 
-    // Path and query, as they were sent.
+    // The application receives path and query as sent.
     let latin = api.get(&format!("{base}/%E9%00")).await.json();
     assert_eq!(latin["path"], "/%E9%00");
     let echo = api.get(&format!("{base}/a%2Fb//c/?q=%20&token=csrf")).await.json();
@@ -68,10 +69,10 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
         assert!(!answer.headers.contains_key(gone), "{gone}");
     }
     assert_eq!(answer.headers["x-end"], "1");
-    // A page of it is none of the API's origin.
+    // The response does not share the API's origin.
     is_confined(&answer);
 
-    // Every method; a body with HEAD there is none.
+    // Every method passes. A response to HEAD has no body.
     for method in ["PUT", "PATCH", "DELETE", "OPTIONS"] {
         assert_eq!(api.send(method, &format!("{base}/m"), &[], "").await.json()["method"], method);
     }
@@ -79,7 +80,7 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
     assert_eq!((head.headers["x-head"].to_str().unwrap(), head.body.len()), ("yes", 0));
     assert!(head.headers["content-length"].to_str().unwrap().parse::<u64>().unwrap() > 0);
 
-    // A body where nobody expects one.
+    // A GET request with a body passes, too.
     let mut get = api.connect().await;
     let request = format!(
         "GET {base}/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
@@ -98,7 +99,7 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
     let echo = api.send("POST", &format!("{base}/up"), &[], body).await.json();
     assert_eq!(echo["length"], 3 << 20);
 
-    // What a caller on the network shows to be let in stays here.
+    // The daemon does not pass a network client's key or ticket to the application.
     let user = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
     let key = user["api_key"].as_str().unwrap();
     let bob = Api::tcp(daemon.api_address(), Some(key));
@@ -110,7 +111,7 @@ async fn requests_pass_as_they_are_but_for_what_is_about_one_connection() {
 }
 
 #[tokio::test]
-async fn application_that_does_not_answer_is_the_right_error() {
+async fn application_failure_maps_to_its_error_code() {
     let (daemon, api) = with_application("proxy_timeout_sec: 2\n").await;
     let base = "/sandboxes/dev/proxy";
     for (path, status, code) in [
@@ -127,7 +128,7 @@ async fn application_that_does_not_answer_is_the_right_error() {
     }
     assert_eq!(api.get("/sandboxes/nobody/proxy/80/").await.refusal().0, 404);
 
-    // Whoever goes away leaves nothing behind.
+    // The daemon closes the descriptors of a client that disconnects.
     let count = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
     let before = count();
     for _ in 0..20 {
@@ -135,26 +136,26 @@ async fn application_that_does_not_answer_is_the_right_error() {
         let head = format!("GET {base}/8000/silent HTTP/1.1\r\nHost: x\r\n\r\n");
         gone.write_all(head.as_bytes()).await.unwrap();
     }
-    wait_for("descriptors of clients that went away are closed", || count() <= before).await;
+    wait_for("closed descriptors of disconnected clients", || count() <= before).await;
 }
 
 #[tokio::test]
-async fn answer_to_an_upload_that_is_not_heard_out_arrives() {
+async fn early_response_reaches_a_client_that_is_still_uploading() {
     let (daemon, api) = with_application("public_listen: 127.0.0.1:0\n").await;
     let publish = json!({ "port": 8000, "alias": "web" });
     assert_eq!(api.call("POST", "/sandboxes/dev/publish", &publish).await.status, 201);
     for (size, round) in [(300_000, 0), (300_000, 1), (2 << 20, 0), (2 << 20, 1)] {
-        // This client reads only when it has sent everything.
+        // This client reads only after it has sent everything.
         let mut client = tokio::net::TcpStream::connect(daemon.public_address()).await.unwrap();
         let head = format!(
             "POST /web/early HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
         );
         client.write_all(head.as_bytes()).await.unwrap();
         let sent = timeout(bhatti_testkit::LIMIT, client.write_all(&vec![0; size])).await;
-        sent.expect("it is heard out").unwrap();
+        sent.expect("the daemon drains the upload").unwrap();
         let mut answer = vec![0; 12];
         let read = timeout(bhatti_testkit::LIMIT, client.read_exact(&mut answer)).await;
-        read.expect("it is answered").unwrap();
+        read.expect("the daemon responds").unwrap();
         assert_eq!(answer, b"HTTP/1.1 413", "{size} bytes, round {round}");
     }
 }
@@ -170,7 +171,8 @@ async fn events_arrive_one_by_one() {
         frame.unwrap().unwrap().into_data().unwrap()
     };
 
-    // The second one comes only when it is asked for, and it is asked for only when the first one has come.
+    // The application sends the second event only after `/go`, which the test requests only after
+    // the first event has arrived.
     assert_eq!(next().await, "data: first\n\n");
     assert_eq!(api.get(&format!("{base}/go")).await.text(), "gone");
     assert_eq!(next().await, "data: second\n\n");
@@ -182,13 +184,13 @@ async fn websockets_pass_and_keep_the_sandbox_hot() {
     let (daemon, api) = with_application(config).await;
     let mut socket = api.websocket("/sandboxes/dev/proxy/8000/ws?x=1", &[]).await.unwrap();
 
-    // What came in one packet with the head of the answer is not lost.
+    // A message in the same packet as the response head is not lost.
     assert_eq!(message(&mut socket).await, Some(Message::text("early")));
     for text in ["hello", &"y".repeat(60_000)] {
         socket.send(Message::text(text)).await.unwrap();
         assert_eq!(message(&mut socket).await, Some(Message::text(text)));
     }
-    // The job would keep it hot, too.
+    // The job would keep the sandbox hot, too, so the test ends it below.
     let jobs = api.get("/sandboxes/dev/jobs").await.json();
     assert_eq!(jobs[0]["running"], true);
     drop(socket);
@@ -215,13 +217,14 @@ async fn websockets_pass_and_keep_the_sandbox_hot() {
     drop(daemon);
 }
 
-/// A page with such headers has an origin of its own.
+/// Checks that the headers give the page an origin of its own.
 fn is_confined(answer: &Answer) {
     let policy = answer.headers["content-security-policy"].to_str().unwrap();
     assert!(policy.starts_with("sandbox ") && !policy.contains("allow-same-origin"), "{policy}");
 }
 
-/// Its own pages are no stranger's, and its redirects and cookies lead back to it.
+/// Checks that the application sees requests from its own pages as same-origin, and that its
+/// redirects and cookies point back to its public address.
 async fn application_is_at_its_own_address(public: &Api, port: u16) {
     let own = format!("http://web.sb.test:{port}");
     let headers = [("host", &own["http://".len()..]), ("origin", own.as_str())];
@@ -243,7 +246,7 @@ async fn application_is_at_its_own_address(public: &Api, port: u16) {
 }
 
 #[tokio::test]
-async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
+async fn published_port_is_reached_only_by_its_name_and_path() {
     let config = "public_listen: 127.0.0.1:0\npublic_zone: sb.test\n";
     let (daemon, api) = with_application(config).await;
     let public = Api::tcp(daemon.public_address(), None);
@@ -257,7 +260,8 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
         format!("http://127.0.0.1:{port}/web/"),
     ];
     assert_eq!(published.json()["urls"], json!(urls));
-    // Again is the same; another name for it, or another port of the name, is not.
+    // Publishing again with the same alias changes nothing. Another alias for the port, or another
+    // port for the alias, is refused.
     assert_eq!(api.call("POST", "/sandboxes/dev/publish", &publish).await.json(), published.json());
     for taken in
         [json!({ "port": 8000, "alias": "other" }), json!({ "port": 8001, "alias": "web" })]
@@ -276,7 +280,7 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
     }
 
     let answer = public.get("/web/a/b?c").await;
-    // All that are reached by path have one host name, and so are no page of each other's origin.
+    // Applications that are reached by path share a host name, so each gets an origin of its own.
     is_confined(&answer);
     let by_path = answer.json();
     assert_eq!(
@@ -307,7 +311,8 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
         assert_eq!(public.get(nothing).await.refusal(), (404, "not_found".to_owned()), "{nothing}");
     }
 
-    // It wakes what is paused, and says no more than that it cannot be reached of what is stopped.
+    // A request wakes a paused sandbox. For a stopped sandbox, the response says only that the
+    // application cannot be reached.
     assert_eq!(
         api.call("POST", "/sandboxes/dev/pause", &Value::Null).await.json()["thermal"],
         "warm"
@@ -333,7 +338,7 @@ async fn published_port_is_reached_by_name_and_path_and_by_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_thousand_idle_websockets_are_no_burden() {
+async fn thousand_idle_websockets_take_little_memory() {
     let (daemon, api) = with_application("").await;
     let mut sockets = Vec::new();
     for number in 0..1000 {
@@ -350,15 +355,15 @@ async fn a_thousand_idle_websockets_are_no_burden() {
     let exec = json!({ "cmd": ["true"] });
     assert_eq!(api.call("POST", "/sandboxes/dev/exec", &exec).await.json()["exit_code"], 0);
     let rss = bhatti_testkit::resident_mib(daemon.pid());
-    assert!(rss < 150, "the daemon has {rss} MiB");
+    assert!(rss < 150, "the daemon takes {rss} MiB");
 
     sockets.clear();
     let count = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
-    wait_for("all descriptors are closed", || count() < 50).await;
+    wait_for("closed descriptors", || count() < 50).await;
 }
 
 #[tokio::test]
-async fn command_and_shell_sockets_take_no_page_of_another_origin() {
+async fn command_and_shell_websockets_refuse_other_origins() {
     let (daemon, api) = with_application("").await;
     for path in ["/sandboxes/dev/ws?new=true", "/sandboxes/dev/exec/ws"] {
         for origin in ["http://evil.test", "null", "http://daemon.test.evil.test"] {
@@ -378,7 +383,7 @@ async fn command_and_shell_sockets_take_no_page_of_another_origin() {
     drop(daemon);
 }
 
-/// A listener at port 8200 that never says anything, and reads nothing.
+/// A listener on port 8200 that sends nothing and reads nothing.
 const LISTENER: &str = "import socket, time
 server = socket.create_server(('', 8200))
 kept = []
@@ -386,11 +391,11 @@ while True:
     kept.append(server.accept()[0])
 ";
 
-/// How many WebSockets are open, as the daemon counts them.
+/// Returns the daemon's count of open WebSockets.
 async fn open_websockets(api: &Api) -> String {
     let metrics = api.get("/metrics").await.text();
     let line = metrics.lines().find_map(|line| line.strip_prefix("bhatti_websockets "));
-    line.expect("it is measured").to_owned()
+    line.expect("the daemon counts open WebSockets").to_owned()
 }
 
 #[tokio::test]
@@ -405,24 +410,24 @@ async fn forwarded_connection_ends_with_its_client() {
 
     let silent = api.websocket("/sandboxes/dev/forward/8200", &[]).await.unwrap();
     let mut stuck = api.websocket("/sandboxes/dev/forward/8200", &[]).await.unwrap();
-    // Until nothing more is taken on the way to an application that does not read.
+    // Sends until all buffers on the way to the application, which does not read, are full.
     let flood = async { while stuck.send(Message::binary(vec![0; 1 << 16])).await.is_ok() {} };
     assert!(timeout(std::time::Duration::from_secs(3), flood).await.is_err());
     assert_eq!(open_websockets(&api).await, "2");
     drop((silent, stuck));
 
     let ended = async { while open_websockets(&api).await != "0" {} };
-    timeout(bhatti_testkit::LIMIT, ended).await.expect("both are ended");
-    // The application sees the end of both: no connection is established any more.
+    timeout(bhatti_testkit::LIMIT, ended).await.expect("the daemon ends both WebSockets");
+    // The application sees the end of both connections: none is in state ESTABLISHED.
     let count = "grep -c ':2008 .* 01 ' /proc/net/tcp; true";
     let closed = async { while api.sh("dev", count).await != "0\n" {} };
-    timeout(bhatti_testkit::LIMIT, closed).await.expect("no connection is left in the guest");
+    timeout(bhatti_testkit::LIMIT, closed).await.expect("the guest's connections are closed");
 }
 
 #[tokio::test]
-async fn server_that_a_command_left_behind_answers_on() {
+async fn background_server_keeps_answering_after_its_command_ends() {
     let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
-    // It writes a line to standard error for each request.
+    // The server writes a line to standard error for each request.
     let start = |port: u16| format!("python3 -m http.server {port} & echo started");
     let shell = |port| json!({ "cmd": ["sh", "-c", start(port)] });
 

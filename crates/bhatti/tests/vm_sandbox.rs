@@ -1,4 +1,4 @@
-//! Sandboxes in real VMs: what they are, what they carry, how they end.
+//! Sandboxes in real VMs: identity, commands, names, recovery and destruction.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -15,7 +15,7 @@ use bhatti_testkit::{
 use tokio::time::{Instant, timeout};
 
 #[tokio::test]
-async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
+async fn sandbox_is_a_vm_of_the_requested_size() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -34,7 +34,7 @@ async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
     let facts = shell(&daemon.client, "Real.vm_1", script).await;
     let facts: Vec<&str> = facts.lines().collect();
 
-    // The host's may be of the same version.
+    // The host may run the same kernel version, so the boot ids are compared.
     let host_boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     assert_ne!(facts[1], host_boot.trim());
     assert!(facts[0].contains("cloud"), "{}", facts[0]);
@@ -42,7 +42,7 @@ async fn sandbox_is_a_virtual_machine_of_the_size_that_was_asked_for() {
         [facts[2], facts[3], facts[5], facts[6], facts[7], facts[8], facts[9]],
         ["lohar", "2", "Real.vm_1", "hello = world", "/workspace", "1024", "524288"]
     );
-    // The kernel keeps some of it for itself.
+    // The kernel reserves some of the memory.
     let memory_kib: u64 = facts[4].parse().unwrap();
     assert!((320 * 1024..=384 * 1024).contains(&memory_kib), "{memory_kib} KiB");
     let python = run(&daemon.client, &sandbox.id, &["python3", "-c", "print(6*7)"]).await.unwrap();
@@ -109,7 +109,7 @@ async fn unread_input_does_not_hold_up_an_answer_in_one_piece(daemon: &TestDaemo
 }
 
 #[tokio::test]
-async fn name_is_taken_while_its_sandbox_lives() {
+async fn name_is_taken_until_its_sandbox_is_destroyed() {
     let daemon = TestDaemon::start().await;
     let first = daemon.client.create(&named("dev")).await.unwrap();
 
@@ -117,7 +117,7 @@ async fn name_is_taken_while_its_sandbox_lives() {
     assert_eq!(code_of(&taken), Some(ErrorCode::NameTaken));
     assert_eq!(daemon.client.list().await.unwrap().len(), 1);
 
-    // Whoever comes second finds that it is gone.
+    // The second of two concurrent destroys finds no sandbox.
     let (one, two) = tokio::join!(daemon.client.destroy("dev"), daemon.client.destroy("dev"));
     let late = one.and(two).unwrap_err();
     assert_eq!(code_of(&late), Some(ErrorCode::NotFound), "{late}");
@@ -126,7 +126,7 @@ async fn name_is_taken_while_its_sandbox_lives() {
 }
 
 #[tokio::test]
-async fn one_users_sandbox_does_not_exist_for_another() {
+async fn sandbox_of_one_user_is_not_found_by_another() {
     let config = "listen: 127.0.0.1:0\n".to_owned();
     let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let log = daemon.log();
@@ -153,7 +153,7 @@ async fn one_users_sandbox_does_not_exist_for_another() {
 }
 
 #[tokio::test]
-async fn killed_vmm_is_an_error_at_once_and_a_state_that_can_be_left() {
+async fn killed_vmm_ends_commands_and_its_sandbox_can_be_destroyed() {
     let daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     let (_input, mut output) = daemon
@@ -199,7 +199,7 @@ async fn sandbox_whose_directory_was_removed_can_be_destroyed_with_its_vm() {
 
     daemon.client.destroy("dev").await.unwrap();
 
-    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "its VM has ended");
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "the VM still runs");
 }
 
 #[tokio::test]
@@ -225,7 +225,7 @@ async fn guest_that_reboots_itself_is_booted_from_its_disk() {
     let exec = serde_json::json!({ "cmd": ["python3", "-c", reboot], "user": "root" });
     drop(api.call("POST", "/sandboxes/dev/exec", &exec).await);
 
-    // A request that comes meanwhile waits for the boot, or finds the old VM just gone.
+    // A request during the reboot waits for the boot, or finds that the old VM has just ended.
     let mut after = String::new();
     timeout(LIMIT, async {
         while after.is_empty() || after.ends_with(&before) {
@@ -252,7 +252,7 @@ async fn guest_that_reboots_itself_is_booted_from_its_disk() {
 }
 
 #[tokio::test]
-async fn sandbox_with_a_damaged_row_says_so_and_is_destroyed_by_its_name() {
+async fn sandbox_with_a_damaged_row_is_reported_and_can_be_destroyed() {
     let mut daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     daemon.terminate().await;
@@ -265,11 +265,11 @@ async fn sandbox_with_a_damaged_row_says_so_and_is_destroyed_by_its_name() {
     assert_eq!(code_of(&refused), Some(ErrorCode::DamagedRow), "{refused}");
     assert!(destroyed.status.success(), "{}", String::from_utf8_lossy(&destroyed.stderr));
     assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
-    wait_for("no VMM but the one ahead of demand", || daemon.all_vmm_pids().len() <= 1).await;
+    wait_for("no VMM except the spare", || daemon.all_vmm_pids().len() <= 1).await;
 }
 
 #[tokio::test]
-async fn kept_job_is_on_the_disk_when_its_start_is_answered() {
+async fn restart_job_is_on_disk_before_its_start_is_answered() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -279,7 +279,7 @@ async fn kept_job_is_on_the_disk_when_its_start_is_answered() {
     let job = ["exec", "--detach", "--restart", "dev", "--", "sh", "-c", service];
     assert!(daemon.cli(&job).status().await.unwrap().success());
 
-    // This loses what the guest has not written to its disk.
+    // This loses everything that the guest has not written to its disk.
     kill_process(vmm_pid(&daemon.sandbox_directories()[0]).unwrap());
     let failed = async { while daemon.client.inspect("dev").await.unwrap().status != "failed" {} };
     timeout(LIMIT, failed).await.unwrap();
@@ -289,7 +289,7 @@ async fn kept_job_is_on_the_disk_when_its_start_is_answered() {
 }
 
 #[tokio::test]
-async fn files_that_a_guest_deletes_free_the_hosts_disk() {
+async fn deleted_guest_files_free_host_disk_space() {
     if !needs(Feature::LayeredDisks) {
         return;
     }
@@ -343,7 +343,7 @@ async fn killed_daemon_finds_its_sandboxes_again() {
     .await;
     let lost =
         daemon.data_dir().join("sandboxes").join(daemon.client.inspect("lost").await.unwrap().id);
-    // A command that runs while the daemon dies must not garble what comes after it.
+    // A command that runs while the daemon dies must not garble the channel for later commands.
     let (mut input, _output) = daemon.client.start_command("kept", &start(&["cat"])).await.unwrap();
     drop(timeout(Duration::from_millis(200), input.write(&vec![0xf7; 8 << 20])).await);
 
@@ -380,7 +380,8 @@ async fn daemon_killed_during_a_creation_leaves_nothing_half_made() {
     creating.await.unwrap().unwrap_err();
     daemon.serve().await;
 
-    // The creation may have been complete, and only its answer lost: then the sandbox is there and works.
+    // The creation may have completed before its response was lost. Then the sandbox exists and
+    // works.
     let listed = daemon.client.list().await.unwrap();
     for sandbox in listed.iter().filter(|sandbox| sandbox.status == "running") {
         assert_eq!(shell(&daemon.client, &sandbox.id, "echo whole").await, "whole\n");
@@ -393,11 +394,11 @@ async fn daemon_killed_during_a_creation_leaves_nothing_half_made() {
 }
 
 #[tokio::test]
-async fn guest_that_does_not_come_up_is_an_error_with_its_last_words() {
+async fn failed_boot_is_an_error_with_the_end_of_the_console() {
     if !needs(Feature::OwnKernel) {
         return;
     }
-    // An agent that is no program: the kernel panics for want of an init.
+    // The agent's file is not a program, so the kernel finds no init and panics.
     let bin = tempfile::tempdir().unwrap();
     std::fs::copy(bhatti_testkit::dist("bhatti"), bin.path().join("bhatti")).unwrap();
     std::fs::write(bin.path().join("lohar"), "no program").unwrap();
@@ -434,7 +435,7 @@ async fn four_hundred_quiet_commands_leave_room_for_another() {
 }
 
 #[tokio::test]
-async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
+async fn halted_guest_is_reported_as_lost_and_can_be_destroyed() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -443,7 +444,8 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
     let halt = "import ctypes; ctypes.CDLL(None).reboot(0xcdef0123)";
     let (_input, _output) =
         daemon.client.start_command("dev", &start(&["sudo", "python3", "-c", halt])).await.unwrap();
-    // A command that began before the guest stood still ends no more; one that begins after it is refused.
+    // A command that began before the guest halted never ends; a command that begins afterwards is
+    // refused.
     let refused = async {
         loop {
             match daemon.client.start_command("dev", &start(&["sleep", "1"])).await {
@@ -459,7 +461,7 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
     let error = timeout(LIMIT, refused).await.unwrap();
 
     assert_eq!(code_of(&error), Some(ErrorCode::ConnectionLost));
-    // So is everything else that takes no time.
+    // Every other operation that a live guest answers at once is refused, too.
     let api = Api::admin(&daemon);
     let get = async |path: &str| api.get(&format!("/sandboxes/dev/{path}")).await.refusal();
     let shell = async {
@@ -476,7 +478,7 @@ async fn halted_guest_is_told_from_a_silent_command_and_can_be_destroyed() {
 }
 
 #[tokio::test]
-async fn another_process_with_the_number_of_a_vmm_is_left_alone() {
+async fn process_with_a_reused_vmm_pid_is_left_alone() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -499,12 +501,12 @@ async fn another_process_with_the_number_of_a_vmm_is_left_alone() {
     let found = daemon.client.inspect("dev").await.unwrap();
     assert_eq!(found.status, "failed");
     daemon.client.destroy("dev").await.unwrap();
-    assert!(bystander.try_wait().unwrap().is_none(), "a process of somebody else was ended");
+    assert!(bystander.try_wait().unwrap().is_none(), "the daemon ended an unrelated process");
     assert!(!directory.exists());
 }
 
 #[tokio::test]
-async fn store_of_an_older_copy_takes_nothing_from_what_it_does_not_know() {
+async fn restored_older_store_leaves_unknown_sandboxes_alone() {
     let mut daemon = TestDaemon::start().await;
     daemon.client.create(&named("old")).await.unwrap();
     daemon.terminate().await;
@@ -520,7 +522,8 @@ async fn store_of_an_older_copy_takes_nothing_from_what_it_does_not_know() {
 
     daemon.serve().await;
 
-    // The one that it knows is gone, and says so; the one that it does not know lives on, and is found by the store that does.
+    // `old`, which the older store has, no longer runs and is shown as failed. `new`, which it does
+    // not have, keeps running and is found again with the newer store.
     assert_eq!(daemon.client.inspect("old").await.unwrap().status, "failed");
     assert_eq!(
         code_of(&daemon.client.inspect("new").await.unwrap_err()),
@@ -535,12 +538,12 @@ async fn store_of_an_older_copy_takes_nothing_from_what_it_does_not_know() {
     assert_eq!(shell(&daemon.client, "new", "cat /dev/shm/ram").await, "marker\n");
 }
 
-/// A copy of a store that no daemon has open.
+/// Reads the files of a store. No daemon may have it open.
 fn copy_of(daemon: &TestDaemon, files: &[&str; 3]) -> [Option<Vec<u8>>; 3] {
     files.map(|name| std::fs::read(daemon.data_dir().join(name)).ok())
 }
 
-/// Puts a copy of a store in place.
+/// Replaces the files of a store with a copy.
 fn put_copy(daemon: &TestDaemon, files: &[&str; 3], copy: &[Option<Vec<u8>>; 3]) {
     for (name, content) in files.iter().zip(copy) {
         let path = daemon.data_dir().join(name);
@@ -552,7 +555,7 @@ fn put_copy(daemon: &TestDaemon, files: &[&str; 3], copy: &[Option<Vec<u8>>; 3])
 }
 
 #[tokio::test]
-async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refused() {
+async fn engine_change_with_sandboxes_and_missing_engine_are_refused() {
     let mut daemon = TestDaemon::start().await;
     daemon.client.create(&named("dev")).await.unwrap();
     daemon.terminate().await;
@@ -568,7 +571,7 @@ async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refuse
     assert!(said.contains("`/nowhere/firecracker` is not installed"), "{said}");
     let said = serve("engine: something\n").await;
     assert!(said.contains("config.yaml"), "{said}");
-    // As a daemon with another engine has left it.
+    // The data directory looks as if a daemon with another engine had used it.
     let noted = daemon.data_dir().join("engine");
     assert_eq!(fs::read_to_string(&noted).unwrap(), format!("{}\n", engine()));
     let other = if engine() == "firecracker" { "qemu" } else { "firecracker" };
@@ -581,11 +584,11 @@ async fn engine_is_not_changed_under_sandboxes_and_one_that_cannot_run_is_refuse
     fs::write(noted, engine()).unwrap();
     daemon.serve().await;
     let sandbox = daemon.client.inspect("dev").await.unwrap();
-    assert_eq!(sandbox.status, "running", "it was left alone");
+    assert_eq!(sandbox.status, "running", "the refused daemons changed the sandbox");
 }
 
 #[tokio::test]
-async fn process_that_is_killed_for_want_of_memory_is_an_event_in_every_life() {
+async fn oom_kill_is_an_event_before_and_after_a_restart() {
     if !needs(Feature::OwnKernel) {
         return;
     }
@@ -603,7 +606,7 @@ async fn process_that_is_killed_for_want_of_memory_is_an_event_in_every_life() {
         let killed = run(client, "dev", &greedy).await.unwrap();
         assert_eq!(killed.code, 137, "{killed:?}");
         let recorded = async { while kills().await.len() < life {} };
-        timeout(LIMIT, recorded).await.expect("the kill is an event");
+        timeout(LIMIT, recorded).await.expect("the daemon records the OOM kill");
         let events = kills().await;
         let (last, detail) = (&events[life - 1], &events[life - 1].detail);
         assert_eq!(

@@ -1,4 +1,4 @@
-//! `bhatti shell` as a person uses it: in a terminal, which is tmux's.
+//! `bhatti shell` as a user runs it, in a terminal that tmux provides.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -7,7 +7,7 @@ use std::time::Duration;
 use bhatti_testkit::{LIMIT, TestDaemon, kill_process};
 use tokio::time::{Instant, sleep};
 
-/// A terminal of 80 columns and 24 rows with a shell of this machine in it.
+/// A terminal of 80 columns and 24 rows that runs a shell on the host.
 struct Terminal {
     directory: tempfile::TempDir,
 }
@@ -15,7 +15,7 @@ struct Terminal {
 impl Terminal {
     async fn open() -> Self {
         let terminal = Self { directory: tempfile::tempdir().unwrap() };
-        // A prompt that is told apart from every other.
+        // A prompt that differs from every prompt of a guest.
         let shell = "env -i PATH=/usr/bin:/bin TERM=screen PS1='HERE$ ' sh";
         terminal.tmux(&["new-session", "-d", "-x", "80", "-y", "24", shell]).await;
         terminal.shows("HERE$").await;
@@ -50,12 +50,12 @@ impl Terminal {
         self.tmux(&["send-keys", key]).await;
     }
 
-    /// Every line of it, each after a line feed.
+    /// Returns all lines of the screen, each after a line feed.
     async fn screen(&self) -> String {
         format!("\n{}", self.tmux(&["capture-pane", "-p"]).await)
     }
 
-    /// Waits until the screen has this on it.
+    /// Waits until the screen shows `text`.
     async fn shows(&self, text: &str) {
         let began = Instant::now();
         loop {
@@ -68,8 +68,8 @@ impl Terminal {
         }
     }
 
-    /// Clears the screen, and waits until nothing but this machine's prompt is on it: what a command printed before
-    /// is not taken for the next one's output.
+    /// Clears the screen and waits until it shows only the host's prompt, so that a command's
+    /// output is not mistaken for the output of the next command.
     async fn clear(&self) {
         self.enter("clear").await;
         let began = Instant::now();
@@ -83,12 +83,12 @@ impl Terminal {
         }
     }
 
-    /// The last line that has something on it.
+    /// Returns the last line that is not empty.
     async fn last_line(&self) -> String {
         self.screen().await.lines().rfind(|line| !line.is_empty()).unwrap_or_default().to_owned()
     }
 
-    /// The settings of the terminal, as seen by this machine's shell.
+    /// Checks with the host's shell that the terminal is not left raw or without echo.
     async fn is_as_it_was(&self) {
         self.enter("stty -a | grep -c -e '-echo ' -e '-icanon'; echo checked").await;
         self.shows("\nchecked").await;
@@ -121,7 +121,7 @@ async fn create(daemon: &TestDaemon) {
 }
 
 #[tokio::test]
-async fn terminal_is_typed_in_resized_left_and_taken_up_again() {
+async fn terminal_is_used_resized_detached_and_reattached() {
     let daemon = TestDaemon::start().await;
     create(&daemon).await;
     let terminal = Terminal::open().await;
@@ -133,7 +133,7 @@ async fn terminal_is_typed_in_resized_left_and_taken_up_again() {
     terminal.tmux(&["resize-window", "-x", "100", "-y", "30"]).await;
     terminal.enter("clear; stty size").await;
     terminal.shows("30 100").await;
-    // Ctrl+C is the guest's.
+    // Ctrl+C goes to the guest.
     terminal.enter("clear; echo asleep; sleep 1000").await;
     terminal.shows("\nasleep").await;
     terminal.press("C-c").await;
@@ -143,7 +143,7 @@ async fn terminal_is_typed_in_resized_left_and_taken_up_again() {
     terminal.enter("clear; (sleep 1; echo written meanwhile) & echo before").await;
     terminal.shows("\nbefore").await;
     terminal.press("C-\\").await;
-    terminal.shows("detached; come back with: bhatti shell dev --attach s1").await;
+    terminal.shows("detached; reattach with: bhatti shell dev --attach s1").await;
     terminal.clear().await;
     terminal.is_as_it_was().await;
 
@@ -180,12 +180,12 @@ async fn terminal_is_restored_however_the_shell_ends() {
     terminal.shows("error: interrupted").await;
     terminal.is_as_it_was().await;
 
-    // A daemon that dies takes the connection with it, and not the session.
+    // If the daemon dies, the connection ends and the session stays.
     open(&terminal, &daemon).await;
     terminal.enter("clear; X=kept; echo set").await;
     terminal.shows("\nset").await;
     kill_process(daemon.pid());
-    terminal.shows("come back with: bhatti shell dev --attach").await;
+    terminal.shows("reattach with: bhatti shell dev --attach").await;
     terminal.is_as_it_was().await;
     daemon.kill().await;
     daemon.serve().await;
@@ -193,9 +193,9 @@ async fn terminal_is_restored_however_the_shell_ends() {
     terminal.enter("clear; echo X is $X").await;
     terminal.shows("X is kept").await;
     terminal.press("C-\\").await;
-    terminal.shows("detached; come back with:").await;
+    terminal.shows("detached; reattach with:").await;
 
-    // Somebody who waits for a sandbox that does not come can leave, too.
+    // The terminal is also restored if the sandbox does not exist.
     terminal.clear().await;
     terminal.enter(&command(&daemon, "shell nobody")).await;
     terminal.shows("error: sandbox `nobody` not found").await;
@@ -203,13 +203,13 @@ async fn terminal_is_restored_however_the_shell_ends() {
 }
 
 #[tokio::test]
-async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
+async fn exec_prompts_and_colors_work_in_a_terminal() {
     let daemon = TestDaemon::start().await;
     create(&daemon).await;
     let terminal = Terminal::open().await;
 
     let asks = "exec -it dev -- sh -c 'test -t 0 && test -t 1 && echo a terminal; read x; echo got $x; exit 4'";
-    // On one line: what is typed before the command has ended is the command's.
+    // Both commands are on one line: a line typed before the first has ended would be its input.
     terminal.enter(&format!("{}; echo code: $?", command(&daemon, asks))).await;
     terminal.shows("\na terminal").await;
     terminal.enter("this").await;
@@ -217,7 +217,7 @@ async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
 
     terminal.clear().await;
     terminal.enter(&command(&daemon, "secret set KEY")).await;
-    terminal.shows("it is not shown").await;
+    terminal.shows("(hidden)").await;
     terminal.enter("hidden-value").await;
     terminal.shows("set KEY").await;
     assert!(!terminal.screen().await.contains("hidden-value"));
@@ -232,7 +232,7 @@ async fn command_with_a_terminal_and_a_question_are_asked_in_one() {
     terminal.shows("running (hot)").await;
     assert!(
         terminal.tmux(&["capture-pane", "-p", "-e"]).await.contains("\x1b[32mrunning (hot)"),
-        "colours on a terminal"
+        "no colors in a terminal"
     );
     terminal.clear().await;
     terminal.enter(&format!("NO_COLOR=1 {}", command(&daemon, "list"))).await;

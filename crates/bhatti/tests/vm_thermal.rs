@@ -1,4 +1,4 @@
-//! Sandboxes that sleep, wake and are forked, through the real daemon.
+//! Pausing, stopping, waking and forking sandboxes through a real daemon.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,10 +15,10 @@ use bhatti_testkit::{
 };
 use tokio::time::timeout;
 
-/// Leaves a marker in memory and a process.
+/// Script that leaves a marker in memory and a background process.
 const LEAVE: &str =
     "echo marker >/dev/shm/ram; sleep 100000 >/dev/null 2>&1 & echo $! >/dev/shm/pid";
-/// Finds both.
+/// Script that prints the marker and checks that the process is alive.
 const FIND: &str = "cat /dev/shm/ram; kill -0 $(cat /dev/shm/pid) && echo alive";
 const FOUND: &str = "marker\nalive\n";
 
@@ -32,11 +32,11 @@ async fn thermal_is(client: &Client, sandbox: &str, wanted: &str) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(LIMIT, becomes).await.unwrap_or_else(|_| panic!("{sandbox} does not become {wanted}"));
+    timeout(LIMIT, becomes).await.unwrap_or_else(|_| panic!("{sandbox} did not become {wanted}"));
 }
 
 #[tokio::test]
-async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
+async fn idle_sandbox_cools_and_any_request_wakes_it() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -63,13 +63,13 @@ async fn sandbox_that_nobody_uses_cools_and_any_request_wakes_it() {
     assert_eq!(using.await.unwrap(), "done\n");
     thermal_is(client, "used", "cold").await;
 
-    // One that is to be hot is made so.
+    // Setting `keep_hot` wakes a cold sandbox.
     let hot = UpdateSandbox { keep_hot: Some(true), ..UpdateSandbox::default() };
     assert_eq!(client.update("used", &hot).await.unwrap().thermal.as_deref(), Some("hot"));
 }
 
 #[tokio::test]
-async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempotent() {
+async fn sandbox_stays_stopped_until_started_and_transitions_are_idempotent() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -105,14 +105,14 @@ async fn stopped_sandbox_stays_so_until_it_is_started_and_every_way_is_idempoten
     }
     let cold = StartSandbox { cold_boot: true };
     let refused = daemon.client.start("dev", &cold).await.unwrap_err();
-    assert_eq!(code_of(&refused), Some(ErrorCode::WrongState), "it would lose its memory");
+    assert_eq!(code_of(&refused), Some(ErrorCode::WrongState), "a cold boot would lose the memory");
     assert_eq!(shell(&daemon.client, "dev", FIND).await, FOUND);
     let directory = &daemon.sandbox_directories()[0];
-    assert!(!directory.join("snapshot").exists(), "a snapshot is consumed");
+    assert!(!directory.join("snapshot").exists(), "the start did not consume the snapshot");
 }
 
 #[tokio::test]
-async fn sandbox_that_is_told_as_running_can_be_used_while_it_starts() {
+async fn sandbox_shown_as_running_is_usable_while_it_starts() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -133,7 +133,7 @@ async fn sandbox_that_is_told_as_running_can_be_used_while_it_starts() {
 }
 
 #[tokio::test]
-async fn daemon_leaves_its_sandboxes_to_the_next_one_or_saves_them() {
+async fn stopping_daemon_hands_over_or_saves_its_sandboxes() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -144,7 +144,7 @@ async fn daemon_leaves_its_sandboxes_to_the_next_one_or_saves_them() {
     }
     daemon.client.pause("warm").await.unwrap();
     daemon.terminate().await;
-    assert_eq!(daemon.all_vmm_pids().len(), 2, "nothing that nobody asked for is left");
+    assert_eq!(daemon.all_vmm_pids().len(), 2, "the daemon left a spare VM behind");
 
     daemon.serve_with(|serve| serve.arguments.push("--stop-sandboxes".to_owned())).await;
     for name in ["warm", "hot"] {
@@ -174,7 +174,7 @@ async fn hundred_requests_at_once_wake_a_sandbox_once() {
         client.pause("dev").await.unwrap();
         if cold {
             client.stop("dev").await.unwrap();
-            // As one that cooled by itself: a stop is sticky.
+            // A stopped sandbox is not woken by requests, so it is started and paused again.
             client.start("dev", &StartSandbox::default()).await.unwrap();
             client.pause("dev").await.unwrap();
         }
@@ -213,12 +213,12 @@ async fn hundred_requests_at_once_wake_a_cold_sandbox_once() {
     }
 
     assert!(daemon.all_vmm_pids().len() <= 1);
-    let woken = daemon.log().matches("Sandbox sleeps").count();
-    assert!(woken <= 3, "it went to sleep {woken} times");
+    let woken = daemon.log().matches("Sandbox saved").count();
+    assert!(woken <= 3, "the sandbox was saved {woken} times");
 }
 
 #[tokio::test]
-async fn sandbox_that_does_not_wake_is_not_tried_by_every_request_and_start_tries_at_once() {
+async fn wake_breaker_refuses_requests_until_start_succeeds() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -239,7 +239,7 @@ async fn sandbox_that_does_not_wake_is_not_tried_by_every_request_and_start_trie
     replace(&manifest, whole);
     let refused = request().await.unwrap_err();
 
-    assert_eq!(code_of(&refused), Some(ErrorCode::SnapshotUnusable), "it is not tried");
+    assert_eq!(code_of(&refused), Some(ErrorCode::SnapshotUnusable), "the wake was tried again");
     assert!(refused.to_string().contains("3 times in a row"), "{refused}");
     client.start("dev", &StartSandbox::default()).await.unwrap();
     assert_eq!(shell(client, "dev", FIND).await, FOUND);
@@ -279,7 +279,7 @@ async fn destroyed_sandbox_is_never_woken() {
 
     assert_eq!(daemon.client.list().await.unwrap(), []);
     assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
-    wait_for("no VMM but the one ahead of demand", || daemon.all_vmm_pids().len() <= 1).await;
+    wait_for("no VMM except the spare", || daemon.all_vmm_pids().len() <= 1).await;
 }
 
 #[tokio::test]
@@ -313,7 +313,7 @@ async fn twenty_stops_under_traffic_keep_memory_and_disk() {
 }
 
 #[tokio::test]
-async fn forks_are_others_and_their_parent_goes_on() {
+async fn forks_get_their_own_identity_and_the_parent_keeps_running() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -362,7 +362,7 @@ async fn forks_are_others_and_their_parent_goes_on() {
         assert!((before - 100..after + 100).contains(&clock), "{before} {clock} {after}");
     }
 
-    // Each goes its own way, whatever becomes of the others.
+    // Parent and forks are independent: changing or ending one leaves the others unchanged.
     for name in ["parent", "fork-1"] {
         shell(client, name, &format!("echo {name} >/dev/shm/ram")).await;
     }
@@ -381,12 +381,12 @@ async fn forks_are_others_and_their_parent_goes_on() {
     let refused = client.fork("fork-2", &long).await.unwrap_err();
     assert_eq!(code_of(&refused), Some(ErrorCode::BadRequest), "{refused}");
     assert_eq!(client.list().await.unwrap().len(), 3);
-    assert_eq!(names, ["fork-1", "fork-2", "heir"], "of forks that cannot all be made none stays");
+    assert_eq!(names, ["fork-1", "fork-2", "heir"], "a refused fork request left some forks");
     assert_eq!(shell(client, "fork-2", FIND).await, FOUND);
 }
 
 #[tokio::test]
-async fn template_never_changes_whatever_its_forks_write() {
+async fn base_snapshot_is_not_changed_by_its_forks() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -414,12 +414,12 @@ async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
         return;
     }
     if !is_root() {
-        skip("a stop on a full disk", "mounting a small one needs root");
+        skip("a stop on a full disk", "mounting a small disk needs root");
         return;
     }
     let mut daemon = TestDaemon::start().await;
     daemon.terminate().await;
-    // Room for the disks and memories of two, where each has its own.
+    // 1 GiB has room for disk and memory of two sandboxes, on engines that copy both.
     let disk = SmallDisk::mount(&daemon.data_dir().join("sandboxes"), "1g").await;
     daemon.serve_with(|serve| serve.config += "ready_vmms: 0\nready_forks: 0\n").await;
     let client = &daemon.client;
@@ -437,13 +437,14 @@ async fn snapshot_that_cannot_be_written_leaves_the_sandbox_running() {
     assert!(!directory.join("snapshot").exists() && !directory.join("snapshot.tmp").exists());
     shell(client, "dev", "rm /dev/shm/much").await;
     client.destroy("dev").await.unwrap();
-    // There is room for what little a new one has to save.
+    // A new sandbox has little to save, so its stop succeeds.
     client.create(&named("small")).await.unwrap();
     client.stop("small").await.unwrap();
     client.start("small", &StartSandbox::default()).await.unwrap();
 }
 
-/// Ways in which a stop cannot write what it has to: whose system calls fail, which, and about what in the sandbox's directory.
+/// Write failures during a stop: the process whose system calls fail, the system calls, and the
+/// path in the sandbox's directory.
 const FAILING_WRITES: [(&str, &str, &str); 7] = [
     ("daemon", "rename", "snapshot.tmp"),
     ("daemon", "fsync", "snapshot.tmp"),
@@ -453,7 +454,8 @@ const FAILING_WRITES: [(&str, &str, &str); 7] = [
     ("vmm", "write,writev,pwrite64,pwritev", "device.state"),
     ("daemon", CHOWN, "device.state"),
 ];
-/// The daemon gives a file to its VM's user. strace ignores the calls that a processor lacks.
+/// The calls by which the daemon changes a file's owner to the VM's user. strace ignores those
+/// marked `?` on architectures that lack them.
 const CHOWN: &str = "?lchown,?chown,fchownat";
 
 #[tokio::test]
@@ -462,7 +464,7 @@ async fn snapshot_whose_writes_fail_leaves_the_sandbox_running_and_nothing_behin
         return;
     }
     if !is_root() || engine() != "qemu" {
-        skip("failing writes", "they are for root, and of the files that QEMU's snapshots have");
+        skip("failing writes", "strace needs root, and the files are those of QEMU snapshots");
         return;
     }
     let daemon = TestDaemon::start().await;
@@ -482,11 +484,11 @@ async fn snapshot_whose_writes_fail_leaves_the_sandbox_running_and_nothing_behin
 
     for (whose, calls, file) in FAILING_WRITES {
         if calls == CHOWN && !can_use_users() {
-            skip("a failing chown", "this daemon's VMs have no users of their own");
+            skip("a failing chown", "the VMs of this daemon run as the daemon's user");
             continue;
         }
         let pid = if whose == "vmm" { vmm } else { daemon.pid() };
-        // A directory has no slash at its end.
+        // Joining an empty name would add a slash, and strace would not match the directory.
         let path = if file.is_empty() { directory.clone() } else { directory.join(file) };
         let failing = FailingCalls::begin(pid, calls, &path, &trace).await;
         let refused = client.stop("dev").await;
@@ -505,7 +507,7 @@ async fn snapshot_whose_writes_fail_leaves_the_sandbox_running_and_nothing_behin
 }
 
 #[tokio::test]
-async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
+async fn memory_is_reserved_and_a_paused_sandbox_releases_it() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -532,7 +534,7 @@ async fn memory_is_set_aside_and_who_sleeps_gives_it_back() {
 }
 
 #[tokio::test]
-async fn snapshot_with_a_name_outlives_its_sandbox_and_its_copies() {
+async fn named_snapshot_outlives_its_sandbox_and_its_copies() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -570,7 +572,7 @@ async fn snapshot_with_a_name_outlives_its_sandbox_and_its_copies() {
     client.stop("two").await.unwrap();
     client.start("two", &StartSandbox::default()).await.unwrap();
     assert_eq!(shell(&client, "two", FIND).await, FOUND);
-    // Generation upon generation, with nothing left of those before.
+    // A second generation works after everything of the first is gone.
     client.destroy("one").await.unwrap();
     let request = ResumeSnapshot { name: Some("three".into()), ..Default::default() };
     client.resume_snapshot("second", &request).await.unwrap();
@@ -580,8 +582,8 @@ async fn snapshot_with_a_name_outlives_its_sandbox_and_its_copies() {
 }
 
 #[tokio::test]
-async fn sandbox_that_is_saved_more_often_than_a_disk_has_layers_keeps_all_of_it() {
-    /// More than a disk of any engine may have.
+async fn sandbox_keeps_its_disk_through_more_snapshots_than_layers() {
+    /// More than the layers that a disk may have with any engine.
     const ROUNDS: usize = 70;
     if !needs(Feature::SavedMemory) {
         return;
@@ -595,7 +597,7 @@ async fn sandbox_that_is_saved_more_often_than_a_disk_has_layers_keeps_all_of_it
     for round in 0..ROUNDS {
         shell(client, "dev", &format!("echo {round} >>/workspace/rounds")).await;
         client.create_snapshot("dev", &name(format!("at-{round}"))).await.unwrap();
-        // One stands on what is merged later.
+        // One snapshot is kept, and the layers that it uses are merged later.
         if round != ROUNDS / 2 {
             client.delete_snapshot(&format!("at-{round}")).await.unwrap();
         }

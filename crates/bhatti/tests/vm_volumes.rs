@@ -1,4 +1,4 @@
-//! Volumes in real guests: their content outlives whatever becomes of those who have them.
+//! Volumes in real guests: their content outlives the sandboxes that mount them.
 
 use bhatti_testkit::{Api, Feature, Serve, TestDaemon, engine_has, kill_process, needs, wait_for};
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ async fn daemon() -> (TestDaemon, Api) {
     (daemon, api)
 }
 
-/// Sends a request that succeeds.
+/// Sends a request that must succeed, and returns the response.
 async fn post(api: &Api, path: &str, body: &Value) -> Value {
     let answer = api.call("POST", path, body).await;
     assert!(answer.status.is_success(), "{path}: {}", answer.text());
@@ -36,7 +36,7 @@ const THREE: &str = "cat /a/own /deep/b/own /c/own | tr '\\n' ' '; stat -c '%U' 
     findmnt -lno TARGET,OPTIONS -t ext4 | grep -v '^/ ' | awk '{print $1, substr($2, 1, 2)}' | sort | tr '\\n' ' '";
 
 #[tokio::test]
-async fn three_volumes_keep_what_is_in_each_through_every_life() {
+async fn three_volumes_keep_their_content_through_every_transition() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -44,7 +44,7 @@ async fn three_volumes_keep_what_is_in_each_through_every_life() {
     for name in ["one", "two", "three"] {
         volume(&api, name).await;
     }
-    // In this order, which is neither that of their names nor of their making.
+    // This order is neither that of the names nor that of the creation.
     let volumes = json!([named("three", "/a"), named("one", "/deep/b"), named("two", "/c")]);
     let new = json!([{ "name": "scratch", "size_mb": 32, "mount": "/scratch" }]);
     let files = json!([{ "path": "/a/put", "content": "put" }]);
@@ -65,19 +65,19 @@ async fn three_volumes_keep_what_is_in_each_through_every_life() {
 
     post(&api, "/sandboxes/dev/stop", &json!({})).await;
     post(&api, "/sandboxes/dev/start", &json!({})).await;
-    assert_eq!(api.sh("dev", THREE).await, expected, "stopped and started");
+    assert_eq!(api.sh("dev", THREE).await, expected, "after a stop and a start");
     daemon.kill().await;
     daemon.serve().await;
-    assert_eq!(api.sh("dev", THREE).await, expected, "another daemon");
+    assert_eq!(api.sh("dev", THREE).await, expected, "with the next daemon");
     post(&api, "/sandboxes/dev/checkpoint", &json!({ "name": "saved" })).await;
     api.sh("dev", "echo later | tee /a/own /deep/b/own /c/own /scratch/own").await;
 
-    // Made from the snapshot: copies of its own, as they were then.
+    // A sandbox resumed from the snapshot has copies of the volumes as of the snapshot.
     let again = post(&api, "/snapshots/saved/resume", &json!({ "name": "again" })).await;
     assert_eq!(api.sh("again", THREE).await, expected);
     assert_eq!(api.sh("again", "cat /scratch/own").await, "s\n");
     assert!(again["volumes"].as_array().unwrap().iter().all(|it| it["ephemeral"] == true));
-    // A fork has what there is now, and neither sees what the other does.
+    // A fork has copies of the volumes as of now. Neither sees what the other writes.
     post(&api, "/sandboxes/dev/fork", &json!({ "name": "fork" })).await;
     assert_eq!(api.sh("fork", "cat /a/own; echo fork >/a/own; sync").await, "later\n");
     assert_eq!(
@@ -89,20 +89,20 @@ async fn three_volumes_keep_what_is_in_each_through_every_life() {
     post(&api, "/sandboxes/fork/start", &json!({ "cold_boot": true })).await;
     assert_eq!(api.sh("fork", "cat /a/own /c/own").await, "fork\nlater\n");
 
-    // Destroyed, with nothing written by hand, and had by another.
+    // The sandbox is destroyed without an explicit sync, and another one mounts its volumes.
     delete(&api, "/sandboxes/dev").await;
     let volumes = json!([named("one", "/deep/b"), named("two", "/c"), named("three", "/a")]);
     post(&api, "/sandboxes", &json!({ "name": "heir", "volumes": volumes, "cold_boot": true }))
         .await;
     let expected = expected.replace(" /scratch rw", "");
-    assert_eq!(api.sh("heir", THREE).await, expected, "destroyed and made");
+    assert_eq!(api.sh("heir", THREE).await, expected, "in the next sandbox");
     post(&api, "/sandboxes/heir/stop", &json!({})).await;
     post(&api, "/sandboxes/heir/start", &json!({ "cold_boot": true })).await;
-    assert_eq!(api.sh("heir", THREE).await, expected, "booted from its disk");
+    assert_eq!(api.sh("heir", THREE).await, expected, "after a cold boot");
 }
 
 #[tokio::test]
-async fn volume_whose_vmm_is_killed_while_it_is_written_keeps_what_was_synced() {
+async fn volume_keeps_synced_files_when_its_vmm_is_killed() {
     let (daemon, api) = daemon().await;
     volume(&api, "data").await;
     let request = json!({ "name": "dev", "volumes": [named("data", "/data")] });
@@ -125,7 +125,8 @@ async fn volume_whose_vmm_is_killed_while_it_is_written_keeps_what_was_synced() 
         api.call("POST", "/sandboxes", &json!({ "volumes": [named("data", "/data")] })).await;
     assert_eq!(taken.refusal(), (409, "wrong_state".to_owned()));
     delete(&api, "/sandboxes/dev").await;
-    // Read only: nobody else could play the journal back.
+    // The volume is attached read-only, so the guest cannot replay the journal: the daemon must
+    // have done it before.
     let read = json!({ "name": "reader", "volumes": [{ "name": "data", "target": "/data", "readonly": true }] });
     post(&api, "/sandboxes", &read).await;
 
@@ -136,14 +137,14 @@ async fn volume_whose_vmm_is_killed_while_it_is_written_keeps_what_was_synced() 
     assert_ne!(refused["exit_code"], 0);
     let remount = "sudo mount -o remount,rw /data && sudo touch /data/x";
     let refused = api.exec("reader", json!({ "cmd": ["sh", "-c", remount] })).await;
-    assert_ne!(refused["exit_code"], 0, "nor by root");
-    // A container's is closed by this host's kernel.
-    let was_open = daemon.log().contains("A volume was not closed in order");
+    assert_ne!(refused["exit_code"], 0, "root wrote to a read-only volume");
+    // With Docker, this host's kernel has the volume mounted and closes it cleanly.
+    let was_open = daemon.log().contains("A volume was not unmounted cleanly");
     assert_eq!(was_open, engine_has(Feature::OwnKernel), "{}", daemon.log());
 }
 
 #[tokio::test]
-async fn sandbox_whose_vmm_is_killed_boots_with_its_volumes_as_they_were_synced() {
+async fn sandbox_boots_with_its_synced_volumes_after_its_vmm_is_killed() {
     let (daemon, api) = daemon().await;
     volume(&api, "data").await;
     let own = json!([{ "name": "own", "mount": "/own", "size_mb": 32 }]);
@@ -160,7 +161,7 @@ async fn sandbox_whose_vmm_is_killed_boots_with_its_volumes_as_they_were_synced(
 }
 
 #[tokio::test]
-async fn volume_of_a_paused_sandbox_that_is_destroyed_has_what_was_written() {
+async fn volume_keeps_its_content_when_its_paused_sandbox_is_destroyed() {
     let (_daemon, api) = daemon().await;
     volume(&api, "data").await;
     let with = |name: &str| json!({ "name": name, "volumes": [named("data", "/data")] });
@@ -175,7 +176,7 @@ async fn volume_of_a_paused_sandbox_that_is_destroyed_has_what_was_written() {
 }
 
 #[tokio::test]
-async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
+async fn volume_has_one_writer_or_many_readers_and_others_are_refused() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -215,7 +216,7 @@ async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
     post(&api, "/volumes/data/clone", &json!({ "name": "copy" })).await;
     post(&api, "/sandboxes/r1/fork", &json!({ "name": "r3" })).await;
     assert_eq!(api.sh("r3", "cat /data/file").await, "shared\n");
-    // What was only read is a copy in what is kept, and is only read there, too.
+    // A snapshot has a copy of a read-only volume, which is read-only in resumed sandboxes, too.
     post(&api, "/sandboxes/r1/checkpoint", &json!({ "name": "reading" })).await;
     post(&api, "/snapshots/reading/resume", &json!({ "name": "r4" })).await;
     assert_eq!(
@@ -229,7 +230,7 @@ async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
         delete(&api, &format!("/sandboxes/{name}")).await;
     }
 
-    // Larger, and full: the guest's trouble alone.
+    // A volume can be grown. If it is full, only the guest's writes to it fail.
     post(&api, "/volumes/copy/resize", &json!({ "size_mb": 512 })).await;
     post(&api, "/sandboxes", &json!({ "name": "dev", "volumes": [named("copy", "/data")] })).await;
     let size = api.sh("dev", "df -m --output=size /data | tail -1").await;
@@ -244,14 +245,14 @@ async fn volume_is_written_by_one_and_read_by_many_and_who_is_late_is_told() {
     delete(&api, "/sandboxes/dev").await;
     delete(&api, "/volumes/copy").await;
     delete(&api, "/volumes/data").await;
-    wait_for("no volume's files", || {
+    wait_for("removal of all volumes' files", || {
         std::fs::read_dir(daemon.data_dir().join("volumes")).unwrap().count() == 0
     })
     .await;
 }
 
 #[tokio::test]
-async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
+async fn invalid_volume_is_refused_and_leaves_nothing() {
     let (daemon, api) = daemon().await;
     let refusal = async |path: &str, body: Value| api.call("POST", path, &body).await.refusal();
     let bad = (400, "bad_request".to_owned());
@@ -288,7 +289,7 @@ async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
     assert_eq!(api.get("/sandboxes").await.json(), json!([]));
     assert_eq!(api.get("/volumes").await.json().as_array().unwrap().len(), 1);
 
-    // As many as there may be; and what the daemon does not know stays where it is.
+    // A sandbox may have eight volumes. A directory that the daemon does not know stays.
     let many = json!({ "name": "many", "new_volumes": (0..8).map(own).collect::<Vec<_>>() });
     post(&api, "/sandboxes", &many).await;
     assert_eq!(api.sh("many", "findmnt -lno TARGET | grep -c /v").await, "8\n");
@@ -302,7 +303,7 @@ async fn volume_that_cannot_be_is_refused_and_nothing_of_it_stays() {
 }
 
 #[tokio::test]
-async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
+async fn upload_to_a_volume_survives_forks_and_pauses() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -318,7 +319,7 @@ async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
                 if put.status.is_success() {
                     break;
                 }
-                // Never silently, and never in part: it can be repeated.
+                // An upload may fail, but never silently and never in part, so it can be repeated.
                 let lost =
                     !engine_has(Feature::KeptStreams) && put.json()["code"] == "connection_lost";
                 assert!(lost, "{}", put.text());
@@ -328,7 +329,8 @@ async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
     let pauses = async {
         for number in 0..4 {
             post(&api, "/sandboxes/dev/fork", &json!({ "name": format!("f{number}") })).await;
-            // Whoever pauses it wakes it: the upload has been let in already, and waits.
+            // The test must resume the sandbox: an upload that was admitted before the pause waits
+            // and wakes nothing.
             post(&api, "/sandboxes/dev/pause", &json!({})).await;
             post(&api, "/sandboxes/dev/resume", &json!({})).await;
             delete(&api, &format!("/sandboxes/f{number}")).await;
@@ -341,7 +343,7 @@ async fn upload_to_a_volume_goes_on_through_forks_and_pauses() {
 }
 
 #[tokio::test]
-async fn volume_is_clean_while_its_sandbox_sleeps_and_memory_is_not_put_over_another_content() {
+async fn stopped_sandbox_has_a_clean_volume_and_refuses_a_changed_one() {
     if !needs(Feature::SavedMemory) {
         return;
     }
@@ -354,7 +356,8 @@ async fn volume_is_clean_while_its_sandbox_sleeps_and_memory_is_not_put_over_ano
 
     let id = api.get("/volumes/data").await.json()["id"].as_str().unwrap().to_owned();
     let file = daemon.data_dir().join(format!("volumes/{id}/volume.ext4"));
-    // With nothing to play back: it would not be asked, only told.
+    // The journal must be empty: with `-n`, e2fsck reports a journal that needs a replay, and skips
+    // the replay.
     let checked = bhatti_host::process::command("e2fsck").arg("-fn").arg(&file).output().await;
     let said = String::from_utf8_lossy(&checked.unwrap().stdout).into_owned();
     assert!(!said.contains("recovering journal") && !said.contains("skipping journal"), "{said}");
@@ -367,7 +370,7 @@ async fn volume_is_clean_while_its_sandbox_sleeps_and_memory_is_not_put_over_ano
     assert_eq!(api.sh("dev", "cat /data/file").await, "written\n");
     delete(&api, "/sandboxes/dev").await;
 
-    // A daemon that dies over a new sandbox leaves its volume to the next one.
+    // If the daemon dies while it creates a sandbox, the next daemon detaches the volume.
     daemon.terminate().await;
     daemon.serve_with(|serve| serve.fault = Some("daemon:running".to_owned())).await;
     let create = bhatti_api::CreateSandbox {

@@ -1,4 +1,4 @@
-//! What all connections share.
+//! State that all connections share.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -24,23 +24,23 @@ const EVENT_QUEUE: usize = 64;
 
 /// The agent.
 pub(crate) struct Agent {
-    /// Collects the children.
+    /// Reaps child processes.
     pub(crate) reaper: Rc<Reaper>,
-    /// What it gives at most.
+    /// The agent's limits.
     pub(crate) limits: Limits,
-    /// What the host made of this guest.
+    /// The settings that the host applied.
     pub(crate) settings: RefCell<Settings>,
-    /// What the image sets for every process.
+    /// Variables that the image sets for every process.
     pub(crate) image_environment: BTreeMap<String, String>,
     /// Processes that survive their client.
     pub(crate) sessions: Sessions,
-    /// What happens in the guest.
+    /// Sends events of the guest to listeners.
     pub(crate) events: broadcast::Sender<GuestEvent>,
-    /// Where jobs keep their output.
+    /// The directory of job output and of jobs that restart.
     pub(crate) state_dir: PathBuf,
-    /// What is its own to change.
+    /// Where the agent runs, which decides how much of the system it may change.
     pub(crate) place: Place,
-    /// How many descriptors its children begin with, which are fewer than it has itself.
+    /// The soft limit of descriptors for children, which is lower than that of the agent.
     pub(crate) child_descriptors: Option<u64>,
     /// Threads for file operations.
     pub(crate) file_workers: Workers,
@@ -62,7 +62,7 @@ pub(crate) struct Agent {
 /// Where the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// As PID 1 of a machine whose kernel is its own.
+    /// As PID 1 of a VM, with its own kernel.
     Machine,
     /// As PID 1 of a container, on the host's kernel.
     Container,
@@ -71,31 +71,31 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// Whether users live here.
+    /// Whether this is a guest, with users of its own.
     pub(crate) const fn is_guest(self) -> bool {
         matches!(self, Self::Machine | Self::Container)
     }
 
-    /// Whether the kernel is its own: clock, cgroups, mounts and random numbers.
+    /// Whether the agent has its own kernel: clock, cgroups, mounts and random numbers.
     pub(crate) const fn has_kernel(self) -> bool {
         matches!(self, Self::Machine)
     }
 }
 
-/// Something that is counted for as long as it lives.
+/// Counts one use against a limit until dropped.
 pub(crate) struct Counted {
     agent: Rc<Agent>,
     counter: fn(&Agent) -> &Cell<usize>,
 }
 
-/// A command that runs without a session, registered for as long as it lives.
+/// The registration of a running command without a session. Ends when dropped.
 pub(crate) struct Running {
     agent: Rc<Agent>,
     exec_id: Option<String>,
 }
 
 impl Agent {
-    /// An agent with nothing to do yet. Its process may have as many descriptors from here on as it can.
+    /// Creates an idle agent, and raises the limit of descriptors of its process to the maximum.
     pub(crate) fn new(
         reaper: Rc<Reaper>,
         limits: Limits,
@@ -136,17 +136,17 @@ impl Agent {
         })
     }
 
-    /// Counts a connection; none if there are too many.
+    /// Counts a connection. Refused if there are too many.
     pub(crate) fn count_connection(self: &Rc<Self>) -> Result<Counted, OpError> {
         self.count(|agent| &agent.connections, self.limits.connections, "connections")
     }
 
-    /// Counts a watch; none if there are too many.
+    /// Counts a watch. Refused if there are too many.
     pub(crate) fn count_watch(self: &Rc<Self>) -> Result<Counted, OpError> {
         self.count(|agent| &agent.watches, self.limits.watches, "watches")
     }
 
-    /// Counts a pipe of an ended command; none if there are too many.
+    /// Counts a pipe of an ended command. Refused if there are too many.
     pub(crate) fn count_discarded_pipe(self: &Rc<Self>) -> Result<Counted, OpError> {
         let limit = self.limits.discarded_pipes;
         self.count(|agent| &agent.discarded_pipes, limit, "pipes of ended commands")
@@ -188,12 +188,12 @@ impl Agent {
         self.commands.borrow().get(exec_id).cloned()
     }
 
-    /// Something was done in the guest for the host.
+    /// Records that the host uses the guest now.
     pub(crate) fn touch(&self) {
         self.last_activity.set(unix_now());
     }
 
-    /// What happened lately.
+    /// Returns the guest's recent activity.
     pub(crate) fn activity(&self) -> ActivityInfo {
         let (active_sessions, attached_sessions, jobs) = self.sessions.count();
         ActivityInfo {
@@ -209,7 +209,7 @@ impl Agent {
         self.wakes.get()
     }
 
-    /// Whether the users' processes stand still.
+    /// Sets whether the users' processes are frozen, and notifies tasks that wait for them.
     pub(crate) fn set_suspended(&self, suspended: bool) {
         if !suspended {
             self.wakes.set(self.wakes.get() + 1);
@@ -218,14 +218,15 @@ impl Agent {
         self.awake.notify_waiters();
     }
 
-    /// Waits until a process can be started: one that is born frozen never gets to its program, and whoever starts it waits for that.
+    /// Waits until a process can be started. A process that starts frozen never reaches its
+    /// program, and the agent would block while it waits for that.
     pub(crate) async fn awake(&self) {
         while self.suspended.get() {
             self.awake.notified().await;
         }
     }
 
-    /// The guest is to be shut down.
+    /// Requests the shutdown of the guest.
     pub(crate) fn ask_for_shutdown(&self) {
         self.shutdown_asked.set(true);
         self.shutdown.notify_waiters();

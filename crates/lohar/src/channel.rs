@@ -1,8 +1,9 @@
 //! The agent channel on a virtio-serial port.
 //!
-//! The port is one byte stream that says, badly, whether the host is there: without a host a read returns nothing at once and poll(2)
-//! reports a hang-up until the host is back. So the port is watched edge-triggered by an epoll instance of its own, and that one by the
-//! runtime: each change wakes us once, and no state of the port keeps us busy.
+//! The port is one byte stream that shows the presence of the host poorly: without a host, a read
+//! returns 0 bytes at once and poll(2) reports a hang-up until the host is back. So a separate
+//! epoll instance watches the port edge-triggered, and the runtime watches that instance: each
+//! change wakes the agent once, and no state of the port keeps it busy.
 
 mod port;
 
@@ -37,7 +38,7 @@ pub(crate) async fn serve(agent: &Rc<Agent>) -> io::Result<()> {
     loop {
         let hello = std::future::poll_fn(|cx| channel.borrow_mut().poll_hello(cx)).await?;
         let mut connection = Connection(Rc::clone(&channel));
-        // The epoch is the host's, the generation ours: the host adapts.
+        // The ack has the host's epoch and the agent's generation: the host adapts.
         connection.write_all(&Hello { generation: GENERATION, ..hello }.encode_ack()).await?;
         let mut acceptor = Acceptor::new(connection);
         while let Some(stream) = acceptor.accept().await {
@@ -56,7 +57,7 @@ async fn route(agent: &Rc<Agent>, mut stream: AcceptedStream) {
     }
 }
 
-/// The port with what was read of it.
+/// The port, and the bytes that were read from it.
 struct Channel {
     port: Port,
     decoder: Decoder,
@@ -66,13 +67,13 @@ struct Channel {
 }
 
 impl Channel {
-    /// Reads until the host says hello.
+    /// Reads until the host sends a hello.
     fn poll_hello(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Hello>> {
         loop {
             if let Some(hello) = self.hello.take() {
                 return Poll::Ready(Ok(hello));
             }
-            // What comes without a hello belongs to a connection that is over.
+            // Bytes without a hello belong to a connection that is over.
             self.received.clear();
             match self.poll_receive(cx) {
                 Poll::Ready(Ok(true)) => {}
@@ -83,7 +84,7 @@ impl Channel {
         }
     }
 
-    /// Receives something; false when the host is not there.
+    /// Receives bytes. Returns false if the host is not connected.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut buffer = [0; PORT_READ_BYTES];
         let length = match self.port.poll_read(cx, &mut buffer) {
@@ -100,7 +101,7 @@ impl Channel {
     }
 }
 
-/// One connection of the channel: ends where the next hello begins.
+/// One connection of the channel. It ends where the next hello begins.
 struct Connection(Rc<RefCell<Channel>>);
 
 impl AsyncRead for Connection {
@@ -144,7 +145,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // The port stays: it is the next connection's too.
+        // The port stays open for the next connection.
         Poll::Ready(Ok(()))
     }
 }

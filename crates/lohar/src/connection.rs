@@ -1,4 +1,5 @@
-//! A connection to the host, whatever carries it, in halves that know whether the host is still there.
+//! A connection to the host over any transport, split into halves that detect whether the host is
+//! still connected.
 
 use std::cell::RefCell;
 use std::io;
@@ -16,12 +17,12 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// How long a host that was refused may go on talking.
+/// How long the agent drains the input of a host after a refusal.
 const HEAR_OUT_LIMIT: Duration = Duration::from_secs(1);
 
 /// A byte stream from the host.
 pub(crate) trait Transport: AsyncRead + AsyncWrite + Unpin + 'static {
-    /// Whether the host has gone for good, rather than closed its sending direction only.
+    /// Whether the host has closed the whole connection, not only its sending direction.
     fn host_is_gone(&self) -> bool;
 }
 
@@ -33,12 +34,13 @@ impl Transport for AcceptedStream {
 
 impl Transport for UnixStream {
     fn host_is_gone(&self) -> bool {
-        // A vsock of Firecracker's ends both directions with one, of which the kernel makes no hang-up.
+        // If the host closes one direction of a Firecracker vsock, both end. The kernel reports
+        // RDHUP then, but no hang-up.
         let is_vsock = socket_domain(self) == Ok(AddressFamily::VSOCK);
         let looked_for = if is_vsock { PollFlags::RDHUP } else { PollFlags::empty() };
         let mut fds = [PollFd::new(self, looked_for)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        // A socket that cannot be asked is as good as gone.
+        // If poll fails, the host counts as gone.
         !matches!(poll(&mut fds, Some(&now)), Ok(0))
     }
 }
@@ -64,12 +66,13 @@ impl<T: Transport> Half<T> {
         Self(Rc::clone(&self.0))
     }
 
-    /// Reads what the host still has to say, until it has heard what we said last and goes. A socket that is closed with something unread
-    /// is reset, and takes with it what the host has not read yet.
+    /// Drains the host's remaining input until the host has read the agent's last bytes and
+    /// closes the connection. If a socket is closed with unread input, the kernel resets the
+    /// connection, and the host loses the bytes that it has not read yet.
     pub(crate) async fn hear_out(mut self) {
         let mut ignored = [0; 4096];
         let hear = async { while matches!(self.read(&mut ignored).await, Ok(1..)) {} };
-        // One that goes on talking is cut off.
+        // A host that keeps sending is cut off.
         drop(timeout(HEAR_OUT_LIMIT, hear).await);
     }
 

@@ -1,4 +1,5 @@
-//! File descriptors: the agent needs several for each command and connection, and its children have what programs expect.
+//! Limits of file descriptors. The agent needs several descriptors for each command and
+//! connection; its children get the limit that programs expect.
 
 use std::io;
 
@@ -7,10 +8,11 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::agent::Place;
 use crate::log;
 
-/// What processes have in a machine: what systemd gives. More to begin with breaks programs that use `select` or close all there could be.
+/// The limits of a process in a VM, as systemd sets them. A higher soft limit breaks programs
+/// that use `select` or close every possible descriptor.
 const USUAL: Rlimit = Rlimit { current: Some(1024), maximum: Some(512 << 10) };
 
-/// Lets the agent have as many as it can, and tells how many its children are to begin with.
+/// Raises the agent's soft limit to the hard limit, and returns the soft limit for its children.
 pub(crate) fn raise_limit(place: Place) -> Option<u64> {
     let usual = match place {
         Place::Machine => USUAL,
@@ -23,7 +25,8 @@ pub(crate) fn raise_limit(place: Place) -> Option<u64> {
     usual.current
 }
 
-/// Has a child begin with so many. What it may have at most is what the agent may.
+/// Lowers the soft limit of the calling child process to `usual`. The hard limit stays the
+/// agent's.
 pub(crate) fn lower_limit(usual: Option<u64>) -> io::Result<()> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let lowest = [usual, current, maximum].into_iter().flatten().min();

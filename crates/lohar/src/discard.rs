@@ -1,7 +1,8 @@
-//! Pipes whose command has ended and that background processes still write to.
+//! Drains pipes of ended commands to which background processes still write.
 //!
-//! A server that a command starts with `&` has the command's pipes as its standard output and error. Closed pipes would end it with
-//! SIGPIPE at its first line, so the agent goes on reading until the last writer has gone, and keeps nothing of it.
+//! A server that a command starts with `&` has the command's pipes as its standard output and
+//! error. If the agent closed them, SIGPIPE would end the server at its first line. So the agent
+//! reads until the last writer has gone, and discards the bytes.
 
 use std::io::ErrorKind;
 use std::rc::Rc;
@@ -15,10 +16,12 @@ use crate::agent::Agent;
 /// Bytes that are read at once.
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// The pause after a full buffer: a process that floods its output is slowed down, so that the agent serves others.
+/// The pause after a full buffer. It slows down a process that floods its output, so that the
+/// agent can serve other work.
 const FLOOD_PAUSE: Duration = Duration::from_millis(1);
 
-/// Reads a pipe to its end, in a task of its own. If too many pipes are read so already, the pipe is closed instead.
+/// Drains a pipe to its end, in a separate task. If too many pipes are being drained already,
+/// closes the pipe instead.
 pub(crate) fn discard(agent: &Rc<Agent>, pipe: pipe::Receiver) {
     let Ok(counted) = agent.count_discarded_pipe() else { return };
     tokio::task::spawn_local(async move {
@@ -35,7 +38,8 @@ pub(crate) fn discard(agent: &Rc<Agent>, pipe: pipe::Receiver) {
     });
 }
 
-/// Not part of the task: its buffer is on the stack only while it is used.
+/// Reads up to one buffer. Separate from the task, so that the buffer is on the stack only during
+/// the read.
 #[inline(never)]
 fn read_some(pipe: &pipe::Receiver) -> std::io::Result<usize> {
     pipe.try_read(&mut [0; BUFFER_BYTES])

@@ -1,4 +1,5 @@
-//! Disks by their serial, which the host gave them; or by their order, where the hypervisor gives none.
+//! Finds disks by the serial that the host gave them, or by their order if the hypervisor gives
+//! none.
 
 use std::fs;
 use std::io;
@@ -6,15 +7,18 @@ use std::path::{Path, PathBuf};
 
 const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_blk";
 
-/// The variable with the names of all disks, in their order, divided by commas. The kernel makes one of each parameter that it does not know.
+/// The environment variable that lists the names of all disks in order, separated by commas. The
+/// kernel turns each command-line parameter that it does not know into such a variable.
 const IN_ORDER: &str = "BHATTI_DISKS";
 
-/// The device of the disk with this serial. With `probe_again`, the kernel looks at it as if for the first time: it may have another size now, and
-/// be read only, which the kernel notices at no other moment.
+/// Returns the device of the disk with this serial. With `probe_again`, the kernel probes the
+/// disk anew: its size may have changed, or it may be read-only now, which the kernel notices
+/// only in a probe.
 pub(crate) fn find(serial: &str, probe_again: bool) -> io::Result<PathBuf> {
     let missing =
         || io::Error::new(io::ErrorKind::NotFound, format!("no disk has the serial `{serial}`"));
-    // Hypervisors that give no serials tell the guest of another size, and cannot begin anew with a disk.
+    // Hypervisors without serials notify the guest of a changed size, and do not support probing
+    // a disk anew.
     if probe_again && std::env::var_os(IN_ORDER).is_none() {
         let block = block_with(serial)?.ok_or_else(missing)?;
         let device = fs::canonicalize(block.join("device"))?;
@@ -27,7 +31,7 @@ pub(crate) fn find(serial: &str, probe_again: bool) -> io::Result<PathBuf> {
     Ok(Path::new("/dev").join(block.file_name().unwrap_or_default()))
 }
 
-/// Where the kernel describes the disk with this serial, if it is there.
+/// Returns the sysfs directory of the disk with this serial, if the disk exists.
 pub(crate) fn block_with(wanted: &str) -> io::Result<Option<PathBuf>> {
     if let Ok(names) = std::env::var(IN_ORDER) {
         let block = device_in_order(&names, wanted).map(|name| Path::new("/sys/block").join(name));
@@ -43,7 +47,7 @@ pub(crate) fn block_with(wanted: &str) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// What the kernel calls the disk of that name.
+/// Returns the kernel's name of the disk called `wanted`.
 fn device_in_order(names: &str, wanted: &str) -> Option<String> {
     let position = names.split(',').position(|name| name == wanted)?;
     let letter = char::from(b'a'.checked_add(u8::try_from(position).ok()?)?);
@@ -55,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn disks_without_serials_are_known_by_their_order() {
+    fn disks_without_serials_are_found_by_their_order() {
         let names = "root,volume0,volume1";
         assert_eq!(device_in_order(names, "root").as_deref(), Some("vda"));
         assert_eq!(device_in_order(names, "volume1").as_deref(), Some("vdc"));

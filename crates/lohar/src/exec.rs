@@ -1,8 +1,9 @@
 //! Runs a command with its standard streams in frames.
 //!
-//! The command leads a process group of its own. It is over when its process has ended: what is then still in the pipes is sent on.
-//! What background processes write later is read and discarded, so that they live on (see [`crate::discard`]). When the host goes away
-//! the group is killed.
+//! The command leads its own process group. The command is over when its process has ended; the
+//! agent still sends the bytes that are in the pipes then. Later output of background processes
+//! is read and discarded, so that they keep running (see [`crate::discard`]). If the host goes
+//! away, the agent kills the group.
 
 pub(crate) mod input;
 mod output;
@@ -44,7 +45,7 @@ pub(crate) async fn serve<T: Transport>(
         if request.timeout_ms.is_some() { Confinement::Own } else { Confinement::Shared };
     let process = launch::piped(agent, &request, confinement)?;
     let _running = agent.register(request.exec_id, &process.processes);
-    // Kills what was started if the host does not hear of it.
+    // Kills the process if the host cannot be told that it has started.
     let started = async {
         if request.error_details {
             writer.send(FrameType::STARTED, &[]).await.map_err(host_gone)?;

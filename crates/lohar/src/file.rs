@@ -1,5 +1,5 @@
-//! File operations. Each acts as one user: the one that its request names, or the usual user of a guest. The kernel checks that user's
-//! rights; what is made belongs to that user.
+//! File operations. Each acts as one user: the user that its request names, or else the usual
+//! user of a guest. The kernel checks that user's rights, and new files belong to that user.
 
 mod archive;
 mod change;
@@ -36,24 +36,24 @@ const DIRECTORY_MODE: u32 = 0o755;
 fn checked(path: &str) -> Result<PathBuf, AgentError> {
     if path.is_empty() || path.len() > PATH_BYTES_MAX || path.contains('\0') {
         let message =
-            format!("a path has 1 to {PATH_BYTES_MAX} bytes and no NUL, not {} bytes", path.len());
+            format!("path of {} bytes: it must have 1 to {PATH_BYTES_MAX} and no NUL", path.len());
         return Err(refused(ErrorKind::BadRequest, message));
     }
     Ok(PathBuf::from(path))
 }
 
-/// Permission bits in octal, as requests have them; `None` if there are none.
+/// Parses permission bits in octal, as in requests. Returns `None` for an empty text.
 pub(crate) fn parse_mode(text: &str) -> Result<Option<u32>, AgentError> {
     if text.is_empty() {
         return Ok(None);
     }
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
     mode.map(Some).ok_or_else(|| {
-        refused(ErrorKind::BadRequest, format!("`{text}` are no permission bits in octal"))
+        refused(ErrorKind::BadRequest, format!("`{text}` is not a file mode in octal"))
     })
 }
 
-/// The directory that a file lies in.
+/// Returns the directory of a file.
 fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

@@ -26,7 +26,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes that are copied at once.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// How often a host is checked for being there while the application takes nothing, or nothing more comes.
+/// How often the agent checks that the host is still connected, while the application does not
+/// read or the host sends no more.
 const HOST_CHECK: Duration = Duration::from_millis(250);
 
 /// Serves one connection to [`FORWARD_PORT`], which began with `frame`.
@@ -59,8 +60,9 @@ pub(crate) async fn serve<T: Transport>(
     relayed.map_err(host_gone)
 }
 
-/// Copies both ways; each direction ends for itself: an application that takes nothing more may still have an answer. Ends at once when
-/// the host has gone, even if the application says nothing, or takes nothing: it may wait for its client for ever.
+/// Copies both ways. Each direction ends on its own: an application that reads no more may still
+/// send an answer. Ends at once if the host has gone, even if the application neither sends nor
+/// reads: the application may wait for its client forever.
 async fn relay<T: Transport>(
     mut target: TcpStream,
     reader: HostReader<T>,
@@ -83,7 +85,8 @@ async fn relay<T: Transport>(
     };
     let outbound = async {
         let mut piece = BytesMut::with_capacity(PIECE_BYTES);
-        // A connection that breaks has ended, too: what the application said before still arrives.
+        // A connection that breaks has ended, too: bytes that the application sent before still
+        // reach the host.
         while from_target.read_buf(&mut piece).await.unwrap_or_default() > 0 {
             to_host.write_all(&piece).await?;
             piece.clear();
@@ -97,13 +100,15 @@ async fn relay<T: Transport>(
         ended = outbound => ended,
     };
     if ended.is_err() {
-        // The application is reset: an end in order would wait behind what it has not read.
+        // Reset the connection: an orderly end would queue behind bytes that the application has
+        // not read.
         let _: Result<(), Errno> = set_socket_linger(&target, Some(Duration::ZERO));
     }
     ended
 }
 
-/// Writes to the application, as long as the host is there. Returns whether it takes more.
+/// Writes to the application while the host is connected. Returns whether the application takes
+/// more.
 async fn write<T: Transport>(
     to_target: &mut WriteHalf<'_>,
     bytes: &[u8],
@@ -130,7 +135,7 @@ async fn connect(port: u16) -> Result<TcpStream, String> {
     for address in ["127.0.0.1", "::1"] {
         match timeout(CONNECT_LIMIT, TcpStream::connect((address, port))).await {
             Ok(Ok(stream)) => return Ok(stream),
-            // The original dialled IPv4 only; its words are kept for that.
+            // The original agent dialed IPv4 only; its error text is kept for that case.
             Ok(Err(error)) if refused.is_empty() => {
                 refused = format!("dial tcp {address}:{port}: connect: {}", errno_text(&error));
             }

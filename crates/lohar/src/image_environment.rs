@@ -16,8 +16,8 @@ const FILE: &str = "/etc/environment";
 /// How much of the file is read, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
 
-/// The variables of this guest's image. None if there is no such file; one that cannot be read is
-/// reported on the console.
+/// Returns the variables of this guest's image, or none if there is no such file. A file that
+/// cannot be read is reported on the console.
 pub(crate) fn read() -> BTreeMap<String, String> {
     let mut text = Vec::new();
     match open(Path::new(FILE)).and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut text)) {
@@ -30,14 +30,15 @@ pub(crate) fn read() -> BTreeMap<String, String> {
     }
 }
 
-/// A pipe or a device in its place would keep the guest from coming up.
+/// Opens a regular file only: a pipe or a device in its place would block the boot.
 fn open(path: &Path) -> io::Result<File> {
     let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
     let file = File::options().read(true).custom_flags(nonblocking).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(ErrorKind::InvalidInput.into()) }
 }
 
-/// Lines of the form `NAME=VALUE` or `export NAME=VALUE`, with the value in quotes or not. Others mean nothing.
+/// Parses lines of the form `NAME=VALUE` or `export NAME=VALUE`, with or without quotes around
+/// the value. Ignores other lines.
 fn parse(text: &str) -> BTreeMap<String, String> {
     let variable = |line: &str| {
         let line = line.trim();
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_regular_file_is_read_and_nothing_is_waited_for() {
+    fn only_a_regular_file_is_opened_and_a_pipe_does_not_block() {
         let place = tempfile::tempdir().unwrap();
         let (pipe, file) = (place.path().join("pipe"), place.path().join("file"));
         rustix::fs::mknodat(
@@ -81,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_set_variables_do_and_others_do_not() {
+    fn lines_that_set_no_variable_are_ignored() {
         let text = "A=1\n export B=\"two words\" \n#C=3\nD\n=4\nE-E=5\nF='it''s'\nG=\nH=\"open\nI=a=b\nA=last\nJ=x\0y\n";
 
         let parsed = parse(text);

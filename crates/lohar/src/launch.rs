@@ -32,7 +32,7 @@ use crate::refusal::refused;
 use crate::spawn::Program;
 use crate::user::{self, User};
 
-/// Where programs are looked for unless the request says otherwise.
+/// The `PATH` of commands, unless the image, the settings or the request have another.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A process with pipes.
@@ -48,7 +48,7 @@ pub(crate) struct Piped {
 pub(crate) struct OnTerminal {
     pub(crate) processes: Rc<Processes>,
     pub(crate) exit: Exit,
-    /// The terminal's other end, non-blocking.
+    /// The terminal's master end, non-blocking.
     pub(crate) master: OwnedFd,
 }
 
@@ -105,7 +105,7 @@ fn open_terminal(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((master, slave))
 }
 
-/// Tells a terminal how large it is.
+/// Sets the size of a terminal.
 pub(crate) fn set_size(master: impl AsFd, rows: u16, cols: u16) -> io::Result<()> {
     Ok(tcsetwinsize(master, Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 })?)
 }
@@ -134,7 +134,8 @@ impl Command {
         let name = request.argv.first().map_or("", String::as_str);
         let found = find_program(name, path, directory.as_deref().unwrap_or(Path::new("")));
         let file = found.map_err(|error| lookup_failed(name, &error))?;
-        // A shell that is to run it takes a path for one whatever it begins with.
+        // If a shell has to run the file, it takes a name with a slash for a path, regardless of
+        // its first letter.
         let is_bare = file.components().count() == 1;
         let file = if is_bare { Path::new(".").join(file) } else { file };
         Ok(Self { file, arguments: request.argv.clone(), environment, directory, user })
@@ -153,11 +154,12 @@ impl Command {
         let in_container = agent.place == Place::Container;
         let settle = || {
             if in_container {
-                // First: whoever is not root any more cannot.
+                // First: only root can drop these capabilities.
                 give_capabilities_up()?;
             }
             settle(attachment, self.user.as_ref(), procs.as_ref())?;
-            // Last: what is the agent's is open until the child becomes another program, and may be more than the child may have.
+            // Last: the agent's descriptors are open until the child executes its program, and
+            // may be more than the child's limit allows.
             lower_limit(agent.child_descriptors)
         };
         let started = self.program(stdio).and_then(|program| program.start(&settle));
@@ -167,7 +169,7 @@ impl Command {
 
     /// # Errors
     ///
-    /// Part of it has a byte of zero.
+    /// Returns an error if a part of the command contains a zero byte.
     fn program<'a>(&self, stdio: [BorrowedFd<'a>; 3]) -> io::Result<Program<'a>> {
         let arguments = self.arguments.iter().map(|argument| CString::new(argument.as_str()));
         let pair = |(name, value)| CString::new(format!("{name}={value}"));
@@ -182,10 +184,10 @@ impl Command {
     }
 }
 
-/// Runs in the child: puts it where it belongs, and takes the agent's rights away from it.
+/// Runs in the child: sets its cgroup, its process group or terminal session, and its user.
 fn settle(attachment: Attachment, user: Option<&User>, procs: Option<&File>) -> io::Result<()> {
     if let Some(procs) = procs {
-        // The process that writes is the one that moves.
+        // The process that writes `0` is moved.
         write(procs, b"0")?;
     }
     match attachment {
@@ -203,8 +205,9 @@ fn settle(attachment: Attachment, user: Option<&User>, procs: Option<&File>) -> 
     Ok(())
 }
 
-/// Takes from the child what the agent needs to set a container's network up: root in a sandbox must not. Root's next program has no
-/// more than what is left.
+/// Drops the capabilities that the agent needs to set up a container's network: root in a sandbox
+/// must not have them. They leave the bounding set, so the next program of root does not get
+/// them.
 fn give_capabilities_up() -> io::Result<()> {
     for capability in [CapabilitySet::NET_ADMIN, CapabilitySet::SETPCAP] {
         remove_capability_from_bounding_set(capability)?;
@@ -212,7 +215,8 @@ fn give_capabilities_up() -> io::Result<()> {
     Ok(())
 }
 
-/// The environment of a process: the defaults, the image's, the guest's, the request's. Nothing of the agent's own.
+/// Returns the environment of a process: the defaults, overridden by the image's variables, the
+/// guest's and the request's, in that order. Nothing comes from the agent's own environment.
 fn environment(
     agent: &Agent,
     user: Option<&User>,
@@ -236,7 +240,7 @@ fn environment(
     environment
 }
 
-/// Where a process runs, if not where the agent does.
+/// Returns the working directory of a process, if not the agent's.
 fn working_directory(cwd: Option<&str>) -> Result<Option<PathBuf>, AgentError> {
     let bad = |path: &Path, why: &str| {
         refused(ErrorKind::BadCwd, format!("start: chdir {}: {why}", path.display()))
@@ -273,7 +277,7 @@ fn lookup_failed(name: &str, error: &LookupError) -> AgentError {
 
 fn spawn_failed(program: &Path, error: &io::Error) -> AgentError {
     let kind = match error.raw_os_error() {
-        // The program is there: what is missing is its interpreter, or the user's right to it.
+        // The program exists: its interpreter is missing, or the user may not execute it.
         Some(libc::ENOEXEC | libc::EACCES | libc::ENOENT) => ErrorKind::NotExecutable,
         Some(libc::EPERM) => ErrorKind::PermissionDenied,
         Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE) => ErrorKind::Limit,

@@ -1,27 +1,29 @@
 //! lohar, the guest agent.
 //!
 //! ```text
-//!  run ──┬─ pid1      brings the guest up, then serves the virtio-serial channel and vsock; powers off on request;
-//!        │            in a container, serves two Unix sockets
-//!        ├─ test mode serves the same protocol on two Unix sockets, without root and without a VM
-//!        └─ modprobe  loads a kernel module, when the kernel or a program calls this program by that name
+//!  run ──┬─ pid1       sets up the guest, serves the virtio-serial channel and vsock, powers off
+//!        │             on request; in a container, serves two Unix sockets
+//!        ├─ test mode  serves the same protocol on two Unix sockets, without root and without a VM
+//!        └─ modprobe   loads a kernel module, if the kernel or a program calls this program by
+//!                      that name
 //!
 //!  serve      one connection = one operation; authentication, limits, dispatch
-//!  exec       runs a command, its output in frames
+//!  exec       runs a command and sends its output in frames
 //!  session    processes that survive their client: terminals, and jobs that keep their output
 //!  file       reads, writes, lists, changes and watches files
 //!  forward    relays a connection to a TCP port of the loopback
-//!  settings   what the host made of this guest, after the boot and after each restore
-//!  suspend    stands still around a snapshot
-//!  launch     starts a process as the right user in the right place
+//!  settings   applies the host's settings: a configuration after a boot, an identity in a fork
+//!  suspend    freezes the users' processes and volumes around a snapshot
+//!  launch     starts a process as its user, in its cgroup and directory
 //!  spawn      starts a program without a copy of the agent's memory
 //!  processes  signals and kills all processes of a command
-//!  discard    reads what background processes write after their command has ended
-//!  reaper     waits for every process that was started
+//!  discard    drains the pipes of background processes after their command has ended
+//!  reaper     waits for every child process
 //! ```
 //!
-//! Everything runs on one thread: starting a child and registering it with the reaper cannot be torn apart by its exit. What may wait for
-//! a file system runs on threads of a pool (`file/worker.rs`).
+//! Everything runs on one thread, so the reaper cannot reap a child between its start and its
+//! registration. Operations that may block on a file system run on the threads of a pool
+//! (`file/worker.rs`).
 
 mod agent;
 mod channel;
@@ -58,10 +60,12 @@ mod watched;
 
 use std::process::ExitCode;
 
-/// The stack of a thread that waits for files, in bytes. Nothing there is recursive.
+/// The stack of a thread for file operations, in bytes. No file operation walks a tree by
+/// recursion.
 const FILE_THREAD_STACK_BYTES: usize = 512 << 10;
 
-/// The runtime: one thread that serves everything, and those that wait for files and disks.
+/// Builds the runtime: one thread that serves everything, and a pool of threads that wait for
+/// files and disks.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -69,7 +73,8 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// Runs the agent: as PID 1 of a guest, or in test mode. Called as `modprobe`, loads kernel modules and ends.
+/// Runs the agent, as PID 1 of a guest or in test mode. If it is called as `modprobe`, loads
+/// kernel modules and exits instead.
 pub fn run() -> ExitCode {
     if modprobe::is_called() {
         return modprobe::run();
@@ -81,7 +86,8 @@ pub fn run() -> ExitCode {
     if std::process::id() == 1 {
         return pid1::run();
     }
-    // As an ordinary process it would mount over, kill and power off a machine that is not its own.
+    // As an ordinary process, the agent would mount over, kill and power off a machine that it
+    // does not own.
     log::line(format_args!(
         "refusing to run: this is not PID 1 of a virtual machine or container (set LOHAR_TEST=1 for test mode)"
     ));
@@ -95,18 +101,19 @@ unsafe extern "C" {
     fn mallopt(parameter: std::ffi::c_int, value: std::ffi::c_int) -> std::ffi::c_int;
 }
 
-/// Keeps up to a mebibyte that is not used at the heap's end: to give it back and take it again is 80 functions of the kernel, which an
-/// emulated guest has to translate before it answers. Threads share the heap: one of its own for each would be memory that is not given back.
+/// Keeps up to 1 MiB of free memory at the end of the heap. To give that memory back and take it
+/// again runs 80 kernel functions, which an emulated guest has to translate before the agent
+/// answers. All threads share one heap: memory in a heap per thread would never be given back.
 fn keep_heap() {
-    /// glibc's name for that.
+    /// Option of mallopt(3): the free bytes that stay at the end of the heap.
     #[cfg(target_env = "gnu")]
     const M_TRIM_THRESHOLD: std::ffi::c_int = -1;
-    /// The same for the number of heaps.
+    /// Option of mallopt(3): the number of heaps.
     #[cfg(target_env = "gnu")]
     const M_ARENA_MAX: std::ffi::c_int = -8;
     #[cfg(target_env = "gnu")]
     #[expect(unsafe_code, reason = "no crate has this call")]
-    // SAFETY: glibc has this function; it only sets a number, and refuses by its answer.
+    // SAFETY: glibc has this function. It only sets a number, and returns 0 if it refuses.
     unsafe {
         mallopt(M_TRIM_THRESHOLD, 1 << 20);
         mallopt(M_ARENA_MAX, 1);

@@ -1,4 +1,4 @@
-//! What the agent gives at most.
+//! The agent's limits.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ pub(crate) const JOB_OUTPUT_BYTES_MAX: u64 = 1 << 30;
 /// How long a connection may take to authenticate.
 pub(crate) const AUTH_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a process group has between being asked to end and being killed.
+/// The time between SIGTERM and SIGKILL for a process group.
 pub(crate) const TERM_GRACE: Duration = Duration::from_secs(2);
 
 /// Limits that tests set lower. In a VM they are the defaults.
@@ -27,14 +27,15 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Sessions whose process runs.
     pub(crate) sessions: usize,
-    /// Those of them with a terminal: each keeps 64 KiB of output in the agent's memory, which is
-    /// limited. A job has buffers of 16 KiB.
+    /// Running sessions with a terminal, which count as sessions, too. Each keeps 64 KiB of
+    /// output in the agent's memory, which is limited. A job has buffers of 16 KiB.
     pub(crate) terminals: usize,
-    /// Sessions whose process has ended and that are still kept: beyond it the oldest go early.
+    /// Ended sessions that are still kept. Beyond this number, the oldest are removed early.
     pub(crate) finished_sessions: usize,
     /// Watches at once.
     pub(crate) watches: usize,
-    /// Pipes of ended commands that are read at once, so that their background processes can go on writing.
+    /// Pipes of ended commands that are read at once, so that background processes can keep
+    /// writing.
     pub(crate) discarded_pipes: usize,
     /// File operations at once: each has a thread.
     pub(crate) file_operations: usize,
@@ -44,9 +45,10 @@ pub(crate) struct Limits {
     pub(crate) job_output_bytes: u64,
     /// The largest file that can be written, in bytes.
     pub(crate) file_bytes: u64,
-    /// Milliseconds that a connection may take to say what it wants.
+    /// Milliseconds that a connection may take to send its request.
     pub(crate) request_ms: u64,
-    /// Milliseconds that a write may go without a byte: who produces its content may have to think.
+    /// Milliseconds that a write may go without a byte. The program that produces the content may
+    /// pause for a long time.
     pub(crate) write_ms: u64,
     /// Milliseconds for which a terminal session is kept after its end.
     pub(crate) finished_session_ms: u64,

@@ -3,12 +3,14 @@
 use std::fmt;
 use std::io::Write;
 
-/// Writes one line, with the agent's name in front. A console that cannot be written to is nobody's to complain to.
+/// Writes one line to the console, prefixed with the agent's name. A failed write is ignored:
+/// there is no other place to report it.
 pub(crate) fn line(message: fmt::Arguments<'_>) {
     drop(writeln!(std::io::stderr(), "lohar: {message}"));
 }
 
-/// An operating system error as the protocol words it: the bare text in lower case, as the original agent printed it.
+/// Returns the text of an operating system error as in the protocol: without its number and
+/// beginning in lower case, as the original agent printed it.
 pub(crate) fn errno_text(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
@@ -21,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_worded_as_the_original_agent_did() {
+    fn error_text_matches_the_original_agent() {
         let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
 
         assert_eq!(errno_text(&missing), "no such file or directory");

@@ -5,18 +5,20 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, access};
 
-/// A command names no program that can be started. Displays as the original agent worded it.
+/// A command names no program that can be started. `launch` words these errors as the original
+/// agent did.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum LookupError {
-    /// No directory of `PATH` holds it.
+    /// No directory of `PATH` holds the program.
     NotInPath,
-    /// It is there, and may not be executed.
+    /// The file exists, but may not be executed.
     NotExecutable(PathBuf),
-    /// It was given as a path, and is not there.
+    /// The program was given as a path that does not exist.
     Missing(PathBuf),
 }
 
-/// Finds `program` as a shell would: a name in `path`, anything with a slash as it stands, relative to `cwd`.
+/// Finds `program` as a shell would: a name in `path`, anything with a slash as a path relative
+/// to `cwd`.
 pub(crate) fn find_program(program: &str, path: &str, cwd: &Path) -> Result<PathBuf, LookupError> {
     if program.contains('/') {
         let file = cwd.join(program);
@@ -80,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn each_way_to_fail_is_told_apart() {
+    fn each_lookup_error_has_its_own_variant() {
         let tree = tree();
         let file = tree.path().join("etc/tool");
 

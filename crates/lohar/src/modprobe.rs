@@ -1,9 +1,9 @@
 //! Loads kernel modules on demand.
 //!
-//! The kernel runs [`PATH`] when a program uses what a module would bring: a file system, a kind of
-//! network device, a device file. The path is a link to this program, so it works in every image.
-//! Programs may run it, too; it takes what modprobe(8) of kmod takes in common use. The modules and
-//! their index were chosen by `bhatti setup`.
+//! The kernel runs [`PATH`] when a program uses a feature that a module provides: a file system,
+//! a kind of network device, a device file. The path is a link to this program, so it works in
+//! every image. Programs may run it, too: it accepts the common options of modprobe(8) from kmod.
+//! `bhatti setup` chose the modules and wrote their index.
 
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsString};
@@ -18,9 +18,9 @@ use rustix::system::finit_module;
 
 use crate::log;
 
-/// Where the program is in a guest.
+/// The path of the program in a guest.
 pub(crate) const PATH: &str = "/run/bhatti/modprobe";
-/// Where the modules are in a guest.
+/// The directory of the modules in a guest.
 pub(crate) const MODULES: &str = "/run/bhatti/modules";
 /// The index's name in the modules' directory.
 const INDEX: &str = "index";
@@ -28,13 +28,14 @@ const INDEX: &str = "index";
 /// The kernel's flag of finit_module(2) for a file that it has to unpack.
 const COMPRESSED_FILE: i32 = 4;
 
-/// Whether this program was called by that name.
+/// Whether this program was called as `modprobe`.
 pub(crate) fn is_called() -> bool {
     let name = std::env::args_os().next();
     name.is_some_and(|name| Path::new(&name).file_name().is_some_and(|name| name == "modprobe"))
 }
 
-/// Does what the arguments of this process say. Fails with a line on stderr, or without one if `-q` is among them.
+/// Loads the modules that the arguments of this process name. On failure, prints a line to
+/// stderr; with `-q`, only if the arguments are invalid.
 pub(crate) fn run() -> ExitCode {
     let request = match Request::parse(std::env::args_os().skip(1)) {
         Ok(request) => request,
@@ -54,12 +55,12 @@ pub(crate) fn run() -> ExitCode {
     }
 }
 
-/// What a call of `modprobe` asks for.
+/// The arguments of a `modprobe` call.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Request {
     quiet: bool,
     names: Vec<String>,
-    /// Parameters of the one module that is named, divided by spaces.
+    /// Parameters of the named module, separated by spaces.
     parameters: String,
 }
 
@@ -134,7 +135,8 @@ impl<'a> Module<'a> {
     }
 }
 
-/// The places in `modules` of those with this name or alias. To the kernel, dashes and underscores are the same.
+/// Returns the indexes in `modules` of modules with this name or alias. The kernel treats dashes
+/// and underscores alike.
 fn find(modules: &[Module<'_>], wanted: &str) -> Vec<usize> {
     let plain = |name: &str| name.replace('-', "_");
     let wanted = plain(wanted);
@@ -146,8 +148,8 @@ fn find(modules: &[Module<'_>], wanted: &str) -> Vec<usize> {
     (0..modules.len()).filter(|place| has_alias(&modules[*place])).collect()
 }
 
-/// `wanted` and all that they need, each behind what it needs itself. What the index does not have
-/// is built in or was loaded at boot.
+/// Returns `wanted` and their dependencies, each after its own dependencies. Modules that are not
+/// in the index are built in or were loaded at boot.
 fn loading_order(modules: &[Module<'_>], wanted: &[usize]) -> Vec<usize> {
     fn visit(
         modules: &[Module<'_>],
@@ -200,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_are_found_by_name_and_alias_and_load_behind_what_they_need() {
+    fn modules_are_found_by_name_and_alias_and_load_after_their_dependencies() {
         assert_eq!(order("fs-overlay"), ["overlay"]);
         assert_eq!(order("fs_overlay"), ["overlay"]);
         assert_eq!(order("xt-LOG"), ["x_tables", "nf_log_syslog", "xt_LOG"]);
@@ -209,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_of_the_kernel_and_of_programs_are_understood() {
+    fn arguments_of_the_kernel_and_of_programs_are_parsed() {
         let parse = |line: &str| Request::parse(line.split_whitespace().map(OsString::from));
 
         let kernels = parse("-q -- net-pf-16-proto-12").unwrap();

@@ -1,7 +1,8 @@
-//! Interfaces, addresses and routes, by the kernel's route netlink: rtnetlink(7), linux/rtnetlink.h, linux/if_addr.h.
+//! Interfaces, addresses and routes, by the kernel's route netlink: rtnetlink(7),
+//! linux/rtnetlink.h, linux/if_addr.h. All numbers are in the machine's byte order.
 //!
 //! ```text
-//!  nlmsghdr   length u32 · type u16 · flags u16 · sequence u32 · port u32     all in the machine's byte order
+//!  nlmsghdr   length u32 · type u16 · flags u16 · sequence u32 · port u32
 //!  body       ifinfomsg, ifaddrmsg or rtmsg
 //!  attributes length u16 · type u16 · value, each padded to four bytes
 //! ```
@@ -21,7 +22,8 @@ use rustix::net::{
 
 const HEADER_BYTES: usize = 16;
 const ADDRESS_BODY_BYTES: usize = 8;
-/// What netlink(7) advises. The kernel makes its answers as large, and has to look for memory beyond that.
+/// The size of the receive buffer that netlink(7) advises, in bytes. The kernel makes its answers
+/// as large as the buffer, and has to search for memory for larger ones.
 const ANSWER_BYTES: usize = 8 * 1024;
 
 const ERROR: u16 = 2;
@@ -48,7 +50,7 @@ const ROUTE_GATEWAY: u16 = 5;
 const ROUTE: Option<Protocol> = None;
 const SOCKETS: Option<Protocol> = Some(rustix::net::netlink::SOCK_DIAG);
 
-/// The card of a guest, if it has one.
+/// The network card of a guest, if it has one.
 const CARD: &str = "eth0";
 
 const UP: u32 = 1;
@@ -57,13 +59,14 @@ const TABLE_MAIN: u8 = 254;
 const PROTOCOL_BOOT: u8 = 3;
 const UNICAST: u8 = 1;
 
-/// Brings `lo` up; the kernel gives it its addresses.
+/// Brings `lo` up. The kernel assigns its addresses.
 pub(crate) fn loopback_up() -> io::Result<()> {
     let netlink = Netlink::open(ROUTE)?;
     netlink.link_up(netlink.index("lo")?, None)
 }
 
-/// Gives an interface the address and route of `network`, in place of what it had. Returns the addresses that it has no more.
+/// Gives an interface the address and route of `network`, in place of its old ones. Returns the
+/// addresses that it lost.
 pub(crate) fn configure(network: &GuestNetwork) -> io::Result<Vec<Ipv4Addr>> {
     let (address, prefix) = parse_address(&network.address)?;
     let mac = network.mac.as_deref().map(parse_mac).transpose()?;
@@ -72,7 +75,8 @@ pub(crate) fn configure(network: &GuestNetwork) -> io::Result<Vec<Ipv4Addr>> {
     let netlink = Netlink::open(ROUTE)?;
     let index = netlink.index(&network.interface)?;
     netlink.link_up(index, mac)?;
-    // The old ones first: a new one of their network would be secondary to them, and go with them.
+    // The old addresses first: a new address in their network would be secondary to them, and
+    // would be removed with them.
     let mut left = netlink.remove_addresses(index)?;
     left.retain(|other| *other != address);
     netlink.change_address(NEW_ADDRESS, index, address, prefix)?;
@@ -80,13 +84,14 @@ pub(crate) fn configure(network: &GuestNetwork) -> io::Result<Vec<Ipv4Addr>> {
     Ok(left)
 }
 
-/// Takes an interface's addresses away, and its routes with them.
+/// Removes an interface's addresses, and its routes with them.
 pub(crate) fn forget(interface: &str) -> io::Result<()> {
     let netlink = Netlink::open(ROUTE)?;
     netlink.remove_addresses(netlink.index(interface)?).map(drop)
 }
 
-/// Ends the TCP connections from these addresses: their other ends belong to somebody else. Returns how many there were.
+/// Ends the TCP connections from these addresses, because their peers belong to the parent
+/// sandbox. Returns the number of connections.
 pub(crate) fn cut_connections(addresses: &[Ipv4Addr]) -> io::Result<usize> {
     if addresses.is_empty() {
         return Ok(0);
@@ -94,8 +99,8 @@ pub(crate) fn cut_connections(addresses: &[Ipv4Addr]) -> io::Result<usize> {
     sockets::cut(&Netlink::open(SOCKETS)?, addresses)
 }
 
-/// Brings the network card up, if there is one, with no address: guests that are restored from this one need not, and what it receives into
-/// is memory that they share.
+/// Brings the network card up, if there is one, without an address. Guests that are restored from
+/// this one then need not do so, and share the memory of its receive buffers.
 pub(crate) fn card_up() -> io::Result<()> {
     let netlink = Netlink::open(ROUTE)?;
     match netlink.index(CARD) {
@@ -108,13 +113,13 @@ pub(crate) fn card_up() -> io::Result<()> {
     }
 }
 
-/// Has an interface not speak the sixth version: the network is one of the fourth, and there is nobody to ask for an address.
+/// Disables IPv6 on an interface: the network is IPv4 only, and no router assigns IPv6 addresses.
 pub(crate) fn switch_off_ipv6(interface: &str) -> io::Result<()> {
     let switch = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
     match fs::write(&switch, "1") {
-        // A kernel without it.
+        // A kernel without IPv6.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        // In a container only the host can, and has done so.
+        // In a container, only the host can disable IPv6, and has done so.
         Err(_) if fs::read_to_string(&switch).is_ok_and(|now| now.trim() == "1") => Ok(()),
         written => written,
     }
@@ -124,7 +129,7 @@ fn parse_address(text: &str) -> io::Result<(Ipv4Addr, u8)> {
     let bad = || {
         io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("`{text}` is no address with a prefix length"),
+            format!("`{text}` is not an IPv4 address with a prefix length"),
         )
     };
     let (address, prefix) = text.split_once('/').ok_or_else(bad)?;
@@ -134,7 +139,7 @@ fn parse_address(text: &str) -> io::Result<(Ipv4Addr, u8)> {
 
 fn parse_mac(text: &str) -> io::Result<[u8; 6]> {
     let bad =
-        || io::Error::new(io::ErrorKind::InvalidInput, format!("`{text}` is no link address"));
+        || io::Error::new(io::ErrorKind::InvalidInput, format!("`{text}` is not a MAC address"));
     let bytes: Option<Vec<u8>> =
         text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
     bytes.and_then(|bytes| bytes.try_into().ok()).ok_or_else(bad)
@@ -178,7 +183,7 @@ impl Netlink {
         self.change(kind, if kind == NEW_ADDRESS { CREATE | REPLACE } else { 0 }, &body)
     }
 
-    /// Returns those that it had.
+    /// Removes all addresses of an interface, and returns them.
     fn remove_addresses(&self, index: u32) -> io::Result<Vec<Ipv4Addr>> {
         let addresses = self.addresses(index)?;
         for &(address, prefix) in &addresses {
@@ -210,7 +215,7 @@ impl Netlink {
         Ok(found)
     }
 
-    /// Asks for all of something, and hands over each message of the answer.
+    /// Sends a dump request, and passes each message of the answer to `each`.
     fn list(&self, kind: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         self.send(kind, DUMP, body)?;
         loop {
@@ -225,7 +230,7 @@ impl Netlink {
         }
     }
 
-    /// Sends a request and waits for its acknowledgement.
+    /// Sends a request and waits for its acknowledgment.
     fn change(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
         self.send(kind, flags | ACKNOWLEDGE, body)?;
         let answer = self.receive()?;
@@ -257,7 +262,7 @@ impl Netlink {
     }
 }
 
-/// The error of an acknowledgement, as a positive number; 0 is none.
+/// The error of an acknowledgment, as a positive number; 0 is none.
 fn error_code(body: &[u8]) -> i32 {
     body.first_chunk::<4>().map_or(libc::EPROTO, |code| -i32::from_ne_bytes(*code))
 }
@@ -324,11 +329,12 @@ mod tests {
         assert!(netlink.index("../lo").is_err());
     }
 
-    /// Runs `test` with a network of its own, so that nothing it does reaches the machine's, in which `eth0` is one end of a cable.
+    /// Runs `test` in a network namespace of its own, so that it does not change the machine's
+    /// network. There, `eth0` is one end of a veth pair.
     fn with_own_network(test: impl FnOnce() + Send + 'static) {
         let in_thread = move || {
             // SAFETY: only this thread's view of the network changes.
-            #[expect(unsafe_code, reason = "a thread may not lose what others share with it")]
+            #[expect(unsafe_code, reason = "a thread must not lose resources that it shares")]
             if let Err(error) = unsafe { unshare_unsafe(UnshareFlags::NEWNET) } {
                 skip("addresses, routes and link addresses by netlink", &error.to_string());
                 return;
@@ -377,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn interface_that_is_to_forget_has_neither_address_nor_route() {
+    fn forgetting_an_interface_removes_its_address_and_route() {
         with_own_network(|| {
             configure(&network("10.1.2.3/24", "10.1.2.1", "02:00:00:00:00:01")).unwrap();
 
@@ -389,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn interface_that_is_not_there_is_an_error() {
+    fn missing_interface_is_an_error() {
         with_own_network(|| {
             ip(&["link", "delete", "eth0"]);
             let wanted = network("10.1.2.3/24", "10.1.2.1", "02:00:00:00:00:01");
@@ -398,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_and_messages_of_nonsense_end() {
+    fn invalid_attributes_and_messages_end_the_iteration() {
         assert_eq!(attributes(&[0; 64]).count(), 0);
         assert_eq!(messages(&[0xff; 64]).count(), 0);
     }

@@ -1,7 +1,8 @@
-//! Memory: the agent is never what runs out of it, and says who did.
+//! Memory limits: the agent never runs out of memory, and reports the processes that do.
 //!
-//! All processes but the agent live in one cgroup, whose limits leave the agent room to run and half a processor. When the kernel kills one of them for
-//! want of memory, its log says which; that becomes an event.
+//! All processes except the agent are in one cgroup, whose limits leave memory, threads and half
+//! a processor to the agent. If the kernel kills one of these processes for lack of memory, the
+//! kernel's log names the process, and the agent sends an event.
 
 use std::fs;
 use std::io;
@@ -18,7 +19,8 @@ use crate::log;
 use crate::processes::USER_CGROUP;
 use crate::watched::watch;
 
-/// Memory that processes are kept from, in bytes: the agent's, and the kernel's for serving it.
+/// Memory that user processes cannot use, in bytes: for the agent, and for the kernel that serves
+/// it.
 const RESERVED_BYTES: u64 = 24 << 20;
 
 /// The share of the kernel's threads that processes may have, in percent.
@@ -27,8 +29,8 @@ const THREADS_PERCENT: u64 = 90;
 /// The longest record of the kernel's log: `CONSOLE_EXT_LOG_MAX` of kernel/printk.
 const RECORD_BYTES: usize = 8192;
 
-/// Protects the agent: sets the cgroup of all others up. That PID 1 is never killed for want of memory is the kernel's own rule, so it needs no
-/// score that its children would have to lay down again.
+/// Protects the agent: sets up the cgroup of all other processes. The kernel never kills PID 1
+/// for lack of memory, so the agent needs no OOM score that its children would have to reset.
 pub(crate) fn protect_agent() -> io::Result<()> {
     fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids")?;
     fs::create_dir_all(USER_CGROUP)?;
@@ -53,7 +55,7 @@ fn total_memory() -> io::Result<u64> {
     Ok(kib << 10)
 }
 
-/// Reports each process that the kernel kills for want of memory, for as long as the guest runs.
+/// Reports each process that the kernel kills for lack of memory, for as long as the guest runs.
 pub(crate) async fn report_kills(agent: Rc<Agent>) {
     if let Err(error) = try_report_kills(&agent).await {
         log::line(format_args!("failed to follow the kernel's log: {error}"));
@@ -72,7 +74,7 @@ async fn try_report_kills(agent: &Agent) -> io::Result<()> {
         match read(kernel_log.get_ref(), &mut record) {
             Ok(length) => {
                 if let Some(event) = kills.read(&String::from_utf8_lossy(&record[..length])) {
-                    // Without a listener nobody wants to know.
+                    // Sending fails only without a listener.
                     drop(agent.events.send(event));
                 }
             }
@@ -88,16 +90,17 @@ fn read(kernel_log: &OwnedFd, record: &mut [u8]) -> rustix::io::Result<usize> {
     rustix::io::read(kernel_log, record)
 }
 
-/// The kernel tells of a kill in two records: `oom-kill:…,task_memcg=/user/x,task=name,pid=123,uid=0` and
-/// `… Killed process 123 (name) …` (`dump_oom_summary` and `__oom_kill_process` of mm/oom_kill.c, Linux 6.1).
+/// Parses the two records of a kill in the kernel's log:
+/// `oom-kill:…,task_memcg=/user/x,task=name,pid=123,uid=0` and `… Killed process 123 (name) …`
+/// (`dump_oom_summary` and `__oom_kill_process` of mm/oom_kill.c, Linux 6.1).
 #[derive(Default)]
 struct Kills {
-    /// The process that the last record of the first kind was about, and its cgroup.
+    /// The process of the last record of the first kind, and its cgroup.
     chosen: Option<(u32, String)>,
 }
 
 impl Kills {
-    /// Reads a record. Returns the kill that it tells of.
+    /// Parses a record. Returns the kill that it reports.
     fn read(&mut self, record: &str) -> Option<GuestEvent> {
         if let Some((_, rest)) = record.split_once("oom-kill:") {
             self.chosen = parse_chosen(rest);
@@ -106,7 +109,7 @@ impl Kills {
         let (_, rest) = record.split_once("Killed process ")?;
         let (pid, rest) = rest.split_once(" (")?;
         let pid = pid.parse().ok()?;
-        // A name may hold parentheses of its own; what follows it does not.
+        // The name may contain parentheses; the text after it does not.
         let (name, _) = rest.rsplit_once(") ").or_else(|| rest.rsplit_once("),"))?;
         let chosen = self.chosen.as_ref().filter(|(chosen, _)| *chosen == pid);
         let cgroup = chosen.map(|(_, cgroup)| cgroup.clone());
@@ -127,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kill_is_read_out_of_the_kernels_words() {
+    fn kill_is_parsed_from_the_kernel_log() {
         let mut kills = Kills::default();
         let chosen = "6,1020,8235710,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/user,task_memcg=/user/exec-7,task=my (odd) name,pid=213,uid=0\n";
         let record = "3,1021,8235711,-;Memory cgroup out of memory: Killed process 213 (my (odd) name) total-vm:9kB, anon-rss:1kB\n";

@@ -1,10 +1,13 @@
-//! The life of PID 1: brings the guest up, serves the channel, powers off.
+//! The life of PID 1: sets up the guest, serves the channel, powers off.
 //!
 //! ```text
-//!  load modules ─► find and mount the root disk ─► move into it ─► mount the rest, links up ─► serve ─► power off
+//!  load modules ─► find the root disk ─► switch to it ─► mount the rest, links up ─► serve
+//!                                                                                      │
+//!                                                                         power off ◄──┘
 //! ```
 //!
-//! A step without which there is no guest ends it: the console has the reason, the VMM exits, the host reports both.
+//! If a step fails without which the guest cannot run, the guest ends: the console has the
+//! reason, the VMM exits, and the host reports both.
 
 mod container;
 mod disk_growth;
@@ -28,7 +31,7 @@ use crate::reaper::Reaper;
 use crate::vsock::Vsock;
 use crate::{channel, log, netlink, oom, runtime};
 
-/// Where jobs keep their output.
+/// The directory of job output and of jobs that restart.
 const STATE_DIR: &str = "/var/lib/lohar";
 
 /// A step of the boot that failed.
@@ -55,9 +58,9 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
-/// Runs the guest until it is to be powered off.
+/// Runs the guest until its power-off.
 pub(crate) fn run() -> ExitCode {
-    // Whatever `fs.suid_dumpable` says: children of other users borrow this memory.
+    // Regardless of `fs.suid_dumpable`: children that run as other users borrow this memory.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         log::line(format_args!("failed to keep the agent's memory from being traced: {error}"));
     }
@@ -80,7 +83,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     for (step, done) in [
         ("offer the loadable modules", loadable.as_ref().map_or(Ok(()), modules::offer)),
         ("share mounts with namespaces", mounts::share()),
-        ("make the root file system as large as its disk", disk_growth::grow(&disk)),
+        ("grow the root file system to the size of its disk", disk_growth::grow(&disk)),
         ("bring the loopback up", netlink::loopback_up()),
         ("bring the network card up", netlink::card_up()),
         ("protect the agent's memory", oom::protect_agent()),
@@ -97,7 +100,7 @@ fn boot_and_serve() -> Result<(), BootError> {
         let reaper = Reaper::start().step("watch for children")?;
         let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), Place::Machine);
         tokio::task::spawn_local(oom::report_kills(Rc::clone(&agent)));
-        // The channel is served meanwhile: the answer to whoever asked has to get out.
+        // The channel is served meanwhile, so that the host gets the answer to its request.
         let shut_down = async {
             agent.shutdown_requested().await;
             power::end_all_processes().await;
@@ -113,7 +116,7 @@ fn enter_workspace() -> io::Result<()> {
     Ok(chdir(if std::fs::metadata("/workspace").is_ok() { "/workspace" } else { "/" })?)
 }
 
-/// Serves the host over whatever the hypervisor gave the guest.
+/// Serves the host over the channels that the hypervisor provides.
 async fn serve(agent: &Rc<Agent>) -> io::Result<()> {
     let Some(vsock) = Vsock::open()? else { return channel::serve(agent).await };
     let port = async {

@@ -1,7 +1,9 @@
-//! The processes of one command: its process group and, in a machine, a cgroup of its own, which `setsid` does not leave.
+//! The processes of one command: its process group and, in a VM, its own cgroup, which a process
+//! cannot leave by `setsid`.
 //!
-//! A cgroup is made only for commands that the agent may have to kill by itself (those with a time limit, and sessions): making one
-//! costs a command in an emulated guest a few hundred microseconds.
+//! The agent creates a cgroup only for commands that it may have to kill by itself (those with a
+//! time limit, and sessions): in an emulated guest, a cgroup costs a command a few hundred
+//! microseconds.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashSet, VecDeque};
@@ -20,16 +22,16 @@ use crate::agent::Place;
 use crate::limits::TERM_GRACE;
 use crate::log;
 
-/// The cgroup of all processes but the agent, in a machine.
+/// The cgroup of all processes except the agent, in a VM.
 pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";
 
 /// The most cgroups of commands at once. Beyond it, commands run in the users' cgroup itself.
 const CGROUPS_MAX: usize = 1024;
 
-/// The most cgroups that one command's end tries to remove.
+/// The most cgroups that one sweep tries to remove.
 const REMOVALS_PER_SWEEP: usize = 8;
 
-/// The most processes outside of the group that are remembered without a cgroup.
+/// The most processes of one command that the agent finds without a cgroup.
 const DESCENDANTS_MAX: usize = 1024;
 
 /// Whether a command gets a cgroup of its own.
@@ -44,12 +46,13 @@ pub(crate) enum Confinement {
 pub(crate) struct Cgroups {
     last_number: Cell<u64>,
     live: Cell<usize>,
-    /// Cgroups whose command has ended and whose other processes had not when they were last looked at.
+    /// Cgroups of ended commands that still held other processes in the last sweep.
     left: RefCell<VecDeque<PathBuf>>,
 }
 
 impl Cgroups {
-    /// A cgroup for a command; the users' own if there are too many. None outside a machine.
+    /// Opens a cgroup for a command, or the users' cgroup if the command shares it or there are
+    /// too many. Returns `None` outside a VM.
     pub(crate) fn open(
         self: &Rc<Self>,
         place: Place,
@@ -84,22 +87,23 @@ impl Cgroups {
     }
 }
 
-/// Where the processes of a command live.
+/// The cgroup of the processes of a command.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
-    /// The command's own; `None` is the users'.
+    /// The command's own cgroup; `None` is the users' cgroup.
     path: Option<PathBuf>,
     cgroups: Rc<Cgroups>,
 }
 
 impl Cgroup {
-    /// The file by which a child moves itself here.
+    /// Opens the file by which a child moves itself into this cgroup.
     pub(crate) fn procs(&self) -> io::Result<File> {
         let path = self.path.as_deref().unwrap_or(USER_CGROUP.as_ref());
         File::options().write(true).open(path.join("cgroup.procs"))
     }
 
-    /// Kills every process in it. Returns false if it is not the command's own.
+    /// Kills every process in the cgroup. Returns false if it is not the command's own or the
+    /// kill fails.
     fn kill(&self) -> bool {
         let Some(path) = &self.path else { return false };
         if let Err(error) = fs::write(path.join("cgroup.kill"), "1") {
@@ -132,18 +136,19 @@ impl Processes {
         Self { group, cgroup }
     }
 
-    /// Signals the process group. One that is gone needs no signal.
+    /// Signals the process group. Ignores a group that has ended.
     pub(crate) fn signal(&self, signal: Signal) {
         let _: Result<(), Errno> = kill_process_group(self.group, signal);
     }
 
-    /// Kills every process of the command, those in other groups and sessions included.
+    /// Kills every process of the command, including those in other groups and sessions.
     pub(crate) fn kill(&self) {
         self.kill_remembered(&self.descendants());
     }
 
-    /// Ends the command when its time is over: asks its process group, and kills every process of it that is left after a grace period.
-    /// The second step does not depend on the caller: it happens even if this future is dropped after the first.
+    /// Ends the command when its time limit has passed: sends SIGTERM to its process group, and
+    /// kills all of its remaining processes after a grace period. The kill does not depend on the
+    /// caller: it happens even if this future is dropped after SIGTERM.
     pub(crate) async fn enforce_timeout(
         self: Rc<Self>,
         limit: Duration,
@@ -151,7 +156,8 @@ impl Processes {
     ) {
         sleep(limit).await;
         on_timeout();
-        // Without a cgroup, they are looked for now: when the leader is gone, its children are no longer known as such.
+        // Without a cgroup, find the descendants now: after the leader has ended, its children
+        // cannot be traced to it.
         let descendants = self.descendants();
         self.signal(Signal::TERM);
         tokio::task::spawn_local(async move {
@@ -160,19 +166,21 @@ impl Processes {
         });
     }
 
-    /// Kills the processes in the command's cgroup, or those of `descendants` that are left, with their group.
+    /// Kills the processes in the command's cgroup or, without one, those of `descendants` that
+    /// are left and their group.
     fn kill_remembered(&self, descendants: &[OwnedFd]) {
         if self.cgroup.as_ref().is_some_and(Cgroup::kill) {
             return;
         }
         let kill = |process: &&OwnedFd| pidfd_send_signal(process, Signal::KILL).is_ok();
         if descendants.iter().filter(kill).count() > 0 {
-            // A group has its number for as long as one of its processes lives.
+            // A process group keeps its number for as long as one of its processes lives.
             self.signal(Signal::KILL);
         }
     }
 
-    /// The command's processes outside of its group, where no cgroup knows them: those that descend from the group's.
+    /// Returns the processes of a command without its own cgroup: those in its group or session,
+    /// and their descendants.
     fn descendants(&self) -> Vec<OwnedFd> {
         if self.cgroup.as_ref().is_some_and(|cgroup| cgroup.path.is_some()) {
             return Vec::new();
@@ -182,7 +190,7 @@ impl Processes {
     }
 }
 
-/// One process, as `/proc` has it.
+/// One process, as read from `/proc`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     pid: Pid,
@@ -200,7 +208,8 @@ fn process_table() -> Vec<Process> {
     stats.filter_map(|stat| parse_stat(&stat)).collect()
 }
 
-/// The first fields of `/proc/PID/stat`, proc(5). The name, in parentheses, may hold anything.
+/// Parses the first fields of `/proc/PID/stat`; see proc(5). The name, in parentheses, may
+/// contain any character.
 fn parse_stat(stat: &str) -> Option<Process> {
     let (pid, rest) = stat.split_once(' ')?;
     let mut fields = rest.rsplit_once(')')?.1.split_ascii_whitespace().skip(1);
@@ -214,7 +223,7 @@ fn parse_stat(stat: &str) -> Option<Process> {
     })
 }
 
-/// The processes that are in the group or session of that number, or descend from one of those.
+/// Returns the processes in the group or session of that number, and their descendants.
 fn descendants_of(group: Pid, table: &[Process]) -> HashSet<Pid> {
     let mut found = HashSet::new();
     loop {

@@ -1,4 +1,5 @@
-//! Waits for every process that was started: hands each exit to whoever started the process, and lets orphans go.
+//! Waits for every child process: sends each exit code to the task that started the process, and
+//! discards those of orphans.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -8,7 +9,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
-/// The exit code that says that a process was never seen to end.
+/// The exit code of a process whose end was not observed.
 const EXIT_UNKNOWN: i32 = 1;
 
 /// Reaps every child of this process.
@@ -28,7 +29,7 @@ impl Reaper {
         let mut child_ended = signal(SignalKind::child())?;
         let reaping = Rc::clone(&reaper);
         tokio::task::spawn_local(async move {
-            // Children that ended before the handler stood raised no signal for it.
+            // Children that ended before the handler was installed raised no signal for it.
             reaping.reap();
             while child_ended.recv().await.is_some() {
                 reaping.reap();
@@ -37,7 +38,7 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Registers a child. Must be called before anything is awaited after its start.
+    /// Registers a child. Must be called before the first `.await` after its start.
     pub(crate) fn watch(&self, pid: Pid) -> Exit {
         let (ended, exit) = oneshot::channel();
         self.waiting.borrow_mut().insert(pid, ended);
@@ -45,10 +46,10 @@ impl Reaper {
     }
 
     fn reap(&self) {
-        // Any other error than "none has ended" is "there are no children".
+        // Stops if no child has ended. The only error is that there are no children.
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             if let Some(ended) = self.waiting.borrow_mut().remove(&pid) {
-                // Whoever started it may have lost interest.
+                // The task that started the process may have dropped the receiver.
                 let _: Result<(), i32> = ended.send(exit_code(status));
             }
         }

@@ -1,4 +1,5 @@
-//! How operations fail: refused, with a reason for the host, or broken off, because the host is gone.
+//! How operations fail: the agent refuses them with a reason for the host, or aborts them because
+//! the host is gone.
 
 use std::io;
 use std::path::Path;
@@ -11,9 +12,9 @@ use crate::log::errno_text;
 /// An operation did not succeed.
 #[derive(Debug)]
 pub(crate) enum OpError {
-    /// The host is told why.
+    /// Refused. The host gets the reason.
     Refused(AgentError),
-    /// The host cannot be told anything.
+    /// The host is gone, so it gets no reason.
     HostGone,
 }
 
@@ -35,7 +36,7 @@ impl From<ReadFrameError> for OpError {
     }
 }
 
-/// For errors of the connection to the host; those of files and processes are refusals.
+/// Converts an error of the connection to the host. Errors of files and processes are refusals.
 pub(crate) fn host_gone(_: io::Error) -> OpError {
     OpError::HostGone
 }
@@ -45,12 +46,13 @@ pub(crate) fn refused(kind: ErrorKind, message: impl Into<String>) -> AgentError
     AgentError { kind, message: message.into() }
 }
 
-/// A request that is no JSON, or not the right one.
+/// A refusal of a request that is not JSON or has the wrong fields.
 pub(crate) fn bad_json(what: &str, error: &serde_json::Error) -> AgentError {
     refused(ErrorKind::BadRequest, format!("{what}: {error}"))
 }
 
-/// A file operation that the kernel refused, worded as the original agent did: `open /x: no such file or directory`.
+/// A refusal of a file operation by the kernel, in the words of the original agent:
+/// `open /x: no such file or directory`.
 pub(crate) fn io_refused(step: &str, path: &Path, error: &io::Error) -> AgentError {
     refused(kind_of(error), format!("{step} {}: {}", path.display(), errno_text(error)))
 }
@@ -69,7 +71,7 @@ pub(crate) fn kind_of(error: &io::Error) -> ErrorKind {
     }
 }
 
-/// Tells the host; in detail, if it asked for that.
+/// Sends an error to the host, in detail if the host asked for that.
 pub(crate) async fn tell<T: Transport>(
     writer: &mut HostWriter<T>,
     details: bool,

@@ -3,9 +3,9 @@
 /// Bytes that a ring holds.
 pub const RING_BYTES: usize = 64 * 1024;
 
-/// Keeps the last [`RING_BYTES`] of a stream, addressed by their place in it.
+/// Keeps the last [`RING_BYTES`] of a stream, addressed by their offset in the stream.
 ///
-/// The first byte that was ever written has place 0, whether it is still kept or not.
+/// The first byte that was ever written has offset 0, whether the ring still holds it or not.
 #[derive(Debug)]
 pub struct Ring {
     buffer: Box<[u8]>,
@@ -19,13 +19,13 @@ impl Default for Ring {
 }
 
 impl Ring {
-    /// The place of the oldest byte that is kept.
+    /// The offset of the oldest byte that is kept.
     #[must_use]
     pub const fn start(&self) -> u64 {
         self.end.saturating_sub(RING_BYTES as u64)
     }
 
-    /// The place behind the newest byte.
+    /// The offset after the newest byte.
     #[must_use]
     pub const fn end(&self) -> u64 {
         self.end
@@ -33,7 +33,7 @@ impl Ring {
 
     /// Appends bytes, pushing the oldest out.
     pub fn write(&mut self, bytes: &[u8]) {
-        // Of more than fits, only the end would remain.
+        // If the bytes exceed the ring, only their end is kept.
         let kept = &bytes[bytes.len().saturating_sub(RING_BYTES)..];
         let at = index(self.end + (bytes.len() - kept.len()) as u64);
         let (to_the_edge, wrapped) = kept.split_at(kept.len().min(RING_BYTES - at));
@@ -42,8 +42,8 @@ impl Ring {
         self.end += bytes.len() as u64;
     }
 
-    /// The bytes from place `from` on, oldest first, in the two pieces in which they lie. Places that are not kept any more, or not
-    /// written yet, are left out.
+    /// Returns the bytes from offset `from` on, oldest first, as the two slices in which they are
+    /// stored. Leaves out bytes that are no longer kept or not yet written.
     #[must_use]
     pub fn read(&self, from: u64) -> (&[u8], &[u8]) {
         let from = from.clamp(self.start(), self.end);
@@ -53,7 +53,7 @@ impl Ring {
         (&self.buffer[at..at + to_the_edge], &self.buffer[..length - to_the_edge])
     }
 
-    /// All that is kept, oldest first.
+    /// Returns all bytes that are kept, oldest first.
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {
         let (first, second) = self.read(0);
@@ -61,7 +61,7 @@ impl Ring {
     }
 }
 
-/// Where the byte of a place lies.
+/// Returns the position in the buffer of the byte at an offset.
 const fn index(place: u64) -> usize {
     // A remainder by the size of a buffer fits a `usize`.
     #[expect(clippy::cast_possible_truncation, reason = "the remainder is below 2^16")]
@@ -102,7 +102,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ring_is_the_end_of_what_was_written(
+        fn ring_holds_the_last_bytes_written(
             writes in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40_000), 0..12),
             from in 0u64..300_000,
         ) {

@@ -50,14 +50,15 @@ pub(crate) fn spawn_forward<T: Transport>(agent: &Rc<Agent>, transport: T) {
     });
 }
 
-/// Ends a connection: says why, if it was refused, and sees to it that this is heard.
+/// Ends a connection. If the request was refused, sends the reason and waits until the host has
+/// read it.
 async fn close<T: Transport>(
     served: Result<(), OpError>,
     mut writer: HostWriter<T>,
     details: bool,
     rest: Half<T>,
 ) {
-    // Whatever could not be said could not be said.
+    // If the reason cannot be sent, the host is gone.
     if let Err(OpError::Refused(error)) = served {
         drop(tell(&mut writer, details, &error).await);
         drop(writer.shutdown().await);
@@ -67,7 +68,8 @@ async fn close<T: Transport>(
     }
 }
 
-/// Receives the request, behind the authentication if there is one to be. `None` if the host says nothing.
+/// Receives the request, after authentication if the guest requires it. Returns `None` if the
+/// host closes the connection without a request.
 async fn first_frame<T: Transport>(
     agent: &Agent,
     reader: &mut HostReader<T>,
@@ -143,13 +145,14 @@ async fn control<T: Transport>(
     }
 }
 
-/// Operations that are answered by `EXIT` 0 when they are done.
+/// Performs operations that are answered by `EXIT` 0 when they are done.
 async fn simple(agent: &Rc<Agent>, frame: &Frame) -> Result<(), OpError> {
     if matches!(
         frame.frame_type,
         FrameType::FILE_MKDIR_REQ | FrameType::FILE_REMOVE_REQ | FrameType::FILE_RENAME_REQ
     ) {
-        // Who writes to a volume that is frozen waits until it is not, and this thread is the one that is told so.
+        // A write to a frozen volume blocks until the volume is thawed. Waiting here occupies no
+        // worker thread.
         agent.awake().await;
     }
     match frame.frame_type {
@@ -193,7 +196,7 @@ fn wants_details(frame: &Frame) -> bool {
     frame.json().is_ok_and(|wish: Wish| wish.error_details)
 }
 
-/// Tells of events, until the host goes away.
+/// Sends events until the host goes away.
 async fn events<T: Transport>(
     agent: &Agent,
     mut reader: HostReader<T>,
@@ -205,7 +208,7 @@ async fn events<T: Transport>(
             event = events.recv() => event,
             _ = reader.next() => return Ok(()),
         };
-        // A listener that is too slow has lost some, and goes on with the rest.
+        // A listener that is too slow misses some events and continues with the rest.
         if let Ok(event) = event {
             writer.send_json(FrameType::EVENT, &event).await?;
         }

@@ -1,17 +1,18 @@
 //! Processes that survive their client.
 //!
 //! ```text
-//!             ┌─────────┐  output   ┌────────┐  follower, at a place of its own   ┌──────┐
+//!             ┌─────────┐  output   ┌────────┐  follower, at its own offset       ┌──────┐
 //!  process ──►│  pump   │──────────►│ output │───────────────────────────────────►│ host │
 //!             └─────────┘           └────────┘                                    └──────┘
 //! ```
 //!
-//! The pump appends to the output; a client that is attached follows it from a place in it, so replay and live output are one thing
-//! and cannot overlap. While a client is attached the pump waits rather than push out what it has not been sent.
+//! The pump appends to the output. An attached client follows the output from an offset in it, so
+//! replay and live output are one stream and cannot overlap. While a client is attached, the pump
+//! waits rather than discard bytes that the client has not been sent.
 //!
-//! A session with a terminal keeps a [ring](crate::ring) of its output. One without, a *job*, keeps its two streams on disk, and can be
-//! followed from any byte that is kept. A session whose process has ended is kept for a while, for its exit code: see
-//! [`Limits`](crate::limits::Limits).
+//! A session with a terminal keeps a [ring](crate::ring) of its output. A session without one, a
+//! *job*, keeps its two streams on disk; a client can follow them from any byte that is kept. An
+//! ended session is kept for a while, for its exit code: see [`Limits`](crate::limits::Limits).
 
 mod attach;
 mod create;
@@ -48,23 +49,24 @@ pub(crate) struct Session {
     terminal: Option<pump::Terminal>,
     created_at: i64,
     processes: Rc<Processes>,
-    /// Whether it starts again when the guest boots anew.
+    /// Whether the job starts again when the guest boots anew.
     restarts: bool,
     max_idle_sec: Option<u64>,
     stdin: RefCell<Option<pump::StdinSender>>,
     output: RefCell<Output>,
     exit_code: Cell<Option<i32>>,
     attachment: RefCell<Attachment>,
-    /// Something above has changed.
+    /// Notifies of changes to the fields above.
     changed: Notify,
 }
 
-/// Who follows the output.
+/// The attachment of a client to the output.
 #[derive(Debug, Default)]
 struct Attachment {
-    /// Counts attachments and detachments: whoever acts on one checks that it is still the latest.
+    /// Counts attachments and detachments. Code that acts on one checks that it is still the
+    /// latest.
     generation: u64,
-    /// The place of the next byte that the attached client is sent; `None` if none is attached.
+    /// The offset of the next byte for the attached client; `None` if no client is attached.
     position: Option<u64>,
 }
 
@@ -97,7 +99,8 @@ impl Session {
         }
     }
 
-    /// Signals the process group, if its leader has not ended. `KILL` goes to every process of the session.
+    /// Signals the process group, if its leader has not ended. `KILL` goes to every process of
+    /// the session.
     pub(crate) fn signal(&self, signal: Signal) {
         if !self.is_running() {
             return;
@@ -109,7 +112,7 @@ impl Session {
         }
     }
 
-    /// Makes a client the one that follows, displacing another, and returns the attachment's generation.
+    /// Attaches a client, which displaces the attached one. Returns the attachment's generation.
     fn attach(&self, from: Option<u64>) -> u64 {
         let output = self.output.borrow();
         let start = output.start();
@@ -135,7 +138,7 @@ impl Session {
         self.watch_idleness(idle_generation);
     }
 
-    /// Kills the process if nobody has attached within its time.
+    /// Kills the process if no client attaches within its idle time.
     fn watch_idleness(self: &Rc<Self>, generation: u64) {
         let Some(seconds) = self.max_idle_sec else { return };
         let session = Rc::clone(self);
@@ -160,7 +163,7 @@ impl Session {
         }
     }
 
-    /// The process has ended, and its output is complete.
+    /// Records that the process has ended and its output is complete.
     fn finish(&self, code: i32) {
         self.exit_code.set(Some(code));
         self.stdin.take();
@@ -168,13 +171,13 @@ impl Session {
     }
 }
 
-/// The session of that name.
+/// Returns the session with this id.
 pub(crate) fn find(agent: &Agent, id: &str) -> Result<Rc<Session>, OpError> {
     let found = agent.sessions.get(id);
     found.ok_or_else(|| refused(ErrorKind::NoSuchSession, "session not found").into())
 }
 
-/// Kills a session; one whose process has ended already is forgotten.
+/// Kills a session. A job whose process has ended already is forgotten.
 pub(crate) fn kill(agent: &Agent, id: &str) -> Result<(), OpError> {
     let session = find(agent, id)?;
     if session.is_running() {

@@ -1,4 +1,5 @@
-//! What the host makes of this guest: after the boot its configuration, after each restore another identity.
+//! The settings that the host applies to this guest: a configuration after a boot, and a new
+//! identity in each fork.
 
 mod identity;
 mod system;
@@ -22,18 +23,19 @@ use crate::session::{start_init, start_kept};
 
 pub(crate) use identity::{assume, feed_random, set_clock};
 
-/// How long writing the configured files may take: one may lie on a file system whose server stands still with the users' processes.
+/// How long writing the configured files may take. A file may be on a file system whose server is
+/// frozen with the users' processes.
 const FILES_LIMIT: Duration = Duration::from_secs(10);
 
-/// What holds for connections and processes from now on.
+/// The settings for new connections and processes.
 #[derive(Debug, Default)]
 pub(crate) struct Settings {
     token: Option<Vec<u8>>,
     /// Variables of every process.
     pub(crate) environment: BTreeMap<String, String>,
-    /// Who processes run as.
+    /// The user that processes run as.
     pub(crate) user: Option<String>,
-    /// Where volumes are mounted that are written to.
+    /// The mount points of writable volumes.
     pub(crate) volumes: Vec<String>,
     configured: bool,
 }
@@ -44,7 +46,8 @@ impl Settings {
         self.token.is_some()
     }
 
-    /// Whether this is the token. Takes the same time for every wrong one of its length.
+    /// Whether `shown` is the token. Takes the same time for every wrong token of the right
+    /// length.
     pub(crate) fn is_token(&self, shown: &[u8]) -> bool {
         self.token.as_ref().is_some_and(|token| token.ct_eq(shown).into())
     }
@@ -65,10 +68,10 @@ fn some_text(text: &str) -> Option<String> {
     Some(text).filter(|text| !text.is_empty()).map(str::to_owned)
 }
 
-/// Serves one `CONFIG_REQ`. The first one that succeeds is the only one.
+/// Serves one `CONFIG_REQ`. After the first one that succeeds, all others are refused.
 pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), OpError> {
     if agent.settings.borrow().configured {
-        return Err(refused(ErrorKind::AlreadyExists, "the guest has been configured").into());
+        return Err(refused(ErrorKind::AlreadyExists, "the guest is already configured").into());
     }
     match agent.place {
         Place::Machine => system::apply(config)?,

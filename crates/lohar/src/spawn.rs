@@ -1,5 +1,6 @@
-//! Starts a program as vfork(2) would: until it has become the program, the child borrows the agent's memory. To copy that, only to throw
-//! the copy away, was a sixth of a first command in an emulated guest.
+//! Starts a program as vfork(2) does: until the child has executed the program, it borrows the
+//! agent's memory. Copying that memory, only to discard the copy, took a sixth of the time of a
+//! first command in an emulated guest.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
@@ -11,28 +12,29 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use rustix::process::{Pid, WaitOptions, chdir, waitpid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-/// Who runs a script that names no interpreter, as everywhere: execvp(3).
+/// The interpreter of a script that names none, as in execvp(3).
 const SHELL: &CStr = c"/bin/sh";
 
-/// What the child has before it is a program. It calls the kernel and hardly anything else.
+/// The stack of the child until it executes the program, in bytes. The child makes system calls
+/// and does hardly anything else.
 const STACK_BYTES: usize = 64 << 10;
 
-/// The standard signals: those that a handler may stand for.
+/// The standard signals, for which a handler may be installed.
 const SIGNALS: std::ops::RangeInclusive<c_int> = 1..=31;
 
-/// A program that is to run.
+/// A program to start.
 pub(crate) struct Program<'a> {
     pub(crate) file: CString,
     pub(crate) arguments: Vec<CString>,
     /// `NAME=VALUE` each.
     pub(crate) environment: Vec<CString>,
-    /// Where it runs, if not where the agent does.
+    /// The working directory, if not the agent's.
     pub(crate) directory: Option<CString>,
     /// Its standard input, output and error output.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
 }
 
-/// What the child reads, and where it leaves its error.
+/// The data that the child reads, and the place for its error.
 struct Plan<'a> {
     program: &'a Program<'a>,
     arguments: Vec<*const c_char>,
@@ -43,12 +45,14 @@ struct Plan<'a> {
 }
 
 impl Program<'_> {
-    /// Starts it, and returns when it runs. Before that the child calls `settle`, which must do nothing but ask the kernel: it may not
-    /// allocate, nor take a lock. The child handles signals as if nobody had ever changed that, and blocks none.
+    /// Starts the program, and returns when it runs. Before that, the child calls `settle`, which
+    /// must only make system calls: it must neither allocate nor take a lock. The child has the
+    /// default action for each signal, and blocks none.
     ///
     /// # Errors
     ///
-    /// What `settle` returned, or why the program could not be executed: the child is gone then, and waited for.
+    /// Returns the error of `settle`, or why the program could not be executed. In these cases
+    /// the child has ended and is reaped.
     pub(crate) fn start(&self, settle: &dyn Fn() -> io::Result<()>) -> io::Result<Pid> {
         let arguments = pointers(&self.arguments);
         let for_shell = [SHELL.as_ptr(), self.file.as_ptr()];
@@ -72,13 +76,14 @@ impl Program<'_> {
 }
 
 impl Plan<'_> {
-    /// Makes the child, and waits until it has become a program or has ended.
+    /// Creates the child, and waits until it has executed the program or has ended.
     fn clone_into_child(&self) -> io::Result<Pid> {
         let mut stack =
             Box::<[MaybeUninit<u128>]>::new_uninit_slice(STACK_BYTES / size_of::<u128>());
         let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
-        // SAFETY: the stack is the child's alone and outlives it there, as does the plan, since this thread stands still until the child has
-        // left both: it runs nothing but `child`, which never returns.
+        // SAFETY: only the child uses the stack. The stack and the plan outlive that use, because
+        // this thread is suspended until the child no longer uses either. The child runs nothing
+        // but `child`, which never returns.
         #[expect(unsafe_code, reason = "nothing safe starts a process without a copy of the agent")]
         let number = unsafe {
             let top = stack.as_mut_ptr_range().end.cast::<c_void>();
@@ -87,7 +92,7 @@ impl Plan<'_> {
         Pid::from_raw(number.max(0)).ok_or_else(io::Error::last_os_error)
     }
 
-    /// In the child: becomes the program. Returns why it did not.
+    /// Executes the program, in the child. Returns the error if that fails.
     fn become_program(&self) -> io::Error {
         match self.prepare() {
             Ok(()) => self.execute(),
@@ -108,7 +113,8 @@ impl Plan<'_> {
 
     fn execute(&self) -> io::Error {
         let environment = self.environment.as_ptr();
-        // SAFETY: each array ends with a null, and it and its strings live as long as the plan.
+        // SAFETY: each array ends with a null pointer. The arrays and their strings live as long
+        // as the plan.
         #[expect(unsafe_code, reason = "no safe wrapper executes without allocating")]
         unsafe {
             libc::execve(self.program.file.as_ptr(), self.arguments.as_ptr(), environment);
@@ -121,26 +127,28 @@ impl Plan<'_> {
     }
 }
 
-/// What the child runs. From the moment that it is another user until it is a program it could be traced by that user's processes, and the
-/// agent's memory with it, but for the kernel's making memory undumpable whose owner changes, which the agent makes its own from the start.
+/// The function of the child. After the change of its user and before the execution of the
+/// program, processes of that user could trace the child, and with it the agent's memory. The
+/// kernel prevents this: memory whose owner changes becomes undumpable, and the agent makes its
+/// memory undumpable from the start.
 extern "C" fn child(plan: *mut c_void) -> c_int {
-    // SAFETY: it is what `clone_into_child` passed, which waits.
+    // SAFETY: `clone_into_child` passed this pointer to a plan, and waits.
     #[expect(unsafe_code, reason = "clone hands over a pointer")]
     let plan = unsafe { &*plan.cast::<Plan<'_>>() };
-    // The agent's handlers would write to what is the agent's, too.
+    // The agent's signal handlers would write to the agent's memory.
     unhandle_signals();
     let error = plan.become_program();
     plan.error.store(error.raw_os_error().unwrap_or(libc::EIO), Ordering::Relaxed);
-    // SAFETY: ends this process at once, and runs nothing that the agent has registered for its own end.
+    // SAFETY: `_exit` ends this process at once, and runs no exit handlers of the agent.
     #[expect(unsafe_code, reason = "the agent's memory must not be cleaned up")]
     unsafe {
         libc::_exit(127)
     }
 }
 
-/// In the child: has each signal do what it does by itself, and lets all come.
+/// Resets each signal to its default action and unblocks all signals, in the child.
 fn unhandle_signals() {
-    // SAFETY: these change nothing but this process's own table and mask.
+    // SAFETY: these calls change only this process's own signal table and mask.
     #[expect(unsafe_code, reason = "no safe wrapper of these exists")]
     unsafe {
         for signal in SIGNALS {
@@ -152,7 +160,7 @@ fn unhandle_signals() {
     }
 }
 
-/// Runs `act` while no signal reaches this thread.
+/// Runs `act` with all signals blocked in this thread.
 fn with_signals_blocked<T>(act: impl FnOnce() -> T) -> T {
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     // SAFETY: both sets are filled before they are read.
@@ -170,7 +178,7 @@ fn with_signals_blocked<T>(act: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The strings as execve(2) takes them.
+/// Returns the strings as the null-terminated array that execve(2) takes.
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
     strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
 }
@@ -188,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// What a program prints, with the pipe's other end for its input.
+    /// Returns the output of a program. Its input is the read end of the same pipe.
     fn output(file: &Path, argument: &CStr) -> io::Result<String> {
         let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
         let program = Program {
@@ -222,7 +230,7 @@ mod tests {
         let sets = ["SigBlk:", "SigIgn:", "SigCgt:"]
             .map(|name| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim());
         for set in sets {
-            // Those beyond have no names; glibc keeps two for itself.
+            // Signals above 31 have no names; glibc reserves two of them.
             assert_eq!(u64::from_str_radix(set, 16).unwrap() & 0x7fff_ffff, 0, "{status}");
         }
     }

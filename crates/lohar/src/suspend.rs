@@ -1,5 +1,5 @@
-//! The time around a snapshot, in which only the agent runs: what a user's process sees must be either the guest that was saved or the one
-//! that it became, never one in between.
+//! Suspends the guest around a snapshot, so that only the agent runs. A user's process must see
+//! either the guest that was saved or the guest after the restore, never a state in between.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -19,7 +19,7 @@ use crate::processes::USER_CGROUP;
 use crate::refusal::{OpError, refused};
 use crate::settings::{feed_random, set_clock};
 
-/// How long the users' processes may take to stand still, and how often to look.
+/// How long freezing the users' processes may take, and how often the agent checks.
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 const FREEZE_LOOK: Duration = Duration::from_millis(1);
 
@@ -27,7 +27,8 @@ const FREEZE_LOOK: Duration = Duration::from_millis(1);
 const FREEZE: libc::Ioctl = 0xc004_5877_u32 as libc::Ioctl;
 const THAW: libc::Ioctl = 0xc004_5878_u32 as libc::Ioctl;
 
-/// How long the disks may take, and the volumes after that: together less than the host waits.
+/// How long syncing the disks may take, and freezing the volumes after that. Together these
+/// limits are shorter than the time that the host waits.
 const SYNC_LIMIT: Duration = Duration::from_secs(15);
 const FREEZE_VOLUMES_LIMIT: Duration = Duration::from_secs(5);
 
@@ -47,7 +48,7 @@ pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpEr
         agent.set_suspended(true);
         freeze().await?;
         if request.sync {
-            // Last: who waits for a disk that stands still cannot be made to stand still.
+            // Last: a process that waits for a frozen file system cannot be frozen.
             freeze_volumes(agent).await?;
         }
         if agent.wakes() != wakes {
@@ -61,13 +62,13 @@ pub(crate) async fn suspend(agent: &Agent, request: &Suspend) -> Result<(), OpEr
     })
 }
 
-/// Serves one `WOKEN_REQ`: does all of it, whatever fails.
+/// Serves one `WOKEN_REQ`: performs every step, even if one fails.
 pub(crate) fn wake(agent: &Agent, woken: &Woken) {
     if !agent.place.has_kernel() {
         return;
     }
     for (step, done) in [
-        // First: it is later with everything else that is done before.
+        // First: every step before this one would make the clock lag.
         ("set the clock", set_clock(woken.wall_clock_ns)),
         ("feed the random number generator", feed_random(&woken.entropy)),
     ] {
@@ -78,14 +79,14 @@ pub(crate) fn wake(agent: &Agent, woken: &Woken) {
     thaw(agent);
 }
 
-/// Lets the users' processes run.
+/// Thaws the volumes and the users' processes.
 pub(crate) fn thaw(agent: &Agent) {
     if !agent.place.has_kernel() {
         return;
     }
     thaw_volumes(agent);
     if let Err(error) = set_frozen(false) {
-        log::line(format_args!("failed to let the processes run: {error}"));
+        log::line(format_args!("failed to thaw the users' processes: {error}"));
     }
     agent.set_suspended(false);
 }
@@ -98,12 +99,12 @@ async fn freeze() -> io::Result<()> {
         }
         Ok(())
     };
-    let late = || io::Error::new(io::ErrorKind::TimedOut, "some processes do not stand still");
+    let late = || io::Error::new(io::ErrorKind::TimedOut, "some processes did not freeze in time");
     timeout(FREEZE_LIMIT, standing_still).await.map_err(|_| late())?
 }
 
 fn set_frozen(frozen: bool) -> io::Result<()> {
-    // A file of the kernel's, so there is nothing to truncate.
+    // A kernel file, so there is nothing to truncate.
     let mut switch = File::options().write(true).open(format!("{USER_CGROUP}/cgroup.freeze"))?;
     switch.write_all(if frozen { b"1" } else { b"0" })
 }
@@ -113,7 +114,8 @@ fn is_frozen() -> io::Result<bool> {
     Ok(events.lines().any(|line| line == "frozen 1"))
 }
 
-/// Has the volumes hold all that was written to them, with nothing left to be replayed, until they are thawed.
+/// Freezes the volumes: until they are thawed, each holds everything that was written to it, with
+/// no journal to replay.
 async fn freeze_volumes(agent: &Agent) -> io::Result<()> {
     let volumes = agent.settings.borrow().volumes.clone();
     let given_up = Arc::new(AtomicBool::new(false));
@@ -121,15 +123,15 @@ async fn freeze_volumes(agent: &Agent) -> io::Result<()> {
     let frozen = tokio::task::spawn_blocking(move || {
         let freeze = |mount: &String| match change_volume(mount, FREEZE) {
             _ if is_given_up.load(Ordering::SeqCst) => Err(Errno::CANCELED),
-            // It is frozen already, or keeps nothing.
+            // The file system is frozen already, or has no disk to freeze.
             Err(Errno::BUSY | Errno::OPNOTSUPP) => Ok(()),
             frozen => frozen,
         };
         let frozen = volumes.iter().rev().try_for_each(freeze);
         if is_given_up.load(Ordering::SeqCst) {
-            // Whoever thawed them did not see the last one.
+            // The agent thawed the volumes before the last one was frozen.
             for mount in &volumes {
-                // One that is not frozen refuses.
+                // A volume that is not frozen refuses.
                 let _refused = change_volume(mount, THAW);
             }
         }
@@ -137,7 +139,7 @@ async fn freeze_volumes(agent: &Agent) -> io::Result<()> {
     });
     let late = |_| {
         given_up.store(true, Ordering::SeqCst);
-        io::Error::new(io::ErrorKind::TimedOut, "the volumes take too long")
+        io::Error::new(io::ErrorKind::TimedOut, "freezing the volumes took too long")
     };
     let frozen = timeout(FREEZE_VOLUMES_LIMIT, frozen).await.map_err(late)?;
     Ok(frozen.map_err(io::Error::other)??)
@@ -146,18 +148,19 @@ async fn freeze_volumes(agent: &Agent) -> io::Result<()> {
 fn thaw_volumes(agent: &Agent) {
     for mount in &agent.settings.borrow().volumes {
         match change_volume(mount, THAW) {
-            // It is not frozen.
+            // The volume is not frozen.
             Ok(()) | Err(Errno::INVAL) => {}
             Err(error) => log::line(format_args!("failed to thaw {mount}: {error}")),
         }
     }
 }
 
-/// Freezes or thaws the file system that is mounted at `mount`. If there is none any more, it is the root's, which stays as it is.
+/// Freezes or thaws the file system that is mounted at `mount`. If nothing is mounted there any
+/// more, the path is on the root file system, which stays unchanged.
 fn change_volume(mount: &str, request: libc::Ioctl) -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = match open(mount, flags, Mode::empty()) {
-        // Nothing is mounted any more where there is nothing.
+        // Without the directory, nothing is mounted there.
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
         directory => directory?,
     };
@@ -175,7 +178,7 @@ fn change_volume(mount: &str, request: libc::Ioctl) -> Result<(), Errno> {
 }
 
 async fn sync() -> io::Result<()> {
-    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the disks take too long");
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "syncing the disks took too long");
     let synced = tokio::task::spawn_blocking(rustix::fs::sync);
     timeout(SYNC_LIMIT, synced).await.map_err(late)?.map_err(io::Error::other)
 }

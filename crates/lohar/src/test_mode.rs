@@ -21,7 +21,8 @@ pub(crate) fn run() -> ExitCode {
         log::line(format_args!("LOHAR_SOCK and LOHAR_FWD_SOCK required"));
         return ExitCode::FAILURE;
     };
-    // As PID 1 does: orphans of commands are this process's to reap, whatever this machine's own PID 1 does with them.
+    // As PID 1 does: this process reaps the orphans of commands, regardless of the machine's own
+    // PID 1.
     if let Err(error) = set_child_subreaper(Some(getpid())) {
         log::line(format_args!("failed to adopt orphans: {error}"));
     }
@@ -50,7 +51,7 @@ fn serve(control: &Path, forward: &Path) -> io::Result<()> {
     })
 }
 
-/// The limits, with those that `LOHAR_LIMITS` sets in JSON.
+/// Returns the default limits, overridden by the JSON in `LOHAR_LIMITS`.
 fn limits() -> io::Result<Limits> {
     let set = std::env::var("LOHAR_LIMITS").ok();
     set.map_or_else(

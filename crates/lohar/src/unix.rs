@@ -10,19 +10,19 @@ use crate::agent::Agent;
 use crate::log;
 use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
 
-/// Both sockets, with nobody served yet.
+/// Both listening sockets, before they serve connections.
 pub(crate) struct Listeners {
     control: UnixListener,
     forward: UnixListener,
 }
 
 impl Listeners {
-    /// Listens at these paths, whatever was there.
+    /// Listens at these paths, and replaces sockets or files that are there.
     pub(crate) fn open(control: &Path, forward: &Path) -> io::Result<Self> {
         Ok(Self { control: listen(control)?, forward: listen(forward)? })
     }
 
-    /// Serves until it is dropped.
+    /// Serves both sockets until the future is dropped.
     pub(crate) async fn serve(self, agent: &Rc<Agent>) {
         tokio::join!(accept_control(agent, self.control), accept_forward(agent, self.forward));
     }
@@ -48,7 +48,7 @@ async fn accept_forward(agent: &Rc<Agent>, listener: UnixListener) {
     }
 }
 
-/// Accepts the next connection. Out of files or memory, it waits for some to be given back.
+/// Accepts the next connection. If descriptors or memory run out, retries until some are free.
 async fn accept(listener: &UnixListener) -> UnixStream {
     loop {
         match listener.accept().await {

@@ -1,4 +1,4 @@
-//! Users of the guest, as its `/etc/passwd` and `/etc/group` have them.
+//! Users of the guest, from its `/etc/passwd` and `/etc/group`.
 
 use std::fs;
 use std::io;
@@ -23,8 +23,8 @@ pub(crate) struct User {
     pub(crate) home: String,
 }
 
-/// The user that a request acts as: the one that it names, else the one of the settings, else the usual user of a guest. `None` is the
-/// agent's own user.
+/// Returns the user that a request acts as: the user that it names, else the user of the
+/// settings, else the usual user of a guest. `None` is the agent's own user.
 pub(crate) fn acting(agent: &Agent, named: Option<&str>) -> Result<Option<User>, AgentError> {
     let configured = agent.settings.borrow().user.clone();
     match named.map(str::to_owned).or(configured) {
@@ -34,7 +34,8 @@ pub(crate) fn acting(agent: &Agent, named: Option<&str>) -> Result<Option<User>,
     }
 }
 
-/// Finds a user by name, by number, or as `UID:GID`. A number needs no entry in `/etc/passwd`: its group is then the same number.
+/// Finds a user by name, by number, or as `UID:GID`. A number needs no entry in `/etc/passwd`:
+/// the group then has the same number.
 fn find(wanted: &str) -> Result<User, AgentError> {
     find_known(wanted)
         .or_else(|| User::numeric(wanted))
@@ -57,16 +58,19 @@ impl User {
         Some(Self { name: text.to_owned(), uid, gid, groups: vec![gid], home: "/".to_owned() })
     }
 
-    /// Does `work` with this user's rights to files, on this thread alone, which must be root's.
+    /// Does `work` with this user's rights to files. Only this thread changes its user, and it
+    /// must be root's.
     ///
     /// # Panics
     ///
-    /// Panics if the kernel does not give the thread root's rights back: it must not be used again.
+    /// Panics if the kernel does not give root's rights back to the thread, which must not be
+    /// used again then.
     pub(crate) fn act<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
         let root = (Uid::ROOT, Gid::ROOT);
         set_thread_groups(&self.groups)?;
         set_thread_res_gid(None, self.gid, None)?;
-        // Last: without root's effective number the thread has no right to the calls above. The real and saved ones stay.
+        // Last: without root's effective user ID, the thread may not make the calls above. The
+        // real and saved user IDs stay root's.
         set_thread_res_uid(None, self.uid, None)?;
         let result = work();
         let restored = set_thread_res_uid(None, root.0, None)

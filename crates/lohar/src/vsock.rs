@@ -16,8 +16,9 @@ use crate::log;
 use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
 use crate::watched::watch;
 
-/// Connections that may wait to be accepted: as many as the kernel allows by default (`net.core.somaxconn`). One more is refused, and the
-/// host cannot tell that from an agent that has ended; hundreds come at once where many commands are started.
+/// Connections that may wait to be accepted: as many as the kernel allows by default
+/// (`net.core.somaxconn`). A further connection is refused, and the host cannot distinguish that
+/// from an agent that has ended. Hundreds arrive at once if many commands are started.
 const BACKLOG: i32 = 4096;
 
 /// Where the kernel lists the devices of its vsock driver.
@@ -68,18 +69,18 @@ impl Listener {
         Ok(Self(watch(socket, Interest::READABLE)?))
     }
 
-    /// Accepts the host's next connection. The guest's own processes, which could come through the kernel's loopback, get none: what the
-    /// agent does for the host it must not do for them.
+    /// Accepts the host's next connection. Refuses the guest's own processes, which could connect
+    /// through the kernel's loopback: the agent must serve only the host.
     async fn accept(&self) -> UnixStream {
         loop {
             match self.0.async_io(Interest::READABLE, |socket| accept(socket)).await {
-                // To the runtime a stream socket is a stream socket, whatever its addresses look like.
+                // The runtime treats every stream socket alike, regardless of its address family.
                 Ok((stream, libc::VMADDR_CID_HOST)) => match UnixStream::from_std(stream.into()) {
                     Ok(stream) => return stream,
                     Err(error) => log::line(format_args!("failed to watch a connection: {error}")),
                 },
                 Ok((_, cid)) => {
-                    log::line(format_args!("refused a vsock connection from context {cid}"));
+                    log::line(format_args!("refused a vsock connection from CID {cid}"));
                 }
                 Err(error) => {
                     log::line(format_args!("failed to accept a vsock connection: {error}"));
@@ -113,11 +114,12 @@ fn bind(socket: &OwnedFd, port: u32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Accepts a connection, with the context that it comes from.
+/// Accepts a connection. Returns it with the CID of its peer.
 fn accept(socket: impl AsFd) -> io::Result<(OwnedFd, u32)> {
     let (mut peer, mut length) = (address(0), address_length());
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: the kernel writes no more than `length` bytes to an address that has as many; a descriptor that it returns is ours alone.
+    // SAFETY: the kernel writes no more than `length` bytes, the size of the address. A
+    // descriptor that it returns has no other owner.
     #[expect(unsafe_code, reason = "no safe wrapper knows addresses of this family")]
     let accepted = unsafe {
         let descriptor = libc::accept4(

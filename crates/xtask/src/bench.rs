@@ -1,4 +1,4 @@
-//! Prints the figures that the project promises, as measured here and now.
+//! Measures and prints the figures that the project promises.
 
 mod api;
 mod base;
@@ -22,12 +22,12 @@ use bhatti_proto::ExecRequest;
 use bhatti_testkit::{TestDaemon, dist};
 use tokio::time::Instant;
 
-/// How often each figure is measured. A p99 needs a hundred.
+/// Samples of each figure. A p99 needs a hundred.
 const ROUNDS: usize = 100;
 const CREATES: usize = 10;
 const AGENT_ROUNDS: usize = 500;
 
-/// Measures and prints: everything, or what `only` names.
+/// Measures and prints everything, or only the section `only`.
 pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -48,13 +48,13 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     })
 }
 
-/// Measures this tree beside another state of it.
+/// Measures this tree beside another revision.
 pub(crate) fn beside(revision: Option<&str>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(base::measure(revision))
 }
 
-/// Checks what is promised; with `record`, notes the counts of instructions first.
+/// Checks the promised figures. With `record`, writes the counts of instructions first.
 pub(crate) fn check(record: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(check::check(record))
@@ -93,7 +93,7 @@ async fn measure() -> Result<()> {
     Ok(())
 }
 
-/// The agent in test mode against the bare costs of a process.
+/// Compares a command through the agent in test mode with a bare process.
 async fn agent() -> Result<()> {
     let (mut through_agent, mut bare) = agent_and_bare().await?;
     let ratio = median(&mut through_agent).as_secs_f64() / median(&mut bare).as_secs_f64();
@@ -103,7 +103,7 @@ async fn agent() -> Result<()> {
     Ok(())
 }
 
-/// `true` through the agent in test mode, and on its own, in turns.
+/// Measures `true` through the agent in test mode and as a bare process, in turns.
 async fn agent_and_bare() -> Result<(Vec<Duration>, Vec<Duration>)> {
     let directory = tempfile::tempdir()?;
     let channel = UnixChannel {
@@ -121,12 +121,12 @@ async fn agent_and_bare() -> Result<(Vec<Duration>, Vec<Duration>)> {
     println!(
         "{:44} {:>26.2} MiB",
         "lohar, idle, resident",
-        resident_mib(process.id().context("it runs")?)?
+        resident_mib(process.id().context("lohar has ended")?)?
     );
     let (mut through_agent, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..AGENT_ROUNDS {
         let began = Instant::now();
-        #[expect(clippy::disallowed_methods, reason = "the bare cost is what is measured")]
+        #[expect(clippy::disallowed_methods, reason = "measures the cost of a bare process")]
         let status = std::process::Command::new("/usr/bin/true").status()?;
         bare.push(began.elapsed());
         ensure!(status.success(), "true failed");
@@ -154,7 +154,7 @@ async fn startup() -> Result<Vec<Duration>> {
         command.arg("serve").arg("--data-dir").arg(data.path()).stderr(Stdio::null());
         let mut daemon = command.spawn()?;
         while client.health().await.is_err() {
-            ensure!(began.elapsed() < Duration::from_secs(10), "the daemon does not come up");
+            ensure!(began.elapsed() < Duration::from_secs(10), "the daemon did not start");
             tokio::time::sleep(Duration::from_micros(200)).await;
         }
         times.push(began.elapsed());
@@ -167,11 +167,11 @@ async fn exec(client: &Client, command: &[&str]) -> Result<()> {
     let start = bhatti_testkit::start(command);
     let (_input, mut output) = client.start_command("bench", &start).await?;
     let event = output.next().await?;
-    ensure!(event == CommandEvent::Exit(0), "the command did {event:?}");
+    ensure!(event == CommandEvent::Exit(0), "the command sent {event:?}");
     Ok(())
 }
 
-/// Prints a row: nearest-rank percentiles.
+/// Prints a row of nearest-rank percentiles.
 pub(crate) fn show(what: &str, mut times: Vec<Duration>) {
     times.sort();
     let rank = |percent: usize| times[(times.len() * percent).div_ceil(100).max(1) - 1];

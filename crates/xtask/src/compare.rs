@@ -1,4 +1,4 @@
-//! Side by side: the same thing done by bhatti, by Docker, by QEMU alone and by the host, in turns on one machine.
+//! Compares bhatti, Docker, QEMU alone and the host: the same operation, in turns, on one machine.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,17 +10,18 @@ use tokio::time::Instant;
 
 use crate::bench::{VM_PRACTISES, bare_fork, median, show};
 
-/// How often each does it, after once that does not count.
+/// Measured runs of each contestant, after one that does not count.
 const ROUNDS: usize = 50;
 
-/// What the original system's authors published, and on what. Not measured here.
+/// Figures that the authors of the original system published, with their hardware. Not measured
+/// here.
 const PUBLISHED: &str = "\
 published for the original system (Go, Firecracker), not measured here:
   Raspberry Pi 5, NVMe, 512 MB VM:  exec `true` 1.0 ms p50 (p95 1.2, p99 1.3); a command in a paused sandbox 2.5 ms;
                                     VM boot about 3.5 s; restore about 50 ms; full snapshot about 4.4 s, diff about 52 ms
   AWS a1.metal:                     exec 2.5 ms; boot 2.0 s; restore 46 ms; a command in a saved sandbox 56 ms";
 
-/// Somebody who does it.
+/// A measured operation of one system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Contestant {
     HostProcess,
@@ -58,7 +59,7 @@ impl Contestant {
         }
     }
 
-    /// Whose times its own are compared with.
+    /// Returns the contestant that this one is compared with.
     const fn against(self) -> Option<Self> {
         match self {
             Self::Exec | Self::ContainerExec => Some(Self::DockerExec),
@@ -75,7 +76,7 @@ impl Contestant {
     }
 }
 
-/// Measures and prints.
+/// Measures and prints all contestants.
 pub(crate) fn compare() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(measure())
@@ -88,7 +89,8 @@ async fn measure() -> Result<()> {
     let there: Vec<Contestant> = there.collect();
     let mut times = vec![Vec::new(); there.len()];
     for round in 0..=ROUNDS {
-        // Another one begins each time: nobody always finds the caches as the same other left them.
+        // Each round begins with another contestant, so that none always runs with the caches that
+        // the same other one has left.
         for turn in 0..there.len() {
             let place = (round + turn) % there.len();
             let took = arena.once(there[place]).await.context(there[place].name())?;
@@ -117,7 +119,7 @@ async fn measure() -> Result<()> {
     Ok(())
 }
 
-/// A Docker, and the root file system of the sandboxes in it.
+/// A Docker daemon, and a bhatti daemon with a sandbox on it.
 struct Docker {
     socket: String,
     image: String,
@@ -127,7 +129,7 @@ struct Docker {
 
 impl Docker {
     async fn start() -> Result<Self, String> {
-        let socket = std::env::var("DOCKER_SOCK").map_err(|_| "DOCKER_SOCK names none")?;
+        let socket = std::env::var("DOCKER_SOCK").map_err(|_| "DOCKER_SOCK is not set")?;
         bhatti_docker::check(socket.as_ref()).await.map_err(|error| error.to_string())?;
         let config = format!("engine: docker\ndocker: {socket}\nnetwork: off\n");
         let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
@@ -140,7 +142,7 @@ impl Docker {
         Ok(Self { socket, image, daemon, container })
     }
 
-    /// How long a command line of Docker takes.
+    /// Returns the duration of a `docker` command.
     async fn time(&self, arguments: &[&str]) -> Result<Duration> {
         let began = Instant::now();
         docker_cli(&self.socket, arguments).await?;
@@ -148,7 +150,7 @@ impl Docker {
     }
 }
 
-/// What a command line of Docker says.
+/// Runs a `docker` command and returns its trimmed output.
 async fn docker_cli(socket: &str, arguments: &[&str]) -> Result<String> {
     let mut command = bhatti_host::process::command("docker");
     command.arg("--host").arg(format!("unix://{socket}")).args(arguments);
@@ -157,7 +159,7 @@ async fn docker_cli(socket: &str, arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// Where they meet.
+/// The systems on which the contestants run.
 struct Arena<'a> {
     daemon: TestDaemon,
     docker: Option<&'a Docker>,
@@ -168,11 +170,12 @@ struct Arena<'a> {
 
 impl<'a> Arena<'a> {
     async fn start(docker: Option<&'a Docker>) -> Result<Self> {
-        // As `docker run --network none`: what a network costs is the same on both sides.
+        // As `docker run --network none`: without networks, neither side pays for one.
         let config = "network: off\n".to_owned();
         let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
         let origin = daemon.client.create(&named("bench")).await?.origin;
-        let template = origin.strip_prefix("template ").context("it was forked from a template")?;
+        let template =
+            origin.strip_prefix("template ").context("not forked from a base snapshot")?;
         let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
         let engine = QemuEngine::new(PROGRAM.into());
         Ok(Self { daemon, docker, engine, template, place: tempfile::tempdir()? })
@@ -183,8 +186,8 @@ impl<'a> Arena<'a> {
             Contestant::HostProcess => host_process().await,
             Contestant::Exec => exec(&self.daemon, "bench").await,
             Contestant::Create => {
-                // One is kept ready, and its own VM runs beside it.
-                wait_for("a VM ahead of demand", || self.daemon.all_vmm_pids().len() == 2).await;
+                // The VM of the sandbox `bench`, and a spare.
+                wait_for("the spare VM", || self.daemon.all_vmm_pids().len() == 2).await;
                 tokio::time::sleep(VM_PRACTISES).await;
                 create(&self.daemon).await
             }
@@ -203,7 +206,7 @@ impl<'a> Arena<'a> {
     }
 
     fn docker(&self) -> Result<&'a Docker> {
-        self.docker.context("there is no Docker")
+        self.docker.context("Docker is not available")
     }
 
     async fn bare_qemu(&self) -> Result<Duration> {

@@ -1,9 +1,10 @@
-//! A host with KVM, where this one has none: a microVM whose emulated processor virtualizes (QEMU's TCG emulates AMD's SVM), with `/dev/kvm`
-//! inside. It is slow and it is real: what needs KVM is tested in it, and nothing is measured.
+//! A lab with KVM for hosts without KVM: a microVM whose emulated CPU has SVM (QEMU's TCG emulates
+//! AMD's virtualization), with `/dev/kvm` inside. The lab is slow, but its KVM is real: tests that
+//! need KVM run in it, and benchmarks do not.
 //!
 //! ```text
 //!  target/kvm-lab/root-*.ext4   Debian with QEMU and the kernel's modules, made once
-//!  volume0                      what a run carries in, at the paths that it has here
+//!  volume0                      files that a run carries in, at the same paths as on the host
 //! ```
 //!
 //! The lab is a guest like any other: bhatti's kernel, initramfs and agent, on bhatti's engine.
@@ -22,29 +23,32 @@ use bhatti_proto::ExecRequest;
 use bhatti_qemu::{PROGRAM, QemuEngine};
 use bhatti_types::{CpuCount, MemoryMib, SandboxId};
 
-/// What the lab has beyond the smallest Debian.
+/// Packages of the lab beyond Debian's `minbase`.
 const PACKAGES: &str = "qemu-system-x86,qemu-utils,kmod,iproute2,iputils-ping,nftables,e2fsprogs,procps,util-linux,tmux,curl,python3,strace,xfsprogs";
 const SUITE: &str = "bookworm";
 
-/// Modules that a host of sandboxes has.
+/// Kernel modules that a host of sandboxes needs.
 const MODULES: &str = "kvm-amd tun bridge veth nf_tables nft_chain_nat nft_masq nft_reject_inet nft_ct nft_limit nft_meta_bridge br_netfilter xfs";
 
 const MEMORY_MIB: u64 = 8192;
-/// One: with two, QEMU's emulation of a processor that virtualizes has guests die of triple faults, and the lab itself now and then.
+/// One vCPU: with two, QEMU's emulation of SVM makes nested guests, and sometimes the lab itself,
+/// die of triple faults.
 const CPUS: u64 = 1;
-/// The size of what is carried in, in MiB; its file is sparse.
+/// Size of the disk with the carried files, in MiB; its file is sparse.
 const CARRIED_MIB: u32 = 16384;
-/// The size of what it is unpacked on, and sandboxes are made on; its file is sparse, too.
+/// Size of the disk onto which they are copied and on which sandboxes are made, in MiB; its file is
+/// sparse, too.
 const SCRATCH_MIB: u32 = 32768;
 
-/// How the names of files begin that have it; the number of their process follows.
+/// Prefix of the names of disks with carried files; the process id of the run follows.
 const CARRIED: &str = "carried-";
 
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
-/// How long a run may take.
+/// The longest duration of a run.
 const RUN_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
-/// Runs what the arguments say: `[--with PATH | --env NAME=VALUE]... -- COMMAND`.
+/// Runs the command of these arguments: `[--with PATH | --env NAME=VALUE]... -- COMMAND`. Returns
+/// its exit code.
 pub(super) fn start(arguments: &[String]) -> Result<i32> {
     let (mut carried, mut environment) = (Vec::new(), Vec::new());
     let mut rest = arguments.iter();
@@ -60,7 +64,8 @@ pub(super) fn start(arguments: &[String]) -> Result<i32> {
     run(&carried, &environment, &rest.cloned().collect::<Vec<_>>())
 }
 
-/// Runs `command` in the lab, with `carried` at the paths that they have here, and returns its exit code.
+/// Runs `command` in the lab, with the files `carried` at the same paths as on the host. Returns
+/// its exit code.
 fn run(carried: &[PathBuf], environment: &[String], command: &[String]) -> Result<i32> {
     ensure!(!command.is_empty(), "no command: cargo xtask kvm-lab [--with PATH]... -- COMMAND");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -83,7 +88,7 @@ fn run(carried: &[PathBuf], environment: &[String], command: &[String]) -> Resul
         .await;
         engine.remove(id, &place).await?;
         fs::remove_file(files)?;
-        ran.context("the lab's time was over")?
+        ran.context("the run in the lab timed out")?
     })
 }
 
@@ -115,8 +120,9 @@ async fn run_in(
     let vm = engine.boot(&spec).await?;
     let agent = AgentClient::new(vm.channel());
     let here = std::env::current_dir()?.canonicalize()?;
-    // On a file system on which copies of disks are shared, as on a good host. Below a directory of its own, and each top directory of it linked
-    // to where it is looked for.
+    // Copies the carried files to XFS with reflinks, where copies of disks share blocks as on a
+    // well configured host. They lie below `/carried`, and each of its top directories is
+    // bind-mounted to its path on the host.
     let prepare = format!(
         "set -e; depmod -a; for m in {MODULES}; do modprobe $m 2>/dev/null || true; done; \
          mkfs.xfs -q -m reflink=1 /dev/vdc; mkdir /carried; mount /dev/vdc /carried; mount -o ro /dev/vdb /mnt; \
@@ -129,15 +135,15 @@ async fn run_in(
     let ready = execute(&agent, &["sh", "-c", &prepare].map(str::to_owned), &[], "/").await?;
     ensure!(ready == 0, "the lab could not be prepared");
     let ran = execute(&agent, command, environment, &here.to_string_lossy()).await;
-    // A lab that ended says why on its console alone.
-    ran.with_context(|| format!("the lab's last words:\n{}", vm.console_tail()))
+    // If the lab has ended, only its console says why.
+    ran.with_context(|| format!("end of the lab's console:\n{}", vm.console_tail()))
 }
 
 fn volume(file: &Path) -> Option<VolumeFile> {
     Some(VolumeFile { path: file.to_owned(), read_only: false, mount: String::new() })
 }
 
-/// Runs a command as root, and passes on what it says.
+/// Runs a command as root, and copies its output to this process's. Returns its exit code.
 async fn execute(
     agent: &AgentClient,
     command: &[String],
@@ -159,13 +165,13 @@ async fn execute(
         match output.next().await? {
             ExecEvent::Stdout(bytes) => std::io::stdout().write_all(&bytes)?,
             ExecEvent::Stderr(bytes) => std::io::stderr().write_all(&bytes)?,
-            ExecEvent::TimedOut => bail!("the command's time was over"),
+            ExecEvent::TimedOut => bail!("the command timed out"),
             ExecEvent::Exit(code) => return Ok(code),
         }
     }
 }
 
-/// The lab's root file system; made once for each set of packages and each kernel.
+/// Returns the lab's root file system. It is made once for each set of packages and each kernel.
 async fn root_image(work: &Path) -> Result<PathBuf> {
     let kernel = newest_kernel().await?;
     let recipe = blake3::hash(PACKAGES.as_bytes()).to_hex();
@@ -175,7 +181,7 @@ async fn root_image(work: &Path) -> Result<PathBuf> {
     }
     let scratch = tempfile::tempdir_in(work)?;
     let at = |name: &str| scratch.path().join(name).to_string_lossy().into_owned();
-    println!("making the lab's root file system, once");
+    println!("making the lab's root file system (only once)");
     tool("apt-get", &["download", "-qq", &kernel], scratch.path()).await?;
     let package = fs::read_dir(scratch.path())?
         .flatten()
@@ -183,7 +189,7 @@ async fn root_image(work: &Path) -> Result<PathBuf> {
         .find(|path| path.extension() == Some(OsStr::new("deb")))
         .context("apt-get downloaded no kernel")?;
     tool("dpkg-deb", &["-x", &package.to_string_lossy(), &at("kernel")], scratch.path()).await?;
-    // QEMU of the backports, as on a host.
+    // Takes QEMU from backports, as a host does.
     let backports = format!(r#"--aptopt=APT::Default-Release "{SUITE}-backports""#);
     let mut arguments = vec![
         "--variant=minbase".to_owned(),
@@ -210,18 +216,18 @@ async fn root_image(work: &Path) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A file system with everything that is carried in, at the paths that it has here.
+/// Makes a file system with the carried files, at the same paths as on the host.
 async fn carry(work: &Path, carried: &[PathBuf]) -> Result<PathBuf> {
     remove_stale(work)?;
     let tree = tempfile::tempdir_in(work)?;
     for path in carried {
         let path =
-            path.canonicalize().with_context(|| format!("{} is not there", path.display()))?;
+            path.canonicalize().with_context(|| format!("failed to find {}", path.display()))?;
         let place = tree.path().join(path.strip_prefix("/")?);
         let parent = place.parent().context("a path with a parent")?;
         fs::create_dir_all(parent)?;
         let (from, to) = (path.to_string_lossy(), place.to_string_lossy());
-        // Links where the file system can: nothing of it is written.
+        // Hard links where the file system allows it: the tree is only read.
         let linked = tool("cp", &["-al", &from, &to], work).await;
         if linked.is_err() {
             tool("cp", &["-a", "--sparse=always", &from, &to], work).await?;
@@ -235,7 +241,7 @@ async fn carry(work: &Path, carried: &[PathBuf]) -> Result<PathBuf> {
     Ok(files)
 }
 
-/// Removes what runs that were killed have carried in.
+/// Removes the disks with carried files of killed runs.
 fn remove_stale(work: &Path) -> Result<()> {
     for entry in fs::read_dir(work)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -247,7 +253,7 @@ fn remove_stale(work: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Debian's kernel for virtual machines, which is bhatti's.
+/// Returns the package of Debian's newest kernel for VMs, which bhatti uses, too.
 async fn newest_kernel() -> Result<String> {
     let meta = "linux-image-cloud-amd64";
     let versions = tool("apt-cache", &["madison", meta], Path::new("/")).await?;
@@ -259,7 +265,7 @@ async fn newest_kernel() -> Result<String> {
     Ok(first.context("the kernel's package has no kernel")?.to_owned())
 }
 
-/// The mirror of Debian's archive that this machine uses.
+/// Returns the mirror of Debian's archive that this host uses.
 async fn mirror() -> Result<String> {
     let format = "$(LABEL)|$(CODENAME)|$(REPO_URI)";
     let arguments = ["indextargets", "--format", format, "Created-By: Packages"];

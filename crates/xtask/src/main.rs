@@ -1,8 +1,11 @@
-//! The developers' own commands.
+//! Commands for developers.
 //!
-//! `cargo xtask tidy` checks what compilers do not; `cargo xtask openapi` writes down the description of the API;
-//! `cargo xtask bench` prints the figures that the project promises, `cargo xtask compare` those of others beside them; `cargo xtask kvm-lab` runs a command on a host with KVM, which it makes
-//! where this one has none. `cargo xtask power-loss` cuts the power of a recorded daemon at many points.
+//! - `cargo xtask tidy` checks rules that the compiler does not check.
+//! - `cargo xtask openapi` writes the description of the API.
+//! - `cargo xtask bench` measures and prints the project's promised figures.
+//! - `cargo xtask compare` measures Docker, QEMU alone and the host beside bhatti.
+//! - `cargo xtask kvm-lab` runs a command in a VM with KVM, for hosts without KVM.
+//! - `cargo xtask power-loss` cuts the power of a recorded daemon at many points.
 #![expect(clippy::print_stdout, reason = "a command line prints")]
 
 mod bench;
@@ -16,7 +19,7 @@ use anyhow::{Result, bail};
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> Result<()> {
-    // What engines and stores complain of.
+    // Shows warnings of engines and stores.
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(LevelFilter::WARN).init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let Some((first, rest)) = arguments.split_first()

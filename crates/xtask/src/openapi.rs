@@ -1,8 +1,8 @@
-//! Writes down the description of the API.
+//! Writes the description of the API.
 
 use anyhow::Result;
 
-/// Brings `docs/openapi.json` up to date. A test of the server says when that is needed.
+/// Updates `docs/openapi.json`. A test of the server fails if the file is out of date.
 pub(crate) fn run() -> Result<()> {
     let path = bhatti_testkit::repository().join("docs/openapi.json");
     let description = serde_json::to_string_pretty(&bhatti_server::open_api())? + "\n";

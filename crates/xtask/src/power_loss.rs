@@ -3,8 +3,8 @@
 //! The daemon's data directory lies on a loop mount over QEMU's `blklogwrites`, which logs every
 //! write and every flush of that disk. The test then rebuilds the disk as a power cut could have
 //! left it, once for each of many flushes: with every write up to the flush, and with an arbitrary
-//! part of the writes behind it. A daemon recovers from each rebuilt disk. What it has then is
-//! compared with what the recorded daemon had answered before.
+//! part of the writes after it. A daemon recovers from each rebuilt disk. The test compares its
+//! state with the responses that the recorded daemon had given before.
 //!
 //! ```text
 //!  prepare   mkfs, images, a base snapshot            WORK/base.img
@@ -15,14 +15,11 @@
 //! The daemon runs in network, PID and mount namespaces of its own. The end of the PID namespace is
 //! the power cut: it ends the daemon and its VMMs at once, and nothing stays on the host.
 //!
-//! A point must have everything that was answered before the *next* flush was done, because a cut
-//! just before that flush may lose everything that the disk's cache holds. What was under way at
-//! that moment may be there or not.
+//! A cut just before the *next* flush may lose everything that the disk's cache holds. So the
+//! rebuilt disk must have everything that was acknowledged before that flush was done. The effects
+//! of an operation in progress at that moment may be missing.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "programs of this host are run and waited for, outside any runtime"
-)]
+#![expect(clippy::disallowed_methods, reason = "programs run synchronously, outside any runtime")]
 
 mod check;
 mod daemon;
@@ -46,21 +43,21 @@ use disk::FileSystem;
 
 /// The disk's size. Its file is sparse and takes less than 1 GB.
 const DISK_BYTES: u64 = 6 << 30;
-/// Where the daemon listens, in a network namespace of its own.
+/// The daemon's address, in its own network namespace.
 const LISTEN: &str = "127.0.0.1:18080";
 
 pub(super) const USAGE: &str = "cargo xtask power-loss [--file-system ext4|xfs]... [--points N] [--starts N] [--seed N] [--dump]";
 
-/// What one run does.
+/// The options of a run.
 #[derive(Clone, Debug)]
 struct Options {
     file_systems: Vec<FileSystem>,
-    /// How many rebuilt disks are checked on each file system, at least.
+    /// The least number of rebuilt disks to check on each file system.
     points: usize,
     seed: u64,
-    /// On how many of them the sandboxes are started, too; on all of them if absent.
+    /// The number of disks on which sandboxes are started, too; all of them if absent.
     starts: Option<usize>,
-    /// Print the log of the last run instead.
+    /// Print the disk's log of the last run instead.
     dump: bool,
 }
 
@@ -92,7 +89,7 @@ pub(super) fn run(arguments: &[String]) -> Result<()> {
         let work = work_directory(*file_system)?;
         faults += run_on(*file_system, &work, &options)?;
     }
-    ensure!(faults == 0, "{faults} facts were wrong after a power cut; see points.jsonl");
+    ensure!(faults == 0, "{faults} faults after power cuts; see points.jsonl");
     Ok(())
 }
 
@@ -123,10 +120,10 @@ fn parse(arguments: &[String]) -> Result<Options> {
     Ok(options)
 }
 
-/// Why the test cannot run here, if it cannot.
+/// Returns why the test cannot run here, if it cannot.
 fn obstacle() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
-        return Some("it mounts file systems, which takes root".into());
+        return Some("mounting file systems needs root".into());
     }
     for device in ["/dev/fuse", "/dev/loop-control"] {
         if fs::File::open(device).is_err() {
@@ -140,7 +137,7 @@ fn obstacle() -> Option<String> {
     None
 }
 
-/// An empty directory for this run's files. What an interrupted run left mounted there is unmounted first.
+/// Makes an empty directory for this run's files. Unmounts the exports of an interrupted run first.
 fn work_directory(file_system: FileSystem) -> Result<PathBuf> {
     let work = bhatti_testkit::repository()
         .canonicalize()?
@@ -154,7 +151,7 @@ fn work_directory(file_system: FileSystem) -> Result<PathBuf> {
     Ok(work)
 }
 
-/// Prepares, records and checks on one file system. Returns how many facts were wrong.
+/// Prepares, records and checks on one file system. Returns the number of faults.
 fn run_on(file_system: FileSystem, work: &Path, options: &Options) -> Result<usize> {
     let began = Instant::now();
     let base = work.join("base.img");
@@ -172,7 +169,7 @@ fn run_on(file_system: FileSystem, work: &Path, options: &Options) -> Result<usi
     check::check(file_system, work, options)
 }
 
-/// Runs the scenario on a logged copy of the prepared disk. Returns the number of entries that it made.
+/// Runs the scenario on a logged copy of the prepared disk. Returns the number of log entries.
 fn record(work: &Path, seed: u64) -> Result<u64> {
     let recorded = work.join("recorded.img");
     disk::copy(&work.join("base.img"), &recorded)?;
@@ -199,7 +196,8 @@ fn dump(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Runs a part of this program in namespaces that end with it, and with them whatever it mounted and started.
+/// Runs a part of this program in its own namespaces. When the part ends, its mounts and processes
+/// end with the namespaces.
 fn inside(arguments: &[&str]) -> Result<()> {
     let status = Command::new("unshare")
         .args(["-n", "-p", "-m", "--fork", "--kill-child", "--mount-proc"])
@@ -213,7 +211,7 @@ fn inside(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program to its end. An error has what it printed.
+/// Runs a program to its end. The error has the program's standard error.
 fn run_program(program: &str, arguments: &[&str]) -> Result<()> {
     let ran = Command::new(program)
         .args(arguments)
@@ -225,7 +223,7 @@ fn run_program(program: &str, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Waits until `holds`, for at most `limit`. Returns whether it came to hold.
+/// Waits until `holds` returns true, for at most `limit`. Returns whether it did.
 fn wait_until(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
     loop {

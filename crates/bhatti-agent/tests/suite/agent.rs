@@ -1,4 +1,4 @@
-//! An agent of a test's own.
+//! An agent for one test.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::Child;
 use tokio::time::{sleep, timeout};
 
-/// How long anything here may take.
+/// The timeout of each step.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 /// An agent that runs until it is dropped.
@@ -21,7 +21,7 @@ pub(crate) struct Agent {
     pub(crate) directory: tempfile::TempDir,
 }
 
-/// The agent's binary: what `make build` made, or the one that `BHATTI_LOHAR` names.
+/// Returns the path of the agent's binary: that of `make build`, or `BHATTI_LOHAR`.
 pub(crate) fn lohar() -> PathBuf {
     let built = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../dist/lohar");
     std::env::var_os("BHATTI_LOHAR").map_or(built, PathBuf::from)
@@ -32,14 +32,15 @@ impl Agent {
         Self::start_with("{}").await
     }
 
-    /// Starts an agent with other limits than the usual ones, in JSON.
+    /// Starts an agent with `limits`, in JSON, over the default ones.
     pub(crate) async fn start_with(limits: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("work")).unwrap();
         Self::start_in(directory, limits).await
     }
 
-    /// Kills the agent with all that it started, and starts another one with what it left on the disk.
+    /// Kills the agent, and starts another one on the same directory. Processes that the first
+    /// agent started may go on.
     pub(crate) async fn start_anew(mut self) -> Self {
         self.process.kill().await.unwrap();
         for socket in ["control", "forward"] {
@@ -66,7 +67,7 @@ impl Agent {
         Self { client: AgentClient::new(Arc::new(channel)), process, directory }
     }
 
-    /// A path in a directory of the test's own.
+    /// Returns a path in the test's working directory.
     pub(crate) fn path(&self, name: &str) -> String {
         self.directory.path().join("work").join(name).to_str().unwrap().to_owned()
     }
@@ -77,7 +78,7 @@ impl Agent {
 
     pub(crate) async fn run(&self, argv: &[&str]) -> Result<Ran, CallError> {
         let (mut input, output) = self.start_command(argv).await;
-        // A command that never began takes no end.
+        // If the command did not start, its input cannot be ended.
         drop(input.end().await);
         collect(output).await
     }
@@ -109,18 +110,18 @@ impl Agent {
         }
     }
 
-    /// A connection to speak frames on.
+    /// Connects to the control service, for raw frames.
     pub(crate) async fn raw(&self) -> Raw {
         Raw::connect(&self.directory.path().join("control")).await
     }
 
-    /// The same to the forward service.
+    /// Connects to the forward service, for raw frames.
     pub(crate) async fn raw_forward(&self) -> Raw {
         Raw::connect(&self.directory.path().join("forward")).await
     }
 }
 
-/// A connection on which a test says exactly what it wants.
+/// A connection on which a test sends raw frames.
 pub(crate) struct Raw {
     pub(crate) reader: FrameReader<OwnedReadHalf>,
     pub(crate) writer: FrameWriter<OwnedWriteHalf>,
@@ -136,14 +137,14 @@ impl Raw {
         self.writer.send(frame_type, payload.as_bytes()).await.unwrap();
     }
 
-    /// The next frame; `None` at the end.
+    /// Receives the next frame. Returns `None` at the end.
     pub(crate) async fn next(&mut self) -> Option<Frame> {
         timeout(LIMIT, self.reader.next()).await.expect("the agent answers").unwrap()
     }
 
-    /// The next frame as type and text.
+    /// Receives the next frame as type and text.
     pub(crate) async fn text(&mut self) -> (FrameType, String) {
-        let frame = self.next().await.expect("a frame");
+        let frame = self.next().await.expect("the agent sends a frame");
         (frame.frame_type, String::from_utf8_lossy(&frame.payload).into_owned())
     }
 }
@@ -186,7 +187,7 @@ pub(crate) async fn collect(mut output: ExecOutput) -> Result<Ran, CallError> {
     }
 }
 
-/// Waits until something holds.
+/// Waits until `holds` returns true.
 pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let waiting = async {
         while !holds() {
@@ -196,7 +197,7 @@ pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     timeout(LIMIT, waiting).await.unwrap_or_else(|_| panic!("{what}: not within {LIMIT:?}"));
 }
 
-/// Waits until a process runs no more. Who reaps it, and when, is not the agent's affair.
+/// Waits until a process has ended. When it is reaped is not the agent's concern.
 pub(crate) async fn gone(pid: &str) {
     let stat = format!("/proc/{}/stat", pid.trim());
     let ended = || std::fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));

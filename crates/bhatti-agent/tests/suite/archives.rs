@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::agent::{Agent, LIMIT};
 
-/// An archive with these files.
+/// Builds an archive of these files.
 pub(crate) fn archive(files: &[(&str, &str)]) -> Vec<u8> {
     let mut archive = Builder::new(Vec::new());
     for (name, content) in files {
@@ -24,7 +24,7 @@ pub(crate) fn archive(files: &[(&str, &str)]) -> Vec<u8> {
     archive.into_inner().unwrap()
 }
 
-/// The archive with another name for one of its entries, which an honest archive would not have.
+/// Renames an entry of an archive, to a name that no honest archive has.
 fn renamed(archive: &[u8], from: &str, to: &str) -> Vec<u8> {
     let mut archive = archive.to_vec();
     for block in archive.chunks_mut(512).filter(|block| block.starts_with(from.as_bytes())) {
@@ -36,7 +36,7 @@ fn renamed(archive: &[u8], from: &str, to: &str) -> Vec<u8> {
     archive
 }
 
-/// Unpacks an archive, and returns what was left out.
+/// Unpacks an archive, and returns the skipped entries.
 pub(crate) async fn unpack(
     client: &AgentClient,
     path: &str,
@@ -52,11 +52,11 @@ pub(crate) async fn unpack(
     timeout(LIMIT, upload.finish()).await.expect("the archive is unpacked in time")
 }
 
-/// Reads a directory, and what was left out.
+/// Reads a directory as an archive, and returns the skipped entries with it.
 async fn pack(agent: &Agent, path: &str) -> Result<(Vec<u8>, Vec<String>), CallError> {
     let mut content = agent.client.read_archive(path).await?;
     let mut archive = Vec::new();
-    while let Some(piece) = timeout(LIMIT, content.next()).await.expect("a piece in time")? {
+    while let Some(piece) = timeout(LIMIT, content.next()).await.expect("a piece arrives")? {
         archive.extend_from_slice(&piece);
     }
     Ok((archive, content.skipped().to_vec()))
@@ -65,11 +65,11 @@ async fn pack(agent: &Agent, path: &str) -> Result<(Vec<u8>, Vec<String>), CallE
 fn kind(error: &CallError) -> ErrorKind {
     match error {
         CallError::Agent(agent) => agent.kind,
-        other => panic!("no refusal with a reason: {other}"),
+        other => panic!("expected a refusal with a reason: {other}"),
     }
 }
 
-/// Makes a tree of every kind of entry.
+/// Creates a tree with every kind of entry.
 fn make_tree(agent: &Agent) {
     let at = |name: &str| agent.path(&format!("tree/{name}"));
     fs::create_dir_all(at("empty")).unwrap();
@@ -85,14 +85,14 @@ fn make_tree(agent: &Agent) {
 }
 
 #[tokio::test]
-async fn tree_arrives_as_it_was_without_its_socket() {
+async fn tree_is_copied_whole_without_its_socket() {
     let agent = Agent::start().await;
     make_tree(&agent);
 
     let (archive, skipped) = pack(&agent, &agent.path("tree")).await.unwrap();
     assert_eq!(skipped, [agent.path("tree/socket")]);
     for _ in 0..2 {
-        // Once more over what is there.
+        // The second time, unpack over the existing tree.
         let left_out = unpack(&agent.client, &agent.path("copy/of"), &archive).await.unwrap();
         assert_eq!(left_out, Vec::<String>::new());
     }
@@ -112,7 +112,7 @@ async fn tree_arrives_as_it_was_without_its_socket() {
 }
 
 #[tokio::test]
-async fn archive_is_what_tar_reads() {
+async fn archive_is_readable_by_tar() {
     let agent = Agent::start().await;
     make_tree(&agent);
     let (archive, _skipped) = pack(&agent, &agent.path("tree")).await.unwrap();
@@ -126,7 +126,7 @@ async fn archive_is_what_tar_reads() {
 }
 
 #[tokio::test]
-async fn unpacking_keeps_what_is_there_and_its_owner_and_bits() {
+async fn unpacking_keeps_other_files_and_directory_modes() {
     let agent = Agent::start().await;
     fs::create_dir_all(agent.path("place/private")).unwrap();
     fs::set_permissions(agent.path("place/private"), fs::Permissions::from_mode(0o700)).unwrap();

@@ -13,7 +13,7 @@ fn every_byte(length: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn streams_and_exit_code_are_told_apart() {
+async fn stdout_stderr_and_exit_code_are_separate() {
     let agent = Agent::start().await;
 
     let ran = agent.run_shell("echo out; echo err >&2; exit 42").await;
@@ -33,7 +33,7 @@ async fn death_by_signal_is_128_plus_the_signal() {
 }
 
 #[tokio::test]
-async fn environment_is_the_default_one_with_the_requests_over_it() {
+async fn request_variables_override_the_default_environment() {
     let agent = Agent::start().await;
     let env =
         [("LANG", "C"), ("MINE", "a b=c\n'\"")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
@@ -54,7 +54,7 @@ async fn environment_is_the_default_one_with_the_requests_over_it() {
 }
 
 #[tokio::test]
-async fn program_is_looked_up_in_the_childs_own_path() {
+async fn program_is_looked_up_in_the_requests_path() {
     let agent = Agent::start().await;
     let tool = agent.directory.path().join("my-tool");
     std::fs::write(&tool, "#!/bin/sh\necho mine\n").unwrap();
@@ -74,7 +74,7 @@ async fn program_is_looked_up_in_the_childs_own_path() {
 }
 
 #[tokio::test]
-async fn working_directory_is_the_requests() {
+async fn command_runs_in_the_requested_directory() {
     let agent = Agent::start().await;
     let request = |cwd: &str| ExecRequest {
         argv: vec!["pwd".into()],
@@ -91,7 +91,7 @@ async fn working_directory_is_the_requests() {
 }
 
 #[tokio::test]
-async fn command_that_cannot_start_says_why() {
+async fn failed_start_reports_its_reason() {
     let agent = Agent::start().await;
     let cases = [
         (
@@ -137,13 +137,14 @@ async fn eight_mebibytes_of_every_byte_survive_both_ways() {
     assert!(ran.stdout == bytes, "{} bytes came back", ran.stdout.len());
 }
 
-/// A shell script that leaves a process behind, which writes to both of the command's streams when the file `go` appears, makes the file
-/// `written`, and then sleeps. Prints the number of that process.
+/// A shell script that leaves a process behind and prints its process id. When the file `go`
+/// appears, that process writes to both of the command's streams, creates the file `written`, and
+/// then sleeps.
 const BACKGROUND_WRITER: &str = "(while ! [ -e go ]; do sleep 0.01; done; echo late; echo late >&2; \
      touch written; exec sleep 1000) & echo $!";
 
 #[tokio::test]
-async fn background_process_delays_no_answer_and_outlives_its_command() {
+async fn background_process_outlives_its_command_and_delays_no_answer() {
     let agent = Agent::start().await;
 
     let ran = timeout(Duration::from_secs(10), agent.run_shell(BACKGROUND_WRITER)).await.unwrap();
@@ -168,7 +169,7 @@ async fn background_process_outlives_its_job() {
 }
 
 #[tokio::test]
-async fn background_process_that_floods_its_output_leaves_the_agent_to_others() {
+async fn agent_serves_others_while_a_background_process_floods_its_output() {
     let agent = Agent::start().await;
 
     let ran = agent.run_shell("yes & echo $!").await;
@@ -186,7 +187,8 @@ async fn pipes_of_ended_commands_are_limited() {
     let agent = Agent::start_with(r#"{"discarded_pipes": 2}"#).await;
     let first = agent.run_shell("sleep 1000 & echo $!").await;
 
-    // The limit is reached: this one's pipes are closed, so that it dies of its first line.
+    // At the limit the agent closes the pipes of this command, and SIGPIPE ends its background
+    // process.
     let second = agent.run_shell("(while echo line; do sleep 0.01; done) & echo $!").await;
 
     gone(second.stdout().lines().next().unwrap()).await;
@@ -195,7 +197,7 @@ async fn pipes_of_ended_commands_are_limited() {
 
 /// Ends a `sleep` that a test left behind on purpose.
 async fn end_sleep(pid: u32) {
-    // Right after its start it is still the shell that forked it.
+    // Right after the fork, the process still has the command line of the shell.
     let command_line = format!("/proc/{pid}/cmdline");
     let is_sleep = || std::fs::read(&command_line).unwrap().starts_with(b"sleep");
     crate::agent::until("the grandchild sleeps", is_sleep).await;
@@ -214,7 +216,7 @@ async fn output_written_just_before_the_exit_arrives_whole() {
 }
 
 #[tokio::test]
-async fn kill_takes_the_whole_process_group() {
+async fn kill_ends_the_whole_process_group() {
     let agent = Agent::start().await;
     let (mut input, mut output) =
         agent.start_command(&["sh", "-c", "sleep 1000 & echo $!; wait"]).await;
@@ -289,7 +291,7 @@ async fn shutdown_ends_the_agent() {
 }
 
 #[tokio::test]
-async fn time_limit_ends_the_whole_group_and_says_so() {
+async fn time_limit_ends_the_whole_group_and_is_reported() {
     let agent = Agent::start().await;
     let request = ExecRequest {
         timeout_ms: Some(50),
@@ -302,7 +304,7 @@ async fn time_limit_ends_the_whole_group_and_says_so() {
 }
 
 #[tokio::test]
-async fn command_that_ignores_its_time_limit_is_killed() {
+async fn command_that_ignores_sigterm_is_killed_after_its_time_limit() {
     let agent = Agent::start().await;
     let script = "trap '' TERM; while :; do sleep 0.01; done";
     let request = ExecRequest { timeout_ms: Some(20), ..crate::agent::shell(script) };
@@ -312,7 +314,8 @@ async fn command_that_ignores_its_time_limit_is_killed() {
     assert_eq!((ran.code, ran.timed_out), (137, true));
 }
 
-/// Commands that leave a process which survives their `SIGTERM`: one ignores it, one is in another session. Each prints its number.
+/// Commands that leave a process which survives their `SIGTERM`: one process ignores the signal,
+/// the other is in another session. Each command prints the process id.
 const STUBBORN: [&str; 2] =
     ["(trap '' TERM; exec sleep 311) & echo $!; wait", "setsid sleep 311 & echo $!; wait"];
 
@@ -360,7 +363,7 @@ async fn killed_job_leaves_no_process_behind() {
 }
 
 #[tokio::test]
-async fn signal_passes_input_that_nobody_reads() {
+async fn signal_bypasses_unread_input() {
     let agent = Agent::start().await;
     let (mut input, output) = agent.start_command(&["sleep", "1000"]).await;
     // More than the queue and all buffers hold: the connection is stuck.
@@ -373,7 +376,7 @@ async fn signal_passes_input_that_nobody_reads() {
 }
 
 #[tokio::test]
-async fn command_that_reads_nothing_dies_with_its_client_all_the_same() {
+async fn command_that_reads_nothing_dies_with_its_client() {
     let agent = Agent::start().await;
     let (mut input, mut output) =
         agent.start_command(&["sh", "-c", "echo $$; exec sleep 1000"]).await;
@@ -386,7 +389,7 @@ async fn command_that_reads_nothing_dies_with_its_client_all_the_same() {
 }
 
 #[tokio::test]
-async fn unknown_user_and_missing_rights_are_told() {
+async fn unknown_user_and_missing_rights_are_reported() {
     let agent = Agent::start().await;
     let request = |user: &str| ExecRequest {
         user: Some(user.to_owned()),

@@ -26,7 +26,7 @@ async fn read_all(agent: &Agent, path: &str) -> Result<Vec<u8>, CallError> {
 fn kind(error: &CallError) -> ErrorKind {
     match error {
         CallError::Agent(agent) => agent.kind,
-        other => panic!("no refusal with a reason: {other}"),
+        other => panic!("expected a refusal with a reason: {other}"),
     }
 }
 
@@ -39,7 +39,7 @@ fn part(offset: u32, limit: u32, max_bytes: u64) -> ReadOptions {
     }
 }
 
-/// Names in the test's directory.
+/// Returns the names in the test's directory.
 fn names(agent: &Agent) -> Vec<String> {
     let entries = fs::read_dir(agent.path("")).unwrap();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
@@ -63,7 +63,7 @@ async fn content_of_every_kind_and_size_survives() {
 }
 
 #[tokio::test]
-async fn write_applies_the_mode_to_the_bit_and_makes_parents() {
+async fn write_sets_the_exact_mode_and_creates_parents() {
     let agent = Agent::start().await;
     for (mode, bits) in
         [("0600", 0o600), ("0666", 0o666), ("0777", 0o777), ("4755", 0o4755), ("", 0o644)]
@@ -147,7 +147,7 @@ fn attribute(path: &str, name: &str) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn what_is_no_file_is_not_overwritten() {
+async fn special_files_and_directories_are_not_overwritten() {
     let agent = Agent::start().await;
     let (fifo, socket) = (agent.path("fifo"), agent.path("socket"));
     assert!(bhatti_host::process::command("mkfifo").arg(&fifo).status().await.unwrap().success());
@@ -170,27 +170,27 @@ async fn what_is_no_file_is_not_overwritten() {
 }
 
 #[tokio::test]
-async fn write_that_fails_leaves_no_directories_behind() {
+async fn failed_write_leaves_no_directories() {
     let agent = Agent::start().await;
     let mut upload =
         agent.client.begin_write(&agent.path("new/deep/file"), "", Some(100)).await.unwrap();
     upload.write(b"some").await.unwrap();
     let made = agent.path("new/deep");
-    crate::agent::until("the directories are made", || fs::exists(&made).unwrap()).await;
+    crate::agent::until("the directories exist", || fs::exists(&made).unwrap()).await;
 
     drop(upload);
 
-    crate::agent::until("they are gone", || names(&agent).is_empty()).await;
+    crate::agent::until("the directories are gone", || names(&agent).is_empty()).await;
 }
 
-/// As root only: a test's other users are root's to be.
+/// Tests for root only: no other user may act as another one.
 mod users {
     use super::*;
 
-    /// A user that has no entry in `/etc/passwd`, and one of its groups.
+    /// The ids of a user without an entry in `/etc/passwd`, and of one of its groups.
     const USER: &str = "4242:4243";
 
-    /// The agent, if this test can act as others; its directory is anybody's to enter.
+    /// Starts an agent whose directory every user may enter. Returns `None` without root.
     async fn agent() -> Option<Agent> {
         if !bhatti_testkit::is_root() {
             bhatti_testkit::skip("file operations as another user", "this is not root");
@@ -211,7 +211,7 @@ mod users {
     }
 
     #[tokio::test]
-    async fn all_that_a_call_makes_belongs_to_its_user() {
+    async fn new_files_and_directories_belong_to_the_acting_user() {
         let Some(agent) = agent().await else { return };
         let user = agent.client.acting_as(Some(USER));
         let home = agent.path("home");
@@ -227,7 +227,7 @@ mod users {
     }
 
     #[tokio::test]
-    async fn rights_are_the_users_own_and_root_has_all() {
+    async fn access_is_checked_for_the_acting_user() {
         let Some(agent) = agent().await else { return };
         let user = agent.client.acting_as(Some(USER));
         let (secret, work) = (agent.path("secret"), agent.path("home/mine"));
@@ -265,7 +265,7 @@ mod users {
     }
 
     #[tokio::test]
-    async fn root_overwrites_a_users_file_and_the_user_keeps_it() {
+    async fn overwriting_by_root_keeps_the_owner() {
         let Some(agent) = agent().await else { return };
         let path = agent.path("home/file");
         fs::write(&path, "before").unwrap();
@@ -279,14 +279,15 @@ mod users {
     }
 
     #[tokio::test]
-    async fn file_that_can_only_be_written_to_is_changed_in_place() {
+    async fn file_that_cannot_be_replaced_is_written_in_place() {
         let Some(agent) = agent().await else { return };
         let user = agent.client.acting_as(Some(USER));
         let (foreign, mine) = (agent.path("home/foreign"), agent.path("mine"));
         for path in [&foreign, &mine] {
             fs::write(path, "content that is long").unwrap();
         }
-        // Root's, writable by all, in the user's directory; and the user's own, in root's directory.
+        // One file is root's and writable by all, in the user's directory; the other is the
+        // user's own, in root's directory.
         fs::set_permissions(&foreign, fs::Permissions::from_mode(0o666)).unwrap();
         std::os::unix::fs::chown(&mine, Some(4242), Some(4243)).unwrap();
         let inodes = [&foreign, &mine].map(|path| fs::metadata(path).unwrap().ino());
@@ -306,7 +307,7 @@ mod users {
     }
 
     #[tokio::test]
-    async fn archive_is_read_and_unpacked_with_the_rights_of_its_user() {
+    async fn archives_use_the_rights_of_the_acting_user() {
         let Some(agent) = agent().await else { return };
         let user = agent.client.acting_as(Some(USER));
         fs::create_dir(agent.path("home/tree")).unwrap();
@@ -330,7 +331,7 @@ mod users {
 }
 
 #[tokio::test]
-async fn excess_and_missing_bytes_leave_the_file_as_it_was() {
+async fn wrong_number_of_bytes_leaves_the_file_unchanged() {
     let agent = Agent::start().await;
     let path = agent.path("file");
     write(&agent, &path, "", b"before").await.unwrap();
@@ -348,7 +349,7 @@ async fn excess_and_missing_bytes_leave_the_file_as_it_was() {
 }
 
 #[tokio::test]
-async fn content_of_unknown_size_is_a_file_only_when_its_end_has_come() {
+async fn content_of_unknown_size_becomes_a_file_at_its_end() {
     let agent = Agent::start().await;
     let path = agent.path("file");
     let mut upload = agent.client.begin_write(&path, "0600", None).await.unwrap();
@@ -393,7 +394,7 @@ async fn writers_of_one_file_do_not_mix_and_readers_see_whole_files() {
 }
 
 #[tokio::test]
-async fn part_of_a_file_is_the_files_own_bytes() {
+async fn partial_read_returns_the_files_own_bytes() {
     let agent = Agent::start().await;
     let path = agent.path("lines");
     let lines: String = (1..=100).map(|number| format!("line {number}\n")).collect();
@@ -423,7 +424,7 @@ async fn part_of_a_file_is_the_files_own_bytes() {
 }
 
 #[tokio::test]
-async fn line_of_a_megabyte_stops_nothing() {
+async fn line_of_a_mebibyte_is_read() {
     let agent = Agent::start().await;
     let path = agent.path("long");
     let content = [b"first\n".to_vec(), vec![b'x'; 1 << 20], b"\nlast\n".to_vec()].concat();
@@ -447,7 +448,7 @@ async fn hundred_thousand_lines_are_read_in_part() {
 }
 
 #[tokio::test]
-async fn what_is_no_regular_file_is_refused_at_once() {
+async fn read_of_anything_but_a_regular_file_is_refused_at_once() {
     let agent = Agent::start().await;
     let (fifo, socket) = (agent.path("fifo"), agent.path("socket"));
     assert!(bhatti_host::process::command("mkfifo").arg(&fifo).status().await.unwrap().success());
@@ -472,7 +473,7 @@ async fn what_is_no_regular_file_is_refused_at_once() {
 }
 
 #[tokio::test]
-async fn stat_tells_of_files_directories_and_links() {
+async fn stat_reports_files_directories_and_links() {
     let agent = Agent::start().await;
     let (file, link) = (agent.path("file"), agent.path("link"));
     write(&agent, &file, "0640", b"1234567").await.unwrap();
@@ -520,7 +521,7 @@ async fn listing_has_every_entry_in_order() {
 }
 
 #[tokio::test]
-async fn directories_are_made_renamed_and_removed() {
+async fn directories_are_created_renamed_and_removed() {
     let agent = Agent::start().await;
     let (one, deep, other) = (agent.path("one"), agent.path("one/two/three"), agent.path("other"));
 
@@ -543,7 +544,7 @@ async fn directories_are_made_renamed_and_removed() {
 }
 
 #[tokio::test]
-async fn removing_a_link_leaves_what_it_leads_to() {
+async fn removing_a_link_keeps_its_target() {
     let agent = Agent::start().await;
     let (directory, link) = (agent.path("directory"), agent.path("link"));
     fs::create_dir(&directory).unwrap();
@@ -556,7 +557,7 @@ async fn removing_a_link_leaves_what_it_leads_to() {
 }
 
 #[tokio::test]
-async fn watch_tells_what_happens_from_its_first_event_on() {
+async fn watch_reports_changes_after_its_first_event() {
     let agent = Agent::start().await;
     fs::create_dir(agent.path("watched")).unwrap();
     let mut events = agent.client.watch(&agent.path("watched")).await.unwrap();
@@ -609,9 +610,9 @@ async fn lines_of_a_sparse_file_are_skipped_without_reading_its_holes() {
 }
 
 #[tokio::test]
-async fn file_of_the_kernels_that_would_block_ends() {
+async fn read_of_a_blocking_kernel_file_ends() {
     let agent = Agent::start().await;
-    // Readable by root alone, and only where the kernel lets it.
+    // Only root may read the file, and only if the kernel permits it.
     match agent.client.read_file("/proc/kmsg", ReadOptions::default()).await {
         Ok(content) => drop(timeout(LIMIT, content.read_to_end(1 << 30)).await.unwrap()),
         Err(error) => assert_eq!(kind(&error), ErrorKind::PermissionDenied),
@@ -620,13 +621,13 @@ async fn file_of_the_kernels_that_would_block_ends() {
 }
 
 #[tokio::test]
-async fn agent_serves_others_while_file_operations_wait_and_limits_them() {
+async fn file_operations_are_limited_and_do_not_block_the_agent() {
     let agent = Agent::start_with(r#"{"file_operations": 2, "file_wait_ms": 50}"#).await;
     let path = agent.path("large");
     fs::File::create(&path).unwrap().set_len(10 << 30).unwrap();
     let mut waiting = Vec::new();
     for _ in 0..2 {
-        // Nobody reads on, so each of them holds its thread.
+        // The rest is never read, so each read occupies its thread.
         let mut content = agent.client.read_file(&path, ReadOptions::default()).await.unwrap();
         content.next().await.unwrap();
         waiting.push(content);
@@ -641,7 +642,7 @@ async fn agent_serves_others_while_file_operations_wait_and_limits_them() {
 }
 
 #[tokio::test]
-async fn listing_takes_the_agent_no_more_memory_however_long_it_is() {
+async fn long_listing_takes_bounded_memory_in_the_agent() {
     let agent = Agent::start().await;
     let in_memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let target = "x".repeat(4000);
@@ -659,7 +660,7 @@ async fn listing_takes_the_agent_no_more_memory_however_long_it_is() {
 }
 
 #[tokio::test]
-async fn script_that_was_written_runs_at_once_and_again_after_each_change() {
+async fn written_script_runs_at_once_after_each_change() {
     let agent = Agent::start().await;
     let path = agent.path("script");
     for number in 0..10 {

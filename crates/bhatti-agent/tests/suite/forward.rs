@@ -10,7 +10,8 @@ use tokio::time::timeout;
 
 use crate::agent::{Agent, LIMIT};
 
-/// A listener on a loopback address, that serves one connection by echoing it until its end, and then says goodbye.
+/// Listens on a loopback address, and returns the port. The server echoes one connection until
+/// its end, and then sends `bye`.
 async fn echo(address: &str) -> u16 {
     let listener = TcpListener::bind((address, 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -24,12 +25,12 @@ async fn echo(address: &str) -> u16 {
 }
 
 #[tokio::test]
-async fn each_direction_ends_for_itself() {
+async fn directions_end_independently() {
     let agent = Agent::start().await;
     check_directions(&agent.client).await;
 }
 
-/// Talks to servers that answer to the end of what they are sent.
+/// Checks both directions with servers that answer after the end of their input.
 pub(crate) async fn check_directions(client: &AgentClient) {
     for address in ["127.0.0.1", "::1"] {
         let port = echo(address).await;
@@ -51,12 +52,12 @@ pub(crate) async fn check_directions(client: &AgentClient) {
 }
 
 #[tokio::test]
-async fn answer_of_an_application_that_does_not_hear_out_its_client_arrives() {
+async fn early_answer_of_an_application_arrives() {
     let agent = Agent::start().await;
     check_early_answer(&agent.client).await;
 }
 
-/// Sends far more than a server reads that answers and closes.
+/// Sends far more bytes than the server reads before it answers and closes.
 pub(crate) async fn check_early_answer(client: &AgentClient) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -67,9 +68,9 @@ pub(crate) async fn check_early_answer(client: &AgentClient) {
     });
     let mut stream = client.forward(port).await.unwrap();
 
-    // It reads only when it has sent everything.
+    // The client reads only after it has sent everything.
     let sent = timeout(LIMIT, stream.write_all(&vec![0; 4 << 20])).await;
-    sent.expect("the rest is taken").unwrap();
+    sent.expect("the rest is accepted").unwrap();
     let mut answer = Vec::new();
     timeout(LIMIT, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
 
@@ -77,7 +78,7 @@ pub(crate) async fn check_early_answer(client: &AgentClient) {
 }
 
 #[tokio::test]
-async fn application_sees_the_end_of_a_client_that_vanishes() {
+async fn application_sees_the_end_of_a_vanished_client() {
     let agent = Agent::start().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -85,24 +86,24 @@ async fn application_sees_the_end_of_a_client_that_vanishes() {
     let (mut heard, _) = listener.accept().await.unwrap();
     let mut stuck = agent.client.forward(port).await.unwrap();
     let (unread, _) = listener.accept().await.unwrap();
-    // Until the application, which does not read, and all buffers on the way are full.
+    // Writes until all buffers on the way are full, since the application does not read.
     let flood = async { while stuck.write_all(&[0; 1 << 16]).await.is_ok() {} };
     assert!(timeout(Duration::from_millis(300), flood).await.is_err());
 
     drop((silent, stuck));
 
-    let ended = timeout(LIMIT, heard.read(&mut [0])).await.expect("it sees the end");
+    let ended = timeout(LIMIT, heard.read(&mut [0])).await.expect("the server sees the end");
     assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
     let is_reset = async {
         while unread.take_error().unwrap().is_none() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    timeout(LIMIT, is_reset).await.expect("it sees the end behind what it has not read");
+    timeout(LIMIT, is_reset).await.expect("the server sees the end after unread bytes");
 }
 
 #[tokio::test]
-async fn closed_port_is_refused_in_the_originals_words() {
+async fn closed_port_is_refused_with_the_text_of_the_original() {
     let agent = Agent::start().await;
 
     let error = agent.client.forward(1).await.err().unwrap();
@@ -112,7 +113,7 @@ async fn closed_port_is_refused_in_the_originals_words() {
 }
 
 #[tokio::test]
-async fn other_requests_are_refused() {
+async fn forward_service_refuses_other_requests() {
     let agent = Agent::start().await;
     let mut raw = agent.raw_forward().await;
     raw.send(FrameType::EXEC_REQ, "{}").await;

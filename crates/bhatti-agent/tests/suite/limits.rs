@@ -1,4 +1,4 @@
-//! What the agent gives at most, and that it goes on afterwards.
+//! The limits of the agent, which keeps working after a limit was reached.
 
 use bhatti_agent::CallError;
 use bhatti_proto::{ErrorKind, ExecRequest, FileEventKind, FrameType};
@@ -14,7 +14,7 @@ fn is_limit(error: &CallError) -> bool {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_are_told_and_room_comes_back() {
+async fn connections_over_the_limit_are_refused_until_others_end() {
     let agent = Agent::start_with(r#"{"connections": 3}"#).await;
     let mut held = Vec::new();
     for _ in 0..3 {
@@ -42,7 +42,7 @@ async fn connections_beyond_the_limit_are_told_and_room_comes_back() {
 }
 
 #[tokio::test]
-async fn sessions_beyond_the_limit_are_refused_and_finished_ones_give_way() {
+async fn sessions_over_the_limit_are_refused_and_finished_ones_are_removed() {
     let agent = Agent::start_with(r#"{"sessions": 2, "finished_sessions": 2}"#).await;
     for _ in 0..2 {
         agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
@@ -61,24 +61,24 @@ async fn sessions_beyond_the_limit_are_refused_and_finished_ones_give_way() {
 }
 
 #[tokio::test]
-async fn terminals_beyond_their_limit_are_refused_and_jobs_are_not() {
+async fn terminals_over_the_limit_are_refused_and_jobs_are_not() {
     let agent = Agent::start_with(r#"{"sessions": 4, "terminals": 1}"#).await;
     let terminal = ExecRequest { tty: Some(true), ..command(&["sleep", "1000"]) };
     agent.client.create_session(terminal.clone()).await.unwrap();
 
     let Err(error) = agent.client.create_session(terminal).await else {
-        panic!("a second terminal")
+        panic!("a second terminal was created")
     };
 
     assert!(is_limit(&error), "{error}");
     assert!(error.to_string().contains("sessions with a terminal: the limit is 1"), "{error}");
     let job = agent.client.create_detached(command(&["sleep", "1000"])).await.unwrap();
-    // It would outlive the agent, which is killed.
+    // The test ends by killing the agent, which the job would outlive.
     agent.client.kill_session(&job.session_id).await.unwrap();
 }
 
 #[tokio::test]
-async fn watches_beyond_the_limit_are_refused() {
+async fn watches_over_the_limit_are_refused() {
     let agent = Agent::start_with(r#"{"watches": 1}"#).await;
     let mut first = agent.client.watch("/tmp").await.unwrap();
     first.next().await.unwrap();
@@ -89,7 +89,7 @@ async fn watches_beyond_the_limit_are_refused() {
 }
 
 #[tokio::test]
-async fn file_beyond_the_limit_is_refused_before_its_content() {
+async fn file_over_the_limit_is_refused_before_its_content() {
     let agent = Agent::start_with(r#"{"file_bytes": 1000}"#).await;
     let path = agent.path("file");
 
@@ -105,7 +105,7 @@ async fn file_beyond_the_limit_is_refused_before_its_content() {
 }
 
 #[tokio::test]
-async fn silent_connection_and_stalled_write_end() {
+async fn silent_connection_and_stalled_write_time_out() {
     let agent = Agent::start_with(r#"{"request_ms": 50, "write_ms": 50}"#).await;
     let mut silent = agent.raw().await;
     assert_eq!(silent.text().await, (FrameType::ERROR, "no request came in time".to_owned()));
@@ -117,7 +117,7 @@ async fn silent_connection_and_stalled_write_end() {
 }
 
 #[tokio::test]
-async fn frame_beyond_the_limit_ends_its_connection_alone() {
+async fn frame_over_the_limit_ends_only_its_connection() {
     let agent = Agent::start().await;
     let mut raw = agent.raw().await;
     raw.writer.send_raw(&[0, 0x20, 0, 0, 0x10]).await.unwrap();
@@ -127,7 +127,7 @@ async fn frame_beyond_the_limit_ends_its_connection_alone() {
 }
 
 #[tokio::test]
-async fn job_may_not_ask_for_more_output_than_there_is() {
+async fn output_limit_of_a_job_is_capped() {
     let agent = Agent::start().await;
     let request = ExecRequest { output_limit: Some(u64::MAX), ..command(&["echo", "hi"]) };
 
@@ -138,7 +138,7 @@ async fn job_may_not_ask_for_more_output_than_there_is() {
 }
 
 #[tokio::test]
-async fn agent_refuses_to_be_pid_1_of_a_machine_that_it_does_not_run() {
+async fn agent_refuses_to_run_if_it_is_not_pid_1() {
     let output = bhatti_host::process::command(crate::agent::lohar()).output().await.unwrap();
 
     assert_eq!(output.status.code(), Some(1));
@@ -149,10 +149,10 @@ async fn agent_refuses_to_be_pid_1_of_a_machine_that_it_does_not_run() {
 }
 
 #[tokio::test]
-async fn agent_without_descriptors_waits_for_some_instead_of_spinning() {
+async fn agent_without_free_descriptors_does_not_spin() {
     let agent = Agent::start().await;
     let pid = agent.process.id().unwrap().to_string();
-    // Room for what it has open, and a few connections.
+    // Room for the agent's open descriptors, and for a few connections.
     let limited = bhatti_host::process::command("prlimit")
         .args(["--pid", &pid, "--nofile=40"])
         .status()
@@ -168,7 +168,7 @@ async fn agent_without_descriptors_waits_for_some_instead_of_spinning() {
         held.push(agent.raw().await);
     }
 
-    // A hundred clock ticks are a second: whoever spins spends most of them.
+    // A second has 100 clock ticks. An agent that spins spends most of the 50 ticks here.
     let before = spent();
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
     assert!(spent() - before < 10, "{} ticks", spent() - before);
@@ -178,7 +178,7 @@ async fn agent_without_descriptors_waits_for_some_instead_of_spinning() {
 }
 
 #[tokio::test]
-async fn waiting_for_an_agent_that_never_comes_ends() {
+async fn wait_ready_times_out_without_an_agent() {
     let agent = Agent::start().await;
     agent.client.wait_ready(crate::agent::LIMIT).await.unwrap();
     let Agent { client, mut process, .. } = agent;
@@ -190,7 +190,7 @@ async fn waiting_for_an_agent_that_never_comes_ends() {
 }
 
 #[tokio::test]
-async fn output_of_a_command_that_is_kept_whole_has_a_limit() {
+async fn collected_output_of_a_command_has_a_limit() {
     let agent = Agent::start().await;
     let zeros = |mib: u32| ExecRequest {
         argv: ["head", "-c", &format!("{mib}M"), "/dev/zero"].map(str::to_owned).into(),
@@ -205,20 +205,20 @@ async fn output_of_a_command_that_is_kept_whole_has_a_limit() {
 }
 
 #[tokio::test]
-async fn watcher_that_reads_nothing_is_told_of_the_overflow() {
+async fn watcher_that_reads_nothing_gets_an_overflow_event() {
     let agent = Agent::start().await;
     std::fs::create_dir(agent.path("watched")).unwrap();
     let mut events = agent.client.watch(&agent.path("watched")).await.unwrap();
     assert_eq!(events.next().await.unwrap().unwrap().kind, FileEventKind::Watching);
 
-    // Each file has three events. The kernel keeps so many for a watcher, and the connection holds
-    // some thousands more.
+    // Each file causes three events. The kernel queues `max_queued_events` of them for a watcher,
+    // and the connection holds some thousands more.
     let kept = std::fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
     let files = kept.trim().parse::<usize>().unwrap() + 10_000;
     for number in 0..files {
         std::fs::write(agent.path(&format!("watched/{number}")), "x").unwrap();
     }
-    assert!(agent.run(&["true"]).await.is_ok(), "others are served");
+    assert!(agent.run(&["true"]).await.is_ok(), "the agent serves other requests");
 
     let overflow =
         async { while events.next().await.unwrap().unwrap().kind != FileEventKind::Overflow {} };

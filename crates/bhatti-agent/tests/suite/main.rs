@@ -1,4 +1,4 @@
-//! The agent in test mode, as a subprocess, asked by the client or byte by byte.
+//! Tests of the agent in test mode, as a subprocess, through the client or byte by byte.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod agent;

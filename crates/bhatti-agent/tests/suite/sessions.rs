@@ -13,15 +13,15 @@ fn terminal(script: &str) -> ExecRequest {
     ExecRequest { tty: Some(true), ..shell(script) }
 }
 
-/// Reads until the text so far holds `wanted`.
+/// Reads until the text so far contains `wanted`.
 async fn read_until(output: &mut SessionOutput, wanted: &str) -> String {
     let mut text = String::new();
     while !text.contains(wanted) {
-        match timeout(LIMIT, output.next()).await.expect("output comes").unwrap() {
+        match timeout(LIMIT, output.next()).await.expect("output arrives").unwrap() {
             ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes) => {
                 text.push_str(&String::from_utf8_lossy(&bytes));
             }
-            other => panic!("{other:?} instead of {wanted:?} behind {text:?}"),
+            other => panic!("{other:?} instead of {wanted:?} after {text:?}"),
         }
     }
     text
@@ -45,7 +45,7 @@ async fn list_one(agent: &Agent) -> SessionInfo {
     sessions.into_iter().next().unwrap()
 }
 
-/// Waits until the only session is as wanted.
+/// Waits until the only session matches `wanted`.
 async fn session_is(agent: &Agent, wanted: impl Fn(&SessionInfo) -> bool) {
     let waiting = async {
         while !wanted(&list_one(agent).await) {
@@ -93,7 +93,7 @@ async fn terminal_belongs_to_its_user() {
 }
 
 #[tokio::test]
-async fn sessions_are_listed_however_long_their_commands_are() {
+async fn sessions_with_long_commands_are_listed() {
     let agent = Agent::start().await;
     let long = ": \u{1}\u{1}".repeat(20_000);
     for _ in 0..60 {
@@ -109,7 +109,7 @@ async fn sessions_are_listed_however_long_their_commands_are() {
 }
 
 #[tokio::test]
-async fn terminal_has_the_size_that_it_was_given() {
+async fn terminal_has_the_requested_size() {
     let agent = Agent::start().await;
     let request = ExecRequest {
         rows: Some(50),
@@ -126,7 +126,7 @@ async fn terminal_has_the_size_that_it_was_given() {
 }
 
 #[tokio::test]
-async fn session_survives_its_client_and_replays() {
+async fn session_survives_its_client_and_replays_its_output() {
     let agent = Agent::start().await;
     let (info, input, mut output) = agent
         .client
@@ -157,11 +157,11 @@ async fn second_client_displaces_the_first_and_keeps_the_session() {
 
     assert_eq!(read_to_exit(&mut first).await.1, 0);
     drop((first_input, first));
-    // What the first client's end does, it has done when a new connection has been served.
+    // Once a new connection was served, the agent has handled the end of the first client.
     assert!(list_one(&agent).await.attached);
     input.write(b"still here\n").await.unwrap();
     read_until(&mut second, "still here").await;
-    // Nor does the first client's idle timer run on.
+    // That end starts no idle timer, either.
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert!(list_one(&agent).await.running);
 }
@@ -180,7 +180,7 @@ async fn kill_of_a_terminal_is_answered_by_its_exit() {
 }
 
 #[tokio::test]
-async fn killed_session_tells_its_client_and_unknown_ones_are_refused() {
+async fn kill_reaches_the_client_and_unknown_sessions_are_refused() {
     let agent = Agent::start().await;
     let (info, _input, mut output) =
         agent.client.create_session(terminal("exec sleep 1000")).await.unwrap();
@@ -193,7 +193,7 @@ async fn killed_session_tells_its_client_and_unknown_ones_are_refused() {
 }
 
 #[tokio::test]
-async fn idle_session_is_killed_and_a_watched_one_is_not() {
+async fn idle_session_is_killed_and_an_attached_one_is_not() {
     let agent = Agent::start().await;
     let request = ExecRequest { max_idle_sec: Some(1), ..terminal("echo $$; exec sleep 1000") };
     let (info, input, mut output) = agent.client.create_session(request).await.unwrap();
@@ -210,7 +210,7 @@ async fn idle_session_is_killed_and_a_watched_one_is_not() {
 }
 
 #[tokio::test]
-async fn ended_session_is_kept_for_its_code() {
+async fn ended_session_keeps_its_exit_code() {
     let agent = Agent::start().await;
     agent.client.create_detached(terminal("exit 5")).await.unwrap();
 
@@ -218,7 +218,7 @@ async fn ended_session_is_kept_for_its_code() {
 }
 
 #[tokio::test]
-async fn ended_session_goes_when_its_time_is_over() {
+async fn ended_session_is_removed_after_its_retention_time() {
     let agent = Agent::start_with(r#"{"finished_session_ms": 50, "finished_job_ms": 50}"#).await;
     agent.client.create_detached(terminal("exit 5")).await.unwrap();
     agent.client.create_detached(shell("exit 5")).await.unwrap();
@@ -236,11 +236,11 @@ async fn until_async<F: Future<Output = bool>>(mut holds: impl FnMut() -> F) {
 }
 
 #[tokio::test]
-async fn collected_session_is_gone() {
+async fn session_is_removed_once_its_exit_is_collected() {
     let agent = Agent::start().await;
     let (info, input, output) = agent.client.create_session(terminal("exit 3")).await.unwrap();
     drop((input, output));
-    // Its end may have been collected by that client already.
+    // The first client may have collected the exit already.
     match agent.client.attach(&info.session_id, None).await {
         Ok((_, _input, mut output)) => assert_eq!(read_to_exit(&mut output).await.1, 3),
         Err(error) => assert!(is_no_such_session(&error)),
@@ -260,7 +260,7 @@ async fn scrollback_is_the_last_64_kib() {
     read_until(&mut output, "END").await;
     drop((input, output));
 
-    // In the original's way: the scrollback is one frame.
+    // Hosts of the original system get the scrollback as one frame.
     let mut raw = agent.raw().await;
     raw.send(FrameType::EXEC_REQ, &format!(r#"{{"argv":[],"session_id":"{}"}}"#, info.session_id))
         .await;
@@ -320,7 +320,7 @@ async fn job_runs_without_a_client_and_keeps_both_streams_and_its_code() {
 
     for _ in 0..2 {
         let (_, _input, mut output) = agent.client.attach(&job.session_id, None).await.unwrap();
-        // Which of two pipes was looked into first is nobody's promise.
+        // The order of the two pipes is not defined.
         let mut events = [output.next().await.unwrap(), output.next().await.unwrap()];
         events.sort_by_key(|event| matches!(event, ExecEvent::Stderr(_)));
         assert_eq!(events, [ExecEvent::Stdout("out\n".into()), ExecEvent::Stderr("err\n".into())]);
@@ -331,7 +331,7 @@ async fn job_runs_without_a_client_and_keeps_both_streams_and_its_code() {
 }
 
 #[tokio::test]
-async fn cut_off_client_of_a_job_goes_on_without_losing_or_repeating_a_byte() {
+async fn client_of_a_job_reattaches_without_losing_or_repeating_a_byte() {
     let agent = Agent::start().await;
     let expected: String = (1..=200_000).map(|number| format!("{number}\n")).collect();
     let job = agent.client.create_detached(command(&["seq", "1", "200000"])).await.unwrap();
@@ -369,21 +369,21 @@ async fn observers_follow_a_job_beside_its_client() {
 
     assert_eq!(read_to_exit(&mut attached).await.0, b"hello");
     assert_eq!(read_to_exit(&mut observed).await, (b"hello".to_vec(), 0));
-    // Nothing was there yet: then what comes first is what it gets.
+    // The job had no output when this observer came, so offset 2 was clamped to 0.
     assert_eq!(read_to_exit(&mut late).await, (b"hello".to_vec(), 0));
     let (_, _third, mut part) = agent.client.observe(&job.session_id, Some(2)).await.unwrap();
     assert_eq!(read_to_exit(&mut part).await, (b"llo".to_vec(), 0));
 }
 
 #[tokio::test]
-async fn observer_that_is_too_slow_is_told_of_the_hole() {
+async fn slow_observer_gets_an_error_at_lost_output() {
     let agent = Agent::start().await;
     let script = "read go; head -c 50000000 /dev/zero; echo end";
     let request = ExecRequest { output_limit: Some(64 * 1024), ..shell(script) };
     let (job, mut input, attached) = agent.client.create_session(request).await.unwrap();
     let (_, _observer, mut observed) = agent.client.observe(&job.session_id, None).await.unwrap();
     input.write(b"go\n").await.unwrap();
-    // A client would hold the job back; an observer does not.
+    // An attached client would hold the job back. An observer does not.
     drop((input, attached));
     session_is(&agent, |session| !session.running).await;
 
@@ -404,7 +404,7 @@ async fn observer_that_is_too_slow_is_told_of_the_hole() {
 }
 
 #[tokio::test]
-async fn job_keeps_no_more_than_it_may_and_says_where_it_begins() {
+async fn job_output_is_capped_and_its_start_is_reported() {
     let agent = Agent::start().await;
     let request = ExecRequest { output_limit: Some(64 * 1024), ..command(&["seq", "1", "100000"]) };
     let job = agent.client.create_detached(request).await.unwrap();
@@ -421,7 +421,7 @@ async fn job_keeps_no_more_than_it_may_and_says_where_it_begins() {
 }
 
 #[tokio::test]
-async fn attached_job_takes_input_and_its_end() {
+async fn attached_job_receives_input_and_eof() {
     let agent = Agent::start().await;
     let (_info, mut input, mut output) =
         agent.client.create_session(command(&["tr", "a-z", "A-Z"])).await.unwrap();
@@ -433,7 +433,7 @@ async fn attached_job_takes_input_and_its_end() {
 }
 
 #[tokio::test]
-async fn activity_counts_what_runs_and_who_watches() {
+async fn activity_counts_running_and_attached_sessions() {
     let agent = Agent::start().await;
     assert_eq!(agent.client.activity().await.unwrap().last_activity_unix, 0);
     let (_info, input, output) = agent.client.create_session(terminal("cat")).await.unwrap();
@@ -456,7 +456,7 @@ async fn activity_counts_what_runs_and_who_watches() {
     until("sessions end", || true).await;
 }
 
-/// What a client may do with sessions.
+/// An operation of a client on sessions.
 #[derive(Clone, Debug)]
 enum Step {
     Create,
@@ -477,10 +477,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..14)
 }
 
-/// What the sessions should look like.
+/// The expected sessions.
 #[derive(Default)]
 struct Model {
-    /// By creation: the id, and the client that is attached.
+    /// In creation order: the id, and the attached client.
     sessions: Vec<(String, Option<(ExecInput, SessionOutput)>)>,
 }
 
@@ -502,7 +502,7 @@ async fn run_steps(steps: Vec<Step>) {
             Step::Attach(index) if index < count => {
                 let (_, input, output) =
                     agent.client.attach(&model.sessions[index].0, None).await.unwrap();
-                // The displaced client, if there is one, goes last.
+                // Drop the displaced client last.
                 let displaced = model.sessions[index].1.replace((input, output));
                 drop(displaced);
             }
@@ -542,14 +542,14 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn registry_is_what_the_clients_made_of_it(steps in steps()) {
+    fn registry_matches_the_operations_of_its_clients(steps in steps()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(run_steps(steps));
     }
 }
 
 #[tokio::test]
-async fn job_that_is_to_starts_again_with_the_guest_until_it_has_ended() {
+async fn restarting_job_starts_at_each_boot_until_it_has_ended() {
     let agent = Agent::start().await;
     let (runs, pids) = (agent.path("runs"), agent.path("pids"));
     let script = format!("echo $V $PWD >>{runs}; echo $$ >>{pids}; exec sleep 1000");
@@ -566,7 +566,7 @@ async fn job_that_is_to_starts_again_with_the_guest_until_it_has_ended() {
     until("the job runs", || lines(&pids) == 1).await;
 
     let agent = agent.start_anew().await;
-    // A machine takes its processes with it.
+    // The processes of a machine end with it.
     bhatti_testkit::kill_process(std::fs::read_to_string(&pids).unwrap().trim().parse().unwrap());
     assert!(
         agent.client.list_sessions().await.unwrap().is_empty(),
@@ -582,14 +582,14 @@ async fn job_that_is_to_starts_again_with_the_guest_until_it_has_ended() {
 
     agent.client.kill_session("s2").await.unwrap();
     let kept = agent.directory.path().join("state/restart/s2.json");
-    until("the job is forgotten", || !kept.exists()).await;
+    until("the file of the job is removed", || !kept.exists()).await;
     let agent = agent.start_anew().await;
     agent.client.configure(&GuestConfig::default()).await.unwrap();
     assert!(agent.client.list_sessions().await.unwrap().is_empty());
 }
 
 #[tokio::test]
-async fn jobs_that_cannot_start_again_are_refused_and_leave_nothing() {
+async fn invalid_restarting_jobs_are_refused_and_leave_no_file() {
     let agent = Agent::start().await;
     let restarting = |argv: &[&str]| ExecRequest { restart: true, ..command(argv) };
 
@@ -604,7 +604,7 @@ async fn jobs_that_cannot_start_again_are_refused_and_leave_nothing() {
     }
     let beyond = agent.client.create_detached(restarting(&["sleep", "1000"])).await;
     assert!(beyond.unwrap_err().to_string().contains("64 jobs start again already"));
-    // What is no request is left alone.
+    // Files that are not requests are left alone.
     let agent = agent.start_anew().await;
     agent.client.configure(&GuestConfig::default()).await.unwrap();
     assert!(agent.client.list_sessions().await.unwrap().is_empty());

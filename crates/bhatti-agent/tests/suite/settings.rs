@@ -1,4 +1,4 @@
-//! What the host makes of the guest, as far as test mode has it: token, environment, files, init.
+//! Settings that the host sends and that apply in test mode: token, environment, files, init.
 
 use bhatti_agent::{CallError, ExecEvent};
 use bhatti_proto::{Applied, ConfigFile, ErrorKind, FrameType, GuestConfig, Identity};
@@ -10,7 +10,7 @@ fn refused_with(error: &CallError, kind: ErrorKind) -> bool {
 }
 
 #[tokio::test]
-async fn token_is_asked_for_on_every_connection_from_then_on() {
+async fn configured_token_is_required_on_every_connection() {
     let agent = Agent::start().await;
     agent
         .client
@@ -32,7 +32,7 @@ async fn token_is_asked_for_on_every_connection_from_then_on() {
 }
 
 #[tokio::test]
-async fn configuration_brings_environment_files_and_the_init_session() {
+async fn configuration_sets_environment_files_and_init() {
     let agent = Agent::start().await;
     let (secret, path) = (agent.path("secret"), agent.path("secret").clone());
     let file = ConfigFile { content: "aGVsbG8=".into(), mode: "0600".into() };
@@ -101,7 +101,7 @@ async fn identity_replaces_token_environment_and_files() {
         (report.token, report.environment, report.files),
         (Applied::Done, Applied::Done, Applied::Done)
     );
-    // The machine that test mode runs on is not the agent's to change.
+    // In test mode the agent does not change the machine.
     assert_eq!(
         (report.rng, report.wall_clock, report.hostname),
         (Applied::Nothing, Applied::Nothing, Applied::Nothing)

@@ -1,4 +1,4 @@
-//! The agent through a hypervisor's hybrid vsock: a relay that says what Firecracker does.
+//! The agent through a hypervisor's hybrid vsock: a relay that answers as Firecracker does.
 
 use std::io;
 use std::path::Path;
@@ -37,7 +37,7 @@ async fn connect(host: UnixStream, directory: &Path) -> io::Result<()> {
         (format!("CONNECT {CONTROL_PORT}\n"), "control"),
         (format!("CONNECT {FORWARD_PORT}\n"), "forward"),
     ];
-    // A port that nobody listens on gets no answer.
+    // A port without a listener gets no answer.
     let Some((_, name)) = ports.iter().find(|(request, _)| *request == line) else { return Ok(()) };
     let mut guest = UnixStream::connect(directory.join(name)).await?;
     host.write_all(b"OK 1073741824\n").await?;
@@ -67,9 +67,9 @@ async fn command_takes_input_to_its_end_and_answers_through_vsock() {
     );
 }
 
-/// What a snapshot does to a guest, which goes on without them.
+/// After a snapshot, a guest goes on without its connections.
 #[tokio::test]
-async fn connections_that_the_guest_has_forgotten_are_lost_and_others_are_as_good_as_before() {
+async fn forgotten_connections_are_lost_and_new_ones_work() {
     let agent = Agent::start().await;
     let directory = agent.directory.path().to_owned();
     relay(&directory);
@@ -80,14 +80,14 @@ async fn connections_that_the_guest_has_forgotten_are_lost_and_others_are_as_goo
 
     channel.reset();
 
-    let ended = timeout(LIMIT, output.next()).await.expect("nobody waits for what will not come");
+    let ended = timeout(LIMIT, output.next()).await.expect("the stream ends in time");
     assert!(matches!(ended, Err(CallError::Lost)));
     assert_eq!(client.run(shell("echo more")).await.unwrap().1, b"more\n");
 }
 
-/// Firecracker says nothing until the guest's kernel has taken the connection.
+/// Firecracker sends nothing until the guest's kernel has accepted the connection.
 #[tokio::test(start_paused = true)]
-async fn guest_that_takes_no_connection_is_silent_and_not_waited_for_for_ever() {
+async fn guest_that_accepts_no_connection_is_silent_after_the_limit() {
     let directory = tempfile::tempdir().unwrap();
     let _listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
     let channel = VsockChannel::new(directory.path().to_owned(), SOCKET);
@@ -111,11 +111,11 @@ async fn command_whose_input_has_ended_can_still_be_killed() {
 }
 
 #[tokio::test]
-async fn each_direction_of_a_connection_to_a_port_ends_for_itself_through_vsock() {
+async fn forwarded_directions_end_independently_through_vsock() {
     let (_agent, client) = agent_behind_vsock().await;
     check_directions(&client).await;
 
-    // The guest's first, and what is sent afterwards arrives.
+    // The guest's direction ends first. Bytes sent afterwards still arrive.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let mut stream = client.forward(port).await.unwrap();
@@ -123,7 +123,7 @@ async fn each_direction_of_a_connection_to_a_port_ends_for_itself_through_vsock(
     server.shutdown().await.unwrap();
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
     stream.write_all(b"later").await.unwrap();
-    // Dropped, it ends at the other end, with all that was written.
+    // Dropping the stream ends it at the server, after all written bytes.
     drop(stream);
     let mut received = String::new();
     timeout(LIMIT, server.read_to_string(&mut received)).await.unwrap().unwrap();
@@ -131,7 +131,7 @@ async fn each_direction_of_a_connection_to_a_port_ends_for_itself_through_vsock(
 }
 
 #[tokio::test]
-async fn hypervisor_that_refuses_is_an_error_that_says_so() {
+async fn refusal_by_the_hypervisor_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
     let channel = VsockChannel::new(directory.path().to_owned(), SOCKET);
@@ -145,7 +145,7 @@ async fn hypervisor_that_refuses_is_an_error_that_says_so() {
         };
         let (activity, ()) = tokio::join!(client.activity(), refuse);
 
-        let CallError::Channel(error) = activity.unwrap_err() else { panic!("another error") };
+        let CallError::Channel(error) = activity.unwrap_err() else { panic!("no channel error") };
         assert!(error.0.to_string().contains(said), "{error:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! The original system's replies, as it was seen to give them.
+//! Replies of the original system, as observed.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use bhatti_proto::{FrameType, SessionInfo};
 
 use crate::agent::Agent;
 
-/// The replies to one request, to the end of the connection.
+/// Returns the replies to one request, until the end of the connection.
 async fn replies(agent: &Agent, frame_type: FrameType, payload: &str) -> Vec<(FrameType, String)> {
     let mut raw = agent.raw().await;
     raw.send(frame_type, payload).await;
@@ -25,7 +25,7 @@ const EXIT_0: &str = "\0\0\0\0";
 
 type Case = (FrameType, String, Vec<(FrameType, String)>);
 
-/// Requests and the original's replies; `file` holds `a\nb`.
+/// Returns requests and the original's replies; `file` holds `a\nb`.
 fn observed(file: &str) -> Vec<Case> {
     let exit = |code: &str| (FrameType::EXIT, code.to_owned());
     let out = |text: &str| (FrameType::STDOUT, text.to_owned());
@@ -106,14 +106,14 @@ fn observed(file: &str) -> Vec<Case> {
 }
 
 #[tokio::test]
-async fn requests_are_answered_as_the_original_answered_them() {
+async fn replies_match_those_of_the_original() {
     let agent = Agent::start().await;
     let file = agent.path("file");
     fs::write(&file, "a\nb").unwrap();
     let cases = observed(&file);
 
     for (frame_type, payload, expected) in cases {
-        // The first request that counts as activity changes what later ones see.
+        // The first request that counts as activity changes the answers to later ones.
         let fresh = Agent::start().await;
         let agent = if frame_type == FrameType::ACTIVITY_REQ { &fresh } else { &agent };
         assert_eq!(replies(agent, frame_type, &payload).await, expected, "{frame_type} {payload}");
@@ -123,7 +123,7 @@ async fn requests_are_answered_as_the_original_answered_them() {
 }
 
 #[tokio::test]
-async fn terminal_session_speaks_as_the_original_did() {
+async fn terminal_session_matches_the_original() {
     let agent = Agent::start().await;
     let mut first = agent.raw().await;
     first.send(FrameType::EXEC_REQ, r#"{"argv":["cat"],"tty":true}"#).await;
@@ -156,7 +156,7 @@ async fn terminal_session_speaks_as_the_original_did() {
 }
 
 #[tokio::test]
-async fn output_of_both_streams_and_an_early_end_of_input_pass() {
+async fn output_arrives_when_the_command_leaves_input_unread() {
     let agent = Agent::start().await;
     let mut raw = agent.raw().await;
     raw.send(FrameType::EXEC_REQ, r#"{"argv":["head","-n2"]}"#).await;

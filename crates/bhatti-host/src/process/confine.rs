@@ -1,8 +1,9 @@
-//! What a process is kept from, beyond what its user may not do.
+//! Confinement: restrictions of a process, beyond those of its user.
 //!
-//! A virtual machine monitor runs what strangers wrote. Whoever breaks out of a guest into it finds a process that reaches its own files and no
-//! others (Landlock, by the kernel's Documentation/userspace-api/landlock.rst), no other process, no network and no socket of a daemon, and
-//! that has no rights of root's but to read what it reaches.
+//! A VMM runs untrusted guests. A guest that breaks out into its VMM gains a process that reaches
+//! only its own files (Landlock, by the kernel's Documentation/userspace-api/landlock.rst) and no
+//! other process, no network and no socket of a daemon. Of root's capabilities the process has at
+//! most the one to read the files that it reaches.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind::NotFound, ErrorKind::PermissionDenied};
@@ -24,10 +25,10 @@ use seccompiler::{
     SeccompRule, apply_filter, sock_filter,
 };
 
-/// The newest rules that are asked for. A kernel that has only older ones keeps those.
+/// The newest Landlock version to ask for. An older kernel enforces the rules that it knows.
 const RULES: ABI = ABI::V6;
 
-/// Where programs and what they need are, on the machines that there are.
+/// Directories of programs and of the files that they need, on common distributions.
 const SYSTEM: [&str; 18] = [
     "/bin",
     "/sbin",
@@ -49,7 +50,7 @@ const SYSTEM: [&str; 18] = [
     "/gnu/store",
 ];
 
-/// What any program looks at.
+/// Files that any program may read.
 const COMMON: [&str; 8] = [
     "/etc/ld.so.cache",
     "/etc/ld.so.preload",
@@ -61,8 +62,10 @@ const COMMON: [&str; 8] = [
     "/sys/kernel/mm",
 ];
 
-/// System calls around the rules: to sockets that have a name (Docker's is as good as root), to other processes and what they share, to what
-/// is noted on files, and `io_uring`, whose requests no filter sees. Truncation by name, too: older kernels have no rule for it.
+/// System calls that would get around the rules: those for sockets that have a name (access to
+/// Docker's socket is as good as root), for other processes and memory shared with them, for the
+/// metadata of files, and for `io_uring`, whose requests no filter sees. Truncation by name is
+/// refused as well: older kernels have no rule for it.
 const REFUSED: &[i64] = &[
     libc::SYS_socket,
     libc::SYS_socketpair,
@@ -112,7 +115,7 @@ const REFUSED: &[i64] = &[
     libc::SYS_setns,
 ];
 
-/// Those that only this architecture has.
+/// Refused system calls that only this architecture has.
 #[cfg(target_arch = "x86_64")]
 const REFUSED_HERE: &[i64] = &[
     libc::SYS_creat,
@@ -126,50 +129,52 @@ const REFUSED_HERE: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const REFUSED_HERE: &[i64] = &[];
 
-/// Numbers that are the same on every architecture.
+/// System call numbers that are the same on every architecture.
 const FCHMODAT2: i64 = 452;
 const SETXATTRAT: i64 = 463;
 const REMOVEXATTRAT: i64 = 466;
 const FILE_SETATTR: i64 = 469;
 
-/// The files that a process reaches, each a file or a directory with all that is in it; what is not there is left out. Programs and
-/// libraries of the machine it may run and read whatever is said here.
+/// The files that a process reaches. Each path is a file, or a directory with all that is in it;
+/// a path that does not exist is skipped. Beyond these, the process may always run and read the
+/// programs and libraries of the machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reach<'a> {
-    /// Those that it runs.
+    /// Files that the process runs and reads.
     pub run: &'a [&'a Path],
-    /// Those that it reads.
+    /// Files that it only reads.
     pub read: &'a [&'a Path],
-    /// Those that it reads and writes.
+    /// Files that it reads and writes.
     pub write: &'a [&'a Path],
 }
 
-/// What a process is to be kept from, ready to be laid on it.
+/// The restrictions for one process, ready to be applied to it.
 pub struct Confinement {
-    /// None on a kernel without Landlock.
+    /// `None` on a kernel without Landlock.
     rules: Option<OwnedFd>,
     filter: BpfProgram,
     user: Option<User>,
     file_bytes: Option<u64>,
 }
 
-/// A user that a process becomes.
+/// A user that a process switches to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
-    /// Its number; its group has the same one.
+    /// The user's id. Its group has the same id.
     pub id: u32,
     /// One more group.
     pub group: Option<u32>,
-    /// Whether it reads whatever the rules allow, whosever it is.
+    /// Whether it reads all files that the rules allow, regardless of their owner and mode.
     pub reads_all: bool,
 }
 
-/// What this kernel has of Landlock, by its own count: from 1 on it keeps a process to its own files, from 6 on (Linux 6.12) from sending
-/// signals to others as well. Nothing is 0.
+/// Returns the kernel's Landlock version. From version 1 on, Landlock restricts a process to its
+/// own files. From version 6 on (Linux 6.12), it also keeps the process from sending signals to
+/// other processes. Returns 0 on a kernel without Landlock.
 #[must_use]
 pub fn landlock_version() -> u32 {
     // SAFETY: with this flag the call reads nothing, and returns a number or an error.
-    #[expect(unsafe_code, reason = "no crate tells the kernel's own answer")]
+    #[expect(unsafe_code, reason = "no crate returns the kernel's version")]
     let version = unsafe {
         libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, 1_u32)
     };
@@ -177,17 +182,18 @@ pub fn landlock_version() -> u32 {
 }
 
 impl Confinement {
-    /// Makes the rules.
+    /// Builds the rules.
     ///
     /// # Errors
     ///
-    /// Returns an error if a path cannot be looked at, or the kernel takes no rules although it knows some.
+    /// Returns an error if a path cannot be opened, or if the kernel refuses the rules although
+    /// it has Landlock.
     pub fn new(reach: Reach<'_>) -> io::Result<Self> {
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
         let run = read | AccessFs::Execute;
         let write = read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev;
         let mut rules = Rules::new()?;
-        // What cannot be looked at is as good as not there.
+        // A path that cannot be opened counts as missing.
         let usual = [(&SYSTEM[..], run), (&COMMON[..], read), (&["/dev/null"], write)];
         for (paths, access) in usual {
             for path in paths {
@@ -202,19 +208,19 @@ impl Confinement {
         Ok(Self { rules: rules.0.into(), filter: filter()?, user: None, file_bytes: None })
     }
 
-    /// Has the process become another user, too, which takes root.
+    /// Makes the process switch to another user, too. This needs root.
     #[must_use]
     pub fn as_user(self, user: User) -> Self {
         Self { user: Some(user), ..self }
     }
 
-    /// Has the process make no file longer than this, in bytes.
+    /// Limits the files that the process makes or extends to this size, in bytes.
     #[must_use]
     pub fn with_files_up_to(self, file_bytes: u64) -> Self {
         Self { file_bytes: Some(file_bytes), ..self }
     }
 
-    /// Becomes the user. Returns the capabilities that stay.
+    /// Switches to the user. Returns the capabilities that stay.
     fn become_user(&self) -> io::Result<CapabilitySet> {
         let read = CapabilitySet::DAC_READ_SEARCH & rustix::thread::capabilities(None)?.permitted;
         let Some(user) = self.user else { return Ok(read) };
@@ -227,24 +233,27 @@ impl Confinement {
         Ok(if user.reads_all { read } else { CapabilitySet::empty() })
     }
 
-    /// Lays it on this process, for good. Between fork and exec: makes only system calls, and allocates nothing unless it fails.
+    /// Applies the restrictions to this process, for good. Runs between fork and exec: makes only
+    /// system calls, and allocates nothing unless it fails.
     pub(super) fn enter(&self) -> io::Result<()> {
         if let Some(bytes) = self.file_bytes {
             setrlimit(Resource::Fsize, Rlimit { current: Some(bytes), maximum: Some(bytes) })?;
         }
-        // Reading stays, for files of another user's; what is read is among the rules.
+        // The capability to read stays, because files may belong to another user. The rules limit
+        // the files that it reads.
         let kept = self.become_user()?;
-        // A program that root starts has its capabilities anyway; another user's has only what is ambient.
+        // A program that root starts has its capabilities anyway. A program of another user has
+        // only the ambient ones.
         let inheritable = if self.user.is_some() { kept } else { CapabilitySet::empty() };
         set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?;
         if !inheritable.is_empty() {
             configure_capability_in_ambient_set(inheritable, true)?;
         }
-        // Also, a program that root starts gets its capabilities back without it.
+        // Without this, a program that root starts would also get its capabilities back.
         set_no_new_privs(true)?;
         if let Some(rules) = &self.rules {
-            // SAFETY: the descriptor is open for as long as `self` is.
-            #[expect(unsafe_code, reason = "the crate's call takes the rules away with it")]
+            // SAFETY: the descriptor is open for as long as `self` lives.
+            #[expect(unsafe_code, reason = "the crate's call consumes the rules")]
             let laid = unsafe {
                 libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0_u32)
             };
@@ -268,7 +277,8 @@ impl Rules {
         rules.map(Self).map_err(io::Error::other)
     }
 
-    /// Allows this of what is at a path, unless it cannot be opened for one of the reasons `but`.
+    /// Allows this access to the files at `path`. Skips a path that cannot be opened for one of
+    /// the reasons in `but`.
     fn allow(
         &mut self,
         path: &Path,
@@ -295,9 +305,10 @@ fn filter() -> io::Result<BpfProgram> {
     let unconditional = REFUSED.iter().chain(REFUSED_HERE);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         unconditional.map(|number| (*number, Vec::new())).collect();
-    // Of others: its own limits glibc sets so, too.
+    // Refused only for other processes: glibc uses this call to set the process's own limits,
+    // too.
     rules.insert(libc::SYS_prlimit64, vec![argument(0, SeccompCmpOp::Ne, 0)?]);
-    // What is opened for reading, and emptied.
+    // Files that are opened for reading, and truncated.
     let (access, emptied) = (libc::O_ACCMODE | libc::O_TRUNC, libc::O_RDONLY | libc::O_TRUNC);
     let emptied = u64::from(emptied.cast_unsigned());
     let open =
@@ -312,8 +323,8 @@ fn filter() -> io::Result<BpfProgram> {
     Ok(refuse_x32().into_iter().chain(filter).collect())
 }
 
-/// The start of a filter that refuses the system calls of x32, which are those of x86-64 under
-/// other numbers. Where a kernel has none, the check costs three instructions.
+/// Returns the start of a filter that refuses the system calls of x32, which are those of x86-64
+/// under other numbers. On a kernel without x32, the check costs three instructions.
 fn refuse_x32() -> Vec<sock_filter> {
     const NUMBER_OFFSET: u32 = 0;
     const X32_BIT: u32 = 0x4000_0000;
@@ -347,7 +358,7 @@ mod tests {
     use crate::durable;
     use crate::process::{Detached, Streams};
 
-    /// Each line tries something, and says so if it went well.
+    /// Each line tries an operation, and prints its name if it succeeds.
     const TRIES: &str = "
         cat $0/read >/dev/null && echo reads
         echo new >>$0/written && echo writes
@@ -361,7 +372,7 @@ mod tests {
     ";
 
     #[tokio::test]
-    async fn confined_process_makes_no_file_longer_than_its_limit() {
+    async fn confined_process_cannot_exceed_its_file_size_limit() {
         let place = tempfile::tempdir().unwrap();
         let file = place.path().join("file");
         fs::write(&file, "").unwrap();
@@ -379,7 +390,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn confined_process_does_what_it_may_and_nothing_else() {
+    async fn confined_process_only_performs_allowed_operations() {
         let (own, others) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         for place in [own.path(), others.path()] {
             fs::write(place.join("read"), "read").unwrap();

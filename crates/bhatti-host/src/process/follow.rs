@@ -1,4 +1,4 @@
-//! Processes that are followed by descriptor, children or not.
+//! Follows processes by descriptor, children or not.
 
 use std::fs;
 use std::io;
@@ -12,25 +12,26 @@ use rustix::process::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Names one process for as long as the machine is up: its number may be used again, the pair may not.
+/// Identifies one process for as long as the machine is up. The kernel may reuse the number, but
+/// never the pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessId {
-    /// Its number.
+    /// Process number.
     pub pid: u32,
-    /// When it started, in clock ticks since the machine did: field 22 of proc_pid_stat(5).
+    /// Start time, in clock ticks since the machine booted: field 22 of proc_pid_stat(5).
     pub started_ticks: u64,
 }
 
-/// What a process has used.
+/// Resources that a process has used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// The time of processors, since it began.
+    /// CPU time since it started.
     pub cpu: Duration,
-    /// Its memory, in bytes; a page that it shares counts in parts (`Pss` of proc_pid_smaps(5)).
+    /// Memory, in bytes. A shared page counts in proportion (`Pss` of proc_pid_smaps(5)).
     pub memory_bytes: u64,
 }
 
-/// A process that can be waited for and killed without mistaking another for it.
+/// A process that can be awaited and killed without mistaking another one for it.
 #[derive(Debug)]
 pub struct Followed {
     id: ProcessId,
@@ -40,7 +41,7 @@ pub struct Followed {
 impl Followed {
     /// Follows a child of this process. Must be called inside a Tokio runtime.
     pub(super) fn child(pid: u32) -> io::Result<Self> {
-        // Nobody else reaps our children, so the number is still the child's.
+        // No other code reaps this child, so the number is still the child's.
         let id = ProcessId { pid, started_ticks: stat(pid)?.started_ticks };
         Self::open(id)
     }
@@ -49,13 +50,14 @@ impl Followed {
     ///
     /// # Errors
     ///
-    /// Returns [`io::ErrorKind::NotFound`] if it has ended, even if another process has its number now. Any other error says nothing
-    /// about the process.
+    /// Returns [`io::ErrorKind::NotFound`] if the process has ended, even if another process has
+    /// its number now. Any other error says nothing about the process.
     pub fn adopt(id: ProcessId) -> io::Result<Self> {
         let followed = Self::open(id)?;
-        // Looked at only now: the descriptor keeps the number from being used again.
+        // Read after the descriptor was opened, because the descriptor keeps the number from
+        // being reused.
         let Stat { state, started_ticks, .. } = stat(id.pid)?;
-        // One that has ended and that nobody has collected yet is as gone as any.
+        // A zombie, a process that has ended and was not reaped yet, counts as gone.
         if started_ticks == id.started_ticks && !matches!(state, 'Z' | 'X') {
             Ok(followed)
         } else {
@@ -63,11 +65,12 @@ impl Followed {
         }
     }
 
-    /// Finds the process of `program` (the last part of its path) whose command line holds `argument` as one whole argument.
+    /// Finds the process of `program` (the last part of its path) whose command line has
+    /// `argument` as one whole argument.
     ///
     /// # Errors
     ///
-    /// Returns [`io::ErrorKind::NotFound`] if there is none.
+    /// Returns [`io::ErrorKind::NotFound`] if there is no such process.
     pub fn find_by_argument(program: &str, argument: &str) -> io::Result<Self> {
         for entry in fs::read_dir("/proc")?.flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
@@ -86,11 +89,11 @@ impl Followed {
         Err(io::ErrorKind::NotFound.into())
     }
 
-    /// Follows the process that has this number now. Must be called inside a Tokio runtime.
+    /// Follows the process that has the number `pid` now. Must be called inside a Tokio runtime.
     ///
     /// # Errors
     ///
-    /// Returns [`io::ErrorKind::NotFound`] if there is none.
+    /// Returns [`io::ErrorKind::NotFound`] if there is no such process.
     pub fn of(pid: u32) -> io::Result<Self> {
         let started_ticks = stat(pid).map_err(|_| io::ErrorKind::NotFound)?.started_ticks;
         Self::adopt(ProcessId { pid, started_ticks })
@@ -111,17 +114,17 @@ impl Followed {
         Ok(Self { id, descriptor })
     }
 
-    /// Which process it is.
+    /// Returns the process's identity.
     #[must_use]
     pub const fn id(&self) -> ProcessId {
         self.id
     }
 
-    /// What it has used so far.
+    /// Returns the resources that the process has used so far.
     ///
     /// # Errors
     ///
-    /// Returns an error if it has ended.
+    /// Returns an error if the process has ended.
     pub fn usage(&self) -> io::Result<Usage> {
         let pid = self.id.pid;
         let ticks_per_second = rustix::param::clock_ticks_per_second();
@@ -134,25 +137,26 @@ impl Followed {
         Ok(Usage { cpu, memory_bytes: kib << 10 })
     }
 
-    /// Waits until it has ended, and reaps it if it was a child.
+    /// Waits until the process has ended, and reaps it if it was a child.
     ///
     /// # Cancel safety
     ///
     /// Cancel safe.
     pub async fn ended(&self) {
-        // The descriptor is readable from the end on. A runtime that shuts down ends the wait, too.
+        // The descriptor is readable once the process has ended. A runtime that shuts down ends
+        // the wait, too.
         drop(self.descriptor.readable().await);
         self.reap();
     }
 
     fn reap(&self) {
         let ended = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-        // Not being our child is no failure.
+        // It is no failure if the process is not our child.
         let _: rustix::io::Result<_> =
             waitid(WaitId::PidFd(self.descriptor.get_ref().as_fd()), ended);
     }
 
-    /// Kills it. Killing a process that has ended is no error.
+    /// Kills the process. It is no error if the process has already ended.
     pub fn kill(&self) {
         let _: rustix::io::Result<()> = pidfd_send_signal(self.descriptor.get_ref(), Signal::KILL);
     }
@@ -164,17 +168,18 @@ impl Drop for Followed {
     }
 }
 
-/// What `/proc/PID/stat` says: proc_pid_stat(5).
+/// Fields of `/proc/PID/stat`: proc_pid_stat(5).
 struct Stat {
     state: char,
     started_ticks: u64,
-    /// The time of processors, in user and kernel mode.
+    /// CPU time, in user and kernel mode.
     cpu_ticks: u64,
 }
 
 fn stat(pid: u32) -> io::Result<Stat> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The second field, the command in parentheses, may hold anything. Behind it: the state is field 3, times are 14 and 15, the start 22.
+    // The second field, the command in parentheses, may hold any characters. After it, the state
+    // is field 3, the CPU times are fields 14 and 15, and the start time is field 22.
     let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
     let state = fields.next().and_then(|state| state.chars().next());
     let mut number = |skip| fields.nth(skip).and_then(|ticks| ticks.parse::<u64>().ok());
@@ -234,11 +239,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_process_uses_is_counted_until_it_ends() {
+    async fn usage_of_a_process_is_measured_until_it_ends() {
         let process = run("sh", &["-c", "i=0; while :; do i=$((i+1)); done"]);
         let began = std::time::SystemTime::now();
         while process.usage().unwrap().cpu.is_zero() {
-            assert!(began.elapsed().unwrap() < Duration::from_secs(30), "it uses no processor");
+            assert!(began.elapsed().unwrap() < Duration::from_secs(30), "no CPU time was counted");
         }
         assert!(process.usage().unwrap().memory_bytes > 4096);
 
@@ -262,7 +267,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn process_that_has_ended_and_was_not_collected_is_gone() {
+    async fn zombie_is_not_adopted() {
         let process = sleeper();
         process.kill();
         let ended = async {
@@ -278,8 +283,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn process_is_found_by_an_argument_of_its_own() {
-        // A second time that it adds to the first. A shell would not do: its child looks like itself until it is another program.
+    async fn process_is_found_by_a_unique_argument() {
+        // `sleep` adds the second time to the first. A shell would not do: between fork and exec,
+        // its child has the same command line.
         let argument = format!("0.{}", std::process::id());
         let process = run("sleep", &["60", &argument]);
 

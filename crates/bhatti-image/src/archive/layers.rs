@@ -1,13 +1,13 @@
 //! Flattens the layers of an image into one tar.
 //!
-//! A layer is a tar of what it adds or changes. A whiteout (`.wh.NAME`) removes a name of the
-//! layers below it, and `.wh..wh..opq` removes everything that they have in its directory. Source:
-//! the OCI image specification, `layer.md`.
+//! A layer is a tar of the files that it adds or changes. A whiteout (`.wh.NAME`) removes a name
+//! of the layers below it, and `.wh..wh..opq` removes everything that they have in its directory.
+//! Source: the OCI image specification, `layer.md`.
 //!
 //! The layers are read twice: from the top down, to decide which entries are hidden by layers
-//! above; then from the bottom up, to copy the others in order. Unpacking the result once keeps the
-//! protection of `tar` against links that lead out of the root, which unpacking layer over layer
-//! does not have.
+//! above; then from the bottom up, to copy the other entries in order. Unpacking the result once
+//! keeps the protection of `tar` against links that lead out of the root. Unpacking layer over
+//! layer would lose it.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -22,11 +22,11 @@ use tar::{Archive, Builder, Entry, EntryType, Header};
 
 use super::{ArchiveError, Bounded, Part, bad, check_extensions, explain};
 
-/// A budget for the entries of all layers, whose names are kept in memory.
+/// The remaining budget for the entries of all layers, whose names are kept in memory.
 #[derive(Clone, Copy)]
 struct KnownLeft {
     entries: usize,
-    /// The bytes of their names and of those that hard links lead to.
+    /// Bytes of the entries' names and of the targets of hard links.
     name_bytes: usize,
 }
 
@@ -35,11 +35,11 @@ const KNOWN_MAX: KnownLeft = KnownLeft { entries: 1_000_000, name_bytes: 256 << 
 const WHITEOUT: &str = ".wh.";
 const OPAQUE: &str = ".wh..wh..opq";
 
-/// The true name of a sparse file, whose entry has another one.
+/// The extension with the true name of a sparse file. The entry itself has another name.
 const SPARSE_NAME: &str = "GNU.sparse.name";
 
 impl KnownLeft {
-    /// Counts an entry whose names have so many bytes.
+    /// Counts an entry whose names have `name_bytes` bytes.
     fn take(&mut self, name_bytes: usize) -> Result<(), ArchiveError> {
         let entries = self
             .entries
@@ -53,30 +53,31 @@ impl KnownLeft {
     }
 }
 
-/// What is done with an entry.
+/// How an entry is copied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Action {
     Copy,
     Skip,
-    /// It is copied under this name: a hard link to it stays, and it does not.
+    /// Copied under this name, because a hard link to the entry stays and the entry's own name
+    /// does not.
     Rename(String),
-    /// It is a hard link that leads here instead.
+    /// Copied as a hard link to this name instead of its own target.
     Link(String),
 }
 
-/// What the layers above the one that is looked at have.
+/// The names of all layers above the current one.
 #[derive(Debug, Default)]
 struct Above {
     /// Names of directories.
     directories: HashSet<String>,
-    /// Names of everything else, and names that are removed.
+    /// Names of everything else, and removed names.
     others: HashSet<String>,
-    /// Directories whose content below is removed.
+    /// Directories whose content in lower layers is removed.
     opaque: HashSet<String>,
 }
 
 impl Above {
-    /// Whether an entry below is not to be seen.
+    /// Whether an entry of a lower layer is hidden.
     fn hides(&self, name: &str, is_directory: bool) -> bool {
         if self.others.contains(name) || (!is_directory && self.directories.contains(name)) {
             return true;
@@ -95,16 +96,16 @@ impl Above {
     }
 }
 
-/// One entry of a layer, as far as hiding it needs.
+/// One entry of a layer, with the fields that hiding needs.
 #[derive(Debug)]
 struct Known {
     name: String,
     kind: EntryType,
-    /// Where a hard link leads.
+    /// Target of a hard link.
     target: Option<String>,
 }
 
-/// Writes one tar of at most `limit` bytes with what the layers have together, the lowest one first.
+/// Merges the layers, lowest first, into one tar of at most `limit` bytes.
 ///
 /// # Errors
 ///
@@ -112,7 +113,7 @@ struct Known {
 pub(super) fn flatten(layers: &[Part<'_>], flat: &File, limit: u64) -> Result<(), ArchiveError> {
     let (mut above, mut actions) = (Above::default(), Vec::new());
     let mut known_left = KNOWN_MAX;
-    // All layers together: one may be named many times.
+    // One budget for all layers together, because an image may name a layer many times.
     let budget = || Rc::new(Cell::new(limit));
     let (checked, looked_at, copied) = (budget(), budget(), budget());
     for layer in layers.iter().rev() {
@@ -143,7 +144,7 @@ fn open<'file>(
     Ok(Archive::new(bounded))
 }
 
-/// The entries of one layer.
+/// Reads the entries of one layer.
 fn read(
     layer: &Part<'_>,
     limit: u64,
@@ -167,7 +168,7 @@ fn read(
     Ok(known)
 }
 
-/// What is done with each entry of a layer.
+/// Decides how each entry of a layer is copied.
 fn decide(known: &[Known], above: &Above) -> Vec<Action> {
     let stays = |entry: &Known| {
         let base = entry.name.rsplit('/').next().unwrap_or_default();
@@ -177,7 +178,7 @@ fn decide(known: &[Known], above: &Above) -> Vec<Action> {
             && !is_left_out
             && !above.hides(&entry.name, entry.kind == EntryType::Directory)
     };
-    // A file that is hidden, and the first name that leads to it and is not.
+    // Hidden files, and for each the first visible hard link to it, its heir.
     let hidden: HashSet<&str> = known
         .iter()
         .filter(|it| it.kind.is_file() && !stays(it))
@@ -204,7 +205,7 @@ fn decide(known: &[Known], above: &Above) -> Vec<Action> {
     known.iter().map(action).collect()
 }
 
-/// Adds what a layer has to what hides the layers below it.
+/// Adds the entries of a layer to the names that hide entries of lower layers.
 fn add(known: Vec<Known>, above: &mut Above) {
     for entry in known {
         let (parent, base) = entry.name.rsplit_once('/').unwrap_or(("", &entry.name));
@@ -250,7 +251,7 @@ fn copy<R: Read>(
             builder.append_link(&mut header, path, self::path(&target))
         }
         (kind, _) => {
-            // Its holes were filled when it was read.
+            // The reader fills the holes of a sparse file.
             if kind == EntryType::GNUSparse {
                 header.set_entry_type(EntryType::Regular);
             }
@@ -260,7 +261,7 @@ fn copy<R: Read>(
     }
 }
 
-/// The extensions of an entry, without those that its new header says itself.
+/// Returns the extensions of an entry, without those whose values the new header has.
 fn extensions<R: Read>(entry: &mut Entry<'_, R>) -> std::io::Result<Vec<(String, Vec<u8>)>> {
     let mut kept = Vec::new();
     for extension in entry.pax_extensions()?.into_iter().flatten() {
@@ -273,15 +274,15 @@ fn extensions<R: Read>(entry: &mut Entry<'_, R>) -> std::io::Result<Vec<(String,
     Ok(kept)
 }
 
-/// The name of an entry, which for a sparse file lies in its extensions.
+/// Returns the name of an entry. The name of a sparse file is in its extensions.
 fn name_of<R: Read>(entry: &mut Entry<'_, R>) -> std::io::Result<Vec<u8>> {
     let sparse = extensions(entry)?.into_iter().find(|(key, _)| key == SPARSE_NAME);
     Ok(sparse.map_or_else(|| entry.path_bytes().into_owned(), |(_, name)| name))
 }
 
-/// A name without `.` and repeated slashes, below the root.
+/// Returns a name relative to the root, without `.` and repeated slashes.
 fn normal(name: &[u8]) -> Result<String, ArchiveError> {
-    // Names that are not UTF-8 stay apart from each other, which is all that is asked of them here.
+    // Names that are not UTF-8 stay distinct, which is all that the callers need.
     let text: String = name.iter().map(|&byte| char::from(byte)).collect();
     let parts: Vec<&str> =
         text.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
@@ -296,7 +297,7 @@ fn bytes(name: &str) -> Vec<u8> {
     name.chars().map(|it| u8::try_from(u32::from(it)).unwrap_or(b'?')).collect()
 }
 
-/// A name as a path, byte by byte.
+/// Converts a name into a path, byte by byte.
 fn path(name: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(name))
 }
@@ -308,7 +309,7 @@ mod tests {
 
     use super::*;
 
-    /// What a test's layer has: a name ending in `/` is a directory, `NAME -> TARGET` a symbolic
+    /// Makes a layer. A name that ends in `/` is a directory, `NAME -> TARGET` a symbolic link,
     /// and `NAME => TARGET` a hard link.
     fn layer(entries: &[(&str, &str)]) -> File {
         let mut builder = Builder::new(tempfile::tempfile().unwrap());
@@ -431,13 +432,13 @@ mod tests {
     }
 
     #[test]
-    fn removed_name_that_a_later_layer_makes_again_is_there() {
+    fn removed_name_that_a_later_layer_adds_again_is_kept() {
         let layers = [layer(&[("f", "1")]), layer(&[(".wh.f", "")]), layer(&[("f", "3")])];
         assert_eq!(unpacked(&layers), tree(&[("f", "3")]));
     }
 
     #[test]
-    fn names_with_a_leading_slash_are_those_below_the_root() {
+    fn leading_slash_of_a_name_is_dropped() {
         let mut header = Header::new_gnu();
         header.set_size(1);
         header.as_old_mut().name[..10].copy_from_slice(b"/ko-app/it");
@@ -452,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn hard_link_outlives_the_name_that_it_was_made_of() {
+    fn hard_link_survives_removal_of_its_target() {
         let layers = [
             layer(&[("git", "program"), ("git-add => git", ""), ("git-rm => git", "")]),
             layer(&[(".wh.git", "")]),
@@ -486,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn layer_that_leads_out_of_the_image_or_has_no_end_is_refused() {
+    fn layer_that_leaves_the_root_or_exceeds_a_limit_is_refused() {
         let mut out = Builder::new(tempfile::tempfile().unwrap());
         let mut header = Header::new_gnu();
         header.set_size(0);
@@ -504,7 +505,7 @@ mod tests {
         let error = flat(&[builder.into_inner().unwrap()], 16 << 20).unwrap_err();
         assert!(error.to_string().contains("too long"), "{error}");
 
-        // One layer that is named often counts each time.
+        // A layer that is named several times counts each time.
         let megabyte = layer(&[("f", &"0".repeat(1 << 20))]);
         let many: Vec<File> = (0..20).map(|_| megabyte.try_clone().unwrap()).collect();
         assert!(matches!(flat(&many, 16 << 20).unwrap_err(), ArchiveError::TooLarge { .. }));

@@ -1,4 +1,5 @@
-//! Finds the layers of an image in an archive: `docker save`'s `manifest.json`, or an OCI layout's `index.json`.
+//! Finds the layers of an image in an archive: by the `manifest.json` of `docker save`, or by the
+//! `index.json` of an OCI layout.
 //!
 //! Source: the OCI image specification, `image-layout.md`, `image-index.md` and `manifest.md`;
 //! Docker's image specification 1.2.
@@ -13,11 +14,12 @@ use tar::{Archive, EntryType};
 
 use super::{ArchiveError, Part, bad, check_extensions, explain};
 
-/// The most files that the archive of an image may have; one of a root file system is not looked through beyond them.
+/// Maximum of files in an image's archive. An archive with more files counts as a root file
+/// system and is not searched further.
 const FILES_MAX: usize = 10_000;
-/// The most layers that an image may have: Docker's own limit is 127.
+/// Maximum of layers in an image: Docker's own limit is 127.
 const LAYERS_MAX: usize = 256;
-/// How many indexes may name each other before a manifest is reached.
+/// Maximum of nested indexes before a manifest.
 const INDEXES_MAX: usize = 4;
 
 const DOCKER_MANIFEST: &str = "manifest.json";
@@ -31,7 +33,7 @@ struct DockerImage {
     layers: Vec<String>,
 }
 
-/// An OCI index or manifest: the one has `manifests`, the other `layers`.
+/// An OCI index, which has `manifests`, or an OCI manifest, which has `layers`.
 #[derive(Debug, Deserialize)]
 struct OciObject {
     #[serde(default)]
@@ -54,7 +56,8 @@ struct Platform {
 }
 
 impl Platform {
-    /// Whether guests of this host run it. Attestations have the architecture `unknown`.
+    /// Whether guests of this host can run the image. Attestations have the architecture
+    /// `unknown`.
     fn is_ours(&self) -> bool {
         let ours = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -68,11 +71,12 @@ impl Platform {
 /// The files of an archive, by name.
 struct Files<'file>(HashMap<String, Part<'file>>);
 
-/// The layers of the image in an archive, lowest first; none if the archive is that of a root file system.
+/// Finds the layers of the image in an archive, lowest first. Returns `None` if the archive is
+/// that of a root file system.
 ///
 /// # Errors
 ///
-/// If the archive has an image whose description is wrong, or several.
+/// Returns an error if the image's description is wrong, or if the archive has several images.
 pub(super) fn find_layers(archive: &File) -> Result<Option<Vec<Part<'_>>>, ArchiveError> {
     let Some(files) = Files::read(archive)? else { return Ok(None) };
     if files.0.contains_key(OCI_LAYOUT) && files.0.contains_key(OCI_INDEX) {
@@ -85,7 +89,7 @@ pub(super) fn find_layers(archive: &File) -> Result<Option<Vec<Part<'_>>>, Archi
 }
 
 impl<'file> Files<'file> {
-    /// Reads the names of an archive; none if it has too many for an image.
+    /// Reads the names of an archive. Returns `None` if it has too many files for an image.
     fn read(archive: &'file File) -> Result<Option<Self>, ArchiveError> {
         let whole = Part::whole(archive)?;
         let failed = |error| explain(error, 0);
@@ -95,9 +99,10 @@ impl<'file> Files<'file> {
         for entry in reader.entries().map_err(failed)? {
             let entry = match entry {
                 Ok(entry) => entry,
-                // Nothing that `tar` would decompress, or read in another way, gets there without a limit.
+                // Stop here, because `tar` would decompress or otherwise interpret other formats,
+                // without a limit.
                 Err(_) if files.is_empty() && links.is_empty() => {
-                    return Err(bad("it is no tar archive"));
+                    return Err(bad("it is not a tar archive"));
                 }
                 Err(error) => return Err(failed(error)),
             };
@@ -112,7 +117,7 @@ impl<'file> Files<'file> {
                     };
                     files.insert(name, part);
                 }
-                // An older `docker save` has each layer once, and links to it.
+                // An older `docker save` stores each layer once, with links to it.
                 EntryType::Symlink | EntryType::Link => {
                     let target = entry.link_name_bytes().unwrap_or_default();
                     links.push((name, String::from_utf8_lossy(&target).into_owned()));
@@ -133,7 +138,7 @@ impl<'file> Files<'file> {
     }
 
     fn get(&self, name: &str) -> Result<&Part<'file>, ArchiveError> {
-        self.0.get(name).ok_or_else(|| bad(format!("the image's file `{name}` is not in it")))
+        self.0.get(name).ok_or_else(|| bad(format!("the image's file `{name}` is missing")))
     }
 
     fn json<T: for<'text> Deserialize<'text>>(&self, name: &str) -> Result<T, ArchiveError> {
@@ -142,7 +147,8 @@ impl<'file> Files<'file> {
             .map_err(|error| bad(format!("`{name}` cannot be read: {error}")))
     }
 
-    /// None if a file has the name by chance: a root file system may have a `manifest.json`, too.
+    /// Returns `None` if the file is not Docker's: a root file system may have a `manifest.json`,
+    /// too.
     fn docker_layers(&self) -> Result<Option<Vec<Part<'file>>>, ArchiveError> {
         let Ok(images) = self.json::<Vec<DockerImage>>(DOCKER_MANIFEST) else { return Ok(None) };
         let [image] = &images[..] else {
@@ -172,10 +178,10 @@ impl<'file> Files<'file> {
             self.blob(&image.digest)?;
             object = self.json(&name)?;
         }
-        Err(bad("its indexes lead to no image"))
+        Err(bad("its indexes do not lead to an image"))
     }
 
-    /// A blob, whose content is what its digest says.
+    /// Returns a blob after checking its content against its digest.
     fn blob(&self, digest: &str) -> Result<Part<'file>, ArchiveError> {
         let part = self.get(&blob_name(digest)?)?;
         let mut hash = Sha256::new();
@@ -223,7 +229,7 @@ fn blob_name(digest: &str) -> Result<String, ArchiveError> {
     let hex = digest
         .strip_prefix("sha256:")
         .filter(|hex| hex.len() == 64 && hex.bytes().all(|it| it.is_ascii_hexdigit()));
-    let hex = hex.ok_or_else(|| bad(format!("`{digest}` is no SHA-256 digest")))?;
+    let hex = hex.ok_or_else(|| bad(format!("`{digest}` is not a SHA-256 digest")))?;
     Ok(format!("blobs/sha256/{hex}"))
 }
 
@@ -255,14 +261,14 @@ mod tests {
         Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The contents of the layers that are found.
+    /// Returns the contents of the layers in an archive.
     fn found(archive: &File) -> Result<Option<Vec<Vec<u8>>>, ArchiveError> {
         let layers = find_layers(archive)?;
         layers.map(|layers| layers.iter().map(Part::read_small).collect()).transpose()
     }
 
     #[test]
-    fn docker_save_names_its_layers_and_a_root_file_system_has_none() {
+    fn layers_are_found_in_docker_save_but_not_in_a_root_file_system() {
         let manifest =
             br#"[{"Config":"c.json","RepoTags":["x:1"],"Layers":["a/layer.tar","b/layer.tar"]}]"#;
         let saved =
@@ -279,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn oci_layout_leads_to_the_image_of_this_host_and_digests_are_checked() {
+    fn oci_layout_selects_the_image_of_this_host_and_checks_digests() {
         let layer = b"a layer";
         let blob = |content: &[u8]| format!("blobs/sha256/{}", digest(content));
         let manifest = format!(r#"{{"layers":[{{"digest":"sha256:{}"}}]}}"#, digest(layer));

@@ -1,7 +1,7 @@
 //! Files of several zstd frames, as pzstd and zstd:chunked write them.
 //!
-//! Source: RFC 8878, section 3.1: frames are decoded one after the other; a skippable frame has one of sixteen magic
-//! numbers, a length, and content for other programs.
+//! Source: RFC 8878, section 3.1: frames are decoded one after the other; a skippable frame has
+//! one of sixteen magic numbers, a length, and content for other programs.
 
 use std::io::{self, BufRead, Read};
 
@@ -9,9 +9,9 @@ use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
 const SKIPPABLE: std::ops::RangeInclusive<u32> = 0x184d_2a50..=0x184d_2a5f;
 
-/// Decodes frame after frame.
+/// Decodes one frame after another.
 pub(super) enum ZstdFrames<R: Read> {
-    /// The next frame, if there is one, begins here.
+    /// Positioned before the next frame, or at the end.
     Between(R),
     /// Inside a frame.
     Inside(Box<StreamingDecoder<R, FrameDecoder>>),
@@ -19,7 +19,7 @@ pub(super) enum ZstdFrames<R: Read> {
 }
 
 impl<R: BufRead> ZstdFrames<R> {
-    /// Enters the next frame; none is the end.
+    /// Enters the next frame. Returns `false` at the end of the file.
     fn enter(&mut self) -> io::Result<bool> {
         let Self::Between(mut reader) = std::mem::replace(self, Self::Failed) else {
             return Ok(false);
@@ -29,7 +29,8 @@ impl<R: BufRead> ZstdFrames<R> {
                 *self = Self::Between(reader);
                 return Ok(false);
             }
-            // A buffer may hold less than the magic number: only what is skippable is looked at further.
+            // A buffer may hold less than the magic number. Only a skippable frame is handled
+            // here; the decoder checks everything else.
             let magic =
                 reader.fill_buf()?.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes));
             if !magic.is_some_and(|magic| SKIPPABLE.contains(&magic)) {

@@ -1,11 +1,12 @@
-//! The kernel modules that a guest can load when a program needs them: for containers, networks and file systems.
+//! Kernel modules that a guest can load when a program needs them: for containers, networks and
+//! file systems.
 //!
-//! Those of Debian's kernel stay packed: it unpacks modules itself. Another kernel may not, so its
-//! modules are unpacked. An index goes with them, which lohar's `modprobe` reads. Each of its lines
-//! describes one module:
+//! Modules of Debian's kernel stay packed, because it unpacks modules itself. Another kernel may
+//! not, so its modules are unpacked. An index lists them, which lohar's `modprobe` reads. Each
+//! line of the index describes one module:
 //!
 //! ```text
-//! NAME TAB FILE TAB NAMES OF WHAT IT NEEDS FIRST, divided by spaces TAB ALIASES, divided by spaces
+//! NAME TAB FILE TAB DEPENDENCIES, separated by spaces TAB ALIASES, separated by spaces
 //! ```
 
 use std::collections::BTreeMap;
@@ -20,11 +21,13 @@ use crate::content_hash;
 /// The index's file name.
 pub(crate) const INDEX: &str = "index";
 
-/// Directories of the kernel's tree of which all modules are taken: packet filters, bridges, queues of packets.
+/// Directories of the kernel's tree whose modules are all copied: packet filters, bridges, packet
+/// schedulers.
 const DIRECTORIES: [&str; 5] =
     ["net/netfilter", "net/ipv4/netfilter", "net/ipv6/netfilter", "net/bridge", "net/sched"];
 
-/// Further modules by name, as the kernel writes it. One that a kernel does not have is left out.
+/// Further modules by name, as the kernel writes it. Modules that a kernel does not have are
+/// skipped.
 const NAMES: [&str; 38] = [
     // File systems and disks.
     "overlay",
@@ -71,9 +74,9 @@ const NAMES: [&str; 38] = [
 /// Whether modules stay packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Packing {
-    /// They do: the kernel unpacks them.
+    /// Modules stay packed; the kernel unpacks them.
     Kept,
-    /// They are unpacked.
+    /// Modules are unpacked.
     Undone,
 }
 
@@ -82,8 +85,8 @@ pub(crate) fn wanted() -> String {
     content_hash::of_bytes([&DIRECTORIES[..], &NAMES[..]].concat().join(",").as_bytes())
 }
 
-/// Copies the loadable modules of `tree`, with all that they need and that `loaded_at_boot` does
-/// not name, into the new directory `target`, beside their index.
+/// Copies the loadable modules of `tree` and their index into the new directory `target`, with
+/// all their dependencies except those in `loaded_at_boot`.
 pub(crate) fn collect(
     tree: &Path,
     loaded_at_boot: &[String],
@@ -138,7 +141,7 @@ fn is_wanted(name: &str, file: &Path) -> bool {
     NAMES.contains(&name) || DIRECTORIES.into_iter().any(within)
 }
 
-/// What a module says of itself.
+/// A module's information about itself.
 struct Module {
     needs: Vec<String>,
     aliases: Vec<String>,
@@ -153,7 +156,7 @@ impl Module {
             let names = before.trim_start().strip_prefix("pre:").unwrap_or_default();
             needs.extend(names.split_whitespace().map(|name| name.replace('-', "_")));
         }
-        // Patterns are for devices, which a guest has none of that it could not use already.
+        // Patterns match devices, and a guest has no devices that need further modules.
         let is_name = |alias: &String| {
             !alias.contains(['*', '?', '[']) && !alias.contains(char::is_whitespace)
         };
@@ -166,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loadable_modules_come_packed_with_an_index_of_needs_and_aliases() {
+    fn loadable_modules_stay_packed_with_an_index_of_dependencies_and_aliases() {
         let root = tempfile::tempdir().unwrap();
         let tree = root.path().join("tree");
         let write = |path: &str, information: &str| {
@@ -183,7 +186,7 @@ mod tests {
         write("lib/nf_log_syslog.ko", "depends=");
         write("drivers/net/virtio_net.ko", "alias=virtio:d1v*|depends=");
         write("drivers/gpu/unwanted.ko", "depends=");
-        // A directory whose name only begins alike.
+        // A directory whose name only has the same prefix.
         write("net/bridge2/unwanted2.ko", "depends=");
 
         let target = root.path().join("loadable");

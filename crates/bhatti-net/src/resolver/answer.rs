@@ -1,23 +1,24 @@
-//! One question, one answer: RFC 1035, section 4. Only the header and the question are read; the rest is for who knows more.
+//! Parses one question and builds its answer: RFC 1035, section 4. Reads only the header and the
+//! question; the upstream interprets the rest.
 
 use std::net::Ipv4Addr;
 
 use super::{Names, PrivateNames};
 
-/// How long an answer holds, in seconds: the next sandbox of that name may have another address.
+/// Time to live of an answer, in seconds: the next sandbox of that name may have another address.
 const TTL_SEC: u32 = 5;
 
-/// What sandboxes may be called instead of by their bare name.
+/// Suffix that may follow a sandbox's name.
 const SUFFIX: &str = ".sb";
 
-/// The longest question, in bytes; RFC 9715 has messages of that length fit any path.
+/// Maximum size of a question, in bytes. By RFC 9715, messages of this size fit any path.
 const QUESTION_BYTES_MAX: usize = 1232;
 
 const HEADER_BYTES: usize = 12;
 const NAME_BYTES_MAX: usize = 255;
 const LABEL_BYTES_MAX: u8 = 63;
 
-/// In the header's flags: that it is an answer, what is asked for, that somebody else may be asked, that somebody else is.
+/// Flags in the header: response, operation code, recursion desired, recursion available.
 const RESPONSE: u16 = 0x8000;
 const OPCODE: u16 = 0x7800;
 const RECURSION_DESIRED: u16 = 0x0100;
@@ -30,22 +31,23 @@ const REFUSED: u16 = 5;
 
 const ADDRESS: u16 = 1;
 const ANY: u16 = 255;
-/// Whole zones rather than answers: this host may be trusted with them where its sandboxes are not.
+/// Record types that ask for whole zones rather than answers: an upstream may trust this host
+/// with zones that sandboxes should not get.
 const TRANSFERS: [u16; 4] = [251, 252, 253, 254];
 const INTERNET: u16 = 1;
-/// The name of the question, which begins right behind the header.
+/// A pointer to the name of the question, which begins right after the header.
 const SAME_NAME: u16 = 0xc000 | 12;
 
-/// What there is to say to a question.
+/// The answer to a question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// This.
+    /// The complete reply.
     Known(Vec<u8>),
-    /// Somebody else may know; if nobody does, this.
+    /// No local answer: ask the upstreams, and reply with `failure` if none answers.
     Ask { failure: Vec<u8> },
 }
 
-/// A question as it was asked.
+/// A parsed question.
 pub(super) struct Question<'a> {
     id: u16,
     recursion_desired: bool,
@@ -53,11 +55,11 @@ pub(super) struct Question<'a> {
     name: String,
     kind: u16,
     class: u16,
-    /// Name, kind and class as they came.
+    /// Name, type and class as received.
     bytes: &'a [u8],
 }
 
-/// Reads a message that asks one plain question; what is anything else is none.
+/// Parses a message that asks one plain question. Returns `None` for any other message.
 pub(super) fn parse(message: &[u8]) -> Option<Question<'_>> {
     if message.len() > QUESTION_BYTES_MAX {
         return None;
@@ -65,7 +67,7 @@ pub(super) fn parse(message: &[u8]) -> Option<Question<'_>> {
     let number = |at: usize| Some(u16::from_be_bytes(*message.get(at..)?.first_chunk()?));
     let flags = number(2)?;
     let is_plain = flags & (RESPONSE | OPCODE) == 0;
-    // One question, no answers, nothing authoritative, and perhaps what the asker can take.
+    // One question, no answers, no authority records, and at most one additional record (EDNS).
     let counts = (number(4)?, number(6)?, number(8)?);
     if !is_plain || counts != (1, 0, 0) || number(10)? > 1 {
         return None;
@@ -82,7 +84,8 @@ pub(super) fn parse(message: &[u8]) -> Option<Question<'_>> {
     })
 }
 
-/// The name behind the header, and where it ends. In a question there is nothing before it that it could point to.
+/// Parses the name after the header, and returns its end. In a question there is no earlier name
+/// that a pointer could refer to.
 fn parse_name(message: &[u8]) -> Option<(String, usize)> {
     let (mut name, mut at) = (String::new(), HEADER_BYTES);
     loop {
@@ -103,8 +106,8 @@ fn parse_name(message: &[u8]) -> Option<(String, usize)> {
     }
 }
 
-/// Zones of private networks: by RFC 6762, RFC 8375, RFC 9476 and ICANN's reservation of `internal`; and what private and link-local addresses
-/// are called (RFC 6303).
+/// Zones of private networks, by RFC 6762, RFC 8375, RFC 9476 and ICANN's reservation of
+/// `internal`, and the reverse zones of private and link-local addresses (RFC 6303).
 const PRIVATE_ZONES: [&str; 12] = [
     "internal",
     "local",
@@ -120,7 +123,7 @@ const PRIVATE_ZONES: [&str; 12] = [
     "e.f.ip6.arpa",
 ];
 
-/// Whether a name means something only in a private network.
+/// Whether a name has a meaning only in a private network.
 fn is_private(name: &str) -> bool {
     let is_in = |zone: &str| {
         name.strip_suffix(zone).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
@@ -132,11 +135,12 @@ fn is_private(name: &str) -> bool {
             .and_then(|octet| octet.parse().ok())
             .is_some_and(|octet: u8| (16..32).contains(&octet))
     };
-    // The root itself is no bare name.
+    // The root has no dot either, but it is not a private name.
     (!name.contains('.') && !name.is_empty()) || PRIVATE_ZONES.into_iter().any(is_in) || is_of_172()
 }
 
-/// Answers a question from the names of a network: bare ones, for one with a dot in it may be somebody's in the world.
+/// Answers a question from the names of a network. Only names without a dot match: a name with a
+/// dot may be a public name.
 pub(super) fn answer(
     question: &Question<'_>,
     names: &Names,
@@ -152,7 +156,8 @@ pub(super) fn answer(
             Answer::Known(reply(question, NO_SUCH_NAME, None))
         }
         None => Answer::Ask { failure: reply(question, SERVER_FAILURE, None) },
-        // Of another kind than an address of the fourth version there is nothing, and that is the answer.
+        // Sandboxes have only IPv4 addresses. For other types, the answer is that there are no
+        // records.
         Some(address) => {
             let asked = matches!(question.kind, ADDRESS | ANY);
             Answer::Known(reply(question, NO_ERROR, asked.then_some(*address)))
@@ -194,7 +199,7 @@ mod tests {
         packet.build_bytes_vec().unwrap()
     }
 
-    /// The answer's code, and the addresses in it.
+    /// Returns the answer's code, its addresses, and whether it is a local answer.
     fn said(name: &str, kind: TYPE) -> (RCODE, Vec<Ipv4Addr>, bool) {
         said_with(name, kind, PrivateNames::Asked)
     }
@@ -223,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn sibling_is_known_by_its_name_in_any_case_and_has_no_other_address() {
+    fn sibling_name_resolves_in_any_case_to_its_ipv4_address_only() {
         let address = vec![Ipv4Addr::new(10, 213, 0, 2)];
         for name in ["dev", "DEV", "dev.sb", "Dev.SB"] {
             assert_eq!(said(name, TYPE::A), (RCODE::NoError, address.clone(), true), "{name}");
@@ -232,11 +237,12 @@ mod tests {
     }
 
     #[test]
-    fn others_know_other_names_and_those_with_dots() {
+    fn other_names_and_names_with_dots_are_forwarded() {
         for name in ["example.com", "nobody.sb", "github.com", "nobody"] {
             assert_eq!(said(name, TYPE::A), (RCODE::ServerFailure, vec![], false), "{name}");
         }
-        // Of a kind that this knows nothing of, too; but never whole zones.
+        // Record types that this parser does not know are forwarded, too; zone transfers never
+        // are.
         let of_kind = |kind: u8| {
             let mut asked = question("example.com", TYPE::A);
             let at = asked.len() - 3;
@@ -248,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_private_networks_do_not_exist_unless_they_are_asked() {
+    fn private_names_do_not_exist_unless_they_are_forwarded() {
         let private = [
             "printer",
             "wpad",
@@ -274,11 +280,11 @@ mod tests {
             let asked = said_with(name, TYPE::PTR, PrivateNames::Denied);
             assert_eq!(asked, (RCODE::ServerFailure, vec![], false), "{name}");
         }
-        assert!(said_with("dev", TYPE::A, PrivateNames::Denied).2, "a sandbox is no such name");
+        assert!(said_with("dev", TYPE::A, PrivateNames::Denied).2, "sandbox names stay known");
     }
 
     #[test]
-    fn what_is_no_plain_question_is_none() {
+    fn parse_rejects_all_but_plain_questions() {
         let plain = question("dev", TYPE::A);
         assert!(parse(&plain).is_some());
         let with = |at: usize, byte: u8| {
@@ -286,7 +292,8 @@ mod tests {
             message[at] = byte;
             message
         };
-        // An answer, an update, two questions, an answer in it, two additions, a name that points.
+        // An answer, an update, two questions, an answer in it, two additional records, a
+        // compressed name.
         for message in
             [with(2, 0x80), with(2, 0x28), with(5, 2), with(7, 1), with(11, 2), with(12, 0xc0)]
         {

@@ -1,4 +1,4 @@
-//! Connections: how many a sandbox has, and which of them are believed.
+//! Connections: how many a sandbox may have, and which of them the rules accept.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -11,21 +11,21 @@ use tokio::time::timeout;
 use crate::place::{Guest, LIMIT, echoes, nft};
 use crate::{WEB, apply, at, guests, open, ready};
 
-/// What a sandbox may have open.
+/// Maximum of connections that a sandbox may have open.
 const CONNECTIONS_MAX: usize = 4096;
 
-/// Where the world speaks all the time.
+/// Port at which the world sends bytes all the time.
 const TICKS: u16 = 8081;
 
 const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const PRIVATE: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
 
 #[tokio::test]
-async fn connections_are_counted_on_whatever_becomes_of_other_sandboxes() {
+async fn connection_limit_survives_changes_of_other_sandboxes() {
     if !ready("the limit of connections") {
         return;
     }
-    // Both ends of each are this process's.
+    // This process holds both ends of each connection.
     let most = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).unwrap();
     let host = open(1).await;
@@ -47,8 +47,8 @@ async fn connections_are_counted_on_whatever_becomes_of_other_sandboxes() {
         apply(&host, &plan).await.unwrap();
         assert!(guests[0].connect(at(PUBLIC)).is_none(), "{left} sandboxes are left");
     }
-    assert!(echo_of_a_new_connection(&guests[1]).is_none(), "it is gone");
-    // One that ends makes room for one.
+    assert!(echo_of_a_new_connection(&guests[1]).is_none(), "the sandbox was removed");
+    // A connection that ends makes room for another one.
     drop(connections.pop());
     let again = async { while guests[0].connect(at(PUBLIC)).is_none() {} };
     timeout(Duration::from_secs(60), again).await.unwrap();
@@ -58,7 +58,7 @@ fn echo_of_a_new_connection(guest: &Guest) -> Option<TcpStream> {
     guest.connect(at(PUBLIC)).filter(|connection| echoes(&mut connection.try_clone().unwrap()))
 }
 
-/// A connection on which the world speaks all the time.
+/// Opens a connection on which the world sends bytes all the time.
 fn ticking(guest: &Guest) -> TcpStream {
     let mut connection = guest.connect(SocketAddrV4::new(PUBLIC, TICKS).into()).unwrap();
     connection.set_read_timeout(Some(LIMIT)).unwrap();
@@ -67,7 +67,7 @@ fn ticking(guest: &Guest) -> TcpStream {
 }
 
 #[tokio::test]
-async fn connection_of_an_earlier_sandbox_with_the_address_passes_no_more() {
+async fn connection_of_an_earlier_sandbox_with_the_same_address_is_cut() {
     if !ready("connections of an earlier sandbox") {
         return;
     }
@@ -81,7 +81,7 @@ async fn connection_of_an_earlier_sandbox_with_the_address_passes_no_more() {
     plan.ports[0].epoch += 1;
     apply(&host, &plan).await.unwrap();
 
-    // What was on its way is read, and then nothing more comes.
+    // Read the bytes that were already in transit; then no more arrive.
     let mut buffer = vec![0; 4096];
     while let Ok(1..) = earlier.read(&mut buffer) {}
     other.read_exact(&mut buffer).unwrap();
@@ -89,8 +89,8 @@ async fn connection_of_an_earlier_sandbox_with_the_address_passes_no_more() {
 }
 
 #[tokio::test]
-async fn rules_that_were_changed_are_noticed_and_what_was_opened_meanwhile_is_cut() {
-    if !ready("rules that somebody changes") {
+async fn changed_rules_are_noticed_and_connections_opened_meanwhile_are_cut() {
+    if !ready("changed rules") {
         return;
     }
     let host = open(1).await;
@@ -104,10 +104,11 @@ async fn rules_that_were_changed_are_noticed_and_what_was_opened_meanwhile_is_cu
     };
     let mut kept = guests[0].connect(at(PUBLIC)).unwrap();
     assert_eq!(host.check_rules().await.unwrap(), Rules::Intact);
-    assert!(guests[0].connect(at(PRIVATE)).is_none(), "it is a private range");
+    assert!(guests[0].connect(at(PRIVATE)).is_none(), "the range is private");
 
-    // What others do in tables of their own is theirs, and noticed at once without being taken for more.
-    nft(&["add", "table", "inet", "somebodys"]);
+    // Changes to tables of other owners wake the watch at once, and the check still reports our
+    // rules as intact.
+    nft(&["add", "table", "inet", "foreign"]);
     timeout(Duration::from_secs(10), host.rules_changed()).await.unwrap().unwrap();
     assert_eq!(host.check_rules().await.unwrap(), Rules::Intact);
     assert!(echoes(&mut kept));
@@ -117,7 +118,7 @@ async fn rules_that_were_changed_are_noticed_and_what_was_opened_meanwhile_is_cu
     let empty_a_chain = || nft_in_table(&["flush", "chain"], &["from_guest"]);
     let let_all_pass = || nft_in_table(&["insert", "rule"], &["from_guest", "accept"]);
     let changes: [&dyn Fn(); 4] = [&empty_a_set, &empty_a_chain, &let_all_pass, &flush];
-    /// The change that takes all rules away.
+    /// The change that removes all rules.
     const FLUSHED: usize = 3;
     for (number, change) in changes.into_iter().enumerate() {
         change();
@@ -129,8 +130,8 @@ async fn rules_that_were_changed_are_noticed_and_what_was_opened_meanwhile_is_cu
 
         assert_eq!(host.check_rules().await.unwrap(), Rules::Intact, "change {number}");
         if number == FLUSHED {
-            let opened = opened.as_mut().expect("nothing kept it from being opened");
-            assert!(!echoes(opened), "it was opened without rules");
+            let opened = opened.as_mut().expect("without rules the connection can be opened");
+            assert!(!echoes(opened), "the connection was opened without rules");
         }
         assert!(guests[0].connect(at(PRIVATE)).is_none(), "change {number}");
         assert!(echo_of_a_new_connection(&guests[0]).is_some(), "change {number}");
@@ -138,8 +139,8 @@ async fn rules_that_were_changed_are_noticed_and_what_was_opened_meanwhile_is_cu
 }
 
 #[tokio::test]
-async fn lookups_of_names_are_counted_apart() {
-    if !ready("lookups and connections") {
+async fn name_lookups_are_counted_apart_from_connections() {
+    if !ready("name lookups and connections") {
         return;
     }
     let host = open(1).await;
@@ -147,7 +148,7 @@ async fn lookups_of_names_are_counted_apart() {
     world.serve_echo(WEB);
     let (_plan, guests) = guests(&host, &[(0, 2)]).await;
 
-    // More than all connections that it may have, each from a port of its own.
+    // More lookups than the connections that the sandbox may have, each from another source port.
     for _ in 0..CONNECTIONS_MAX + 1000 {
         guests[0].send_datagram(crate::network(0).gateway(), 53);
     }

@@ -1,6 +1,7 @@
-//! Real packets through real bridges and rules, in a network of the test's own; guests are namespaces behind a cable instead of a tap.
+//! Real packets through real bridges and rules, in the test's own network namespace. Guests are
+//! namespaces behind a veth pair instead of a tap.
 
-#![expect(clippy::unwrap_used, reason = "what a test cannot set up, it cannot test")]
+#![expect(clippy::unwrap_used, reason = "a test fails if its setup fails")]
 
 mod connections;
 mod place;
@@ -18,11 +19,11 @@ use place::{Guest, LIMIT, ask_name, ip, nft, port_of};
 
 const WEB: u16 = 8080;
 
-/// Whether this test can run; says so if it cannot.
+/// Whether this test can run. Reports a skipped test if it cannot.
 fn ready(what: &str) -> bool {
     let ready = enter_own_network();
     if !ready {
-        bhatti_testkit::skip(what, "a network of one's own needs root");
+        bhatti_testkit::skip(what, "a network namespace needs root");
     }
     ready
 }
@@ -37,7 +38,7 @@ fn address(network: u32, number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 213, network, number)
 }
 
-/// A guest at each of these addresses, called after its last number.
+/// Starts a guest at each of these addresses, named after its last number.
 async fn guests(host: &Host, at: &[(u32, u8)]) -> (Plan, Vec<Guest>) {
     let mut plan = Plan::default();
     for (number, place) in at {
@@ -72,7 +73,7 @@ fn at(address: Ipv4Addr) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn siblings_reach_each_other_and_other_users_do_not_whatever_the_bridges_do() {
+async fn siblings_reach_each_other_and_other_users_do_not_with_and_without_br_netfilter() {
     if !ready("traffic between sandboxes") {
         return;
     }
@@ -84,33 +85,33 @@ async fn siblings_reach_each_other_and_other_users_do_not_whatever_the_bridges_d
     }
     let of_bob = network(1).gateway();
     place::serve_here(SocketAddrV4::new(of_bob, WEB));
-    // With a module that sends what is bridged through the rules for what is routed, and without.
+    // With and without the module that passes bridged packets through the rules for routed ones.
     for filtered in ["1", "0"] {
         let setting = "/proc/sys/net/bridge/bridge-nf-call-iptables";
         if std::fs::write(setting, filtered).is_err() {
-            bhatti_testkit::skip("siblings with br_netfilter", "this kernel has it not loaded");
+            bhatti_testkit::skip("siblings with br_netfilter", "the module is not loaded");
         }
         assert_eq!(alice.get(at(sibling.address)), Ok(alice.address.to_string()));
         assert_eq!(sibling.get(at(alice.address)), Ok(sibling.address.to_string()));
         assert!(alice.get(at(bob.address)).is_err(), "another user's sandbox");
         assert!(bob.get(at(alice.address)).is_err(), "another user's sandbox");
     }
-    assert_eq!(bob.get(at(bob.address)), Ok(bob.address.to_string()), "it was there");
+    assert_eq!(bob.get(at(bob.address)), Ok(bob.address.to_string()), "bob's server is up");
 
-    // Whatever a sandbox is allowed, it is never another user's.
+    // No allowance gives a sandbox access to another user's network.
     plan.ports[0].allow = Allowance::parse(&["0.0.0.0/0"]).unwrap();
     apply(&host, &plan).await.unwrap();
     assert!(alice.get(at(bob.address)).is_err(), "another user's sandbox was allowed");
     assert!(alice.get(at(of_bob)).is_err(), "another user's gateway was allowed");
-    assert!(place::get_here(at(of_bob)).is_ok(), "it was there");
+    assert!(place::get_here(at(of_bob)).is_ok(), "the server at the gateway is up");
     assert_eq!(alice.get(at(sibling.address)), Ok(alice.address.to_string()));
 }
 
 #[tokio::test]
-async fn world_is_reached_and_neither_this_host_nor_private_ranges_nor_metadata() {
+async fn sandbox_reaches_the_world_but_not_this_host_private_ranges_or_metadata() {
     const PRIVATE: [[u8; 4]; 5] =
         [[10, 99, 0, 1], [172, 16, 5, 1], [192, 168, 77, 1], [100, 64, 1, 1], [198, 18, 0, 9]];
-    if !ready("what sandboxes reach") {
+    if !ready("destinations of sandboxes") {
         return;
     }
     let host = open(1).await;
@@ -127,39 +128,40 @@ async fn world_is_reached_and_neither_this_host_nor_private_ranges_nor_metadata(
     }
 
     let seen = guest.get(at(public));
-    assert_eq!(seen, Ok(world.gateway().to_string()), "as this host's own");
+    assert_eq!(seen, Ok(world.gateway().to_string()), "masqueraded as this host");
     for denied in private.into_iter().chain([metadata]) {
-        assert!(place::get_here(at(denied)).is_ok(), "{denied} is there");
+        assert!(place::get_here(at(denied)).is_ok(), "{denied} is up");
         assert!(guest.get(at(denied)).is_err(), "{denied} was reached");
     }
     for ours in [world.gateway(), network(0).gateway()] {
-        assert!(place::get_here(at(ours)).is_ok(), "{ours} is there");
+        assert!(place::get_here(at(ours)).is_ok(), "{ours} is up");
         assert!(guest.get(at(ours)).is_err(), "{ours} was reached");
     }
-    // Nobody comes in, not even who knows the way.
-    assert!(world.get(at(guest.address)).is_err(), "it was reached from outside");
-    assert!(place::get_here(at(guest.address)).is_ok(), "it was there");
+    // No connection comes in from outside, even if the client has a route to the guest.
+    assert!(world.get(at(guest.address)).is_err(), "the guest was reached from outside");
+    assert!(place::get_here(at(guest.address)).is_ok(), "the guest's server is up");
 
-    // What is allowed is allowed to one, and never what is this host's own or link-local.
+    // An allowance applies to one sandbox, and never covers this host's own addresses or
+    // link-local ones.
     plan.ports[0].allow = Allowance::parse(&["0.0.0.0/0"]).unwrap();
     apply(&host, &plan).await.unwrap();
     for allowed in private {
         assert!(guest.get(at(allowed)).is_ok(), "{allowed} is allowed");
-        assert!(other.get(at(allowed)).is_err(), "{allowed} is another's");
+        assert!(other.get(at(allowed)).is_err(), "{allowed} is allowed only to the other sandbox");
     }
     assert!(guest.get(at(metadata)).is_err(), "metadata was reached");
     assert!(guest.get(at(network(0).gateway())).is_err(), "the gateway was reached");
     assert!(guest.get(at(world.gateway())).is_err(), "this host was reached by its own address");
 
-    // Unless the operator wants that.
+    // With `reach_host`, an allowance also covers this host's own addresses.
     plan.reach_host = true;
     apply(&host, &plan).await.unwrap();
     assert!(guest.get(at(world.gateway())).is_ok(), "this host's own address is in the range");
-    assert!(other.get(at(world.gateway())).is_err(), "it is another's");
+    assert!(other.get(at(world.gateway())).is_err(), "this host is allowed only to its sibling");
 }
 
 #[tokio::test]
-async fn forged_source_passes_no_tap_and_neither_does_the_sixth_version() {
+async fn tap_drops_forged_sources_and_ipv6() {
     if !ready("forged sources") {
         return;
     }
@@ -171,10 +173,10 @@ async fn forged_source_passes_no_tap_and_neither_does_the_sixth_version() {
 
     forger.ip(&["address", "add", "10.213.0.9/24", "dev", "eth0"]);
     let forged = forger.get_from(address(0, 9), at(victim.address));
-    assert!(forged.is_err(), "an address of nobody's");
+    assert!(forged.is_err(), "an unassigned address");
     forger.ip(&["address", "add", "10.213.0.4/32", "dev", "eth0"]);
     assert!(forger.get_from(witness.address, at(victim.address)).is_err(), "a sibling's address");
-    assert!(witness.get(at(victim.address)).is_ok(), "whose own traffic goes on");
+    assert!(witness.get(at(victim.address)).is_ok(), "the witness's own traffic still passes");
     assert!(forger.get_from(forger.address, at(victim.address)).is_ok());
 
     for guest in [forger, victim] {
@@ -187,15 +189,15 @@ async fn forged_source_passes_no_tap_and_neither_does_the_sixth_version() {
             "nodad",
         ]);
     }
-    assert!(forger.get("[fd00::3]:8080".parse().unwrap()).is_err(), "the sixth version");
-    assert!(victim.get("[fd00::3]:8080".parse().unwrap()).is_ok(), "it was there");
+    assert!(forger.get("[fd00::3]:8080".parse().unwrap()).is_err(), "IPv6");
+    assert!(victim.get("[fd00::3]:8080".parse().unwrap()).is_ok(), "the IPv6 server is up");
 
     forger.ip(&["link", "set", "eth0", "address", "06:62:0a:d5:00:04"]);
     assert!(forger.get_from(forger.address, at(victim.address)).is_err(), "a forged link address");
 }
 
 #[tokio::test]
-async fn what_is_addressed_to_the_bridge_alone_reaches_this_host_as_little_as_anything_else() {
+async fn frames_addressed_to_the_bridge_do_not_reach_this_host() {
     if !ready("frames for bridges") {
         return;
     }
@@ -208,32 +210,32 @@ async fn what_is_addressed_to_the_bridge_alone_reaches_this_host_as_little_as_an
     let gateway = network(0).gateway();
     let here = std::net::UdpSocket::bind((gateway, 9999)).unwrap();
     here.set_read_timeout(Some(LIMIT)).unwrap();
-    // To a link address that a bridge forwards to nobody and shows to none of its rules.
+    // Use a link address whose frames a bridge does not forward, and that none of its rules see.
     let neighbour = format!("{gateway}");
     guest.ip(&["neigh", "replace", &neighbour, "lladdr", "01:80:c2:00:00:0e", "dev", "eth0"]);
 
     guest.send_datagram(gateway, 9999);
 
     let mut buffer = [0; 16];
-    assert!(here.recv_from(&mut buffer).is_err(), "it was delivered");
-    // The rules alone keep it away.
+    assert!(here.recv_from(&mut buffer).is_err(), "the datagram was delivered");
+    // Only the rules keep the datagram out.
     nft(&["flush", "ruleset"]);
     guest.send_datagram(gateway, 9999);
-    assert!(here.recv_from(&mut buffer).is_ok(), "it would have been");
-    assert_eq!(host.check_rules().await.unwrap(), Rules::Changed, "that they are gone is seen");
+    assert!(here.recv_from(&mut buffer).is_ok(), "the datagram arrives without the rules");
+    assert_eq!(host.check_rules().await.unwrap(), Rules::Changed, "the missing rules are noticed");
     apply(&host, &plan).await.unwrap();
     assert_eq!(host.check_rules().await.unwrap(), Rules::Intact);
     for family in ["inet", "bridge", "arp"] {
         let ours = nft(&["list", "tables", family]);
         let ours = ours.split_whitespace().last().unwrap();
         nft(&["flush", "table", family, ours]);
-        assert_eq!(host.check_rules().await.unwrap(), Rules::Changed, "those of {family}");
+        assert_eq!(host.check_rules().await.unwrap(), Rules::Changed, "table of {family}");
         apply(&host, &plan).await.unwrap();
         assert_eq!(host.check_rules().await.unwrap(), Rules::Intact);
     }
     assert!(sibling.get(at(gateway)).is_err());
 
-    // A tap that is cut off, and one whose network ends, carry nothing.
+    // A tap that is disconnected, or whose network is removed, carries no packets.
     sibling.serve(WEB);
     guest.ip(&["neigh", "flush", "all"]);
     assert!(guest.get(at(sibling.address)).is_ok());
@@ -245,8 +247,8 @@ async fn what_is_addressed_to_the_bridge_alone_reaches_this_host_as_little_as_an
 }
 
 #[tokio::test]
-async fn address_that_comes_back_is_reached_at_once() {
-    if !ready("addresses that come back") {
+async fn reused_address_is_reachable_at_once() {
+    if !ready("reused addresses") {
         return;
     }
     let host = open(1).await;
@@ -266,8 +268,8 @@ async fn address_that_comes_back_is_reached_at_once() {
 }
 
 #[tokio::test]
-async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing() {
-    if !ready("a whole network") {
+async fn full_network_has_253_sandboxes_and_applying_it_twice_changes_nothing() {
+    if !ready("a full network") {
         return;
     }
     let host = open(1).await;
@@ -288,7 +290,7 @@ async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing
     last.wait_for_link();
     last.serve(WEB);
     let there = || (nft(&["list", "ruleset"]), ip(&["-brief", "address"]), ip(&["route"]));
-    // Counters count what was dropped meanwhile.
+    // Ignore counters, which count packets that were dropped meanwhile.
     let plain = |ruleset: String| -> Vec<String> {
         ruleset.lines().filter(|line| !line.contains("counter")).map(str::to_owned).collect()
     };
@@ -302,12 +304,12 @@ async fn whole_network_has_253_sandboxes_and_setting_it_up_twice_changes_nothing
     assert!(first.get(at(last.address)).is_ok());
     plan.ports.truncate(1);
     apply(&host, &plan).await.unwrap();
-    assert!(first.get(at(last.address)).is_err(), "it is no sandbox's any more");
+    assert!(first.get(at(last.address)).is_err(), "the address belongs to no sandbox any more");
 }
 
 #[tokio::test]
-async fn sandbox_that_is_added_leaves_the_tables_in_place_and_what_others_did_to_them_is_mended() {
-    if !ready("rules that are added") {
+async fn adding_a_sandbox_keeps_the_tables_and_repairs_foreign_changes() {
+    if !ready("added rules") {
         return;
     }
     let host = open(1).await;
@@ -329,10 +331,10 @@ async fn sandbox_that_is_added_leaves_the_tables_in_place_and_what_others_did_to
     plan.ports.push(port(3, &["192.0.2.0/24"]));
     apply(&host, &plan).await.unwrap();
 
-    assert_eq!(tables(), first, "more elements of the same tables");
+    assert_eq!(tables(), first, "the same tables, with more elements");
     assert!(has(&plan.ports[1].tap) && has("10.213.0.3 . 192.0.2.0/24"));
 
-    // What a port may reach is not only more now.
+    // The allowance of a port is replaced, not only extended.
     plan.ports[1] = port(3, &["198.51.100.0/24"]);
     apply(&host, &plan).await.unwrap();
     assert!(has("10.213.0.3 . 198.51.100.0/24") && !has("192.0.2.0/24"));
@@ -340,7 +342,7 @@ async fn sandbox_that_is_added_leaves_the_tables_in_place_and_what_others_did_to
     nft(&["flush", "ruleset"]);
     plan.ports.push(port(4, &[]));
     apply(&host, &plan).await.unwrap();
-    assert!(plan.ports.iter().all(|port| has(&port.tap)), "all of them are back");
+    assert!(plan.ports.iter().all(|port| has(&port.tap)), "a port is missing after the flush");
 
     apply(&host, &Plan::default()).await.unwrap();
     assert_eq!(tables(), [""; 0]);
@@ -351,8 +353,8 @@ async fn sandbox_that_is_added_leaves_the_tables_in_place_and_what_others_did_to
 }
 
 #[tokio::test]
-async fn changes_that_come_together_are_made_together_and_each_is_in_force_afterwards() {
-    if !ready("changes at once") {
+async fn concurrent_changes_are_applied_together_and_each_is_in_force_afterwards() {
+    if !ready("concurrent changes") {
         return;
     }
     let host = open(1).await;
@@ -376,16 +378,16 @@ async fn changes_that_come_together_are_made_together_and_each_is_in_force_after
     futures_util::future::join_all(changes).await;
 
     let read = plans.lock().unwrap().0;
-    assert!(read <= 3, "{read} changes for twenty at once");
+    assert!(read <= 3, "{read} plans were read for twenty concurrent changes");
 }
 
 #[tokio::test]
-async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
+async fn daemons_on_one_host_leave_each_other_and_foreign_networks_alone() {
     if !ready("two daemons on one host") {
         return;
     }
     let (one, two) = (open(1).await, open(2).await);
-    nft(&["add", "table", "inet", "somebodys"]);
+    nft(&["add", "table", "inet", "foreign"]);
     ip(&["link", "add", "bhatti5", "type", "bridge"]);
     ip(&["link", "add", "tap0", "type", "veth", "peer", "name", "tap1"]);
     ip(&["link", "set", "tap0", "up"]);
@@ -395,16 +397,16 @@ async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
     first[1].serve(WEB);
     let alone = nft(&["list", "ruleset"]);
 
-    assert!(two.taken().await.unwrap().holds(&network(0)), "its name and range are taken");
-    assert!(two.taken().await.unwrap().holds(&network(5)), "somebody else's bridge");
-    assert!(two.taken().await.unwrap().holds(&network(7)), "somebody else's range");
-    assert!(!two.taken().await.unwrap().holds(&network(8)), "the way to everywhere is no range");
-    assert!(!one.taken().await.unwrap().holds(&network(0)), "they are its own");
+    assert!(two.taken().await.unwrap().holds(&network(0)), "the other daemon has this range");
+    assert!(two.taken().await.unwrap().holds(&network(5)), "a foreign bridge");
+    assert!(two.taken().await.unwrap().holds(&network(7)), "a foreign range");
+    assert!(!two.taken().await.unwrap().holds(&network(8)), "a default route takes no range");
+    assert!(!one.taken().await.unwrap().holds(&network(0)), "the network is this daemon's own");
     let (_, second) = guests(&two, &[(1, 2), (1, 3)]).await;
     second[1].serve(WEB);
     assert!(first[0].get(at(first[1].address)).is_ok());
     assert!(second[0].get(at(second[1].address)).is_ok());
-    assert!(first[0].get(at(second[1].address)).is_err(), "of another daemon");
+    assert!(first[0].get(at(second[1].address)).is_err(), "the sandbox belongs to another daemon");
     for (number, taken) in [(0, "bhatti0"), (5, "bhatti5")] {
         let foreign = Plan { networks: vec![network(number)], ..Plan::default() };
         let refused = apply(&two, &foreign).await;
@@ -418,20 +420,21 @@ async fn daemons_on_one_host_leave_each_other_and_everybody_else_alone() {
     for kept in ["bhatti0", "bhatti5", "tap0"] {
         assert!(links.contains(kept), "{kept}: {links}");
     }
-    assert!(first[0].get(at(first[1].address)).is_ok(), "it goes on");
+    assert!(first[0].get(at(first[1].address)).is_ok(), "the first daemon's sandboxes still work");
 
-    // The next daemon of the same data directory takes up what is there, and takes away what is not to be.
+    // The next daemon with the same data directory takes up the existing network, and removes
+    // everything that its plan does not have.
     drop(one);
     let next = open(1).await;
     apply(&next, &plan).await.unwrap();
     assert!(first[0].get(at(first[1].address)).is_ok());
     apply(&next, &Plan::default()).await.unwrap();
-    assert_eq!(nft(&["list", "ruleset"]).trim(), "table inet somebodys {\n}");
+    assert_eq!(nft(&["list", "ruleset"]).trim(), "table inet foreign {\n}");
     assert!(!ip(&["-brief", "link"]).contains("bhatti0"));
 }
 
 #[tokio::test]
-async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
+async fn siblings_resolve_locally_and_other_names_upstream() {
     if !ready("names") {
         return;
     }
@@ -444,7 +447,7 @@ async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
         let ask = |name| ask_name(guest, gateway, name, by_connection);
         assert_eq!(ask("s3").await, Ok(vec![address(0, 3)]));
         assert_eq!(ask("S3.sb").await, Ok(vec![address(0, 3)]));
-        assert_eq!(ask("s9.sb").await, Err("NameError".to_owned()), "another user's");
+        assert_eq!(ask("s9.sb").await, Err("NameError".to_owned()), "a sandbox of another user");
         assert_eq!(ask("example.com").await, Ok(vec![Ipv4Addr::new(203, 0, 113, 7)]));
         assert_eq!(ask("elsewhere.org").await, Err("NameError".to_owned()));
     }
@@ -455,8 +458,8 @@ async fn siblings_are_found_by_name_and_others_by_who_knows_them() {
 }
 
 #[tokio::test]
-async fn server_that_fails_is_passed_over_for_one_that_knows() {
-    if !ready("names of a server that fails") {
+async fn failing_upstream_is_skipped_for_one_that_answers() {
+    if !ready("a failing upstream") {
         return;
     }
     let servers = [Ipv4Addr::new(127, 0, 0, 2), Ipv4Addr::LOCALHOST].map(Into::into).to_vec();
@@ -473,7 +476,7 @@ async fn server_that_fails_is_passed_over_for_one_that_knows() {
 }
 
 #[tokio::test]
-async fn filters_of_others_that_drop_what_they_do_not_know_are_found_until_they_know_sandboxes() {
+async fn other_firewalls_that_drop_by_default_are_reported_until_they_allow_sandboxes() {
     const FILTERS: &str = "table ip filter {
         chain USER { }
         chain FORWARD { type filter hook forward priority filter; policy drop; jump USER; }
@@ -487,7 +490,7 @@ async fn filters_of_others_that_drop_what_they_do_not_know_are_found_until_they_
     table ip6 filter {
         chain FORWARD { type filter hook forward priority filter; policy drop; }
     }";
-    if !ready("filters of others") {
+    if !ready("other firewalls") {
         return;
     }
     let host = open(1).await;
@@ -506,7 +509,8 @@ async fn filters_of_others_that_drop_what_they_do_not_know_are_found_until_they_
     let names = of("ip filter", "INPUT", Kept::Names);
     assert_eq!(found, [world, names.clone(), of("inet host", "input", Kept::Names)]);
 
-    // Docker has a chain for that, and who is let through to elsewhere is not let in.
+    // Docker has a chain for such rules. Letting sandboxes out through this host does not let
+    // them reach its resolver.
     nft(&["insert rule inet host input iifname bhatti0 accept"]);
     nft(&["insert rule ip filter USER iifname bhatti* accept"]);
     assert_eq!(obstacles().await.unwrap(), [names]);

@@ -1,4 +1,4 @@
-//! Guests and a world around this host, each a network namespace.
+//! Guests and an outside world around this host, each in a network namespace.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,7 +14,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use simple_dns::rdata::{A, RData};
 use simple_dns::{CLASS, Name, Packet, QCLASS, QTYPE, Question, RCODE, ResourceRecord, TYPE};
 
-/// How long a connection may take; what is dropped without a word takes as long.
+/// Timeout of a connection attempt. An attempt whose packets are dropped takes this long.
 pub(crate) const LIMIT: Duration = Duration::from_millis(1500);
 
 pub(crate) fn ip(arguments: &[&str]) -> String {
@@ -26,14 +26,14 @@ pub(crate) fn nft(arguments: &[&str]) -> String {
 }
 
 fn output(program: &str, arguments: &[&str]) -> String {
-    #[expect(clippy::disallowed_methods, reason = "it must run in this thread's network")]
+    #[expect(clippy::disallowed_methods, reason = "must run in this thread's namespace")]
     let output = std::process::Command::new(program).args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{program} {arguments:?}: {said}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A port of a sandbox whose id is made of its name and address.
+/// Returns a port of a sandbox whose id is derived from its name and address.
 pub(crate) fn port_of(network: u32, address: Ipv4Addr, name: &str, allow: Allowance) -> Port {
     let sum = name.bytes().fold(0u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     let entropy = u64::from(sum) << 32 | u64::from(u32::from(address));
@@ -42,7 +42,7 @@ pub(crate) fn port_of(network: u32, address: Ipv4Addr, name: &str, allow: Allowa
     Port { tap, network, address, name: name.to_owned(), allow, epoch }
 }
 
-/// A namespace behind a cable.
+/// A network namespace that a veth pair connects to this host.
 pub(crate) struct Guest {
     namespace: File,
     tap: String,
@@ -50,7 +50,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// One at the other end of `tap`, configured as a sandbox's guest configures itself.
+    /// Starts a guest at the other end of `tap`, configured as a sandbox's guest configures
+    /// itself.
     pub(crate) fn start(tap: &str, address: Ipv4Addr) -> Self {
         let guest = Self { namespace: new_namespace(), tap: tap.to_owned(), address };
         let mac = Mac::of_guest(address).to_string();
@@ -62,7 +63,7 @@ impl Guest {
         guest
     }
 
-    /// What is around this host, with these addresses; this host's way to everywhere leads there.
+    /// Starts the outside world with these addresses. This host's default route leads there.
     pub(crate) fn world(addresses: &[Ipv4Addr]) -> Self {
         let address = Ipv4Addr::new(203, 0, 113, 2);
         let world = Self { namespace: new_namespace(), tap: "world".to_owned(), address };
@@ -79,7 +80,7 @@ impl Guest {
         world
     }
 
-    /// This host's address on the cable to the world.
+    /// Returns this host's address on the veth pair to the world.
     pub(crate) fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::new(203, 0, 113, 100)
     }
@@ -95,12 +96,12 @@ impl Guest {
         ip(&[&cable[..], &["netns", &namespace]].concat());
     }
 
-    /// Ends it, as a VM's end takes its tap away.
+    /// Removes the veth pair, as a VM's end removes its tap.
     pub(crate) fn end(self) {
         ip(&["link", "delete", &self.tap]);
     }
 
-    /// Waits until the cable carries something: a bridge's port is not at once one.
+    /// Waits until the link carries packets: a new port of a bridge takes a moment.
     pub(crate) fn wait_for_link(&self) {
         self.inside(|| {
             for _ in 0..1000 {
@@ -110,11 +111,11 @@ impl Guest {
                 }
                 thread::yield_now();
             }
-            panic!("the cable carries nothing");
+            panic!("the link carries no packets");
         });
     }
 
-    /// Runs something in it.
+    /// Runs a closure in the namespace.
     fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
@@ -129,7 +130,7 @@ impl Guest {
         self.inside(|| ip(arguments));
     }
 
-    /// Answers everybody at `port` with where they come from, until the test ends.
+    /// Answers each connection to `port` with the client's address, until the test ends.
     pub(crate) fn serve(&self, port: u16) {
         let listener =
             self.inside(|| TcpListener::bind((std::net::Ipv6Addr::UNSPECIFIED, port)).unwrap());
@@ -143,17 +144,17 @@ impl Guest {
         });
     }
 
-    /// What is answered at `to`: where it sees this come from.
+    /// Returns the answer at `to`: the address that the server sees.
     pub(crate) fn get(&self, to: SocketAddr) -> Result<String, String> {
         self.inside(|| get_here(to))
     }
 
-    /// A connection to `to`, for as long as it is kept.
+    /// Opens a connection to `to`.
     pub(crate) fn connect(&self, to: SocketAddr) -> Option<TcpStream> {
         self.inside(|| TcpStream::connect_timeout(&to, LIMIT).ok())
     }
 
-    /// Sends back at `port` all that comes, until the test ends.
+    /// Echoes everything that connections to `port` send, until the test ends.
     pub(crate) fn serve_echo(&self, port: u16) {
         let listener = self.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
         thread::spawn(move || {
@@ -173,7 +174,7 @@ impl Guest {
         });
     }
 
-    /// Sends a byte every few milliseconds to all that connect to `port`, until the test ends.
+    /// Sends a byte every few milliseconds on each connection to `port`, until the test ends.
     pub(crate) fn serve_ticks(&self, port: u16) {
         let listener = self.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
         thread::spawn(move || {
@@ -187,7 +188,7 @@ impl Guest {
         });
     }
 
-    /// Takes connections at `port` and says nothing, until the test ends.
+    /// Accepts connections at `port` and sends nothing, until the test ends.
     pub(crate) fn serve_silence(&self, port: u16) {
         let listener = self.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
         thread::spawn(move || {
@@ -198,10 +199,11 @@ impl Guest {
         });
     }
 
-    /// The same, from an address of one's choice.
+    /// As [`get`](Self::get), from the source address `from`.
     pub(crate) fn get_from(&self, from: Ipv4Addr, to: SocketAddr) -> Result<String, String> {
         self.inside(|| {
-            // A datagram's way is a connection's: its source is checked at the same place.
+            // A connection and a datagram take the same path: the rules check their source in the
+            // same place.
             let socket = rustix::net::socket(
                 rustix::net::AddressFamily::INET,
                 rustix::net::SocketType::STREAM,
@@ -264,7 +266,8 @@ fn read_answer(mut connection: TcpStream) -> Result<String, String> {
     Ok(answer)
 }
 
-/// Asks the resolver at `server` for the addresses of `name`, or what it says instead.
+/// Asks the resolver at `server` for the addresses of `name`. Returns the response code if it is
+/// an error.
 pub(crate) async fn ask_name(
     guest: &Guest,
     server: Ipv4Addr,
@@ -277,7 +280,7 @@ pub(crate) async fn ask_name(
     packet.questions.push(Question::new(Name::new(name).unwrap(), TYPE::A.into(), class, false));
     let question = packet.build_bytes_vec().unwrap();
     let namespace = guest.namespace.try_clone().unwrap();
-    // Elsewhere: who answers runs in this thread.
+    // Runs in another thread, because the resolver runs in this one.
     let answer = tokio::task::spawn_blocking(move || {
         enter(&namespace);
         if by_connection {
@@ -313,14 +316,14 @@ pub(crate) async fn ask_name(
     Ok(answer.answers.iter().filter_map(address).collect())
 }
 
-/// Whether what is sent on a connection comes back.
+/// Whether a byte that is sent on a connection comes back.
 pub(crate) fn echoes(connection: &mut TcpStream) -> bool {
     connection.set_read_timeout(Some(LIMIT)).unwrap();
     let mut byte = [0];
     connection.write_all(b"x").is_ok() && connection.read_exact(&mut byte).is_ok()
 }
 
-/// A resolver on this host that always fails.
+/// Starts a resolver on this host that always fails.
 pub(crate) fn serve_failures_here(address: Ipv4Addr) {
     let datagrams = UdpSocket::bind((address, 53)).unwrap();
     thread::spawn(move || {
@@ -335,7 +338,7 @@ pub(crate) fn serve_failures_here(address: Ipv4Addr) {
     });
 }
 
-/// A resolver on this host that knows one name.
+/// Starts a resolver on this host that knows one name.
 pub(crate) fn serve_names_here(known: &'static str, address: Ipv4Addr) {
     let answer = move |question: &[u8]| {
         let packet = Packet::parse(question).unwrap();

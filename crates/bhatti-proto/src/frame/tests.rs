@@ -50,7 +50,7 @@ fn largest_payload_passes_both_ways() {
 }
 
 #[test]
-fn larger_payload_is_refused_and_nothing_written() {
+fn larger_payload_is_refused_and_not_written() {
     let mut buffer = vec![1, 2, 3];
 
     let refused = encode(&mut buffer, FrameType::STDOUT, &vec![0; PAYLOAD_BYTES_MAX + 1]);
@@ -78,7 +78,7 @@ fn incomplete_frame_asks_for_more() {
 }
 
 #[test]
-fn bytes_behind_a_frame_are_left_alone() {
+fn bytes_after_a_frame_are_not_consumed() {
     let mut buffer = encoded(FrameType::STDOUT, b"x");
     buffer.extend_from_slice(b"next");
 

@@ -5,7 +5,7 @@ use super::*;
 
 const HELLO: Hello = Hello { generation: GENERATION, epoch: [ESCAPE; 16] };
 
-/// What the guest sees of `wire`, fed in pieces: the data and hellos in order.
+/// Decodes `wire` in pieces as the guest does, and returns the data and hellos in order.
 fn decoded(wire: &[u8], piece: usize) -> (Vec<u8>, Vec<Hello>) {
     let mut decoder = Decoder::default();
     let (mut data, mut hellos) = (BytesMut::new(), Vec::new());
@@ -34,7 +34,7 @@ fn hello_inside_a_broken_hello_arrives() {
 }
 
 #[tokio::test]
-async fn host_discards_all_that_comes_before_its_ack() {
+async fn host_discards_all_bytes_before_its_ack() {
     let epoch = [3; 16];
     let (near, mut far) = duplex(1 << 16);
     let stale_ack = Hello { generation: GENERATION, epoch: [4; 16] }.encode_ack();
@@ -63,7 +63,7 @@ async fn host_refuses_an_agent_of_another_generation() {
 }
 
 #[tokio::test]
-async fn host_gives_up_on_endless_noise() {
+async fn host_fails_on_endless_noise() {
     let (near, mut far) = duplex(1 << 16);
     let noise = tokio::spawn(async move { while far.write_all(&[0xf7; 4096]).await.is_ok() {} });
 
@@ -93,7 +93,7 @@ proptest! {
     }
 
     #[test]
-    fn hello_is_found_behind_any_cut_of_any_data(
+    fn hello_is_found_after_any_cut_of_any_data(
         old in prop::collection::vec(prop_oneof![any::<u8>(), Just(ESCAPE)], 0..300),
         cut in 0usize..400,
         new: Vec<u8>,

@@ -1,8 +1,9 @@
-//! How many connections each address may keep without asking anything.
+//! Limits the connections that an address may keep open without a request.
 //!
-//! A connection is *silent* from when it is taken until the head of a request has come, and again between two requests. When an address
-//! has too many silent connections, or the listener has no room, the oldest silent one is closed: a caller who says what it wants is always
-//! heard, however many others say nothing.
+//! A connection is *silent* from the moment it is accepted until the head of a request has
+//! arrived, and again between two requests. If an address has too many silent connections, or the
+//! listener is full, the oldest silent connection is closed. Silent connections thus never keep
+//! out a caller that sends a request.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -11,11 +12,13 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// Silent connections of one address. This machine itself may have more: a proxy in front of the daemon is one address for all its callers.
+/// Maximum number of silent connections of one address. A loopback address may have more: a proxy
+/// in front of the daemon is one address for all its callers.
 const SILENT_OF_ADDRESS_MAX: usize = 64;
 const SILENT_OF_LOOPBACK_MAX: usize = 1024;
 
-/// The bytes of an IPv6 address that a network has: one customer often has all addresses of it.
+/// Length of an IPv6 network, in bytes of the address. One customer often has all addresses of
+/// such a network.
 const IPV6_NETWORK_BYTES: usize = 8;
 
 /// The connections of one listener.
@@ -33,28 +36,29 @@ struct Inner {
     of_network: HashMap<Network, usize>,
 }
 
-/// Where a connection comes from: an address, or a network of IPv6. `None` is a Unix socket.
+/// Origin of a connection: an IPv4 address or an IPv6 network. `None` is a Unix socket.
 type Network = Option<IpAddr>;
 
-/// One connection, for as long as it lives.
+/// One connection, counted until this is dropped.
 pub(crate) struct Place {
     peers: Arc<Peers>,
     network: Network,
     number: Mutex<Option<u64>>,
-    /// Told when the connection is to be closed.
+    /// Notified when the connection must close.
     pub(crate) closed: Arc<Notify>,
 }
 
-/// A request that is under way: the connection is not silent. Ends when it is dropped.
+/// A request in flight. The connection is not silent until this is dropped.
 pub(crate) struct Asking(Arc<Place>);
 
 impl Peers {
-    /// At most `limit` connections.
+    /// Creates an empty set for at most `limit` connections.
     pub(crate) fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { inner: Mutex::default(), limit })
     }
 
-    /// A place for a new connection, if need be that of a silent one; none if all others are asking something.
+    /// Returns a place for a new connection, if necessary that of a silent one. Returns `None` if
+    /// all other connections have a request in flight.
     pub(crate) fn enter(self: &Arc<Self>, address: Option<IpAddr>) -> Option<Arc<Place>> {
         let network = address.map(network_of);
         let mut inner = self.inner.lock();
@@ -100,19 +104,21 @@ impl Inner {
         }
     }
 
-    /// Closes the oldest silent connection of those that `is_wanted` picks. Returns whether there is one.
+    /// Closes the oldest silent connection that `is_wanted` accepts. Returns whether there was
+    /// one.
     fn close_oldest(&mut self, is_wanted: impl Fn(&Network) -> bool) -> bool {
         let oldest = self.silent.iter().find(|(_, (network, _))| is_wanted(network));
         let Some((&number, (_, closed))) = oldest else { return false };
         closed.notify_one();
         self.forget_silent(number);
-        // Its place is free from here on, even though its task has yet to hear of it.
+        // The place counts as free from here on, although the connection's task has not ended
+        // yet.
         true
     }
 }
 
 impl Place {
-    /// The head of a request has come.
+    /// Records that the head of a request has arrived.
     pub(crate) fn ask(self: &Arc<Self>) -> Asking {
         let number = self.number.lock().take();
         if let Some(number) = number {
@@ -164,7 +170,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn oldest_silent_connection_of_an_address_gives_way_and_no_other() {
+    async fn only_the_oldest_silent_connection_of_an_address_is_closed() {
         let peers = Peers::new(1000);
         let other = peers.enter(address("192.0.2.1")).unwrap();
         let mut places = Vec::new();
@@ -179,14 +185,14 @@ mod tests {
 
         assert!(!is_closed(&places[0]).await && is_closed(&places[1]).await);
         assert!(!is_closed(&places[2]).await && !is_closed(&other).await);
-        // One that has its answer is the newest of the silent ones.
+        // A connection that has its response is the newest silent one.
         drop(asking);
         places.push(peers.enter(address("2001:db8::1")).unwrap());
         assert!(!is_closed(&places[0]).await && is_closed(&places[2]).await);
     }
 
     #[tokio::test]
-    async fn listener_without_room_closes_a_silent_connection_or_takes_none() {
+    async fn full_listener_closes_a_silent_connection_or_refuses_the_new_one() {
         let peers = Peers::new(3);
         let places =
             ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|from| peers.enter(address(from)).unwrap());
@@ -194,7 +200,7 @@ mod tests {
 
         let last = peers.enter(address("192.0.2.4")).unwrap();
         assert!(is_closed(&places[1]).await);
-        // The one that was closed is still on its way out; the newest is the only silent one.
+        // The closed connection has not ended yet; the newest one is the only silent one.
         let third = last.ask();
         assert!(peers.enter(address("192.0.2.5")).is_none());
 

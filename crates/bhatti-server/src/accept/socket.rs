@@ -1,7 +1,8 @@
-//! A connection's socket, and a view of it that tells when its peer has gone.
+//! A connection's socket, and a view of it that reports when the peer has gone.
 //!
-//! Who relays bytes to a slow receiver does not read from the sender meanwhile, so it would not notice that the sender has gone: the
-//! end lies behind bytes that nobody reads. The kernel tells of it all the same.
+//! A task that relays bytes to a slow receiver does not read from the sender meanwhile, so it
+//! would not notice that the sender has gone: the end of the stream lies behind unread bytes. The
+//! kernel reports the end all the same.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,13 +17,14 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::sleep;
 
-/// How long what a peer has sent before it closed its side may take to be passed on.
+/// Time limit for passing on the bytes that a peer sent before it closed its side.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long that may take if the peer has gone, and so is told nothing any more. What it sent is in the socket all the same.
+/// The same limit for a peer that has gone and can receive nothing more. The bytes that it sent
+/// are still in the socket.
 const GONE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A socket that others may look at.
+/// A socket that a [`PeerSocket`] can watch.
 #[derive(Debug)]
 pub(crate) enum Stream {
     Tcp(TcpStream),
@@ -68,7 +70,7 @@ impl Stream {
     }
 }
 
-/// A connection that was taken.
+/// An accepted connection.
 #[derive(Debug)]
 pub(crate) struct Connection(Arc<Stream>);
 
@@ -77,7 +79,7 @@ impl Connection {
         Self(Arc::new(stream))
     }
 
-    /// A view of its peer, which does not keep the connection open.
+    /// Returns a view of the peer, which does not keep the connection open.
     pub(crate) fn peer(&self) -> PeerSocket {
         PeerSocket(Arc::downgrade(&self.0))
     }
@@ -135,24 +137,26 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// The peer of a connection, as an extension of its requests.
+/// The peer of a connection, stored as an extension of its requests.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerSocket(Weak<Stream>);
 
-/// What the kernel knows of a peer.
+/// State of a peer, as the kernel reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Open,
-    /// It sends nothing more, and may still read.
+    /// The peer sends nothing more, but may still read.
     Closed,
-    /// It is gone.
+    /// The peer has gone.
     Gone,
-    /// The connection is closed on our side, too.
+    /// The connection is closed on the daemon's side, too.
     Over,
 }
 
 impl PeerSocket {
-    /// Resolves [`GONE_LIMIT`] after the peer has gone, or [`DRAIN_LIMIT`] after it has closed its side. Never resolves if the connection cannot be looked at.
+    /// Resolves [`GONE_LIMIT`] after the peer has gone, or [`DRAIN_LIMIT`] after the peer has
+    /// closed its side. Resolves at once if the daemon has closed the connection, and never if
+    /// the connection cannot be watched.
     ///
     /// # Cancel safety
     ///
@@ -167,7 +171,8 @@ impl PeerSocket {
     }
 
     async fn wait_for_end(&self) -> io::Result<Side> {
-        // Registered on its own: the connection's own readiness is the reader's.
+        // Watch a duplicate of the descriptor: the connection's own readiness belongs to its
+        // reader.
         let descriptor: OwnedFd = match self.0.upgrade() {
             Some(stream) => stream.as_fd().try_clone_to_owned()?,
             None => return Ok(Side::Over),
@@ -225,11 +230,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_a_peer_sent_before_it_went_can_be_passed_on() {
+    async fn bytes_sent_before_the_peer_left_can_still_be_read() {
         let (mut peer, ours) = UnixStream::pair().unwrap();
         let mut connection = Connection::new(Stream::Unix(ours));
         let socket = connection.peer();
-        // It has not read what it was sent.
+        // The peer leaves without reading this output.
         connection.write_all(b"output").await.unwrap();
         peer.write_all(b"input").await.unwrap();
         drop(peer);
@@ -243,7 +248,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn closed_side_has_time_to_be_drained() {
+    async fn half_closed_connection_gets_the_drain_limit() {
         let (peer, connection) = connected().await;
         let socket = connection.peer();
         drop(peer);
@@ -255,7 +260,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connection_that_is_over_has_no_peer() {
+    async fn abandoned_resolves_for_a_dropped_connection() {
         let (_peer, connection) = connected().await;
         let socket = connection.peer();
         drop(connection);

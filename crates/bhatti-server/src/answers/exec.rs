@@ -1,5 +1,5 @@
-//! The answer of a command whose output was collected: [`ExecResult`] as JSON, written piece by piece. As a whole
-//! it would take up to six times the output.
+//! The response of a command whose output was buffered: [`ExecResult`] as JSON, written piece by
+//! piece. The whole JSON text would take up to six times the memory of the output.
 
 use axum::body::Bytes;
 use axum::http::header::CONTENT_TYPE;
@@ -12,17 +12,18 @@ use super::{PIECE_BYTES, Part, body};
 use crate::json::Json;
 use crate::utf8::Utf8Pieces;
 
-/// Bytes of output that become one piece of the answer: a multiple of three, so that base64 of the pieces is that of the whole.
+/// Bytes of output in one piece of the response: a multiple of three, so that the base64 of the
+/// pieces is that of the whole.
 const OUTPUT_BYTES: usize = 30 << 10;
 
-/// What a command wrote, and how it ended.
+/// Output and exit code of a command.
 pub(crate) struct Collected {
     pub(crate) exit_code: i32,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
 }
 
-/// The answer with the part of the memory that it takes.
+/// Returns the response, which keeps its memory part until the end.
 pub(crate) fn exec_answer(collected: Collected, part: Part) -> Response {
     let Collected { exit_code, stdout, stderr } = collected;
     if stdout.len() + stderr.len() <= PIECE_BYTES {
@@ -68,26 +69,26 @@ pub(crate) fn exec_answer(collected: Collected, part: Part) -> Response {
     ([(CONTENT_TYPE, "application/json")], body(pieces)).into_response()
 }
 
-/// How bytes become the inside of a JSON string.
+/// Encoding of bytes inside a JSON string.
 enum Writer {
-    /// As text; U+FFFD stands for what is none.
+    /// As text, with U+FFFD in place of invalid UTF-8.
     Text {
         pieces: Utf8Pieces,
     },
     Base64,
 }
 
-/// A field on its way.
+/// A field that is being written.
 struct Field {
     name: &'static str,
     output: usize,
     writer: Writer,
-    /// The next byte of the output; `None` before the name.
+    /// Position of the next byte of the output; `None` before the field's name is written.
     at: Option<usize>,
 }
 
 impl Field {
-    /// The next piece of the field, and whether it is the last.
+    /// Returns the next piece of the field, and whether it is the last.
     fn next(&mut self, output: &[u8]) -> (String, bool) {
         let mut json =
             if self.at.is_none() { format!(",\"{}\":\"", self.name) } else { String::new() };
@@ -112,9 +113,9 @@ impl Field {
     }
 }
 
-/// A text as it stands in a JSON string, without the quotes.
+/// Escapes a text for use in a JSON string, without the quotes.
 fn escaped(text: &str) -> String {
-    // A text can always be written.
+    // Serializing a text cannot fail.
     let quoted = serde_json::to_string(text).unwrap_or_default();
     quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default().to_owned()
 }
@@ -136,7 +137,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answer_in_pieces_is_the_answer_as_a_whole() {
+    async fn response_in_pieces_equals_the_whole_response() {
         let text = "größe ☃ \"\\ \n\u{1}".repeat(10_000).into_bytes();
         let bytes: Vec<u8> = (0..200_000u32).map(|at| (at % 251).to_le_bytes()[0]).collect();
         let zeros = vec![0; 3 * OUTPUT_BYTES];

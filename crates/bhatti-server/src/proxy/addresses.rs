@@ -1,7 +1,9 @@
-//! The address by which a browser reaches an application, and the one that the application has for itself.
+//! Translation between the outer address, by which a browser reaches an application, and the
+//! inner address, which the application knows as its own.
 //!
-//! An application compares `Origin` with `Host` or `X-Forwarded-Host`, and takes a page of another address for a stranger's. What a request says
-//! of the address outside is therefore translated everywhere or nowhere, and what an answer says of the one inside is translated back.
+//! An application compares `Origin` with `Host` or `X-Forwarded-Host`, and takes a page of
+//! another address for a foreign one. The outer address in a request is therefore translated
+//! everywhere or nowhere, and the inner address in a response is translated back.
 
 use axum::http::header::{
     CONTENT_LOCATION, HOST, HeaderName, LOCATION, ORIGIN, REFERER, REFRESH, SET_COOKIE,
@@ -10,39 +12,41 @@ use axum::http::{HeaderMap, HeaderValue};
 
 use super::headers::{FORWARDED_HOST, FORWARDED_PROTO};
 
-/// Both addresses of an application.
+/// Outer and inner address of an application.
 pub(super) struct Addresses {
-    /// The host and port that a browser asks; `None` if the request does not say.
+    /// Host and port that the browser asks for; `None` if the request does not name them.
     outside: Option<String>,
     /// The application's port.
     port: u16,
-    /// The part of the path outside that the application does not see. Empty, or with a slash at its beginning and none at its end.
+    /// Prefix of the outer path that the application does not see. Empty, or with a slash at its
+    /// beginning and none at its end.
     prefix: String,
 }
 
 impl Addresses {
-    /// The addresses for a request that is about to be passed on.
+    /// Returns the addresses for a request that is about to be passed on.
     pub(super) fn of(headers: &HeaderMap, port: u16, prefix: String) -> Self {
         let said = headers.get(FORWARDED_HOST).or_else(|| headers.get(HOST));
         let said = said.and_then(|host| host.to_str().ok());
-        // The first proxy on the way said what the browser asked for.
+        // The first proxy on the way recorded the host that the browser asked for.
         let outside = said.and_then(|hosts| hosts.split(',').next()).map(str::trim);
         let outside = outside.filter(|host| !host.is_empty()).map(str::to_owned);
         Self { outside, port, prefix }
     }
 
-    /// The address that the application has for itself.
+    /// Returns the inner address.
     fn inside(&self) -> String {
         format!("localhost:{}", self.port)
     }
 
-    /// Gives a request the application's own address.
+    /// Translates the outer address in a request to the inner address.
     pub(super) fn translate_request(&self, headers: &mut HeaderMap) {
         let inside = self.inside();
         set(headers, HOST, &inside);
         if self.is_outside(headers.get(ORIGIN)) {
             set(headers, ORIGIN, &format!("http://{inside}"));
-            // An application that believes these would take the origin for another one.
+            // If these headers stayed, an application that trusts them would treat the origin as
+            // foreign.
             headers.remove(FORWARDED_HOST);
             set(headers, FORWARDED_PROTO, "http");
         }
@@ -54,7 +58,8 @@ impl Addresses {
         }
     }
 
-    /// Whether a URL begins with the address outside. A proxy with TLS in front need not have said that it is `https`.
+    /// Returns whether a URL begins with the outer address. The scheme is not compared, because a
+    /// TLS proxy in front of the daemon may not have announced `https`.
     fn is_outside(&self, url: Option<&HeaderValue>) -> bool {
         let authority = url.and_then(|url| url.to_str().ok()).and_then(split_url);
         authority.is_some_and(|(scheme, authority, _)| self.has_outside(scheme, authority))
@@ -68,7 +73,7 @@ impl Addresses {
         self.outside.as_deref().is_some_and(|outside| plain(outside) == plain(authority))
     }
 
-    /// Gives an answer the address outside.
+    /// Translates the inner address in a response to the outer address.
     pub(super) fn translate_answer(&self, headers: &mut HeaderMap) {
         for name in [LOCATION, CONTENT_LOCATION] {
             change(headers, name, |url| self.translate_url(url));
@@ -82,7 +87,8 @@ impl Addresses {
         change(headers, SET_COOKIE, |cookie| Some(self.translate_cookie(cookie)));
     }
 
-    /// A URL in an answer, as it has to be outside; `None` if it is right as it is.
+    /// Translates a URL in a response to the outer address. Returns `None` if the URL needs no
+    /// change.
     fn translate_url(&self, url: &str) -> Option<String> {
         let Some((scheme, authority, path)) = split_url(url) else {
             return url.starts_with('/').then(|| self.outside_path(url));
@@ -97,7 +103,7 @@ impl Addresses {
         })
     }
 
-    /// Whether this is how the application would call itself.
+    /// Returns whether this is an address that the application would use for itself.
     fn is_inside(&self, scheme: &str, authority: &str) -> bool {
         let (host, port) = match authority.rsplit_once(':') {
             Some((host, port)) if !port.contains(']') => (host, port.parse().ok()),
@@ -108,7 +114,8 @@ impl Addresses {
         port == Some(self.port) && own.iter().any(|own| host.eq_ignore_ascii_case(own))
     }
 
-    /// A path of the application, as it is outside. One that has the prefix already is of an application that knows it.
+    /// Returns the outer path for a path of the application. If the path already has the prefix,
+    /// the application knows the prefix, and the path stays.
     fn outside_path(&self, path: &str) -> String {
         let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
         let rest = path.strip_prefix(self.prefix.as_str());
@@ -118,7 +125,8 @@ impl Addresses {
         format!("{}{path}", self.prefix)
     }
 
-    /// A cookie that only this application gets back: neither the applications beside it nor the names above its own.
+    /// Limits a cookie to this application. Neither the applications beside it nor the hosts of
+    /// parent domains receive the cookie.
     fn translate_cookie(&self, cookie: &str) -> String {
         let mut parts = cookie.split(';');
         let mut translated = parts.next().unwrap_or_default().to_owned();
@@ -136,7 +144,8 @@ impl Addresses {
     }
 }
 
-/// The scheme, the authority and the rest of a URL that has an authority. The scheme is empty if it has none.
+/// Splits a URL that has an authority into scheme, authority and rest. The scheme is empty if the
+/// URL has none.
 fn split_url(url: &str) -> Option<(&str, &str, &str)> {
     let (scheme, rest) = url.split_once("//")?;
     let scheme = match scheme {
@@ -157,7 +166,7 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     }
 }
 
-/// Changes all values of a header that are text.
+/// Changes all textual values of a header.
 fn change(headers: &mut HeaderMap, name: HeaderName, change: impl Fn(&str) -> Option<String>) {
     let axum::http::header::Entry::Occupied(mut entry) = headers.entry(name) else { return };
     for value in entry.iter_mut() {
@@ -184,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn request_of_the_applications_own_page_has_its_own_address_everywhere() {
+    fn request_of_the_applications_own_page_gets_the_inner_address() {
         for (host, origin) in [
             ("web.sb.test:81", "http://web.sb.test:81"),
             ("WEB.sb.test", "https://web.sb.test"),
@@ -208,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn page_of_another_address_stays_a_strangers() {
+    fn origin_of_a_foreign_page_is_not_translated() {
         for origin in ["http://evil.test", "http://web.sb.test.evil.test", "null"] {
             let mut all = headers(&[("host", "web.sb.test"), ("x-forwarded-host", "web.sb.test")]);
             all.insert(ORIGIN, HeaderValue::from_static(origin));
@@ -221,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_in_answers_lead_back_to_the_application() {
+    fn urls_in_responses_lead_back_to_the_application() {
         for (said, by_path, by_name) in [
             ("/sub/", "/web/sub/", "/sub/"),
             ("/web/sub/", "/web/sub/", "/web/sub/"),
@@ -253,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn cookies_stay_with_their_application() {
+    fn cookies_are_limited_to_their_application() {
         let mut all = headers(&[
             ("set-cookie", "a=b;c; Path=/; Domain=sb.test; HttpOnly"),
             ("set-cookie", "d=e; path=/x; SameSite=Lax"),

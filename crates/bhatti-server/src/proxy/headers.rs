@@ -1,4 +1,4 @@
-//! Which headers go along.
+//! Headers that the proxy removes, adds or changes.
 
 use axum::http::header::{
     CONNECTION, CONTENT_SECURITY_POLICY, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER,
@@ -8,7 +8,8 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{keys, tickets};
 
-/// Headers that are about one connection (RFC 9110, 7.6.1). The body is framed anew, and who asks to go on is told so here.
+/// Hop-by-hop headers, which apply to one connection (RFC 9110, 7.6.1). The proxy frames the body
+/// itself, and answers `Expect: 100-continue` itself.
 const HOP_BY_HOP: [HeaderName; 9] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -26,7 +27,7 @@ pub(super) const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forward
 pub(super) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
 
-/// What proxies say of where a request came from.
+/// Headers in which proxies describe where a request came from.
 const OF_PROXIES: [HeaderName; 8] = [
     FORWARDED,
     FORWARDED_FOR,
@@ -38,13 +39,13 @@ const OF_PROXIES: [HeaderName; 8] = [
     HeaderName::from_static("x-real-ip"),
 ];
 
-/// The protocol that both sides want to change to.
+/// Returns the protocol to switch to, if `Connection` and `Upgrade` both ask for it.
 pub(super) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
     let wants = connection_options(headers).any(|option| option.eq_ignore_ascii_case("upgrade"));
     headers.get(UPGRADE).filter(|_| wants).cloned()
 }
 
-/// Takes away what is about one connection.
+/// Removes the hop-by-hop headers, and those that `Connection` names.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> =
         connection_options(headers).filter_map(|option| option.parse().ok()).collect();
@@ -58,7 +59,8 @@ fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',').map(str::trim))
 }
 
-/// Takes away what the caller showed to be let in, wherever it stands. An application's own credentials go along.
+/// Removes the daemon's keys and tickets from all headers. An application's own credentials are
+/// passed on.
 pub(super) fn strip_credentials(headers: &mut HeaderMap) {
     let with_ours: Vec<HeaderName> = headers
         .iter()
@@ -74,13 +76,13 @@ pub(super) fn strip_credentials(headers: &mut HeaderMap) {
     }
 }
 
-/// Whether a value has a key or a ticket of ours in it.
+/// Returns whether a value contains a key or a ticket of the daemon.
 fn has_ours(value: &[u8]) -> bool {
     let ours = [keys::PREFIX, tickets::PREFIX];
     ours.iter().any(|prefix| value.windows(prefix.len()).any(|part| part == prefix.as_bytes()))
 }
 
-/// The cookies that have no key of ours in them.
+/// Returns the cookies that contain no key or ticket of the daemon.
 fn cookies_of_others(headers: &HeaderMap) -> Option<HeaderValue> {
     let all = headers
         .get_all(COOKIE)
@@ -93,12 +95,13 @@ fn cookies_of_others(headers: &HeaderMap) -> Option<HeaderValue> {
     (!others.is_empty()).then(|| HeaderValue::from_bytes(&others.join(&b"; "[..])).ok()).flatten()
 }
 
-/// Keeps a page of a guest from being a page of this origin, where the console keeps a key: it gets an origin of its own, its workers answer
-/// for no path but theirs, and it cannot empty what others have stored.
+/// Separates a guest's page from the daemon's origin, where the console keeps a key. The page
+/// gets an origin of its own, its service workers control no path but their own, and the page
+/// cannot clear the storage of others.
 pub(super) fn confine(headers: &mut HeaderMap) {
     const OWN_ORIGIN: &str =
         "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts";
-    // Beside an application's own policy: a browser keeps to all of them.
+    // Added to the application's own policy: a browser enforces all policies.
     headers.append(CONTENT_SECURITY_POLICY, HeaderValue::from_static(OWN_ORIGIN));
     for of_the_whole_origin in [
         "alt-svc",
@@ -113,7 +116,8 @@ pub(super) fn confine(headers: &mut HeaderMap) {
     }
 }
 
-/// Says where the request came from. What it says of that itself is believed if it came from this host: from a proxy in front of us.
+/// Sets the headers that describe where a request came from. The request's own such headers are
+/// trusted only if it came from this host, that is, from a proxy in front of the daemon.
 pub(super) fn forward(headers: &mut HeaderMap, prefix: &str, peer: Option<std::net::IpAddr>) {
     if peer.is_some_and(|peer| !peer.to_canonical().is_loopback()) {
         for name in OF_PROXIES {
@@ -150,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_about_one_connection_stays_there() {
+    fn hop_by_hop_headers_are_removed() {
         let mut all = headers(&[
             ("connection", "close, X-Private"),
             ("x-private", "1"),
@@ -169,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn page_of_a_guest_has_no_power_over_this_origin() {
+    fn guest_page_is_separated_from_the_daemons_origin() {
         let mut all = headers(&[
             ("content-security-policy", "img-src 'self'"),
             ("service-worker-allowed", "/"),
@@ -186,14 +190,14 @@ mod tests {
     }
 
     #[test]
-    fn upgrade_is_wanted_if_both_headers_say_so() {
+    fn upgrade_needs_both_headers() {
         let both = headers(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")]);
 
         assert_eq!(upgrade(&both), Some(HeaderValue::from_static("websocket")));
     }
 
     #[test]
-    fn our_credentials_stay_and_the_applications_go_along() {
+    fn our_credentials_are_removed_and_the_applications_are_kept() {
         let mut ours = headers(&[
             ("authorization", "Bearer bht_0123"),
             ("referer", "http://x/?token=bht-ticket_0123"),
@@ -212,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn application_is_told_where_the_request_came_from() {
+    fn forwarded_headers_describe_the_origin_of_a_request() {
         let mut all = headers(&[("host", "box:8080"), ("x-forwarded-for", "10.0.0.1")]);
 
         forward(&mut all, "/p", Some("127.0.0.1".parse().unwrap()));
@@ -228,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn stranger_is_not_believed_about_where_it_comes_from() {
+    fn forwarded_headers_of_a_remote_peer_are_replaced() {
         let mut all = headers(&[
             ("host", "box:8080"),
             ("forwarded", "for=10.0.0.1"),

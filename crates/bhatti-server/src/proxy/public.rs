@@ -1,4 +1,4 @@
-//! The listener for published ports. Whoever reaches it needs no key, and reaches nothing else.
+//! The listener for published ports. Its clients need no key, and reach nothing else.
 
 use std::time::Duration;
 
@@ -14,14 +14,15 @@ use crate::hear_out::{OF_STRANGERS_BYTES, hear_out};
 use crate::status::{ApiError, moved};
 use crate::{AppState, request_id};
 
-/// When a visitor may come back.
+/// Retry delay for clients of published ports.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// The domain whose names always lead to this machine.
+/// Domain whose names always lead to this machine.
 const LOCAL_ZONE: &str = "localhost";
 
-/// Serves published ports: by host name, `alias.zone`, and by path, `/alias/…`. Pages that are reached by path get an origin of their own, by
-/// `Content-Security-Policy: sandbox`, as they share a host name.
+/// Returns a router for published ports: by host name, `alias.zone`, and by path, `/alias/…`.
+/// Pages that are reached by path share a host name, so `Content-Security-Policy: sandbox` gives
+/// each an origin of its own.
 pub fn public_router(state: AppState) -> Router {
     Router::new().fallback(serve).with_state(state)
 }
@@ -43,13 +44,13 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
             (prefix.trim_start_matches('/').to_owned(), prefix, rest)
         }
     };
-    let missing = || ApiError::new(ErrorCode::NotFound, "nothing is published here");
+    let missing = || ApiError::new(ErrorCode::NotFound, "no port is published at this address");
     let published = state.store.find_publication(&alias)?.ok_or_else(missing)?;
     state.rates.check_public(published.sandbox_id).map_err(|wait| {
         ApiError::new(ErrorCode::RateLimited, "too many requests").retry_after(wait)
     })?;
     if path.is_empty() {
-        // So that relative links lead below the alias.
+        // With the slash, relative links lead below the alias.
         let location = with_query(&format!("{prefix}/"), uri.query());
         return Ok(moved(location));
     }
@@ -61,23 +62,24 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
     };
     let called = published.sandbox_id.to_string();
     let used = state.control.enter(published.owner, &called).await.map_err(|error| {
-        // Who is no user of this daemon is told no more of a sandbox than that it cannot be reached.
+        // A stranger learns no more about a sandbox than that it cannot be reached.
         hidden(&ApiError::from(error))
     })?;
     let slot = state.visits.enter(published.sandbox_id).ok_or_else(|| {
-        ApiError::new(ErrorCode::Busy, "the application has too many visitors").retry_after(RETRY)
+        ApiError::new(ErrorCode::Busy, "the application has too many requests in flight")
+            .retry_after(RETRY)
     })?;
     let is_by_path = !target.prefix.is_empty();
     let passed_on = relay::relay(&state, (used, slot), target, request).await;
     let mut response = passed_on.map_err(|error| hidden(&error))?;
     if is_by_path {
-        // All applications that are reached so have one host name.
+        // All applications that are reached by path share one host name.
         headers::confine(response.headers_mut());
     }
     Ok(response)
 }
 
-/// The same error, without what a stranger need not know.
+/// Returns the error without details that a stranger need not know.
 fn hidden(error: &ApiError) -> ApiError {
     match error.code {
         ErrorCode::Busy => ApiError::new(ErrorCode::Busy, "the host is busy").retry_after(RETRY),
@@ -88,7 +90,7 @@ fn hidden(error: &ApiError) -> ApiError {
     }
 }
 
-/// The alias in a host name: the label before the zone.
+/// Returns the alias in a host name: the label before the zone.
 fn alias_of_host<'a>(headers: &'a HeaderMap, zone: Option<&str>) -> Option<&'a str> {
     let host = headers.get(HOST)?.to_str().ok()?;
     let host = host.rsplit_once(':').map_or(host, |(host, _port)| host);

@@ -1,4 +1,4 @@
-//! Passing one request on.
+//! Relays one request to an application in a guest.
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -28,13 +28,13 @@ use crate::accept::PeerSocket;
 use crate::concurrency::Permit;
 use crate::status::{ApiError, changes_protocol};
 
-/// Headers that an application's answer may have.
+/// Maximum number of headers in an application's response.
 const HEADERS_MAX: usize = 512;
 
-/// How long one side of a connection may go on when the other has ended it.
+/// Time limit for one direction of a connection after the other has ended.
 const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
 
-/// Passes a request on, and returns the answer of the application.
+/// Relays a request, and returns the application's response.
 pub(super) async fn relay(
     state: &AppState,
     (used, visit): (SandboxUse, impl Send + Sync + 'static),
@@ -50,7 +50,7 @@ pub(super) async fn relay(
     let has_body = request.headers().contains_key(TRANSFER_ENCODING);
     headers::strip_hop_by_hop(request.headers_mut());
     if has_body {
-        // Of some methods nobody expects one.
+        // Requests of some methods usually have no body, so announce this one.
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     headers::strip_credentials(request.headers_mut());
@@ -65,12 +65,13 @@ pub(super) async fn relay(
     *request.version_mut() = axum::http::Version::HTTP_11;
 
     let mut response = ask(state, &used, port, request).await?;
-    // An application may speak an earlier one; the connection to the client does not.
+    // The application may use an earlier HTTP version; the connection to the client does not.
     *response.version_mut() = axum::http::Version::HTTP_11;
     addresses.translate_answer(response.headers_mut());
     if changes_protocol(&response) {
         if wanted.is_none() {
-            let message = format!("port {port} changed to a protocol that nobody asked for");
+            let message =
+                format!("port {port} switched to a protocol that the client did not ask for");
             return Err(ApiError::new(ErrorCode::BadGateway, message));
         }
         let application = hyper::upgrade::on(&mut response);
@@ -109,10 +110,11 @@ async fn ask(
     request: Request,
 ) -> Result<hyper::Response<hyper::body::Incoming>, ApiError> {
     let bad = |error: hyper::Error| {
-        let message = format!("port {port} gave no answer that makes sense: {error}");
+        let message = format!("port {port} sent no valid HTTP response: {error}");
         ApiError::new(ErrorCode::BadGateway, message)
     };
-    // The application's time begins when it has the whole request; while that is on its way, with the last piece of it.
+    // The application's time limit starts when it has the whole request. While the request is on
+    // its way, each piece of it restarts the limit.
     let last_piece = Arc::new(Mutex::new(Instant::now()));
     let progress = Arc::clone(&last_piece);
     let request = request.map(|body| {
@@ -128,7 +130,7 @@ async fn ask(
             .handshake(TokioIo::new(stream))
             .await
             .map_err(bad)?;
-        // Ends with the answer, or with whoever waits for it.
+        // The connection's task ends with the response, or when the request is dropped.
         tokio::spawn(connection.with_upgrades());
         sender.send_request(request).await.map_err(bad)
     });
@@ -139,17 +141,18 @@ async fn ask(
             Err(_) if *last_piece.lock() + state.proxy_limit > until => {}
             Err(_) => {
                 let seconds = state.proxy_limit.as_secs();
-                let message = format!("port {port} did not begin to answer within {seconds} s");
+                let message = format!("port {port} did not start a response within {seconds} s");
                 return Err(ApiError::new(ErrorCode::GatewayTimeout, message));
             }
         }
     }
 }
 
-/// Relays bytes both ways until both sides have ended, or one has and the other takes too long.
+/// Relays bytes in both directions until both have ended, or until [`HALF_OPEN_LIMIT`] after the
+/// first has ended.
 async fn tunnel(client: OnUpgrade, application: OnUpgrade) {
     let (Ok(client), Ok(application)) = (client.await, application.await) else { return };
-    // What came right behind the answer's head is in there.
+    // These streams include bytes that came right after the response's head.
     let (mut from_client, mut to_client) = tokio::io::split(TokioIo::new(client));
     let (mut from_application, mut to_application) = tokio::io::split(TokioIo::new(application));
     let up = async {
@@ -167,7 +170,7 @@ async fn tunnel(client: OnUpgrade, application: OnUpgrade) {
     }
 }
 
-/// Resolves when the daemon stops, or the key that let the caller in is none any more.
+/// Resolves when the daemon stops, or the key that authorized the caller is revoked.
 async fn ended(state: &AppState, caller: Option<UserId>) {
     match caller {
         Some(caller) => drop(state.ended(caller).await),

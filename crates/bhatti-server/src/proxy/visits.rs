@@ -1,4 +1,5 @@
-//! How many strangers are at a sandbox at once. Its agent has room for a thousand operations; its owner needs some of it.
+//! Limits the requests of strangers to a sandbox. The guest agent has room for a thousand
+//! operations, and the sandbox's owner needs some of them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,21 +7,21 @@ use std::sync::Arc;
 use bhatti_types::SandboxId;
 use parking_lot::Mutex;
 
-/// The most requests to published ports of one sandbox at once.
+/// Maximum number of requests in flight to the published ports of one sandbox.
 const VISITS_MAX: usize = 512;
 
-/// The requests that are being served, by sandbox.
+/// Number of requests in flight, by sandbox.
 #[derive(Clone, Default)]
 pub(crate) struct Visits(Arc<Mutex<HashMap<SandboxId, usize>>>);
 
-/// One request, until it is dropped.
+/// One request, counted until this is dropped.
 pub(crate) struct Visit {
     visits: Visits,
     sandbox: SandboxId,
 }
 
 impl Visits {
-    /// Lets a request in, if there is room.
+    /// Admits a request. Returns `None` if too many are in flight.
     pub(crate) fn enter(&self, sandbox: SandboxId) -> Option<Visit> {
         let mut visits = self.0.lock();
         let count = visits.entry(sandbox).or_default();
@@ -50,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn room_is_limited_and_given_back() {
+    fn visits_are_limited_and_released() {
         let visits = Visits::default();
         let (one, other) = (SandboxId::from_entropy([1; 8]), SandboxId::from_entropy([2; 8]));
         let all: Vec<_> = (0..VISITS_MAX).map(|_| visits.enter(one).unwrap()).collect();

@@ -1,4 +1,4 @@
-//! `/events`: what happened, and what happens.
+//! `/events`: past events, and a stream of new ones.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -23,31 +23,34 @@ use crate::status::ApiError;
 
 const EVENT_STREAM: &str = "text/event-stream";
 
-/// The most that one answer has, and has if nothing else is said.
+/// Maximum and default number of events in a response.
 const LIMIT_MAX: u32 = 1000;
 const LIMIT: u32 = 100;
 
-/// How often a silent stream says that it is there.
+/// Interval of keep-alive messages on an idle stream.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Which events are wanted.
+/// Selects events.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct EventsQuery {
-    /// Only those whose type begins so.
+    /// Only events whose type begins with this text.
     #[serde(rename = "type")]
     kind: Option<String>,
-    /// Only those of this sandbox, by id or name. Sandboxes that are gone have events, too.
+    /// Only events of this sandbox, by id or name. Destroyed sandboxes have events, too.
     sandbox: Option<String>,
-    /// Only those behind this one, oldest first. Without it the latest ones come.
+    /// Only events after this one, oldest first (default: the latest events).
     after: Option<u64>,
-    /// How many, 1 to 1000; 100 if absent. A stream has no end.
+    /// Maximum number of events, 1 to 1000 (default: 100). A stream has no maximum.
     limit: Option<u32>,
 }
 
-/// Lists the caller's events, or, with `Accept: text/event-stream`, goes on telling them. A stream begins behind `after` or the header
-/// `Last-Event-ID`, or with what happens from now on. The admin sees everybody's.
+/// Lists the caller's events, or streams new ones.
+///
+/// With `Accept: text/event-stream`, the response is a stream. It begins after the event in the
+/// header `Last-Event-ID` or in `after`, or with the next event. The admin sees the events of all
+/// users.
 #[utoipa::path(get, path = "/events", tag = "events", params(EventsQuery),
     responses((status = 200, content((Vec<Event> = "application/json"), (String = "text/event-stream"))),
         (status = "default", body = bhatti_api::ErrorBody)))]
@@ -79,7 +82,8 @@ pub(crate) async fn list(
     Ok(Json(events).into_response())
 }
 
-/// Events as they happen. Each is read from the store, so a client that is slow or comes back misses none.
+/// Streams events as they happen. Each event is read from the store, so a client that is slow or
+/// reconnects misses none.
 fn follow(
     state: AppState,
     headers: &HeaderMap,
@@ -99,10 +103,10 @@ fn follow(
     let events =
         stream::unfold((state, watch, filter), |(state, mut watch, mut filter)| async move {
             let rows = loop {
-                // Before the look: what happens after it is seen by the next one.
+                // Read before the query: the next query finds events that happen after it.
                 let latest = *watch.borrow_and_update();
                 match state.control.list_events(&filter) {
-                    // Nothing up to there is wanted: it need not be looked through again.
+                    // No event up to `latest` matches, so the next query can skip them.
                     Ok(rows) if rows.is_empty() => filter.after = filter.after.max(latest),
                     Ok(rows) => break rows,
                     Err(_) => return None,

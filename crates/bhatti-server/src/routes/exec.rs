@@ -1,4 +1,4 @@
-//! `/sandboxes/{sandbox}/exec`: runs a command, its output in one piece or line by line.
+//! `/sandboxes/{sandbox}/exec`: runs a command, and returns its output at once or line by line.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -27,20 +27,24 @@ use crate::utf8::Utf8Pieces;
 
 pub(super) const NDJSON: &str = "application/x-ndjson";
 
-/// Input that is sent with the command, in bytes: it fits the window of its stream, so that nobody waits for a guest that does not read.
+/// Maximum length of input that is sent together with the command, in bytes. It fits the window
+/// of its stream, so that the daemon never waits for a guest that does not read.
 const SHORT_INPUT_BYTES: usize = 64 * 1024;
 
-/// The most of each output stream that a response in one piece holds, in bytes.
+/// Maximum length of each output stream in a buffered response, in bytes.
 const BUFFERED_BYTES_MAX: usize = 10 << 20;
 
-/// What is reserved for output at once, in bytes, when there is more than little of it.
+/// Minimum growth of an output buffer, in bytes.
 const GROWTH_BYTES: usize = 256 << 10;
 
-/// Runs a command. The answer has all of its output; with `Accept: application/x-ndjson`, a line for each piece as it comes. With `detach`
-/// it is a job, and the answer comes at once.
+/// Runs a command.
+///
+/// The response contains all of the command's output. With `Accept: application/x-ndjson`, the
+/// response streams a line for each piece of output. With `detach`, the command runs as a job,
+/// and the response comes at once.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/exec", tag = "exec", params(("sandbox" = String, Path)), request_body = ExecRequest,
     responses((status = 200, content((ExecResult = "application/json"), (ExecEvent = "application/x-ndjson"))),
-        (status = 202, body = bhatti_api::Job, description = "It runs as a job."), (status = "default", body = bhatti_api::ErrorBody)))]
+        (status = 202, body = bhatti_api::Job, description = "The command runs as a job."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
@@ -55,7 +59,7 @@ pub(crate) async fn run(
     let exec = match agent_request(Command { cmd, env, cwd, user, timeout_sec }) {
         Ok(exec) => exec,
         Err(error) => {
-            // A sandbox that is not there is the better answer.
+            // If the sandbox does not exist, that is the better error.
             state.control.find_id(owner, &called)?;
             return Err(error);
         }
@@ -63,14 +67,14 @@ pub(crate) async fn run(
     if detach {
         if has_stdin {
             return Err(ApiError::new(ErrorCode::BadRequest, "a job has no stdin")
-                .hint("write its input into a file first, or run it without detach"));
+                .hint("write the input into a file first, or run the command without detach"));
         }
         let exec = bhatti_proto::ExecRequest { restart, ..exec };
         return start_job(&state, owner, &called, exec).await;
     }
     if restart {
-        return Err(ApiError::new(ErrorCode::BadRequest, "only a job can be started again")
-            .hint(r#"ask for a job: {"cmd": ["./server"], "detach": true, "restart": true}"#));
+        return Err(ApiError::new(ErrorCode::BadRequest, "only a job can restart")
+            .hint(r#"start a job: {"cmd": ["./server"], "detach": true, "restart": true}"#));
     }
     let stdin = stdin?;
     let (at_hand, rest) =
@@ -79,7 +83,8 @@ pub(crate) async fn run(
     if accepts(&headers, NDJSON) {
         return Ok(lines(input, output, rest));
     }
-    // A command may end without having read its input; the input half lives until then, for without it the command is killed.
+    // A command may end without reading its input. The input half lives until then, because
+    // dropping it kills the command.
     let feed_on = async {
         let _input = feed(input, rest).await;
         std::future::pending::<()>().await;
@@ -92,7 +97,7 @@ pub(crate) async fn run(
     Ok(exec_answer(collected?, part))
 }
 
-/// What a command is to read.
+/// Returns the input of a command.
 fn read_stdin(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, ApiError> {
     match (text, base64) {
         (text, None) => Ok(text.unwrap_or_default().into_bytes()),
@@ -107,7 +112,7 @@ fn read_stdin(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, A
     }
 }
 
-/// Starts a command that runs on without a client.
+/// Starts a job: a command that runs without a client.
 async fn start_job(
     state: &AppState,
     owner: UserId,
@@ -118,20 +123,21 @@ async fn start_job(
     let used = state.control.enter(owner, called).await?;
     let info = used.agent.create_detached(exec).await?;
     if restart && !info.restart {
-        // An agent of an older version, which runs on with its sandbox, does not know the wish.
+        // A guest agent of an older version, which keeps running with its sandbox, does not know
+        // `restart`.
         used.agent.kill_session(&info.session_id).await?;
         return Err(ApiError::new(
             ErrorCode::WrongState,
-            "the sandbox's agent is too old to start a job again",
+            "the sandbox's guest agent is too old to restart a job",
         )
-        .hint("boot it anew: bhatti stop NAME, then bhatti start --cold-boot NAME"));
+        .hint("boot the sandbox again: bhatti stop NAME, then bhatti start --cold-boot NAME"));
     }
     let job = super::jobs::job(info);
     let job = job.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the job got a terminal"))?;
     Ok(accepted(job))
 }
 
-/// What is to be run.
+/// A command to run.
 #[derive(Debug, Default)]
 pub(crate) struct Command {
     pub(crate) cmd: Vec<String>,
@@ -141,7 +147,7 @@ pub(crate) struct Command {
     pub(crate) timeout_sec: Option<u32>,
 }
 
-/// Checks a command and turns it into the agent's request.
+/// Checks a command and converts it into the guest agent's request.
 pub(crate) fn agent_request(command: Command) -> Result<bhatti_proto::ExecRequest, ApiError> {
     let Command { cmd, env, cwd, user, timeout_sec } = command;
     if cmd.first().is_none_or(String::is_empty) {
@@ -156,7 +162,8 @@ pub(crate) fn agent_request(command: Command) -> Result<bhatti_proto::ExecReques
     Ok(bhatti_proto::ExecRequest { argv: cmd, env, cwd, user, timeout_ms, ..Default::default() })
 }
 
-/// Feeds the command what it has not been given yet. One that has closed its input, or is gone, says so on its output.
+/// Writes the rest of the input to the command. Errors are ignored: if the command has closed its
+/// input or has ended, its output shows that.
 async fn feed(mut input: ExecInput, rest: Option<Vec<u8>>) -> ExecInput {
     if let Some(stdin) = rest
         && input.write(&stdin).await.is_ok()
@@ -170,7 +177,7 @@ async fn collect(mut output: ExecOutput, part: &mut Part) -> Result<Collected, A
     let (mut stdout, mut stderr, mut timed_out) = (Vec::new(), Vec::new(), false);
     loop {
         if !part.grow_to(stdout.len() + stderr.len()) {
-            let message = "too many long answers are under way; this command was killed";
+            let message = "the memory for buffered responses is in use; the command was killed";
             return Err(ApiError::new(ErrorCode::Busy, message)
                 .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
         }
@@ -195,14 +202,15 @@ fn append(collected: &mut Vec<u8>, bytes: &[u8]) -> Result<(), ApiError> {
             .hint(format!("ask for a stream with `Accept: {NDJSON}`")));
     }
     if collected.capacity() - collected.len() < bytes.len() {
-        // Not twice as much: what is counted is what it holds.
+        // Do not double the buffer: the memory budget counts what the buffer holds.
         collected.reserve_exact(bytes.len().max(GROWTH_BYTES));
     }
     collected.extend_from_slice(bytes);
     Ok(())
 }
 
-/// A response that grows a line with each event. A client that goes away takes the command with it.
+/// Returns a response with a line for each event. If the client disconnects, the command is
+/// killed.
 fn lines(input: ExecInput, output: ExecOutput, rest: Option<Vec<u8>>) -> Response {
     let feeding = Box::pin(feed(input, rest));
     let state = Lines {
@@ -235,7 +243,7 @@ struct Lines {
 }
 
 impl Lines {
-    /// The next lines, `None` behind the last.
+    /// Returns the next lines; `None` after the last.
     async fn next(&mut self) -> Option<Vec<u8>> {
         while !self.ended {
             let lines = match self.next_event().await {
@@ -258,7 +266,7 @@ impl Lines {
                     self.last(ExecEvent::Error { data: message, code })
                 }
             };
-            // An event that only completes half a character is no line yet.
+            // An event that holds only a part of a character gives no line yet.
             if !lines.is_empty() {
                 return Some(lines);
             }

@@ -1,11 +1,14 @@
 //! `/sandboxes/{sandbox}/exec/ws`: a command with its streams on a WebSocket.
 //!
-//! The first message starts it. After that, binary messages carry the streams, the first byte saying which; text messages carry the
-//! rest. See [`bhatti_api::channel`], [`StreamRequest`] and [`StreamServerMessage`].
+//! The first message starts the command. After that, binary messages carry the streams, and their
+//! first byte names the stream. Text messages carry everything else. See [`bhatti_api::channel`],
+//! [`StreamRequest`] and [`StreamServerMessage`].
+//!
+//! Signals and the disconnect of the client bypass the queue:
 //!
 //! ```text
-//!  client ──► receive ──► queue of one window ──► feed ──► command's input        (signals and the client's end pass the queue)
-//!  client ◄── send ◄───── acknowledgements ◄───────┘
+//!  client ──► receive ──► queue of one window ──► feed ──► command's input
+//!  client ◄── send ◄───── acknowledgments ◄────────┘
 //!               ▲───────────────────────────────────────── command's output
 //! ```
 
@@ -32,14 +35,17 @@ use crate::extract::ApiPath;
 use crate::status::ApiError;
 use crate::websocket::{Receiver, Sender, Upgrade, split};
 
-/// How long a client may take to say what to start.
+/// Time limit for the client's start message.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
-/// Bytes that are passed on to the command at once.
+/// Maximum number of bytes written to the command at once.
 const PIECE_BYTES: usize = 32 << 10;
 
-/// A command with its streams on a WebSocket. The first message is `StreamRequest` of type `start`; after that binary messages carry the
-/// streams, their first byte saying which (1 standard input, 2 output, 3 error), and text messages the rest.
+/// Runs a command with its streams on a WebSocket.
+///
+/// The first message is a `StreamRequest` of type `start`. After that, binary messages carry the
+/// streams, and their first byte names the stream (1 standard input, 2 output, 3 error). Text
+/// messages carry everything else.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/exec/ws", tag = "exec", params(("sandbox" = String, Path)),
     responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
@@ -48,7 +54,7 @@ pub(crate) async fn run(
     ApiPath(called): ApiPath<String>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
-    // What can be refused with a proper status is.
+    // A refusal before the upgrade has a proper status.
     state.control.find_id(owner, &called)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
@@ -56,7 +62,7 @@ pub(crate) async fn run(
         let (sender, mut receiver) = split(socket);
         let last = match start(&state, owner, &called, &sender, &mut receiver).await {
             Ok((input, output)) => {
-                // Nobody listened to it meanwhile.
+                // The daemon did not read from the client meanwhile.
                 receiver.heard_now();
                 relay((&state, owner), input, output, &sender, &mut receiver).await
             }
@@ -78,7 +84,7 @@ async fn start(
     let bad = |what: &str| ApiError::new(ErrorCode::BadRequest, what);
     let first = timeout(START_LIMIT, receiver.next(sender))
         .await
-        .map_err(|_| bad("no start message came in time"))?;
+        .map_err(|_| bad("the start message did not arrive in time"))?;
     let Some(Message::Text(json)) = first else {
         return Err(bad("the first message must be text"));
     };
@@ -91,7 +97,8 @@ async fn start(
     Ok(state.control.exec(owner, called, request, None).await?)
 }
 
-/// Relays until the command has ended, and returns the last message; none if the client has gone.
+/// Relays until the command has ended, and returns the last message. Returns `None` if the client
+/// has gone.
 async fn relay(
     (state, owner): (&AppState, UserId),
     input: ExecInput,
@@ -100,7 +107,7 @@ async fn relay(
     receiver: &mut Receiver,
 ) -> Option<StreamServerMessage> {
     let control = input.control();
-    // It has room for the window that `receive` checks, in pieces of any size.
+    // The queue has room for the window that `receive` checks, in pieces of any size.
     let window = usize::try_from(STDIN_WINDOW_BYTES).unwrap_or(usize::MAX);
     let (queued, queue) = tokio::io::simplex(window);
     let (acknowledge, acknowledged) = mpsc::unbounded_channel();
@@ -117,7 +124,7 @@ async fn relay(
     }
 }
 
-/// Sends output and acknowledgements until the command has ended.
+/// Sends output and acknowledgments until the command has ended.
 async fn send_output(
     mut output: ExecOutput,
     mut acknowledged: mpsc::UnboundedReceiver<u64>,
@@ -154,14 +161,15 @@ async fn send_output(
     }
 }
 
-/// Writes queued input to the command. One that takes no more, or has ended, leaves the rest unread; its output says how it ended.
+/// Writes queued input to the command. If the command accepts no more input, the rest stays
+/// unread, and the output shows how the command ended.
 async fn feed(
     mut input: ExecInput,
     mut queued: ReadHalf<SimplexStream>,
     acknowledge: mpsc::UnboundedSender<u64>,
 ) {
     let mut piece = vec![0; PIECE_BYTES];
-    // Reading what is in memory does not fail.
+    // Reading from memory does not fail.
     while let Ok(length) = queued.read(&mut piece).await {
         if length == 0 {
             drop(input.end().await);
@@ -170,14 +178,14 @@ async fn feed(
         if input.write(&piece[..length]).await.is_err() {
             break;
         }
-        // Nobody is told any more when the command has ended.
+        // If the command has ended, nothing waits for the acknowledgment.
         let _: Result<(), mpsc::error::SendError<u64>> = acknowledge.send(length as u64);
     }
-    // The half lives on: without it the command would be killed.
+    // Keep the input half alive: dropping it would kill the command.
     std::future::pending::<()>().await;
 }
 
-/// Takes what the client sends, until it goes away or sends something that makes no sense.
+/// Handles the client's messages, until the client disconnects or sends an invalid one.
 async fn receive(
     control: &ExecControl,
     mut queue: WriteHalf<SimplexStream>,
@@ -197,14 +205,14 @@ async fn receive(
                 sent += bytes.len() as u64;
                 if sent - taken.load(Ordering::Relaxed) > STDIN_WINDOW_BYTES {
                     return bad(format!(
-                        "more than {STDIN_WINDOW_BYTES} bytes of input came unacknowledged"
+                        "the client sent more than {STDIN_WINDOW_BYTES} unacknowledged bytes of input"
                     ));
                 }
-                // It has room. Nobody takes it any more when the command has ended.
+                // The queue has room. If the command has ended, the input is dropped.
                 drop(queue.write_all(&bytes).await);
             }
             Message::Binary(_) => {
-                return bad("binary messages begin with the byte 1".to_owned());
+                return bad("a binary message must begin with the byte 1".to_owned());
             }
             Message::Text(json) => match serde_json::from_str(&json) {
                 Ok(StreamRequest::StdinEof) if ended => continue,
@@ -218,7 +226,7 @@ async fn receive(
                     continue;
                 }
                 Ok(StreamRequest::Start { .. }) => {
-                    return bad("the command has been started".to_owned());
+                    return bad("the command has already been started".to_owned());
                 }
                 Err(error) => return bad(format!("invalid json: {error}")),
             },

@@ -23,35 +23,36 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, file_error};
 
-/// How many times the bytes that a guest sends of a listing it takes at most: as it came, taken apart, and as the answer.
+/// Memory that a listing takes at most, as a multiple of the bytes that a guest sends: as
+/// received, as parsed, and as the response.
 const LISTING_COST: usize = 4;
 
-/// The size of the whole file, in bytes, whatever part of it is sent.
+/// Size of the whole file, in bytes, even if only a part is sent.
 const SIZE: HeaderName = HeaderName::from_static("x-file-size");
 const MODE: HeaderName = HeaderName::from_static("x-file-mode");
 const IS_DIR: HeaderName = HeaderName::from_static("x-file-isdir");
 
-/// Which file, and what of it.
+/// Selects a file, and a part of it.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct ReadQuery {
-    /// Its path.
+    /// Path in the sandbox.
     path: String,
-    /// Whether the entries of a directory are wanted.
+    /// List the entries of a directory.
     #[serde(default)]
     ls: bool,
-    /// The first line, counted from 1.
+    /// First line to return, counted from 1.
     offset: Option<u32>,
-    /// The most lines.
+    /// Maximum number of lines.
     limit: Option<u32>,
-    /// The most bytes.
+    /// Maximum number of bytes.
     max_bytes: Option<u64>,
-    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     user: Option<String>,
 }
 
-/// Reads a file, or some lines of it; or lists a directory.
+/// Reads a file, or some of its lines, or lists a directory.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), ReadQuery),
     responses((status = 200, content((Vec<u8> = "application/octet-stream"), (Vec<FileEntry> = "application/json"))),
         (status = "default", body = bhatti_api::ErrorBody)))]
@@ -96,14 +97,15 @@ async fn list(
     };
     let entries = agent.list_directory_within(path, admit).await;
     if is_full {
-        return Err(ApiError::new(ErrorCode::Busy, "too many long answers are under way"));
+        return Err(ApiError::new(ErrorCode::Busy, "the memory for buffered responses is in use"));
     }
     let entries: Vec<_> = entries.map_err(file_error)?.into_iter().map(entry).collect();
     let json = serde_json::to_vec(&entries).map_err(|error| ApiError::internal(&error))?;
     Ok(json_answer(json, part))
 }
 
-/// The next piece of a file; an error cuts the answer off, so that a part is never taken for the whole.
+/// Returns the next piece of a file. An error cuts the response off, so that a part is never
+/// taken for the whole.
 async fn next_piece<T>(
     reading: Option<(FileContent, T)>,
 ) -> Option<(io::Result<bytes::Bytes>, Option<(FileContent, T)>)> {
@@ -115,18 +117,18 @@ async fn next_piece<T>(
     }
 }
 
-/// Which file.
+/// Selects a file or directory.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct PathQuery {
-    /// Its path.
+    /// Path in the sandbox.
     pub(super) path: String,
-    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     pub(super) user: Option<String>,
 }
 
-/// Facts about a file or directory, in headers.
+/// Returns facts about a file or directory in headers.
 #[utoipa::path(head, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), PathQuery),
     responses((status = 200, headers(("X-File-Size" = i64), ("X-File-Mode" = String), ("X-File-IsDir" = bool))),
         (status = "default", description = "An error, without a body.")))]
@@ -147,21 +149,24 @@ pub(crate) async fn stat(
     Ok(headers.into_response())
 }
 
-/// Where a file is written.
+/// Selects the file to write.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct WriteQuery {
-    /// Its path.
+    /// Path in the sandbox.
     path: String,
-    /// Its permission bits in octal [default: those of the file that is there, or `0644`].
+    /// Permission bits in octal (default: those of the existing file, or `0644`).
     mode: Option<String>,
-    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     user: Option<String>,
 }
 
-/// Writes a file, whole or not at all. Its content may be of any length, announced or not. A file that is there keeps its owner, permission
-/// bits and extended attributes; links are followed.
+/// Writes a file.
+///
+/// An upload that breaks off leaves the file as it was. The content may have any length,
+/// announced or not. An existing file keeps its owner, permission bits and extended attributes.
+/// Symbolic links are followed.
 #[utoipa::path(put, path = "/sandboxes/{sandbox}/files", tag = "files", params(("sandbox" = String, Path), WriteQuery),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
@@ -185,12 +190,15 @@ pub(crate) async fn write(
 async fn send_content(mut upload: FileUpload, until_eof: bool, body: Body) -> Result<(), ApiError> {
     let mut content = body.into_data_stream();
     while let Some(piece) = content.next().await {
-        // A client that goes away leaves the guest's file as it was.
+        // If the client disconnects, the guest's file stays as it was.
         let piece = piece.map_err(|_| {
-            ApiError::new(ErrorCode::BadRequest, "the content broke off before its end")
+            ApiError::new(
+                ErrorCode::BadRequest,
+                "the upload broke off before the end of the content",
+            )
         })?;
         if upload.write(&piece).await.is_err() {
-            // A guest that does not take more has said why.
+            // A guest that accepts no more has sent the reason.
             return upload.finish().await.map_err(file_error);
         }
     }
@@ -200,17 +208,17 @@ async fn send_content(mut upload: FileUpload, until_eof: bool, body: Body) -> Re
     upload.finish().await.map_err(file_error)
 }
 
-/// What is removed.
+/// Selects the file or directory to remove.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct RemoveQuery {
-    /// Its path.
+    /// Path in the sandbox.
     path: String,
-    /// Whether a directory goes with all that is in it.
+    /// Remove a directory together with its content.
     #[serde(default)]
     recursive: bool,
-    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     user: Option<String>,
 }
 
@@ -228,7 +236,7 @@ pub(crate) async fn remove(
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-/// Makes a directory.
+/// Creates a directory.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/files/mkdir", tag = "files", params(("sandbox" = String, Path)),
     request_body = MakeDirectory, responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn make_directory(
@@ -245,7 +253,7 @@ pub(crate) async fn make_directory(
     Ok(Json(Done { status: "ok".to_owned() }))
 }
 
-/// Renames a file or directory, replacing what a rename replaces.
+/// Renames a file or directory. An existing target is replaced as rename(2) does.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/files/rename", tag = "files", params(("sandbox" = String, Path)),
     request_body = RenameFile, responses((status = 200, body = Done), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn rename(

@@ -1,6 +1,6 @@
 //! `/sandboxes/{sandbox}/forward/{port}`: a TCP connection to a port in the guest, on a WebSocket.
 //!
-//! What is sent goes in binary messages, in pieces of any length; an empty one ends its direction.
+//! Bytes travel in binary messages of any length. An empty message ends its direction.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -22,15 +22,16 @@ use crate::extract::ApiPath;
 use crate::status::ApiError;
 use crate::websocket::{self, Receiver, Sender, Upgrade};
 
-/// What is read at once, in bytes.
+/// Number of bytes that are read at once.
 const PIECE_BYTES: usize = 64 * 1024;
 
-/// How long an application that takes nothing more may go on sending.
+/// Time limit for an application that reads no more to finish sending.
 const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
 
-/// Connects to a TCP port of the guest's loopback, whatever is spoken there. It needs no network in the guest.
+/// Opens a TCP connection to a port of the guest's loopback interface, for any protocol. The
+/// guest needs no network.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/forward/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path)),
-    responses((status = 101, description = "The WebSocket is open, and so is the port."), (status = "default", body = bhatti_api::ErrorBody)))]
+    responses((status = 101, description = "The WebSocket is open and connected to the port."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
@@ -59,38 +60,39 @@ pub(crate) async fn run(
 type Reader = ReadHalf<Box<dyn AgentStream>>;
 type Writer = WriteHalf<Box<dyn AgentStream>>;
 
-/// Relays both directions until both have ended or the client has gone. An application may say nothing to a client that has gone, so
-/// its direction is not waited for then.
+/// Relays both directions until both have ended or the client has gone. An application may stay
+/// silent after its client has gone, so the relay then does not wait for the application's
+/// direction.
 async fn relay((reader, writer): (Reader, Writer), sender: &Sender, receiver: &mut Receiver) {
     let mut sending = pin!(send(reader, sender));
     let mut receiving = pin!(receive(writer, sender, receiver));
     tokio::select! {
         ended = &mut receiving => {
             if ended == Ended::ByGuest {
-                // It takes nothing more, and may still have something to say.
+                // The application reads no more, but may still send.
                 drop(timeout(HALF_OPEN_LIMIT, sending).await);
             }
         }
-        // The client may go on; when it goes, `receive` ends.
+        // The client may continue to send; when it disconnects, `receive` ends.
         () = &mut sending => drop(receiving.await),
     }
 }
 
-/// Why nothing more is received.
+/// Reason why `receive` has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ended {
     /// The client has gone.
     ByClient,
-    /// The application takes nothing more.
+    /// The application reads no more.
     ByGuest,
 }
 
-/// Sends what the guest sends, until it has ended its direction.
+/// Passes the guest's bytes on to the client, until the guest has ended its direction.
 async fn send(mut reader: Reader, sender: &Sender) {
     let mut piece = BytesMut::new();
     loop {
         piece.reserve(PIECE_BYTES);
-        // A connection that breaks has ended, too.
+        // A broken connection has ended, too.
         let length = reader.read_buf(&mut piece).await.unwrap_or_default();
         if sender.send(Message::Binary(piece.split().freeze())).await.is_none() || length == 0 {
             return;
@@ -98,12 +100,12 @@ async fn send(mut reader: Reader, sender: &Sender) {
     }
 }
 
-/// Passes on what the client sends, until it has gone.
+/// Passes the client's bytes on to the guest, until the client has gone.
 async fn receive(mut writer: Writer, sender: &Sender, receiver: &mut Receiver) -> Ended {
     while let Some(message) = receiver.next(sender).await {
         let bytes: Bytes = match message {
             Message::Binary(bytes) => bytes,
-            // Nothing else means anything here.
+            // Other messages have no meaning here.
             _ => continue,
         };
         let passed =

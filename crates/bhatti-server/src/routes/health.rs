@@ -11,7 +11,7 @@ use crate::auth::Caller;
 use crate::json::Json;
 use crate::status::ApiError;
 
-/// Whether and how the daemon runs. Needs no key.
+/// Returns the state of the daemon. Needs no API key.
 #[utoipa::path(get, path = "/health", tag = "daemon", security(()),
     responses((status = 200, body = Health), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, ApiError> {
@@ -28,7 +28,8 @@ pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Health>, A
     }))
 }
 
-/// What the daemon measures, in the text format of Prometheus. For the admin.
+/// Returns the daemon's metrics in the OpenMetrics text format, which Prometheus reads. Admin
+/// only.
 #[utoipa::path(get, path = "/metrics", tag = "daemon",
     responses((status = 200, body = String, content_type = "application/openmetrics-text"), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn metrics(

@@ -18,14 +18,14 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
 use crate::status::{ApiError, created};
 
-/// Lists the images that sandboxes can begin as.
+/// Lists the images that sandboxes can start from.
 #[utoipa::path(get, path = "/images", tag = "images",
     responses((status = 200, body = Vec<Image>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<Vec<Image>>, ApiError> {
     Ok(Json(all(&state)?))
 }
 
-/// One image.
+/// Returns an image.
 #[utoipa::path(get, path = "/images/{image}", tag = "images", params(("image" = String, Path)),
     responses((status = 200, body = Image), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
@@ -37,17 +37,19 @@ pub(crate) async fn get(
     found.map(Json).ok_or_else(missing)
 }
 
-/// What an archive is to become.
+/// Names the image to import.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct ImportQuery {
-    /// The image's name.
+    /// Name of the image.
     name: String,
 }
 
-/// Makes an image of a tar archive: a root file system, what `docker save` writes for one image, or
-/// an OCI layout. It may be compressed with gzip, xz or zstd. Nothing in it is run. For the admin.
+/// Creates an image from a tar archive.
+///
+/// The archive holds a root file system, what `docker save` writes for one image, or an OCI
+/// layout. It may be compressed with gzip, xz or zstd. Nothing in it is run. Admin only.
 #[utoipa::path(post, path = "/images/import", tag = "images", params(ImportQuery),
     request_body(content = Vec<u8>, content_type = "application/x-tar"),
     responses((status = 201, body = Image), (status = "default", body = bhatti_api::ErrorBody)))]
@@ -75,18 +77,22 @@ pub(crate) async fn import(
     Ok(created(image(made)))
 }
 
-/// Writes what comes into a file.
+/// Writes a request's body into a file.
 async fn receive(body: Body, upload: std::fs::File) -> Result<std::fs::File, ApiError> {
     let failed = |error: std::io::Error| ApiError::internal(&error);
     let mut file = tokio::fs::File::from_std(upload);
     let (mut content, mut received) = (body.into_data_stream(), 0);
     while let Some(piece) = content.next().await {
-        let broken =
-            |_| ApiError::new(ErrorCode::BadRequest, "the archive broke off before its end");
+        let broken = |_| {
+            ApiError::new(
+                ErrorCode::BadRequest,
+                "the upload broke off before the end of the archive",
+            )
+        };
         let piece = piece.map_err(broken)?;
         received += piece.len() as u64;
         if received > IMAGE_BYTES_MAX {
-            let message = format!("an archive may have {IMAGE_BYTES_MAX} bytes");
+            let message = format!("the archive is larger than {IMAGE_BYTES_MAX} bytes");
             return Err(ApiError::new(ErrorCode::BodyTooLarge, message));
         }
         file.write_all(&piece).await.map_err(failed)?;
@@ -95,7 +101,7 @@ async fn receive(body: Body, upload: std::fs::File) -> Result<std::fs::File, Api
     Ok(file.into_std().await)
 }
 
-/// Takes an image away that no sandbox, snapshot or template has. For the admin.
+/// Deletes an image that no sandbox, snapshot or template uses. Admin only.
 #[utoipa::path(delete, path = "/images/{image}", tag = "images", params(("image" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(
@@ -131,10 +137,10 @@ impl From<ImportError> for ApiError {
                 Self::new(ErrorCode::NameTaken, error.to_string()).hint("choose another name")
             }
             ImportError::Archive { .. } => Self::new(ErrorCode::BadRequest, error.to_string())
-                .hint("expected a tar of a root file system, as `docker export` writes it, plain or compressed with gzip or xz"),
+                .hint("send a tar of a root file system (`docker export`), of one image (`docker save`) or of an OCI layout, plain or compressed with gzip, xz or zstd"),
             ImportError::TooLarge => Self::new(ErrorCode::BadRequest, error.to_string()),
             ImportError::Build(SetupError::DiskFull { .. }) => {
-                Self::new(ErrorCode::Busy, "this host has no room for the image")
+                Self::new(ErrorCode::Busy, "the disk of the daemon's host has no space for the image")
             }
             ImportError::Tool(_) | ImportError::File(_) | ImportError::Build(_) | ImportError::Store(_) => {
                 Self::internal(&error)

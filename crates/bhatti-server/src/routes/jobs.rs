@@ -24,7 +24,7 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
 use crate::status::ApiError;
 
-/// Lists the jobs that run, and those that ended lately, oldest first.
+/// Lists the jobs that run or have ended recently, oldest first.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs", tag = "jobs", params(("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Job>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
@@ -36,7 +36,7 @@ pub(crate) async fn list(
     Ok(Json(used.agent.list_sessions().await?.into_iter().filter_map(job).collect()))
 }
 
-/// One job.
+/// Returns a job.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs/{job}", tag = "jobs", params(("sandbox" = String, Path), ("job" = String, Path)),
     responses((status = 200, body = Job), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
@@ -48,7 +48,7 @@ pub(crate) async fn get(
     find(&used, &id).await.map(Json)
 }
 
-/// A terminal's session is no job: it is not found.
+/// Finds a job. A terminal session is not a job, so it is not found.
 async fn find(used: &SandboxUse, id: &str) -> Result<Job, ApiError> {
     let mut jobs = used.agent.list_sessions().await?.into_iter().filter_map(job);
     let missing = || {
@@ -58,7 +58,7 @@ async fn find(used: &SandboxUse, id: &str) -> Result<Job, ApiError> {
     jobs.find(|job| job.id == id).ok_or_else(missing)
 }
 
-/// Kills a job, or forgets one that has ended.
+/// Kills a job, or removes a job that has ended.
 #[utoipa::path(delete, path = "/sandboxes/{sandbox}/jobs/{job}", tag = "jobs", params(("sandbox" = String, Path), ("job" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn kill(
@@ -72,19 +72,20 @@ pub(crate) async fn kill(
     Ok(Json(Deleted { status: "killed".to_owned() }))
 }
 
-/// Which output is wanted.
+/// Selects a part of the output.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct OutputQuery {
-    /// The byte to begin with; the first one that is kept if absent.
+    /// Offset of the first byte to return (default: the first byte that is kept).
     offset: Option<u64>,
-    /// Whether output that is still to come is wanted, until the job ends.
+    /// Continue with new output until the job ends.
     #[serde(default)]
     follow: bool,
 }
 
-/// A job's output, both streams as they were written. `X-Output-Offset` is the place of the first byte.
+/// Returns a job's output, with both streams in the order in which they were written. The header
+/// `X-Output-Offset` has the offset of the first byte.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs/{job}/output", tag = "jobs",
     params(("sandbox" = String, Path), ("job" = String, Path), OutputQuery),
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = "default", body = bhatti_api::ErrorBody)))]
@@ -112,19 +113,20 @@ pub(crate) async fn output(
     Ok((headers, Body::from_stream(body)).into_response())
 }
 
-/// How far a client has come in a job's output.
+/// A client's position in a job's output.
 struct Place {
     output: SessionOutput,
     until: u64,
     state: AppState,
     owner: UserId,
     _used: SandboxUse,
-    /// Its end would end the output, too.
+    /// Dropping the input half would end the output, too.
     _input: ExecInput,
 }
 
 impl Place {
-    /// The next piece; an error, which cuts the answer off, if the sandbox is lost before the end.
+    /// Returns the next piece. If the sandbox is lost before the end, returns an error, which
+    /// cuts the response off.
     async fn next(&mut self) -> Option<io::Result<Bytes>> {
         if self.output.position() >= self.until {
             return None;
@@ -149,7 +151,7 @@ impl Place {
     }
 }
 
-/// A session without a terminal.
+/// Converts a session into a job. Returns `None` for a terminal session.
 pub(super) fn job(info: SessionInfo) -> Option<Job> {
     (!info.tty).then(|| Job {
         id: info.session_id,

@@ -1,4 +1,4 @@
-//! `/sandboxes/{sandbox}/ports` and `/ports`: what listens in guests.
+//! `/sandboxes/{sandbox}/ports` and `/ports`: listening ports in guests.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -20,16 +20,16 @@ use crate::status::ApiError;
 /// The kernel's tables of TCP sockets.
 const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
 
-/// The most that is read of a table, in bytes: a guest may put anything there.
+/// Maximum number of bytes that are read from a table: a guest may put anything there.
 const TABLE_BYTES_MAX: usize = 4 << 20;
 
-/// How long one of many guests may take.
+/// Time limit for each guest when all guests are asked.
 const GUEST_LIMIT: Duration = Duration::from_secs(2);
 
-/// The state of a socket that listens, in them.
+/// State of a listening socket in these tables.
 const LISTEN: &str = "0A";
 
-/// Lists the TCP ports that something listens at in a sandbox.
+/// Lists the TCP ports that listen in a sandbox.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/ports", tag = "ports", params(("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
@@ -42,7 +42,7 @@ pub(crate) async fn list(
     Ok(Json(ports.into_iter().map(|number| port(used.id, number, false)).collect()))
 }
 
-/// Lists the TCP ports of all of the caller's sandboxes that are hot. Wakes none.
+/// Lists the listening TCP ports of all hot sandboxes of the caller. Wakes no sandbox.
 #[utoipa::path(get, path = "/ports", tag = "ports",
     responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list_all(
@@ -54,7 +54,7 @@ pub(crate) async fn list_all(
         if state.control.thermal(row.id) != Some(Thermal::Hot) {
             continue;
         }
-        // One that cools, goes, or does not answer has no ports.
+        // A sandbox that cools, is destroyed or does not respond counts as one without ports.
         let asked = async {
             let used = state.control.enter(owner, &row.id.to_string()).await.ok()?;
             listening(&used.agent).await.ok()
@@ -73,7 +73,7 @@ async fn listening(agent: &AgentClient) -> Result<BTreeSet<u16>, CallError> {
                 let text = content.read_to_end(TABLE_BYTES_MAX).await?;
                 ports.extend(parse(&String::from_utf8_lossy(&text)));
             }
-            // A guest without IPv6 has no table of it.
+            // A guest without IPv6 has no IPv6 table.
             Err(CallError::Agent(_)) => {}
             Err(error) => return Err(error),
         }
@@ -81,7 +81,8 @@ async fn listening(agent: &AgentClient) -> Result<BTreeSet<u16>, CallError> {
     Ok(ports)
 }
 
-/// The ports of sockets that listen: the second column is `ADDRESS:PORT` in hexadecimal, the fourth the state.
+/// Returns the ports of listening sockets. The second column is `ADDRESS:PORT` in hexadecimal,
+/// the fourth the state.
 fn parse(table: &str) -> impl Iterator<Item = u16> {
     table.lines().skip(1).filter_map(|line| {
         let mut columns = line.split_whitespace().skip(1);
@@ -105,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sockets_that_listen_are_found() {
+    fn listening_sockets_are_found() {
         let table = "\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0

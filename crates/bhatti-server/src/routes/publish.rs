@@ -1,4 +1,4 @@
-//! `/sandboxes/{sandbox}/publish`: ports that anybody may reach.
+//! `/sandboxes/{sandbox}/publish`: published ports, which anyone may reach.
 
 use axum::Extension;
 use axum::extract::State;
@@ -15,7 +15,8 @@ use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 use crate::{AppState, PublicAddress};
 
-/// The longest part of a sandbox's name in an alias, in bytes: with `-` and six digits it stays a DNS label.
+/// Maximum length of a sandbox's name in an alias, in bytes. With `-` and six digits, the alias
+/// remains a DNS label.
 const NAME_BYTES_MAX: usize = 56;
 
 /// Lists the published ports of a sandbox.
@@ -31,8 +32,10 @@ pub(crate) async fn list(
     Ok(Json(rows.into_iter().map(|row| publication(&state, row)).collect()))
 }
 
-/// Publishes a port under an alias: whoever reaches the daemon's public listener reaches it, without a key, and wakes the sandbox. A port
-/// that is published already stays what it is.
+/// Publishes a port under an alias.
+///
+/// Every client of the daemon's public listener then reaches the port without a key, and wakes
+/// the sandbox. A port that is already published keeps its alias.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/publish", tag = "ports", params(("sandbox" = String, Path)), request_body = PublishPort,
     responses((status = 201, body = Publication), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn publish(
@@ -55,7 +58,7 @@ pub(crate) async fn publish(
     Ok(created(publication(&state, published)))
 }
 
-/// Takes a published port back.
+/// Unpublishes a port.
 #[utoipa::path(delete, path = "/sandboxes/{sandbox}/publish/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn unpublish(
@@ -75,7 +78,8 @@ pub(crate) async fn unpublish(
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-/// The sandbox's name, as far as it can be part of a host name, and six hex digits.
+/// Makes an alias from the sandbox's name, as far as a host name can contain it, and six hex
+/// digits.
 fn made_up_alias(row: &SandboxRow) -> Result<Alias, ApiError> {
     let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     let name: String = row.spec.name.as_str().chars().take(NAME_BYTES_MAX).map(plain).collect();
@@ -96,7 +100,7 @@ fn publication(state: &AppState, row: PublicationRow) -> Publication {
 fn urls(public: &PublicAddress, alias: &str) -> Vec<String> {
     let Some(address) = public.listener else { return Vec::new() };
     let mut urls = vec![format!("http://{address}/{alias}/")];
-    // By name first: an application at the root of a host needs no links that know better.
+    // URLs by host name come first: an application at the root of a host needs no adapted links.
     if address.ip().is_loopback() {
         urls.insert(0, format!("http://{alias}.localhost:{}/", address.port()));
     }

@@ -26,23 +26,24 @@ use crate::status::{ApiError, created};
 
 pub(super) use parse::{init, labels, name as parse_name, secrets};
 
-/// Says that a sandbox was there before.
+/// Header of a response whose sandbox existed before the request.
 const EXISTING: &str = "x-bhatti-existing";
 
-/// The most that one page of a list has.
+/// Maximum number of sandboxes on one page of a list.
 const PAGE_MAX: u32 = 1000;
 
-/// What of the list is wanted.
+/// Selects a part of the list.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct ListQuery {
-    /// `KEY=VALUE`: only sandboxes with this label; several must all be there.
+    /// Only sandboxes with this label, as `KEY=VALUE` (repeatable; all must match).
     #[serde(default)]
     label: Vec<String>,
-    /// The most to return, 1 to 1000; all if absent. A `Link` header with `rel="next"` leads to the rest.
+    /// Maximum number of sandboxes to return, 1 to 1000 (default: all). A `Link` header with
+    /// `rel="next"` leads to the rest.
     limit: Option<u32>,
-    /// Where to go on, from a `Link` header.
+    /// Cursor to continue after, from a `Link` header.
     after: Option<String>,
 }
 
@@ -76,7 +77,7 @@ pub(crate) async fn list(
     Ok(response)
 }
 
-/// Where a list that was cut goes on.
+/// Returns the `Link` header of the next page, if the list was cut.
 fn next_page(
     filter: &SandboxFilter,
     listed: usize,
@@ -93,12 +94,13 @@ fn next_page(
     Some(format!("</sandboxes?{query}>; rel=\"next\""))
 }
 
-/// How a name that is taken is dealt with.
+/// Selects the behavior if the name is taken.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct CreateQuery {
-    /// `return`: a sandbox of that name that is there already is the answer, with the header `X-Bhatti-Existing: true`.
+    /// With `return`, if a sandbox of that name exists, it is the response, with the header
+    /// `X-Bhatti-Existing: true`.
     if_exists: Option<IfExists>,
 }
 
@@ -110,7 +112,7 @@ pub(super) enum IfExists {
 
 /// Creates a sandbox and waits until it can be used.
 #[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", params(CreateQuery), request_body = CreateSandbox,
-    responses((status = 201, body = Sandbox), (status = 200, body = Sandbox, description = "It was there already."),
+    responses((status = 201, body = Sandbox), (status = 200, body = Sandbox, description = "A sandbox of that name already exists."),
         (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -144,7 +146,7 @@ pub(crate) async fn create(
     }
 }
 
-/// One sandbox.
+/// Returns a sandbox.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}", tag = "sandboxes", params(("sandbox" = String, Path)),
     responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
@@ -177,7 +179,7 @@ pub(crate) async fn update(
     Ok(Json(sandbox(&state, row)))
 }
 
-/// Pauses a sandbox until somebody uses it.
+/// Pauses a sandbox until the next request that uses it.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/pause", tag = "sandboxes", params(("sandbox" = String, Path)),
     responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn pause(
@@ -189,7 +191,7 @@ pub(crate) async fn pause(
     Ok(Json(sandbox(&state, row)))
 }
 
-/// Makes a sandbox hot, unless it was stopped.
+/// Makes a sandbox hot. A stopped sandbox must be started instead.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/resume", tag = "sandboxes", params(("sandbox" = String, Path)),
     responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resume(
@@ -201,7 +203,10 @@ pub(crate) async fn resume(
     Ok(Json(sandbox(&state, row)))
 }
 
-/// Saves a sandbox, with its memory and processes, and ends its VM, until it is started.
+/// Stops a sandbox.
+///
+/// The sandbox is saved with its memory and processes, and its VM ends until the sandbox is
+/// started. An engine that cannot save memory ends the processes.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/stop", tag = "sandboxes", params(("sandbox" = String, Path)),
     responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn stop(
@@ -213,7 +218,7 @@ pub(crate) async fn stop(
     Ok(Json(sandbox(&state, row)))
 }
 
-/// Starts a sandbox that was stopped.
+/// Starts a stopped sandbox.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/start", tag = "sandboxes", params(("sandbox" = String, Path)),
     request_body = StartSandbox, responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn start(
@@ -226,7 +231,7 @@ pub(crate) async fn start(
     Ok(Json(sandbox(&state, row)))
 }
 
-/// Forks a sandbox: its memory, its processes and its disk. It goes on meanwhile.
+/// Forks a sandbox with its memory, its processes and its disk. The parent keeps running.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/fork", tag = "sandboxes", params(("sandbox" = String, Path)),
     request_body = ForkSandbox, responses((status = 201, body = Forks), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn fork(
@@ -252,7 +257,7 @@ pub(crate) async fn fork(
     }))
 }
 
-/// Destroys a sandbox, and waits until nothing of it is left.
+/// Destroys a sandbox, and waits until all of it is removed.
 #[utoipa::path(delete, path = "/sandboxes/{sandbox}", tag = "sandboxes", params(("sandbox" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn destroy(
@@ -264,12 +269,13 @@ pub(crate) async fn destroy(
     Ok(Json(Deleted { status: "destroyed".to_owned() }))
 }
 
-/// The sandbox that `owner` calls so; the error that everybody gets who calls one that is not theirs.
+/// Finds a sandbox of `owner` by id or name. A sandbox of another user gives the same error as
+/// one that does not exist.
 pub(super) fn find(state: &AppState, owner: UserId, called: &str) -> Result<SandboxRow, ApiError> {
     Ok(state.control.find(owner, called)?)
 }
 
-/// A sandbox with all that is known of it.
+/// Describes a sandbox with all that is known of it.
 pub(super) fn sandbox(state: &AppState, mut row: SandboxRow) -> Sandbox {
     let identity = row.identity.take();
     let identity = identity.and_then(|report| serde_json::from_str(&report).ok());
@@ -277,12 +283,12 @@ pub(super) fn sandbox(state: &AppState, mut row: SandboxRow) -> Sandbox {
     Sandbox { identity, ..listed(isolation(state), thermal, row) }
 }
 
-/// What keeps a sandbox of this daemon from its host and from others.
+/// Returns how the engine separates a sandbox from its host and from other sandboxes.
 fn isolation(state: &AppState) -> Isolation {
     if state.control.capabilities().shares_kernel { Isolation::Container } else { Isolation::Vm }
 }
 
-/// A sandbox as lists have it.
+/// Describes a sandbox as lists show it.
 fn listed(isolation: Isolation, thermal: Option<Thermal>, row: SandboxRow) -> Sandbox {
     let reason = match row.state {
         SandboxState::Failed(reason) => Some(reason.to_string()),

@@ -12,7 +12,7 @@ use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
-/// Lists the caller's secrets by name. Nothing ever returns their values.
+/// Lists the caller's secrets by name. No request returns their values.
 #[utoipa::path(get, path = "/secrets", tag = "secrets",
     responses((status = 200, body = Vec<Secret>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
@@ -22,7 +22,7 @@ pub(crate) async fn list(
     Ok(Json(state.control.list_secrets(owner)?.into_iter().map(secret).collect()))
 }
 
-/// Sets a secret, new or not. Sandboxes that have it keep the value that they got.
+/// Creates or replaces a secret. Sandboxes that have the secret keep the earlier value.
 #[utoipa::path(post, path = "/secrets", tag = "secrets", request_body = SetSecret,
     responses((status = 201, body = Secret), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn set(
@@ -35,7 +35,7 @@ pub(crate) async fn set(
     Ok(created(secret(state.control.set_secret(owner, &name, &value)?)))
 }
 
-/// Deletes a secret. Sandboxes that have it keep it.
+/// Deletes a secret. Sandboxes that have the secret keep it.
 #[utoipa::path(delete, path = "/secrets/{name}", tag = "secrets", params(("name" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(

@@ -51,7 +51,7 @@ fn session(info: SessionInfo) -> Session {
     }
 }
 
-/// An error of the agent about one session, which it does not name.
+/// Converts the guest agent's error about a session, and adds the session's id.
 pub(super) fn of_session<'a>(
     used: &'a SandboxUse,
     id: &'a str,

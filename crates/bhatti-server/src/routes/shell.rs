@@ -1,8 +1,9 @@
 //! `/sandboxes/{sandbox}/ws`: a terminal on a WebSocket.
 //!
-//! Output goes to the client in binary messages. What the client sends is what was typed, unless it is a text message with a
-//! [`ShellRequest`]. A client that goes away leaves the session running; who attaches later first gets what it missed, as far as the
-//! guest has kept it.
+//! Output goes to the client in binary messages. Each message of the client is terminal input,
+//! unless it is a text message with a [`ShellRequest`]. If the client disconnects, the session
+//! keeps running. A client that attaches later first gets the output that it missed, as far as
+//! the guest has kept it.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -37,47 +38,51 @@ use crate::websocket::{Receiver, Sender, Upgrade, split};
 const SHELL: &str =
     "for s in zsh bash sh; do s=$(command -v $s) && exec env SHELL=\"$s\" \"$s\" -li; done";
 
-/// Exit codes of what was told to end, and of what was killed since it did not.
+/// Exit codes of a process that SIGTERM ended, and of one that SIGKILL ended because SIGTERM did
+/// not.
 const SIGNALLED: [i32; 2] = [128 + 15, 128 + 9];
 
-/// Which session is wanted.
+/// Selects the session.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct ShellQuery {
-    /// The session to come back to.
+    /// Session to attach to.
     session: Option<String>,
-    /// Whether a new session is wanted, even if there is one without a client; the newest of those is taken otherwise.
+    /// Start a new session, even if there is one without a client (default: attach to the newest
+    /// session without a client). `cmd` implies it.
     #[serde(default)]
     new: bool,
-    /// Rows of the terminal; 24 if absent.
+    /// Rows of the terminal (default: 24).
     rows: Option<u16>,
-    /// Columns of the terminal; 80 if absent.
+    /// Columns of the terminal (default: 80).
     cols: Option<u16>,
-    /// The command of a new session and its arguments, one by one; a login shell if absent.
+    /// Command of a new session and its arguments, one by one (default: a login shell).
     #[serde(default)]
     cmd: Vec<String>,
-    /// Who a new session runs as; the image's usual user if absent.
+    /// User that a new session runs as (default: the image's usual user).
     user: Option<String>,
-    /// Where a new session begins.
+    /// Working directory of a new session.
     cwd: Option<String>,
-    /// `NAME=VALUE`: variables laid over the sandbox's environment in a new session.
+    /// Environment variable of a new session, as `NAME=VALUE` (repeatable). It overrides the
+    /// sandbox's environment.
     #[serde(default)]
     env: Vec<String>,
-    /// Seconds after which a new session's process is ended, its exit code 124; never if absent.
+    /// Seconds after which a new session's process is ended, with exit code 124 (default: no
+    /// limit).
     timeout_sec: Option<u32>,
 }
 
-/// How long a program may take to read what was typed last when its client has left.
+/// Time limit for a program to read the last input after its client has left.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
-/// Input that may wait for a program that does not read, in bytes.
+/// Maximum amount of input that waits for a program that does not read, in bytes.
 const TYPED_BYTES_MAX: usize = 1 << 20;
 
-/// What one message costs beside its bytes.
+/// Overhead of a message, in bytes.
 const MESSAGE_BYTES: usize = 64;
 
-/// Something for a terminal.
+/// Input for a terminal.
 enum Typed {
     Bytes(Bytes),
     Resize { rows: u16, cols: u16 },
@@ -98,14 +103,17 @@ struct Attached {
     used: SandboxUse,
     info: SessionInfo,
     is_new: bool,
-    /// When its process is ended, if it is new and has a limit.
+    /// When the session's process is ended, if the session is new and has a time limit.
     deadline: Option<Instant>,
     input: ExecInput,
     output: SessionOutput,
     _claim: Claim,
 }
 
-/// A terminal session on a WebSocket, new or one that its client had left. The first message is `ShellServerMessage` of type `session`.
+/// Opens a terminal session on a WebSocket.
+///
+/// The session is new, or one that its client has left. The first message is a
+/// `ShellServerMessage` of type `session`.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/ws", tag = "sessions", params(("sandbox" = String, Path), ShellQuery),
     responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
@@ -122,7 +130,7 @@ pub(crate) async fn run(
         let (sender, mut receiver) = split(socket);
         let last = match attach(&state, owner, &called, query).await {
             Ok(attached) => {
-                // Nobody listened to it meanwhile.
+                // The daemon did not read from the client meanwhile.
                 receiver.heard_now();
                 relay((&state, owner), attached, &sender, &mut receiver).await
             }
@@ -142,19 +150,24 @@ async fn attach(
 ) -> Result<Attached, ApiError> {
     let used = state.control.enter(owner, called).await?;
     let (rows, cols) = (query.rows, query.cols);
-    // One after the other: a session that is made here is not taken by who looks for one without a client.
+    // One client at a time: otherwise, a client that looks for a session without a client could
+    // take a session that is just being created here.
     let door = state.shells.door(used.id);
     let _turn = door.lock().await;
     if let Some(id) = &query.session {
         let claim = state.shells.claim(used.id, id).ok_or_else(|| {
-            ApiError::new(ErrorCode::Attached, format!("session {id} has another client"))
-                .hint("end that one first, or open a new session: ?new=true")
+            ApiError::new(
+                ErrorCode::Attached,
+                format!("session {id} is attached to another client"),
+            )
+            .hint("detach the other client first, or open a new session: ?new=true")
         })?;
         return take_up(used, id, claim, rows, cols).await;
     }
     if !query.new && query.cmd.is_empty() {
         let sessions = used.agent.list_sessions().await?;
-        // The newest first. One that somebody claims meanwhile, or that ends, is simply not taken.
+        // The newest first. A session that ends meanwhile, or that another client claims, is
+        // skipped.
         for info in sessions.into_iter().rev().filter(|info| info.tty && info.running) {
             let Some(claim) = state.shells.claim(used.id, &info.session_id) else { continue };
             let used = state.control.enter(owner, called).await?;
@@ -179,7 +192,7 @@ async fn take_up(
         used.agent.attach(id, None).await.map_err(of_session(&used, id))?;
     if !info.tty {
         return Err(ApiError::new(ErrorCode::BadRequest, format!("session {id} has no terminal"))
-            .hint("it is a job: read its output instead"));
+            .hint("the session is a job: read its output instead"));
     }
     if let (Some(rows), Some(cols)) = (rows, cols) {
         input.resize(rows, cols).await?;
@@ -204,16 +217,19 @@ async fn create(
     let cmd = if cmd.is_empty() { shell() } else { cmd };
     let command = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
     let request = ExecRequest { tty: Some(true), rows, cols, ..command };
-    // Counted from before the guest does: who is ended by its limit ends after this.
+    // Counted from before the guest starts its timer, so a process that the guest's limit ends,
+    // ends after this deadline.
     let deadline = timeout_sec.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
     let (info, input, output) = used.agent.create_session(request).await?;
     let claim = state.shells.claim(used.id, &info.session_id);
-    let claim = claim
-        .ok_or_else(|| ApiError::new(ErrorCode::Attached, "another client was faster to attach"))?;
+    let claim = claim.ok_or_else(|| {
+        ApiError::new(ErrorCode::Attached, "another client attached to the session first")
+    })?;
     Ok(Attached { used, info, is_new: true, deadline, input, output, _claim: claim })
 }
 
-/// Relays until the session has ended, and returns the last message; none if the client has gone, which leaves the session running.
+/// Relays until the session has ended, and returns the last message. Returns `None` if the client
+/// has gone, which leaves the session running.
 async fn relay(
     (state, owner): (&AppState, UserId),
     attached: Attached,
@@ -229,7 +245,7 @@ async fn relay(
     tokio::select! {
         last = send_output(output, deadline, sender) => last,
         error = receive(queue, &waiting, sender, receiver) => {
-            // What was typed before the client left is meant, if the program reads it.
+            // Input that was typed before the client left still counts, if the program reads it.
             drop(timeout(LEAVE_LIMIT, feed).await);
             error.map(error_message)
         }
@@ -250,7 +266,7 @@ async fn send_output(
             }
             Ok(ExecEvent::TimedOut) => {}
             Ok(ExecEvent::Exit(exit_code)) => {
-                // A session's guest does not say why it was signalled.
+                // The guest does not report why a session's process was signaled.
                 let is_over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
                 let exit_code =
                     if is_over && SIGNALLED.contains(&exit_code) { TIMED_OUT } else { exit_code };
@@ -261,7 +277,7 @@ async fn send_output(
     }
 }
 
-/// Takes what is typed, until the client goes away, however long the terminal's program does not read.
+/// Queues input until the client disconnects, however long the terminal's program does not read.
 async fn receive(
     queue: mpsc::UnboundedSender<Typed>,
     waiting: &AtomicUsize,
@@ -272,7 +288,7 @@ async fn receive(
         let typed = match receiver.next(sender).await? {
             Message::Text(text) => match serde_json::from_str(&text) {
                 Ok(ShellRequest::Resize { rows, cols }) => Typed::Resize { rows, cols },
-                // Whoever types something that looks like JSON means it.
+                // Other text is input, even if it looks like JSON.
                 Err(_) => Typed::Bytes(text.into()),
             },
             Message::Binary(bytes) => Typed::Bytes(bytes),
@@ -281,15 +297,17 @@ async fn receive(
         if waiting.fetch_add(typed.cost(), Ordering::Relaxed) > TYPED_BYTES_MAX {
             let message = format!("more than {TYPED_BYTES_MAX} bytes of input wait to be read");
             return Some(
-                ApiError::new(ErrorCode::BadRequest, message).hint("upload it as a file instead"),
+                ApiError::new(ErrorCode::BadRequest, message)
+                    .hint("upload the input as a file instead"),
             );
         }
-        // Nobody takes it any more when the session has ended.
+        // If the session has ended, the input is dropped.
         drop(queue.send(typed));
     }
 }
 
-/// Writes queued input to the terminal, until nobody queues any. A session that takes no more says by its output how it ended.
+/// Writes queued input to the terminal until the queue closes. If the session accepts no more
+/// input, its output shows how it ended.
 async fn feed(
     mut input: ExecInput,
     mut queued: mpsc::UnboundedReceiver<Typed>,
@@ -307,7 +325,7 @@ async fn feed(
         }
         waiting.fetch_sub(cost, Ordering::Relaxed);
     }
-    // The half lives on: without it the client would be detached.
+    // Keep the input half alive: dropping it would detach the client.
     std::future::pending::<()>().await;
 }
 

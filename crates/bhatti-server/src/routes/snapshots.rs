@@ -1,4 +1,4 @@
-//! `/snapshots`, and the making of one: `/sandboxes/{sandbox}/checkpoint`.
+//! `/snapshots`, and `/sandboxes/{sandbox}/checkpoint`, which creates a snapshot.
 
 use axum::Extension;
 use axum::extract::State;
@@ -15,7 +15,7 @@ use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
-/// Saves a sandbox under a name; it goes on meanwhile.
+/// Saves a sandbox under a name as a snapshot. The sandbox keeps running.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/checkpoint", tag = "snapshots", params(("sandbox" = String, Path)),
     request_body = CreateSnapshot, responses((status = 201, body = Snapshot), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
@@ -39,7 +39,7 @@ pub(crate) async fn list(
     Ok(Json(state.control.list_snapshots(owner)?.into_iter().map(snapshot).collect()))
 }
 
-/// One snapshot.
+/// Returns a snapshot.
 #[utoipa::path(get, path = "/snapshots/{snapshot}", tag = "snapshots", params(("snapshot" = String, Path)),
     responses((status = 200, body = Snapshot), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
@@ -50,7 +50,7 @@ pub(crate) async fn get(
     Ok(Json(snapshot(state.control.find_snapshot(owner, &name)?)))
 }
 
-/// Makes a sandbox of a snapshot, which stays.
+/// Creates a sandbox from a snapshot. The snapshot stays.
 #[utoipa::path(post, path = "/snapshots/{snapshot}/resume", tag = "snapshots", params(("snapshot" = String, Path)),
     request_body = ResumeSnapshot, responses((status = 201, body = bhatti_api::Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resume(
@@ -71,7 +71,7 @@ pub(crate) async fn resume(
     Ok(created(sandbox(&state, row)))
 }
 
-/// Deletes a snapshot. Sandboxes that were made of it stay.
+/// Deletes a snapshot. Sandboxes that were created from it stay.
 #[utoipa::path(delete, path = "/snapshots/{snapshot}", tag = "snapshots", params(("snapshot" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(

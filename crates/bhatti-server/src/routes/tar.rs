@@ -1,4 +1,5 @@
-//! `/sandboxes/{sandbox}/tar`: whole directories, as tar archives that the guest agent reads and writes.
+//! `/sandboxes/{sandbox}/tar`: directories as tar archives, which the guest agent reads and
+//! writes.
 
 use std::io;
 
@@ -23,25 +24,27 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
 use crate::status::{ApiError, file_error};
 
-/// The most that the trailer of an archive takes, in bytes. Names that do not fit are left out.
+/// Maximum length of an archive's trailer, in bytes. Names that do not fit are left out.
 const OUTCOME_BYTES_MAX: usize = 8192;
 
-/// The most of an error's text in the trailer, in characters.
+/// Maximum length of an error's text in the trailer, in characters.
 const ERROR_CHARS_MAX: usize = 500;
 
-/// Which directory.
+/// Selects a directory.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct TarQuery {
-    /// Its path.
+    /// Path of the directory in the sandbox.
     path: String,
-    /// The user that the operation acts as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     user: Option<String>,
 }
 
-/// Downloads a directory as a tar archive. Names in it are relative to the directory. Sockets, pipes and devices are left out; with
-/// `TE: trailers` the trailer `X-Archive-Outcome` names them.
+/// Downloads a directory as a tar archive.
+///
+/// Names in the archive are relative to the directory. Sockets, pipes and devices are left out.
+/// With `TE: trailers`, the trailer `X-Archive-Outcome` names them.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/tar", tag = "files", params(("sandbox" = String, Path), TarQuery),
     responses((status = 200, body = Vec<u8>, content_type = "application/x-tar"), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn download(
@@ -54,7 +57,8 @@ pub(crate) async fn download(
     let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut content = agent.read_archive(&path).await.map_err(file_error)?;
-    // A directory that is not there, or has something unreadable in it, is a proper error.
+    // If the directory is missing, or something in it is unreadable, the response is a proper
+    // error.
     let first = content.next().await.map_err(file_error)?.unwrap_or_default();
     let outcome = if takes_trailers(&headers) { Outcome::Trailer } else { Outcome::Cut };
     let archive = Archive { content, outcome, _used: used };
@@ -74,15 +78,15 @@ fn takes_trailers(headers: &HeaderMap) -> bool {
     accepted.any(|value| value.split(',').any(|part| part.trim() == "trailers"))
 }
 
-/// How the end of an archive is told.
+/// How the response reports the end of an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Trailer,
-    /// An archive that is not whole breaks off.
+    /// An incomplete archive breaks off.
     Cut,
 }
 
-/// An archive on its way out.
+/// An archive that is being downloaded.
 struct Archive {
     content: ArchiveContent,
     outcome: Outcome,
@@ -90,7 +94,7 @@ struct Archive {
 }
 
 impl Archive {
-    /// The next piece of the answer; `None` behind the last.
+    /// Returns the next piece of the response; `None` after the last.
     async fn next(mut self) -> Option<(io::Result<Frame<Bytes>>, Option<Self>)> {
         let error = match self.content.next().await {
             Ok(Some(bytes)) => return Some((Ok(Frame::data(bytes)), Some(self))),
@@ -132,8 +136,11 @@ fn trailer(skipped: &[String], error: Option<&CallError>) -> HeaderMap {
         .unwrap_or_default()
 }
 
-/// Unpacks a tar archive into a directory, which is made if it is not there. Pipes and devices are left out. Directories that are there keep
-/// their owner and permission bits, and files their owner and extended attributes.
+/// Unpacks a tar archive into a directory.
+///
+/// The directory is created if it does not exist. Pipes and devices are left out. Existing
+/// directories keep their owner and permission bits, and existing files their owner and extended
+/// attributes.
 #[utoipa::path(put, path = "/sandboxes/{sandbox}/tar", tag = "files", params(("sandbox" = String, Path), TarQuery),
     request_body(content = Vec<u8>, content_type = "application/x-tar"),
     responses((status = 200, body = Unpacked), (status = "default", body = bhatti_api::ErrorBody)))]
@@ -152,12 +159,16 @@ pub(crate) async fn upload(
     Ok(Json(Unpacked { status: "ok".to_owned(), skipped }))
 }
 
-/// Sends the archive, as far as the guest takes it: it may have read enough, or have failed, and says which in the end.
+/// Sends the archive as far as the guest accepts it. A guest that accepts no more has read enough
+/// or has failed, and reports which at the end.
 async fn send(upload: &mut ArchiveUpload, body: Body) -> Result<(), ApiError> {
     let mut content = body.into_data_stream();
     while let Some(piece) = content.next().await {
         let piece = piece.map_err(|_| {
-            ApiError::new(ErrorCode::BadRequest, "the archive broke off before its end")
+            ApiError::new(
+                ErrorCode::BadRequest,
+                "the upload broke off before the end of the archive",
+            )
         })?;
         if upload.write(&piece).await.is_err() {
             return Ok(());
@@ -172,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trailer_is_ascii_of_a_limited_length_and_reads_as_it_was() {
+    fn trailer_is_ascii_of_limited_length_and_round_trips() {
         let read = |trailer: &HeaderMap| -> ArchiveOutcome {
             let value = trailer[ARCHIVE_OUTCOME].to_str().unwrap();
             assert!(value.len() <= OUTCOME_BYTES_MAX + 100, "{} bytes", value.len());

@@ -1,4 +1,4 @@
-//! `/templates`: what a user wrote down to create sandboxes from.
+//! `/templates`: named settings that a user creates sandboxes from.
 
 use axum::Extension;
 use axum::extract::State;
@@ -25,7 +25,7 @@ pub(crate) async fn list(
     Ok(Json(state.store.list_templates(owner)?.into_iter().map(template).collect()))
 }
 
-/// Makes a template.
+/// Creates a template.
 #[utoipa::path(post, path = "/templates", tag = "templates", request_body = CreateTemplate,
     responses((status = 201, body = Template), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
@@ -37,7 +37,7 @@ pub(crate) async fn create(
     Ok(created(template(state.store.insert_template(row)?)))
 }
 
-/// One template.
+/// Returns a template.
 #[utoipa::path(get, path = "/templates/{template}", tag = "templates", params(("template" = String, Path)),
     responses((status = 200, body = Template), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
@@ -48,7 +48,7 @@ pub(crate) async fn get(
     Ok(Json(template(find(&state, owner, &called)?)))
 }
 
-/// Deletes a template. Sandboxes that were made from it stay.
+/// Deletes a template. Sandboxes that were created from it stay.
 #[utoipa::path(delete, path = "/templates/{template}", tag = "templates", params(("template" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(

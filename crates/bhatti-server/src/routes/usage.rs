@@ -1,4 +1,4 @@
-//! `/usage`: what sandboxes use of this host.
+//! `/usage`: host resources that sandboxes use.
 
 use axum::Extension;
 use axum::extract::State;
@@ -9,7 +9,8 @@ use crate::auth::Caller;
 use crate::json::Json;
 use crate::status::ApiError;
 
-/// What each of the caller's sandboxes that has a VM uses of the host. Wakes none, and counts as no use.
+/// Returns the host resources that each of the caller's sandboxes with a VM uses. The request
+/// wakes no sandbox, and keeps none hot.
 #[utoipa::path(get, path = "/usage", tag = "sandboxes",
     responses((status = 200, body = Vec<Usage>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(

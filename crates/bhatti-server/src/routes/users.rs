@@ -1,4 +1,4 @@
-//! `/users`, and the tickets by which they open WebSockets.
+//! `/users`, and the tickets with which users open WebSockets.
 
 use axum::Extension;
 use axum::extract::State;
@@ -14,7 +14,7 @@ use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 use crate::{AppState, keys, tickets};
 
-/// Lists all users, oldest first. For the admin.
+/// Lists all users, oldest first. Admin only.
 #[utoipa::path(get, path = "/users", tag = "users",
     responses((status = 200, body = Vec<User>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
@@ -25,7 +25,7 @@ pub(crate) async fn list(
     Ok(Json(state.store.list_users()?.into_iter().map(user).collect()))
 }
 
-/// Makes a user. Its key is in the answer, and nowhere else. For the admin.
+/// Creates a user. Only this response contains the user's API key. Admin only.
 #[utoipa::path(post, path = "/users", tag = "users", request_body = CreateUser,
     responses((status = 201, body = CreatedUser), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
@@ -59,8 +59,8 @@ pub(crate) async fn create(
     Ok(created(with_key(row, api_key)))
 }
 
-/// One user. For the admin.
-#[utoipa::path(get, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Its name")),
+/// Returns a user. Admin only.
+#[utoipa::path(get, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Name of the user")),
     responses((status = 200, body = User), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
@@ -70,8 +70,8 @@ pub(crate) async fn get(
     Ok(Json(user(find(&state, caller, &name)?)))
 }
 
-/// Changes what a user may have. For the admin.
-#[utoipa::path(patch, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Its name")),
+/// Changes a user's limits. Admin only.
+#[utoipa::path(patch, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Name of the user")),
     request_body = UpdateUser, responses((status = 200, body = User), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn update(
     State(state): State<AppState>,
@@ -103,8 +103,8 @@ pub(crate) async fn update(
     Ok(Json(user(UserRow { quota, ..row })))
 }
 
-/// Deletes a user that owns nothing. For the admin.
-#[utoipa::path(delete, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Its name")),
+/// Deletes a user that owns nothing. Admin only.
+#[utoipa::path(delete, path = "/users/{user}", tag = "users", params(("user" = String, Path, description = "Name of the user")),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(
     State(state): State<AppState>,
@@ -120,8 +120,8 @@ pub(crate) async fn delete(
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-/// Gives a user another key: the one that it had is none any more. For the admin.
-#[utoipa::path(post, path = "/users/{user}/rotate-key", tag = "users", params(("user" = String, Path, description = "Its name")),
+/// Replaces a user's API key. The old key becomes invalid. Admin only.
+#[utoipa::path(post, path = "/users/{user}/rotate-key", tag = "users", params(("user" = String, Path, description = "Name of the user")),
     responses((status = 200, body = CreatedUser), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn rotate_key(
     State(state): State<AppState>,
@@ -132,14 +132,14 @@ pub(crate) async fn rotate_key(
     not_the_admin(&row)?;
     let api_key = keys::generate()?;
     state.store.set_user_key(row.id, &keys::hash(&api_key))?;
-    // Whoever came with the old one goes.
+    // Streams that were opened with the old key end.
     state.tickets.forget(row.id);
     state.sessions.revoke(row.id);
     state.control.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(with_key(row, api_key)))
 }
 
-/// Draws a ticket, by which a client that can set no header opens one WebSocket: `?ticket=`.
+/// Issues a ticket. With `?ticket=`, a client that cannot set headers opens one WebSocket.
 #[utoipa::path(post, path = "/ws-ticket", tag = "users",
     responses((status = 201, body = Ticket), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn ticket(
@@ -161,7 +161,8 @@ fn not_the_admin(row: &UserRow) -> Result<(), ApiError> {
     if row.id != UserId::ADMIN {
         return Ok(());
     }
-    let message = "the admin owns this machine: it has no key, no limits, and cannot be deleted";
+    let message =
+        "the admin owns this machine: the admin has no key and no limits, and cannot be deleted";
     Err(ApiError::new(ErrorCode::BadRequest, message))
 }
 

@@ -17,10 +17,10 @@ use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
-/// The size of a volume for which none was said, in MiB.
+/// Default size of a volume, in MiB.
 const USUAL_MIB: u64 = 1024;
 
-/// Makes an empty volume.
+/// Creates an empty volume.
 #[utoipa::path(post, path = "/volumes", tag = "volumes", request_body = CreateVolume,
     responses((status = 201, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
@@ -42,7 +42,7 @@ pub(crate) async fn list(
     Ok(Json(state.control.list_volumes(owner)?.into_iter().map(volume).collect()))
 }
 
-/// One volume.
+/// Returns a volume.
 #[utoipa::path(get, path = "/volumes/{volume}", tag = "volumes", params(("volume" = String, Path)),
     responses((status = 200, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn get(
@@ -53,7 +53,7 @@ pub(crate) async fn get(
     Ok(Json(volume(state.control.find_volume(owner, &name)?)))
 }
 
-/// Makes a volume larger that no sandbox has.
+/// Grows a volume. The volume must not be attached to a sandbox.
 #[utoipa::path(post, path = "/volumes/{volume}/resize", tag = "volumes", params(("volume" = String, Path)),
     request_body = ResizeVolume, responses((status = 200, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resize(
@@ -62,13 +62,13 @@ pub(crate) async fn resize(
     ApiPath(name): ApiPath<String>,
     ApiJson(request): ApiJson<ResizeVolume>,
 ) -> Result<Json<Volume>, ApiError> {
-    // Whose it is comes before what is wrong with the request.
+    // Report an unknown volume before an invalid size.
     state.control.find_volume(owner, &name)?;
     let size = size(request.size_mb)?;
     Ok(Json(volume(state.control.resize_volume(owner, &name, size).await?)))
 }
 
-/// Copies a volume that no sandbox writes.
+/// Copies a volume. No sandbox may have the volume attached for writing.
 #[utoipa::path(post, path = "/volumes/{volume}/clone", tag = "volumes", params(("volume" = String, Path)),
     request_body = CloneVolume, responses((status = 201, body = Volume), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn clone(
@@ -81,7 +81,7 @@ pub(crate) async fn clone(
     Ok(created(volume(state.control.clone_volume(owner, &name, copy).await?)))
 }
 
-/// Deletes a volume that no sandbox has, with all that is in it.
+/// Deletes a volume and its content. The volume must not be attached to a sandbox.
 #[utoipa::path(delete, path = "/volumes/{volume}", tag = "volumes", params(("volume" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(
@@ -93,7 +93,7 @@ pub(crate) async fn delete(
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-/// The volumes that a new sandbox is to have, in the order in which they are mounted.
+/// Returns the volumes of a new sandbox, in the order in which they are mounted.
 pub(super) fn attachments(
     named: Vec<AttachVolume>,
     own: Vec<NewVolume>,
@@ -120,7 +120,7 @@ fn size(mib: u64) -> Result<VolumeMib, ApiError> {
     VolumeMib::try_from(mib).map_err(|error| ApiError::bad_request(&error))
 }
 
-/// A sandbox's volume.
+/// Describes a sandbox's volume.
 pub(super) fn attached(volume: &Attachment) -> AttachedVolume {
     AttachedVolume {
         name: volume.name.to_string(),

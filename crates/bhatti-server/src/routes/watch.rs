@@ -1,4 +1,4 @@
-//! `/sandboxes/{sandbox}/files/watch`: what happens to a file or directory, as it happens.
+//! `/sandboxes/{sandbox}/files/watch`: streams the changes of a file or directory.
 
 use std::io;
 use std::time::Duration;
@@ -24,12 +24,13 @@ use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::status::{ApiError, file_error};
 
-/// How long an agent may take to begin a watch.
+/// Time limit for the guest agent to begin a watch.
 const BEGIN_LIMIT: Duration = Duration::from_secs(20);
 
-/// Watches a file, or a directory's own entries: a line of JSON for each change, from the moment on
-/// that the answer's head is there. The answer ends when the watched path is gone. The sandbox
-/// stays hot meanwhile.
+/// Watches a file, or the entries of a directory.
+///
+/// The response has a line of JSON for each change after its head was sent. It ends when the
+/// watched path is gone. The sandbox stays hot meanwhile.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/files/watch", tag = "files", params(("sandbox" = String, Path), PathQuery),
     responses((status = 200, body = FileChange, content_type = "application/x-ndjson"), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn watch(
@@ -41,7 +42,7 @@ pub(crate) async fn watch(
     let used = state.control.enter(owner, &called).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut events = agent.watch(&path).await.map_err(file_error)?;
-    // The first one says that the watch stands, or why it does not.
+    // The first event says that the watch is active, or why it is not.
     let began = timeout(BEGIN_LIMIT, events.next()).await;
     began.unwrap_or(Err(CallError::Silent { limit: BEGIN_LIMIT })).map_err(file_error)?;
     let watch = Watch { events, state, owner, path_is_gone: false, _used: used };
@@ -62,7 +63,8 @@ struct Watch {
 }
 
 impl Watch {
-    /// The next change as a line; an error, which cuts the answer off, if the sandbox is lost.
+    /// Returns the next change as a line. If the sandbox is lost, returns an error, which cuts
+    /// the response off.
     async fn next(&mut self) -> Option<io::Result<Bytes>> {
         let event = tokio::select! {
             event = self.events.next() => event,
@@ -74,7 +76,7 @@ impl Watch {
                 Some(line(event))
             }
             Ok(None) if self.path_is_gone => None,
-            // The sandbox ended, or its agent did.
+            // The sandbox or its guest agent has ended.
             Ok(None) => Some(Err(io::ErrorKind::ConnectionAborted.into())),
             Err(error) => Some(Err(io::Error::other(error))),
         }
@@ -87,7 +89,7 @@ fn line(FileEvent { kind, name }: FileEvent) -> io::Result<Bytes> {
         FileEventKind::Modified => FileChangeKind::Modified,
         FileEventKind::Attributes => FileChangeKind::Attributes,
         FileEventKind::Removed => FileChangeKind::Removed,
-        // One that begins again may have missed something.
+        // A watch that begins again may have missed changes.
         FileEventKind::Overflow | FileEventKind::Watching => FileChangeKind::Overflow,
     };
     let mut line = serde_json::to_vec(&FileChange { kind, name })?;

@@ -13,11 +13,13 @@ impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
         match &error {
             CreateError::NameTaken(name) => Self::new(ErrorCode::NameTaken, error.to_string())
-                .hint(format!("choose another name, or destroy it: bhatti destroy {name}")),
+                .hint(format!(
+                    "choose another name, or destroy the sandbox: bhatti destroy {name}"
+                )),
             CreateError::Quota(quota) => quota.clone().into(),
             CreateError::Secret(SecretError::NotFound(_)) => {
                 Self::new(ErrorCode::BadRequest, error.to_string())
-                    .hint("set it first: bhatti secret set NAME")
+                    .hint("set the secret first: bhatti secret set NAME")
             }
             CreateError::Attach(attach) => attach_error(attach),
             CreateError::Network(network) => network_error(network),
@@ -72,17 +74,17 @@ pub(super) fn boot_error(boot: &BootError, whole: &(dyn std::error::Error + 'sta
     match boot {
         BootError::NotInstalled { .. } => {
             ApiError::new(ErrorCode::NotSetUp, Report(whole).to_string())
-                .hint("`bhatti doctor` says how to install it")
+                .hint("run `bhatti doctor` to see how to install it")
         }
-        // The guest's own last words hold no path of this host.
+        // The guest's console output contains no path of this host.
         BootError::Ended { .. } | BootError::TimedOut { .. } => {
             tracing::warn!(error = %boot, "Sandbox did not boot");
             ApiError::new(ErrorCode::BootFailed, boot.to_string())
         }
         BootError::NoDisk => ApiError::new(ErrorCode::BootFailed, boot.to_string())
-            .hint("destroy it and create another: bhatti destroy NAME"),
+            .hint("destroy the sandbox and create another: bhatti destroy NAME"),
         BootError::NoDiskSize(_) => ApiError::new(ErrorCode::BadRequest, boot.to_string()).hint(
-            "leave the size of the disk out; Docker has such limits on XFS with project quotas, btrfs and ZFS",
+            "leave out the disk size; Docker supports it only on XFS with project quotas, btrfs and ZFS",
         ),
         BootError::Prepare { .. } => ApiError::internal(whole),
     }
@@ -91,9 +93,9 @@ pub(super) fn boot_error(boot: &BootError, whole: &(dyn std::error::Error + 'sta
 pub(super) fn attach_error(error: &AttachError) -> ApiError {
     match error {
         AttachError::NotFound(name) => ApiError::new(ErrorCode::BadRequest, error.to_string())
-            .hint(format!("make it first: bhatti volume create {name}")),
+            .hint(format!("create the volume first: bhatti volume create {name}")),
         AttachError::InUse { sandbox, .. } => ApiError::new(ErrorCode::WrongState, error.to_string())
-            .hint(format!("one sandbox writes a volume, or any number read it: destroy `{sandbox}`, or attach it read-only in all")),
+            .hint(format!("attach the volume read-only in all sandboxes, or destroy `{sandbox}`: a volume has one writer or any number of readers")),
         AttachError::Busy(_) => {
             ApiError::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
         }
@@ -106,7 +108,7 @@ pub(super) fn volume_error(error: &VolumeUseError) -> ApiError {
     match error {
         VolumeUseError::File { source: VolumeFileError::Damaged { .. }, .. } => {
             ApiError::new(ErrorCode::WrongState, Report(error).to_string())
-                .hint("the admin may look at it with e2fsck, and answer what it asks")
+                .hint("ask the admin to repair the volume with an interactive e2fsck")
         }
         VolumeUseError::File { source: VolumeFileError::Slow, .. } => {
             ApiError::new(ErrorCode::WrongState, Report(error).to_string()).hint("try again later")
@@ -124,7 +126,8 @@ impl From<VolumeOpError> for ApiError {
                 Self::new(ErrorCode::NameTaken, error.to_string()).hint("choose another name")
             }
             VolumeOpError::Refused(VolumeError::InUse { .. }) => {
-                Self::new(ErrorCode::WrongState, error.to_string()).hint("destroy them first")
+                Self::new(ErrorCode::WrongState, error.to_string())
+                    .hint("destroy the sandboxes first")
             }
             VolumeOpError::Refused(VolumeError::Busy(_)) => {
                 Self::new(ErrorCode::WrongState, error.to_string()).hint("try again in a moment")
@@ -136,7 +139,7 @@ impl From<VolumeOpError> for ApiError {
             VolumeOpError::Refused(VolumeError::Store(error)) => error.into(),
             VolumeOpError::File(VolumeFileError::Damaged { .. }) => {
                 Self::new(ErrorCode::WrongState, error.to_string())
-                    .hint("the admin may look at it with e2fsck, and answer what it asks")
+                    .hint("ask the admin to repair the volume with an interactive e2fsck")
             }
             VolumeOpError::File(VolumeFileError::Slow) => {
                 Self::new(ErrorCode::WrongState, error.to_string()).hint("try again later")
@@ -152,7 +155,7 @@ impl From<VolumeOpError> for ApiError {
 pub(super) fn network_error(error: &NetworkError) -> ApiError {
     match error {
         NetworkError::NotAllowable(_) => ApiError::new(ErrorCode::Forbidden, error.to_string())
-            .hint("the admin may add it to network_allowable in the configuration"),
+            .hint("ask the admin to add the range to network_allowable in the configuration"),
         NetworkError::NothingToAllow => ApiError::new(ErrorCode::BadRequest, error.to_string()),
         NetworkError::Node(error) => node_network_error(error),
     }
@@ -162,9 +165,9 @@ pub(super) fn node_network_error(error: &bhatti_node::NetworkError) -> ApiError 
     use bhatti_node::NetworkError;
     match error {
         NetworkError::Unavailable(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
-            .hint("`bhatti doctor` says what is missing; a sandbox without one: --network none"),
+            .hint("run `bhatti doctor` to see what is missing, or create the sandbox without a network: --network none"),
         NetworkError::InTheWay(_) => ApiError::new(ErrorCode::NotSetUp, error.to_string())
-            .hint("free it, or take the sandbox without a network: --network none"),
+            .hint("release the resource that the other program uses, or create the sandbox without a network: --network none"),
         NetworkError::Assign(NetworkAssignError::Exhausted { .. }) => {
             ApiError::new(ErrorCode::Busy, error.to_string())
         }
@@ -179,8 +182,9 @@ pub(super) fn restore_error(error: &RestoreError) -> ApiError {
     match error {
         RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale => {
             tracing::warn!(error = %Report(error), "Snapshot cannot be used");
-            ApiError::new(ErrorCode::SnapshotUnusable, error.to_string())
-                .hint("boot it from its disk, without its memory: bhatti start --cold-boot NAME")
+            ApiError::new(ErrorCode::SnapshotUnusable, error.to_string()).hint(
+                "boot the sandbox from its disk, without its memory: bhatti start --cold-boot NAME",
+            )
         }
         RestoreError::Unsupported(_) | RestoreError::Vmm { .. } | RestoreError::File { .. } => {
             ApiError::internal(error)

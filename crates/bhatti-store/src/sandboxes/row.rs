@@ -1,4 +1,4 @@
-//! What a row of the table of sandboxes holds.
+//! The columns of a row in the table of sandboxes.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,12 @@ use super::{SandboxRow, parse_labels};
 use crate::volumes::parse_attachments;
 use crate::{StoreError, network_spec, parse_secrets, parsed};
 
-/// Where some of the columns are.
+/// Indexes of some columns.
 const ID: usize = 0;
 const STATE: usize = 3;
 const CREATED_AT: usize = 8;
 
-/// A sandbox in a list, as its row holds it.
+/// A sandbox in a list, not yet parsed.
 pub struct StoredSandbox<'a>(&'a Row<'a>);
 
 impl<'a> StoredSandbox<'a> {
@@ -25,7 +25,7 @@ impl<'a> StoredSandbox<'a> {
         Self(row)
     }
 
-    /// Its id.
+    /// Returns the id of the sandbox.
     ///
     /// # Errors
     ///
@@ -34,7 +34,7 @@ impl<'a> StoredSandbox<'a> {
         parsed(self.text(ID)?.parse())
     }
 
-    /// When it was made (RFC 3339).
+    /// Returns when the sandbox was created (RFC 3339).
     ///
     /// # Errors
     ///
@@ -43,7 +43,8 @@ impl<'a> StoredSandbox<'a> {
         self.text(CREATED_AT)
     }
 
-    /// Whether its state is the one of those that run, whatever their thermal state.
+    /// Whether the stored state is `running`, whatever the sandbox's activity (hot, warm or
+    /// cold).
     ///
     /// # Errors
     ///
@@ -52,7 +53,8 @@ impl<'a> StoredSandbox<'a> {
         Ok(self.text(STATE)? == SandboxState::Running.as_str())
     }
 
-    /// Appends all that the row holds, not taken apart: rows that are the same, and no others, append the same.
+    /// Appends the raw content of all columns: two rows append the same bytes if and only if they
+    /// are equal.
     ///
     /// # Errors
     ///
@@ -64,7 +66,7 @@ impl<'a> StoredSandbox<'a> {
         })
     }
 
-    /// Whether [`append_content`](Self::append_content) would append this.
+    /// Whether [`append_content`](Self::append_content) would append exactly `content`.
     ///
     /// # Errors
     ///
@@ -78,7 +80,8 @@ impl<'a> StoredSandbox<'a> {
         Ok(rest.is_some_and(<[u8]>::is_empty))
     }
 
-    /// Gives `take` what each column holds, with its kind and length before it, for as long as it wants more.
+    /// Passes the content of each column to `take`, each after its kind and length, until `take`
+    /// returns false.
     fn parts(&self, mut take: impl FnMut(&[u8]) -> bool) -> Result<(), StoreError> {
         for index in 0..self.0.as_ref().column_count() {
             let (kind, bytes): (u8, &[u8]) = match self.0.get_ref(index)? {
@@ -89,7 +92,7 @@ impl<'a> StoredSandbox<'a> {
                 ValueRef::Blob(blob) => (4, blob),
             };
             let mut before = (bytes.len() as u64).to_le_bytes();
-            // No length comes near the highest byte.
+            // No column is long enough to use the highest byte of its length.
             before[7] = kind;
             if !take(&before) || !take(bytes) {
                 break;
@@ -102,7 +105,7 @@ impl<'a> StoredSandbox<'a> {
         parsed(self.0.get_ref(index)?.as_str())
     }
 
-    /// What the row says.
+    /// Parses the row.
     ///
     /// # Errors
     ///
@@ -126,7 +129,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         ("stopped", None) => SandboxState::Stopped,
         ("destroyed", None) => SandboxState::Destroyed,
         ("failed", Some(reason)) => SandboxState::Failed(parsed(reason.parse())?),
-        (state, _) => return Err(StoreError::Damaged(format!("the state `{state}`"))),
+        (state, _) => return Err(StoreError::Damaged(format!("unknown state `{state}`"))),
     };
     Ok(SandboxRow {
         id: parsed(lent(ID)?.parse())?,
@@ -156,7 +159,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
     })
 }
 
-/// A column of a disk's size.
+/// Parses a column of a disk's size.
 pub(crate) fn read_disk(mib: Option<u64>) -> Result<Option<DiskMib>, StoreError> {
     mib.map(|mib| parsed(DiskMib::try_from(mib))).transpose()
 }
@@ -168,6 +171,6 @@ fn parse_environment(text: &str) -> Result<Environment, StoreError> {
     };
     let variables: Option<BTreeMap<_, _>> = text.split_terminator('\0').map(variable).collect();
     let variables =
-        variables.ok_or_else(|| StoreError::Damaged("an environment without `=`".to_owned()))?;
+        variables.ok_or_else(|| StoreError::Damaged("environment entry without `=`".to_owned()))?;
     parsed(Environment::try_from(variables))
 }

@@ -43,7 +43,7 @@ fn store() -> (tempfile::TempDir, Store) {
 }
 
 #[test]
-fn damaged_row_does_not_take_the_others_with_it() {
+fn damaged_sandbox_row_is_skipped() {
     for damage in ["labels = '[1]'", "image = ' '", "id = 'x'"] {
         let (_data, store) = store();
         store.insert_sandbox(new(id(1))).unwrap();
@@ -61,7 +61,7 @@ fn damaged_row_does_not_take_the_others_with_it() {
 }
 
 #[test]
-fn row_survives_with_every_field() {
+fn row_is_stored_with_every_field() {
     let (data, store) = store();
     let inserted = store.insert_sandbox(new(id(1))).unwrap();
     store.set_sandbox_identity(id(1), "{}").unwrap();
@@ -90,7 +90,7 @@ fn name_is_taken_until_its_sandbox_is_destroyed() {
 }
 
 #[test]
-fn sandbox_is_found_by_id_and_name_by_its_owner_alone() {
+fn only_the_owner_finds_a_sandbox_by_id_or_name() {
     let (_data, store) = store();
     let other = store
         .insert_user("other".parse().unwrap(), UserId::from_entropy([9; 8]), &[1; 32], Quota::USUAL)
@@ -106,7 +106,7 @@ fn sandbox_is_found_by_id_and_name_by_its_owner_alone() {
 }
 
 #[test]
-fn every_state_survives() {
+fn every_state_is_stored() {
     let (_data, store) = store();
     store.insert_sandbox(new(id(1))).unwrap();
 
@@ -124,7 +124,7 @@ fn every_state_survives() {
 }
 
 #[test]
-fn quota_is_kept_whatever_is_asked_at_once() {
+fn quota_holds_for_concurrent_inserts() {
     let (_data, store) = store();
     let owner = UserId::from_entropy([9; 8]);
     let quota = Quota { sandboxes: Some(3), cpus_per_sandbox: Some(2), ..Quota::USUAL };
@@ -149,7 +149,7 @@ fn quota_is_kept_whatever_is_asked_at_once() {
 }
 
 #[test]
-fn sandboxes_that_are_only_admitted_leave_nothing_and_are_refused_as_inserts_are() {
+fn admission_inserts_nothing_and_refuses_what_an_insert_refuses() {
     let (_data, store) = store();
     let owner = UserId::from_entropy([9; 8]);
     let quota = Quota { sandboxes: Some(3), ..Quota::USUAL };
@@ -173,7 +173,7 @@ fn sandboxes_that_are_only_admitted_leave_nothing_and_are_refused_as_inserts_are
 }
 
 #[test]
-fn list_is_filtered_by_labels_and_comes_in_pages() {
+fn list_is_filtered_by_labels_and_paginated() {
     let (_data, store) = store();
     for number in 1..=5 {
         let mut new = new(id(number));
@@ -205,7 +205,7 @@ fn list_is_filtered_by_labels_and_comes_in_pages() {
 }
 
 #[test]
-fn change_that_is_refused_changes_nothing() {
+fn refused_change_changes_nothing() {
     let (_data, store) = store();
     let row = store.insert_sandbox(new(id(1))).unwrap();
     let mut other = new(id(2));
@@ -228,7 +228,7 @@ fn change_that_is_refused_changes_nothing() {
 }
 
 #[test]
-fn change_of_a_sandbox_that_is_not_there_is_an_error() {
+fn change_of_a_missing_sandbox_is_an_error() {
     let (_data, store) = store();
 
     let changed = store.set_sandbox_state(id(1), SandboxState::Running);

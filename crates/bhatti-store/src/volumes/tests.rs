@@ -39,7 +39,7 @@ fn sandbox(store: &Store, number: u8, volumes: Vec<Attach>) -> Result<(), Insert
 }
 
 #[test]
-fn sandbox_has_its_volumes_in_the_order_asked() {
+fn volumes_are_attached_in_the_requested_order() {
     let (data, store) = store();
     for (number, name) in [(1, "zeta"), (2, "alpha")] {
         store.insert_volume(volume(number, name, 64)).unwrap();
@@ -58,7 +58,7 @@ fn sandbox_has_its_volumes_in_the_order_asked() {
 }
 
 #[test]
-fn volume_has_one_that_writes_or_any_number_that_read() {
+fn volume_has_one_writer_or_any_number_of_readers() {
     let (_data, store) = store();
     store.insert_volume(volume(1, "data", 64)).unwrap();
     sandbox(&store, 1, vec![named("data", true)]).unwrap();
@@ -66,7 +66,7 @@ fn volume_has_one_that_writes_or_any_number_that_read() {
 
     let refused = sandbox(&store, 3, vec![named("data", false)]).unwrap_err();
     assert!(matches!(refused, InsertError::Attach(AttachError::InUse { .. })), "{refused}");
-    assert_eq!(store.get_sandbox(id(3)).unwrap(), None, "nothing of it stays");
+    assert_eq!(store.get_sandbox(id(3)).unwrap(), None, "the refused sandbox left a row");
     let id_of = VolumeId::from_entropy([1; 8]);
     let kept = store.delete_volume(id_of, || Err::<(), _>(VolumeError::Busy("x".parse().unwrap())));
     assert!(
@@ -87,7 +87,7 @@ fn volume_has_one_that_writes_or_any_number_that_read() {
 }
 
 #[test]
-fn volume_that_is_worked_on_is_nobodys_until_that_ends() {
+fn volume_cannot_be_attached_during_work() {
     let (_data, store) = store();
     let row = store.insert_volume(volume(1, "data", 64)).unwrap();
     let size = |mib| VolumeMib::try_from(mib).unwrap();
@@ -112,7 +112,7 @@ fn volume_that_is_worked_on_is_nobodys_until_that_ends() {
 }
 
 #[test]
-fn quota_counts_volumes_and_those_of_sandboxes() {
+fn quota_counts_named_volumes_and_sandboxes_own_volumes() {
     let (_data, store) = store();
     let quota = Quota { volumes_mib: Some(200), ..Quota::default() };
     store.set_user_quota(UserId::ADMIN, quota).unwrap();
@@ -137,7 +137,7 @@ fn quota_counts_volumes_and_those_of_sandboxes() {
     };
     let refused = grow(141).unwrap_err();
     assert!(matches!(refused, VolumeError::Quota(_)), "{refused}");
-    // The room is taken while it grows, and given back if it does not.
+    // The quota is reserved during the growth, and released if the growth fails.
     let row = grow(140).unwrap();
     assert!(store.insert_volume(volume(2, "more", 16)).is_err());
     store.end_volume_work(data, row.size).unwrap();
@@ -147,7 +147,7 @@ fn quota_counts_volumes_and_those_of_sandboxes() {
 }
 
 #[test]
-fn volume_stays_if_its_files_cannot_be_removed() {
+fn volume_row_stays_if_its_files_cannot_be_removed() {
     let (_data, store) = store();
     let row = store.insert_volume(volume(1, "data", 64)).unwrap();
 

@@ -19,33 +19,34 @@ use section::Section;
 /// The options of `bench`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti bench\n  bhatti bench --only create,exec --samples 100 --json\n  bhatti bench --samples 100 --plot bench.svg\n\nMakes sandboxes of its own, and destroys them.\n  create    a creation with its first command, two seconds after the last one\n  burst     the same without a rest\n  file      1 MiB written and read\n  pause     a pause, and its end\n  wake      a command in a paused sandbox\n  start     the start of a stopped one, with its first command\nNothing is dropped from the host's caches. A 99th percentile takes 100 samples."
+    after_help = "Examples:\n  bhatti bench\n  bhatti bench --only create,exec --samples 100 --json\n  bhatti bench --samples 100 --plot bench.svg\n\nCreates its own sandboxes and destroys them.\n  create    create a sandbox and run a command, two seconds after the previous sample\n  burst     as create, without the pause\n  file      write and read 1 MiB\n  pause     pause and resume a sandbox\n  wake      run a command in a paused sandbox\n  start     start a stopped sandbox and run a command\nThe host's caches are not dropped. A 99th percentile needs 100 samples."
 )]
 pub(crate) struct Bench {
-    /// Only these of create, burst, exec, file, pause, wake, start, fork, snapshot
+    /// Sections to run, separated by commas [default: all]
     #[arg(long, value_delimiter = ',', value_parser = Section::NAMES)]
     only: Vec<String>,
-    /// How often each is done, after once that does not count
+    /// Samples per section, after an uncounted warm-up
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     samples: u32,
-    /// Where to draw how the times are distributed
+    /// SVG file to write a plot of the distributions to
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
 
-/// What was measured, and where.
+/// The results of a benchmark, and the daemon and machine that they are from.
 #[derive(Debug, Serialize)]
 struct Report {
     version: String,
     engine: String,
     accelerator: String,
-    /// The machine that this ran on. The daemon's own if it was asked through its socket.
+    /// The machine that ran the benchmark. It is the daemon's machine if the client used the
+    /// daemon's socket.
     machine: Machine,
     figures: Vec<Figures>,
     skipped: Vec<Skipped>,
 }
 
-/// Something that the daemon cannot do.
+/// A section that the daemon does not support.
 #[derive(Debug, Serialize)]
 struct Skipped {
     what: &'static str,
@@ -91,14 +92,14 @@ pub(super) async fn run(context: &Context, arguments: &Bench) -> Result<(), CliE
 }
 
 impl Report {
-    /// What was measured, in a line.
+    /// Describes the daemon and the machine in one line.
     fn heading(&self) -> String {
         let Self { version, engine, accelerator, machine, .. } = self;
         format!("bhatti {version}, {engine} ({accelerator}); {machine}")
     }
 }
 
-/// The times of one section.
+/// Measures one section, and returns its times.
 async fn measure(
     client: &Client,
     section: Section,
@@ -109,7 +110,7 @@ async fn measure(
     let mut failed = None;
     for sample in 0..=samples {
         match section.once(client, &sandbox).await {
-            // The first one warms up.
+            // The first sample is the warm-up.
             Ok(time) if sample > 0 => times.push(time),
             Ok(_) => {}
             Err(error) => {
@@ -118,7 +119,7 @@ async fn measure(
             }
         }
     }
-    // What was made for this goes, however it went.
+    // The benchmark's sandbox is destroyed even if a sample failed.
     client.destroy(&sandbox).await?;
     failed.map_or(Ok(times), Err)
 }

@@ -12,7 +12,7 @@ use crate::error::CliError;
     after_help = "Examples:\n  bhatti completion bash > /etc/bash_completion.d/bhatti\n  bhatti completion zsh > ~/.zfunc/_bhatti\n  bhatti completion fish > ~/.config/fish/completions/bhatti.fish"
 )]
 pub(crate) struct Completion {
-    /// The shell
+    /// Shell to print the script for
     #[arg(value_parser = ["bash", "zsh", "fish"])]
     shell: String,
 }

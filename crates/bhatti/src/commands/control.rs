@@ -32,8 +32,8 @@ pub(super) async fn make(
     let lohar = paths::lohar()?;
     let engine = engine::open(config, &lohar).await?;
     engine::settle(data_dir, store, engine.capabilities().name)?;
-    // Under TCG a waiting VMM saves little, because the guest's code is translated when it first runs.
-    // A VM that has run the first commands saves nearly all of that.
+    // Under TCG a waiting VMM saves little, because the guest's code is translated when it first
+    // runs. A VM that has run the first commands saves nearly all of that.
     let emulated = engine.capabilities().accelerator == Some(Accelerator::Tcg);
     let forks_by_default = usize::from(emulated && config.ready_vmms != Some(0));
     let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
@@ -66,12 +66,11 @@ pub(super) async fn make(
     Ok(Control::new(control_config, Arc::clone(store), start_node))
 }
 
-/// The key of the data directory. Where there are secrets, it has to be there already.
+/// Opens the secret key of the data directory. If the store has secrets, the key must exist.
 fn secret_key(data_dir: &Path, store: &Store) -> Result<SecretKey, CliError> {
     let needed = store.has_secrets().map_err(|error| CliError::of(&error))?;
     SecretKey::open(data_dir, needed).map_err(|error| {
-        let hint =
-            "restore it from a backup; or give the secrets up: bhatti serve --forget-secrets";
+        let hint = "restore it from a backup, or delete all secrets: bhatti serve --forget-secrets";
         match error {
             KeyError::Damaged { .. } | KeyError::Missing { .. } => CliError::of(&error).hint(hint),
             KeyError::File { .. } => CliError::of(&error),

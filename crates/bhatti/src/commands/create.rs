@@ -21,63 +21,64 @@ pub(crate) struct Create {
     /// Name of the sandbox [default: random]
     #[arg(long)]
     name: Option<String>,
-    /// What to do if a sandbox has this name: fail, or return it unchanged [default: fail]
+    /// Whether to fail or to return the existing sandbox if the name is taken [default: fail]
     #[arg(long, value_name = "fail|return", requires = "name")]
     if_exists: Option<IfExists>,
-    /// The image that its disk begins as [default: minimal]
+    /// Image to start from [default: minimal]
     #[arg(long)]
     image: Option<String>,
-    /// The template that says what is left out here
+    /// Template that supplies the options not given here
     #[arg(long)]
     template: Option<String>,
-    /// Its virtual CPUs [default: 1]
+    /// Number of virtual CPUs [default: 1]
     #[arg(long, value_name = "COUNT")]
     cpus: Option<u64>,
-    /// Its memory in MiB [default: 512]
+    /// Memory in MiB [default: 512]
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
-    /// The size of its root disk in MiB, with Docker where that can limit it [default: that of the image, 4096 for those built here]
+    /// Root disk size in MiB; with Docker, only if Docker can limit it [default: the image's size,
+    /// 4096 for images built here]
     #[arg(long, value_name = "MIB")]
     disk: Option<u64>,
-    /// A variable for its processes; may be given several times
+    /// Environment variable to set (repeatable)
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     env: Vec<(String, String)>,
-    /// A secret that is a variable for its processes, too; may be given several times
+    /// Secret to expose as an environment variable (repeatable)
     #[arg(long, value_name = "NAME")]
     secret: Vec<String>,
-    /// A file of this machine to copy in before the init script runs, 16 MiB in total; may be given several times
+    /// Local file to copy in before the init script runs, 16 MiB in total (repeatable)
     #[arg(long, value_name = "FILE:/PATH", value_parser = parse_file)]
     file: Vec<(PathBuf, String)>,
-    /// A script that runs when it is up
+    /// Script to run when the sandbox is ready
     #[arg(long, value_name = "SCRIPT")]
     init: Option<String>,
-    /// What is noted on it; may be given several times
+    /// Label to set (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
     label: Vec<(String, String)>,
-    /// Seconds after which it is destroyed [default: never]
+    /// Destroy the sandbox after this many seconds [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
-    /// Keep it hot, however long nobody uses it
+    /// Keep the sandbox hot while it is unused
     #[arg(long)]
     keep_hot: bool,
-    /// Boot it, rather than fork it from a template
+    /// Boot the image instead of forking its base snapshot
     #[arg(long)]
     cold_boot: bool,
-    /// How it is connected: nat or none [default: as this host can]
+    /// Network mode, nat or none [default: nat if this host supports it]
     #[arg(long, value_name = "MODE")]
     network: Option<String>,
-    /// A private range that it may reach all the same; may be given several times
+    /// Private address range that the sandbox may reach (repeatable)
     #[arg(long, value_name = "CIDR")]
     allow_cidr: Vec<String>,
-    /// A volume that it has, mounted there, read-only with `:ro`; may be given several times
+    /// Volume to mount, read-only with `:ro` (repeatable)
     #[arg(long, value_name = "NAME:/PATH[:ro]", value_parser = parse_volume)]
     volume: Vec<AttachVolume>,
-    /// A volume of its own, which ends with it; may be given several times
+    /// New volume that is deleted with the sandbox (repeatable)
     #[arg(long, value_name = "NAME:MIB:/PATH", value_parser = parse_new_volume)]
     new_volume: Vec<NewVolume>,
 }
 
-/// What `--if-exists` does if the name is taken.
+/// Result of `--if-exists` if the name is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum IfExists {
     Fail,
@@ -123,7 +124,7 @@ fn made(sandbox: &Sandbox, seconds: f64) -> String {
     match sandbox.isolation {
         Isolation::Vm => made,
         Isolation::Container => format!(
-            "{made}; a container: it shares this host's kernel, and is isolated less than a VM"
+            "{made}; a container, which shares this host's kernel and is less isolated than a VM"
         ),
     }
 }
@@ -135,12 +136,12 @@ fn check_sizes(files: &[(PathBuf, String)]) -> Result<(), CliError> {
         bytes += std::fs::metadata(local).map_err(|error| unreadable(local, &error))?.len();
         if bytes > NEW_FILES_BYTES_MAX as u64 {
             let message = format!(
-                "the files have more than {} MiB together, with `{}`",
+                "the files have more than {} MiB in total, at `{}`",
                 NEW_FILES_BYTES_MAX >> 20,
                 local.display()
             );
             return Err(CliError::new(message)
-                .hint("copy large ones when the sandbox is there: bhatti file cp"));
+                .hint("copy large files after the sandbox is created: bhatti file cp"));
         }
     }
     Ok(())
@@ -182,7 +183,7 @@ fn parse_new_volume(text: &str) -> Result<NewVolume, String> {
     let [name, size, mount] = parts[..] else {
         return Err("expected NAME:MIB:/PATH".to_owned());
     };
-    let size_mb = size.parse().map_err(|_| format!("`{size}` is no number of MiB"))?;
+    let size_mb = size.parse().map_err(|_| format!("`{size}` is not a number of MiB"))?;
     Ok(NewVolume { name: name.to_owned(), size_mb, mount: mount.to_owned() })
 }
 
@@ -191,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn volumes_and_files_are_named_with_their_places() {
+    fn volume_and_file_arguments_are_parsed() {
         let volume = parse_volume("data:/srv/x:ro").unwrap();
         assert_eq!((&*volume.name, &*volume.target, volume.readonly), ("data", "/srv/x", true));
         let volume = parse_volume("data:/a:b").unwrap();

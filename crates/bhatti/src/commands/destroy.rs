@@ -11,10 +11,10 @@ use crate::error::CliError;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti destroy dev\n  bhatti destroy --yes dev try-1 try-2")]
 pub(crate) struct Destroy {
-    /// Names or ids
+    /// Names or ids of the sandboxes
     #[arg(required = true)]
     sandboxes: Vec<String>,
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(short, long)]
     yes: bool,
 }
@@ -24,20 +24,20 @@ pub(super) async fn run(context: &Context, arguments: &Destroy) -> Result<(), Cl
         let find = async |id: &str| find(&context.client, id).await;
         let Found { id, name } = context.change(typed, find).await?;
         confirm(arguments.yes, &format!("destroy {name}, with its disk and its memory"))?;
-        // By id: what was asked about, whatever is called so by now.
+        // By id: by now, the name may belong to another sandbox.
         let deleted = context.client.destroy(&id).await?;
         context.output.done("sandbox", &name, &deleted.status)
     })
     .await
 }
 
-/// The sandbox that is to be destroyed.
+/// The sandbox to destroy.
 struct Found {
     id: String,
     name: String,
 }
 
-/// Looks a sandbox up. One whose row is damaged can be destroyed, but not read.
+/// Looks up a sandbox. A sandbox whose row is damaged can be destroyed, but not read.
 async fn find(client: &Client, called: &str) -> Result<Found, ClientError> {
     match client.inspect(called).await {
         Ok(Sandbox { id, name, .. }) => Ok(Found { id, name }),

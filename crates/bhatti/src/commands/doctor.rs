@@ -16,9 +16,9 @@ use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
 use crate::paths;
 
-/// What a setup and a few sandboxes take, in bytes.
+/// Disk space that a setup and a few sandboxes need, in bytes.
 const COMFORTABLE_BYTES: u64 = 5 << 30;
-/// The oldest QEMU that this is tested with.
+/// Oldest major version of QEMU that the project is tested with.
 const QEMU_TESTED: u32 = 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -30,13 +30,13 @@ enum Verdict {
     Missing,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Finding {
     what: &'static str,
     verdict: Verdict,
     detail: String,
-    /// The command that mends it.
+    /// The command that fixes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     mend: Option<String>,
 }
@@ -74,7 +74,7 @@ pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
         daemon(context).await,
     ]);
     if !rustix::process::geteuid().is_root() {
-        // What root does by right, mmdebstrap and mke2fs do under these.
+        // Under these, mmdebstrap and mke2fs do without root what otherwise needs root.
         findings.push(tool("fakechroot", "fakechroot").await);
         findings.push(tool("fakeroot", "fakeroot").await);
         findings.extend(memory_access());
@@ -104,17 +104,17 @@ fn accelerator() -> Finding {
     match kvm::check() {
         Ok(()) => Finding::good("accelerator", "KVM works"),
         Err(error @ KvmUnusable::NoExtension) => {
-            Finding::slow("accelerator", format!("software emulation (TCG), for {error}"), None)
+            Finding::slow("accelerator", format!("software emulation (TCG): {error}"), None)
         }
         Err(error @ KvmUnusable::Device(_)) => Finding::slow(
             "accelerator",
-            format!("software emulation (TCG), for {}", Report(&error)),
+            format!("software emulation (TCG): {}", Report(&error)),
             Some("modprobe kvm_intel || modprobe kvm_amd; usermod -aG kvm $USER"),
         ),
     }
 }
 
-/// The engine that is configured.
+/// Checks the configured engine.
 async fn engine(config: &Config) -> Finding {
     match config.engine {
         EngineChoice::Qemu => qemu(&config.qemu()).await,
@@ -128,7 +128,7 @@ async fn docker(socket: &Path) -> Finding {
         Ok(found) => Finding::good(
             "docker",
             format!(
-                "{}, {}: containers are isolated less than VMs",
+                "{}, {}: containers are less isolated than VMs",
                 found.version,
                 socket.display()
             ),
@@ -136,7 +136,7 @@ async fn docker(socket: &Path) -> Finding {
         Err(error) => Finding::missing(
             "docker",
             Report(&error).to_string(),
-            "start Docker, and name its socket with `docker: PATH` in config.yaml if it is elsewhere",
+            "start Docker, or set its socket with `docker: PATH` in config.yaml",
         ),
     }
 }
@@ -147,14 +147,14 @@ async fn firecracker(config: &Config) -> Finding {
     match (found, kvm::check()) {
         (Ok(Found { program, version, jailer }), Ok(())) => {
             let jailed = jailer.map_or_else(
-                || "without a jail, as the daemon is not root".to_owned(),
+                || "without a jail, because the daemon is not root".to_owned(),
                 |jailer| format!("jailed by {}", jailer.display()),
             );
             Finding::good(WHAT, format!("{version}, {}, {jailed}", program.display()))
         }
         (Ok(_), Err(error)) => Finding::missing(
             WHAT,
-            format!("it needs KVM: {}", Report(&error)),
+            format!("Firecracker needs KVM: {}", Report(&error)),
             "use QEMU: `engine: qemu` in config.yaml",
         ),
         (Err(error), _) => Finding::missing(WHAT, Report(&error).to_string(), engine::mend(&error)),
@@ -178,7 +178,7 @@ async fn qemu(program: &Path) -> Finding {
     } else {
         Finding::missing(
             "qemu",
-            format!("{first_line}: too old, {QEMU_TESTED}.0 is needed"),
+            format!("{first_line}: too old, needs {QEMU_TESTED}.0 or later"),
             install,
         )
     }
@@ -194,15 +194,15 @@ fn landlock(config: &Config) -> Finding {
         0 if process::is_root() => Finding::slow(WHAT, engine::NO_LANDLOCK, None),
         0 => Finding::good(
             WHAT,
-            "this kernel has none: an escaped guest could read the files of this user",
+            "this kernel has no Landlock, so an escaped guest could read the files of this user",
         ),
         1..6 => Finding::good(
             WHAT,
-            "limits QEMU to the files of its VM; from Linux 6.12 on, it also keeps it from sending signals",
+            "limits QEMU to the files of its VM; from Linux 6.12 on, it also keeps QEMU from sending signals",
         ),
         _ => Finding::good(
             WHAT,
-            "limits QEMU to the files of its VM, and keeps it from sending signals",
+            "limits QEMU to the files of its VM, and keeps QEMU from sending signals",
         ),
     }
 }
@@ -216,10 +216,10 @@ async fn tool(program: &'static str, package: &str) -> Finding {
     }
 }
 
-/// Whether sandboxes can have networks. Without, they work all the same.
+/// Checks whether sandboxes can have networks. Sandboxes work without networks, too.
 async fn network() -> Vec<Finding> {
     const WHAT: &str = "network";
-    // Nobody's number: nothing is changed.
+    // No daemon has this instance number, so nothing is changed.
     match Host::open(Instance(1), Upstreams::Fixed(Vec::new()), PrivateNames::Denied).await {
         Ok(_) => {}
         Err(error) => {
@@ -227,7 +227,7 @@ async fn network() -> Vec<Finding> {
                 NetError::Nft(_) => "apt-get install nftables",
                 _ => "run the daemon as root, where /dev/net/tun can be opened",
             };
-            let detail = format!("none for sandboxes: {}", Report(&error));
+            let detail = format!("sandboxes cannot have networks: {}", Report(&error));
             return vec![Finding::slow(WHAT, detail, Some(mend))];
         }
     }
@@ -237,7 +237,7 @@ async fn network() -> Vec<Finding> {
         }
         Ok(others) => others,
         Err(error) => {
-            let detail = format!("other firewalls cannot be looked at: {}", Report(&error));
+            let detail = format!("failed to inspect other firewalls: {}", Report(&error));
             return vec![Finding::slow(WHAT, detail, None)];
         }
     };
@@ -250,7 +250,8 @@ async fn network() -> Vec<Finding> {
     others.iter().map(blocked).collect()
 }
 
-/// The commands that let sandboxes past a filter of somebody else's, until that is made anew.
+/// Returns the commands that let sandboxes past another firewall's filter, until that filter is
+/// recreated.
 fn way_past(Obstacle { table, chain, kept }: &Obstacle) -> String {
     let rules: &[&str] = match (table.as_str(), kept) {
         ("ip filter", Kept::World) => &["-i 'bhatti+' -j ACCEPT", "-o 'bhatti+' -j ACCEPT"],
@@ -272,7 +273,7 @@ fn agent(lohar: &Result<PathBuf, CliError>) -> Finding {
     }
 }
 
-/// The nearest directory that is there.
+/// Returns the nearest directory that exists, of the path and its ancestors.
 fn existing(path: &Path) -> &Path {
     path.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"))
 }
@@ -286,7 +287,7 @@ fn permissions(data_dir: &Path) -> Finding {
         Err(error) => Finding::missing(
             "data dir",
             format!("{}: {}", directory.display(), std::io::Error::from(error)),
-            format!("run as the owner of {detail}, or choose another with --data-dir"),
+            format!("run as the owner of {detail}, or choose another directory with --data-dir"),
         ),
     }
 }
@@ -298,8 +299,8 @@ fn space(data_dir: &Path) -> Finding {
         }
         Ok(free) => Finding::missing(
             "disk space",
-            format!("{} MiB free, {} GiB are comfortable", free >> 20, COMFORTABLE_BYTES >> 30),
-            "free some, or choose another place with --data-dir",
+            format!("{} MiB free, {} GiB recommended", free >> 20, COMFORTABLE_BYTES >> 30),
+            "free disk space, or choose another directory with --data-dir",
         ),
         Err(error) => Finding::missing("disk space", error.to_string(), "check the file system"),
     }
@@ -310,18 +311,19 @@ fn images(data_dir: &Path, lohar: Option<PathBuf>) -> Finding {
     match lohar.map(|lohar| store.boot_files(DEFAULT_IMAGE, &lohar)) {
         Some(Ok(files)) => Finding::good("images", files.root.display().to_string()),
         Some(Err(error)) => Finding::missing("images", Report(&error).to_string(), "bhatti setup"),
-        None => Finding::missing("images", "not looked at without the guest agent", "make build"),
+        None => Finding::missing("images", "not checked without the guest agent", "make build"),
     }
 }
 
-/// Snapshots read and write the memory of VMMs, which Yama lets only root do unless told otherwise.
+/// Checks whether the daemon can access the memory of VMMs, as snapshots need. By default, Yama
+/// allows that only to root.
 fn memory_access() -> Option<Finding> {
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?;
     let restricted = scope.trim() != "0";
     restricted.then(|| {
         Finding::missing(
             "snapshots",
-            "this kernel keeps users out of the memory of their own processes (ptrace_scope)",
+            "this kernel does not let users access the memory of their own processes (ptrace_scope)",
             "sudo sysctl kernel.yama.ptrace_scope=0, or run the daemon as root",
         )
     })

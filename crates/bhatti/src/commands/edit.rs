@@ -19,23 +19,23 @@ pub(crate) struct Edit {
     change: Change,
 }
 
-/// What is changed.
+/// The changes.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 struct Change {
-    /// Its name from now on
+    /// New name
     #[arg(long)]
     name: Option<String>,
-    /// A label that it gets; may be given several times
+    /// Label to set (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
     label: Vec<(String, String)>,
-    /// A label that it loses; may be given several times
+    /// Label to remove (repeatable)
     #[arg(long, value_name = "KEY")]
     label_delete: Vec<String>,
-    /// Keep it hot, however long nobody uses it
+    /// Keep the sandbox hot while it is unused
     #[arg(long)]
     keep_hot: bool,
-    /// Let it sleep when nobody uses it
+    /// Let the sandbox sleep while it is unused
     #[arg(long, conflicts_with = "keep_hot")]
     allow_cold: bool,
 }

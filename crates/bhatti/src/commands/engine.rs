@@ -1,4 +1,4 @@
-//! The engine that the configuration names.
+//! Opens the engine that the configuration names.
 
 use std::fs;
 use std::io;
@@ -16,7 +16,7 @@ use bhatti_store::Store;
 use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
 
-/// Which engine made what is in the data directory.
+/// File that names the engine of a data directory.
 const FILE: &str = "engine";
 const QEMU: &str = "qemu";
 
@@ -28,9 +28,9 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
             let engine = QemuEngine::new(config.qemu());
             tokio::spawn(engine.prepare());
             if engine.capabilities().accelerator == Some(Accelerator::Tcg) {
-                // QEMU asks for them for the code that it translates, and has 4 of 62 MiB for nothing then.
+                // QEMU requests huge pages for translated code, which wastes 4 of 62 MiB.
                 if let Err(error) = forgo_huge_pages() {
-                    tracing::warn!(%error, "VMs take more memory than they need");
+                    tracing::warn!(%error, "Failed to disable huge pages; VMs take more memory than they need");
                 }
             }
             Ok(Arc::new(engine))
@@ -43,7 +43,7 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
                 })?;
             kvm::check().map_err(|error| {
                 CliError::of(&error)
-                    .hint("Firecracker needs KVM; without it: `engine: qemu` in config.yaml")
+                    .hint("Firecracker needs KVM; without KVM, set `engine: qemu` in config.yaml")
             })?;
             Ok(Arc::new(FirecrackerEngine::new(found)))
         }
@@ -65,7 +65,7 @@ pub(super) const WITHOUT_LANDLOCK: &str = "set `allow_without_landlock: true` in
      accept the risk, run the daemon as another user than root, or boot a kernel with `landlock` \
      among its `lsm=`";
 
-/// Whether a daemon refuses QEMU on a kernel without Landlock.
+/// Returns whether a daemon refuses QEMU on a kernel without Landlock.
 pub(super) fn needs_landlock(config: &Config) -> bool {
     is_root() && !config.allow_without_landlock
 }
@@ -86,7 +86,7 @@ pub(super) fn check_landlock(config: &Config) -> Result<(), CliError> {
     Ok(())
 }
 
-/// What to do about a Firecracker that cannot be used.
+/// Returns the hint for a Firecracker that cannot be used.
 pub(super) fn mend(error: &Unusable) -> String {
     match error {
         Unusable::NoJailer { .. } => {
@@ -103,7 +103,8 @@ pub(super) fn mend(error: &Unusable) -> String {
     }
 }
 
-/// Notes which engine this data directory is for. What one engine made is nothing to another: as long as there is any of it, there is no change.
+/// Records the engine of this data directory. No engine can use another's sandboxes and snapshots,
+/// so the engine cannot change while there are any.
 pub(super) fn settle(data_dir: &Path, store: &Store, name: &str) -> Result<(), CliError> {
     let path = data_dir.join(FILE);
     let before = match fs::read_to_string(&path) {
@@ -114,14 +115,14 @@ pub(super) fn settle(data_dir: &Path, store: &Store, name: &str) -> Result<(), C
     if before.as_deref() == Some(name) {
         return Ok(());
     }
-    // Before there was a choice, there was one engine.
+    // A data directory without the file dates from before there was a choice: its engine is QEMU.
     let before = before.unwrap_or_else(|| QEMU.to_owned());
     let made = store.count_made().map_err(|error| CliError::of(&error))?;
     if before != name && made > 0 {
         return Err(CliError::new(format!(
-            "{made} sandboxes and snapshots were made with the engine `{before}`, and this is `{name}`"
+            "{made} sandboxes and snapshots were made with the engine `{before}`, but `{name}` is configured"
         ))
-        .hint(format!("set `engine: {before}` in config.yaml again, or destroy them with it first")));
+        .hint(format!("set `engine: {before}` in config.yaml, or destroy them with that engine first")));
     }
     durable::write(&path, format!("{name}\n").as_bytes())?;
     Ok(())

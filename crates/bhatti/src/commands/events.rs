@@ -13,19 +13,19 @@ use crate::output::{Cell, Table, one_line};
     after_help = "Examples:\n  bhatti events --sandbox dev\n  bhatti events --follow --type sandbox. --json"
 )]
 pub(crate) struct Events {
-    /// Go on, as more happens
+    /// Follow new events
     #[arg(short, long)]
     follow: bool,
-    /// Only those whose type begins so
+    /// Only events whose type starts with this
     #[arg(long = "type", value_name = "TYPE")]
     kind: Option<String>,
-    /// Only those of this sandbox, by name or id, even if it is gone
+    /// Only events of this sandbox, by name or id, even if it is destroyed
     #[arg(long)]
     sandbox: Option<String>,
-    /// Only those behind the event of this number
+    /// Only events after this one
     #[arg(long, value_name = "NUMBER")]
     after: Option<u64>,
-    /// How many at most [default: 100]
+    /// Maximum number of events [default: 100]
     #[arg(long, value_name = "COUNT", conflicts_with = "follow")]
     limit: Option<u32>,
 }
@@ -57,7 +57,7 @@ pub(super) async fn run(context: &Context, arguments: Events) -> Result<(), CliE
     Err(CliError::new("the daemon has stopped").hint("start it again with `bhatti serve`"))
 }
 
-/// An event in a line.
+/// Formats an event as one line.
 fn line(event: &Event, json: bool) -> Result<String, CliError> {
     if json {
         return serde_json::to_string(event).map_err(|error| CliError::of(&error));

@@ -17,49 +17,50 @@ use super::{Context, terminal};
 use crate::cli::parse_variable;
 use crate::error::CliError;
 
-/// So many signals within such a time end us, whatever the command does.
+/// Number of signals within [`INSISTING`] that end this process, whatever the command does.
 const INSISTING_SIGNALS: usize = 3;
 const INSISTING: Duration = Duration::from_secs(2);
 
-/// Signals that are the command's rather than ours.
+/// Signals that are passed on to the command.
 const FORWARDED: [SignalKind; 4] =
     [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  bhatti exec -it dev -- vi notes\n  bhatti exec -d dev -- make test\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's own code; 124 if its time was over, 125 if bhatti failed, 126 if the command cannot be executed, 127 if there is none."
+    after_help = "Examples:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  bhatti exec -it dev -- vi notes\n  bhatti exec -d dev -- make test\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's exit code; 124 if the command timed out, 125 if bhatti failed, 126 if the command cannot be executed, 127 if it is not found."
 )]
 pub(crate) struct Exec {
     /// Name or id
     sandbox: String,
-    /// A variable for the command; may be given several times
+    /// Environment variable to set (repeatable)
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     env: Vec<(String, String)>,
-    /// The command's working directory [default: /workspace]
+    /// Working directory [default: /workspace]
     #[arg(short = 'w', long, value_name = "DIR")]
     workdir: Option<String>,
-    /// Who it runs as, a name or a number [default: the image's usual user]
+    /// User to run as, a name or a number [default: the image's usual user]
     #[arg(short, long)]
     user: Option<String>,
-    /// Seconds after which it is ended [default: never]
+    /// End the command after this many seconds [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
-    /// Pass standard input on, as is done without it, too: for the habit of `-it`
+    /// Pass on standard input; always done, accepted for the habit of `-it`
     #[arg(short, long, conflicts_with = "detach")]
     interactive: bool,
-    /// Give it no standard input: in a loop over lines, it would read them away
+    /// Do not pass on standard input, so that a loop over lines keeps its lines
     #[arg(short = 'n', long, conflicts_with_all = ["detach", "interactive", "tty"])]
     no_stdin: bool,
-    /// Give it a terminal; Ctrl+\ leaves it, and it goes on
+    /// Allocate a terminal; Ctrl+\ detaches, and the command keeps running
     #[arg(short, long, conflicts_with = "detach")]
     tty: bool,
-    /// Let it run on as a job, and print the job's id: see `bhatti logs` and `bhatti wait`
+    /// Run the command as a job and print the job's id; see `bhatti logs` and `bhatti wait`
     #[arg(short, long)]
     detach: bool,
-    /// Start the job again each time that the sandbox boots anew (after a reboot, or a start without its memory), until it has ended
+    /// Restart the job each time the sandbox boots (after a reboot, or a start without its
+    /// memory), until the job has ended
     #[arg(long, requires = "detach")]
     restart: bool,
-    /// The command and its arguments
+    /// Command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -125,12 +126,14 @@ async fn start_job(
         context.output.show(&job, |_| String::new())?;
     } else {
         context.output.print(&job.id)?;
-        context.output.note(&format!("see it with: bhatti logs --follow {sandbox} {}", job.id));
+        context
+            .output
+            .note(&format!("follow the output with: bhatti logs --follow {sandbox} {}", job.id));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs a command whose streams are ours.
+/// Runs a command that uses the standard streams of this process.
 pub(super) async fn stream(
     context: &Context,
     sandbox: &str,
@@ -140,9 +143,9 @@ pub(super) async fn stream(
     run_command(context, sandbox, start, stdin).await.map_err(CliError::of_exec)
 }
 
-/// What becomes of our standard input.
+/// The use of this process's standard input.
 pub(super) struct Stdin {
-    /// Whether the command gets it.
+    /// Whether standard input is passed on to the command.
     pub(super) passed_on: bool,
 }
 
@@ -163,7 +166,7 @@ async fn run_command(
     Ok(exit_code(code))
 }
 
-/// Our exit code for a command's: what its own kernel allows is 0 to 255.
+/// Converts a command's exit code to the exit code of this process: a kernel allows 0 to 255.
 pub(super) fn exit_code(code: i32) -> ExitCode {
     ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX))
 }
@@ -205,7 +208,8 @@ fn write(stream: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     stream.flush()
 }
 
-/// Passes standard input and signals on. Ends only with an error of our own: if the connection breaks, the output tells.
+/// Passes on standard input and signals. Ends only with an error of this process: if the
+/// connection breaks, the output reports that.
 async fn feed(mut input: CommandInput, Stdin { passed_on }: Stdin) -> CliError {
     let mut signals = match FORWARDED.map(signal).into_iter().collect::<io::Result<Vec<Signal>>>() {
         Ok(signals) => signals,
@@ -225,7 +229,7 @@ async fn feed(mut input: CommandInput, Stdin { passed_on }: Stdin) -> CliError {
                 }
                 input.signal(number).await
             }
-            // A command that does not read holds up its input, and not its signals.
+            // A command that does not read blocks its input, but not its signals.
             () = input.ready(), if unsent > 0 => input.write(&buffer[..std::mem::take(&mut unsent)]).await,
             read = stdin.read(&mut buffer), if stdin_open && unsent == 0 => match read {
                 Ok(length @ 1..) => {
@@ -245,7 +249,7 @@ async fn feed(mut input: CommandInput, Stdin { passed_on }: Stdin) -> CliError {
     }
 }
 
-/// Whether somebody signals again and again: then it is us who are to end.
+/// Records a signal. Returns whether so many have arrived that this process must end.
 fn is_insisting(recent: &mut VecDeque<Instant>) -> bool {
     let now = Instant::now();
     recent.retain(|earlier| now - *earlier < INSISTING);

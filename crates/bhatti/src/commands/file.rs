@@ -14,7 +14,7 @@ use crate::output::{Cell, Table, Transfer, unix_time};
 
 #[derive(Debug, Args)]
 pub(crate) struct File {
-    /// User in the sandbox to act as: a name, a number, or UID:GID [default: the sandbox's usual user]
+    /// User to act as: a name, a number, or UID:GID [default: the sandbox's usual user]
     #[arg(short, long, global = true)]
     user: Option<String>,
     #[command(subcommand)]
@@ -31,7 +31,7 @@ enum FileCommand {
         /// The file
         path: String,
     },
-    /// Write a file from standard input, whole or not at all
+    /// Write a file from standard input, atomically
     #[command(
         after_help = "Example:\n  bhatti file write dev /workspace/notes --mode 0600 < notes"
     )]
@@ -40,7 +40,7 @@ enum FileCommand {
         sandbox: String,
         /// The file
         path: String,
-        /// Permission bits in octal [default: those of the file that is there, or 0644]
+        /// Permission bits in octal [default: those of the existing file, or 0644]
         #[arg(long, value_name = "MODE")]
         mode: Option<String>,
     },
@@ -69,11 +69,11 @@ enum FileCommand {
         /// The files
         #[arg(required = true)]
         paths: Vec<String>,
-        /// Directories, too, with all that is in them
+        /// Remove directories and their content, too
         #[arg(short, long)]
         recursive: bool,
     },
-    /// Make directories
+    /// Create directories
     #[command(after_help = "Example:\n  bhatti file mkdir dev --parents /workspace/a/b")]
     Mkdir {
         /// Name or id
@@ -81,10 +81,10 @@ enum FileCommand {
         /// The directories
         #[arg(required = true)]
         paths: Vec<String>,
-        /// Missing parents, too; it may exist already
+        /// Create missing parents, and accept directories that exist
         #[arg(short, long)]
         parents: bool,
-        /// Its permission bits in octal [default: 0755]
+        /// Permission bits in octal [default: 0755]
         #[arg(long, value_name = "MODE")]
         mode: Option<String>,
     },
@@ -102,19 +102,19 @@ enum FileCommand {
     Mv {
         /// Name or id
         sandbox: String,
-        /// Its path
+        /// Current path
         from: String,
-        /// Its path from now on
+        /// New path
         to: String,
     },
     /// Copy files and directories into a sandbox, or out of it
     #[command(
-        after_help = "Examples:\n  bhatti file cp ./project dev:/workspace\n  bhatti file cp dev:/workspace/result.txt .\n\nWhat is copied to a directory that exists goes into it, under its own name."
+        after_help = "Examples:\n  bhatti file cp ./project dev:/workspace\n  bhatti file cp dev:/workspace/result.txt .\n\nIf the target is an existing directory, the source is copied into it under its own name."
     )]
     Cp {
-        /// What is copied: PATH, or SANDBOX:PATH
+        /// Source: PATH or SANDBOX:PATH
         from: String,
-        /// Where to: PATH, or SANDBOX:PATH
+        /// Target: PATH or SANDBOX:PATH
         to: String,
     },
 }
@@ -206,7 +206,7 @@ async fn write(
     mode: Option<String>,
 ) -> Result<(), CliError> {
     let client = &context.client;
-    // Standard input can be read once: the sandbox is looked for before.
+    // Standard input can be read only once, so the sandbox is looked up first.
     let sandbox = context.change(sandbox, async |id| client.inspect(id).await).await?;
     let transfer = Transfer::begin(context.output, "writing", None);
     let content = Upload::new(transfer.counting(tokio::io::stdin()), None);

@@ -13,22 +13,22 @@ use crate::output::Table;
 pub(crate) struct Fork {
     /// Name or id of the parent
     sandbox: String,
-    /// How many forks [default: 1]
+    /// Number of forks [default: 1]
     #[arg(long, value_name = "COUNT")]
     count: Option<u32>,
-    /// The fork's name; several are called NAME-1, NAME-2, … [default: random ones]
+    /// Name of the fork; several forks are named NAME-1, NAME-2, … [default: random]
     #[arg(long)]
     name: Option<String>,
-    /// A variable for processes to come; may be given several times
+    /// Environment variable for new processes (repeatable)
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     env: Vec<(String, String)>,
-    /// Let processes to come have the parent's environment, too
+    /// Inherit the parent's environment in new processes
     #[arg(long)]
     inherit_env: bool,
-    /// A secret that is a variable for processes to come; may be given several times
+    /// Secret to expose as an environment variable of new processes (repeatable)
     #[arg(long, value_name = "NAME")]
     secret: Vec<String>,
-    /// What is noted on them; may be given several times
+    /// Label to set (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
     label: Vec<(String, String)>,
 }
@@ -56,6 +56,6 @@ pub(super) async fn run(context: &Context, arguments: Fork) -> Result<(), CliErr
     }
     context.output.show_list(&forks.sandboxes, &FORKS)?;
     let milliseconds = forks.parent_paused_us.div_ceil(1000);
-    context.output.note(&format!("the parent stood still for {milliseconds} ms"));
+    context.output.note(&format!("the parent was paused for {milliseconds} ms"));
     Ok(())
 }

@@ -16,10 +16,10 @@ use tokio::time::sleep;
 use super::Context;
 use crate::error::CliError;
 
-/// What is read at once, in bytes.
+/// Maximum size of one read, in bytes.
 const PIECE_BYTES: usize = 64 * 1024;
 
-/// How long a machine without room for another connection is left alone.
+/// Pause after a connection could not be accepted.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
@@ -31,9 +31,9 @@ pub(crate) struct Forward {
     sandbox: String,
     /// The port in the sandbox
     port: u16,
-    /// The port of this machine; 0 for any that is free [default: the same]
+    /// Local port, 0 for any free one [default: the same port]
     local: Option<u16>,
-    /// The address of this machine
+    /// Local address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
 }
@@ -49,12 +49,12 @@ pub(super) async fn run(context: &Context, arguments: &Forward) -> Result<(), Cl
     let listening = listener.local_addr()?;
     let shown = json!({ "address": listening.to_string(), "sandbox": sandbox.name, "port": port });
     context.output.show_made(&shown, (&listening.to_string(), &sandbox.name), |_| {
-        format!("{listening} is port {port} of {}, until interrupted", sandbox.name)
+        format!("forwarding {listening} to port {port} of {}, until interrupted", sandbox.name)
     })?;
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
-            // One that broke off at once, or one too many: the others go on.
+            // A connection that broke at once, or one too many. The other connections continue.
             Err(error) => {
                 context.output.note(&format!("a connection was not accepted: {error}"));
                 sleep(ACCEPT_RETRY).await;
@@ -71,7 +71,7 @@ pub(super) async fn run(context: &Context, arguments: &Forward) -> Result<(), Cl
     }
 }
 
-/// Makes one connection of this machine's one of the sandbox's.
+/// Relays one connection to this machine to the sandbox's port.
 async fn connect(
     client: &Client,
     sandbox: &str,
@@ -80,7 +80,7 @@ async fn connect(
 ) -> Result<(), ClientError> {
     let (sender, receiver) = client.forward(sandbox, port).await?;
     let (reader, writer) = stream.split();
-    // One direction that has ended leaves the other open; one that breaks ends both.
+    // If one direction ends, the other stays open. If one breaks, both end.
     tokio::try_join!(send(reader, sender), receive(receiver, writer)).map(|_| ())
 }
 
@@ -88,11 +88,11 @@ async fn send(mut reader: ReadHalf<'_>, mut sender: ForwardSender) -> Result<(),
     let mut piece = BytesMut::new();
     loop {
         piece.reserve(PIECE_BYTES);
-        // A connection that breaks has ended, too.
+        // A broken connection counts as ended.
         match reader.read_buf(&mut piece).await.unwrap_or_default() {
             0 => {
                 sender.send(Bytes::new()).await?;
-                // The sandbox's side may go on; it ends the connection with its own end.
+                // The sandbox's side may still send, and ends the connection at its own end.
                 return Ok(());
             }
             _ => sender.send(piece.split().freeze()).await?,
@@ -109,7 +109,7 @@ async fn receive(
             return Err(ClientError::StreamLost(None));
         }
     }
-    // Whoever has gone needs no end.
+    // The local peer may be gone already.
     drop(writer.shutdown().await);
     Ok(())
 }

@@ -22,34 +22,35 @@ pub(crate) enum Image {
     /// Show one image
     #[command(after_help = "Example:\n  bhatti image inspect minimal")]
     Inspect {
-        /// Its name
+        /// Name of the image
         image: String,
     },
-    /// Build an image on the daemon's own machine: the minimal one with more of Debian's packages
+    /// Build an image on the daemon's machine: `minimal` with more Debian packages
     #[command(
         after_help = "Example:\n  bhatti image build node --package nodejs --package npm\n  bhatti create --image node"
     )]
     Build {
-        /// Its name
+        /// Name of the image
         name: String,
-        /// A package of Debian's that it has; may be given several times
+        /// Debian package to install (repeatable)
         #[arg(short, long, value_name = "PACKAGE", required = true)]
         package: Vec<String>,
     },
-    /// Make an image of a tar archive: a root file system, what `docker save` writes, or an OCI layout
+    /// Import an image from a tar archive: a root file system, `docker save` output, or an OCI
+    /// layout
     #[command(
-        after_help = "Example:\n  docker export CONTAINER > root.tar\n  bhatti image import web root.tar\n\nThe archive is the tar of a root file system, what `docker save` writes for one image, or an OCI layout. It may be\ncompressed with gzip, xz or zstd. `-` reads it from standard input."
+        after_help = "Example:\n  docker export CONTAINER > root.tar\n  bhatti image import web root.tar\n\nThe archive is a tar of a root file system, the output of `docker save` for one image, or an OCI layout. It may be\ncompressed with gzip, xz or zstd. `-` reads it from standard input."
     )]
     Import {
-        /// The image's name
+        /// Name of the image
         name: String,
-        /// The archive
+        /// Archive, or `-` for standard input
         archive: PathBuf,
     },
-    /// Delete images that no sandbox, snapshot or template has
+    /// Delete images that no sandbox, snapshot or template uses
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti image delete web")]
     Delete {
-        /// Their names
+        /// Names of the images
         #[arg(required = true)]
         images: Vec<String>,
     },

@@ -60,13 +60,13 @@ fn describe(sandbox: &Sandbox) -> Vec<(&'static str, Cell)> {
 }
 
 fn volume(volume: &AttachedVolume) -> String {
-    let how = [(volume.readonly, ", read-only"), (volume.ephemeral, ", its own")];
+    let how = [(volume.readonly, ", read-only"), (volume.ephemeral, ", deleted with the sandbox")];
     let how: String = how.iter().filter(|(is_so, _)| *is_so).map(|(_, how)| *how).collect();
     let AttachedVolume { name, target, size_mb, .. } = volume;
     format!("{name} at {target}, {}{how}", mib(*size_mb))
 }
 
-/// What a guest did to become itself, in one line.
+/// Summarizes the guest's identity report in one line.
 fn identity(report: &serde_json::Map<String, serde_json::Value>) -> (&'static str, Cell) {
     let part = |(name, part): (&String, &serde_json::Value)| match part["result"].as_str() {
         Some("done") => Some(name.clone()),

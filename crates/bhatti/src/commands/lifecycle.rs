@@ -10,7 +10,7 @@ use crate::error::CliError;
 /// Names or ids.
 #[derive(Debug, Args)]
 struct Targets {
-    /// Names or ids
+    /// Names or ids of the sandboxes
     #[arg(required = true)]
     sandboxes: Vec<String>,
 }
@@ -41,7 +41,7 @@ pub(crate) struct Stop {
 pub(crate) struct Start {
     #[command(flatten)]
     targets: Targets,
-    /// Boot from the disk; what was in the memory is lost
+    /// Boot from the disk; the saved memory is lost
     #[arg(long)]
     cold_boot: bool,
 }
@@ -75,7 +75,7 @@ async fn each(
     .await
 }
 
-/// Where a sandbox stands, in a word or two.
+/// Returns a sandbox's state and activity, such as `running (hot)`.
 pub(super) fn status(sandbox: &Sandbox) -> String {
     match &sandbox.thermal {
         Some(thermal) => format!("{} ({thermal})", sandbox.status),

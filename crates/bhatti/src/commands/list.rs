@@ -11,7 +11,7 @@ use crate::output::{Cell, Table, mib};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti list\n  bhatti list --label team=web --quiet")]
 pub(crate) struct List {
-    /// Only those with this label; given several times, with all of them
+    /// Only sandboxes with this label (repeatable; all must match)
     #[arg(short, long, value_name = "KEY=VALUE")]
     label: Vec<String>,
 }

@@ -12,12 +12,12 @@ use crate::error::CliError;
 pub(crate) struct Logs {
     /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
-    /// The job's id, as `bhatti exec --detach` and `bhatti ps` tell it
+    /// Job id, as printed by `bhatti exec --detach` and `bhatti ps`
     job: String,
-    /// Go on until the job ends
+    /// Follow the output until the job ends
     #[arg(short, long)]
     follow: bool,
-    /// The byte to begin with [default: the first that is kept]
+    /// Byte offset to start at [default: the first byte that is kept]
     #[arg(long, value_name = "BYTE")]
     offset: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! The network of this host, as the configuration wants it used.
+//! Opens this host's network as the configuration says.
 
 use bhatti_net::{Host, Instance, PrivateNames, Upstreams};
 use bhatti_node::NetworkConfig;
@@ -8,7 +8,7 @@ use bhatti_types::Report;
 use crate::config::{Config, NetworkUse};
 use crate::error::CliError;
 
-/// Where this host says who knows names.
+/// File that lists this host's name servers.
 const RESOLVERS: &str = "/etc/resolv.conf";
 
 /// Returns the settings of sandboxes' networks. If this host cannot have networks, they hold the
@@ -28,7 +28,7 @@ pub(super) async fn open(config: &Config, store: &Store) -> Result<NetworkConfig
     Ok(NetworkConfig { host, range, reach_host: config.network_reach_host })
 }
 
-/// Who is asked for names that are no sandbox's.
+/// Returns the name servers for names that belong to no sandbox.
 fn upstreams(config: &Config) -> Upstreams {
     let servers = config.dns.clone().map(Upstreams::Fixed);
     servers.unwrap_or_else(|| Upstreams::In(RESOLVERS.into()))

@@ -12,7 +12,7 @@ use crate::output::{Cell, Table};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bhatti ports dev\n  bhatti ports")]
 pub(crate) struct Ports {
-    /// Name, id, or a prefix of the id of six digits or more [default: all that are hot]
+    /// Name, id, or a prefix of the id of six digits or more [default: all hot sandboxes]
     sandbox: Option<String>,
 }
 
@@ -21,9 +21,9 @@ pub(crate) struct Ports {
 struct Port {
     sandbox: String,
     port: u16,
-    /// Whether something listens there right now.
+    /// Whether a process listens on the port right now.
     listening: bool,
-    /// Where anybody reaches it, if it is published.
+    /// The public URLs of the port, if it is published.
     urls: Vec<String>,
 }
 
@@ -48,7 +48,7 @@ pub(super) async fn run(context: &Context, arguments: &Ports) -> Result<(), CliE
     context.output.show_list(&ports, &PORTS)
 }
 
-/// What listens in a sandbox, and what of it is published.
+/// Returns the ports that a sandbox listens on, and its published ports.
 async fn of_one(context: &Context, typed: &str) -> Result<Vec<Port>, CliError> {
     let client = &context.client;
     let sandbox = context.read(typed, async |id| client.inspect(id).await).await?;

@@ -13,7 +13,7 @@ pub(crate) struct Publish {
     sandbox: String,
     /// The port in the sandbox
     port: u16,
-    /// What it is called [default: the sandbox's name and six digits]
+    /// Alias in the URL [default: the sandbox's name and six digits]
     #[arg(short, long)]
     alias: Option<String>,
 }

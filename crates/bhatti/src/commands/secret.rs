@@ -12,12 +12,12 @@ use crate::output::{Cell, Table};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Secret {
-    /// Set a secret; its value is read from standard input, or asked for
+    /// Set a secret; the value is read from standard input or a prompt
     #[command(
         after_help = "Examples:\n  bhatti secret set API_KEY\n  bhatti secret set API_KEY < key.txt\n\nOne line break at the end of the input is not part of the value."
     )]
     Set {
-        /// Its name: that of the variable which it becomes
+        /// Name of the secret and of its environment variable
         name: String,
     },
     /// List secrets, without their values
@@ -26,7 +26,7 @@ pub(crate) enum Secret {
     /// Delete secrets
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti secret delete API_KEY")]
     Delete {
-        /// Their names
+        /// Names of the secrets
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -65,7 +65,7 @@ fn read_value(name: &str) -> Result<String, CliError> {
     let mut value = String::new();
     if io::stdin().is_terminal() {
         let mut stderr = io::stderr();
-        write!(stderr, "value of {name} (it is not shown): ")?;
+        write!(stderr, "value of {name} (hidden): ")?;
         stderr.flush()?;
         {
             let _hidden = Settings::hidden()?;
@@ -74,7 +74,7 @@ fn read_value(name: &str) -> Result<String, CliError> {
         writeln!(stderr)?;
     } else {
         io::stdin().read_to_string(&mut value).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => CliError::new("the value is no text (UTF-8)"),
+            io::ErrorKind::InvalidData => CliError::new("the value is not valid UTF-8"),
             _ => error.into(),
         })?;
     }

@@ -28,38 +28,38 @@ use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
 
-/// How long requests that run may take when the daemon stops.
+/// Time limit for requests in flight when the daemon stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a daemon waits for what another has left behind to be let go.
+/// How long a starting daemon waits for the lock, which another daemon or its children may hold.
 const LOCK_LIMIT: Duration = Duration::from_secs(3);
 
-/// How often it looks.
+/// Interval of attempts to take the lock.
 const LOCK_LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti serve --listen 127.0.0.1:8080")]
 pub(crate) struct Serve {
-    /// Also listen on this address, for callers with an API key [default: the configuration's]
+    /// Also listen on this address, for callers with an API key [default: `listen` in config.yaml]
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
-    /// Save all sandboxes when the daemon stops, rather than leave them to the next one
+    /// Save all sandboxes when the daemon stops, instead of leaving them running
     #[arg(long)]
     stop_sandboxes: bool,
-    /// Forget all secrets, and the key that they need, before starting: for a key that is lost
+    /// Delete all secrets before starting, if their key is lost
     #[arg(long)]
     forget_secrets: bool,
-    /// How the log is written
+    /// Format of the log
     #[arg(long, value_enum, env = "BHATTI_LOG_FORMAT", default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
 
-/// How the log is written.
+/// The format of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum LogFormat {
-    /// A line for a person.
+    /// A readable line per entry.
     Text,
-    /// An object of JSON per line.
+    /// A JSON object per line.
     Json,
 }
 
@@ -92,19 +92,19 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     paths::create_data_dir(data_dir)?;
     let _lock = lock(data_dir).await?;
     let config = Config::read(data_dir)?;
-    // Before anybody can know that this daemon is there, and ask it to stop.
+    // Before any process can find this daemon and ask it to stop.
     let mut stop_signal = StopSignal::catch()?;
     let store = Arc::new(Store::open(data_dir).map_err(|error| CliError::of(&error))?);
     if arguments.forget_secrets {
         forget_secrets(data_dir, &store)?;
     }
     let control = control::make(data_dir, &config, &store).await?;
-    // Its sandboxes are taken up while this daemon listens already.
+    // The daemon listens while its sandboxes are adopted in the background.
     control.recover().await.map_err(|error| CliError::of(&error))?.detach();
 
     let (stop, stopped) = watch::channel(false);
     let stopping = |mut stopped: watch::Receiver<bool>| async move {
-        // A sender that is gone is a daemon that stops.
+        // If the sender is gone, the daemon is stopping, too.
         drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
     };
     let public = match config.public_listen {
@@ -135,9 +135,9 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         let (address, public) = serve_public(state.clone(), listener, stopping(stopped.clone()))
             .map_err(|error| CliError::of(&error))?;
         servers.spawn(public);
-        info!(%address, "Listening for anybody who wants a published port");
+        info!(%address, "Listening for requests to published ports");
     }
-    // Last: whoever finds the socket finds everything.
+    // The socket comes last: a client that finds it must find everything ready.
     let unix = serve_unix(state.clone(), data_dir, stopping(stopped))
         .map_err(|error| CliError::of(&error))?;
     servers.spawn(unix);
@@ -158,12 +158,12 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     if arguments.stop_sandboxes {
         info!("Stopping; sandboxes are saved");
     } else {
-        info!("Stopping; sandboxes go on running");
+        info!("Stopping; sandboxes keep running");
     }
     stop.send_replace(true);
     let drained = async {
         servers.join_all().await;
-        // The servers do not count what became a WebSocket.
+        // The servers do not count connections that became WebSockets.
         state.drained().await;
     };
     if timeout(DRAIN_LIMIT, drained).await.is_err() {
@@ -174,7 +174,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     Ok(())
 }
 
-/// Says what this daemon is.
+/// Logs the daemon's network, engine and start-up time.
 fn announce(state: &AppState, data_dir: &Path, started: Instant) {
     match state.control.network() {
         Ok(mode) => info!(network = mode.as_str(), "Sandboxes have a network"),
@@ -184,31 +184,33 @@ fn announce(state: &AppState, data_dir: &Path, started: Instant) {
     if engine.shares_kernel {
         warn!(
             engine = engine.name,
-            "Sandboxes are containers and share this host's kernel: they are isolated less than virtual machines"
+            "Sandboxes are containers and share this host's kernel: they are less isolated than virtual machines"
         );
     }
     let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator_name(), startup_ms, "Daemon ready");
 }
 
-/// Gives up secrets that nothing can read any more. The key's file is kept beside, in case it is wanted after all.
+/// Deletes all secrets, which cannot be read without their key. The key's file is renamed, in case
+/// it is needed after all.
 fn forget_secrets(data_dir: &Path, store: &Store) -> Result<(), CliError> {
     let forgotten = store.forget_all_secrets().map_err(|error| CliError::of(&error))?;
     let key = data_dir.join(bhatti_secret::FILE);
     if key.exists() {
         fs::rename(&key, key.with_extension("key.old"))?;
     }
-    warn!(forgotten, "Secrets were forgotten");
+    warn!(forgotten, "Deleted all secrets");
     Ok(())
 }
 
-/// Makes sure that this is the only daemon on the data directory. The lock ends with the process, however it ends, or a moment later: a
-/// child that it was starting has a copy until it becomes another program.
+/// Takes the lock that makes this the only daemon on the data directory. The lock ends with the
+/// process, however the process ends, or a moment later: a child that the process was starting
+/// holds a copy until the child executes another program.
 async fn lock(data_dir: &Path) -> Result<File, CliError> {
     let mut file =
         fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))?;
     if !take(&file)? {
-        info!("Waiting for a moment, for another daemon has the lock");
+        info!("Waiting for another daemon to release the lock");
         let taken = timeout(LOCK_LIMIT, async {
             while !take(&file)? {
                 sleep(LOCK_LOOK).await;
@@ -220,13 +222,13 @@ async fn lock(data_dir: &Path) -> Result<File, CliError> {
                 .hint("stop it first, or choose another directory with --data-dir")
         })??;
     }
-    // For a person who wants to stop it: kill $(cat daemon.lock).
+    // So that a user can stop the daemon: kill $(cat daemon.lock).
     file.set_len(0)?;
     writeln!(file, "{}", std::process::id())?;
     Ok(file)
 }
 
-/// Locks the file, and returns whether nobody else has it locked.
+/// Tries to lock the file. Returns false if another process holds the lock.
 fn take(file: &File) -> io::Result<bool> {
     match file.try_lock() {
         Ok(()) => Ok(true),
@@ -235,14 +237,14 @@ fn take(file: &File) -> io::Result<bool> {
     }
 }
 
-/// The end of the daemon, as it is asked for.
+/// The signals that stop the daemon.
 struct StopSignal {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl StopSignal {
-    /// From here on a signal does not kill the daemon, but is waited for.
+    /// Catches the signals: from here on, they do not kill the daemon but are waited for.
     fn catch() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,

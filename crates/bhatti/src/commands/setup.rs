@@ -22,23 +22,25 @@ use progress::with_progress;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti setup\n  bhatti setup --dev\n  bhatti setup --url http://box:8080 --token bht_KEY\n\nWith --url nothing is built: the daemon there is called with the key, and both are saved in ~/.bhatti/config.yaml, for its owner alone."
+    after_help = "Examples:\n  bhatti setup\n  bhatti setup --dev\n  bhatti setup --url http://box:8080 --token bht_KEY\n\nWith --url, nothing is built: the URL and the key are checked and saved in ~/.bhatti/config.yaml, readable by its owner alone."
 )]
 pub(crate) struct Setup {
-    /// A kernel of your own, ELF vmlinux or bzImage [default: Debian's kernel for virtual machines]
+    /// Custom kernel, ELF vmlinux or bzImage [default: Debian's kernel for virtual machines]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// The modules of --kernel, as in /lib/modules/RELEASE [default: all that is needed is built in]
+    /// Modules of --kernel, as in /lib/modules/RELEASE [default: none, all drivers must be built
+    /// in]
     #[arg(long, value_name = "DIR", requires = "kernel")]
     modules: Option<PathBuf>,
-    /// Build the image `dev`, too: a compiler, make, pip, venv, node, npm, ssh, less, wget, unzip, ping
+    /// Also build the image `dev`: a compiler, make, pip, venv, node, npm, ssh, less, wget, unzip,
+    /// ping
     #[arg(long)]
     dev: bool,
-    /// CA certificates (PEM) that images trust which are built from now on; may be given several times. To take one back, remove its
-    /// file from images/ca-certificates in the data directory
+    /// CA certificate (PEM) that images built from now on trust (repeatable); to remove one,
+    /// delete its file from images/ca-certificates in the data directory
     #[arg(long, value_name = "FILE")]
     ca_certificate: Vec<PathBuf>,
-    /// Do not boot a guest to fork sandboxes from; the first `create` does it then
+    /// Do not make a base snapshot now; the first `create` makes it
     #[arg(long)]
     no_template: bool,
 }
@@ -50,13 +52,13 @@ pub(super) async fn run(
 ) -> Result<(), CliError> {
     match (&global.url, &global.token) {
         (Some(url), Some(token)) => remember(context, url, token).await,
-        (Some(_), None) => Err(CliError::new("a key goes with --url")
-            .hint("bhatti setup --url URL --token KEY; `bhatti user create` makes one")),
+        (Some(_), None) => Err(CliError::new("--url needs an API key")
+            .hint("bhatti setup --url URL --token KEY; `bhatti user create` prints a key")),
         (None, _) => build(context, arguments).await,
     }
 }
 
-/// Saves the daemon and its key, once it has taken the key.
+/// Saves the daemon's URL and key after the daemon has accepted the key.
 async fn remember(context: &Context, url: &str, token: &str) -> Result<(), CliError> {
     let checked = context.client.list().await;
     let sandboxes = checked.map_err(|error| {
@@ -72,7 +74,11 @@ async fn remember(context: &Context, url: &str, token: &str) -> Result<(), CliEr
     let path = saved::save(url, token)?;
     let shown = json!({ "url": url, "saved": path.display().to_string() });
     context.output.show(&shown, |_| {
-        format!("{url} knows the key ({} sandboxes); saved in {}", sandboxes.len(), path.display())
+        format!(
+            "{url} accepts the key ({} sandboxes); saved in {}",
+            sandboxes.len(),
+            path.display()
+        )
     })
 }
 
@@ -84,7 +90,7 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
     };
     let config = Config::read(&context.data_dir)?;
     if config.engine == EngineChoice::Qemu && !arguments.no_template {
-        // Before minutes of building.
+        // Checked before the build, which takes minutes.
         engine::check_landlock(&config)?;
     }
     let options = SetupOptions {
@@ -105,7 +111,8 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
     })
 }
 
-/// Makes the template of the sandboxes that ask for nothing in particular, so that the first of them is created in a moment.
+/// Makes the base snapshot of the default image and shape, so that the first such sandbox is
+/// created quickly.
 async fn warm_up(context: &Context, skip: bool) -> Result<(), CliError> {
     if skip {
         return Ok(());
@@ -117,12 +124,13 @@ async fn warm_up(context: &Context, skip: bool) -> Result<(), CliError> {
     let began = Instant::now();
     let made = control.warm_up().await;
     made.map_err(|error| {
-        CliError::of(&error).hint("`bhatti doctor` says what this machine lacks; set-up without a template: --no-template")
+        CliError::of(&error)
+            .hint("run `bhatti doctor`, or skip the base snapshot: bhatti setup --no-template")
     })?;
     if !context.output.json && !context.output.quiet {
         let seconds = began.elapsed().as_secs_f64();
         let what =
-            if control.capabilities().saves_memory { "template" } else { "root file system" };
+            if control.capabilities().saves_memory { "base snapshot" } else { "root file system" };
         context.output.print(&format!("{what}: ready after {seconds:.1} s"))?;
     }
     Ok(())

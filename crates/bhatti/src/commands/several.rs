@@ -1,4 +1,4 @@
-//! What is done to several things, one after the other.
+//! Operations on several resources, one after the other.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -8,7 +8,8 @@ use bhatti_client::ClientError;
 use super::Context;
 use crate::error::CliError;
 
-/// Does something to each. One that fails is told at once and does not keep the others from it; the error that is returned says how many did.
+/// Applies `act` to each of several resources. A failure is printed at once and does not stop the
+/// others. The error that is returned says how many failed.
 pub(super) async fn each(
     context: &Context,
     things: &[String],
@@ -20,7 +21,7 @@ pub(super) async fn each(
     let mut failed = 0;
     for thing in things {
         match act(thing).await {
-            // Nobody is there any more to do it, or to hear of it.
+            // The daemon, or the reader of the output, is gone.
             Err(error) if error.is_lost() || error.is_silent() => return Err(error),
             Err(error) => {
                 context.output.fail(&error);
@@ -35,7 +36,7 @@ pub(super) async fn each(
     }
 }
 
-/// Deletes each of several things of a kind.
+/// Deletes several resources of a kind.
 pub(super) async fn delete(
     context: &Context,
     kind: &str,
@@ -49,7 +50,7 @@ pub(super) async fn delete(
     .await
 }
 
-/// Asks whoever sits at the terminal, if somebody does, whether `what` is to be done. `--yes` says so beforehand.
+/// Asks the user to confirm `what`, if standard input is a terminal. `--yes` answers beforehand.
 pub(super) fn confirm(yes: bool, what: &str) -> Result<(), CliError> {
     if yes || !io::stdin().is_terminal() {
         return Ok(());

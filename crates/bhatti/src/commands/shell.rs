@@ -17,24 +17,24 @@ const PIPED_SHELL: &str =
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti shell dev\n  bhatti shell dev --attach s3\n  bhatti shell dev < script.sh\n\nCtrl+\\ leaves at any time; the terminal goes on, and the next `bhatti shell` comes back to it. Where standard input is no terminal, the shell reads its commands from it."
+    after_help = "Examples:\n  bhatti shell dev\n  bhatti shell dev --attach s3\n  bhatti shell dev < script.sh\n\nCtrl+\\ detaches at any time; the terminal keeps running, and the next `bhatti shell` reattaches to it. If standard input is not a terminal, the shell reads its commands from it."
 )]
 pub(crate) struct Shell {
     /// Name or id
     sandbox: String,
-    /// The terminal to come back to, as `bhatti ps` lists it [default: the newest that nobody has]
+    /// Terminal to reattach to, as `bhatti ps` lists it [default: the newest detached one]
     #[arg(long, value_name = "SESSION")]
     attach: Option<String>,
-    /// Open another terminal in any case
+    /// Always open a new terminal
     #[arg(long, conflicts_with = "attach")]
     new: bool,
-    /// A variable for a new terminal; may be given several times
+    /// Environment variable for a new terminal (repeatable)
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable, conflicts_with = "attach")]
     env: Vec<(String, String)>,
-    /// Where a new terminal begins [default: /workspace]
+    /// Working directory of a new terminal [default: /workspace]
     #[arg(short = 'w', long, value_name = "DIR", conflicts_with = "attach")]
     workdir: Option<String>,
-    /// Who a new terminal runs as [default: the image's usual user]
+    /// User of a new terminal [default: the image's usual user]
     #[arg(short, long, conflicts_with = "attach")]
     user: Option<String>,
 }
@@ -51,7 +51,7 @@ pub(super) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode,
         };
         return exec::stream(context, &sandbox, &start, exec::Stdin { passed_on: true }).await;
     }
-    // What is asked of a new terminal is no use to an old one.
+    // These options apply only to a new terminal.
     let new = new || !env.is_empty() || workdir.is_some() || user.is_some();
     let options = ShellOptions { session: attach, new, env, workdir, user, ..Default::default() };
     terminal::run(context, &sandbox, options).await.map_err(CliError::of_exec)

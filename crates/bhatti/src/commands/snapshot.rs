@@ -10,12 +10,12 @@ use crate::output::{Cell, Table, bytes, mib};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Snapshot {
-    /// Save a running sandbox, which goes on
+    /// Save a running sandbox, which keeps running
     #[command(after_help = "Example:\n  bhatti snapshot create dev ready")]
     Create {
         /// Name or id of the sandbox
         sandbox: String,
-        /// The snapshot's name
+        /// Name of the snapshot
         name: String,
     },
     /// List snapshots
@@ -24,34 +24,34 @@ pub(crate) enum Snapshot {
     /// Show one snapshot
     #[command(after_help = "Example:\n  bhatti snapshot inspect ready")]
     Inspect {
-        /// Its name
+        /// Name of the snapshot
         name: String,
     },
-    /// Make a sandbox of a snapshot
+    /// Create a sandbox from a snapshot
     #[command(after_help = "Example:\n  bhatti snapshot resume ready --name again")]
     Resume {
-        /// The snapshot's name
+        /// Name of the snapshot
         snapshot: String,
-        /// The sandbox's name [default: a random one]
+        /// Name of the sandbox [default: random]
         #[arg(long)]
         name: Option<String>,
-        /// A variable for processes to come; may be given several times
+        /// Environment variable for new processes (repeatable)
         #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
         env: Vec<(String, String)>,
-        /// A secret that is a variable for processes to come; may be given several times
+        /// Secret to expose as an environment variable of new processes (repeatable)
         #[arg(long, value_name = "NAME")]
         secret: Vec<String>,
-        /// What is noted on it; may be given several times
+        /// Label to set (repeatable)
         #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
         label: Vec<(String, String)>,
-        /// Keep it hot, however long nobody uses it
+        /// Keep the sandbox hot while it is unused
         #[arg(long)]
         keep_hot: bool,
     },
-    /// Delete snapshots; sandboxes that were made of them stay
+    /// Delete snapshots (sandboxes created from them stay)
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti snapshot delete ready")]
     Delete {
-        /// Their names
+        /// Names of the snapshots
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -98,7 +98,7 @@ pub(super) async fn run(context: &Context, command: Snapshot) -> Result<(), CliE
             };
             let sandbox = client.resume_snapshot(&snapshot, &request).await?;
             output.show_made(&sandbox, (&sandbox.id, &sandbox.name), |sandbox| {
-                format!("created {} ({}) of {snapshot}", sandbox.name, sandbox.id)
+                format!("created {} ({}) from {snapshot}", sandbox.name, sandbox.id)
             })
         }
         Snapshot::Delete { names } => {

@@ -10,7 +10,7 @@ use crate::output::{Cell, Table, mib};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Template {
-    /// Write down what sandboxes have in common
+    /// Create a template
     Create(Create),
     /// List templates
     #[command(visible_alias = "ls", after_help = "Example:\n  bhatti template list")]
@@ -18,13 +18,13 @@ pub(crate) enum Template {
     /// Show one template
     #[command(after_help = "Example:\n  bhatti template inspect web")]
     Inspect {
-        /// Its name or id
+        /// Name or id of the template
         template: String,
     },
-    /// Delete templates; sandboxes that were made with them stay
+    /// Delete templates (sandboxes created from them stay)
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti template delete web")]
     Delete {
-        /// Their names or ids
+        /// Names or ids of the templates
         #[arg(required = true)]
         templates: Vec<String>,
     },
@@ -35,30 +35,30 @@ pub(crate) enum Template {
     after_help = "Example:\n  bhatti template create web --memory 1024 --env PORT=8080 --secret API_KEY\n  bhatti create --template web"
 )]
 pub(crate) struct Create {
-    /// Its name
+    /// Name of the template
     name: String,
-    /// The image of its sandboxes [default: minimal]
+    /// Image to start from [default: minimal]
     #[arg(long)]
     image: Option<String>,
-    /// Their virtual CPUs [default: 1]
+    /// Number of virtual CPUs [default: 1]
     #[arg(long, value_name = "COUNT")]
     cpus: Option<u64>,
-    /// Their memory in MiB [default: 512]
+    /// Memory in MiB [default: 512]
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
-    /// The size of their root disks in MiB [default: that of the image]
+    /// Root disk size in MiB [default: the image's size]
     #[arg(long, value_name = "MIB")]
     disk: Option<u64>,
-    /// A variable for their processes; may be given several times
+    /// Environment variable to set (repeatable)
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     env: Vec<(String, String)>,
-    /// A secret that is a variable for their processes; may be given several times
+    /// Secret to expose as an environment variable (repeatable)
     #[arg(long, value_name = "NAME")]
     secret: Vec<String>,
-    /// What is noted on them; may be given several times
+    /// Label to set (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
     label: Vec<(String, String)>,
-    /// A script that runs when they are up
+    /// Script to run when a sandbox is ready
     #[arg(long, value_name = "SCRIPT")]
     init: Option<String>,
 }

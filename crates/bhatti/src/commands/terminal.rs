@@ -1,12 +1,13 @@
-//! A terminal of this machine, given to a terminal in a sandbox.
+//! Connects a terminal of this machine to a terminal in a sandbox.
 //!
 //! ```text
 //!  keys ──► keyboard ──► (Ctrl+\ leaves) ──► queue ──► sender ──► session
 //!  screen ◄────────────────────────────────────────────────────── session
 //! ```
 //!
-//! Keys are read from the first moment on and whatever the connection does, so that leaving always works. However this ends, the
-//! terminal is what it was: its settings go back when [`Settings`] is dropped, and signals that would kill us end the loop instead.
+//! Keys are read from the first moment on, whatever the connection does, so that detaching always
+//! works. The terminal is restored however the session ends: [`Settings`] restores its settings
+//! when dropped, and signals that would kill this process end the loop instead.
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -23,30 +24,30 @@ use super::Context;
 use super::exec::exit_code;
 use crate::error::CliError;
 
-/// Ctrl+\: leaves a session.
+/// Ctrl+\: detaches from a session.
 const LEAVE: u8 = 0x1c;
-/// Ctrl+C: gives up, as long as there is no session yet that could take it.
+/// Ctrl+C: cancels, as long as there is no session yet that could receive it.
 const INTERRUPT: u8 = 0x03;
-/// Ctrl+D: the end of input, for a session whose input is no terminal.
+/// Ctrl+D: the end of input, for a session whose input is not a terminal.
 const END: u8 = 0x04;
 
-/// What is read of the keyboard at once, in bytes.
+/// Maximum size of one read from the keyboard, in bytes.
 const KEYS: usize = 4096;
-/// Pieces of input from a pipe that may be on their way.
+/// Maximum number of pieces of piped input that are in flight.
 const PIPED_PIECES: usize = 16;
 
-/// The terminal with other settings, until this is dropped.
+/// Changed settings of the terminal, which are restored when this is dropped.
 pub(super) struct Settings {
     before: Termios,
 }
 
 impl Settings {
-    /// Every key is passed on as it is.
+    /// Passes on every key unchanged.
     fn raw() -> io::Result<Self> {
         Self::change(Termios::make_raw)
     }
 
-    /// What is typed is not shown.
+    /// Hides what the user types.
     pub(super) fn hidden() -> io::Result<Self> {
         Self::change(|settings| settings.local_modes.remove(LocalModes::ECHO))
     }
@@ -62,31 +63,31 @@ impl Settings {
 
 impl Drop for Settings {
     fn drop(&mut self) {
-        // A terminal that has gone needs no settings.
+        // If the terminal is gone, there is nothing to restore.
         let _: rustix::io::Result<()> = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
     }
 }
 
-/// How a session ended for us.
+/// How a session ended for this client.
 enum Outcome {
-    /// Its process ended.
+    /// The session's process ended.
     Exit(i32),
-    /// It was left, and goes on.
+    /// The client detached, and the session keeps running.
     Left,
 }
 
-/// Something on its way to a session.
+/// Input on its way to a session.
 enum Input {
     Keys(Bytes),
     Size { rows: u16, cols: u16 },
 }
 
-/// A session as we know it.
+/// The session, as far as this client knows it.
 struct Session {
     id: Option<String>,
 }
 
-/// Gives this terminal to a session in a sandbox, until it ends or is left.
+/// Connects this terminal to a session in a sandbox, until the session ends or the user detaches.
 pub(super) async fn run(
     context: &Context,
     sandbox: &str,
@@ -107,7 +108,7 @@ pub(super) async fn run(
         Ok(Outcome::Exit(code)) => Ok(exit_code(code)),
         Ok(Outcome::Left) => {
             let back = back.unwrap_or_else(|| format!("bhatti shell {sandbox}"));
-            say(context, is_terminal, &format!("detached; come back with: {back}"));
+            say(context, is_terminal, &format!("detached; reattach with: {back}"));
             Ok(ExitCode::SUCCESS)
         }
         Err(error) => {
@@ -116,7 +117,7 @@ pub(super) async fn run(
             }
             Err(match back {
                 Some(back) if error.is_lost() => {
-                    error.hint(format!("the session goes on; come back with: {back}"))
+                    error.hint(format!("the session keeps running; reattach with: {back}"))
                 }
                 _ => error,
             })
@@ -124,16 +125,16 @@ pub(super) async fn run(
     }
 }
 
-/// Tells something in a line of its own, wherever the cursor was left.
+/// Prints a message on a line of its own, wherever the cursor was left.
 fn say(context: &Context, is_terminal: bool, text: &str) {
     if !context.output.quiet {
         let before = if is_terminal { "\r\n" } else { "" };
-        // Nobody is left to be told when this fails.
+        // If this fails, there is no place left to report it.
         drop(writeln!(io::stderr(), "{before}{text}"));
     }
 }
 
-/// Connects and relays.
+/// Connects to the session and relays input and output.
 async fn attend(
     context: &Context,
     sandbox: &str,
@@ -169,13 +170,14 @@ async fn attend(
             _ = sizes.recv() => if let Some((rows, cols)) = size() {
                 drop(queue.send(Input::Size { rows, cols }));
             },
-            // The output tells why nothing can be sent any more.
+            // The output has the reason why nothing more can be sent.
             _gone = &mut sending => return last_words(output, session).await,
         }
     }
 }
 
-/// Leaves a session once it has what was typed before, unless it takes nothing.
+/// Detaches after the session has received the earlier input, unless it accepts none within a
+/// limit.
 async fn leave(
     sending: impl Future<Output = Result<(), ClientError>>,
     output: ShellOutput,
@@ -186,7 +188,7 @@ async fn leave(
     Outcome::Left
 }
 
-/// What a session says when it takes no more.
+/// Relays the remaining output of a session that accepts no more input.
 async fn last_words(mut output: ShellOutput, session: &mut Session) -> Result<Outcome, CliError> {
     loop {
         match output.next().await? {
@@ -203,7 +205,7 @@ fn show(bytes: &[u8]) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Sends what is queued, in order, and leaves the session at the end of the queue.
+/// Sends the queued input in order, and detaches at the end of the queue.
 async fn send(
     mut input: ShellInput,
     mut queued: mpsc::UnboundedReceiver<Input>,
@@ -222,27 +224,27 @@ async fn send(
     input.leave().await
 }
 
-/// The size of the terminal that output goes to: rows and columns.
+/// Returns the size of the output's terminal: rows and columns.
 fn size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin())).ok()?;
     (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
 }
 
-/// What was typed.
+/// Typed keys.
 enum Keys {
-    /// These.
+    /// Keys for the session.
     Some(Bytes),
-    /// These, and then Ctrl+\.
+    /// Keys for the session, and then Ctrl+\.
     Leave(Bytes),
 }
 
 /// Standard input, read as it comes.
 struct Keyboard {
     keys: mpsc::UnboundedReceiver<Bytes>,
-    /// Typed before there was a session.
+    /// Keys that were typed before there was a session.
     early: Vec<Bytes>,
     is_terminal: bool,
-    /// Pieces that may still be read; a person types any number.
+    /// Pieces that may still be read. A user may type any number.
     window: Arc<Semaphore>,
 }
 
@@ -259,7 +261,7 @@ impl Keyboard {
             // The window is never closed.
             while let Ok(permit) = room.acquire().await {
                 permit.forget();
-                // A terminal that breaks has ended.
+                // A broken terminal counts as ended.
                 let length = stdin.read(&mut buffer).await.unwrap_or_default();
                 let keys = match (buffer[..length].last(), begins_line) {
                     (Some(last), _) => {
@@ -267,7 +269,7 @@ impl Keyboard {
                         &buffer[..length]
                     }
                     (None, true) => &[END][..],
-                    // Behind a line that has not ended, the first one only sends it off.
+                    // After an unfinished line, the first Ctrl+D only submits the line.
                     (None, false) => &[END, END],
                 };
                 if read.send(Bytes::copy_from_slice(keys)).is_err() || length == 0 {
@@ -278,7 +280,7 @@ impl Keyboard {
         Self { keys, early: Vec::new(), is_terminal, window }
     }
 
-    /// Waits for somebody who does not want to wait any longer; keeps what else is typed.
+    /// Waits until the user cancels. Keeps all other keys.
     async fn gives_up(&mut self) {
         while let Some(keys) = self.keys.recv().await {
             if self.is_terminal && keys.iter().any(|key| [LEAVE, INTERRUPT].contains(key)) {
@@ -289,7 +291,7 @@ impl Keyboard {
         std::future::pending::<()>().await;
     }
 
-    /// Waits for keys. At the end of the input it waits for ever.
+    /// Waits for keys. At the end of the input, waits forever.
     async fn next(&mut self) -> Keys {
         let keys = if self.early.is_empty() {
             match self.keys.recv().await {
@@ -306,7 +308,7 @@ impl Keyboard {
     }
 }
 
-/// Signals that would kill us with the terminal as it is.
+/// Signals that would kill this process without restoring the terminal.
 struct Signals([Signal; 4]);
 
 impl Signals {

@@ -9,10 +9,10 @@ use crate::output::{Cell, Table};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum User {
-    /// Make a user, and print the API key this once
+    /// Create a user and print its API key, which is shown only once
     #[command(after_help = "Example:\n  bhatti user create alice --max-sandboxes 10")]
     Create {
-        /// The user's name
+        /// Name of the user
         name: String,
         #[command(flatten)]
         limits: LimitArguments,
@@ -23,51 +23,51 @@ pub(crate) enum User {
     /// Show one user
     #[command(after_help = "Example:\n  bhatti user inspect alice")]
     Inspect {
-        /// The user's name
+        /// Name of the user
         name: String,
     },
-    /// Change what a user may have
+    /// Change the limits of a user
     #[command(after_help = "Example:\n  bhatti user edit alice --max-volume-mb 40960")]
     Edit {
-        /// The user's name
+        /// Name of the user
         name: String,
         #[command(flatten)]
         limits: LimitArguments,
     },
-    /// Give a user another API key, and print it this once; the one before is good no longer
+    /// Replace the API key of a user and print the new one, which is shown only once
     #[command(after_help = "Example:\n  bhatti user rotate-key alice")]
     RotateKey {
-        /// The user's name
+        /// Name of the user
         name: String,
     },
-    /// Delete users that own nothing any more
+    /// Delete users that own nothing
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti user delete alice")]
     Delete {
-        /// Their names
+        /// Names of the users
         #[arg(required = true)]
         names: Vec<String>,
     },
 }
 
-/// What a user may have.
+/// Limits of a user.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct LimitArguments {
-    /// Sandboxes
+    /// Maximum number of sandboxes
     #[arg(long, value_name = "COUNT")]
     max_sandboxes: Option<u32>,
-    /// Virtual CPUs of one sandbox
+    /// Maximum virtual CPUs per sandbox
     #[arg(long, value_name = "COUNT")]
     max_cpus: Option<u32>,
-    /// Memory of one sandbox, in MiB
+    /// Maximum memory per sandbox, in MiB
     #[arg(long, value_name = "MIB")]
     max_memory: Option<u32>,
-    /// Named snapshots
+    /// Maximum number of named snapshots
     #[arg(long, value_name = "COUNT")]
     max_snapshots: Option<u32>,
-    /// Volumes, all together, in MiB
+    /// Maximum size of all volumes together, in MiB
     #[arg(long, value_name = "MIB")]
     max_volume_mb: Option<u32>,
-    /// Disk space of the host that sandboxes and snapshots take together, in MiB
+    /// Maximum host disk space of sandboxes and snapshots together, in MiB
     #[arg(long, value_name = "MIB")]
     max_disk_mb: Option<u32>,
 }
@@ -157,7 +157,7 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
             output.show_facts(&client.update_user(&name, &request).await?, describe)
         }
         User::RotateKey { name } => {
-            show_key(context, &client.rotate_key(&name).await?, "has another key")
+            show_key(context, &client.rotate_key(&name).await?, "has a new key")
         }
         User::Delete { names } => {
             several::delete(context, "user", &names, async |name| client.delete_user(name).await)
@@ -166,7 +166,7 @@ pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError
     }
 }
 
-/// A key is shown this once, to a script alone.
+/// Prints a user's new API key, which is shown only once; with `--quiet`, the key alone.
 fn show_key(context: &Context, user: &CreatedUser, what: &str) -> Result<(), CliError> {
     if context.output.quiet && !context.output.json {
         return context.output.print(&user.api_key);
@@ -174,7 +174,7 @@ fn show_key(context: &Context, user: &CreatedUser, what: &str) -> Result<(), Cli
     context.output.show(user, |user| {
         let CreatedUser { name, api_key, .. } = user;
         format!(
-            "user {name} {what}\nAPI key: {api_key}\nIt is shown this once. Use it with:\n  bhatti setup --url http://HOST:PORT --token {api_key}"
+            "user {name} {what}\nAPI key: {api_key}\nIt is shown only once. Use it with:\n  bhatti setup --url http://HOST:PORT --token {api_key}"
         )
     })
 }

@@ -10,12 +10,12 @@ use crate::output::{Cell, Table, bytes, mib};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Volume {
-    /// Make an empty volume
+    /// Create an empty volume
     #[command(after_help = "Example:\n  bhatti volume create data --size 4096")]
     Create {
-        /// The volume's name
+        /// Name of the volume
         name: String,
-        /// Its size in MiB [default: 1024]
+        /// Size in MiB [default: 1024]
         #[arg(long, value_name = "MIB")]
         size: Option<u64>,
     },
@@ -25,33 +25,33 @@ pub(crate) enum Volume {
     /// Show one volume
     #[command(after_help = "Example:\n  bhatti volume inspect data")]
     Inspect {
-        /// Its name
+        /// Name of the volume
         name: String,
     },
-    /// Make a volume larger that no sandbox has
+    /// Grow a volume (it must not be attached)
     #[command(after_help = "Example:\n  bhatti volume resize data --size 8192")]
     Resize {
-        /// Its name
+        /// Name of the volume
         name: String,
-        /// Its size from now on, in MiB
+        /// New size in MiB
         #[arg(long, value_name = "MIB")]
         size: u64,
     },
-    /// Copy a volume that no sandbox writes
+    /// Copy a volume (no sandbox may write it)
     #[command(after_help = "Example:\n  bhatti volume clone data data-2")]
     Clone {
-        /// Its name
+        /// Name of the volume
         name: String,
-        /// The copy's name
+        /// Name of the copy
         copy: String,
     },
-    /// Delete volumes that no sandbox has, with all that is in them
+    /// Delete volumes and their content (they must not be attached)
     #[command(visible_alias = "rm", after_help = "Example:\n  bhatti volume delete data-2")]
     Delete {
-        /// Their names
+        /// Names of the volumes
         #[arg(required = true)]
         names: Vec<String>,
-        /// Do not ask
+        /// Do not ask for confirmation
         #[arg(short, long)]
         yes: bool,
     },
@@ -95,7 +95,7 @@ pub(super) async fn run(context: &Context, command: Volume) -> Result<(), CliErr
         }
         Volume::Delete { names, yes } => {
             each(context, &names, async |name| {
-                confirm(yes, &format!("delete the volume {name}, with all that is in it"))?;
+                confirm(yes, &format!("delete the volume {name} and its content"))?;
                 let deleted = client.delete_volume(name).await?;
                 output.done("volume", name, &deleted.status)
             })

@@ -15,7 +15,7 @@ use crate::error::CliError;
 pub(crate) struct Wait {
     /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
-    /// The job's id, as `bhatti exec --detach` and `bhatti ps` tell it
+    /// Job id, as printed by `bhatti exec --detach` and `bhatti ps`
     job: String,
 }
 
@@ -31,7 +31,7 @@ async fn wait(context: &Context, Wait { sandbox, job }: &Wait) -> Result<ExitCod
             context.output.show(&now, |job| format!("{} exited {code}", job.id))?;
             return Ok(exit_code(code));
         }
-        // Its output ends with it: nobody has to ask again and again.
+        // The output stream ends with the job, so no polling is needed.
         let rest =
             async |id: &str| context.client.job_output(id, job, Some(now.output_end), true).await;
         let mut rest = context.read(sandbox, rest).await?;

@@ -1,8 +1,8 @@
-//! Sizes and times as a person reads them.
+//! Sizes and times in a form for users.
 
 use jiff::{Timestamp, Unit};
 
-/// A number of bytes in the largest unit that leaves something before the point.
+/// Formats a number of bytes, in the largest unit in which it is at least 1.
 pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let (mut scale, mut unit) = (1_u64, 0);
@@ -18,12 +18,12 @@ pub(crate) fn bytes(count: u64) -> String {
     }
 }
 
-/// A number of mebibytes, likewise.
+/// Formats a number of mebibytes likewise.
 pub(crate) fn mib(count: u64) -> String {
     bytes(count.saturating_mul(1 << 20))
 }
 
-/// How long ago something was, from its time in RFC 3339.
+/// Formats how long ago a time in RFC 3339 was.
 pub(crate) fn since(time: &str, now: Timestamp) -> String {
     let Ok(then) = time.parse::<Timestamp>() else { return time.to_owned() };
     let seconds = now.as_second() - then.as_second();
@@ -37,25 +37,26 @@ pub(crate) fn since(time: &str, now: Timestamp) -> String {
     if seconds < 0 { format!("in {count} {unit}") } else { format!("{count} {unit} ago") }
 }
 
-/// Seconds since 1970 in RFC 3339.
+/// Formats seconds since 1970 in RFC 3339.
 pub(crate) fn unix_time(seconds: i64) -> String {
     Timestamp::from_second(seconds).map(|time| time.to_string()).unwrap_or_default()
 }
 
-/// A time in RFC 3339 to the second.
+/// Rounds a time in RFC 3339 to the second.
 pub(super) fn whole_seconds(time: &str) -> String {
     let rounded = time.parse::<Timestamp>().ok().and_then(|time| time.round(Unit::Second).ok());
     rounded.map_or_else(|| time.to_owned(), |time| time.to_string())
 }
 
-/// Text that a guest or a stranger chose, of any number of lines: it does not get to move the cursor, or to change what is on the screen.
+/// Replaces the control characters of text from a guest or a stranger, except line breaks and
+/// tabs, so that the text cannot move the cursor or change the screen.
 pub(crate) fn harmless(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c })
         .collect()
 }
 
-/// The same in one line, so that it does not look like another row.
+/// Does the same, and puts the text on one line, so that it cannot look like another row.
 pub(crate) fn one_line(text: &str) -> String {
     harmless(text).replace(['\n', '\t'], "\u{fffd}")
 }
@@ -75,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_told_from_now() {
+    fn times_are_relative_to_now() {
         let now: Timestamp = "2026-03-04T05:06:07Z".parse().unwrap();
         let shown = [
             "2026-03-04T05:06:07Z",
@@ -96,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_a_stranger_changes_nothing_on_the_screen() {
+    fn untrusted_text_cannot_control_the_screen() {
         assert_eq!(harmless("a\x1b[2J\r\nb\u{9b}c\t"), "a\u{fffd}[2J\u{fffd}\nb\u{fffd}c\t");
         assert_eq!(one_line("a\nb\tc"), "a\u{fffd}b\u{fffd}c");
     }

@@ -1,24 +1,24 @@
-//! Colours, where there is somebody to see them.
+//! Colors on terminals.
 
 use std::io::IsTerminal;
 
 use anstyle::{AnsiColor, Style};
 
-/// Colours text, or leaves it as it is.
+/// Colors text, or leaves it as it is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Paint {
     pub(super) colored: bool,
 }
 
 impl Paint {
-    /// Colours what goes to a terminal, unless the environment says not to: see no-color.org.
+    /// Colors output to a terminal, unless the environment disables colors: see no-color.org.
     pub(super) fn of(stream: &impl IsTerminal) -> Self {
         let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         Self { colored: stream.is_terminal() && !is_set("NO_COLOR") && !dumb }
     }
 
-    /// Text in a style.
+    /// Returns the text in a style.
     pub(super) fn styled(self, text: &str, style: Style) -> String {
         if self.colored { format!("{style}{text}{style:#}") } else { text.to_owned() }
     }
@@ -36,7 +36,7 @@ impl Paint {
     }
 }
 
-/// The colour of a state, by the word that it begins with.
+/// Returns the color of a state.
 pub(super) fn of_state(text: &str) -> Style {
     let hot = text.contains("(hot)") || text == "running" || text == "done";
     match text {

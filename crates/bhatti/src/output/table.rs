@@ -6,24 +6,24 @@ use jiff::Timestamp;
 use super::human::{one_line, since, whole_seconds};
 use super::paint::{Paint, of_state};
 
-/// How things of one kind are listed.
+/// The layout of a list of resources.
 pub(crate) struct Table<T> {
-    /// What the columns are called.
+    /// The column titles.
     pub(crate) header: &'static [&'static str],
-    /// The cells of one thing.
+    /// Returns the cells of one resource.
     pub(crate) row: fn(&T) -> Vec<Cell>,
-    /// What it is called, for who wants nothing else.
+    /// Returns the name of one resource, for quiet output.
     pub(crate) key: fn(&T) -> String,
 }
 
-/// One entry of a table.
+/// One cell of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Cell {
     /// Text.
     Text(String),
-    /// Where something stands.
+    /// A state, which is colored.
     State(String),
-    /// A time in RFC 3339: told from now to a person.
+    /// A time in RFC 3339, shown relative to now on a terminal.
     Time(String),
 }
 
@@ -34,7 +34,7 @@ impl<S: Into<String>> From<S> for Cell {
 }
 
 impl Cell {
-    /// A number.
+    /// Creates a cell with a number.
     pub(crate) fn number(number: u64) -> Self {
         Self::Text(number.to_string())
     }
@@ -82,7 +82,7 @@ impl<T> Table<T> {
     }
 }
 
-/// Facts about one thing, a line each.
+/// Formats facts about one resource, one per line.
 pub(crate) fn facts(facts: &[(&'static str, Cell)], terminal: bool, paint: Paint) -> String {
     let now = Timestamp::now();
     let width = facts.iter().map(|(name, _)| name.len() + 1).max().unwrap_or_default();
@@ -114,7 +114,7 @@ mod tests {
     };
 
     #[test]
-    fn columns_are_aligned_for_a_person_and_divided_by_tabs_for_a_program() {
+    fn columns_are_aligned_on_a_terminal_and_separated_by_tabs_otherwise() {
         let items = [("a-long-name", "running (hot)"), ("b\x1b[2J", "stopped")];
 
         let lines = TABLE.text(&items, true, PLAIN);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_do_not_move_columns() {
+    fn colors_do_not_move_columns() {
         let items = [("a", "running (hot)"), ("b", "creating")];
         let plain = TABLE.text(&items, true, PLAIN);
 

@@ -1,4 +1,4 @@
-//! How far a transfer is.
+//! Progress bars of transfers.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::io::AsyncRead;
@@ -8,11 +8,11 @@ use super::Output;
 const KNOWN: &str = "{msg} {bytes:>10}/{total_bytes:10} [{wide_bar}] {bytes_per_sec:>12} {eta:>4}";
 const UNKNOWN: &str = "{msg} {bytes:>10} {bytes_per_sec:>12} {spinner}";
 
-/// A bar for whoever watches; nothing for anybody else. It goes away with its end.
+/// A progress bar, hidden unless progress is shown. It disappears when it is dropped.
 pub(crate) struct Transfer(ProgressBar);
 
 impl Transfer {
-    /// Begins: of so many bytes, if that is known.
+    /// Begins a transfer of `total` bytes, or of an unknown number.
     pub(crate) fn begin(output: Output, what: &str, total: Option<u64>) -> Self {
         let bar = total.map_or_else(ProgressBar::no_length, ProgressBar::new);
         let target = if output.is_watched() {
@@ -28,12 +28,12 @@ impl Transfer {
         Self(bar)
     }
 
-    /// So many bytes more.
+    /// Counts more bytes.
     pub(crate) fn add(&self, bytes: usize) {
         self.0.inc(bytes as u64);
     }
 
-    /// Counts what is read.
+    /// Counts the bytes that are read from `content`.
     pub(crate) fn counting<R: AsyncRead + Unpin + Send + 'static>(
         &self,
         content: R,

@@ -42,7 +42,7 @@ impl Port {
         Ok(Self { file, changes, read_waits: false, write_waits: false })
     }
 
-    /// Reads what is there; 0 when the host is not.
+    /// Reads the available bytes. Returns 0 if the host is not connected.
     pub(super) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
@@ -60,7 +60,7 @@ impl Port {
         }
     }
 
-    /// Writes what fits. Waits for room, and for the host.
+    /// Writes as many bytes as fit. Waits for room, and for the host.
     pub(super) fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -88,7 +88,8 @@ impl Port {
             }];
             let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
             if epoll::wait(self.changes.get_ref(), &mut events[..], Some(&at_once))? > 0 {
-                // One edge tells of both directions, and one task serves both: the other one must look, too.
+                // One edge covers both directions, and one task serves both: wake it again, so
+                // that it checks the other direction, too.
                 if self.read_waits && self.write_waits {
                     cx.waker().wake_by_ref();
                 }

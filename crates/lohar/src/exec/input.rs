@@ -1,4 +1,4 @@
-//! The way from the host to the process.
+//! Input from the host to the process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,23 +13,26 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use crate::connection::{HostReader, Transport};
 use crate::processes::Processes;
 
-/// Input that may wait for a process that does not read it, in bytes. Beyond it, nothing more is taken from the host.
+/// The most input that waits for a process that does not read it, in bytes. Beyond this, the
+/// agent reads no more from the host.
 pub(crate) const STDIN_QUEUE_BYTES: usize = 1 << 20;
 
-/// How often a host that has closed its sending direction is checked for being there at all.
+/// How often the agent checks that the host is still connected, while it reads nothing from the
+/// host.
 const HOST_CHECK: Duration = Duration::from_millis(250);
 
-/// Input on its way to the process, with the room that it takes in the queue.
+/// Input for the process, with the permit for its bytes in the queue.
 pub(crate) type Queued = (Bytes, OwnedSemaphorePermit);
 
-/// Feeds the process and signals its group as the host asks. Ends when the host is gone.
+/// Writes input to the process and signals its group, as the host requests. Ends when the host is
+/// gone.
 pub(super) async fn pump<T: Transport>(
     reader: HostReader<T>,
     stdin: pipe::Sender,
     processes: &Processes,
 ) {
     let (queue, queued) = mpsc::unbounded_channel();
-    // A process that reads nothing must not keep us when the host is gone.
+    // A process that reads nothing must not keep this task alive after the host is gone.
     let feed_on = async {
         feed(stdin, queued).await;
         std::future::pending::<()>().await;
@@ -44,7 +47,7 @@ pub(super) async fn pump<T: Transport>(
 pub(crate) async fn feed(mut stdin: pipe::Sender, mut queued: mpsc::UnboundedReceiver<Queued>) {
     while let Some((bytes, _room)) = queued.recv().await {
         if stdin.write_all(&bytes).await.is_err() {
-            // The process has closed its end; what still comes is dropped as it arrives.
+            // The process has closed its end. Later input is dropped as it arrives.
             return;
         }
     }
@@ -83,7 +86,7 @@ async fn host_gone<T: Transport>(reader: &HostReader<T>) {
     }
 }
 
-/// Queues input; waits while the queue is full, but not for a host that is gone: then it returns false.
+/// Queues input, and waits while the queue is full. Returns false if the host is gone.
 pub(crate) async fn enqueue_for<T: Transport>(
     reader: &HostReader<T>,
     queue: Option<&mpsc::UnboundedSender<Queued>>,
@@ -106,7 +109,7 @@ async fn enqueue(
     // A frame is smaller than the queue.
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     if let Ok(permit) = Arc::clone(room).acquire_many_owned(length).await {
-        // A process that does not read gets nothing.
+        // Sending fails only if the process has closed its input.
         drop(queue.send((bytes, permit)));
     }
 }

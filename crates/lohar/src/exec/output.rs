@@ -1,4 +1,4 @@
-//! The way from the process to the host.
+//! Output from the process to the host.
 
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -12,11 +12,12 @@ use crate::connection::{HostWriter, Transport};
 use crate::discard::discard;
 use crate::reaper::Exit;
 
-/// The most that is sent of each stream once the process has ended, in bytes. A pipe holds at most this much (`pipe-max-size`), so all
-/// that the process itself wrote arrives. What a background process writes later is discarded.
+/// The most that is sent of each stream after the process has ended, in bytes. A pipe holds at
+/// most this much (`pipe-max-size`), so everything that the process itself wrote arrives. Later
+/// output of background processes is discarded.
 const DRAIN_BYTES_MAX: usize = 1 << 20;
 
-/// How the output came to its end.
+/// How the output ended.
 pub(super) enum Finished {
     /// The process ended with this code, and its output was sent.
     Exited(i32),
@@ -39,13 +40,13 @@ impl Stream {
     /// Waits for output and returns its length, 0 at the end. Never resolves after that.
     async fn read(&mut self) -> usize {
         match &mut self.pipe {
-            // A pipe that cannot be read holds nothing more for us.
+            // A pipe that cannot be read has ended.
             Some(pipe) => pipe.read(&mut self.buffer).await.unwrap_or(0),
             None => std::future::pending().await,
         }
     }
 
-    /// Sends the first `length` bytes of the buffer; none of them is the end of the stream.
+    /// Sends the first `length` bytes of the buffer. Length 0 is the end of the stream.
     async fn send<T: Transport>(
         &mut self,
         length: usize,
@@ -58,13 +59,13 @@ impl Stream {
         writer.send(self.frame_type, &self.buffer[..length]).await.map_err(|_| Finished::HostGone)
     }
 
-    /// Sends what is in the pipe now.
+    /// Sends the bytes that are in the pipe now.
     async fn drain<T: Transport>(&mut self, writer: &mut HostWriter<T>) -> Result<(), Finished> {
         let mut budget = DRAIN_BYTES_MAX;
         while let Some(pipe) = &self.pipe {
-            // Not through the runtime, which may not have been told yet that there is something.
+            // Reads directly: the runtime may not know yet that the pipe is readable.
             match rustix::io::read(pipe.as_fd(), &mut self.buffer) {
-                // Its last writer has gone.
+                // The last writer has gone.
                 Ok(0) => self.pipe = None,
                 Ok(length) => {
                     self.send(length, writer).await?;
@@ -80,8 +81,8 @@ impl Stream {
     }
 }
 
-/// Sends the output of a process in the order of its arrival, until the process has ended. Pipes that other processes hold then are
-/// discarded from there on.
+/// Sends the output of a process in the order of its arrival, until the process has ended. Pipes
+/// that other processes still hold are then drained and discarded.
 pub(super) async fn pump<T: Transport>(
     agent: &Rc<Agent>,
     stdout: pipe::Receiver,

@@ -1,5 +1,5 @@
-//! Directories as tar archives, read and written by the agent itself: a guest's image need not have a `tar`, and files and archives
-//! follow the same rules of users and owners.
+//! Directories as tar archives, read and written by the agent itself: a guest's image need not
+//! have `tar`, and archives follow the same rules of users and owners as files.
 
 mod pack;
 mod unpack;
@@ -18,13 +18,14 @@ use crate::agent::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::refusal::{OpError, host_gone, refused};
 
-/// Pieces that may wait on their way.
+/// Pieces that may wait between the connection and the thread.
 const PIECES_WAITING: usize = 4;
 
-/// Names of entries that were left out and that the host is told; of more, it is told the number.
+/// The most names of skipped entries that are sent to the host. Of further entries, the host gets
+/// only the number.
 const SKIPPED_NAMES_MAX: usize = 100;
 
-/// The most levels of directories below each other: each is open while what is in it is read.
+/// The most levels of nested directories. Each is open while its content is read.
 const DEPTH_MAX: usize = 512;
 
 /// Serves one `ARCHIVE_READ_REQ`.
@@ -58,7 +59,7 @@ pub(crate) async fn write<T: Transport>(
     let mut unpacking = worker::begin(agent, request.user.as_deref(), unpacking).await?;
     let fed = tokio::select! {
         biased;
-        // Behind an archive's end nothing counts, and an error needs no more of it.
+        // Nothing after an archive's end matters, and after an error its rest is not needed.
         skipped = unpacking.end() => return finish(skipped?, writer).await,
         fed = feed(agent, &mut reader, sender) => fed,
     };
@@ -74,7 +75,7 @@ async fn feed<T: Transport>(
     pieces: mpsc::Sender<Piece>,
 ) -> Result<(), OpError> {
     loop {
-        let stalled = |_| refused(ErrorKind::Limit, "nothing of the archive came in time");
+        let stalled = |_| refused(ErrorKind::Limit, "no part of the archive arrived in time");
         let next = timeout(agent.limits.write(), reader.next()).await.map_err(stalled)?;
         let broken = || refused(ErrorKind::Other, "the archive broke off before its end");
         let frame = next.ok().flatten().ok_or_else(broken)?;
@@ -86,7 +87,7 @@ async fn feed<T: Transport>(
         let is_last = matches!(piece, Piece::End);
         agent.awake().await;
         if pieces.send(piece).await.is_err() {
-            // The thread has ended: its result is looked for first.
+            // The thread has ended: let the caller take its result first.
             std::future::pending::<()>().await;
         }
         if is_last {
@@ -102,7 +103,7 @@ async fn finish<T: Transport>(skipped: Skipped, writer: &mut HostWriter<T>) -> R
     writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone)
 }
 
-/// Entries that an archive or a file system cannot have: sockets, devices, pipes.
+/// Skipped entries, which an archive or a file system cannot hold: sockets, devices, pipes.
 #[derive(Debug, Default)]
 struct Skipped {
     names: VecDeque<String>,
@@ -123,7 +124,7 @@ impl Skipped {
     }
 }
 
-/// An archive on its way to the host.
+/// The writer of an archive to the host.
 struct Output {
     pieces: mpsc::Sender<Vec<u8>>,
     buffer: Vec<u8>,
@@ -157,13 +158,13 @@ impl Write for Output {
     }
 }
 
-/// What the host has for the unpacking thread.
+/// A message to the unpacking thread.
 enum Piece {
     Content(Bytes),
     End,
 }
 
-/// An archive on its way from the host.
+/// The reader of an archive from the host.
 struct Input {
     pieces: mpsc::Receiver<Piece>,
     current: Bytes,

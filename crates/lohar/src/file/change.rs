@@ -32,7 +32,8 @@ fn make(path: &Path, mode: u32, parents: bool) -> io::Result<()> {
     make_one(path, mode)
 }
 
-/// Makes a directory with exactly these permission bits, whatever the umask. By its descriptor: the path may lead elsewhere by then.
+/// Makes a directory with exactly these permission bits, regardless of the umask. Sets them by
+/// its descriptor, because the path may lead elsewhere by then.
 pub(super) fn make_one(path: &Path, mode: u32) -> io::Result<()> {
     mkdirat(CWD, path, Mode::RWXU)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -40,7 +41,7 @@ pub(super) fn make_one(path: &Path, mode: u32) -> io::Result<()> {
     Ok(fchmod(&made, Mode::from_raw_mode(mode))?)
 }
 
-/// Serves one `FILE_REMOVE_REQ`. A link goes, and not what it leads to.
+/// Serves one `FILE_REMOVE_REQ`. Removes a link itself, not its target.
 pub(crate) async fn remove(agent: &Agent, request: &RemoveRequest) -> Result<(), OpError> {
     let path = checked(&request.path)?;
     let recursive = request.recursive;

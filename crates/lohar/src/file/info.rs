@@ -17,13 +17,14 @@ use crate::connection::{HostWriter, Transport};
 use crate::limits::LISTING_ENTRIES_MAX;
 use crate::refusal::{OpError, host_gone, io_refused, refused};
 
-/// The JSON of one listing frame is closed before it would grow beyond this, in bytes. What is listed is in memory a frame at a time.
+/// The largest listing frame, in bytes of JSON: an entry that would exceed this begins the next
+/// frame. Only one frame of the listing is in memory at a time.
 const LISTING_FRAME_BYTES: usize = 64 << 10;
 
 /// Room for the sentinel in an old host's one frame, in bytes.
 const SENTINEL_BYTES: usize = 256;
 
-/// Serves one `FILE_STAT_REQ`: follows links, and says where one leads.
+/// Serves one `FILE_STAT_REQ`: follows links, and reports the target of a link.
 pub(crate) async fn stat<T: Transport>(
     agent: &Agent,
     request: &FilePathRequest,
@@ -38,8 +39,9 @@ pub(crate) async fn stat<T: Transport>(
     Ok(writer.send_json(FrameType::FILE_STAT_RESP, &info).await?)
 }
 
-/// Serves one `FILE_LS_REQ`: the entries of a directory, links not followed. In the directory's order for hosts that take all of them,
-/// and the first ones by name for old hosts, which take one frame.
+/// Serves one `FILE_LS_REQ`: lists the entries of a directory, without following links. A host
+/// that takes all entries gets them in the directory's order. An old host, which takes one frame,
+/// gets the first entries by name.
 pub(crate) async fn list<T: Transport>(
     agent: &Agent,
     request: &FilePathRequest,
@@ -63,12 +65,12 @@ pub(crate) async fn list<T: Transport>(
     Ok(())
 }
 
-/// Sends all entries in frames, until nobody takes them: one that is full when the next entry is found, and the last one. An empty
-/// directory is one empty array.
+/// Sends all entries in frames, until the receiver is gone. Sends a full frame when the next
+/// entry is found, and the last frame at the end. An empty directory is one empty array.
 fn send_all(path: &Path, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<(), AgentError> {
     let mut frame = Frame::default();
     for entry in read_directory(path)? {
-        // One that vanishes meanwhile was not there.
+        // Skip an entry that has been removed meanwhile.
         let Some(info) = describe_entry(&entry) else { continue };
         let json = json(&info)?;
         if !frame.is_empty() && frame.len() + json.len() > LISTING_FRAME_BYTES {
@@ -83,7 +85,8 @@ fn send_all(path: &Path, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<(), A
     Ok(())
 }
 
-/// Sends as many entries as an old host takes, the first ones by name; a sentinel behind them says if there are more.
+/// Sends the first entries by name, as many as an old host takes. If there are more, a sentinel
+/// at the end says so.
 fn send_first(path: &Path, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<(), AgentError> {
     let (mut names, mut total) = (BTreeSet::new(), 0);
     for entry in read_directory(path)? {
@@ -156,7 +159,7 @@ fn json(entry: &FileInfo) -> Result<Vec<u8>, AgentError> {
     serde_json::to_vec(entry).map_err(|error| refused(ErrorKind::Other, error.to_string()))
 }
 
-/// A JSON array on its way into a frame.
+/// A JSON array under construction, for one frame.
 #[derive(Debug, Default)]
 struct Frame(Vec<u8>);
 
@@ -213,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn every_entry_comes_whatever_the_size() {
+    fn every_entry_is_sent_for_any_number_and_name_length() {
         for (count, name_length) in [(0, 1), (1, 1), (10_500, 20), (9_000, 250)] {
             let (directory, expected) = directory_with(count, name_length);
 
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn listing_that_nobody_takes_ends() {
+    fn listing_ends_when_its_receiver_is_gone() {
         let (directory, _names) = directory_with(5_000, 100);
         let mut frames = 0;
 

@@ -21,7 +21,7 @@ use crate::refusal::{OpError, host_gone, io_refused};
 /// Pieces that may wait for the host: enough for the next to be read while one is sent.
 const PIECES_WAITING: usize = 2;
 
-/// What the reading thread has for the host.
+/// A message from the reading thread.
 enum Piece {
     Facts(FileReadResponse),
     Content(Vec<u8>),
@@ -50,7 +50,7 @@ pub(crate) async fn read<T: Transport>(
     writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone)
 }
 
-/// Reads the part that is wanted; no further than until nobody takes it.
+/// Reads the requested part. Stops early if the receiver is gone.
 fn read_part(path: &Path, mut part: Part, pieces: &mpsc::Sender<Piece>) -> Result<(), AgentError> {
     let (mut file, facts) = open_regular(path)?;
     if pieces.blocking_send(Piece::Facts(facts)).is_err() {
@@ -66,7 +66,7 @@ fn read_part(path: &Path, mut part: Part, pieces: &mpsc::Sender<Piece>) -> Resul
             Ok(0) => return Ok(()),
             Ok(length) => length,
             Err(error) if error.kind() == IoErrorKind::Interrupted => continue,
-            // A file of the kernel's that has nothing more right now, as /proc/kmsg.
+            // A kernel file that has no more for now, such as /proc/kmsg.
             Err(error) if error.kind() == IoErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(failed(&error)),
         };
@@ -78,20 +78,22 @@ fn read_part(path: &Path, mut part: Part, pieces: &mpsc::Sender<Piece>) -> Resul
     Ok(())
 }
 
-/// Moves past a hole, which has no line ends: a sparse file may have terabytes of it. Returns whether there is anything behind.
+/// Moves past a hole, which contains no line ends: a sparse file may have terabytes of holes.
+/// Returns whether data follows.
 fn skip_hole(file: &File) -> io::Result<bool> {
     let here = seek(file, SeekFrom::Current(0))?;
     match seek(file, SeekFrom::Data(here)) {
         Ok(_) => Ok(true),
         // There is no data from here on.
         Err(Errno::NXIO) => Ok(false),
-        // Files of the kernel's have no holes.
+        // Kernel files have no holes.
         Err(Errno::INVAL | Errno::SPIPE | Errno::NOTSUP) => Ok(true),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Opens a regular file for reading. Anything else is refused without being opened: a pipe would block, a device might do something.
+/// Opens a regular file for reading. Refuses any other file without opening it: a pipe would
+/// block, and a device might react.
 fn open_regular(path: &Path) -> Result<(File, FileReadResponse), AgentError> {
     let failed = |error: io::Error| io_refused("open", path, &error);
     let place = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
@@ -102,7 +104,8 @@ fn open_regular(path: &Path) -> Result<(File, FileReadResponse), AgentError> {
         FileType::Directory => return Err(is_a_directory(path)),
         _ => return Err(is_not_regular(path)),
     }
-    // The same file, whatever the path leads to by now. Some files of the kernel's would block otherwise.
+    // Opens the same file, even if the path leads elsewhere by now. Some kernel files would block
+    // without `O_NONBLOCK`.
     let mut options = File::options();
     let opened = options
         .read(true)
@@ -112,7 +115,7 @@ fn open_regular(path: &Path) -> Result<(File, FileReadResponse), AgentError> {
     Ok((opened.map_err(failed)?, facts))
 }
 
-/// The part of a file that was asked for, cut out of the file's chunks as they come.
+/// The requested part of a file, cut from the file's chunks as they arrive.
 #[derive(Debug)]
 struct Part {
     /// Lines that are still to be skipped.
@@ -138,7 +141,7 @@ impl Part {
         matches!(self.lines, Some(0)) || matches!(self.bytes, Some(0))
     }
 
-    /// What of the next chunk is wanted.
+    /// Returns the wanted part of the next chunk.
     fn cut<'a>(&mut self, chunk: &'a [u8]) -> &'a [u8] {
         let skipped = behind_lines(chunk, &mut self.skip_lines);
         if self.skip_lines > 0 {
@@ -157,7 +160,8 @@ impl Part {
     }
 }
 
-/// The place behind the first `lines` lines of `chunk`, or its end; counts `lines` down by those that end in it.
+/// Returns the index after the first `lines` lines of `chunk`, or its end. Subtracts the lines
+/// that end in `chunk` from `lines`.
 fn behind_lines(chunk: &[u8], lines: &mut u64) -> usize {
     let mut at = 0;
     while *lines > 0 {
@@ -176,7 +180,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_part_is_the_files_own_bytes(
+        fn part_has_the_requested_lines_and_bytes(
             content in "([a-z]{0,5}\r?\n?){0,20}",
             offset in -1i64..12,
             limit in -1i64..12,

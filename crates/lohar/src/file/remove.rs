@@ -1,5 +1,5 @@
-//! Removing a tree without recursion: a guest may nest directories so deeply that a recursive removal would overflow the agent's stack,
-//! and with PID 1 the whole guest would end.
+//! Removing a tree without recursion: a guest may nest directories so deeply that a recursive
+//! removal would overflow the agent's stack, and with PID 1 the whole guest would end.
 
 use std::ffi::CString;
 use std::io;
@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::parent;
 
-/// The most levels of directories below each other. Each has a descriptor while what is in it is removed.
+/// The most levels of nested directories. Each holds a descriptor while its content is removed.
 const DEPTH_MAX: usize = 512;
 
 /// A directory whose content is being removed.
@@ -20,11 +20,12 @@ struct Level {
     directory: Dir,
 }
 
-/// Removes a directory with all that is in it. Links are not followed.
+/// Removes a directory and its content. Links are not followed.
 ///
 /// # Errors
 ///
-/// What was removed before the error is gone. `InvalidInput` if directories are nested deeper than the agent follows.
+/// Entries that were removed before the error stay removed. Returns `InvalidInput` if directories
+/// are nested deeper than `DEPTH_MAX`.
 pub(super) fn remove_tree(path: &Path) -> io::Result<()> {
     let name = path.file_name().ok_or(Errno::INVAL)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -80,7 +81,7 @@ fn next_entry(directory: &mut Dir) -> io::Result<Option<(CString, bool)>> {
     Ok(None)
 }
 
-/// Removes an entry. One that somebody else has removed is gone, which is what was wanted.
+/// Removes an entry. An entry that another process has removed meanwhile is no error.
 fn unlink(directory: impl std::os::fd::AsFd, name: &CString, flags: AtFlags) -> io::Result<()> {
     match unlinkat(directory, &**name, flags) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -94,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    /// Makes directories below each other, deeper than any path could name.
+    /// Makes nested directories, deeper than any path could name.
     fn nest(top: &Path, levels: usize) {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let mut here = openat(CWD, top, flags, Mode::empty()).unwrap();
@@ -105,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn tree_goes_and_what_its_links_lead_to_stays() {
+    fn tree_is_removed_and_the_targets_of_its_links_stay() {
         let place = tempfile::tempdir().unwrap();
         let (tree, outside) = (place.path().join("tree"), place.path().join("outside"));
         fs::create_dir_all(tree.join("a/b")).unwrap();
@@ -131,7 +132,7 @@ mod tests {
         let error = remove_tree(&tree).unwrap_err();
 
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
-        // Its upper half alone is within reach.
+        // In two parts, each is within the limit.
         let lower = tree.join("nested/".repeat(20));
         fs::rename(&lower, place.path().join("lower")).unwrap();
         remove_tree(&tree).unwrap();

@@ -1,13 +1,14 @@
-//! The place of a file that is to be written: where its path leads, what is there, and how it can be written without losing what the
-//! file has beside its content.
+//! The target of a file write: where its path leads, which file is there, and how to write it
+//! without losing the file's metadata.
 //!
-//! | what is there | how it is written |
-//! |---|---|
-//! | nothing | a new file beside it, renamed |
-//! | a file of this user's, with one name | the same; owner, group, permission bits and extended attributes are taken over |
-//! | a file that only can be written to: another's, one with several names, one in a directory that cannot be changed | a nameless file, copied into it when it is complete |
-//! | a link | followed |
-//! | anything else | refused |
+//! - No file: a new file is created beside the target and renamed.
+//! - A file of this user with one name: the same. The new file takes over owner, group,
+//!   permission bits and extended attributes.
+//! - A file that can only be written to (another user's file, one with several names, one in a
+//!   directory that cannot be changed): the content goes to a nameless file, which is copied into
+//!   the target when it is complete.
+//! - A link: followed.
+//! - Anything else: refused.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -29,31 +30,33 @@ use super::change::make_one;
 use super::{DIRECTORY_MODE, FILE_MODE, is_a_directory, is_not_regular, parent, xattrs};
 use crate::refusal::{io_refused, refused};
 
-/// Links that are followed one after the other: the kernel's own limit, `MAXSYMLINKS`.
+/// The most links that are followed in a row: the kernel's own limit, `MAXSYMLINKS`.
 const LINKS_MAX: usize = 40;
 
-/// Where files without a name are made, on a disk if there is one.
+/// Directories for nameless files, in order of preference: the first is on a disk, if there is
+/// one.
 const STAGING: [&str; 2] = ["/var/tmp", "/tmp"];
 
 /// Bytes that are copied at once.
 const COPY_BYTES: usize = 64 << 10;
 
-/// Who new files and directories belong to, if not to the user that makes them.
+/// The owner of new files and directories, if not the user that creates them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Owner {
     pub(super) uid: Uid,
     pub(super) gid: Gid,
 }
 
-/// Whether a file that was written survives a power cut from then on.
+/// Whether a finished file must survive a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Durable {
     Yes,
-    /// Its caller sees to that for many files at once.
+    /// The caller syncs many files at once.
     Later,
 }
 
-/// A file that is being written. What it replaces stays as it is until [`finish`](Self::finish); dropped before, nothing of it is left.
+/// A file that is being written. The file that it replaces is unchanged until
+/// [`finish`](Self::finish). If the new file is dropped before that, nothing of it is left.
 pub(super) struct NewFile {
     path: PathBuf,
     directory: OwnedFd,
@@ -62,7 +65,7 @@ pub(super) struct NewFile {
     place: Place,
     file: File,
     owner: Option<Owner>,
-    /// Directories that were made for it, from the top down.
+    /// Directories that were created for the file, from the top down.
     made: Vec<PathBuf>,
     finished: bool,
 }
@@ -82,11 +85,12 @@ enum Place {
 }
 
 impl NewFile {
-    /// Finds the place of `path`, and makes the directories on the way that are missing.
+    /// Finds the target of `path`, and creates missing directories on the way.
     ///
     /// # Errors
     ///
-    /// Refused if it cannot be written by this thread's user. Directories that were made are gone then.
+    /// Refused if this thread's user cannot write the file. Directories that were created are
+    /// removed then.
     pub(super) fn create(path: &Path, owner: Option<Owner>) -> Result<Self, AgentError> {
         let mut made = Vec::new();
         let created = Self::try_create(path, owner, &mut made);
@@ -123,12 +127,13 @@ impl NewFile {
         self.file.write_all(bytes).map_err(|error| io_refused("write", &self.path, &error))
     }
 
-    /// Sets the time of the last change, which the writes set otherwise.
+    /// Sets the modification time, which would otherwise be the time of the last write.
     pub(super) fn set_modified(&mut self, time: SystemTime) -> Result<(), AgentError> {
         self.file.set_modified(time).map_err(|error| io_refused("write", &self.path, &error))
     }
 
-    /// Puts the file in its place, with these permission bits, or else those of the file that was there, or else the usual ones.
+    /// Moves the file to its target. Sets these permission bits, or else those of the replaced
+    /// file, or else the default.
     pub(super) fn finish(mut self, mode: Option<u32>, durable: Durable) -> Result<(), AgentError> {
         let done = self.try_finish(mode, durable);
         done.map_err(|error| io_refused("write", &self.path, &error))?;
@@ -146,7 +151,7 @@ impl NewFile {
                 }
                 match renameat(&self.directory, &temporary, &self.directory, &self.name) {
                     Ok(()) => {}
-                    // Something is mounted there: it has no other name.
+                    // The target is a mount point, which a rename cannot replace.
                     Err(Errno::BUSY) if self.existing.is_some() => {
                         self.copy_in(mode, durable)?;
                         unlinkat(&self.directory, &temporary, AtFlags::empty())?;
@@ -159,7 +164,8 @@ impl NewFile {
         }
     }
 
-    /// Gives the new file what the one that it replaces has.
+    /// Sets the owner, attributes and permission bits of the new file, from the file that it
+    /// replaces or from the request.
     fn take_over(&self, mode: Option<u32>) -> io::Result<()> {
         let file = self.file.as_fd();
         match (&self.existing, self.owner) {
@@ -171,11 +177,11 @@ impl NewFile {
             (None, None) => {}
         }
         let kept = self.existing.as_ref().map(|existing| existing.stat.st_mode & 0o7777);
-        // Last: a change of the owner takes bits away.
+        // Last: a change of owner clears some permission bits.
         Ok(fchmod(file, Mode::from_raw_mode(mode.or(kept).unwrap_or(FILE_MODE)))?)
     }
 
-    /// Copies the content into the file that is there.
+    /// Copies the content into the existing file.
     fn copy_in(&mut self, mode: Option<u32>, durable: Durable) -> io::Result<()> {
         let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let target = openat(&self.directory, &self.name, flags, Mode::empty())?;
@@ -184,11 +190,12 @@ impl NewFile {
             (existing.stat.st_dev, existing.stat.st_ino) == (stat.st_dev, stat.st_ino)
         });
         if !is_same {
-            return Err(io::Error::other("another file took its place meanwhile"));
+            return Err(io::Error::other("another file has replaced it meanwhile"));
         }
         let length = self.file.stream_position()?;
         if length > 0 {
-            // The room first: a disk that is full is noticed before the first byte is overwritten.
+            // Allocate the space first, so that a full disk is noticed before the first byte is
+            // overwritten.
             match fallocate(&target, FallocateFlags::KEEP_SIZE, 0, length) {
                 Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
                 Err(error) => return Err(error.into()),
@@ -204,7 +211,8 @@ impl NewFile {
         if durable == Durable::Yes { target.sync_all() } else { Ok(()) }
     }
 
-    /// Has the names survive a power cut: the file's, and those of the directories that were made for it.
+    /// Makes the names survive a power cut: that of the file, and those of the directories that
+    /// were created for it.
     fn sync_directories(&self) -> io::Result<()> {
         sync_directory(format!("/proc/self/fd/{}", self.directory.as_raw_fd()))?;
         self.made.iter().try_for_each(|made| sync_directory(parent(made)))
@@ -217,7 +225,7 @@ impl Drop for NewFile {
             return;
         }
         if let Place::Beside(temporary) = &self.place {
-            // The rename may have happened: then there is nothing of that name.
+            // If the rename has happened, no file has this name.
             let _gone: Result<(), Errno> = unlinkat(&self.directory, temporary, AtFlags::empty());
         }
         remove_made(&self.made);
@@ -225,14 +233,15 @@ impl Drop for NewFile {
 }
 
 impl Existing {
-    /// Whether this thread's user may write to it. Not by opening it: a program that runs cannot be opened for writing, and can be
-    /// replaced.
+    /// Checks that this thread's user may write to the file. Does not open the file for that: a
+    /// program that runs cannot be opened for writing, but can be replaced.
     fn check_writable(&self, directory: &OwnedFd, name: &OsStr) -> io::Result<()> {
         Ok(accessat(directory, name, Access::WRITE_OK, AtFlags::EACCESS)?)
     }
 
-    /// Whether another file can take its place and be the same but for its content: its other names would go on leading to the old one,
-    /// and only root may give a file to another user. One without a name was replaced just now.
+    /// Whether a new file can replace this one and differ only in content. Other names of this
+    /// file would still lead to the old content, and only root may give a file to another user. A
+    /// file with no name left was replaced just now.
     fn can_be_replaced(&self) -> bool {
         let (uid, gid) = (Uid::from_raw(self.stat.st_uid), Gid::from_raw(self.stat.st_gid));
         let is_in_group = || gid == getegid() || getgroups().is_ok_and(|all| all.contains(&gid));
@@ -240,7 +249,7 @@ impl Existing {
     }
 }
 
-/// The directory and the name that a path leads to, and the file that is there.
+/// Returns the directory and the name that a path leads to, and the existing file, if any.
 fn find(
     path: &Path,
     owner: Option<Owner>,
@@ -277,7 +286,7 @@ fn find(
     Err(failed(Errno::LOOP.into()))
 }
 
-/// Makes the directories of a path that are missing, and notes them.
+/// Creates the missing directories of a path, and adds them to `made`.
 pub(super) fn make_directories(
     path: &Path,
     owner: Option<Owner>,
@@ -295,7 +304,7 @@ pub(super) fn make_directories(
     for directory in missing.into_iter().rev() {
         match make_one(directory, DIRECTORY_MODE) {
             Ok(()) => {}
-            // Another operation was faster.
+            // Another operation has created the directory meanwhile.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => {
                 continue;
             }
@@ -310,7 +319,7 @@ pub(super) fn make_directories(
     Ok(())
 }
 
-/// Removes the directories that were made, as far as nobody else has put anything there.
+/// Removes the directories that were created, from the bottom up, until one is not empty.
 fn remove_made(made: &[PathBuf]) {
     for directory in made.iter().rev() {
         if fs::remove_dir(directory).is_err() {
@@ -319,9 +328,9 @@ fn remove_made(made: &[PathBuf]) {
     }
 }
 
-/// Makes a file that is known by no name that anybody else would draw.
+/// Creates a file with a random name that no other writer draws.
 fn create_beside(directory: &OwnedFd) -> Result<(OsString, File), Errno> {
-    // For reading, too: it is copied if it cannot be renamed.
+    // Open for reading, too: if the file cannot be renamed, it is copied.
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     loop {
         let name = OsString::from(format!(".lohar-{:016x}", random()));
@@ -355,7 +364,8 @@ fn copy(from: &mut File, to: &mut File) -> io::Result<()> {
     }
 }
 
-/// Has the entries of a directory survive a power cut. One that cannot be read cannot be synced by its user either.
+/// Makes the entries of a directory survive a power cut. Skips a directory that its user cannot
+/// read, because that user cannot sync it either.
 fn sync_directory(path: impl AsRef<Path>) -> io::Result<()> {
     match File::open(path) {
         Ok(directory) => directory.sync_all(),
@@ -364,15 +374,15 @@ fn sync_directory(path: impl AsRef<Path>) -> io::Result<()> {
     }
 }
 
-/// A number that no other writer draws.
+/// Returns a random number, which no other writer draws.
 fn random() -> u64 {
     let mut bytes = [0; 8];
-    // A name that is taken is noticed; numbers that repeat cost a few attempts.
+    // A taken name is noticed, so repeated numbers only cost a few attempts.
     let _filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     u64::from_ne_bytes(bytes)
 }
 
-/// A file that is at hand as a whole.
+/// A refusal of a file that is larger than the limit.
 pub(super) fn too_large(size: u64, limit: u64) -> AgentError {
     refused(ErrorKind::TooLarge, format!("file too large: {size} > {limit} bytes"))
 }

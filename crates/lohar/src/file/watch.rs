@@ -38,8 +38,8 @@ pub(crate) async fn watch<T: Transport>(
     let _counted = agent.count_watch()?;
     let failed = |error: io::Error| io_refused("watch", &path, &error);
     let watched_path = path.clone();
-    // A file system that does not answer holds up a thread for files, and the user must be able to
-    // read what it watches.
+    // Runs on a file thread, because a file system may not answer. Runs as the request's user,
+    // because that user must be able to read the watched path.
     let begin = move || {
         let begin = || {
             let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
@@ -54,7 +54,7 @@ pub(crate) async fn watch<T: Transport>(
     loop {
         let ready = tokio::select! {
             ready = descriptor.readable() => ready,
-            // The host has nothing more to say: what comes is its end.
+            // The host sends no more frames, so this is its end.
             _ = reader.next() => return Ok(()),
         };
         let mut ready = ready.map_err(failed)?;
@@ -75,7 +75,7 @@ async fn send<T: Transport>(writer: &mut HostWriter<T>, event: FileEvent) -> Res
     Ok(writer.send_json(FrameType::FILE_EVENT, &event).await?)
 }
 
-/// The events that are there, without repetitions, and whether the watch is over.
+/// Returns the pending events, without repetitions, and whether the watch is over.
 fn take(descriptor: &std::os::fd::OwnedFd) -> io::Result<(Vec<FileEvent>, bool)> {
     let mut buffer = [MaybeUninit::uninit(); EVENT_BYTES];
     let mut reader = Reader::new(descriptor, &mut buffer);

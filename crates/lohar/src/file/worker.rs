@@ -1,7 +1,8 @@
-//! Where file work happens: on threads of its own, as the user that an operation acts as, and no more than some at a time.
+//! Runs file operations on threads of a pool, each as its user, with a limit on how many run at
+//! once.
 //!
-//! A file system in the guest may take forever to answer (a dead FUSE or NFS mount). It holds up a thread of the blocking pool then, and
-//! never the agent's one thread, which serves everything else.
+//! A file system in the guest may never answer (a dead FUSE or NFS mount). It then blocks a
+//! thread of the pool, and never the agent's main thread, which serves everything else.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::agent::Agent;
 use crate::refusal::{OpError, io_refused, refused};
 use crate::user::{self, User};
 
-/// Limits how many file operations are under way.
+/// Limits the number of file operations that run at once.
 #[derive(Debug)]
 pub(crate) struct Workers {
     free: Arc<Semaphore>,
@@ -24,13 +25,14 @@ pub(crate) struct Workers {
 }
 
 impl Workers {
-    /// At most `limit` at once; one more waits for `wait`.
+    /// Allows `limit` operations at once. A further operation waits for at most `wait`.
     pub(crate) fn new(limit: usize, wait: Duration) -> Self {
         Self { free: Arc::new(Semaphore::new(limit)), limit, wait }
     }
 }
 
-/// A file operation on its thread. It goes on if this is dropped, until it notices that nobody takes its result.
+/// A file operation on its thread. If this handle is dropped, the operation continues until it
+/// notices that its receiver is gone.
 pub(crate) struct Work<T>(JoinHandle<Result<T, AgentError>>);
 
 impl<T> Work<T> {
@@ -45,11 +47,11 @@ impl<T> Work<T> {
     }
 }
 
-/// Begins a file operation as the user that the request names, or the usual one.
+/// Begins a file operation as the user that the request names, or else as the usual user.
 ///
 /// # Errors
 ///
-/// Refused if there is no such user, or too many file operations are under way and none ends in time.
+/// Refused if there is no such user, or if too many file operations run and none ends in time.
 pub(crate) async fn begin<T: Send + 'static>(
     agent: &Agent,
     user: Option<&str>,
@@ -59,7 +61,7 @@ pub(crate) async fn begin<T: Send + 'static>(
     begin_as(agent, user, work).await
 }
 
-/// The same as the agent's own user: root, in a guest.
+/// Begins a file operation as the agent's own user, which is root in a guest.
 pub(crate) async fn begin_as_agent<T: Send + 'static>(
     agent: &Agent,
     work: impl FnOnce() -> Result<T, AgentError> + Send + 'static,

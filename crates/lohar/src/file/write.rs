@@ -16,7 +16,7 @@ use crate::user::USUAL_UID;
 /// Pieces that may wait for the disk.
 const PIECES_WAITING: usize = 4;
 
-/// What the host has for the writing thread. If it is dropped before `End`, nothing is written.
+/// A message to the writing thread. If the sender is dropped before `End`, nothing is written.
 enum Piece {
     Content(Bytes),
     End,
@@ -38,7 +38,8 @@ pub(crate) async fn write<T: Transport>(
     }
     let mode = parse_mode(&request.mode)?;
     let owner = (request.configures && agent.place.is_guest()).then(usual_owner);
-    // A writer to a frozen volume waits until it is thawed. It need not occupy a thread meanwhile.
+    // A write to a frozen volume blocks until the volume is thawed. Waiting here occupies no
+    // thread.
     agent.awake().await;
     let (sender, mut pieces) = mpsc::channel(PIECES_WAITING);
     let writing = move || {
@@ -49,7 +50,7 @@ pub(crate) async fn write<T: Transport>(
                 Piece::End => return new.finish(mode, Durable::Yes),
             }
         }
-        // The host is told why by those who dropped the other end.
+        // The task that dropped the sender tells the host why.
         Ok(())
     };
     let mut writing = if request.configures {
@@ -64,7 +65,7 @@ pub(crate) async fn write<T: Transport>(
         received = receive(agent, length, &mut reader, &sender) => received,
     };
     if received.is_ok() {
-        // A thread that has ended says why below.
+        // If the thread has ended, its error is returned below.
         drop(sender.send(Piece::End).await);
     }
     drop(sender);
@@ -74,9 +75,9 @@ pub(crate) async fn write<T: Transport>(
     Ok(writer.send_json(FrameType::FILE_WRITE_RESP, &StatusOk { status: "ok".to_owned() }).await?)
 }
 
-/// How much content is to come.
+/// The expected length of the content.
 struct Length {
-    /// The size; `None` if it ends when the host says so.
+    /// The size; `None` if the host marks the end of the content.
     announced: Option<u64>,
     limit: u64,
 }
@@ -105,7 +106,7 @@ async fn receive<T: Transport>(
         }
         written += frame.payload.len() as u64;
         if let Some(size) = announced.filter(|size| written > *size) {
-            let message = format!("more than the announced {size} bytes came");
+            let message = format!("received more than the announced {size} bytes");
             return Err(refused(ErrorKind::BadRequest, message).into());
         }
         if written > limit {
@@ -113,14 +114,15 @@ async fn receive<T: Transport>(
         }
         agent.awake().await;
         if pieces.send(Piece::Content(frame.payload)).await.is_err() {
-            // The writing thread has ended: its error is looked for first.
+            // The writing thread has ended: let the caller take its error first.
             std::future::pending::<()>().await;
         }
     }
     Ok(())
 }
 
-/// Writes a file of the guest's configuration, as the agent. What is new belongs to the usual user in a guest.
+/// Writes a file of the guest's configuration, as the agent. In a guest, a new file belongs to
+/// the usual user.
 pub(crate) fn write_whole(
     path: &str,
     content: &[u8],

@@ -1,4 +1,4 @@
-//! Extended attributes, which a file that replaces another takes over.
+//! Extended attributes, which a new file takes over from the file that it replaces.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,12 +6,13 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rustix::fs::{XattrFlags, fsetxattr, getxattr, listxattr};
 use rustix::io::Errno;
 
-/// The most that the names of a file's attributes take, and the most that one value takes, in bytes: `XATTR_LIST_MAX` and
+/// The largest list of attribute names, and the largest value, in bytes: `XATTR_LIST_MAX` and
 /// `XATTR_SIZE_MAX` of linux/limits.h.
 const ATTRIBUTE_BYTES_MAX: usize = 64 << 10;
 
-/// Copies the attributes of `from`, which may be open as a path only. Those that only root may set are left out for others, as the
-/// kernel drops them when others write to a file.
+/// Copies the attributes of `from`, which may be open as a path only. Leaves out attributes that
+/// this user may not set: the kernel, too, drops attributes of root when another user writes to a
+/// file.
 pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     let from = format!("/proc/self/fd/{}", from.as_raw_fd());
     let mut names = Vec::new();
@@ -24,7 +25,7 @@ pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         match read(&mut value, |buffer| getxattr(&*from, name, buffer)) {
             Ok(()) => {}
-            // It has gone meanwhile, or is not this user's to read.
+            // The attribute has been removed meanwhile, or this user may not read it.
             Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => continue,
             Err(error) => return Err(error.into()),
         }

@@ -11,10 +11,11 @@ const DESTROY: u16 = 21;
 const INET6: u8 = 10;
 const TCP: u8 = 6;
 
-/// All states but that of listening: who listens is nobody's connection.
+/// All states except listening: a listening socket is no connection.
 const CONNECTED: u32 = !(1 << 10);
 
-/// `inet_diag_sockid` within `inet_diag_msg` and `inet_diag_req_v2`, and the source address within it.
+/// The offset of `inet_diag_sockid` in `inet_diag_msg` and in `inet_diag_req_v2`, its size, and
+/// the offset of the source address in it.
 const ID_IN_MESSAGE: usize = 4;
 const ID_IN_REQUEST: usize = 8;
 const ID_BYTES: usize = 48;
@@ -23,7 +24,7 @@ const SOURCE_IN_ID: usize = 4;
 /// See [`super::cut_connections`].
 pub(super) fn cut(netlink: &Netlink, addresses: &[Ipv4Addr]) -> io::Result<usize> {
     let mut cut = 0;
-    // Who listens for both versions has connections of the fourth under addresses of the sixth.
+    // A listener for both versions has IPv4 connections under IPv4-mapped IPv6 addresses.
     for family in [INET, INET6] {
         let mut found = Vec::new();
         netlink.list(BY_FAMILY, &request(family, &[0; ID_BYTES]), |kind, body| {
@@ -36,7 +37,7 @@ pub(super) fn cut(netlink: &Netlink, addresses: &[Ipv4Addr]) -> io::Result<usize
         for id in found {
             match netlink.change(DESTROY, 0, &request(family, &id)) {
                 Ok(()) => cut += 1,
-                // It ended by itself.
+                // The connection has ended by itself.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
@@ -45,7 +46,7 @@ pub(super) fn cut(netlink: &Netlink, addresses: &[Ipv4Addr]) -> io::Result<usize
     Ok(cut)
 }
 
-/// The address of the fourth version that a connection is from.
+/// Returns the IPv4 source address of a connection.
 fn source(family: u8, id: &[u8]) -> Option<Ipv4Addr> {
     let source = &id[SOURCE_IN_ID..];
     match family {
@@ -71,11 +72,11 @@ mod tests {
     use super::*;
     use crate::netlink::SOCKETS;
 
-    /// On the loopback: an address of it that nobody else uses.
+    /// Uses a loopback address that no other test uses.
     #[test]
-    fn connections_from_an_address_end_and_others_go_on() {
+    fn connections_from_an_address_end_and_others_stay_open() {
         let (left, kept) = (Ipv4Addr::new(127, 213, 7, 9), Ipv4Addr::LOCALHOST);
-        // As most servers do: for both versions.
+        // Listens on both versions, as most servers do.
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).unwrap();
         let at = (left, listener.local_addr().unwrap().port());
         let other = TcpListener::bind((kept, 0)).unwrap();
@@ -99,9 +100,9 @@ mod tests {
         };
 
         assert!(cut >= 1);
-        assert!(accepted.read(&mut [0]).is_err(), "it was ended");
+        assert!(accepted.read(&mut [0]).is_err(), "the connection was ended");
         assert!(connection.read(&mut [0]).is_err() || cut == 1);
         assert_eq!(going_on.take_error().unwrap().map(|error| error.kind()), None);
-        assert!(listener.set_nonblocking(true).is_ok(), "who listens goes on");
+        assert!(listener.set_nonblocking(true).is_ok(), "the listener stays open");
     }
 }

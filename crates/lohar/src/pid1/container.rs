@@ -1,6 +1,8 @@
-//! PID 1 of a container: all that a machine boots with is there, and the host's kernel is nobody's to change.
+//! PID 1 of a container: the host has set up everything that a VM sets up at boot, and the agent
+//! must not change the host's kernel.
 //!
-//! The host reaches the agent by two sockets in a directory that it shares with this container and with nobody else.
+//! The host reaches the agent by two sockets in a directory that only the host and this container
+//! share.
 
 use std::io;
 use std::path::Path;
@@ -16,18 +18,18 @@ use crate::reaper::Reaper;
 use crate::runtime;
 use crate::unix::Listeners;
 
-/// What the host sets for a container.
+/// The environment variable that the host sets in a container.
 const VARIABLE: &str = "LOHAR_CONTAINER";
 
 /// The directory that is shared with the host.
 const SHARED: &str = "/run/bhatti";
 
-/// Whether this is one.
+/// Whether the agent runs in a container.
 pub(super) fn is_one() -> bool {
     std::env::var_os(VARIABLE).is_some_and(|value| value == "1")
 }
 
-/// Serves until the container is to end.
+/// Serves until the host requests a shutdown.
 pub(super) fn run() -> ExitCode {
     match serve() {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,4 +1,4 @@
-//! A root disk that is larger than the file system on it.
+//! Grows the root file system to the size of its disk.
 
 use std::fs::File;
 use std::io;
@@ -9,8 +9,8 @@ use std::path::Path;
 use rustix::ioctl::{Setter, ioctl, opcode};
 use rustix::mount::{MountFlags, mount_remount};
 
-/// Where the superblock is on the disk, in bytes, and how much of it is read. See the kernel's
-/// Documentation/filesystems/ext4/super.rst, which the offsets below are from, too.
+/// The offset of the superblock on the disk, and the bytes that are read of it. These numbers and
+/// the offsets below are from the kernel's Documentation/filesystems/ext4/super.rst.
 const SUPERBLOCK_OFFSET: u64 = 1024;
 const SUPERBLOCK_BYTES: usize = 1024;
 const MAGIC: [u8; 2] = [0x53, 0xef];
@@ -19,14 +19,14 @@ const BLOCKS_LOW_OFFSET: usize = 0x4;
 const BLOCKS_HIGH_OFFSET: usize = 0x150;
 const LOG_BLOCK_SIZE_OFFSET: usize = 0x18;
 const INCOMPATIBLE_OFFSET: usize = 0x60;
-/// The feature by which block numbers have 64 bits.
+/// The feature flag of 64-bit block numbers.
 const IS_64_BIT: u32 = 0x80;
 
-/// `EXT4_IOC_RESIZE_FS` of linux/ext4.h: makes a mounted file system so many blocks large.
+/// `EXT4_IOC_RESIZE_FS` of linux/ext4.h: resizes a mounted file system to a number of blocks.
 const RESIZE: rustix::ioctl::Opcode = opcode::write::<u64>(b'f', 16);
 
-/// Makes the root file system as large as `disk`, which is mounted. What is as large already, or no
-/// ext4, stays as it is.
+/// Grows the root file system to the size of `disk`, which is mounted. A file system that is
+/// large enough already, or is not ext4, stays unchanged.
 pub(super) fn grow(disk: &Path) -> io::Result<()> {
     let device = File::open(disk)?;
     let mut superblock = [0; SUPERBLOCK_BYTES];
@@ -42,12 +42,12 @@ pub(super) fn grow(disk: &Path) -> io::Result<()> {
     unsafe {
         ioctl(&root, Setter::<RESIZE, u64>::new(wanted))?;
     }
-    // The kernel would fill the new inode tables with zeroes by and by, which are there already,
-    // and the host's disk with them.
+    // Without this option, the kernel would slowly fill the new inode tables with zeros, which
+    // are there already, and so fill the host's disk.
     Ok(mount_remount("/", MountFlags::NOATIME, c"noinit_itable")?)
 }
 
-/// How many blocks a file system has, and the size of each in bytes.
+/// Returns the number of blocks of an ext4 file system, and the size of each in bytes.
 fn size(superblock: &[u8; SUPERBLOCK_BYTES]) -> Option<(u64, u64)> {
     let number =
         |offset: usize| superblock[offset..].first_chunk().map(|bytes| u32::from_le_bytes(*bytes));

@@ -1,4 +1,4 @@
-//! Kernel modules: those that the boot takes, and a place for those that are loaded later.
+//! Kernel modules: loads those that the boot needs, and provides those that are loaded later.
 
 use std::fs;
 use std::io;
@@ -15,15 +15,15 @@ use rustix::system::finit_module;
 
 use crate::{log, modprobe};
 
-/// Modules that the initramfs brings, named in the order of loading.
+/// The modules for the boot in the initramfs, named in the order of loading.
 const BOOT_MODULES: &str = "/modules";
-/// Modules of the initramfs that are loaded later.
+/// The modules in the initramfs that are loaded later.
 const LOADABLE_MODULES: &str = "/loadable-modules";
 
 /// Where programs look for `modprobe`.
 const USUAL_PLACES: [&str; 3] = ["/usr/sbin/modprobe", "/sbin/modprobe", "/usr/bin/modprobe"];
 
-/// Loads every module that the boot takes, and frees the memory that its file takes.
+/// Loads every module for the boot, and frees the memory of its file.
 pub(super) fn load() -> io::Result<()> {
     let mut files: Vec<PathBuf> = fs::read_dir(BOOT_MODULES)?
         .map(|entry| entry.map(|entry| entry.path()))
@@ -41,7 +41,8 @@ pub(super) fn load() -> io::Result<()> {
     Ok(())
 }
 
-/// A mount of the modules that are loaded later, for when the initramfs is out of reach. None if it brings none.
+/// Returns a mount of the modules that are loaded later, for use after the initramfs is out of
+/// reach. Returns `None` if the initramfs has none.
 pub(super) fn keep_loadable() -> io::Result<Option<OwnedFd>> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     match open_tree(CWD, LOADABLE_MODULES, flags) {
@@ -51,7 +52,7 @@ pub(super) fn keep_loadable() -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Puts these modules in their place in the guest, and has the kernel load them when they are needed.
+/// Mounts these modules in the guest, and configures the kernel to load them on demand.
 pub(super) fn offer(loadable: &OwnedFd) -> io::Result<()> {
     fs::create_dir_all(modprobe::MODULES)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
@@ -59,7 +60,7 @@ pub(super) fn offer(loadable: &OwnedFd) -> io::Result<()> {
     mount_remount(modprobe::MODULES, MountFlags::BIND | MountFlags::RDONLY, c"")?;
     symlink("/proc/1/exe", modprobe::PATH)?;
     fs::write("/proc/sys/kernel/modprobe", modprobe::PATH)?;
-    // Programs that load modules themselves find one. An image with its own keeps it.
+    // Programs that load modules themselves need a `modprobe`. An image with its own keeps it.
     let has_one = USUAL_PLACES.iter().any(|place| fs::symlink_metadata(place).is_ok());
     if !has_one && Path::new("/usr/sbin").is_dir() {
         symlink(modprobe::PATH, USUAL_PLACES[0])?;

@@ -70,12 +70,14 @@ const LATE: [Mount; 6] = [
         target: "/sys/fs/cgroup",
         kind: "cgroup2",
         flags: NO_SUID_DEV_EXEC,
-        // Every command is moved to the users' cgroup: without this each move waits for a grace period of RCU, some milliseconds.
+        // Every command is moved to the users' cgroup. Without this option, each move waits for
+        // an RCU grace period of some milliseconds.
         options: c"favordynmods",
     },
 ];
 
-/// A device file whose module is loaded when it is opened. Numbers are those of the kernel's admin-guide/devices.txt.
+/// A device file whose module is loaded when the file is opened. The numbers are those of the
+/// kernel's admin-guide/devices.txt.
 struct Node {
     path: &'static str,
     major: u32,
@@ -83,19 +85,20 @@ struct Node {
     mode: u32,
 }
 
-/// Everybody may use the first two, as on desktops and servers: what they give is limited to the user's own.
+/// All users may use the first two, as on desktops and servers: these devices only give access to
+/// resources of the user.
 const NODES: [Node; 3] = [
     Node { path: "/dev/net/tun", major: 10, minor: 200, mode: 0o666 },
     Node { path: "/dev/fuse", major: 10, minor: 229, mode: 0o666 },
     Node { path: "/dev/loop-control", major: 10, minor: 237, mode: 0o600 },
 ];
 
-/// Mounts what finding the root disk takes.
+/// Mounts the file systems that are needed to find the root disk.
 pub(super) fn early() -> io::Result<()> {
     EARLY.iter().try_for_each(Mount::mount)
 }
 
-/// Mounts the rest, inside the root disk. One that fails is reported and left out.
+/// Mounts the rest, inside the root disk. A mount that fails is reported and left out.
 pub(super) fn late() {
     for mount in &LATE {
         if let Err(error) = mount.mount() {

@@ -1,4 +1,4 @@
-//! The end of the guest.
+//! Shutdown of the guest.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,16 +10,16 @@ use tokio::time::{Instant, sleep};
 
 use crate::log;
 
-/// How long processes may take to end when asked to, and to disappear when killed.
+/// How long processes may take to end after SIGTERM, and to disappear after SIGKILL.
 const TERM_LIMIT: Duration = Duration::from_secs(2);
 const KILL_LIMIT: Duration = Duration::from_secs(1);
 
-/// How often to look whether they have.
+/// How often the agent checks whether processes have ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Asks every process to end, then makes them.
+/// Sends SIGTERM to every process, then SIGKILL to the remaining ones.
 pub(super) async fn end_all_processes() {
-    // Even without a process to wait for, the host's answer takes a moment.
+    // Even without a process to wait for, sending the answer to the host takes a moment.
     sleep(LOOK_INTERVAL).await;
     for (signal, limit) in [(Signal::TERM, TERM_LIMIT), (Signal::KILL, KILL_LIMIT)] {
         signal_all(signal);
@@ -30,18 +30,18 @@ pub(super) async fn end_all_processes() {
     }
 }
 
-/// Writes everything back and ends the VM: by a restart, which ends every VMM that was told not to begin anew. Not all of them have a power
-/// switch.
+/// Syncs the disks and ends the VM by a restart. Every VMM is configured to exit on a restart,
+/// and not all of them have a power switch.
 pub(super) fn off() -> ExitCode {
     rustix::fs::sync();
     let error = reboot(RebootCommand::Restart);
-    log::line(format_args!("failed to end the machine: {error:?}"));
+    log::line(format_args!("failed to end the VM: {error:?}"));
     ExitCode::FAILURE
 }
 
 fn signal_all(signal: Signal) {
     for pid in processes() {
-        // It may be gone by now.
+        // The process may have ended by now.
         let _: Result<(), Errno> = kill_process(pid, signal);
     }
 }
@@ -50,7 +50,7 @@ fn another_process_is_there() -> bool {
     processes().any(|pid| test_kill_process(pid).is_ok())
 }
 
-/// Every process of user space but this one.
+/// Returns every process of user space except this one.
 fn processes() -> impl Iterator<Item = Pid> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| {
@@ -61,7 +61,7 @@ fn processes() -> impl Iterator<Item = Pid> {
             .ok()
             .filter(|pid| *pid > 1)
             .and_then(Pid::from_raw)?;
-        // Kernel threads have no command line, nor do zombies: neither hears a signal.
+        // Kernel threads and zombies have no command line. Neither reacts to a signal.
         let is_process =
             std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| !line.is_empty());
         is_process.then_some(pid)

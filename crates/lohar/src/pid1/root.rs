@@ -1,4 +1,4 @@
-//! From the initramfs to the root disk.
+//! Switches from the initramfs to the root disk.
 
 use std::fs;
 use std::io;
@@ -13,7 +13,8 @@ use crate::disk;
 /// The virtio-blk serial by which the host marks the root disk.
 const ROOT_SERIAL: &str = "root";
 
-/// Looks for the root disk before giving up, and the pause between two of them in nanoseconds.
+/// The number of attempts to find the root disk, and the pause between two of them in
+/// nanoseconds.
 const DISK_LOOKS: u32 = 1000;
 const DISK_PAUSE_NS: i64 = 5_000_000;
 
@@ -24,7 +25,7 @@ pub(super) fn find_disk() -> io::Result<PathBuf> {
             return Ok(disk);
         }
         let pause = rustix::fs::Timespec { tv_sec: 0, tv_nsec: DISK_PAUSE_NS };
-        // An early return only means an early look.
+        // An early return only means an early attempt.
         drop(nanosleep(&pause));
     }
     Err(io::Error::new(io::ErrorKind::NotFound, format!("no disk has the serial `{ROOT_SERIAL}`")))
@@ -40,14 +41,14 @@ fn disk_with_serial(wanted: &str) -> io::Result<Option<PathBuf>> {
 pub(super) fn switch_to(disk: &Path) -> io::Result<()> {
     const NEW_ROOT: &str = "/root-disk";
     fs::create_dir_all(NEW_ROOT)?;
-    // What is deleted here frees the host's disk, too.
+    // Deleting a file in the guest frees space on the host's disk, too.
     mount(disk, NEW_ROOT, "ext4", MountFlags::NOATIME, c"discard")?;
     for early in ["/dev", "/sys"] {
         let target = format!("{NEW_ROOT}{early}");
         fs::create_dir_all(&target)?;
         mount_move(early, &target)?;
     }
-    // An image of one program may have none; host name and resolvers are written there.
+    // An image of one program may have no `/etc`; host name and resolvers are written there.
     fs::create_dir_all(format!("{NEW_ROOT}/etc"))?;
     chdir(NEW_ROOT)?;
     mount_move(".", "/")?;

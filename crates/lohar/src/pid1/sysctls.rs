@@ -1,4 +1,4 @@
-//! Parameters of the guest's kernel that programs in sandboxes run into.
+//! Parameters of the guest's kernel whose defaults limit programs in sandboxes.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ const VALUES: [(&str, &str); 3] = [
     ("net/ipv4/ping_group_range", "0 2147483647"),
 ];
 
-/// Sets them all. Returns the first error.
+/// Sets all parameters. Returns the first error.
 pub(super) fn set() -> io::Result<()> {
     let set = |(name, value)| fs::write(format!("/proc/sys/{name}"), value);
     VALUES.map(set).into_iter().collect()

@@ -1,4 +1,4 @@
-//! A client at a session.
+//! Attaches clients to sessions.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -37,7 +37,8 @@ enum Outcome {
     Displaced,
 }
 
-/// Attaches the client, until one of the three is gone: it, the process, or its claim.
+/// Attaches the client until the client leaves, the process ends, or another client takes the
+/// session over.
 pub(super) async fn serve<T: Transport>(
     agent: &Rc<Agent>,
     session: &Rc<Session>,
@@ -56,14 +57,15 @@ pub(super) async fn serve<T: Transport>(
         Outcome::Displaced => 0,
     };
     writer.send(FrameType::EXIT, &exit_payload(code)).await.map_err(host_gone)?;
-    // The exit code of a terminal session is collected once; a job's is kept, for a client that is cut off right now.
+    // The exit code of a terminal session is collected once. A job's exit code is kept, because
+    // this client may be cut off before it has read the code.
     if matches!(outcome, Outcome::Ended(_)) && !session.is_job() {
         agent.sessions.remove(session);
     }
     Ok(())
 }
 
-/// Sends a job's output, and its end, to somebody who is not its client.
+/// Sends a job's output and its exit code to an observer, which is not the attached client.
 async fn observe<T: Transport>(
     session: &Session,
     from: Option<u64>,
@@ -83,8 +85,9 @@ async fn observe<T: Transport>(
     }
 }
 
-/// Sends output from a place on, until the process has ended, and returns its exit code. Ends with an error where output was pushed out
-/// before it was sent: what comes behind a hole is not what it seems.
+/// Sends output from an offset on, until the process has ended, and returns its exit code.
+/// Returns an error if output was discarded before it was sent: output after a gap would be
+/// misread.
 async fn send_output<T: Transport>(
     session: &Session,
     from: Option<u64>,
@@ -102,7 +105,7 @@ async fn send_output<T: Transport>(
         let piece = session.output.borrow_mut().read(position);
         if let Some(Piece { frame_type, bytes, at }) = piece {
             if at != position {
-                let message = format!("output from {position} to {at} is not kept any more");
+                let message = format!("output from {position} to {at} is no longer kept");
                 return Err(refused(ErrorKind::Limit, message).into());
             }
             position = at + bytes.len() as u64;
@@ -115,14 +118,14 @@ async fn send_output<T: Transport>(
     }
 }
 
-/// An attachment, which ends with its owner.
+/// An attachment. Dropping it detaches the client.
 struct Attached<'a> {
     session: &'a Rc<Session>,
     generation: u64,
 }
 
 impl Attached<'_> {
-    /// Sends the output from the client's place on.
+    /// Sends the output from the client's position on.
     async fn follow<T: Transport>(&self, writer: &mut HostWriter<T>) -> Result<Outcome, OpError> {
         loop {
             match self.next() {
@@ -165,7 +168,7 @@ enum Next {
     Over(Outcome),
 }
 
-/// Passes on what the client sends, until it goes away.
+/// Passes the client's frames on to the session, until the client goes away.
 async fn receive<T: Transport>(agent: &Agent, session: &Session, mut reader: HostReader<T>) {
     let room = Arc::new(Semaphore::new(input::STDIN_QUEUE_BYTES));
     while let Ok(Some(frame)) = reader.next().await {

@@ -1,4 +1,4 @@
-//! Making sessions.
+//! Creates sessions.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -24,12 +24,12 @@ use crate::refusal::{OpError, kind_of, refused};
 use crate::ring::Ring;
 use crate::watched::watch;
 
-/// The most of a command that is listed, in bytes. With six bytes of JSON for each, the 576
-/// sessions of [`Limits`](crate::limits::Limits) have 675 KiB: a list of all of them fits in one
-/// frame.
+/// The most of a command that is listed, in bytes. With six bytes of JSON for each of these, the
+/// 576 sessions of [`Limits`](crate::limits::Limits) have 675 KiB: a list of all sessions fits in
+/// one frame.
 const LISTED_BYTES_MAX: usize = 200;
 
-/// Serves an `EXEC_REQ` for a new session: with a terminal, or without one for a session that was asked for.
+/// Serves an `EXEC_REQ` for a new session, with a terminal or without one.
 pub(crate) async fn serve_create<T: Transport>(
     agent: &Rc<Agent>,
     request: &ExecRequest,
@@ -70,8 +70,8 @@ async fn create_kept(agent: &Rc<Agent>, request: &ExecRequest) -> Result<Rc<Sess
     let number = agent.sessions.admit(&agent.limits, false)?;
     let id = format!("s{number}");
     kept::keep(agent, &id, request).await?;
-    // A child that is started while the users' processes are frozen would freeze before its
-    // program, and the agent with it.
+    // A child that starts while the users' processes are frozen would freeze before it executes
+    // its program, and the agent would block with it.
     agent.awake().await;
     match start_job(agent, request, id.clone()) {
         Ok(session) => {
@@ -156,7 +156,8 @@ fn start_job(
     ))
 }
 
-/// A command as it is listed: joined by single spaces, and its beginning if it is long. A list of all sessions has to fit in one frame.
+/// Returns a command as lists show it: joined by single spaces, and cut off if it is long. A list
+/// of all sessions has to fit in one frame.
 fn listed(argv: &[String]) -> String {
     let mut listed = argv.join(" ");
     if listed.len() > LISTED_BYTES_MAX {
@@ -179,7 +180,7 @@ struct Begin {
 
 fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> {
     let Begin { id, terminal, stdin, output, processes, exit, sources } = begin;
-    // A job that is left to itself from the start has nobody to feed it.
+    // A job that starts detached has no client that could send input.
     let stdin = (!request.detach || terminal.is_some()).then_some(stdin);
     let session = Rc::new(Session {
         id,

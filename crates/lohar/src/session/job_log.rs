@@ -1,7 +1,9 @@
-//! The output of a job, on disk: two segments at most, of which the older one goes when the newer one is full.
+//! The output of a job, on disk: two segments at most. When the newer one is full, the older one
+//! is removed.
 //!
-//! A segment is a file of records: stream (1 byte), length (4 bytes, big-endian), bytes. Files are unlinked as soon as they are open, so
-//! nothing is left of a job when its log is dropped, or when the agent ends, however it ends.
+//! A segment is a file of records: stream (1 byte), length (4 bytes, big-endian), bytes. Files
+//! are unlinked as soon as they are open, so nothing is left of a job when its log is dropped or
+//! the agent ends, even if the agent is killed.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -16,17 +18,17 @@ use crate::log;
 
 const RECORD_HEADER_BYTES: usize = 5;
 
-/// The distance of marks: a read begins to look at the mark before its place, in bytes.
+/// The distance between marks, in bytes. A read begins its search at the mark before its offset.
 const MARK_BYTES: u64 = 64 * 1024;
 
-/// Output between two places.
+/// The output between two offsets.
 #[derive(Debug)]
 struct Segment {
     file: File,
     start: u64,
     end: u64,
     file_end: u64,
-    /// Places of some records, and where in the file these lie.
+    /// Offsets of some records in the output, and their offsets in the file.
     marks: Vec<(u64, u64)>,
 }
 
@@ -41,7 +43,7 @@ pub(super) struct JobLog {
 }
 
 impl JobLog {
-    /// An empty log that keeps at least half of `limit_bytes`, and never more.
+    /// Creates an empty log that keeps at least half of `limit_bytes`, and at most `limit_bytes`.
     pub(super) fn create(directory: &Path, name: &str, limit_bytes: u64) -> io::Result<Self> {
         fs::create_dir_all(directory)?;
         let mut log = Self {
@@ -63,18 +65,19 @@ impl JobLog {
         self.end
     }
 
-    /// How many bytes before the end are kept whatever is appended next.
+    /// The number of bytes before the end that are kept, regardless of the next append.
     pub(super) const fn kept_for_sure(&self) -> u64 {
         self.segment_bytes
     }
 
-    /// Appends output. What the disk does not take is lost, and the log begins behind it.
+    /// Appends output. If the disk does not take it, that output is lost, and the log begins
+    /// after it.
     pub(super) fn append(&mut self, frame_type: FrameType, bytes: &[u8]) {
         if let Err(error) = self.try_append(frame_type, bytes) {
             log::line(format_args!("failed to keep output of the job {}: {error}", self.name));
             self.segments.clear();
             self.end += bytes.len() as u64;
-            // If that fails, too, so does the next append.
+            // If this fails, too, the next append tries again.
             drop(self.begin_segment());
         }
     }
@@ -103,7 +106,7 @@ impl JobLog {
     }
 
     fn begin_segment(&mut self) -> io::Result<()> {
-        // Before the new file takes room, the oldest gives its own back.
+        // The oldest file frees its space before the new file takes any.
         if self.segments.len() >= 2 {
             self.segments.pop_front();
         }
@@ -120,7 +123,7 @@ impl JobLog {
         Ok(())
     }
 
-    /// The next piece at or behind `from`, of one stream.
+    /// Returns the next piece at or after `from`, of one stream.
     pub(super) fn read(&self, from: u64) -> Option<Piece> {
         let segment = self.segments.iter().find(|segment| segment.end > from)?;
         // Unreadable output is as good as lost.
@@ -164,7 +167,8 @@ mod tests {
         (directory, log)
     }
 
-    /// Everything from a place on, as (stream, bytes), pieces of one stream joined.
+    /// Returns the output from an offset on, as (stream, bytes), with adjacent pieces of one
+    /// stream joined.
     fn all(log: &JobLog, from: u64) -> Vec<(u8, Vec<u8>)> {
         let (mut at, mut found) = (from, Vec::<(u8, Vec<u8>)>::new());
         while let Some(piece) = log.read(at) {
@@ -196,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn old_output_goes_and_the_newer_half_stays() {
+    fn old_output_is_removed_and_the_newer_half_stays() {
         let (_directory, mut log) = log(2000);
         for number in 0..1000u32 {
             log.append(FrameType::STDOUT, format!("{number:010}").as_bytes());
@@ -226,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_log_lies_in_its_directory() {
+    fn log_leaves_no_file_in_its_directory() {
         let (directory, mut log) = log(1000);
         log.append(FrameType::STDOUT, b"secret");
 

@@ -1,8 +1,9 @@
 //! Jobs that start again each time that the guest boots anew.
 //!
-//! Each is a file `restart/<id>.json` in the agent's own directory, which root alone can read: the
-//! request that started it. The file is on the disk before the host is told of the job, and goes
-//! when the job has ended. A shutdown of the guest ends no job in this sense.
+//! Each job has a file `restart/<id>.json` in the agent's own directory, which only root can
+//! read: the request that started the job. The file is on the disk before the agent reports the
+//! job to the host, and is removed when the job has ended. A shutdown of the guest does not count
+//! as the end of a job.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -38,7 +39,7 @@ fn file(agent: &Agent, id: &str) -> PathBuf {
 ///
 /// # Errors
 ///
-/// Refused if it cannot be written.
+/// Refused if the request cannot be written, or if [`KEPT_MAX`] requests are kept already.
 pub(super) async fn keep(agent: &Agent, id: &str, request: &ExecRequest) -> Result<(), OpError> {
     let path = file(agent, id);
     let text = serde_json::to_vec(request).map_err(io::Error::from);
@@ -51,7 +52,7 @@ pub(super) async fn keep(agent: &Agent, id: &str, request: &ExecRequest) -> Resu
             return Err(refused(ErrorKind::Limit, message));
         }
         write(&path, &text).map_err(|error| {
-            // What could not be written whole must not start at the next boot.
+            // A file that was not written whole must not start a job at the next boot.
             drop((fs::remove_file(&path), fs::remove_file(unfinished(&path))));
             failed(error)
         })
@@ -59,7 +60,7 @@ pub(super) async fn keep(agent: &Agent, id: &str, request: &ExecRequest) -> Resu
     keeping.await?.end().await
 }
 
-/// Does not keep it any longer. A failure is reported on the console.
+/// Removes the request of a job. A failure is reported on the console.
 pub(super) async fn forget(agent: &Agent, id: &str) {
     let path = file(agent, id);
     let shown = path.display().to_string();
@@ -76,7 +77,7 @@ pub(super) async fn forget(agent: &Agent, id: &str) {
     log::line(format_args!("failed to remove {shown}: {failed}"));
 }
 
-/// Starts all of them, the oldest first, under the ids that they had.
+/// Starts all kept jobs, the oldest first, under the ids that they had.
 pub(crate) async fn start_kept(agent: &Rc<Agent>) {
     let directory = directory(agent);
     let reading = async {
@@ -100,19 +101,19 @@ fn write(path: &Path, text: &[u8]) -> io::Result<()> {
     file.write_all(text)?;
     file.sync_all()?;
     fs::rename(&unfinished, path)?;
-    // The directory may be new, and so may be the one that it is in.
+    // The directory and its parent may be new.
     for directory in directory.ancestors().take(2) {
         File::open(directory)?.sync_all()?;
     }
     Ok(())
 }
 
-/// What a file is called before all of it is on the disk.
+/// The name of a file before all of it is on the disk.
 fn unfinished(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
-/// How many requests are kept beside `path`.
+/// Returns the number of requests that are kept beside `path`.
 fn count(path: &Path) -> usize {
     let entries = path.parent().and_then(|directory| fs::read_dir(directory).ok());
     let is_kept = |entry: &fs::DirEntry| entry.path().extension().is_some_and(|it| it == ENDING);
@@ -127,15 +128,15 @@ fn remove(path: &Path) -> io::Result<()> {
     File::open(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
 }
 
-/// The requests with the numbers of their sessions. What is none is reported on the console; what
-/// is unfinished is removed.
+/// Returns the requests, with the numbers of their sessions. A file without a valid request is
+/// reported on the console; an unfinished file is removed.
 fn read_all(directory: &Path) -> Vec<(u64, ExecRequest)> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let mut found = Vec::new();
     for entry in entries.take(2 * KEPT_MAX) {
         let path = entry.path();
         if path.extension().is_none_or(|ending| ending != ENDING) {
-            // Its host was not told that it is kept.
+            // The host was not told that this job is kept.
             drop(fs::remove_file(&path));
             continue;
         }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use super::job_log::JobLog;
 use crate::ring::{RING_BYTES, Ring};
 
-/// What a session keeps of its output.
+/// The kept output of a session.
 #[derive(Debug)]
 pub(super) enum Output {
     /// A terminal's one stream, in memory.
@@ -20,12 +20,12 @@ pub(super) enum Output {
 pub(super) struct Piece {
     pub(super) frame_type: FrameType,
     pub(super) bytes: Bytes,
-    /// The place of its first byte; later than asked for if what lay there is not kept any more.
+    /// The offset of its first byte. Later than requested if the bytes there are no longer kept.
     pub(super) at: u64,
 }
 
 impl Output {
-    /// The place of the first byte that is kept.
+    /// The offset of the first byte that is kept.
     pub(super) fn start(&self) -> u64 {
         match self {
             Self::Ring(ring) => ring.start(),
@@ -33,7 +33,7 @@ impl Output {
         }
     }
 
-    /// The place behind the last byte.
+    /// The offset after the last byte.
     pub(super) const fn end(&self) -> u64 {
         match self {
             Self::Ring(ring) => ring.end(),
@@ -48,7 +48,7 @@ impl Output {
         }
     }
 
-    /// The next piece at or behind `from`; `None` if there is none yet.
+    /// Returns the next piece at or after `from`, or `None` if there is none yet.
     pub(super) fn read(&mut self, from: u64) -> Option<Piece> {
         match self {
             Self::Ring(ring) => {
@@ -61,7 +61,7 @@ impl Output {
         }
     }
 
-    /// Whether another chunk can be appended without pushing out bytes from `position` on.
+    /// Whether another chunk can be appended without discarding bytes from `position` on.
     pub(super) fn has_room_behind(&self, position: u64) -> bool {
         let kept = match self {
             Self::Ring(_) => RING_BYTES as u64,

@@ -1,4 +1,4 @@
-//! The ways between a session's process and its session.
+//! Moves input and output between a session's process and its session.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -17,16 +17,18 @@ use crate::discard::discard;
 use crate::exec::input::Queued;
 use crate::reaper::Exit;
 
-/// The other end of a session's terminal.
+/// The master end of a session's terminal.
 pub(crate) type Terminal = Rc<AsyncFd<OwnedFd>>;
 
-/// Takes a session's input.
+/// The sender of a session's input.
 pub(crate) type StdinSender = mpsc::UnboundedSender<Queued>;
 
-/// How much is read at once, in bytes. Every session has one or two such buffers as long as its process runs.
+/// The bytes that are read at once. Every session has one or two such buffers as long as its
+/// process runs.
 const READ_BYTES: usize = 8 << 10;
 
-/// The most that is taken of each stream once the process has ended, in bytes: more than a pipe or terminal holds.
+/// The most that is read of each stream after the process has ended, in bytes: as much as a pipe
+/// or terminal can hold.
 const DRAIN_BYTES_MAX: usize = 1 << 20;
 
 /// One output stream of a process.
@@ -44,7 +46,7 @@ impl Source {
         }
     }
 
-    /// What it is read into.
+    /// Returns the buffer for reads.
     fn buffer(&self) -> Vec<u8> {
         match self {
             Self::Terminal(_) | Self::Pipe(..) => vec![0; READ_BYTES],
@@ -61,7 +63,7 @@ impl Source {
         }
     }
 
-    /// Reads what is there now.
+    /// Reads the bytes that are there now.
     fn read_now(&self, buffer: &mut [u8]) -> usize {
         match self {
             Self::Pipe(pipe, _) => rustix::io::read(pipe.as_fd(), buffer).unwrap_or(0),
@@ -76,13 +78,14 @@ async fn read_terminal(terminal: &Terminal, buffer: &mut [u8]) -> usize {
         let Ok(mut ready) = terminal.readable().await else { return 0 };
         match rustix::io::read(terminal.get_ref(), &mut *buffer) {
             Err(Errno::AGAIN) => ready.clear_ready(),
-            // EIO: nobody has the terminal open any more.
+            // EIO: no process has the terminal open any more.
             result => return result.unwrap_or(0),
         }
     }
 }
 
-/// Moves a process's output into its session until the process has ended, then keeps the session for its time.
+/// Moves a process's output into its session until the process has ended, then keeps the session
+/// for the time that `Limits` sets.
 pub(super) async fn run(
     agent: Rc<Agent>,
     session: Rc<Session>,
@@ -110,7 +113,7 @@ pub(super) async fn run(
         drain(&session, source, first_buffer).await;
     }
     if session.restarts && !agent.is_shutting_down() {
-        // Before anybody is told that it has ended.
+        // Before any client gets the exit code.
         kept::forget(&agent, &session.id).await;
     }
     session.finish(code);
@@ -147,7 +150,8 @@ impl Session {
         self.changed.notify_waiters();
     }
 
-    /// Waits until output can be appended without pushing out what the attached client has not been sent.
+    /// Waits until output can be appended without discarding bytes that the attached client has
+    /// not been sent.
     async fn room(&self) {
         while self
             .attachment
@@ -171,7 +175,8 @@ pub(super) async fn feed_terminal(terminal: Terminal, mut queued: mpsc::Unbounde
                 Err(Errno::AGAIN) => ready.clear_ready(),
                 Err(_) => return,
             }
-            // A kernel that takes a long line byte by byte always has room for one more: everybody else has a turn, too.
+            // A kernel that takes a long line byte by byte always has room for one more byte.
+            // Yield, so that other tasks run, too.
             tokio::task::yield_now().await;
         }
     }

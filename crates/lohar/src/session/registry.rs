@@ -1,4 +1,4 @@
-//! The sessions that there are.
+//! The registry of sessions.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use super::Session;
 use crate::limits::Limits;
 use crate::refusal::refused;
 
-/// Sessions by the order of their making.
+/// Sessions in the order of their creation.
 #[derive(Default)]
 pub(crate) struct Sessions {
     by_number: RefCell<BTreeMap<u64, Rc<Session>>>,
@@ -18,8 +18,8 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// Draws the number of the next session, with a terminal or without one; refused if too many
-    /// run. Finished ones give way.
+    /// Assigns the number of the next session, with a terminal or without one. Refused if too
+    /// many sessions run. Removes the oldest finished sessions beyond their limit.
     pub(super) fn admit(&self, limits: &Limits, with_terminal: bool) -> Result<u64, AgentError> {
         let mut sessions = self.by_number.borrow_mut();
         let running = || sessions.values().filter(|session| session.is_running());
@@ -46,7 +46,7 @@ impl Sessions {
         Ok(self.last_number.get())
     }
 
-    /// Leaves this number, and those before it, to the session that had it.
+    /// Reserves this number, and all lower ones, for the sessions that had them.
     pub(super) fn reserve(&self, number: u64) {
         self.last_number.set(self.last_number.get().max(number));
     }
@@ -55,7 +55,7 @@ impl Sessions {
         self.by_number.borrow_mut().insert(number, Rc::clone(session));
     }
 
-    /// The session of that name.
+    /// Returns the session with this id.
     pub(crate) fn get(&self, id: &str) -> Option<Rc<Session>> {
         self.by_number.borrow().values().find(|session| session.id == id).cloned()
     }
@@ -70,7 +70,7 @@ impl Sessions {
         self.by_number.borrow().values().map(|session| session.info()).collect()
     }
 
-    /// Sessions whose process runs, sessions with a client, and jobs whose process runs.
+    /// Returns the number of sessions that run, of sessions with a client, and of jobs that run.
     pub(crate) fn count(&self) -> (u32, u32, u32) {
         let sessions = self.by_number.borrow();
         let count = |wanted: fn(&Session) -> bool| {

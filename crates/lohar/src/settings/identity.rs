@@ -1,4 +1,4 @@
-//! Another identity: what a restored guest must not share with the one that it was.
+//! Identity after restore: the properties that a restored guest must not share with its parent.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,10 +15,11 @@ use crate::agent::Agent;
 use crate::refusal::OpError;
 use crate::{log, netlink, suspend};
 
-/// `RNDRESEEDCRNG` of linux/random.h: the generator takes its key anew from the pool.
+/// `RNDRESEEDCRNG` of linux/random.h: the generator takes a new key from the pool.
 const RESEED: libc::c_ulong = 0x5207;
 
-/// Serves one `IDENTITY_REQ`: does all of it, whatever fails, and reports each part. Only then do the users' processes go on.
+/// Serves one `IDENTITY_REQ`: applies every part, even if one fails, and reports each. Only then
+/// does the agent thaw the users' processes.
 pub(crate) async fn assume(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let report = apply(agent, identity).await;
     IdentityReport { clock_ns: clock(), ..report }
@@ -29,11 +30,11 @@ async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     let guest = |apply: &dyn Fn() -> io::Result<()>| {
         if agent.place.has_kernel() { applied(apply()) } else { Applied::Nothing }
     };
-    // First: it is later with everything else that is done before.
+    // First: every step before this one would make the clock lag.
     let wall_clock = guest(&|| set_clock(identity.wall_clock_ns));
     let network = config.network.as_ref().filter(|_| agent.place.has_kernel());
     let (addresses, connections) = move_to(network, &config.dns);
-    // Before the files: some may be for a volume.
+    // Before the files: some may be on a volume.
     let first_setup = if agent.settings.borrow().configured || identity.rehearsal {
         Applied::Nothing
     } else {
@@ -65,7 +66,7 @@ async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         if let Some(network) = network
             && let Err(error) = rehearse_network(network, &config.dns)
         {
-            log::line(format_args!("failed to practise a network: {error}"));
+            log::line(format_args!("failed to set up the network in the warm-up run: {error}"));
         }
         suspend::thaw(agent);
         return report;
@@ -79,12 +80,13 @@ async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
     report
 }
 
-/// Gives the network card its address, and cuts the connections of the one that it had. Those of the agent went with the channel.
+/// Gives the network card its address, and cuts the connections of its old address. The agent's
+/// own connections ended with the channel.
 fn move_to(network: Option<&GuestNetwork>, dns: &[String]) -> (Applied, Applied) {
     let Some(network) = network else { return (Applied::Nothing, Applied::Nothing) };
     match netlink::configure(network) {
         Ok(left) => {
-            // Whoever knows names is in another place with it.
+            // With a new address, the name servers change, too.
             if !left.is_empty()
                 && !dns.is_empty()
                 && let Err(error) = system::set_resolvers(dns)
@@ -101,7 +103,8 @@ fn move_to(network: Option<&GuestNetwork>, dns: &[String]) -> (Applied, Applied)
     }
 }
 
-/// Does what else a new sandbox does about its network, and leaves it nothing to undo.
+/// Performs the other network steps of a new sandbox in the warm-up run. Removes the addresses
+/// again, so that the sandbox has nothing to undo.
 fn rehearse_network(network: &GuestNetwork, dns: &[String]) -> io::Result<()> {
     system::set_resolvers(dns)?;
     netlink::forget(&network.interface)
@@ -114,7 +117,8 @@ fn applied(result: io::Result<()>) -> Applied {
     }
 }
 
-/// Mixes the host's bytes into the pool, and only then has the generator take its key from it.
+/// Mixes the host's bytes into the pool, and only then makes the generator take its key from the
+/// pool.
 pub(crate) fn feed_random(entropy: &str) -> io::Result<()> {
     let bytes = STANDARD.decode(entropy).map_err(io::Error::other)?;
     let mut random = File::options().write(true).open("/dev/urandom")?;

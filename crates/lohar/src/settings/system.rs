@@ -1,4 +1,4 @@
-//! The parts of a configuration that only a guest of its own has.
+//! The parts of a configuration that apply to a guest, but not in test mode.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -17,13 +17,13 @@ use crate::{disk, netlink};
 const RESOLVERS: &str = "/etc/resolv.conf";
 const HOSTS: &str = "/etc/hosts";
 
-/// The most that is kept of such a file when a part of it is replaced, in bytes.
+/// The largest file of which the other lines are kept when some are replaced, in bytes.
 const SMALL_BYTES_MAX: u64 = 1 << 20;
 
-/// How a device is named by the serial of its disk: as udev(7) does.
+/// The prefix of a device path that names a disk by its serial, as udev(7) does.
 const BY_SERIAL: &str = "/dev/disk/by-id/virtio-";
 
-/// Makes the guest what the configuration says.
+/// Applies the configuration in a VM.
 pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
     if !config.hostname.is_empty() {
         let failed = |error| io_refused("set hostname", Path::new(&config.hostname), &error);
@@ -33,7 +33,7 @@ pub(super) fn apply(config: &GuestConfig) -> Result<(), AgentError> {
     apply_once(config, Disks::AsBooted)
 }
 
-/// Makes a container what the configuration says. Its name and its mounts are the host's to make.
+/// Applies the configuration in a container. The host sets its name and its mounts.
 pub(super) fn apply_in_container(config: &GuestConfig) -> Result<(), AgentError> {
     let hosts = Path::new(HOSTS);
     write_hosts("", &config.hostname).map_err(|error| io_refused("write", hosts, &error))?;
@@ -45,7 +45,7 @@ pub(super) fn apply_in_container(config: &GuestConfig) -> Result<(), AgentError>
     apply_network(config)?;
     set_resolvers_of(config)?;
     for volume in &config.volumes {
-        let failed = |error| io_refused("give", Path::new(&volume.mount), &error);
+        let failed = |error| io_refused("chown", Path::new(&volume.mount), &error);
         give_volume(volume).map_err(failed)?;
     }
     Ok(())
@@ -57,16 +57,16 @@ fn apply_network(config: &GuestConfig) -> Result<(), AgentError> {
     netlink::configure(network).map(drop).map_err(failed)
 }
 
-/// What the guest's kernel knows of its disks.
+/// Whether the guest's kernel knows its current disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Disks {
-    /// What they are.
+    /// The disks are those of the boot.
     AsBooted,
-    /// What they were before it was saved: others are in their places now.
+    /// The disks were exchanged while the guest was saved, so the kernel knows the old ones.
     Exchanged,
 }
 
-/// Makes what a guest gets once and never again.
+/// Applies the settings that a guest gets only once.
 pub(super) fn apply_once(config: &GuestConfig, disks: Disks) -> Result<(), AgentError> {
     set_resolvers_of(config)?;
     for volume in &config.volumes {
@@ -84,11 +84,12 @@ fn set_resolvers_of(config: &GuestConfig) -> Result<(), AgentError> {
     set_resolvers(&config.dns).map_err(failed)
 }
 
-/// Sets the name servers. Other lines of the file, as `search` and `options`, stay.
+/// Sets the name servers. Other lines of the file, such as `search` and `options`, stay.
 pub(super) fn set_resolvers(servers: &[String]) -> io::Result<()> {
     let resolvers = Path::new(RESOLVERS);
     let before = read_small(resolvers).unwrap_or_default();
-    // A link may lead to something that is not there, and a file with other names is not only ours.
+    // Remove a link, which may lead nowhere, and a file with several names, which is not for
+    // resolvers alone.
     if fs::symlink_metadata(resolvers).is_ok_and(|found| !found.is_file() || found.nlink() != 1) {
         fs::remove_file(resolvers)?;
     }
@@ -96,7 +97,7 @@ pub(super) fn set_resolvers(servers: &[String]) -> io::Result<()> {
     overwrite(&file, &texts::resolvers(&before, servers))
 }
 
-/// Sets the host name, for processes that run and in the files that programs read.
+/// Sets the host name, in the kernel and in the files that programs read.
 pub(super) fn set_hostname(name: &str) -> io::Result<()> {
     let before = uname().nodename().to_string_lossy().into_owned();
     sethostname(name.as_bytes())?;
@@ -104,12 +105,12 @@ pub(super) fn set_hostname(name: &str) -> io::Result<()> {
     write_hosts(&before, name)
 }
 
-/// Gives the guest the number by which its users' programs know it.
+/// Sets the machine ID, by which programs identify the guest.
 pub(super) fn set_machine_id(machine_id: &str) -> io::Result<()> {
     write("/etc/machine-id", &format!("{machine_id}\n"))
 }
 
-/// Has `/etc/hosts` know this guest by `name`, instead of by `before`. What users added to the file stays.
+/// Replaces the host name `before` with `name` in `/etc/hosts`. Lines that users added stay.
 fn write_hosts(before: &str, name: &str) -> io::Result<()> {
     let text = read_small(Path::new(HOSTS)).unwrap_or_default();
     write(HOSTS, &texts::hosts(&text, before, name))
@@ -128,7 +129,8 @@ fn mount_volume(volume: &ConfigVolume, disks: Disks) -> io::Result<()> {
 }
 
 fn give_volume(volume: &ConfigVolume) -> io::Result<()> {
-    // One that is nobody's yet is the usual user's; whom a user gave it to keeps it.
+    // A volume that root owns is new, and is given to the usual user. Any other owner keeps the
+    // volume.
     if !volume.read_only && fs::metadata(&volume.mount)?.uid() == 0 {
         chown(&volume.mount, Some(USUAL_UID), Some(USUAL_UID))?;
     }
@@ -147,7 +149,7 @@ fn small_file() -> fs::OpenOptions {
 ///
 /// # Errors
 ///
-/// `InvalidData` if it has more than [`SMALL_BYTES_MAX`], or is no text.
+/// Returns `InvalidData` if the file has more than [`SMALL_BYTES_MAX`], or is not a text file.
 fn read_small(path: &Path) -> io::Result<String> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
@@ -161,8 +163,9 @@ fn read_small(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Has a small file hold a text, and nothing else. It keeps its place on the disk: one that is emptied first gives it back and takes
-/// another, and ext4 then writes to the disk as soon as it is closed, which was a tenth of what becoming another took.
+/// Replaces the content of a small file, which keeps its blocks on the disk. A file that is
+/// truncated first frees its blocks and allocates others, and ext4 then writes to the disk as
+/// soon as the file is closed. That took a tenth of the time that a fork needs for its identity.
 fn overwrite(mut file: &File, text: &str) -> io::Result<()> {
     file.write_all(text.as_bytes())?;
     if file.metadata()?.len() > text.len() as u64 {

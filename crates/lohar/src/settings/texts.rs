@@ -1,7 +1,8 @@
-//! Files of `/etc` of which the agent owns some lines, and users the rest.
+//! Files in `/etc` of which the agent owns some lines, and users own the rest.
 
-/// The `/etc/hosts` that knows this guest by `name` instead of `before`. The agent owns that one word in the line of `127.0.0.1` that
-/// has `localhost`, and adds what is missing; everything else stays.
+/// Returns `/etc/hosts` with the host name `name` in place of `before`. The agent owns that one
+/// word, in the line of `127.0.0.1` that has `localhost`, and adds missing lines. Everything else
+/// stays.
 pub(super) fn hosts(text: &str, before: &str, name: &str) -> String {
     let is_of = |line: &&str, address: &str| words(line).next() == Some(address);
     let own = text
@@ -23,7 +24,8 @@ fn words(line: &str) -> impl Iterator<Item = &str> {
     line.split('#').next().unwrap_or_default().split_ascii_whitespace()
 }
 
-/// A line of hosts with one name in place of another; with one more, if the other is not there.
+/// Returns a line of hosts with `name` in place of `before`, or with `name` added if `before` is
+/// not there.
 fn renamed(line: &str, before: &str, name: &str) -> String {
     if words(line).any(|word| word == name) {
         return line.to_owned();
@@ -40,7 +42,7 @@ fn renamed(line: &str, before: &str, name: &str) -> String {
     entry.split_ascii_whitespace().map(replace).collect::<Vec<_>>().join(" ") + &comment
 }
 
-/// The `/etc/resolv.conf` with these name servers in place of those that it has.
+/// Returns `/etc/resolv.conf` with these name servers in place of its old ones.
 pub(super) fn resolvers(text: &str, servers: &[String]) -> String {
     let servers = servers.iter().map(|server| format!("nameserver {server}\n"));
     let others = text.lines().filter(|line| words(line).next() != Some("nameserver"));
@@ -52,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hosts_get_the_name_and_keep_what_users_added() {
+    fn hosts_get_the_name_and_keep_lines_of_users() {
         let fresh = "127.0.0.1 localhost one\n::1 localhost\n";
         assert_eq!(hosts("", "", "one"), fresh);
         assert_eq!(hosts(fresh, "one", "one"), fresh);

@@ -1,4 +1,4 @@
-//! What the HTTP API costs over what it stands on.
+//! The cost of the HTTP API over the agent channel below it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,27 +24,27 @@ use tokio::time::Instant;
 
 use super::{median, resident_mib, show};
 
-/// Sandboxes in the store, and of those that run.
+/// Stopped sandboxes in the store, and running ones.
 const ROWS: u16 = 1000;
 const RUNNING: usize = 10;
 
 const REQUESTS: usize = 500;
 const EXECS: usize = 200;
 
-/// Commands by either way where the two are compared, that many in each turn of a daemon and of this process, and how many run before any
-/// counts.
+/// Compared commands over HTTP and on the channel: all of them, those in each turn, and those at
+/// the start of a turn that do not count.
 const COMPARED: usize = 600;
 const PER_TURN: usize = 10;
 const WARM_UP: usize = 4;
 const AT_ONCE: usize = 100;
 
-/// What passes through the proxy each time, in bytes.
+/// Size of each transfer through the proxy, in bytes.
 const TRANSFER: usize = 64 << 20;
 const TRANSFERS: usize = 5;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Answers any request with as many zeros as its path says.
+/// Program for a server that answers each request with as many zeros as its path says.
 const SERVER: &str = r#"
 import socketserver
 class H(socketserver.StreamRequestHandler):
@@ -58,13 +58,13 @@ socketserver.ThreadingTCPServer.allow_reuse_address = True
 socketserver.ThreadingTCPServer(("127.0.0.1", 8000), H).serve_forever()
 "#;
 
-/// Measures and prints.
+/// Measures and prints the section `api`.
 pub(super) async fn measure() -> Result<()> {
-    // A VM that gets ready meanwhile would take its share of the processors.
+    // A spare that starts during the measurement would take CPU time.
     let config = "ready_vmms: 0\n".to_owned();
     let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let origin = daemon.client.create(&bhatti_testkit::named("bench")).await?.origin;
-    let template = origin.strip_prefix("template ").context("it was forked from a template")?;
+    let template = origin.strip_prefix("template ").context("not forked from a base snapshot")?;
     let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
     daemon.terminate().await;
     fill(daemon.data_dir())?;
@@ -85,13 +85,13 @@ pub(super) async fn measure() -> Result<()> {
     bare.end().await
 }
 
-/// Sandboxes that were stopped long ago.
+/// Fills the store with stopped sandboxes.
 fn fill(data_dir: &Path) -> Result<()> {
     let store = Store::open(data_dir)?;
     (0..ROWS).try_for_each(|number| add_stopped(&store, number))
 }
 
-/// The sandbox `stopped-<number>`, of the admin's.
+/// Adds the stopped sandbox `stopped-<number>`, owned by the admin.
 pub(super) fn add_stopped(store: &Store, number: u16) -> Result<()> {
     let mut entropy = [0xbe; 8];
     entropy[6..].copy_from_slice(&number.to_be_bytes());
@@ -111,7 +111,7 @@ pub(super) fn add_stopped(store: &Store, number: u16) -> Result<()> {
     Ok(store.set_sandbox_state(id, SandboxState::Stopped)?)
 }
 
-/// A connection that is kept.
+/// Opens a persistent connection.
 pub(super) async fn kept(api: &Api) -> Result<SendRequest<Full<Bytes>>> {
     let (sender, connection) = http1::handshake(TokioIo::new(api.connect().await)).await?;
     tokio::spawn(connection);
@@ -148,7 +148,7 @@ async fn requests(api: &Api) -> Result<()> {
     Ok(())
 }
 
-/// A VM that no daemon has: what the daemon's own figures are over.
+/// A VM without a daemon, as the baseline of the daemon's figures.
 pub(super) struct BareVm {
     engine: QemuEngine,
     id: SandboxId,
@@ -158,7 +158,8 @@ pub(super) struct BareVm {
 }
 
 impl BareVm {
-    /// With a network card if there is to be a `tap`, as its template has one or has not.
+    /// Starts a VM from a base snapshot. `has_network` must say whether the base snapshot has a
+    /// network card.
     pub(super) async fn start(template: &Path, has_network: bool) -> Result<Self> {
         let engine = QemuEngine::new(PROGRAM.into());
         let place = tempfile::tempdir()?;
@@ -178,7 +179,8 @@ impl BareVm {
         agent.reach().await?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
         let entropy = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=".to_owned();
-        // As every sandbox's guest does: a guest that has become somebody has other settings than a template's.
+        // Gives the guest an identity, as every sandbox's guest has: its settings then differ from
+        // those of the base snapshot.
         let identity = Identity {
             entropy,
             wall_clock_ns: u64::try_from(now)?,
@@ -190,13 +192,13 @@ impl BareVm {
         Ok(Self { engine, id, place, agent, _vm: vm })
     }
 
-    /// Takes it away.
+    /// Removes the VM.
     pub(super) async fn end(self) -> Result<()> {
         Ok(self.engine.remove(self.id, &self.place.path().join("vm")).await?)
     }
 }
 
-/// The same command through HTTP and on the channel alone.
+/// Measures the same command over HTTP and on the agent channel alone.
 async fn execs(daemon: &mut TestDaemon) -> Result<()> {
     let (mut http, mut channel) = exec_pairs(daemon, COMPARED).await?;
     let mut over: Vec<f64> = http
@@ -207,14 +209,16 @@ async fn execs(daemon: &mut TestDaemon) -> Result<()> {
     over.sort_by(f64::total_cmp);
     show("exec `true` through HTTP, connection kept", http);
     show("exec `true` on the agent channel alone", channel);
-    // Of turns right behind each other: a machine that changes its speed meanwhile moves the p50 of all by more than there is to see.
+    // Compares adjacent turns. If the machine changes its speed during the run, the p50 of all
+    // samples moves by more than the difference.
     let what = format!("  over the channel alone, p50 of {} turns'", over.len());
     println!("{what:44} {:>26.2} ms", over[over.len() / 2] * 1e3);
     Ok(())
 }
 
-/// The same command through HTTP and on the channel alone, in turns, in one VM, for two differ by more than that: the daemon leaves it to
-/// this process and takes it up again. Each is first in every other turn.
+/// Measures the same command over HTTP and on the agent channel alone, in turns. Both use one VM,
+/// because two VMs differ by more than the two ways: the daemon leaves the VM to this process and
+/// adopts it again. Each way is first in every other turn.
 pub(super) async fn exec_pairs(
     daemon: &mut TestDaemon,
     rounds: usize,
@@ -263,7 +267,8 @@ async fn on_channel(directory: &Path, token: &str, times: &mut Vec<Duration>) ->
     Ok(())
 }
 
-/// The same command by `bhatti exec`, a process each time, and through HTTP on a connection that is kept, in turns.
+/// Measures the same command by `bhatti exec`, a process each time, and over HTTP on a persistent
+/// connection, in turns.
 async fn command_line(daemon: &TestDaemon, api: &Api) -> Result<()> {
     let mut sender = kept(api).await?;
     let body = json!({ "cmd": ["true"] }).to_string();
@@ -300,7 +305,7 @@ async fn at_once(api: &Api) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of an application: through the proxy, and on a stream of the agent channel alone.
+/// Measures bytes of an application through the proxy, and on a stream of the agent channel alone.
 async fn proxy(api: &Api, bare: &BareVm) -> Result<()> {
     let serve = ["python3", "-c", SERVER].map(str::to_owned).to_vec();
     let job = json!({ "cmd": serve, "detach": true });
@@ -328,7 +333,7 @@ async fn proxy(api: &Api, bare: &BareVm) -> Result<()> {
         let mut received = 0;
         while received < TRANSFER {
             let length = stream.read(&mut buffer).await?;
-            ensure!(length > 0, "it broke off after {received} bytes");
+            ensure!(length > 0, "the stream ended after {received} bytes");
             received += length;
         }
         raw.push(began.elapsed());

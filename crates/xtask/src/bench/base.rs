@@ -1,4 +1,5 @@
-//! This tree beside another state of it: two daemons on one machine, asked the same things in turns.
+//! Compares this tree with another revision: two daemons on one machine perform the same operations
+//! in turns.
 
 use std::env;
 use std::fs;
@@ -21,14 +22,14 @@ use super::check::{Ratio, ratio};
 use super::forks::VM_PRACTISES;
 use super::{exec, median};
 
-/// How often each side does what is quick, and what is not, after some times that do not count.
+/// Samples of quick and of slow operations on each side, and runs before them that do not count.
 const QUICK: usize = 200;
 const SLOW: usize = 25;
 const UNCOUNTED: usize = 3;
 
 const SMALL: &str = "/sandboxes/bench/files?path=/workspace/small";
 
-/// What is done.
+/// A measured operation.
 #[derive(Clone, Copy)]
 enum Deed {
     List,
@@ -62,7 +63,8 @@ impl Deed {
     }
 }
 
-/// Builds `revision` (the merge base with the main branch, or, on that, the last commit, if absent) and measures.
+/// Builds `revision` and measures it beside this tree. Without `revision`, takes the merge base
+/// with the main branch, which on that branch itself is the last commit.
 pub(super) async fn measure(revision: Option<&str>) -> Result<()> {
     let revision = match revision {
         Some(revision) => git(&["rev-parse", "--verify", revision]).await?,
@@ -79,7 +81,8 @@ pub(super) async fn measure(revision: Option<&str>) -> Result<()> {
     for deed in Deed::ALL {
         let (mut before, mut after) = (Vec::new(), Vec::new());
         for round in 0..deed.rounds() + UNCOUNTED {
-            // Who begins changes: nobody always finds the caches as the other left them.
+            // The sides take turns to begin, so that neither always runs with the caches that the
+            // other has left.
             let (first, second) =
                 if round % 2 == 0 { (&mut base, &mut own) } else { (&mut own, &mut base) };
             let (one, other) = (first.time(deed).await?, second.time(deed).await?);
@@ -102,7 +105,7 @@ fn report(what: &str, before: &mut [Duration], after: &mut [Duration]) {
     } else if high < 1.0 {
         "faster"
     } else {
-        "no difference that can be told"
+        "no significant difference"
     };
     let ms = |times: &mut [Duration]| format!("{:.2} ms", median(times).as_secs_f64() * 1e3);
     let (count, before, after) = (after.len(), ms(before), ms(after));
@@ -111,7 +114,7 @@ fn report(what: &str, before: &mut [Duration], after: &mut [Duration]) {
     );
 }
 
-/// A daemon of one of both states, with a sandbox.
+/// A daemon of one of the two revisions, with a sandbox.
 struct Side {
     daemon: TestDaemon,
     sender: SendRequest<Full<Bytes>>,
@@ -131,8 +134,8 @@ impl Side {
         match deed {
             Deed::Wake => client.pause("bench").await.map(drop)?,
             Deed::Create => {
-                // The sandbox that is there, and one ahead of demand.
-                wait_for("a VM ahead of demand", || self.daemon.all_vmm_pids().len() == 2).await;
+                // The VM of the sandbox `bench`, and a spare.
+                wait_for("the spare VM", || self.daemon.all_vmm_pids().len() == 2).await;
                 sleep(VM_PRACTISES).await;
             }
             Deed::List | Deed::Exec | Deed::File | Deed::StopAndStart => {}
@@ -175,7 +178,7 @@ impl Side {
     }
 }
 
-/// Where this tree and the main branch parted; the last commit if they have not.
+/// Returns the merge base of this tree and the main branch, or the last commit if there is none.
 async fn merge_base() -> Result<String> {
     for main in ["origin/main", "main"] {
         if let Ok(base) = git(&["merge-base", "HEAD", main]).await {
@@ -191,7 +194,7 @@ async fn git(arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// Builds a revision's programs. Returns where its `bhatti` is, with its `lohar` beside it.
+/// Builds a revision's programs. Returns the path of its `bhatti`, which has its `lohar` beside it.
 async fn build(revision: &str) -> Result<PathBuf> {
     let place = env::current_dir()?.join("target/base");
     let (tree, programs) = (place.join("tree"), place.join(revision));
@@ -213,13 +216,13 @@ async fn build(revision: &str) -> Result<PathBuf> {
     fs::create_dir_all(&programs)?;
     let triple = target.join(format!("{}-unknown-linux-gnu", env::consts::ARCH));
     fs::copy(triple.join("agent/lohar"), programs.join("lohar"))?;
-    // Last: it says that both are there.
+    // `bhatti` is copied last, because its existence means that both programs are complete.
     fs::copy(triple.join("release/bhatti"), programs.join("bhatti"))?;
     Ok(programs.join("bhatti"))
 }
 
 async fn cargo(tree: &Path, target: &Path, arguments: &[&str]) -> Result<()> {
-    let program = env::var_os("CARGO").context("run by `cargo xtask`")?;
+    let program = env::var_os("CARGO").context("CARGO is not set: run this by `cargo xtask`")?;
     let mut command = process::command(program);
     command.envs(env::vars_os()).env("CARGO_TARGET_DIR", target).current_dir(tree);
     let built = command.args(["build", "--locked"]).args(arguments).stdout(Stdio::null());

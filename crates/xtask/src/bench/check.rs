@@ -1,5 +1,6 @@
-//! Whether the promises hold: ratios of things that are measured in turns on one machine, so that a slow machine breaks none, each with the
-//! interval in which it lies; and counts of instructions, where time is too noisy.
+//! Checks the promises: ratios of operations that are measured in turns on one machine, so that a
+//! slow machine breaks none, each with its confidence interval; and counts of instructions, where
+//! time is too noisy.
 
 pub(super) mod counts;
 mod requests;
@@ -16,15 +17,15 @@ use tokio::time::Instant;
 
 use super::{api, exec, forks, median};
 
-/// How often each side of a ratio is measured.
+/// Samples of each side of a ratio.
 const ROUNDS: usize = 60;
 const CREATES: usize = 20;
 const SNAPSHOTS: usize = 7;
 
-/// How often samples are drawn anew from the samples, to see how far their ratio moves.
+/// Bootstrap resamples for the interval of a ratio.
 const DRAWS: usize = 2000;
 
-/// Two things that were done in turns, and how much longer one may take than the other.
+/// Samples of two operations that were measured in turns, and the limit of their ratio.
 struct Promise {
     what: &'static str,
     over: &'static str,
@@ -33,14 +34,14 @@ struct Promise {
     base: Vec<Duration>,
 }
 
-/// What a ratio of medians is, and the interval that holds 95 of 100 of those that the same samples could have given.
+/// A ratio of medians, and its 95 % bootstrap interval.
 pub(super) struct Ratio {
     pub(super) value: f64,
     pub(super) low: f64,
     pub(super) high: f64,
 }
 
-/// Checks all of them. With `record`, the counts of instructions are noted instead of compared.
+/// Checks all promises. With `record`, writes the counts of instructions before it compares them.
 pub(super) async fn check(record: bool) -> Result<()> {
     let mut broken = counts::check(record).await?;
     println!("{:48} {:>6} {:>6} {:>15}", "", "bar", "ratio", "95 % interval");
@@ -65,7 +66,7 @@ async fn measure() -> Result<Vec<Promise>> {
     let config = "network: off\n".to_owned();
     let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let origin = daemon.client.create(&named("bench")).await?.origin;
-    let template = origin.strip_prefix("template ").context("it was forked from a template")?;
+    let template = origin.strip_prefix("template ").context("not forked from a base snapshot")?;
     let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
     promises.push(creation(&daemon, &template).await?);
     promises.push(waking(&daemon.client).await?);
@@ -75,14 +76,14 @@ async fn measure() -> Result<Vec<Promise>> {
     Ok(promises)
 }
 
-/// A creation by default, without a network, against the engine alone.
+/// Measures a create with default options, without a network, against the engine alone.
 async fn creation(daemon: &TestDaemon, template: &std::path::Path) -> Result<Promise> {
     let engine = QemuEngine::new(PROGRAM.into());
     let place = tempfile::tempdir()?;
     let (mut times, mut base) = (Vec::new(), Vec::new());
     for _ in 0..CREATES {
-        // The sandbox that is there, and one ahead of demand.
-        wait_for("a VM ahead of demand", || daemon.all_vmm_pids().len() == 2).await;
+        // The VM of the sandbox `bench`, and a spare.
+        wait_for("the spare VM", || daemon.all_vmm_pids().len() == 2).await;
         tokio::time::sleep(forks::VM_PRACTISES).await;
         let began = Instant::now();
         let new = daemon.client.create(&named("new")).await?;
@@ -113,7 +114,7 @@ async fn waking(client: &Client) -> Result<Promise> {
 }
 
 async fn http() -> Result<Promise> {
-    // A VM that gets ready meanwhile would take its share of the processors.
+    // A spare that starts during the measurement would take CPU time.
     let config = "network: off\nready_vmms: 0\n".to_owned();
     let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     daemon.client.create(&named("bench")).await?;
@@ -127,7 +128,7 @@ async fn diff(daemon: &mut TestDaemon) -> Result<Promise> {
     let directory: PathBuf = daemon.sandbox_directories().remove(0);
     let place = directory.with_extension("bench");
     let (mut times, mut base) = (Vec::new(), Vec::new());
-    // The monitor serves one at a time.
+    // QEMU's monitor serves one client at a time.
     daemon.terminate().await;
     let vm = forks::adopt(&directory).await?;
     for _ in 0..SNAPSHOTS {
@@ -141,7 +142,8 @@ async fn diff(daemon: &mut TestDaemon) -> Result<Promise> {
 }
 
 impl Promise {
-    /// Prints it. It is broken if all of its interval is beyond the bar.
+    /// Prints the promise. Returns whether it holds: it is broken if its whole interval is beyond
+    /// the bar.
     fn holds(&self) -> bool {
         let Ratio { value, low, high } = ratio(&self.times, &self.base);
         let holds = low <= self.bar;
@@ -160,12 +162,12 @@ impl Promise {
     }
 }
 
-/// The ratio of the medians, and its interval by drawing samples anew.
+/// Returns the ratio of the medians, and its interval by resampling.
 pub(super) fn ratio(times: &[Duration], base: &[Duration]) -> Ratio {
     let of = |times: &mut [Duration], base: &mut [Duration]| {
         median(times).as_secs_f64() / median(base).as_secs_f64()
     };
-    // Always the same draws: one set of samples has one interval.
+    // The draws are always the same, so that the same samples have the same interval.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut draw = |from: &[Duration]| -> Vec<Duration> {
         let mut next = || {
@@ -190,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ratio_lies_in_its_interval_and_only_what_is_beyond_all_of_it_is_broken() {
+    fn promise_is_broken_only_if_its_whole_interval_exceeds_the_bar() {
         let ms = |from: u64, to: u64| (from..to).map(Duration::from_millis).collect::<Vec<_>>();
         let Ratio { value, low, high } = ratio(&ms(90, 130), &ms(40, 60));
         assert!(low <= value && value <= high && low > 1.5 && high < 3.0, "{low} {value} {high}");

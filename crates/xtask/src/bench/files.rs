@@ -1,4 +1,4 @@
-//! Files and streams through the API, on connections that are kept.
+//! Files and streams through the API, on persistent connections.
 
 use std::time::Duration;
 
@@ -21,17 +21,17 @@ const LINES: &str = "/sandboxes/bench/files?path=/workspace/lines";
 
 const SMALL_BYTES: usize = 1 << 10;
 const LARGE_BYTES: usize = 1 << 20;
-/// The lines of a text, and of its beginning.
+/// Lines of a text, and of the part of it that is read.
 const TEXT_LINES: usize = 10_000;
 const FIRST_LINES: usize = 100;
 
 const READERS: usize = 5;
 const COMMANDS: usize = 10;
 
-/// How long the command that streams is silent between its first line and its last.
+/// The pause between the first and the last line of the streamed command.
 const SILENCE: Duration = Duration::from_millis(100);
 
-/// Measures and prints.
+/// Measures and prints the section `files`.
 pub(super) async fn measure() -> Result<()> {
     let daemon = TestDaemon::start().await;
     daemon.client.create(&named("bench")).await?;
@@ -44,7 +44,7 @@ pub(super) async fn measure() -> Result<()> {
     commands_at_once(&api, &mut sender).await
 }
 
-/// What `act` takes, as often as everything is measured, after it has been done ten times.
+/// Measures `act` [`ROUNDS`] times, after ten runs that do not count.
 async fn time(mut act: impl AsyncFnMut() -> Result<()>) -> Result<Vec<Duration>> {
     let mut times = Vec::new();
     for round in 0..ROUNDS + 10 {
@@ -57,7 +57,7 @@ async fn time(mut act: impl AsyncFnMut() -> Result<()>) -> Result<Vec<Duration>>
     Ok(times)
 }
 
-/// Prints how much longer one took than the other.
+/// Prints the ratio of the medians of `slow` and `fast`.
 fn compare(what: &str, slow: &mut [Duration], fast: &mut [Duration]) {
     let ratio = median(slow).as_secs_f64() / median(fast).as_secs_f64();
     println!("{:44} {ratio:>26.2} × {what}, by p50", "");
@@ -115,7 +115,7 @@ async fn truncated(sender: &mut SendRequest<Full<Bytes>>) -> Result<()> {
     Ok(())
 }
 
-/// A command whose output is followed: until its first line is here, and until its end.
+/// Measures a command whose output is streamed: the time to its first line, and to its end.
 async fn streaming(sender: &mut SendRequest<Full<Bytes>>) -> Result<()> {
     let script = format!("echo first; sleep {}; echo last", SILENCE.as_secs_f64());
     let body = json!({ "cmd": ["sh", "-c", script] }).to_string();

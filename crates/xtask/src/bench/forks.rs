@@ -1,4 +1,4 @@
-//! What forks, sleeping and waking cost.
+//! The costs of forks, snapshots, pauses and wakes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,21 +16,22 @@ use tokio::time::Instant;
 
 use super::{ROUNDS, median, mib, show};
 
-/// How often what takes long is measured.
+/// Samples of figures that take long to measure.
 const FEW: usize = 50;
 
-/// How long a VM ahead of demand takes from its process's start until it is ready.
+/// How long a spare VMM takes from the start of its process until it waits for a snapshot.
 const VMM_WAITS: Duration = Duration::from_millis(100);
+/// How long a spare VM takes from the start of its process until its warm-up run has ended.
 pub(crate) const VM_PRACTISES: Duration = Duration::from_millis(1500);
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Measures and prints.
+/// Measures and prints the section `forks`.
 pub(super) async fn measure() -> Result<()> {
     let config = "ready_vmms: 0\n".to_owned();
     let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
     let origin = daemon.client.create(&named("first")).await?.origin;
-    let template = origin.strip_prefix("template ").context("it was forked from a template")?;
+    let template = origin.strip_prefix("template ").context("not forked from a base snapshot")?;
     let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
     daemon.client.destroy("first").await?;
 
@@ -44,7 +45,7 @@ pub(super) async fn measure() -> Result<()> {
         daemon.terminate().await;
         std::fs::write(daemon.data_dir().join("config.yaml"), config)?;
         daemon.serve().await;
-        // The base snapshot of this configuration may not be there yet.
+        // The first create makes the base snapshot of this configuration.
         daemon.client.create(&named("first")).await?;
         daemon.client.destroy("first").await?;
         let times = creates(&daemon, wait).await?;
@@ -60,7 +61,7 @@ fn ratio(what: &str, times: &[Duration], of: &str, base: Duration) {
     println!("{:44} {:>26.2} × {of}", format!("  {what}"), times / base.as_secs_f64());
 }
 
-/// The engine alone: a VM from a template until its agent answers.
+/// Measures the engine alone: from a base snapshot to a VM whose agent answers, step by step.
 async fn bare_forks(template: &Path) -> Result<Duration> {
     let engine = QemuEngine::new(PROGRAM.into());
     let place = tempfile::tempdir()?;
@@ -68,7 +69,7 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
     let mut whole = Vec::new();
     for round in 0..FEW {
         let id = random_id();
-        // Templates have a network card where the machine can have networks.
+        // Base snapshots have a network card if the host can have networks.
         let tap = bhatti_testkit::enter_own_network().then(|| bhatti_net::tap_name(id));
         let spec = bare_spec(id, template, place.path(), tap);
         let directory = spec.directory.clone();
@@ -106,7 +107,7 @@ async fn bare_forks(template: &Path) -> Result<Duration> {
     Ok(bare)
 }
 
-/// The engine alone, once: how long a VM takes from a template until its agent answers.
+/// Measures the engine alone, once: from a base snapshot to a VM whose agent answers.
 pub(crate) async fn bare_fork(
     engine: &QemuEngine,
     template: &Path,
@@ -136,13 +137,13 @@ fn bare_spec(id: SandboxId, template: &Path, place: &Path, tap: Option<String>) 
     }
 }
 
-/// Takes up the VM of a sandbox whose daemon has ended.
+/// Adopts the VM of a sandbox whose daemon has ended.
 pub(super) async fn adopt(directory: &Path) -> Result<Arc<dyn Vm>> {
     let id = directory.file_name().and_then(|name| name.to_str()).context("an id")?.parse()?;
     Ok(QemuEngine::new(PROGRAM.into()).adopt(id, directory).await?)
 }
 
-/// What an idle fork has of its own.
+/// Prints the memory that an idle fork does not share.
 async fn memory(directory: &Path) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
     let pid = vmm(directory)?;
@@ -158,7 +159,7 @@ async fn creates(daemon: &TestDaemon, wait: Option<Duration>) -> Result<Vec<Dura
     let (mut created, mut first) = (Vec::new(), Vec::new());
     for _ in 0..FEW {
         if let Some(wait) = wait {
-            wait_for("a VM ahead of demand", || daemon.all_vmm_pids().len() == 1).await;
+            wait_for("the spare VM", || daemon.all_vmm_pids().len() == 1).await;
             tokio::time::sleep(wait).await;
         }
         let began = Instant::now();
@@ -212,7 +213,7 @@ async fn sleeping(daemon: &mut TestDaemon, bare: Duration) -> Result<()> {
     snapshots(daemon).await
 }
 
-/// Diffs against full snapshots, and diffs of more and more pages.
+/// Measures diff snapshots against full ones, and diffs of more and more dirty pages.
 async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
     let client = &daemon.client.clone();
     client.create(&named("bench")).await?;
@@ -226,13 +227,13 @@ async fn snapshots(daemon: &mut TestDaemon) -> Result<()> {
                 "mount -o remount,size=400m /dev/shm; head -c {dirty_mib}M /dev/urandom >/dev/shm/x"
             );
             let ran = run(client, "bench", &["sudo", "sh", "-c", &script]).await?;
-            ensure!(ran.code == 0, "it could not be dirtied");
+            ensure!(ran.code == 0, "failed to dirty {dirty_mib} MiB");
             client.pause("bench").await?;
         }
         let place = directory.with_extension("bench");
         let mut diff = Vec::new();
         let mut bytes = 0;
-        // The monitor serves one at a time.
+        // QEMU's monitor serves one client at a time.
         daemon.terminate().await;
         let vm = adopt(&directory).await?;
         for _ in 0..5 {
@@ -307,14 +308,15 @@ async fn forking(daemon: &TestDaemon) -> Result<()> {
     Ok(())
 }
 
-/// The process of the VM in a directory.
+/// Returns the process id of the VM in a directory.
 fn vmm(directory: &Path) -> Result<u64> {
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(directory.join("vm.json"))?)?;
     record["pid"].as_u64().context("a pid")
 }
 
-/// Makes so many forks at once, and tells how long that took, and their memory if asked.
+/// Makes `count` forks at once and returns how long that took. With `tell_memory`, prints their
+/// memory.
 async fn at_once(daemon: &TestDaemon, count: u32, tell_memory: bool) -> Result<Duration> {
     let began = Instant::now();
     let request = ForkSandbox { count: Some(count), ..ForkSandbox::default() };
@@ -330,7 +332,7 @@ async fn at_once(daemon: &TestDaemon, count: u32, tell_memory: bool) -> Result<D
     Ok(took)
 }
 
-/// What each of these idle forks adds.
+/// Prints the median memory (PSS) of these idle forks.
 async fn memory_of_forks(daemon: &TestDaemon, ids: &[&str]) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
     let sandboxes = daemon.data_dir().join("sandboxes");

@@ -1,4 +1,4 @@
-//! Rebuilds the disk at many points, lets a daemon recover on each, and counts what is wrong.
+//! Rebuilds the disk at many points, lets a daemon recover on each, and counts the faults.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -18,7 +18,7 @@ use super::recovered::Seen;
 use super::scenario::Recorded;
 use super::{Options, inside, text};
 
-/// How many disks are checked at once, each with files of its own.
+/// How many disks are checked at once, each with its own files.
 const WORKERS: usize = 2;
 
 /// How many faults are printed; all of them are in `points.jsonl`.
@@ -27,9 +27,9 @@ const SHOWN: usize = 20;
 /// A moment of the recording at which the power is cut.
 #[derive(Clone, Copy, Debug)]
 struct Point {
-    /// The entry of the flush before the cut: what was written before it is on the disk.
+    /// The entry of the flush before the cut: the writes before it are on the disk.
     flush: usize,
-    /// The entry of the next flush: what was written before it may be on the disk, in part.
+    /// The entry of the next flush: parts of the writes before it may be on the disk.
     until: usize,
     /// Whether parts of those writes are on the disk.
     torn: bool,
@@ -37,7 +37,7 @@ struct Point {
     start: bool,
 }
 
-/// What was found at one point, for `points.jsonl`.
+/// The outcome at one point, a line of `points.jsonl`.
 #[derive(Debug, Serialize)]
 struct Outcome {
     flush: usize,
@@ -48,7 +48,7 @@ struct Outcome {
     seen: Seen,
 }
 
-/// What the workers share.
+/// State that the workers share.
 struct Shared<'run> {
     file_system: FileSystem,
     work: &'run Path,
@@ -60,7 +60,7 @@ struct Shared<'run> {
     outcomes: Mutex<(File, Summary)>,
 }
 
-/// What is printed in the end.
+/// The printed summary.
 #[derive(Debug, Default)]
 struct Summary {
     points: usize,
@@ -68,7 +68,8 @@ struct Summary {
     faults: Vec<(usize, String)>,
 }
 
-/// Checks as many points as the options say, and each call's answer in any case. Returns how many facts were wrong.
+/// Checks as many points as the options say, those right after a response first. Returns the number
+/// of faults.
 pub(super) fn check(file_system: FileSystem, work: &Path, options: &Options) -> Result<usize> {
     let began = Instant::now();
     let end: u64 = fs::read_to_string(work.join("end"))?.parse()?;
@@ -96,7 +97,8 @@ pub(super) fn check(file_system: FileSystem, work: &Path, options: &Options) -> 
     thread::scope(|scope| {
         let workers: Vec<_> = (0..WORKERS)
             .map(|worker| {
-                // Both disks of a flush go to one worker: sandboxes with the same files are started once.
+                // Both disks of a flush go to one worker, so that sandboxes with the same files are
+                // started once.
                 let flushes = points.chunks(2).skip(worker).step_by(WORKERS);
                 let points: Vec<Point> = flushes.flatten().copied().collect();
                 let shared = &shared;
@@ -121,7 +123,8 @@ pub(super) fn check(file_system: FileSystem, work: &Path, options: &Options) -> 
     Ok(summary.faults.len())
 }
 
-/// Chooses points: first those right after an answer, then others by the seed. Each flush counts twice, whole and torn.
+/// Chooses points: first those right after a response, then others by the seed. Each flush is two
+/// points, without and with torn writes.
 fn choose(entries: &[Entry], calls: &[Recorded], options: &Options) -> Result<Vec<Point>> {
     let flushes: Vec<usize> =
         (0..entries.len()).filter(|index| entries[*index].is_flush()).collect();
@@ -147,7 +150,7 @@ fn choose(entries: &[Entry], calls: &[Recorded], options: &Options) -> Result<Ve
     let count = chosen.len();
     let starts = options.starts.map_or(count, |starts| starts.div_ceil(2).min(count));
     let points = chosen.into_iter().enumerate().flat_map(|(index, (flush, until))| {
-        // Those with starts are spread evenly over the recording.
+        // Points with starts are spread evenly over the recording.
         let start = (index + 1) * starts / count > index * starts / count;
         [false, true].map(|torn| Point { flush, until, torn, start })
     });
@@ -155,7 +158,7 @@ fn choose(entries: &[Entry], calls: &[Recorded], options: &Options) -> Result<Ve
 }
 
 impl Shared<'_> {
-    /// Checks `points`, which are in order of time, on files of this worker's own.
+    /// Checks `points`, which are in order of time, with this worker's own files.
     fn run(&self, worker: usize, points: &[Point]) -> Result<()> {
         let files = Files::new(self, worker)?;
         let mut applied = 0;
@@ -183,7 +186,7 @@ impl Shared<'_> {
         Ok(())
     }
 
-    /// Keeps the outcomes of starts. Returns how many are new.
+    /// Remembers the outcomes of starts. Returns how many are new.
     fn remember(&self, starts: Vec<(String, (String, String))>) -> usize {
         let mut tried = self.tried.lock().expect("no worker panicked");
         let before = tried.len();
@@ -205,7 +208,7 @@ impl Shared<'_> {
 struct Files {
     work: PathBuf,
     log: File,
-    /// The disk as of the flush that is checked.
+    /// The disk as of the checked flush.
     current: File,
 }
 

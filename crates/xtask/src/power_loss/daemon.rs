@@ -1,4 +1,4 @@
-//! The tested daemon, on a mounted disk, in namespaces of its own.
+//! The tested daemon, on a mounted disk, in its own namespaces.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{LISTEN, disk, run_program, text, wait_until};
 
-/// The longest that one call of the command line may take, in seconds.
+/// Time limit of one call of the command line, in seconds.
 const CALL_LIMIT: &str = "120";
 
 /// A data directory on a mounted disk, and the daemon on it.
@@ -22,7 +22,7 @@ pub(super) struct Daemon {
     process: Option<Child>,
 }
 
-/// What a call of the command line answered.
+/// The outcome of a call of the command line.
 #[derive(Clone, Debug)]
 pub(super) struct Answer {
     /// The JSON that it printed, if it succeeded.
@@ -37,10 +37,11 @@ impl Answer {
 }
 
 impl Daemon {
-    /// Mounts the disk below `work` and names the data directory on it. No daemon runs yet.
+    /// Mounts the disk below `work` and makes the data directory on it if it is missing. Starts no
+    /// daemon.
     pub(super) fn on(disk: &Path, work: &Path) -> Result<Self> {
         run_program("ip", &["link", "set", "lo", "up"])?;
-        // Two workers have sandboxes with the same ids, which must not share a control group.
+        // Two workers have sandboxes with the same ids, which must not share control groups.
         run_program("mount", &["-t", "tmpfs", "tmpfs", "/sys/fs/cgroup"])?;
         let mount = work.join("mnt");
         disk::mount(disk, &mount)?;
@@ -51,11 +52,11 @@ impl Daemon {
         Ok(Self { program: bhatti_testkit::dist("bhatti").canonicalize()?, data, process: None })
     }
 
-    /// Starts the daemon and waits until it answers and has taken up every sandbox.
+    /// Starts the daemon and waits until it answers and has adopted every sandbox.
     ///
     /// # Errors
     ///
-    /// If it ends before, or takes more than 60 s.
+    /// Returns an error if the daemon ends before, or takes more than 60 s.
     pub(super) fn start(&mut self, log: &Path) -> Result<()> {
         let file = File::create(log)?;
         let mut command = Command::new(&self.program);
@@ -67,22 +68,22 @@ impl Daemon {
             ended = matches!(process.try_wait(), Ok(Some(_)));
             ended || taking_up() == Some(0)
         });
-        ensure!(!ended, "the daemon ended at its start");
+        ensure!(!ended, "the daemon ended during its start");
         ensure!(ready, "the daemon did not become ready");
-        // The command line uses the local socket, which is there a moment after the port.
+        // The command line uses the local socket, which the daemon opens a moment after the port.
         let calls = || self.call(&["list"], "").is_ok_and(|answer| answer.is_ok());
         ensure!(
             wait_until(Duration::from_secs(10), calls),
-            "the daemon's local socket is not there"
+            "the daemon does not answer on its local socket"
         );
         Ok(())
     }
 
-    /// Ends the daemon in order.
+    /// Stops the daemon with SIGTERM, and waits for its end.
     pub(super) fn stop(&mut self) -> Result<()> {
         let Some(mut process) = self.process.take() else { return Ok(()) };
         run_program("kill", &["-TERM", &process.id().to_string()])?;
-        ensure!(process.wait()?.success(), "the daemon did not end in order");
+        ensure!(process.wait()?.success(), "the daemon did not end cleanly");
         Ok(())
     }
 
@@ -96,11 +97,12 @@ impl Daemon {
         self.run(&["--url", &format!("http://{LISTEN}"), "--token", key], arguments, "")
     }
 
-    /// What a list answers.
+    /// Returns the rows of a list command.
     ///
     /// # Errors
     ///
-    /// If it fails: no row is then known to be missing.
+    /// Returns an error if the command fails, because its output would not prove that a row is
+    /// missing.
     pub(super) fn list(&self, arguments: &[&str]) -> Result<Vec<Value>> {
         let answer = self.call(arguments, "")?;
         ensure!(answer.is_ok(), "bhatti {}: {}", arguments.join(" "), answer.error);
@@ -113,7 +115,7 @@ impl Daemon {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("timeout")?;
         let mut stdin = child.stdin.take().context("a pipe")?;
-        // A call that takes no input may have ended.
+        // A command that reads no input may have ended already.
         let _not_read = stdin.write_all(input.as_bytes());
         drop(stdin);
         let ran = child.wait_with_output()?;
@@ -126,7 +128,7 @@ impl Daemon {
     }
 }
 
-/// How many sandboxes the daemon has yet to take up, if it answers.
+/// Returns the number of sandboxes that the daemon has yet to adopt, if it answers.
 fn taking_up() -> Option<u64> {
     let health = Command::new("curl")
         .args(["-sf", "--max-time", "5", &format!("http://{LISTEN}/health")])

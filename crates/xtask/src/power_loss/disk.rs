@@ -1,4 +1,4 @@
-//! Disks as files: made, copied, exported as FUSE files, mounted and checked.
+//! Disk images: creation, copies, FUSE exports, mounts and checks.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -29,10 +29,11 @@ impl FileSystem {
         }
     }
 
-    /// The smallest piece that it takes a disk to write whole, in bytes.
+    /// Returns the size of the pieces that the file system expects a disk to write atomically, in
+    /// bytes.
     ///
     /// ext4 replays whole blocks from its journal, so a torn block does no harm. XFS does not
-    /// replay a block whose header is new, so a directory's block that is torn behind its first
+    /// replay a block whose header is new, so a directory's block that is torn after its first
     /// sector fails its checksum, and the file system cannot be mounted (seen with Linux 6.12).
     pub(super) const fn whole_piece(self) -> u64 {
         match self {
@@ -79,7 +80,8 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
     run_program("cp", &["--sparse=always", &text(from), &text(to)])
 }
 
-/// Mounts a disk's file system at `at` in this mount namespace. The mount's end frees the loop device.
+/// Mounts a disk's file system at `at` in this mount namespace. The kernel frees the loop device at
+/// the unmount.
 pub(super) fn mount(disk: &Path, at: &Path) -> Result<()> {
     fs::create_dir_all(at)?;
     let mut magic = [0; 4];
@@ -89,7 +91,7 @@ pub(super) fn mount(disk: &Path, at: &Path) -> Result<()> {
     run_program("mount", &["-o", options, &text(disk), &text(at)])
 }
 
-/// Unmounts the exports that a run below `work` left when it was interrupted.
+/// Unmounts the exports that an interrupted run has left below `work`.
 pub(super) fn unmount_left_overs(work: &Path) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     for point in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
@@ -100,7 +102,7 @@ pub(super) fn unmount_left_overs(work: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A disk that a `qemu-storage-daemon` exports as a file. It ends when this is dropped.
+/// A disk that a `qemu-storage-daemon` exports as a file. Dropping this value ends the export.
 #[derive(Debug)]
 pub(super) struct Export {
     file: PathBuf,
@@ -115,8 +117,8 @@ impl Export {
         Self::start(file, &[&node("disk", disk, ""), &node("log", log, ""), top])
     }
 
-    /// Exports at `file` a disk that begins as `base`. What is written goes to the qcow2 file
-    /// `overlay`, which is made anew.
+    /// Exports at `file` a disk with the content of `base`. Writes go to the new qcow2 file
+    /// `overlay`.
     pub(super) fn overlay(file: &Path, base: &Path, overlay: &Path) -> Result<Self> {
         let backing = text(base);
         run_program(
@@ -134,7 +136,7 @@ impl Export {
     fn start(file: &Path, nodes: &[&str]) -> Result<Self> {
         File::create(file)?;
         let device = fs::metadata(file)?.dev();
-        // It ends with this program, however this program ends.
+        // The export ends with this program, however this program ends.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM", "qemu-storage-daemon"]);
         for node in nodes {
@@ -154,13 +156,13 @@ impl Export {
         Ok(export)
     }
 
-    /// Waits until no loop device has the file: a namespace ends before its mounts do.
+    /// Waits until no loop device uses the file: a namespace's mounts end after the namespace.
     pub(super) fn wait_for_release(&self) -> Result<()> {
         let released = wait_until(Duration::from_secs(30), || {
             let devices = Command::new("losetup").arg("-j").arg(&self.file).output();
             devices.is_ok_and(|it| it.stdout.is_empty())
         });
-        ensure!(released, "a loop device still has {}", self.file.display());
+        ensure!(released, "a loop device still uses {}", self.file.display());
         Ok(())
     }
 
@@ -185,7 +187,8 @@ impl Drop for Export {
     }
 }
 
-/// A block node over a file. The host's own disk is not flushed: only what the log says counts.
+/// Returns the options of a block node on a file. It does not flush the host's disk, because only
+/// the log counts.
 fn node(name: &str, file: &Path, more: &str) -> String {
     format!("driver=file,node-name={name},filename={},cache.no-flush=on{more}", file.display())
 }

@@ -1,30 +1,30 @@
-//! What a recovered daemon must have, and what of it is wrong.
+//! The state that a recovered daemon must have, and the faults in the state that it has.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::recovered::Seen;
 use super::scenario::Recorded;
 
-/// What the answers given before a flush was done promise.
+/// The promises of the responses that were given before a flush was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Expected {
-    /// The state of each subject; an empty one means that it is gone.
+    /// The state of each subject; an empty state means that the subject is gone.
     states: BTreeMap<String, String>,
-    /// Subjects of calls that were under way: they may have either state.
+    /// Subjects of calls in progress, which may have the old or the new state.
     under_way: BTreeSet<String>,
-    /// Ids that must still have their files.
+    /// The ids of subjects whose files must still exist.
     ids: BTreeMap<String, String>,
 }
 
 impl Expected {
-    /// What must hold if the power is cut when the log has `until` entries.
+    /// Returns what must hold if the power is cut when the log has `until` entries.
     pub(super) fn at(calls: &[Recorded], until: u64) -> Self {
         let mut expected = Self::default();
         for call in calls.iter().filter(|call| call.error.is_none()) {
             if call.after > until {
                 if call.before <= until {
                     expected.under_way.insert(call.subject.clone());
-                    // Its sandbox may be gone, so its data may be, too.
+                    // If the sandbox may be gone, its data may be gone, too.
                     expected.under_way.insert(call.subject.replace("sandbox:", "data:"));
                 }
                 continue;
@@ -51,7 +51,7 @@ impl Expected {
         }
     }
 
-    /// What is wrong with a recovered data directory, a line each.
+    /// Returns the faults of a recovered data directory, a line each.
     pub(super) fn faults(&self, seen: &Seen) -> Vec<String> {
         let mut faults = Vec::new();
         if let Some(why) = &seen.unusable {
@@ -61,19 +61,19 @@ impl Expected {
             let found = seen.states.get(subject).map_or("", String::as_str);
             let data_unknown =
                 subject.strip_prefix("data:").is_some_and(|name| !seen.starts.contains_key(name));
-            // A VM that ran when the power was cut is gone; its disk is not.
+            // A VM that ran when the power was cut is gone, but its disk is not.
             let lost_its_vm = promised == "running" && found == "failed";
             if found != promised
                 && !lost_its_vm
                 && !data_unknown
                 && !self.under_way.contains(subject)
             {
-                faults.push(format!("{subject}: `{promised}` was answered, `{found}` was found"));
+                faults.push(format!("{subject}: `{promised}` was promised, `{found}` was found"));
             }
         }
         for (name, outcome) in &seen.starts {
             if let Some(why) = outcome.strip_prefix("no: ") {
-                faults.push(format!("sandbox:{name}: it does not start: {why}"));
+                faults.push(format!("sandbox:{name}: the sandbox does not start: {why}"));
             }
         }
         for (subject, state) in seen.states.iter().filter(|(_, state)| state.contains(" in memory"))
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn answered_state_must_be_found_and_one_under_way_may_be() {
+    fn acknowledged_state_must_be_found_and_one_in_progress_may_be() {
         let calls = [
             call("user:u1", Some("key1"), 1, 5),
             call("user:u1", Some("key2"), 8, 12),

@@ -13,14 +13,14 @@ use anyhow::{Result, ensure};
 
 /// Bytes of a sector of the logged disk.
 pub(super) const SECTOR: u64 = 512;
-/// Bytes of a page: what most disks write without a tear.
+/// Bytes of a page. Most disks write a page atomically.
 pub(super) const PAGE: u64 = 4096;
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
 
 const FLUSH: u64 = 1;
-/// The write was on the disk when it was answered.
+/// The write was on the disk when it was acknowledged.
 const FUA: u64 = 2;
 const DISCARD: u64 = 4;
 const MARK: u64 = 8;
@@ -32,7 +32,7 @@ pub(super) struct Entry {
     sector: u64,
     sectors: u64,
     flags: u64,
-    /// Where its data begin in the log, in bytes.
+    /// Offset of the entry's data in the log, in bytes.
     data: u64,
 }
 
@@ -45,13 +45,14 @@ impl Entry {
         self.sectors * SECTOR
     }
 
-    /// The pieces of this write that reached the disk, if no flush followed it: offset and length
-    /// in bytes. Any of its sectors, any of its pages, or all of it or nothing.
+    /// Chooses the pieces of this write that reached the disk, if no flush followed it. Returns
+    /// their offsets and lengths, in bytes: any of its sectors, any of its pages, or all of it or
+    /// nothing.
     ///
     /// A write with FUA is kept whole. So is a write to the first page of the disk, which has the
-    /// file system's superblock: ext4 and XFS count on its being written whole.
+    /// file system's superblock: ext4 and XFS rely on an atomic write of it.
     ///
-    /// `piece` is the smallest piece that the file system takes a disk to write whole, in bytes.
+    /// `piece` is the size that the file system expects a disk to write atomically, in bytes.
     pub(super) fn torn(&self, piece: u64, chance: &mut fastrand::Rng) -> Vec<(u64, u64)> {
         if self.flags & FUA != 0 || self.sector * SECTOR < PAGE {
             return vec![(0, self.bytes())];
@@ -65,7 +66,7 @@ impl Entry {
     }
 }
 
-/// The number of entries that a log has now. QEMU rewrites it with every entry.
+/// Returns the current number of entries of a log. QEMU rewrites the number with every entry.
 pub(super) fn count(log: &Path) -> Result<u64> {
     let mut head = [0; 28];
     File::open(log)?.read_exact_at(&mut head, 0)?;
@@ -73,7 +74,7 @@ pub(super) fn count(log: &Path) -> Result<u64> {
     ensure!((word(0), word(8)) == (MAGIC, VERSION), "{}: not a log of writes", log.display());
     ensure!(
         head[24..] == 512_u32.to_le_bytes(),
-        "{}: its sectors are not of 512 bytes",
+        "{}: its sectors do not have 512 bytes",
         log.display()
     );
     Ok(word(16))
@@ -93,7 +94,7 @@ pub(super) fn read(log: &Path, limit: Option<u64>) -> Result<Vec<Entry>> {
         let entry = Entry { sector: word(0), sectors: word(8), flags: word(16), data: at + SECTOR };
         ensure!(
             entry.flags & (DISCARD | MARK) == 0,
-            "entry {index}: the disk was not to take discards or marks"
+            "entry {index} is a discard or a mark, which the disk should not support"
         );
         at += SECTOR + entry.bytes();
         read.push(entry);
@@ -101,7 +102,7 @@ pub(super) fn read(log: &Path, limit: Option<u64>) -> Result<Vec<Entry>> {
     Ok(read)
 }
 
-/// Writes `pieces` of an entry to the disk, or all of it.
+/// Writes `pieces` of an entry, or all of it, to the disk.
 pub(super) fn apply(
     log: &File,
     disk: &File,
@@ -121,7 +122,7 @@ pub(super) fn apply(
 mod tests {
     use super::*;
 
-    /// A log with the given writes: sector, content, flags.
+    /// Makes a log with the given writes: sector, content, flags.
     fn log_of(directory: &Path, writes: &[(u64, &[u8], u64)]) -> std::path::PathBuf {
         let mut bytes = Vec::new();
         for word in [MAGIC, VERSION, writes.len() as u64] {
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn torn_write_keeps_some_of_its_sectors_and_one_with_fua_all() {
+    fn torn_write_keeps_some_sectors_and_a_fua_write_keeps_all() {
         let entry = Entry { sector: 64, sectors: 16, flags: 0, data: 0 };
         let mut chance = fastrand::Rng::with_seed(7);
         let sizes: std::collections::BTreeSet<u64> = (0..100)
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn file_that_is_no_log_is_refused() {
+    fn file_that_is_not_a_log_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), [0; 512]).unwrap();
         assert!(read(file.path(), None).unwrap_err().to_string().contains("not a log of writes"));

@@ -1,4 +1,4 @@
-//! What a daemon finds on a rebuilt disk.
+//! Recovery on a rebuilt disk, and the state that the daemon finds.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,36 +10,36 @@ use serde_json::Value;
 
 use super::daemon::Daemon;
 
-/// Directories of the data directory with an entry for each thing.
+/// Directories of the data directory that have an entry for each sandbox, snapshot or volume.
 const KINDS: [&str; 3] = ["sandboxes", "snapshots", "volumes"];
 
-/// Prints what the guest reads of its file, and what its disk has.
+/// Script that prints a file's content from the guest's page cache, and from the disk.
 const READ_BOTH: &str = "cat $HOME/f; dd if=$HOME/f iflag=direct bs=4096 count=1 2>/dev/null";
 
-/// What was found on a rebuilt disk.
+/// The state that was found on a rebuilt disk.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Seen {
-    /// Why nothing could be found, if so.
+    /// Why the disk could not be examined, if so.
     pub(super) unusable: Option<String>,
     /// The state of each subject, `KIND:NAME`.
     pub(super) states: BTreeMap<String, String>,
     /// How each sandbox's start ended: `ok`, `cold only: WHY` or `no: WHY`.
     pub(super) starts: BTreeMap<String, String>,
-    /// Things that recovery removed: paths below the data directory.
+    /// Entries that recovery removed, as paths below the data directory.
     pub(super) removed: Vec<String>,
-    /// Top layers of disks that are no qcow2 files.
+    /// Top layers of disks that are not qcow2 files.
     pub(super) unreadable: Vec<String>,
     /// Entries that no row has and that the daemon's log does not name.
     pub(super) unreported: Vec<String>,
-    /// Starts that were tried now, by the state of the sandbox's files: outcome, data.
+    /// Outcome and data of the sandboxes' starts, by the state of their files.
     pub(super) tried: BTreeMap<String, (String, String)>,
     /// Warnings and errors of the daemon.
     pub(super) log: Vec<String>,
 }
 
-/// Recovers `WORK/point` and writes what was found to `WORK/seen.json`.
+/// Recovers `WORK/point` and writes the state that was found to `WORK/seen.json`.
 ///
-/// `WORK/keys.json` has the API keys that each user ever had, `WORK/tried.json` the starts that
+/// `WORK/keys.json` has all API keys that each user ever had, `WORK/tried.json` the starts that
 /// need not be tried again.
 pub(super) fn look(work: &Path, start: bool) -> Result<()> {
     let seen = match recover(work, start) {
@@ -101,7 +101,7 @@ fn recover(work: &Path, start: bool) -> Result<Seen> {
     Ok(seen)
 }
 
-/// Users with the keys that work, secrets, volumes and snapshots.
+/// Reads the rows of users with their valid keys, secrets, volumes and snapshots.
 fn read_rows(daemon: &Daemon, keys: &BTreeMap<String, Vec<String>>, seen: &mut Seen) -> Result<()> {
     for kind in ["user", "secret", "volume", "snapshot"] {
         for row in daemon.list(&[kind, "list"])? {
@@ -127,8 +127,8 @@ fn read_rows(daemon: &Daemon, keys: &BTreeMap<String, Vec<String>>, seen: &mut S
     Ok(())
 }
 
-/// Starts a sandbox, with its memory if it can. Returns how that ended, and the content of its
-/// file: one value if memory and disk agree.
+/// Starts a sandbox, with its memory if possible. Returns the outcome and the content of its file:
+/// one value if page cache and disk agree.
 fn start_and_read(daemon: &Daemon, name: &str) -> Result<(String, String)> {
     let warm = daemon.call(&["start", name], "")?;
     let mut outcome = "ok".to_owned();
@@ -150,7 +150,7 @@ fn start_and_read(daemon: &Daemon, name: &str) -> Result<(String, String)> {
     Ok((outcome, data))
 }
 
-/// The entries of the kinds' directories, as `KIND/NAME`.
+/// Lists the entries of the directories of [`KINDS`], as `KIND/NAME`.
 fn entries(data: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for kind in KINDS {
@@ -163,7 +163,7 @@ fn entries(data: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// The id in an entry's name, which may have a dot and a word before it (`.save-ID`) or an ending.
+/// Returns the id in an entry's name, which may have a prefix (`.save-ID`) or an extension.
 fn id_in(entry: &str) -> &str {
     let name = entry.rsplit('/').next().unwrap_or(entry);
     let name = name.rsplit('-').next().unwrap_or(name);
@@ -174,8 +174,8 @@ fn is_of(entry: &str, id: &str) -> bool {
     entry.contains(id)
 }
 
-/// A hash of each sandbox's and snapshot's files, by the name of its directory, without images and
-/// the memory of base snapshots, which are never written again.
+/// Hashes the JSON and qcow2 files of each sandbox and snapshot, by the name of its directory. The
+/// hash excludes images and the memory of base snapshots, which are never written again.
 fn fingerprints(data: &Path) -> Result<BTreeMap<String, String>> {
     let mut prints = BTreeMap::new();
     for directory in KINDS[..2]
@@ -217,7 +217,7 @@ fn files_below(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Layers that a VM's record names as its disk's top and that are no qcow2 files.
+/// Lists the layers that a VM's record names as the top of its disk and that are not qcow2 files.
 fn unreadable_layers(data: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for directory in list_directory(&data.join("sandboxes"))? {

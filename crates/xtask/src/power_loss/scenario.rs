@@ -1,4 +1,4 @@
-//! What the recorded daemon is asked for, and what each answer promises.
+//! The operations of the recorded daemon, and the promise of each response.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,40 +14,40 @@ use tokio::time::Instant;
 use super::daemon::Daemon;
 use super::{log, run_program, text};
 
-/// One thing that the scenario does.
+/// One step of the scenario.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// One call of the command line.
     Call(Promise, &'static str),
     /// As `Call`, with input.
     CallWith(Promise, &'static str, &'static str),
-    /// As `Call`, and another program of the host calls sync(2) 1.5 s after it began.
+    /// As `Call`, while another program of the host calls syncfs(2) 1.5 s after the call began.
     CallDuringSync(Promise, &'static str),
-    /// The guest of a sandbox replaces the content of `~/f` in place, with fdatasync.
+    /// The guest of a sandbox overwrites the content of `~/f` in place, with fdatasync.
     Write(&'static str, &'static str),
-    /// The kernel has written everything back, as it does within half a minute.
+    /// The kernel writes everything back, as it otherwise does within half a minute.
     Settle,
-    /// A short or a long moment of quiet. ext4 commits its journal every five seconds.
+    /// A short or a long pause. ext4 commits its journal every five seconds.
     Pause,
 }
 
-/// What an answer promises about its subject, `KIND:NAME`.
+/// The promise of a response about its subject, `KIND:NAME`.
 #[derive(Clone, Copy, Debug)]
 enum Promise {
-    /// The subject is there, with this state.
+    /// The subject exists with this state.
     Is(&'static str, &'static str),
-    /// The subject is there, and the key that the answer has is the only one that is accepted.
+    /// The subject exists, and the key in the response is the only one that is accepted.
     Key(&'static str),
-    /// The subject is there, with the answer's time of change.
+    /// The subject exists, with the time of change in the response.
     Changed(&'static str),
-    /// The subject is not there.
+    /// The subject does not exist.
     Gone(&'static str),
 }
 
 const THERE: &str = "there";
 const RUNNING: &str = "running";
 
-/// Each kind of thing is made, changed and deleted, with a quiet moment or none behind each.
+/// Creates, changes and deletes each kind of resource, with or without a pause after each step.
 const SCENARIO: &[Step] = {
     use Promise::{Changed, Gone, Is, Key};
     use Step::{Call, CallDuringSync, CallWith, Pause, Settle, Write};
@@ -112,26 +112,27 @@ const SCENARIO: &[Step] = {
     ]
 };
 
-/// A call as it was recorded.
+/// A recorded call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Recorded {
     /// `KIND:NAME`.
     pub(super) subject: String,
-    /// The subject's state after the call; none if it is gone.
+    /// The subject's state after the call; `None` if the subject is gone.
     pub(super) state: Option<String>,
-    /// The id of the subject, if the answer has one.
+    /// The id of the subject, if the response has one.
     pub(super) id: Option<String>,
-    /// The API key that the answer has.
+    /// The API key in the response, if any.
     pub(super) key: Option<String>,
     /// Entries of the log before the call.
     pub(super) before: u64,
-    /// Entries of the log after the answer.
+    /// Entries of the log after the response.
     pub(super) after: u64,
     /// Why the call failed, if it did.
     pub(super) error: Option<String>,
 }
 
-/// Runs the scenario on `WORK/disk` and notes each call in `WORK/calls.jsonl`. `WORK/end` gets the length of the log.
+/// Runs the scenario on `WORK/disk` and records each call in `WORK/calls.jsonl`. Writes the number
+/// of log entries to `WORK/end`.
 pub(super) fn record(work: &Path, seed: u64) -> Result<()> {
     let log = work.join("log.img");
     let mut chance = fastrand::Rng::with_seed(seed);
@@ -191,7 +192,7 @@ fn take(
     Ok(None)
 }
 
-/// Makes one call and notes what its answer promises.
+/// Makes one call and records what its response promises.
 fn made(
     daemon: &Daemon,
     log: &Path,
@@ -225,7 +226,7 @@ fn words(call: &str) -> Vec<&str> {
     call.split(' ').collect()
 }
 
-/// The page cache is what is tested, so time passes here on purpose.
+/// Sleeps. The test is about the page cache, so time must pass.
 fn rest(milliseconds: u64) {
     let until = Instant::now() + Duration::from_millis(milliseconds);
     while let Some(left) = until.checked_duration_since(Instant::now()) {

@@ -1,4 +1,4 @@
-//! What is asked of sandboxes, checked.
+//! Parses and checks requests about sandboxes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,10 +16,10 @@ use super::ListQuery;
 use crate::routes::volumes::attachments;
 use crate::status::ApiError;
 
-/// The most secrets of one sandbox.
+/// Maximum number of secrets of one sandbox.
 const SECRETS_MAX: usize = 64;
 
-/// The longest init script, in bytes.
+/// Maximum length of an init script, in bytes.
 const INIT_BYTES_MAX: usize = 64 * 1024;
 
 pub(in crate::routes) fn init(script: Option<String>) -> Result<Option<String>, ApiError> {
@@ -27,7 +27,7 @@ pub(in crate::routes) fn init(script: Option<String>) -> Result<Option<String>, 
         Some(script) if script.len() > INIT_BYTES_MAX || script.contains('\0') => {
             let message = format!("an init script has at most {INIT_BYTES_MAX} bytes and no NUL");
             Err(ApiError::new(ErrorCode::BadRequest, message)
-                .hint("put it into a file, and run that"))
+                .hint("put the script into a file, and run that file"))
         }
         script => Ok(script),
     }
@@ -43,7 +43,7 @@ pub(in crate::routes) fn labels(labels: BTreeMap<String, String>) -> Result<Labe
 
 pub(in crate::routes) fn secrets(names: &[String]) -> Result<Vec<SecretName>, ApiError> {
     if names.len() > SECRETS_MAX {
-        let message = format!("{} secrets are too many: at most {SECRETS_MAX}", names.len());
+        let message = format!("{} secrets exceed the maximum of {SECRETS_MAX}", names.len());
         return Err(ApiError::new(ErrorCode::BadRequest, message));
     }
     let mut secrets: Vec<SecretName> = Vec::new();
@@ -65,7 +65,7 @@ pub(super) fn filter(query: ListQuery, page_max: u32) -> Result<SandboxFilter, A
             return Err(bad(format!("invalid label filter `{label}`: expected KEY=VALUE")));
         };
         if labels.insert(key.to_owned(), value.to_owned()).is_some_and(|other| other != value) {
-            return Err(bad(format!("no sandbox has two values of the label `{key}`")));
+            return Err(bad(format!("label filter `{key}` is given with two different values")));
         }
     }
     if limit.is_some_and(|limit| !(1..=page_max).contains(&limit)) {
@@ -78,7 +78,7 @@ pub(super) fn filter(query: ListQuery, page_max: u32) -> Result<SandboxFilter, A
     Ok(SandboxFilter { labels, limit, after: after.map(cursor).transpose()? })
 }
 
-/// A request with what a template says where it says nothing.
+/// Combines a request with a template, which supplies the options that the request leaves out.
 pub(super) fn create(
     request: CreateSandbox,
     template: Option<TemplateRow>,
@@ -105,7 +105,7 @@ pub(super) fn create(
         new_volumes,
     } = request;
     let mut base = template.map(of_template).unwrap_or_default();
-    // A sandbox of a template is called after it.
+    // A sandbox that is created from a template is named after it.
     base.name = match name(wanted_name)? {
         Some(name) => Some(name),
         None => called.map(|called| named_after(&called)).transpose()?.flatten(),
@@ -165,7 +165,7 @@ fn of_template(row: TemplateRow) -> SandboxRequest {
     }
 }
 
-/// The template's name and six hex digits, if that is a name.
+/// Returns the template's name and six hex digits, if that is a valid name.
 fn named_after(template: &str) -> Result<Option<SandboxName>, ApiError> {
     let digits = getrandom::u32()? & 0xff_ffff;
     Ok(format!("{template}-{digits:06x}").parse().ok())
@@ -178,7 +178,7 @@ fn file(file: NewFile) -> Result<FileRequest, ApiError> {
     let content = match (content, content_base64) {
         (Some(text), None) => text.into_bytes(),
         (None, Some(encoded)) => {
-            STANDARD.decode(encoded).map_err(|_| bad("its content is no base64"))?
+            STANDARD.decode(encoded).map_err(|_| bad("its content_base64 is not base64"))?
         }
         (None, None) | (Some(_), Some(_)) => {
             return Err(bad("it needs either content or content_base64"));
@@ -186,12 +186,12 @@ fn file(file: NewFile) -> Result<FileRequest, ApiError> {
     };
     let mode = mode.unwrap_or_default();
     if !mode.is_empty() && u32::from_str_radix(&mode, 8).map_or(true, |bits| bits > 0o7777) {
-        return Err(bad("its mode is no octal number up to 7777"));
+        return Err(bad("its mode is not an octal number up to 7777"));
     }
     Ok(FileRequest { path, content, mode })
 }
 
-/// A time in seconds since 1970, as text.
+/// Formats a time in seconds since 1970 as RFC 3339.
 pub(super) fn rfc3339(seconds: u64) -> Option<String> {
     let seconds = i64::try_from(seconds).ok()?;
     jiff::Timestamp::from_second(seconds).ok().map(|at| at.to_string())

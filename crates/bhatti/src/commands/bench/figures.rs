@@ -1,4 +1,4 @@
-//! What came of it.
+//! The figures of a benchmark.
 
 use std::fmt;
 use std::fs;
@@ -9,20 +9,20 @@ use serde::Serialize;
 use crate::error::CliError;
 use crate::output::{Cell, Table};
 
-/// The fewest samples of which a 99th percentile means anything.
+/// Minimum number of samples for a meaningful 99th percentile.
 const P99_SAMPLES: usize = 100;
 
-/// How long something took.
+/// The times of one section, and their percentiles.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
     pub(super) what: &'static str,
     samples: usize,
     p50_ms: f64,
     p95_ms: f64,
-    /// Absent where there are too few samples to tell.
+    /// Absent if there are too few samples.
     p99_ms: Option<f64>,
     max_ms: f64,
-    /// All of them, the shortest first.
+    /// All times, the shortest first.
     pub(super) times_ms: Vec<f64>,
 }
 
@@ -43,7 +43,7 @@ pub(super) const FIGURES: Table<Figures> = Table {
 };
 
 impl Figures {
-    /// Percentiles by nearest rank.
+    /// Computes percentiles by nearest rank.
     pub(super) fn of(what: &'static str, mut times: Vec<Duration>) -> Self {
         times.sort_unstable();
         let times_ms: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1000.0).collect();
@@ -73,7 +73,7 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// The one that this runs on.
+    /// Returns the machine that this process runs on.
     pub(super) fn this() -> Result<Self, CliError> {
         let processor = fs::read_to_string("/proc/cpuinfo")?;
         let name = processor.lines().find_map(|line| line.strip_prefix("model name"));
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles_are_of_the_nearest_rank_and_not_of_too_few() {
+    fn percentiles_use_the_nearest_rank_and_p99_needs_enough_samples() {
         let ms = |count: u64| (1..=count).rev().map(Duration::from_millis).collect::<Vec<_>>();
         let few = Figures::of("x", ms(20));
         assert_eq!((few.p50_ms, few.p95_ms, few.p99_ms, few.max_ms), (10.0, 19.0, None, 20.0));

@@ -1,4 +1,5 @@
-//! How the times are distributed, as a picture: of each section, which part of its samples took at most so long.
+//! A plot of the distributions: for each section, the share of its samples that took at most a
+//! given time.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +11,7 @@ use crate::error::CliError;
 
 const SIZE: (u32, u32) = (960, 600);
 
-/// What times that are not there are drawn as, in milliseconds: the axis is a logarithm's.
+/// Shortest time that is drawn, in milliseconds: a logarithmic axis cannot show zero.
 const LEAST_MS: f64 = 0.1;
 
 /// Draws `figures` into the file at `path`.
@@ -42,7 +43,7 @@ fn picture_of(
     chart
         .configure_mesh()
         .x_desc("milliseconds")
-        .y_desc("% of the samples took at most so long")
+        .y_desc("% of samples within this time")
         .x_label_formatter(&|ms| if *ms < 1.0 { format!("{ms:.1}") } else { format!("{ms:.0}") })
         .draw()?;
     for (number, figures) in figures.iter().enumerate() {
@@ -63,7 +64,7 @@ fn picture_of(
     Ok(())
 }
 
-/// The corners of the empirical distribution of sorted times.
+/// Returns the corners of the empirical distribution of sorted times.
 fn steps(times_ms: &[f64]) -> Vec<(f64, f64)> {
     #[expect(clippy::cast_precision_loss, reason = "there are at most a thousand samples")]
     let part = |number: usize| 100.0 * number as f64 / times_ms.len() as f64;
@@ -81,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_section_is_drawn_and_a_place_that_cannot_be_written_is_named() {
+    fn plot_shows_every_section_and_a_write_error_names_the_file() {
         let times = |ms: &[u64]| ms.iter().copied().map(Duration::from_millis).collect();
         let figures = [
             Figures::of("create", times(&[60, 70, 400])),
@@ -103,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn distribution_climbs_from_nothing_to_all() {
+    fn distribution_rises_from_0_to_100_percent() {
         let corners = steps(&[1.0, 3.0]);
         assert_eq!(corners, [(1.0, 0.0), (1.0, 50.0), (3.0, 50.0), (3.0, 100.0)]);
     }

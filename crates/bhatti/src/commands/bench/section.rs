@@ -1,4 +1,4 @@
-//! What is measured.
+//! The sections of a benchmark.
 
 use std::time::Duration;
 
@@ -6,16 +6,16 @@ use bhatti_api::{CreateSandbox, CreateSnapshot, ExecRequest, ForkSandbox, StartS
 use bhatti_client::{Client, ClientError, Upload};
 use tokio::time::{Instant, sleep};
 
-/// What a file that is written and read has, in bytes.
+/// Size of the file that is written and read, in bytes.
 const FILE_BYTES: usize = 1 << 20;
 
-/// How long sandboxes of an interrupted run stay, in seconds.
+/// Lifetime of the benchmark's sandboxes, in seconds, which limits those of an interrupted run.
 const LIFETIME_SEC: u32 = 3600;
 
-/// How long nothing is created before a creation: then what is kept ready is ready.
+/// Pause before a creation, so that the daemon's spares are ready.
 const REST: Duration = Duration::from_secs(2);
 
-/// Something that is measured.
+/// An operation that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Section {
     Create,
@@ -44,7 +44,7 @@ impl Section {
         Self::Snapshot,
     ];
 
-    /// Does it once, and returns how long that took without what has to be done before and after.
+    /// Performs the operation once. Returns how long it took, without its preparation and cleanup.
     pub(super) async fn once(
         self,
         client: &Client,
@@ -81,7 +81,8 @@ impl Section {
     }
 }
 
-/// A sandbox that ends by itself, should nobody be left to destroy it.
+/// Returns the request for a sandbox that expires by itself, in case the benchmark cannot destroy
+/// it.
 pub(super) fn own_sandbox() -> CreateSandbox {
     CreateSandbox { timeout_sec: Some(LIFETIME_SEC), ..CreateSandbox::default() }
 }

@@ -1,8 +1,9 @@
 //! `bhatti file cp`: files as they are, directories as tar archives.
 //!
-//! What arrives on this machine is written beside its place and renamed, so that a copy that breaks off leaves nothing half-made; only a
-//! directory that is there already is filled as it comes. Archives come from guests, which are not trusted: nothing in one is unpacked
-//! outside of its directory (see [`pack::unpack`]).
+//! A copy to this machine is written beside its target and renamed, so that an interrupted copy
+//! leaves nothing half finished. Only a directory that exists already is filled in place. Archives
+//! come from guests, which are not trusted: nothing in an archive is unpacked outside of its
+//! directory (see [`pack::unpack`]).
 
 mod pack;
 
@@ -19,7 +20,7 @@ use super::super::Context;
 use crate::error::CliError;
 use crate::output::{Output, Transfer};
 
-/// Bytes of an archive that may wait to be written or sent.
+/// Size of the buffer between an archive's reader and writer, in bytes.
 const PIPE_BYTES: usize = 256 * 1024;
 
 /// One side of a copy.
@@ -30,7 +31,7 @@ enum Side {
 }
 
 impl Side {
-    /// `SANDBOX:PATH`, or a path of this machine: also one with a colon, if there is a slash before it.
+    /// Parses `SANDBOX:PATH`, or a path of this machine, which may have a colon after a slash.
     fn parse(text: &str) -> Self {
         match text.split_once(':') {
             Some((sandbox, path)) if !sandbox.is_empty() && !sandbox.contains('/') => {
@@ -72,25 +73,25 @@ struct There {
 impl There {
     async fn find(context: &Context, typed: &str, path: String) -> Result<Self, CliError> {
         if !path.starts_with('/') {
-            return Err(CliError::new(format!("`{path}` is no absolute path"))
+            return Err(CliError::new(format!("`{path}` is not an absolute path"))
                 .hint("paths in sandboxes begin with a slash: dev:/workspace"));
         }
         let found = context.change(typed, async |id| context.client.inspect(id).await).await?;
         Ok(Self { sandbox: found.id, path })
     }
 
-    /// The path, or the entry of this name if it is a directory.
+    /// Returns the path, or the path of the entry `name` in it if it is a directory.
     async fn target(&self, client: &Client, name: &str) -> String {
         let is_directory = match client.stat(&self.sandbox, &self.path).await {
             Ok(stat) => stat.is_dir,
-            // There is nothing yet; what is wrong otherwise, the copy itself will say.
+            // Usually nothing exists there yet. The copy itself reports any other error.
             Err(_) => self.path.ends_with('/'),
         };
         let directory = self.path.trim_end_matches('/');
         if is_directory { format!("{directory}/{name}") } else { self.path.clone() }
     }
 
-    /// Copies from this machine.
+    /// Copies from this machine into the sandbox.
     async fn receive(&self, context: &Context, local: &Path) -> Result<(), CliError> {
         let failed =
             |error| CliError::new(format!("failed to read `{}`: {error}", local.display()));
@@ -124,7 +125,8 @@ impl There {
         let archive = Upload::new(transfer.counting(reader), None);
         let sent = context.client.write_tar(&self.sandbox, target, archive).await;
         let packed = packing.await.map_err(io::Error::other)?;
-        // A file that cannot be read breaks the archive off: that is why the daemon complains.
+        // A file that cannot be read cuts the archive short, and the daemon complains about the
+        // archive.
         match packed {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 Err(CliError::new(format!("failed to read `{}`: {error}", local.display())))
@@ -137,7 +139,7 @@ impl There {
         }
     }
 
-    /// Copies to this machine.
+    /// Copies from the sandbox to this machine.
     async fn send(&self, context: &Context, local: &Path) -> Result<(), CliError> {
         let client = &context.client;
         let stat = client.stat(&self.sandbox, &self.path).await?;
@@ -160,25 +162,25 @@ impl There {
     }
 }
 
-/// Tells what was left out of a copy.
+/// Prints which entries the copy left out.
 fn note_skipped<'a>(output: Output, skipped: impl IntoIterator<Item = &'a String>) {
     for path in skipped {
         output.tell(&format!("skipped `{path}`: not a file, directory or link"));
     }
 }
 
-/// A place beside the target, for what is not whole yet.
+/// Returns the directory and the name prefix of a temporary file beside the target.
 fn beside(target: &Path) -> Result<(PathBuf, String), CliError> {
     let full = std::path::absolute(target)?;
-    let name = full
-        .file_name()
-        .ok_or_else(|| CliError::new(format!("`{}` is no place for a copy", target.display())))?;
+    let name = full.file_name().ok_or_else(|| {
+        CliError::new(format!("`{}` cannot be the target of a copy", target.display()))
+    })?;
     let prefix = format!(".{}.", name.to_string_lossy());
     Ok((full.parent().unwrap_or(Path::new("/")).to_owned(), prefix))
 }
 
 fn cannot_write(target: &Path) -> impl Fn(io::Error) -> CliError + '_ {
-    // What it says of a temporary file is of no use to anybody.
+    // The path of the temporary file in the error means nothing to the user.
     move |error| {
         let error = error.raw_os_error().map_or(error, io::Error::from_raw_os_error);
         CliError::new(format!("failed to write `{}`: {error}", target.display()))
@@ -204,7 +206,7 @@ async fn write_file(
     path.persist(target).map_err(|error| cannot_write(target)(error.error))
 }
 
-/// Unpacks an archive, and returns what was left out.
+/// Unpacks an archive, and returns the names of the entries that were left out.
 async fn unpack(
     archive: Download,
     target: &Path,
@@ -238,7 +240,7 @@ async fn unpack_into(
             Ok(Some(bytes)) => {
                 transfer.add(bytes.len());
                 if writer.write_all(&bytes).await.is_err() {
-                    // The unpacking has ended, and says why.
+                    // The unpacking has ended, and its result has the error.
                     break;
                 }
             }
@@ -262,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sides_are_told_apart() {
+    fn local_and_sandbox_paths_are_distinguished() {
         let there = |sandbox: &str, path: &str| Side::There {
             sandbox: sandbox.to_owned(),
             path: path.to_owned(),

@@ -1,4 +1,4 @@
-//! How far a setup is: bars for a person, lines for a log.
+//! Progress of a setup: bars on a terminal, lines in a log.
 
 use std::io::Write;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use tokio::time::Instant;
 
 use crate::output::Output;
 
-/// How often the bar moves by itself.
+/// Interval at which the bar is redrawn.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Does something that takes its time, and shows how far it is in the way that was asked for.
+/// Runs work that takes time, and shows its progress as the output options request.
 pub(in crate::commands) async fn with_progress<T>(
     output: Output,
     work: impl AsyncFnOnce(&mut dyn Progress) -> T,
@@ -96,6 +96,6 @@ impl Progress for Lines {
 }
 
 fn line(text: std::fmt::Arguments<'_>) {
-    // Whoever reads along may have gone; the work goes on.
+    // The reader may be gone; the work continues.
     drop(writeln!(std::io::stdout(), "{text}"));
 }

@@ -1,4 +1,4 @@
-//! A directory becomes an archive.
+//! Packs a directory into an archive.
 
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata, ReadDir};
@@ -13,14 +13,16 @@ use tar::{Builder, EntryType, Header};
 use super::{DEPTH_MAX, Output, Skipped, too_deep};
 use crate::refusal::{io_refused, refused};
 
-/// The most that the names of files with several names take in memory, in bytes. Beyond it, each of them is a file of its own.
+/// The most memory for names of files with several names, in bytes. Beyond this, each further
+/// name is packed as a separate file.
 const LINK_NAMES_BYTES_MAX: usize = 2 << 20;
 
 /// Sends the directory's content. Names in the archive are relative to the directory.
 ///
 /// # Errors
 ///
-/// If something cannot be read, before the first byte is sent. What becomes unreadable meanwhile is an error all the same.
+/// Returns an error before the first byte is sent if an entry cannot be read. An entry that
+/// becomes unreadable later is an error, too.
 pub(super) fn pack(root: &Path, output: Output) -> Result<Skipped, AgentError> {
     let failed = |error: io::Error| io_refused("read", root, &error);
     if !fs::metadata(root).map_err(failed)?.is_dir() {
@@ -40,7 +42,7 @@ pub(super) fn pack(root: &Path, output: Output) -> Result<Skipped, AgentError> {
     Ok(skipped)
 }
 
-/// Something below the directory.
+/// An entry of the tree, or its root.
 struct Entry<'a> {
     path: &'a Path,
     /// Relative to the directory; `.` is the directory itself.
@@ -49,7 +51,7 @@ struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// Whether this thread's user may read it.
+    /// Checks that this thread's user may read the entry.
     fn check_readable(&self) -> Result<(), AgentError> {
         let wanted = match self.metadata.file_type() {
             kind if kind.is_file() => Access::READ_OK,
@@ -61,7 +63,7 @@ impl Entry<'_> {
     }
 }
 
-/// Visits everything below a directory, and first the directory itself. What vanishes meanwhile was not there.
+/// Visits a directory, then everything below it. Skips entries that are removed meanwhile.
 fn walk(
     root: &Path,
     mut visit: impl FnMut(&Entry<'_>) -> Result<(), AgentError>,
@@ -123,7 +125,8 @@ impl Packing {
             return self.archive.append_link(&mut header, name, fs::read_link(path)?);
         }
         if !kind.is_file() {
-            // A socket cannot be in an archive. An ordinary user cannot make a device of it, and a pipe is of no use without its processes.
+            // An archive cannot hold a socket, an ordinary user cannot create a device from one,
+            // and a pipe is of no use without its processes.
             self.skipped.note(path);
             return Ok(());
         }
@@ -134,13 +137,13 @@ impl Packing {
         }
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = File::options().read(true).custom_flags(flags).open(path)?;
-        // As many bytes as the header says, whatever happens to the file meanwhile.
+        // Exactly as many bytes as the header says, even if the file changes meanwhile.
         let size = metadata.size();
         header.set_size(size);
         self.archive.append_data(&mut header, name, file.chain(io::repeat(0)).take(size))
     }
 
-    /// The name under which a file is in the archive already.
+    /// Returns the name under which the archive already has a file.
     fn first_name(&mut self, name: &Path, metadata: &Metadata) -> Option<PathBuf> {
         if metadata.nlink() < 2 {
             return None;

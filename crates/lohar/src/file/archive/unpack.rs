@@ -1,4 +1,4 @@
-//! An archive becomes a directory.
+//! Unpacks an archive into a directory.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -17,17 +17,19 @@ use super::super::{DIRECTORY_MODE, parent};
 use super::{Input, Skipped};
 use crate::refusal::{io_refused, refused};
 
-/// The most that may precede one entry: its header, and what extends it (a long name, for one), in bytes. All of it is in memory.
+/// The most bytes that may precede the content of an entry: its header and its extensions (a long
+/// name, for example). All of them are in memory.
 const HEADER_BYTES_MAX: u64 = 1 << 20;
 
 /// Bytes that are copied at once.
 const COPY_BYTES: usize = 64 << 10;
 
-/// Unpacks into a directory, which is made if it is not there. Files replace files and links; directories that are there stay as they are.
+/// Unpacks into a directory, which is created if it does not exist. Files replace files and
+/// links; existing directories stay unchanged.
 ///
 /// # Errors
 ///
-/// What was unpacked before the error stays.
+/// Entries that were unpacked before the error stay.
 pub(super) fn unpack(root: &Path, input: Input, file_bytes: u64) -> Result<Skipped, AgentError> {
     let failed = |error: io::Error| io_refused("unpack into", root, &error);
     make_directories(root, None, &mut Vec::new()).map_err(failed)?;
@@ -39,7 +41,7 @@ pub(super) fn unpack(root: &Path, input: Input, file_bytes: u64) -> Result<Skipp
         let mut entry = entry.map_err(bad)?;
         progress.left.set(u64::MAX);
         unpack_entry(root, &mut entry, &progress, file_bytes, &mut skipped)?;
-        // All of it, so that what is read next is a header.
+        // Read the rest of the entry, so that the next read begins with a header.
         io::copy(&mut entry, &mut io::sink()).map_err(bad)?;
         progress.left.set(HEADER_BYTES_MAX);
     }
@@ -48,7 +50,7 @@ pub(super) fn unpack(root: &Path, input: Input, file_bytes: u64) -> Result<Skipp
     Ok(skipped)
 }
 
-/// What is wrong with an archive; of one that has ended, that it has.
+/// Returns the error of a bad archive. If the input has ended, the error says so instead.
 fn bad_archive(progress: &Progress, error: &io::Error) -> AgentError {
     if progress.has_ended.get() {
         return refused(ErrorKind::BadRequest, "the archive broke off before its end");
@@ -66,7 +68,7 @@ fn unpack_entry(
     skipped: &mut Skipped,
 ) -> Result<(), AgentError> {
     let bad = |error: io::Error| bad_archive(progress, &error);
-    let no_link = || refused(ErrorKind::BadRequest, "not a tar archive: a link leads nowhere");
+    let no_link = || refused(ErrorKind::BadRequest, "not a tar archive: a link has no target");
     let name = entry.path().map_err(bad)?.into_owned();
     let Some(target) = below(root, &name)? else { return Ok(()) };
     let failed = |error: io::Error| io_refused("unpack", &target, &error);
@@ -115,7 +117,7 @@ fn unpack_file(
     }
     let is_link = target.symlink_metadata().is_ok_and(|found| found.is_symlink());
     if is_link {
-        // An archive that has a link and then a file of its name means the file.
+        // If an archive has a link and then a file of the same name, the file counts.
         fs::remove_file(target).map_err(|error| io_refused("unpack", target, &error))?;
     }
     let mut new = NewFile::create(target, None)?;
@@ -139,7 +141,7 @@ fn unpack_file(
 fn unpack_link(first: &Path, target: &Path) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
     let file = |path: &Path| path.symlink_metadata().map(|found| (found.dev(), found.ino()));
-    // Over itself: an archive that is unpacked a second time.
+    // The link exists already: the archive is unpacked a second time.
     if file(target).is_ok_and(|there| file(first).is_ok_and(|wanted| there == wanted)) {
         return Ok(());
     }
@@ -147,7 +149,8 @@ fn unpack_link(first: &Path, target: &Path) -> io::Result<()> {
     Ok(linkat(CWD, first, CWD, target, AtFlags::empty())?)
 }
 
-/// Makes room for a link: removes what is there, unless it is a directory, and makes the directories on the way.
+/// Makes room for a link: removes an existing file, but not a directory, and creates missing
+/// directories on the way.
 fn clear(target: &Path) -> io::Result<()> {
     make_directories(parent(target), None, &mut Vec::new())?;
     match fs::remove_file(target) {
@@ -156,7 +159,8 @@ fn clear(target: &Path) -> io::Result<()> {
     }
 }
 
-/// The place of an entry below the directory; `None` for the directory itself. Slashes at the beginning are left out, as `tar` does.
+/// Returns the path of an entry below the directory, or `None` for the directory itself. Leading
+/// slashes are left out, as `tar` does.
 fn below(root: &Path, name: &Path) -> Result<Option<PathBuf>, AgentError> {
     let mut place = root.to_owned();
     for component in name.components() {
@@ -164,7 +168,7 @@ fn below(root: &Path, name: &Path) -> Result<Option<PathBuf>, AgentError> {
             Component::Normal(part) => place.push(part),
             Component::RootDir | Component::CurDir => {}
             Component::ParentDir | Component::Prefix(_) => {
-                let message = format!("the archive names a place outside: {}", name.display());
+                let message = format!("archive entry outside of its directory: {}", name.display());
                 return Err(refused(ErrorKind::BadRequest, message));
             }
         }
@@ -172,11 +176,11 @@ fn below(root: &Path, name: &Path) -> Result<Option<PathBuf>, AgentError> {
     Ok((place != root).then_some(place))
 }
 
-/// What is known of an archive beside its entries.
+/// The progress of reading an archive.
 struct Progress {
-    /// Bytes that may be read before this is set anew.
+    /// Bytes that may be read before this is reset.
     left: Cell<u64>,
-    /// Whether the host has sent all of it.
+    /// Whether the host has sent the whole archive.
     has_ended: Cell<bool>,
 }
 
@@ -186,7 +190,7 @@ impl Default for Progress {
     }
 }
 
-/// An archive of which no more may be read than its progress says.
+/// A reader of an archive that stops at the limit in its progress.
 struct Budgeted {
     input: Input,
     progress: Rc<Progress>,

@@ -1,6 +1,7 @@
-//! Instructions, as valgrind's callgrind counts them: they tell a change of one part in a hundred, which no clock does.
+//! Counts of instructions, by valgrind's callgrind. They show a change of one percent, which no
+//! clock does.
 //!
-//! Each thing is done a few times and many times; the difference is what it costs, without the start.
+//! Each operation runs a few times and many times. The difference is its cost without the startup.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,14 +16,15 @@ use tokio::process::Command;
 
 use super::requests::{self, Daemons};
 
-/// How often each is done: few times, and many. A list is as much work as hundreds of the others.
+/// The few and the many runs of each operation. A list is as much work as hundreds of the others.
 const TIMES: [u64; 2] = [100, 600];
 const LISTS: [u64; 2] = [5, 25];
 
-/// How many more there may be than were noted, in percent: processors differ in what their C library chooses.
+/// How far a count may exceed the recorded one, in percent: the C library chooses different code on
+/// different CPUs.
 const TOLERANCE_PERCENT: u64 = 5;
 
-/// Where they are noted.
+/// The file with the recorded counts.
 const NOTED: &str = "docs/instructions.json";
 
 const FRAMES: &str = "8 KiB framed and read";
@@ -31,7 +33,8 @@ const REQUEST: &str = "one sandbox asked for";
 const FIRST_LIST: &str = "a thousand sandboxes listed";
 const LIST: &str = "a thousand sandboxes listed again";
 
-/// Compares what is counted with what was noted, or notes it. Returns how many are too many.
+/// Counts, and compares with the recorded counts; with `record`, records the counts first. Returns
+/// how many counts are too high.
 pub(super) async fn check(record: bool) -> Result<usize> {
     if bhatti_host::process::command("valgrind").arg("--version").output().await.is_err() {
         println!("SKIPPED: counts of instructions, because valgrind is not installed");
@@ -47,7 +50,7 @@ pub(super) async fn check(record: bool) -> Result<usize> {
         fs::write(&path, serde_json::to_string_pretty(&counts)? + "\n")?;
     }
     let noted: BTreeMap<String, u64> = serde_json::from_slice(&fs::read(&path)?)?;
-    println!("{:48} {:>12} {:>12}", "instructions", "noted", "counted");
+    println!("{:48} {:>12} {:>12}", "instructions", "recorded", "counted");
     let mut broken = 0;
     for (what, count) in counts {
         let noted = *noted.get(what).with_context(|| format!("{NOTED} has no `{what}`"))?;
@@ -55,7 +58,7 @@ pub(super) async fn check(record: bool) -> Result<usize> {
             broken += 1;
             "BROKEN"
         } else if count * (100 + TOLERANCE_PERCENT) < noted * 100 {
-            "fewer: note it with `cargo xtask bench check --record`"
+            "fewer: record it with `cargo xtask bench check --record`"
         } else {
             "holds"
         };
@@ -64,7 +67,7 @@ pub(super) async fn check(record: bool) -> Result<usize> {
     Ok(broken)
 }
 
-/// Does `what` so many times: what a process under callgrind runs.
+/// Runs the operation `what` `times` times. A process under callgrind calls this.
 pub(crate) fn work(what: &str, times: u64) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match what {
@@ -77,7 +80,7 @@ pub(crate) fn work(what: &str, times: u64) -> Result<()> {
         REQUEST => runtime.block_on(requests::ask("/sandboxes/stopped-7", 10, times, Daemons::One)),
         FIRST_LIST => runtime.block_on(requests::ask("/sandboxes", 1000, times, Daemons::New)),
         LIST => runtime.block_on(requests::ask("/sandboxes", 1000, times, Daemons::One)),
-        other => bail!("nobody counts `{other}`"),
+        other => bail!("unknown operation `{other}`"),
     }
 }
 
@@ -87,7 +90,7 @@ async fn frame(times: u64) -> Result<()> {
         let mut writer = FrameWriter::new(Vec::with_capacity(payload.len() + 64));
         writer.send(FrameType::STDOUT, &payload).await?;
         let frame = FrameReader::new(&writer.get_mut()[..]).next().await?;
-        ensure!(frame.is_some_and(|frame| frame.payload == payload), "another frame");
+        ensure!(frame.is_some_and(|frame| frame.payload == payload), "read another frame");
     }
     Ok(())
 }
@@ -104,7 +107,7 @@ async fn of_work(what: &str, often: [u64; 2]) -> Result<u64> {
     Ok((totals[1] - totals[0]) / (often[1] - often[0]))
 }
 
-/// A command line that counts what `program` does, and the file that will have the count.
+/// Returns a command that runs `program` under callgrind, and the file for the counts.
 fn under_callgrind(place: &Path, program: &Path) -> (Command, PathBuf) {
     let counted = place.join("counted");
     let mut command = bhatti_host::process::command("valgrind");
@@ -119,5 +122,5 @@ fn read_total(counted: &Path) -> Result<u64> {
     let total = text
         .lines()
         .find_map(|line| line.strip_prefix("totals: ").or_else(|| line.strip_prefix("summary: ")));
-    Ok(total.context("nothing was counted")?.trim().parse()?)
+    Ok(total.context("callgrind wrote no total")?.trim().parse()?)
 }

@@ -1,4 +1,4 @@
-//! A daemon without a socket: its routes, in this process, over a store of its own.
+//! A daemon's routes without a socket, in this process, on their own store.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,8 @@ use tower_service::Service;
 
 use super::super::api::add_stopped;
 
-/// Asks for `path` so many times, of one daemon, or each time of another that was never asked for anything. Each has so many sandboxes.
+/// Requests `path` `times` times, from one daemon or from a new daemon each time. The store has
+/// `sandboxes` sandboxes.
 pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons) -> Result<()> {
     let place = tempfile::tempdir()?;
     let store = Arc::new(Store::open(place.path())?);
@@ -53,7 +54,7 @@ pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons
     Ok(())
 }
 
-/// Of whom is asked.
+/// Whether all requests go to one daemon, or each to a new one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Daemons {
     One,

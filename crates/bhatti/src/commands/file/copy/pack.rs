@@ -6,8 +6,8 @@ use std::path::Path;
 
 use tar::{Archive, Builder, EntryType};
 
-/// Writes a tree as a tar archive, links as links, and returns the paths of what an archive for a sandbox cannot have: sockets, pipes and
-/// devices.
+/// Writes a tree as a tar archive, with links as links. Returns the paths of the sockets, pipes
+/// and devices, which an archive for a sandbox cannot have.
 pub(super) fn pack(directory: &Path, writer: impl Write) -> io::Result<Vec<String>> {
     let mut archive = Builder::new(writer);
     archive.follow_symlinks(false);
@@ -34,8 +34,9 @@ pub(super) fn pack(directory: &Path, writer: impl Write) -> io::Result<Vec<Strin
     Ok(skipped)
 }
 
-/// Unpacks an archive of a guest into a directory, and returns the names of entries that are neither file, directory nor link: those
-/// are left out. The archive is not trusted: what it names outside of the directory is left out, too (see [`tar::Entry::unpack_in`]).
+/// Unpacks an archive of a guest into a directory. Returns the names of entries that are neither
+/// file, directory nor link, which are left out. The archive is not trusted: entries whose names
+/// lead outside of the directory are left out, too (see [`tar::Entry::unpack_in`]).
 pub(super) fn unpack(reader: impl Read, directory: &Path) -> io::Result<Vec<String>> {
     let mut archive = Archive::new(reader);
     archive.set_overwrite(true);
@@ -43,7 +44,8 @@ pub(super) fn unpack(reader: impl Read, directory: &Path) -> io::Result<Vec<Stri
     for entry in archive.entries()? {
         let mut entry = entry?;
         match entry.header().entry_type() {
-            // Later: one that cannot be written to by its own bits would refuse what is to lie in it.
+            // Directories are unpacked last: their own permissions may forbid writing entries into
+            // them.
             EntryType::Directory => directories.push(entry),
             EntryType::Link => {
                 make_room_for_link(directory, &entry.path()?)?;
@@ -55,7 +57,7 @@ pub(super) fn unpack(reader: impl Read, directory: &Path) -> io::Result<Vec<Stri
             _ => drop(entry.unpack_in(directory)?),
         }
     }
-    // From the bottom up.
+    // Subdirectories before their parents.
     directories.sort_by(|one, other| other.path_bytes().cmp(&one.path_bytes()));
     for mut entry in directories {
         entry.unpack_in(directory)?;
@@ -63,7 +65,8 @@ pub(super) fn unpack(reader: impl Read, directory: &Path) -> io::Result<Vec<Stri
     Ok(skipped)
 }
 
-/// Removes the file that a hard link would replace: one from an earlier copy, for instance. Only inside the directory.
+/// Removes the file that a hard link would replace, such as one from an earlier copy. Removes
+/// nothing outside of the directory.
 fn make_room_for_link(directory: &Path, name: &Path) -> io::Result<()> {
     let is_plain = name
         .components()
@@ -103,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_left_out_and_all_else_arrives() {
+    fn pack_leaves_out_sockets_and_keeps_all_other_entries() {
         let (tree, place) = (tree(), tempfile::tempdir().unwrap());
         let mut archive = Vec::new();
 
@@ -131,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn hard_links_are_unpacked_over_themselves_and_pipes_are_left_out() {
+    fn hard_links_can_be_unpacked_twice_and_pipes_are_left_out() {
         let place = tempfile::tempdir().unwrap();
         for _ in 0..2 {
             let skipped = unpack(&archive_of_links()[..], place.path()).unwrap();
@@ -143,7 +146,8 @@ mod tests {
         }
     }
 
-    /// An archive as no honest agent would make it: a name that the `tar` crate refuses to write is written over another.
+    /// Returns an archive that no honest agent would make. The `tar` crate refuses to write such
+    /// names, so they are written into the header's bytes.
     fn hostile_archive() -> Vec<u8> {
         let mut archive = Builder::new(Vec::new());
         let mut add = |name: &str, kind: EntryType, link: &str| {
@@ -164,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_hostile_archive_is_unpacked_outside() {
+    fn hostile_archive_writes_nothing_outside_its_directory() {
         let place = tempfile::tempdir().unwrap();
         let directory = place.path().join("directory");
         fs::create_dir(&directory).unwrap();
@@ -176,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn link_whose_parent_leads_outside_removes_nothing_there() {
+    fn hard_link_below_a_link_to_outside_removes_nothing_there() {
         let (place, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(outside.path().join("b"), "untouched").unwrap();
         std::os::unix::fs::symlink(outside.path(), place.path().join("h")).unwrap();
