@@ -1,4 +1,5 @@
-//! What a VM's QEMU reaches of this host: its own directory, what its disk and memory stand on, its volumes, and what it is told to load.
+//! The host's files that a VM's QEMU can access: its own directory, the files of its disk and
+//! memory, its volumes, and the files that it loads.
 
 use std::fs;
 use std::io;
@@ -11,18 +12,18 @@ use bhatti_host::process::{self, Confinement, Reach, User};
 use crate::record::Machine;
 use crate::{Setup, locate, overlay};
 
-/// What a layer takes beside its content, at most.
+/// Space for a layer's metadata, in addition to an eighth of the disk's size.
 const TABLE_BYTES: u64 = 64 << 20;
 
 const KVM: &str = "/dev/kvm";
 
-/// Where a QEMU of somebody's own has its libraries and firmware: beside the directory of programs that it is in, or, as it was built, beside
-/// itself.
+/// The directories of a self-built QEMU's libraries and firmware: beside the `bin` directory of
+/// an installed program, or beside a program in its build directory.
 const INSTALLED: [&str; 6] =
     ["lib", "lib64", "libexec", "share/qemu", "share/seabios", "share/qemu-firmware"];
 const BUILT: [&str; 2] = ["pc-bios", "qemu-bundle"];
 
-/// The rules for QEMU with `directory` as its own, which loads `loaded`.
+/// Returns the rules for a QEMU whose VM is in `directory`, and which loads the files `loaded`.
 pub(crate) fn confinement(
     setup: &Setup,
     directory: &Path,
@@ -43,8 +44,8 @@ pub(crate) fn confinement(
     Confinement::new(Reach { run: &run, read: &read, write: &write })
 }
 
-/// Gives what QEMU writes to its user, if the daemon is root: without root's rights QEMU cannot
-/// write what is another's.
+/// Makes QEMU's user the owner of the files that QEMU writes, if the daemon is root: without
+/// root's rights, QEMU cannot write another user's files.
 ///
 /// # Errors
 ///
@@ -55,25 +56,25 @@ pub(crate) fn give_to(user: u32, directory: &Path, machine: &Machine) -> io::Res
     written.into_iter().try_for_each(|path| bhatti_vmm::give_to(&path, user))
 }
 
-/// The longest file that QEMU writes, in bytes: its disk's layer when it is full, with the tables
-/// of qcow2, or a volume.
+/// Returns the length of the longest file that QEMU may write, in bytes: a full layer of its disk
+/// with the tables of qcow2, or a volume.
 ///
 /// # Errors
 ///
 /// Returns the error of reading the disk's layers.
 pub(crate) fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64> {
-    // The image's size: the headers of the layers above it were written by a QEMU.
+    // The image's size, because a QEMU wrote the headers of the layers above the image.
     let layers = overlay::chain(directory, &machine.disk)?;
     let image = layers.last().map(|layer| fs::metadata(directory.join(layer))).transpose()?;
-    let disk = image.map_or(0, |image| image.len());
+    let disk = image.map_or(0, |image| image.len()).max(machine.disk_bytes);
     let volumes = machine.volumes.iter().flatten();
     let volume =
         volumes.filter_map(|volume| fs::metadata(&volume.path).ok()).map(|file| file.len()).max();
     Ok(disk.saturating_add(disk / 8).saturating_add(TABLE_BYTES).max(volume.unwrap_or_default()))
 }
 
-/// The user that QEMU becomes, if it can be another one than the daemon's. It reads what its rules
-/// allow, whosever it is: layers and memory are shared.
+/// Returns the user that QEMU runs as, if it can be another user than the daemon's. QEMU may read
+/// every file that its rules allow, regardless of the owner: layers and memory files are shared.
 pub(crate) fn user(setup: &Setup, user: u32) -> Option<User> {
     if !process::can_use_users() {
         return None;
@@ -85,7 +86,8 @@ pub(crate) fn user(setup: &Setup, user: u32) -> Option<User> {
     Some(User { id: user, group, reads_all: true })
 }
 
-/// The group that another user needs to open the device; none at all if only its owner can.
+/// Returns the group that another user needs to open the device, if any. Returns `None` if only
+/// the owner or root's group can open it.
 fn group_for_kvm(device: &fs::Metadata) -> Option<Option<u32>> {
     const GROUP: u32 = 0o060;
     const OTHERS: u32 = 0o006;
@@ -95,7 +97,7 @@ fn group_for_kvm(device: &fs::Metadata) -> Option<Option<u32>> {
     (device.mode() & GROUP == GROUP && device.gid() != 0).then_some(Some(device.gid()))
 }
 
-/// The program and what comes with it.
+/// Returns the program's path and the directories of its libraries and firmware.
 fn program(called: &Path) -> Vec<PathBuf> {
     let Some(program) = locate(called) else { return Vec::new() };
     let Some(place) = program.parent() else { return Vec::new() };
@@ -106,9 +108,39 @@ fn program(called: &Path) -> Vec<PathBuf> {
     beside.into_iter().chain([program]).collect()
 }
 
-/// What the directory only has links to: it was shared from another file system. What is missing, QEMU says better.
+/// Returns the resolved paths of the layers and the memory file: some are symbolic links to
+/// another file system. Skips missing files, because QEMU reports those better.
 fn elsewhere(directory: &Path, machine: &Machine) -> Vec<PathBuf> {
     let mut names = overlay::chain(directory, &machine.disk).unwrap_or_default();
     names.push(machine.memory.clone());
     names.iter().filter_map(|name| fs::canonicalize(directory.join(name)).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limit_of_files_follows_the_size_of_the_disk() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let image = fs::File::create(directory.join("root.ext4")).unwrap();
+        image.set_len(4 << 30).unwrap();
+        overlay::create(&directory.join("top.qcow2"), "root.ext4").unwrap();
+        let machine = |disk_bytes| Machine {
+            cpus: 1,
+            memory_mib: 512,
+            memory: String::new(),
+            disk: "top.qcow2".to_owned(),
+            disk_bytes,
+            has_network: false,
+            volumes: Vec::new(),
+        };
+
+        let of_image = file_bytes(directory, &machine(0)).unwrap();
+        let of_disk = file_bytes(directory, &machine(20 << 30)).unwrap();
+
+        assert!((4 << 30..5 << 30).contains(&of_image), "{of_image}");
+        assert!(of_disk > 20 << 30, "a full disk takes more than 20 GiB, not {of_disk}");
+    }
 }

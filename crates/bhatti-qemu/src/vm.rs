@@ -34,18 +34,18 @@ use crate::{Setup, capture, confine, files, merge, overlay};
 const CONSOLE: &str = "console.sock";
 const LOG: &str = "vmm.log";
 
-/// One heap for all of QEMU's threads: more of them only hold more memory that nobody uses.
+/// One malloc arena for all of QEMU's threads: more arenas only hold more unused memory.
 const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
 
-/// How long QEMU may take to stop the vCPUs: it waits for the disk's writes.
+/// How long QEMU may take to stop the vCPUs: it waits for pending disk writes.
 const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 
-/// A VM that runs, or is paused.
+/// A VM that is running or paused.
 pub(crate) struct QemuVm {
     pub(crate) directory: PathBuf,
     pub(crate) process: Followed,
     pub(crate) qmp: Arc<Qmp>,
-    /// What QEMU was told to be.
+    /// The machine that QEMU runs.
     pub(crate) machine: Mutex<Machine>,
     /// What saved VMs of this engine depend on.
     pub(crate) depends_on: String,
@@ -53,7 +53,7 @@ pub(crate) struct QemuVm {
     console: Console,
 }
 
-/// Boots a VM. What was made stays where it is if that fails.
+/// Boots a VM. If that fails, created files and processes stay.
 pub(crate) async fn boot(
     spec: &VmSpec,
     setup: &Setup,
@@ -77,7 +77,7 @@ pub(crate) async fn boot(
     Ok(vm)
 }
 
-/// Makes the files of a VM that is to boot.
+/// Creates the files of a VM to boot.
 fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
     let directory = &spec.directory;
     create_private(directory).map_err(|source| ("create the VM's directory", source))?;
@@ -103,16 +103,17 @@ fn prepare(spec: &VmSpec) -> Result<Machine, (&'static str, io::Error)> {
         memory_mib: spec.memory.get(),
         memory,
         disk,
+        disk_bytes: spec.disk.map_or(0, DiskMib::bytes),
         has_network: spec.tap.is_some(),
         volumes: volumes(&spec.volumes),
     })
 }
 
-/// What a QEMU begins with.
+/// What a QEMU process starts from: boot files or a snapshot.
 pub(crate) struct Beginning<'a> {
-    /// The arguments that tell it.
+    /// Arguments that select it.
     pub(crate) arguments: Vec<String>,
-    /// The files that it reads for that.
+    /// Files that QEMU reads for it.
     pub(crate) files: &'a [&'a Path],
 }
 
@@ -126,7 +127,7 @@ pub(crate) fn start(
     beginning: Beginning<'_>,
 ) -> io::Result<Followed> {
     let listen = |name| {
-        // An earlier VM's.
+        // Remove the socket of an earlier VM.
         match fs::remove_file(directory.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -136,8 +137,8 @@ pub(crate) fn start(
     let inherited: [UnixListener; 3] =
         [listen(channel::SOCKET)?, listen(CONSOLE)?, listen(qmp::SOCKET)?];
     let [agent, console, qmp] = inherited.each_ref().map(AsFd::as_fd);
-    // Of another kind than what a program that is not there says.
-    let no_tap = |error| io::Error::other(format!("no tap can be made: {error}"));
+    // Change the error's kind: `NotFound` means that QEMU's program is missing.
+    let no_tap = |error| io::Error::other(format!("failed to create the tap: {error}"));
     let tap = tap.map(bhatti_host::tap::create).transpose().map_err(no_tap)?;
     let handed = Handed { agent, console, qmp, tap: tap.as_ref().map(AsFd::as_fd) };
     let mut all =
@@ -164,15 +165,16 @@ pub(crate) fn start(
     let name = command_line::vm_name(id);
     let memory_mib = machine.memory_mib + command_line::TRANSLATED_MIB;
     if let Err(error) = cgroup::enter(setup.groups, &name, memory_mib, process.id().pid) {
-        // The memory that admission counts is then only as true as QEMU is.
-        warn!(sandbox = %id, %error, "QEMU has no control group with a limit of memory");
+        // Without the group, only QEMU itself bounds the memory that admission counts.
+        warn!(sandbox = %id, %error, "Failed to put QEMU into a control group: its memory is not limited");
     }
     Record::new(process.id(), machine.clone()).write(directory)?;
     Ok(process)
 }
 
 impl QemuVm {
-    /// Takes up the VM of `process`. Its agent is not asked: a guest that is paused or busy is alive all the same.
+    /// Attaches to the VM of `process`. Does not contact the agent: a paused or busy guest is
+    /// alive, too.
     pub(crate) fn attach(
         process: Followed,
         directory: &Path,
@@ -195,7 +197,8 @@ impl QemuVm {
         tokio::select! {
             connected = timeout(limit, self.channel.connect()) => match connected {
                 Ok(Ok(())) => return Ok(()),
-                // The channel breaks because QEMU ends; the other branch would have told so in a moment.
+                // The channel broke because QEMU ended; the other branch would have completed a
+                // moment later.
                 Ok(Err(_)) if timeout(RECONNECT_LIMIT, self.process.ended()).await.is_ok() => {}
                 Ok(Err(source)) => return Err(BootError::Prepare { step: "reach the guest agent", source }),
                 Err(_) => return Err(BootError::TimedOut { limit, console: self.last_words().await }),
@@ -205,20 +208,21 @@ impl QemuVm {
         Err(BootError::Ended { console: self.last_words().await })
     }
 
-    /// What the guest said last. What QEMU itself said names files of this host, and so goes to our log alone.
+    /// Returns the end of the guest's console. QEMU's own output names files of this host, and so
+    /// goes only to the daemon's log.
     async fn last_words(&self) -> String {
         report_log(&self.directory);
         self.console.complete().await;
         self.console.tail()
     }
 
-    /// Whether this is a VMM that was started for a snapshot and has not loaded it.
+    /// Whether this VMM was started for a snapshot and has not loaded it.
     pub(crate) async fn waits_for_state(&self) -> bool {
         let status = self.ask("query-status", json!({})).await;
         status.is_ok_and(|status| status["status"] == "inmigrate")
     }
 
-    /// Writes down what the machine is now.
+    /// Records the machine's new state.
     pub(crate) fn record(&self, machine: Machine) -> io::Result<()> {
         Record::new(self.process.id(), machine.clone()).write(&self.directory)?;
         *self.machine.lock() = machine;
@@ -235,11 +239,11 @@ fn connect_console(directory: &Path) -> io::Result<Console> {
     Ok(Console::read(UnixStream::from_std(stream)?))
 }
 
-/// Logs what QEMU had to say.
+/// Logs QEMU's own output.
 pub(crate) fn report_log(directory: &Path) {
     let log = log_tail(&directory.join(LOG));
     if !log.trim().is_empty() {
-        tracing::warn!(%log, "QEMU complained");
+        tracing::warn!(%log, "QEMU wrote to its log");
     }
 }
 
