@@ -1,4 +1,5 @@
-//! Memory is set aside before a VM gets it: a host that wakes fifty sandboxes at once makes some of them wait, and kills none.
+//! Admission control for memory: memory is reserved before a VM gets it. If a host wakes fifty
+//! sandboxes at once, some of them wait and none is killed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,39 +14,37 @@ const WAIT_LIMIT: Duration = Duration::from_secs(10);
 /// There is no memory for another VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Busy {
-    /// Others have it.
-    #[error(
-        "the host's memory is in use: {wanted_mib} MiB are wanted, {free_mib} of {budget_mib} MiB are free"
-    )]
+    /// Other VMs hold the memory.
+    #[error("not enough free memory: {wanted_mib} MiB needed, {free_mib} of {budget_mib} MiB free")]
     InUse {
-        /// What is wanted.
+        /// The memory that the VM needs, with its VMM, in MiB.
         wanted_mib: u32,
-        /// What is left.
+        /// The free memory, in MiB.
         free_mib: usize,
-        /// What there is for all sandboxes.
+        /// The memory budget of all VMs, in MiB.
         budget_mib: usize,
     },
-    /// All of it would not do.
-    #[error("{wanted_mib} MiB are wanted, and all sandboxes together may have {budget_mib} MiB")]
+    /// The VM needs more than the whole budget.
+    #[error("the VM needs {wanted_mib} MiB, but the memory budget of all VMs is {budget_mib} MiB")]
     TooLarge {
-        /// What is wanted.
+        /// The memory that the VM needs, with its VMM, in MiB.
         wanted_mib: u32,
-        /// What there is for all sandboxes.
+        /// The memory budget of all VMs, in MiB.
         budget_mib: usize,
     },
 }
 
-/// The memory of all VMs.
+/// The memory budget of all VMs.
 pub(crate) struct Admission {
     free: Arc<Semaphore>,
     budget_mib: usize,
-    /// What a VMM takes beside its guest's memory, in MiB.
+    /// The memory that a VMM needs besides its guest's memory, in MiB.
     vmm_mib: u32,
-    /// Some was given back.
+    /// Notifies waiters when memory is freed.
     freed: Arc<Notify>,
 }
 
-/// Memory that was set aside, until it is dropped.
+/// A reservation of memory. Dropping it frees the memory.
 pub(crate) struct Admitted {
     permit: Option<OwnedSemaphorePermit>,
     freed: Arc<Notify>,
@@ -64,8 +63,8 @@ impl Admission {
         Self { free, budget_mib, vmm_mib, freed: Arc::default() }
     }
 
-    /// Sets memory aside for a VM. While there is too little, `make_room` is asked for some; it returns false if it has none to give, and
-    /// then memory is waited for that others give back.
+    /// Reserves memory for a VM. While too little is free, calls `make_room`. If `make_room`
+    /// returns false, it had nothing to free, and this waits until another VM frees memory.
     pub(crate) async fn admit<R: Future<Output = bool>>(
         &self,
         memory: MemoryMib,
@@ -75,7 +74,7 @@ impl Admission {
         let admitted = async {
             loop {
                 let mut freed = std::pin::pin!(self.freed.notified());
-                // From here on nothing that is given back is missed.
+                // From here on, no notification is missed.
                 freed.as_mut().enable();
                 if let Some(admitted) = self.admit_now(memory) {
                     return admitted;
@@ -92,12 +91,12 @@ impl Admission {
         })
     }
 
-    /// What a VM takes, in MiB.
+    /// Returns the memory that a VM needs, with its VMM, in MiB.
     const fn wanted_mib(&self, memory: MemoryMib) -> u32 {
         memory.get() + self.vmm_mib
     }
 
-    /// Refuses what will never fit.
+    /// Refuses a VM that never fits the budget.
     pub(crate) fn check(&self, memory: MemoryMib) -> Result<(), Busy> {
         let (wanted_mib, budget_mib) = (self.wanted_mib(memory), self.budget_mib);
         if wanted_mib as usize > budget_mib {
@@ -106,18 +105,18 @@ impl Admission {
         Ok(())
     }
 
-    /// What is left, and what there is for all VMs, in MiB.
+    /// Returns the free memory and the budget of all VMs, in MiB.
     pub(crate) fn free_and_budget_mib(&self) -> (usize, usize) {
         (self.free.available_permits(), self.budget_mib)
     }
 
-    /// Sets memory aside, if there is any right now.
+    /// Reserves memory, if enough is free right now.
     pub(crate) fn admit_now(&self, memory: MemoryMib) -> Option<Admitted> {
         let permit = Arc::clone(&self.free).try_acquire_many_owned(self.wanted_mib(memory));
         permit.ok().map(|permit| self.admitted(Some(permit)))
     }
 
-    /// Counts a VM that has its memory already, as far as there is any left to count.
+    /// Reserves memory for a VM that has its memory already. If less is free, reserves only that.
     pub(crate) fn count(&self, memory: MemoryMib) -> Admitted {
         let free = u32::try_from(self.free.available_permits()).unwrap_or(u32::MAX);
         let counted = free.min(self.wanted_mib(memory));
@@ -142,7 +141,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn memory_is_given_back_and_never_twice() {
+    async fn dropped_reservation_frees_memory_for_one_other_vm() {
         let admission = Admission::new(2 * (512 + VMM_MIB) as usize, VMM_MIB);
         let memory = MemoryMib::DEFAULT;
         let first = admission.admit(memory, full).await.unwrap();
@@ -165,7 +164,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn memory_that_others_give_back_is_taken() {
+    async fn waiting_request_gets_memory_that_another_vm_frees() {
         let admission = Arc::new(Admission::new((512 + VMM_MIB) as usize, VMM_MIB));
         let memory = MemoryMib::DEFAULT;
         let held = admission.admit_now(memory).unwrap();

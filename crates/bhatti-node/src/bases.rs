@@ -1,7 +1,9 @@
-//! Bases: for each image and shape a guest that has booted, from which sandboxes are forked.
+//! Base snapshots: for each image and shape, a snapshot of a booted guest from which sandboxes are
+//! forked.
 //!
-//! A base snapshot is a snapshot in `<base snapshots>/<key>`. The key is a hash of all that it depends on: files that are named by their content,
-//! the shape, the VMM. So a base snapshot is never changed and never out of date; one that nothing asks for any more is the first to go.
+//! A base snapshot is a snapshot in `<base snapshots>/<key>`. The key is a hash of all that the
+//! snapshot depends on: files that are named by their content, the shape, the VMM. So a base
+//! snapshot is never changed and never out of date. The least recently used one is removed first.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -29,73 +31,76 @@ use crate::identity::random;
 use crate::networks;
 use crate::turns::Turns;
 
-/// How many base snapshots a daemon makes at once.
+/// Number of base snapshots that a daemon makes at once.
 const MAKERS: usize = 2;
 
-/// Locked by everybody who makes a base snapshot, and alone by who takes up what was left behind.
+/// Lock file that every maker of a base snapshot locks shared. A daemon that removes unfinished
+/// base snapshots locks it exclusively.
 const LOCK: &str = ".lock";
-/// What the locks of single base snapshots are called, before the key.
+/// Prefix of the lock file of a single base snapshot, before the key.
 const KEY_LOCK: &str = ".lock-";
 
-/// The share of the budget that base snapshots made for one user may take, but for those in use: one part of so many.
+/// Share of the budget that the base snapshots made for one user may take: one part of this many.
+/// Those in use stay even beyond it.
 const OWNERS_SHARE: u64 = 4;
 
-/// Bases are made for memories and disks of these steps alone, in MiB: for every size there is,
-/// their number would have no bound.
+/// Base snapshots are made only for memory and disk sizes that are multiples of these steps, in
+/// MiB. Without steps, their number would have no bound.
 const MEMORY_STEP_MIB: u32 = 64;
 const DISK_STEP_MIB: u32 = 1024;
 
-/// How the directories of base snapshots that are being made begin.
+/// Prefix of the directories of base snapshots that are being made.
 const MAKING: &str = ".make-";
 
-/// How long the first processes of a guest may take.
+/// Time limit of each command of a guest's warm-up run.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(30);
 
 /// A base snapshot could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
 pub enum BaseError {
-    /// Its guest did not boot.
-    #[error("failed to boot the base snapshot")]
+    /// The guest did not boot.
+    #[error("failed to boot a guest for the base snapshot")]
     Boot(#[from] BootError),
-    /// Its agent failed.
+    /// The agent failed.
     #[error("failed to prepare the base snapshot's guest")]
     Agent(#[from] CallError),
-    /// It could not be paused.
-    #[error("failed to pause the base snapshot")]
+    /// The VM could not be paused.
+    #[error("failed to pause the base snapshot's guest")]
     Pause(#[from] VmmError),
-    /// It could not be saved.
+    /// The snapshot could not be saved.
     #[error("failed to save the base snapshot")]
     Save(#[from] SnapshotError),
-    /// Another process makes one, and cannot be waited for.
+    /// The lock files, which keep out other makers, could not be locked.
     #[error("failed to lock the base snapshots")]
     Lock(#[source] io::Error),
-    /// There is no memory for it.
+    /// No memory is free.
     #[error(transparent)]
     Busy(#[from] Busy),
-    /// It was taken away again, or the daemon is going down.
-    #[error("the base snapshot is not there")]
+    /// The base snapshot was removed again, or the daemon is stopping.
+    #[error("the base snapshot was removed, or the daemon is stopping")]
     Interrupted,
     /// This host gives no random bytes.
     #[error("failed to draw an id")]
     Entropy(#[from] getrandom::Error),
 }
 
-/// What a base snapshot is made of.
+/// The inputs of a base snapshot.
 #[derive(Clone, Debug)]
 pub(crate) struct Recipe {
     pub(crate) files: BootFiles,
     pub(crate) cpus: CpuCount,
     pub(crate) memory: MemoryMib,
-    /// The size of its root disk; that of its image if absent.
+    /// The size of the root disk; that of the image if absent.
     pub(crate) disk: Option<DiskMib>,
     /// Whether there is a network card.
     pub(crate) has_network: bool,
-    /// How many places there are for volumes.
+    /// The number of slots for volumes.
     pub(crate) slots: usize,
 }
 
 impl Recipe {
-    /// Whether a base snapshot is made of it, if there is none.
+    /// Returns whether the memory and disk sizes are multiples of the steps. Only then a base
+    /// snapshot is made if there is none.
     pub(crate) fn is_usual(&self) -> bool {
         self.memory.get().is_multiple_of(MEMORY_STEP_MIB)
             && self.disk.is_none_or(|disk| disk.get().is_multiple_of(DISK_STEP_MIB))
@@ -106,25 +111,25 @@ impl Recipe {
 pub(crate) struct Bases {
     directory: PathBuf,
     budget_bytes: u64,
-    /// One at a time makes a base snapshot, however many ask for it.
+    /// Lets one task at a time make the base snapshot of a key.
     making: Turns<String>,
-    /// The daemon makes one base snapshot at a time for a user. A user who asks for many shapes waits
-    /// for them; other users do not.
+    /// The daemon makes one base snapshot at a time for a user. A user who asks for many shapes
+    /// waits for them; other users do not.
     making_for: Turns<UserId>,
-    /// How many are made at once at most: each boots a guest.
+    /// Limits how many base snapshots are made at once: each boots a guest.
     makers: Semaphore,
-    /// Whom base snapshots were made for, by key, as far as this daemon has made them.
+    /// The user for whom this daemon has made each base snapshot, by key.
     made_for: Mutex<HashMap<String, UserId>>,
 }
 
-/// A base snapshot that is there.
+/// A base snapshot that exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Base {
     pub(crate) key: String,
     pub(crate) directory: PathBuf,
     /// Whether it has a network card.
     pub(crate) has_network: bool,
-    /// Tells it from one that was made anew in its place.
+    /// Distinguishes it from a base snapshot that was made anew in the same directory.
     inode: u64,
 }
 
@@ -140,7 +145,7 @@ impl Bases {
         }
     }
 
-    /// The base snapshot of a recipe, if there is one.
+    /// Returns the base snapshot of a recipe, if there is one.
     pub(crate) fn find(&self, shared: &Shared, recipe: &Recipe) -> Option<Base> {
         let key = key(&shared.engine.capabilities().machine, recipe);
         self.existing(&key, recipe)
@@ -152,8 +157,8 @@ impl Bases {
         Some(Base { key: key.to_owned(), directory, has_network: recipe.has_network, inode })
     }
 
-    /// The base snapshot of a recipe: made first if there is none, for `owner`. It is made in a task of
-    /// its own, which goes on if the caller is cancelled.
+    /// Returns the base snapshot of a recipe. If there is none, makes it for `owner` in a task of
+    /// its own, which continues if the caller is canceled.
     pub(crate) async fn get(
         &self,
         shared: &Arc<Shared>,
@@ -170,12 +175,13 @@ impl Bases {
                 made.await.map_err(|_| BaseError::Interrupted)??
             }
         };
-        // For the choice of what goes first; a base snapshot is as good without.
+        // The time of last use decides which base snapshot is evicted first. The base snapshot
+        // works without it.
         drop(File::open(&base.directory).and_then(|file| file.set_modified(SystemTime::now())));
         Ok(base)
     }
 
-    /// Takes a base snapshot away that proved to be of no use, unless it was made anew already.
+    /// Removes a base snapshot that proved to be unusable, unless it was made anew already.
     pub(crate) async fn discard(&self, base: &Base) {
         let _turn = self.making.take(base.key.clone()).await;
         if inode_of(&base.directory) == Some(base.inode) {
@@ -184,9 +190,10 @@ impl Bases {
         }
     }
 
-    /// Takes away what an earlier daemon was making.
+    /// Removes the base snapshots that an earlier daemon left unfinished.
     pub(crate) async fn recover(&self, shared: &Shared) -> io::Result<()> {
-        // Somebody is making one right now: a set-up, or a daemon that shares them.
+        // If a base snapshot is being made right now, by a set-up or by a daemon that shares the
+        // directory, its files must stay.
         let lock = File::create(self.directory.join(LOCK))?;
         if lock.try_lock().is_err() {
             return Ok(());
@@ -207,9 +214,10 @@ impl Bases {
         Ok(())
     }
 
-    /// Removes those that were used least recently: of those that `kept`'s owner, unless it is the
-    /// admin, had made until they fit its share of the budget, then of all until they fit the
-    /// budget. Never `kept`, and none on which a VM stands, for that would free nothing.
+    /// Removes the least recently used base snapshots. Unless `owner` is the admin, removes those
+    /// made for `owner` until they fit the owner's share of the budget. Then removes any until all
+    /// fit the budget. Never removes `kept`, nor one on which a VM stands, because that would free
+    /// nothing.
     fn evict(&self, kept: &str, owner: UserId) {
         if owner != UserId::ADMIN {
             let share = self.budget_bytes / OWNERS_SHARE;
@@ -222,7 +230,7 @@ impl Bases {
         let mut others = match self.usage() {
             Ok(bases) => bases,
             Err(error) => {
-                warn!(%error, "Failed to look for base snapshots to remove");
+                warn!(%error, "Failed to list the base snapshots for eviction");
                 return;
             }
         };
@@ -236,7 +244,7 @@ impl Bases {
             if usage.shared || usage.directory.ends_with(kept) {
                 continue;
             }
-            info!(base = %usage.directory.display(), bytes = usage.bytes, "Removing a base snapshot that is used least");
+            info!(base = %usage.directory.display(), bytes = usage.bytes, "Evicting the least recently used base snapshot");
             self.remove(&usage.directory);
             self.made_for.lock().remove(&usage.key());
             bytes -= usage.bytes;
@@ -270,7 +278,8 @@ impl Bases {
         Ok(bases)
     }
 
-    /// Renames first: what is half removed is no base snapshot.
+    /// Removes a base snapshot. Renames its directory first, so that a half removed directory is
+    /// never taken for a base snapshot.
     fn remove(&self, directory: &Path) {
         let gone = directory.with_extension("gone");
         let removed = match fs::rename(directory, &gone) {
@@ -303,7 +312,7 @@ impl Usage {
 fn key(machine: &str, recipe: &Recipe) -> String {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let Recipe { files, cpus, memory, disk, has_network, slots } = recipe;
-    // The kernel's directory is named by its content, the other files are themselves.
+    // The kernel's directory is named by its content, and the other files are named by theirs.
     let kernel = files.kernel.parent().map(name).unwrap_or_default();
     let text = [
         machine,
@@ -320,7 +329,8 @@ fn key(machine: &str, recipe: &Recipe) -> String {
     blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
 }
 
-/// Tells other processes that a base snapshot is made, and waits until none of them makes the same.
+/// Locks the making of the base snapshot `key` against other processes, and waits until none of
+/// them makes it.
 async fn lock(directory: &Path, key: &str) -> io::Result<[File; 2]> {
     let any = File::create(directory.join(LOCK))?;
     let path = directory.join(format!("{KEY_LOCK}{key}"));
@@ -334,7 +344,7 @@ async fn lock(directory: &Path, key: &str) -> io::Result<[File; 2]> {
     locked.await.map_err(io::Error::other)?
 }
 
-/// Makes a base snapshot, unless somebody else has done so meanwhile.
+/// Makes a base snapshot, unless another task or process has made it meanwhile.
 async fn make_first(
     shared: &Arc<Shared>,
     owner: UserId,
@@ -385,7 +395,7 @@ async fn make(
     let vm = shared.engine.boot(&spec).await?;
     let saved = save(vm.as_ref(), &directory.join(key)).await;
     if let Err(left) = shared.engine.remove(id, &spec.directory).await {
-        error!(error = %Report(&left), "Failed to remove the VM that a base snapshot was made of");
+        error!(error = %Report(&left), "Failed to remove the VM from which a base snapshot was made");
     }
     saved?;
     let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -399,11 +409,11 @@ async fn make(
     Ok(())
 }
 
-/// Runs a command that an image may not have: one without a shell is an image all the same.
+/// Runs a command that the image may lack: an image without a shell is valid.
 ///
 /// # Errors
 ///
-/// If the agent does not answer.
+/// Returns an error if the agent does not answer.
 pub(crate) async fn run_if_there(
     agent: &AgentClient,
     command: ExecRequest,
@@ -416,7 +426,8 @@ pub(crate) async fn run_if_there(
 
 async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), BaseError> {
     let agent = AgentClient::new(vm.channel());
-    // What every command needs is then in the memory of every fork, and no disk is read for it.
+    // Loads what every command needs into the memory of every fork, so that no fork reads it from
+    // the disk.
     for argv in [&["true"][..], &["sh", "-c", "ls >/dev/null; cat /dev/null"]] {
         let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
         let first = run_if_there(&agent, ExecRequest { argv, ..ExecRequest::default() });
@@ -441,12 +452,12 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A base snapshot of a MiB that was used so many seconds after another.
+    /// Creates a base snapshot of 1 MiB, last used `used` seconds after a fixed time.
     fn base(directory: &Path, key: &str, used: u64) -> PathBuf {
         let base = directory.join(key);
         fs::create_dir(&base).unwrap();
         fs::write(base.join("memory-1.img"), vec![1; usize::try_from(MIB).unwrap()]).unwrap();
-        // The image is the image store's.
+        // The image belongs to the image store, so it does not count.
         fs::write(base.join("rootfs.ext4"), vec![1; usize::try_from(8 * MIB).unwrap()]).unwrap();
         let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 + used);
         File::open(&base).unwrap().set_modified(time).unwrap();
@@ -454,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn least_used_templates_go_first_and_those_in_use_stay() {
+    fn least_recently_used_base_snapshots_are_evicted_unless_in_use() {
         let place = tempfile::tempdir().unwrap();
         let directory = place.path().join("templates");
         fs::create_dir(&directory).unwrap();
@@ -464,7 +475,7 @@ mod tests {
             base(&directory, key, when);
         }
         fs::write(directory.join(LOCK), "").unwrap();
-        // Room for three, and a little for what directories take.
+        // Room for three base snapshots, and a little for the directories themselves.
         let bases = Bases::new(directory.clone(), 3 * MIB + MIB / 2);
 
         bases.evict("new", UserId::ADMIN);
@@ -478,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_of_one_user_give_way_to_its_own_before_those_of_others() {
+    fn user_over_its_share_evicts_only_its_own_base_snapshots() {
         let place = tempfile::tempdir().unwrap();
         let directory = place.path().to_owned();
         let greedy = UserId::from_entropy([7; 8]);
@@ -497,13 +508,13 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         left.sort();
-        // Its share is 3 MiB.
+        // The user's share is 3 MiB.
         assert_eq!(left, ["greedy-3", "greedy-4", "greedy-5", "others"]);
         assert_eq!(bases.made_for.lock().len(), 3);
     }
 
     #[test]
-    fn key_tells_every_ingredient_apart() {
+    fn key_depends_on_every_input() {
         let files = BootFiles {
             kernel: "/data/kernel-1/vmlinux".into(),
             initramfs: "/data/initramfs-1.cpio".into(),

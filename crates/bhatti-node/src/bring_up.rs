@@ -1,4 +1,5 @@
-//! A new sandbox's VM: from a base snapshot, from something that was saved, or by booting; and its guest, which becomes this sandbox's own.
+//! Brings up the VM of a new sandbox, from a base snapshot, from a saved sandbox or by booting,
+//! and gives its guest the sandbox's identity.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use tracing::warn;
 use crate::Shared;
 use crate::bases::{Base, Recipe};
 use crate::create::{BootSource, CreateError};
-use crate::driver::Driver;
+use crate::driver::Sandbox;
 use crate::driver::access::Running;
 use crate::driver::steps::Step;
 use crate::identity::{self, Extras, GUEST_CONFIG_BYTES_MAX};
@@ -24,19 +25,20 @@ use crate::networks::{self, NetworkError};
 use crate::pool::{self, Spare, Stage};
 use crate::volumes::{self, OwnVolumes};
 
-/// The error of a new sandbox's clock that is put up with.
+/// Accepted error of a new sandbox's clock.
 const CLOCK_EXACT: Duration = Duration::from_millis(10);
 
-/// Brings a sandbox's VM up, and makes it this sandbox's own. Returns what its guest did for that.
+/// Brings up a sandbox's VM and gives its guest the sandbox's identity. Returns the guest's report
+/// if the VM was restored.
 pub(crate) async fn bring_up(
     shared: &Arc<Shared>,
-    driver: &Driver,
+    sandbox: &Sandbox,
     row: &SandboxRow,
     extras: &Extras,
     source: BootSource,
 ) -> Result<Option<String>, CreateError> {
     let mut told = identity::config(row, extras);
-    // Whether it is told now or later, a message has to have room for it.
+    // All settings must fit one message, whether they are sent now or later.
     told.init.clone_from(&row.spec.init);
     let bytes = serde_json::to_vec(&told)?.len();
     if bytes > GUEST_CONFIG_BYTES_MAX {
@@ -44,16 +46,17 @@ pub(crate) async fn bring_up(
     }
     Ok(match source {
         BootSource::Boot(files, _) => {
-            boot(shared, driver, row, extras, files).await?;
+            boot(shared, sandbox, row, extras, files).await?;
             None
         }
         BootSource::Base { recipe, base, spare } => {
-            // Nothing passes a tap that is not connected, so a guest in which no process of anybody runs yet need not wait for the rules.
+            // The tap is not connected yet. Without an init script no user process can run, so the
+            // guest may start before the firewall rules are in place.
             let may_run = row.spec.init.is_empty();
             let enforced = shared.enforce_network(row.owner, row.address);
             let forked = fork_base(shared, row, &recipe, &base, spare);
-            let report = settle(driver, row, extras, forked, enforced, may_run).await?;
-            // What has volumes is not kept ready: which they are is known when somebody asks.
+            let report = settle(sandbox, row, extras, forked, enforced, may_run).await?;
+            // Sandboxes with volumes have no spares: their volumes are known only at the request.
             if recipe.slots == 0 {
                 let shared = Arc::clone(shared);
                 tokio::spawn(
@@ -69,12 +72,13 @@ pub(crate) async fn bring_up(
                 Ok(Running::new(vm, &token, admitted))
             };
             let enforced = shared.enforce_network(row.owner, row.address);
-            Some(settle(driver, row, extras, restored, enforced, false).await?)
+            Some(settle(sandbox, row, extras, restored, enforced, false).await?)
         }
     })
 }
 
-/// Makes a paused VM from a base snapshot. One that cannot be used, however that came, is made anew once.
+/// Makes a paused VM from a base snapshot. If a spare cannot be used, restores the snapshot. If
+/// the snapshot cannot be used, whatever the reason, makes it anew once.
 async fn fork_base(
     shared: &Arc<Shared>,
     row: &SandboxRow,
@@ -83,14 +87,13 @@ async fn fork_base(
     spare: Option<Spare>,
 ) -> Result<Running, CreateError> {
     if let Some(spare) = spare {
-        let (stage, admitted) = spare.claim(shared).map_err(|source| RestoreError::File {
-            step: "claim a VM that was started ahead",
-            source,
-        })?;
+        let (stage, admitted) = spare
+            .claim(shared)
+            .map_err(|source| RestoreError::File { step: "claim a spare VM", source })?;
         match stage.load().await {
             Ok(vm) => return Ok(Running::new(vm, "", admitted)),
             Err(error) => {
-                warn!(error = %Report(&error), "A VM that was started ahead cannot be used");
+                warn!(error = %Report(&error), "A spare VM cannot be used");
                 pool::remove(shared, row.id).await;
             }
         }
@@ -123,24 +126,25 @@ async fn restore(
     Ok(Stage::Waiting(staged).load().await?)
 }
 
-/// Lets a VM run that was another one, and makes its guest this sandbox's own. Returns its report. `enforced` are its network's rules: the
-/// tap is connected when they are in force. With `early`, the VM runs meanwhile.
+/// Runs a restored VM and gives its guest this sandbox's identity. Returns the guest's report.
+/// `enforced` puts the network's rules in force, and the tap is connected afterwards. With
+/// `early`, the VM runs meanwhile.
 async fn settle(
-    driver: &Driver,
+    sandbox: &Sandbox,
     row: &SandboxRow,
     extras: &Extras,
     restored: impl Future<Output = Result<Running, CreateError>>,
     enforced: impl Future<Output = Result<(), NetworkError>>,
     early: bool,
 ) -> Result<String, CreateError> {
-    let connect = || driver.shared.connect_network(row.id, row.owner, row.address);
+    let connect = || sandbox.shared.connect_network(row.id, row.owner, row.address);
     let (running, report) = if early {
         let restored = async {
             let running = restored.await?;
-            let report = assume_identity(driver, row, extras, &running).await;
+            let report = assume_identity(sandbox, row, extras, &running).await;
             Ok::<_, CreateError>((running, report))
         };
-        // To their ends, both: what is half done cannot be undone.
+        // Both futures run to their ends: half finished steps cannot be undone.
         let (restored, enforced) = tokio::join!(restored, enforced);
         let restored = restored?;
         enforced?;
@@ -151,7 +155,7 @@ async fn settle(
         let running = restored?;
         enforced?;
         connect().await?;
-        let report = assume_identity(driver, row, extras, &running).await;
+        let report = assume_identity(sandbox, row, extras, &running).await;
         (running, report)
     };
     let AssumedIdentity { report, clock_error } = report?;
@@ -167,37 +171,37 @@ async fn settle(
         return Err(CreateError::Mount(message.clone()));
     }
     let text = serde_json::to_string(&report)?;
-    driver.shared.store.set_sandbox_identity(row.id, &text)?;
+    sandbox.shared.store.set_sandbox_identity(row.id, &text)?;
     let running = running.with_token(&row.agent_token);
-    hand_over_files(&driver.shared, row, extras, &running).await?;
+    hand_over_files(&sandbox.shared, row, extras, &running).await?;
     if clock_error > CLOCK_EXACT {
-        // What took so long made the clock late; this does not.
-        driver.tell_woken(&running).await;
+        // The slow message left the clock late. This message sets only the clock, so it is fast.
+        sandbox.tell_woken(&running).await;
     }
-    driver.running(running)?;
+    sandbox.open(running)?;
     Ok(text)
 }
 
-/// What a guest reported, and how far its clock may be off.
+/// A guest's report, and the maximum error of its clock.
 struct AssumedIdentity {
     report: IdentityReport,
     clock_error: Duration,
 }
 
-/// Lets a VM run, and makes its guest this sandbox's own.
+/// Resumes a VM and gives its guest this sandbox's identity.
 async fn assume_identity(
-    driver: &Driver,
+    sandbox: &Sandbox,
     row: &SandboxRow,
     extras: &Extras,
     running: &Running,
 ) -> Result<AssumedIdentity, CreateError> {
     running.vm.resume().await?;
-    driver.reached(Step::Running).await;
+    sandbox.reached(Step::Running).await;
     let began = Instant::now();
-    let limit = driver.shared.config.boot_limit;
+    let limit = sandbox.shared.config.boot_limit;
     let assumed = timeout(limit, async {
         running.agent.reach().await?;
-        // Only now: the time in it is the time when it arrives.
+        // Built only now, so that the time in the message is the time of its arrival.
         let identity = identity::identity(row, extras).map_err(|_| CallError::Entropy)?;
         running.agent.assume_identity(&identity).await
     });
@@ -205,7 +209,8 @@ async fn assume_identity(
         .await
         .unwrap_or(Err(CallError::Silent { limit }))
         .map_err(CreateError::Unconfigured)?;
-    // It is late by what its message took there, and seems later by what its answer took back.
+    // The clock is late by the time that the message took, and seems later by the time that the
+    // answer took.
     let clock_error = report.clock_ns.take().map_or_else(|| began.elapsed(), identity::clock_error);
     Ok(AssumedIdentity { report, clock_error })
 }
@@ -238,12 +243,13 @@ fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
     ];
     for part in parts {
         if let Applied::Failed { message } = part {
-            warn!(sandbox = %row.id, message, "Guest did not become itself in every part");
+            warn!(sandbox = %row.id, message, "Guest failed to apply a part of its identity");
         }
     }
 }
 
-/// Makes a guest that has booted this sandbox's own. It has as long for that as for its boot: it may have volumes to make sound.
+/// Gives a booted guest this sandbox's configuration. The time limit is that of a boot, because
+/// the guest may have to repair volumes.
 pub(crate) async fn configure(
     shared: &Shared,
     row: &SandboxRow,
@@ -257,7 +263,7 @@ pub(crate) async fn configure(
 
 async fn boot(
     shared: &Arc<Shared>,
-    driver: &Driver,
+    sandbox: &Sandbox,
     row: &SandboxRow,
     extras: &Extras,
     files: BootFiles,
@@ -280,7 +286,7 @@ async fn boot(
     };
     shared.enforce_network(row.owner, row.address).await?;
     let vm = shared.engine.boot(&vm_spec).await?;
-    driver.reached(Step::Running).await;
+    sandbox.reached(Step::Running).await;
     shared.connect_network(row.id, row.owner, row.address).await?;
     let running = Running::new(vm, "", admitted);
     configure(shared, row, extras, &running).await.map_err(|error| match error {
@@ -293,10 +299,10 @@ async fn boot(
     })?;
     let running = running.with_token(&row.agent_token);
     hand_over_files(shared, row, extras, &running).await?;
-    Ok(driver.running(running)?)
+    Ok(sandbox.open(running)?)
 }
 
-/// Writes the files that were too large to be told with everything else, and then starts the init
+/// Writes the files that were too large for the configuration message. Then starts the init
 /// script, which may need them.
 async fn hand_over_files(
     shared: &Shared,

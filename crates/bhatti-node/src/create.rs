@@ -17,12 +17,13 @@ use bhatti_types::{
 use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::admission::Busy;
 use crate::bases::{Base, BaseError, Recipe};
 use crate::bring_up::bring_up;
 use crate::driver::Driver;
+use crate::driver::state::State;
 use crate::driver::steps::Step;
 use crate::identity::{Extras, GUEST_CONFIG_BYTES_MAX, random};
 use crate::networks::NetworkError;
@@ -30,7 +31,7 @@ use crate::pool::Spare;
 use crate::volumes::{VolumeUseError, slots};
 use crate::{Node, Shared};
 
-/// Why a sandbox boots whose memory or disk has an unusual size.
+/// Reason why a sandbox boots if its memory or disk has an unusual size.
 const UNUSUAL_SIZE: &str =
     "its memory is not a multiple of 64 MiB, or its disk size is not a multiple of 1024 MiB";
 
@@ -53,7 +54,7 @@ pub struct Shape {
     pub cold_boot: bool,
 }
 
-/// A creation that is prepared: its id and what its VM starts from.
+/// A prepared creation: the sandbox's id and the source of its VM.
 pub struct Prepared {
     id: SandboxId,
     source: BootSource,
@@ -71,8 +72,8 @@ impl Prepared {
         self.id
     }
 
-    /// Returns what the sandbox starts from, for its row: `boot` and a reason, or `template`,
-    /// `sandbox` or `snapshot` and an id.
+    /// Returns the origin for the sandbox's row: `boot` and a reason, or `template`, `sandbox` or
+    /// `snapshot` and an id.
     #[must_use]
     pub fn origin(&self) -> String {
         match &self.source {
@@ -84,7 +85,7 @@ impl Prepared {
     }
 }
 
-/// What a sandbox's VM starts from.
+/// The source of a sandbox's VM.
 pub(crate) enum BootSource {
     /// The files to boot, and why the sandbox boots if the request did not ask for that.
     Boot(BootFiles, Option<&'static str>),
@@ -152,7 +153,7 @@ pub enum CreateError {
     #[error("failed to configure the sandbox's guest")]
     Unconfigured(#[source] CallError),
     /// The guest's report cannot be encoded.
-    #[error("failed to keep the guest's report")]
+    #[error("failed to encode the guest's report")]
     Report(#[from] serde_json::Error),
     /// The store failed.
     #[error(transparent)]
@@ -209,7 +210,7 @@ impl Node {
         })
     }
 
-    /// Gives back what a creation prepared that does not take place.
+    /// Gives back the spare of a prepared creation that does not take place.
     pub fn give_back(&self, prepared: Prepared) {
         if let BootSource::Base { spare: Some(spare), .. } = prepared.source {
             self.shared.spares.put_back(spare);
@@ -234,21 +235,25 @@ impl Node {
     ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
         let began = Instant::now();
-        let driver = Driver::register(shared, &row, SandboxState::Creating);
-        driver.reached(Step::Inserted).await;
+        let driver = Driver::register(shared, &row, State::Creating);
+        driver.sandbox.reached(Step::Inserted).await;
         let (reply, created) = oneshot::channel();
         let shared = Arc::clone(shared);
         // In a task: if the caller is canceled, the sandbox must still end up running or removed.
         tokio::spawn(async move {
-            match bring_up(&shared, &driver, &row, &extras, prepared.source).await {
-                Ok(identity) => {
+            match bring_up_guarded(&shared, driver, &row, extras, prepared.source).await {
+                (driver, Ok(identity)) => {
                     announce(&shared, &row, began);
                     let row = SandboxRow { state: SandboxState::Running, identity, ..row };
                     drop(reply.send(Ok(row)));
                     driver.run().await;
                 }
-                Err(error) => {
-                    drop(reply.send(Err(undo(&shared, driver, error).await)));
+                (driver, Err(error)) => {
+                    let (driver, error) = undo(&shared, driver, error).await;
+                    drop(reply.send(Err(error)));
+                    if let Some(driver) = driver {
+                        driver.run().await;
+                    }
                 }
             }
         });
@@ -291,10 +296,10 @@ fn boot_reason(shared: &Shared, shape: &Shape) -> Option<Option<&'static str>> {
     if shape.cold_boot {
         Some(None)
     } else if !engine.saves_memory {
-        Some(Some("this engine saves no memory to fork"))
+        Some(Some("this engine cannot save memory to fork"))
     } else if shape.volumes > 0 && !engine.exchanges_disks {
         // The base snapshot was made before the volumes were known.
-        Some(Some("with this engine a fork has no volumes of its own"))
+        Some(Some("this engine cannot give a fork volumes of its own"))
     } else {
         None
     }
@@ -338,7 +343,7 @@ fn check_disk(shape: &Shape, files: &BootFiles) -> Result<(), CreateError> {
     let image = std::fs::metadata(&files.root);
     let image_bytes = image
         .map_err(|source| bhatti_image::StoreError::File {
-            step: "look at",
+            step: "read the size of",
             path: files.root.clone(),
             source,
         })?
@@ -365,21 +370,53 @@ fn announce(shared: &Shared, row: &SandboxRow, began: Instant) {
     shared.control.record("sandbox.created", row.owner, row.id, detail);
 }
 
-/// Removes what there is of a sandbox that was not created.
-async fn undo(shared: &Shared, driver: Driver, error: CreateError) -> CreateError {
-    let id = driver.id;
-    if let Err(left) = shared.engine.remove(id, &driver.directory()).await {
+/// Brings a sandbox's VM up in a task of its own, so that a panic there leaves a driver that can
+/// destroy the sandbox.
+async fn bring_up_guarded(
+    shared: &Arc<Shared>,
+    driver: Driver,
+    row: &SandboxRow,
+    extras: Extras,
+    source: BootSource,
+) -> (Driver, Result<Option<String>, CreateError>) {
+    let (task_shared, task_row) = (Arc::clone(shared), row.clone());
+    let brought_up = tokio::spawn(async move {
+        let result = bring_up(&task_shared, &driver.sandbox, &task_row, &extras, source).await;
+        (driver, result)
+    });
+    match brought_up.await {
+        Ok(result) => result,
+        Err(_) => {
+            let driver = Driver::register(shared, row, State::Creating);
+            (driver, Err(CreateError::Interrupted))
+        }
+    }
+}
+
+/// Removes all that is left of a sandbox whose creation failed. If that fails, returns its driver,
+/// which tries again.
+async fn undo(
+    shared: &Shared,
+    driver: Driver,
+    error: CreateError,
+) -> (Option<Driver>, CreateError) {
+    let sandbox = &driver.sandbox;
+    let id = sandbox.id;
+    if let Err(left) = shared.engine.remove(id, &sandbox.directory()).await {
         error!(
             sandbox = %id,
             error = %Report(&left),
-            "Failed to remove a sandbox that was not created"
+            "Failed to remove a sandbox that was not created; the daemon tries again"
         );
-        // The row stays, and with it the sandbox's volumes: the VM may still write them. The next
-        // daemon removes both.
-        shared.registry.remove(id);
-        return error;
+        if let Err(error) = shared.store.set_sandbox_state(id, SandboxState::Destroyed) {
+            warn!(sandbox = %id, error = %Report(&error), "Failed to note that a sandbox is removed");
+        }
+        // The VM may be alive, so its memory stays reserved.
+        let memory = Arc::new(shared.admission.count(sandbox.memory));
+        sandbox.access.set(State::Destroying(Some(memory)));
+        return (Some(driver), error);
     }
-    let had_network = driver.address.is_some();
+    let had_network = sandbox.address.is_some();
     if let Err(error) = driver.abandon() {
         error!(
             sandbox = %id,
@@ -390,5 +427,5 @@ async fn undo(shared: &Shared, driver: Driver, error: CreateError) -> CreateErro
     if had_network {
         shared.settle_networks().await;
     }
-    error
+    (None, error)
 }

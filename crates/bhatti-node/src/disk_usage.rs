@@ -31,8 +31,8 @@ impl Node {
     }
 }
 
-/// Returns the bytes of the files in `counted`, each file once, without the files that are in one of
-/// `others` as well. Blocks on disk.
+/// Returns the bytes of the files in `counted`, each file once, without the files that are in one
+/// of `others` as well. Blocks on disk.
 fn used_bytes(counted: &[PathBuf], others: &[PathBuf]) -> u64 {
     let mut seen = HashSet::new();
     for directory in others {

@@ -1,158 +1,90 @@
 //! The driver of one sandbox: the only writer of its state.
 //!
 //! ```text
-//!  requests ──►┌────────┐ sets        `Access`: state, VM, whether it can be used right now
+//!  requests ──►┌────────┐ sets        `Access`: the state, with the VM if there is one
 //!              │ driver │────────────►
 //!  VMM ends ──►│        │ writes      the row, before every effect
 //!  deadline ──►└────────┘
 //! ```
 //!
-//! It lives from the sandbox's creation, or the daemon's start, to the sandbox's destruction. One request is served after the other, so
-//! a hundred that want the sandbox awake find it awake after the first.
+//! A driver lives from the sandbox's creation, or the daemon's start, to the end of its
+//! destruction. It carries out one request at a time, and decides about further requests when they
+//! arrive ([`queue`]). [`state`] has the states and which requests each state admits. Each
+//! transition is in a file of its own, as methods of [`Sandbox`].
+//!
+//! | file | transition |
+//! |---|---|
+//! | [`cool`] | an unused sandbox gets cooler |
+//! | [`pause`] | hot ◄─► warm |
+//! | [`sleep`] | hot or warm ─► cold |
+//! | [`wake`] | warm or cold ─► hot |
+//! | [`stop`], [`start`] | running ◄─► stopped |
+//! | [`boot`] | from the disk: a cold boot, or after the guest's reboot |
+//! | [`save`] | saved elsewhere, running on; layers of the disk merged |
+//! | [`destroy`] | any state ─► nothing |
 
 pub(crate) mod access;
+mod boot;
 pub(crate) mod boot_mark;
 mod breaker;
+mod cool;
+mod destroy;
+mod error;
 mod guest_events;
+mod pause;
+mod queue;
 mod reboot;
+mod sandbox;
+mod save;
 pub(crate) mod saved;
+mod sleep;
+mod start;
+pub(crate) mod state;
 pub(crate) mod steps;
-mod transition;
+mod stop;
+mod tell;
 mod wake;
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bhatti_agent::{AgentClient, CallError};
-use bhatti_engine::{BootError, MemoryKind, RemoveError, RestoreError, SnapshotError, VmmError};
-use bhatti_store::{Attachment, SandboxRow, StoreError};
-use bhatti_types::{
-    Denied, FailReason, MemoryMib, Report, SandboxId, SandboxState, Thermal, UserId,
-};
+use bhatti_agent::AgentClient;
+use bhatti_engine::MemoryKind;
+use bhatti_store::{SandboxRow, StoreError};
+use bhatti_types::{Denied, FailReason, Report};
+use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::{Duration, sleep, sleep_until};
-use tracing::{error, info, warn};
+use tracing::error;
 
 use crate::Shared;
-use crate::admission::Busy;
-use crate::networks::NetworkError;
 use crate::snapshots::SavedSandbox;
-use crate::volumes::{MadeFrom, VolumeUseError};
-use access::{Access, Entry, Lease, Running};
-use breaker::Breaker;
-use guest_events::{Listener, Source};
-use reboot::Reboots;
-use steps::Step;
+use crate::volumes::MadeFrom;
+use access::{Access, Entry, Lease};
+use cool::Silences;
+use destroy::Retry;
+use queue::{Decision, Queue, decide};
+use save::Capture;
+use state::{Admission, Kind, State, Wanted, admit};
 
-/// How often the wall clock is looked at by who waits for a time of it.
+pub(crate) use destroy::remove;
+pub use error::{DestroyError, TransitionError};
+pub(crate) use sandbox::Sandbox;
+
+/// The interval between two looks at the wall clock, which may be set.
 const CLOCK_LOOK: Duration = Duration::from_secs(60);
 
-/// Requests that may wait for a driver.
-const REQUEST_QUEUE: usize = 16;
+/// Requests that may wait for a driver that has not looked at them yet.
+const ARRIVALS_MAX: usize = 16;
 
-/// How often a sandbox that was woken is found asleep again, before the caller is told so.
+/// How many times a sandbox that was woken is found asleep again before its caller gets an error.
 const ENTRY_ATTEMPTS: u32 = 16;
-
-/// A sandbox did not become what it was asked to be. It is what it was before.
-#[derive(Debug, thiserror::Error)]
-pub enum TransitionError {
-    /// It is in no state for that.
-    #[error(transparent)]
-    Denied(#[from] Denied),
-    /// There is no memory for it.
-    #[error(transparent)]
-    Busy(#[from] Busy),
-    /// Its VMM did not do what it was asked to.
-    #[error("the sandbox's virtual machine failed")]
-    Vmm(#[from] VmmError),
-    /// Its engine saves nothing.
-    #[error(
-        "engine `{engine}` cannot save the memory of a sandbox: it has no snapshots and no forks"
-    )]
-    NoSnapshots {
-        /// The engine.
-        engine: &'static str,
-    },
-    /// It could not be saved.
-    #[error("failed to save the sandbox")]
-    Save(#[from] SnapshotError),
-    /// It could not be woken.
-    #[error("failed to wake the sandbox")]
-    Restore(#[source] Arc<RestoreError>),
-    /// It could not be woken several times in a row, so this was not tried.
-    #[error("failed to wake the sandbox {times} times in a row")]
-    GivenUp {
-        /// How often.
-        times: u32,
-        /// How long until it is tried again.
-        wait: Duration,
-        /// The last time's error.
-        #[source]
-        error: Arc<RestoreError>,
-    },
-    /// It did not boot.
-    #[error("failed to boot the sandbox")]
-    Boot(#[from] BootError),
-    /// What it boots from is not there.
-    #[error(transparent)]
-    Images(#[from] bhatti_image::StoreError),
-    /// Its guest did not take its configuration.
-    #[error("failed to configure the sandbox's guest")]
-    Unconfigured(#[source] CallError),
-    /// Its network could not be set up.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// A volume cannot be used.
-    #[error(transparent)]
-    Volume(#[from] VolumeUseError),
-    /// Its VMM does not end.
-    #[error("failed to end the sandbox's virtual machine")]
-    End(#[source] RemoveError),
-    /// Its snapshot could not be marked.
-    #[error("failed to consume the sandbox's snapshot")]
-    Consume(#[source] std::io::Error),
-    /// The mark of its boot could not be written.
-    #[error("failed to mark the sandbox's boot in its directory")]
-    MarkBoot(#[source] std::io::Error),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// This host gives no random bytes.
-    #[error("failed to draw random bytes")]
-    Entropy(#[from] getrandom::Error),
-    /// Its guest does not stand still: what would be saved could not become another before it goes on.
-    #[error("the sandbox's processes do not stand still")]
-    Moving,
-    /// It goes to sleep again and again before it can be used.
-    #[error("the sandbox does not stay awake")]
-    Restless,
-}
-
-impl From<RestoreError> for TransitionError {
-    fn from(error: RestoreError) -> Self {
-        Self::Restore(Arc::new(error))
-    }
-}
-
-/// A sandbox could not be destroyed as a whole. The next start of the daemon tries again.
-#[derive(Debug, thiserror::Error)]
-pub enum DestroyError {
-    /// Something of its VM stays.
-    #[error("failed to remove the sandbox's virtual machine")]
-    Remove(#[source] RemoveError),
-    /// Its row could not be changed.
-    #[error("failed to update the sandbox's row")]
-    Store(#[source] StoreError),
-    /// It was destroyed by somebody else meanwhile.
-    #[error("sandbox has been destroyed")]
-    AlreadyGone,
-}
 
 type Reply<T = ()> = oneshot::Sender<Result<T, TransitionError>>;
 
-/// What a driver can be asked for.
+/// A request to a driver.
 pub(crate) enum Request {
     Wake(Reply),
     Pause(Reply),
@@ -165,30 +97,73 @@ pub(crate) enum Request {
         keep_hot: bool,
         reply: Reply,
     },
+    /// Saves the sandbox into a directory.
     Save {
         directory: PathBuf,
         memory: Option<MemoryKind>,
         made_from: MadeFrom,
         reply: Reply<SavedSandbox>,
     },
-    /// Merges the layers of the disk, if that frees space. Returns whether it did.
+    /// Merges the layers of the disk if that frees space. The answer is whether it did.
     MergeDisk(Reply<bool>),
-    /// Saves the memory and gives it back, unless somebody uses the sandbox.
+    /// Saves the sandbox and gives its memory back, unless it has leases.
     GiveMemory(Reply),
-    /// The same, whoever uses it: the daemon stops.
+    /// Saves the sandbox, with or without leases: the daemon stops.
     Sleep(Reply),
     Destroy(oneshot::Sender<Result<(), DestroyError>>),
 }
 
-enum Event {
-    Request(Request),
-    VmmEnded,
-    Deadline,
-    Expired,
-    Changed,
+impl Request {
+    const fn wanted(&self) -> Wanted {
+        match self {
+            Self::Wake(_) => Wanted::Wake,
+            Self::Pause(_) => Wanted::Pause,
+            Self::Stop(_) => Wanted::Stop,
+            Self::Start { cold_boot: false, .. } => Wanted::Start,
+            Self::Start { cold_boot: true, .. } => Wanted::ColdBoot,
+            Self::KeepHot { .. } => Wanted::KeepHot,
+            Self::Save { .. } => Wanted::Save,
+            Self::MergeDisk(_) => Wanted::Merge,
+            Self::GiveMemory(_) => Wanted::GiveMemory,
+            Self::Sleep(_) => Wanted::Sleep,
+            Self::Destroy(_) => Wanted::Destroy,
+        }
+    }
+
+    /// Answers that nothing is to be done. The caller may be gone, here and below.
+    fn already(self) {
+        match self {
+            Self::Wake(reply)
+            | Self::Pause(reply)
+            | Self::Stop(reply)
+            | Self::Start { reply, .. }
+            | Self::KeepHot { reply, .. }
+            | Self::GiveMemory(reply)
+            | Self::Sleep(reply) => drop(reply.send(Ok(()))),
+            Self::MergeDisk(reply) => drop(reply.send(Ok(false))),
+            // Neither is ever already done.
+            Self::Save { .. } | Self::Destroy(_) => {}
+        }
+    }
+
+    /// Answers that the request cannot be carried out.
+    fn deny(self, denied: Denied) {
+        match self {
+            Self::Wake(reply)
+            | Self::Pause(reply)
+            | Self::Stop(reply)
+            | Self::Start { reply, .. }
+            | Self::KeepHot { reply, .. }
+            | Self::GiveMemory(reply)
+            | Self::Sleep(reply) => drop(reply.send(Err(denied.into()))),
+            Self::MergeDisk(reply) => drop(reply.send(Err(denied.into()))),
+            Self::Save { reply, .. } => drop(reply.send(Err(denied.into()))),
+            Self::Destroy(reply) => drop(reply.send(Err(DestroyError::AlreadyGone))),
+        }
+    }
 }
 
-/// The way to a driver.
+/// Sends requests to a driver.
 #[derive(Clone)]
 pub(crate) struct Handle {
     requests: mpsc::Sender<Request>,
@@ -196,7 +171,7 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Uses the sandbox: wakes it first if it sleeps, and keeps it hot until the lease is dropped.
+    /// Takes a lease: wakes the sandbox if it sleeps, and keeps it hot until the lease is dropped.
     pub(crate) async fn enter(&self) -> Result<(AgentClient, Lease), TransitionError> {
         for _ in 0..ENTRY_ATTEMPTS {
             match self.access.enter()? {
@@ -207,13 +182,19 @@ impl Handle {
         Err(TransitionError::Restless)
     }
 
+    /// Sends a request and waits for the answer.
     pub(crate) async fn ask<T>(
         &self,
         request: impl FnOnce(Reply<T>) -> Request,
     ) -> Result<T, TransitionError> {
         let (reply, answer) = oneshot::channel();
-        self.requests.send(request(reply)).await.map_err(|_| Denied::Destroyed)?;
-        answer.await.map_err(|_| Denied::Destroyed)?
+        self.requests.send(request(reply)).await.map_err(|_| self.gone())?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Returns why a driver does not answer: its sandbox is destroyed, or failed with a panic.
+    fn gone(&self) -> Denied {
+        self.access.state().admit_use().err().unwrap_or(Denied::Destroyed)
     }
 
     pub(crate) async fn destroy(&self) -> Result<(), DestroyError> {
@@ -223,233 +204,293 @@ impl Handle {
     }
 }
 
+enum Event {
+    Request(Request),
+    VmmEnded,
+    Deadline,
+    Expired,
+    /// A destruction that failed is due again.
+    Retry,
+    /// Something changed that decides about the next event.
+    Changed,
+}
+
 /// Drives one sandbox.
 pub(crate) struct Driver {
-    pub(crate) id: SandboxId,
-    pub(crate) owner: UserId,
-    expires_at: Option<u64>,
-    pub(crate) memory: MemoryMib,
-    pub(crate) address: Option<Ipv4Addr>,
-    pub(crate) volumes: Vec<Attachment>,
-    pub(crate) token: String,
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) access: Arc<Access>,
-    pub(crate) breaker: Breaker,
-    pub(crate) reboots: Reboots,
-    listener: Listener,
-    requests: mpsc::Receiver<Request>,
+    pub(crate) sandbox: Sandbox,
+    arrivals: mpsc::Receiver<Request>,
+    queue: Queue<Request>,
+    silences: Silences,
+    retry: Retry,
+    /// The rest of a snapshot is written beside this driver.
+    saving: Option<JoinHandle<()>>,
 }
 
 impl Driver {
-    /// A driver of a sandbox that stands at `state`, registered; it does nothing until it is run.
-    pub(crate) fn register(shared: &Arc<Shared>, row: &SandboxRow, state: SandboxState) -> Self {
-        let (requests, waiting) = mpsc::channel(REQUEST_QUEUE);
+    /// Registers a driver of a sandbox in `state`. It does nothing until it is run.
+    pub(crate) fn register(shared: &Arc<Shared>, row: &SandboxRow, state: State) -> Self {
+        let (requests, arrivals) = mpsc::channel(ARRIVALS_MAX);
         let access = Access::new(state, row.spec.keep_hot);
         shared.registry.insert(row.id, Handle { requests, access: Arc::clone(&access) });
         Self {
-            id: row.id,
-            owner: row.owner,
-            expires_at: row.expires_at,
-            memory: row.spec.memory,
-            address: row.address,
-            volumes: row.volumes.clone(),
-            token: row.agent_token.clone(),
-            shared: Arc::clone(shared),
-            access,
-            breaker: Breaker::default(),
-            reboots: Reboots::default(),
-            listener: Listener::default(),
-            requests: waiting,
+            sandbox: Sandbox::new(shared, row, access),
+            arrivals,
+            queue: Queue::default(),
+            silences: Silences::default(),
+            retry: Retry::default(),
+            saving: None,
         }
     }
 
-    /// Where the sandbox's files are.
-    pub(crate) fn directory(&self) -> PathBuf {
-        self.shared.directory(self.id)
+    /// Deletes the row of a sandbox that was not created.
+    pub(crate) fn abandon(self) -> Result<(), StoreError> {
+        self.sandbox.shared.registry.remove(self.sandbox.id);
+        self.sandbox.shared.store.delete_sandbox(self.sandbox.id)
     }
 
-    /// See [`steps`].
-    pub(crate) async fn reached(&self, step: Step) {
-        if steps::reached(step, self.shared.config.fault) {
-            drop(self.shared.engine.kill(self.id, &self.directory()).await);
+    /// Drives the sandbox until it is destroyed. If the driver panics, the sandbox fails, and
+    /// another driver goes on.
+    pub(crate) async fn run(self) {
+        let (shared, id) = (Arc::clone(&self.sandbox.shared), self.sandbox.id);
+        let mut driver = self;
+        loop {
+            let access = Arc::clone(&driver.sandbox.access);
+            match tokio::spawn(driver.drive()).await {
+                Err(panic) if panic.is_panic() => {}
+                _ => return,
+            }
+            error!(sandbox = %id, "The driver of a sandbox panicked");
+            let row = match shared.store.get_sandbox(id) {
+                Ok(Some(row)) => row,
+                Ok(None) => return,
+                Err(error) => {
+                    error!(sandbox = %id, error = %Report(&error), "Failed to read a sandbox's row");
+                    return;
+                }
+            };
+            let memory = access.memory();
+            let was_going = matches!(access.kind(), Kind::Destroying | Kind::Destroyed);
+            let reason = FailReason::DriverPanicked;
+            let left =
+                if was_going { State::Destroying(memory) } else { State::Failed(reason, memory) };
+            // Callers that hold the old access see the failure, too.
+            access.set(left.clone());
+            driver = Self::register(&shared, &row, left);
+            if !was_going {
+                driver.sandbox.fail(reason).await;
+            }
         }
     }
 
-    /// Drives the sandbox until it is destroyed.
-    pub(crate) async fn run(mut self) {
-        while self.access.state() != SandboxState::Destroyed {
+    async fn drive(mut self) {
+        while self.sandbox.access.kind() != Kind::Destroyed {
+            if let Some((_, request)) = self.queue.pop() {
+                self.take_turn(request).await;
+                continue;
+            }
             let Some(event) = self.next_event().await else { return };
             self.apply(event).await;
         }
     }
 
-    /// The sandbox's VM runs, and its guest is its own.
-    pub(crate) fn running(&self, running: Running) -> Result<(), StoreError> {
-        self.shared.store.set_sandbox_state(self.id, SandboxState::Running)?;
-        self.listen(&running);
-        self.access.set_vm(Some(running), Thermal::Hot);
-        self.access.set_state(SandboxState::Running);
-        self.access.touch();
-        Ok(())
-    }
-
-    /// Has what the guest tells of itself be recorded.
-    pub(crate) fn listen(&self, running: &Running) {
-        let source = Source {
-            sandbox: self.id,
-            owner: self.owner,
-            control: Arc::clone(&self.shared.control),
-        };
-        self.listener.listen(source, running);
-    }
-
-    /// The sandbox never came to be: nobody is to find it.
-    pub(crate) fn abandon(self) -> Result<(), StoreError> {
-        self.shared.registry.remove(self.id);
-        self.shared.store.delete_sandbox(self.id)
-    }
-
+    /// Waits for the next event. Cancel safe.
     async fn next_event(&mut self) -> Option<Event> {
-        let running = self.access.running();
+        let sandbox = &self.sandbox;
+        let running = sandbox.access.running();
         let ended = async {
             match &running {
                 Some(running) => running.vm.ended().await,
                 None => std::future::pending().await,
             }
         };
-        let thermal = &self.shared.config.thermal;
-        // What cannot be saved stays warm: it would lose its processes.
-        let cold_after = self.saves_memory().then_some(thermal.cold_after);
-        let deadline = self.access.deadline(thermal.warm_after, cold_after);
-        let deadline = async {
-            match deadline {
-                Some(deadline) => sleep_until(deadline).await,
-                None => std::future::pending().await,
+        let thermal = &sandbox.shared.config.thermal;
+        // An engine without snapshots keeps warm sandboxes: they would lose their processes.
+        let cold_after = sandbox.saves_memory().then_some(thermal.cold_after);
+        let deadline = sandbox.access.deadline(thermal.warm_after, cold_after);
+        let is_going = sandbox.access.kind() == Kind::Destroying;
+        let retry = is_going.then(|| self.retry.at());
+        tokio::select! {
+            request = self.arrivals.recv() => request.map(Event::Request),
+            () = ended => Some(Event::VmmEnded),
+            () = at(deadline) => Some(Event::Deadline),
+            () = at(retry) => Some(Event::Retry),
+            () = until(sandbox.expires_at), if !is_going => Some(Event::Expired),
+            () = sandbox.access.changed.notified() => Some(Event::Changed),
+        }
+    }
+
+    /// Acts on an event. Never canceled.
+    async fn apply(&mut self, event: Event) {
+        match event {
+            Event::Request(request) => drop(arrive(&self.sandbox, &mut self.queue, request, None)),
+            Event::VmmEnded => self.sandbox.vmm_ended().await,
+            Event::Deadline => {
+                if self.sandbox.access.kind() == Kind::Warm {
+                    self.finish_saving().await;
+                }
+                self.sandbox.cool(&mut self.silences).await;
+            }
+            Event::Expired => {
+                self.sandbox.record("sandbox.expired", json!({}));
+                self.take_turn(Request::Destroy(oneshot::channel().0)).await;
+            }
+            Event::Retry => self.take_turn(Request::Destroy(oneshot::channel().0)).await,
+            Event::Changed => {}
+        }
+    }
+
+    /// Carries out a request whose turn has come, and decides about those that arrive meanwhile.
+    async fn take_turn(&mut self, request: Request) {
+        let wanted = request.wanted();
+        match admit(self.sandbox.access.kind(), wanted) {
+            Admission::Already => return request.already(),
+            Admission::Denied(denied) => return request.deny(denied),
+            Admission::Perform => {}
+        }
+        if changes_layers(wanted) {
+            self.finish_saving().await;
+        }
+        let Self { sandbox, arrivals, queue, .. } = self;
+        let mut work = std::pin::pin!(perform(sandbox, request));
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut work => break outcome,
+                Some(request) = arrivals.recv(), if queue.has_room() => {
+                    let supersedes = arrive(sandbox, queue, request, Some(wanted));
+                    if supersedes && is_a_save(wanted) {
+                        sandbox.interrupt();
+                    }
+                }
             }
         };
-        tokio::select! {
-            request = self.requests.recv() => request.map(Event::Request),
-            () = ended => Some(Event::VmmEnded),
-            () = deadline => Some(Event::Deadline),
-            () = until(self.expires_at) => Some(Event::Expired),
-            () = self.access.changed.notified() => Some(Event::Changed),
+        match outcome {
+            Outcome::Done => {}
+            Outcome::Saving(task) => self.saving = Some(task),
+            Outcome::NotDestroyed => self.retry.note_failure(),
         }
     }
 
-    async fn apply(&self, event: Event) {
-        match event {
-            Event::VmmEnded => self.vmm_ended().await,
-            Event::Deadline => self.cool().await,
-            Event::Changed => {}
-            Event::Expired => self.expire().await,
-            Event::Request(request) => self.serve(request).await,
+    /// Waits until the files of a snapshot are written.
+    async fn finish_saving(&mut self) {
+        if let Some(task) = self.saving.take()
+            && let Err(panic) = task.await
+        {
+            error!(sandbox = %self.sandbox.id, error = %panic, "Writing a snapshot panicked");
         }
-    }
-
-    /// Whoever asked may be gone by the time of the answer.
-    async fn serve(&self, request: Request) {
-        match request {
-            Request::Wake(reply) => drop(reply.send(self.wake().await)),
-            Request::Pause(reply) => drop(reply.send(self.pause_as_asked().await)),
-            Request::Stop(reply) => drop(reply.send(self.stop().await)),
-            Request::Start { cold_boot, reply } => drop(reply.send(self.start(cold_boot).await)),
-            Request::KeepHot { keep_hot, reply } => {
-                drop(reply.send(self.set_keep_hot(keep_hot).await));
-            }
-            Request::Save { directory, memory, made_from, reply } => {
-                drop(reply.send(self.save(&directory, memory, made_from).await));
-            }
-            Request::MergeDisk(reply) => drop(reply.send(self.merge_disk().await)),
-            Request::GiveMemory(reply) => drop(reply.send(self.give_memory().await)),
-            Request::Sleep(reply) => drop(reply.send(self.sleep_for_shut_down().await)),
-            Request::Destroy(reply) => {
-                let destroyed = self.destroy().await;
-                if let Err(error) = &destroyed {
-                    error!(sandbox = %self.id, error = %Report(error), "Failed to destroy a sandbox");
-                }
-                drop(reply.send(destroyed));
-            }
-        }
-    }
-
-    /// Whether what the sandbox has in memory can outlive its VM.
-    pub(crate) fn saves_memory(&self) -> bool {
-        self.shared.engine.capabilities().saves_memory
-    }
-
-    /// Records something that happened to the sandbox.
-    pub(crate) fn record(&self, kind: &'static str, detail: serde_json::Value) {
-        self.shared.control.record(kind, self.owner, self.id, detail);
-    }
-
-    /// The sandbox's time is over.
-    async fn expire(&self) {
-        self.record("sandbox.expired", serde_json::json!({}));
-        if let Err(error) = self.destroy().await {
-            error!(sandbox = %self.id, error = %Report(&error), "Failed to destroy a sandbox whose time was over");
-        }
-    }
-
-    /// The sandbox is not what it was, and nobody asked for it.
-    pub(crate) fn fail(&self, reason: FailReason) {
-        let console =
-            self.access.running().map(|running| running.vm.console_tail()).unwrap_or_default();
-        warn!(sandbox = %self.id, %reason, console, "Sandbox failed");
-        let state = SandboxState::Failed(reason);
-        if let Err(error) = self.shared.store.set_sandbox_state(self.id, state) {
-            error!(sandbox = %self.id, error = %Report(&error), "Failed to write a sandbox's state");
-        }
-        self.access.set_state(state);
-        self.access.set_vm(None, Thermal::Cold);
-        self.record("sandbox.failed", serde_json::json!({ "reason": reason.to_string() }));
-    }
-
-    async fn destroy(&self) -> Result<(), DestroyError> {
-        // A store on a full disk cannot note what is about to happen. What the sandbox's files take is then the room that it lacks, so
-        // they go all the same; a daemon that dies in between finds a running sandbox without a VM, which is true.
-        let noted = self.shared.store.set_sandbox_state(self.id, SandboxState::Destroyed);
-        if let Err(error) = noted {
-            warn!(sandbox = %self.id, error = %Report(&error), "Failed to note that a sandbox is being destroyed");
-        }
-        self.reached(Step::DestroyNoted).await;
-        self.write_volumes().await;
-        self.access.set_state(SandboxState::Destroyed);
-        self.access.set_vm(None, Thermal::Cold);
-        self.shared.registry.remove(self.id);
-        let directory = self.directory();
-        self.shared.engine.remove(self.id, &directory).await.map_err(DestroyError::Remove)?;
-        self.reached(Step::Removed).await;
-        self.record("sandbox.destroyed", serde_json::json!({}));
-        self.shared.store.delete_sandbox(self.id).map_err(DestroyError::Store)?;
-        if self.address.is_some() {
-            self.shared.settle_networks().await;
-        }
-        info!(sandbox = %self.id, "Sandbox destroyed");
-        Ok(())
     }
 }
 
-/// Waits until a time in seconds since 1970; for ever without one.
+/// What comes of a request that was carried out.
+enum Outcome {
+    /// The request is answered.
+    Done,
+    /// The sandbox runs on; a task writes the rest of a snapshot and answers.
+    Saving(JoinHandle<()>),
+    /// A destruction failed, and is answered so. It is tried again.
+    NotDestroyed,
+}
+
+/// Decides about a request that has arrived while `current` is carried out. Returns whether it
+/// supersedes the others.
+fn arrive(
+    sandbox: &Sandbox,
+    queue: &mut Queue<Request>,
+    request: Request,
+    current: Option<Wanted>,
+) -> bool {
+    let wanted = request.wanted();
+    match decide(sandbox.access.kind(), current, queue.wanted(), wanted) {
+        Decision::Already => request.already(),
+        Decision::Denied(denied) => request.deny(denied),
+        Decision::Wait => queue.push(wanted, request),
+        Decision::Supersede => {
+            queue.drain().for_each(|superseded| superseded.deny(Denied::Destroyed));
+            queue.push(wanted, request);
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether a transition adds or removes layers of the disk, or removes them all. A snapshot that is
+/// still being written needs them.
+const fn changes_layers(wanted: Wanted) -> bool {
+    match wanted {
+        Wanted::Stop
+        | Wanted::ColdBoot
+        | Wanted::Save
+        | Wanted::Merge
+        | Wanted::GiveMemory
+        | Wanted::Sleep
+        | Wanted::Destroy => true,
+        Wanted::Wake | Wanted::Pause | Wanted::Start | Wanted::KeepHot => false,
+    }
+}
+
+/// Whether a transition saves a memory that a destruction makes useless.
+const fn is_a_save(wanted: Wanted) -> bool {
+    matches!(wanted, Wanted::Stop | Wanted::GiveMemory | Wanted::Sleep)
+}
+
+/// Carries out a request, and answers it. The caller may be gone.
+async fn perform(sandbox: &Sandbox, request: Request) -> Outcome {
+    match request {
+        Request::Wake(reply) => drop(reply.send(sandbox.wake().await)),
+        Request::Pause(reply) => drop(reply.send(sandbox.pause_on_request().await)),
+        Request::Stop(reply) => drop(reply.send(sandbox.stop().await)),
+        Request::Start { cold_boot: false, reply } => drop(reply.send(sandbox.start().await)),
+        Request::Start { cold_boot: true, reply } => drop(reply.send(sandbox.cold_boot().await)),
+        Request::KeepHot { keep_hot, reply } => {
+            drop(reply.send(sandbox.set_keep_hot(keep_hot).await));
+        }
+        Request::MergeDisk(reply) => drop(reply.send(sandbox.merge_disk().await)),
+        Request::GiveMemory(reply) => drop(reply.send(sandbox.give_memory().await)),
+        Request::Sleep(reply) => drop(reply.send(sandbox.sleep_for_shut_down().await)),
+        Request::Save { directory, memory, made_from, reply } => {
+            match sandbox.capture(directory, memory, made_from).await {
+                Ok(capture) => return Outcome::Saving(tokio::spawn(finish(capture, reply))),
+                Err(error) => drop(reply.send(Err(error))),
+            }
+        }
+        Request::Destroy(reply) => {
+            let destroyed = sandbox.destroy().await;
+            let is_destroyed = destroyed.is_ok();
+            if let Err(error) = &destroyed {
+                error!(
+                    sandbox = %sandbox.id,
+                    error = %Report(error),
+                    "Failed to destroy a sandbox; the daemon tries again"
+                );
+            }
+            drop(reply.send(destroyed));
+            if !is_destroyed {
+                return Outcome::NotDestroyed;
+            }
+        }
+    }
+    Outcome::Done
+}
+
+async fn finish(capture: Capture, reply: Reply<SavedSandbox>) {
+    drop(reply.send(capture.finish().await));
+}
+
+/// Waits until an instant; for ever without one.
+async fn at(instant: Option<tokio::time::Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until a time in seconds since 1970, or forever if there is none.
 async fn until(unix_seconds: Option<u64>) {
     let Some(at) = unix_seconds else { return std::future::pending().await };
     let at = UNIX_EPOCH + Duration::from_secs(at);
-    // The wall clock may be set in between: it is looked at again now and then.
     while let Ok(left) = at.duration_since(SystemTime::now()) {
         sleep(left.min(CLOCK_LOOK)).await;
     }
 }
 
-/// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row.
-/// If a step fails, the row stays, and the request can be repeated.
-pub(crate) async fn remove(shared: &Arc<Shared>, id: SandboxId) -> Result<(), DestroyError> {
-    let removed = shared.engine.remove(id, &shared.directory(id)).await;
-    removed.map_err(DestroyError::Remove)?;
-    match shared.store.delete_sandbox(id) {
-        // A concurrent request destroyed the sandbox.
-        Err(StoreError::NoSuchRow) => return Err(DestroyError::AlreadyGone),
-        deleted => deleted.map_err(DestroyError::Store)?,
-    }
-    shared.settle_networks().await;
-    info!(sandbox = %id, "Sandbox destroyed");
-    Ok(())
-}
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,4 @@
-//! The identity of a guest: what tells it apart from the guest that it was forked from.
+//! The identity of a guest, which distinguishes it from the guest that it was forked from.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,14 +10,13 @@ use bhatti_store::SandboxRow;
 
 use crate::{networks, volumes};
 
-/// The most that a guest's configuration takes, in bytes: one frame, less the rest of an identity.
+/// Maximum size of a guest's configuration, in bytes: one frame, less the rest of an identity.
 pub(crate) const GUEST_CONFIG_BYTES_MAX: usize = PAYLOAD_BYTES_MAX - 1024;
 
 /// The random bytes that a guest's random number generator gets from the host.
 const ENTROPY_BYTES: usize = 32;
 
-/// The most content of files that fits into the configuration, in bytes. In base64 it takes a third
-/// more.
+/// Maximum total size of files in the configuration, in bytes. Base64 makes them a third larger.
 const CONFIG_FILES_BYTES_MAX: usize = 256 << 10;
 
 /// Draws random bytes from this host.
@@ -40,7 +39,7 @@ pub fn random_token() -> Result<String, getrandom::Error> {
     Ok(format!("{:032x}", u128::from_ne_bytes(random()?)))
 }
 
-/// What a new guest gets that is not in its row.
+/// Settings of a new guest that are not in its row.
 #[derive(Default)]
 pub struct Extras {
     /// The values of the secrets, which become variables of the environment.
@@ -58,8 +57,8 @@ pub struct GuestFile {
 }
 
 impl Extras {
-    /// Whether the files are too large for the configuration. Then they follow it, each by itself,
-    /// and the init script follows them.
+    /// Returns whether the files are too large for the configuration. Then they follow it, each by
+    /// itself, and the init script follows them.
     pub(crate) fn files_follow(&self) -> bool {
         self.files.values().map(|file| file.content.len()).sum::<usize>() > CONFIG_FILES_BYTES_MAX
     }

@@ -1,10 +1,10 @@
-//! One host: what runs here.
+//! The node half of a daemon: the sandboxes of one host.
 //!
 //! A [`Node`] runs sandboxes by id, each from a full specification (its row in the store). It owns
-//! what is true of this host alone: the driver of each sandbox, admission of memory, base snapshots
-//! and spares, networks, files of volumes and snapshots, and the recovery after a restart. It asks
-//! nothing of users: rights, names and quotas are `bhatti-control`'s, which the node calls back
-//! through [`ControlPlane`].
+//! the state of this host alone: the driver of each sandbox, admission of memory, base snapshots
+//! and spares, networks, files of volumes and snapshots, and the recovery after a restart. It
+//! knows nothing of users: rights, names and quotas belong to `bhatti-control`, which the node
+//! calls back through [`ControlPlane`].
 //!
 //! Each sandbox has one driver task, which alone changes the sandbox's state. Everything else sends
 //! it requests. The driver writes the row in the store before the effect that the row announces, so
@@ -17,6 +17,8 @@ mod bring_up;
 mod create;
 mod disk_usage;
 mod driver;
+#[cfg(test)]
+mod fixture;
 mod identity;
 mod metrics;
 mod networks;
@@ -60,7 +62,8 @@ use metrics::Metrics;
 use pool::Spares;
 use registry::Registry;
 
-/// What a node asks of the control half of its daemon. Calls block on the store for a moment.
+/// The services of its daemon's control half that a node uses. Calls block on the store for a
+/// moment.
 pub trait ControlPlane: Send + Sync {
     /// Records an event of a sandbox.
     fn record(&self, kind: &'static str, owner: UserId, sandbox: SandboxId, detail: Value);
@@ -86,7 +89,7 @@ pub struct Config {
     pub bases_dir: PathBuf,
     /// The disk space that base snapshots may take, in bytes.
     pub bases_bytes: u64,
-    /// The host name of the guests that base snapshots are made of.
+    /// The host name of the guests from which base snapshots are made.
     pub base_hostname: SandboxName,
     /// The number of VMMs that are kept waiting for a state.
     pub ready_vmms: usize,
@@ -119,7 +122,7 @@ pub struct Node {
     shared: Arc<Shared>,
 }
 
-/// What the parts of a node share.
+/// The state that the parts of a node share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) store: Arc<Store>,
@@ -132,7 +135,7 @@ pub(crate) struct Shared {
     pub(crate) snapshots: SnapshotFiles,
     pub(crate) volumes: VolumeFiles,
     pub(crate) metrics: Metrics,
-    /// The number of an earlier daemon's sandboxes that are not taken up yet.
+    /// The number of an earlier daemon's sandboxes that are not adopted yet.
     pub(crate) taking_up: AtomicUsize,
 }
 
@@ -198,7 +201,7 @@ impl Node {
         }
     }
 
-    /// Returns what the engine can do.
+    /// Returns the engine's capabilities.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
         self.shared.engine.capabilities()

@@ -1,4 +1,4 @@
-//! How long things take that a promise is made about.
+//! Metrics: the durations for which the project makes promises, and gauges.
 
 use std::time::Duration;
 
@@ -15,20 +15,20 @@ use crate::Node;
 type Labels = [(&'static str, &'static str); 1];
 type Durations = Family<Labels, Histogram, fn() -> Histogram>;
 
-/// From half a millisecond to a minute.
+/// Creates a histogram with buckets from half a millisecond to a minute.
 fn durations() -> Histogram {
     Histogram::new(exponential_buckets(0.0005, 2.0, 18))
 }
 
-/// The supervisor's own metrics.
+/// The node's own metrics.
 pub(crate) struct Metrics {
-    /// From the request until the sandbox can be used, by what it was made from.
+    /// From the request until the sandbox can be used, by the sandbox's origin.
     create: Durations,
-    /// From asleep to hot, by where from.
+    /// From asleep to hot, by the previous activity.
     wake: Durations,
-    /// How long saving took.
+    /// The duration of saves.
     pub(crate) save: Histogram,
-    /// How long a parent stood still.
+    /// How long a parent was paused.
     pub(crate) fork_pause: Histogram,
     /// From the request until the command runs, waking included.
     pub(crate) exec_start: Histogram,
@@ -45,7 +45,7 @@ impl Metrics {
         }
     }
 
-    /// A sandbox was made from what the first word of `origin` says.
+    /// Records a creation. The first word of `origin` becomes the label.
     pub(crate) fn created(&self, origin: &str, took: Duration) {
         let words = ["boot", "template", "sandbox", "snapshot"];
         let origin = words.into_iter().find(|word| origin.starts_with(word)).unwrap_or("other");
@@ -58,31 +58,31 @@ impl Metrics {
 }
 
 impl Node {
-    /// Adds what the supervisor measures to a registry.
+    /// Adds the node's metrics to a registry.
     pub fn register_metrics(&self, registry: &mut Registry) {
         let Metrics { create, wake, save, fork_pause, exec_start } = &self.shared.metrics;
         registry.register(
             "bhatti_create_seconds",
-            "From the request to a sandbox that can be used",
+            "Time from a create request until the sandbox can be used",
             create.clone(),
         );
-        registry.register("bhatti_wake_seconds", "From asleep to hot", wake.clone());
-        registry.register("bhatti_save_seconds", "Saving a sandbox's memory", save.clone());
+        registry.register("bhatti_wake_seconds", "Time to wake a sandbox", wake.clone());
+        registry.register("bhatti_save_seconds", "Time to save a sandbox's memory", save.clone());
         registry.register(
             "bhatti_fork_pause_seconds",
-            "How long a parent's processes stand still for a fork or snapshot",
+            "How long a fork or snapshot pauses its parent's processes",
             fork_pause.clone(),
         );
         registry.register(
             "bhatti_exec_start_seconds",
-            "From the request to a command that runs",
+            "Time from an exec request until the command runs",
             exec_start.clone(),
         );
         registry.register_collector(Box::new(Gauges(self.clone())));
     }
 }
 
-/// What is counted when somebody asks.
+/// Gauges that are computed at every read.
 struct Gauges(Node);
 
 impl std::fmt::Debug for Gauges {
@@ -106,7 +106,7 @@ impl Collector for Gauges {
         }
         let mut sandboxes = encoder.encode_descriptor(
             "bhatti_sandboxes",
-            "Sandboxes by what they are doing",
+            "Number of sandboxes by activity",
             None,
             prometheus_client::metrics::MetricType::Gauge,
         )?;
@@ -119,8 +119,8 @@ impl Collector for Gauges {
         }
         let (free, budget) = shared.admission.free_and_budget_mib();
         for (name, help, mib) in [
-            ("bhatti_memory_free_mib", "Memory that further VMs may have", free),
-            ("bhatti_memory_budget_mib", "Memory of all VMs", budget),
+            ("bhatti_memory_free_mib", "Free memory for further VMs", free),
+            ("bhatti_memory_budget_mib", "Memory budget of all VMs", budget),
         ] {
             let metric = ConstGauge::new(mib as u64);
             let gauge = encoder.encode_descriptor(

@@ -1,7 +1,9 @@
-//! Which network a sandbox is in, and that its rules are in force before it runs.
+//! Networks of sandboxes: which network a sandbox is in, and that its rules are in force before it
+//! runs.
 //!
-//! What there is to be is in the store: an address belongs to a sandbox from its row's first moment to its last. The host is made so before a
-//! VM runs, in every way that leads there, and once more when the row is gone.
+//! The store holds the wanted state: an address belongs to a sandbox as long as its row exists.
+//! The host's network is brought to that state before a VM runs, whatever starts the VM, and once
+//! more after the row is deleted.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -16,15 +18,15 @@ use tracing::{error, warn};
 
 use crate::{Node, Shared};
 
-/// The card's name in the guest: it has one.
+/// Name of the guest's only network card.
 const INTERFACE: &str = "eth0";
 
-/// How often to look whether the rules are there.
+/// Interval of checks whether the firewall rules exist.
 const RULES_LOOK: Duration = Duration::from_secs(10);
 
 /// The settings of sandboxes' networks.
 pub struct NetworkConfig {
-    /// This host's network, or why it cannot be used.
+    /// This host's network, or the reason why it cannot be used.
     pub host: Result<Host, String>,
     /// The range from which each user gets a network.
     pub range: Ipv4Net,
@@ -36,12 +38,12 @@ pub struct NetworkConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// This daemon cannot set up networks.
-    #[error("sandboxes have no network here: {0}")]
+    #[error("this daemon cannot set up networks: {0}")]
     Unavailable(String),
     /// No network is free for the owner.
     #[error(transparent)]
     Assign(#[from] NetworkAssignError),
-    /// Another program uses what the network needs.
+    /// Another program uses an interface or a port that the network needs.
     #[error("the sandbox's network cannot be set up: {0}")]
     InTheWay(NetError),
     /// The host's network could not be changed.
@@ -81,7 +83,7 @@ impl Node {
         host.map(|_| self.shared.default_network()).map_err(String::as_str)
     }
 
-    /// Refuses if sandboxes cannot have a network here.
+    /// Returns an error if sandboxes cannot have a network on this host.
     ///
     /// # Errors
     ///
@@ -112,7 +114,7 @@ impl Node {
         self.shared.watch_networks().await;
     }
 
-    /// Tells the resolvers the sandboxes' current names.
+    /// Updates the resolvers with the sandboxes' current names.
     pub fn rename_in_networks(&self) {
         self.shared.rename_in_networks();
     }
@@ -132,7 +134,7 @@ impl Shared {
         }
     }
 
-    /// The network of a sandbox that has an address.
+    /// Returns the network of a sandbox, if the sandbox has an address.
     fn network_of(
         &self,
         owner: UserId,
@@ -144,12 +146,12 @@ impl Shared {
         }
     }
 
-    /// All that there is to be, as the store has it.
+    /// Returns the wanted state of all networks, from the store.
     fn plan(&self) -> Result<Plan, NetworkError> {
         Ok(plan(&self.store.list_ports()?, self.config.network.reach_host))
     }
 
-    /// Makes sure that the rules of a sandbox are in force.
+    /// Puts the rules of a sandbox's network in force.
     pub(crate) async fn enforce_network(
         &self,
         owner: UserId,
@@ -170,41 +172,43 @@ impl Shared {
         Ok(self.host()?.connect(&tap_name(id), network.number).await?)
     }
 
-    /// Takes away what the host has of sandboxes that are no more. What stays now goes with the next change.
+    /// Removes from the host what belonged to deleted sandboxes. If this fails, the next change
+    /// removes it.
     pub(crate) async fn settle_networks(&self) {
         let Ok(host) = self.host() else { return };
         let settled: Result<(), NetworkError> = host.apply(None, || self.plan()).await;
         if let Err(error) = settled {
-            error!(error = %Report(&error), "Failed to bring this host's network up to date");
+            error!(error = %Report(&error), "Failed to update this host's network");
         }
     }
 
-    /// Cuts a sandbox off whose rules are not in force.
+    /// Disconnects a sandbox whose rules are not in force.
     pub(crate) async fn disconnect_network(&self, id: SandboxId) {
         let cut = match self.host() {
             Ok(host) => host.disconnect(&tap_name(id)).await.map_err(NetworkError::from),
             Err(error) => Err(error),
         };
         if let Err(error) = cut {
-            error!(sandbox = %id, error = %Report(&error), "Failed to cut off a sandbox whose rules are not in force");
+            error!(sandbox = %id, error = %Report(&error), "Failed to disconnect a sandbox whose rules are not in force");
         }
     }
 
-    /// Looks now and then whether the rules are still there: others may flush what they did not make.
+    /// Restores the rules whenever they are lost: other programs may flush rules that they did not
+    /// make.
     pub(crate) async fn watch_networks(&self) {
         let Ok(host) = self.host() else { return };
         match bhatti_net::obstacles().await {
             Ok(obstacles) => obstacles.iter().for_each(|obstacle| {
-                warn!(%obstacle, "Sandboxes do not get past a firewall; `bhatti doctor` says how they do");
+                warn!(%obstacle, "Another firewall blocks sandboxes; run `bhatti doctor` for the fix");
             }),
-            Err(error) => warn!(error = %Report(&error), "Other firewalls cannot be looked at"),
+            Err(error) => warn!(error = %Report(&error), "Failed to inspect other firewalls"),
         }
         loop {
             tokio::select! {
                 () = sleep(RULES_LOOK) => {}
                 changed = host.rules_changed() => {
                     if let Err(error) = changed {
-                        warn!(error = %Report(&error), "The kernel does not tell of changed rules");
+                        warn!(error = %Report(&error), "Failed to wait for changes of the firewall rules");
                         sleep(RULES_LOOK).await;
                     }
                 }
@@ -216,31 +220,29 @@ impl Shared {
             match host.check_rules().await {
                 Ok(Rules::Intact) => {}
                 Ok(Rules::Changed) => {
-                    warn!(
-                        "The rules of the sandboxes' networks were changed; they are declared again"
-                    );
+                    warn!("The rules of the sandboxes' networks were changed; they are restored");
                     self.settle_networks().await;
                 }
                 Err(error) => {
-                    warn!(error = %Report(&error), "The rules of the sandboxes' networks cannot be looked at");
+                    warn!(error = %Report(&error), "Failed to check the rules of the sandboxes' networks");
                 }
             }
         }
     }
 
-    /// Takes over what sandboxes are called now.
+    /// Updates the resolvers with the sandboxes' current names.
     pub(crate) fn rename_in_networks(&self) {
         let Ok(host) = self.host() else { return };
         match self.plan() {
             Ok(plan) => host.rename(&plan),
             Err(error) => {
-                error!(error = %Report(&error), "Failed to tell the resolvers of a new name");
+                error!(error = %Report(&error), "Failed to update the resolvers with a new name");
             }
         }
     }
 }
 
-/// The interface of this host at which a sandbox's card ends, if it is to have one.
+/// Returns the tap of this host at which a sandbox's network card ends, if it has one.
 pub(crate) fn tap(id: SandboxId, has_network: bool) -> Option<String> {
     has_network.then(|| tap_name(id))
 }
@@ -251,7 +253,7 @@ pub(crate) fn warm_up() -> (GuestNetwork, Vec<String>) {
     (of_address(Ipv4Addr::new(192, 0, 2, 2)), vec![Ipv4Addr::UNSPECIFIED.to_string()])
 }
 
-/// What a sandbox's guest is told of its network, and whom it is to ask for names.
+/// Returns the network configuration and the name servers of a sandbox's guest.
 pub(crate) fn of_guest(row: &SandboxRow) -> (Option<GuestNetwork>, Vec<String>) {
     let Some(address) = row.address else { return (None, Vec::new()) };
     let network = of_address(address);
@@ -269,7 +271,7 @@ fn of_address(address: Ipv4Addr) -> GuestNetwork {
     }
 }
 
-/// The epoch of a sandbox: half of its id, which is drawn at random.
+/// Returns the epoch of a sandbox: half of its id, which is random.
 fn epoch(sandbox: SandboxId) -> u32 {
     let id = sandbox.to_string();
     id.get(8..).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or_default().max(1)

@@ -1,8 +1,9 @@
-//! VMs ahead of demand: VMMs that wait for a base snapshot's state, or have it and are paused. Most of the time that a creation takes is then
-//! over before it begins.
+//! Spares: VMs that are started ahead of demand. A spare is a VMM that waits for a base snapshot's
+//! state, or a paused VM that has loaded it. Most of the time of a creation is then spent before
+//! the request.
 //!
-//! A spare lies where the sandbox that it becomes will lie, with a marker in its directory until then. A later daemon removes those that it
-//! finds: nobody is waiting for them.
+//! A spare's directory is the directory of the sandbox that it becomes, with a marker in it until
+//! then. A later daemon removes the spares that it finds, because no request waits for them.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -26,19 +27,19 @@ use crate::bases::{Base, run_if_there};
 use crate::identity::{self, random};
 use crate::networks;
 
-/// What marks a directory as a spare's.
+/// Name of the file that marks a directory as a spare's.
 const MARKER: &str = "spare";
 
-/// How long after a creation the next VM is made ready.
+/// Pause after a creation before the next spare is made.
 const FILL_PAUSE: Duration = Duration::from_millis(200);
 
-/// How long the end of the daemon waits for a spare that is being made.
+/// How long a stopping daemon waits for a spare that is being made.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a VM ahead of demand may take to practise.
+/// Time limit of a spare's warm-up run.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a VMM may take to start, or to load a state.
+/// Time limit for a VMM to start, or to load a state.
 pub(crate) const RESTORE_LIMIT: Duration = Duration::from_secs(60);
 
 /// A VM that waits to become a sandbox.
@@ -49,25 +50,25 @@ pub(crate) struct Spare {
     admitted: Admitted,
 }
 
-/// How far it is.
+/// The stage of a spare.
 pub(crate) enum Stage {
     /// The VMM waits for the state.
     Waiting(Box<dyn Staged>),
-    /// It has it, and is paused.
+    /// The VM has loaded the state and is paused.
     Loaded(Arc<dyn Vm>),
 }
 
-/// The spares of a daemon: of one base snapshot, the one that was asked for last.
+/// The spares of a daemon, all from the base snapshot that was requested last.
 #[derive(Default)]
 pub(crate) struct Spares {
     spares: Mutex<VecDeque<Spare>>,
     filling: tokio::sync::Mutex<()>,
     closed: AtomicBool,
-    /// Requests that wait for memory: spares have none before them.
+    /// Number of requests that wait for memory. They take precedence over spares.
     held_back: Arc<AtomicUsize>,
 }
 
-/// As long as it lives, no spare is made.
+/// Blocks the making of spares until it is dropped.
 pub(crate) struct HeldBack(Arc<AtomicUsize>);
 
 impl Drop for HeldBack {
@@ -77,7 +78,8 @@ impl Drop for HeldBack {
 }
 
 impl Spare {
-    /// Takes the mark away: from now on it is a sandbox's. Returns how far it is, and its memory.
+    /// Removes the marker: the VM belongs to a sandbox from now on. Returns the stage and the
+    /// memory.
     pub(crate) fn claim(self, shared: &Shared) -> io::Result<(Stage, Admitted)> {
         fs::remove_file(shared.directory(self.id).join(MARKER))?;
         Ok((self.stage, self.admitted))
@@ -85,7 +87,7 @@ impl Spare {
 }
 
 impl Stage {
-    /// Goes all the way.
+    /// Loads the state, unless it is loaded already.
     pub(crate) async fn load(self) -> Result<Arc<dyn Vm>, RestoreError> {
         match self {
             Self::Waiting(staged) => staged.load().await,
@@ -94,7 +96,7 @@ impl Stage {
     }
 }
 
-/// Starts a VMM over `snapshot`, for the sandbox `id`.
+/// Starts a VMM that waits to load `snapshot`, for the sandbox `id`.
 pub(crate) async fn stage(
     shared: &Shared,
     id: SandboxId,
@@ -115,7 +117,7 @@ pub(crate) async fn stage(
 }
 
 impl Spares {
-    /// Takes a spare of this base snapshot.
+    /// Takes a spare made from this base snapshot.
     pub(crate) fn take(&self, base: &Base) -> Option<Spare> {
         let mut spares = self.spares.lock();
         let place = spares.iter().position(|spare| spare.base == *base)?;
@@ -127,11 +129,11 @@ impl Spares {
         self.spares.lock().push_front(spare);
     }
 
-    /// Makes spares of this base snapshot until there are enough, and removes others.
+    /// Makes spares from this base snapshot until there are enough, and removes all others.
     pub(crate) async fn fill(&self, shared: &Shared, base: &Base, memory: MemoryMib) {
-        // Whoever fills now fills for all that asked meanwhile.
+        // The task that holds the lock also fills for requests that arrive meanwhile.
         let Ok(_filling) = self.filling.try_lock() else { return };
-        // Not while whoever has just taken one goes to work.
+        // Leaves the processors to the creation that has just taken a spare.
         sleep(FILL_PAUSE).await;
         let others: Vec<Spare> = {
             let mut spares = self.spares.lock();
@@ -161,14 +163,14 @@ impl Spares {
                     }
                 }
                 Err(error) => {
-                    warn!(error = %Report(&error), "Failed to start a VM ahead of demand");
+                    warn!(error = %Report(&error), "Failed to make a spare VM");
                     return;
                 }
             }
         }
     }
 
-    /// Makes no spare for as long as the answer lives.
+    /// Blocks the making of spares until the returned value is dropped.
     pub(crate) fn hold_back(&self) -> HeldBack {
         self.held_back.fetch_add(1, Ordering::SeqCst);
         HeldBack(Arc::clone(&self.held_back))
@@ -177,7 +179,8 @@ impl Spares {
     /// Removes all spares, and makes no more.
     pub(crate) async fn close(&self, shared: &Shared) {
         self.closed.store(true, Ordering::Relaxed);
-        // One that is being made takes as long as a restore and a warm-up run; the next daemon removes it.
+        // A spare in the making takes as long as a restore and a warm-up run. If it takes longer
+        // than the limit, the next daemon removes it.
         let _filling = timeout(CLOSE_LIMIT, self.filling.lock()).await;
         self.clear(shared).await;
     }
@@ -223,11 +226,12 @@ async fn make(
     }
 }
 
-/// Has a VM do once what every new sandbox does, and pauses it again. Under software emulation, where a guest's code is translated when it
-/// runs for the first time, that is most of what a creation and the first command take.
+/// Runs once in a VM what every new sandbox runs, and pauses the VM again. Under software
+/// emulation, a guest's code is translated when it first runs, which is most of the time of a
+/// creation and the first command.
 async fn warm_up(vm: &dyn Vm, has_network: bool) -> Result<(), RestoreError> {
     let failed = |step| move |source| RestoreError::Vmm { step, source };
-    vm.resume().await.map_err(failed("run a VM ahead of demand"))?;
+    vm.resume().await.map_err(failed("resume a spare VM"))?;
     let agent = AgentClient::new(vm.channel());
     let run = async {
         let identity = identity::warm_up(has_network).map_err(|_| CallError::Entropy)?;
@@ -241,20 +245,20 @@ async fn warm_up(vm: &dyn Vm, has_network: bool) -> Result<(), RestoreError> {
     let warmed_up = timeout(WARM_UP_LIMIT, run).await;
     let warmed_up = warmed_up.unwrap_or(Err(CallError::Silent { limit: WARM_UP_LIMIT }));
     warmed_up.map_err(io::Error::other).map_err(|source| RestoreError::File {
-        step: "have a VM ahead of demand do what sandboxes do",
+        step: "do the warm-up run of a spare VM",
         source,
     })?;
-    vm.pause().await.map_err(failed("pause a VM ahead of demand"))
+    vm.pause().await.map_err(failed("pause a spare VM"))
 }
 
-/// Whether a directory is that of a spare.
+/// Returns whether a directory is that of a spare.
 pub(crate) fn is_spare(directory: &Path) -> bool {
     directory.join(MARKER).exists()
 }
 
-/// Ends a spare.
+/// Removes the VM and the files of a spare, or of a sandbox that could not be restored.
 pub(crate) async fn remove(shared: &Shared, id: SandboxId) {
     if let Err(left) = shared.engine.remove(id, &shared.directory(id)).await {
-        error!(sandbox = %id, error = %Report(&left), "Failed to remove a VM that nobody needed");
+        error!(sandbox = %id, error = %Report(&left), "Failed to remove an unused VM");
     }
 }

@@ -1,26 +1,28 @@
-//! The start of a daemon: rows and reality are brought together.
+//! Recovery at the start of a daemon: brings the store's rows in line with the VMMs and files of
+//! this host.
 //!
 //! ```text
 //!  recover ──► files and rows are settled, every sandbox has a driver ──► the daemon listens
-//!                    └─► for each sandbox, in its driver's own task: find its VMM, tell its guest ──► the driver serves requests
+//!                 └─► for each sandbox, in its driver's own task: find its VMM, notify its guest
+//!                       └─► the driver serves requests
 //! ```
 //!
-//! A request that comes before its sandbox was taken up waits in the driver's queue. A guest or VMM that does not answer keeps no other
-//! sandbox waiting, nor the daemon.
+//! A request that arrives before its sandbox is adopted waits in the driver's queue. A guest or
+//! VMM that does not answer delays no other sandbox, and not the daemon.
 //!
-//! | row | VMM | what is done |
+//! | row | VMM | action |
 //! |---|---|---|
-//! | creating | any | removed: whoever asked for it got no answer |
-//! | destroyed | any | removed: that had begun |
+//! | creating | any | removed: its caller got no answer |
+//! | destroyed | any | removed: the removal had begun |
 //! | running | any, and its boot was interrupted ([`BootMark`]) | booted again from its disk |
 //! | stopped or failed | any, and its boot was interrupted | ended; the state stays |
-//! | running | there | taken up, with its memory and processes; paused ones stay so |
-//! | running | gone, a snapshot is there whose VM never ran on | asleep: the next request wakes it |
+//! | running | exists | adopted, with its memory and processes; a paused VM stays paused |
+//! | running | gone, with a snapshot from which no VM has run | asleep: the next request wakes it |
 //! | running | gone | failed, with that reason |
-//! | stopped | there | stopped now: that had begun |
+//! | stopped | exists | stopped now: the stop had begun |
 //! | stopped | gone | stays stopped |
 //! | failed | any | stays failed |
-//! | none, but marked as a spare | any | removed: nobody asked for it |
+//! | none, but marked as a spare | any | removed: no request waits for it |
 //! | none | any | left alone and reported: the store may be an older copy |
 
 use std::collections::HashSet;
@@ -31,7 +33,7 @@ use std::sync::atomic::Ordering;
 
 use bhatti_engine::AdoptError;
 use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::{FailReason, Report, SandboxId, SandboxState, Thermal};
+use bhatti_types::{FailReason, Report, SandboxId, SandboxState};
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
@@ -39,10 +41,11 @@ use crate::admission::Admitted;
 use crate::driver::access::Running;
 use crate::driver::boot_mark::BootMark;
 use crate::driver::saved::Saved;
-use crate::driver::{self, Driver};
+use crate::driver::state::State;
+use crate::driver::{self, Driver, Sandbox};
 use crate::{Node, Shared, pool};
 
-/// The sandboxes of an earlier daemon could not be looked at.
+/// The sandboxes of an earlier daemon could not be recovered.
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
     /// The store failed.
@@ -53,22 +56,22 @@ pub enum RecoverError {
     List(#[source] io::Error),
 }
 
-/// The sandboxes of an earlier daemon, on their way.
+/// The recovery of an earlier daemon's sandboxes, in progress.
 pub struct Recovery(JoinSet<()>);
 
 impl Recovery {
-    /// Waits until all have been taken up, or given up.
+    /// Waits until every sandbox is adopted, removed or failed.
     pub async fn finished(self) {
         self.0.join_all().await;
     }
 
-    /// Has it go on without being waited for.
+    /// Lets the recovery continue in the background.
     pub fn detach(mut self) {
         self.0.detach_all();
     }
 }
 
-/// A sandbox that is being taken up or removed, until this is dropped.
+/// Counts a sandbox that is being adopted or removed, until this is dropped.
 struct TakingUp(Arc<Shared>);
 
 impl TakingUp {
@@ -85,11 +88,13 @@ impl Drop for TakingUp {
 }
 
 impl Node {
-    /// Settles what an earlier daemon has left, and begins to take up its sandboxes. May be interrupted at any point and run again.
+    /// Settles the files and rows that an earlier daemon left, and begins to adopt its sandboxes.
+    /// May be interrupted at any point and run again.
     ///
     /// # Errors
     ///
-    /// Returns an error if the store or a directory cannot be read. A sandbox that makes trouble of its own is reported and left.
+    /// Returns an error if the store or a directory cannot be read. A sandbox with a problem of
+    /// its own is logged and left alone.
     pub async fn recover(&self) -> Result<Recovery, RecoverError> {
         let rows = self.shared.store.list_all_sandboxes()?;
         let mut tasks = JoinSet::new();
@@ -103,30 +108,24 @@ impl Node {
         for row in rows {
             match row.state {
                 SandboxState::Creating | SandboxState::Destroyed => {
-                    if row.state == SandboxState::Creating {
-                        // Nobody was told of it. It is not listed from now on, and its name is free.
-                        let noted =
-                            self.shared.store.set_sandbox_state(row.id, SandboxState::Destroyed);
-                        if let Err(error) = noted {
-                            warn!(sandbox = %row.id, error = %Report(&error), "Failed to note that a sandbox is removed");
-                        }
-                    }
-                    let (node, counted) = (self.clone(), TakingUp::begin(&self.shared));
-                    tasks.spawn(async move {
-                        node.finish_removal(&row).await;
-                        drop(counted);
-                    });
+                    self.finish_removal(&row, &mut tasks);
                 }
                 SandboxState::Running | SandboxState::Stopped => {
-                    let driver = Driver::register(&self.shared, &row, row.state);
-                    // Before anything new is admitted. One that turns out to have no VM gives it back.
+                    // The VM is looked for in a task. Until then the sandbox is as if it had none.
+                    let state = if row.state == SandboxState::Running {
+                        State::Cold
+                    } else {
+                        State::Stopped
+                    };
+                    let driver = Driver::register(&self.shared, &row, state);
+                    // Before anything new is admitted. A sandbox without a VM gives it back.
                     let memory = self.shared.admission.count(row.spec.memory);
                     found.push((row, driver, memory, TakingUp::begin(&self.shared)));
                 }
-                SandboxState::Failed(_) => {
-                    let driver = Driver::register(&self.shared, &row, row.state);
+                SandboxState::Failed(reason) => {
+                    let driver = Driver::register(&self.shared, &row, State::Failed(reason, None));
                     tokio::spawn(async move {
-                        end_failed(&driver).await;
+                        end_failed(&driver.sandbox).await;
                         driver.run().await;
                     });
                 }
@@ -141,7 +140,7 @@ impl Node {
         });
         let node = self.clone();
         tasks.spawn(async move {
-            // Before any sandbox goes on: the rules may have been lost.
+            // Before any sandbox continues, because the rules may have been lost.
             node.shared.settle_networks().await;
             let mut taking_up = JoinSet::new();
             for (row, driver, memory, counted) in found {
@@ -155,32 +154,45 @@ impl Node {
         Ok(Recovery(tasks))
     }
 
-    /// How many sandboxes of an earlier daemon have not been taken up or removed yet.
+    /// Returns the number of an earlier daemon's sandboxes that are not adopted or removed yet.
     #[must_use]
     pub fn taking_up(&self) -> usize {
         self.shared.taking_up.load(Ordering::SeqCst)
     }
 
-    async fn finish_removal(&self, row: &SandboxRow) {
-        let removed = self.shared.engine.remove(row.id, &self.shared.directory(row.id)).await;
-        if let Err(left) = removed {
-            error!(sandbox = %row.id, error = %Report(&left), "Failed to remove what is left of a sandbox");
-            return;
+    /// Removes a sandbox whose creation or destruction an earlier daemon did not finish. If that
+    /// fails, the sandbox's driver tries again.
+    fn finish_removal(&self, row: &SandboxRow, tasks: &mut JoinSet<()>) {
+        if row.state == SandboxState::Creating {
+            // Its caller got no answer. From now on it is not listed, and its name is free.
+            let noted = self.shared.store.set_sandbox_state(row.id, SandboxState::Destroyed);
+            if let Err(error) = noted {
+                warn!(sandbox = %row.id, error = %Report(&error), "Failed to record that a sandbox is being removed");
+            }
         }
-        match self.shared.store.delete_sandbox(row.id) {
-            Ok(()) => {
-                if row.address.is_some() {
-                    self.shared.settle_networks().await;
+        let driver = Driver::register(&self.shared, row, State::Destroying(None));
+        let counted = TakingUp::begin(&self.shared);
+        tasks.spawn(async move {
+            let removed = driver.sandbox.destroy().await;
+            drop(counted);
+            match removed {
+                Ok(()) => {}
+                Err(error) => {
+                    error!(
+                        sandbox = %driver.sandbox.id,
+                        error = %Report(&error),
+                        "Failed to remove a sandbox; the daemon tries again"
+                    );
+                    // The VM may be alive.
+                    let memory = driver.sandbox.shared.admission.count(driver.sandbox.memory);
+                    driver.sandbox.access.set(State::Destroying(Some(Arc::new(memory))));
+                    tokio::spawn(driver.run());
                 }
-                info!(sandbox = %row.id, state = row.state.as_str(), "Removed what was left of a sandbox");
             }
-            Err(error) => {
-                error!(sandbox = %row.id, error = %Report(&error), "Failed to forget a sandbox");
-            }
-        }
+        });
     }
 
-    /// Removes what is left of sandboxes that were being destroyed, and whose rows are damaged.
+    /// Finishes the removal of sandboxes that were being destroyed and whose rows are damaged.
     fn finish_damaged_removals(
         &self,
         ids: &[(SandboxId, bool)],
@@ -193,7 +205,7 @@ impl Node {
             let counted = TakingUp::begin(&self.shared);
             tasks.spawn(async move {
                 if let Err(error) = driver::remove(&counted.0, id).await {
-                    error!(sandbox = %id, error = %Report(&error), "Failed to remove what is left of a sandbox");
+                    error!(sandbox = %id, error = %Report(&error), "Failed to remove the remains of a sandbox");
                 }
             });
         }
@@ -224,75 +236,85 @@ impl Node {
     }
 }
 
-/// Brings a sandbox and its VMM together, and has its driver serve requests from then on.
+/// Connects a sandbox's driver with its VMM. The driver serves requests from then on.
 async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
-    let boot_mark = BootMark::find(&driver.directory());
-    let boot_with = match boot_mark {
-        Some(mark) => end_boot_mark(&row, &driver, mark, memory).await,
+    let sandbox = &driver.sandbox;
+    let boot_with = match BootMark::find(&sandbox.directory()) {
+        Some(mark) => end_interrupted_boot(&row, sandbox, mark, memory).await,
         None => {
-            adopt(&row, &driver, memory).await;
+            adopt(&row, sandbox, memory).await;
             None
         }
     };
     let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
-    let stopping = row.state == SandboxState::Stopped && driver.access.running().is_some();
+    let stopping = row.state == SandboxState::Stopped && sandbox.access.running().is_some();
     tokio::spawn(async move {
+        let sandbox = &driver.sandbox;
         if let Some(memory) = boot_with
-            && let Err(error) = driver.boot_again(Some(memory)).await
+            && let Err(error) = sandbox.boot_again(Some(memory)).await
         {
-            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to boot a sandbox again");
-            driver.fail(FailReason::VmmUnusable);
+            warn!(sandbox = %sandbox.id, error = %Report(&error), "Failed to boot a sandbox again");
+            sandbox.fail(FailReason::VmmUnusable).await;
         }
-        if stopping && let Err(error) = driver.stop().await {
-            error!(sandbox = %driver.id, error = %Report(&error), "Failed to finish a stop");
+        if stopping && let Err(error) = sandbox.stop().await {
+            error!(sandbox = %sandbox.id, error = %Report(&error), "Failed to finish a stop");
         }
-        if keep_hot && let Err(error) = driver.wake().await {
-            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to wake a sandbox that is to be hot");
+        if keep_hot
+            && sandbox.access.state() == SandboxState::Running
+            && let Err(error) = sandbox.wake().await
+        {
+            warn!(
+                sandbox = %sandbox.id,
+                error = %Report(&error),
+                "Failed to wake a sandbox that is to stay hot"
+            );
         }
         driver.run().await;
     });
 }
 
 /// Adopts the sandbox's VMM, or finds the snapshot to restore.
-async fn adopt(row: &SandboxRow, driver: &Driver, memory: Admitted) {
-    let place = driver.directory();
-    match driver.shared.engine.adopt(row.id, &place).await {
-        Ok(vm) => {
-            let running = Running::new(vm, &row.agent_token, memory);
-            driver.access.set_state(SandboxState::Running);
-            take_up_running(driver, running).await;
+async fn adopt(row: &SandboxRow, sandbox: &Sandbox, memory: Admitted) {
+    let directory = sandbox.directory();
+    match sandbox.shared.engine.adopt(row.id, &directory).await {
+        Ok(vm) => take_up_running(sandbox, Running::new(vm, &row.agent_token, memory)).await,
+        Err(AdoptError::Gone) if is_saved(&directory) => {
+            info!(sandbox = %row.id, state = row.state.as_str(), "Found a saved sandbox");
         }
-        Err(AdoptError::Gone) if is_saved(&place) => {
-            drop(memory);
-            info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox asleep");
-        }
-        // It can still be booted, and says so when it is started.
-        Err(AdoptError::Gone) if row.state == SandboxState::Stopped => drop(memory),
+        // It can still be booted. Starting it without `cold_boot` fails with the reason.
+        Err(AdoptError::Gone) if row.state == SandboxState::Stopped => {}
         Err(error) => {
-            drop(memory);
             let reason = match &error {
                 AdoptError::Gone => FailReason::VmmMissing,
                 AdoptError::Broken { .. } => FailReason::VmmUnusable,
             };
-            warn!(sandbox = %row.id, error = %Report(&error), "Could not take up a sandbox");
-            driver.fail(reason);
+            warn!(sandbox = %row.id, error = %Report(&error), "Failed to take up a sandbox");
+            // The VMM may be alive until it is ended, so its memory is reserved until then.
+            sandbox.access.set(State::Failed(reason, Some(Arc::new(memory))));
+            sandbox.fail(reason).await;
         }
     }
 }
 
-/// Ends the VM of a sandbox whose boot an earlier daemon did not finish. Returns the memory to
-/// boot it with, if it is to run.
-async fn end_boot_mark(
+/// Ends the VM of a sandbox whose boot an earlier daemon did not finish. Returns the memory for
+/// another boot, if the sandbox's state is running.
+async fn end_interrupted_boot(
     row: &SandboxRow,
-    driver: &Driver,
+    sandbox: &Sandbox,
     mark: BootMark,
     memory: Admitted,
 ) -> Option<Admitted> {
-    let place = driver.directory();
-    info!(sandbox = %row.id, state = row.state.as_str(), "Found a sandbox with an interrupted boot");
-    if let Err(error) = driver.shared.engine.kill(row.id, &place).await {
+    let directory = sandbox.directory();
+    info!(
+        sandbox = %row.id,
+        state = row.state.as_str(),
+        "Found a sandbox with an interrupted boot"
+    );
+    if let Err(error) = sandbox.shared.engine.kill(row.id, &directory).await {
         warn!(sandbox = %row.id, error = %Report(&error), "Failed to end a sandbox's VM");
-        driver.fail(FailReason::VmmUnusable);
+        let reason = FailReason::VmmUnusable;
+        sandbox.access.set(State::Failed(reason, Some(Arc::new(memory))));
+        sandbox.fail(reason).await;
         return None;
     }
     if row.state == SandboxState::Running {
@@ -300,44 +322,56 @@ async fn end_boot_mark(
         return Some(memory);
     }
     mark.clear();
-    is_saved(&place);
+    is_saved(&directory);
     None
 }
 
-/// Ends the VM of a failed sandbox whose boot an earlier daemon did not finish.
-async fn end_failed(driver: &Driver) {
-    let place = driver.directory();
-    let Some(mark) = BootMark::find(&place) else { return };
-    match driver.shared.engine.kill(driver.id, &place).await {
-        Ok(()) => mark.clear(),
+/// Ends the VM that a failed sandbox may have: of a boot that an earlier daemon did not finish, or
+/// of a row that could not be written.
+async fn end_failed(sandbox: &Sandbox) {
+    let directory = sandbox.directory();
+    match sandbox.shared.engine.kill(sandbox.id, &directory).await {
+        Ok(()) => {
+            if let Some(mark) = BootMark::find(&directory) {
+                mark.clear();
+            }
+        }
         Err(error) => {
-            warn!(sandbox = %driver.id, error = %Report(&error), "Failed to end a sandbox's VM");
+            warn!(sandbox = %sandbox.id, error = %Report(&error), "Failed to end a sandbox's VM");
         }
     }
 }
 
-/// Takes up a VM that runs or is paused. The daemon may have died while the guest stood still, and nobody else would tell it to go on.
-async fn take_up_running(driver: &Driver, running: Running) {
+/// Takes up a VM that runs or is paused. An earlier daemon may have died while the guest was
+/// suspended, so the guest is told to go on.
+async fn take_up_running(sandbox: &Sandbox, running: Running) {
     let runs = running.vm.is_running().await;
-    let thermal = if matches!(runs, Ok(false)) { Thermal::Warm } else { Thermal::Hot };
-    info!(sandbox = %driver.id, thermal = thermal.as_str(), "Took up a sandbox");
+    let is_paused = matches!(runs, Ok(false));
+    let activity = if is_paused { "warm" } else { "hot" };
+    info!(sandbox = %sandbox.id, activity, "Adopted a sandbox");
     let connected = async {
-        driver.shared.enforce_network(driver.owner, driver.address).await?;
-        driver.connect_network().await
+        sandbox.shared.enforce_network(sandbox.owner, sandbox.address).await?;
+        sandbox.connect_network().await
     };
     if let Err(error) = connected.await {
-        error!(sandbox = %driver.id, error = %Report(&error), "Failed to connect a sandbox that was taken up");
-        driver.shared.disconnect_network(driver.id).await;
+        error!(
+            sandbox = %sandbox.id,
+            error = %Report(&error),
+            "Failed to connect the network of a sandbox that was taken up"
+        );
+        sandbox.shared.disconnect_network(sandbox.id).await;
     }
-    driver.access.set_vm(Some(running.clone()), thermal);
-    if thermal == Thermal::Hot {
-        driver.tell_woken(&running).await;
-        driver.listen(&running);
-        driver.forget_consumed().await;
+    if is_paused {
+        sandbox.access.set(State::Warm(running));
+        return;
     }
+    sandbox.access.set(State::Hot(running.clone()));
+    sandbox.tell_woken(&running).await;
+    sandbox.listen(&running);
+    sandbox.forget_consumed().await;
 }
 
-/// Whether a sandbox without a VM has a snapshot to go on from.
+/// Returns whether a sandbox without a VM has a snapshot to restore.
 fn is_saved(directory: &Path) -> bool {
     let saved = Saved::new(directory.to_owned());
     saved.settle().unwrap_or_else(|error| {

@@ -1,4 +1,4 @@
-//! The drivers that run, by sandbox.
+//! The running drivers, by sandbox.
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,7 +16,7 @@ impl Registry {
         self.0.lock().get(&id).cloned()
     }
 
-    /// What `look` sees in one. It must not wait for anything.
+    /// Calls `look` with the handle of a sandbox, if there is one. `look` must not block.
     pub(crate) fn with<T>(&self, id: SandboxId, look: impl FnOnce(&Handle) -> T) -> Option<T> {
         self.0.lock().get(&id).map(look)
     }
@@ -25,7 +25,7 @@ impl Registry {
         self.0.lock().values().cloned().collect()
     }
 
-    /// The warm sandbox that was used least recently, but for those in `but`.
+    /// Returns the least recently used warm sandbox that is not in `but`.
     pub(crate) fn longest_idle(&self, but: &HashSet<SandboxId>) -> Option<(SandboxId, Handle)> {
         let handles = self.0.lock();
         let others = handles.iter().filter(|(id, _)| !but.contains(id));

@@ -155,8 +155,8 @@ impl Node {
         self.shared.registry.with(id, |handle| handle.access.thermal())?
     }
 
-    /// Returns what those of the sandboxes that have a VM use of this host. Does not wake
-    /// sandboxes, and does not count as use.
+    /// Returns the host resources used by those sandboxes that have a VM. Does not wake sandboxes,
+    /// and does not count as use.
     pub async fn usage(&self, ids: Vec<SandboxId>) -> Vec<(SandboxId, Usage)> {
         let running = |id| Some((id, self.shared.registry.get(id)?.access.running()?.vm));
         let vms: Vec<_> = ids.into_iter().filter_map(running).collect();

@@ -30,7 +30,7 @@ const SAVING: &str = ".save-";
 /// The suffix of the directory of a snapshot that is being deleted.
 const DELETING: &str = ".tmp";
 
-/// What a sandbox was saved as, while it ran on.
+/// The result of saving a sandbox that runs on.
 #[derive(Clone, Copy, Debug)]
 pub struct SavedSandbox {
     /// The kind and size of the memory.
@@ -131,7 +131,8 @@ impl SnapshotFiles {
         remove(&self.taken(id)).await;
     }
 
-    /// Settles what an earlier daemon left. `named` are the snapshots that are in the store.
+    /// Settles the files that an earlier daemon left. `named` are the snapshots that are in the
+    /// store.
     pub(crate) async fn settle(&self, named: &HashSet<SandboxId>) -> io::Result<()> {
         for entry in std::fs::read_dir(&self.directory)? {
             let entry = entry?;
@@ -213,7 +214,7 @@ impl Node {
         Ok(saved)
     }
 
-    /// Prepares a sandbox that is created from a snapshot. `token` is what its agent asks for.
+    /// Prepares a sandbox that is created from a snapshot, whose agent requires `token`.
     ///
     /// # Errors
     ///

@@ -17,11 +17,12 @@ impl<K> Default for Turns<K> {
 }
 
 impl<K: Eq + Hash> Turns<K> {
-    /// Waits for the turn with `key`, which lasts as long as the guard lives. First come, first served.
+    /// Waits for the turn of `key`, which lasts as long as the guard lives. First come, first
+    /// served.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: a task that is cancelled loses its place in the queue.
+    /// Cancel safe: a task that is canceled loses its place in the queue.
     pub(crate) async fn take(&self, key: K) -> OwnedMutexGuard<()> {
         let turn = {
             let mut turns = self.0.lock();
@@ -38,7 +39,7 @@ impl<K: Eq + Hash> Turns<K> {
 mod tests {
     use super::*;
 
-    /// Whether a future is ready at once.
+    /// Returns whether a future is ready at once.
     async fn is_ready<F: Future + Unpin>(future: &mut F) -> bool {
         tokio::select! {
             biased;
@@ -48,10 +49,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn turns_with_one_thing_follow_each_other_and_leave_nothing() {
+    async fn turns_of_one_key_follow_each_other_and_leave_no_entry() {
         let turns = Turns::default();
         let first = turns.take("a").await;
-        assert!(is_ready(&mut Box::pin(turns.take("b"))).await, "another thing is free");
+        assert!(is_ready(&mut Box::pin(turns.take("b"))).await, "another key is free");
         let mut second = Box::pin(turns.take("a"));
         assert!(!is_ready(&mut second).await);
 
@@ -59,6 +60,6 @@ mod tests {
 
         drop(second.await);
         drop(turns.take("c").await);
-        assert_eq!(turns.0.lock().len(), 1, "only the last one is known yet");
+        assert_eq!(turns.0.lock().len(), 1, "only the last key has an entry");
     }
 }

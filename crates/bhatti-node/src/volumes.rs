@@ -78,8 +78,8 @@ impl VolumeFiles {
     ///
     /// # Errors
     ///
-    /// Returns the step that failed. [`discard_unnamed`](Self::discard_unnamed) removes what is
-    /// left.
+    /// Returns the step that failed. [`discard_unnamed`](Self::discard_unnamed) removes the
+    /// remains.
     pub async fn make(&self, id: VolumeId, size: VolumeMib) -> Result<(), VolumeFileError> {
         file::make(&self.begin(id)?, size).await
     }
@@ -167,7 +167,8 @@ impl VolumeFiles {
         remove(&self.gone(id)).await;
     }
 
-    /// Settles what an earlier daemon left. `known` are the volumes that are in the store.
+    /// Settles the files that an earlier daemon left. `known` are the volumes that are in the
+    /// store.
     ///
     /// # Errors
     ///
@@ -209,7 +210,7 @@ async fn remove(directory: &Path) {
     }
 }
 
-/// Runs work that blocks on a disk on a thread for that.
+/// Runs blocking disk work on a thread for blocking work.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {

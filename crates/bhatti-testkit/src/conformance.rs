@@ -1,4 +1,4 @@
-//! Engines on trial: `bhatti_engine::conformance` with guests of the tests' image.
+//! Runs `bhatti_engine::conformance` on an engine, with guests of the tests' image.
 #![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use std::fs;
@@ -17,19 +17,20 @@ use tokio::time::{Instant, timeout};
 
 use crate::{LIMIT, dist, images};
 
-/// How long a message may take whose clock is to be exact.
+/// The longest round trip of a message whose wall clock is still exact enough.
 const EXACT: Duration = Duration::from_millis(20);
 
-/// Makes the tests that every engine has to pass, of an expression that makes the engine, or `None` where it cannot run; it has said why then.
+/// Defines the tests that every engine must pass. The expression returns the engine, or `None` if
+/// the engine cannot run here; in that case it has reported the skip.
 #[macro_export]
 macro_rules! conformance_tests {
     ($engine:expr) => {
         $crate::conformance_tests! { $engine;
-            vm_is_booted_taken_up_killed_and_removed: lifecycle,
-            vm_pauses_and_resumes_however_often_it_is_told: thermal,
+            vm_is_booted_adopted_killed_and_removed: lifecycle,
+            vm_pause_and_resume_are_idempotent: thermal,
             full_snapshot_and_three_diffs_keep_the_data_of_every_phase: snapshot_cycles,
-            forks_share_what_they_stand_on_and_nothing_else: fork,
-            restored_guests_are_others_before_their_processes_go_on: identity,
+            forks_share_only_their_base: fork,
+            restored_guests_get_their_identity_before_processes_resume: identity,
             damaged_and_stale_snapshots_are_refused_and_change_nothing: failure,
             disk_outlives_its_vm: keep_disk,
             volumes_are_mounted_and_outlive_their_vm: volumes,
@@ -103,7 +104,8 @@ impl Shell for AgentShell {
         };
         let report = client.assume_identity(&identity).await.unwrap();
         assert_eq!(report.hostname, Applied::Done, "{report:?}");
-        // What takes long makes the clock late. Translated once, it does not.
+        // A slow message sets the guest's clock late. Once the guest's code is translated, messages
+        // are fast.
         for _ in 0..20 {
             let began = Instant::now();
             self.wake(vm).await;
@@ -114,7 +116,7 @@ impl Shell for AgentShell {
     }
 }
 
-/// 32 bytes that no other guest is fed, in base64.
+/// Returns 32 bytes that no other guest gets, in base64.
 fn entropy() -> String {
     let id = tempfile::NamedTempFile::new().unwrap();
     let name = id.path().file_name().unwrap().to_string_lossy().replace('.', "a");
@@ -126,11 +128,11 @@ fn now_ns() -> u64 {
     u64::try_from(since.as_nanos()).unwrap()
 }
 
-/// Runs a part of the suite in a directory of its own.
+/// Runs a part of the suite in its own directory.
 ///
 /// # Panics
 ///
-/// Panics if the engine does not do what the part wants.
+/// Panics if the engine fails the part.
 pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
     let directory = tempfile::tempdir().unwrap();
     let files = ImageStore::new(images().parent().unwrap())
@@ -154,7 +156,7 @@ pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
     };
     let bench = Bench { engine, shell: &AgentShell, spec };
     let passed = AssertUnwindSafe(part(&bench)).catch_unwind().await;
-    // Whatever a part that failed has left.
+    // Removes the VMs that a failed part has left.
     for entry in fs::read_dir(directory.path()).unwrap().flatten() {
         if let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
             engine.remove(id, &entry.path()).await.unwrap();

@@ -1,4 +1,4 @@
-//! A daemon of a test's own.
+//! The daemon of a test.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,13 +16,14 @@ use crate::{dist, enter_own_network, images, templates};
 pub struct Serve {
     /// The configuration file's text.
     pub config: String,
-    /// The program; `dist/bhatti` by default.
+    /// The daemon's program; `dist/bhatti` by default.
     pub program: PathBuf,
-    /// The directory of images; `None` for none at all.
+    /// The directory of images; `None` for a daemon without images.
     pub images: Option<PathBuf>,
     /// Further arguments.
     pub arguments: Vec<String>,
-    /// What goes wrong and when: `daemon:STEP` or `vmm:STEP`, with the steps of `bhatti_node::Step`.
+    /// The process that dies, and the step at which it dies: `daemon:STEP` or `vmm:STEP`, with the
+    /// steps of `bhatti_node::Step`.
     pub fault: Option<String>,
 }
 
@@ -38,11 +39,13 @@ impl Default for Serve {
     }
 }
 
-/// Lines of every test's configuration, divided by commas: `engine: firecracker`, for one. None if the variable is not set.
+/// Environment variable with further lines of every test's configuration, separated by commas, for
+/// example `engine: firecracker`.
 const COMMON_CONFIG: &str = "BHATTI_TEST_CONFIG";
 
 impl Serve {
-    /// Its own lines, and those of every test.
+    /// Returns the test's own lines and the lines that all tests share. Allows a kernel without
+    /// Landlock, unless a line decides that.
     fn whole_config(&self) -> String {
         let config = format!("{}{}", self.config, common_config());
         let key = "allow_without_landlock";
@@ -53,7 +56,7 @@ impl Serve {
     }
 }
 
-/// The value of `key` in every test's configuration.
+/// Returns the value of `key` in the configuration that all tests share.
 pub(crate) fn common_value(key: &str) -> Option<String> {
     value(&common_config(), key)
 }
@@ -68,30 +71,31 @@ fn common_config() -> String {
     lines.split(',').map(|line| format!("{}\n", line.trim())).collect()
 }
 
-/// A daemon that runs until it is dropped, and its sandboxes with it.
+/// A running daemon. Dropping this value ends the daemon and its sandboxes.
 pub struct TestDaemon {
     serve: Serve,
     data: TempDir,
     process: Option<Child>,
-    /// Calls it as its admin.
+    /// Calls the daemon as its admin.
     pub client: Client,
 }
 
 impl TestDaemon {
-    /// Starts a daemon on the shared images.
+    /// Starts a daemon with the shared images.
     ///
     /// # Panics
     ///
-    /// Panics if it does not come up.
+    /// Panics if the daemon does not start.
     pub async fn start() -> Self {
         Self::start_with(Serve::default()).await
     }
 
-    /// Starts a daemon as told, in a network of its own, in which the calling thread is from now on, too.
+    /// Starts a daemon as `serve` says, in a new network namespace. The calling thread stays in
+    /// that namespace.
     ///
     /// # Panics
     ///
-    /// Panics if it does not come up.
+    /// Panics if the daemon does not start.
     pub async fn start_with(serve: Serve) -> Self {
         enter_own_network();
         let data = tempfile::Builder::new()
@@ -99,7 +103,7 @@ impl TestDaemon {
             .tempdir()
             .expect("a directory can be made");
         if let Some(images) = &serve.images {
-            // Templates are shared as well: they are made once and never changed.
+            // Base snapshots are shared, too: they are made once and never changed.
             for (there, name) in [(images.clone(), "images"), (templates(), "templates")] {
                 std::os::unix::fs::symlink(there, data.path().join(name))
                     .expect("a link can be made");
@@ -113,84 +117,85 @@ impl TestDaemon {
         daemon
     }
 
-    /// Its data directory.
+    /// Returns the daemon's data directory.
     #[must_use]
     pub fn data_dir(&self) -> &Path {
         self.data.path()
     }
 
-    /// Its process.
+    /// Returns the daemon's process id.
     ///
     /// # Panics
     ///
-    /// Panics if it does not run.
+    /// Panics if the daemon does not run.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.as_ref().and_then(Child::id).expect("the daemon runs")
     }
 
-    /// Kills it with SIGKILL. Its sandboxes go on running.
+    /// Kills the daemon with SIGKILL. Its sandboxes keep running.
     ///
     /// # Panics
     ///
-    /// Panics if it does not run.
+    /// Panics if the daemon does not run.
     pub async fn kill(&mut self) {
         self.process.take().expect("the daemon runs").kill().await.expect("a child can be killed");
     }
 
-    /// Waits until it ends by itself. Returns whether it ended in order.
+    /// Waits until the daemon ends by itself. Returns whether its exit status is success.
     ///
     /// # Panics
     ///
-    /// Panics if it does not end.
+    /// Panics if the daemon does not end.
     pub async fn ended(&mut self) -> bool {
         let mut process = self.process.take().expect("the daemon runs");
         let ended = timeout(crate::LIMIT, process.wait()).await;
         ended.expect("the daemon ends").expect("a child can be waited for").success()
     }
 
-    /// Has it stop as an administrator would, and waits for that.
+    /// Stops the daemon with SIGTERM, as an administrator would, and waits for its end.
     ///
     /// # Panics
     ///
-    /// Panics if it does not, or not in order.
+    /// Panics if the daemon does not end, or does not end cleanly.
     pub async fn terminate(&mut self) {
         let terminated = std_command("kill", &[&self.pid().to_string()]);
-        assert!(terminated, "the daemon runs");
-        assert!(self.ended().await, "the daemon was killed by what asked it to stop");
+        assert!(terminated, "the daemon does not run");
+        assert!(self.ended().await, "the daemon did not end cleanly after SIGTERM");
     }
 
-    /// Starts it on the same data directory, in another way.
+    /// Changes how the daemon is started, and starts it on the same data directory.
     ///
     /// # Panics
     ///
-    /// Panics if it does not come up.
+    /// Panics if the daemon does not start.
     pub async fn serve_with(&mut self, change: impl FnOnce(&mut Serve)) {
         change(&mut self.serve);
         self.serve().await;
     }
 
-    /// Starts it, on the same data directory.
+    /// Starts the daemon on the same data directory, and waits until it has adopted its sandboxes.
     ///
     /// # Panics
     ///
-    /// Panics if it does not come up.
+    /// Panics if the daemon does not start.
     pub async fn serve(&mut self) {
         self.listen().await;
-        // What a test looks at is then what the daemon found.
+        // The states that a test reads next are then those that the daemon has found.
         let taken_up = async {
             while self.client.health().await.map_or(true, |health| health.taking_up > 0) {
                 sleep(std::time::Duration::from_millis(5)).await;
             }
         };
-        timeout(crate::LIMIT, taken_up).await.expect("the daemon takes its sandboxes up");
+        timeout(crate::LIMIT, taken_up).await.expect("the daemon adopts its sandboxes");
     }
 
-    /// Starts it, on the same data directory, and returns when it answers: it may not have taken up its sandboxes yet.
+    /// Starts the daemon on the same data directory, and waits until it answers. It may not have
+    /// adopted its sandboxes yet.
     ///
     /// # Panics
     ///
-    /// Panics if it does not come up.
+    /// Panics if the daemon does not start.
     pub async fn listen(&mut self) {
         let log = self.data.path().join("serve.log");
         let output =
@@ -200,7 +205,8 @@ impl TestDaemon {
         command.envs(self.serve.fault.iter().map(|fault| ("BHATTI_TEST_FAULT", fault)));
         command.stdout(Stdio::null()).stderr(output);
         self.process = Some(command.spawn().expect("the daemon can be started"));
-        // A connection is not enough: one to a daemon that was killed is taken as long as a child of it holds the socket.
+        // A connection proves nothing: while a child of a killed daemon holds the socket, the
+        // kernel still accepts connections to it.
         let answers = async {
             while self.client.health().await.is_err() {
                 sleep(std::time::Duration::from_millis(5)).await;
@@ -209,38 +215,38 @@ impl TestDaemon {
         timeout(crate::LIMIT, answers).await.expect("the daemon answers");
     }
 
-    /// The address that it logged with this message.
+    /// Returns the address that the daemon has logged with `message`.
     ///
     /// # Panics
     ///
-    /// Panics if it did not.
+    /// Panics if the daemon has logged none.
     #[must_use]
     pub fn address(&self, message: &str) -> std::net::SocketAddr {
         let log = self.log();
         let line = log.lines().rev().find(|line| line.contains(message));
         let address = line.and_then(|line| line.rsplit("address=").next());
-        address.and_then(|address| address.trim().parse().ok()).expect("the daemon says where")
+        address.and_then(|address| address.trim().parse().ok()).expect("the address is logged")
     }
 
-    /// Where it listens for callers with a key, given `listen` in its configuration.
+    /// Returns the address of the API on TCP. The configuration must have `listen`.
     #[must_use]
     pub fn api_address(&self) -> std::net::SocketAddr {
         self.address("Listening for callers with an API key")
     }
 
-    /// Where it serves published ports, given `public_listen` in its configuration.
+    /// Returns the address of published ports. The configuration must have `public_listen`.
     #[must_use]
     pub fn public_address(&self) -> std::net::SocketAddr {
-        self.address("Listening for anybody who wants a published port")
+        self.address("Listening for requests to published ports")
     }
 
-    /// What it has logged so far.
+    /// Returns the daemon's log so far.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(self.data.path().join("serve.log")).unwrap_or_default()
     }
 
-    /// A command line of the CLI that calls it.
+    /// Returns a command that runs the CLI with `arguments` on this daemon.
     #[must_use]
     pub fn cli(&self, arguments: &[&str]) -> tokio::process::Command {
         let mut command = bhatti_host::process::command(&self.serve.program);
@@ -248,20 +254,20 @@ impl TestDaemon {
         command
     }
 
-    /// The directories of its sandboxes, without those of VMs that wait to become one.
+    /// Lists the directories of the daemon's sandboxes, without those of spares.
     #[must_use]
     pub fn sandbox_directories(&self) -> Vec<PathBuf> {
         let all = fs::read_dir(self.data.path().join("sandboxes")).into_iter().flatten().flatten();
         all.map(|entry| entry.path()).filter(|path| !path.join("spare").exists()).collect()
     }
 
-    /// The VMM processes of its sandboxes.
+    /// Lists the VMM processes of the daemon's sandboxes.
     #[must_use]
     pub fn vmm_pids(&self) -> Vec<u32> {
         self.sandbox_directories().iter().filter_map(|directory| vmm_pid(directory)).collect()
     }
 
-    /// All VMM processes that it has started, those ahead of demand among them, whatever is on record of them.
+    /// Lists all VMM processes of the daemon, including spares and those without a record.
     #[must_use]
     pub fn all_vmm_pids(&self) -> Vec<u32> {
         let directory = self.data.path().to_string_lossy().into_owned();
@@ -271,7 +277,8 @@ impl TestDaemon {
         let is_ours = |pid: &u32| {
             let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let command_line = String::from_utf8_lossy(&command_line);
-            // One runs anywhere and names its files, another runs where they are, or has that for its root.
+            // QEMU names its files in its command line; Firecracker runs in its directory, or has
+            // it as its root.
             let runs_there = fs::read_link(format!("/proc/{pid}/cwd"))
                 .is_ok_and(|place| place.starts_with(self.data.path()));
             runs_there
@@ -282,11 +289,12 @@ impl TestDaemon {
         pids.filter(is_ours).collect()
     }
 
-    /// Whether all that a process sees of the file system is in the data directory.
+    /// Whether the root directory of a process lies in the data directory.
     fn is_root_of(&self, pid: u32) -> bool {
         let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
         let name = self.data.path().file_name().unwrap_or_default().to_string_lossy();
-        // The fourth field is what is mounted, below its file system's root, and the fifth is where.
+        // The fourth field is the mounted directory within its file system, the fifth the mount
+        // point.
         mounts.lines().any(|line| {
             let mut fields = line.split(' ').skip(3);
             let (what, place) = (fields.next().unwrap_or_default(), fields.next());
@@ -294,7 +302,7 @@ impl TestDaemon {
         })
     }
 
-    /// The names that its sandboxes' containers have, if they are containers.
+    /// Returns the names that the containers of the daemon's sandboxes have, with Docker.
     fn containers(&self) -> Vec<String> {
         let name = |directory: &PathBuf| {
             Some(format!("bhatti-{}", directory.file_name()?.to_string_lossy()))
@@ -302,7 +310,7 @@ impl TestDaemon {
         self.sandbox_directories().iter().filter_map(name).collect()
     }
 
-    /// Removes the containers of its sandboxes behind its back.
+    /// Removes the containers of the daemon's sandboxes without telling the daemon.
     pub fn remove_containers(&self) {
         let Some(socket) = value(&self.serve.whole_config(), "docker") else { return };
         let socket = format!("unix://{socket}");
@@ -311,12 +319,12 @@ impl TestDaemon {
         }
     }
 
-    /// Shows what the daemon said, and its VMMs.
-    #[expect(clippy::print_stderr, reason = "a test that failed shows it")]
+    /// Prints the logs of the daemon and its VMMs.
+    #[expect(clippy::print_stderr, reason = "a failed test prints the logs")]
     fn tell(&self) {
         eprintln!("--- the daemon's log:\n{}---", self.log());
         for directory in self.sandbox_directories() {
-            // With QEMU it is a pipe, which the daemon reads.
+            // With QEMU, the log is a pipe that the daemon reads.
             let log = directory.join("vmm.log");
             let said = log.is_file().then(|| fs::read_to_string(log).ok()).flatten();
             let said = said.unwrap_or_default();
@@ -325,7 +333,8 @@ impl TestDaemon {
         }
     }
 
-    /// Removes the control groups of VMs that were killed. One that is still ending keeps its group.
+    /// Removes the control groups of killed VMs. A VM that is still ending keeps its group, so the
+    /// removal is repeated for up to a second.
     fn remove_groups(&self) {
         for directory in self.sandbox_directories() {
             let id = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -354,14 +363,15 @@ impl TestDaemon {
     }
 }
 
-/// Kills the VMM of a sandbox that a test made without a daemon, if it still runs.
+/// Kills the VMM of a VM that a test has started without a daemon, if the VMM still runs.
 pub fn kill_vmm(directory: &Path, id: &str) {
     if let Some(pid) = vmm_pid_of(directory, id) {
         std_command("kill", &["-9", &pid.to_string()]);
     }
 }
 
-/// The process of a sandbox: the one on record in its directory, if it is still this sandbox's, or the first of its container.
+/// Returns the process of a sandbox: the recorded VMM, if that process still belongs to the
+/// sandbox, or the first process of its container.
 #[must_use]
 pub fn vmm_pid(directory: &Path) -> Option<u32> {
     let id = directory.file_name()?.to_str()?;
@@ -377,7 +387,7 @@ fn container_pid(id: &str) -> Option<u32> {
     })
 }
 
-/// The process on record in the directory of a VM, if `name` is still in its command line.
+/// Returns the process that a VM's directory records, if its command line still contains `name`.
 #[must_use]
 pub fn vmm_pid_of(directory: &Path, name: &str) -> Option<u32> {
     let record: serde_json::Value =
@@ -406,11 +416,11 @@ pub(crate) fn std_command(program: &str, arguments: &[&str]) -> bool {
 impl Drop for TestDaemon {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // Why a VM has ended, the daemon says a moment after a test may see that it has.
+            // The daemon logs why a VM has ended a moment after a test may see its end.
             std_command("sleep", &["1"]);
             self.tell();
         }
-        // Dropping the process kills it; it is gone before its VMs, and cannot mark them as failed.
+        // Dropping the process kills the daemon first, so it cannot mark its VMs as failed.
         drop(self.process.take());
         for pid in self.all_vmm_pids() {
             std_command("kill", &["-9", &pid.to_string()]);

@@ -1,30 +1,30 @@
-//! What the engine can do that the tests run on.
+//! The engine that the tests run on, and its features.
 
 use crate::daemon::common_value;
 use crate::skip;
 
-/// Something that not every engine has.
+/// A feature that not every engine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
-    /// Memory that can be saved: snapshots, forks, and processes that outlive a stop.
+    /// Memory can be saved: snapshots, forks, and processes that outlive a stop.
     SavedMemory,
-    /// A kernel of the guest's own, and all that root may do with one.
+    /// The guest has its own kernel, which root in the guest controls.
     OwnKernel,
-    /// Restored VMs with other disks than the saved one: forks with volumes.
+    /// A restored VM can have other disks than the saved VM, so forks can have volumes.
     ExchangedDisks,
-    /// Connections into a VM that go on when its memory is saved while it runs.
+    /// Connections into a VM survive saving its memory while it runs.
     KeptStreams,
-    /// Disks of layers, which are merged when there are many.
+    /// Disks consist of layers, which are merged when there are many.
     LayeredDisks,
 }
 
-/// The engine that the tests run on.
+/// Returns the name of the engine that the tests run on.
 #[must_use]
 pub fn engine() -> String {
     common_value("engine").unwrap_or_else(|| "qemu".to_owned())
 }
 
-/// Whether the engine has something.
+/// Whether the engine has a feature.
 #[must_use]
 pub fn engine_has(feature: Feature) -> bool {
     match feature {
@@ -35,7 +35,8 @@ pub fn engine_has(feature: Feature) -> bool {
     }
 }
 
-/// Whether a test, or the rest of it, can run; if not, that is said.
+/// Whether the engine has the feature that the test, or the rest of it, needs. Reports the skip if
+/// it does not.
 #[must_use]
 pub fn needs(feature: Feature) -> bool {
     let has = engine_has(feature);

@@ -1,4 +1,4 @@
-//! Faults of the machine, in the system calls of processes that know nothing of it.
+//! Injects machine faults into the system calls of unmodified processes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,15 +9,15 @@ use tokio::process::Child;
 use crate::daemon::std_command;
 use crate::wait_for;
 
-/// System calls of a process that fail with an input/output error, by strace(1).
+/// Makes system calls of a process fail with EIO, with strace(1).
 pub struct FailingCalls {
     strace: Child,
     trace: PathBuf,
 }
 
 impl FailingCalls {
-    /// Has the system calls `calls`, separated by commas, of the process `pid` fail whenever they are about `path`: one that they name, or have
-    /// open. What happens is written to `trace`. Needs root.
+    /// Makes the system calls `calls`, separated by commas, of the process `pid` fail whenever they
+    /// name `path` or use a descriptor of it. strace writes the calls to `trace`. Needs root.
     ///
     /// # Panics
     ///
@@ -30,19 +30,19 @@ impl FailingCalls {
         strace.stderr(fs::File::create(&said).expect("a file can be made"));
         let strace = strace.spawn().expect("strace is installed");
         let attached = || fs::read_to_string(&said).is_ok_and(|said| said.contains("attached"));
-        wait_for("strace to have the process", attached).await;
+        wait_for("strace to attach", attached).await;
         Self { strace, trace: trace.to_owned() }
     }
 
-    /// Lets them succeed again. Returns how many failed.
+    /// Lets the calls succeed again. Returns the number of calls that failed.
     ///
     /// # Panics
     ///
     /// Panics if strace cannot be ended.
     pub async fn end(mut self) -> usize {
-        let pid = self.strace.id().expect("it runs").to_string();
-        assert!(std_command("kill", &["-TERM", &pid]), "it can be told to end");
-        self.strace.wait().await.expect("it ends");
-        fs::read_to_string(&self.trace).expect("it has written").matches("(INJECTED)").count()
+        let pid = self.strace.id().expect("strace runs").to_string();
+        assert!(std_command("kill", &["-TERM", &pid]), "strace could not be ended");
+        self.strace.wait().await.expect("strace ends");
+        fs::read_to_string(&self.trace).expect("strace wrote it").matches("(INJECTED)").count()
     }
 }

@@ -1,4 +1,4 @@
-//! What tests do with files.
+//! Helpers for disks and files.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -7,48 +7,49 @@ use std::path::{Path, PathBuf};
 use bhatti_host::disk::free_bytes;
 use bhatti_host::process::command;
 
-/// A file system of a few MiB, mounted until it is dropped.
+/// A tmpfs of limited size, mounted until this value is dropped.
 pub struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// Mounts one. Needs root.
+    /// Mounts a tmpfs of `size` at `directory`. Needs root.
     ///
     /// # Panics
     ///
-    /// Panics if it cannot be mounted.
+    /// Panics if the mount fails.
     pub async fn mount(directory: &Path, size: &str) -> Self {
         let options = format!("size={size},mode=0700");
         let mut mount = command("mount");
         mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(directory);
-        assert!(mount.status().await.is_ok_and(|status| status.success()), "it can be mounted");
+        assert!(mount.status().await.is_ok_and(|status| status.success()), "the mount failed");
         Self(directory.to_owned())
     }
 
-    /// Makes `file` on it, so large that only so many bytes are left.
+    /// Creates `file` on the disk, so large that only `left` bytes stay free.
     ///
     /// # Panics
     ///
-    /// Panics if there are less.
+    /// Panics if fewer bytes are free.
     pub async fn fill(&self, file: &Path, left: u64) {
-        let free = free_bytes(&self.0).expect("it says what is free");
-        let bytes = free.checked_sub(left).expect("there is that much").to_string();
+        let free = free_bytes(&self.0).expect("the free space can be read");
+        let bytes = free.checked_sub(left).expect("enough bytes are free").to_string();
         let made = command("fallocate").args(["--length", &bytes]).arg(file).status().await;
-        assert!(made.is_ok_and(|status| status.success()), "it can be filled");
+        assert!(made.is_ok_and(|status| status.success()), "the disk could not be filled");
     }
 }
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Lazily: a VMM that a failed test left behind may still have files there.
+        // Lazily: a VMM that a failed test has left may still have open files there.
         crate::daemon::std_command("umount", &["-l", &self.0.to_string_lossy()]);
     }
 }
 
-/// The files of a snapshot with a hash of their bytes, but for the image, which is large.
+/// Returns the names of a snapshot's files and hashes of their content, sorted by name, without the
+/// image, which is large.
 ///
 /// # Panics
 ///
-/// Panics if they cannot be read.
+/// Panics if a file cannot be read.
 #[must_use]
 pub fn hashes(directory: &Path) -> Vec<(String, u64)> {
     let entries = fs::read_dir(directory).expect("the directory can be read").flatten();
@@ -64,33 +65,34 @@ pub fn hashes(directory: &Path) -> Vec<(String, u64)> {
     names.into_iter().map(hash).collect()
 }
 
-/// Checks the root file system of a sandbox that sleeps, in a copy.
+/// Checks a copy of the root file system of a saved sandbox.
 ///
 /// # Panics
 ///
-/// Panics if it is damaged.
+/// Panics if the file system is damaged.
 pub async fn check_disk(sandbox: &Path) {
-    let manifest = fs::read(sandbox.join("snapshot/manifest.json")).expect("it sleeps");
+    let manifest = fs::read(sandbox.join("snapshot/manifest.json")).expect("the sandbox is saved");
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("a manifest");
-    // Where a machine does not name its disk, it has one file.
+    // An engine whose manifest names no disk has one disk file.
     let disk = manifest["machine"]["disk"].as_str().unwrap_or("disk.ext4");
     let copy = sandbox.join("copy.raw");
     let mut convert = command("qemu-img");
     convert.args(["convert", "-O", "raw"]).arg(sandbox.join(disk)).arg(&copy);
-    assert!(convert.status().await.is_ok_and(|status| status.success()), "it can be copied");
+    assert!(convert.status().await.is_ok_and(|status| status.success()), "the copy failed");
     let checked = command("e2fsck").arg("-fp").arg(&copy).output().await.expect("e2fsck runs");
-    // It was mounted, so the journal is played back and the counters are brought up to date (1); of anything else it says 4 and stops.
+    // The file system was mounted, so e2fsck replays the journal and updates the counters (exit
+    // code 1). With `-p`, it stops at any other damage (exit code 4).
     let text = String::from_utf8_lossy(&checked.stdout).into_owned();
     assert!(matches!(checked.status.code(), Some(0 | 1)), "{text}");
-    fs::remove_file(copy).expect("it can be removed");
+    fs::remove_file(copy).expect("the copy can be removed");
 }
 
-/// Puts other content in the place of a file, which may be one that cannot be written.
+/// Replaces a file with a new one. The old file may be read-only.
 ///
 /// # Panics
 ///
-/// Panics if the file is not there, or no other can be.
+/// Panics if the file does not exist, or the new one cannot be written.
 pub fn replace(path: &Path, content: impl AsRef<[u8]>) {
     fs::remove_file(path).expect("the file is there");
-    fs::write(path, content).expect("another can be there");
+    fs::write(path, content).expect("the new file can be written");
 }

@@ -1,4 +1,5 @@
-//! Requests as they are, for what the client does not hide: statuses, headers, bytes on their way.
+//! Plain HTTP requests, for tests of details that `bhatti-client` hides: statuses, headers and
+//! bytes in transit.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -29,7 +30,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
 /// A WebSocket to a daemon.
 pub type Socket = WebSocketStream<Box<dyn Connection>>;
 
-/// Asks a daemon, as one caller.
+/// A client of a daemon's API, as one user.
 #[derive(Clone, Debug)]
 pub struct Api {
     place: Place,
@@ -42,7 +43,7 @@ enum Place {
     Tcp(SocketAddr),
 }
 
-/// What came back, as a whole.
+/// A complete response.
 #[derive(Debug)]
 pub struct Answer {
     /// The status.
@@ -54,19 +55,19 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The body as JSON; null if it is none.
+    /// Returns the body as JSON, or null if it is not JSON.
     #[must_use]
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
 
-    /// The body as text.
+    /// Returns the body as text.
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The status as a number, with the error code of the body.
+    /// Returns the status as a number, and the error code of the body.
     #[must_use]
     pub fn refusal(&self) -> (u16, String) {
         (self.status.as_u16(), self.json()["code"].as_str().unwrap_or_default().to_owned())
@@ -74,11 +75,11 @@ impl Answer {
 }
 
 impl TestDaemon {
-    /// A daemon with a sandbox, and its admin.
+    /// Starts a daemon and creates a sandbox as its admin.
     ///
     /// # Panics
     ///
-    /// Panics if there is none of either.
+    /// Panics if the daemon does not start or the sandbox is not created.
     pub async fn with_sandbox(config: &str, request: &Value) -> (Self, Api) {
         let daemon = Self::start_with(Serve { config: config.into(), ..Serve::default() }).await;
         let api = Api::admin(&daemon);
@@ -89,23 +90,23 @@ impl TestDaemon {
 }
 
 impl Api {
-    /// The admin of a daemon.
+    /// Returns a client that calls a daemon as its admin.
     #[must_use]
     pub fn admin(daemon: &TestDaemon) -> Self {
         Self { place: Place::Unix(daemon.data_dir().to_owned()), key: None }
     }
 
-    /// A caller on the network, with a key or none.
+    /// Returns a client that calls a daemon over TCP, with or without an API key.
     #[must_use]
     pub fn tcp(address: SocketAddr, key: Option<&str>) -> Self {
         Self { place: Place::Tcp(address), key: key.map(str::to_owned) }
     }
 
-    /// Sends a request and waits for the whole answer.
+    /// Sends a request and waits for the complete response.
     ///
     /// # Panics
     ///
-    /// Panics if there is none.
+    /// Panics if no response comes.
     pub async fn send(
         &self,
         method: &str,
@@ -115,36 +116,36 @@ impl Api {
     ) -> Answer {
         let response = self.begin(method, path, headers, body).await;
         let (parts, body) = response.into_parts();
-        let body = timeout(LIMIT, body.collect()).await.expect("the answer ends");
-        let body = body.expect("the answer is whole").to_bytes();
+        let body = timeout(LIMIT, body.collect()).await.expect("the response ends");
+        let body = body.expect("the response is complete").to_bytes();
         Answer { status: parts.status, headers: parts.headers, body }
     }
 
-    /// Sends JSON.
+    /// Sends a request with a JSON body, or without a body if `body` is null.
     ///
     /// # Panics
     ///
-    /// Panics if there is no answer.
+    /// Panics if no response comes.
     pub async fn call(&self, method: &str, path: &str, body: &Value) -> Answer {
         let json = [("content-type", "application/json")];
         let body = if body.is_null() { String::new() } else { body.to_string() };
         self.send(method, path, &json, body).await
     }
 
-    /// Asks.
+    /// Sends a GET request.
     ///
     /// # Panics
     ///
-    /// Panics if there is no answer.
+    /// Panics if no response comes.
     pub async fn get(&self, path: &str) -> Answer {
         self.send("GET", path, &[], "").await
     }
 
-    /// Sends a request and waits for the head of the answer.
+    /// Sends a request and waits for the head of the response.
     ///
     /// # Panics
     ///
-    /// Panics if there is none.
+    /// Panics if no response comes.
     pub async fn begin(
         &self,
         method: &str,
@@ -152,48 +153,48 @@ impl Api {
         headers: &[(&str, &str)],
         body: impl Into<Bytes>,
     ) -> Response<Incoming> {
-        let method: Method = method.parse().expect("a method");
+        let method: Method = method.parse().expect("the method is valid");
         let request = self.request(path, headers).method(method).body(Full::new(body.into()));
         let stream = TokioIo::new(self.connect().await);
         let handshake = http1::Builder::new().max_headers(1000).handshake(stream);
         let (mut sender, connection) = handshake.await.expect("the daemon speaks HTTP");
-        // Ends with the answer.
+        // The task ends with the response.
         tokio::spawn(connection);
         let answered = timeout(LIMIT, sender.send_request(request.expect("a request"))).await;
-        answered.expect("the daemon answers").expect("the answer is one")
+        answered.expect("the daemon responds").expect("the response is valid HTTP")
     }
 
-    /// Runs a command in a sandbox.
+    /// Runs a command in a sandbox, and returns the response.
     ///
     /// # Panics
     ///
-    /// Panics if it cannot be run.
+    /// Panics if the daemon refuses the request.
     pub async fn exec(&self, sandbox: &str, request: Value) -> Value {
         let answer = self.call("POST", &format!("/sandboxes/{sandbox}/exec"), &request).await;
         assert!(answer.status.is_success(), "{}", answer.text());
         answer.json()
     }
 
-    /// Runs a script in a sandbox that succeeds, and returns what it printed.
+    /// Runs a script that must succeed in a sandbox, and returns what it printed.
     ///
     /// # Panics
     ///
-    /// Panics if it fails.
+    /// Panics if the script fails.
     pub async fn sh(&self, sandbox: &str, script: &str) -> String {
         let ran = self.exec(sandbox, serde_json::json!({ "cmd": ["sh", "-c", script] })).await;
         assert_eq!(ran["exit_code"], 0, "{ran}");
         ran["stdout"].as_str().expect("text").to_owned()
     }
 
-    /// Opens a WebSocket, or returns the answer that came instead.
+    /// Opens a WebSocket.
     ///
     /// # Errors
     ///
-    /// Returns what the daemon answered.
+    /// Returns the daemon's response if it refuses the upgrade.
     ///
     /// # Panics
     ///
-    /// Panics if it answers nothing.
+    /// Panics if no response comes.
     pub async fn websocket(&self, path: &str, headers: &[(&str, &str)]) -> Result<Socket, Answer> {
         let key = generate_key();
         let upgrade = [
@@ -205,18 +206,18 @@ impl Api {
         let request = self.request(&format!("ws://x{path}"), &[headers, &upgrade].concat());
         let request = request.body(()).expect("a request");
         let opening = tokio_tungstenite::client_async(request, self.connect().await);
-        match timeout(LIMIT, opening).await.expect("the daemon answers") {
+        match timeout(LIMIT, opening).await.expect("the daemon responds") {
             Ok((socket, _)) => Ok(socket),
             Err(Error::Http(response)) => {
                 let (parts, body) = response.into_parts();
                 let body = Bytes::from(body.unwrap_or_default());
                 Err(Answer { status: parts.status, headers: parts.headers, body })
             }
-            Err(error) => panic!("no answer to a WebSocket: {error}"),
+            Err(error) => panic!("failed to open a WebSocket: {error}"),
         }
     }
 
-    /// Connects.
+    /// Connects to the daemon.
     ///
     /// # Panics
     ///
@@ -248,11 +249,11 @@ impl Api {
     }
 }
 
-/// Waits for a message of a WebSocket; `None` at its end.
+/// Waits for the next message of a WebSocket. Returns `None` at its end.
 ///
 /// # Panics
 ///
-/// Panics if none comes.
+/// Panics if no message comes.
 pub async fn message(socket: &mut Socket) -> Option<Message> {
     let next = async {
         loop {
@@ -270,7 +271,7 @@ pub async fn message(socket: &mut Socket) -> Option<Message> {
 ///
 /// # Panics
 ///
-/// Panics if another one, or none, comes.
+/// Panics if another message, or none, comes.
 pub async fn json_message(socket: &mut Socket) -> Value {
     match message(socket).await {
         Some(Message::Text(text)) => serde_json::from_str(&text).expect("JSON"),

@@ -1,8 +1,8 @@
 //! Real daemons and VMs for tests.
 //!
-//! `scripts/test.sh` builds the programs and the images first; tests find them through [`dist`] and [`images`]. Each test has a
-//! daemon of its own on a data directory of its own, which shares the images with all others. What a test leaves behind goes with its
-//! [`TestDaemon`].
+//! `scripts/test.sh` builds the programs and the images first; tests find them through [`dist`] and
+//! [`images`]. Each test has its own daemon on its own data directory, which shares the images with
+//! all others. Dropping a [`TestDaemon`] removes everything that its test has left.
 
 pub mod conformance;
 mod daemon;
@@ -34,60 +34,61 @@ pub use skip::skip;
 pub use stand_in::EndlessLister;
 pub use store::change_store;
 
-/// How long anything that a test waits for may take.
+/// Limit of every wait in a test.
 pub const LIMIT: Duration = Duration::from_secs(240);
 
-/// What a process has in memory, in MiB.
+/// Returns the resident memory of a process, in MiB.
 ///
 /// # Panics
 ///
 /// Panics if there is no such process.
 #[must_use]
 pub fn resident_mib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let status =
+        std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process exists");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.expect("its memory is counted") / 1024
+    kib.expect("the status has the resident memory") / 1024
 }
 
-/// The root of the repository.
+/// Returns the root of the repository.
 #[must_use]
 pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// A program that `make build` made: `bhatti` or `lohar`.
+/// Returns the path of a program that `make build` has built: `bhatti` or `lohar`.
 ///
 /// # Panics
 ///
-/// Panics if it is not there: a test that ran nothing would say nothing.
+/// Panics if the program does not exist. A test that skipped itself instead would prove nothing.
 #[must_use]
 pub fn dist(program: &str) -> PathBuf {
     let path = repository().join("dist").join(program);
-    assert!(path.exists(), "`dist/{program}` is not there: run `make build` first");
+    assert!(path.exists(), "`dist/{program}` does not exist: run `make build` first");
     path.canonicalize().expect("a file that exists has a path")
 }
 
-/// The images that `scripts/test.sh` set up.
+/// Returns the directory of images that `make test-data` has built.
 ///
 /// # Panics
 ///
-/// Panics if they are not there.
+/// Panics if the images do not exist.
 #[must_use]
 pub fn images() -> PathBuf {
     let path = repository().join("target/test-data/images");
     assert!(
         path.join("index.json").exists(),
-        "no images for tests are there: run `make test-data` first"
+        "the images for tests do not exist: run `make test-data` first"
     );
     path.canonicalize().expect("a directory that exists has a path")
 }
 
-/// The templates that all tests' daemons share.
+/// Returns the directory of base snapshots that the daemons of all tests share.
 ///
 /// # Panics
 ///
-/// Panics if there is no place for them.
+/// Panics if the directory cannot be created.
 #[must_use]
 pub fn templates() -> PathBuf {
     let path = repository().join("target/test-data/templates");
@@ -95,11 +96,11 @@ pub fn templates() -> PathBuf {
     path.canonicalize().expect("a directory that exists has a path")
 }
 
-/// Waits until `condition` holds.
+/// Waits until `condition` holds. `what` names the condition in the panic message.
 ///
 /// # Panics
 ///
-/// Panics if it does not within [`LIMIT`].
+/// Panics if the condition does not hold within [`LIMIT`].
 pub async fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let holds = async {
         while !condition() {
@@ -108,10 +109,10 @@ pub async fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     };
     timeout(LIMIT, holds)
         .await
-        .unwrap_or_else(|_| panic!("{what} did not come true within {LIMIT:?}"));
+        .unwrap_or_else(|_| panic!("timed out after {LIMIT:?}; waited for: {what}"));
 }
 
-/// Whether this test may do what only root may.
+/// Whether this test runs as root.
 #[must_use]
 pub fn is_root() -> bool {
     std::fs::metadata("/proc/self")

@@ -1,4 +1,4 @@
-//! A network of a test's own.
+//! Network namespaces for tests.
 
 use std::cell::Cell;
 
@@ -10,12 +10,13 @@ thread_local! {
     static IS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Gives this thread, and what it starts from now on, a network of their own with nothing but a loopback in it, so that bridges, taps and rules
-/// reach nothing of the machine's. Returns whether it has one: that needs root, and without root no daemon changes a network either.
+/// Moves this thread, and the processes that it starts from now on, into a new network namespace
+/// with only a loopback, so that bridges, taps and rules do not affect the host. Returns whether
+/// the thread is in such a namespace: that needs root, and without root daemons change no network.
 ///
 /// # Panics
 ///
-/// Panics if its loopback cannot be brought up.
+/// Panics if the loopback cannot be brought up.
 pub fn enter_own_network() -> bool {
     if IS_OWN.get() {
         return true;

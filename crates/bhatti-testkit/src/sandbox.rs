@@ -1,4 +1,4 @@
-//! What tests do with sandboxes.
+//! Helpers for sandboxes and their commands.
 
 use bhatti_api::{CreateSandbox, ErrorCode, StreamRequest};
 use bhatti_client::{Client, ClientError, CommandEvent, CommandOutput};
@@ -6,13 +6,13 @@ use tokio::time::timeout;
 
 use crate::LIMIT;
 
-/// A sandbox of this name, with nothing else asked for.
+/// Returns a create request with this name and no other options.
 #[must_use]
 pub fn named(name: &str) -> CreateSandbox {
     CreateSandbox { name: Some(name.to_owned()), ..CreateSandbox::default() }
 }
 
-/// Starts a command.
+/// Returns a request that starts a command.
 #[must_use]
 pub fn start(command: &[&str]) -> StreamRequest {
     let cmd = command.iter().map(|&argument| argument.to_owned()).collect();
@@ -22,27 +22,27 @@ pub fn start(command: &[&str]) -> StreamRequest {
 /// A command that has ended.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Ran {
-    /// What it wrote to standard output.
+    /// The command's standard output.
     pub stdout: Vec<u8>,
-    /// What it wrote to standard error.
+    /// The command's standard error.
     pub stderr: Vec<u8>,
     /// Its exit code.
     pub code: i32,
 }
 
-/// Waits for a command.
+/// Waits for the end of a command and collects its output.
 ///
 /// # Errors
 ///
-/// Returns the error that the daemon tells.
+/// Returns the error that the daemon reports.
 ///
 /// # Panics
 ///
-/// Panics if it does not go on.
+/// Panics if neither output nor end comes within [`LIMIT`].
 pub async fn collect(mut output: CommandOutput) -> Result<Ran, ClientError> {
     let mut ran = Ran::default();
     loop {
-        match timeout(LIMIT, output.next()).await.expect("the command goes on")? {
+        match timeout(LIMIT, output.next()).await.expect("the command makes progress")? {
             CommandEvent::Stdout(bytes) => ran.stdout.extend_from_slice(&bytes),
             CommandEvent::Stderr(bytes) => ran.stderr.extend_from_slice(&bytes),
             CommandEvent::Exit(code) => {
@@ -57,25 +57,25 @@ pub async fn collect(mut output: CommandOutput) -> Result<Ran, ClientError> {
 ///
 /// # Errors
 ///
-/// Returns the error that the daemon tells.
+/// Returns the error that the daemon reports.
 pub async fn run(client: &Client, sandbox: &str, command: &[&str]) -> Result<Ran, ClientError> {
     let (mut input, output) = client.start_command(sandbox, &start(command)).await?;
     input.end().await?;
     collect(output).await
 }
 
-/// Runs a script that succeeds, and returns what it printed.
+/// Runs a script that must succeed, and returns what it printed.
 ///
 /// # Panics
 ///
-/// Panics if it fails.
+/// Panics if the script fails.
 pub async fn shell(client: &Client, sandbox: &str, script: &str) -> String {
     let ran = run(client, sandbox, &["sh", "-c", script]).await.expect("the command runs");
     assert_eq!(ran.code, 0, "{script}: {}", String::from_utf8_lossy(&ran.stderr));
     String::from_utf8(ran.stdout).expect("text")
 }
 
-/// What the daemon says went wrong.
+/// Returns the daemon's error code, if the daemon refused the request.
 #[must_use]
 pub fn code_of(error: &ClientError) -> Option<ErrorCode> {
     match error {

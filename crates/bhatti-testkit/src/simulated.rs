@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -31,6 +32,7 @@ pub enum Found {
 #[derive(Default)]
 pub struct FoundVms {
     found: Mutex<HashMap<SandboxId, Found>>,
+    refusals: AtomicU32,
 }
 
 impl FoundVms {
@@ -51,6 +53,11 @@ impl FoundVms {
     #[must_use]
     pub fn get(&self, id: SandboxId) -> Option<Found> {
         self.found.lock().expect("no thread panicked").get(&id).copied()
+    }
+
+    /// Has the next removals fail: a VMM that does not end, or a file that stays.
+    pub fn refuse_removals(&self, times: u32) {
+        self.refusals.store(times, Ordering::SeqCst);
     }
 
     fn end(&self, id: SandboxId) {
@@ -101,6 +108,12 @@ impl Engine for FoundVms {
     }
 
     async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
+        let refused = self
+            .refusals
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if refused.is_ok() {
+            return Err(RemoveError::Unkillable { pid: 1 });
+        }
         self.end(id);
         drop(std::fs::remove_dir_all(directory));
         Ok(())

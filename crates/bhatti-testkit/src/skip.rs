@@ -1,15 +1,16 @@
-//! Tests that cannot run here say so, and are counted.
+//! Reports tests that cannot run here.
 
 use std::fs::OpenOptions;
 use std::io::Write;
 
 use crate::repository;
 
-/// Says that `what` did not run, and why. `scripts/test.sh` prints and counts these at the end.
+/// Reports that `what` did not run, and why. `scripts/test.sh` prints and counts the skips at its
+/// end.
 ///
 /// # Panics
 ///
-/// Panics if it cannot be said: a silent skip is a defect.
+/// Panics if the report cannot be written: a silent skip is a defect.
 pub fn skip(what: &str, why: &str) {
     let path = repository().join("target/skipped.txt");
     let mut file =

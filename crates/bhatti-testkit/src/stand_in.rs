@@ -1,4 +1,4 @@
-//! An agent that does harm, in place of a sandbox's real one.
+//! A hostile guest agent that replaces a sandbox's real one.
 
 use std::fs;
 use std::io;
@@ -17,13 +17,14 @@ use tokio_util::compat::TokioAsyncReadCompatExt;
 /// The agent channel's socket in the directory of a sandbox on QEMU.
 const SOCKET: &str = "agent.sock";
 
-/// An agent that lists every directory without an end and answers nothing else. It ends when this is dropped.
+/// An agent whose directory listings never end. It serves no other request. Dropping this value
+/// ends it.
 #[derive(Debug)]
 pub struct EndlessLister(JoinHandle<()>);
 
 impl EndlessLister {
-    /// Takes the place of the agent of the sandbox in `directory`. The sandbox's daemon meets it
-    /// when it connects again.
+    /// Replaces the agent of the sandbox in `directory`. The daemon reaches the new agent when it
+    /// connects again.
     ///
     /// # Panics
     ///
@@ -35,7 +36,7 @@ impl EndlessLister {
         let listener = UnixListener::bind(&path).expect("the socket is free");
         Self(tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
-                // An error is the daemon's end of the connection.
+                // An error only means that the daemon has closed the connection.
                 tokio::spawn(async move { drop(serve(socket).await) });
             }
         }))
@@ -97,13 +98,13 @@ async fn serve(socket: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Lists for ever, if that is what is asked for.
+/// Answers a request for a listing without end. Ignores other requests.
 async fn list(mut stream: AcceptedStream) -> io::Result<()> {
     read_port(&mut stream).await?;
     let (reader, writer) = split(stream);
     let mut writer = FrameWriter::new(writer);
     let mut reader = FrameReader::new(reader);
-    // The sandbox's token comes first.
+    // The sandbox's token comes before the request.
     loop {
         match reader.next().await.map_err(io::Error::other)? {
             Some(frame) if frame.frame_type == FrameType::FILE_LS_REQ => break,

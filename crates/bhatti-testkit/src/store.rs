@@ -1,14 +1,14 @@
-//! Damage and refusals in a daemon's store.
+//! Damages a daemon's store.
 
 use std::path::Path;
 
 use crate::daemon::std_command;
 
-/// Runs statements of SQL on the store of a data directory, by Python's `sqlite3`.
+/// Runs SQL statements on the store of a data directory, with Python's `sqlite3`.
 ///
 /// # Panics
 ///
-/// Panics if that fails.
+/// Panics if a statement fails.
 pub fn change_store(data_dir: &Path, sql: &str) {
     const RUN: &str =
         "import sqlite3, sys; sqlite3.connect(sys.argv[1]).executescript(sys.argv[2])";

@@ -8,40 +8,45 @@
 //!      └──────────────────────────────────────┘
 //! ```
 //!
-//! A sandbox that could not be created leaves nothing behind. One that runs is hot, warm or cold, and any request makes it hot. One that was
-//! stopped stays so until it is started. One whose VM died is `failed`, with the reason, until it is booted anew or destroyed. Only the sandbox's driver task changes its state; the row in the store is written before the effect it announces.
+//! A sandbox that could not be created leaves nothing behind. A running sandbox is hot, warm or
+//! cold, and any request makes it hot. A stopped sandbox stays stopped until it is started. A
+//! sandbox whose VM died is `failed`, with the reason, until it is booted again or destroyed.
+//! Only the sandbox's driver task changes its state; the row in the store is written before the
+//! effect that it announces.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Where a sandbox stands.
+/// The state of a sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SandboxState {
-    /// Its VM is being made; it cannot be used yet.
+    /// The VM is being made, so the sandbox cannot be used yet.
     Creating,
-    /// It can be used; whether its VM runs right now is a matter of [`Thermal`].
+    /// The sandbox can be used. [`Thermal`] says whether its VM runs right now.
     Running,
-    /// Somebody stopped it. Its memory and processes are in a snapshot.
+    /// The sandbox was stopped on request. If the engine can save memory, its memory and
+    /// processes are in a snapshot.
     Stopped,
-    /// Its VM is gone without having been asked to go.
+    /// The VM ended without a request, or cannot be used.
     Failed(FailReason),
-    /// It is being taken away; what is left of it goes with the next start of the daemon at the latest.
+    /// The sandbox is being removed. The next start of the daemon, at the latest, removes its
+    /// remains.
     Destroyed,
 }
 
-/// What a running sandbox costs right now.
+/// The activity of a running sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Thermal {
-    /// Its vCPUs run.
+    /// The vCPUs run.
     Hot,
-    /// Its vCPUs are paused, and its memory is kept.
+    /// The vCPUs are paused, and the memory is kept.
     Warm,
-    /// It has no process; its memory is in a snapshot.
+    /// The sandbox has no process; its memory is in a snapshot.
     Cold,
 }
 
 impl Thermal {
-    /// The word for it in the API.
+    /// Returns the word for the activity in the API.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -61,34 +66,36 @@ pub enum FailReason {
     VmmMissing,
     /// The daemon started and could not talk to the VMM process of a sandbox that was running.
     VmmUnusable,
+    /// The daemon's task for the sandbox panicked: a defect of the daemon.
+    DriverPanicked,
 }
 
 /// Why a request to use a sandbox was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
-    /// It is not up yet.
+    /// The sandbox is not up yet.
     #[error("sandbox is still being created")]
     StillCreating,
-    /// Somebody stopped it.
+    /// The sandbox is stopped.
     #[error("sandbox is stopped")]
     Stopped,
-    /// It runs, and would lose its memory.
+    /// The sandbox runs, and the request would lose its memory.
     #[error("sandbox is running")]
     Running,
-    /// Its VM died.
+    /// The sandbox's VM died.
     #[error("sandbox has failed: {0}")]
     Failed(FailReason),
-    /// It is going or gone.
+    /// The sandbox is being destroyed, or is gone.
     #[error("sandbox has been destroyed")]
     Destroyed,
 }
 
 impl SandboxState {
-    /// Whether processes can be started in the sandbox.
+    /// Checks whether processes can be started in the sandbox.
     ///
     /// # Errors
     ///
-    /// Says why not.
+    /// Returns the reason why not.
     pub const fn admit_use(self) -> Result<(), Denied> {
         match self {
             Self::Creating => Err(Denied::StillCreating),
@@ -120,6 +127,7 @@ impl FailReason {
             Self::VmmExited => "vmm_exited",
             Self::VmmMissing => "vmm_missing",
             Self::VmmUnusable => "vmm_unusable",
+            Self::DriverPanicked => "driver_panicked",
         }
     }
 }
@@ -132,20 +140,23 @@ impl fmt::Display for FailReason {
             Self::VmmUnusable => {
                 "its virtual machine process did not answer when the daemon started"
             }
+            Self::DriverPanicked => {
+                "the daemon failed while it changed the sandbox's state; its log has the cause"
+            }
         })
     }
 }
 
 /// A word that names no [`FailReason`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no reason to fail")]
+#[error("unknown failure reason `{0}`")]
 pub struct UnknownReason(String);
 
 impl FromStr for FailReason {
     type Err = UnknownReason;
 
     fn from_str(word: &str) -> Result<Self, UnknownReason> {
-        [Self::VmmExited, Self::VmmMissing, Self::VmmUnusable]
+        [Self::VmmExited, Self::VmmMissing, Self::VmmUnusable, Self::DriverPanicked]
             .into_iter()
             .find(|reason| reason.as_str() == word)
             .ok_or_else(|| UnknownReason(word.to_owned()))
@@ -168,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn reason_survives_its_word() {
+    fn fail_reason_round_trips_through_its_word() {
         for reason in [FailReason::VmmExited, FailReason::VmmMissing, FailReason::VmmUnusable] {
             assert_eq!(reason.as_str().parse(), Ok(reason));
         }

@@ -1,4 +1,4 @@
-//! What a driver and those who use its sandbox share: whether it can be used right now, and by how many it is.
+//! What a driver shares with its callers: the sandbox's state, and the leases that keep it hot.
 
 use std::sync::Arc;
 
@@ -9,42 +9,46 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::{Duration, Instant};
 
+use super::state::{Kind, State};
 use crate::admission::Admitted;
 
-/// Where a sandbox stands, with its VM if it has one.
+/// A sandbox's state and leases. The driver alone changes the state.
 pub(crate) struct Access {
     inner: Mutex<Inner>,
-    /// A user has gone, or the sandbox was changed: the driver's next deadline may be another.
+    /// Notified when a lease ends or `keep_hot` changes: the driver's next deadline may have moved.
     pub(crate) changed: Notify,
 }
 
 struct Inner {
-    state: SandboxState,
-    thermal: Thermal,
-    vm: Option<Running>,
+    state: State,
     leases: usize,
     last_activity: Instant,
     keep_hot: bool,
 }
 
-/// A VM that has a process, with the memory that was set aside for it.
+/// A VM that has a process, with the memory that is reserved for it.
 #[derive(Clone)]
 pub(crate) struct Running {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) agent: AgentClient,
-    _admitted: Arc<Admitted>,
+    admitted: Arc<Admitted>,
 }
 
 impl Running {
-    /// A VM whose agent wants `token`.
+    /// A VM whose agent asks for `token`.
     pub(crate) fn new(vm: Arc<dyn Vm>, token: &str, admitted: Admitted) -> Self {
         let agent = agent(&vm, token);
-        Self { vm, agent, _admitted: Arc::new(admitted) }
+        Self { vm, agent, admitted: Arc::new(admitted) }
     }
 
-    /// The same VM, whose agent wants another token by now.
+    /// Returns the same VM, whose agent now asks for another token.
     pub(crate) fn with_token(self, token: &str) -> Self {
         Self { agent: agent(&self.vm, token), ..self }
+    }
+
+    /// Returns the memory that is reserved for the VM.
+    pub(crate) fn admitted(&self) -> Arc<Admitted> {
+        Arc::clone(&self.admitted)
     }
 }
 
@@ -53,97 +57,96 @@ fn agent(vm: &Arc<dyn Vm>, token: &str) -> AgentClient {
     if token.is_empty() { agent } else { agent.with_token(token.as_bytes()) }
 }
 
-/// Somebody uses the sandbox for as long as this lives: it stays hot.
+/// A use of a sandbox: the sandbox stays hot until this is dropped.
 pub(crate) struct Lease(Arc<Access>);
 
-/// What comes of an attempt to use a sandbox.
+/// The result of an attempt to take a lease.
 pub(crate) enum Entry {
-    /// It is hot.
+    /// The sandbox is hot.
     Hot(AgentClient, Lease),
-    /// Its driver has to wake it first.
+    /// The driver has to wake the sandbox first.
     Asleep,
 }
 
 impl Access {
-    pub(crate) fn new(state: SandboxState, keep_hot: bool) -> Arc<Self> {
-        let inner = Inner {
-            state,
-            thermal: Thermal::Cold,
-            vm: None,
-            leases: 0,
-            last_activity: Instant::now(),
-            keep_hot,
-        };
+    pub(crate) fn new(state: State, keep_hot: bool) -> Arc<Self> {
+        let inner = Inner { state, leases: 0, last_activity: Instant::now(), keep_hot };
         Arc::new(Self { inner: Mutex::new(inner), changed: Notify::new() })
     }
 
-    /// Uses the sandbox, if it can be used right now.
+    /// Takes a lease if the sandbox is hot.
     pub(crate) fn enter(self: &Arc<Self>) -> Result<Entry, Denied> {
         let mut inner = self.inner.lock();
-        inner.state.admit_use()?;
-        let agent = match &inner.vm {
-            Some(running) if inner.thermal == Thermal::Hot => running.agent.clone(),
-            _ => return Ok(Entry::Asleep),
-        };
+        inner.state.kind().sandbox_state().admit_use()?;
+        let State::Hot(running) = &inner.state else { return Ok(Entry::Asleep) };
+        let agent = running.agent.clone();
         inner.leases += 1;
         inner.last_activity = Instant::now();
         Ok(Entry::Hot(agent, Lease(Arc::clone(self))))
     }
 
-    /// Closes the sandbox to new users, unless it has some or is wanted hot. Then the driver may pause it.
-    pub(crate) fn close_if_unused(&self) -> bool {
+    /// Closes a hot sandbox to new leases, so that the driver may pause it. Does nothing if it has
+    /// leases, stays hot, or was used after `asked_at`. Returns whether it is closed.
+    pub(crate) fn close_if_unused(&self, asked_at: Instant) -> bool {
         let mut inner = self.inner.lock();
-        let unused = inner.leases == 0 && !inner.keep_hot && inner.thermal == Thermal::Hot;
-        if unused {
-            inner.thermal = Thermal::Warm;
+        let is_unused = inner.leases == 0 && !inner.keep_hot && inner.last_activity <= asked_at;
+        match &inner.state {
+            State::Hot(running) if is_unused => {
+                inner.state = State::Warm(running.clone());
+                true
+            }
+            _ => false,
         }
-        unused
     }
 
-    /// When the sandbox is to get cooler: never while somebody uses it.
+    /// Returns when the sandbox is to cool; `None` while it has leases.
     pub(crate) fn deadline(
         &self,
         warm_after: Duration,
         cold_after: Option<Duration>,
     ) -> Option<Instant> {
         let inner = self.inner.lock();
-        if inner.state != SandboxState::Running || inner.keep_hot || inner.leases > 0 {
+        if inner.keep_hot || inner.leases > 0 {
             return None;
         }
-        match inner.thermal {
-            Thermal::Hot => Some(inner.last_activity + warm_after),
-            Thermal::Warm => Some(inner.last_activity + warm_after + cold_after?),
-            Thermal::Cold => None,
+        match inner.state {
+            State::Hot(_) => Some(inner.last_activity + warm_after),
+            State::Warm(_) => Some(inner.last_activity + warm_after + cold_after?),
+            _ => None,
         }
     }
 
-    /// Since when a warm sandbox that runs has not been used; `None` if it is used, hot, or has no VM.
+    /// Returns since when a warm sandbox is unused; `None` if it has leases or is not warm.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
         let inner = self.inner.lock();
-        let is_idle = inner.vm.is_some() && inner.thermal == Thermal::Warm && inner.leases == 0;
+        let is_idle = matches!(inner.state, State::Warm(_)) && inner.leases == 0;
         is_idle.then_some(inner.last_activity)
     }
 
-    pub(crate) fn state(&self) -> SandboxState {
-        self.inner.lock().state
+    pub(crate) fn kind(&self) -> Kind {
+        self.inner.lock().state.kind()
     }
 
-    /// None unless the sandbox is one that runs.
+    pub(crate) fn state(&self) -> SandboxState {
+        self.kind().sandbox_state()
+    }
+
+    /// Returns the activity of a running sandbox.
     pub(crate) fn thermal(&self) -> Option<Thermal> {
-        let inner = self.inner.lock();
-        (inner.state == SandboxState::Running).then_some(inner.thermal)
+        self.kind().thermal()
     }
 
     pub(crate) fn running(&self) -> Option<Running> {
-        self.inner.lock().vm.clone()
+        self.inner.lock().state.running().cloned()
     }
 
-    pub(crate) fn set_state(&self, state: SandboxState) {
+    /// Returns the memory that is reserved for the sandbox's VM.
+    pub(crate) fn memory(&self) -> Option<Arc<Admitted>> {
+        self.inner.lock().state.memory()
+    }
+
+    pub(crate) fn set(&self, state: State) {
         self.inner.lock().state = state;
-    }
-
-    pub(crate) fn set_thermal(&self, thermal: Thermal) {
-        self.inner.lock().thermal = thermal;
     }
 
     pub(crate) fn set_keep_hot(&self, keep_hot: bool) {
@@ -151,14 +154,7 @@ impl Access {
         self.changed.notify_one();
     }
 
-    /// Puts a VM in place, or takes it away.
-    pub(crate) fn set_vm(&self, vm: Option<Running>, thermal: Thermal) {
-        let mut inner = self.inner.lock();
-        inner.vm = vm;
-        inner.thermal = thermal;
-    }
-
-    /// Something was done in the sandbox.
+    /// Records a use now.
     pub(crate) fn touch(&self) {
         self.inner.lock().last_activity = Instant::now();
     }

@@ -1,11 +1,12 @@
 //! The mark of a sandbox whose VM boots again, in its directory.
 //!
 //! A guest has no settings until the daemon sends them. If the daemon ends before that, its
-//! successor cannot see this in the VM. The mark tells it: the VM is ended, and the sandbox booted
-//! again if it is to run. No caller got an answer of the interrupted boot.
+//! successor cannot see this in the VM. If the successor finds the mark, it ends the VM and boots
+//! the sandbox again, unless the sandbox is stopped or failed. No caller got an answer to the
+//! interrupted boot.
 //!
-//! Nothing but [`BootMark::clear`] removes the mark: a boot that is dropped leaves it, for its VM
-//! lives on. The mark need not survive a power cut, for no VM does.
+//! Nothing but [`BootMark::clear`] removes the mark: a boot that is dropped leaves it, because its
+//! VM lives on. The mark need not survive a power cut, because no VM does.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,11 +14,11 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use crate::driver::saved::Saved;
+use super::saved::Saved;
 
 const MARK: &str = "booting";
 
-/// A sandbox that is marked. Calls block on disk for a moment.
+/// The mark of one sandbox. Calls block on disk for a moment.
 #[must_use = "the mark stays until it is cleared"]
 pub(crate) struct BootMark(PathBuf);
 
@@ -33,15 +34,16 @@ impl BootMark {
         Ok(Self(path))
     }
 
-    /// The mark of a sandbox whose boot an earlier daemon did not finish.
+    /// Finds the mark of a sandbox whose boot an earlier daemon did not finish.
     pub(crate) fn find(directory: &Path) -> Option<Self> {
         let mark = Self(directory.join(MARK));
         if !mark.0.exists() {
             return None;
         }
         if Saved::new(directory.to_owned()).is_there() {
-            // No VM has run since the snapshot was taken: a boot gives it up before its VM runs.
-            // Either that boot had not come so far, or an older mark could not be removed.
+            // No VM has run since the snapshot was taken: a boot gives the snapshot up before its
+            // VM runs. Either that boot had not come so far, or an older mark could not be
+            // removed.
             mark.clear();
             return None;
         }

@@ -1,7 +1,8 @@
-//! A sandbox that cannot be woken is not tried by every request: each try starts a VMM and reads a memory, only to fail again.
+//! Circuit breaker for wakes. If a sandbox cannot be woken, not every request tries: each attempt
+//! starts a VMM and reads a memory, only to fail again.
 //!
-//! After a few failures in a row, requests are told the last one at once, and one of them tries again now and then. Whoever starts the sandbox
-//! explicitly always gets a try.
+//! After a few failures in a row, requests get the last error at once, and one of them tries again
+//! from time to time. An explicit start always tries.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +11,15 @@ use bhatti_engine::RestoreError;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::driver::TransitionError;
+use super::error::TransitionError;
 
-/// Failures in a row after which requests try no more.
+/// Number of failures in a row after which requests stop trying.
 const FAILURES_MAX: u32 = 3;
 
-/// How long after a failure one of them tries again.
+/// Time after a failure until a request tries again.
 const REST: Duration = Duration::from_secs(30);
 
-/// What came of the last tries to wake a sandbox.
+/// The results of the last attempts to wake a sandbox.
 #[derive(Debug, Default)]
 pub(crate) struct Breaker {
     failed: Mutex<Option<Failed>>,
@@ -32,7 +33,7 @@ struct Failed {
 }
 
 impl Breaker {
-    /// Whether a request may try.
+    /// Returns an error if a request must not try now.
     pub(crate) fn admit(&self) -> Result<(), TransitionError> {
         let failed = self.failed.lock();
         let Some(Failed { times, last, error }) = &*failed else { return Ok(()) };
@@ -43,7 +44,8 @@ impl Breaker {
         Err(TransitionError::GivenUp { times: *times, wait, error: Arc::clone(error) })
     }
 
-    /// Notes what came of a try. What says nothing of the snapshot (a host without memory for it, say) leaves the count as it is.
+    /// Records the result of an attempt. An error that says nothing about the snapshot (no free
+    /// memory on the host, for example) leaves the count unchanged.
     pub(crate) fn note(&self, woken: &Result<(), TransitionError>) {
         let mut failed = self.failed.lock();
         match woken {

@@ -1,7 +1,8 @@
-//! What guests tell of themselves, on record.
+//! Records the events that guests report about themselves.
 //!
-//! A guest can send as many events as it likes. The daemon records [`BURST`] of them at once and then one in each [`RATE`]. It counts the
-//! others and reads them slowly, so that a guest that floods it waits.
+//! A guest can send as many events as it likes. The daemon records [`BURST`] of them at once and
+//! then one in each [`RATE`]. It counts the others and reads them slowly, so that a guest that
+//! floods it waits.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -15,31 +16,31 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
+use super::access::Running;
 use crate::ControlPlane;
-use crate::driver::access::Running;
 
-/// How many events of a guest are recorded at once, and how long each of them takes to come back.
+/// Number of events of a guest that are recorded at once, and the time until one more is allowed.
 const BURST: u32 = 10;
 const RATE: Duration = Duration::from_secs(60);
 
 /// The pause after an event that is only counted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The most of a name or a cgroup that is recorded, in characters.
+/// Maximum recorded length of a name or a cgroup, in characters.
 const TEXT_CHARS_MAX: usize = 128;
 
-/// Who listens to a sandbox's guest. It ends when this is dropped.
+/// The task that records the events of a sandbox's guest. It ends when this is dropped.
 #[derive(Default)]
 pub(crate) struct Listener(Mutex<Listening>);
 
 #[derive(Default)]
 struct Listening {
-    /// The VM that is listened to.
+    /// The VM whose events are recorded.
     vm: Option<Weak<dyn Vm>>,
     task: JoinSet<()>,
 }
 
-/// Whose events are recorded.
+/// The sandbox whose events are recorded.
 #[derive(Clone)]
 pub(crate) struct Source {
     pub(crate) sandbox: SandboxId,
@@ -48,7 +49,7 @@ pub(crate) struct Source {
 }
 
 impl Listener {
-    /// Listens to the guest of `running` from now on, unless somebody does already.
+    /// Records the events of the guest of `running` from now on, unless a task does so already.
     pub(crate) fn listen(&self, source: Source, running: &Running) {
         let mut listening = self.0.lock();
         let vm = Arc::downgrade(&running.vm);
@@ -59,13 +60,13 @@ impl Listener {
         }
         listening.task.abort_all();
         listening.vm = Some(vm);
-        // Without the VM itself: its memory is given back when its driver has done with it.
+        // The task does not hold the VM, so that the memory is freed when the driver drops the VM.
         let agent = running.agent.clone();
         listening.task.spawn(async move { record(source, &agent).await });
     }
 }
 
-/// Records what a guest tells, until its connection ends.
+/// Records a guest's events until its connection ends.
 async fn record(source: Source, agent: &AgentClient) {
     let Ok(mut events) = agent.events().await else { return };
     let mut pace = Pace::new();
@@ -112,7 +113,7 @@ fn describe(event: GuestEvent) -> (&'static str, Value) {
     }
 }
 
-/// How many more events are recorded.
+/// The number of events that may still be recorded.
 struct Allowance {
     left: u32,
     since: Instant,
@@ -123,7 +124,7 @@ impl Allowance {
         Self { left: BURST, since: Instant::now() }
     }
 
-    /// Takes one, if there is one.
+    /// Takes one event from the allowance, if any is left.
     fn take(&mut self) -> bool {
         while self.left < BURST && self.since.elapsed() >= RATE {
             self.left += 1;
@@ -163,7 +164,7 @@ mod tests {
             recorded.extend(pace.admit().await);
         }
 
-        // One more for the minute that the others took.
+        // One more for the minute that the pauses after the others took.
         let expected = [vec![0; BURST as usize], vec![600]].concat();
         assert_eq!(recorded, expected);
         assert_eq!(began.elapsed(), PAUSE * (1000 - BURST - 1));

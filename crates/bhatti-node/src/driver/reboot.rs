@@ -1,15 +1,16 @@
 //! Guests that reboot themselves: the VM ends, and the sandbox is booted again from its disk.
 //!
-//! VMMs end when their guest resets the machine. What the guest's kernel printed last tells a
-//! reboot from everything else that ends a VM. The guest can print what it likes; that decides
-//! about nothing but its own sandbox, and only so often.
+//! VMMs end when their guest resets the machine. The last output of the guest's kernel tells a
+//! reboot from everything else that ends a VM. The guest can print what it likes, but this affects
+//! only its own sandbox, and at most [`REBOOTS_MAX`] times within [`WITHIN`].
 
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-/// What Linux prints before it resets the machine (`kernel/reboot.c`). A panic resets it without these words.
+/// Text that Linux prints before it resets the machine (`kernel/reboot.c`). A panic resets the
+/// machine without this text.
 const RESTARTING: &str = "reboot: Restarting system";
 
 /// How many reboots are followed by a boot within [`WITHIN`]: a guest that does nothing else would
@@ -22,7 +23,7 @@ const WITHIN: Duration = Duration::from_secs(600);
 pub(crate) struct Reboots(Mutex<Vec<Instant>>);
 
 impl Reboots {
-    /// Whether a VM with this console's output is booted again.
+    /// Returns whether a VM with this console output is booted again.
     pub(crate) fn admit(&self, console: &str) -> bool {
         if !console.contains(RESTARTING) {
             return false;

@@ -1,4 +1,4 @@
-//! The snapshot of a sandbox that sleeps, in its directory.
+//! The snapshot of a sleeping sandbox, in the sandbox's directory.
 //!
 //! ```text
 //!  snapshot/           can be restored
@@ -7,8 +7,8 @@
 //!  snapshot.gone/      is being removed
 //! ```
 //!
-//! That its VM runs is on the disk before the VM runs. The disk's size and time of change cannot tell: a power cut takes back what was not
-//! flushed of them.
+//! `ran` is on the disk before the VM runs. The disk's size and time of change cannot tell whether
+//! the VM ran: a power cut takes back changes of them that were not flushed.
 
 use std::fs::{self, File};
 use std::io;
@@ -22,7 +22,8 @@ const USED: &str = "snapshot.used";
 const RAN: &str = "ran";
 const GONE: &str = "snapshot.gone";
 
-/// The snapshot of one sandbox. Calls block on disk, and are made on a thread for that.
+/// The snapshot of one sandbox. Its async functions do disk work on a thread for blocking work;
+/// the others block their caller.
 #[derive(Clone, Debug)]
 pub(crate) struct Saved {
     directory: PathBuf,
@@ -37,18 +38,19 @@ impl Saved {
         self.directory.join(name)
     }
 
-    /// Whether there is one that can be restored.
+    /// Returns whether there is a snapshot that can be restored.
     pub(crate) fn is_there(&self) -> bool {
         self.path(SNAPSHOT).exists()
     }
 
-    /// Takes it out of use, if there is one: a VM has loaded it. Returns whether there is.
+    /// Takes the snapshot out of use, if there is one, because a VM has loaded it. Returns whether
+    /// there is one.
     pub(crate) async fn consume(&self) -> io::Result<bool> {
         self.on_disk(|saved| {
             if !saved.is_there() {
                 return Ok(false);
             }
-            // One that an earlier wake could not remove.
+            // A used snapshot that an earlier wake could not remove.
             saved.remove_used()?;
             fs::rename(saved.path(SNAPSHOT), saved.path(USED))?;
             Ok(true)
@@ -56,7 +58,7 @@ impl Saved {
         .await
     }
 
-    /// Notes durably that the VM that has loaded it runs from now on.
+    /// Records durably that the VM that has loaded the snapshot runs from now on.
     pub(crate) async fn note_run(&self) -> io::Result<()> {
         self.on_disk(|saved| {
             let ran = saved.path(USED).join(RAN);
@@ -67,7 +69,7 @@ impl Saved {
         .await
     }
 
-    /// Puts one back whose VM did not run after all.
+    /// Puts back a used snapshot whose VM did not run after all.
     pub(crate) async fn put_back(&self) -> io::Result<()> {
         self.on_disk(Self::put_back_now).await
     }
@@ -81,12 +83,12 @@ impl Saved {
         durable::rename(&self.path(USED), &self.path(SNAPSHOT))
     }
 
-    /// Removes one that was used.
+    /// Removes a used snapshot.
     pub(crate) async fn forget(&self) -> io::Result<()> {
         self.on_disk(Self::remove_used).await
     }
 
-    /// Removes one that could be restored: a VM has run since.
+    /// Removes a snapshot that could be restored, because a VM has run since.
     pub(crate) async fn discard(&self) -> io::Result<()> {
         self.on_disk(|saved| saved.remove(SNAPSHOT)).await
     }
@@ -95,7 +97,8 @@ impl Saved {
         self.remove(USED)
     }
 
-    /// Under another name first: what is removed in part must not be taken for a whole one.
+    /// Removes a snapshot, under another name first: a half removed snapshot must not be taken for
+    /// a whole one.
     fn remove(&self, name: &str) -> io::Result<()> {
         let gone = self.path(GONE);
         remove_directory(&gone)?;
@@ -106,7 +109,8 @@ impl Saved {
         remove_directory(&gone)
     }
 
-    /// What a later daemon finds, and no VM: whether there is one to go on from. One whose VM never ran is put back.
+    /// Cleans up the snapshots of a sandbox without a VM, after an earlier daemon. Puts a used
+    /// snapshot back if its VM never ran. Returns whether there is a snapshot to restore.
     pub(crate) fn settle(&self) -> io::Result<bool> {
         remove_directory(&self.path(GONE))?;
         let used = self.path(USED);

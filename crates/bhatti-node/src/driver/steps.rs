@@ -1,4 +1,5 @@
-//! The steps of a sandbox's transitions, by name, so that a test can have something go wrong at each of them.
+//! The steps of a sandbox's transitions, by name, so that a test can inject a fault at each of
+//! them.
 
 use std::str::FromStr;
 
@@ -7,7 +8,7 @@ use std::str::FromStr;
 pub enum Step {
     /// Paused, nothing saved.
     Paused,
-    /// Resumed, the guest not told.
+    /// Resumed, the guest not notified.
     Resumed,
     /// A stop is in the row, nothing else done.
     StopNoted,
@@ -23,7 +24,7 @@ pub enum Step {
     Loaded,
     /// A snapshot is loaded and consumed, the VM still paused.
     Consumed,
-    /// A VM that was restored runs, the guest not told.
+    /// A VM that was restored runs, the guest not notified.
     Woken,
     /// The layers of a disk are merged, its sandbox runs.
     Merged,
@@ -44,7 +45,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// All of them.
+    /// All steps.
     pub const ALL: [Self; 18] = [
         Self::Paused,
         Self::Resumed,
@@ -66,7 +67,7 @@ impl Step {
         Self::Removed,
     ];
 
-    /// Its name.
+    /// Returns the step's name.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -94,7 +95,7 @@ impl Step {
 
 /// No step has this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no step")]
+#[error("unknown step `{0}`")]
 pub struct UnknownStep(String);
 
 impl FromStr for Step {
@@ -108,10 +109,10 @@ impl FromStr for Step {
     }
 }
 
-/// Something that goes wrong at a step, because a test wants it to.
+/// A fault that a test injects at a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The daemon dies, as of `kill -9`.
+    /// The daemon dies, as by `kill -9`.
     Daemon(Step),
     /// The sandbox's VMM dies.
     Vmm(Step),
@@ -129,10 +130,11 @@ impl FromStr for Fault {
     }
 }
 
-/// Has the fault happen that is to happen at this step. Returns whether it is the VMM's death.
+/// Injects the fault if it belongs to this step: aborts the daemon, or returns whether the VMM
+/// must die.
 pub(crate) fn reached(step: Step, fault: Option<Fault>) -> bool {
     if fault == Some(Fault::Daemon(step)) {
-        tracing::warn!(step = step.as_str(), "Ending here, as asked");
+        tracing::warn!(step = step.as_str(), "Aborting at this step, for a test");
         std::process::abort();
     }
     fault == Some(Fault::Vmm(step))

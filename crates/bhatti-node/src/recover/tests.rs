@@ -1,122 +1,13 @@
 //! Recovery from every combination of row and VMM, with a simulated engine. The daemon's tests
 //! `vm_sandbox`, `vm_faults` and `vm_thermal` do the same with real VMs.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_engine::Engine;
-use bhatti_image::ImageStore;
-use bhatti_store::{NewSandbox, Store};
-use bhatti_testkit::{Found, FoundVms, change_store};
-use bhatti_types::{SandboxSpec, SecretName, UserId};
-use serde_json::Value;
+use bhatti_testkit::{Found, change_store};
+use bhatti_types::{SandboxSpec, Thermal, UserId};
 
 use super::*;
-use crate::{Config, ControlPlane, NetworkConfig, ThermalConfig};
-
-/// A control half without events and secrets.
-struct NoControl;
-
-impl ControlPlane for NoControl {
-    fn record(&self, _: &'static str, _: UserId, _: SandboxId, _: Value) {}
-
-    fn secrets(&self, _: UserId, _: &[SecretName]) -> BTreeMap<String, String> {
-        BTreeMap::new()
-    }
-}
-
-/// What is found of a sandbox's snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Saved {
-    No,
-    Yes,
-    Used,
-    Ran,
-}
-
-/// A data directory with a store.
-struct Place {
-    data: tempfile::TempDir,
-    store: Arc<Store>,
-    vms: Arc<FoundVms>,
-}
-
-impl Place {
-    fn new() -> Self {
-        let data = tempfile::tempdir().unwrap();
-        for directory in ["sandboxes", "snapshots", "templates", "volumes"] {
-            std::fs::create_dir(data.path().join(directory)).unwrap();
-        }
-        let store = Arc::new(Store::open(data.path()).unwrap());
-        Self { data, store, vms: Arc::default() }
-    }
-
-    fn directory(&self, id: SandboxId) -> std::path::PathBuf {
-        self.data.path().join("sandboxes").join(id.to_string())
-    }
-
-    /// Puts a sandbox in place as an earlier daemon left it.
-    fn leave(&self, number: u8, state: SandboxState, found: Found, saved: Saved) -> SandboxId {
-        let id = SandboxId::from_entropy([number; 8]);
-        let spec =
-            SandboxSpec::plain(format!("s{number}").parse().unwrap(), "minimal".parse().unwrap());
-        let (origin, agent_token) = ("boot".to_owned(), String::new());
-        let new = NewSandbox {
-            id,
-            owner: UserId::ADMIN,
-            spec,
-            origin,
-            agent_token,
-            expires_at: None,
-            volumes: Vec::new(),
-        };
-        self.store.insert_sandbox(new).unwrap();
-        self.store.set_sandbox_state(id, state).unwrap();
-        let directory = self.directory(id);
-        std::fs::create_dir(&directory).unwrap();
-        match saved {
-            Saved::No => {}
-            Saved::Yes => std::fs::create_dir(directory.join("snapshot")).unwrap(),
-            Saved::Used => std::fs::create_dir(directory.join("snapshot.used")).unwrap(),
-            Saved::Ran => std::fs::create_dir_all(directory.join("snapshot.used/ran")).unwrap(),
-        }
-        self.vms.leave(id, found);
-        id
-    }
-
-    async fn recover(&self) -> Node {
-        let path = self.data.path();
-        let config = Config {
-            sandboxes_dir: path.join("sandboxes"),
-            images: ImageStore::new(path),
-            lohar: path.join("lohar"),
-            boot_limit: Duration::from_secs(1),
-            snapshots_dir: path.join("snapshots"),
-            bases_dir: path.join("templates"),
-            bases_bytes: 0,
-            base_hostname: "template".parse().unwrap(),
-            ready_vmms: 0,
-            ready_forks: 0,
-            memory_budget_mib: 4096,
-            thermal: ThermalConfig {
-                warm_after: Duration::from_secs(3600),
-                cold_after: Duration::from_secs(3600),
-            },
-            volumes_dir: path.join("volumes"),
-            network: NetworkConfig {
-                host: Err("this is a test".to_owned()),
-                range: "10.213.0.0/16".parse().unwrap(),
-                reach_host: false,
-            },
-            fault: None,
-        };
-        let engine: Arc<dyn Engine> = Arc::clone(&self.vms) as _;
-        let node = Node::new(config, Arc::clone(&self.store), engine, Arc::new(NoControl));
-        node.recover().await.unwrap().finished().await;
-        node
-    }
-}
+use crate::fixture::{Place, Saved};
 
 const RUNNING: SandboxState = SandboxState::Running;
 const STOPPED: SandboxState = SandboxState::Stopped;
@@ -125,7 +16,7 @@ const MISSING: SandboxState = SandboxState::Failed(FailReason::VmmMissing);
 const UNUSABLE: SandboxState = SandboxState::Failed(FailReason::VmmUnusable);
 
 #[tokio::test]
-async fn every_row_and_reality_come_to_one_truth_however_often() {
+async fn every_row_and_vmm_recover_to_the_same_state_twice() {
     use self::Saved::{No, Ran, Used, Yes};
     use Found::{Broken, Nothing, Paused, Running};
     use Thermal::{Cold, Hot, Warm};
@@ -170,9 +61,9 @@ async fn every_row_and_reality_come_to_one_truth_however_often() {
 }
 
 #[tokio::test]
-async fn stop_that_was_cut_off_is_finished_or_undone() {
+async fn interrupted_stop_is_finished_or_undone() {
     let place = Place::new();
-    // Its VM cannot be saved: then it goes on, rather than being lost.
+    // Its VM cannot be saved, so the sandbox runs on and loses nothing.
     let id = place.leave(1, STOPPED, Found::Running, Saved::No);
 
     let _node = place.recover().await;
@@ -187,7 +78,7 @@ async fn stop_that_was_cut_off_is_finished_or_undone() {
 }
 
 #[tokio::test]
-async fn what_the_store_does_not_know_is_left_alone() {
+async fn sandbox_unknown_to_the_store_is_left_alone() {
     let place = Place::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::Yes);
     // A store that was restored from an older copy.
@@ -216,7 +107,7 @@ async fn removal_of_a_sandbox_with_a_damaged_row_is_finished() {
 }
 
 #[tokio::test]
-async fn row_with_a_damaged_id_keeps_no_other_sandbox_down() {
+async fn row_with_a_damaged_id_does_not_block_other_sandboxes() {
     let place = Place::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::No);
     let sound = place.leave(2, RUNNING, Found::Running, Saved::No);
@@ -294,7 +185,7 @@ async fn memory_is_taken_from_the_sandbox_that_was_used_least_recently() {
 }
 
 #[tokio::test]
-async fn snapshot_that_was_being_deleted_is_back_if_its_row_is() {
+async fn interrupted_deletion_of_a_snapshot_is_undone_if_its_row_exists() {
     let place = Place::new();
     let id = SandboxId::from_entropy([8; 8]);
     place.store.insert_snapshot(snapshot_row(id)).unwrap();
@@ -327,7 +218,7 @@ fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
 }
 
 #[tokio::test]
-async fn snapshots_that_were_being_made_are_finished_or_gone() {
+async fn unfinished_snapshots_without_a_row_are_removed() {
     let place = Place::new();
     let snapshots = place.data.path().join("snapshots");
     let id = SandboxId::from_entropy([7; 8]);

@@ -1,4 +1,5 @@
-//! A volume's file: an ext4 file system with nothing around it, made and mended by e2fsprogs, never mounted here.
+//! A volume's file: a bare ext4 file system, made and repaired by e2fsprogs, and never mounted by
+//! this module.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
@@ -14,41 +15,45 @@ use tokio::time::{Duration, Instant, sleep, timeout};
 
 use super::blocking;
 
-/// Who owns a new volume's root: the guest's usual user.
+/// Owner of a new volume's root directory: the guest's usual user.
 const ROOT_OWNER: &str = "1000:1000";
 
-/// Where a file system says what it is, and in that: its magic number, its state, features that who mounts it has to know.
+/// Offset and size of the superblock. Offsets in it: the magic number, the state, and the features
+/// that a mounting kernel must support.
 const SUPERBLOCK_OFFSET: u64 = 1024;
 const SUPERBLOCK_BYTES: usize = 1024;
 const MAGIC: (usize, [u8; 2]) = (0x38, [0x53, 0xef]);
 const STATE: usize = 0x3a;
 const INCOMPATIBLE: usize = 0x60;
 
-/// The state of one that was closed in order, and the feature of one whose journal has to be played back.
+/// State of a file system that was unmounted cleanly, and feature of one whose journal must be
+/// replayed.
 const CLEAN: u8 = 1;
 const NEEDS_RECOVERY: u8 = 4;
 
-/// What e2fsck says if it mended what there was to mend: a bit each for errors and for a restart that a mounted one would need.
+/// Exit bits of e2fsck after a repair: it corrected all errors, and a mounted file system would
+/// need a reboot.
 const MENDED: i32 = 1 | 2;
 
-/// How long somebody waits for a tool: what is in a volume is a guest's, who may have made it take for ever.
+/// How long a caller waits for a tool. A guest wrote the volume's content, and may have made it
+/// take forever.
 pub(super) const CHECK_LIMIT: Duration = Duration::from_secs(300);
 
-/// How long a check of all of a volume, which only reads, may go on: a guest may have made it long.
+/// Time limit for a check of a whole volume, which only reads. A guest may have made it slow.
 const WHOLE_CHECK_LIMIT: Duration = Duration::from_secs(3600);
 
-/// Whom tools run as under a daemon that is root.
+/// User that tools run as, if the daemon runs as root.
 const TOOL_USER: u32 = process::USERS.start - 1;
 /// The file that a tool works on: its standard input, which needs no right to enter any directory.
 const HELD: &str = "/proc/self/fd/0";
-/// What tools read beside it: the settings of mkfs.ext4, and which file systems are mounted. What
-/// /proc has of other processes and is not everybody's, Landlock keeps from them.
+/// Other files that tools read: the settings of mkfs.ext4, and the list of mounted file systems.
+/// Landlock keeps tools from the private parts of other processes in /proc.
 const READ: [&str; 2] = ["/etc/mke2fs.conf", "/proc"];
 
-/// How often to look whether a volume's file is free.
+/// Interval of attempts to lock a volume's file.
 const LOCK_LOOK: Duration = Duration::from_millis(50);
 
-/// What of a tool's words is passed on, in bytes.
+/// Maximum length of a tool's output that is passed on, in bytes.
 const SAID_BYTES_MAX: usize = 4096;
 
 /// A volume's file could not be made or changed.
@@ -57,7 +62,7 @@ pub enum VolumeFileError {
     /// A file could not be read or written.
     #[error("failed to {step}")]
     File {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
         /// Why it failed.
         #[source]
@@ -68,7 +73,7 @@ pub enum VolumeFileError {
     Tool {
         /// The tool.
         tool: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -77,16 +82,16 @@ pub enum VolumeFileError {
     Failed {
         /// The tool.
         tool: &'static str,
-        /// What it said.
+        /// The tool's output.
         message: String,
     },
-    /// A tool still works on it.
+    /// A tool still works on the volume.
     #[error("the volume is still being checked, made or copied after {} s", CHECK_LIMIT.as_secs())]
     Slow,
-    /// The file system is damaged beyond what is mended without asking.
-    #[error("the volume is damaged, and is not mended without asking; `e2fsck` said: {message}")]
+    /// The file system is damaged beyond automatic repair.
+    #[error("the volume is damaged and was not repaired automatically; `e2fsck`: {message}")]
     Damaged {
-        /// What e2fsck said.
+        /// The output of e2fsck.
         message: String,
     },
 }
@@ -95,12 +100,12 @@ pub(super) fn failed(step: &'static str) -> impl Fn(io::Error) -> VolumeFileErro
     move |source| VolumeFileError::File { step, source }
 }
 
-/// Creates a directory that is its owner's alone.
+/// Creates a directory that only its owner can access.
 pub(super) fn create_private(directory: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(directory)
 }
 
-/// Makes an empty file system; its file takes next to nothing of the disk.
+/// Makes an empty file system. Its file takes almost no disk space.
 pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let create = || File::create_new(path)?.set_len(size.bytes());
     create().map_err(failed("create the volume's file"))?;
@@ -110,7 +115,7 @@ pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileE
     sync(path).await
 }
 
-/// Copies a file that nobody works on.
+/// Copies a file that no tool and no VM writes.
 pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
     let (source, target) = (from.to_owned(), to.to_owned());
     let copied = blocking(move || disk::copy(&source, &target)).await;
@@ -118,37 +123,38 @@ pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> 
     sync(to).await
 }
 
-/// Copies a file system, whole and clean.
+/// Copies a file system whole, after repairing it if it was not unmounted cleanly.
 pub(super) async fn clone(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
     let held = hold(from).await?;
     settle_held(&held).await?;
     copy(from, to).await
 }
 
-/// Makes the file system larger. One that was interrupted is finished by another.
+/// Grows the file system. Another call finishes a call that was interrupted.
 pub(super) async fn grow(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let held = hold(path).await?;
     check(&held, &["-f"]).await?;
-    lengthen(path, size).map_err(failed("make the volume's file larger"))?;
+    lengthen(path, size).map_err(failed("grow the volume's file"))?;
     run("resize2fs", &[], &held).await?;
     sync(path).await
 }
 
 fn lengthen(path: &Path, size: VolumeMib) -> io::Result<()> {
     let file = File::options().write(true).open(path)?;
-    // Never shorter: that would take away what is in it.
+    // Never shorten the file: that would cut off content.
     if file.metadata()?.len() < size.bytes() {
         file.set_len(size.bytes())?;
     }
     Ok(())
 }
 
-/// What a file is large enough for, if that is a size that a volume may have.
+/// Returns the size of the file, if a volume may have that size.
 pub(super) fn size(path: &Path) -> Option<VolumeMib> {
     VolumeMib::try_from(fs::metadata(path).ok()?.len() >> 20).ok()
 }
 
-/// Plays back the journal of a file system that was not closed in order, and mends what is mended without asking.
+/// Replays the journal of a file system that was not unmounted cleanly, and repairs what can be
+/// repaired automatically.
 pub(super) async fn settle(path: &Path) -> Result<(), VolumeFileError> {
     settle_held(&hold(path).await?).await
 }
@@ -157,25 +163,27 @@ pub(super) async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
     if is_clean(&held.path).map_err(failed("read the volume's file"))? {
         return Ok(());
     }
-    tracing::info!(path = %held.path.display(), "A volume was not closed in order; it is checked");
+    tracing::info!(path = %held.path.display(), "A volume was not unmounted cleanly; it is checked");
     check(held, &[]).await?;
     sync(&held.path).await
 }
 
-/// Whether e2fsck finds no error in all of it. It writes nothing, so it is ended after an hour.
+/// Returns whether a full check by e2fsck finds no error. The check writes nothing, so it is ended
+/// after an hour.
 pub(super) async fn is_sound(held: &Held) -> Result<bool, VolumeFileError> {
     let checked = run_to_its_end("e2fsck", &["-f", "-n"], held, IfDropped::Killed);
     let checked = timeout(WHOLE_CHECK_LIMIT, checked).await;
     Ok(checked.unwrap_or(Err(VolumeFileError::Slow))?.status.success())
 }
 
-/// Repairs what is repaired without asking.
+/// Repairs what can be repaired automatically.
 pub(super) async fn repair(held: &Held) -> Result<(), VolumeFileError> {
     check(held, &["-f"]).await?;
     sync(&held.path).await
 }
 
-/// A volume's file that nobody else works on meanwhile. Tools inherit the lock: one that outlives this daemon keeps the next one away.
+/// A locked volume file. Tools inherit the lock, so a tool that outlives this daemon keeps the
+/// next daemon away.
 pub(super) struct Held {
     file: File,
     pub(super) path: PathBuf,
@@ -218,8 +226,8 @@ async fn run(tool: &'static str, options: &[&str], held: &Held) -> Result<(), Vo
 }
 
 /// Runs a tool on a file to its end, even if the caller stops waiting: a tool is never stopped
-/// halfway. A guest wrote what the tool reads, so the tool reaches that file and nothing else;
-/// under a daemon that is root, it is a user of its own.
+/// halfway. A guest wrote the content that the tool reads, so the tool reaches that file and
+/// nothing else; under a daemon that is root, it is a user of its own.
 async fn output(
     tool: &'static str,
     options: &[&str],
@@ -229,14 +237,14 @@ async fn output(
     ran.unwrap_or(Err(VolumeFileError::Slow))
 }
 
-/// What becomes of a tool if the future that runs it is dropped. One that writes must go on.
+/// Whether a tool is killed if the future that runs it is dropped. A tool that writes must go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum IfDropped {
     GoesOn,
     Killed,
 }
 
-/// [`output`], without a limit of time.
+/// [`output`] without a time limit.
 async fn run_to_its_end(
     tool: &'static str,
     options: &[&str],
@@ -269,7 +277,7 @@ fn give_to(held: &Held, user: u32) -> io::Result<()> {
     fchown(&held.file, Some(user), None)
 }
 
-/// Whether a file system was closed in order. One that is none is not.
+/// Returns whether a file system was unmounted cleanly. False if there is no file system.
 fn is_clean(path: &Path) -> io::Result<bool> {
     let mut superblock = [0; SUPERBLOCK_BYTES];
     File::open(path)?.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET)?;
@@ -279,7 +287,7 @@ fn is_clean(path: &Path) -> io::Result<bool> {
         && superblock[INCOMPATIBLE] & NEEDS_RECOVERY == 0)
 }
 
-/// What a tool said, without the name of our file.
+/// Returns a tool's output, without the name of our file.
 fn said(output: &[u8], path: &Path) -> String {
     let output = &output[..output.len().min(SAID_BYTES_MAX)];
     let text = String::from_utf8_lossy(output).replace(&*path.to_string_lossy(), "the volume");
@@ -296,7 +304,7 @@ async fn sync(path: &Path) -> Result<(), VolumeFileError> {
     synced.await.map_err(failed("write the volume's file"))
 }
 
-/// What a file takes of the disk.
+/// Returns the disk space that a file takes, in bytes.
 pub(super) fn disk_bytes(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |file| file.blocks() * 512)
 }
@@ -309,7 +317,8 @@ mod tests {
         VolumeMib::try_from(size).unwrap()
     }
 
-    /// The file system's size as it says itself, in MiB, and what e2fsck says to it.
+    /// Returns the file system's own record of its size, in MiB, and whether e2fsck finds no
+    /// error.
     async fn look(path: &Path) -> (u64, bool) {
         let shown = process::command("dumpe2fs").arg("-h").arg(path).output().await.unwrap();
         let shown = String::from_utf8(shown.stdout).unwrap();
@@ -322,7 +331,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn volume_is_small_until_it_is_filled_and_grows() {
+    async fn empty_volume_takes_little_disk_space_and_can_grow() {
         let directory = tempfile::tempdir().unwrap();
         let (path, other) =
             (directory.path().join(super::super::FILE), directory.path().join("copy"));
@@ -336,8 +345,8 @@ mod tests {
 
         assert_eq!(look(&path).await, (2048, true));
         assert_eq!(look(&other).await, (2048, true));
-        assert!(make(&path, mib(16)).await.is_err(), "it is there");
-        assert_eq!(look(&path).await, (2048, true), "and stays");
+        assert!(make(&path, mib(16)).await.is_err(), "the volume exists");
+        assert_eq!(look(&path).await, (2048, true), "the volume is unchanged");
     }
 
     #[tokio::test]
@@ -369,7 +378,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn volume_that_a_tool_of_an_earlier_daemon_still_has_is_waited_for() {
+    async fn lock_waits_for_a_tool_of_an_earlier_daemon() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(super::super::FILE);
         make(&path, mib(16)).await.unwrap();
@@ -380,7 +389,7 @@ mod tests {
 
         let second = tokio::spawn(async move { hold(&path).await.map(drop) });
         timeout(LOCK_LOOK * 4, tool.wait()).await.unwrap_err();
-        assert!(!second.is_finished(), "the tool has it");
+        assert!(!second.is_finished(), "the tool holds the lock");
         tool.kill().await.unwrap();
 
         second.await.unwrap().unwrap();
@@ -398,12 +407,12 @@ mod tests {
         timeout(LOCK_LOOK * 4, endless).await.unwrap_err();
         drop(held);
 
-        // The tool had the lock, too.
+        // The tool held the lock, too.
         timeout(Duration::from_secs(60), hold(&path)).await.unwrap().unwrap();
     }
 
     #[tokio::test]
-    async fn what_is_no_file_system_is_damaged_and_stays_as_it_is() {
+    async fn file_without_a_file_system_is_damaged_and_unchanged() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(super::super::FILE);
         fs::write(&path, vec![7; 1 << 20]).unwrap();

@@ -28,7 +28,7 @@ pub enum VolumeUseError {
     },
 }
 
-/// Where a sandbox's own volumes come from, and whether the named ones may be inconsistent.
+/// The source of a sandbox's own volumes, and whether the named ones may be inconsistent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum OwnVolumes<'a> {
     /// They are made.
@@ -41,8 +41,8 @@ pub(crate) enum OwnVolumes<'a> {
     Left,
 }
 
-/// Returns the number of slots for so many volumes. It is a power of two: each shape of a machine
-/// has a base snapshot of its own, so there should be few shapes.
+/// Returns the number of slots for a number of volumes. It is a power of two: each shape of a
+/// machine has a base snapshot of its own, so there should be few shapes.
 pub(crate) const fn slots(volumes: usize) -> usize {
     match volumes {
         0 => 0,
@@ -91,7 +91,9 @@ pub(crate) async fn files(
         }
         if volume.volume.is_some() && !shares_kernel && !volume.read_only {
             let distrusted = trust::distrust(&path).await;
-            distrusted.map_err(file::failed("forget the volume's check")).map_err(failed)?;
+            distrusted
+                .map_err(file::failed("remove the record of the volume's check"))
+                .map_err(failed)?;
         }
         files[slot] =
             Some(VolumeFile { path, read_only: volume.read_only, mount: volume.mount.to_string() });
@@ -119,7 +121,7 @@ async fn make_own(
     }
 }
 
-/// What sandboxes are made from, which decides whether they share read-only volumes.
+/// The source of new sandboxes, which decides whether they share read-only volumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MadeFrom {
     /// A sandbox that runs on: its forks share the volumes that it only reads.
@@ -129,7 +131,7 @@ pub enum MadeFrom {
 }
 
 impl MadeFrom {
-    /// Whether a sandbox that is made from this gets a copy of a volume.
+    /// Returns whether a sandbox that is made from this gets a copy of a volume.
     const fn copies(self, volume: &Attachment) -> bool {
         matches!(self, Self::Kept) || !volume.read_only
     }

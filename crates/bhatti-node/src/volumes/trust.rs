@@ -1,4 +1,4 @@
-//! Which volumes this host's kernel may mount, as it does for containers.
+//! Volumes that this host's kernel may mount, as it does for containers.
 //!
 //! ext4 makes no promise about a file system that was crafted to harm it. A guest with a disk of
 //! its own may have written any bytes, so its clean flag proves nothing. e2fsck therefore checks
@@ -27,8 +27,8 @@ fn record(volume: &Path) -> PathBuf {
 ///
 /// # Errors
 ///
-/// Returns [`VolumeFileError::Damaged`] if it is beyond repair. One that is only read is not
-/// repaired: it may be mounted already.
+/// Returns [`VolumeFileError::Damaged`] if it is beyond repair. A read-only volume is not
+/// repaired, because it may be mounted already.
 pub(super) async fn settle_for_host(volume: &Path, read_only: bool) -> Result<(), VolumeFileError> {
     let volume = volume.to_owned();
     let settled = tokio::spawn(async move {
@@ -39,7 +39,7 @@ pub(super) async fn settle_for_host(volume: &Path, read_only: bool) -> Result<()
         }
         if !file::is_sound(&held).await? {
             if read_only {
-                let message = "e2fsck found errors; attach it to be written, and it is repaired";
+                let message = "errors found; attach the volume for writing to have it repaired";
                 return Err(VolumeFileError::Damaged { message: message.to_owned() });
             }
             file::repair(&held).await?;
@@ -53,8 +53,8 @@ pub(super) async fn settle_for_host(volume: &Path, read_only: bool) -> Result<()
     }
 }
 
-/// Notes that a guest may write any bytes of the volume from now on. It is on the disk before the
-/// guest runs.
+/// Records that a guest may write any bytes of the volume from now on. The record is on the disk
+/// before the guest runs.
 pub(super) async fn distrust(volume: &Path) -> io::Result<()> {
     let record = record(volume);
     blocking(move || match fs::remove_file(&record) {
@@ -109,7 +109,7 @@ mod tests {
         settle_for_host(&volume, false).await.unwrap();
         forge(&volume, "clri <2>").await;
 
-        // With the record, it is not looked at again.
+        // With the record, the volume is not checked again.
         settle_for_host(&volume, false).await.unwrap();
         distrust(&volume).await.unwrap();
         distrust(&volume).await.unwrap();

@@ -1,0 +1,165 @@
+//! What the transitions of one sandbox work with.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bhatti_store::{Attachment, SandboxRow, StoreError};
+use bhatti_types::{FailReason, MemoryMib, Report, SandboxId, SandboxState, UserId};
+use serde_json::{Value, json};
+use tracing::{error, warn};
+
+use super::access::{Access, Running};
+use super::breaker::Breaker;
+use super::guest_events::{Listener, Source};
+use super::reboot::Reboots;
+use super::saved::Saved;
+use super::state::State;
+use super::steps::{self, Step};
+use crate::Shared;
+
+/// A sandbox as its driver knows it. The files beside this one add its transitions, one file each.
+pub(crate) struct Sandbox {
+    pub(crate) id: SandboxId,
+    pub(crate) owner: UserId,
+    /// The end of the sandbox's life, in seconds since 1970.
+    pub(super) expires_at: Option<u64>,
+    pub(crate) memory: MemoryMib,
+    pub(crate) address: Option<Ipv4Addr>,
+    pub(crate) volumes: Vec<Attachment>,
+    pub(crate) token: String,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) access: Arc<Access>,
+    pub(super) breaker: Breaker,
+    pub(super) reboots: Reboots,
+    listener: Listener,
+}
+
+impl Sandbox {
+    pub(super) fn new(shared: &Arc<Shared>, row: &SandboxRow, access: Arc<Access>) -> Self {
+        Self {
+            id: row.id,
+            owner: row.owner,
+            expires_at: row.expires_at,
+            memory: row.spec.memory,
+            address: row.address,
+            volumes: row.volumes.clone(),
+            token: row.agent_token.clone(),
+            shared: Arc::clone(shared),
+            access,
+            breaker: Breaker::default(),
+            reboots: Reboots::default(),
+            listener: Listener::default(),
+        }
+    }
+
+    /// Returns the directory of the sandbox's files.
+    pub(crate) fn directory(&self) -> PathBuf {
+        self.shared.directory(self.id)
+    }
+
+    /// Returns the snapshot of the sandbox in its directory, which may not exist.
+    pub(crate) fn saved(&self) -> Saved {
+        Saved::new(self.directory())
+    }
+
+    /// Injects the fault that a test wants at this step: see [`steps`].
+    pub(crate) async fn reached(&self, step: Step) {
+        if steps::reached(step, self.shared.config.fault) {
+            drop(self.shared.engine.kill(self.id, &self.directory()).await);
+        }
+    }
+
+    /// Writes the state into the sandbox's row.
+    pub(super) fn write(&self, state: SandboxState) -> Result<(), StoreError> {
+        self.shared.store.set_sandbox_state(self.id, state)
+    }
+
+    /// Opens the sandbox for use: its VM runs, and the guest has its identity.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the row cannot be written. The state is then unchanged, and the caller
+    /// ends the VM.
+    pub(crate) fn open(&self, running: Running) -> Result<(), StoreError> {
+        self.write(SandboxState::Running)?;
+        self.listen(&running);
+        self.access.set(State::Hot(running));
+        self.access.touch();
+        Ok(())
+    }
+
+    /// Ends the VM while it is being saved, because the sandbox is to be destroyed: the save fails
+    /// then. Does nothing if the guest has volumes that outlive it and may not be written yet.
+    pub(super) fn interrupt(&self) {
+        if self.writes_named_volumes() {
+            return;
+        }
+        let (shared, id, directory) = (Arc::clone(&self.shared), self.id, self.directory());
+        // If this fails, the save goes on, and the destruction comes after it.
+        tokio::spawn(async move { drop(shared.engine.kill(id, &directory).await) });
+    }
+
+    /// Records the guest's own events from now on.
+    pub(crate) fn listen(&self, running: &Running) {
+        let source = Source {
+            sandbox: self.id,
+            owner: self.owner,
+            control: Arc::clone(&self.shared.control),
+        };
+        self.listener.listen(source, running);
+    }
+
+    /// Whether the engine can save memory.
+    pub(crate) fn saves_memory(&self) -> bool {
+        self.shared.engine.capabilities().saves_memory
+    }
+
+    /// Whether the sandbox has volumes that it may write.
+    pub(super) fn writes_volumes(&self) -> bool {
+        self.volumes.iter().any(|volume| !volume.read_only)
+    }
+
+    /// Whether the sandbox has volumes that it may write and that outlive it.
+    pub(super) fn writes_named_volumes(&self) -> bool {
+        self.volumes.iter().any(|volume| volume.volume.is_some() && !volume.read_only)
+    }
+
+    /// Records an event of the sandbox.
+    pub(crate) fn record(&self, kind: &'static str, detail: Value) {
+        self.shared.control.record(kind, self.owner, self.id, detail);
+    }
+
+    /// Marks the sandbox failed. The memory of a VMM that may be alive stays reserved.
+    pub(crate) async fn fail(&self, reason: FailReason) {
+        let running = self.access.running();
+        let console = running.as_ref().map(|running| running.vm.console_tail()).unwrap_or_default();
+        warn!(sandbox = %self.id, %reason, console, "Sandbox failed");
+        let memory = self.access.memory();
+        // A failed sandbox must not run on: its processes would have no owner and no budget.
+        let killed = self.shared.engine.kill(self.id, &self.directory()).await;
+        let left = match killed {
+            Ok(()) => None,
+            Err(error) => {
+                error!(
+                    sandbox = %self.id,
+                    error = %Report(&error),
+                    "Failed to end the VM of a failed sandbox"
+                );
+                if self.address.is_some() {
+                    self.shared.disconnect_network(self.id).await;
+                }
+                memory
+            }
+        };
+        if let Err(error) = self.write(SandboxState::Failed(reason)) {
+            error!(
+                sandbox = %self.id,
+                error = %Report(&error),
+                "Failed to write the state of a failed sandbox"
+            );
+        }
+        self.access.set(State::Failed(reason, left));
+        self.record("sandbox.failed", json!({ "reason": reason.to_string() }));
+    }
+}

@@ -1,0 +1,92 @@
+//! Drivers over a simulated engine.
+
+use bhatti_testkit::{Found, wait_for};
+use bhatti_types::{FailReason, SandboxState, UserId};
+
+use super::*;
+use crate::UseError;
+use crate::fixture::{Place, Saved};
+
+const RUNNING: SandboxState = SandboxState::Running;
+
+#[tokio::test]
+async fn destruction_that_fails_is_repeated_and_keeps_its_memory() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::No);
+    let node = place.recover().await;
+    let free_mib = || node.shared.admission.free_and_budget_mib().0;
+    let before = free_mib();
+    place.vms.refuse_removals(2);
+
+    let refused = node.destroy(id, UserId::ADMIN).await.unwrap_err();
+
+    assert!(matches!(refused, UseError::Destroy(DestroyError::Remove(_))), "{refused}");
+    assert_eq!(free_mib(), before, "the VM may be alive");
+    let row = place.store.get_sandbox(id).unwrap().unwrap();
+    assert_eq!(row.state, SandboxState::Destroyed, "it is not listed, and its name is free");
+    let entered = node.enter(id).await.map(|_| ()).unwrap_err();
+    assert!(matches!(entered, UseError::Transition(TransitionError::Denied(Denied::Destroyed))));
+
+    wait_for("the sandbox is destroyed", || place.store.get_sandbox(id).unwrap().is_none()).await;
+
+    wait_for("its memory is free", || free_mib() > before).await;
+    assert!(!place.directory(id).exists());
+    let again = node.destroy(id, UserId::ADMIN).await.unwrap_err();
+    assert!(matches!(again, UseError::NotFound(_)), "{again}");
+}
+
+#[tokio::test]
+async fn removal_at_the_start_of_a_daemon_is_repeated() {
+    let place = Place::new();
+    let id = place.leave(1, SandboxState::Creating, Found::Running, Saved::No);
+    place.vms.refuse_removals(2);
+
+    let _node = place.recover().await;
+
+    wait_for("the sandbox is removed", || place.store.get_sandbox(id).unwrap().is_none()).await;
+    assert_eq!(place.vms.get(id), None);
+}
+
+#[tokio::test]
+async fn sandbox_fails_if_its_driver_panics_and_can_be_destroyed() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Nothing, Saved::Yes);
+    let node = place.recover().await;
+
+    // The simulated engine panics when it is to restore a VM.
+    let woken = node.wake(id).await.unwrap_err();
+
+    let failed = SandboxState::Failed(FailReason::DriverPanicked);
+    wait_for("the sandbox has failed", || {
+        place.store.get_sandbox(id).unwrap().unwrap().state == failed
+    })
+    .await;
+    assert!(matches!(woken, UseError::Transition(TransitionError::Denied(_))), "{woken}");
+    let denied = Denied::Failed(FailReason::DriverPanicked);
+    let again = node.wake(id).await.unwrap_err();
+    assert!(matches!(again, UseError::Transition(TransitionError::Denied(d)) if d == denied));
+    node.destroy(id, UserId::ADMIN).await.unwrap();
+    assert_eq!(place.store.get_sandbox(id).unwrap(), None);
+}
+
+#[tokio::test]
+async fn vm_that_cannot_be_adopted_is_ended() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Broken, Saved::No);
+
+    let node = place.recover().await;
+
+    assert_eq!(node.handle(id).unwrap().access.kind(), Kind::Failed(FailReason::VmmUnusable));
+    assert_eq!(place.vms.get(id), None, "a failed sandbox must not run on");
+}
+
+#[tokio::test]
+async fn failed_sandbox_whose_vm_is_alive_is_ended_by_the_next_daemon() {
+    let place = Place::new();
+    let failed = SandboxState::Failed(FailReason::VmmExited);
+    let id = place.leave(1, failed, Found::Running, Saved::No);
+
+    let _node = place.recover().await;
+
+    wait_for("the VM is ended", || place.vms.get(id).is_none()).await;
+}
