@@ -26,8 +26,8 @@ use bhatti_vmm::{cgroup, create_private, share, user_of};
 use tokio::task::spawn_blocking;
 
 use crate::Setup;
-use crate::machine::Machine;
-use crate::vm::vm_name;
+use crate::machine::{EMPTY_VOLUME_BYTES, Machine, volume_name};
+use bhatti_vmm::Volume;
 
 const ROOT: &str = "vmm";
 const JAIL: &str = "jail";
@@ -67,7 +67,7 @@ impl Jail {
         let jail = Self { root: root(directory), user: setup.jailer.as_ref().map(|_| user_of(id)) };
         create_private(&jail.root)?;
         let Some(owner) = jail.user else { return Ok(jail) };
-        let place = directory.join(JAIL).join(program_name(setup)).join(vm_name(id));
+        let place = directory.join(JAIL).join(program_name(setup)).join(bhatti_vmm::vm_name(id));
         create_private(&place)?;
         symlink(Path::new("../../..").join(ROOT), place.join("root"))?;
         if let Some(tap) = tap {
@@ -120,7 +120,7 @@ impl Jail {
         arguments: &[&str],
     ) -> (PathBuf, Vec<String>) {
         let owned = |arguments: &[&str]| arguments.iter().map(|&one| one.to_owned()).collect();
-        let name = vm_name(id);
+        let name = bhatti_vmm::vm_name(id);
         let (Some(jailer), Some(user)) = (&setup.jailer, self.user) else {
             let mut all: Vec<String> = owned(&["--id", &name]);
             all.extend(owned(arguments));
@@ -146,6 +146,19 @@ impl Jail {
         all.push("--".to_owned());
         all.extend(owned(arguments));
         (jailer.clone(), all)
+    }
+
+    /// Puts the volumes' files into the jail.
+    pub(crate) fn place_volumes(&self, volumes: &[Option<Volume>]) -> io::Result<()> {
+        for (slot, volume) in volumes.iter().enumerate() {
+            let name = volume_name(slot);
+            match volume {
+                Some(Volume { path, read_only: true }) => self.admit(path, &name, Use::Shared)?,
+                Some(Volume { path, read_only: false }) => self.admit(path, &name, Use::Own)?,
+                None => self.create(&name, EMPTY_VOLUME_BYTES)?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -203,7 +216,7 @@ fn discard(place: &Path) -> io::Result<()> {
 /// Removes the jail of a VMM that has ended, its control group and its tap.
 pub(crate) async fn clear(id: SandboxId, directory: &Path) -> io::Result<()> {
     if directory.join(JAIL).exists() {
-        cgroup::remove(&vm_name(id)).await?;
+        cgroup::remove(&bhatti_vmm::vm_name(id)).await?;
     }
     let directory = directory.to_owned();
     spawn_blocking(move || remove_files(&directory)).await.map_err(io::Error::other)?
@@ -291,7 +304,7 @@ mod tests {
         assert_eq!((inside("disk").uid(), inside("disk").mode() & 0o777), (user_of(id), 0o600));
         assert!(inside("memory").is_file());
         assert_eq!((inside("memory").uid(), inside("memory").mode() & 0o777), (0, 0o644));
-        let place = file("jail").join("fc").join(vm_name(id)).join("root");
+        let place = file("jail").join("fc").join(bhatti_vmm::vm_name(id)).join("root");
         assert_eq!(fs::canonicalize(place).unwrap(), fs::canonicalize(&jail.root).unwrap());
     }
 

@@ -24,6 +24,7 @@ mod jail;
 mod machine;
 mod manifest;
 mod memory;
+mod operations;
 mod restore;
 mod version;
 mod vm;
@@ -95,7 +96,7 @@ impl FirecrackerEngine {
 
     /// Finds the VMM process of a sandbox.
     async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        let name = vm::vm_name(id);
+        let name = bhatti_vmm::vm_name(id);
         let found = bhatti_vmm::find(directory, &self.setup.program, &name).await;
         match (found, &self.setup.jailer) {
             // The process is the jailer until the jailer starts Firecracker.

@@ -3,14 +3,10 @@
 //! All paths are relative to Firecracker's own root directory, so a snapshot of one machine can
 //! be restored for another.
 
-use std::io;
-
 use bhatti_engine::VmSpec;
 use bhatti_vmm::Volume;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-
-use crate::jail::{Jail, Use};
 
 /// Version of the machine. Changes with every change of the machine, including devices, their
 /// order and the kernel's command line: a saved VM can only be restored on the machine that it
@@ -28,7 +24,7 @@ pub(crate) const VSOCK: &str = "vsock.sock";
 pub(crate) const CARD: &str = "net";
 
 /// Size of the disk in an empty volume slot.
-const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
+pub(crate) const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
 
 /// Link address of a network card until its guest sets another.
 const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
@@ -112,19 +108,6 @@ fn kernel_command_line(spec: &VmSpec) -> String {
     )
 }
 
-fn volume_name(slot: usize) -> String {
+pub(crate) fn volume_name(slot: usize) -> String {
     format!("volume{slot}.disk")
-}
-
-/// Puts the volumes' files into the jail.
-pub(crate) fn place_volumes(jail: &Jail, volumes: &[Option<Volume>]) -> io::Result<()> {
-    for (slot, volume) in volumes.iter().enumerate() {
-        let name = volume_name(slot);
-        match volume {
-            Some(Volume { path, read_only: true }) => jail.admit(path, &name, Use::Shared)?,
-            Some(Volume { path, read_only: false }) => jail.admit(path, &name, Use::Own)?,
-            None => jail.create(&name, EMPTY_VOLUME_BYTES)?,
-        }
-    }
-    Ok(())
 }

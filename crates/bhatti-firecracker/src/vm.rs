@@ -7,12 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bhatti_engine::{
-    AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
-};
+use bhatti_engine::{AgentChannel, BootError, VmSpec, VmmError};
 use bhatti_host::disk;
-use bhatti_host::process::{Detached, Followed, Streams, Usage};
+use bhatti_host::process::{Detached, Followed, Streams};
 use bhatti_proto::CONTROL_PORT;
 use bhatti_types::SandboxId;
 use bhatti_vmm::{
@@ -23,10 +20,10 @@ use serde_json::json;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::Setup;
 use crate::api::{self, Api, CALL_LIMIT, State};
 use crate::jail::{self, Jail, Use};
 use crate::machine::{self, DISK, INITRAMFS, KERNEL, Machine, Record, VSOCK};
-use crate::{Setup, capture};
 
 /// The guest's console: a pipe. Firecracker drops output that does not fit into it. A hostile
 /// guest could fill a file.
@@ -48,7 +45,7 @@ pub(crate) struct FirecrackerVm {
     /// What saved VMs of this engine depend on.
     pub(crate) depends_on: String,
     pub(crate) channel: Arc<VsockChannel>,
-    console: Console,
+    pub(crate) console: Console,
 }
 
 /// The daemon's knowledge of the machine.
@@ -57,11 +54,6 @@ pub(crate) struct Known {
     pub(crate) machine: Machine,
     /// Number of captures so far. Each capture makes earlier knowledge of the memory obsolete.
     pub(crate) captures: AtomicU64,
-}
-
-/// Returns the argument by which the process of a sandbox's VM can be found.
-pub(crate) fn vm_name(id: SandboxId) -> String {
-    format!("bhatti-{id}")
 }
 
 /// Copies the image, and extends the copy to the size of the disk.
@@ -137,7 +129,7 @@ pub(crate) async fn prepare(
 ) -> io::Result<Jail> {
     let jail = Jail::make(setup, place.id, place.directory, place.tap).await?;
     jail.admit(&place.directory.join(DISK), DISK, Use::Own)?;
-    machine::place_volumes(&jail, &machine.volumes)?;
+    jail.place_volumes(&machine.volumes)?;
     if let Some(memory) = &machine.memory {
         jail.admit(&place.directory.join(memory), memory, Use::Shared)?;
     }
@@ -232,7 +224,7 @@ impl FirecrackerVm {
         Record::new(self.process.id(), machine.clone()).write(&self.directory)
     }
 
-    async fn change_state(&self, from: State, to: &str) -> Result<(), VmmError> {
+    pub(crate) async fn change_state(&self, from: State, to: &str) -> Result<(), VmmError> {
         if self.api.instance().await?.state != from {
             return Ok(());
         }
@@ -245,45 +237,5 @@ pub(crate) fn report_log(directory: &Path) {
     let log = log_tail(&directory.join(LOG));
     if !log.trim().is_empty() {
         tracing::warn!(log, "Firecracker wrote to its log");
-    }
-}
-
-#[async_trait]
-impl Vm for FirecrackerVm {
-    fn channel(&self) -> Arc<dyn AgentChannel> {
-        Arc::clone(&self.channel) as Arc<dyn AgentChannel>
-    }
-
-    async fn is_running(&self) -> Result<bool, VmmError> {
-        Ok(self.api.instance().await?.state == State::Running)
-    }
-
-    async fn pause(&self) -> Result<(), VmmError> {
-        self.change_state(State::Running, "Paused").await
-    }
-
-    async fn resume(&self) -> Result<(), VmmError> {
-        self.change_state(State::Paused, "Resumed").await
-    }
-
-    async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {
-        capture::capture(self, request).await
-    }
-
-    async fn ended(&self) {
-        self.process.ended().await;
-    }
-
-    fn usage(&self) -> io::Result<Usage> {
-        self.process.usage()
-    }
-
-    async fn last_console(&self) -> String {
-        self.console.complete().await;
-        self.console.tail()
-    }
-
-    fn console_tail(&self) -> String {
-        self.console.tail()
     }
 }

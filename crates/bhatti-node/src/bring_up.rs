@@ -16,10 +16,10 @@ use tracing::warn;
 
 use crate::Shared;
 use crate::bases::{Base, Recipe};
-use crate::create::{BootSource, CreateError};
-use crate::driver::Sandbox;
+use crate::boot_source::{BootSource, CreateError};
 use crate::driver::access::Running;
 use crate::driver::steps::Step;
+use crate::driver::{Sandbox, configure};
 use crate::identity::{self, Extras, GUEST_CONFIG_BYTES_MAX};
 use crate::networks::{self, NetworkError};
 use crate::pool::{self, Spare, Stage};
@@ -246,19 +246,6 @@ fn warn_of_failures(row: &SandboxRow, report: &IdentityReport) {
             warn!(sandbox = %row.id, message, "Guest failed to apply a part of its identity");
         }
     }
-}
-
-/// Gives a booted guest this sandbox's configuration. The time limit is that of a boot, because
-/// the guest may have to repair volumes.
-pub(crate) async fn configure(
-    shared: &Shared,
-    row: &SandboxRow,
-    extras: &Extras,
-    running: &Running,
-) -> Result<(), CallError> {
-    let limit = shared.config.boot_limit;
-    let configured = timeout(limit, running.agent.configure(&identity::config(row, extras))).await;
-    configured.unwrap_or(Err(CallError::Silent { limit }))
 }
 
 async fn boot(

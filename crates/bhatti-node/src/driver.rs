@@ -16,7 +16,7 @@
 //! |---|---|
 //! | [`cool`] | an unused sandbox gets cooler |
 //! | [`pause`] | hot ◄─► warm |
-//! | [`sleep`] | hot or warm ─► cold |
+//! | [`mod@sleep`] | hot or warm ─► cold |
 //! | [`wake`] | warm or cold ─► hot |
 //! | [`stop`], [`start`] | running ◄─► stopped |
 //! | [`boot`] | from the disk: a cold boot, or after the guest's reboot |
@@ -60,7 +60,6 @@ use tokio::time::{Duration, sleep, sleep_until};
 use tracing::error;
 
 use crate::Shared;
-use crate::snapshots::SavedSandbox;
 use crate::volumes::MadeFrom;
 use access::{Access, Entry, Lease};
 use cool::Silences;
@@ -69,9 +68,11 @@ use queue::{Decision, Queue, decide};
 use save::Capture;
 use state::{Admission, Kind, State, Wanted, admit};
 
+pub(crate) use boot::configure;
 pub(crate) use destroy::remove;
 pub use error::{DestroyError, TransitionError};
 pub(crate) use sandbox::Sandbox;
+pub use save::SavedSandbox;
 
 /// The interval between two looks at the wall clock, which may be set.
 const CLOCK_LOOK: Duration = Duration::from_secs(60);

@@ -13,6 +13,7 @@
 
 mod admission;
 mod bases;
+mod boot_source;
 mod bring_up;
 mod create;
 mod disk_usage;
@@ -45,14 +46,16 @@ use serde_json::Value;
 pub use admission::Busy;
 pub use bases::BaseError;
 pub use bhatti_engine::{Capabilities, MemoryKind, SnapshotInfo, Usage};
-pub use create::{CreateError, Prepared, Shape};
+pub use boot_source::{CreateError, Prepared};
+pub use create::Shape;
+pub use driver::SavedSandbox;
 pub use driver::steps::{Fault, Step, UnknownStep};
 pub use driver::{DestroyError, TransitionError};
 pub use identity::{Extras, GuestFile, random, random_token};
 pub use networks::{NetworkConfig, NetworkError};
 pub use recover::{RecoverError, Recovery};
 pub use sandboxes::{SandboxUse, UseError};
-pub use snapshots::{ForkSource, SavedSandbox, SnapshotFiles};
+pub use snapshots::{ForkSource, SnapshotFiles};
 pub use volumes::{MadeFrom, VolumeFileError, VolumeFiles, VolumeUseError, volumes_of_fork};
 
 use admission::{Admission, Admitted};

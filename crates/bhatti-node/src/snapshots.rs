@@ -16,9 +16,9 @@ use bhatti_engine::SnapshotInfo;
 use bhatti_types::{Report, SandboxId};
 use tracing::warn;
 
-use crate::create::{BootSource, Prepared};
-use crate::driver::Request;
+use crate::boot_source::{BootSource, Prepared};
 use crate::driver::steps::{self, Step};
+use crate::driver::{Request, SavedSandbox};
 use crate::identity::random_token;
 use crate::volumes::MadeFrom;
 use crate::{Node, UseError};
@@ -29,15 +29,6 @@ const FORKING: &str = ".fork-";
 const SAVING: &str = ".save-";
 /// The suffix of the directory of a snapshot that is being deleted.
 const DELETING: &str = ".tmp";
-
-/// The result of saving a sandbox that runs on.
-#[derive(Clone, Copy, Debug)]
-pub struct SavedSandbox {
-    /// The kind and size of the memory.
-    pub info: SnapshotInfo,
-    /// How long the sandbox's processes were stopped.
-    pub paused: Duration,
-}
 
 /// The state of a parent from which forks are made. [`Node::remove_fork_source`] removes its files.
 #[derive(Debug)]

@@ -56,11 +56,6 @@ pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {
     }
 }
 
-/// Returns the name by which the process of a sandbox's VM can be found.
-pub(crate) fn vm_name(id: SandboxId) -> String {
-    format!("bhatti-{id}")
-}
-
 /// Returns the arguments that define the machine: the same for a boot and for a restore.
 ///
 /// `pit=off,pic=off` goes with the TSC's frequency on the kernel's command line: a microvm has no
@@ -75,7 +70,7 @@ pub(crate) fn machine_arguments(
     handed: &Handed<'_>,
 ) -> Vec<String> {
     let mut arguments = Arguments::default();
-    arguments.add("-name", vm_name(id));
+    arguments.add("-name", bhatti_vmm::vm_name(id));
     arguments.add(
         "-M",
         "microvm,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=ram,suppress-vmdesc=on",

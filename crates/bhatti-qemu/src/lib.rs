@@ -25,6 +25,7 @@ mod confine;
 mod files;
 mod manifest;
 mod merge;
+mod operations;
 mod overlay;
 mod pages;
 mod qmp;
@@ -184,7 +185,7 @@ impl Engine for QemuEngine {
 
     async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
         bhatti_vmm::kill(self.find_process(id, directory).await).await?;
-        let name = command_line::vm_name(id);
+        let name = bhatti_vmm::vm_name(id);
         if let Err(error) = cgroup::remove(&name).await {
             tracing::warn!(sandbox = %id, %error, "Failed to remove the control group of a VM that has ended");
         }
@@ -206,7 +207,7 @@ impl QemuEngine {
 
     /// Finds the VMM process of a sandbox.
     async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        bhatti_vmm::find(directory, &self.setup.program, &command_line::vm_name(id)).await
+        bhatti_vmm::find(directory, &self.setup.program, &bhatti_vmm::vm_name(id)).await
     }
 }
 

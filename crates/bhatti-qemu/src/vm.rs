@@ -8,11 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bhatti_engine::{
-    AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
-};
-use bhatti_host::process::{Detached, Followed, Streams, Usage};
+use bhatti_engine::{BootError, VmSpec, VmmError};
+use bhatti_host::process::{Detached, Followed, Streams};
 use bhatti_host::socket;
 use bhatti_types::{DiskMib, SandboxId};
 use bhatti_vmm::{
@@ -28,7 +25,7 @@ use crate::channel::{self, QemuChannel, RECONNECT_LIMIT};
 use crate::command_line::{self, Handed};
 use crate::qmp::{self, COMMAND_LIMIT, Qmp};
 use crate::record::{Machine, Record};
-use crate::{Setup, capture, confine, files, merge, overlay};
+use crate::{Setup, confine, files, overlay};
 
 /// The guest's console.
 const CONSOLE: &str = "console.sock";
@@ -36,9 +33,6 @@ const LOG: &str = "vmm.log";
 
 /// One malloc arena for all of QEMU's threads: more arenas only hold more unused memory.
 const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
-
-/// How long QEMU may take to stop the vCPUs: it waits for pending disk writes.
-const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 
 /// A VM that is running or paused.
 pub(crate) struct QemuVm {
@@ -49,8 +43,8 @@ pub(crate) struct QemuVm {
     pub(crate) machine: Mutex<Machine>,
     /// What saved VMs of this engine depend on.
     pub(crate) depends_on: String,
-    channel: Arc<QemuChannel>,
-    console: Console,
+    pub(crate) channel: Arc<QemuChannel>,
+    pub(crate) console: Console,
 }
 
 /// Boots a VM. If that fails, created files and processes stay.
@@ -162,7 +156,7 @@ pub(crate) fn start(
         confinement: Some(confinement),
     };
     let process = detached.spawn()?;
-    let name = command_line::vm_name(id);
+    let name = bhatti_vmm::vm_name(id);
     let memory_mib = machine.memory_mib + command_line::TRANSLATED_MIB;
     if let Err(error) = cgroup::enter(setup.groups, &name, memory_mib, process.id().pid) {
         // Without the group, only QEMU itself bounds the memory that admission counts.
@@ -244,50 +238,5 @@ pub(crate) fn report_log(directory: &Path) {
     let log = log_tail(&directory.join(LOG));
     if !log.trim().is_empty() {
         tracing::warn!(%log, "QEMU wrote to its log");
-    }
-}
-
-#[async_trait]
-impl Vm for QemuVm {
-    fn channel(&self) -> Arc<dyn AgentChannel> {
-        Arc::clone(&self.channel) as Arc<dyn AgentChannel>
-    }
-
-    async fn is_running(&self) -> Result<bool, VmmError> {
-        let status = self.ask("query-status", json!({})).await?;
-        status["running"].as_bool().ok_or(VmmError::Garbled)
-    }
-
-    async fn pause(&self) -> Result<(), VmmError> {
-        self.qmp.execute(&self.directory, "stop", json!({}), PAUSE_LIMIT).await.map(drop)
-    }
-
-    async fn resume(&self) -> Result<(), VmmError> {
-        self.ask("cont", json!({})).await.map(drop)
-    }
-
-    async fn merge_disk(&self, to_save_space: bool) -> Result<bool, VmmError> {
-        merge::merge_disk(self, to_save_space).await
-    }
-
-    async fn capture(&self, request: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {
-        capture::capture(self, request).await
-    }
-
-    async fn ended(&self) {
-        self.process.ended().await;
-    }
-
-    fn usage(&self) -> io::Result<Usage> {
-        self.process.usage()
-    }
-
-    async fn last_console(&self) -> String {
-        self.console.complete().await;
-        self.console.tail()
-    }
-
-    fn console_tail(&self) -> String {
-        self.console.tail()
     }
 }

@@ -5,7 +5,6 @@ mod creation;
 use std::io;
 use std::time::Duration;
 
-use crate::json::Json;
 use axum::http::header::{LOCATION, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -19,7 +18,6 @@ use bhatti_store::{
     ChangeError, PublishError, StoreError, TemplateInsertError, UserDeleteError, UserInsertError,
 };
 use bhatti_types::{Denied, QuotaExceeded, Report};
-use serde::Serialize;
 
 use creation::{boot_error, node_network_error, restore_error, volume_error};
 
@@ -127,13 +125,13 @@ impl IntoResponse for ApiError {
 }
 
 /// Returns the response to a request that created something.
-pub(crate) fn created<T: Serialize>(body: T) -> Response {
-    (StatusCode::CREATED, Json(body)).into_response()
+pub(crate) fn created(body: impl IntoResponse) -> Response {
+    (StatusCode::CREATED, body).into_response()
 }
 
 /// Returns the response to a request whose work continues.
-pub(crate) fn accepted<T: Serialize>(body: T) -> Response {
-    (StatusCode::ACCEPTED, Json(body)).into_response()
+pub(crate) fn accepted(body: impl IntoResponse) -> Response {
+    (StatusCode::ACCEPTED, body).into_response()
 }
 
 /// Returns a redirect that keeps the method and the body.

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use tokio::process::Child;
 use tokio::time::{sleep, timeout};
 
+use crate::tool::std_command;
 use crate::{dist, enter_own_network, images, templates};
 
 /// How a test's daemon is started.
@@ -405,12 +406,6 @@ pub fn vmm_pid_of(directory: &Path, name: &str) -> Option<u32> {
 pub fn kill_process(pid: u32) {
     let status = std_command("kill", &["-9", &pid.to_string()]);
     assert!(status, "process {pid} could not be killed");
-}
-
-pub(crate) fn std_command(program: &str, arguments: &[&str]) -> bool {
-    #[expect(clippy::disallowed_methods, reason = "a test's clean-up runs outside any runtime")]
-    let status = std::process::Command::new(program).args(arguments).status();
-    status.is_ok_and(|status| status.success())
 }
 
 impl Drop for TestDaemon {

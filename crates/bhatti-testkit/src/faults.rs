@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bhatti_host::process::command;
 use tokio::process::Child;
 
-use crate::daemon::std_command;
+use crate::tool::std_command;
 use crate::wait_for;
 
 /// Makes system calls of a process fail with EIO, with strace(1).

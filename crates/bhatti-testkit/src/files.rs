@@ -40,7 +40,7 @@ impl SmallDisk {
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         // Lazily: a VMM that a failed test has left may still have open files there.
-        crate::daemon::std_command("umount", &["-l", &self.0.to_string_lossy()]);
+        crate::tool::std_command("umount", &["-l", &self.0.to_string_lossy()]);
     }
 }
 

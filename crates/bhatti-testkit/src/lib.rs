@@ -16,6 +16,7 @@ mod simulated;
 mod skip;
 mod stand_in;
 mod store;
+mod tool;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

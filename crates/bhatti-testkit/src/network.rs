@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use bhatti_host::namespace;
 
-use crate::daemon::std_command;
+use crate::tool::std_command;
 
 thread_local! {
     static IS_OWN: Cell<bool> = const { Cell::new(false) };

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::daemon::std_command;
+use crate::tool::std_command;
 
 /// Runs SQL statements on the store of a data directory, with Python's `sqlite3`.
 ///

@@ -24,7 +24,7 @@ pub use files::{
 pub use generation::{Generation, check_volumes, damaged, read_manifest, same, volume_generations};
 pub use log::{create_log, log_tail};
 pub use pages::{piece_bytes, pieces, read_pages, write_pages};
-pub use process::{end, end_by_id, find, kill, remove};
+pub use process::{end, end_by_id, find, kill, remove, vm_name};
 pub use record::{Record, Volume, volumes};
 pub use user::{give_as, give_to, user_of};
 pub use vsock::VsockChannel;

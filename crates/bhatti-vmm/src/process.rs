@@ -6,12 +6,19 @@ use std::time::Duration;
 
 use bhatti_engine::RemoveError;
 use bhatti_host::process::{Followed, ProcessId};
+use bhatti_types::SandboxId;
 use tokio::time::timeout;
 
 use crate::record::recorded_process;
 
 /// How long a killed VMM may take to disappear.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Returns the name of a sandbox's VM, which is an argument of its VMM's process.
+#[must_use]
+pub fn vm_name(id: SandboxId) -> String {
+    format!("bhatti-{id}")
+}
 
 /// Finds the VMM process of a VM: the recorded process, whichever engine wrote the record. If the
 /// daemon died before it wrote the record, finds the process of `program` that has `argument`.

@@ -5,7 +5,7 @@ pub(crate) mod completion;
 mod control;
 pub(crate) mod create;
 pub(crate) mod destroy;
-mod doctor;
+pub(crate) mod doctor;
 pub(crate) mod edit;
 mod engine;
 pub(crate) mod events;
@@ -32,18 +32,17 @@ pub(crate) mod snapshot;
 pub(crate) mod template;
 mod terminal;
 pub(crate) mod user;
-mod version;
+pub(crate) mod version;
 pub(crate) mod volume;
 pub(crate) mod wait;
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use bhatti_api::{ErrorCode, Sandbox};
 use bhatti_client::{Client, ClientError};
 
-use crate::cli::{Cli, Command, Global};
 use crate::error::CliError;
+use crate::options::Global;
 use crate::output::Output;
 use crate::{paths, saved};
 
@@ -51,14 +50,14 @@ use crate::{paths, saved};
 const PREFIX_CHARS_MIN: usize = 6;
 
 /// The data directory, client and output of a command.
-struct Context {
-    data_dir: PathBuf,
-    client: Client,
-    output: Output,
+pub(crate) struct Context {
+    pub(crate) data_dir: PathBuf,
+    pub(crate) client: Client,
+    pub(crate) output: Output,
 }
 
 impl Context {
-    fn new(global: &Global, output: Output) -> Result<Self, CliError> {
+    pub(crate) fn new(global: &Global, output: Output) -> Result<Self, CliError> {
         let data_dir = paths::data_dir(global.data_dir.clone())?;
         let endpoint = saved::choose(global)?;
         let client = match endpoint {
@@ -148,65 +147,6 @@ fn one_with_prefix(typed: &str, sandboxes: Vec<Sandbox>) -> Result<Option<Sandbo
                 .hint(format!("name one of {}", candidates.join(", "))))
         }
     }
-}
-
-/// Runs the command of a parsed command line.
-pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
-    let Cli { global, command } = cli;
-    let context = Context::new(&global, *output)?;
-    if let Command::Serve(arguments) = command {
-        return serve::run(&context, &arguments);
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(run_client(&context, &global, command));
-    // Do not wait for a thread that still reads standard input.
-    runtime.shutdown_background();
-    result
-}
-
-async fn run_client(
-    context: &Context,
-    global: &Global,
-    command: Command,
-) -> Result<ExitCode, CliError> {
-    match command {
-        Command::Setup(arguments) => setup::run(context, global, arguments).await,
-        Command::Serve(_) => Ok(()),
-        Command::Create(arguments) => create::run(context, arguments).await,
-        Command::List(arguments) => list::run(context, &arguments).await,
-        Command::Inspect(arguments) => inspect::run(context, &arguments).await,
-        Command::Exec(arguments) => return exec::run(context, arguments).await,
-        Command::Shell(arguments) => return shell::run(context, arguments).await,
-        Command::Ps(arguments) => ps::run(context, &arguments).await,
-        Command::Kill(arguments) => kill::run(context, &arguments).await,
-        Command::Logs(arguments) => logs::run(context, &arguments).await,
-        Command::Wait(arguments) => return wait::run(context, &arguments).await,
-        Command::Edit(arguments) => edit::run(context, arguments).await,
-        Command::Pause(arguments) => lifecycle::pause(context, &arguments).await,
-        Command::Resume(arguments) => lifecycle::resume(context, &arguments).await,
-        Command::Stop(arguments) => lifecycle::stop(context, &arguments).await,
-        Command::Start(arguments) => lifecycle::start(context, &arguments).await,
-        Command::Fork(arguments) => fork::run(context, arguments).await,
-        Command::Destroy(arguments) => destroy::run(context, &arguments).await,
-        Command::File(command) => file::run(context, command).await,
-        Command::Snapshot(command) => snapshot::run(context, command).await,
-        Command::Volume(command) => volume::run(context, command).await,
-        Command::Secret(command) => secret::run(context, command).await,
-        Command::Template(command) => template::run(context, command).await,
-        Command::Image(command) => image::run(context, command).await,
-        Command::Publish(arguments) => publish::publish(context, arguments).await,
-        Command::Unpublish(arguments) => publish::unpublish(context, &arguments).await,
-        Command::Ports(arguments) => ports::run(context, &arguments).await,
-        Command::Forward(arguments) => forward::run(context, &arguments).await,
-        Command::User(command) => user::run(context, command).await,
-        Command::Events(arguments) => events::run(context, arguments).await,
-        Command::Metrics => context.output.print(&context.client.metrics().await?),
-        Command::Doctor => return doctor::run(context).await,
-        Command::Bench(arguments) => bench::run(context, &arguments).await,
-        Command::Completion(arguments) => completion::run(context, &arguments),
-        Command::Version => version::run(context),
-    }
-    .map(|()| ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

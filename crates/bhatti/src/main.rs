@@ -3,7 +3,9 @@
 mod cli;
 mod commands;
 mod config;
+mod dispatch;
 mod error;
+mod options;
 mod output;
 mod paths;
 mod saved;
@@ -17,7 +19,7 @@ use cli::Cli;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let output = output::Output::new(cli.global.json, cli.global.quiet);
-    match commands::run(cli, &output) {
+    match dispatch::run(cli, &output) {
         Ok(code) => code,
         Err(error) => output.fail(&error),
     }

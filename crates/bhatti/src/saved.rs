@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::cli::Global;
 use crate::error::CliError;
+use crate::options::Global;
 
 /// Environment variable that names another file than [`USUAL_FILE`].
 const FILE_VARIABLE: &str = "BHATTI_CONFIG";

@@ -1,86 +1,14 @@
-//! State that all connections share.
+//! What the agent counts and announces: connections, commands, suspension and shutdown.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::cell::Cell;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use bhatti_proto::{ActivityInfo, ErrorKind, GuestEvent};
-use tokio::sync::{Notify, broadcast};
+use bhatti_proto::{ActivityInfo, ErrorKind};
 
-use crate::descriptors::raise_limit;
-use crate::file::Workers;
-use crate::image_environment;
-use crate::limits::Limits;
-use crate::processes::{Cgroups, Processes};
-use crate::reaper::Reaper;
+use crate::Agent;
+use crate::processes::Processes;
 use crate::refusal::{OpError, refused};
-use crate::session::Sessions;
-use crate::settings::Settings;
-
-/// Events that a slow listener may fall behind before it loses some.
-const EVENT_QUEUE: usize = 64;
-
-/// The agent.
-pub(crate) struct Agent {
-    /// Reaps child processes.
-    pub(crate) reaper: Rc<Reaper>,
-    /// The agent's limits.
-    pub(crate) limits: Limits,
-    /// The settings that the host applied.
-    pub(crate) settings: RefCell<Settings>,
-    /// Variables that the image sets for every process.
-    pub(crate) image_environment: BTreeMap<String, String>,
-    /// Processes that survive their client.
-    pub(crate) sessions: Sessions,
-    /// Sends events of the guest to listeners.
-    pub(crate) events: broadcast::Sender<GuestEvent>,
-    /// The directory of job output and of jobs that restart.
-    pub(crate) state_dir: PathBuf,
-    /// Where the agent runs, which decides how much of the system it may change.
-    pub(crate) place: Place,
-    /// The soft limit of descriptors for children, which is lower than that of the agent.
-    pub(crate) child_descriptors: Option<u64>,
-    /// Threads for file operations.
-    pub(crate) file_workers: Workers,
-    /// The cgroups of commands.
-    pub(crate) cgroups: Rc<Cgroups>,
-    commands: RefCell<HashMap<String, Rc<Processes>>>,
-    running_commands: Cell<u32>,
-    connections: Cell<usize>,
-    watches: Cell<usize>,
-    discarded_pipes: Cell<usize>,
-    last_activity: Cell<i64>,
-    shutdown_asked: Cell<bool>,
-    shutdown: Notify,
-    suspended: Cell<bool>,
-    wakes: Cell<u64>,
-    awake: Notify,
-}
-
-/// Where the agent runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// As PID 1 of a VM, with its own kernel.
-    Machine,
-    /// As PID 1 of a container, on the host's kernel.
-    Container,
-    /// As an ordinary process: test mode.
-    Process,
-}
-
-impl Place {
-    /// Whether this is a guest, with users of its own.
-    pub(crate) const fn is_guest(self) -> bool {
-        matches!(self, Self::Machine | Self::Container)
-    }
-
-    /// Whether the agent has its own kernel: clock, cgroups, mounts and random numbers.
-    pub(crate) const fn has_kernel(self) -> bool {
-        matches!(self, Self::Machine)
-    }
-}
 
 /// Counts one use against a limit until dropped.
 pub(crate) struct Counted {
@@ -95,47 +23,6 @@ pub(crate) struct Running {
 }
 
 impl Agent {
-    /// Creates an idle agent, and raises the limit of descriptors of its process to the maximum.
-    pub(crate) fn new(
-        reaper: Rc<Reaper>,
-        limits: Limits,
-        state_dir: PathBuf,
-        place: Place,
-    ) -> Rc<Self> {
-        let (events, _) = broadcast::channel(EVENT_QUEUE);
-        Rc::new(Self {
-            reaper,
-            limits,
-            settings: RefCell::default(),
-            image_environment: if place.is_guest() {
-                image_environment::read()
-            } else {
-                BTreeMap::new()
-            },
-            sessions: Sessions::default(),
-            events,
-            state_dir,
-            place,
-            child_descriptors: raise_limit(place),
-            file_workers: Workers::new(
-                limits.file_operations,
-                Duration::from_millis(limits.file_wait_ms),
-            ),
-            cgroups: Rc::default(),
-            commands: RefCell::default(),
-            running_commands: Cell::new(0),
-            connections: Cell::new(0),
-            watches: Cell::new(0),
-            discarded_pipes: Cell::new(0),
-            last_activity: Cell::new(0),
-            shutdown_asked: Cell::new(false),
-            shutdown: Notify::new(),
-            suspended: Cell::new(false),
-            wakes: Cell::new(0),
-            awake: Notify::new(),
-        })
-    }
-
     /// Counts a connection. Refused if there are too many.
     pub(crate) fn count_connection(self: &Rc<Self>) -> Result<Counted, OpError> {
         self.count(|agent| &agent.connections, self.limits.connections, "connections")

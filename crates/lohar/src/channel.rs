@@ -19,7 +19,7 @@ use bhatti_proto::resync::{Decoder, GENERATION, Hello};
 use bytes::{Buf, BytesMut};
 use futures_util::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::forward;
 use crate::serve::{spawn_control, spawn_forward};
 use port::Port;

@@ -5,8 +5,8 @@ use std::io;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::agent::Place;
 use crate::log;
+use crate::place::Place;
 
 /// The limits of a process in a VM, as systemd sets them. A higher soft limit breaks programs
 /// that use `select` or close every possible descriptor.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::net::unix::pipe;
 use tokio::time::sleep;
 
-use crate::agent::Agent;
+use crate::Agent;
 
 /// Bytes that are read at once.
 const BUFFER_BYTES: usize = 16 << 10;

@@ -5,7 +5,6 @@
 //! is read and discarded, so that they keep running (see [`crate::discard`]). If the host goes
 //! away, the agent kills the group.
 
-pub(crate) mod input;
 mod output;
 
 use std::rc::Rc;
@@ -14,7 +13,7 @@ use std::time::Duration;
 use bhatti_proto::{ErrorKind, ExecRequest, Frame, FrameType, SignalRequest, exit_payload};
 use rustix::process::Signal;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::launch::{self, Piped};
 use crate::processes::Confinement;
@@ -61,7 +60,7 @@ pub(crate) async fn serve<T: Transport>(
 
 /// Serves one `SIGNAL_REQ`.
 pub(crate) fn signal(agent: &Agent, request: &SignalRequest) -> Result<(), OpError> {
-    let signal = input::named_signal(&[request.signal]).ok_or_else(|| {
+    let signal = crate::input::named_signal(&[request.signal]).ok_or_else(|| {
         refused(ErrorKind::BadRequest, format!("no signal has the number {}", request.signal))
     })?;
     match (&request.exec_id, &request.session_id) {
@@ -97,7 +96,7 @@ async fn relay<T: Transport>(
     };
     let finished = tokio::select! {
         finished = output::pump(agent, stdout, stderr, exit, writer) => finished,
-        () = input::pump(reader, stdin, &processes) => Finished::HostGone,
+        () = crate::input::pump(reader, stdin, &processes) => Finished::HostGone,
         () = limit => Finished::HostGone,
     };
     match finished {

@@ -15,7 +15,7 @@ use tokio::net::tcp::WriteHalf;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{Half, HostReader, HostWriter, Transport};
 use crate::log::errno_text;
 use crate::refusal::{OpError, host_gone, refused};

@@ -22,10 +22,11 @@ use rustix::thread::{
 };
 use tokio::net::unix::pipe;
 
-use crate::agent::{Agent, Place};
+use crate::Agent;
 use crate::descriptors::lower_limit;
 use crate::log::errno_text;
 use crate::lookup::{LookupError, find_program};
+use crate::place::Place;
 use crate::processes::{Cgroup, Confinement, Processes};
 use crate::reaper::Exit;
 use crate::refusal::refused;

@@ -27,6 +27,7 @@
 
 mod agent;
 mod channel;
+mod clock;
 mod connection;
 mod descriptors;
 mod discard;
@@ -35,6 +36,7 @@ mod exec;
 mod file;
 mod forward;
 mod image_environment;
+mod input;
 mod launch;
 mod limits;
 mod log;
@@ -43,6 +45,7 @@ mod modprobe;
 mod netlink;
 mod oom;
 mod pid1;
+mod place;
 mod processes;
 mod reaper;
 mod refusal;
@@ -58,7 +61,106 @@ mod user;
 mod vsock;
 mod watched;
 
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bhatti_proto::GuestEvent;
+use tokio::sync::{Notify, broadcast};
+
+use file::Workers;
+use limits::Limits;
+use place::Place;
+use processes::{Cgroups, Processes};
+use reaper::Reaper;
+use session::Sessions;
+use settings::Settings;
+
+/// Events that a slow listener may fall behind before it loses some.
+const EVENT_QUEUE: usize = 64;
+
+/// The agent: the state that all connections share.
+pub(crate) struct Agent {
+    /// Reaps child processes.
+    pub(crate) reaper: Rc<Reaper>,
+    /// The agent's limits.
+    pub(crate) limits: Limits,
+    /// The settings that the host applied.
+    pub(crate) settings: RefCell<Settings>,
+    /// Variables that the image sets for every process.
+    pub(crate) image_environment: BTreeMap<String, String>,
+    /// Processes that survive their client.
+    pub(crate) sessions: Sessions,
+    /// Sends events of the guest to listeners.
+    pub(crate) events: broadcast::Sender<GuestEvent>,
+    /// The directory of job output and of jobs that restart.
+    pub(crate) state_dir: PathBuf,
+    /// Where the agent runs, which decides how much of the system it may change.
+    pub(crate) place: Place,
+    /// The soft limit of descriptors for children, which is lower than that of the agent.
+    pub(crate) child_descriptors: Option<u64>,
+    /// Threads for file operations.
+    pub(crate) file_workers: Workers,
+    /// The cgroups of commands.
+    pub(crate) cgroups: Rc<Cgroups>,
+    commands: RefCell<HashMap<String, Rc<Processes>>>,
+    running_commands: Cell<u32>,
+    connections: Cell<usize>,
+    watches: Cell<usize>,
+    discarded_pipes: Cell<usize>,
+    last_activity: Cell<i64>,
+    shutdown_asked: Cell<bool>,
+    shutdown: Notify,
+    suspended: Cell<bool>,
+    wakes: Cell<u64>,
+    awake: Notify,
+}
+
+impl Agent {
+    /// Creates an idle agent, and raises the limit of descriptors of its process to the maximum.
+    pub(crate) fn new(
+        reaper: Rc<Reaper>,
+        limits: Limits,
+        state_dir: PathBuf,
+        place: Place,
+    ) -> Rc<Self> {
+        let (events, _) = broadcast::channel(EVENT_QUEUE);
+        Rc::new(Self {
+            reaper,
+            limits,
+            settings: RefCell::default(),
+            image_environment: if place.is_guest() {
+                image_environment::read()
+            } else {
+                BTreeMap::new()
+            },
+            sessions: Sessions::default(),
+            events,
+            state_dir,
+            place,
+            child_descriptors: descriptors::raise_limit(place),
+            file_workers: Workers::new(
+                limits.file_operations,
+                Duration::from_millis(limits.file_wait_ms),
+            ),
+            cgroups: Rc::default(),
+            commands: RefCell::default(),
+            running_commands: Cell::new(0),
+            connections: Cell::new(0),
+            watches: Cell::new(0),
+            discarded_pipes: Cell::new(0),
+            last_activity: Cell::new(0),
+            shutdown_asked: Cell::new(false),
+            shutdown: Notify::new(),
+            suspended: Cell::new(false),
+            wakes: Cell::new(0),
+            awake: Notify::new(),
+        })
+    }
+}
 
 /// The stack of a thread for file operations, in bytes. No file operation walks a tree by
 /// recursion.

@@ -14,7 +14,7 @@ use rustix::fs::{Mode, OFlags, SeekFrom, open, seek};
 use rustix::io::Errno;
 use tokio::io::Interest;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::log;
 use crate::processes::USER_CGROUP;
 use crate::watched::watch;

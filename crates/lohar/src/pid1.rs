@@ -25,8 +25,9 @@ use std::rc::Rc;
 use rustix::process::{DumpableBehavior, chdir, set_dumpable_behavior};
 use tokio::task::LocalSet;
 
-use crate::agent::{Agent, Place};
+use crate::Agent;
 use crate::limits::Limits;
+use crate::place::Place;
 use crate::reaper::Reaper;
 use crate::vsock::Vsock;
 use crate::{channel, log, netlink, oom, runtime};

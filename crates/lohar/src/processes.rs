@@ -18,9 +18,9 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 use tokio::time::sleep;
 
-use crate::agent::Place;
 use crate::limits::TERM_GRACE;
 use crate::log;
+use crate::place::Place;
 
 /// The cgroup of all processes except the agent, in a VM.
 pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";

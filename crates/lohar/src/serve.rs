@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{Half, HostReader, HostWriter, Transport, split};
 use crate::limits::AUTH_LIMIT;
 use crate::refusal::{OpError, bad_json, host_gone, refused, tell};

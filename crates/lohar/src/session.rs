@@ -29,7 +29,7 @@ use bhatti_proto::{ErrorKind, SessionInfo};
 use rustix::process::Signal;
 use tokio::sync::Notify;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::processes::Processes;
 use crate::refusal::{OpError, refused};
 use output::Output;

@@ -15,13 +15,14 @@ use bhatti_proto::{AgentError, ConfigFile, ErrorKind, GuestConfig};
 use subtle::ConstantTimeEq;
 use tokio::time::timeout;
 
-use crate::agent::{Agent, Place};
+use crate::Agent;
 use crate::file::{begin_as_agent, parse_mode, write_whole};
 use crate::log;
+use crate::place::Place;
 use crate::refusal::{OpError, refused};
 use crate::session::{start_init, start_kept};
 
-pub(crate) use identity::{assume, feed_random, set_clock};
+pub(crate) use identity::assume;
 
 /// How long writing the configured files may take. A file may be on a file system whose server is
 /// frozen with the users' processes.

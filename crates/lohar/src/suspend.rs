@@ -13,11 +13,11 @@ use rustix::fs::{Mode, OFlags, fstat, open, stat};
 use rustix::io::Errno;
 use tokio::time::{sleep, timeout};
 
-use crate::agent::Agent;
+use crate::Agent;
+use crate::clock::{feed_random, set_clock};
 use crate::log;
 use crate::processes::USER_CGROUP;
 use crate::refusal::{OpError, refused};
-use crate::settings::{feed_random, set_clock};
 
 /// How long freezing the users' processes may take, and how often the agent checks.
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);

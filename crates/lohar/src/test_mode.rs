@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use rustix::process::{getpid, set_child_subreaper};
 use tokio::task::LocalSet;
 
-use crate::agent::{Agent, Place};
+use crate::Agent;
 use crate::limits::Limits;
 use crate::log;
+use crate::place::Place;
 use crate::reaper::Reaper;
 use crate::runtime;
 use crate::unix::Listeners;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::log;
 use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
 

@@ -7,7 +7,7 @@ use bhatti_proto::{AgentError, ErrorKind};
 use rustix::fs::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::refusal::refused;
 
 /// The user of every process and file operation that names none, if the guest has it.

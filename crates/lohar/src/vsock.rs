@@ -11,7 +11,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::log;
 use crate::serve::{ACCEPT_RETRY, spawn_control, spawn_forward};
 use crate::watched::watch;

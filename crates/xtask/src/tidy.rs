@@ -1,71 +1,126 @@
-//! Checks what compilers do not: proportions, module docs, and the invariants of ARCHITECTURE.md that are things absent.
+//! `cargo xtask tidy`: checks rules that the compiler does not check.
+//!
+//! - [`sizes`]: files and functions are short.
+//! - [`layers`]: a crate depends only on rows below its own in ARCHITECTURE.md's table.
+//! - [`circles`]: the modules of a crate do not import each other in circles.
+//! - [`columns`]: comments and Markdown end at 100 columns.
+//! - here: module docs, and invariants of ARCHITECTURE.md that forbid something.
+
+mod circles;
+mod columns;
+mod layers;
+mod sizes;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// Lines of a source file without its tests: beyond this it fails.
-const FILE_LINES_MAX: usize = 600;
+/// A text file of the repository.
+struct File {
+    /// The path below the repository's root.
+    path: String,
+    text: String,
+}
 
-/// Checks the tree.
+impl File {
+    fn is_rust(&self) -> bool {
+        Path::new(&self.path).extension().is_some_and(|extension| extension == "rs")
+    }
+
+    /// Whether the file holds nothing but tests.
+    fn is_test(&self) -> bool {
+        self.path.contains("/tests/") || self.path.ends_with("/tests.rs")
+    }
+
+    /// Returns the text without the tests at the end.
+    fn code(&self) -> &str {
+        self.text.split("#[cfg(test)]\nmod tests {").next().unwrap_or(&self.text)
+    }
+}
+
+/// What is wrong, one line for each finding.
+#[derive(Default)]
+struct Findings(Vec<String>);
+
+impl Findings {
+    fn add(&mut self, path: &str, finding: &str) {
+        self.0.push(format!("{path}: {finding}"));
+    }
+}
+
+/// Checks the tree and prints the sizes of files and functions.
 pub(crate) fn run() -> Result<()> {
-    let crates = bhatti_testkit::repository().join("crates");
-    let mut files = Vec::new();
-    find(&crates, &mut files)?;
-    let mut findings = Vec::new();
-    for file in &files {
-        check(file, &crates, &mut findings)
-            .with_context(|| format!("failed to read {}", file.display()))?;
+    let root = bhatti_testkit::repository().canonicalize()?;
+    let files = read_files(&root)?;
+    let mut findings = Findings::default();
+    for file in files.iter().filter(|file| file.path.starts_with("crates/")) {
+        check_invariants(file, &mut findings);
     }
+    columns::check(&files, &mut findings);
+    layers::check(&files, &mut findings)?;
+    circles::check(&files, &mut findings);
+    let sizes = sizes::check(&files, &mut findings);
+    let Findings(findings) = findings;
     if findings.is_empty() {
-        println!("tidy: {} files, nothing to say", files.len());
+        println!("tidy: {} files, no findings; {sizes}", files.len());
         return Ok(());
     }
-    bail!("tidy:\n{}", findings.join("\n"))
+    bail!("tidy: {} findings\n{}", findings.len(), findings.join("\n"))
 }
 
-fn find(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            find(&path, files)?;
-        } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "toml")
-        {
-            files.push(path);
+/// Reads the files that git tracks or would track.
+fn read_files(root: &Path) -> Result<Vec<File>> {
+    let listed = bhatti_host::process::command("git")
+        .into_std()
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root)
+        .output()
+        .context("failed to run git")?;
+    let names = String::from_utf8(listed.stdout).context("a file's name is not text")?;
+    let mut files = Vec::new();
+    for name in names.lines().filter(|name| is_checked(name)) {
+        let path: PathBuf = root.join(name);
+        // A file that was deleted and not committed yet is still listed.
+        if path.is_file() {
+            let text = fs::read_to_string(&path)
+                .with_context(|| format!("failed to read `{}`", path.display()))?;
+            files.push(File { path: name.to_owned(), text });
         }
     }
-    Ok(())
+    Ok(files)
 }
 
-fn check(file: &Path, crates: &Path, findings: &mut Vec<String>) -> Result<()> {
-    let text = fs::read_to_string(file)?;
-    let name = file.strip_prefix(crates)?.to_string_lossy().into_owned();
-    let mut found = |what: &str| findings.push(format!("crates/{name}: {what}"));
-    if name.ends_with("Cargo.toml") {
-        if text.contains("rusqlite") && !name.starts_with("bhatti-store/") {
-            found("SQL belongs in bhatti-store alone");
+fn is_checked(name: &str) -> bool {
+    const GENERATED: [&str; 2] = ["crates/bhatti-server/console/", "web/package-lock.json"];
+    let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
+    let is_text = matches!(extension, Some("rs" | "toml" | "md" | "sh" | "ts" | "tsx" | "py"));
+    let is_text = is_text || matches!(name, "Makefile" | ".ci/run");
+    is_text && !GENERATED.iter().any(|generated| name.starts_with(generated))
+}
+
+fn check_invariants(file: &File, findings: &mut Findings) {
+    let File { path, text } = file;
+    if path.ends_with("Cargo.toml") {
+        if text.contains("rusqlite") && !path.starts_with("crates/bhatti-store/") {
+            findings.add(path, "SQL belongs in bhatti-store alone");
         }
-        return Ok(());
+        return;
     }
-    let is_test = name.contains("/tests/") || name.ends_with("/tests.rs");
-    if !is_test {
-        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or(&text);
-        if code.lines().count() > FILE_LINES_MAX {
-            found("longer than 600 lines");
-        }
+    if !file.is_rust() {
+        return;
+    }
+    if !file.is_test() {
         if !text.starts_with("//!") {
-            found("does not begin with module documentation");
+            findings.add(path, "does not begin with module documentation");
         }
-        if code.contains("StatusCode::")
-            && name != "bhatti-server/src/status.rs"
-            && !name.starts_with("xtask/")
-        {
-            found("HTTP statuses belong in bhatti-server/src/status.rs alone");
+        let knows_statuses =
+            path == "crates/bhatti-server/src/status.rs" || path.starts_with("crates/xtask/");
+        if file.code().contains("StatusCode::") && !knows_statuses {
+            findings.add(path, "HTTP statuses belong in bhatti-server/src/status.rs alone");
         }
     }
-    if text.contains("#[ignore") && !name.starts_with("xtask/") {
-        found("a test is ignored");
+    if text.contains("#[ignore") && !path.starts_with("crates/xtask/") {
+        findings.add(path, "a test is ignored");
     }
-    Ok(())
 }

@@ -2,10 +2,12 @@
 
 use std::io;
 
+use bhatti_agent::CallError;
 use bhatti_engine::{BootError, VmSpec};
 use bhatti_store::SandboxRow;
 use bhatti_types::{Denied, FailReason, Report};
 use serde_json::json;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::access::Running;
@@ -14,10 +16,10 @@ use super::error::TransitionError;
 use super::sandbox::Sandbox;
 use super::state::{Kind, State};
 use super::steps::Step;
+use crate::Shared;
 use crate::admission::Admitted;
-use crate::bring_up::configure;
-use crate::create::{CreateError, boot_files};
-use crate::identity::Extras;
+use crate::boot_source::{CreateError, boot_files};
+use crate::identity::{self, Extras};
 use crate::networks;
 use crate::volumes::{self, OwnVolumes};
 
@@ -168,6 +170,19 @@ impl Sandbox {
     }
 }
 
+/// Gives a booted guest this sandbox's configuration. The time limit is that of a boot, because
+/// the guest may have to repair volumes.
+pub(crate) async fn configure(
+    shared: &Shared,
+    row: &SandboxRow,
+    extras: &Extras,
+    running: &Running,
+) -> Result<(), CallError> {
+    let limit = shared.config.boot_limit;
+    let configured = timeout(limit, running.agent.configure(&identity::config(row, extras))).await;
+    configured.unwrap_or(Err(CallError::Silent { limit }))
+}
+
 /// Whether a boot that failed with `error` may have run the guest.
 const fn guest_may_have_run(error: &TransitionError) -> bool {
     !matches!(error, TransitionError::Boot(BootError::NotInstalled { .. } | BootError::NoDisk))
@@ -175,8 +190,6 @@ const fn guest_may_have_run(error: &TransitionError) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use bhatti_agent::CallError;
-
     use super::*;
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::path::PathBuf;
 
-use bhatti_engine::{Captured, Disks, MemoryKind, SnapshotRequest};
+use bhatti_engine::{Captured, Disks, MemoryKind, SnapshotInfo, SnapshotRequest};
 use bhatti_types::Report;
 use tokio::time::{Duration, Instant};
 use tracing::warn;
@@ -16,8 +16,16 @@ use super::access::Running;
 use super::error::TransitionError;
 use super::sandbox::Sandbox;
 use super::steps::Step;
-use crate::snapshots::SavedSandbox;
 use crate::volumes::{self, MadeFrom};
+
+/// The result of saving a sandbox that runs on.
+#[derive(Clone, Copy, Debug)]
+pub struct SavedSandbox {
+    /// The kind and size of the memory.
+    pub info: SnapshotInfo,
+    /// How long the sandbox's processes were stopped.
+    pub paused: Duration,
+}
 
 /// A snapshot whose state is captured, and whose files are not all written.
 pub(crate) struct Capture {

@@ -21,7 +21,7 @@ use crate::AppState;
 use crate::answers::{Collected, Part, exec_answer};
 use crate::auth::Caller;
 use crate::extract::{ApiPath, accepts};
-use crate::json::ApiJson;
+use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, accepted};
 use crate::utf8::Utf8Pieces;
 
@@ -134,7 +134,7 @@ async fn start_job(
     }
     let job = super::jobs::job(info);
     let job = job.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the job got a terminal"))?;
-    Ok(accepted(job))
+    Ok(accepted(Json(job)))
 }
 
 /// A command to run.

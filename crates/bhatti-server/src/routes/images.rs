@@ -74,7 +74,7 @@ pub(crate) async fn import(
         None,
         serde_json::json!({ "image": name.as_str() }),
     );
-    Ok(created(image(made)))
+    Ok(created(Json(image(made))))
 }
 
 /// Writes a request's body into a file.

@@ -55,7 +55,7 @@ pub(crate) async fn publish(
     let detail = json!({ "port": port, "alias": published.alias.as_str() });
     let sandbox = Some((row.id, row.spec.name.to_string()));
     state.control.record("port.published", owner, sandbox, detail);
-    Ok(created(publication(&state, published)))
+    Ok(created(Json(publication(&state, published))))
 }
 
 /// Unpublishes a port.

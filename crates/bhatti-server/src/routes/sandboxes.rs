@@ -132,7 +132,7 @@ pub(crate) async fn create(
     let request = parse::create(request, template)?;
     let name = request.name.clone();
     match state.control.create(owner, request).await {
-        Ok(row) => Ok(created(sandbox(&state, row))),
+        Ok(row) => Ok(created(Json(sandbox(&state, row)))),
         Err(CreateError::NameTaken(taken)) if query.if_exists == Some(IfExists::Return) => {
             let name = name.map_or_else(|| taken.to_string(), |name| name.to_string());
             let row = state.control.find(owner, &name)?;
@@ -250,11 +250,11 @@ pub(crate) async fn fork(
         secrets: parse::secrets(&secrets)?,
     };
     let forked = state.control.fork(owner, &called, request).await?;
-    Ok(created(Forks {
+    Ok(created(Json(Forks {
         sandboxes: forked.sandboxes.into_iter().map(|row| sandbox(&state, row)).collect(),
         parent_paused_us: u64::try_from(forked.paused.as_micros()).unwrap_or(u64::MAX),
         memory_bytes: forked.snapshot.memory_bytes,
-    }))
+    })))
 }
 
 /// Destroys a sandbox, and waits until all of it is removed.

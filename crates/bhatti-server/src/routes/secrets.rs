@@ -32,7 +32,7 @@ pub(crate) async fn set(
 ) -> Result<Response, ApiError> {
     let SetSecret { name, value } = request;
     let name = name.parse().map_err(|error| ApiError::bad_request(&error))?;
-    Ok(created(secret(state.control.set_secret(owner, &name, &value)?)))
+    Ok(created(Json(secret(state.control.set_secret(owner, &name, &value)?))))
 }
 
 /// Deletes a secret. Sandboxes that have the secret keep it.

@@ -26,7 +26,7 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let name = request.name.parse().map_err(|error| ApiError::bad_request(&error))?;
     let row = state.control.create_snapshot(owner, &called, name).await?;
-    Ok(created(snapshot(row)))
+    Ok(created(Json(snapshot(row))))
 }
 
 /// Lists the caller's snapshots, newest first.
@@ -68,7 +68,7 @@ pub(crate) async fn resume(
         secrets: secrets(&request.secrets)?,
     };
     let row = state.control.resume_snapshot(owner, &name, request).await?;
-    Ok(created(sandbox(&state, row)))
+    Ok(created(Json(sandbox(&state, row))))
 }
 
 /// Deletes a snapshot. Sandboxes that were created from it stay.

@@ -34,7 +34,7 @@ pub(crate) async fn create(
     ApiJson(request): ApiJson<CreateTemplate>,
 ) -> Result<Response, ApiError> {
     let row = parse(owner, request)?;
-    Ok(created(template(state.store.insert_template(row)?)))
+    Ok(created(Json(template(state.store.insert_template(row)?))))
 }
 
 /// Returns a template.

@@ -56,7 +56,7 @@ pub(crate) async fn create(
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
     let row = state.store.insert_user(name, id, &keys::hash(&api_key), quota)?;
     state.control.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
-    Ok(created(with_key(row, api_key)))
+    Ok(created(Json(with_key(row, api_key))))
 }
 
 /// Returns a user. Admin only.
@@ -148,7 +148,7 @@ pub(crate) async fn ticket(
 ) -> Result<Response, ApiError> {
     let ticket = state.tickets.issue(owner)?;
     let expires_in_sec = u32::try_from(tickets::GOOD_FOR.as_secs()).unwrap_or(u32::MAX);
-    Ok(created(Ticket { ticket, expires_in_sec }))
+    Ok(created(Json(Ticket { ticket, expires_in_sec })))
 }
 
 fn find(state: &AppState, caller: Caller, name: &str) -> Result<UserRow, ApiError> {

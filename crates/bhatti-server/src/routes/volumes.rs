@@ -29,7 +29,7 @@ pub(crate) async fn create(
     ApiJson(request): ApiJson<CreateVolume>,
 ) -> Result<Response, ApiError> {
     let (name, size) = (parse_name(&request.name)?, size(request.size_mb.unwrap_or(USUAL_MIB))?);
-    Ok(created(volume(state.control.create_volume(owner, name, size).await?)))
+    Ok(created(Json(volume(state.control.create_volume(owner, name, size).await?))))
 }
 
 /// Lists the caller's volumes, by name.
@@ -78,7 +78,7 @@ pub(crate) async fn clone(
     ApiJson(request): ApiJson<CloneVolume>,
 ) -> Result<Response, ApiError> {
     let copy = parse_name(&request.name)?;
-    Ok(created(volume(state.control.clone_volume(owner, &name, copy).await?)))
+    Ok(created(Json(volume(state.control.clone_volume(owner, &name, copy).await?))))
 }
 
 /// Deletes a volume and its content. The volume must not be attached to a sandbox.

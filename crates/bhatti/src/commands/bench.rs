@@ -53,7 +53,7 @@ struct Skipped {
     why: String,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Bench) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Bench) -> Result<(), CliError> {
     let Health { version, engine, accelerator, .. } = context.client.health().await?;
     let mut report = Report {
         version,

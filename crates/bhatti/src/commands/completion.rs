@@ -1,10 +1,9 @@
 //! `bhatti completion`.
 
-use clap::{Args, CommandFactory};
+use clap::Args;
 use clap_complete::{Shell, generate};
 
 use super::Context;
-use crate::cli::Cli;
 use crate::error::CliError;
 
 #[derive(Debug, Args)]
@@ -17,9 +16,13 @@ pub(crate) struct Completion {
     shell: String,
 }
 
-pub(super) fn run(context: &Context, arguments: &Completion) -> Result<(), CliError> {
+pub(crate) fn run(
+    context: &Context,
+    arguments: &Completion,
+    command: &mut clap::Command,
+) -> Result<(), CliError> {
     let shell: Shell = arguments.shell.parse().map_err(|error: String| CliError::new(error))?;
     let mut script = Vec::new();
-    generate(shell, &mut Cli::command(), "bhatti", &mut script);
+    generate(shell, command, "bhatti", &mut script);
     context.output.print(&String::from_utf8_lossy(&script))
 }

@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 use tokio::time::Instant;
 
 use super::Context;
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 
 #[derive(Debug, Args)]
 #[command(
@@ -85,7 +85,7 @@ enum IfExists {
     Return,
 }
 
-pub(super) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
     check_sizes(&arguments.file)?;
     let files = arguments.file.iter().map(|(local, path)| new_file(local, path));
     let request = CreateSandbox {

@@ -19,7 +19,7 @@ pub(crate) struct Destroy {
     yes: bool,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Destroy) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Destroy) -> Result<(), CliError> {
     each(context, &arguments.sandboxes, async |typed| {
         let find = async |id: &str| find(&context.client, id).await;
         let Found { id, name } = context.change(typed, find).await?;

@@ -55,7 +55,7 @@ impl Finding {
     }
 }
 
-pub(super) async fn run(context: &Context) -> Result<ExitCode, CliError> {
+pub(crate) async fn run(context: &Context) -> Result<ExitCode, CliError> {
     let data_dir = &context.data_dir;
     let lohar = paths::lohar();
     let config = Config::read(data_dir)?;

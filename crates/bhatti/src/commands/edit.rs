@@ -5,8 +5,8 @@ use clap::Args;
 
 use super::Context;
 use super::lifecycle::status;
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 
 #[derive(Debug, Args)]
 #[command(
@@ -40,7 +40,7 @@ struct Change {
     allow_cold: bool,
 }
 
-pub(super) async fn run(context: &Context, Edit { sandbox, change }: Edit) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, Edit { sandbox, change }: Edit) -> Result<(), CliError> {
     let Change { name, label, label_delete, keep_hot, allow_cold } = change;
     let gained = label.into_iter().map(|(key, value)| (key, Some(value)));
     let lost = label_delete.into_iter().map(|key| (key, None));

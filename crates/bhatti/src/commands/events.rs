@@ -44,7 +44,7 @@ const EVENTS: Table<Event> = Table {
     key: |event| event.id.to_string(),
 };
 
-pub(super) async fn run(context: &Context, arguments: Events) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: Events) -> Result<(), CliError> {
     let Events { follow, kind, sandbox, after, limit } = arguments;
     let filter = EventFilter { kind, sandbox, after, limit };
     if !follow {

@@ -14,8 +14,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
 use super::{Context, terminal};
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 
 /// Number of signals within [`INSISTING`] that end this process, whatever the command does.
 const INSISTING_SIGNALS: usize = 3;
@@ -65,7 +65,7 @@ pub(crate) struct Exec {
     command: Vec<String>,
 }
 
-pub(super) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
+pub(crate) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, CliError> {
     let Exec {
         sandbox,
         env,
@@ -134,7 +134,7 @@ async fn start_job(
 }
 
 /// Runs a command that uses the standard streams of this process.
-pub(super) async fn stream(
+pub(crate) async fn stream(
     context: &Context,
     sandbox: &str,
     start: &StreamRequest,
@@ -144,7 +144,7 @@ pub(super) async fn stream(
 }
 
 /// The use of this process's standard input.
-pub(super) struct Stdin {
+pub(crate) struct Stdin {
     /// Whether standard input is passed on to the command.
     pub(super) passed_on: bool,
 }
@@ -167,7 +167,7 @@ async fn run_command(
 }
 
 /// Converts a command's exit code to the exit code of this process: a kernel allows 0 to 255.
-pub(super) fn exit_code(code: i32) -> ExitCode {
+pub(crate) fn exit_code(code: i32) -> ExitCode {
     ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX))
 }
 
@@ -258,7 +258,7 @@ fn is_insisting(recent: &mut VecDeque<Instant>) -> bool {
 }
 
 /// Waits for one of these signals, and returns its number.
-pub(super) async fn next_signal(signals: &mut [Signal], kinds: &[SignalKind]) -> u8 {
+pub(crate) async fn next_signal(signals: &mut [Signal], kinds: &[SignalKind]) -> u8 {
     std::future::poll_fn(|cx| {
         let arrived = signals.iter_mut().position(|signal| signal.poll_recv(cx).is_ready());
         arrived.map_or(std::task::Poll::Pending, |index| {

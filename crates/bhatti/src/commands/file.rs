@@ -138,7 +138,7 @@ const ENTRIES: Table<FileEntry> = Table {
     key: |entry| entry.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, arguments: File) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: File) -> Result<(), CliError> {
     let context = &context.acting_as(arguments.user.as_deref());
     let (client, output) = (&context.client, context.output);
     match arguments.command {

@@ -4,8 +4,8 @@ use bhatti_api::{ForkSandbox, Sandbox};
 use clap::Args;
 
 use super::Context;
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 use crate::output::Table;
 
 #[derive(Debug, Args)]
@@ -39,7 +39,7 @@ const FORKS: Table<Sandbox> = Table {
     key: |fork| fork.id.clone(),
 };
 
-pub(super) async fn run(context: &Context, arguments: Fork) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: Fork) -> Result<(), CliError> {
     let Fork { sandbox, count, name, env, inherit_env, secret, label } = arguments;
     let request = ForkSandbox {
         count,

@@ -38,7 +38,7 @@ pub(crate) struct Forward {
     address: IpAddr,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Forward) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Forward) -> Result<(), CliError> {
     let Forward { sandbox, port, local, address } = arguments;
     let sandbox = context.change(sandbox, async |id| context.client.inspect(id).await).await?;
     let wanted = SocketAddr::new(*address, local.unwrap_or(*port));

@@ -71,7 +71,7 @@ const IMAGES: Table<Listed> = Table {
     key: |image| image.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, command: Image) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, command: Image) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
     match command {
         Image::List => output.show_list(&client.list_images().await?, &IMAGES),

@@ -15,7 +15,7 @@ pub(crate) struct Inspect {
     sandbox: String,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Inspect) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Inspect) -> Result<(), CliError> {
     let inspect = async |id: &str| context.client.inspect(id).await;
     let sandbox = context.read(&arguments.sandbox, inspect).await?;
     context.output.show_facts(&sandbox, describe)

@@ -16,7 +16,7 @@ pub(crate) struct Kill {
     sessions: Vec<String>,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Kill) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Kill) -> Result<(), CliError> {
     several::each(context, &arguments.sessions, async |session| {
         let kill = async |id: &str| context.client.kill_session(id, session).await;
         let killed = context.change(&arguments.sandbox, kill).await?;

@@ -46,19 +46,19 @@ pub(crate) struct Start {
     cold_boot: bool,
 }
 
-pub(super) async fn pause(context: &Context, arguments: &Pause) -> Result<(), CliError> {
+pub(crate) async fn pause(context: &Context, arguments: &Pause) -> Result<(), CliError> {
     each(context, &arguments.targets, async |id| context.client.pause(id).await).await
 }
 
-pub(super) async fn resume(context: &Context, arguments: &Resume) -> Result<(), CliError> {
+pub(crate) async fn resume(context: &Context, arguments: &Resume) -> Result<(), CliError> {
     each(context, &arguments.targets, async |id| context.client.resume(id).await).await
 }
 
-pub(super) async fn stop(context: &Context, arguments: &Stop) -> Result<(), CliError> {
+pub(crate) async fn stop(context: &Context, arguments: &Stop) -> Result<(), CliError> {
     each(context, &arguments.targets, async |id| context.client.stop(id).await).await
 }
 
-pub(super) async fn start(context: &Context, arguments: &Start) -> Result<(), CliError> {
+pub(crate) async fn start(context: &Context, arguments: &Start) -> Result<(), CliError> {
     let request = StartSandbox { cold_boot: arguments.cold_boot };
     each(context, &arguments.targets, async |id| context.client.start(id, &request).await).await
 }
@@ -76,7 +76,7 @@ async fn each(
 }
 
 /// Returns a sandbox's state and activity, such as `running (hot)`.
-pub(super) fn status(sandbox: &Sandbox) -> String {
+pub(crate) fn status(sandbox: &Sandbox) -> String {
     match &sandbox.thermal {
         Some(thermal) => format!("{} ({thermal})", sandbox.status),
         None => sandbox.status.clone(),

@@ -33,6 +33,6 @@ const SANDBOXES: Table<Sandbox> = Table {
     key: |sandbox| sandbox.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, arguments: &List) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &List) -> Result<(), CliError> {
     context.output.show_list(&context.client.list_labelled(&arguments.label).await?, &SANDBOXES)
 }

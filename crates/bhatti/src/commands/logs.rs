@@ -22,7 +22,7 @@ pub(crate) struct Logs {
     offset: Option<u64>,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Logs) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Logs) -> Result<(), CliError> {
     let Logs { sandbox, job, follow, offset } = arguments;
     let output = async |id: &str| context.client.job_output(id, job, *offset, *follow).await;
     let mut output = context.read(sandbox, output).await?;

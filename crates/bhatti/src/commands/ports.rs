@@ -40,7 +40,7 @@ const PORTS: Table<Port> = Table {
     key: |port| port.port.to_string(),
 };
 
-pub(super) async fn run(context: &Context, arguments: &Ports) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Ports) -> Result<(), CliError> {
     let ports = match &arguments.sandbox {
         Some(sandbox) => of_one(context, sandbox).await?,
         None => of_all(context).await?,

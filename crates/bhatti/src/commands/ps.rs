@@ -37,7 +37,7 @@ fn status(session: &Session) -> String {
     }
 }
 
-pub(super) async fn run(context: &Context, arguments: &Ps) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Ps) -> Result<(), CliError> {
     let list = async |id: &str| context.client.list_sessions(id).await;
     context.output.show_list(&context.read(&arguments.sandbox, list).await?, &SESSIONS)
 }

@@ -27,7 +27,7 @@ pub(crate) struct Unpublish {
     port: u16,
 }
 
-pub(super) async fn publish(context: &Context, arguments: Publish) -> Result<(), CliError> {
+pub(crate) async fn publish(context: &Context, arguments: Publish) -> Result<(), CliError> {
     let Publish { sandbox, port, alias } = arguments;
     let request = PublishPort { port, alias };
     let publish = async |id: &str| context.client.publish(id, &request).await;
@@ -44,7 +44,7 @@ pub(super) async fn publish(context: &Context, arguments: Publish) -> Result<(),
     })
 }
 
-pub(super) async fn unpublish(context: &Context, arguments: &Unpublish) -> Result<(), CliError> {
+pub(crate) async fn unpublish(context: &Context, arguments: &Unpublish) -> Result<(), CliError> {
     let Unpublish { sandbox, port } = arguments;
     let unpublish = async |id: &str| context.client.unpublish(id, *port).await;
     context.change(sandbox, unpublish).await?;

@@ -44,7 +44,7 @@ const SECRETS: Table<Listed> = Table {
     key: |secret| secret.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, command: Secret) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, command: Secret) -> Result<(), CliError> {
     match command {
         Secret::Set { name } => {
             let value = read_value(&name)?;

@@ -63,7 +63,7 @@ enum LogFormat {
     Json,
 }
 
-pub(super) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliError> {
+pub(crate) fn run(context: &Context, arguments: &Serve) -> Result<ExitCode, CliError> {
     let started = Instant::now();
     bhatti_host::process::settle_daemon()?;
     start_logging(arguments.log_format);

@@ -14,9 +14,9 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::{Context, control, engine};
-use crate::cli::Global;
 use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
+use crate::options::Global;
 use crate::{paths, saved};
 use progress::with_progress;
 
@@ -45,7 +45,7 @@ pub(crate) struct Setup {
     no_template: bool,
 }
 
-pub(super) async fn run(
+pub(crate) async fn run(
     context: &Context,
     global: &Global,
     arguments: Setup,

@@ -8,8 +8,8 @@ use bhatti_client::ShellOptions;
 use clap::Args;
 
 use super::{Context, exec, terminal};
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 
 /// Runs the best shell that the image has, as a login shell that reads its commands.
 const PIPED_SHELL: &str =
@@ -39,7 +39,7 @@ pub(crate) struct Shell {
     user: Option<String>,
 }
 
-pub(super) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode, CliError> {
+pub(crate) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode, CliError> {
     let Shell { sandbox, attach, new, env, workdir, user } = arguments;
     if attach.is_none() && !io::stdin().is_terminal() {
         let start = StreamRequest::Start {

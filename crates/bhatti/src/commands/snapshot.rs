@@ -4,8 +4,8 @@ use bhatti_api::{CreateSnapshot, ResumeSnapshot, Snapshot as Listed};
 use clap::Subcommand;
 
 use super::{Context, several};
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 use crate::output::{Cell, Table, bytes, mib};
 
 #[derive(Debug, Subcommand)]
@@ -73,7 +73,7 @@ const SNAPSHOTS: Table<Listed> = Table {
     key: |snapshot| snapshot.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, command: Snapshot) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, command: Snapshot) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
     match command {
         Snapshot::Create { sandbox, name } => {

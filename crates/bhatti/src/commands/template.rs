@@ -4,8 +4,8 @@ use bhatti_api::{CreateTemplate, Template as Listed};
 use clap::{Args, Subcommand};
 
 use super::{Context, several};
-use crate::cli::parse_variable;
 use crate::error::CliError;
+use crate::options::parse_variable;
 use crate::output::{Cell, Table, mib};
 
 #[derive(Debug, Subcommand)]
@@ -77,7 +77,7 @@ const TEMPLATES: Table<Listed> = Table {
     key: |template| template.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, command: Template) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, command: Template) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
     match command {
         Template::Create(arguments) => {

@@ -112,7 +112,7 @@ fn limit(limit: Option<u32>) -> Cell {
     limit.map_or_else(|| "any".into(), |limit| Cell::number(limit.into()))
 }
 
-pub(super) async fn run(context: &Context, command: User) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, command: User) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
     match command {
         User::Create { name, limits } => {

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::Context;
 use crate::error::CliError;
 
-pub(super) fn run(context: &Context) -> Result<(), CliError> {
+pub(crate) fn run(context: &Context) -> Result<(), CliError> {
     let version = env!("CARGO_PKG_VERSION");
     context.output.show(&json!({ "version": version }), |_| format!("bhatti {version}"))
 }

@@ -71,7 +71,7 @@ const VOLUMES: Table<Listed> = Table {
     key: |volume| volume.name.clone(),
 };
 
-pub(super) async fn run(context: &Context, command: Volume) -> Result<(), CliError> {
+pub(crate) async fn run(context: &Context, command: Volume) -> Result<(), CliError> {
     let (client, output) = (&context.client, context.output);
     let show_made = |volume: &Listed| {
         output.show_made(volume, (&volume.id, &volume.name), |volume| {

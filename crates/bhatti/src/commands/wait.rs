@@ -19,7 +19,7 @@ pub(crate) struct Wait {
     job: String,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Wait) -> Result<ExitCode, CliError> {
+pub(crate) async fn run(context: &Context, arguments: &Wait) -> Result<ExitCode, CliError> {
     wait(context, arguments).await.map_err(CliError::of_exec)
 }
 

@@ -7,7 +7,7 @@ use bhatti_proto::{CHUNK_BYTES, FrameType};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostWriter, Transport};
 use crate::discard::discard;
 use crate::reaper::Exit;

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{checked, worker};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::refusal::{OpError, host_gone, refused};
 

@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags, fchmod, mkdirat, openat};
 
 use super::remove::remove_tree;
 use super::{DIRECTORY_MODE, checked, parent, parse_mode, worker};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::refusal::{OpError, io_refused};
 
 /// Serves one `FILE_MKDIR_REQ`.

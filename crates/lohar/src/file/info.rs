@@ -12,7 +12,7 @@ use bhatti_proto::{
 use tokio::sync::mpsc;
 
 use super::{checked, octal, worker};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostWriter, Transport};
 use crate::limits::LISTING_ENTRIES_MAX;
 use crate::refusal::{OpError, host_gone, io_refused, refused};

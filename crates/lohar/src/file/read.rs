@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::{checked, is_a_directory, is_not_regular, octal, worker};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostWriter, Transport};
 use crate::refusal::{OpError, host_gone, io_refused};
 

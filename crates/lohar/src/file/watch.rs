@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use tokio::io::Interest;
 
 use super::{checked, worker};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::refusal::{OpError, io_refused};
 use crate::watched;

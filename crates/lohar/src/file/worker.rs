@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::agent::Agent;
+use crate::Agent;
 use crate::refusal::{OpError, io_refused, refused};
 use crate::user::{self, User};
 

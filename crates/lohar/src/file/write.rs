@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::target::{Durable, NewFile, Owner, too_large};
 use super::{checked, parse_mode, worker};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::refusal::{OpError, refused};
 use crate::user::USUAL_UID;

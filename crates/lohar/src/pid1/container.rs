@@ -11,9 +11,10 @@ use std::process::ExitCode;
 use tokio::task::LocalSet;
 
 use super::{STATE_DIR, enter_workspace, power};
-use crate::agent::{Agent, Place};
+use crate::Agent;
 use crate::limits::Limits;
 use crate::log;
+use crate::place::Place;
 use crate::reaper::Reaper;
 use crate::runtime;
 use crate::unix::Listeners;

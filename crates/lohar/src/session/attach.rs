@@ -9,9 +9,9 @@ use tokio::sync::Semaphore;
 
 use super::output::Piece;
 use super::{Session, find};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
-use crate::exec::input;
+use crate::input;
 use crate::launch::set_size;
 use crate::refusal::{OpError, host_gone, refused};
 

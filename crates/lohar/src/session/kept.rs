@@ -14,7 +14,7 @@ use std::rc::Rc;
 use bhatti_proto::{ErrorKind, ExecRequest};
 
 use super::create::start_again;
-use crate::agent::Agent;
+use crate::Agent;
 use crate::file::begin_as_agent;
 use crate::log;
 use crate::refusal::{OpError, kind_of, refused};

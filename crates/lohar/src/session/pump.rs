@@ -12,9 +12,9 @@ use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 
 use super::{Session, kept};
-use crate::agent::Agent;
+use crate::Agent;
 use crate::discard::discard;
-use crate::exec::input::Queued;
+use crate::input::Queued;
 use crate::reaper::Exit;
 
 /// The master end of a session's terminal.
