@@ -60,7 +60,7 @@ fn reserve(part: &mut Part, bytes: usize) -> Result<(), ApiError> {
     }
     let message = "the memory for large requests and responses is in use";
     Err(ApiError::new(ErrorCode::Busy, message)
-        .hint("try again later, or create the sandbox without files and copy them: bhatti file cp"))
+        .hint("try again later, or create the sandbox without files and copy them: bhatti cp"))
 }
 
 /// Receives the whole body. If its length was not announced, memory is reserved as the body

@@ -4,8 +4,8 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     bench, completion, create, destroy, edit, events, exec, file, fork, forward, image, inspect,
-    kill, lifecycle, list, logs, ports, ps, publish, secret, serve, setup, shell, snapshot,
-    template, user, volume, wait,
+    jobs, kill, lifecycle, list, logs, ports, ps, publish, run, secret, serve, setup, shell,
+    snapshot, template, user, volume, wait,
 };
 use crate::options::Global;
 
@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Setup(setup::Setup),
     /// Run the daemon
     Serve(serve::Serve),
+    /// Run a command in a new sandbox, and destroy the sandbox
+    Run(run::Run),
     /// Create a sandbox and wait until it is ready
     Create(create::Create),
     /// List sandboxes
@@ -38,13 +40,21 @@ pub(crate) enum Command {
     /// Open a terminal in a sandbox, or reattach to one
     #[command(visible_alias = "sh")]
     Shell(shell::Shell),
-    /// List the terminals and jobs of a sandbox
+    /// List sandboxes, as `list` does
     Ps(ps::Ps),
+    /// List the jobs and terminals of a sandbox
+    Jobs(jobs::Jobs),
+    /// Manage jobs: print their output, wait for them, kill them
+    #[command(subcommand)]
+    Job(jobs::Job),
     /// Kill terminals or jobs of a sandbox
+    #[command(hide = true)]
     Kill(kill::Kill),
     /// Print the output of a job
+    #[command(hide = true)]
     Logs(logs::Logs),
     /// Wait until a job ends, and exit with its exit code
+    #[command(hide = true)]
     Wait(wait::Wait),
     /// Change a sandbox's name, labels, or whether it stays hot
     Edit(edit::Edit),
@@ -61,7 +71,9 @@ pub(crate) enum Command {
     /// Destroy sandboxes
     #[command(visible_alias = "rm")]
     Destroy(destroy::Destroy),
-    /// Read, write and copy files of sandboxes
+    /// Copy files and directories into a sandbox, or out of it
+    Cp(file::Cp),
+    /// Read and write files of sandboxes
     File(file::File),
     /// Manage snapshots: save a sandbox under a name, create sandboxes from it
     #[command(subcommand)]

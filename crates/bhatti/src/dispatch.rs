@@ -7,15 +7,15 @@ use clap::CommandFactory;
 use crate::cli::{Cli, Command};
 use crate::commands::{
     Context, bench, completion, create, destroy, doctor, edit, events, exec, file, fork, forward,
-    image, inspect, kill, lifecycle, list, logs, ports, ps, publish, secret, serve, setup, shell,
-    snapshot, template, user, version, volume, wait,
+    image, inspect, jobs, kill, lifecycle, list, logs, ports, ps, publish, run, secret, serve,
+    setup, shell, snapshot, template, user, version, volume, wait,
 };
 use crate::error::CliError;
 use crate::options::Global;
 use crate::output::Output;
 
 /// Runs the command of a parsed command line.
-pub(crate) fn run(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
+pub(crate) fn run_cli(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let Cli { global, command } = cli;
     let context = Context::new(&global, *output)?;
     if let Command::Serve(arguments) = command {
@@ -36,12 +36,15 @@ async fn run_client(
     match command {
         Command::Setup(arguments) => setup::run(context, global, arguments).await,
         Command::Serve(_) => Ok(()),
+        Command::Run(arguments) => return run::run(context, arguments).await,
         Command::Create(arguments) => create::run(context, arguments).await,
         Command::List(arguments) => list::run(context, &arguments).await,
         Command::Inspect(arguments) => inspect::run(context, &arguments).await,
         Command::Exec(arguments) => return exec::run(context, arguments).await,
         Command::Shell(arguments) => return shell::run(context, arguments).await,
         Command::Ps(arguments) => ps::run(context, &arguments).await,
+        Command::Jobs(arguments) => jobs::run(context, &arguments).await,
+        Command::Job(command) => return jobs::job(context, command).await,
         Command::Kill(arguments) => kill::run(context, &arguments).await,
         Command::Logs(arguments) => logs::run(context, &arguments).await,
         Command::Wait(arguments) => return wait::run(context, &arguments).await,
@@ -52,6 +55,7 @@ async fn run_client(
         Command::Start(arguments) => lifecycle::start(context, &arguments).await,
         Command::Fork(arguments) => fork::run(context, arguments).await,
         Command::Destroy(arguments) => destroy::run(context, &arguments).await,
+        Command::Cp(arguments) => file::copy_paths(context, arguments).await,
         Command::File(command) => file::run(context, command).await,
         Command::Snapshot(command) => snapshot::run(context, command).await,
         Command::Volume(command) => volume::run(context, command).await,

@@ -19,7 +19,7 @@ use cli::Cli;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let output = output::Output::new(cli.global.json, cli.global.quiet);
-    match dispatch::run(cli, &output) {
+    match dispatch::run_cli(cli, &output) {
         Ok(code) => code,
         Err(error) => output.fail(&error),
     }

@@ -211,3 +211,51 @@ async fn doctor_finds_nothing_missing_on_this_machine() {
     let usual = if bhatti_testkit::is_root() { 10 } else { 12 };
     assert_eq!(looked_at.len(), usual + usize::from(has_landlock));
 }
+
+#[tokio::test]
+async fn command_runs_in_a_sandbox_that_is_destroyed_afterwards() {
+    let daemon = TestDaemon::start().await;
+
+    let ran =
+        run(&daemon, &["run", "-e", "A=1", "--", "sh", "-c", "echo $A; hostname; exit 7"]).await;
+
+    assert_eq!(ran.status.code(), Some(7), "{}", stderr(&ran));
+    assert!(stdout(&ran).starts_with("1\nsandbox-"), "{}", stdout(&ran));
+    assert_eq!(stdout(&run(&daemon, &["ps", "--quiet"]).await), "");
+    let unknown = run(&daemon, &["run", "no-such-image", "--", "true"]).await;
+    assert_eq!(unknown.status.code(), Some(125));
+    assert!(stderr(&unknown).contains("image `no-such-image` not found"), "{}", stderr(&unknown));
+}
+
+#[tokio::test]
+async fn commands_need_no_dashes_and_old_spellings_work() {
+    let daemon = TestDaemon::start().await;
+    run(&daemon, &["create", "--name", "dev"]).await;
+
+    let listed = run(&daemon, &["exec", "-w", "/", "dev", "ls", "-d", "/etc"]).await;
+    assert_eq!(stdout(&listed), "/etc\n", "{}", stderr(&listed));
+    let dashes = run(&daemon, &["exec", "dev", "echo", "--", "-n"]).await;
+    assert_eq!(stdout(&dashes), "-- -n\n");
+
+    // Options may stand behind the sandbox, before the command.
+    let job = run(&daemon, &["exec", "dev", "-d", "--", "sh", "-c", "echo done; exit 3"]).await;
+    let job = stdout(&job).trim().to_owned();
+    for wait in [&["job", "wait", "dev"][..], &["wait", "dev"]] {
+        let waited = run(&daemon, &[wait, &[&job]].concat()).await;
+        assert_eq!(waited.status.code(), Some(3), "{wait:?}: {}", stderr(&waited));
+    }
+    for logs in [&["job", "logs", "dev"][..], &["logs", "dev"]] {
+        assert_eq!(stdout(&run(&daemon, &[logs, &[&job]].concat()).await), "done\n", "{logs:?}");
+    }
+    for list in [&["jobs", "dev"][..], &["job", "list", "dev"], &["ps", "dev"]] {
+        let listed = run(&daemon, list).await;
+        assert!(stdout(&listed).contains(&format!("{job}\tjob\texited 3")), "{list:?}");
+    }
+
+    let sandboxes = run(&daemon, &["ps"]).await;
+    assert!(stdout(&sandboxes).contains("\tdev\trunning"), "{}", stdout(&sandboxes));
+    let local = daemon.data_dir().join("copied");
+    let copied = run(&daemon, &["cp", "dev:/etc/hostname", &local.to_string_lossy()]).await;
+    assert_eq!(copied.status.code(), Some(0), "{}", stderr(&copied));
+    assert_eq!(std::fs::read_to_string(local).unwrap(), "dev\n");
+}

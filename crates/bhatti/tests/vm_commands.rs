@@ -230,10 +230,10 @@ async fn shell_reads_commands_from_a_pipe_and_exec_allocates_a_terminal() {
     let said = run(daemon.cli(&["file", "read", "dev", "/no\x1b[31m"]), b"").await.failed(1);
     assert!(said.contains("/no\u{fffd}[31m: no such file"), "{said}");
     let said = ask(&daemon, "shell dev --attach nope").await.failed(125);
-    assert!(said.contains("session `nope` not found\nhint: list them: bhatti ps "), "{said}");
+    assert!(said.contains("session `nope` not found\nhint: list them: bhatti jobs "), "{said}");
     for (line, what) in [("kill dev nope", "session"), ("logs dev nope", "job")] {
         let said = ask(&daemon, line).await.failed(1);
-        let wanted = format!("{what} `nope` not found\nhint: list them: bhatti ps ");
+        let wanted = format!("{what} `nope` not found\nhint: list them: bhatti jobs ");
         assert!(said.contains(&wanted), "{said}");
     }
     ask(&daemon, "shell nobody").await.failed(125);

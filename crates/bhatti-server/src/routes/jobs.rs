@@ -53,7 +53,7 @@ async fn find(used: &SandboxUse, id: &str) -> Result<Job, ApiError> {
     let mut jobs = used.agent.list_sessions().await?.into_iter().filter_map(job);
     let missing = || {
         ApiError::new(ErrorCode::NotFound, format!("job `{id}` not found"))
-            .hint(format!("list them: bhatti ps {}", used.id))
+            .hint(format!("list them: bhatti jobs {}", used.id))
     };
     jobs.find(|job| job.id == id).ok_or_else(missing)
 }

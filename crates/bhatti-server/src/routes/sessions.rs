@@ -59,7 +59,7 @@ pub(super) fn of_session<'a>(
     move |error| match &error {
         CallError::Agent(told) if told.kind == ErrorKind::NoSuchSession => {
             ApiError::new(ErrorCode::NotFound, format!("session `{id}` not found"))
-                .hint(format!("list them: bhatti ps {}", used.id))
+                .hint(format!("list them: bhatti jobs {}", used.id))
         }
         _ => error.into(),
     }

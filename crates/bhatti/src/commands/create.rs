@@ -141,7 +141,7 @@ fn check_sizes(files: &[(PathBuf, String)]) -> Result<(), CliError> {
                 local.display()
             );
             return Err(CliError::new(message)
-                .hint("copy large files after the sandbox is created: bhatti file cp"));
+                .hint("copy large files after the sandbox is created: bhatti cp"));
         }
     }
     Ok(())

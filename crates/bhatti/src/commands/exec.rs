@@ -27,7 +27,7 @@ const FORWARDED: [SignalKind; 4] =
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti exec dev -- python3 -c 'print(6*7)'\n  bhatti exec -it dev -- vi notes\n  bhatti exec -d dev -- make test\n  tar c . | bhatti exec dev -- tar x -C /workspace\n\nExits with the command's exit code; 124 if the command timed out, 125 if bhatti failed, 126 if the command cannot be executed, 127 if it is not found."
+    after_help = "Examples:\n  bhatti exec dev python3 -c 'print(6*7)'\n  bhatti exec -it dev vi notes\n  bhatti exec -d dev make test\n  tar c . | bhatti exec dev tar x -C /workspace\n\nOptions come before the command. Exits with the command's exit code; 124 if the command timed out, 125 if bhatti failed, 126 if the command cannot be executed, 127 if it is not found."
 )]
 pub(crate) struct Exec {
     /// Name or id
@@ -53,7 +53,7 @@ pub(crate) struct Exec {
     /// Allocate a terminal; Ctrl+\ detaches, and the command keeps running
     #[arg(short, long, conflicts_with = "detach")]
     tty: bool,
-    /// Run the command as a job and print the job's id; see `bhatti logs` and `bhatti wait`
+    /// Run the command as a job and print the job's id; see `bhatti job`
     #[arg(short, long)]
     detach: bool,
     /// Restart the job each time the sandbox boots (after a reboot, or a start without its
@@ -61,7 +61,7 @@ pub(crate) struct Exec {
     #[arg(long, requires = "detach")]
     restart: bool,
     /// Command and its arguments
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
@@ -126,9 +126,10 @@ async fn start_job(
         context.output.show(&job, |_| String::new())?;
     } else {
         context.output.print(&job.id)?;
-        context
-            .output
-            .note(&format!("follow the output with: bhatti logs --follow {sandbox} {}", job.id));
+        context.output.note(&format!(
+            "follow the output with: bhatti job logs --follow {sandbox} {}",
+            job.id
+        ));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -107,16 +107,31 @@ enum FileCommand {
         /// New path
         to: String,
     },
-    /// Copy files and directories into a sandbox, or out of it
-    #[command(
-        after_help = "Examples:\n  bhatti file cp ./project dev:/workspace\n  bhatti file cp dev:/workspace/result.txt .\n\nIf the target is an existing directory, the source is copied into it under its own name."
-    )]
-    Cp {
-        /// Source: PATH or SANDBOX:PATH
-        from: String,
-        /// Target: PATH or SANDBOX:PATH
-        to: String,
-    },
+    /// Copy files and directories into a sandbox, or out of it: see `bhatti cp`
+    #[command(hide = true, after_help = "Example:\n  bhatti file cp ./project dev:/workspace")]
+    Cp(Paths),
+}
+
+/// Options and paths of `bhatti cp`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bhatti cp ./project dev:/workspace\n  bhatti cp dev:/workspace/result.txt .\n\nIf the target is an existing directory, the source is copied into it under its own name."
+)]
+pub(crate) struct Cp {
+    /// User to act as: a name, a number, or UID:GID [default: the sandbox's usual user]
+    #[arg(short, long)]
+    user: Option<String>,
+    #[command(flatten)]
+    paths: Paths,
+}
+
+/// Source and target of a copy.
+#[derive(Debug, Args)]
+pub(crate) struct Paths {
+    /// Source: PATH or SANDBOX:PATH
+    from: String,
+    /// Target: PATH or SANDBOX:PATH
+    to: String,
 }
 
 const ENTRIES: Table<FileEntry> = Table {
@@ -173,8 +188,14 @@ pub(crate) async fn run(context: &Context, arguments: File) -> Result<(), CliErr
             context.change(&sandbox, async |id| client.rename_file(id, &request).await).await?;
             output.done("path", &request.to, "moved to")
         }
-        FileCommand::Cp { from, to } => copy::run(context, &from, &to).await,
+        FileCommand::Cp(Paths { from, to }) => copy::run(context, &from, &to).await,
     }
+}
+
+/// Runs `bhatti cp`.
+pub(crate) async fn copy_paths(context: &Context, arguments: Cp) -> Result<(), CliError> {
+    let Cp { user, paths: Paths { from, to } } = arguments;
+    copy::run(&context.acting_as(user.as_deref()), &from, &to).await
 }
 
 async fn read(context: &Context, sandbox: &str, path: &str) -> Result<(), CliError> {

@@ -1,4 +1,4 @@
-//! `bhatti kill`.
+//! `bhatti job kill`.
 
 use clap::Args;
 
@@ -7,11 +7,11 @@ use super::several;
 use crate::error::CliError;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  bhatti kill dev s3")]
+#[command(after_help = "Example:\n  bhatti job kill dev s3")]
 pub(crate) struct Kill {
     /// Name or id
     sandbox: String,
-    /// Ids of terminals or jobs, as `bhatti ps` lists them
+    /// Ids of terminals or jobs, as `bhatti jobs` lists them
     #[arg(required = true, value_name = "SESSION")]
     sessions: Vec<String>,
 }

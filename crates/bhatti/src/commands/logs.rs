@@ -1,4 +1,4 @@
-//! `bhatti logs`.
+//! `bhatti job logs`.
 
 use std::io::{self, Write};
 
@@ -8,11 +8,11 @@ use super::Context;
 use crate::error::CliError;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  bhatti logs dev s3\n  bhatti logs --follow dev s3")]
+#[command(after_help = "Examples:\n  bhatti job logs dev s3\n  bhatti job logs --follow dev s3")]
 pub(crate) struct Logs {
     /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
-    /// Job id, as printed by `bhatti exec --detach` and `bhatti ps`
+    /// Job id, as printed by `bhatti exec --detach` and `bhatti jobs`
     job: String,
     /// Follow the output until the job ends
     #[arg(short, long)]

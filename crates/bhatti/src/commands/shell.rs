@@ -22,7 +22,7 @@ const PIPED_SHELL: &str =
 pub(crate) struct Shell {
     /// Name or id
     sandbox: String,
-    /// Terminal to reattach to, as `bhatti ps` lists it [default: the newest detached one]
+    /// Terminal to reattach to, as `bhatti jobs` lists it [default: the newest detached one]
     #[arg(long, value_name = "SESSION")]
     attach: Option<String>,
     /// Always open a new terminal

@@ -1,4 +1,4 @@
-//! `bhatti wait`.
+//! `bhatti job wait`.
 
 use std::process::ExitCode;
 
@@ -10,12 +10,12 @@ use crate::error::CliError;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  bhatti wait dev s3\n\nExits with the job's code; 125 if bhatti failed."
+    after_help = "Example:\n  bhatti job wait dev s3\n\nExits with the job's code; 125 if bhatti failed."
 )]
 pub(crate) struct Wait {
     /// Name, id, or a prefix of the id of six digits or more
     sandbox: String,
-    /// Job id, as printed by `bhatti exec --detach` and `bhatti ps`
+    /// Job id, as printed by `bhatti exec --detach` and `bhatti jobs`
     job: String,
 }
 

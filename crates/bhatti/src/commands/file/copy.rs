@@ -1,4 +1,4 @@
-//! `bhatti file cp`: files as they are, directories as tar archives.
+//! `bhatti cp`: files as they are, directories as tar archives.
 //!
 //! A copy to this machine is written beside its target and renamed, so that an interrupted copy
 //! leaves nothing half finished. Only a directory that exists already is filled in place. Archives
@@ -54,7 +54,7 @@ pub(super) async fn run(context: &Context, from: &str, to: &str) -> Result<(), C
         }
         (Side::Here(_), Side::Here(_)) => {
             return Err(CliError::new("neither side is in a sandbox")
-                .hint("name one as SANDBOX:PATH: bhatti file cp ./project dev:/workspace"));
+                .hint("name one as SANDBOX:PATH: bhatti cp ./project dev:/workspace"));
         }
         (Side::There { .. }, Side::There { .. }) => {
             return Err(CliError::new("both sides are in sandboxes")
