@@ -116,7 +116,7 @@ pub enum CreateError {
     FilePath(String),
     /// The files are too large.
     #[error(
-        "the files have {bytes} bytes together; at most {NEW_FILES_BYTES_MAX} can be put into a new sandbox. Copy larger files when it is running: bhatti file cp"
+        "the files have {bytes} bytes together; at most {NEW_FILES_BYTES_MAX} can be put into a new sandbox. Copy larger files when it is running: bhatti cp"
     )]
     FilesTooLarge {
         /// Their length.
@@ -247,8 +247,8 @@ impl Control {
         spec: SandboxSpec,
         volumes: Vec<Attach>,
     ) -> Result<Admitted, CreateError> {
-        self.admit_network(owner, &spec.network).await?;
         let secrets = self.inner.secrets.read(owner, &spec.secrets)?;
+        self.admit_network(owner, &spec.network).await?;
         let files = BTreeMap::new();
         Ok(Admitted { owner, spec, secrets, files, expires_at: None, volumes })
     }

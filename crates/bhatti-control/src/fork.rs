@@ -146,8 +146,9 @@ impl Control {
     ) -> Result<Vec<SandboxRow>, CreateError> {
         let mut forks = JoinSet::new();
         let turns = Arc::new(Semaphore::new(forks_at_once()));
-        for admitted in admitted {
-            let prepared = source.prepared()?;
+        // All of them first: a fork that has begun is not given up.
+        let prepared: Result<Vec<_>, _> = admitted.iter().map(|_| source.prepared()).collect();
+        for (admitted, prepared) in admitted.into_iter().zip(prepared?) {
             let (control, turns) = (self.clone(), Arc::clone(&turns));
             forks.spawn(async move {
                 let _turn = turns.acquire_owned().await;

@@ -7,7 +7,7 @@ use bhatti_node::{
 };
 use bhatti_store::{SandboxRow, SnapshotInsertError, SnapshotRow, StoreError};
 use bhatti_types::{
-    Environment, Labels, QuotaExceeded, Report, SandboxId, SandboxName, SandboxSpec, SecretName,
+    Environment, Labels, QuotaExceeded, Report, SandboxName, SandboxSpec, SecretName, SnapshotId,
     SnapshotName, UserId,
 };
 use serde_json::json;
@@ -115,7 +115,7 @@ impl Control {
         store.admit_snapshot(owner, &name)?;
         row.state.admit_use().map_err(UseError::from)?;
         let _disk = self.admit_save(&row).await?;
-        let id = SandboxId::from_entropy(random().map_err(CreateError::Entropy)?);
+        let id = SnapshotId::from_entropy(random().map_err(CreateError::Entropy)?);
         let files = self.inner.node.snapshot_files();
         let saved = self.inner.node.save_snapshot(row.id, id).await?;
         match store.insert_snapshot(snapshot_row(id, name, row, saved)) {
@@ -220,7 +220,7 @@ impl Control {
 }
 
 fn snapshot_row(
-    id: SandboxId,
+    id: SnapshotId,
     name: SnapshotName,
     sandbox: SandboxRow,
     saved: SavedSandbox,

@@ -11,7 +11,8 @@ use bhatti_secret::SecretKey;
 use bhatti_store::{EventFilter, NewSandbox, Store, VolumeRow, VolumeWork};
 use bhatti_testkit::{Found, FoundVms, change_store};
 use bhatti_types::{
-    Allowance, SandboxId, SandboxSpec, SandboxState, Thermal, UserId, VolumeId, VolumeMib,
+    Allowance, SandboxId, SandboxSpec, SandboxState, SnapshotId, Thermal, UserId, VolumeId,
+    VolumeMib,
 };
 
 use crate::{Control, SnapshotOpError};
@@ -52,7 +53,9 @@ impl Place {
             volumes: Vec::new(),
         };
         self.store.insert_sandbox(new).unwrap();
-        self.store.set_sandbox_state(id, SandboxState::Running).unwrap();
+        self.store
+            .set_sandbox_state(&self.store.claim(id).unwrap(), SandboxState::Running)
+            .unwrap();
         std::fs::create_dir(self.directory(id)).unwrap();
         self.vms.leave(id, Found::Running);
         id
@@ -125,7 +128,7 @@ async fn sandbox_with_a_damaged_row_can_only_be_destroyed() {
 #[tokio::test]
 async fn snapshot_stays_whole_if_the_store_refuses_to_delete_it() {
     let place = Place::new();
-    let id = SandboxId::from_entropy([8; 8]);
+    let id = SnapshotId::from_entropy([8; 8]);
     place.store.insert_snapshot(snapshot_row(id)).unwrap();
     let file = place.data.path().join(format!("snapshots/{id}/memory"));
     std::fs::create_dir_all(file.parent().unwrap()).unwrap();
@@ -147,13 +150,13 @@ async fn snapshot_stays_whole_if_the_store_refuses_to_delete_it() {
     assert_eq!(std::fs::read_dir(place.data.path().join("snapshots")).unwrap().count(), 0);
 }
 
-fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
+fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
     let spec = SandboxSpec::plain("s".parse().unwrap(), "minimal".parse().unwrap());
     bhatti_store::SnapshotRow {
         id,
         owner: UserId::ADMIN,
         name: "saved".parse().unwrap(),
-        sandbox_id: id,
+        sandbox_id: SandboxId::from_entropy([8; 8]),
         sandbox_name: spec.name,
         cpus: spec.cpus,
         memory: spec.memory,

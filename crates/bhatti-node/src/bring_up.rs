@@ -171,7 +171,7 @@ async fn settle(
         return Err(CreateError::Mount(message.clone()));
     }
     let text = serde_json::to_string(&report)?;
-    sandbox.shared.store.set_sandbox_identity(row.id, &text)?;
+    sandbox.shared.store.set_sandbox_identity(&sandbox.claim, &text)?;
     let running = running.with_token(&row.agent_token);
     hand_over_files(&sandbox.shared, row, extras, &running).await?;
     if clock_error > CLOCK_EXACT {

@@ -115,7 +115,8 @@ impl Node {
     ) -> Result<SandboxRow, CreateError> {
         let shared = &self.shared;
         let began = Instant::now();
-        let driver = Driver::register(shared, &row, State::Creating);
+        let claim = shared.store.first_claim(row.id);
+        let driver = Driver::register(shared, &row, claim, State::Creating);
         driver.sandbox.reached(Step::Inserted).await;
         let (reply, created) = oneshot::channel();
         let shared = Arc::clone(shared);
@@ -123,6 +124,7 @@ impl Node {
         tokio::spawn(async move {
             match bring_up_guarded(&shared, driver, &row, extras, prepared.source).await {
                 (driver, Ok(identity)) => {
+                    driver.sandbox.announced();
                     announce(&shared, &row, began);
                     let row = SandboxRow { state: SandboxState::Running, identity, ..row };
                     drop(reply.send(Ok(row)));
@@ -240,6 +242,7 @@ async fn bring_up_guarded(
     extras: Extras,
     source: BootSource,
 ) -> (Driver, Result<Option<String>, CreateError>) {
+    let claim = driver.sandbox.claim;
     let (task_shared, task_row) = (Arc::clone(shared), row.clone());
     let brought_up = tokio::spawn(async move {
         let result = bring_up(&task_shared, &driver.sandbox, &task_row, &extras, source).await;
@@ -248,7 +251,7 @@ async fn bring_up_guarded(
     match brought_up.await {
         Ok(result) => result,
         Err(_) => {
-            let driver = Driver::register(shared, row, State::Creating);
+            let driver = Driver::register(shared, row, claim, State::Creating);
             (driver, Err(CreateError::Interrupted))
         }
     }
@@ -269,7 +272,8 @@ async fn undo(
             error = %Report(&left),
             "Failed to remove a sandbox that was not created; the daemon tries again"
         );
-        if let Err(error) = shared.store.set_sandbox_state(id, SandboxState::Destroyed) {
+        if let Err(error) = shared.store.set_sandbox_state(&sandbox.claim, SandboxState::Destroyed)
+        {
             warn!(sandbox = %id, error = %Report(&error), "Failed to note that a sandbox is removed");
         }
         // The VM may be alive, so its memory stays reserved.

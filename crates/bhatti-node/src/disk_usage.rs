@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use bhatti_types::SandboxId;
+use bhatti_types::{SandboxId, SnapshotId};
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
@@ -18,7 +18,7 @@ use crate::Node;
 impl Node {
     /// Returns the bytes that the files of sandboxes and named snapshots take on this host;
     /// [`u64::MAX`] if they could not be measured.
-    pub async fn disk_used(&self, sandboxes: &[SandboxId], snapshots: &[SandboxId]) -> u64 {
+    pub async fn disk_used(&self, sandboxes: &[SandboxId], snapshots: &[SnapshotId]) -> u64 {
         let shared = &self.shared;
         let sandboxes = sandboxes.iter().map(|id| shared.directory(*id));
         let snapshots = snapshots.iter().map(|id| shared.snapshots.of(*id));

@@ -46,13 +46,14 @@ mod tell;
 mod wake;
 
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bhatti_agent::AgentClient;
 use bhatti_engine::MemoryKind;
-use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::{Denied, FailReason, Report};
+use bhatti_store::{Claim, SandboxRow, StoreError};
+use bhatti_types::{Denied, FailReason, Report, SandboxId};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -71,6 +72,7 @@ use state::{Admission, Kind, State, Wanted, admit};
 pub(crate) use boot::configure;
 pub(crate) use destroy::remove;
 pub use error::{DestroyError, TransitionError};
+use sandbox::Facts;
 pub(crate) use sandbox::Sandbox;
 pub use save::SavedSandbox;
 
@@ -150,15 +152,31 @@ impl Request {
     /// Answers that the request cannot be carried out.
     fn deny(self, denied: Denied) {
         match self {
+            Self::Destroy(reply) => drop(reply.send(Err(DestroyError::AlreadyGone))),
+            request => request.refuse(denied.into()),
+        }
+    }
+
+    /// Answers that another daemon has claimed the sandbox.
+    fn fenced(self, sandbox: SandboxId) {
+        let error = StoreError::Fenced(sandbox);
+        match self {
+            Self::Destroy(reply) => drop(reply.send(Err(DestroyError::Store(error)))),
+            request => request.refuse(error.into()),
+        }
+    }
+
+    fn refuse(self, error: TransitionError) {
+        match self {
             Self::Wake(reply)
             | Self::Pause(reply)
             | Self::Stop(reply)
             | Self::Start { reply, .. }
             | Self::KeepHot { reply, .. }
             | Self::GiveMemory(reply)
-            | Self::Sleep(reply) => drop(reply.send(Err(denied.into()))),
-            Self::MergeDisk(reply) => drop(reply.send(Err(denied.into()))),
-            Self::Save { reply, .. } => drop(reply.send(Err(denied.into()))),
+            | Self::Sleep(reply) => drop(reply.send(Err(error))),
+            Self::MergeDisk(reply) => drop(reply.send(Err(error))),
+            Self::Save { reply, .. } => drop(reply.send(Err(error))),
             Self::Destroy(reply) => drop(reply.send(Err(DestroyError::AlreadyGone))),
         }
     }
@@ -193,9 +211,12 @@ impl Handle {
         answer.await.map_err(|_| self.gone())?
     }
 
-    /// Returns why a driver does not answer: its sandbox is destroyed, or failed with a panic.
-    fn gone(&self) -> Denied {
-        self.access.state().admit_use().err().unwrap_or(Denied::Destroyed)
+    /// Returns why a driver does not answer: its sandbox is destroyed, or the driver panicked.
+    fn gone(&self) -> TransitionError {
+        match self.access.state().admit_use() {
+            Err(denied) => denied.into(),
+            Ok(()) => TransitionError::Panicked,
+        }
     }
 
     pub(crate) async fn destroy(&self) -> Result<(), DestroyError> {
@@ -225,66 +246,89 @@ pub(crate) struct Driver {
     retry: Retry,
     /// The rest of a snapshot is written beside this driver.
     saving: Option<JoinHandle<()>>,
+    /// Work before the first event, which is guarded as all others.
+    startup: Option<Startup>,
 }
+
+/// Work that a driver does before it serves requests.
+pub(crate) type Startup =
+    Box<dyn for<'a> FnOnce(&'a Sandbox) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> + Send>;
 
 impl Driver {
     /// Registers a driver of a sandbox in `state`. It does nothing until it is run.
-    pub(crate) fn register(shared: &Arc<Shared>, row: &SandboxRow, state: State) -> Self {
+    pub(crate) fn register(
+        shared: &Arc<Shared>,
+        row: &SandboxRow,
+        claim: Claim,
+        state: State,
+    ) -> Self {
+        Self::of(shared, Facts::new(row, claim), state)
+    }
+
+    fn of(shared: &Arc<Shared>, facts: Facts, state: State) -> Self {
         let (requests, arrivals) = mpsc::channel(ARRIVALS_MAX);
-        let access = Access::new(state, row.spec.keep_hot);
-        shared.registry.insert(row.id, Handle { requests, access: Arc::clone(&access) });
+        let access = Access::new(state, facts.keep_hot);
+        shared.registry.insert(facts.id, Handle { requests, access: Arc::clone(&access) });
         Self {
-            sandbox: Sandbox::new(shared, row, access),
+            sandbox: Sandbox::new(shared, facts, access),
             arrivals,
             queue: Queue::default(),
             silences: Silences::default(),
             retry: Retry::default(),
             saving: None,
+            startup: None,
         }
+    }
+
+    /// Has the driver do `startup` first when it is run.
+    pub(crate) fn starting_with(self, startup: Startup) -> Self {
+        Self { startup: Some(startup), ..self }
     }
 
     /// Deletes the row of a sandbox that was not created.
     pub(crate) fn abandon(self) -> Result<(), StoreError> {
         self.sandbox.shared.registry.remove(self.sandbox.id);
-        self.sandbox.shared.store.delete_sandbox(self.sandbox.id)
+        self.sandbox.access.set(State::Destroyed);
+        self.sandbox.shared.store.delete_sandbox(&self.sandbox.claim)
     }
 
     /// Drives the sandbox until it is destroyed. If the driver panics, the sandbox fails, and
     /// another driver goes on.
     pub(crate) async fn run(self) {
-        let (shared, id) = (Arc::clone(&self.sandbox.shared), self.sandbox.id);
-        let mut driver = self;
+        let (shared, facts) = (Arc::clone(&self.sandbox.shared), self.sandbox.facts());
+        let (mut driver, mut retry) = (self, Retry::default());
         loop {
             let access = Arc::clone(&driver.sandbox.access);
             match tokio::spawn(driver.drive()).await {
                 Err(panic) if panic.is_panic() => {}
                 _ => return,
             }
-            error!(sandbox = %id, "The driver of a sandbox panicked");
-            let row = match shared.store.get_sandbox(id) {
-                Ok(Some(row)) => row,
-                Ok(None) => return,
-                Err(error) => {
-                    error!(sandbox = %id, error = %Report(&error), "Failed to read a sandbox's row");
-                    return;
-                }
-            };
-            let memory = access.memory();
+            error!(sandbox = %facts.id, "The driver of a sandbox panicked");
+            let (memory, reason) = (access.memory(), FailReason::DriverPanicked);
             let was_going = matches!(access.kind(), Kind::Destroying | Kind::Destroyed);
-            let reason = FailReason::DriverPanicked;
             let left =
                 if was_going { State::Destroying(memory) } else { State::Failed(reason, memory) };
             // Callers that hold the old access see the failure, too.
             access.set(left.clone());
-            driver = Self::register(&shared, &row, left);
-            if !was_going {
-                driver.sandbox.fail(reason).await;
+            driver = Self::of(&shared, facts.clone(), left);
+            if was_going {
+                // Not at once: the destruction may panic again.
+                retry.note_failure();
+                driver.retry = retry;
+            } else {
+                driver.startup = Some(Box::new(move |sandbox| Box::pin(sandbox.fail(reason))));
             }
         }
     }
 
     async fn drive(mut self) {
+        if let Some(startup) = self.startup.take() {
+            startup(&self.sandbox).await;
+        }
         while self.sandbox.access.kind() != Kind::Destroyed {
+            if self.sandbox.is_fenced() {
+                return self.sandbox.leave().await;
+            }
             if let Some((_, request)) = self.queue.pop() {
                 self.take_turn(request).await;
                 continue;
@@ -322,9 +366,16 @@ impl Driver {
 
     /// Acts on an event. Never canceled.
     async fn apply(&mut self, event: Event) {
+        if !matches!(event, Event::Request(_) | Event::Changed) && !self.sandbox.holds_claim() {
+            return;
+        }
         match event {
             Event::Request(request) => drop(arrive(&self.sandbox, &mut self.queue, request, None)),
-            Event::VmmEnded => self.sandbox.vmm_ended().await,
+            Event::VmmEnded => {
+                // A boot in the same directory would remove files that the snapshot needs.
+                self.finish_saving().await;
+                self.sandbox.vmm_ended().await;
+            }
             Event::Deadline => {
                 if self.sandbox.access.kind() == Kind::Warm {
                     self.finish_saving().await;
@@ -343,6 +394,9 @@ impl Driver {
     /// Carries out a request whose turn has come, and decides about those that arrive meanwhile.
     async fn take_turn(&mut self, request: Request) {
         let wanted = request.wanted();
+        if !self.sandbox.holds_claim() {
+            return request.fenced(self.sandbox.id);
+        }
         match admit(self.sandbox.access.kind(), wanted) {
             Admission::Already => return request.already(),
             Admission::Denied(denied) => return request.deny(denied),
@@ -353,17 +407,22 @@ impl Driver {
         }
         let Self { sandbox, arrivals, queue, .. } = self;
         let mut work = std::pin::pin!(perform(sandbox, request));
+        let mut interrupting = None;
         let outcome = loop {
             tokio::select! {
                 outcome = &mut work => break outcome,
                 Some(request) = arrivals.recv(), if queue.has_room() => {
                     let supersedes = arrive(sandbox, queue, request, Some(wanted));
                     if supersedes && is_a_save(wanted) {
-                        sandbox.interrupt();
+                        interrupting = sandbox.interrupt();
                     }
                 }
             }
         };
+        if let Some(task) = interrupting {
+            // The destruction must not meet it.
+            drop(task.await);
+        }
         match outcome {
             Outcome::Done => {}
             Outcome::Saving(task) => self.saving = Some(task),

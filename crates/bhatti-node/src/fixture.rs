@@ -76,7 +76,7 @@ impl Place {
             volumes: Vec::new(),
         };
         self.store.insert_sandbox(new).unwrap();
-        self.store.set_sandbox_state(id, state).unwrap();
+        self.store.set_sandbox_state(&self.store.claim(id).unwrap(), state).unwrap();
         let directory = self.directory(id);
         std::fs::create_dir(&directory).unwrap();
         match saved {

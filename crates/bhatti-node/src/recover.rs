@@ -32,8 +32,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bhatti_engine::AdoptError;
-use bhatti_store::{SandboxRow, StoreError};
+use bhatti_store::{Claim, SandboxRow, StoreError};
 use bhatti_types::{FailReason, Report, SandboxId, SandboxState};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
@@ -42,7 +43,7 @@ use crate::driver::access::Running;
 use crate::driver::boot_mark::BootMark;
 use crate::driver::saved::Saved;
 use crate::driver::state::State;
-use crate::driver::{self, Driver, Sandbox};
+use crate::driver::{self, Driver, Sandbox, Startup};
 use crate::{Node, Shared, pool};
 
 /// The sandboxes of an earlier daemon could not be recovered.
@@ -96,6 +97,8 @@ impl Node {
     /// Returns an error if the store or a directory cannot be read. A sandbox with a problem of
     /// its own is logged and left alone.
     pub async fn recover(&self) -> Result<Recovery, RecoverError> {
+        // Before the rows are read: an earlier daemon cannot write them any more.
+        let claims = self.shared.store.claim_sandboxes()?;
         let rows = self.shared.store.list_all_sandboxes()?;
         let mut tasks = JoinSet::new();
         let ids = self.shared.store.list_all_sandbox_ids()?;
@@ -106,9 +109,11 @@ impl Node {
         self.shared.snapshots.settle(&named).await.map_err(RecoverError::List)?;
         let mut found = Vec::new();
         for row in rows {
+            // The rows of other nodes are not this node's to change.
+            let Some(claim) = claims.get(&row.id).copied() else { continue };
             match row.state {
                 SandboxState::Creating | SandboxState::Destroyed => {
-                    self.finish_removal(&row, &mut tasks);
+                    self.finish_removal(&row, claim, &mut tasks);
                 }
                 SandboxState::Running | SandboxState::Stopped => {
                     // The VM is looked for in a task. Until then the sandbox is as if it had none.
@@ -117,17 +122,19 @@ impl Node {
                     } else {
                         State::Stopped
                     };
-                    let driver = Driver::register(&self.shared, &row, state);
+                    let driver = Driver::register(&self.shared, &row, claim, state);
                     // Before anything new is admitted. A sandbox without a VM gives it back.
                     let memory = self.shared.admission.count(row.spec.memory);
                     found.push((row, driver, memory, TakingUp::begin(&self.shared)));
                 }
                 SandboxState::Failed(reason) => {
-                    let driver = Driver::register(&self.shared, &row, State::Failed(reason, None));
-                    tokio::spawn(async move {
-                        end_failed(&driver.sandbox).await;
-                        driver.run().await;
-                    });
+                    // Its VM may be alive. The memory is given back when the VM is ended.
+                    let memory = self.shared.admission.count(row.spec.memory);
+                    let state = State::Failed(reason, Some(Arc::new(memory)));
+                    let driver = Driver::register(&self.shared, &row, claim, state);
+                    let startup: Startup =
+                        Box::new(move |sandbox| Box::pin(end_failed(sandbox, reason)));
+                    tokio::spawn(driver.starting_with(startup).run());
                 }
             }
         }
@@ -142,14 +149,23 @@ impl Node {
         tasks.spawn(async move {
             // Before any sandbox continues, because the rules may have been lost.
             node.shared.settle_networks().await;
-            let mut taking_up = JoinSet::new();
+            let mut taking_up = Vec::new();
             for (row, driver, memory, counted) in found {
-                taking_up.spawn(async move {
-                    take_up(row, driver, memory).await;
-                    drop(counted);
+                let (done, is_done) = oneshot::channel::<()>();
+                let startup: Startup = Box::new(move |sandbox| {
+                    Box::pin(async move {
+                        let boot_with = take_up(&row, sandbox, memory).await;
+                        drop((counted, done));
+                        continue_lifecycle(&row, sandbox, boot_with).await;
+                    })
                 });
+                tokio::spawn(driver.starting_with(startup).run());
+                taking_up.push(is_done);
             }
-            taking_up.join_all().await;
+            for is_done in taking_up {
+                // An error is the usual end: the sender is dropped, also by a panic.
+                drop(is_done.await);
+            }
         });
         Ok(Recovery(tasks))
     }
@@ -162,34 +178,33 @@ impl Node {
 
     /// Removes a sandbox whose creation or destruction an earlier daemon did not finish. If that
     /// fails, the sandbox's driver tries again.
-    fn finish_removal(&self, row: &SandboxRow, tasks: &mut JoinSet<()>) {
+    fn finish_removal(&self, row: &SandboxRow, claim: Claim, tasks: &mut JoinSet<()>) {
         if row.state == SandboxState::Creating {
             // Its caller got no answer. From now on it is not listed, and its name is free.
-            let noted = self.shared.store.set_sandbox_state(row.id, SandboxState::Destroyed);
+            let noted = self.shared.store.set_sandbox_state(&claim, SandboxState::Destroyed);
             if let Err(error) = noted {
                 warn!(sandbox = %row.id, error = %Report(&error), "Failed to record that a sandbox is being removed");
             }
         }
-        let driver = Driver::register(&self.shared, row, State::Destroying(None));
+        // The VM may be alive until it is removed.
+        let memory = Arc::new(self.shared.admission.count(row.spec.memory));
+        let driver = Driver::register(&self.shared, row, claim, State::Destroying(Some(memory)));
         let counted = TakingUp::begin(&self.shared);
-        tasks.spawn(async move {
-            let removed = driver.sandbox.destroy().await;
-            drop(counted);
-            match removed {
-                Ok(()) => {}
-                Err(error) => {
+        let (done, is_done) = oneshot::channel::<()>();
+        let startup: Startup = Box::new(move |sandbox| {
+            Box::pin(async move {
+                if let Err(error) = sandbox.destroy().await {
                     error!(
-                        sandbox = %driver.sandbox.id,
+                        sandbox = %sandbox.id,
                         error = %Report(&error),
-                        "Failed to remove a sandbox; the daemon tries again"
+                        "Failed to remove the remains of a sandbox; the daemon tries again"
                     );
-                    // The VM may be alive.
-                    let memory = driver.sandbox.shared.admission.count(driver.sandbox.memory);
-                    driver.sandbox.access.set(State::Destroying(Some(Arc::new(memory))));
-                    tokio::spawn(driver.run());
                 }
-            }
+                drop((counted, done));
+            })
         });
+        tokio::spawn(driver.starting_with(startup).run());
+        tasks.spawn(async move { drop(is_done.await) });
     }
 
     /// Finishes the removal of sandboxes that were being destroyed and whose rows are damaged.
@@ -204,7 +219,7 @@ impl Node {
         for &(id, _) in destroyed {
             let counted = TakingUp::begin(&self.shared);
             tasks.spawn(async move {
-                if let Err(error) = driver::remove(&counted.0, id).await {
+                if let Err(error) = driver::remove(&counted.0, id, None).await {
                     error!(sandbox = %id, error = %Report(&error), "Failed to remove the remains of a sandbox");
                 }
             });
@@ -236,41 +251,43 @@ impl Node {
     }
 }
 
-/// Connects a sandbox's driver with its VMM. The driver serves requests from then on.
-async fn take_up(row: SandboxRow, driver: Driver, memory: Admitted) {
-    let sandbox = &driver.sandbox;
-    let boot_with = match BootMark::find(&sandbox.directory()) {
-        Some(mark) => end_interrupted_boot(&row, sandbox, mark, memory).await,
+/// Connects a sandbox with its VMM. Returns the memory to boot it with, if an earlier daemon's boot
+/// was interrupted.
+async fn take_up(row: &SandboxRow, sandbox: &Sandbox, memory: Admitted) -> Option<Admitted> {
+    match BootMark::find(&sandbox.directory()) {
+        Some(mark) => end_interrupted_boot(row, sandbox, mark, memory).await,
         None => {
-            adopt(&row, sandbox, memory).await;
+            adopt(row, sandbox, memory).await;
             None
         }
-    };
-    let keep_hot = row.spec.keep_hot && row.state == SandboxState::Running;
-    let stopping = row.state == SandboxState::Stopped && sandbox.access.running().is_some();
-    tokio::spawn(async move {
-        let sandbox = &driver.sandbox;
-        if let Some(memory) = boot_with
-            && let Err(error) = sandbox.boot_again(Some(memory)).await
-        {
-            warn!(sandbox = %sandbox.id, error = %Report(&error), "Failed to boot a sandbox again");
-            sandbox.fail(FailReason::VmmUnusable).await;
-        }
-        if stopping && let Err(error) = sandbox.stop().await {
-            error!(sandbox = %sandbox.id, error = %Report(&error), "Failed to finish a stop");
-        }
-        if keep_hot
-            && sandbox.access.state() == SandboxState::Running
-            && let Err(error) = sandbox.wake().await
-        {
-            warn!(
-                sandbox = %sandbox.id,
-                error = %Report(&error),
-                "Failed to wake a sandbox that is to stay hot"
-            );
-        }
-        driver.run().await;
-    });
+    }
+}
+
+/// Finishes what an earlier daemon began: a boot, a stop. Wakes a sandbox that stays hot.
+async fn continue_lifecycle(row: &SandboxRow, sandbox: &Sandbox, boot_with: Option<Admitted>) {
+    if let Some(memory) = boot_with
+        && let Err(error) = sandbox.boot_again(Some(memory)).await
+    {
+        warn!(sandbox = %sandbox.id, error = %Report(&error), "Failed to boot a sandbox again");
+        sandbox.fail(FailReason::VmmUnusable).await;
+    }
+    if row.state == SandboxState::Stopped
+        && sandbox.access.running().is_some()
+        && let Err(error) = sandbox.stop().await
+    {
+        error!(sandbox = %sandbox.id, error = %Report(&error), "Failed to finish a stop");
+    }
+    if row.spec.keep_hot
+        && row.state == SandboxState::Running
+        && sandbox.access.state() == SandboxState::Running
+        && let Err(error) = sandbox.wake().await
+    {
+        warn!(
+            sandbox = %sandbox.id,
+            error = %Report(&error),
+            "Failed to wake a sandbox that is kept hot"
+        );
+    }
 }
 
 /// Adopts the sandbox's VMM, or finds the snapshot to restore.
@@ -328,13 +345,14 @@ async fn end_interrupted_boot(
 
 /// Ends the VM that a failed sandbox may have: of a boot that an earlier daemon did not finish, or
 /// of a row that could not be written.
-async fn end_failed(sandbox: &Sandbox) {
+async fn end_failed(sandbox: &Sandbox, reason: FailReason) {
     let directory = sandbox.directory();
     match sandbox.shared.engine.kill(sandbox.id, &directory).await {
         Ok(()) => {
             if let Some(mark) = BootMark::find(&directory) {
                 mark.clear();
             }
+            sandbox.access.set(State::Failed(reason, None));
         }
         Err(error) => {
             warn!(sandbox = %sandbox.id, error = %Report(&error), "Failed to end a sandbox's VM");

@@ -184,11 +184,8 @@ impl Node {
                 warn!(sandbox = %id, damage, "Destroying a sandbox whose row is damaged");
                 let shared = Arc::clone(&self.shared);
                 // In a task: a client that hangs up must not stop it halfway.
-                let removed = tokio::spawn(async move {
-                    driver::remove(&shared, id).await?;
-                    shared.control.record("sandbox.destroyed", owner, id, serde_json::json!({}));
-                    Ok(())
-                });
+                let removed =
+                    tokio::spawn(async move { driver::remove(&shared, id, Some(owner)).await });
                 Ok(removed.await.unwrap_or(Err(DestroyError::AlreadyGone))?)
             }
             Err(error) => Err(error),

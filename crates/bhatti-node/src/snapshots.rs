@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
-use bhatti_types::{Report, SandboxId};
+use bhatti_types::{Report, SandboxId, SnapshotId};
 use tracing::warn;
 
 use crate::boot_source::{BootSource, Prepared};
@@ -70,15 +70,15 @@ impl SnapshotFiles {
     }
 
     /// Returns the directory of a snapshot that is in place.
-    pub(crate) fn of(&self, id: SandboxId) -> PathBuf {
+    pub(crate) fn of(&self, id: SnapshotId) -> PathBuf {
         self.directory.join(id.to_string())
     }
 
-    fn unnamed(&self, id: SandboxId) -> PathBuf {
+    fn unnamed(&self, id: SnapshotId) -> PathBuf {
         self.directory.join(format!("{SAVING}{id}"))
     }
 
-    fn taken(&self, id: SandboxId) -> PathBuf {
+    fn taken(&self, id: SnapshotId) -> PathBuf {
         self.directory.join(format!("{id}{DELETING}"))
     }
 
@@ -87,12 +87,12 @@ impl SnapshotFiles {
     /// # Errors
     ///
     /// Returns an error if the directory cannot be renamed. The next daemon does that.
-    pub async fn put_in_place(&self, id: SandboxId) -> io::Result<()> {
+    pub async fn put_in_place(&self, id: SnapshotId) -> io::Result<()> {
         tokio::fs::rename(self.unnamed(id), self.of(id)).await
     }
 
     /// Removes the files of a saved snapshot that got no row. Failures are logged.
-    pub async fn discard_unnamed(&self, id: SandboxId) {
+    pub async fn discard_unnamed(&self, id: SnapshotId) {
         remove(&self.unnamed(id)).await;
     }
 
@@ -101,7 +101,7 @@ impl SnapshotFiles {
     /// # Errors
     ///
     /// Returns an error if the directory cannot be renamed.
-    pub async fn take_away(&self, id: SandboxId) -> io::Result<()> {
+    pub async fn take_away(&self, id: SnapshotId) -> io::Result<()> {
         match tokio::fs::rename(self.of(id), self.taken(id)).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -113,18 +113,18 @@ impl SnapshotFiles {
     /// # Errors
     ///
     /// Returns an error if the directory cannot be renamed. The next daemon does that.
-    pub async fn put_back(&self, id: SandboxId) -> io::Result<()> {
+    pub async fn put_back(&self, id: SnapshotId) -> io::Result<()> {
         tokio::fs::rename(self.taken(id), self.of(id)).await
     }
 
     /// Removes files that were taken away. Failures are logged; the next daemon repeats it.
-    pub async fn remove_taken(&self, id: SandboxId) {
+    pub async fn remove_taken(&self, id: SnapshotId) {
         remove(&self.taken(id)).await;
     }
 
     /// Settles the files that an earlier daemon left. `named` are the snapshots that are in the
     /// store.
-    pub(crate) async fn settle(&self, named: &HashSet<SandboxId>) -> io::Result<()> {
+    pub(crate) async fn settle(&self, named: &HashSet<SnapshotId>) -> io::Result<()> {
         for entry in std::fs::read_dir(&self.directory)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -140,23 +140,25 @@ impl SnapshotFiles {
     }
 }
 
-async fn settle(path: &Path, name: &str, named: &HashSet<SandboxId>) -> io::Result<()> {
-    let saving: Option<SandboxId> = name.strip_prefix(SAVING).and_then(|id| id.parse().ok());
+async fn settle(path: &Path, name: &str, named: &HashSet<SnapshotId>) -> io::Result<()> {
+    let saving: Option<SnapshotId> = name.strip_prefix(SAVING).and_then(|id| id.parse().ok());
     match saving {
         Some(id) if named.contains(&id) => {
             tokio::fs::rename(path, path.with_file_name(id.to_string())).await
         }
         Some(_) => tokio::fs::remove_dir_all(path).await,
         None if name.starts_with(FORKING) => tokio::fs::remove_dir_all(path).await,
-        None if name.ends_with(DELETING) => match name.trim_end_matches(DELETING).parse() {
-            // The row is there: the snapshot was not deleted.
-            Ok(id) if named.contains(&id) => {
-                tokio::fs::rename(path, path.with_file_name(id.to_string())).await
+        None if name.ends_with(DELETING) => {
+            match name.trim_end_matches(DELETING).parse::<SnapshotId>() {
+                // The row is there: the snapshot was not deleted.
+                Ok(id) if named.contains(&id) => {
+                    tokio::fs::rename(path, path.with_file_name(id.to_string())).await
+                }
+                _ => tokio::fs::remove_dir_all(path).await,
             }
-            _ => tokio::fs::remove_dir_all(path).await,
-        },
+        }
         None => {
-            if name.parse().is_ok_and(|id| !named.contains(&id)) {
+            if name.parse::<SnapshotId>().is_ok_and(|id| !named.contains(&id)) {
                 warn!(
                     path = %path.display(),
                     "Found a snapshot that the store does not know; it is left alone"
@@ -196,7 +198,7 @@ impl Node {
     pub async fn save_snapshot(
         &self,
         sandbox: SandboxId,
-        snapshot: SandboxId,
+        snapshot: SnapshotId,
     ) -> Result<SavedSandbox, UseError> {
         let directory = self.shared.snapshots.unnamed(snapshot);
         let saved = self.save(sandbox, directory, MadeFrom::Kept).await?;
@@ -212,7 +214,7 @@ impl Node {
     /// Returns an error if the host gives no random bytes.
     pub fn prepare_snapshot(
         &self,
-        snapshot: SandboxId,
+        snapshot: SnapshotId,
         token: &str,
     ) -> Result<Prepared, getrandom::Error> {
         Prepared::with_new_id(BootSource::Saved {

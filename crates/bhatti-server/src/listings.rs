@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(list(None), (both("s1 creating None", "s2 creating None"), 2));
         assert_eq!(list(None), (both("s1 creating None", "s2 creating None"), 0));
 
-        store.set_sandbox_state(ids[0], SandboxState::Running).unwrap();
+        store.set_sandbox_state(&store.claim(ids[0]).unwrap(), SandboxState::Running).unwrap();
         assert_eq!(list(None), (both("s1 running None", "s2 creating None"), 1));
 
         let warm = Some(Thermal::Warm);
@@ -156,7 +156,7 @@ mod tests {
         let renamed = both("other creating Some(Warm)", "s1 running Some(Warm)");
         assert_eq!(list(warm), (renamed, 1));
 
-        store.delete_sandbox(ids[0]).unwrap();
+        store.delete_sandbox(&store.claim(ids[0]).unwrap()).unwrap();
         assert_eq!(list(warm), (vec!["other creating Some(Warm)".to_owned()], 0));
     }
 

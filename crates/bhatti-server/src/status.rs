@@ -69,6 +69,11 @@ impl ApiError {
                     "delete unneeded sandboxes or snapshots, or ask the operator for disk space",
                 );
         }
+        if let Some(fenced) = store_error(error, |error| matches!(error, StoreError::Fenced(_))) {
+            return Self::new(ErrorCode::Busy, fenced.to_string())
+                .hint("another daemon runs the sandbox now; ask again")
+                .retry_after(BUSY_RETRY);
+        }
         if is_damaged_row(error) {
             return Self::new(
                 ErrorCode::DamagedRow,
@@ -98,8 +103,16 @@ fn chain<'error>(
     std::iter::successors(Some(error), |error| error.source())
 }
 
+/// Returns the error of the store in a chain of errors, if it is of a kind.
+fn store_error<'error>(
+    error: &'error (dyn std::error::Error + 'static),
+    is: impl Fn(&StoreError) -> bool,
+) -> Option<&'error StoreError> {
+    chain(error).filter_map(|error| error.downcast_ref()).find(|error| is(error))
+}
+
 fn is_damaged_row(error: &(dyn std::error::Error + 'static)) -> bool {
-    chain(error).any(|error| matches!(error.downcast_ref(), Some(StoreError::Damaged(_))))
+    store_error(error, |error| matches!(error, StoreError::Damaged(_))).is_some()
 }
 
 /// Returns whether an error, or one of its causes, is a full disk of this host.
@@ -249,6 +262,7 @@ impl From<TransitionError> for ApiError {
             | TransitionError::End(_)
             | TransitionError::Consume(_)
             | TransitionError::MarkBoot(_)
+            | TransitionError::Panicked
             | TransitionError::Entropy(_) => Self::internal(&error),
             TransitionError::Store(store) => Self::internal(store),
             TransitionError::Unconfigured(_) | TransitionError::Restless => busy_guest(&error),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bhatti_types::{SandboxId, UserId};
 use rusqlite::{Row, ToSql, params};
 
-use crate::{Store, StoreError, from_json, now, parsed, to_json};
+use crate::{Called, Store, StoreError, from_json, now, parsed, sound_rows, to_json};
 
 /// An event to record.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,10 +105,8 @@ impl Store {
             "SELECT id, at, kind, owner, sandbox_id, sandbox_name, detail FROM events
              WHERE {conditions} ORDER BY id {order} LIMIT ?2"
         ))?;
-        let mut rows: Vec<EventRow> = query
-            .query_map(&parameters[..], |row| Ok(read(row)))?
-            .map(|row| row?)
-            .collect::<Result<_, _>>()?;
+        let mut rows: Vec<EventRow> =
+            sound_rows(&mut query, &parameters[..], Called("event", 0), read)?;
         if *latest {
             rows.reverse();
         }

@@ -1,6 +1,13 @@
 //! SQLite store: the state that outlives the daemon.
 //!
-//! The store is one file, `<data dir>/state.db`, in WAL mode. There is one module per table.
+//! The store is one file, `<data dir>/state.db`, in WAL mode, with one module per table:
+//!
+//! | group | tables | written by |
+//! |---|---|---|
+//! | [`desired`] | what users want | control; a sandbox's state by its node, with a claim |
+//! | [`host`] | what is true of this host alone | the node |
+//! | [`events`] | the log | both |
+//!
 //! Every call is one transaction. Calls block on disk for a moment: call them from a blocking
 //! task, or where a short delay does not matter.
 //!
@@ -8,38 +15,33 @@
 //! returns (`synchronous = FULL`). Events are written through a separate connection that does not
 //! flush (`NORMAL`): a power cut may lose the last events.
 
+mod desired;
 mod events;
+mod host;
 mod migrations;
-mod networks;
-mod publications;
-mod sandboxes;
-mod secrets;
-mod snapshots;
-mod templates;
-mod users;
-mod volumes;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use bhatti_types::QuotaExceeded;
+use bhatti_types::{NodeId, QuotaExceeded, SandboxId};
 use parking_lot::Mutex;
 use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
-pub use events::{EventFilter, EventRow, NewEvent};
-pub use networks::{NetworkAssignError, NetworkRow, PortRow};
-pub use publications::{PublicationRow, PublishError};
-pub use sandboxes::{
+pub use desired::claims::Claim;
+pub use desired::publications::{PublicationRow, PublishError};
+pub use desired::sandboxes::{
     ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow, StoredSandbox,
 };
-pub use secrets::SecretRow;
-pub use snapshots::{SnapshotInsertError, SnapshotRow};
-pub use templates::{TemplateInsertError, TemplateRow};
-pub use users::{UserDeleteError, UserInsertError, UserRow};
-pub use volumes::{
+pub use desired::secrets::SecretRow;
+pub use desired::snapshots::{SnapshotInsertError, SnapshotRow};
+pub use desired::templates::{TemplateInsertError, TemplateRow};
+pub use desired::users::{UserDeleteError, UserInsertError, UserRow};
+pub use desired::volumes::{
     Attach, AttachError, AttachKind, Attachment, VolumeError, VolumeRow, VolumeWork,
 };
+pub use events::{EventFilter, EventRow, NewEvent};
+pub use host::networks::{NetworkAssignError, NetworkRow, PortRow};
 
 /// The store's file in the data directory.
 pub const FILE: &str = "state.db";
@@ -78,6 +80,9 @@ pub enum StoreError {
     /// A required row is missing.
     #[error("the store has no such row")]
     NoSuchRow,
+    /// Another node, or a later daemon of this node, has claimed the sandbox.
+    #[error("sandbox `{0}` was claimed by another daemon")]
+    Fenced(SandboxId),
 }
 
 impl StoreError {
@@ -94,6 +99,7 @@ pub struct Store {
     connection: Mutex<Connection>,
     /// The connection that writes events.
     lazy: Mutex<Connection>,
+    node: NodeId,
 }
 
 impl Store {
@@ -108,11 +114,12 @@ impl Store {
         let failed = |source| StoreError::Open { path: path.clone(), source };
         let mut connection = open(&path, "FULL").map_err(failed)?;
         migrations::run(&mut connection, &path)?;
+        let node = desired::claims::node_of(&connection)?;
         let lazy = open(&path, "NORMAL").map_err(failed)?;
         // Make the file's directory entry durable, too.
         sync_directory(data_dir)
             .map_err(|error| failed(rusqlite::Error::ToSqlConversionFailure(Box::new(error))))?;
-        Ok(Self { connection: Mutex::new(connection), lazy: Mutex::new(lazy) })
+        Ok(Self { connection: Mutex::new(connection), lazy: Mutex::new(lazy), node })
     }
 }
 
@@ -216,7 +223,7 @@ fn secrets_text(secrets: &[bhatti_types::SecretName]) -> Result<String, StoreErr
 
 /// Parses the two columns of a network specification.
 fn network_spec(mode: &str, allow: &str) -> Result<bhatti_types::NetworkSpec, StoreError> {
-    let (mode, allow) = (parsed(mode.parse())?, networks::allowance(allow)?);
+    let (mode, allow) = (parsed(mode.parse())?, host::networks::allowance(allow)?);
     Ok(bhatti_types::NetworkSpec { mode, allow })
 }
 

@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 7] = [
+const STEPS: [&str; 8] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -194,6 +194,25 @@ const STEPS: [&str; 7] = [
     ALTER TABLE sandboxes ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
     ALTER TABLE snapshots ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
     ALTER TABLE templates ADD COLUMN disk_mib INTEGER CHECK (disk_mib > 0);
+",
+    // The node that runs a sandbox, and the epoch of its claim; addresses, which are this host's.
+    "
+    CREATE TABLE node (id TEXT NOT NULL) STRICT;
+    INSERT INTO node VALUES (lower(hex(randomblob(8))));
+
+    ALTER TABLE sandboxes ADD COLUMN node TEXT;
+    ALTER TABLE sandboxes ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1 CHECK (epoch > 0);
+    UPDATE sandboxes SET node = (SELECT id FROM node);
+
+    CREATE TABLE addresses (
+        sandbox_id TEXT PRIMARY KEY REFERENCES sandboxes (id) ON DELETE CASCADE,
+        owner      TEXT NOT NULL,
+        address    TEXT NOT NULL UNIQUE
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX addresses_owner ON addresses (owner);
+    INSERT INTO addresses SELECT id, owner, address FROM sandboxes WHERE address IS NOT NULL;
+    DROP INDEX sandboxes_address;
+    ALTER TABLE sandboxes DROP COLUMN address;
 ",
 ];
 

@@ -88,6 +88,21 @@ id! {
 }
 
 id! {
+    /// The id of a named snapshot, unique across machines.
+    SnapshotId
+}
+
+id! {
+    /// The id of a template.
+    TemplateId
+}
+
+id! {
+    /// The id of a node: one data directory on one host, unique across machines.
+    NodeId
+}
+
+id! {
     /// The id of a user.
     UserId
 }

@@ -14,7 +14,7 @@ mod size;
 mod spec;
 mod volume;
 
-pub use id::{ParseIdError, SandboxId, UserId, VolumeId};
+pub use id::{NodeId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId, VolumeId};
 pub use label::{InvalidLabel, Labels};
 pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
 pub use name::{

@@ -123,6 +123,11 @@ impl Access {
         is_idle.then_some(inner.last_activity)
     }
 
+    /// Returns a copy of the state.
+    pub(super) fn snapshot(&self) -> State {
+        self.inner.lock().state.clone()
+    }
+
     pub(crate) fn kind(&self) -> Kind {
         self.inner.lock().state.kind()
     }

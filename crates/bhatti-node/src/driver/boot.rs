@@ -40,6 +40,12 @@ impl Sandbox {
             })?;
         let secrets = self.shared.control.secrets(row.owner, &row.spec.secrets);
         let extras = Extras { secrets, ..Extras::default() };
+        // A failed sandbox may still hold the memory of a VM that did not end.
+        if let State::Failed(reason, Some(_)) = self.access.snapshot() {
+            let killed = self.shared.engine.kill(self.id, &self.directory()).await;
+            killed.map_err(TransitionError::End)?;
+            self.access.set(State::Failed(reason, None));
+        }
         let admitted = match admitted {
             Some(admitted) => admitted,
             None => self.shared.admit(self.memory).await?,

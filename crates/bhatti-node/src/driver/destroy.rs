@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bhatti_store::StoreError;
-use bhatti_types::{Report, SandboxId, SandboxState};
+use bhatti_types::{Report, SandboxId, SandboxState, UserId};
 use serde_json::json;
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -20,7 +20,7 @@ const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
 
 /// When a destruction that failed is tried again.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Retry {
     failures: u32,
     at: Option<Instant>,
@@ -44,14 +44,16 @@ impl Sandbox {
     /// Destroys the sandbox, or goes on with it after a failure.
     pub(crate) async fn destroy(&self) -> Result<(), DestroyError> {
         if self.access.kind() != Kind::Destroying {
-            self.begin_destruction().await;
+            self.begin_destruction().await?;
         }
         let directory = self.directory();
         let removed = self.shared.engine.remove(self.id, &directory).await;
         removed.map_err(DestroyError::Remove)?;
         self.reached(Step::Removed).await;
-        self.record("sandbox.destroyed", json!({}));
-        match self.shared.store.delete_sandbox(self.id) {
+        // Nothing of the VM is left, so its memory is free, even if the row stays for now.
+        self.access.set(State::Destroying(None));
+        self.record_destruction();
+        match self.shared.store.delete_sandbox(&self.claim) {
             Ok(()) | Err(StoreError::NoSuchRow) => {}
             Err(error) => return Err(DestroyError::Store(error)),
         }
@@ -64,16 +66,21 @@ impl Sandbox {
         Ok(())
     }
 
-    async fn begin_destruction(&self) {
-        // A store on a full disk cannot note the destruction. The sandbox's files take the space
-        // that the store lacks, so they are removed all the same. A daemon that dies in between
-        // finds a running sandbox without a VM, which is true.
-        if let Err(error) = self.write(SandboxState::Destroyed) {
-            warn!(
-                sandbox = %self.id,
-                error = %Report(&error),
-                "Failed to record that a sandbox is being destroyed"
-            );
+    async fn begin_destruction(&self) -> Result<(), DestroyError> {
+        match self.write(SandboxState::Destroyed) {
+            Ok(()) => {}
+            // The sandbox is another daemon's.
+            Err(error @ StoreError::Fenced(_)) => return Err(DestroyError::Store(error)),
+            // A store on a full disk cannot note the destruction. The sandbox's files take the
+            // space that the store lacks, so they are removed all the same. A daemon that dies in
+            // between finds a running sandbox without a VM, which is true.
+            Err(error) => {
+                warn!(
+                    sandbox = %self.id,
+                    error = %Report(&error),
+                    "Failed to record that a sandbox is being destroyed"
+                );
+            }
         }
         self.reached(Step::DestroyNoted).await;
         let running = self.access.running();
@@ -81,16 +88,32 @@ impl Sandbox {
         if let Some(running) = running {
             self.write_volumes(&running).await;
         }
+        Ok(())
     }
 }
 
 /// Removes a sandbox that has no driver because its row is damaged: its VMM, its files, its row.
 /// If a step fails, the row stays, and the request can be repeated.
-pub(crate) async fn remove(shared: &Arc<Shared>, id: SandboxId) -> Result<(), DestroyError> {
+pub(crate) async fn remove(
+    shared: &Arc<Shared>,
+    id: SandboxId,
+    owner: Option<UserId>,
+) -> Result<(), DestroyError> {
+    let claim = match shared.store.claim(id) {
+        // A concurrent request destroyed the sandbox.
+        Err(StoreError::NoSuchRow) => return Err(DestroyError::AlreadyGone),
+        claim => claim.map_err(DestroyError::Store)?,
+    };
+    if claim.node != shared.store.node() {
+        return Err(DestroyError::Store(StoreError::Fenced(id)));
+    }
     let removed = shared.engine.remove(id, &shared.directory(id)).await;
     removed.map_err(DestroyError::Remove)?;
-    match shared.store.delete_sandbox(id) {
-        // A concurrent request destroyed the sandbox.
+    if let Some(owner) = owner {
+        // The event needs the name, which is in the row.
+        shared.control.record("sandbox.destroyed", owner, id, json!({}));
+    }
+    match shared.store.delete_sandbox(&claim) {
         Err(StoreError::NoSuchRow) => return Err(DestroyError::AlreadyGone),
         deleted => deleted.map_err(DestroyError::Store)?,
     }

@@ -83,6 +83,9 @@ pub enum TransitionError {
     /// run.
     #[error("the sandbox's processes did not freeze")]
     Moving,
+    /// The sandbox's driver panicked: a defect of the daemon.
+    #[error("the daemon failed while it changed the sandbox's state")]
+    Panicked,
     /// The sandbox went to sleep again before each attempt to use it.
     #[error("the sandbox falls asleep before it can be used")]
     Restless,

@@ -104,11 +104,12 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Returns the state of a running sandbox with this VM: hot, or warm if it is paused.
+    /// Returns the state of a running sandbox with this VM: hot, or warm if it is paused or does
+    /// not say so. A VM that is warm is resumed before use, which changes nothing if it runs.
     pub(super) async fn state_with(&self, running: &Running) -> State {
         match running.vm.is_running().await {
-            Ok(false) => State::Warm(running.clone()),
-            Ok(true) | Err(_) => State::Hot(running.clone()),
+            Ok(true) => State::Hot(running.clone()),
+            Ok(false) | Err(_) => State::Warm(running.clone()),
         }
     }
 

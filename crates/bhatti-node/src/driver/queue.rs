@@ -35,9 +35,9 @@ pub(crate) fn decide(
     waiting: impl IntoIterator<Item = Wanted>,
     wanted: Wanted,
 ) -> Decision {
-    let mut ahead = current.into_iter().chain(waiting).peekable();
-    let is_alone = ahead.peek().is_none();
-    let is_going = ahead.any(|ahead| ahead == Wanted::Destroy);
+    let ahead: Vec<Wanted> = current.into_iter().chain(waiting).collect();
+    let is_going = ahead.contains(&Wanted::Destroy);
+    let is_starting = ahead.iter().any(|ahead| matches!(ahead, Wanted::Start | Wanted::ColdBoot));
     if wanted == Wanted::Destroy {
         return if is_going { Decision::Wait } else { Decision::Supersede };
     }
@@ -47,7 +47,7 @@ pub(crate) fn decide(
     match admit(state, wanted) {
         // The state is that of a transition which decides otherwise soon, or requests are ahead
         // that change it.
-        _ if !is_alone && !settles(state, wanted) => Decision::Wait,
+        _ if !ahead.is_empty() && (is_starting || !settles(state, wanted)) => Decision::Wait,
         Admission::Denied(denied) => Decision::Denied(denied),
         Admission::Already => Decision::Already,
         Admission::Perform => Decision::Wait,
@@ -141,6 +141,12 @@ mod tests {
             let decision = decide(Kind::Stopping, Some(Wanted::Stop), [], wanted);
             assert_eq!(decision, Decision::Denied(Denied::Stopped), "{wanted:?}");
         }
+    }
+
+    #[test]
+    fn use_waits_if_the_sandbox_is_started_again() {
+        let decision = decide(Kind::Stopping, Some(Wanted::Stop), [Wanted::Start], Wanted::Wake);
+        assert_eq!(decision, Decision::Wait);
     }
 
     #[test]

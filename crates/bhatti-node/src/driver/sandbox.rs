@@ -3,10 +3,12 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use bhatti_store::{Attachment, SandboxRow, StoreError};
+use bhatti_store::{Attachment, Claim, SandboxRow, StoreError};
 use bhatti_types::{FailReason, MemoryMib, Report, SandboxId, SandboxState, UserId};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
 use super::access::{Access, Running};
@@ -14,13 +16,45 @@ use super::breaker::Breaker;
 use super::guest_events::{Listener, Source};
 use super::reboot::Reboots;
 use super::saved::Saved;
-use super::state::State;
+use super::state::{Kind, State};
 use super::steps::{self, Step};
 use crate::Shared;
+
+/// What a driver knows of its sandbox from the start.
+#[derive(Clone)]
+pub(super) struct Facts {
+    pub(super) id: SandboxId,
+    claim: Claim,
+    owner: UserId,
+    expires_at: Option<u64>,
+    memory: MemoryMib,
+    address: Option<Ipv4Addr>,
+    volumes: Vec<Attachment>,
+    token: String,
+    pub(super) keep_hot: bool,
+}
+
+impl Facts {
+    pub(super) fn new(row: &SandboxRow, claim: Claim) -> Self {
+        Self {
+            id: row.id,
+            claim,
+            owner: row.owner,
+            expires_at: row.expires_at,
+            memory: row.spec.memory,
+            address: row.address,
+            volumes: row.volumes.clone(),
+            token: row.agent_token.clone(),
+            keep_hot: row.spec.keep_hot,
+        }
+    }
+}
 
 /// A sandbox as its driver knows it. The files beside this one add its transitions, one file each.
 pub(crate) struct Sandbox {
     pub(crate) id: SandboxId,
+    /// This node's right to write the sandbox's row.
+    pub(crate) claim: Claim,
     pub(crate) owner: UserId,
     /// The end of the sandbox's life, in seconds since 1970.
     pub(super) expires_at: Option<u64>,
@@ -33,23 +67,61 @@ pub(crate) struct Sandbox {
     pub(super) breaker: Breaker,
     pub(super) reboots: Reboots,
     listener: Listener,
+    /// Whether another daemon has claimed the sandbox: see [`leave`](Self::leave).
+    fenced: AtomicBool,
+    /// Whether an event of its destruction is due: its creation was announced, and no earlier
+    /// attempt has recorded it.
+    is_announced: AtomicBool,
 }
 
 impl Sandbox {
-    pub(super) fn new(shared: &Arc<Shared>, row: &SandboxRow, access: Arc<Access>) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, facts: Facts, access: Arc<Access>) -> Self {
+        let Facts { id, claim, owner, expires_at, memory, address, volumes, token, keep_hot: _ } =
+            facts;
+        let is_announced = !matches!(access.kind(), Kind::Creating | Kind::Destroying);
         Self {
-            id: row.id,
-            owner: row.owner,
-            expires_at: row.expires_at,
-            memory: row.spec.memory,
-            address: row.address,
-            volumes: row.volumes.clone(),
-            token: row.agent_token.clone(),
+            id,
+            claim,
+            owner,
+            expires_at,
+            memory,
+            address,
+            volumes,
+            token,
             shared: Arc::clone(shared),
             access,
             breaker: Breaker::default(),
             reboots: Reboots::default(),
             listener: Listener::default(),
+            fenced: AtomicBool::new(false),
+            is_announced: AtomicBool::new(is_announced),
+        }
+    }
+
+    /// Returns what another driver of the sandbox needs.
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            id: self.id,
+            claim: self.claim,
+            owner: self.owner,
+            expires_at: self.expires_at,
+            memory: self.memory,
+            address: self.address,
+            volumes: self.volumes.clone(),
+            token: self.token.clone(),
+            keep_hot: false,
+        }
+    }
+
+    /// Notes that the sandbox's creation was announced.
+    pub(crate) fn announced(&self) {
+        self.is_announced.store(true, Ordering::SeqCst);
+    }
+
+    /// Records the end of a sandbox that was announced, once.
+    pub(super) fn record_destruction(&self) {
+        if self.is_announced.swap(false, Ordering::SeqCst) {
+            self.record("sandbox.destroyed", json!({}));
         }
     }
 
@@ -72,7 +144,51 @@ impl Sandbox {
 
     /// Writes the state into the sandbox's row.
     pub(super) fn write(&self, state: SandboxState) -> Result<(), StoreError> {
-        self.shared.store.set_sandbox_state(self.id, state)
+        let written = self.shared.store.set_sandbox_state(&self.claim, state);
+        if matches!(written, Err(StoreError::Fenced(_))) {
+            self.fenced.store(true, Ordering::SeqCst);
+        }
+        written
+    }
+
+    /// Whether this node still holds its claim. If the store cannot be asked, it is assumed.
+    pub(super) fn holds_claim(&self) -> bool {
+        match self.shared.store.claim(self.id) {
+            Ok(claim) if claim != self.claim => self.fenced.store(true, Ordering::SeqCst),
+            _ => {}
+        }
+        !self.is_fenced()
+    }
+
+    /// Whether another daemon has claimed the sandbox.
+    pub(super) fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::SeqCst)
+    }
+
+    /// Leaves the sandbox to the daemon that has claimed it. If that daemon is on another node, the
+    /// VM here is ended; a later daemon of this node has adopted the VM.
+    pub(super) async fn leave(&self) {
+        error!(sandbox = %self.id, "Another daemon has claimed a sandbox; leaving it");
+        let is_elsewhere = match self.shared.store.claim(self.id) {
+            Ok(claim) => claim.node != self.claim.node,
+            Err(StoreError::NoSuchRow) => true,
+            // Unknown: a later daemon of this node may run the VM.
+            Err(_) => false,
+        };
+        if is_elsewhere {
+            if let Err(error) = self.shared.engine.kill(self.id, &self.directory()).await {
+                error!(
+                    sandbox = %self.id,
+                    error = %Report(&error),
+                    "Failed to end the VM of a sandbox that another node has claimed"
+                );
+            }
+            if self.address.is_some() {
+                self.shared.disconnect_network(self.id).await;
+            }
+        }
+        self.access.set(State::Destroyed);
+        self.shared.registry.remove(self.id);
     }
 
     /// Opens the sandbox for use: its VM runs, and the guest has its identity.
@@ -91,13 +207,13 @@ impl Sandbox {
 
     /// Ends the VM while it is being saved, because the sandbox is to be destroyed: the save fails
     /// then. Does nothing if the guest has volumes that outlive it and may not be written yet.
-    pub(super) fn interrupt(&self) {
-        if self.writes_named_volumes() {
-            return;
+    pub(super) fn interrupt(&self) -> Option<JoinHandle<()>> {
+        if !self.saves_memory() || self.writes_named_volumes() {
+            return None;
         }
         let (shared, id, directory) = (Arc::clone(&self.shared), self.id, self.directory());
         // If this fails, the save goes on, and the destruction comes after it.
-        tokio::spawn(async move { drop(shared.engine.kill(id, &directory).await) });
+        Some(tokio::spawn(async move { drop(shared.engine.kill(id, &directory).await) }))
     }
 
     /// Records the guest's own events from now on.
@@ -136,6 +252,9 @@ impl Sandbox {
         let console = running.as_ref().map(|running| running.vm.console_tail()).unwrap_or_default();
         warn!(sandbox = %self.id, %reason, console, "Sandbox failed");
         let memory = self.access.memory();
+        if !self.holds_claim() {
+            return;
+        }
         // A failed sandbox must not run on: its processes would have no owner and no budget.
         let killed = self.shared.engine.kill(self.id, &self.directory()).await;
         let left = match killed {

@@ -13,6 +13,7 @@ impl Sandbox {
     /// Starts the sandbox with its memory. An engine that cannot save memory boots it.
     pub(super) async fn start(&self) -> Result<(), TransitionError> {
         if self.access.running().is_some() {
+            self.write(SandboxState::Running)?;
             return self.wake().await;
         }
         if !self.saves_memory() {

@@ -176,10 +176,11 @@ pub(crate) const fn admit(state: Kind, wanted: Wanted) -> Admission {
             Admission::Denied(Denied::StillCreating)
         }
 
-        (Kind::Hot, Wake | Start | GiveMemory) => Already,
+        (Kind::Hot, Wake | GiveMemory) => Already,
         (Kind::Warm, Pause) => Already,
         (Kind::Hot | Kind::Warm, ColdBoot) => Admission::Denied(Denied::Running),
-        (Kind::Hot, Pause | Stop | KeepHot | Save | Merge | Sleep)
+        // A failed stop may have left the row as `stopped`: the start writes it.
+        (Kind::Hot, Pause | Stop | Start | KeepHot | Save | Merge | Sleep)
         | (Kind::Warm, Wake | Stop | Start | KeepHot | Save | Merge | GiveMemory | Sleep) => {
             Perform
         }

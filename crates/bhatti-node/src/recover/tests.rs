@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bhatti_testkit::{Found, change_store};
-use bhatti_types::{SandboxSpec, Thermal, UserId};
+use bhatti_types::{SandboxSpec, SnapshotId, Thermal, UserId};
 
 use super::*;
 use crate::fixture::{Place, Saved};
@@ -82,7 +82,7 @@ async fn sandbox_unknown_to_the_store_is_left_alone() {
     let place = Place::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::Yes);
     // A store that was restored from an older copy.
-    place.store.delete_sandbox(id).unwrap();
+    place.store.delete_sandbox(&place.store.claim(id).unwrap()).unwrap();
     std::fs::create_dir(place.data.path().join("sandboxes/not-an-id")).unwrap();
 
     let node = place.recover().await;
@@ -187,7 +187,7 @@ async fn memory_is_taken_from_the_sandbox_that_was_used_least_recently() {
 #[tokio::test]
 async fn interrupted_deletion_of_a_snapshot_is_undone_if_its_row_exists() {
     let place = Place::new();
-    let id = SandboxId::from_entropy([8; 8]);
+    let id = SnapshotId::from_entropy([8; 8]);
     place.store.insert_snapshot(snapshot_row(id)).unwrap();
     std::fs::create_dir(place.data.path().join(format!("snapshots/{id}.tmp"))).unwrap();
 
@@ -196,13 +196,13 @@ async fn interrupted_deletion_of_a_snapshot_is_undone_if_its_row_exists() {
     assert!(place.data.path().join(format!("snapshots/{id}")).exists());
 }
 
-fn snapshot_row(id: SandboxId) -> bhatti_store::SnapshotRow {
+fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
     let spec = SandboxSpec::plain("s".parse().unwrap(), "minimal".parse().unwrap());
     bhatti_store::SnapshotRow {
         id,
         owner: UserId::ADMIN,
         name: "saved".parse().unwrap(),
-        sandbox_id: id,
+        sandbox_id: SandboxId::from_entropy([8; 8]),
         sandbox_name: spec.name,
         cpus: spec.cpus,
         memory: spec.memory,

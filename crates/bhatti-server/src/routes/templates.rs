@@ -6,7 +6,7 @@ use axum::response::Response;
 use bhatti_api::{CreateTemplate, Deleted, ErrorCode, Template};
 use bhatti_image::DEFAULT_IMAGE;
 use bhatti_store::TemplateRow;
-use bhatti_types::{CpuCount, DiskMib, Environment, MemoryMib, SandboxId, UserId};
+use bhatti_types::{CpuCount, DiskMib, Environment, MemoryMib, TemplateId, UserId};
 
 use super::sandboxes::{init as check_init, labels, secrets};
 use crate::AppState;
@@ -83,7 +83,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
     let cpus = cpus.map_or(Ok(CpuCount::ONE), CpuCount::try_from);
     let memory = memory_mb.map_or(Ok(MemoryMib::DEFAULT), MemoryMib::try_from);
     Ok(TemplateRow {
-        id: SandboxId::from_entropy(getrandom::u64()?.to_be_bytes()),
+        id: TemplateId::from_entropy(getrandom::u64()?.to_be_bytes()),
         owner,
         name: name.parse().map_err(|error| bad(&error))?,
         image: image.parse().map_err(|error| bad(&error))?,

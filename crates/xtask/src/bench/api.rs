@@ -108,7 +108,7 @@ pub(super) fn add_stopped(store: &Store, number: u16) -> Result<()> {
         expires_at: None,
         volumes: Vec::new(),
     })?;
-    Ok(store.set_sandbox_state(id, SandboxState::Stopped)?)
+    Ok(store.set_sandbox_state(&store.claim(id)?, SandboxState::Stopped)?)
 }
 
 /// Opens a persistent connection.

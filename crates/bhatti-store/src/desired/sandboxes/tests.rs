@@ -1,6 +1,7 @@
 use bhatti_types::{Allowance, CpuCount, DiskMib, FailReason, MemoryMib, NetworkSpec, Quota};
 
 use super::*;
+use crate::Claim;
 
 pub(crate) fn id(number: u8) -> SandboxId {
     SandboxId::from_entropy([number; 8])
@@ -64,7 +65,7 @@ fn damaged_sandbox_row_is_skipped() {
 fn row_is_stored_with_every_field() {
     let (data, store) = store();
     let inserted = store.insert_sandbox(new(id(1))).unwrap();
-    store.set_sandbox_identity(id(1), "{}").unwrap();
+    store.set_sandbox_identity(&store.claim(id(1)).unwrap(), "{}").unwrap();
     store.set_sandbox_keep_hot(id(1), false).unwrap();
     let identity = Some("{}".to_owned());
     let spec = SandboxSpec { keep_hot: false, ..inserted.spec };
@@ -84,7 +85,7 @@ fn name_is_taken_until_its_sandbox_is_destroyed() {
     let taken = store.insert_sandbox(new(id(2)));
     assert!(matches!(taken, Err(InsertError::NameTaken(_))));
 
-    store.set_sandbox_state(id(1), SandboxState::Destroyed).unwrap();
+    store.set_sandbox_state(&store.claim(id(1)).unwrap(), SandboxState::Destroyed).unwrap();
     store.insert_sandbox(new(id(3))).unwrap();
     assert_eq!(store.count_sandboxes().unwrap(), 1);
 }
@@ -116,7 +117,7 @@ fn every_state_is_stored() {
         SandboxState::Failed(FailReason::VmmExited),
         SandboxState::Destroyed,
     ] {
-        store.set_sandbox_state(id(1), state).unwrap();
+        store.set_sandbox_state(&store.claim(id(1)).unwrap(), state).unwrap();
         let row = store.get_sandbox(id(1)).unwrap().unwrap();
         assert_eq!(row.state, state);
         assert_eq!(row.stopped_at.is_some(), state == SandboxState::Stopped);
@@ -231,8 +232,11 @@ fn refused_change_changes_nothing() {
 fn change_of_a_missing_sandbox_is_an_error() {
     let (_data, store) = store();
 
-    let changed = store.set_sandbox_state(id(1), SandboxState::Running);
+    let claim = Claim { sandbox: id(1), node: store.node(), epoch: 1 };
+
+    let changed = store.set_sandbox_state(&claim, SandboxState::Running);
 
     assert!(matches!(changed, Err(StoreError::NoSuchRow)));
-    assert!(matches!(store.delete_sandbox(id(1)), Err(StoreError::NoSuchRow)));
+    assert!(matches!(store.delete_sandbox(&claim), Err(StoreError::NoSuchRow)));
+    assert!(matches!(store.claim(id(1)), Err(StoreError::NoSuchRow)));
 }

@@ -1,12 +1,12 @@
 //! The table of templates, from which users create sandboxes.
 
 use bhatti_types::{
-    CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SandboxId,
-    SecretName, TemplateName, UserId,
+    CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SecretName,
+    TemplateId, TemplateName, UserId,
 };
 use rusqlite::{OptionalExtension, Row, params};
 
-use crate::sandboxes::read_disk;
+use crate::desired::sandboxes::read_disk;
 use crate::{
     Called, CountError, Store, StoreError, changed_one, check_count, from_json, immediate,
     is_taken, now, parse_secrets, parsed, secrets_text, sound_rows, to_json,
@@ -21,7 +21,7 @@ const TEMPLATES_MAX: u32 = 200;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TemplateRow {
     /// Id of the template.
-    pub id: SandboxId,
+    pub id: TemplateId,
     /// The owner.
     pub owner: UserId,
     /// Name of the template.
@@ -160,7 +160,7 @@ impl Store {
     /// # Errors
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such template.
-    pub fn delete_template(&self, id: SandboxId) -> Result<(), StoreError> {
+    pub fn delete_template(&self, id: TemplateId) -> Result<(), StoreError> {
         let connection = self.connection.lock();
         changed_one(connection.execute("DELETE FROM templates WHERE id = ?1", [id.to_string()])?)
     }
@@ -200,7 +200,7 @@ mod tests {
             std::collections::BTreeMap::from([(key.to_owned(), value.to_owned())])
         };
         let row = TemplateRow {
-            id: SandboxId::from_entropy([1; 8]),
+            id: TemplateId::from_entropy([1; 8]),
             owner: UserId::ADMIN,
             name: "ci".parse().unwrap(),
             image: "minimal".parse().unwrap(),
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(found.as_ref(), Some(&inserted));
         assert_eq!(store.list_templates(UserId::ADMIN).unwrap(), [inserted]);
         assert_eq!(store.find_template(UserId::from_entropy([1; 8]), "ci").unwrap(), None);
-        let again = TemplateRow { id: SandboxId::from_entropy([2; 8]), ..row.clone() };
+        let again = TemplateRow { id: TemplateId::from_entropy([2; 8]), ..row.clone() };
         let taken = store.insert_template(again);
         assert!(matches!(taken, Err(TemplateInsertError::NameTaken(_))));
         store.delete_template(row.id).unwrap();

@@ -4,7 +4,7 @@ use bhatti_types::{MountPath, QuotaExceeded, SandboxId, UserId, VolumeId, Volume
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 
-use crate::users::quota_of;
+use crate::desired::users::quota_of;
 use crate::{
     Called, Store, StoreError, changed_one, from_json, immediate, now, parsed, sound_rows, to_json,
 };

@@ -2,7 +2,7 @@ use bhatti_types::Quota;
 
 use super::*;
 use crate::InsertError;
-use crate::sandboxes::tests::{id, new};
+use crate::desired::sandboxes::tests::{id, new};
 
 fn store() -> (tempfile::TempDir, Store) {
     let data = tempfile::tempdir().unwrap();
@@ -74,7 +74,7 @@ fn volume_has_one_writer_or_any_number_of_readers() {
     );
 
     for number in [1, 2] {
-        store.delete_sandbox(id(number)).unwrap();
+        store.delete_sandbox(&store.claim(id(number)).unwrap()).unwrap();
     }
     sandbox(&store, 3, vec![named("data", false)]).unwrap();
     for read_only in [true, false] {
@@ -142,7 +142,7 @@ fn quota_counts_named_volumes_and_sandboxes_own_volumes() {
     assert!(store.insert_volume(volume(2, "more", 16)).is_err());
     store.end_volume_work(data, row.size).unwrap();
 
-    store.delete_sandbox(id(1)).unwrap();
+    store.delete_sandbox(&store.claim(id(1)).unwrap()).unwrap();
     store.insert_volume(volume(2, "more", 100)).unwrap();
 }
 

@@ -9,7 +9,7 @@ use rusqlite::Row;
 use rusqlite::types::ValueRef;
 
 use super::{SandboxRow, parse_labels};
-use crate::volumes::parse_attachments;
+use crate::desired::volumes::parse_attachments;
 use crate::{StoreError, network_spec, parse_secrets, parsed};
 
 /// Indexes of some columns.

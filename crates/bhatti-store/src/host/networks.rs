@@ -137,8 +137,9 @@ impl Store {
     pub fn list_ports(&self) -> Result<Vec<PortRow>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached(
-            "SELECT number, subnet, id, name, address, network_allow FROM sandboxes JOIN networks USING (owner)
-             WHERE address IS NOT NULL ORDER BY created_at, id",
+            "SELECT number, subnet, id, name, address, network_allow FROM addresses
+             JOIN sandboxes ON id = sandbox_id JOIN networks ON networks.owner = sandboxes.owner
+             ORDER BY created_at, id",
         )?;
         sound_rows(&mut query, [], Called("sandbox's network", 2), port)
     }
@@ -166,7 +167,7 @@ pub(crate) fn allowance(text: &str) -> Result<Allowance, StoreError> {
 
 fn all(connection: &Connection) -> Result<Vec<NetworkRow>, StoreError> {
     let mut query = connection.prepare_cached("SELECT number, subnet FROM networks")?;
-    query.query_map([], |row| Ok(network(row)))?.map(|row| row?).collect()
+    sound_rows(&mut query, [], Called("network", 1), network)
 }
 
 fn network_of(connection: &Connection, owner: UserId) -> Result<Option<NetworkRow>, StoreError> {
@@ -176,10 +177,12 @@ fn network_of(connection: &Connection, owner: UserId) -> Result<Option<NetworkRo
 }
 
 fn addresses_of(connection: &Connection, owner: UserId) -> Result<HashSet<Ipv4Addr>, StoreError> {
-    let mut query = connection
-        .prepare_cached("SELECT address FROM sandboxes WHERE owner = ?1 AND address IS NOT NULL")?;
-    let addresses = query.query_map([owner.to_string()], |row| row.get::<_, String>(0))?;
-    addresses.map(|address| parsed(address?.parse())).collect()
+    let mut query = connection.prepare_cached("SELECT address FROM addresses WHERE owner = ?1")?;
+    // A damaged address is of no use to others either: it is unique.
+    let addresses = sound_rows(&mut query, [owner.to_string()], Called("address", 0), |row| {
+        parsed(row.get::<_, String>(0)?.parse())
+    })?;
+    Ok(addresses.into_iter().collect())
 }
 
 /// No address could be assigned.
@@ -192,6 +195,18 @@ impl From<StoreError> for AddressError {
     fn from(error: StoreError) -> Self {
         Self::Store(error)
     }
+}
+
+/// Assigns an address to a sandbox, until the sandbox's row is deleted.
+pub(crate) fn keep_address(
+    connection: &Connection,
+    sandbox: SandboxId,
+    owner: UserId,
+    address: Ipv4Addr,
+) -> Result<(), StoreError> {
+    let mut insert = connection.prepare_cached("INSERT INTO addresses VALUES (?1, ?2, ?3)")?;
+    insert.execute([sandbox.to_string(), owner.to_string(), address.to_string()])?;
+    Ok(())
 }
 
 /// Returns the first address in the network of `owner` that no sandbox has.
@@ -215,7 +230,7 @@ mod tests {
 
     use super::*;
     use crate::InsertError;
-    use crate::sandboxes::tests::new;
+    use crate::desired::sandboxes::tests::new;
 
     fn store() -> (tempfile::TempDir, Store) {
         let data = tempfile::tempdir().unwrap();
@@ -293,7 +308,7 @@ mod tests {
             Err(InsertError::Quota(QuotaExceeded::Count { used: 253, .. }))
         ));
 
-        store.delete_sandbox(SandboxId::from_entropy([7; 8])).unwrap();
+        store.delete_sandbox(&store.claim(SandboxId::from_entropy([7; 8])).unwrap()).unwrap();
 
         assert_eq!(add(254).unwrap().address, Some(Ipv4Addr::new(10, 213, 0, 9)));
         let ports = store.list_ports().unwrap();

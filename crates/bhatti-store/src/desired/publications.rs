@@ -153,7 +153,7 @@ fn read(row: &Row<'_>) -> Result<PublicationRow, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandboxes::tests::{id, new};
+    use crate::desired::sandboxes::tests::{id, new};
 
     #[test]
     fn alias_names_one_port_until_its_sandbox_is_deleted() {
@@ -172,7 +172,7 @@ mod tests {
 
         assert_eq!(store.find_publication("web-1").unwrap(), Some(row.clone()));
         assert_eq!(store.list_publications(id(1)).unwrap(), [row]);
-        store.delete_sandbox(id(1)).unwrap();
+        store.delete_sandbox(&store.claim(id(1)).unwrap()).unwrap();
         assert_eq!(store.find_publication("web-1").unwrap(), None);
     }
 }

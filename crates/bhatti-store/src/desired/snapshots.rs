@@ -2,13 +2,13 @@
 
 use bhatti_types::{
     CpuCount, DiskMib, ImageName, MemoryMib, NetworkSpec, QuotaExceeded, SandboxId, SandboxName,
-    SnapshotName, UserId,
+    SnapshotId, SnapshotName, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::sandboxes::read_disk;
-use crate::users::quota_of;
-use crate::volumes::{Attachment, attachments_text, parse_attachments};
+use crate::desired::sandboxes::read_disk;
+use crate::desired::users::quota_of;
+use crate::desired::volumes::{Attachment, attachments_text, parse_attachments};
 use crate::{
     Called, Store, StoreError, changed_one, immediate, network_spec, now, parsed, sound_rows,
     to_json,
@@ -20,7 +20,7 @@ const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_m
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotRow {
     /// Id of the snapshot, which names its directory.
-    pub id: SandboxId,
+    pub id: SnapshotId,
     /// The owner.
     pub owner: UserId,
     /// Name of the snapshot.
@@ -140,7 +140,7 @@ impl Store {
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn snapshot_ids(&self) -> Result<Vec<SandboxId>, StoreError> {
+    pub fn snapshot_ids(&self) -> Result<Vec<SnapshotId>, StoreError> {
         let connection = self.connection.lock();
         let mut query = connection.prepare_cached("SELECT id FROM snapshots")?;
         sound_rows(&mut query, [], Called("snapshot", 0), |row| {
@@ -168,7 +168,7 @@ impl Store {
     /// # Errors
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such snapshot.
-    pub fn delete_snapshot(&self, id: SandboxId) -> Result<(), StoreError> {
+    pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), StoreError> {
         let connection = self.connection.lock();
         changed_one(connection.execute("DELETE FROM snapshots WHERE id = ?1", [id.to_string()])?)
     }
@@ -227,7 +227,7 @@ mod tests {
 
     fn row(number: u8) -> SnapshotRow {
         SnapshotRow {
-            id: SandboxId::from_entropy([number; 8]),
+            id: SnapshotId::from_entropy([number; 8]),
             owner: UserId::ADMIN,
             name: "ready".parse().unwrap(),
             sandbox_id: SandboxId::from_entropy([2; 8]),
@@ -267,7 +267,7 @@ mod tests {
 
         assert_eq!(store.find_snapshot(UserId::ADMIN, "ready").unwrap(), Some(inserted.clone()));
         assert_eq!(store.list_snapshots(None).unwrap(), [inserted]);
-        let again = SnapshotRow { id: SandboxId::from_entropy([3; 8]), ..row };
+        let again = SnapshotRow { id: SnapshotId::from_entropy([3; 8]), ..row };
         assert!(matches!(store.insert_snapshot(again), Err(SnapshotInsertError::NameTaken(_))));
         store.delete_snapshot(id).unwrap();
         assert!(matches!(store.delete_snapshot(id), Err(StoreError::NoSuchRow)));

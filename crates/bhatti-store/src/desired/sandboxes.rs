@@ -9,9 +9,9 @@ use bhatti_types::{
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::networks::{AddressError, free_address};
-use crate::users::quota_of;
-use crate::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
+use crate::desired::users::quota_of;
+use crate::desired::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
+use crate::host::networks::{AddressError, free_address, keep_address};
 use crate::{
     Called, Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed,
     secrets_text, sound_rows, to_json, unless_damaged,
@@ -24,9 +24,16 @@ pub use row::StoredSandbox;
 use row::read;
 pub(crate) use row::read_disk;
 
-/// The columns, in the order in which `row.rs` reads them.
-const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, created_at, keep_hot, origin, agent_token, \
-     identity, labels, secrets, init, expires_at, stopped_at, image, network, network_allow, address, disk_mib";
+/// The columns of the table that a creation fills, in the order of `insert`.
+const STORED: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
+     created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
+     stopped_at, image, network, network_allow, disk_mib";
+
+/// The columns that `row.rs` reads, in its order.
+const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
+     created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
+     stopped_at, image, network, network_allow, \
+     (SELECT address FROM addresses WHERE sandbox_id = sandboxes.id), disk_mib";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -402,18 +409,6 @@ impl Store {
         Ok(query.query_row([], |row| row.get(0))?)
     }
 
-    /// Stores the guest's report of applying its identity.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
-    pub fn set_sandbox_identity(&self, id: SandboxId, report: &str) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let mut update =
-            connection.prepare_cached("UPDATE sandboxes SET identity = ?2 WHERE id = ?1")?;
-        changed_one(update.execute(params![id.to_string(), report])?)
-    }
-
     /// Stores whether a sandbox stays hot.
     ///
     /// # Errors
@@ -425,35 +420,9 @@ impl Store {
             connection.prepare_cached("UPDATE sandboxes SET keep_hot = ?2 WHERE id = ?1")?;
         changed_one(update.execute(params![id.to_string(), keep_hot])?)
     }
-
-    /// Stores a sandbox's state.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
-    pub fn set_sandbox_state(&self, id: SandboxId, state: SandboxState) -> Result<(), StoreError> {
-        let (state, reason) = state_columns(state);
-        let connection = self.connection.lock();
-        let mut update = connection.prepare_cached(
-            "UPDATE sandboxes SET state = ?2, fail_reason = ?3, stopped_at = CASE WHEN ?2 = 'stopped' THEN coalesce(stopped_at, ?4) END
-             WHERE id = ?1",
-        )?;
-        changed_one(update.execute(params![id.to_string(), state, reason, now()])?)
-    }
-
-    /// Deletes a sandbox's row.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
-    pub fn delete_sandbox(&self, id: SandboxId) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let mut delete = connection.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?;
-        changed_one(delete.execute([id.to_string()])?)
-    }
 }
 
-const fn state_columns(state: SandboxState) -> (&'static str, Option<&'static str>) {
+pub(crate) const fn state_columns(state: SandboxState) -> (&'static str, Option<&'static str>) {
     let reason = match state {
         SandboxState::Failed(reason) => Some(reason.as_str()),
         SandboxState::Creating
@@ -502,7 +471,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
     };
     let (state, reason) = state_columns(row.state);
     let mut insert = transaction.prepare_cached(&format!(
-        "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21)"
+        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, (SELECT id FROM node))"
     ))?;
     insert.execute(params![
         row.id.to_string(),
@@ -524,10 +493,12 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
         row.spec.image.as_str(),
         row.spec.network.mode.as_str(),
         to_json(&row.spec.network.allow.to_texts())?,
-        row.address.map(|address| address.to_string()),
         row.spec.disk.map(DiskMib::get),
     ])?;
     drop(insert);
+    if let Some(address) = address {
+        keep_address(transaction, id, owner, address)?;
+    }
     row.volumes = attach_all(transaction, id, owner, volumes)?;
     Ok(row)
 }
