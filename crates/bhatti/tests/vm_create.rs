@@ -66,7 +66,7 @@ async fn files_over_the_total_limit_are_refused_before_creation() {
     let refused = create.output().await.unwrap();
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success());
-    assert!(said.contains("more than 16 MiB") && said.contains("file cp"), "{said}");
+    assert!(said.contains("more than 16 MiB") && said.contains("bhatti cp"), "{said}");
 
     let file = |bytes| json!({ "path": format!("/srv/{bytes}"), "content": "x".repeat(bytes) });
     let request = json!({ "name": "dev", "files": [file(FILES_BYTES_MAX), file(1)] });
