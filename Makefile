@@ -60,6 +60,7 @@ compare: test-data
 install: build
 	install -D -m 0755 dist/bhatti $(DESTDIR)$(PREFIX)/bin/bhatti
 	install -D -m 0755 dist/lohar $(DESTDIR)$(PREFIX)/lib/bhatti/lohar
+	dist/bhatti man $(DESTDIR)$(PREFIX)/share/man/man1
 
 clean:
 	cargo clean

@@ -23,7 +23,7 @@ ln -s "$PWD/target/test-data/images" "$data_dir/images"
 quickstart() {
     make --no-print-directory quickstart </dev/null >"$data_dir/output" 2>&1 && return
     echo "FAILED: make quickstart, $1"
-    tail -40 "$data_dir/output" "$data_dir/serve.log"
+    tail -n 40 "$data_dir/output" "$data_dir/serve.log"
     exit 1
 }
 expect() {

@@ -79,7 +79,7 @@ pub enum ErrorCode {
     Internal,
 }
 
-/// The body of every error response.
+/// The body of every error response: problem details (RFC 9457), and members of their own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     /// Error text, for people.
@@ -91,4 +91,45 @@ pub struct ErrorBody {
     pub hint: Option<String>,
     /// Id of the request in the daemon's log.
     pub request_id: String,
+    /// URI of the kind of problem: `urn:bhatti:error:` and the code.
+    #[serde(default, rename = "type")]
+    pub kind: String,
+    /// The kind of problem in words.
+    #[serde(default)]
+    pub title: String,
+    /// HTTP status of the response.
+    #[serde(default)]
+    pub status: u16,
+    /// The same text as `error`.
+    #[serde(default)]
+    pub detail: String,
+    /// URI of the request: `urn:bhatti:request:` and its id.
+    #[serde(default)]
+    pub instance: String,
+}
+
+impl ErrorBody {
+    /// Makes the body of an error. `status` is 0 if there was no HTTP response, as on a WebSocket.
+    #[must_use]
+    pub fn new(
+        code: ErrorCode,
+        error: String,
+        hint: Option<String>,
+        request_id: String,
+        status: u16,
+    ) -> Self {
+        let word = serde_json::to_value(code).ok();
+        let word = word.as_ref().and_then(|word| word.as_str()).unwrap_or("internal");
+        Self {
+            kind: format!("urn:bhatti:error:{word}"),
+            title: word.replace('_', " "),
+            status,
+            detail: error.clone(),
+            instance: format!("urn:bhatti:request:{request_id}"),
+            error,
+            code,
+            hint,
+            request_id,
+        }
+    }
 }

@@ -47,7 +47,7 @@ pub enum ClientError {
     Connect(#[from] ConnectError),
     /// The daemon refused, and said why.
     #[error("{}", .0.error)]
-    Refused(ErrorBody),
+    Refused(Box<ErrorBody>),
     /// The connection was lost.
     #[error("the connection to the daemon was lost")]
     Lost(#[source] hyper::Error),

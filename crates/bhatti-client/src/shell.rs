@@ -152,7 +152,7 @@ fn event(json: &str) -> Result<ShellEvent, ClientError> {
         }
         Ok(ShellServerMessage::Exit { exit_code }) => Ok(ShellEvent::Exit(exit_code)),
         Ok(ShellServerMessage::Error { error, code, hint }) => {
-            Err(ClientError::Refused(ErrorBody { error, code, hint, request_id: String::new() }))
+            Err(ClientError::Refused(Box::new(ErrorBody::new(code, error, hint, String::new(), 0))))
         }
         Err(_) => Err(unexpected(json)),
     }

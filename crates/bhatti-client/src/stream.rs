@@ -147,14 +147,9 @@ impl CommandOutput {
                     .add_permits(usize::try_from(bytes).unwrap_or_default().min(MESSAGE_BYTES_MAX));
                 Ok(None)
             }
-            Ok(StreamServerMessage::Error { error, code, hint }) => {
-                Err(ClientError::Refused(ErrorBody {
-                    error,
-                    code,
-                    hint,
-                    request_id: String::new(),
-                }))
-            }
+            Ok(StreamServerMessage::Error { error, code, hint }) => Err(ClientError::Refused(
+                Box::new(ErrorBody::new(code, error, hint, String::new(), 0)),
+            )),
             Err(_) => Err(unexpected(json)),
         }
     }

@@ -1,13 +1,13 @@
 //! Gives each request an id, and each error its body.
 
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, Method};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::{ErrorBody, ErrorCode};
 use tracing::{Instrument, debug, info_span};
 
 use crate::json::Json;
-use crate::status::ApiError;
+use crate::status::{ApiError, number};
 
 const HEADER: &str = "x-request-id";
 
@@ -31,8 +31,10 @@ pub(crate) async fn identify(
 fn finish(mut response: Response, request_id: String) -> Response {
     let name = HeaderValue::from_str(&request_id);
     if let Some(ApiError { code, message, hint, .. }) = response.extensions_mut().remove() {
-        let body = ErrorBody { error: message, code, hint, request_id };
+        let body = ErrorBody::new(code, message, hint, request_id, number(code));
         let mut with_body = (response.status(), Json(body)).into_response();
+        let problem = HeaderValue::from_static("application/problem+json");
+        with_body.headers_mut().insert(CONTENT_TYPE, problem);
         if let Some(wait) = response.headers_mut().remove(RETRY_AFTER) {
             with_body.headers_mut().insert(RETRY_AFTER, wait);
         }

@@ -123,15 +123,45 @@ fn described() -> OpenApiRouter<AppState> {
     small.merge(streamed)
 }
 
+/// Gives each operation a unique id, from its tag and its handler: `sandboxes_list`. Generators
+/// name functions by it.
+fn name_operations(api: &mut utoipa::openapi::OpenApi) {
+    for path in api.paths.paths.values_mut() {
+        let operations = [
+            &mut path.get,
+            &mut path.put,
+            &mut path.post,
+            &mut path.delete,
+            &mut path.patch,
+            &mut path.head,
+            &mut path.options,
+            &mut path.trace,
+        ];
+        let operations: Vec<_> = operations.into_iter().flatten().collect();
+        // A route for all methods has one handler.
+        let is_shared = operations.len() > 1
+            && operations.iter().all(|one| one.operation_id == operations[0].operation_id);
+        for (number, operation) in operations.into_iter().enumerate() {
+            let tag = operation.tags.iter().flatten().next().map_or("api", String::as_str);
+            let handler = operation.operation_id.as_deref().unwrap_or("call");
+            let number = if is_shared { format!("_{number}") } else { String::new() };
+            operation.operation_id = Some(format!("{tag}_{handler}{number}"));
+        }
+    }
+}
+
 /// Returns the OpenAPI description of the API.
 #[must_use]
 pub fn open_api() -> utoipa::openapi::OpenApi {
-    described().into_openapi()
+    let mut api = described().into_openapi();
+    name_operations(&mut api);
+    api
 }
 
 /// Returns a router with every route of the API.
 pub(crate) fn router() -> Router<AppState> {
-    let (router, api) = described().split_for_parts();
+    let (router, mut api) = described().split_for_parts();
+    name_operations(&mut api);
     let description = axum::body::Bytes::from(serde_json::to_vec(&api).unwrap_or_default());
     let describe = move || async move {
         ([(axum::http::header::CONTENT_TYPE, "application/json")], description)
@@ -158,6 +188,20 @@ mod tests {
     use super::*;
 
     const COMMITTED: &str = include_str!("../../../docs/openapi.json");
+
+    #[test]
+    fn operations_have_unique_ids() {
+        let mut ids = std::collections::BTreeSet::new();
+        for (path, item) in serde_json::to_value(open_api()).unwrap()["paths"].as_object().unwrap()
+        {
+            for (method, operation) in item.as_object().unwrap() {
+                if let Some(id) = operation["operationId"].as_str() {
+                    assert!(ids.insert(id.to_owned()), "{method} {path}: {id} is taken");
+                }
+            }
+        }
+        assert!(ids.contains("sandboxes_list") && ids.len() > 60, "{ids:?}");
+    }
 
     #[test]
     fn committed_openapi_document_matches_the_code() {

@@ -23,7 +23,8 @@ use creation::{boot_error, node_network_error, restore_error, volume_error};
 
 /// Retry delay for a host whose memory is in use, or a guest that is busy.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
-/// Retry delay for an exhausted quota. A person or a program must first free something.
+
+/// Retry interval after a quota error: the user has to give something up first.
 const QUOTA_RETRY: Duration = Duration::from_secs(60);
 
 /// An error for the caller. [`crate::request_id`] turns it into a response body.
@@ -160,6 +161,11 @@ pub(crate) const fn not_modified() -> StatusCode {
 /// Returns whether a response switches the connection to another protocol.
 pub(crate) fn changes_protocol<T>(response: &axum::http::Response<T>) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS
+}
+
+/// Returns the number of an error's status, for its body.
+pub(crate) fn number(code: ErrorCode) -> u16 {
+    status(code).as_u16()
 }
 
 const fn status(code: ErrorCode) -> StatusCode {

@@ -4,9 +4,9 @@
 //!
 //! | group | tables | written by |
 //! |---|---|---|
-//! | [`desired`] | what users want | control; a sandbox's state by its node, with a claim |
-//! | [`host`] | what is true of this host alone | the node |
-//! | [`events`] | the log | both |
+//! | `desired` | what users want | control; a sandbox's state by its node, with a claim |
+//! | `host` | what is true of this host alone | the node |
+//! | `events` | the log | both |
 //!
 //! Every call is one transaction. Calls block on disk for a moment: call them from a blocking
 //! task, or where a short delay does not matter.

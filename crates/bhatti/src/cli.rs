@@ -4,14 +4,20 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     bench, completion, create, destroy, edit, events, exec, file, fork, forward, image, inspect,
-    jobs, kill, lifecycle, list, logs, ports, ps, publish, run, secret, serve, setup, shell,
+    jobs, kill, lifecycle, list, logs, man, ports, ps, publish, run, secret, serve, setup, shell,
     snapshot, template, user, volume, wait,
 };
 use crate::options::Global;
 
 /// Run untrusted code and AI agents in real Linux microVMs on a machine you own.
 #[derive(Debug, Parser)]
-#[command(name = "bhatti", version, disable_help_subcommand = false, max_term_width = 100)]
+#[command(
+    name = "bhatti",
+    version,
+    disable_help_subcommand = false,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage. `exec`, `run` and `job wait` exit with the command's code; 124 timed out, 125 bhatti failed, 126 not executable, 127 not found, 128+N ended by signal N."
+)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -111,6 +117,9 @@ pub(crate) enum Command {
     Doctor,
     /// Measure how fast sandboxes are created and used
     Bench(bench::Bench),
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man(man::Man),
     /// Print a completion script for a shell
     Completion(completion::Completion),
     /// Print the version

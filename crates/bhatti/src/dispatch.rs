@@ -7,7 +7,7 @@ use clap::CommandFactory;
 use crate::cli::{Cli, Command};
 use crate::commands::{
     Context, bench, completion, create, destroy, doctor, edit, events, exec, file, fork, forward,
-    image, inspect, jobs, kill, lifecycle, list, logs, ports, ps, publish, run, secret, serve,
+    image, inspect, jobs, kill, lifecycle, list, logs, man, ports, ps, publish, run, secret, serve,
     setup, shell, snapshot, template, user, version, volume, wait,
 };
 use crate::error::CliError;
@@ -71,6 +71,7 @@ async fn run_client(
         Command::Metrics => context.output.print(&context.client.metrics().await?),
         Command::Doctor => return doctor::run(context).await,
         Command::Bench(arguments) => bench::run(context, &arguments).await,
+        Command::Man(arguments) => man::run(&arguments, Cli::command()),
         Command::Completion(arguments) => completion::run(context, &arguments, &mut Cli::command()),
         Command::Version => version::run(context),
     }

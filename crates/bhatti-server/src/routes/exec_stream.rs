@@ -46,7 +46,7 @@ const PIECE_BYTES: usize = 32 << 10;
 /// The first message is a `StreamRequest` of type `start`. After that, binary messages carry the
 /// streams, and their first byte names the stream (1 standard input, 2 output, 3 error). Text
 /// messages carry everything else.
-#[utoipa::path(get, path = "/sandboxes/{sandbox}/exec/ws", tag = "exec", params(("sandbox" = String, Path)),
+#[utoipa::path(get, operation_id = "stream", path = "/sandboxes/{sandbox}/exec/ws", tag = "exec", params(("sandbox" = String, Path)),
     responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,

@@ -43,7 +43,7 @@ pub(crate) async fn list(
 }
 
 /// Lists the listening TCP ports of all hot sandboxes of the caller. Wakes no sandbox.
-#[utoipa::path(get, path = "/ports", tag = "ports",
+#[utoipa::path(get, operation_id = "list_all", path = "/ports", tag = "ports",
     responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list_all(
     State(state): State<AppState>,

@@ -20,7 +20,7 @@ use crate::{AppState, PublicAddress};
 const NAME_BYTES_MAX: usize = 56;
 
 /// Lists the published ports of a sandbox.
-#[utoipa::path(get, path = "/sandboxes/{sandbox}/publish", tag = "ports", params(("sandbox" = String, Path)),
+#[utoipa::path(get, operation_id = "list_published", path = "/sandboxes/{sandbox}/publish", tag = "ports", params(("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Publication>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,

@@ -11,7 +11,7 @@ use crate::status::ApiError;
 
 /// Returns the host resources that each of the caller's sandboxes with a VM uses. The request
 /// wakes no sandbox, and keeps none hot.
-#[utoipa::path(get, path = "/usage", tag = "sandboxes",
+#[utoipa::path(get, operation_id = "usage", path = "/usage", tag = "sandboxes",
     responses((status = 200, body = Vec<Usage>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,

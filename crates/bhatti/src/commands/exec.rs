@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use tokio::time::Instant;
 
+use super::detach_keys::DetachKeys;
 use super::{Context, terminal};
 use crate::error::CliError;
 use crate::options::parse_variable;
@@ -50,9 +51,12 @@ pub(crate) struct Exec {
     /// Do not pass on standard input, so that a loop over lines keeps its lines
     #[arg(short = 'n', long, conflicts_with_all = ["detach", "interactive", "tty"])]
     no_stdin: bool,
-    /// Allocate a terminal; Ctrl+\ detaches, and the command keeps running
+    /// Allocate a terminal; the detach keys leave the command running
     #[arg(short, long, conflicts_with = "detach")]
     tty: bool,
+    /// Keys that detach from the terminal, such as ctrl-p,ctrl-q
+    #[arg(long, value_name = "KEYS", env = "BHATTI_DETACH_KEYS", default_value = DetachKeys::DEFAULT)]
+    detach_keys: DetachKeys,
     /// Run the command as a job and print the job's id; see `bhatti job`
     #[arg(short, long)]
     detach: bool,
@@ -75,6 +79,7 @@ pub(crate) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
         interactive: _,
         no_stdin,
         tty,
+        detach_keys,
         detach,
         restart,
         command,
@@ -103,7 +108,9 @@ pub(crate) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
             timeout_sec: timeout,
             ..ShellOptions::default()
         };
-        return terminal::run(context, &sandbox, options).await.map_err(CliError::of_exec);
+        return terminal::run(context, &sandbox, options, &detach_keys)
+            .await
+            .map_err(CliError::of_exec);
     }
     let start = StreamRequest::Start {
         cmd: command,

@@ -7,6 +7,7 @@ use bhatti_api::StreamRequest;
 use bhatti_client::ShellOptions;
 use clap::Args;
 
+use super::detach_keys::DetachKeys;
 use super::{Context, exec, terminal};
 use crate::error::CliError;
 use crate::options::parse_variable;
@@ -17,7 +18,7 @@ const PIPED_SHELL: &str =
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti shell dev\n  bhatti shell dev --attach s3\n  bhatti shell dev < script.sh\n\nCtrl+\\ detaches at any time; the terminal keeps running, and the next `bhatti shell` reattaches to it. If standard input is not a terminal, the shell reads its commands from it."
+    after_help = "Examples:\n  bhatti shell dev\n  bhatti shell dev --attach s3\n  bhatti shell dev < script.sh\n\nThe detach keys work at any time; the terminal keeps running, and the next `bhatti shell` reattaches to it. If standard input is not a terminal, the shell reads its commands from it."
 )]
 pub(crate) struct Shell {
     /// Name or id
@@ -37,10 +38,13 @@ pub(crate) struct Shell {
     /// User of a new terminal [default: the image's usual user]
     #[arg(short, long, conflicts_with = "attach")]
     user: Option<String>,
+    /// Keys that detach from the terminal, such as ctrl-p,ctrl-q
+    #[arg(long, value_name = "KEYS", env = "BHATTI_DETACH_KEYS", default_value = DetachKeys::DEFAULT)]
+    detach_keys: DetachKeys,
 }
 
 pub(crate) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode, CliError> {
-    let Shell { sandbox, attach, new, env, workdir, user } = arguments;
+    let Shell { sandbox, attach, new, env, workdir, user, detach_keys } = arguments;
     if attach.is_none() && !io::stdin().is_terminal() {
         let start = StreamRequest::Start {
             cmd: ["/bin/sh", "-c", PIPED_SHELL].map(str::to_owned).to_vec(),
@@ -54,5 +58,5 @@ pub(crate) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode,
     // These options apply only to a new terminal.
     let new = new || !env.is_empty() || workdir.is_some() || user.is_some();
     let options = ShellOptions { session: attach, new, env, workdir, user, ..Default::default() };
-    terminal::run(context, &sandbox, options).await.map_err(CliError::of_exec)
+    terminal::run(context, &sandbox, options, &detach_keys).await.map_err(CliError::of_exec)
 }

@@ -1,7 +1,7 @@
 //! Connects a terminal of this machine to a terminal in a sandbox.
 //!
 //! ```text
-//!  keys ──► keyboard ──► (Ctrl+\ leaves) ──► queue ──► sender ──► session
+//!  keys ──► keyboard ──► (detach keys) ──► queue ──► sender ──► session
 //!  screen ◄────────────────────────────────────────────────────── session
 //! ```
 //!
@@ -21,11 +21,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Context;
+use super::detach_keys::{DetachKeys, Detector};
 use super::exec::exit_code;
 use crate::error::CliError;
 
-/// Ctrl+\: detaches from a session.
-const LEAVE: u8 = 0x1c;
 /// Ctrl+C: cancels, as long as there is no session yet that could receive it.
 const INTERRUPT: u8 = 0x03;
 /// Ctrl+D: the end of input, for a session whose input is not a terminal.
@@ -92,14 +91,16 @@ pub(super) async fn run(
     context: &Context,
     sandbox: &str,
     mut options: ShellOptions,
+    detach_keys: &DetachKeys,
 ) -> Result<ExitCode, CliError> {
     let is_terminal = io::stdin().is_terminal();
     options.size = size();
     let mut signals = Signals::catch()?;
     let raw = if is_terminal { Some(Settings::raw()?) } else { None };
     let mut session = Session { id: options.session.clone() };
+    let keyboard = Keyboard::start(is_terminal, detach_keys);
     let outcome = tokio::select! {
-        outcome = attend(context, sandbox, &options, is_terminal, &mut session) => outcome,
+        outcome = attend(context, sandbox, &options, keyboard, &mut session) => outcome,
         number = signals.next() => Err(CliError::interrupted(number)),
     };
     drop(raw);
@@ -139,10 +140,9 @@ async fn attend(
     context: &Context,
     sandbox: &str,
     options: &ShellOptions,
-    is_terminal: bool,
+    mut keyboard: Keyboard,
     session: &mut Session,
 ) -> Result<Outcome, CliError> {
-    let mut keyboard = Keyboard::start(is_terminal);
     let open = context.change(sandbox, async |id| context.client.open_shell(id, options).await);
     let (input, mut output) = tokio::select! {
         opened = open => opened?,
@@ -234,7 +234,7 @@ fn size() -> Option<(u16, u16)> {
 enum Keys {
     /// Keys for the session.
     Some(Bytes),
-    /// Keys for the session, and then Ctrl+\.
+    /// Keys for the session, before the detach keys.
     Leave(Bytes),
 }
 
@@ -243,13 +243,14 @@ struct Keyboard {
     keys: mpsc::UnboundedReceiver<Bytes>,
     /// Keys that were typed before there was a session.
     early: Vec<Bytes>,
-    is_terminal: bool,
+    /// Looks for the detach keys, if the input is a terminal.
+    detector: Option<Detector>,
     /// Pieces that may still be read. A user may type any number.
     window: Arc<Semaphore>,
 }
 
 impl Keyboard {
-    fn start(is_terminal: bool) -> Self {
+    fn start(is_terminal: bool, detach_keys: &DetachKeys) -> Self {
         let permits = if is_terminal { Semaphore::MAX_PERMITS / 2 } else { PIPED_PIECES };
         let window = Arc::new(Semaphore::new(permits));
         let (read, keys) = mpsc::unbounded_channel();
@@ -277,13 +278,15 @@ impl Keyboard {
                 }
             }
         });
-        Self { keys, early: Vec::new(), is_terminal, window }
+        let detector = is_terminal.then(|| Detector::new(detach_keys));
+        Self { keys, early: Vec::new(), detector, window }
     }
 
     /// Waits until the user cancels. Keeps all other keys.
     async fn gives_up(&mut self) {
         while let Some(keys) = self.keys.recv().await {
-            if self.is_terminal && keys.iter().any(|key| [LEAVE, INTERRUPT].contains(key)) {
+            let (keys, detached) = self.detect(keys);
+            if detached || (self.detector.is_some() && keys.contains(&INTERRUPT)) {
                 return;
             }
             self.early.push(keys);
@@ -293,17 +296,27 @@ impl Keyboard {
 
     /// Waits for keys. At the end of the input, waits forever.
     async fn next(&mut self) -> Keys {
-        let keys = if self.early.is_empty() {
-            match self.keys.recv().await {
-                Some(keys) => keys,
-                None => std::future::pending().await,
-            }
-        } else {
-            self.early.remove(0)
+        if !self.early.is_empty() {
+            return Keys::Some(self.early.remove(0));
+        }
+        let keys = match self.keys.recv().await {
+            Some(keys) => keys,
+            None => std::future::pending().await,
         };
-        match keys.iter().position(|key| *key == LEAVE).filter(|_| self.is_terminal) {
-            Some(at) => Keys::Leave(keys.slice(..at)),
-            None => Keys::Some(keys),
+        match self.detect(keys) {
+            (keys, true) => Keys::Leave(keys),
+            (keys, false) => Keys::Some(keys),
+        }
+    }
+
+    /// Returns the keys for the session, and whether the user typed the detach keys.
+    fn detect(&mut self, keys: Bytes) -> (Bytes, bool) {
+        match &mut self.detector {
+            Some(detector) => {
+                let (keys, detached) = detector.feed(&keys);
+                (keys.into(), detached)
+            }
+            None => (keys, false),
         }
     }
 }
