@@ -262,12 +262,11 @@ impl Driver {
         claim: Claim,
         state: State,
     ) -> Self {
-        Self::of(shared, Facts::new(row, claim), state)
+        Self::of(shared, Facts::new(row, claim), Access::new(state, row.spec.keep_hot))
     }
 
-    fn of(shared: &Arc<Shared>, facts: Facts, state: State) -> Self {
+    fn of(shared: &Arc<Shared>, facts: Facts, access: Arc<Access>) -> Self {
         let (requests, arrivals) = mpsc::channel(ARRIVALS_MAX);
-        let access = Access::new(state, facts.keep_hot);
         shared.registry.insert(facts.id, Handle { requests, access: Arc::clone(&access) });
         Self {
             sandbox: Sandbox::new(shared, facts, access),
@@ -310,7 +309,8 @@ impl Driver {
                 if was_going { State::Destroying(memory) } else { State::Failed(reason, memory) };
             // Callers that hold the old access see the failure, too.
             access.set(left.clone());
-            driver = Self::of(&shared, facts.clone(), left);
+            let next = Access::new(left, access.keep_hot());
+            driver = Self::of(&shared, facts.clone(), next);
             if was_going {
                 // Not at once: the destruction may panic again.
                 retry.note_failure();

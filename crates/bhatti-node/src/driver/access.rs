@@ -154,6 +154,10 @@ impl Access {
         self.inner.lock().state = state;
     }
 
+    pub(super) fn keep_hot(&self) -> bool {
+        self.inner.lock().keep_hot
+    }
+
     pub(crate) fn set_keep_hot(&self, keep_hot: bool) {
         self.inner.lock().keep_hot = keep_hot;
         self.changed.notify_one();

@@ -31,7 +31,6 @@ pub(super) struct Facts {
     address: Option<Ipv4Addr>,
     volumes: Vec<Attachment>,
     token: String,
-    pub(super) keep_hot: bool,
 }
 
 impl Facts {
@@ -45,7 +44,6 @@ impl Facts {
             address: row.address,
             volumes: row.volumes.clone(),
             token: row.agent_token.clone(),
-            keep_hot: row.spec.keep_hot,
         }
     }
 }
@@ -76,8 +74,7 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     pub(super) fn new(shared: &Arc<Shared>, facts: Facts, access: Arc<Access>) -> Self {
-        let Facts { id, claim, owner, expires_at, memory, address, volumes, token, keep_hot: _ } =
-            facts;
+        let Facts { id, claim, owner, expires_at, memory, address, volumes, token } = facts;
         let is_announced = !matches!(access.kind(), Kind::Creating | Kind::Destroying);
         Self {
             id,
@@ -109,7 +106,6 @@ impl Sandbox {
             address: self.address,
             volumes: self.volumes.clone(),
             token: self.token.clone(),
-            keep_hot: false,
         }
     }
 

@@ -71,6 +71,21 @@ async fn sandbox_fails_if_its_driver_panics_and_can_be_destroyed() {
 }
 
 #[tokio::test]
+async fn sandbox_is_still_kept_hot_after_its_driver_panicked() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Nothing, Saved::Yes);
+    let node = place.recover().await;
+
+    // It wakes the sandbox, and the simulated engine panics when it is to restore a VM.
+    node.set_keep_hot(id, true).await.unwrap_err();
+
+    let failed = Kind::Failed(FailReason::DriverPanicked);
+    wait_for("the sandbox has failed", || node.handle(id).unwrap().access.kind() == failed).await;
+    wait_for("its next driver keeps it hot", || node.handle(id).unwrap().access.keep_hot()).await;
+    assert!(place.store.get_sandbox(id).unwrap().unwrap().spec.keep_hot);
+}
+
+#[tokio::test]
 async fn vm_that_cannot_be_adopted_is_ended() {
     let place = Place::new();
     let id = place.leave(1, RUNNING, Found::Broken, Saved::No);
