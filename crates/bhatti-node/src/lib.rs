@@ -18,6 +18,7 @@ mod bring_up;
 mod create;
 mod disk_usage;
 mod driver;
+mod files;
 #[cfg(test)]
 mod fixture;
 mod identity;

@@ -13,12 +13,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
-use bhatti_types::{Report, SandboxId, SnapshotId};
+use bhatti_types::{SandboxId, SnapshotId};
 use tracing::warn;
 
 use crate::boot_source::{BootSource, Prepared};
 use crate::driver::steps::{self, Step};
 use crate::driver::{Request, SavedSandbox};
+use crate::files::remove_or_warn;
 use crate::identity::random_token;
 use crate::volumes::MadeFrom;
 use crate::{Node, UseError};
@@ -93,7 +94,7 @@ impl SnapshotFiles {
 
     /// Removes the files of a saved snapshot that got no row. Failures are logged.
     pub async fn discard_unnamed(&self, id: SnapshotId) {
-        remove(&self.unnamed(id)).await;
+        remove_or_warn(&self.unnamed(id), "a snapshot").await;
     }
 
     /// Takes a snapshot's files out of use before its row is deleted. Missing files are no error.
@@ -119,7 +120,7 @@ impl SnapshotFiles {
 
     /// Removes files that were taken away. Failures are logged; the next daemon repeats it.
     pub async fn remove_taken(&self, id: SnapshotId) {
-        remove(&self.taken(id)).await;
+        remove_or_warn(&self.taken(id), "a snapshot").await;
     }
 
     /// Settles the files that an earlier daemon left. `named` are the snapshots that are in the
@@ -166,19 +167,6 @@ async fn settle(path: &Path, name: &str, named: &HashSet<SnapshotId>) -> io::Res
             }
             Ok(())
         }
-    }
-}
-
-async fn remove(directory: &Path) {
-    match tokio::fs::remove_dir_all(directory).await {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            warn!(
-                path = %directory.display(),
-                error = %Report(&error),
-                "Failed to remove a snapshot's files"
-            );
-        }
-        _ => {}
     }
 }
 
@@ -242,7 +230,7 @@ impl Node {
 
     /// Removes a fork source. The forks have hard links to the files that they need.
     pub async fn remove_fork_source(&self, source: ForkSource) {
-        remove(&source.directory).await;
+        remove_or_warn(&source.directory, "a snapshot").await;
     }
 
     async fn save(

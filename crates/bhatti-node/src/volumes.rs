@@ -15,14 +15,15 @@ mod trust;
 
 use std::collections::HashSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use bhatti_host::durable;
-use bhatti_types::{Report, VolumeId, VolumeMib};
+use bhatti_types::{VolumeId, VolumeMib};
 use tokio::sync::{RwLock, RwLockReadGuard};
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
+use crate::files::remove_or_warn;
 use file::create_private;
 
 pub use file::VolumeFileError;
@@ -112,7 +113,7 @@ impl VolumeFiles {
 
     /// Removes the files of a volume that got no row. Failures are logged.
     pub async fn discard_unnamed(&self, id: VolumeId) {
-        remove(&self.making(id)).await;
+        remove_or_warn(&self.making(id), "a volume").await;
     }
 
     /// Grows a volume that no VM uses.
@@ -164,7 +165,7 @@ impl VolumeFiles {
 
     /// Removes files that were taken away. Failures are logged; the next daemon repeats it.
     pub async fn remove_taken(&self, id: VolumeId) {
-        remove(&self.gone(id)).await;
+        remove_or_warn(&self.gone(id), "a volume").await;
     }
 
     /// Settles the files that an earlier daemon left. `known` are the volumes that are in the
@@ -183,7 +184,7 @@ impl VolumeFiles {
                 Some(id) if known.contains(&id) && unsettled.is_some() => {
                     durable::rename(&entry.path(), &self.directory_of(id))?;
                 }
-                Some(_) if unsettled.is_some() => remove(&entry.path()).await,
+                Some(_) if unsettled.is_some() => remove_or_warn(&entry.path(), "a volume").await,
                 Some(id) if known.contains(&id) => {}
                 _ => {
                     warn!(
@@ -194,19 +195,6 @@ impl VolumeFiles {
             }
         }
         Ok(())
-    }
-}
-
-async fn remove(directory: &Path) {
-    match tokio::fs::remove_dir_all(directory).await {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            warn!(
-                path = %directory.display(),
-                error = %Report(&error),
-                "Failed to remove a volume's files"
-            );
-        }
-        _ => {}
     }
 }
 
