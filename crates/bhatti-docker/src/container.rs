@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bhatti_engine::{BootError, VmSpec};
+use bhatti_host::blocking;
 use bhatti_host::process::Followed;
 use bhatti_types::{DiskMib, SandboxId};
 use bollard::Docker;
@@ -123,7 +124,7 @@ pub(crate) async fn create(
     };
     let mut body = body(spec, image, lohar);
     if !DISK_IS_UNLIMITED.load(Ordering::Relaxed) {
-        let image_bytes = fs::metadata(&spec.root_base).map_err(failed)?.len();
+        let image_bytes = blocking(|| fs::metadata(&spec.root_base)).map_err(failed)?.len();
         let bytes = spec.disk.map_or(image_bytes, DiskMib::bytes);
         let limit = HashMap::from([("size".to_owned(), bytes.to_string())]);
         body.host_config.get_or_insert_default().storage_opt = Some(limit);

@@ -6,12 +6,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::{RemoveError, VolumeFile};
+use bhatti_host::blocking;
 use bhatti_host::process::command;
+use bhatti_vmm::create_private;
 use rustix::fs::{StatVfsMountFlags, Timespec, major, minor, stat, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
@@ -57,7 +58,7 @@ pub(crate) fn places(directory: &Path, volumes: &[Option<VolumeFile>]) -> Vec<Mo
 pub(crate) async fn make(directory: &Path, volumes: &[Option<VolumeFile>]) -> io::Result<()> {
     let files = volumes.iter().flatten().map(|volume| &volume.path);
     for (file, place) in files.zip(places(directory, volumes)) {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&place.here)?;
+        blocking(|| create_private(&place.here))?;
         let access = if place.read_only { "ro" } else { "rw" };
         // Sets the behavior on errors, because the superblock could ask for a kernel panic.
         let options = format!("loop,nosuid,nodev,noatime,errors=remount-ro,{access}");

@@ -1,5 +1,6 @@
 //! Root file systems as Docker images.
 
+use bhatti_host::blocking;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -41,8 +42,8 @@ impl Roots {
     /// Returns the name of Docker's image of the root file system `disk`. Imports it if needed.
     pub(crate) async fn image(&self, docker: &Docker, disk: &Path) -> io::Result<String> {
         // Resolves links, because several data directories may share one image.
-        let disk = &fs::canonicalize(disk)?;
-        let tag = tag(disk)?;
+        let disk = &blocking(|| fs::canonicalize(disk))?;
+        let tag = blocking(|| tag(disk))?;
         let name = format!("{REPOSITORY}:{tag}");
         let _importing = self.importing.lock().await;
         match docker.inspect_image(&name).await {
@@ -121,7 +122,7 @@ pub(crate) async fn remove_orphans(docker: Docker) {
     };
     for image in images {
         let source = image.labels.get(SOURCE).map(Path::new);
-        let current = source.and_then(|source| tag(source).ok());
+        let current = source.and_then(|source| blocking(|| tag(source)).ok());
         let is_current =
             current.is_some_and(|tag| image.repo_tags.contains(&format!("{REPOSITORY}:{tag}")));
         if is_current {

@@ -1,8 +1,6 @@
 //! A running container in place of a VM.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +9,7 @@ use async_trait::async_trait;
 use bhatti_engine::{
     AgentChannel, BootError, Captured, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
+use bhatti_host::blocking;
 use bhatti_host::process::{Followed, Usage};
 use bhatti_proto::CONTROL_PORT;
 use bhatti_types::SandboxId;
@@ -49,7 +48,7 @@ pub(crate) async fn boot(
     let directory = &spec.directory;
     create_private(directory).map_err(failed("create the sandbox's directory"))?;
     let shared = directory.join(channel::DIRECTORY);
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&shared);
+    let made = blocking(|| create_private(&shared));
     made.map_err(failed("create the agent's directory"))?;
     mounts::make(directory, &spec.volumes).await.map_err(failed("mount the volumes"))?;
     if !spec.keep_disk {

@@ -218,9 +218,9 @@ pub trait Vm: Send + Sync {
 
     /// Merges the layers of the VM's disk, if frozen layers have become many or large. With
     /// `_to_save_space`, merges them whenever that frees disk space. The merge takes as long as
-    /// copying the layers' content, at most 20 s. The VM runs meanwhile, and is paused for a
-    /// moment at the end. Returns whether there was anything to merge: engines with single-file
-    /// disks have nothing.
+    /// copying the layers' content, and fails if nothing is copied for 20 s. The VM runs
+    /// meanwhile, and is paused for a moment at the end. Returns whether there was anything to
+    /// merge: engines with single-file disks have nothing.
     ///
     /// # Errors
     ///

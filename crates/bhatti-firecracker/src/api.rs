@@ -46,7 +46,7 @@ struct Fault {
 
 /// The client of one Firecracker.
 #[derive(Clone, Debug)]
-pub(crate) struct Api {
+pub struct Api {
     directory: PathBuf,
 }
 

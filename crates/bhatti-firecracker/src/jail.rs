@@ -22,12 +22,13 @@ use std::path::{Path, PathBuf};
 use bhatti_host::process::USERS;
 use bhatti_host::{disk, tap};
 use bhatti_types::SandboxId;
-use bhatti_vmm::{cgroup, create_private, share, user_of};
+use bhatti_vmm::{
+    EMPTY_VOLUME_BYTES, Launch, Volume, cgroup, create_private, share, user_of, vm_name,
+};
 use tokio::task::spawn_blocking;
 
-use crate::Setup;
-use crate::machine::{EMPTY_VOLUME_BYTES, Machine, volume_name};
-use bhatti_vmm::Volume;
+use crate::Firecracker;
+use crate::machine::volume_name;
 
 const ROOT: &str = "vmm";
 const JAIL: &str = "jail";
@@ -56,18 +57,19 @@ pub(crate) struct Jail {
 }
 
 impl Jail {
-    /// Makes an empty jail. Removes an earlier one.
-    pub(crate) async fn make(
-        setup: &Setup,
-        id: SandboxId,
-        directory: &Path,
-        tap: Option<&str>,
-    ) -> io::Result<Self> {
-        clear(id, directory).await?;
-        let jail = Self { root: root(directory), user: setup.jailer.as_ref().map(|_| user_of(id)) };
+    /// The jail of the VM in `directory`.
+    pub(crate) fn of(firecracker: &Firecracker, id: SandboxId, directory: &Path) -> Self {
+        Self { root: root(directory), user: firecracker.jailer.as_ref().map(|_| user_of(id)) }
+    }
+
+    /// Makes an empty jail. An earlier one was [cleared](clear).
+    pub(crate) fn make(firecracker: &Firecracker, launch: &Launch<'_>) -> io::Result<Self> {
+        let Launch { id, directory, tap, .. } = *launch;
+        let jail = Self::of(firecracker, id, directory);
         create_private(&jail.root)?;
         let Some(owner) = jail.user else { return Ok(jail) };
-        let place = directory.join(JAIL).join(program_name(setup)).join(bhatti_vmm::vm_name(id));
+        let program = firecracker.program.file_name().unwrap_or_default();
+        let place = directory.join(JAIL).join(program).join(vm_name(id));
         create_private(&place)?;
         symlink(Path::new("../../..").join(ROOT), place.join("root"))?;
         if let Some(tap) = tap {
@@ -114,35 +116,24 @@ impl Jail {
     /// Returns the program and the arguments that start Firecracker with `arguments`.
     pub(crate) fn command(
         &self,
-        setup: &Setup,
-        id: SandboxId,
-        machine: &Machine,
+        firecracker: &Firecracker,
+        launch: &Launch<'_>,
         arguments: &[&str],
     ) -> (PathBuf, Vec<String>) {
         let owned = |arguments: &[&str]| arguments.iter().map(|&one| one.to_owned()).collect();
-        let name = bhatti_vmm::vm_name(id);
-        let (Some(jailer), Some(user)) = (&setup.jailer, self.user) else {
+        let name = vm_name(launch.id);
+        let (Some(jailer), Some(user)) = (&firecracker.jailer, self.user) else {
             let mut all: Vec<String> = owned(&["--id", &name]);
             all.extend(owned(arguments));
-            return (setup.program.clone(), all);
+            return (firecracker.program.clone(), all);
         };
         let user = user.to_string();
-        let (program, base) = (setup.program.to_string_lossy(), self.root.with_file_name(JAIL));
+        let program = firecracker.program.to_string_lossy();
+        let base = self.root.with_file_name(JAIL);
         let base = base.to_string_lossy();
-        let jail = [
-            "--id",
-            &name,
-            "--uid",
-            &user,
-            "--gid",
-            &user,
-            "--exec-file",
-            &program,
-            "--chroot-base-dir",
-            &base,
-        ];
-        let mut all: Vec<String> = owned(&jail);
-        all.extend(cgroup::jailer_arguments(setup.groups, machine.memory_mib));
+        let mut all: Vec<String> = owned(&["--id", &name, "--uid", &user, "--gid", &user]);
+        all.extend(owned(&["--exec-file", &program, "--chroot-base-dir", &base]));
+        all.extend(cgroup::jailer_arguments(firecracker.groups, launch.machine.memory_mib));
         all.push("--".to_owned());
         all.extend(owned(arguments));
         (jailer.clone(), all)
@@ -160,10 +151,6 @@ impl Jail {
         }
         Ok(())
     }
-}
-
-fn program_name(setup: &Setup) -> &Path {
-    setup.program.file_name().map_or(Path::new(""), Path::new)
 }
 
 /// Makes a file readable for all users that can reach it.
@@ -215,9 +202,7 @@ fn discard(place: &Path) -> io::Result<()> {
 
 /// Removes the jail of a VMM that has ended, its control group and its tap.
 pub(crate) async fn clear(id: SandboxId, directory: &Path) -> io::Result<()> {
-    if directory.join(JAIL).exists() {
-        cgroup::remove(&bhatti_vmm::vm_name(id)).await?;
-    }
+    cgroup::remove(&vm_name(id)).await?;
     let directory = directory.to_owned();
     spawn_blocking(move || remove_files(&directory)).await.map_err(io::Error::other)?
 }
@@ -242,6 +227,7 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use bhatti_testkit::skip;
+    use bhatti_vmm::Source;
 
     use super::*;
 
@@ -271,8 +257,8 @@ mod tests {
         assert!(!inside.exists());
     }
 
-    fn setup(jailer: Option<&str>) -> Setup {
-        Setup {
+    fn firecracker(jailer: Option<&str>) -> Firecracker {
+        Firecracker {
             program: "/x/fc".into(),
             jailer: jailer.map(PathBuf::from),
             groups: cgroup::Groups::Unusable,
@@ -280,8 +266,18 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn jailed_files_are_owned_or_readable_and_never_links() {
+    /// Makes the jail of a VM that boots in `directory`.
+    fn make(firecracker: &Firecracker, directory: &Path) -> Jail {
+        let id = SandboxId::from_entropy([7; 8]);
+        let machine = serde_json::json!({ "cpus": 1, "memory_mib": 64, "memory": null });
+        let machine = serde_json::from_value(machine).unwrap();
+        let source = Source::Snapshot(directory);
+        let launch = Launch { id, directory, machine: &machine, tap: None, source };
+        Jail::make(firecracker, &launch).unwrap()
+    }
+
+    #[test]
+    fn jailed_files_are_owned_or_readable_and_never_links() {
         if !rustix::process::geteuid().is_root() {
             skip("firecracker's jail", "only root's Firecracker is jailed");
             return;
@@ -294,8 +290,7 @@ mod tests {
         }
         symlink(file("memory"), file("link")).unwrap();
         let id = SandboxId::from_entropy([7; 8]);
-        let setup = setup(Some("/x/jailer"));
-        let jail = Jail::make(&setup, id, directory.path(), None).await.unwrap();
+        let jail = make(&firecracker(Some("/x/jailer")), directory.path());
 
         jail.admit(&file("disk"), "disk", Use::Own).unwrap();
         jail.admit(&file("link"), "memory", Use::Shared).unwrap();
@@ -304,7 +299,7 @@ mod tests {
         assert_eq!((inside("disk").uid(), inside("disk").mode() & 0o777), (user_of(id), 0o600));
         assert!(inside("memory").is_file());
         assert_eq!((inside("memory").uid(), inside("memory").mode() & 0o777), (0, 0o644));
-        let place = file("jail").join("fc").join(bhatti_vmm::vm_name(id)).join("root");
+        let place = file("jail").join("fc").join(vm_name(id)).join("root");
         assert_eq!(fs::canonicalize(place).unwrap(), fs::canonicalize(&jail.root).unwrap());
     }
 
@@ -312,10 +307,10 @@ mod tests {
     async fn new_jail_has_no_files_of_an_earlier_vmm() {
         let directory = made();
         fs::write(root(directory.path()).join("left"), "").unwrap();
-        let setup = setup(None);
         let id = SandboxId::from_entropy([7; 8]);
 
-        let jail = Jail::make(&setup, id, directory.path(), None).await.unwrap();
+        clear(id, directory.path()).await.unwrap();
+        let jail = make(&firecracker(None), directory.path());
 
         assert_eq!(fs::read_dir(root(directory.path())).unwrap().count(), 0);
         fs::write(directory.path().join("disk"), "disk").unwrap();

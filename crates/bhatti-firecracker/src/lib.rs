@@ -1,10 +1,10 @@
-//! The engine on Firecracker.
+//! Firecracker, for the engine of [`bhatti_vmm`].
 //!
 //! ```text
 //!  <sandbox directory>/
 //!    disk.ext4       the root disk
 //!    memory-*.img    the file that the memory of a restored or forked VM is a private mapping of
-//!    snapshot/       the snapshot of a cold VM: see `manifest`
+//!    snapshot/       the snapshot of a cold VM
 //!    console.fifo    the guest's console
 //!    vm.json         the record of Firecracker's process and machine
 //!    vmm.log         Firecracker's own output
@@ -19,35 +19,36 @@
 //! files: a fork has a copy, which shares blocks if the file system supports that.
 
 mod api;
-mod capture;
 mod jail;
+mod load;
 mod machine;
-mod manifest;
 mod memory;
-mod operations;
-mod restore;
+mod save;
+mod start;
 mod version;
-mod vm;
 
-use std::fs;
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Accelerator, AdoptError, BootError, Capabilities, Disks, Engine, RemoveError, RestoreError,
-    RestoreSpec, Staged, Vm, VmSpec,
+    Accelerator, Capabilities, RestoreError, RestoreSpec, SnapshotError, SnapshotRequest, VmSpec,
+    VmmError,
 };
 use bhatti_host::process::Followed;
-use bhatti_host::processor;
+use bhatti_host::{disk, processor};
 use bhatti_types::SandboxId;
 use bhatti_vmm::cgroup::Groups;
+use bhatti_vmm::{
+    Connections, Launch, Machine, Manifest, Origin, ProcessEngine, Running, Saved, Unfinished,
+    VmState, Vmm, VsockChannel,
+};
+use serde_json::json;
 
-use api::State;
-use machine::Record;
-use vm::FirecrackerVm;
+use api::{Api, CALL_LIMIT, State};
+use machine::DISK;
 
 pub use version::{Found, MINIMUM, Unusable, Version, check};
 
@@ -56,26 +57,26 @@ pub const PROGRAM: &str = "firecracker";
 /// The program that starts Firecracker as another user.
 pub const JAILER: &str = "jailer";
 
+/// How long Firecracker may take to start the guest, and to pause or resume its vCPUs.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
 /// Runs VMs with Firecracker.
-pub struct FirecrackerEngine {
-    setup: Setup,
-}
+pub type FirecrackerEngine = ProcessEngine<Firecracker>;
 
-/// The settings that all VMs of an engine are started with.
+/// Firecracker, as the engine starts it.
 #[derive(Clone, Debug)]
-pub(crate) struct Setup {
-    pub(crate) program: PathBuf,
+pub struct Firecracker {
+    program: PathBuf,
     /// The jailer that starts Firecracker, if this daemon is root.
-    pub(crate) jailer: Option<PathBuf>,
-    pub(crate) groups: Groups,
-    /// What saved VMs depend on: if this value changes, they cannot be restored.
-    pub(crate) depends_on: String,
+    jailer: Option<PathBuf>,
+    groups: Groups,
+    depends_on: String,
 }
 
-impl FirecrackerEngine {
+impl Firecracker {
     /// Creates an engine on a checked Firecracker.
     #[must_use]
-    pub fn new(found: Found) -> Self {
+    pub fn engine(found: Found) -> FirecrackerEngine {
         let Found { program, jailer, .. } = found;
         let groups = Groups::of_host();
         if jailer.is_some() && groups == Groups::Unusable {
@@ -86,48 +87,41 @@ impl FirecrackerEngine {
         let depends_on = format!(
             "{} kvm {} layout {} processor {}",
             std::env::consts::ARCH,
-            kind_of_program(&program),
+            bhatti_vmm::kind_of_program(&program),
             machine::LAYOUT,
             // A guest sees this host's own processor.
             processor::identity()
         );
-        Self { setup: Setup { program, jailer, groups, depends_on } }
+        ProcessEngine::of(Self { program, jailer, groups, depends_on })
     }
 
-    /// Finds the VMM process of a sandbox.
-    async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        let name = bhatti_vmm::vm_name(id);
-        let found = bhatti_vmm::find(directory, &self.setup.program, &name).await;
-        match (found, &self.setup.jailer) {
-            // The process is the jailer until the jailer starts Firecracker.
-            (Err(error), Some(jailer)) if error.kind() == io::ErrorKind::NotFound => {
-                bhatti_vmm::find(directory, jailer, &name).await
-            }
-            (found, _) => found,
+    async fn change_state(
+        &self,
+        vm: &Running<Self>,
+        from: State,
+        to: &str,
+    ) -> Result<(), VmmError> {
+        if vm.control.instance().await?.state != from {
+            return Ok(());
         }
-    }
-
-    /// Ends a VM that did not start. Its disk and its snapshot stay.
-    async fn end(&self, id: SandboxId, directory: &Path) {
-        if let Err(left) = self.kill(id, directory).await {
-            tracing::error!(sandbox = %id, error = %left, "Failed to end a VM that did not start");
-        }
-    }
-
-    async fn clean_up(&self, id: SandboxId, directory: &Path) {
-        if let Err(left) = self.remove(id, directory).await {
-            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not start");
-        }
+        vm.control.patch("/vm", &json!({ "state": to }), START_LIMIT).await
     }
 }
 
 #[async_trait]
-impl Engine for FirecrackerEngine {
+impl Vmm for Firecracker {
+    type Control = Api;
+    type Channel = VsockChannel;
+
+    const NAME: &'static str = "Firecracker";
+    const FORMAT: u32 = 1;
+    const STATE: &'static str = "vm.state";
+
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             name: "firecracker",
             accelerator: Some(Accelerator::Kvm),
-            machine: self.setup.depends_on.clone(),
+            machine: self.depends_on.clone(),
             exchanges_disks: false,
             saves_memory: true,
             shares_kernel: false,
@@ -135,73 +129,99 @@ impl Engine for FirecrackerEngine {
         }
     }
 
-    async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError> {
-        match vm::boot(spec, &self.setup).await {
-            Ok(vm) => Ok(Arc::new(vm)),
-            Err(error) => {
-                if spec.keep_disk {
-                    self.end(spec.id, &spec.directory).await;
-                } else {
-                    self.clean_up(spec.id, &spec.directory).await;
-                }
-                Err(error)
+    fn programs(&self) -> Vec<PathBuf> {
+        // The process is the jailer until the jailer starts Firecracker.
+        self.jailer.iter().chain([&self.program]).cloned().collect()
+    }
+
+    /// Copies the image, and extends the copy to the size of the disk.
+    fn boot_disk(&self, spec: &VmSpec) -> io::Result<String> {
+        let path = spec.directory.join(DISK);
+        if !spec.keep_disk {
+            disk::copy(&spec.root_base, &path)?;
+            let file = File::options().write(true).open(&path)?;
+            let bytes = spec.disk.map_or(0, |size| size.bytes());
+            if bytes > file.metadata()?.len() {
+                file.set_len(bytes)?;
             }
         }
+        Ok(DISK.to_owned())
     }
 
-    async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError> {
-        match restore::stage(spec, &self.setup).await {
-            Ok(waiting) => Ok(Box::new(waiting)),
-            Err(error) => {
-                match spec.disks {
-                    Disks::Frozen => self.clean_up(spec.id, &spec.directory).await,
-                    Disks::InPlace => self.end(spec.id, &spec.directory).await,
-                }
-                Err(error)
-            }
-        }
+    fn start(&self, launch: &Launch<'_>) -> io::Result<Followed> {
+        start::start(self, launch)
     }
 
-    async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
-        let process =
-            self.find_process(id, directory).await.map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => AdoptError::Gone,
-                _ => AdoptError::Broken { step: "search for the VM's process", source },
-            })?;
-        let attach = || {
-            let machine = Record::read(directory)?.machine;
-            FirecrackerVm::attach(process, directory, machine, self.setup.depends_on.clone())
-        };
-        let broken = |step| move |source| AdoptError::Broken { step, source };
-        let vm = attach().map_err(broken("open the VM's console"))?;
-        let instance = vm.api.instance().await;
-        if instance.is_ok_and(|instance| instance.state == State::NotStarted) {
-            // The snapshot is still in its place; this process has not loaded it.
-            self.kill(id, directory).await.map_err(|left| AdoptError::Broken {
-                step: "end a VM that was being restored",
-                source: io::Error::other(left),
-            })?;
-            return Err(AdoptError::Gone);
-        }
-        Ok(Arc::new(vm))
+    fn connect(&self, directory: &Path) -> io::Result<Connections<Self>> {
+        start::connect(directory)
     }
 
-    async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        bhatti_vmm::kill(self.find_process(id, directory).await).await?;
-        let failed = |source| RemoveError::Files { path: jail::root(directory), source };
-        jail::clear(id, directory).await.map_err(failed)
+    async fn configure(&self, vm: &Running<Self>, spec: &VmSpec) -> Result<(), VmmError> {
+        start::boot_guest(vm, spec).await
     }
 
-    async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        self.kill(id, directory).await?;
-        bhatti_vmm::remove(directory).await
+    async fn clean_up(&self, id: SandboxId, directory: &Path) -> io::Result<()> {
+        jail::clear(id, directory).await
     }
-}
 
-/// Returns a text that differs between builds of a program, without running it.
-fn kind_of_program(program: &Path) -> String {
-    fs::metadata(program).map_or_else(
-        |_| "unknown".to_owned(),
-        |file| format!("{} bytes of {}", file.len(), file.mtime()),
-    )
+    async fn version(&self, vm: &Running<Self>) -> Result<String, VmmError> {
+        vm.control.listening(CALL_LIMIT).await?;
+        Ok(vm.control.instance().await?.vmm_version)
+    }
+
+    async fn state(&self, vm: &Running<Self>) -> Result<VmState, VmmError> {
+        Ok(match vm.control.instance().await?.state {
+            State::NotStarted => VmState::Waiting,
+            State::Running => VmState::Running,
+            State::Paused => VmState::Paused,
+        })
+    }
+
+    async fn pause(&self, vm: &Running<Self>) -> Result<(), VmmError> {
+        self.change_state(vm, State::Running, "Paused").await
+    }
+
+    async fn resume(&self, vm: &Running<Self>) -> Result<(), VmmError> {
+        self.change_state(vm, State::Paused, "Resumed").await
+    }
+
+    async fn save(
+        &self,
+        vm: &Running<Self>,
+        request: &SnapshotRequest,
+        draft: &Path,
+    ) -> Result<Saved, SnapshotError> {
+        save::save(vm, request, draft).await
+    }
+
+    async fn freeze_disk(
+        &self,
+        vm: &Running<Self>,
+        draft: &Path,
+        disk: &str,
+    ) -> Result<(), SnapshotError> {
+        let (from, to) = (vm.directory().join(disk), draft.join(disk));
+        save::on_thread("copy the disk", move || disk::copy(&from, &to)).await
+    }
+
+    fn settle_memory(&self, saved: &mut Saved, unfinished: &Unfinished<'_>) -> io::Result<()> {
+        save::settle_memory(saved, unfinished)
+    }
+
+    fn check(&self, saved: &Machine, spec: &RestoreSpec) -> Result<(), RestoreError> {
+        load::check_volumes(saved, spec)
+    }
+
+    fn fork_disk(&self, snapshot: &Path, disk: &str, directory: &Path) -> io::Result<String> {
+        disk::copy(&snapshot.join(disk), &directory.join(DISK))?;
+        Ok(DISK.to_owned())
+    }
+
+    fn restore_memory(&self, spec: &RestoreSpec, saved: &Manifest) -> Result<String, RestoreError> {
+        load::restore_memory(spec, saved)
+    }
+
+    async fn load(&self, vm: &Running<Self>, from: &Origin<'_>) -> Result<(), RestoreError> {
+        load::load(vm, from).await
+    }
 }

@@ -4,8 +4,7 @@
 //! be restored for another.
 
 use bhatti_engine::VmSpec;
-use bhatti_vmm::Volume;
-use serde::{Deserialize, Serialize};
+use bhatti_vmm::UNCONFIGURED_MAC;
 use serde_json::{Value, json};
 
 /// Version of the machine. Changes with every change of the machine, including devices, their
@@ -23,33 +22,9 @@ pub(crate) const VSOCK: &str = "vsock.sock";
 /// Firecracker's id of the network card.
 pub(crate) const CARD: &str = "net";
 
-/// Size of the disk in an empty volume slot.
-pub(crate) const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
-
-/// Link address of a network card until its guest sets another.
-const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
-
 /// The guest's vsock address. Each Firecracker has its own socket on the host, so all guests can
 /// share the address.
 const GUEST_CID: u32 = 3;
-
-/// The VMM process of a sandbox, and its machine.
-pub(crate) type Record = bhatti_vmm::Record<Machine>;
-
-/// A VM without its process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Machine {
-    pub(crate) cpus: u8,
-    pub(crate) memory_mib: u32,
-    /// The file in the VM's directory with the content of clean pages. `None` if the VM booted,
-    /// or if its dirty pages are unknown.
-    pub(crate) memory: Option<String>,
-    /// Whether the VM booted and was never saved: every page with content is dirty.
-    #[serde(default)]
-    pub(crate) is_unsaved: bool,
-    pub(crate) has_network: bool,
-    pub(crate) volumes: Vec<Option<Volume>>,
-}
 
 /// Returns the API requests that configure and boot the guest, in order.
 pub(crate) fn boot_requests(spec: &VmSpec) -> Vec<(String, Value)> {

@@ -9,10 +9,9 @@ use std::path::Path;
 
 use bhatti_host::disk;
 use bhatti_host::memory::PAGE_BYTES;
-use bhatti_vmm::{piece_bytes, pieces, read_pages, write_pages};
+use bhatti_vmm::{PAGE, piece_bytes, pieces, read_pages, write_pages};
 use rustix::fs::{FallocateFlags, fallocate};
 
-const PAGE: usize = 4096;
 const ZEROES: [u8; PAGE] = [0; PAGE];
 
 /// Writes the data pages of a sparse file to a list, and removes the sparse file. Returns the

@@ -1,5 +1,6 @@
 //! Finds a usable Firecracker.
 
+use bhatti_host::blocking;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -107,7 +108,8 @@ pub async fn check(program: &Path, jailer: Option<&Path>) -> Result<Found, Unusa
     let found =
         look_up(program).ok_or_else(|| Unusable::NotInstalled { program: program.to_owned() })?;
     let version = check_version(&found).await?;
-    let jailer = geteuid().is_root().then(|| check_jail(&found, jailer)).transpose()?;
+    let jailer =
+        geteuid().is_root().then(|| blocking(|| check_jail(&found, jailer))).transpose()?;
     Ok(Found { program: found, version, jailer })
 }
 

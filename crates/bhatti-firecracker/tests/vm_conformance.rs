@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use bhatti_engine::Engine;
-use bhatti_firecracker::{FirecrackerEngine, PROGRAM, check};
+use bhatti_firecracker::{Firecracker, FirecrackerEngine, PROGRAM, check};
 use bhatti_host::namespace;
 use bhatti_testkit::conformance::on_trial;
 use bhatti_testkit::{skip, vmm_pid};
@@ -16,7 +16,7 @@ use bhatti_testkit::{skip, vmm_pid};
 async fn engine() -> Option<FirecrackerEngine> {
     let program = std::env::var("FIRECRACKER_BIN").unwrap_or_else(|_| PROGRAM.to_owned());
     match (check(program.as_ref(), None).await, bhatti_host::kvm::check()) {
-        (Ok(found), Ok(())) => return Some(FirecrackerEngine::new(found)),
+        (Ok(found), Ok(())) => return Some(Firecracker::engine(found)),
         (Err(bhatti_firecracker::Unusable::NotInstalled { .. }), _) => {
             skip("firecracker engine", "no firecracker binary was found");
         }

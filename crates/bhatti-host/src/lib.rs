@@ -3,6 +3,7 @@
 //! Wraps the system's error-prone interfaces and knows nothing of sandboxes. On the host side,
 //! this is the only crate in which `unsafe` is allowed.
 
+mod blocking;
 pub mod clock;
 pub mod disk;
 pub mod durable;
@@ -11,6 +12,7 @@ pub mod memory;
 pub mod namespace;
 pub mod process;
 pub mod processor;
-
 pub mod socket;
 pub mod tap;
+
+pub use blocking::blocking;

@@ -1,5 +1,6 @@
 //! Queries the machine's own apt.
 
+use bhatti_host::blocking;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -54,9 +55,11 @@ pub(crate) async fn newest_dependency(meta: &str) -> Result<Package, AptError> {
 pub(crate) async fn download(package: &Package, directory: &Path) -> Result<PathBuf, AptError> {
     let pinned = format!("{}={}", package.name, package.version);
     run_quietly("apt-get", &["download", "-qq", &pinned], directory).await?;
-    let mut files =
-        fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
-    let archive = files.find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    let is_archive = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
+    let archive = blocking(|| {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).find(is_archive)
+    });
     archive.ok_or(AptError::NothingDownloaded { package: pinned })
 }
 

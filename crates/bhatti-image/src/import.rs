@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
+use bhatti_host::blocking;
 use bhatti_types::ImageName;
 
 use tokio::task::spawn_blocking;
@@ -116,19 +117,22 @@ impl ImageStore {
         let _lock = locked
             .map_err(std::io::Error::other)
             .map_err(file_error("lock", self.directory()))??;
-        let mut index = self.read_index()?;
+        let mut index = blocking(|| self.read_index())?;
         if index.images.contains_key(name.as_str()) {
             return Err(ImportError::NameTaken(name.clone()));
         }
         // Space for the unpacked tree and for the image. Both may be several times as large as a
         // compressed archive.
-        let build = Build::start(self, "image", archive_bytes.saturating_mul(2))?;
+        let build = blocking(|| Build::start(self, "image", archive_bytes.saturating_mul(2)))?;
         let (build, image) = unpack(build, archive).await?;
         let source = format!("imported archive of {archive_bytes} bytes");
         let artefact = finish_image(build, self, name.as_str(), &image, source)?;
         index.images.insert(name.as_str().to_owned(), artefact);
-        self.write_index(&index)?;
-        let summary = self.summaries()?.into_iter().find(|image| image.name == name.as_str());
+        let summaries = blocking(|| {
+            self.write_index(&index)?;
+            self.summaries()
+        });
+        let summary = summaries?.into_iter().find(|image| image.name == name.as_str());
         Ok(summary.unwrap_or_else(|| ImageSummary {
             name: name.to_string(),
             size_bytes: 0,

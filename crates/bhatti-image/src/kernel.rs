@@ -4,6 +4,7 @@
 //! fields `setup_sects`, `payload_offset` and `payload_length` of the x86 boot protocol
 //! (Documentation/arch/x86/boot.rst), at 0x1f1, 0x248 and 0x24c.
 
+use bhatti_host::blocking;
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -88,13 +89,16 @@ pub(crate) async fn from_package(
     let arguments = ["-x", &archive.to_string_lossy(), &unpacked.to_string_lossy()];
     run_quietly("dpkg-deb", &arguments, scratch).await.map_err(KernelError::Unpack)?;
     let boot = unpacked.join("boot");
-    let entries = fs::read_dir(&boot).map_err(|source| file_error("list", &boot, source))?;
+    let entries =
+        blocking(|| fs::read_dir(&boot)).map_err(|source| file_error("list", &boot, source))?;
     let image = entries.flatten().map(|entry| entry.path()).find(|path| {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
     });
     let image = image.ok_or(KernelError::Unrecognized { path: boot })?;
-    write_vmlinux(&image, &directory.join("vmlinux"))?;
-    collect_modules(&unpacked.join("lib/modules"), Packing::Kept, directory)
+    blocking(|| {
+        write_vmlinux(&image, &directory.join("vmlinux"))?;
+        collect_modules(&unpacked.join("lib/modules"), Packing::Kept, directory)
+    })
 }
 
 fn collect_modules(tree: &Path, packing: Packing, directory: &Path) -> Result<(), KernelError> {

@@ -1,6 +1,7 @@
 //! Root file systems: Debian, assembled by mmdebstrap, in an ext4 file written by `mke2fs -d`.
 //! Nothing is mounted.
 
+use bhatti_host::blocking;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -156,11 +157,11 @@ pub(crate) async fn build_debian(
     let sources = apt::sources_for(SUITE).await.map_err(RootfsError::Mirror)?;
     let (tar, image, customize) =
         (scratch.join("root.tar"), scratch.join("root.ext4"), scratch.join("customize"));
-    write_program(&customize, CUSTOMIZE)
+    blocking(|| write_program(&customize, CUSTOMIZE))
         .map_err(|source| RootfsError::Create { path: customize.clone(), source })?;
     let tar_text = tar.to_string_lossy();
     let hook = format!("--customize-hook={}", customize.display());
-    let trust_hook = trust(scratch, certificates)?;
+    let trust_hook = blocking(|| trust(scratch, certificates))?;
     let include = format!("--include={}", packages(more_packages));
     let is_root = rustix::process::geteuid().is_root();
     let (program, confinement, mode) = if is_root {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bhatti_host::blocking;
 use bhatti_host::{disk, durable};
 use bhatti_types::ImageName;
 
@@ -118,17 +119,17 @@ pub async fn set_up(
 ) -> Result<(), SetupError> {
     let _lock = store.lock()?;
     let mut index = store.read_index()?;
-    certificates::add(store, &options.ca_certificates)?;
+    blocking(|| certificates::add(store, &options.ca_certificates))?;
     set_up_kernel(store, &mut index, &options.kernel, progress).await?;
     build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
     let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
-    if options.dev || is_outdated_dev(store, &index, &packages)? {
+    if options.dev || blocking(|| is_outdated_dev(store, &index, &packages))? {
         let name = DEV_IMAGE.parse().map_err(|_| SetupError::PackageName(DEV_IMAGE.into()))?;
-        check_name(store, &index, &name, &packages)?;
+        blocking(|| check_name(store, &index, &name, &packages))?;
         build_rootfs(store, &mut index, DEV_IMAGE, &packages, progress).await?;
     }
     for name in index.images.keys() {
-        if trusts_others(store, &index, name)? {
+        if blocking(|| trusts_others(store, &index, name))? {
             progress.begin(&format!("image `{name}`"));
             progress.end(&format!(
                 "trusts other certificate authorities than new images; rebuild it: `bhatti image build {name} --package …` with its packages"
@@ -157,12 +158,14 @@ async fn set_up_kernel(
         KernelPlan::Make { source_text, from } => (source_text, from),
     };
 
-    let build = Build::start(store, "kernel", KERNEL_BUILD_BYTES)?;
+    let build = blocking(|| Build::start(store, "kernel", KERNEL_BUILD_BYTES))?;
     let made = build.path().join("made");
-    fs::create_dir(&made).map_err(file_error("create", &made))?;
+    blocking(|| fs::create_dir(&made)).map_err(file_error("create", &made))?;
     progress.detail(&source_text);
     match making {
-        KernelFrom::File { image, modules } => kernel::from_file(image, modules, &made),
+        KernelFrom::File { image, modules } => {
+            blocking(|| kernel::from_file(image, modules, &made))
+        }
         KernelFrom::Package(package) => kernel::from_package(&package, build.path(), &made).await,
     }
     .map_err(SetupError::Kernel)?;
@@ -252,14 +255,14 @@ pub async fn build_image(
     }
     let _lock = store.lock()?;
     let mut index = store.read_index()?;
-    check_name(store, &index, name, packages)?;
+    blocking(|| check_name(store, &index, name, packages))?;
     build_rootfs(store, &mut index, name.as_str(), packages, progress).await
 }
 
 /// Whether an image of Debian packages trusts other certificates than a new image would.
 fn trusts_others(store: &ImageStore, index: &Index, name: &str) -> Result<bool, SetupError> {
     let Some(image) = index.images.get(name) else { return Ok(false) };
-    let now = Certificates::of(store)?.recipe()?;
+    let now = blocking(|| Certificates::of(store))?.recipe()?;
     Ok(rootfs::is_recipe(&image.source) && certificates::part_of(&image.source) != now)
 }
 
@@ -271,7 +274,7 @@ fn is_outdated_dev(
     packages: &[String],
 ) -> Result<bool, SetupError> {
     let Some(image) = index.images.get(DEV_IMAGE) else { return Ok(false) };
-    let recipe = rootfs::recipe(packages, &Certificates::of(store)?)?;
+    let recipe = rootfs::recipe(packages, &blocking(|| Certificates::of(store))?)?;
     Ok(image.source != recipe && is_same_but_for_certificates(&image.source, &recipe))
 }
 
@@ -286,7 +289,7 @@ fn check_name(
     name: &ImageName,
     packages: &[String],
 ) -> Result<(), SetupError> {
-    let recipe = rootfs::recipe(packages, &Certificates::of(store)?)?;
+    let recipe = rootfs::recipe(packages, &blocking(|| Certificates::of(store))?)?;
     let same = |image: &Artefact| is_same_but_for_certificates(&image.source, &recipe);
     if index.images.get(name.as_str()).is_none_or(same) {
         return Ok(());
@@ -302,13 +305,13 @@ async fn build_rootfs(
     progress: &mut dyn Progress,
 ) -> Result<(), SetupError> {
     progress.begin(&format!("image `{image_name}`"));
-    let certificates = Certificates::of(store)?;
+    let certificates = blocking(|| Certificates::of(store))?;
     let recipe = rootfs::recipe(packages, &certificates)?;
     if let Some(current) = store.current(index.images.get(image_name), &recipe) {
         progress.end(&format!("{} (already there)", current.name));
         return Ok(());
     }
-    let build = Build::start(store, "image", BUILD_BYTES)?;
+    let build = blocking(|| Build::start(store, "image", BUILD_BYTES))?;
     let mut detail = |line: &str| progress.detail(line);
     let image = rootfs::build_debian(build.path(), packages, &certificates, &mut detail)
         .await

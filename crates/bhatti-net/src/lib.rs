@@ -24,6 +24,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bhatti_host::blocking;
 use bhatti_host::process::command;
 use bhatti_types::{Allowance, NEVER_REACHED, Report};
 use ipnet::Ipv4Net;
@@ -357,7 +358,7 @@ impl Host {
         }
         self.resolver.keep(plan);
         if !plan.networks.is_empty() {
-            enable_forwarding()?;
+            blocking(enable_forwarding)?;
         }
         Ok(failed)
     }

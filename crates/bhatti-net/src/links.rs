@@ -1,5 +1,6 @@
 //! Interfaces, addresses and routes of this host, through route netlink.
 
+use bhatti_host::blocking;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -138,7 +139,7 @@ impl Links {
         let bridge = bridge.no_linklocal_learn(true).fdb_max_learned(LEARNED_MAX).build();
         let failed = NetError::netlink("create a bridge");
         self.handle.link().add(bridge).execute().await.map_err(failed)?;
-        switch_off_ipv6(name)?;
+        blocking(|| switch_off_ipv6(name))?;
         self.index(name).await
     }
 
@@ -186,7 +187,7 @@ impl Links {
 
     /// Connects a tap to a bridge, and brings it up.
     pub(crate) async fn connect(&self, tap: &str, bridge: &str) -> Result<(), NetError> {
-        switch_off_ipv6(tap)?;
+        blocking(|| switch_off_ipv6(tap))?;
         let (tap, bridge) = (self.index(tap).await?, self.index(bridge).await?);
         // Mark the tap for the rules before it becomes a port.
         let group = LinkUnspec::new_with_index(tap).link_group(self.instance.0).build();

@@ -17,6 +17,7 @@ use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{
     BootError, Disks, MemoryKind, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
 };
+use bhatti_host::blocking;
 use bhatti_image::BootFiles;
 use bhatti_proto::ExecRequest;
 use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId, UserId};
@@ -166,7 +167,7 @@ impl Bases {
         recipe: &Recipe,
     ) -> Result<Base, BaseError> {
         let key = key(&shared.engine.capabilities().machine, recipe);
-        let base = match self.existing(&key, recipe) {
+        let base = match blocking(|| self.existing(&key, recipe)) {
             Some(base) => base,
             None => {
                 let (shared, recipe) = (Arc::clone(shared), recipe.clone());
@@ -177,16 +178,16 @@ impl Bases {
         };
         // The time of last use decides which base snapshot is evicted first. The base snapshot
         // works without it.
-        drop(File::open(&base.directory).and_then(|file| file.set_modified(SystemTime::now())));
+        drop(blocking(|| File::open(&base.directory)?.set_modified(SystemTime::now())));
         Ok(base)
     }
 
     /// Removes a base snapshot that proved to be unusable, unless it was made anew already.
     pub(crate) async fn discard(&self, base: &Base) {
         let _turn = self.making.take(base.key.clone()).await;
-        if inode_of(&base.directory) == Some(base.inode) {
+        if blocking(|| inode_of(&base.directory)) == Some(base.inode) {
             warn!(base = base.key, "Removing a base snapshot that cannot be used");
-            self.remove(&base.directory);
+            blocking(|| self.remove(&base.directory));
         }
     }
 
@@ -194,11 +195,11 @@ impl Bases {
     pub(crate) async fn recover(&self, shared: &Shared) -> io::Result<()> {
         // If a base snapshot is being made right now, by a set-up or by a daemon that shares the
         // directory, its files must stay.
-        let lock = File::create(self.directory.join(LOCK))?;
+        let lock = blocking(|| File::create(self.directory.join(LOCK)))?;
         if lock.try_lock().is_err() {
             return Ok(());
         }
-        for entry in fs::read_dir(&self.directory)? {
+        for entry in blocking(|| fs::read_dir(&self.directory))? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if let Some(id) = name.strip_prefix(MAKING).and_then(|id| id.parse().ok()) {
@@ -206,9 +207,9 @@ impl Bases {
                     error!(base = name, error = %Report(&left), "Failed to remove an unfinished base snapshot");
                 }
             } else if name.ends_with(".tmp") || name.ends_with(".gone") {
-                self.remove(&entry.path());
+                blocking(|| self.remove(&entry.path()));
             } else if name.starts_with(KEY_LOCK) {
-                fs::remove_file(entry.path())?;
+                blocking(|| fs::remove_file(entry.path()))?;
             }
         }
         Ok(())
@@ -253,7 +254,7 @@ impl Bases {
 
     fn usage(&self) -> io::Result<Vec<Usage>> {
         let mut bases = Vec::new();
-        for entry in fs::read_dir(&self.directory)? {
+        for entry in blocking(|| fs::read_dir(&self.directory))? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().contains('.') {
                 continue;
@@ -332,9 +333,9 @@ fn key(machine: &str, recipe: &Recipe) -> String {
 /// Locks the making of the base snapshot `key` against other processes, and waits until none of
 /// them makes it.
 async fn lock(directory: &Path, key: &str) -> io::Result<[File; 2]> {
-    let any = File::create(directory.join(LOCK))?;
-    let path = directory.join(format!("{KEY_LOCK}{key}"));
+    let (any, path) = (directory.join(LOCK), directory.join(format!("{KEY_LOCK}{key}")));
     let locked = tokio::task::spawn_blocking(move || {
+        let any = File::create(any)?;
         any.lock_shared()?;
         // No daemon removes the key's lock file while this shared lock is held.
         let this = File::create(path)?;

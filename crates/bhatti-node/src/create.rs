@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use bhatti_host::blocking;
 use bhatti_image::BootFiles;
 use bhatti_store::SandboxRow;
 use bhatti_types::{
@@ -63,7 +64,7 @@ impl Node {
     pub async fn prepare(&self, owner: UserId, shape: Shape) -> Result<Prepared, CreateError> {
         let shared = &self.shared;
         let files = boot_files(shared, &shape.image).await?;
-        check_disk(&shape, &files)?;
+        blocking(|| check_disk(&shape, &files))?;
         if let Some(why) = boot_reason(shared, &shape) {
             return Ok(Prepared::with_new_id(BootSource::Boot(files, why))?);
         }

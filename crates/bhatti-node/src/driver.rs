@@ -487,9 +487,13 @@ const fn changes_layers(wanted: Wanted) -> bool {
     }
 }
 
-/// Whether a transition saves a memory that a destruction makes useless.
+/// Whether a transition saves a memory or copies a disk that a destruction makes useless, which may
+/// take minutes.
 const fn is_a_save(wanted: Wanted) -> bool {
-    matches!(wanted, Wanted::Stop | Wanted::GiveMemory | Wanted::Sleep)
+    matches!(
+        wanted,
+        Wanted::Stop | Wanted::GiveMemory | Wanted::Sleep | Wanted::Save | Wanted::Merge
+    )
 }
 
 /// Carries out a request, and answers it. The caller may be gone.

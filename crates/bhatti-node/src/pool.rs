@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use bhatti_agent::{AgentClient, CallError};
 use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm, VolumeFile};
+use bhatti_host::blocking;
 use bhatti_proto::ExecRequest;
 use bhatti_types::{MemoryMib, Report, SandboxId};
 use parking_lot::Mutex;
@@ -204,8 +205,7 @@ async fn make(
     let random = random().map_err(io::Error::other).map_err(failed("draw an id"))?;
     let id = SandboxId::from_entropy(random);
     let place: PathBuf = shared.directory(id);
-    fs::create_dir(&place)
-        .and_then(|()| fs::write(place.join(MARKER), ""))
+    blocking(|| fs::create_dir(&place).and_then(|()| fs::write(place.join(MARKER), "")))
         .map_err(failed("create the VM's directory"))?;
     let made = async {
         let stage =

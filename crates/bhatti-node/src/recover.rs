@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bhatti_engine::AdoptError;
+use bhatti_host::blocking;
 use bhatti_store::{Claim, SandboxRow, StoreError};
 use bhatti_types::{FailReason, Report, SandboxId, SandboxState};
 use tokio::sync::oneshot;
@@ -103,7 +104,8 @@ impl Node {
         let mut tasks = JoinSet::new();
         let ids = self.shared.store.list_all_sandbox_ids()?;
         let known = ids.iter().map(|(id, _)| id.to_string()).collect();
-        self.look_at_unknown_directories(&known, &mut tasks).map_err(RecoverError::List)?;
+        blocking(|| self.look_at_unknown_directories(&known, &mut tasks))
+            .map_err(RecoverError::List)?;
         self.finish_damaged_removals(&ids, &rows, &mut tasks);
         let named = self.shared.store.snapshot_ids()?.into_iter().collect();
         self.shared.snapshots.settle(&named).await.map_err(RecoverError::List)?;

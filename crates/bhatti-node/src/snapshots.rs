@@ -8,11 +8,13 @@
 //! ```
 
 use std::collections::HashSet;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::SnapshotInfo;
+use bhatti_host::blocking;
 use bhatti_types::{SandboxId, SnapshotId};
 use tracing::warn;
 
@@ -126,7 +128,7 @@ impl SnapshotFiles {
     /// Settles the files that an earlier daemon left. `named` are the snapshots that are in the
     /// store.
     pub(crate) async fn settle(&self, named: &HashSet<SnapshotId>) -> io::Result<()> {
-        for entry in std::fs::read_dir(&self.directory)? {
+        for entry in blocking(|| fs::read_dir(&self.directory))? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if let Err(error) = settle(&entry.path(), &name, named).await {

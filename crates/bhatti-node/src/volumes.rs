@@ -14,9 +14,11 @@ mod slots;
 mod trust;
 
 use std::collections::HashSet;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use bhatti_host::blocking;
 use bhatti_host::durable;
 use bhatti_types::{VolumeId, VolumeMib};
 use tokio::sync::{RwLock, RwLockReadGuard};
@@ -82,7 +84,7 @@ impl VolumeFiles {
     /// Returns the step that failed. [`discard_unnamed`](Self::discard_unnamed) removes the
     /// remains.
     pub async fn make(&self, id: VolumeId, size: VolumeMib) -> Result<(), VolumeFileError> {
-        file::make(&self.begin(id)?, size).await
+        file::make(&blocking(|| self.begin(id))?, size).await
     }
 
     /// Copies a volume that no sandbox writes. The copy is not in place yet.
@@ -91,7 +93,7 @@ impl VolumeFiles {
     ///
     /// As [`make`](Self::make).
     pub async fn copy(&self, from: VolumeId, id: VolumeId) -> Result<(), VolumeFileError> {
-        file::clone(&self.file(from), &self.begin(id)?).await
+        file::clone(&self.file(from), &blocking(|| self.begin(id))?).await
     }
 
     /// Creates the directory of a volume that is being made. Returns the path of its file.
@@ -175,14 +177,14 @@ impl VolumeFiles {
     ///
     /// Returns an error if the directory cannot be read or a volume cannot be put in place.
     pub async fn settle(&self, known: &HashSet<VolumeId>) -> io::Result<()> {
-        for entry in std::fs::read_dir(&self.directory)? {
+        for entry in blocking(|| fs::read_dir(&self.directory))? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let unsettled = name.strip_prefix(MAKING).or_else(|| name.strip_prefix(GONE));
             let id: Option<VolumeId> = unsettled.unwrap_or(&name).parse().ok();
             match id {
                 Some(id) if known.contains(&id) && unsettled.is_some() => {
-                    durable::rename(&entry.path(), &self.directory_of(id))?;
+                    blocking(|| durable::rename(&entry.path(), &self.directory_of(id)))?;
                 }
                 Some(_) if unsettled.is_some() => remove_or_warn(&entry.path(), "a volume").await,
                 Some(id) if known.contains(&id) => {}
@@ -199,7 +201,7 @@ impl VolumeFiles {
 }
 
 /// Runs blocking disk work on a thread for blocking work.
-async fn blocking<T: Send + 'static>(
+async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     spawn_blocking(work).await.map_err(io::Error::other)?

@@ -24,10 +24,10 @@ const FIRST_ATTEMPT: Duration = Duration::from_millis(250);
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(4);
 
 /// How long a running guest may take to answer a new connection.
-pub(crate) const RECONNECT_LIMIT: Duration = Duration::from_secs(10);
+const RECONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The channel of one VM.
-pub(crate) struct QemuChannel {
+pub struct QemuChannel {
     directory: PathBuf,
     opener: Mutex<Option<Opener>>,
 }
@@ -36,11 +36,6 @@ impl QemuChannel {
     /// Creates the channel of the VM in `directory`, not connected yet.
     pub(crate) fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned(), opener: Mutex::new(None) }
-    }
-
-    /// Connects, and waits for the agent without a limit.
-    pub(crate) async fn connect(&self) -> io::Result<()> {
-        self.connected().await.map(drop)
     }
 
     async fn connected(&self) -> io::Result<Opener> {

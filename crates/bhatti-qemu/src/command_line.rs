@@ -4,10 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use bhatti_engine::{Accelerator, VmSpec};
-use bhatti_types::SandboxId;
-use bhatti_vmm::Volume;
-
-use crate::record::Machine;
+use bhatti_vmm::{EMPTY_VOLUME_BYTES, Launch, UNCONFIGURED_MAC, Volume};
 
 /// Version of the machine. Changes with every change of QEMU's machine, including devices, their
 /// order and the kernel's command line: a saved VM can only be restored on the machine that it
@@ -16,12 +13,6 @@ pub(crate) const LAYOUT: u32 = 4;
 
 /// Name of the root disk in the monitor.
 pub(crate) const ROOT_DRIVE: &str = "root";
-
-/// Size of the disk in an empty volume slot.
-const EMPTY_VOLUME_BYTES: u64 = 1 << 20;
-
-/// Link address of a network card until its guest sets another.
-const UNCONFIGURED_MAC: &str = "06:62:00:00:00:00";
 
 /// The open descriptors that QEMU inherits: the sockets that it listens on, and the tap of its
 /// network card.
@@ -64,11 +55,10 @@ pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {
 /// devices off, an incoming migration expects a file of device states alone.
 pub(crate) fn machine_arguments(
     accelerator: Accelerator,
-    id: SandboxId,
-    machine: &Machine,
-    directory: &Path,
+    launch: &Launch<'_>,
     handed: &Handed<'_>,
 ) -> Vec<String> {
+    let Launch { id, machine, directory, .. } = *launch;
     let mut arguments = Arguments::default();
     arguments.add("-name", bhatti_vmm::vm_name(id));
     arguments.add(
@@ -93,7 +83,7 @@ pub(crate) fn machine_arguments(
         format!(
             "memory-backend-file,id=ram,size={}M,share=off,readonly=on,rom=off,mem-path={}",
             machine.memory_mib,
-            value(&directory.join(&machine.memory))
+            value(&directory.join(machine.memory_file()))
         ),
     );
     arguments.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);

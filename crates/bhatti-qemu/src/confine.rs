@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use bhatti_engine::Accelerator;
 use bhatti_host::process::{self, Confinement, Reach, User};
+use bhatti_vmm::{Launch, Machine};
 
-use crate::record::Machine;
-use crate::{Setup, locate, overlay};
+use crate::{Qemu, locate, overlay};
 
 /// Space for a layer's metadata, in addition to an eighth of the disk's size.
 const TABLE_BYTES: u64 = 64 << 20;
@@ -23,14 +23,15 @@ const INSTALLED: [&str; 6] =
     ["lib", "lib64", "libexec", "share/qemu", "share/seabios", "share/qemu-firmware"];
 const BUILT: [&str; 2] = ["pc-bios", "qemu-bundle"];
 
-/// Returns the rules for a QEMU whose VM is in `directory`, and which loads the files `loaded`.
+/// Returns the rules for a QEMU that loads the files `loaded` and runs as `user`.
 pub(crate) fn confinement(
-    setup: &Setup,
-    directory: &Path,
-    machine: &Machine,
+    qemu: &Qemu,
+    launch: &Launch<'_>,
     loaded: &[&Path],
+    user: Option<User>,
 ) -> io::Result<Confinement> {
-    let (program, elsewhere) = (program(&setup.program), elsewhere(directory, machine));
+    let Launch { directory, machine, .. } = *launch;
+    let (program, elsewhere) = (program(&qemu.program), elsewhere(directory, machine));
     let run: Vec<&Path> = program.iter().map(PathBuf::as_path).collect();
     let mut read: Vec<&Path> = elsewhere.iter().map(PathBuf::as_path).collect();
     read.extend(loaded);
@@ -38,10 +39,15 @@ pub(crate) fn confinement(
     for volume in machine.volumes.iter().flatten() {
         if volume.read_only { &mut read } else { &mut write }.push(&volume.path);
     }
-    if setup.accelerator == Accelerator::Kvm {
+    if qemu.accelerator == Accelerator::Kvm {
         write.push(Path::new(KVM));
     }
-    Confinement::new(Reach { run: &run, read: &read, write: &write })
+    let reach = Reach { run: &run, read: &read, write: &write };
+    let confinement = Confinement::new(reach)?.with_files_up_to(file_bytes(directory, machine)?);
+    Ok(match user {
+        Some(user) => confinement.as_user(user),
+        None => confinement,
+    })
 }
 
 /// Makes QEMU's user the owner of the files that QEMU writes, if the daemon is root: without
@@ -62,7 +68,7 @@ pub(crate) fn give_to(user: u32, directory: &Path, machine: &Machine) -> io::Res
 /// # Errors
 ///
 /// Returns the error of reading the disk's layers.
-pub(crate) fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64> {
+fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64> {
     // The image's size, because a QEMU wrote the headers of the layers above the image.
     let layers = overlay::chain(directory, &machine.disk)?;
     let image = layers.last().map(|layer| fs::metadata(directory.join(layer))).transpose()?;
@@ -75,11 +81,11 @@ pub(crate) fn file_bytes(directory: &Path, machine: &Machine) -> io::Result<u64>
 
 /// Returns the user that QEMU runs as, if it can be another user than the daemon's. QEMU may read
 /// every file that its rules allow, regardless of the owner: layers and memory files are shared.
-pub(crate) fn user(setup: &Setup, user: u32) -> Option<User> {
+pub(crate) fn user(qemu: &Qemu, user: u32) -> Option<User> {
     if !process::can_use_users() {
         return None;
     }
-    let group = match setup.accelerator {
+    let group = match qemu.accelerator {
         Accelerator::Kvm => group_for_kvm(&fs::metadata(KVM).ok()?)?,
         Accelerator::Tcg => None,
     };
@@ -112,7 +118,7 @@ fn program(called: &Path) -> Vec<PathBuf> {
 /// another file system. Skips missing files, because QEMU reports those better.
 fn elsewhere(directory: &Path, machine: &Machine) -> Vec<PathBuf> {
     let mut names = overlay::chain(directory, &machine.disk).unwrap_or_default();
-    names.push(machine.memory.clone());
+    names.extend(machine.memory.clone());
     names.iter().filter_map(|name| fs::canonicalize(directory.join(name)).ok()).collect()
 }
 
@@ -130,7 +136,8 @@ mod tests {
         let machine = |disk_bytes| Machine {
             cpus: 1,
             memory_mib: 512,
-            memory: String::new(),
+            memory: None,
+            is_unsaved: true,
             disk: "top.qcow2".to_owned(),
             disk_bytes,
             has_network: false,

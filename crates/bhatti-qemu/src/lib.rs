@@ -1,10 +1,10 @@
-//! The engine on QEMU's `microvm` machine.
+//! QEMU's `microvm` machine, for the engine of [`bhatti_vmm`].
 //!
 //! ```text
 //!  <sandbox directory>/
 //!    disk-*.qcow2    the root disk's layers, the lowest over the image
 //!    memory-*.img    the file that the guest's memory is a private mapping of
-//!    snapshot/       the snapshot of a cold VM: see `manifest`
+//!    snapshot/       the snapshot of a cold VM
 //!    device.state    QEMU's device state, until it is copied into the snapshot
 //!    agent.sock      the agent channel, multiplexed (bhatti_proto::mux)
 //!    console.sock    the guest's console
@@ -13,72 +13,71 @@
 //!    vmm.log         QEMU's own output
 //! ```
 //!
-//! The engine creates the sockets before QEMU starts and passes them to it, so it only waits for
-//! the guest's first answer. QEMU runs in its own session, can access only its VM's files (see
+//! The sockets exist before QEMU starts, and QEMU inherits them, so the engine only waits for the
+//! guest's first answer. QEMU runs in its own session, can access only its VM's files (see
 //! `confine`), and outlives the daemon. The guest's console goes to a socket, not to a file,
 //! because a hostile guest could fill the disk.
 
-mod capture;
 mod channel;
 mod command_line;
 mod confine;
-mod files;
-mod manifest;
+mod layers;
+mod load;
 mod merge;
-mod operations;
 mod overlay;
 mod pages;
 mod qmp;
-mod record;
-mod restore;
-mod vm;
+mod save;
+mod start;
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Accelerator, AdoptError, BootError, Capabilities, Engine, RemoveError, RestoreError,
-    RestoreSpec, Staged, Vm, VmSpec,
+    Accelerator, Capabilities, RestoreError, RestoreSpec, SnapshotError, SnapshotRequest, VmSpec,
+    VmmError,
 };
 use bhatti_host::process::{self, Followed};
 use bhatti_host::{clock, kvm, processor};
 use bhatti_types::SandboxId;
 use bhatti_vmm::cgroup::{self, Groups};
-use tokio::sync::OnceCell;
+use bhatti_vmm::{
+    Connections, Launch, Manifest, Origin, ProcessEngine, Running, Saved, VmState, Vmm, vm_name,
+};
+use serde_json::json;
 
+use channel::QemuChannel;
 use qmp::Qmp;
-use record::Record;
-use vm::QemuVm;
 
 /// QEMU's program for this architecture.
 pub const PROGRAM: &str =
     if cfg!(target_arch = "aarch64") { "qemu-system-aarch64" } else { "qemu-system-x86_64" };
 
 /// Runs VMs with QEMU.
-pub struct QemuEngine {
-    setup: Setup,
-    tsc_khz: Arc<OnceCell<Option<u64>>>,
-}
+pub type QemuEngine = ProcessEngine<Qemu>;
 
-/// The settings that all VMs of an engine are started with.
-#[derive(Clone, Debug)]
-pub(crate) struct Setup {
+/// How long QEMU may take to stop the vCPUs: it waits for pending disk writes.
+const PAUSE_LIMIT: Duration = Duration::from_secs(60);
+
+/// QEMU, as the engine starts it.
+#[derive(Debug)]
+pub struct Qemu {
     pub(crate) program: PathBuf,
     pub(crate) accelerator: Accelerator,
     pub(crate) groups: Groups,
-    /// What saved VMs depend on: if this value changes, they cannot be restored.
     pub(crate) depends_on: String,
+    tsc_khz: OnceLock<Option<u64>>,
 }
 
-impl QemuEngine {
+impl Qemu {
     /// Creates an engine on `program`, a path or a name to look up, with the best accelerator
     /// that works on this host.
     #[must_use]
-    pub fn new(program: PathBuf) -> Self {
+    pub fn engine(program: PathBuf) -> ProcessEngine<Self> {
         let accelerator = if kvm::check().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg };
         // Under KVM a guest sees this host's own processor; TCG's is the same on every host.
         let processor = match accelerator {
@@ -89,125 +88,139 @@ impl QemuEngine {
             "{} {} {} layout {}{processor}",
             std::env::consts::ARCH,
             accelerator.as_str(),
-            kind_of_program(&program),
+            locate(&program)
+                .map_or_else(|| "unknown".to_owned(), |path| bhatti_vmm::kind_of_program(&path)),
             command_line::LAYOUT
         );
         let groups = if process::is_root() { Groups::of_host() } else { Groups::Unusable };
-        let setup = Setup { program, accelerator, groups, depends_on };
-        if process::is_root() && confine::user(&setup, process::USERS.start).is_none() {
+        let qemu = Self { program, accelerator, groups, depends_on, tsc_khz: OnceLock::new() };
+        if process::is_root() && confine::user(&qemu, process::USERS.start).is_none() {
             tracing::warn!(
                 "QEMU runs as the daemon's user: the daemon lacks capabilities or user ids in its namespace, or only root may open /dev/kvm"
             );
         }
-        Self { setup, tsc_khz: Arc::default() }
+        ProcessEngine::of(qemu)
     }
 
-    /// Measures the TSC's frequency now, so that the first boot need not wait for it.
-    pub fn prepare(&self) -> impl Future<Output = ()> + Send + 'static {
-        let tsc_khz = Arc::clone(&self.tsc_khz);
-        async move {
-            measured(&tsc_khz).await;
-        }
+    /// Returns the TSC's frequency, if it is known. The first call measures it, which blocks for
+    /// some milliseconds.
+    pub fn tsc_khz(&self) -> Option<u64> {
+        *self.tsc_khz.get_or_init(clock::tsc_khz)
     }
-}
-
-async fn measured(tsc_khz: &OnceCell<Option<u64>>) -> Option<u64> {
-    let measure =
-        || async { tokio::task::spawn_blocking(clock::tsc_khz).await.unwrap_or_default() };
-    *tsc_khz.get_or_init(measure).await
 }
 
 #[async_trait]
-impl Engine for QemuEngine {
+impl Vmm for Qemu {
+    type Control = Qmp;
+    type Channel = QemuChannel;
+
+    const NAME: &'static str = "QEMU";
+    const FORMAT: u32 = 2;
+    const STATE: &'static str = "device.state";
+
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             name: "qemu",
-            accelerator: Some(self.setup.accelerator),
-            machine: self.setup.depends_on.clone(),
+            accelerator: Some(self.accelerator),
+            machine: self.depends_on.clone(),
             exchanges_disks: true,
             saves_memory: true,
             shares_kernel: false,
-            vmm_mib: command_line::vmm_mib(self.setup.accelerator),
+            vmm_mib: command_line::vmm_mib(self.accelerator),
         }
     }
 
-    async fn boot(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>, BootError> {
-        let tsc_khz = measured(&self.tsc_khz).await;
-        match vm::boot(spec, &self.setup, tsc_khz).await {
-            Ok(vm) => Ok(Arc::new(vm)),
-            Err(error) => {
-                if spec.keep_disk {
-                    self.kill(spec.id, &spec.directory).await.unwrap_or_else(|left| {
-                        tracing::error!(sandbox = %spec.id, error = %left, "Failed to end a VM that did not boot");
-                    });
-                } else {
-                    self.clean_up(spec.id, &spec.directory).await;
-                }
-                Err(error)
-            }
-        }
+    fn programs(&self) -> Vec<PathBuf> {
+        vec![self.program.clone()]
     }
 
-    async fn stage(&self, spec: &RestoreSpec) -> Result<Box<dyn Staged>, RestoreError> {
-        match restore::stage(spec, &self.setup).await {
-            Ok(waiting) => Ok(Box::new(waiting)),
-            Err(error) => {
-                if spec.disks == bhatti_engine::Disks::Frozen {
-                    self.clean_up(spec.id, &spec.directory).await;
-                }
-                Err(error)
-            }
-        }
+    fn boot_disk(&self, spec: &VmSpec) -> io::Result<String> {
+        layers::boot_disk(spec)
     }
 
-    async fn adopt(&self, id: SandboxId, directory: &Path) -> Result<Arc<dyn Vm>, AdoptError> {
-        let process =
-            self.find_process(id, directory).await.map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => AdoptError::Gone,
-                _ => AdoptError::Broken { step: "search for the VM's process", source },
-            })?;
-        let attach = || {
-            let machine = Record::read(directory)?.machine;
-            QemuVm::attach(process, directory, machine, Qmp::new(), self.setup.depends_on.clone())
-        };
-        let vm = attach()
-            .map_err(|source| AdoptError::Broken { step: "connect to the VM's console", source })?;
-        if vm.waits_for_state().await {
-            // The snapshot is still in its place; this process has not loaded it.
-            self.kill(id, directory).await.map_err(|left| AdoptError::Broken {
-                step: "end a VM that was being restored",
-                source: io::Error::other(left),
-            })?;
-            return Err(AdoptError::Gone);
-        }
-        Ok(Arc::new(vm))
+    fn boot_memory(&self, spec: &VmSpec) -> io::Result<Option<String>> {
+        layers::create_empty_memory(&spec.directory, spec.memory).map(Some)
     }
 
-    async fn kill(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        bhatti_vmm::kill(self.find_process(id, directory).await).await?;
-        let name = bhatti_vmm::vm_name(id);
-        if let Err(error) = cgroup::remove(&name).await {
+    fn start(&self, launch: &Launch<'_>) -> io::Result<Followed> {
+        start::start(self, launch)
+    }
+
+    fn connect(&self, directory: &Path) -> io::Result<Connections<Self>> {
+        start::connect(directory)
+    }
+
+    async fn clean_up(&self, id: SandboxId, _directory: &Path) -> io::Result<()> {
+        if let Err(error) = cgroup::remove(&vm_name(id)).await {
             tracing::warn!(sandbox = %id, %error, "Failed to remove the control group of a VM that has ended");
         }
         Ok(())
     }
 
-    async fn remove(&self, id: SandboxId, directory: &Path) -> Result<(), RemoveError> {
-        self.kill(id, directory).await?;
-        bhatti_vmm::remove(directory).await
+    async fn version(&self, vm: &Running<Self>) -> Result<String, VmmError> {
+        vm.control.version().await
     }
-}
 
-impl QemuEngine {
-    async fn clean_up(&self, id: SandboxId, directory: &Path) {
-        if let Err(left) = self.remove(id, directory).await {
-            tracing::error!(sandbox = %id, error = %left, "Failed to clean up after a VM that did not start");
+    async fn state(&self, vm: &Running<Self>) -> Result<VmState, VmmError> {
+        let status = vm.control.ask("query-status", json!({})).await?;
+        match (status["running"].as_bool(), status["status"].as_str()) {
+            (Some(true), _) => Ok(VmState::Running),
+            (Some(false), Some("inmigrate")) => Ok(VmState::Waiting),
+            (Some(false), _) => Ok(VmState::Paused),
+            (None, _) => Err(VmmError::Garbled),
         }
     }
 
-    /// Finds the VMM process of a sandbox.
-    async fn find_process(&self, id: SandboxId, directory: &Path) -> io::Result<Followed> {
-        bhatti_vmm::find(directory, &self.setup.program, &bhatti_vmm::vm_name(id)).await
+    async fn pause(&self, vm: &Running<Self>) -> Result<(), VmmError> {
+        vm.control.execute("stop", json!({}), PAUSE_LIMIT).await.map(drop)
+    }
+
+    async fn resume(&self, vm: &Running<Self>) -> Result<(), VmmError> {
+        vm.control.ask("cont", json!({})).await.map(drop)
+    }
+
+    async fn merge_disk(&self, vm: &Running<Self>, save_space: bool) -> Result<bool, VmmError> {
+        merge::merge_disk(vm, save_space).await
+    }
+
+    async fn settle_disk(&self, vm: &Running<Self>) -> Result<(), VmmError> {
+        merge::settle_jobs(vm).await
+    }
+
+    async fn save(
+        &self,
+        vm: &Running<Self>,
+        request: &SnapshotRequest,
+        draft: &Path,
+    ) -> Result<Saved, SnapshotError> {
+        save::save_devices(vm, &draft.join(Self::STATE)).await?;
+        save::save_memory(vm, request, draft).await
+    }
+
+    async fn freeze_disk(
+        &self,
+        vm: &Running<Self>,
+        draft: &Path,
+        disk: &str,
+    ) -> Result<(), SnapshotError> {
+        save::freeze_disk(vm, draft, disk).await
+    }
+
+    fn check_disk(&self, directory: &Path, disk: &str) -> io::Result<()> {
+        overlay::chain(directory, disk).map(drop)
+    }
+
+    fn fork_disk(&self, snapshot: &Path, disk: &str, directory: &Path) -> io::Result<String> {
+        layers::share_layers(snapshot, disk, directory)?;
+        layers::add_layer(directory, disk)
+    }
+
+    fn restore_memory(&self, spec: &RestoreSpec, saved: &Manifest) -> Result<String, RestoreError> {
+        load::restore_memory(spec, saved)
+    }
+
+    async fn load(&self, vm: &Running<Self>, from: &Origin<'_>) -> Result<(), RestoreError> {
+        load::load(vm, from).await
     }
 }
 
@@ -217,12 +230,4 @@ fn locate(program: &Path) -> Option<PathBuf> {
         ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
     let places = PLACES.iter().map(|place| Path::new(place).join(program));
     places.filter_map(|path| fs::canonicalize(path).ok()).find(|path| path.is_file())
-}
-
-/// Returns a text that differs between builds of a program, without running it.
-fn kind_of_program(program: &Path) -> String {
-    locate(program).and_then(|path| fs::metadata(path).ok()).map_or_else(
-        || "unknown".to_owned(),
-        |file| format!("{} bytes of {}", file.len(), file.mtime()),
-    )
 }

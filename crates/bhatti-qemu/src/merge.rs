@@ -18,66 +18,81 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_engine::{Vm, VmmError};
+use bhatti_vmm::{Record, Running};
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 use tracing::info;
 
 use crate::command_line::ROOT_DRIVE;
-use crate::overlay;
-use crate::vm::QemuVm;
+use crate::{Qemu, overlay};
 
 /// Number of layers from which they are merged. If a merge fails, there is room for as many more.
 const MERGE_AT: usize = overlay::LAYERS_MAX / 2;
 /// Layers are also merged if that frees more than this fraction of the image's size.
 const MERGE_AT_PART: u64 = 4;
 
-/// How long copying may take: other operations on the VM's disk wait for it. Blocks that were
-/// copied before the limit stay copied.
-const COPY_LIMIT: Duration = Duration::from_secs(20);
-/// How long QEMU may take to end a job that is complete or canceled.
-const END_LIMIT: Duration = Duration::from_secs(10);
-const LOOK: Duration = Duration::from_millis(10);
+/// How long a job may make no progress.
+const STALL_LIMIT: Duration = Duration::from_secs(20);
+/// How often to ask for a job's progress: often at first, because most jobs take a moment.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
 
 /// Job states: everything is copied; the job has ended, successfully or not.
 const COPIED: &str = "pending";
 const CONCLUDED: &str = "concluded";
 
 /// See [`bhatti_engine::Vm::merge_disk`].
-pub(crate) async fn merge_disk(vm: &QemuVm, to_save_space: bool) -> Result<bool, VmmError> {
+pub(crate) async fn merge_disk(vm: &Running<Qemu>, to_save_space: bool) -> Result<bool, VmmError> {
     settle_jobs(vm).await?;
-    let top = vm.machine.lock().disk.clone();
-    let layers = overlay::chain(&vm.directory, &top)?;
-    let Some((base, frozen)) = layers.split_last() else { return Ok(false) };
-    let frozen = Frozen::of(vm, frozen.get(1..).unwrap_or_default())?;
-    let image_bytes = overlay::disk_bytes(&vm.directory.join(base))?;
-    let disk_bytes = overlay::disk_bytes(&vm.directory.join(&top))?;
-    let least_bytes = if to_save_space { 0 } else { image_bytes / MERGE_AT_PART };
-    if layers.len() < MERGE_AT && frozen.freed_bytes(disk_bytes) <= least_bytes {
+    let record = Arc::clone(&vm.record);
+    let Some(plan) = on_thread(move || Plan::of(&record, to_save_space)).await? else {
         return Ok(false);
-    }
+    };
     let began = Instant::now();
+    let Plan { top, base, layers } = plan;
     let arguments = json!({
-        "job-id": top, "device": ROOT_DRIVE, "base": vm.directory.join(base), "backing-file": base,
-        "auto-finalize": false, "auto-dismiss": false,
+        "job-id": top, "device": ROOT_DRIVE, "base": vm.directory().join(&base),
+        "backing-file": base, "auto-finalize": false, "auto-dismiss": false,
     });
-    vm.ask("block-stream", arguments).await?;
+    vm.control.ask("block-stream", arguments).await?;
     let merged = finish(vm, &top).await;
     // End the job in any case: a disk must not be used for anything else while it is being
     // copied.
     settle_jobs(vm).await?;
     merged?;
-    remove_other_layers(vm).await?;
-    info!(
-        layers = layers.len(),
-        merge_ms = began.elapsed().as_millis(),
-        "Merged the layers of a disk"
-    );
+    let (directory, kept) = (vm.directory().to_owned(), top);
+    on_thread(move || remove_other_layers(&directory, &kept)).await?;
+    info!(layers, merge_ms = began.elapsed().as_millis(), "Merged the layers of a disk");
     Ok(true)
+}
+
+/// A merge that is worthwhile.
+struct Plan {
+    /// The topmost layer, which gets the content.
+    top: String,
+    /// The image, which stays.
+    base: String,
+    /// The number of all layers.
+    layers: usize,
+}
+
+impl Plan {
+    fn of(record: &Record, to_save_space: bool) -> io::Result<Option<Self>> {
+        let (directory, top) = (record.directory(), record.machine().disk);
+        let mut layers = overlay::chain(directory, &top)?;
+        let (count, base) = (layers.len(), layers.pop().unwrap_or_default());
+        let frozen = Frozen::of(directory, layers.get(1..).unwrap_or_default())?;
+        let image_bytes = overlay::disk_bytes(&directory.join(&base))?;
+        let disk_bytes = overlay::disk_bytes(&directory.join(&top))?;
+        let least_bytes = if to_save_space { 0 } else { image_bytes / MERGE_AT_PART };
+        let is_worthwhile = count >= MERGE_AT || frozen.freed_bytes(disk_bytes) > least_bytes;
+        Ok(is_worthwhile.then_some(Self { top, base, layers: count }))
+    }
 }
 
 /// Disk space of the layers between the topmost one and the image on the host, in bytes.
@@ -89,10 +104,10 @@ struct Frozen {
 }
 
 impl Frozen {
-    fn of(vm: &QemuVm, layers: &[String]) -> io::Result<Self> {
+    fn of(directory: &Path, layers: &[String]) -> io::Result<Self> {
         let mut frozen = Self { own: 0, shared: 0 };
         for layer in layers {
-            let file = fs::metadata(vm.directory.join(layer))?;
+            let file = fs::metadata(directory.join(layer))?;
             let bytes = file.blocks() * 512;
             let part = if file.nlink() == 1 { &mut frozen.own } else { &mut frozen.shared };
             *part += bytes;
@@ -115,15 +130,15 @@ impl Frozen {
 }
 
 /// Waits until everything is copied, and makes the image the topmost layer's backing file.
-async fn finish(vm: &QemuVm, job: &str) -> Result<(), VmmError> {
-    check(&wait_for(vm, job, COPIED, COPY_LIMIT).await?, COPIED)?;
+async fn finish(vm: &Running<Qemu>, job: &str) -> Result<(), VmmError> {
+    check(&wait_for(vm, job, COPIED).await?, COPIED)?;
     let was_running = vm.is_running().await?;
     let finalized = async {
         // Pausing also flushes all disks: the header must not name the image before the copied
         // blocks are on the disk.
         vm.pause().await?;
-        vm.ask("job-finalize", json!({ "id": job })).await?;
-        check(&wait_for(vm, job, CONCLUDED, END_LIMIT).await?, CONCLUDED)?;
+        vm.control.ask("job-finalize", json!({ "id": job })).await?;
+        check(&wait_for(vm, job, CONCLUDED).await?, CONCLUDED)?;
         sync_top(vm).await
     };
     let finalized = finalized.await;
@@ -137,38 +152,68 @@ async fn finish(vm: &QemuVm, job: &str) -> Result<(), VmmError> {
 /// Ends QEMU's jobs on the disk, if any: an earlier daemon may have started one. A disk must not
 /// be saved while it is being copied: QEMU would make the disk inactive, and the job would
 /// continue as if it copied.
-pub(crate) async fn settle_jobs(vm: &QemuVm) -> Result<(), VmmError> {
+pub(crate) async fn settle_jobs(vm: &Running<Qemu>) -> Result<(), VmmError> {
     for job in jobs(vm).await? {
         let Some(id) = job["id"].as_str() else { return Err(VmmError::Garbled) };
         if job["status"] != CONCLUDED {
-            vm.ask("job-cancel", json!({ "id": id })).await?;
-            wait_for(vm, id, CONCLUDED, END_LIMIT).await?;
+            vm.control.ask("job-cancel", json!({ "id": id })).await?;
+            wait_for(vm, id, CONCLUDED).await?;
         }
         sync_top(vm).await?;
-        vm.ask("job-dismiss", json!({ "id": id })).await?;
+        vm.control.ask("job-dismiss", json!({ "id": id })).await?;
     }
     Ok(())
 }
 
-async fn jobs(vm: &QemuVm) -> Result<Vec<Value>, VmmError> {
-    match vm.ask("query-jobs", json!({})).await? {
+async fn jobs(vm: &Running<Qemu>) -> Result<Vec<Value>, VmmError> {
+    match vm.control.ask("query-jobs", json!({})).await? {
         Value::Array(jobs) => Ok(jobs),
         _ => Err(VmmError::Garbled),
     }
 }
 
-/// Waits until a job is in `state`, or has ended. Returns QEMU's description of the job.
-async fn wait_for(vm: &QemuVm, id: &str, state: &str, limit: Duration) -> Result<Value, VmmError> {
-    let began = Instant::now();
-    while began.elapsed() < limit {
+/// Waits until a job is in `state`, or has ended, for as long as it makes progress. Returns QEMU's
+/// description of the job.
+async fn wait_for(vm: &Running<Qemu>, id: &str, state: &str) -> Result<Value, VmmError> {
+    let mut progress = Progress::from(Instant::now());
+    loop {
         let mut jobs = jobs(vm).await?;
         let job = jobs.iter_mut().find(|job| job["id"] == id).ok_or(VmmError::Garbled)?;
         if job["status"] == state || job["status"] == CONCLUDED {
             return Ok(job.take());
         }
-        sleep(LOOK).await;
+        let pause = progress.note(job["current-progress"].as_u64(), Instant::now())?;
+        sleep(pause).await;
     }
-    Err(VmmError::Silent { limit })
+}
+
+/// The progress of a job.
+struct Progress {
+    began: Instant,
+    copied: Option<u64>,
+    /// When `copied` grew.
+    grew: Instant,
+}
+
+impl Progress {
+    const fn from(now: Instant) -> Self {
+        Self { began: now, copied: None, grew: now }
+    }
+
+    /// Notes the progress, in bytes. Returns how long to wait before the next look.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`VmmError::Silent`] if there was no progress for [`STALL_LIMIT`].
+    fn note(&mut self, copied: Option<u64>, now: Instant) -> Result<Duration, VmmError> {
+        if copied != self.copied {
+            (self.copied, self.grew) = (copied, now);
+        } else if now - self.grew > STALL_LIMIT {
+            return Err(VmmError::Silent { limit: STALL_LIMIT });
+        }
+        let (often, seldom) = LOOKS;
+        Ok(if now - self.began < Duration::from_secs(1) { often } else { seldom })
+    }
 }
 
 /// Returns an error if a job failed, or ended before the state `wanted`.
@@ -180,32 +225,28 @@ fn check(job: &Value, wanted: &str) -> Result<(), VmmError> {
     is_it.then_some(()).ok_or_else(|| VmmError::Refused("the copy job was canceled".to_owned()))
 }
 
-async fn sync_top(vm: &QemuVm) -> Result<(), VmmError> {
-    let top = vm.directory.join(&vm.machine.lock().disk);
-    blocking(move || File::open(top)?.sync_all()).await
+async fn sync_top(vm: &Running<Qemu>) -> Result<(), VmmError> {
+    let top = vm.directory().join(&vm.record.machine().disk);
+    on_thread(move || File::open(top)?.sync_all()).await
 }
 
-/// Removes the links to layers that are not in the disk's chain, as the layers' headers on the
-/// disk give it.
-async fn remove_other_layers(vm: &QemuVm) -> Result<(), VmmError> {
-    let (directory, top) = (vm.directory.clone(), vm.machine.lock().disk.clone());
-    blocking(move || {
-        let kept: HashSet<PathBuf> = overlay::chain(&directory, &top)?
-            .into_iter()
-            .map(|layer| directory.join(layer))
-            .collect();
-        for entry in fs::read_dir(&directory)? {
-            let path = entry?.path();
-            if overlay::is_qcow2(&path) && !kept.contains(&path) {
-                fs::remove_file(path)?;
-            }
+/// Removes the links to layers that are not in the chain of the disk `top`, as the layers' headers
+/// on the disk give it.
+fn remove_other_layers(directory: &Path, top: &str) -> io::Result<()> {
+    let kept: HashSet<PathBuf> =
+        overlay::chain(directory, top)?.into_iter().map(|layer| directory.join(layer)).collect();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if overlay::is_qcow2(&path) && !kept.contains(&path) {
+            fs::remove_file(path)?;
         }
-        Ok(())
-    })
-    .await
+    }
+    Ok(())
 }
 
-async fn blocking(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> Result<(), VmmError> {
+async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, VmmError> {
     Ok(spawn_blocking(work).await.map_err(io::Error::other)??)
 }
 
@@ -222,5 +263,19 @@ mod tests {
         assert_eq!(freed(2 * GIB, GIB), 0);
         assert_eq!(freed(6 * GIB, 2 * GIB), 2 * GIB);
         assert_eq!(freed(0, GIB), 0);
+    }
+
+    #[test]
+    fn job_is_given_up_only_without_progress() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let mut progress = Progress::from(began);
+        // Far longer than the limit, a little at a time.
+        for second in 0..600 {
+            progress.note(Some(second / 19), at(second)).unwrap();
+        }
+        progress.note(Some(31), at(608)).unwrap();
+        let stalled = progress.note(Some(31), at(700)).unwrap_err();
+        assert!(matches!(stalled, VmmError::Silent { .. }), "{stalled}");
     }
 }

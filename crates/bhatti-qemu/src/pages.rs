@@ -9,11 +9,10 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use bhatti_host::durable;
 use bhatti_host::memory::{MappedFile, PAGE_BYTES};
-use bhatti_vmm::{piece_bytes, pieces, read_pages, write_pages};
+use bhatti_host::{disk, durable};
+use bhatti_vmm::{PAGE, piece_bytes, pieces, read_pages, write_pages};
 
-const PAGE: usize = 4096;
 const ZEROES: [u8; PAGE] = [0; PAGE];
 
 /// Writes the private pages of a VM's memory to `path`. Returns their size in bytes, and the
@@ -42,7 +41,7 @@ pub(crate) fn write_full(
     hasher.update(&size.to_le_bytes());
     let mut written = 0;
     let mut buffer = vec![0; PAGE * 256];
-    for run in holding_something(memory, &base, size)? {
+    for run in holding_something(memory, &base)? {
         for piece in pieces(run) {
             let bytes = &mut buffer[..piece_bytes(&piece)?];
             memory.read_at(bytes, piece.start * PAGE_BYTES)?;
@@ -67,19 +66,17 @@ pub(crate) fn measure(memory: &MappedFile, base: &Path) -> io::Result<(u64, u64)
         |runs: &[Range<u64>]| runs.iter().map(|run| run.end - run.start).sum::<u64>() * PAGE_BYTES;
     let private = bytes(&memory.private_pages()?);
     let base = File::open(base)?;
-    let all = bytes(&holding_something(memory, &base, base.metadata()?.len())?);
+    let all = bytes(&holding_something(memory, &base)?);
     Ok((private, all))
 }
 
 /// Returns the pages that may hold data: the VM's private pages, and the pages that its base has.
-fn holding_something(memory: &MappedFile, base: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
+fn holding_something(memory: &MappedFile, base: &File) -> io::Result<Vec<Range<u64>>> {
     let mut runs = memory.private_pages()?;
     let mut at = 0;
-    while let Some(data) = seek(base, rustix::fs::SeekFrom::Data(at))? {
-        // The end of a file counts as a hole.
-        let hole = seek(base, rustix::fs::SeekFrom::Hole(data))?.unwrap_or(size);
-        runs.push(data / PAGE_BYTES..hole.div_ceil(PAGE_BYTES));
-        at = hole;
+    while let Some(Range { start, end }) = disk::next_data(base, at)? {
+        runs.push(start / PAGE_BYTES..end.div_ceil(PAGE_BYTES));
+        at = end;
     }
     runs.sort_by_key(|run| run.start);
     let mut merged: Vec<Range<u64>> = Vec::new();
@@ -90,11 +87,4 @@ fn holding_something(memory: &MappedFile, base: &File, size: u64) -> io::Result<
         }
     }
     Ok(merged)
-}
-
-fn seek(file: &File, to: rustix::fs::SeekFrom) -> io::Result<Option<u64>> {
-    match rustix::fs::seek(file, to) {
-        Err(rustix::io::Errno::NXIO) => Ok(None),
-        place => Ok(Some(place?)),
-    }
 }

@@ -1,8 +1,7 @@
 //! QEMU's monitor (docs/interop/qmp-spec.rst): lines of JSON. Events are ignored.
 
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_engine::VmmError;
@@ -17,16 +16,19 @@ use tokio::time::timeout;
 pub(crate) const SOCKET: &str = "qmp.sock";
 
 /// Time limit of a command without disk I/O. QEMU's main loop serves commands between other work.
-pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 
 /// Maximum length of a line from a VMM, in bytes.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 
 /// The monitor of one VMM. It serves one connection at a time, so only one is opened.
-pub(crate) struct Qmp {
+#[derive(Debug)]
+pub struct Qmp {
+    directory: PathBuf,
     connection: Mutex<Option<Connection>>,
 }
 
+#[derive(Debug)]
 struct Connection {
     stream: BufReader<UnixStream>,
     version: String,
@@ -68,24 +70,29 @@ struct Refusal {
 }
 
 impl Qmp {
-    /// Creates the monitor of a VMM, not connected yet.
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { connection: Mutex::new(None) })
+    /// Creates the monitor of the VMM in `directory`, not connected yet.
+    pub(crate) fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned(), connection: Mutex::new(None) }
     }
 
     /// Returns QEMU's version, including its package version.
-    pub(crate) async fn version(&self, directory: &Path) -> Result<String, VmmError> {
+    pub(crate) async fn version(&self) -> Result<String, VmmError> {
         let limited = timeout(COMMAND_LIMIT, async {
             let mut slot = self.connection.lock().await;
             let connection = match slot.take() {
                 Some(connection) => connection,
-                None => Connection::open(directory).await?,
+                None => Connection::open(&self.directory).await?,
             };
             let version = connection.version.clone();
             *slot = Some(connection);
             Ok(version)
         });
         limited.await.unwrap_or(Err(VmmError::Silent { limit: COMMAND_LIMIT }))
+    }
+
+    /// Executes a QEMU command that takes no noticeable time. See [`execute`](Self::execute).
+    pub(crate) async fn ask(&self, command: &str, arguments: Value) -> Result<Value, VmmError> {
+        self.execute(command, arguments, COMMAND_LIMIT).await
     }
 
     /// Executes a QEMU command and returns its result.
@@ -95,7 +102,6 @@ impl Qmp {
     /// The command may or may not have been executed. The next call opens a new connection.
     pub(crate) async fn execute(
         &self,
-        directory: &Path,
         command: &str,
         arguments: Value,
         limit: Duration,
@@ -105,7 +111,7 @@ impl Qmp {
             // Taken out of its slot while in use: an interrupted connection is not used again.
             let mut connection = match slot.take() {
                 Some(connection) => connection,
-                None => Connection::open(directory).await?,
+                None => Connection::open(&self.directory).await?,
             };
             let answer = connection.execute(command, &arguments).await;
             if matches!(answer, Ok(_) | Err(VmmError::Refused(_))) {
@@ -191,12 +197,10 @@ mod tests {
             "",
         ];
         monitor(directory.path(), answers);
-        let qmp = Qmp::new();
-        let ask = |command: &'static str| {
-            qmp.execute(directory.path(), command, json!({}), COMMAND_LIMIT)
-        };
+        let qmp = Qmp::new(directory.path());
+        let ask = |command: &'static str| qmp.ask(command, json!({}));
 
-        assert_eq!(qmp.version(directory.path()).await.unwrap(), "10.0.2 Debian");
+        assert_eq!(qmp.version().await.unwrap(), "10.0.2 Debian");
         assert_eq!(ask("query-status").await.unwrap()["status"], "paused");
         assert!(matches!(ask("x").await, Err(VmmError::Refused(why)) if why == "no"));
         assert!(matches!(ask("x").await, Err(VmmError::Garbled)));
@@ -205,9 +209,9 @@ mod tests {
     #[tokio::test]
     async fn mute_monitor_is_silent_and_missing_monitor_is_unreachable() {
         let directory = tempfile::tempdir().unwrap();
-        let qmp = Qmp::new();
+        let qmp = Qmp::new(directory.path());
         let limit = Duration::from_millis(20);
-        let ask = || qmp.execute(directory.path(), "stop", json!({}), limit);
+        let ask = || qmp.execute("stop", json!({}), limit);
         assert!(matches!(ask().await, Err(VmmError::Unreachable(_))));
 
         let _listener = socket::listen_in(directory.path(), SOCKET).unwrap();

@@ -1,5 +1,5 @@
 //! Runs `bhatti_engine::conformance` on the QEMU engine.
 
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu};
 
-bhatti_testkit::conformance_tests!(Some(QemuEngine::new(PROGRAM.into())));
+bhatti_testkit::conformance_tests!(Some(Qemu::engine(PROGRAM.into())));

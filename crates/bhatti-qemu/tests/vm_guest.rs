@@ -15,7 +15,7 @@ use bhatti_proto::{
     Applied, ConfigFile, ConfigVolume, ExecRequest, GuestConfig, GuestEvent, GuestNetwork,
     Identity, IdentityReport, Woken,
 };
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
 use bhatti_testkit::{LIMIT, dist, images};
 use bhatti_types::{CpuCount, MemoryMib, SandboxId};
 use serde_json::{Value, json};
@@ -70,7 +70,7 @@ impl Guest {
             volumes: Vec::new(),
             boot_limit: LIMIT,
         };
-        let engine = QemuEngine::new(PROGRAM.into());
+        let engine = Qemu::engine(PROGRAM.into());
         let vm = engine.boot(&spec).await.unwrap();
         let client = AgentClient::new(vm.channel());
         let _leftover = Leftover(spec.directory, id);

@@ -4,6 +4,7 @@
 //! `bhatti-control` enforces a sandbox's quota, and the guest's kernel sees no more memory than
 //! the VM has. The group's limits only bound use beyond that.
 
+use bhatti_host::blocking;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -141,7 +142,7 @@ pub async fn remove(name: &str) -> io::Result<()> {
 async fn remove_one(place: &Path) -> io::Result<()> {
     let began = Instant::now();
     loop {
-        match fs::remove_dir(place) {
+        match blocking(|| fs::remove_dir(place)) {
             Err(error)
                 if error.kind() == ErrorKind::NotFound
                     || error.kind() == ErrorKind::NotADirectory =>

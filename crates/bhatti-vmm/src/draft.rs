@@ -6,14 +6,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bhatti_engine::{FileCopy, SnapshotError};
-use bhatti_host::{disk, durable};
+use bhatti_host::{blocking, disk, durable};
 use tokio::task::spawn_blocking;
 
-use crate::create_private;
+use crate::files::create_private;
 
 /// A directory that is removed unless it is put in place.
 #[derive(Debug)]
-pub struct Draft {
+pub(crate) struct Draft {
     path: PathBuf,
     place: PathBuf,
     is_kept: bool,
@@ -25,7 +25,16 @@ impl Draft {
     /// # Errors
     ///
     /// Returns an error if the place is taken or the directory cannot be made.
-    pub fn create(place: &Path) -> Result<Self, SnapshotError> {
+    pub(crate) async fn create(place: &Path) -> Result<Self, SnapshotError> {
+        let place = place.to_owned();
+        let created = spawn_blocking(move || Self::create_now(&place)).await;
+        created.map_err(|error| SnapshotError::File {
+            step: "create the snapshot's directory",
+            source: io::Error::other(error),
+        })?
+    }
+
+    fn create_now(place: &Path) -> Result<Self, SnapshotError> {
         let failed = |step| move |source| SnapshotError::File { step, source };
         if place.exists() {
             return Err(failed("make room for the snapshot")(io::ErrorKind::AlreadyExists.into()));
@@ -44,8 +53,7 @@ impl Draft {
     }
 
     /// Returns the draft's path.
-    #[must_use]
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -55,7 +63,7 @@ impl Draft {
     ///
     /// Returns an error if the place was taken meanwhile, or if the new name cannot be made
     /// durable. Nothing of the draft is then left.
-    pub fn put_in_place(mut self) -> io::Result<()> {
+    pub(crate) fn put_in_place(mut self) -> io::Result<()> {
         fs::rename(&self.path, &self.place)?;
         // The directory has this name from here on, also if it is removed on drop.
         self.path.clone_from(&self.place);
@@ -68,7 +76,7 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.is_kept
-            && let Err(error) = fs::remove_dir_all(&self.path)
+            && let Err(error) = blocking(|| fs::remove_dir_all(&self.path))
         {
             tracing::warn!(path = %self.path.display(), %error, "Failed to remove an unfinished snapshot");
         }
@@ -80,7 +88,7 @@ impl Drop for Draft {
 /// # Errors
 ///
 /// Returns an error if a file cannot be copied.
-pub async fn copy_files(copies: &[FileCopy], draft: &Path) -> Result<(), SnapshotError> {
+pub(crate) async fn copy_files(copies: &[FileCopy], draft: &Path) -> Result<(), SnapshotError> {
     let (copies, draft) = (copies.to_vec(), draft.to_owned());
     let copied = spawn_blocking(move || {
         copies.iter().try_for_each(|copy| disk::copy(&copy.from, &draft.join(&copy.name)))

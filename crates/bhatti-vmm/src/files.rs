@@ -25,7 +25,7 @@ pub fn memory_name(hash: &blake3::Hash) -> String {
 
 /// Whether `name` is the name of a memory file.
 #[must_use]
-pub fn is_memory(name: &str) -> bool {
+pub(crate) fn is_memory(name: &str) -> bool {
     name.starts_with(MEMORY_PREFIX) && name.ends_with(MEMORY_SUFFIX)
 }
 
@@ -88,7 +88,7 @@ pub fn remove_other_memory(directory: &Path, kept: &str) -> io::Result<()> {
 ///
 /// Returns [`io::ErrorKind::FileTooLarge`] if the file is longer, and the error of opening or
 /// reading it.
-pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     let file = fs::File::open(path)?;
     if file.take(limit + 1).read_to_end(&mut content)? as u64 > limit {

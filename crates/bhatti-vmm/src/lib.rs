@@ -1,30 +1,41 @@
-//! Shared parts of engines: a VM's files, the record of its process, its console, and unfinished
-//! snapshots.
+//! The engine for VMMs that are processes: everything but the words of one VMM.
 //!
-//! This crate knows no VMM. The requests to a VMM, and their order, are in its engine's crate.
+//! [`ProcessEngine`] boots, saves, restores, adopts and ends VMs. It owns a VM's directory, its
+//! record (`vm.json`), its snapshots with their manifest, its process, console and log. A
+//! [`Vmm`] starts its program, talks to it, and knows the form of its disks.
 
+mod boot;
 pub mod cgroup;
 mod console;
 mod draft;
+mod engine;
 mod files;
 mod generation;
 mod log;
+mod machine;
+mod manifest;
 mod pages;
 mod process;
 mod record;
+mod restore;
+mod save;
 mod user;
+mod vm;
+mod vmm;
 mod vsock;
 
 pub use console::Console;
-pub use draft::{Draft, copy_files};
+pub use engine::ProcessEngine;
 pub use files::{
-    STATE_BYTES_MAX, create_private, is_memory, memory_name, new_name, read_at_most,
-    remove_other_memory, share,
+    STATE_BYTES_MAX, create_private, memory_name, new_name, remove_other_memory, share,
 };
-pub use generation::{Generation, check_volumes, damaged, read_manifest, same, volume_generations};
+pub use generation::{Generation, damaged, same};
 pub use log::{create_log, log_tail};
-pub use pages::{piece_bytes, pieces, read_pages, write_pages};
-pub use process::{end, end_by_id, find, kill, remove, vm_name};
-pub use record::{Record, Volume, volumes};
+pub use machine::{EMPTY_VOLUME_BYTES, Machine, UNCONFIGURED_MAC, Volume};
+pub use manifest::{Manifest, PAGES, SavedMemory};
+pub use pages::{PAGE, piece_bytes, pieces, read_pages, write_pages};
+pub use process::{kind_of_program, remove, vm_name};
+pub use record::{Known, Record, recorded_machine};
 pub use user::{give_as, give_to, user_of};
+pub use vmm::{Connections, LOG, Launch, Origin, Running, Saved, Source, Unfinished, VmState, Vmm};
 pub use vsock::VsockChannel;

@@ -22,7 +22,8 @@ const MAGIC: &[u8; 16] = b"bhatti pages 1\n\0";
 
 /// Number of pages that are copied at once.
 const COPY_PAGES: u64 = 256;
-const PAGE: usize = 4096;
+/// Size of a page, in bytes.
+pub const PAGE: usize = 4096;
 
 /// Writes the pages of `runs` to a new file. `read` fills its buffer from a byte offset. Returns
 /// the size of the pages, in bytes, and the file's hash.

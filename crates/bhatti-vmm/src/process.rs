@@ -1,11 +1,13 @@
 //! The VMM's process: finds it again and ends it.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
 use bhatti_engine::RemoveError;
-use bhatti_host::process::{Followed, ProcessId};
+use bhatti_host::process::Followed;
 use bhatti_types::SandboxId;
 use tokio::time::timeout;
 
@@ -20,13 +22,22 @@ pub fn vm_name(id: SandboxId) -> String {
     format!("bhatti-{id}")
 }
 
+/// Returns a text that differs between builds of a program, without running it.
+#[must_use]
+pub fn kind_of_program(program: &Path) -> String {
+    fs::metadata(program).map_or_else(
+        |_| "unknown".to_owned(),
+        |file| format!("{} bytes of {}", file.len(), file.mtime()),
+    )
+}
+
 /// Finds the VMM process of a VM: the recorded process, whichever engine wrote the record. If the
 /// daemon died before it wrote the record, finds the process of `program` that has `argument`.
 ///
 /// # Errors
 ///
 /// Returns [`io::ErrorKind::NotFound`] if there is no such process.
-pub async fn find(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
+pub(crate) async fn find(directory: &Path, program: &Path, argument: &str) -> io::Result<Followed> {
     let (directory, program) = (directory.to_owned(), program.to_owned());
     let argument = argument.to_owned();
     // The search may have to read every process on the host.
@@ -52,7 +63,7 @@ fn find_now(directory: &Path, program: &Path, argument: &str) -> io::Result<Foll
 }
 
 /// Kills a VMM and waits until it has ended. Returns whether it has ended. Logs an error if not.
-pub async fn end(process: &Followed) -> bool {
+pub(crate) async fn end(process: &Followed) -> bool {
     process.kill();
     let ended = timeout(KILL_LIMIT, process.ended()).await.is_ok();
     if !ended {
@@ -62,19 +73,12 @@ pub async fn end(process: &Followed) -> bool {
     ended
 }
 
-/// Ends a VMM whose handle was dropped. A process that cannot be found has ended.
-pub async fn end_by_id(id: ProcessId) {
-    if let Ok(process) = Followed::adopt(id) {
-        end(&process).await;
-    }
-}
-
 /// Ends the VMM that a search found, if any.
 ///
 /// # Errors
 ///
 /// Returns an error if the search failed, or if the VMM does not end.
-pub async fn kill(found: io::Result<Followed>) -> Result<(), RemoveError> {
+pub(crate) async fn kill(found: io::Result<Followed>) -> Result<(), RemoveError> {
     let process = match found {
         Ok(process) => process,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

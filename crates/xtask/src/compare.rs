@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
 use bhatti_testkit::{Serve, TestDaemon, named, run, wait_for};
 use tokio::time::Instant;
 
@@ -177,7 +177,7 @@ impl<'a> Arena<'a> {
         let template =
             origin.strip_prefix("template ").context("not forked from a base snapshot")?;
         let template = daemon.data_dir().join("templates").join(template).canonicalize()?;
-        let engine = QemuEngine::new(PROGRAM.into());
+        let engine = Qemu::engine(PROGRAM.into());
         Ok(Self { daemon, docker, engine, template, place: tempfile::tempdir()? })
     }
 

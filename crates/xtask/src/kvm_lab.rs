@@ -20,7 +20,7 @@ use bhatti_agent::{AgentClient, ExecEvent};
 use bhatti_engine::{Engine, VmSpec, VolumeFile};
 use bhatti_image::{DEFAULT_IMAGE, ImageStore};
 use bhatti_proto::ExecRequest;
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
 use bhatti_types::{CpuCount, MemoryMib, SandboxId};
 
 /// Packages of the lab beyond Debian's `minbase`.
@@ -79,7 +79,7 @@ fn run(carried: &[PathBuf], environment: &[String], command: &[String]) -> Resul
         let scratch = directory.path().join("scratch");
         fs::File::create_new(&scratch)?.set_len(u64::from(SCRATCH_MIB) << 20)?;
         let id = SandboxId::from_entropy([0x1a; 8]);
-        let engine = QemuEngine::new(PROGRAM.into());
+        let engine = Qemu::engine(PROGRAM.into());
         let place = directory.path().join("vm");
         let ran = tokio::time::timeout(
             RUN_LIMIT,

@@ -4,6 +4,7 @@ use std::io;
 
 use bhatti_agent::CallError;
 use bhatti_engine::{BootError, VmSpec};
+use bhatti_host::blocking;
 use bhatti_store::SandboxRow;
 use bhatti_types::{Denied, FailReason, Report};
 use serde_json::json;
@@ -69,7 +70,8 @@ impl Sandbox {
         };
         self.shared.enforce_network(row.owner, row.address).await?;
         // What can fail for want of room comes before the memory is given up.
-        let mark = BootMark::mark(&spec.directory).map_err(TransitionError::MarkBoot)?;
+        let mark =
+            blocking(|| BootMark::mark(&spec.directory)).map_err(TransitionError::MarkBoot)?;
         let consumed = match self.give_up_memory().await {
             Ok(consumed) => consumed,
             Err(error) => {

@@ -7,13 +7,14 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
+use bhatti_host::blocking;
 use bhatti_host::process::{Confinement, Reach, User};
 use bhatti_host::{disk, durable, process};
 use bhatti_types::VolumeMib;
 
 use tokio::time::{Duration, Instant, sleep, timeout};
 
-use super::blocking;
+use super::on_thread;
 
 /// Owner of a new volume's root directory: the guest's usual user.
 const ROOT_OWNER: &str = "1000:1000";
@@ -108,7 +109,7 @@ pub(super) fn create_private(directory: &Path) -> io::Result<()> {
 /// Makes an empty file system. Its file takes almost no disk space.
 pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let create = || File::create_new(path)?.set_len(size.bytes());
-    create().map_err(failed("create the volume's file"))?;
+    blocking(create).map_err(failed("create the volume's file"))?;
     let held = hold(path).await?;
     let owner = format!("root_owner={ROOT_OWNER}");
     run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", &owner], &held).await?;
@@ -118,7 +119,7 @@ pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileE
 /// Copies a file that no tool and no VM writes.
 pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
     let (source, target) = (from.to_owned(), to.to_owned());
-    let copied = blocking(move || disk::copy(&source, &target)).await;
+    let copied = on_thread(move || disk::copy(&source, &target)).await;
     copied.map_err(failed("copy the volume's file"))?;
     sync(to).await
 }
@@ -134,7 +135,7 @@ pub(super) async fn clone(from: &Path, to: &Path) -> Result<(), VolumeFileError>
 pub(super) async fn grow(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let held = hold(path).await?;
     check(&held, &["-f"]).await?;
-    lengthen(path, size).map_err(failed("grow the volume's file"))?;
+    blocking(|| lengthen(path, size)).map_err(failed("grow the volume's file"))?;
     run("resize2fs", &[], &held).await?;
     sync(path).await
 }
@@ -160,7 +161,7 @@ pub(super) async fn settle(path: &Path) -> Result<(), VolumeFileError> {
 }
 
 pub(super) async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
-    if is_clean(&held.path).map_err(failed("read the volume's file"))? {
+    if blocking(|| is_clean(&held.path)).map_err(failed("read the volume's file"))? {
         return Ok(());
     }
     tracing::info!(path = %held.path.display(), "A volume was not unmounted cleanly; it is checked");
@@ -190,7 +191,7 @@ pub(super) struct Held {
 }
 
 pub(super) async fn hold(path: &Path) -> Result<Held, VolumeFileError> {
-    let file = File::open(path).map_err(failed("open the volume's file"))?;
+    let file = blocking(|| File::open(path)).map_err(failed("open the volume's file"))?;
     let began = Instant::now();
     loop {
         match file.try_lock() {
@@ -297,7 +298,7 @@ fn said(output: &[u8], path: &Path) -> String {
 
 async fn sync(path: &Path) -> Result<(), VolumeFileError> {
     let file = path.to_owned();
-    let synced = blocking(move || {
+    let synced = on_thread(move || {
         File::open(&file)?.sync_all()?;
         durable::sync_parent(&file)
     });

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bhatti_engine::{FileCopy, VolumeFile};
+use bhatti_host::blocking;
 use bhatti_proto::ConfigVolume;
 use bhatti_store::{Attach, AttachKind, Attachment};
 use bhatti_types::{SandboxId, VolumeName};
@@ -111,7 +112,7 @@ async fn make_own(
         return Ok(());
     }
     let directory = path.parent().unwrap_or(Path::new("/"));
-    create_private(directory).map_err(|source| VolumeFileError::File {
+    blocking(|| create_private(directory)).map_err(|source| VolumeFileError::File {
         step: "create the sandbox's directory",
         source,
     })?;

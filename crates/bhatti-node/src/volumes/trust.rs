@@ -9,11 +9,12 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bhatti_host::blocking;
 use bhatti_host::durable;
 use tokio::time::timeout;
 
-use super::blocking;
 use super::file::{self, CHECK_LIMIT, VolumeFileError, failed};
+use super::on_thread;
 
 /// The record, beside a volume's file: e2fsck found it sound, and only hosts have written it since.
 const CHECKED: &str = "checked";
@@ -44,7 +45,7 @@ pub(super) async fn settle_for_host(volume: &Path, read_only: bool) -> Result<()
             }
             file::repair(&held).await?;
         }
-        File::create(record(&volume)).map_err(failed("record the volume's check"))?;
+        blocking(|| File::create(record(&volume))).map_err(failed("record the volume's check"))?;
         Ok(())
     });
     match timeout(CHECK_LIMIT, settled).await {
@@ -57,7 +58,7 @@ pub(super) async fn settle_for_host(volume: &Path, read_only: bool) -> Result<()
 /// before the guest runs.
 pub(super) async fn distrust(volume: &Path) -> io::Result<()> {
     let record = record(volume);
-    blocking(move || match fs::remove_file(&record) {
+    on_thread(move || match fs::remove_file(&record) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed.and_then(|()| durable::sync_parent(&record)),
     })

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use bhatti_docker::DockerEngine;
 use bhatti_engine::{Accelerator, Engine};
-use bhatti_firecracker::{FirecrackerEngine, Unusable};
+use bhatti_firecracker::{Firecracker, Unusable};
 use bhatti_host::process::{forgo_huge_pages, is_root, landlock_version};
 use bhatti_host::{durable, kvm};
-use bhatti_qemu::QemuEngine;
+use bhatti_qemu::Qemu;
 use bhatti_store::Store;
 
 use crate::config::{Config, EngineChoice};
@@ -25,8 +25,10 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
     match config.engine {
         EngineChoice::Qemu => {
             check_landlock(config)?;
-            let engine = QemuEngine::new(config.qemu());
-            tokio::spawn(engine.prepare());
+            let engine = Qemu::engine(config.qemu());
+            let qemu = Arc::clone(engine.vmm());
+            // The first boot need not wait for the measurement.
+            tokio::task::spawn_blocking(move || qemu.tsc_khz());
             if engine.capabilities().accelerator == Some(Accelerator::Tcg) {
                 // QEMU requests huge pages for translated code, which wastes 4 of 62 MiB.
                 if let Err(error) = forgo_huge_pages() {
@@ -45,7 +47,7 @@ pub(super) async fn open(config: &Config, lohar: &Path) -> Result<Arc<dyn Engine
                 CliError::of(&error)
                     .hint("Firecracker needs KVM; without KVM, set `engine: qemu` in config.yaml")
             })?;
-            Ok(Arc::new(FirecrackerEngine::new(found)))
+            Ok(Arc::new(Firecracker::engine(found)))
         }
         EngineChoice::Docker => {
             let found = bhatti_docker::check(&config.docker()).await.map_err(|error| {

@@ -9,7 +9,7 @@ use bhatti_agent::AgentClient;
 use bhatti_engine::conformance::random_id;
 use bhatti_engine::{Disks, Engine, RestoreSpec, Vm};
 use bhatti_proto::{ExecRequest, GuestConfig, Identity};
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
 use bhatti_store::{NewSandbox, Store};
 use bhatti_testkit::{Api, Serve, TestDaemon};
 use bhatti_types::{SandboxId, SandboxSpec, SandboxState, UserId};
@@ -161,7 +161,7 @@ impl BareVm {
     /// Starts a VM from a base snapshot. `has_network` must say whether the base snapshot has a
     /// network card.
     pub(super) async fn start(template: &Path, has_network: bool) -> Result<Self> {
-        let engine = QemuEngine::new(PROGRAM.into());
+        let engine = Qemu::engine(PROGRAM.into());
         let place = tempfile::tempdir()?;
         let id = random_id();
         let spec = RestoreSpec {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use bhatti_client::Client;
 use bhatti_engine::MemoryKind;
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu};
 use bhatti_testkit::{Serve, TestDaemon, named, wait_for};
 use tokio::time::Instant;
 
@@ -78,7 +78,7 @@ async fn measure() -> Result<Vec<Promise>> {
 
 /// Measures a create with default options, without a network, against the engine alone.
 async fn creation(daemon: &TestDaemon, template: &std::path::Path) -> Result<Promise> {
-    let engine = QemuEngine::new(PROGRAM.into());
+    let engine = Qemu::engine(PROGRAM.into());
     let place = tempfile::tempdir()?;
     let (mut times, mut base) = (Vec::new(), Vec::new());
     for _ in 0..CREATES {

@@ -9,7 +9,7 @@ use bhatti_agent::AgentClient;
 use bhatti_api::{CreateSandbox, ForkSandbox, StartSandbox};
 use bhatti_engine::conformance::random_id;
 use bhatti_engine::{Disks, Engine, MemoryKind, RestoreSpec, SnapshotRequest, Vm};
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
 use bhatti_testkit::{Serve, TestDaemon, named, run, wait_for};
 use bhatti_types::SandboxId;
 use tokio::time::Instant;
@@ -63,7 +63,7 @@ fn ratio(what: &str, times: &[Duration], of: &str, base: Duration) {
 
 /// Measures the engine alone: from a base snapshot to a VM whose agent answers, step by step.
 async fn bare_forks(template: &Path) -> Result<Duration> {
-    let engine = QemuEngine::new(PROGRAM.into());
+    let engine = Qemu::engine(PROGRAM.into());
     let place = tempfile::tempdir()?;
     let mut parts: [Vec<Duration>; 4] = Default::default();
     let mut whole = Vec::new();
@@ -140,7 +140,7 @@ fn bare_spec(id: SandboxId, template: &Path, place: &Path, tap: Option<String>) 
 /// Adopts the VM of a sandbox whose daemon has ended.
 pub(super) async fn adopt(directory: &Path) -> Result<Arc<dyn Vm>> {
     let id = directory.file_name().and_then(|name| name.to_str()).context("an id")?.parse()?;
-    Ok(QemuEngine::new(PROGRAM.into()).adopt(id, directory).await?)
+    Ok(Qemu::engine(PROGRAM.into()).adopt(id, directory).await?)
 }
 
 /// Prints the memory that an idle fork does not share.

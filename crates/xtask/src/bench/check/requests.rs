@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use bhatti_control::Control;
 use bhatti_image::ImageStore;
 use bhatti_node::{Config, NetworkConfig, Node, ThermalConfig};
-use bhatti_qemu::{PROGRAM, QemuEngine};
+use bhatti_qemu::{PROGRAM, Qemu};
 use bhatti_secret::SecretKey;
 use bhatti_server::{AppState, Listener, PublicAddress, StateParts, router};
 use bhatti_store::Store;
@@ -87,7 +87,7 @@ fn control(place: &Path, store: &Arc<Store>) -> Result<Control> {
         },
         fault: None,
     };
-    let engine = Arc::new(QemuEngine::new(PROGRAM.into()));
+    let engine = Arc::new(Qemu::engine(PROGRAM.into()));
     let control_config = bhatti_control::Config {
         secret_key: SecretKey::open(place, false)?,
         network_allowable: bhatti_types::Allowance::default(),

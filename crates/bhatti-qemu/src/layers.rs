@@ -3,18 +3,42 @@
 use std::io;
 use std::path::Path;
 
+use bhatti_engine::VmSpec;
 use bhatti_host::durable;
-use bhatti_types::MemoryMib;
-use bhatti_vmm::new_name;
+use bhatti_types::{DiskMib, MemoryMib};
+use bhatti_vmm::{new_name, recorded_machine};
 
 use crate::overlay;
 
 /// Name of the file of an empty memory.
 const EMPTY_MEMORY: &str = "memory-empty.img";
 
+/// Creates the disk of a VM to boot over the image, or finds the kept one. Returns the name of
+/// the topmost layer.
+pub(crate) fn boot_disk(spec: &VmSpec) -> io::Result<String> {
+    let directory = &spec.directory;
+    if spec.keep_disk {
+        return Ok(recorded_machine(directory)?.disk);
+    }
+    let base = spec.root_base.file_name().and_then(|name| name.to_str());
+    let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
+    share(&spec.root_base, directory, base)?;
+    let disk = new_layer_name()?;
+    let bytes = spec.disk.map_or(0, DiskMib::bytes);
+    overlay::create_sized(&directory.join(&disk), base, bytes).map_err(io::Error::other)?;
+    Ok(disk)
+}
+
 /// Returns a name for a layer that no other layer of this host has.
-pub(crate) fn new_layer_name() -> io::Result<String> {
+fn new_layer_name() -> io::Result<String> {
     new_name("disk-", ".qcow2")
+}
+
+/// Creates an empty layer over the layer `disk`. Returns its name.
+pub(crate) fn add_layer(directory: &Path, disk: &str) -> io::Result<String> {
+    let layer = new_layer_name()?;
+    overlay::create(&directory.join(&layer), disk).map_err(io::Error::other)?;
+    Ok(layer)
 }
 
 /// Creates the memory file of a VM to boot. Returns its name.
