@@ -66,13 +66,14 @@ impl Store {
     pub fn insert_event(&self, event: &NewEvent) -> Result<u64, StoreError> {
         let NewEvent { kind, owner, sandbox, detail } = event;
         let (id, name) = sandbox.as_ref().map(|(id, name)| (id.to_string(), name)).unzip();
-        let connection = self.lazy.lock();
-        let mut insert = connection.prepare_cached(
-            "INSERT INTO events (at, kind, owner, sandbox_id, sandbox_name, detail) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-             RETURNING id",
-        )?;
-        let parameters = params![now(), kind, owner.to_string(), id, name, to_json(detail)?];
-        Ok(insert.query_row(parameters, |row| row.get(0))?)
+        self.log_work(|connection| {
+            let mut insert = connection.prepare_cached(
+                "INSERT INTO events (at, kind, owner, sandbox_id, sandbox_name, detail) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                 RETURNING id",
+            )?;
+            let parameters = params![now(), kind, owner.to_string(), id, name, to_json(detail)?];
+            Ok(insert.query_row(parameters, |row| row.get(0))?)
+        })
     }
 
     /// Returns the events that match a filter, oldest first.
@@ -100,17 +101,18 @@ impl Store {
         }
         let conditions = numbered(&conditions);
         let order = if *latest { "DESC" } else { "ASC" };
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT id, at, kind, owner, sandbox_id, sandbox_name, detail FROM events
-             WHERE {conditions} ORDER BY id {order} LIMIT ?2"
-        ))?;
-        let mut rows: Vec<EventRow> =
-            sound_rows(&mut query, &parameters[..], Called("event", 0), read)?;
-        if *latest {
-            rows.reverse();
-        }
-        Ok(rows)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT id, at, kind, owner, sandbox_id, sandbox_name, detail FROM events
+                 WHERE {conditions} ORDER BY id {order} LIMIT ?2"
+            ))?;
+            let mut rows: Vec<EventRow> =
+                sound_rows(&mut query, &parameters[..], Called("event", 0), read)?;
+            if *latest {
+                rows.reverse();
+            }
+            Ok(rows)
+        })
     }
 
     /// Deletes all events but the latest `keep` of each user, and all events before `before`, a
@@ -122,13 +124,14 @@ impl Store {
     pub fn prune_events(&self, keep: u64, before: Duration) -> Result<usize, StoreError> {
         let before = i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
         let before = parsed(jiff::Timestamp::from_second(before))?;
-        let connection = self.lazy.lock();
-        Ok(connection.execute(
-            "DELETE FROM events WHERE at < ?2 OR id IN (
-                 SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY id DESC) AS place FROM events)
-                 WHERE place > ?1)",
-            params![keep, format!("{before:.6}")],
-        )?)
+        self.log_work(|connection| {
+            Ok(connection.execute(
+                "DELETE FROM events WHERE at < ?2 OR id IN (
+                     SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY id DESC) AS place FROM events)
+                     WHERE place > ?1)",
+                params![keep, format!("{before:.6}")],
+            )?)
+        })
     }
 }
 

@@ -8,8 +8,9 @@
 //! | `host` | what is true of this host alone | the node |
 //! | `events` | the log | both |
 //!
-//! Every call is one transaction. Calls block on disk for a moment: call them from a blocking
-//! task, or where a short delay does not matter.
+//! Every call is one transaction. Calls wait for the disk: at most one is active, and a commit
+//! flushes. A call on a worker thread of a runtime hands the worker's other tasks to another thread
+//! meanwhile ([`bhatti_host::blocking`]).
 //!
 //! A commit survives the death of the daemon and of the machine: it is flushed before the call
 //! returns (`synchronous = FULL`). Events are written through a separate connection that does not
@@ -23,6 +24,7 @@ mod migrations;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use bhatti_host::blocking;
 use bhatti_types::{NodeId, QuotaExceeded, SandboxId};
 use parking_lot::Mutex;
 use rusqlite::Connection;
@@ -120,6 +122,16 @@ impl Store {
         sync_directory(data_dir)
             .map_err(|error| failed(rusqlite::Error::ToSqlConversionFailure(Box::new(error))))?;
         Ok(Self { connection: Mutex::new(connection), lazy: Mutex::new(lazy), node })
+    }
+
+    /// Works with the connection. See [`blocking`].
+    fn work<T>(&self, work: impl FnOnce(&mut Connection) -> T) -> T {
+        blocking(|| work(&mut self.connection.lock()))
+    }
+
+    /// Works with the connection that writes events. See [`blocking`].
+    fn log_work<T>(&self, work: impl FnOnce(&mut Connection) -> T) -> T {
+        blocking(|| work(&mut self.lazy.lock()))
     }
 }
 

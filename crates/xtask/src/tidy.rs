@@ -3,9 +3,11 @@
 //! - [`sizes`]: files and functions are short.
 //! - [`layers`]: a crate depends only on rows below its own in ARCHITECTURE.md's table.
 //! - [`circles`]: the modules of a crate do not import each other in circles.
+//! - [`blocking`]: asynchronous code does not wait for a disk on a worker thread.
 //! - [`columns`]: comments and Markdown end at 100 columns.
 //! - here: module docs, and invariants of ARCHITECTURE.md that forbid something.
 
+mod blocking;
 mod circles;
 mod columns;
 mod layers;
@@ -60,6 +62,7 @@ pub(crate) fn run() -> Result<()> {
     columns::check(&files, &mut findings);
     layers::check(&files, &mut findings)?;
     circles::check(&files, &mut findings);
+    blocking::check(&files, &mut findings)?;
     let sizes = sizes::check(&files, &mut findings);
     let Findings(findings) = findings;
     if findings.is_empty() {

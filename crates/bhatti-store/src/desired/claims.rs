@@ -41,20 +41,22 @@ impl Store {
         match self.claim_anew() {
             Err(error) if error.is_full_disk() => {
                 tracing::warn!("The disk is full, so the claims of sandboxes are not renewed");
-                claims_of(&self.connection.lock(), self.node)
+                self.work(|connection| claims_of(connection, self.node))
             }
             claimed => claimed,
         }
     }
 
     fn claim_anew(&self) -> Result<HashMap<SandboxId, Claim>, StoreError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let node = self.node.to_string();
-        transaction.execute("UPDATE sandboxes SET epoch = epoch + 1 WHERE node = ?1", [node])?;
-        let claims = claims_of(&transaction, self.node)?;
-        transaction.commit()?;
-        Ok(claims)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let node = self.node.to_string();
+            transaction
+                .execute("UPDATE sandboxes SET epoch = epoch + 1 WHERE node = ?1", [node])?;
+            let claims = claims_of(&transaction, self.node)?;
+            transaction.commit()?;
+            Ok(claims)
+        })
     }
 
     /// Returns the claim that a sandbox has when it is inserted.
@@ -69,13 +71,16 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox or no node runs it.
     pub fn claim(&self, sandbox: SandboxId) -> Result<Claim, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection
-            .prepare_cached("SELECT node, epoch FROM sandboxes WHERE id = ?1 AND node NOT NULL")?;
-        let found = query
-            .query_row([sandbox.to_string()], |row| Ok((row.get::<_, String>(0)?, row.get(1)?)));
-        let (node, epoch) = found.optional()?.ok_or(StoreError::NoSuchRow)?;
-        Ok(Claim { sandbox, node: parsed(node.parse())?, epoch })
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT node, epoch FROM sandboxes WHERE id = ?1 AND node NOT NULL",
+            )?;
+            let found = query.query_row([sandbox.to_string()], |row| {
+                Ok((row.get::<_, String>(0)?, row.get(1)?))
+            });
+            let (node, epoch) = found.optional()?.ok_or(StoreError::NoSuchRow)?;
+            Ok(Claim { sandbox, node: parsed(node.parse())?, epoch })
+        })
     }
 
     /// Stores a sandbox's state.
@@ -86,17 +91,18 @@ impl Store {
     /// another claim has replaced this one.
     pub fn set_sandbox_state(&self, claim: &Claim, state: SandboxState) -> Result<(), StoreError> {
         let (state, reason) = state_columns(state);
-        let connection = self.connection.lock();
-        let mut update = connection.prepare_cached(
-            "UPDATE sandboxes SET state = ?4, fail_reason = ?5,
-                 stopped_at = CASE WHEN ?4 = 'stopped' THEN coalesce(stopped_at, ?6) END
-             WHERE id = ?1 AND node = ?2 AND epoch = ?3",
-        )?;
-        let Claim { sandbox, node, epoch } = claim;
-        let (id, node) = (sandbox.to_string(), node.to_string());
-        let changed = update.execute(params![id, node, epoch, state, reason, now()])?;
-        drop(update);
-        changed_by(&connection, *sandbox, changed)
+        self.work(|connection| {
+            let mut update = connection.prepare_cached(
+                "UPDATE sandboxes SET state = ?4, fail_reason = ?5,
+                     stopped_at = CASE WHEN ?4 = 'stopped' THEN coalesce(stopped_at, ?6) END
+                 WHERE id = ?1 AND node = ?2 AND epoch = ?3",
+            )?;
+            let Claim { sandbox, node, epoch } = claim;
+            let (id, node) = (sandbox.to_string(), node.to_string());
+            let changed = update.execute(params![id, node, epoch, state, reason, now()])?;
+            drop(update);
+            changed_by(connection, *sandbox, changed)
+        })
     }
 
     /// Stores the guest's report of applying its identity.
@@ -105,15 +111,16 @@ impl Store {
     ///
     /// As [`set_sandbox_state`](Self::set_sandbox_state).
     pub fn set_sandbox_identity(&self, claim: &Claim, report: &str) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let mut update = connection.prepare_cached(
-            "UPDATE sandboxes SET identity = ?4 WHERE id = ?1 AND node = ?2 AND epoch = ?3",
-        )?;
-        let Claim { sandbox, node, epoch } = claim;
-        let (id, node) = (sandbox.to_string(), node.to_string());
-        let changed = update.execute(params![id, node, epoch, report])?;
-        drop(update);
-        changed_by(&connection, *sandbox, changed)
+        self.work(|connection| {
+            let mut update = connection.prepare_cached(
+                "UPDATE sandboxes SET identity = ?4 WHERE id = ?1 AND node = ?2 AND epoch = ?3",
+            )?;
+            let Claim { sandbox, node, epoch } = claim;
+            let (id, node) = (sandbox.to_string(), node.to_string());
+            let changed = update.execute(params![id, node, epoch, report])?;
+            drop(update);
+            changed_by(connection, *sandbox, changed)
+        })
     }
 
     /// Deletes a sandbox's row.
@@ -122,14 +129,16 @@ impl Store {
     ///
     /// As [`set_sandbox_state`](Self::set_sandbox_state).
     pub fn delete_sandbox(&self, claim: &Claim) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let mut delete = connection
-            .prepare_cached("DELETE FROM sandboxes WHERE id = ?1 AND node = ?2 AND epoch = ?3")?;
-        let Claim { sandbox, node, epoch } = claim;
-        let (id, node) = (sandbox.to_string(), node.to_string());
-        let changed = delete.execute(params![id, node, epoch])?;
-        drop(delete);
-        changed_by(&connection, *sandbox, changed)
+        self.work(|connection| {
+            let mut delete = connection.prepare_cached(
+                "DELETE FROM sandboxes WHERE id = ?1 AND node = ?2 AND epoch = ?3",
+            )?;
+            let Claim { sandbox, node, epoch } = claim;
+            let (id, node) = (sandbox.to_string(), node.to_string());
+            let changed = delete.execute(params![id, node, epoch])?;
+            drop(delete);
+            changed_by(connection, *sandbox, changed)
+        })
     }
 }
 

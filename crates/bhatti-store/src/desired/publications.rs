@@ -66,39 +66,40 @@ impl Store {
         wanted: Option<Alias>,
         fallback: Alias,
     ) -> Result<PublicationRow, PublishError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let sql = format!("{SELECT} WHERE p.sandbox_id = ?1 AND p.port = ?2");
-        let there = || {
-            let parameters = params![sandbox.to_string(), port];
-            transaction.query_row(&sql, parameters, |row| Ok(read(row))).optional()?.transpose()
-        };
-        if let Some(row) = there()? {
-            return match wanted {
-                Some(wanted) if wanted != row.alias => Err(PublishError::Published(row)),
-                _ => Ok(row),
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let sql = format!("{SELECT} WHERE p.sandbox_id = ?1 AND p.port = ?2");
+            let there = || {
+                let parameters = params![sandbox.to_string(), port];
+                transaction.query_row(&sql, parameters, |row| Ok(read(row))).optional()?.transpose()
             };
-        }
-        let count = "SELECT count(*) FROM publications WHERE sandbox_id = ?1";
-        let published =
-            check_count(&transaction, count, &sandbox.to_string(), "published port", PORTS_MAX);
-        published.map_err(|error| match error {
-            CountError::TooMany(quota) => PublishError::Quota(quota),
-            CountError::Store(error) => PublishError::Store(error),
-        })?;
-        let alias = wanted.unwrap_or(fallback);
-        let inserted = transaction.execute(
-            "INSERT INTO publications (alias, sandbox_id, port, created_at) VALUES (?1, ?2, ?3, ?4)",
-            params![alias.as_str(), sandbox.to_string(), port, now()],
-        );
-        match inserted {
-            Ok(_) => {}
-            Err(error) if is_taken(&error) => return Err(PublishError::AliasTaken(alias)),
-            Err(error) => return Err(error.into()),
-        }
-        let row = there()?.ok_or(StoreError::NoSuchRow)?;
-        transaction.commit()?;
-        Ok(row)
+            if let Some(row) = there()? {
+                return match wanted {
+                    Some(wanted) if wanted != row.alias => Err(PublishError::Published(row)),
+                    _ => Ok(row),
+                };
+            }
+            let count = "SELECT count(*) FROM publications WHERE sandbox_id = ?1";
+            let published =
+                check_count(&transaction, count, &sandbox.to_string(), "published port", PORTS_MAX);
+            published.map_err(|error| match error {
+                CountError::TooMany(quota) => PublishError::Quota(quota),
+                CountError::Store(error) => PublishError::Store(error),
+            })?;
+            let alias = wanted.unwrap_or(fallback);
+            let inserted = transaction.execute(
+                "INSERT INTO publications (alias, sandbox_id, port, created_at) VALUES (?1, ?2, ?3, ?4)",
+                params![alias.as_str(), sandbox.to_string(), port, now()],
+            );
+            match inserted {
+                Ok(_) => {}
+                Err(error) if is_taken(&error) => return Err(PublishError::AliasTaken(alias)),
+                Err(error) => return Err(error.into()),
+            }
+            let row = there()?.ok_or(StoreError::NoSuchRow)?;
+            transaction.commit()?;
+            Ok(row)
+        })
     }
 
     /// Returns the published port with this alias.
@@ -107,9 +108,10 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn find_publication(&self, alias: &str) -> Result<Option<PublicationRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!("{SELECT} WHERE p.alias = ?1"))?;
-        query.query_row([alias], |row| Ok(read(row))).optional()?.transpose()
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!("{SELECT} WHERE p.alias = ?1"))?;
+            query.query_row([alias], |row| Ok(read(row))).optional()?.transpose()
+        })
     }
 
     /// Returns the published ports of a sandbox, by number.
@@ -118,10 +120,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_publications(&self, sandbox: SandboxId) -> Result<Vec<PublicationRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection
-            .prepare_cached(&format!("{SELECT} WHERE p.sandbox_id = ?1 ORDER BY p.port"))?;
-        sound_rows(&mut query, [sandbox.to_string()], Called("published port", 0), read)
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached(&format!("{SELECT} WHERE p.sandbox_id = ?1 ORDER BY p.port"))?;
+            sound_rows(&mut query, [sandbox.to_string()], Called("published port", 0), read)
+        })
     }
 
     /// Unpublishes a port.
@@ -130,12 +133,13 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if the port is not published.
     pub fn unpublish(&self, sandbox: SandboxId, port: u16) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let deleted = connection.execute(
-            "DELETE FROM publications WHERE sandbox_id = ?1 AND port = ?2",
-            params![sandbox.to_string(), port],
-        )?;
-        changed_one(deleted)
+        self.work(|connection| {
+            let deleted = connection.execute(
+                "DELETE FROM publications WHERE sandbox_id = ?1 AND port = ?2",
+                params![sandbox.to_string(), port],
+            )?;
+            changed_one(deleted)
+        })
     }
 }
 

@@ -163,11 +163,12 @@ impl Store {
     ///
     /// As [`admit_sandbox`](Self::admit_sandbox).
     pub fn insert_sandbox(&self, new: NewSandbox) -> Result<SandboxRow, InsertError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let row = insert(&transaction, new)?;
-        transaction.commit()?;
-        Ok(row)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let row = insert(&transaction, new)?;
+            transaction.commit()?;
+            Ok(row)
+        })
     }
 
     /// Checks whether all of these sandboxes could be added one after the other, before the work
@@ -177,10 +178,11 @@ impl Store {
     ///
     /// As [`insert_sandbox`](Self::insert_sandbox).
     pub fn admit_sandboxes(&self, wanted: Vec<NewSandbox>) -> Result<(), InsertError> {
-        let mut connection = self.connection.lock();
-        // The transaction is rolled back when it is dropped.
-        let transaction = immediate(&mut connection)?;
-        wanted.into_iter().try_for_each(|new| insert(&transaction, new).map(drop))
+        self.work(|connection| {
+            // The transaction is rolled back when it is dropped.
+            let transaction = immediate(connection)?;
+            wanted.into_iter().try_for_each(|new| insert(&transaction, new).map(drop))
+        })
     }
 
     /// Checks whether `owner` may have such a sandbox, before the work of making it.
@@ -190,7 +192,7 @@ impl Store {
     /// Returns [`InsertError::NameTaken`] if `owner` has a sandbox of that name, and
     /// [`InsertError::Quota`] if the sandbox would exceed the quota in number or size.
     pub fn admit_sandbox(&self, owner: UserId, spec: &SandboxSpec) -> Result<(), InsertError> {
-        admit(&self.connection.lock(), owner, spec)
+        self.work(|connection| admit(connection, owner, spec))
     }
 
     /// Returns the sandbox of `owner` with this id or name.
@@ -203,7 +205,9 @@ impl Store {
         owner: UserId,
         id_or_name: &str,
     ) -> Result<Option<SandboxRow>, StoreError> {
-        find(&self.connection.lock(), owner, id_or_name, &format!("{COLUMNS}, {ATTACHED}"), read)
+        self.work(|connection| {
+            find(connection, owner, id_or_name, &format!("{COLUMNS}, {ATTACHED}"), read)
+        })
     }
 
     /// Returns the id of the sandbox of `owner` with this id or name, without the work of reading
@@ -218,7 +222,7 @@ impl Store {
         id_or_name: &str,
     ) -> Result<Option<SandboxId>, StoreError> {
         let read = |row: &Row<'_>| parsed(parsed(row.get_ref(0)?.as_str())?.parse());
-        find(&self.connection.lock(), owner, id_or_name, "id", read)
+        self.work(|connection| find(connection, owner, id_or_name, "id", read))
     }
 
     /// Returns the sandbox with this id.
@@ -227,11 +231,12 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn get_sandbox(&self, id: SandboxId) -> Result<Option<SandboxRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE id = ?1"
-        ))?;
-        query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes WHERE id = ?1"
+            ))?;
+            query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
+        })
     }
 
     /// Returns the name of a sandbox.
@@ -240,9 +245,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn sandbox_name(&self, id: SandboxId) -> Result<Option<String>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT name FROM sandboxes WHERE id = ?1")?;
-        Ok(query.query_row([id.to_string()], |row| row.get(0)).optional()?)
+        self.work(|connection| {
+            let mut query =
+                connection.prepare_cached("SELECT name FROM sandboxes WHERE id = ?1")?;
+            Ok(query.query_row([id.to_string()], |row| row.get(0)).optional()?)
+        })
     }
 
     /// Returns the sandboxes of all users, newest first. Damaged rows are logged and skipped.
@@ -251,18 +258,19 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_all_sandboxes(&self) -> Result<Vec<SandboxRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes ORDER BY created_at DESC, id"
-        ))?;
-        let mut rows = query.query([])?;
-        let mut found = Vec::new();
-        while let Some(row) = rows.next()? {
-            if let Some(row) = unless_damaged(row, Called("sandbox", 0), read(row))? {
-                found.push(row);
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS}, {ATTACHED} FROM sandboxes ORDER BY created_at DESC, id"
+            ))?;
+            let mut rows = query.query([])?;
+            let mut found = Vec::new();
+            while let Some(row) = rows.next()? {
+                if let Some(row) = unless_damaged(row, Called("sandbox", 0), read(row))? {
+                    found.push(row);
+                }
             }
-        }
-        Ok(found)
+            Ok(found)
+        })
     }
 
     /// Returns the ids of all users' sandboxes, damaged rows included, and whether each is being
@@ -272,11 +280,12 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_all_sandbox_ids(&self) -> Result<Vec<(SandboxId, bool)>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query =
-            connection.prepare_cached("SELECT id, state = 'destroyed' FROM sandboxes")?;
-        sound_rows(&mut query, [], Called("sandbox", 0), |row| {
-            Ok((parsed(row.get::<_, String>(0)?.parse())?, row.get(1)?))
+        self.work(|connection| {
+            let mut query =
+                connection.prepare_cached("SELECT id, state = 'destroyed' FROM sandboxes")?;
+            sound_rows(&mut query, [], Called("sandbox", 0), |row| {
+                Ok((parsed(row.get::<_, String>(0)?.parse())?, row.get(1)?))
+            })
         })
     }
 
@@ -287,10 +296,12 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_sandbox_ids(&self, owner: UserId) -> Result<Vec<SandboxId>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT id FROM sandboxes WHERE owner = ?1")?;
-        sound_rows(&mut query, [owner.to_string()], Called("sandbox", 0), |row| {
-            parsed(row.get::<_, String>(0)?.parse())
+        self.work(|connection| {
+            let mut query =
+                connection.prepare_cached("SELECT id FROM sandboxes WHERE owner = ?1")?;
+            sound_rows(&mut query, [owner.to_string()], Called("sandbox", 0), |row| {
+                parsed(row.get::<_, String>(0)?.parse())
+            })
         })
     }
 
@@ -329,25 +340,26 @@ impl Store {
         mut take: impl FnMut(StoredSandbox<'_>) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let SandboxFilter { labels, after, limit } = filter;
-        let connection = self.connection.lock();
-        let columns = COLUMNS.replace("identity", "NULL");
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {columns}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
-               AND (?2 IS NULL OR created_at < ?2 OR (created_at = ?2 AND id > ?3))
-               AND (?4 = '{{}}' OR NOT EXISTS (
-                   SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (
-                       SELECT 1 FROM json_each(sandboxes.labels) AS has
-                       WHERE has.key = wanted.key AND has.value = wanted.value)))
-             ORDER BY created_at DESC, id LIMIT ?5"
-        ))?;
-        let (created_at, id) = after.as_ref().map(|(at, id)| (at, id)).unzip();
-        let limit = limit.map_or(-1, i64::from);
-        let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
-        let mut rows = query.query(parameters)?;
-        while let Some(row) = rows.next()? {
-            unless_damaged(row, Called("sandbox", 0), take(StoredSandbox::new(row)))?;
-        }
-        Ok(())
+        self.work(|connection| {
+            let columns = COLUMNS.replace("identity", "NULL");
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {columns}, {ATTACHED} FROM sandboxes WHERE owner = ?1 AND state <> 'destroyed'
+                   AND (?2 IS NULL OR created_at < ?2 OR (created_at = ?2 AND id > ?3))
+                   AND (?4 = '{{}}' OR NOT EXISTS (
+                       SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (
+                           SELECT 1 FROM json_each(sandboxes.labels) AS has
+                           WHERE has.key = wanted.key AND has.value = wanted.value)))
+                 ORDER BY created_at DESC, id LIMIT ?5"
+            ))?;
+            let (created_at, id) = after.as_ref().map(|(at, id)| (at, id)).unzip();
+            let limit = limit.map_or(-1, i64::from);
+            let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
+            let mut rows = query.query(parameters)?;
+            while let Some(row) = rows.next()? {
+                unless_damaged(row, Called("sandbox", 0), take(StoredSandbox::new(row)))?;
+            }
+            Ok(())
+        })
     }
 
     /// Changes a sandbox's name and labels, all of them or none.
@@ -357,31 +369,32 @@ impl Store {
     /// Returns an error if the new name is taken or a label would be invalid.
     pub fn change_sandbox(&self, id: SandboxId, change: SandboxChange) -> Result<(), ChangeError> {
         let SandboxChange { name, labels } = change;
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let text: Option<String> = transaction
-            .query_row("SELECT labels FROM sandboxes WHERE id = ?1", [id.to_string()], |row| {
-                row.get(0)
-            })
-            .optional()?;
-        let before = parse_labels(&text.ok_or(StoreError::NoSuchRow)?)?;
-        let after = before.changed(labels)?;
-        let changed = transaction.execute(
-            "UPDATE sandboxes SET labels = ?2, name = coalesce(?3, name) WHERE id = ?1",
-            params![
-                id.to_string(),
-                to_json(after.as_map())?,
-                name.as_ref().map(SandboxName::as_str)
-            ],
-        );
-        match (changed, name) {
-            (Ok(changed), _) => changed_one(changed)?,
-            (Err(error), Some(name)) if is_taken(&error) => {
-                return Err(ChangeError::NameTaken(name));
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let text: Option<String> = transaction
+                .query_row("SELECT labels FROM sandboxes WHERE id = ?1", [id.to_string()], |row| {
+                    row.get(0)
+                })
+                .optional()?;
+            let before = parse_labels(&text.ok_or(StoreError::NoSuchRow)?)?;
+            let after = before.changed(labels)?;
+            let changed = transaction.execute(
+                "UPDATE sandboxes SET labels = ?2, name = coalesce(?3, name) WHERE id = ?1",
+                params![
+                    id.to_string(),
+                    to_json(after.as_map())?,
+                    name.as_ref().map(SandboxName::as_str)
+                ],
+            );
+            match (changed, name) {
+                (Ok(changed), _) => changed_one(changed)?,
+                (Err(error), Some(name)) if is_taken(&error) => {
+                    return Err(ChangeError::NameTaken(name));
+                }
+                (Err(error), _) => return Err(error.into()),
             }
-            (Err(error), _) => return Err(error.into()),
-        }
-        Ok(transaction.commit()?)
+            Ok(transaction.commit()?)
+        })
     }
 
     /// Returns the number of sandboxes that are not being destroyed.
@@ -390,10 +403,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn count_sandboxes(&self) -> Result<u64, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection
-            .prepare_cached("SELECT count(*) FROM sandboxes WHERE state <> 'destroyed'")?;
-        Ok(query.query_row([], |row| row.get(0))?)
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached("SELECT count(*) FROM sandboxes WHERE state <> 'destroyed'")?;
+            Ok(query.query_row([], |row| row.get(0))?)
+        })
     }
 
     /// Returns the number of sandboxes and named snapshots of all users.
@@ -402,11 +416,12 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn count_made(&self) -> Result<u64, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(
-            "SELECT (SELECT count(*) FROM sandboxes) + (SELECT count(*) FROM snapshots)",
-        )?;
-        Ok(query.query_row([], |row| row.get(0))?)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT (SELECT count(*) FROM sandboxes) + (SELECT count(*) FROM snapshots)",
+            )?;
+            Ok(query.query_row([], |row| row.get(0))?)
+        })
     }
 
     /// Stores whether a sandbox stays hot.
@@ -415,10 +430,11 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
     pub fn set_sandbox_keep_hot(&self, id: SandboxId, keep_hot: bool) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let mut update =
-            connection.prepare_cached("UPDATE sandboxes SET keep_hot = ?2 WHERE id = ?1")?;
-        changed_one(update.execute(params![id.to_string(), keep_hot])?)
+        self.work(|connection| {
+            let mut update =
+                connection.prepare_cached("UPDATE sandboxes SET keep_hot = ?2 WHERE id = ?1")?;
+            changed_one(update.execute(params![id.to_string(), keep_hot])?)
+        })
     }
 }
 

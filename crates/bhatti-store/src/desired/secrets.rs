@@ -31,33 +31,34 @@ impl Store {
         name: &SecretName,
         ciphertext: &[u8],
     ) -> Result<SecretRow, CountError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let is_new: bool = transaction.query_row(
-            "SELECT NOT EXISTS (SELECT 1 FROM secrets WHERE owner = ?1 AND name = ?2)",
-            params![owner.to_string(), name.as_str()],
-            |row| row.get(0),
-        )?;
-        if is_new {
-            let count = "SELECT count(*) FROM secrets WHERE owner = ?1";
-            check_count(&transaction, count, &owner.to_string(), "secret", SECRETS_MAX)?;
-        }
-        let mut upsert = transaction.prepare_cached(
-            "INSERT INTO secrets (owner, name, ciphertext, created_at, updated_at) VALUES (?1, ?2, ?3, ?4, ?4)
-             ON CONFLICT (owner, name) DO UPDATE SET ciphertext = ?3, updated_at = ?4
-             RETURNING created_at, updated_at",
-        )?;
-        let parameters = params![owner.to_string(), name.as_str(), ciphertext, now()];
-        let row = upsert.query_row(parameters, |row| {
-            Ok(SecretRow {
-                name: name.to_string(),
-                created_at: row.get(0)?,
-                updated_at: row.get(1)?,
-            })
-        })?;
-        drop(upsert);
-        transaction.commit()?;
-        Ok(row)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let is_new: bool = transaction.query_row(
+                "SELECT NOT EXISTS (SELECT 1 FROM secrets WHERE owner = ?1 AND name = ?2)",
+                params![owner.to_string(), name.as_str()],
+                |row| row.get(0),
+            )?;
+            if is_new {
+                let count = "SELECT count(*) FROM secrets WHERE owner = ?1";
+                check_count(&transaction, count, &owner.to_string(), "secret", SECRETS_MAX)?;
+            }
+            let mut upsert = transaction.prepare_cached(
+                "INSERT INTO secrets (owner, name, ciphertext, created_at, updated_at) VALUES (?1, ?2, ?3, ?4, ?4)
+                 ON CONFLICT (owner, name) DO UPDATE SET ciphertext = ?3, updated_at = ?4
+                 RETURNING created_at, updated_at",
+            )?;
+            let parameters = params![owner.to_string(), name.as_str(), ciphertext, now()];
+            let row = upsert.query_row(parameters, |row| {
+                Ok(SecretRow {
+                    name: name.to_string(),
+                    created_at: row.get(0)?,
+                    updated_at: row.get(1)?,
+                })
+            })?;
+            drop(upsert);
+            transaction.commit()?;
+            Ok(row)
+        })
     }
 
     /// Deletes the secrets of all users, because their key is lost. Returns the number of
@@ -67,7 +68,7 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn forget_all_secrets(&self) -> Result<usize, StoreError> {
-        Ok(self.connection.lock().execute("DELETE FROM secrets", [])?)
+        self.work(|connection| Ok(connection.execute("DELETE FROM secrets", [])?))
     }
 
     /// Returns the ciphertext of a secret.
@@ -76,10 +77,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn get_secret(&self, owner: UserId, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection
-            .prepare_cached("SELECT ciphertext FROM secrets WHERE owner = ?1 AND name = ?2")?;
-        Ok(query.query_row(params![owner.to_string(), name], |row| row.get(0)).optional()?)
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached("SELECT ciphertext FROM secrets WHERE owner = ?1 AND name = ?2")?;
+            Ok(query.query_row(params![owner.to_string(), name], |row| row.get(0)).optional()?)
+        })
     }
 
     /// Returns the secrets of `owner`, by name.
@@ -88,14 +90,19 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_secrets(&self, owner: UserId) -> Result<Vec<SecretRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(
-            "SELECT name, created_at, updated_at FROM secrets WHERE owner = ?1 ORDER BY name",
-        )?;
-        let rows = query.query_map([owner.to_string()], |row| {
-            Ok(SecretRow { name: row.get(0)?, created_at: row.get(1)?, updated_at: row.get(2)? })
-        })?;
-        Ok(rows.collect::<Result<_, _>>()?)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT name, created_at, updated_at FROM secrets WHERE owner = ?1 ORDER BY name",
+            )?;
+            let rows = query.query_map([owner.to_string()], |row| {
+                Ok(SecretRow {
+                    name: row.get(0)?,
+                    created_at: row.get(1)?,
+                    updated_at: row.get(2)?,
+                })
+            })?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
     }
 
     /// Whether any user has a secret.
@@ -104,8 +111,10 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn has_secrets(&self) -> Result<bool, StoreError> {
-        let connection = self.connection.lock();
-        Ok(connection.query_row("SELECT EXISTS (SELECT 1 FROM secrets)", [], |row| row.get(0))?)
+        self.work(|connection| {
+            Ok(connection
+                .query_row("SELECT EXISTS (SELECT 1 FROM secrets)", [], |row| row.get(0))?)
+        })
     }
 
     /// Deletes a secret.
@@ -114,12 +123,13 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such secret.
     pub fn delete_secret(&self, owner: UserId, name: &str) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let deleted = connection.execute(
-            "DELETE FROM secrets WHERE owner = ?1 AND name = ?2",
-            params![owner.to_string(), name],
-        )?;
-        changed_one(deleted)
+        self.work(|connection| {
+            let deleted = connection.execute(
+                "DELETE FROM secrets WHERE owner = ?1 AND name = ?2",
+                params![owner.to_string(), name],
+            )?;
+            changed_one(deleted)
+        })
     }
 }
 

@@ -74,34 +74,35 @@ impl Store {
     /// [`SnapshotInsertError::Quota`] if the owner has the maximum number of snapshots.
     pub fn insert_snapshot(&self, row: SnapshotRow) -> Result<SnapshotRow, SnapshotInsertError> {
         let row = SnapshotRow { created_at: now(), ..row };
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        check(&transaction, row.owner, &row.name)?;
-        transaction
-            .execute(
-                &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)"),
-                params![
-                    row.id.to_string(),
-                    row.owner.to_string(),
-                    row.name.as_str(),
-                    row.sandbox_id.to_string(),
-                    row.sandbox_name.as_str(),
-                    row.cpus.get(),
-                    row.memory.get(),
-                    row.agent_token,
-                    if row.is_full { "full" } else { "diff" },
-                    row.memory_bytes,
-                    row.created_at,
-                    row.image.as_str(),
-                    row.network.mode.as_str(),
-                    to_json(&row.network.allow.to_texts())?,
-                    attachments_text(&row.volumes)?,
-                    row.disk.map(DiskMib::get),
-                ],
-            )
-            .map_err(StoreError::from)?;
-        transaction.commit().map_err(StoreError::from)?;
-        Ok(row)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            check(&transaction, row.owner, &row.name)?;
+            transaction
+                .execute(
+                    &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)"),
+                    params![
+                        row.id.to_string(),
+                        row.owner.to_string(),
+                        row.name.as_str(),
+                        row.sandbox_id.to_string(),
+                        row.sandbox_name.as_str(),
+                        row.cpus.get(),
+                        row.memory.get(),
+                        row.agent_token,
+                        if row.is_full { "full" } else { "diff" },
+                        row.memory_bytes,
+                        row.created_at,
+                        row.image.as_str(),
+                        row.network.mode.as_str(),
+                        to_json(&row.network.allow.to_texts())?,
+                        attachments_text(&row.volumes)?,
+                        row.disk.map(DiskMib::get),
+                    ],
+                )
+                .map_err(StoreError::from)?;
+            transaction.commit().map_err(StoreError::from)?;
+            Ok(row)
+        })
     }
 
     /// Checks whether `owner` may have a snapshot of that name, before the work of taking it.
@@ -114,7 +115,7 @@ impl Store {
         owner: UserId,
         name: &SnapshotName,
     ) -> Result<(), SnapshotInsertError> {
-        check(&self.connection.lock(), owner, name)
+        self.work(|connection| check(connection, owner, name))
     }
 
     /// Returns the snapshot of `owner` with this name.
@@ -127,12 +128,13 @@ impl Store {
         owner: UserId,
         name: &str,
     ) -> Result<Option<SnapshotRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2"
-        ))?;
-        let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
-        found.optional()?.transpose()
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2"
+            ))?;
+            let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
+            found.optional()?.transpose()
+        })
     }
 
     /// Returns the ids of all users' snapshots, damaged rows included.
@@ -141,10 +143,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn snapshot_ids(&self) -> Result<Vec<SnapshotId>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT id FROM snapshots")?;
-        sound_rows(&mut query, [], Called("snapshot", 0), |row| {
-            parsed(row.get::<_, String>(0)?.parse())
+        self.work(|connection| {
+            let mut query = connection.prepare_cached("SELECT id FROM snapshots")?;
+            sound_rows(&mut query, [], Called("snapshot", 0), |row| {
+                parsed(row.get::<_, String>(0)?.parse())
+            })
         })
     }
 
@@ -155,12 +158,13 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_snapshots(&self, owner: Option<UserId>) -> Result<Vec<SnapshotRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM snapshots WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
-        ))?;
-        let owner = owner.map(|owner| owner.to_string());
-        sound_rows(&mut query, [owner], Called("snapshot", 0), read)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM snapshots WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
+            ))?;
+            let owner = owner.map(|owner| owner.to_string());
+            sound_rows(&mut query, [owner], Called("snapshot", 0), read)
+        })
     }
 
     /// Deletes a snapshot.
@@ -169,8 +173,11 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such snapshot.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        changed_one(connection.execute("DELETE FROM snapshots WHERE id = ?1", [id.to_string()])?)
+        self.work(|connection| {
+            changed_one(
+                connection.execute("DELETE FROM snapshots WHERE id = ?1", [id.to_string()])?,
+            )
+        })
     }
 }
 

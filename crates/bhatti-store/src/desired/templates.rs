@@ -94,18 +94,19 @@ impl Store {
         let sql = format!(
             "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)"
         );
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let count = "SELECT count(*) FROM templates WHERE owner = ?1";
-        check_count(&transaction, count, &row.owner.to_string(), "template", TEMPLATES_MAX)?;
-        match transaction.execute(&sql, parameters) {
-            Ok(_) => {
-                transaction.commit().map_err(StoreError::from)?;
-                Ok(row)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let count = "SELECT count(*) FROM templates WHERE owner = ?1";
+            check_count(&transaction, count, &row.owner.to_string(), "template", TEMPLATES_MAX)?;
+            match transaction.execute(&sql, parameters) {
+                Ok(_) => Ok(transaction.commit().map_err(StoreError::from)?),
+                Err(error) if is_taken(&error) => {
+                    Err(TemplateInsertError::NameTaken(row.name.clone()))
+                }
+                Err(error) => Err(TemplateInsertError::Store(error.into())),
             }
-            Err(error) if is_taken(&error) => Err(TemplateInsertError::NameTaken(row.name)),
-            Err(error) => Err(TemplateInsertError::Store(error.into())),
-        }
+        })?;
+        Ok(row)
     }
 
     /// Returns a resource of any user that needs an image: a sandbox, snapshot or template.
@@ -114,13 +115,14 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn image_user(&self, image: &ImageName) -> Result<Option<String>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(
-            "SELECT 'sandbox `' || name || '`' FROM sandboxes WHERE image = ?1 AND state <> 'destroyed'
-             UNION ALL SELECT 'snapshot `' || name || '`' FROM snapshots WHERE image = ?1
-             UNION ALL SELECT 'template `' || name || '`' FROM templates WHERE image = ?1 LIMIT 1",
-        )?;
-        Ok(query.query_row([image.as_str()], |row| row.get(0)).optional()?)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT 'sandbox `' || name || '`' FROM sandboxes WHERE image = ?1 AND state <> 'destroyed'
+                 UNION ALL SELECT 'snapshot `' || name || '`' FROM snapshots WHERE image = ?1
+                 UNION ALL SELECT 'template `' || name || '`' FROM templates WHERE image = ?1 LIMIT 1",
+            )?;
+            Ok(query.query_row([image.as_str()], |row| row.get(0)).optional()?)
+        })
     }
 
     /// Returns the template of `owner` with this id or name.
@@ -133,13 +135,14 @@ impl Store {
         owner: UserId,
         called: &str,
     ) -> Result<Option<TemplateRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM templates WHERE owner = ?1 AND (id = ?2 OR name = ?2)
-             ORDER BY id = ?2 DESC LIMIT 1"
-        ))?;
-        let parameters = params![owner.to_string(), called];
-        query.query_row(parameters, |row| Ok(read(row))).optional()?.transpose()
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM templates WHERE owner = ?1 AND (id = ?2 OR name = ?2)
+                 ORDER BY id = ?2 DESC LIMIT 1"
+            ))?;
+            let parameters = params![owner.to_string(), called];
+            query.query_row(parameters, |row| Ok(read(row))).optional()?.transpose()
+        })
     }
 
     /// Returns the templates of `owner`, newest first.
@@ -148,11 +151,12 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_templates(&self, owner: UserId) -> Result<Vec<TemplateRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
-        ))?;
-        sound_rows(&mut query, [owner.to_string()], Called("template", 0), read)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
+            ))?;
+            sound_rows(&mut query, [owner.to_string()], Called("template", 0), read)
+        })
     }
 
     /// Deletes a template. Sandboxes that were created from it stay.
@@ -161,8 +165,11 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such template.
     pub fn delete_template(&self, id: TemplateId) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        changed_one(connection.execute("DELETE FROM templates WHERE id = ?1", [id.to_string()])?)
+        self.work(|connection| {
+            changed_one(
+                connection.execute("DELETE FROM templates WHERE id = ?1", [id.to_string()])?,
+            )
+        })
     }
 }
 

@@ -75,7 +75,7 @@ impl Store {
             volumes_mib,
             disk_mib,
         } = quota;
-        let inserted = self.connection.lock().execute(
+        let inserted = self.work(|connection| connection.execute(
             &format!(
                 "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"
             ),
@@ -91,7 +91,7 @@ impl Store {
                 disk_mib,
                 key_hash
             ],
-        );
+        ));
         match inserted {
             Ok(_) => Ok(row),
             Err(error) if is_taken(&error) => Err(UserInsertError::NameTaken(name)),
@@ -109,10 +109,11 @@ impl Store {
         &self,
         key_hash: &[u8; 32],
     ) -> Result<Option<UserRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection
-            .prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE api_key_hash = ?1"))?;
-        query.query_row([key_hash], |row| Ok(read(row))).optional()?.transpose()
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE api_key_hash = ?1"))?;
+            query.query_row([key_hash], |row| Ok(read(row))).optional()?.transpose()
+        })
     }
 
     /// Returns the user with this name.
@@ -121,10 +122,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn find_user(&self, name: &str) -> Result<Option<UserRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query =
-            connection.prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE name = ?1"))?;
-        query.query_row([name], |row| Ok(read(row))).optional()?.transpose()
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE name = ?1"))?;
+            query.query_row([name], |row| Ok(read(row))).optional()?.transpose()
+        })
     }
 
     /// Returns all users, oldest first.
@@ -133,10 +135,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_users(&self) -> Result<Vec<UserRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection
-            .prepare_cached(&format!("SELECT {COLUMNS} FROM users ORDER BY created_at, id"))?;
-        sound_rows(&mut query, [], Called("user", 0), read)
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM users ORDER BY created_at, id"))?;
+            sound_rows(&mut query, [], Called("user", 0), read)
+        })
     }
 
     /// Replaces a user's API key. The previous key is no longer valid.
@@ -145,12 +148,13 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if the user does not exist.
     pub fn set_user_key(&self, id: UserId, key_hash: &[u8; 32]) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        let changed = connection.execute(
-            "UPDATE users SET api_key_hash = ?2 WHERE id = ?1",
-            params![id.to_string(), key_hash],
-        )?;
-        changed_one(changed)
+        self.work(|connection| {
+            let changed = connection.execute(
+                "UPDATE users SET api_key_hash = ?2 WHERE id = ?1",
+                params![id.to_string(), key_hash],
+            )?;
+            changed_one(changed)
+        })
     }
 
     /// Sets a user's quota. Resources that the user already owns stay.
@@ -167,12 +171,13 @@ impl Store {
             volumes_mib,
             disk_mib,
         } = quota;
-        let connection = self.connection.lock();
-        let changed = connection.execute(
-            "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5, max_volumes_mib = ?6, max_disk_mib = ?7 WHERE id = ?1",
-            params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib, disk_mib],
-        )?;
-        changed_one(changed)
+        self.work(|connection| {
+            let changed = connection.execute(
+                "UPDATE users SET max_sandboxes = ?2, max_cpus = ?3, max_memory_mib = ?4, max_snapshots = ?5, max_volumes_mib = ?6, max_disk_mib = ?7 WHERE id = ?1",
+                params![id.to_string(), sandboxes, cpus_per_sandbox, memory_mib_per_sandbox, snapshots, volumes_mib, disk_mib],
+            )?;
+            changed_one(changed)
+        })
     }
 
     /// Deletes a user that owns nothing.
@@ -181,26 +186,27 @@ impl Store {
     ///
     /// Returns [`UserDeleteError::Owns`] if the user owns something.
     pub fn delete_user(&self, id: UserId) -> Result<(), UserDeleteError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        for (table, what) in [
-            ("sandboxes", "sandbox"),
-            ("snapshots", "snapshot"),
-            ("secrets", "secret"),
-            ("templates", "template"),
-            ("volumes", "volume"),
-        ] {
-            let count: u32 = transaction.query_row(
-                &format!("SELECT count(*) FROM {table} WHERE owner = ?1"),
-                [id.to_string()],
-                |row| row.get(0),
-            )?;
-            if count > 0 {
-                return Err(UserDeleteError::Owns { count, what });
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            for (table, what) in [
+                ("sandboxes", "sandbox"),
+                ("snapshots", "snapshot"),
+                ("secrets", "secret"),
+                ("templates", "template"),
+                ("volumes", "volume"),
+            ] {
+                let count: u32 = transaction.query_row(
+                    &format!("SELECT count(*) FROM {table} WHERE owner = ?1"),
+                    [id.to_string()],
+                    |row| row.get(0),
+                )?;
+                if count > 0 {
+                    return Err(UserDeleteError::Owns { count, what });
+                }
             }
-        }
-        changed_one(transaction.execute("DELETE FROM users WHERE id = ?1", [id.to_string()])?)?;
-        Ok(transaction.commit()?)
+            changed_one(transaction.execute("DELETE FROM users WHERE id = ?1", [id.to_string()])?)?;
+            Ok(transaction.commit()?)
+        })
     }
 }
 
@@ -211,7 +217,7 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if the user does not exist.
     pub fn quota(&self, id: UserId) -> Result<Quota, StoreError> {
-        quota_of(&self.connection.lock(), id)
+        self.work(|connection| quota_of(connection, id))
     }
 }
 

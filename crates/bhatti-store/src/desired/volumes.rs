@@ -185,21 +185,22 @@ impl Store {
     /// As [`admit_volume`](Self::admit_volume).
     pub fn insert_volume(&self, row: VolumeRow) -> Result<VolumeRow, VolumeError> {
         let row = VolumeRow { created_at: now(), ..row };
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        admit(&transaction, row.owner, &row.name, row.size)?;
-        transaction.execute(
-            &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, NULL, ?5)"),
-            params![
-                row.id.to_string(),
-                row.owner.to_string(),
-                row.name.as_str(),
-                row.size.get(),
-                row.created_at
-            ],
-        )?;
-        transaction.commit()?;
-        Ok(row)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            admit(&transaction, row.owner, &row.name, row.size)?;
+            transaction.execute(
+                &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, NULL, ?5)"),
+                params![
+                    row.id.to_string(),
+                    row.owner.to_string(),
+                    row.name.as_str(),
+                    row.size.get(),
+                    row.created_at
+                ],
+            )?;
+            transaction.commit()?;
+            Ok(row)
+        })
     }
 
     /// Checks whether `owner` may have such a volume, before the work of making it.
@@ -214,7 +215,7 @@ impl Store {
         name: &VolumeName,
         size: VolumeMib,
     ) -> Result<(), VolumeError> {
-        admit(&self.connection.lock(), owner, name, size)
+        self.work(|connection| admit(connection, owner, name, size))
     }
 
     /// Checks whether `owner` may attach these volumes to a new sandbox, before the work of
@@ -224,10 +225,11 @@ impl Store {
     ///
     /// Returns why one of them cannot be attached.
     pub fn admit_attach(&self, owner: UserId, wanted: &[Attach]) -> Result<(), AttachError> {
-        let connection = self.connection.lock();
-        wanted
-            .iter()
-            .try_for_each(|attach| admit_attach(&connection, owner, attach.clone()).map(drop))
+        self.work(|connection| {
+            wanted
+                .iter()
+                .try_for_each(|attach| admit_attach(connection, owner, attach.clone()).map(drop))
+        })
     }
 
     /// Returns the volume of `owner` with this name.
@@ -236,7 +238,7 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn find_volume(&self, owner: UserId, name: &str) -> Result<Option<VolumeRow>, StoreError> {
-        find(&self.connection.lock(), owner, name)
+        self.work(|connection| find(connection, owner, name))
     }
 
     /// Returns the ids of all users' volumes, damaged rows included.
@@ -245,10 +247,11 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn volume_ids(&self) -> Result<Vec<VolumeId>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached("SELECT id FROM volumes")?;
-        sound_rows(&mut query, [], Called("volume", 0), |row| {
-            parsed(row.get::<_, String>(0)?.parse())
+        self.work(|connection| {
+            let mut query = connection.prepare_cached("SELECT id FROM volumes")?;
+            sound_rows(&mut query, [], Called("volume", 0), |row| {
+                parsed(row.get::<_, String>(0)?.parse())
+            })
         })
     }
 
@@ -259,12 +262,13 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_volumes(&self, owner: Option<UserId>) -> Result<Vec<VolumeRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM volumes WHERE ?1 IS NULL OR owner = ?1 ORDER BY name, id"
-        ))?;
-        let owner = owner.map(|owner| owner.to_string());
-        sound_rows(&mut query, [owner], Called("volume", 0), read)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM volumes WHERE ?1 IS NULL OR owner = ?1 ORDER BY name, id"
+            ))?;
+            let owner = owner.map(|owner| owner.to_string());
+            sound_rows(&mut query, [owner], Called("volume", 0), read)
+        })
     }
 
     /// Returns the names of the sandboxes that a volume is attached to, and whether each is
@@ -274,7 +278,7 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn sandboxes_with_volume(&self, id: VolumeId) -> Result<Vec<(String, bool)>, StoreError> {
-        users_of(&self.connection.lock(), id)
+        self.work(|connection| users_of(connection, id))
     }
 
     /// Blocks attaching a volume while work on it is in progress, until
@@ -292,23 +296,24 @@ impl Store {
         work: VolumeWork,
         grow_to: Option<VolumeMib>,
     ) -> Result<VolumeRow, VolumeError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        let row = get(&transaction, id)?;
-        check_unused(&transaction, &row, work == VolumeWork::Clone)?;
-        if let Some(size) = grow_to {
-            // The recorded size is allowed, so that a failed growth can be tried again.
-            let more = size.get().checked_sub(row.size.get());
-            let shrinks = || VolumeError::Shrinks { name: row.name.clone(), size: row.size };
-            let more = u64::from(more.ok_or_else(shrinks)?);
-            check_quota::<VolumeError>(&transaction, row.owner, more)?;
-        }
-        transaction.execute(
-            "UPDATE volumes SET work = ?2, size_mib = ?3 WHERE id = ?1",
-            params![id.to_string(), work.as_str(), grow_to.unwrap_or(row.size).get()],
-        )?;
-        transaction.commit()?;
-        Ok(row)
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let row = get(&transaction, id)?;
+            check_unused(&transaction, &row, work == VolumeWork::Clone)?;
+            if let Some(size) = grow_to {
+                // The recorded size is allowed, so that a failed growth can be tried again.
+                let more = size.get().checked_sub(row.size.get());
+                let shrinks = || VolumeError::Shrinks { name: row.name.clone(), size: row.size };
+                let more = u64::from(more.ok_or_else(shrinks)?);
+                check_quota::<VolumeError>(&transaction, row.owner, more)?;
+            }
+            transaction.execute(
+                "UPDATE volumes SET work = ?2, size_mib = ?3 WHERE id = ?1",
+                params![id.to_string(), work.as_str(), grow_to.unwrap_or(row.size).get()],
+            )?;
+            transaction.commit()?;
+            Ok(row)
+        })
     }
 
     /// Allows attaching a volume again, and records its current size.
@@ -317,11 +322,12 @@ impl Store {
     ///
     /// Returns [`StoreError::NoSuchRow`] if there is no such volume.
     pub fn end_volume_work(&self, id: VolumeId, size: VolumeMib) -> Result<(), StoreError> {
-        let connection = self.connection.lock();
-        changed_one(connection.execute(
-            "UPDATE volumes SET work = NULL, size_mib = ?2 WHERE id = ?1",
-            params![id.to_string(), size.get()],
-        )?)
+        self.work(|connection| {
+            changed_one(connection.execute(
+                "UPDATE volumes SET work = NULL, size_mib = ?2 WHERE id = ?1",
+                params![id.to_string(), size.get()],
+            )?)
+        })
     }
 
     /// Allows attaching the volumes that an earlier daemon was copying. Its interrupted resizes
@@ -332,7 +338,7 @@ impl Store {
     /// Returns an error if the store fails.
     pub fn end_volume_copies(&self) -> Result<(), StoreError> {
         let copied = "UPDATE volumes SET work = NULL WHERE work = ?1";
-        self.connection.lock().execute(copied, [VolumeWork::Clone.as_str()])?;
+        self.work(|connection| connection.execute(copied, [VolumeWork::Clone.as_str()]))?;
         Ok(())
     }
 
@@ -347,15 +353,16 @@ impl Store {
         id: VolumeId,
         remove: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection).map_err(VolumeError::from)?;
-        let row = get(&transaction, id).map_err(VolumeError::from)?;
-        check_unused(&transaction, &row, false)?;
-        transaction
-            .execute("DELETE FROM volumes WHERE id = ?1", [id.to_string()])
-            .map_err(VolumeError::from)?;
-        remove()?;
-        Ok(transaction.commit().map_err(VolumeError::from)?)
+        self.work(|connection| {
+            let transaction = immediate(connection).map_err(VolumeError::from)?;
+            let row = get(&transaction, id).map_err(VolumeError::from)?;
+            check_unused(&transaction, &row, false)?;
+            transaction
+                .execute("DELETE FROM volumes WHERE id = ?1", [id.to_string()])
+                .map_err(VolumeError::from)?;
+            remove()?;
+            Ok(transaction.commit().map_err(VolumeError::from)?)
+        })
     }
 }
 

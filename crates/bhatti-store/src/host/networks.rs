@@ -67,8 +67,9 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn instance(&self) -> Result<u32, StoreError> {
-        let connection = self.connection.lock();
-        Ok(connection.query_row("SELECT number FROM instance", [], |row| row.get(0))?)
+        self.work(|connection| {
+            Ok(connection.query_row("SELECT number FROM instance", [], |row| row.get(0))?)
+        })
     }
 
     /// Returns the network of `owner`, if assigned.
@@ -77,7 +78,7 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn find_network(&self, owner: UserId) -> Result<Option<NetworkRow>, StoreError> {
-        network_of(&self.connection.lock(), owner)
+        self.work(|connection| network_of(connection, owner))
     }
 
     /// Whether sandboxes of `owner` have addresses in the owner's network.
@@ -86,7 +87,7 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn is_network_used(&self, owner: UserId) -> Result<bool, StoreError> {
-        Ok(!addresses_of(&self.connection.lock(), owner)?.is_empty())
+        self.work(|connection| Ok(!addresses_of(connection, owner)?.is_empty()))
     }
 
     /// Assigns to `owner` the first network of `range` that no user has and that `is_free`
@@ -102,30 +103,33 @@ impl Store {
         range: Ipv4Net,
         is_free: impl Fn(&NetworkRow) -> bool,
     ) -> Result<NetworkRow, NetworkAssignError> {
-        let mut connection = self.connection.lock();
-        let transaction = immediate(&mut connection)?;
-        if let Some(network) = network_of(&transaction, owner)? {
-            if is_free(&network) || !addresses_of(&transaction, owner)?.is_empty() {
-                return Ok(network);
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            if let Some(network) = network_of(&transaction, owner)? {
+                if is_free(&network) || !addresses_of(&transaction, owner)?.is_empty() {
+                    return Ok(network);
+                }
+                transaction
+                    .execute("DELETE FROM networks WHERE owner = ?1", [owner.to_string()])?;
             }
-            transaction.execute("DELETE FROM networks WHERE owner = ?1", [owner.to_string()])?;
-        }
-        let others = all(&transaction)?;
-        let is_nobodys = |network: &NetworkRow| {
-            others.iter().all(|other| {
-                other.number != network.number && !other.subnet.contains(&network.subnet)
-            })
-        };
-        let subnets = range.subnets(NETWORK_BITS).into_iter().flatten();
-        let mut networks = (0..).zip(subnets).map(|(number, subnet)| NetworkRow { number, subnet });
-        let found = networks.find(|network| is_nobodys(network) && is_free(network));
-        let network = found.ok_or(NetworkAssignError::Exhausted { range })?;
-        transaction.execute(
-            "INSERT INTO networks (owner, number, subnet) VALUES (?1, ?2, ?3)",
-            params![owner.to_string(), network.number, network.subnet.to_string()],
-        )?;
-        transaction.commit()?;
-        Ok(network)
+            let others = all(&transaction)?;
+            let is_nobodys = |network: &NetworkRow| {
+                others.iter().all(|other| {
+                    other.number != network.number && !other.subnet.contains(&network.subnet)
+                })
+            };
+            let subnets = range.subnets(NETWORK_BITS).into_iter().flatten();
+            let mut networks =
+                (0..).zip(subnets).map(|(number, subnet)| NetworkRow { number, subnet });
+            let found = networks.find(|network| is_nobodys(network) && is_free(network));
+            let network = found.ok_or(NetworkAssignError::Exhausted { range })?;
+            transaction.execute(
+                "INSERT INTO networks (owner, number, subnet) VALUES (?1, ?2, ?3)",
+                params![owner.to_string(), network.number, network.subnet.to_string()],
+            )?;
+            transaction.commit()?;
+            Ok(network)
+        })
     }
 
     /// Returns the sandboxes of all users that have a network card. Damaged rows are logged and
@@ -135,13 +139,14 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_ports(&self) -> Result<Vec<PortRow>, StoreError> {
-        let connection = self.connection.lock();
-        let mut query = connection.prepare_cached(
-            "SELECT number, subnet, id, name, address, network_allow FROM addresses
-             JOIN sandboxes ON id = sandbox_id JOIN networks ON networks.owner = sandboxes.owner
-             ORDER BY created_at, id",
-        )?;
-        sound_rows(&mut query, [], Called("sandbox's network", 2), port)
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT number, subnet, id, name, address, network_allow FROM addresses
+                 JOIN sandboxes ON id = sandbox_id JOIN networks ON networks.owner = sandboxes.owner
+                 ORDER BY created_at, id",
+            )?;
+            sound_rows(&mut query, [], Called("sandbox's network", 2), port)
+        })
     }
 }
 
