@@ -9,6 +9,7 @@ mod exec;
 mod file;
 mod health;
 mod image;
+mod key;
 mod port;
 mod sandbox;
 mod secret;
@@ -30,6 +31,7 @@ pub use file::{
 };
 pub use health::Health;
 pub use image::{CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image};
+pub use key::{ApiKey, CreateKey, CreatedKey, KeyScope};
 pub use port::{Port, Publication, PublishPort};
 pub use sandbox::{
     CreateSandbox, Deleted, ForkSandbox, Forks, Isolation, NewFile, Sandbox, StartSandbox,

@@ -1,6 +1,7 @@
 //! Connections to a daemon.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -8,6 +9,8 @@ use bhatti_host::socket;
 use http::Uri;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+
+use crate::tls;
 
 /// The daemon's socket in its data directory.
 const SOCKET: &str = "bhatti.sock";
@@ -26,12 +29,14 @@ pub enum Endpoint {
         host: String,
         /// The daemon's port.
         port: u16,
+        /// Whether the connection is encrypted.
+        tls: bool,
     },
 }
 
 /// A URL is not the URL of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not the URL of a daemon: expected http://HOST:PORT")]
+#[error("`{0}` is not the URL of a daemon: expected https://HOST:PORT or http://HOST:PORT")]
 pub struct ParseUrlError(String);
 
 /// A daemon is not reachable.
@@ -43,6 +48,17 @@ pub enum ConnectError {
         /// The data directory.
         data_dir: PathBuf,
         /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// No encrypted connection to the daemon can be made.
+    #[error("no TLS connection to {host}:{port}")]
+    Tls {
+        /// The host name or address.
+        host: String,
+        /// The port.
+        port: u16,
+        /// The cause, such as a certificate that is not trusted.
         #[source]
         source: io::Error,
     },
@@ -72,13 +88,22 @@ impl Endpoint {
                 let failed = |source| ConnectError::Unix { data_dir: data_dir.clone(), source };
                 Ok(Box::new(stream.map_err(failed)?))
             }
-            Self::Tcp { host, port } => {
+            Self::Tcp { host, port, tls } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await.and_then(|stream| {
                     stream.set_nodelay(true)?;
                     Ok(stream)
                 });
                 let failed = |source| ConnectError::Tcp { host: host.clone(), port: *port, source };
-                Ok(Box::new(stream.map_err(failed)?))
+                let stream = stream.map_err(failed)?;
+                if !*tls {
+                    return Ok(Box::new(stream));
+                }
+                let encrypted = tls::connect(host, stream).await;
+                Ok(Box::new(encrypted.map_err(|source| ConnectError::Tls {
+                    host: host.clone(),
+                    port: *port,
+                    source,
+                })?))
             }
         }
     }
@@ -87,7 +112,21 @@ impl Endpoint {
     pub(crate) fn host(&self) -> String {
         match self {
             Self::Unix { .. } => "localhost".to_owned(),
-            Self::Tcp { host, port } => format!("{host}:{port}"),
+            Self::Tcp { host, port, .. } if host.contains(':') => format!("[{host}]:{port}"),
+            Self::Tcp { host, port, .. } => format!("{host}:{port}"),
+        }
+    }
+
+    /// Whether nobody on the network can read what is sent: it is encrypted, or does not leave
+    /// this machine.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        match self {
+            Self::Unix { .. } | Self::Tcp { tls: true, .. } => true,
+            Self::Tcp { host, .. } => {
+                let address: Option<IpAddr> = host.parse().ok();
+                host == "localhost" || address.is_some_and(|address| address.is_loopback())
+            }
         }
     }
 }
@@ -98,9 +137,14 @@ impl FromStr for Endpoint {
     fn from_str(url: &str) -> Result<Self, ParseUrlError> {
         let refused = || ParseUrlError(url.to_owned());
         let uri: Uri = url.parse().map_err(|_| refused())?;
-        let host = uri.host().filter(|_| uri.scheme_str() == Some("http")).ok_or_else(refused)?;
+        let (tls, usual_port) = match uri.scheme_str() {
+            Some("https") => (true, 443),
+            Some("http") => (false, 80),
+            _ => return Err(refused()),
+        };
+        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(refused)?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        Ok(Self::Tcp { host, port: uri.port_u16().unwrap_or(80) })
+        Ok(Self::Tcp { host, port: uri.port_u16().unwrap_or(usual_port), tls })
     }
 }
 
@@ -110,13 +154,26 @@ mod tests {
 
     #[test]
     fn url_of_a_daemon_has_host_and_port() {
-        let tcp = |host: &str, port| Ok(Endpoint::Tcp { host: host.to_owned(), port });
+        let tcp = |host: &str, port, tls| Ok(Endpoint::Tcp { host: host.to_owned(), port, tls });
 
-        assert_eq!("http://box:8080".parse(), tcp("box", 8080));
-        assert_eq!("http://[::1]:8080/".parse(), tcp("::1", 8080));
-        assert_eq!("http://box".parse(), tcp("box", 80));
-        for url in ["", "box:8080", "https://box", "http://", "ftp://box"] {
+        assert_eq!("http://box:8080".parse(), tcp("box", 8080, false));
+        assert_eq!("http://[::1]:8080/".parse(), tcp("::1", 8080, false));
+        assert_eq!("http://box".parse(), tcp("box", 80, false));
+        assert_eq!("https://box".parse(), tcp("box", 443, true));
+        assert_eq!("https://box:8443/".parse(), tcp("box", 8443, true));
+        for url in ["", "box:8080", "http://", "https://", "ftp://box"] {
             assert_eq!(url.parse::<Endpoint>(), Err(ParseUrlError(url.to_owned())));
+        }
+    }
+
+    #[test]
+    fn connection_is_private_with_tls_or_on_this_machine() {
+        let is_private = |url: &str| url.parse::<Endpoint>().unwrap().is_private();
+        for url in ["https://box", "http://localhost:1", "http://127.0.0.2:1", "http://[::1]:1"] {
+            assert!(is_private(url), "{url}");
+        }
+        for url in ["http://box", "http://10.0.0.1", "http://localhost.example.com"] {
+            assert!(!is_private(url), "{url}");
         }
     }
 }

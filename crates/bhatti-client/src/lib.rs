@@ -16,6 +16,7 @@ mod files;
 mod forward;
 mod images;
 mod jobs;
+mod keys;
 mod path;
 mod ports;
 mod sandboxes;
@@ -24,6 +25,7 @@ mod shell;
 mod snapshots;
 mod stream;
 mod templates;
+mod tls;
 mod transport;
 mod users;
 mod volumes;
@@ -79,7 +81,8 @@ impl Client {
         Self { endpoint, token: None, user: None }
     }
 
-    /// Creates a client of the daemon at `url`, `http://HOST:PORT`, with an API key.
+    /// Creates a client of the daemon at `url`, `https://HOST:PORT` or `http://HOST:PORT`, with an
+    /// API key.
     ///
     /// # Errors
     ///

@@ -5,14 +5,15 @@
 //! from the query here, so that no log, handler or guest ever sees them.
 
 use axum::extract::Request;
-use axum::http::Uri;
 use axum::http::header::{AUTHORIZATION, UPGRADE};
 use axum::http::uri::PathAndQuery;
+use axum::http::{Method, Uri};
 use bhatti_api::ErrorCode;
-use bhatti_types::UserId;
+use bhatti_edge::{Identity, KEY_PREFIX, TICKET_PREFIX};
+use bhatti_types::{KeyScope, UserId};
 
 use crate::status::ApiError;
-use crate::{AppState, Listener, console, keys, tickets};
+use crate::{AppState, Listener, console};
 
 /// Paths that need no authentication, besides the console's. They are compared with the path as
 /// it was sent: nothing is decoded or resolved, here or later.
@@ -48,8 +49,11 @@ pub(crate) fn authenticate(
     if PUBLIC_PATHS.contains(&path) || console::PATHS.contains(&path) {
         return (Ok(()), request);
     }
-    let known = caller(state, listener, &request, shown).map(|caller| {
-        request.extensions_mut().insert(caller);
+    let known = identify(state, listener, &request, shown).and_then(|identity| {
+        check_scope(&identity, &request)?;
+        request.extensions_mut().insert(Caller(identity.user()));
+        request.extensions_mut().insert(identity);
+        Ok(())
     });
     (known, request)
 }
@@ -61,16 +65,15 @@ enum Shown {
     Key(String),
 }
 
-fn caller(
+fn identify(
     state: &AppState,
     listener: Listener,
     request: &Request,
     shown: Option<Shown>,
-) -> Result<Caller, ApiError> {
+) -> Result<Identity, ApiError> {
     if listener == Listener::Unix {
-        return Ok(Caller(UserId::ADMIN));
+        return Ok(Identity::ADMIN);
     }
-    let invalid = || ApiError::new(ErrorCode::Unauthorized, "invalid api key");
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = header.and_then(bearer).filter(|key| !key.is_empty());
     let key = match (key, shown) {
@@ -80,8 +83,7 @@ fn caller(
         (None, Some(shown)) if request.headers().contains_key(UPGRADE) => match shown {
             Shown::Key(key) => key,
             Shown::Ticket(ticket) => {
-                let owner = state.tickets.redeem(&ticket);
-                return owner.map(Caller).ok_or_else(|| {
+                return state.tickets.redeem(&ticket).ok_or_else(|| {
                     ApiError::new(
                         ErrorCode::Unauthorized,
                         "the ticket is unknown, expired or already used",
@@ -92,8 +94,27 @@ fn caller(
         },
         (None, _) => return Err(ApiError::new(ErrorCode::Unauthorized, "authorization required")),
     };
-    let user = state.store.find_user_by_key_hash(&keys::hash(&key))?;
-    user.map(|user| Caller(user.id)).ok_or_else(invalid)
+    let invalid = || ApiError::new(ErrorCode::Unauthorized, "invalid api key");
+    let key = state.keyring.find(&key).ok_or_else(invalid)?;
+    if let Some(at) = key.note_use()
+        && let Err(error) = state.store.note_key_use(key.owner, &key.name, at)
+    {
+        tracing::warn!(key = key.name, %error, "Failed to record the use of an API key");
+    }
+    Ok(Identity::of(key))
+}
+
+/// Refuses what the caller's key does not allow: a key that may only look changes nothing, opens
+/// no WebSocket, and reaches no port of a sandbox.
+fn check_scope(identity: &Identity, request: &Request) -> Result<(), ApiError> {
+    let is_a_look = matches!(*request.method(), Method::GET | Method::HEAD)
+        && !request.headers().contains_key(UPGRADE)
+        && request.uri().path().split('/').nth(3) != Some("proxy");
+    if identity.scope() == KeyScope::Full || is_a_look {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::Forbidden, "this API key may only look")
+        .hint("use a key with the scope `full`"))
 }
 
 /// Returns the key in an `Authorization` header. The scheme's name is case-insensitive (RFC 9110,
@@ -111,10 +132,10 @@ fn take_from_query(request: &mut Request) -> Option<Shown> {
         match pair.split_once('=') {
             // Recognized by their prefix: an application behind the proxy may have parameters of
             // the same name.
-            Some(("ticket", ticket)) if ticket.starts_with(tickets::PREFIX) => {
+            Some(("ticket", ticket)) if ticket.starts_with(TICKET_PREFIX) => {
                 shown = Some(Shown::Ticket(ticket.to_owned()));
             }
-            Some(("token", key)) if key.starts_with(keys::PREFIX) => {
+            Some(("token", key)) if key.starts_with(KEY_PREFIX) => {
                 shown = shown.or_else(|| Some(Shown::Key(key.to_owned())));
             }
             _ => rest.push(pair),

@@ -18,8 +18,8 @@ use axum::routing::get;
 use sha2::{Digest, Sha256};
 
 use crate::AppState;
-use crate::keys::random_hex;
 use crate::status::{ApiError, not_modified};
+use bhatti_edge::random_hex;
 
 /// Paths of the console's files. The files are the same for all callers and need no key.
 pub(crate) const PATHS: [&str; 3] = ["/", SCRIPT.path, STYLE.path];

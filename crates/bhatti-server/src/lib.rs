@@ -4,27 +4,22 @@
 //! Authentication comes before the handler and depends on the listener that accepted the request.
 //! Errors get their response body after the handler, in one place (`request_id.rs`).
 
-mod accept;
 mod answers;
 mod auth;
 mod concurrency;
 mod console;
 mod extract;
-mod hear_out;
 mod json;
-mod keys;
 mod large_json;
 mod listings;
 mod metrics;
 mod proxy;
 mod rates;
 mod request_id;
-mod revocations;
 mod routes;
 mod serve;
 mod shells;
 mod status;
-mod tickets;
 mod utf8;
 mod websocket;
 
@@ -38,9 +33,11 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use bhatti_control::Control;
+use bhatti_edge::{
+    Identity, Keyring, OF_STRANGERS_BYTES, Permit, Permits, Tickets, drain, end_with_key, hold,
+};
 use bhatti_image::ImageStore;
-use bhatti_store::Store;
-use bhatti_types::UserId;
+use bhatti_store::{Store, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -51,16 +48,12 @@ pub use routes::open_api;
 pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
 
 use answers::AnswerMemory;
-use concurrency::{Concurrency, Permit};
-use hear_out::hear_out;
 use listings::Listings;
 use metrics::Measured;
 use proxy::Visits;
 use rates::Rates;
-use revocations::Revocations;
 use shells::Shells;
 use status::ApiError;
-use tickets::Tickets;
 
 /// Interval at which a stopping daemon checks whether its WebSockets have closed.
 const DRAIN_LOOK: Duration = Duration::from_millis(10);
@@ -90,13 +83,13 @@ pub struct Inner {
     pub metrics: HttpMetrics,
     /// Becomes true when the daemon stops. Streams without an end of their own then end.
     pub stopping: watch::Receiver<bool>,
+    pub(crate) keyring: Keyring,
     pub(crate) tickets: Tickets,
     pub(crate) rates: Rates,
     pub(crate) shells: Shells,
     pub(crate) visits: Visits,
-    pub(crate) sessions: Revocations,
     pub(crate) answers: AnswerMemory,
-    pub(crate) concurrency: Concurrency,
+    pub(crate) permits: Permits,
     pub(crate) listings: Mutex<Listings>,
 }
 
@@ -107,6 +100,8 @@ pub struct PublicAddress {
     pub listener: Option<SocketAddr>,
     /// The domain under which each alias is a host name.
     pub zone: Option<String>,
+    /// Whether the listener speaks TLS.
+    pub tls: bool,
 }
 
 /// Parts of an [`AppState`].
@@ -129,11 +124,15 @@ pub struct StateParts {
 
 impl AppState {
     /// Creates the state of one daemon.
-    #[must_use]
-    pub fn new(parts: StateParts) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the API keys cannot be read from the store.
+    pub fn new(parts: StateParts) -> Result<Self, StoreError> {
         let StateParts { control, store, images, started, public, proxy_limit, stopping } = parts;
         let metrics = HttpMetrics::new(&control);
-        Self(Arc::new(Inner {
+        let keyring = Keyring::new(&store.list_keys()?);
+        Ok(Self(Arc::new(Inner {
             control,
             store,
             images,
@@ -142,15 +141,15 @@ impl AppState {
             proxy_limit,
             metrics,
             stopping,
+            keyring,
             tickets: Tickets::default(),
             rates: Rates::default(),
             shells: Shells::default(),
             visits: Visits::default(),
-            sessions: Revocations::default(),
             answers: AnswerMemory::default(),
-            concurrency: Concurrency::default(),
+            permits: Permits::default(),
             listings: Mutex::default(),
-        }))
+        })))
     }
 
     /// Waits until no WebSocket is open.
@@ -160,11 +159,11 @@ impl AppState {
         }
     }
 
-    /// Resolves when the streams of a user must end, and returns the reason.
-    pub(crate) async fn ended(&self, owner: UserId) -> ApiError {
+    /// Resolves when the streams of a caller must end, and returns the reason.
+    pub(crate) async fn ended(&self, identity: &Identity) -> ApiError {
         tokio::select! {
             () = self.stopped() => ApiError::stopping(),
-            () = self.sessions.revoked(owner) => {
+            () = identity.ended() => {
                 ApiError::new(ErrorCode::Unauthorized, "the API key is no longer valid")
             }
         }
@@ -214,15 +213,18 @@ async fn pass(
     request_id::identify(method, path, async {
         let measured = Measured::new(&request);
         let (known, request) = auth::authenticate(&state, listener, request);
-        let most = if known.is_ok() { u64::MAX } else { hear_out::OF_STRANGERS_BYTES };
-        let request = hear_out(request, most);
+        let most = if known.is_ok() { u64::MAX } else { OF_STRANGERS_BYTES };
+        let request = drain(request, most);
+        let identity = request.extensions().get::<Identity>().cloned().unwrap_or(Identity::ADMIN);
+        let request = request.map(|body| end_with_key(body, &identity));
         let admitted = known
             .and_then(|()| rates::limit(&state, request))
             .and_then(|request| concurrency::limit(&state, request));
         let response = match admitted {
             Ok(request) => {
                 let permit = request.extensions().get::<Arc<Permit>>().cloned();
-                accept::hold(next.run(request).await, permit)
+                let response = next.run(request).await;
+                response.map(|body| hold(end_with_key(body, &identity), permit))
             }
             Err(error) => error.into_response(),
         };

@@ -14,10 +14,9 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
-use bhatti_types::UserId;
+use bhatti_edge::Identity;
 
 use crate::AppState;
-use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::status::ApiError;
 
@@ -27,7 +26,7 @@ pub(crate) use visits::Visits;
 /// Application in a sandbox that a request goes to.
 struct Target {
     /// User whose key authorized the request; `None` for a published port.
-    caller: Option<UserId>,
+    identity: Option<Identity>,
     port: u16,
     /// Path and query that the application receives.
     path_and_query: String,
@@ -46,17 +45,17 @@ struct Target {
     responses((status = "default", description = "The application's response, or `ErrorBody` if the application cannot be reached.")))]
 pub(crate) async fn to_port(
     State(state): State<AppState>,
-    Extension(caller): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
     ApiPath((called, port)): ApiPath<(String, String)>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    pass_on(&state, caller, &called, &port, request).await
+    pass_on(&state, identity, &called, &port, request).await
 }
 
 /// Does the same as [`to_port`], for longer paths.
 pub(crate) async fn to_path(
     State(state): State<AppState>,
-    Extension(caller): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
     request: Request,
 ) -> Result<Response, ApiError> {
     // Split by hand, because the router would decode the rest of the path as well. The rest
@@ -64,7 +63,7 @@ pub(crate) async fn to_path(
     let mut segments = request.uri().path().split('/').skip(2);
     let called = segments.next().and_then(decode).unwrap_or_default();
     let port = segments.nth(1).unwrap_or_default().to_owned();
-    pass_on(&state, caller, &called, &port, request).await
+    pass_on(&state, identity, &called, &port, request).await
 }
 
 /// Decodes a segment of a path, once. Returns `None` if it is malformed or not UTF-8.
@@ -84,18 +83,19 @@ fn decode(segment: &str) -> Option<String> {
 
 async fn pass_on(
     state: &AppState,
-    Caller(owner): Caller,
+    identity: Identity,
     called: &str,
     port: &str,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let owner = identity.user();
     let port = port.parse().ok().filter(|port| *port > 0);
     let port = port.ok_or_else(|| ApiError::new(ErrorCode::BadRequest, "invalid port"))?;
     let uri = request.uri();
     // The path as it was sent: encoded parts belong to the application.
     let (prefix, rest) = split_path(uri.path(), 4);
     let target = Target {
-        caller: Some(owner),
+        identity: Some(identity),
         port,
         path_and_query: with_query(rest, uri.query()),
         prefix: prefix.to_owned(),

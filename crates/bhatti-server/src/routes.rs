@@ -9,6 +9,7 @@ mod forward;
 mod health;
 mod images;
 mod jobs;
+mod keys;
 mod ports;
 mod publish;
 mod sandboxes;
@@ -111,6 +112,10 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(users::get, users::update, users::delete))
         .routes(routes!(users::rotate_key))
         .routes(routes!(users::ticket))
+        .routes(routes!(keys::list, keys::create))
+        .routes(routes!(keys::delete))
+        .routes(routes!(keys::list_of_user, keys::create_for_user))
+        .routes(routes!(keys::delete_of_user))
         .routes(routes!(events::list))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
     // These requests have bodies that are passed on as they arrive, and may have any length.

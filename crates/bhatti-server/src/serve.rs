@@ -5,12 +5,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use axum::Router;
+use bhatti_edge::Tls;
 use bhatti_host::socket;
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::{AppState, Listener, SOCKET, accept, public_router, router};
+use crate::{AppState, Listener, SOCKET, public_router, router};
 
 /// The daemon cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -51,10 +53,11 @@ where
 {
     let failed = |source| ServeError::Unix { path: data_dir.join(SOCKET), source };
     let listener = listen(data_dir).map_err(failed)?;
-    Ok(accept::serve(listener, router(state, Listener::Unix), stop))
+    Ok(bhatti_edge::serve(listener, router(state, Listener::Unix), None, stop))
 }
 
-/// Serves the API on a TCP address until `stop` resolves. Returns the bound address.
+/// Serves the API on a TCP address, with TLS if given, until `stop` resolves. Returns the bound
+/// address.
 ///
 /// # Errors
 ///
@@ -62,12 +65,13 @@ where
 pub async fn serve_tcp(
     state: AppState,
     address: SocketAddr,
+    tls: Option<Arc<Tls>>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(SocketAddr, impl Future<Output = ()>), ServeError> {
-    serve_on(router(state, Listener::Tcp), bind(address).await?, stop)
+    serve_on(router(state, Listener::Tcp), bind(address).await?, tls, stop)
 }
 
-/// Serves published ports on a listener until `stop` resolves.
+/// Serves published ports on a listener, with TLS if given, until `stop` resolves.
 ///
 /// # Errors
 ///
@@ -75,9 +79,10 @@ pub async fn serve_tcp(
 pub fn serve_public(
     state: AppState,
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(SocketAddr, impl Future<Output = ()>), ServeError> {
-    serve_on(public_router(state), listener, stop)
+    serve_on(public_router(state), listener, tls, stop)
 }
 
 /// Listens on a TCP address.
@@ -92,12 +97,13 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
 fn serve_on(
     app: Router,
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(SocketAddr, impl Future<Output = ()>), ServeError> {
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
     let address =
         listener.local_addr().map_err(|source| ServeError::Tcp { address: unknown, source })?;
-    Ok((address, accept::serve(listener, app, stop)))
+    Ok((address, bhatti_edge::serve(listener, app, tls, stop)))
 }
 
 /// Creates the socket under a temporary name, restricts it to its owner, and only then renames it

@@ -15,7 +15,8 @@ use bhatti_engine::{RestoreError, SnapshotError};
 use bhatti_node::{Busy, DestroyError, TransitionError, UseError};
 use bhatti_proto::{ErrorKind, SendJsonError};
 use bhatti_store::{
-    ChangeError, PublishError, StoreError, TemplateInsertError, UserDeleteError, UserInsertError,
+    ChangeError, CountError, KeyInsertError, PublishError, StoreError, TemplateInsertError,
+    UserDeleteError, UserInsertError,
 };
 use bhatti_types::{Denied, QuotaExceeded, Report};
 
@@ -217,6 +218,16 @@ impl From<UserInsertError> for ApiError {
         match error {
             UserInsertError::NameTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string()),
             UserInsertError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<KeyInsertError> for ApiError {
+    fn from(error: KeyInsertError) -> Self {
+        match error {
+            KeyInsertError::NameTaken(_) => Self::new(ErrorCode::NameTaken, error.to_string()),
+            KeyInsertError::Count(CountError::TooMany(quota)) => quota.into(),
+            KeyInsertError::Count(CountError::Store(error)) => error.into(),
         }
     }
 }

@@ -10,13 +10,12 @@ use axum::http::header::{HOST, ORIGIN};
 use axum::http::request::Parts;
 use axum::response::Response;
 use bhatti_api::ErrorCode;
+use bhatti_edge::{PeerSocket, Permit};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
-use crate::accept::PeerSocket;
-use crate::concurrency::Permit;
 use crate::json::BODY_BYTES_MAX;
 use crate::status::ApiError;
 
@@ -201,12 +200,35 @@ impl Receiver {
 mod tests {
     use axum::Router;
     use axum::routing::get;
+    use bhatti_edge::{Peer, Source, serve};
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::sync::mpsc;
     use tokio::time::sleep;
 
     use super::*;
-    use crate::accept::tests::serve_one;
+
+    /// Source of a single connection.
+    struct One(parking_lot::Mutex<Option<DuplexStream>>);
+
+    impl Source for One {
+        type Connection = DuplexStream;
+
+        async fn accept(&self) -> std::io::Result<(DuplexStream, Peer)> {
+            let one = self.0.lock().take();
+            match one {
+                Some(one) => Ok((one, Peer::default())),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Returns a client's connection to a server of `app`.
+    fn serve_one(app: Router) -> DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(1024);
+        let source = One(parking_lot::Mutex::new(Some(theirs)));
+        tokio::spawn(serve(source, app, None, std::future::pending()));
+        ours
+    }
 
     const HANDSHAKE: &[u8] =
         b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\

@@ -31,6 +31,7 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
 pub use desired::claims::Claim;
+pub use desired::keys::{KeyInsertError, KeyRow};
 pub use desired::publications::{PublicationRow, PublishError};
 pub use desired::sandboxes::{
     ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow, StoredSandbox,
@@ -38,7 +39,7 @@ pub use desired::sandboxes::{
 pub use desired::secrets::SecretRow;
 pub use desired::snapshots::{SnapshotInsertError, SnapshotRow};
 pub use desired::templates::{TemplateInsertError, TemplateRow};
-pub use desired::users::{UserDeleteError, UserInsertError, UserRow};
+pub use desired::users::{DEFAULT_KEY, UserDeleteError, UserInsertError, UserRow};
 pub use desired::volumes::{
     Attach, AttachError, AttachKind, Attachment, VolumeError, VolumeRow, VolumeWork,
 };

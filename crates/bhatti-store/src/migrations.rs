@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 8] = [
+const STEPS: [&str; 9] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -213,6 +213,23 @@ const STEPS: [&str; 8] = [
     INSERT INTO addresses SELECT id, owner, address FROM sandboxes WHERE address IS NOT NULL;
     DROP INDEX sandboxes_address;
     ALTER TABLE sandboxes DROP COLUMN address;
+",
+    // Several API keys of a user, with names. `users.api_key_hash` is not used any more.
+    "
+    CREATE TABLE api_keys (
+        owner        TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+        name         TEXT NOT NULL,
+        hash         BLOB NOT NULL UNIQUE,
+        scope        TEXT NOT NULL CHECK (scope IN ('full', 'read')),
+        created_at   TEXT NOT NULL,
+        expires_at   INTEGER,
+        last_used_at INTEGER,
+        PRIMARY KEY (owner, name)
+    ) STRICT;
+
+    INSERT INTO api_keys (owner, name, hash, scope, created_at)
+        SELECT id, 'default', api_key_hash, 'full', created_at FROM users WHERE api_key_hash IS NOT NULL;
+    UPDATE users SET api_key_hash = NULL;
 ",
 ];
 

@@ -4,6 +4,7 @@
 //! clock and no randomness: a caller that makes an id supplies the entropy.
 
 mod id;
+mod key;
 mod label;
 mod lifecycle;
 mod name;
@@ -15,10 +16,11 @@ mod spec;
 mod volume;
 
 pub use id::{NodeId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId, VolumeId};
+pub use key::{KeyScope, UnknownKeyScope};
 pub use label::{InvalidLabel, Labels};
 pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};
 pub use name::{
-    Alias, ImageName, ParseAliasError, ParseNameError, ParseSecretNameError, SandboxName,
+    Alias, ImageName, KeyName, ParseAliasError, ParseNameError, ParseSecretNameError, SandboxName,
     SecretName, SnapshotName, TemplateName, UserName, VolumeName,
 };
 pub use network::{

@@ -101,6 +101,11 @@ name! {
 }
 
 name! {
+    /// The name of an API key, unique among its owner's keys.
+    KeyName, "key"
+}
+
+name! {
     /// The name of an image, unique on this daemon.
     ImageName, "image"
 }

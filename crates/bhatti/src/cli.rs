@@ -4,8 +4,8 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     bench, completion, create, destroy, edit, events, exec, file, fork, forward, image, inspect,
-    jobs, kill, lifecycle, list, logs, man, ports, ps, publish, run, secret, serve, setup, shell,
-    snapshot, template, user, volume, wait,
+    jobs, key, kill, lifecycle, list, login, logs, man, ports, ps, publish, run, secret, serve,
+    setup, shell, snapshot, template, user, volume, wait,
 };
 use crate::options::Global;
 
@@ -27,7 +27,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Build the kernel and the images; with --url, save the address of a remote daemon instead
+    /// Build the kernel and the images
     Setup(setup::Setup),
     /// Run the daemon
     Serve(serve::Serve),
@@ -104,6 +104,14 @@ pub(crate) enum Command {
     Ports(ports::Ports),
     /// Forward a local port to a port of a sandbox, until interrupted
     Forward(forward::Forward),
+    /// Save a remote daemon and its API key, and call it from now on
+    Login(login::Login),
+    /// Choose which daemon to call
+    #[command(subcommand)]
+    Context(login::ContextCommand),
+    /// Manage API keys
+    #[command(subcommand)]
+    Key(key::Key),
     /// Manage the daemon's users
     #[command(subcommand)]
     User(user::User),

@@ -4,8 +4,10 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use bhatti_edge::Tls;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -47,6 +49,11 @@ pub(crate) struct Config {
     /// Memory of all hot and warm sandboxes, in MiB; if absent, all but 1024 of the machine's, but
     /// at least half of it.
     pub(crate) memory_budget_mb: Option<usize>,
+    /// File with the TLS certificate chain (PEM) of `listen` and `public_listen`, which then speak
+    /// HTTPS; plain HTTP if absent.
+    pub(crate) tls_certificate: Option<PathBuf>,
+    /// File with the private key (PEM) of `tls_certificate`.
+    pub(crate) tls_key: Option<PathBuf>,
     /// Address that serves published ports without an API key; none if absent.
     pub(crate) public_listen: Option<SocketAddr>,
     /// Domain under which each alias of a published port is a host name; only `ALIAS.localhost` if
@@ -169,6 +176,24 @@ impl Config {
         let bad = || CliError::new(format!("`{text}` is not a range of IPv4 networks"));
         let hint = "set `network_range` in config.yaml to a range such as 10.213.0.0/16";
         Ok(range.ok_or_else(|| bad().hint(hint))?.trunc())
+    }
+
+    /// Returns the TLS of the listeners, if there is a certificate.
+    pub(crate) fn tls(&self) -> Result<Option<Arc<Tls>>, CliError> {
+        match (&self.tls_certificate, &self.tls_key) {
+            (Some(certificate), Some(key)) => {
+                let tls = Tls::from_files(certificate.clone(), key.clone());
+                Ok(Some(tls.map_err(|error| {
+                    CliError::of(&error).hint("`tls_certificate` and `tls_key` in config.yaml name PEM files: the chain, and its key")
+                })?))
+            }
+            (None, None) => Ok(None),
+            (certificate, _) => {
+                let missing = if certificate.is_none() { "tls_certificate" } else { "tls_key" };
+                Err(CliError::new(format!("config.yaml lacks `{missing}`"))
+                    .hint("TLS needs both `tls_certificate` and `tls_key`"))
+            }
+        }
     }
 
     /// See [`template_budget_mb`](Self::template_budget_mb).

@@ -7,8 +7,8 @@ use clap::CommandFactory;
 use crate::cli::{Cli, Command};
 use crate::commands::{
     Context, bench, completion, create, destroy, doctor, edit, events, exec, file, fork, forward,
-    image, inspect, jobs, kill, lifecycle, list, logs, man, ports, ps, publish, run, secret, serve,
-    setup, shell, snapshot, template, user, version, volume, wait,
+    image, inspect, jobs, key, kill, lifecycle, list, login, logs, man, ports, ps, publish, run,
+    secret, serve, setup, shell, snapshot, template, user, version, volume, wait,
 };
 use crate::error::CliError;
 use crate::options::Global;
@@ -66,6 +66,9 @@ async fn run_client(
         Command::Unpublish(arguments) => publish::unpublish(context, &arguments).await,
         Command::Ports(arguments) => ports::run(context, &arguments).await,
         Command::Forward(arguments) => forward::run(context, &arguments).await,
+        Command::Login(arguments) => login::login(context, arguments).await,
+        Command::Context(command) => login::run(context, command),
+        Command::Key(command) => key::run(context, command).await,
         Command::User(command) => user::run(context, command).await,
         Command::Events(arguments) => events::run(context, arguments).await,
         Command::Metrics => context.output.print(&context.client.metrics().await?),

@@ -14,8 +14,11 @@ pub(crate) struct Global {
     /// ~/.local/share/bhatti]
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// URL of a remote daemon, http://HOST:PORT [default: the one saved by `bhatti setup --url`,
-    /// else the local daemon]
+    /// Saved daemon to call: see `bhatti context` [default: the current one]
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_CONTEXT", value_name = "NAME", conflicts_with = "url")]
+    pub(crate) context: Option<String>,
+    /// URL of a remote daemon, https://HOST:PORT [default: that of the current context, else the
+    /// local daemon]
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "BHATTI_URL", value_name = "URL")]
     pub(crate) url: Option<String>,
     /// API key for --url

@@ -1,11 +1,20 @@
-//! The daemon that was chosen with `bhatti setup --url`, and its key.
+//! The contexts: remote daemons and their keys, which `bhatti login` saves.
+//!
+//! ```yaml
+//! current_context: "box"
+//! contexts: {"box":{"url":"https://box:8443","key":"bht_…"}}
+//! ```
+//!
+//! The file belongs to other programs, too: lines with other keys stay as they are. Earlier
+//! versions saved one daemon, as `api_url` and `auth_token`; it is the context `saved`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::CliError;
 use crate::options::Global;
@@ -15,40 +24,114 @@ const FILE_VARIABLE: &str = "BHATTI_CONFIG";
 /// Path of the file, below the home directory.
 const USUAL_FILE: &str = ".bhatti/config.yaml";
 
-const URL_KEY: &str = "api_url";
-const TOKEN_KEY: &str = "auth_token";
+/// Name of the context without a URL: the daemon on this machine.
+pub(crate) const LOCAL: &str = "local";
+/// Name of the one daemon that an earlier version saved.
+const EARLIER: &str = "saved";
+
+/// The keys that this program writes into the file.
+const OURS: [&str; 4] = ["current_context", "contexts", "api_url", "auth_token"];
+
+/// A remote daemon and its key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedContext {
+    pub(crate) url: String,
+    pub(crate) key: String,
+}
 
 /// The keys that are read from the file. Other keys belong to other programs.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 struct Saved {
+    current_context: Option<String>,
+    contexts: BTreeMap<String, SavedContext>,
     api_url: Option<String>,
     auth_token: Option<String>,
+}
+
+impl Saved {
+    /// Turns the daemon that an earlier version saved into a context.
+    fn settle(mut self) -> Self {
+        if let (Some(url), Some(key)) = (self.api_url.take(), self.auth_token.take()) {
+            self.contexts.entry(EARLIER.to_owned()).or_insert(SavedContext { url, key });
+            self.current_context.get_or_insert_with(|| EARLIER.to_owned());
+        }
+        self
+    }
+
+    fn current(&self) -> Option<&str> {
+        self.current_context.as_deref().filter(|name| *name != LOCAL)
+    }
 }
 
 /// Returns the daemon to call and its key; `None` for the daemon on this machine. Options given
 /// now take precedence over saved ones, and so does a data directory.
 pub(crate) fn choose(global: &Global) -> Result<Option<(String, String)>, CliError> {
-    let saved = || file().map_or_else(|| Ok(Saved::default()), |path| read(&path));
-    let (url, saved) = match (&global.url, &global.data_dir) {
-        (Some(url), _) if global.token.is_some() => (url.clone(), Saved::default()),
-        (Some(url), _) => (url.clone(), saved()?),
-        (None, Some(_)) => return Ok(None),
-        (None, None) => match saved()? {
-            Saved { api_url: Some(url), auth_token } => {
-                (url.clone(), Saved { api_url: Some(url), auth_token })
-            }
-            Saved { api_url: None, .. } => return Ok(None),
-        },
-    };
-    // A key is sent only to the daemon that it was saved for.
-    let kept = saved.auth_token.filter(|_| saved.api_url.as_ref() == Some(&url));
-    let token = global.token.clone().or(kept).ok_or_else(|| {
-        CliError::new(format!("there is no API key for {url}")).hint(
-            "name it with --token or BHATTI_TOKEN, or save it: bhatti setup --url URL --token KEY",
-        )
-    })?;
-    Ok(Some((url, token)))
+    if let (Some(url), Some(token)) = (&global.url, &global.token) {
+        return Ok(Some((url.clone(), token.clone())));
+    }
+    let (named, has_place) = (global.context.as_deref(), global.data_dir.is_some());
+    if named == Some(LOCAL) || (has_place && named.is_none() && global.url.is_none()) {
+        return Ok(None);
+    }
+    let saved = read_saved()?;
+    if let Some(url) = &global.url {
+        // A key is sent only to the daemon that it was saved for.
+        let kept = saved.contexts.into_values().find(|context| context.url == *url);
+        let key = global.token.clone().or_else(|| kept.map(|context| context.key));
+        let key = key.ok_or_else(|| {
+            CliError::new(format!("there is no API key for {url}"))
+                .hint("save one with `bhatti login URL`, or set BHATTI_TOKEN")
+        })?;
+        return Ok(Some((url.clone(), key)));
+    }
+    let Some(name) = named.or_else(|| saved.current()) else { return Ok(None) };
+    let SavedContext { url, key } = saved.contexts.get(name).ok_or_else(|| unknown(name))?.clone();
+    Ok(Some((url, global.token.clone().unwrap_or(key))))
+}
+
+fn unknown(name: &str) -> CliError {
+    CliError::new(format!("there is no context `{name}`"))
+        .hint("`bhatti context list` shows all; `bhatti login URL` adds one")
+}
+
+/// Returns the saved contexts, and the name of the current one; `None` for the daemon on this
+/// machine.
+pub(crate) fn contexts() -> Result<(BTreeMap<String, SavedContext>, Option<String>), CliError> {
+    let saved = read_saved()?;
+    let current = saved.current().map(str::to_owned);
+    Ok((saved.contexts, current))
+}
+
+/// Saves a context, and makes it the current one. Returns the file.
+pub(crate) fn add(name: &str, context: SavedContext) -> Result<PathBuf, CliError> {
+    change(|saved| {
+        saved.contexts.insert(name.to_owned(), context);
+        saved.current_context = Some(name.to_owned());
+        Ok(())
+    })
+}
+
+/// Makes a context the current one.
+pub(crate) fn choose_context(name: &str) -> Result<PathBuf, CliError> {
+    change(|saved| {
+        if name != LOCAL && !saved.contexts.contains_key(name) {
+            return Err(unknown(name));
+        }
+        saved.current_context = Some(name.to_owned());
+        Ok(())
+    })
+}
+
+/// Removes a context. If it was the current one, the daemon on this machine is from now on.
+pub(crate) fn remove(name: &str) -> Result<PathBuf, CliError> {
+    change(|saved| {
+        saved.contexts.remove(name).ok_or_else(|| unknown(name))?;
+        if saved.current() == Some(name) {
+            saved.current_context = None;
+        }
+        Ok(())
+    })
 }
 
 /// Returns the path of the file; `None` without a home directory.
@@ -58,37 +141,42 @@ fn file() -> Option<PathBuf> {
     named.map(PathBuf::from).or_else(|| Some(Path::new(&home()?).join(USUAL_FILE)))
 }
 
+fn read_saved() -> Result<Saved, CliError> {
+    file().map_or_else(|| Ok(Saved::default()), |path| read(&path))
+}
+
 fn read(path: &Path) -> Result<Saved, CliError> {
     let failed =
         |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
     match fs::read_to_string(path) {
         Ok(text) if text.trim().is_empty() => Ok(Saved::default()),
-        Ok(text) => serde_saphyr::from_str(&text).map_err(|error| failed(&error)),
+        Ok(text) => {
+            serde_saphyr::from_str(&text).map(Saved::settle).map_err(|error| failed(&error))
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Saved::default()),
         Err(error) => Err(failed(&error)),
     }
 }
 
-/// Saves a daemon's URL and key in the file, for its owner alone. Other content of the file stays.
-pub(crate) fn save(url: &str, token: &str) -> Result<PathBuf, CliError> {
+/// Changes the contexts in the file, which only its owner can read. Other content of the file
+/// stays.
+fn change(act: impl FnOnce(&mut Saved) -> Result<(), CliError>) -> Result<PathBuf, CliError> {
     let path = file().ok_or_else(|| {
         CliError::new("HOME is not set").hint(format!("name a file with {FILE_VARIABLE}"))
     })?;
-    save_in(&path, url, token)
-        .map_err(|error| CliError::new(format!("failed to save `{}`: {error}", path.display())))?;
+    let mut saved = read(&path)?;
+    act(&mut saved)?;
+    let failed = |error| CliError::new(format!("failed to save `{}`: {error}", path.display()));
+    save_in(&path, &saved).map_err(failed)?;
     // Check that the saved values are read back.
-    let saved = read(&path)?;
-    if saved.api_url.as_deref() == Some(url) && saved.auth_token.as_deref() == Some(token) {
+    if read(&path)? == saved {
         return Ok(path);
     }
-    Err(CliError::new(format!(
-        "`{}` has these keys in a form that cannot be read back",
-        path.display()
-    ))
-    .hint(format!("write `{URL_KEY}` and `{TOKEN_KEY}` into it by hand")))
+    Err(CliError::new(format!("`{}` has contexts that cannot be read back", path.display()))
+        .hint("remove its lines that begin with `contexts` or `current_context`"))
 }
 
-fn save_in(path: &Path, url: &str, token: &str) -> io::Result<()> {
+fn save_in(path: &Path, saved: &Saved) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     if !directory.exists() {
         fs::create_dir_all(directory)?;
@@ -98,12 +186,15 @@ fn save_in(path: &Path, url: &str, token: &str) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         text => text.unwrap_or_default(),
     };
-    let is_ours = |line: &&str| [URL_KEY, TOKEN_KEY].iter().any(|key| is_key(line, key));
+    let is_ours = |line: &&str| OURS.iter().any(|key| is_key(line, key));
     let mut text: String =
         before.lines().filter(|line| !is_ours(line)).map(|line| format!("{line}\n")).collect();
-    // JSON strings are valid YAML, too.
-    for (key, value) in [(URL_KEY, url), (TOKEN_KEY, token)] {
-        text += &format!("{key}: {}\n", serde_json::Value::from(value));
+    // JSON is valid YAML, too.
+    if let Some(current) = &saved.current_context {
+        text += &format!("current_context: {}\n", serde_json::to_string(current)?);
+    }
+    if !saved.contexts.is_empty() {
+        text += &format!("contexts: {}\n", serde_json::to_string(&saved.contexts)?);
     }
     bhatti_host::durable::write_private(path, text.as_bytes())?;
     give_to_owner_of_parent(path)
@@ -136,19 +227,20 @@ mod tests {
         fs::create_dir(home.path().join("deep")).unwrap();
         fs::write(&path, "# mine\nother: [1, 2]\napi_url: http://old:1\n  \nauth_token : x\n")
             .unwrap();
+        let mut saved = read(&path).unwrap();
+        assert_eq!((saved.current(), saved.contexts[EARLIER].key.as_str()), (Some(EARLIER), "x"));
 
-        for token in ["bht_a", "bht_\"b"] {
-            save_in(&path, "http://box:8080", token).unwrap();
-            let saved = read(&path).unwrap();
-            assert_eq!(
-                (saved.api_url.as_deref(), saved.auth_token.as_deref()),
-                (Some("http://box:8080"), Some(token))
-            );
+        for key in ["bht_a", "bht_\"b: {"] {
+            let context = SavedContext { url: "http://box:8080".into(), key: key.into() };
+            saved.contexts.insert("a: \"b\"".to_owned(), context);
+            saved.current_context = Some("a: \"b\"".to_owned());
+            save_in(&path, &saved).unwrap();
+            assert_eq!(read(&path).unwrap(), saved);
         }
 
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("# mine\nother: [1, 2]\n"), "{text}");
-        assert_eq!(text.matches("api_url").count(), 1);
+        assert_eq!((text.matches("contexts:").count(), text.matches("api_url").count()), (1, 0));
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     }
 

@@ -281,6 +281,160 @@ async fn user_has_limits_a_rotatable_key_and_can_be_deleted() {
 }
 
 #[tokio::test]
+async fn user_has_several_keys_with_scope_end_and_last_use() {
+    let (daemon, _url) = daemon_on_tcp().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let tcp = |key: &Value| bhatti_testkit::Api::tcp(daemon.api_address(), key.as_str());
+    let made = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let bob = tcp(&made["api_key"]);
+    let create = async |request: Value| bob.call("POST", "/keys", &request).await;
+
+    let read = create(json!({ "name": "look", "scope": "read", "expires_in_sec": 3600 })).await;
+    assert_eq!(read.status, 201);
+    let look = tcp(&read.json()["api_key"]);
+    assert_eq!(look.get("/sandboxes").await.status, 200);
+    let named = json!({ "name": "K", "value": "v" });
+    for (method, path) in [
+        ("POST", "/secrets"),
+        ("DELETE", "/keys/default"),
+        ("POST", "/ws-ticket"),
+        ("POST", "/keys"),
+        ("GET", "/sandboxes/dev/proxy/80/"),
+    ] {
+        let refused = look.call(method, path, &named).await;
+        assert_eq!(refused.refusal(), (403, "forbidden".to_owned()), "{method} {path}");
+    }
+    let refused = look.websocket("/sandboxes/dev/exec/ws", &[]).await.err().unwrap();
+    assert_eq!(refused.refusal(), (403, "forbidden".to_owned()));
+    let listed = bob.get("/keys").await.json();
+    let fields = |name: &str| {
+        let key = listed.as_array().unwrap().iter().find(|key| key["name"] == name).unwrap();
+        (key["scope"].clone(), key["expires_at"].is_string(), key["last_used_at"].is_string())
+    };
+    assert_eq!(fields("default"), (json!("full"), false, true));
+    assert_eq!(fields("look"), (json!("read"), true, true));
+    assert!(!listed.to_string().contains("bht_"), "{listed}");
+
+    for bad in [
+        json!({ "name": "look" }),
+        json!({ "name": "a b" }),
+        json!({ "name": "x", "scope": "all" }),
+        json!({ "name": "x", "expires_in_sec": 0 }),
+        json!({ "name": "x", "expires_in_sec": -1 }),
+    ] {
+        assert!(create(bad.clone()).await.status.is_client_error(), "{bad}");
+    }
+    let short = create(json!({ "name": "short", "expires_in_sec": 1 })).await.json();
+    let short = tcp(&short["api_key"]);
+    let gone = async {
+        while short.get("/sandboxes").await.status != 401 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), gone).await.unwrap();
+
+    assert_eq!(bob.call("DELETE", "/keys/look", &Value::Null).await.status, 200);
+    assert_eq!(look.get("/sandboxes").await.status, 401);
+    assert_eq!(bob.call("DELETE", "/keys/look", &Value::Null).await.refusal().0, 404);
+    assert_eq!(bob.get("/users/bob/keys").await.refusal().0, 403);
+    let made = api.call("POST", "/users/bob/keys", &json!({ "name": "admins" })).await.json();
+    assert_eq!(tcp(&made["api_key"]).get("/sandboxes").await.status, 200);
+    assert_eq!(api.get("/users/bob/keys").await.json().as_array().unwrap().len(), 3);
+    let none = api.call("POST", "/keys", &json!({ "name": "root" })).await;
+    assert_eq!(none.refusal().0, 400);
+}
+
+/// Starts a daemon with a certificate for `localhost`. Returns the certificate's file, too.
+async fn daemon_with_tls(place: &Path) -> (TestDaemon, PathBuf) {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (certificate, key) = (place.join("cert.pem"), place.join("key.pem"));
+    std::fs::write(&certificate, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let config = format!(
+        "listen: 127.0.0.1:0\ntls_certificate: {}\ntls_key: {}\n",
+        certificate.display(),
+        key.display()
+    );
+    (TestDaemon::start_with(Serve { config, ..Serve::default() }).await, certificate)
+}
+
+#[tokio::test]
+async fn command_line_logs_in_over_tls_and_changes_contexts() {
+    let place = tempfile::tempdir().unwrap();
+    let (daemon, certificate) = daemon_with_tls(place.path()).await;
+    let user = CreateUser { name: "alice".into(), ..CreateUser::default() };
+    let key = daemon.client.create_user(&user).await.unwrap().api_key;
+    let port = daemon.api_address().port();
+    let url = format!("https://localhost:{port}");
+    let run = async |arguments: &[&str], input: &str, authority: &Path| {
+        let mut command = bhatti_host::process::command(dist("bhatti"));
+        command.args(arguments).env("HOME", place.path()).env("SSL_CERT_FILE", authority);
+        command.stdin(std::process::Stdio::piped());
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // A command that reads nothing may have ended.
+        drop(child.stdin.take().unwrap().write_all(input.as_bytes()).await);
+        let ended = child.wait_with_output().await.unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (ended.status.success(), text(ended.stdout) + &text(ended.stderr))
+    };
+
+    let other = place.path().join("other.pem");
+    let stranger = rcgen::generate_simple_self_signed(["x".to_owned()]).unwrap();
+    std::fs::write(&other, stranger.cert.pem()).unwrap();
+    let (done, said) = run(&["login", &url], &key, &other).await;
+    assert!(!done && said.contains("no TLS connection to localhost"), "{said}");
+    let (done, said) = run(&["login", &url], "bht_wrong", &certificate).await;
+    assert!(!done && said.contains("nothing was saved"), "{said}");
+    let (done, said) = run(&["login", "http://10.0.0.1:1"], &key, &certificate).await;
+    assert!(!done && said.contains("plain HTTP") && said.contains("--insecure"), "{said}");
+    let (done, said) = run(&["login", &url], "", &certificate).await;
+    assert!(!done && said.contains("the API key is empty"), "{said}");
+    assert!(!place.path().join(".bhatti").exists());
+
+    let (done, said) = run(&["login", &url, "--name", "box"], &key, &certificate).await;
+    assert!(done && said.contains("saved as `box`"), "{said}");
+    let (done, said) = run(&["user", "list"], "", &certificate).await;
+    assert!(!done && said.contains("only the admin"), "{said}");
+    let (done, said) =
+        run(&["key", "create", "ci", "--expires-in", "1d", "-q"], "", &certificate).await;
+    assert!(done && said.starts_with("bht_"), "{said}");
+    let (_, said) = run(&["key", "list", "-q"], "", &certificate).await;
+    assert_eq!(said, "default\nci\n");
+    let (_, said) = run(&["context", "list", "-q"], "", &certificate).await;
+    assert_eq!(said, "local\nbox\n");
+    let (done, said) = run(&["context", "use", "nowhere"], "", &certificate).await;
+    assert!(!done && said.contains("there is no context `nowhere`"), "{said}");
+    let data_dir = daemon.data_dir().to_str().unwrap();
+    let (done, said) = run(&["user", "list", "-q", "--data-dir", data_dir], "", &certificate).await;
+    assert!(done && said.contains("alice"), "{said}");
+    let (_, said) = run(&["context", "use", "local"], "", &certificate).await;
+    assert_eq!(said, "using local\n");
+    let (done, said) = run(&["--context", "box", "list", "-q"], "", &certificate).await;
+    assert!(done && said.is_empty(), "{said}");
+    let (done, _) = run(&["context", "delete", "box"], "", &certificate).await;
+    assert!(done);
+    let (done, said) = run(&["--context", "box", "list"], "", &certificate).await;
+    assert!(!done && said.contains("there is no context `box`"), "{said}");
+}
+
+#[tokio::test]
+async fn unusable_certificate_is_refused_at_startup() {
+    let place = tempfile::tempdir().unwrap();
+    for (config, wanted) in [
+        ("tls_certificate: /missing.pem\ntls_key: /missing.pem\n", "/missing.pem"),
+        ("tls_key: /missing.pem\n", "config.yaml lacks `tls_certificate`"),
+    ] {
+        std::fs::write(place.path().join("config.yaml"), config).unwrap();
+        let mut serve = bhatti_host::process::command(dist("bhatti"));
+        serve.args(["serve", "--data-dir"]).arg(place.path());
+        let ended = timeout(Duration::from_secs(20), serve.output()).await.unwrap().unwrap();
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert!(!ended.status.success() && said.contains(wanted), "{said}");
+    }
+}
+
+#[tokio::test]
 async fn rate_limited_user_gets_retry_after() {
     let (daemon, _url) = daemon_on_tcp().await;
     let api = bhatti_testkit::Api::admin(&daemon);

@@ -417,6 +417,84 @@ async fn tickets_and_keys_open_websockets_and_reach_no_log() {
     }
 }
 
+/// Reads a response to its end. Returns what was read, and whether the response was cut off.
+async fn read_all(mut response: hyper::Response<hyper::body::Incoming>) -> (Vec<u8>, bool) {
+    let mut read = Vec::new();
+    loop {
+        match http_body_util::BodyExt::frame(response.body_mut()).await {
+            Some(Ok(frame)) => {
+                read.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+            }
+            Some(Err(_)) => return (read, true),
+            None => return (read, false),
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_outlives_the_key_that_opened_it() {
+    let config = "listen: 127.0.0.1:0\n";
+    let daemon = TestDaemon::start_with(Serve { config: config.into(), ..Serve::default() }).await;
+    let admin = Api::admin(&daemon);
+    let user = admin.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let bob = Api::tcp(daemon.api_address(), user["api_key"].as_str());
+    assert_eq!(bob.call("POST", "/sandboxes", &json!({ "name": "dev" })).await.status, 201);
+    let serve = "import http.server as h\nclass H(h.BaseHTTPRequestHandler):\n def do_GET(s):\n  \
+        s.send_response(200); s.end_headers()\n  while True: s.wfile.write(b'x'*1024); s.wfile.flush(); \
+        __import__('time').sleep(0.05)\nh.HTTPServer(('127.0.0.1', 8000), H).serve_forever()";
+    let has_python = bob.sh("dev", "command -v python3 >/dev/null && echo yes || echo no").await;
+    let job =
+        json!({ "cmd": ["sh", "-c", "while :; do echo tick; sleep 0.05; done"], "detach": true });
+    let job = bob.exec("dev", job).await["id"].as_str().unwrap().to_owned();
+    if has_python.trim() == "yes" {
+        bob.exec("dev", json!({ "cmd": ["python3", "-c", serve], "detach": true })).await;
+        bob.sh("dev", "until curl -s -m 1 -o /dev/null http://127.0.0.1:8000/ || [ $? = 28 ]; do sleep 0.1; done").await;
+    } else {
+        bhatti_testkit::skip("a proxied stream that outlives its key", "the image has no python3");
+    }
+    bob.sh("dev", "dd if=/dev/zero of=/workspace/large bs=1M count=64 2>/dev/null").await;
+    let key = bob.call("POST", "/keys", &json!({ "name": "ci" })).await.json();
+    let ci = Api::tcp(daemon.api_address(), key["api_key"].as_str());
+
+    let mut streams = Vec::new();
+    let ndjson = [("accept", "application/x-ndjson"), ("content-type", "application/json")];
+    let endless = r#"{"cmd":["sh","-c","while :; do echo tick; sleep 0.05; done"]}"#;
+    streams.push(("exec", ci.begin("POST", "/sandboxes/dev/exec", &ndjson, endless).await));
+    for (what, path) in [
+        ("job", format!("/sandboxes/dev/jobs/{job}/output?follow=true")),
+        ("events", "/events".to_owned()),
+        ("watch", "/sandboxes/dev/files/watch?path=/workspace".to_owned()),
+        ("file", "/sandboxes/dev/files?path=/workspace/large".to_owned()),
+        ("proxy", "/sandboxes/dev/proxy/8000/".to_owned()),
+    ] {
+        if what != "proxy" || has_python.trim() == "yes" {
+            let accept: &[_] =
+                if what == "events" { &[("accept", "text/event-stream")] } else { &[] };
+            let stream = ci.begin("GET", &path, accept, "").await;
+            assert!(stream.status().is_success(), "{what}: {}", stream.status());
+            streams.push((what, stream));
+        }
+    }
+    // Opened before the end, used after it.
+    let mut early = ci
+        .websocket("/sandboxes/dev/exec/ws", &[])
+        .await
+        .unwrap_or_else(|a| panic!("{}", a.text()));
+
+    assert_eq!(bob.call("DELETE", "/keys/ci", &Value::Null).await.status, 200);
+
+    for (what, stream) in streams {
+        let (read, is_cut) =
+            timeout(LIMIT, read_all(stream)).await.unwrap_or_else(|_| panic!("{what}"));
+        assert!(is_cut, "{what} ended as if it were complete, after {} bytes", read.len());
+    }
+    let start = r#"{"type":"start","cmd":["sh","-c","touch /workspace/stolen"]}"#;
+    drop(early.send(Message::text(start)).await);
+    let last = json_message(&mut early).await;
+    assert_eq!(last["code"], "unauthorized", "{last}");
+    assert_eq!(bob.sh("dev", "ls /workspace").await.trim(), "large");
+}
+
 #[tokio::test]
 async fn events_are_streamed_live_and_none_is_missed() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;

@@ -6,7 +6,7 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::{keys, tickets};
+use bhatti_edge::{KEY_PREFIX, TICKET_PREFIX};
 
 /// Hop-by-hop headers, which apply to one connection (RFC 9110, 7.6.1). The proxy frames the body
 /// itself, and answers `Expect: 100-continue` itself.
@@ -78,7 +78,7 @@ pub(super) fn strip_credentials(headers: &mut HeaderMap) {
 
 /// Returns whether a value contains a key or a ticket of the daemon.
 fn has_ours(value: &[u8]) -> bool {
-    let ours = [keys::PREFIX, tickets::PREFIX];
+    let ours = [KEY_PREFIX, TICKET_PREFIX];
     ours.iter().any(|prefix| value.windows(prefix.len()).any(|part| part == prefix.as_bytes()))
 }
 

@@ -8,9 +8,9 @@ use axum::http::HeaderMap;
 use axum::http::header::HOST;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
+use bhatti_edge::{OF_STRANGERS_BYTES, drain};
 
 use super::{Target, headers, relay, split_path, with_query};
-use crate::hear_out::{OF_STRANGERS_BYTES, hear_out};
 use crate::status::{ApiError, moved};
 use crate::{AppState, request_id};
 
@@ -29,8 +29,7 @@ pub fn public_router(state: AppState) -> Router {
 
 async fn serve(State(state): State<AppState>, request: Request) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let answer =
-        async { pass_on(state, hear_out(request, OF_STRANGERS_BYTES)).await.into_response() };
+    let answer = async { pass_on(state, drain(request, OF_STRANGERS_BYTES)).await.into_response() };
     request_id::identify(method, path, answer).await
 }
 
@@ -55,7 +54,7 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
         return Ok(moved(location));
     }
     let target = Target {
-        caller: None,
+        identity: None,
         port: published.port,
         path_and_query: with_query(path, uri.query()),
         prefix: prefix.to_owned(),

@@ -11,8 +11,8 @@ use axum::http::HeaderValue;
 use axum::http::header::{CONNECTION, TRANSFER_ENCODING, UPGRADE};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
+use bhatti_edge::{Identity, PeerSocket, Permit};
 use bhatti_node::SandboxUse;
-use bhatti_types::UserId;
 use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
@@ -24,8 +24,6 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::addresses::Addresses;
 use super::{Target, headers};
 use crate::AppState;
-use crate::accept::PeerSocket;
-use crate::concurrency::Permit;
 use crate::status::{ApiError, changes_protocol};
 
 /// Maximum number of headers in an application's response.
@@ -41,7 +39,7 @@ pub(super) async fn relay(
     target: Target,
     mut request: Request,
 ) -> Result<Response, ApiError> {
-    let Target { caller, port, path_and_query, prefix } = target;
+    let Target { identity, port, path_and_query, prefix } = target;
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
     let socket = request.extensions().get::<PeerSocket>().cloned();
     let permit = request.extensions().get::<Arc<Permit>>().cloned();
@@ -86,7 +84,7 @@ pub(super) async fn relay(
             };
             tokio::select! {
                 () = tunnel(client, application) => {}
-                () = ended(&state, caller) => {}
+                () = ended(&state, identity) => {}
                 () = abandoned => {}
             }
             drop((used, visit, permit));
@@ -171,9 +169,9 @@ async fn tunnel(client: OnUpgrade, application: OnUpgrade) {
 }
 
 /// Resolves when the daemon stops, or the key that authorized the caller is revoked.
-async fn ended(state: &AppState, caller: Option<UserId>) {
-    match caller {
-        Some(caller) => drop(state.ended(caller).await),
+async fn ended(state: &AppState, identity: Option<Identity>) {
+    match identity {
+        Some(identity) => drop(state.ended(&identity).await),
         None => state.stopped().await,
     }
 }

@@ -10,7 +10,6 @@ use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::{ErrorCode, Event};
 use bhatti_store::{EventFilter, EventRow};
-use bhatti_types::UserId;
 use futures_util::stream;
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -113,7 +112,7 @@ fn follow(
                 }
                 tokio::select! {
                     changed = watch.changed() => changed.ok()?,
-                    _ended = state.ended(filter.owner.unwrap_or(UserId::ADMIN)) => return None,
+                    () = state.stopped() => return None,
                 }
             };
             filter.after = rows.last().map_or(filter.after, |row| row.id);

@@ -23,6 +23,7 @@ use bhatti_agent::{ExecControl, ExecEvent, ExecInput, ExecOutput};
 use bhatti_api::{
     ErrorCode, STDIN_WINDOW_BYTES, StreamRequest, StreamServerMessage, TIMED_OUT, channel,
 };
+use bhatti_edge::Identity;
 use bhatti_types::UserId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, SimplexStream, WriteHalf};
 use tokio::sync::mpsc;
@@ -30,7 +31,6 @@ use tokio::time::timeout;
 
 use super::exec::{Command, agent_request};
 use crate::AppState;
-use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::status::ApiError;
 use crate::websocket::{Receiver, Sender, Upgrade, split};
@@ -50,21 +50,26 @@ const PIECE_BYTES: usize = 32 << 10;
     responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
     ApiPath(called): ApiPath<String>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
+    let owner = identity.user();
     // A refusal before the upgrade has a proper status.
     state.control.find_id(owner, &called)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
-        let last = match start(&state, owner, &called, &sender, &mut receiver).await {
+        let started = tokio::select! {
+            started = start(&state, owner, &called, &sender, &mut receiver) => started,
+            ended = state.ended(&identity) => Err(ended),
+        };
+        let last = match started {
             Ok((input, output)) => {
                 // The daemon did not read from the client meanwhile.
                 receiver.heard_now();
-                relay((&state, owner), input, output, &sender, &mut receiver).await
+                relay((&state, &identity), input, output, &sender, &mut receiver).await
             }
             Err(error) => Some(error_message(error)),
         };
@@ -100,7 +105,7 @@ async fn start(
 /// Relays until the command has ended, and returns the last message. Returns `None` if the client
 /// has gone.
 async fn relay(
-    (state, owner): (&AppState, UserId),
+    (state, identity): (&AppState, &Identity),
     input: ExecInput,
     output: ExecOutput,
     sender: &Sender,
@@ -120,7 +125,7 @@ async fn relay(
         last = send_output(output, acknowledged, &taken, sender) => last,
         error = receive(&control, queue, &taken, sender, receiver) => error.map(error_message),
         () = feed_on => None,
-        ended = state.ended(owner) => Some(error_message(ended)),
+        ended = state.ended(identity) => Some(error_message(ended)),
     }
 }
 

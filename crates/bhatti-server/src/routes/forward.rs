@@ -17,10 +17,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split};
 use tokio::time::timeout;
 
 use crate::AppState;
-use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::status::ApiError;
 use crate::websocket::{self, Receiver, Sender, Upgrade};
+use bhatti_edge::Identity;
 
 /// Number of bytes that are read at once.
 const PIECE_BYTES: usize = 64 * 1024;
@@ -34,10 +34,11 @@ const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
     responses((status = 101, description = "The WebSocket is open and connected to the port."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
     ApiPath((called, port)): ApiPath<(String, u16)>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
+    let owner = identity.user();
     state.control.find_id(owner, &called)?;
     if port == 0 {
         return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
@@ -51,7 +52,7 @@ pub(crate) async fn run(
         let (reader, writer) = split(stream);
         tokio::select! {
             () = relay((reader, writer), &sender, &mut receiver) => {}
-            _ended = state.ended(owner) => {}
+            _ended = state.ended(&identity) => {}
         }
         sender.hang_up(&mut receiver).await;
     }))

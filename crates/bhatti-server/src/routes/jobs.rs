@@ -11,7 +11,6 @@ use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
 use bhatti_api::{Deleted, ErrorCode, Job};
 use bhatti_node::SandboxUse;
 use bhatti_proto::SessionInfo;
-use bhatti_types::UserId;
 use bytes::Bytes;
 use futures_util::stream;
 use serde::Deserialize;
@@ -101,7 +100,7 @@ pub(crate) async fn output(
         used.agent.observe(&id, offset).await.map_err(of_session(&used, &id))?;
     let begin = output.position();
     let until = if follow { u64::MAX } else { info.output_end.unwrap_or_default() };
-    let place = Place { output, until, state, owner, _used: used, _input: input };
+    let place = Place { output, until, state, _used: used, _input: input };
     let body = stream::unfold(place, |mut place| async move {
         let bytes = place.next().await?;
         Some((bytes, place))
@@ -118,7 +117,6 @@ struct Place {
     output: SessionOutput,
     until: u64,
     state: AppState,
-    owner: UserId,
     _used: SandboxUse,
     /// Dropping the input half would end the output, too.
     _input: ExecInput,
@@ -134,7 +132,7 @@ impl Place {
         loop {
             let event = tokio::select! {
                 event = self.output.next() => event,
-                _ended = self.state.ended(self.owner) => return None,
+                () = self.state.stopped() => return None,
             };
             match event {
                 Ok(ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) => {

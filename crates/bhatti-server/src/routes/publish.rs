@@ -99,13 +99,14 @@ fn publication(state: &AppState, row: PublicationRow) -> Publication {
 
 fn urls(public: &PublicAddress, alias: &str) -> Vec<String> {
     let Some(address) = public.listener else { return Vec::new() };
-    let mut urls = vec![format!("http://{address}/{alias}/")];
+    let scheme = if public.tls { "https" } else { "http" };
+    let mut urls = vec![format!("{scheme}://{address}/{alias}/")];
     // URLs by host name come first: an application at the root of a host needs no adapted links.
     if address.ip().is_loopback() {
-        urls.insert(0, format!("http://{alias}.localhost:{}/", address.port()));
+        urls.insert(0, format!("{scheme}://{alias}.localhost:{}/", address.port()));
     }
     if let Some(zone) = &public.zone {
-        urls.insert(0, format!("http://{alias}.{zone}:{}/", address.port()));
+        urls.insert(0, format!("{scheme}://{alias}.{zone}:{}/", address.port()));
     }
     urls
 }

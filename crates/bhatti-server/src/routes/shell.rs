@@ -28,11 +28,11 @@ use utoipa::IntoParams;
 use super::exec::{Command, agent_request};
 use super::sessions::of_session;
 use crate::AppState;
-use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::shells::Claim;
 use crate::status::ApiError;
 use crate::websocket::{Receiver, Sender, Upgrade, split};
+use bhatti_edge::Identity;
 
 /// Runs the best shell that the image has, as a login shell.
 const SHELL: &str =
@@ -118,21 +118,26 @@ struct Attached {
     responses((status = 101, description = "The WebSocket is open."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
     ApiPath(called): ApiPath<String>,
     ApiQuery(query): ApiQuery<ShellQuery>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
+    let owner = identity.user();
     state.control.find_id(owner, &called)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
-        let last = match attach(&state, owner, &called, query).await {
+        let attached = tokio::select! {
+            attached = attach(&state, owner, &called, query) => attached,
+            ended = state.ended(&identity) => Err(ended),
+        };
+        let last = match attached {
             Ok(attached) => {
                 // The daemon did not read from the client meanwhile.
                 receiver.heard_now();
-                relay((&state, owner), attached, &sender, &mut receiver).await
+                relay((&state, &identity), attached, &sender, &mut receiver).await
             }
             Err(error) => Some(error_message(error)),
         };
@@ -231,7 +236,7 @@ async fn create(
 /// Relays until the session has ended, and returns the last message. Returns `None` if the client
 /// has gone, which leaves the session running.
 async fn relay(
-    (state, owner): (&AppState, UserId),
+    (state, identity): (&AppState, &Identity),
     attached: Attached,
     sender: &Sender,
     receiver: &mut Receiver,
@@ -250,7 +255,7 @@ async fn relay(
             error.map(error_message)
         }
         () = &mut feed => None,
-        ended = state.ended(owner) => Some(error_message(ended)),
+        ended = state.ended(identity) => Some(error_message(ended)),
     }
 }
 

@@ -4,15 +4,16 @@ use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use bhatti_api::{CreateUser, CreatedUser, Deleted, ErrorCode, Limits, Ticket, UpdateUser, User};
-use bhatti_store::UserRow;
+use bhatti_edge::{Identity, TICKET_GOOD_FOR, generate_key, hash_key};
+use bhatti_store::{DEFAULT_KEY, UserRow};
 use bhatti_types::{Quota, UserId, UserName};
 use serde_json::json;
 
+use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
-use crate::{AppState, keys, tickets};
 
 /// Lists all users, oldest first. Admin only.
 #[utoipa::path(get, path = "/users", tag = "users",
@@ -52,9 +53,10 @@ pub(crate) async fn create(
         volumes_mib: max_volume_mb.or(Quota::USUAL.volumes_mib),
         disk_mib: max_disk_mb.or(Quota::USUAL.disk_mib),
     };
-    let api_key = keys::generate()?;
+    let api_key = generate_key()?;
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
-    let row = state.store.insert_user(name, id, &keys::hash(&api_key), quota)?;
+    let (row, key) = state.store.insert_user(name, id, &hash_key(&api_key), quota)?;
+    state.keyring.insert(&key);
     state.control.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(created(Json(with_key(row, api_key))))
 }
@@ -114,13 +116,12 @@ pub(crate) async fn delete(
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
     state.store.delete_user(row.id)?;
-    state.tickets.forget(row.id);
-    state.sessions.revoke(row.id);
+    state.keyring.revoke_all(row.id);
     state.control.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-/// Replaces a user's API key. The old key becomes invalid. Admin only.
+/// Replaces a user's API key `default`. The old key becomes invalid. Admin only.
 #[utoipa::path(post, path = "/users/{user}/rotate-key", tag = "users", params(("user" = String, Path, description = "Name of the user")),
     responses((status = 200, body = CreatedUser), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn rotate_key(
@@ -130,11 +131,11 @@ pub(crate) async fn rotate_key(
 ) -> Result<Json<CreatedUser>, ApiError> {
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
-    let api_key = keys::generate()?;
-    state.store.set_user_key(row.id, &keys::hash(&api_key))?;
+    let api_key = generate_key()?;
+    let key = state.store.replace_key(row.id, DEFAULT_KEY, hash_key(&api_key))?;
     // Streams that were opened with the old key end.
-    state.tickets.forget(row.id);
-    state.sessions.revoke(row.id);
+    state.keyring.revoke(row.id, DEFAULT_KEY);
+    state.keyring.insert(&key);
     state.control.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(with_key(row, api_key)))
 }
@@ -144,14 +145,14 @@ pub(crate) async fn rotate_key(
     responses((status = 201, body = Ticket), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn ticket(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
 ) -> Result<Response, ApiError> {
-    let ticket = state.tickets.issue(owner)?;
-    let expires_in_sec = u32::try_from(tickets::GOOD_FOR.as_secs()).unwrap_or(u32::MAX);
+    let ticket = state.tickets.issue(identity)?;
+    let expires_in_sec = u32::try_from(TICKET_GOOD_FOR.as_secs()).unwrap_or(u32::MAX);
     Ok(created(Json(Ticket { ticket, expires_in_sec })))
 }
 
-fn find(state: &AppState, caller: Caller, name: &str) -> Result<UserRow, ApiError> {
+pub(super) fn find(state: &AppState, caller: Caller, name: &str) -> Result<UserRow, ApiError> {
     caller.require_admin()?;
     let found = state.store.find_user(name)?;
     found.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("user `{name}` not found")))

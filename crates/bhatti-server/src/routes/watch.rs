@@ -12,7 +12,6 @@ use bhatti_agent::{CallError, FileEvents};
 use bhatti_api::{FileChange, FileChangeKind};
 use bhatti_node::SandboxUse;
 use bhatti_proto::{FileEvent, FileEventKind};
-use bhatti_types::UserId;
 use bytes::Bytes;
 use futures_util::stream;
 use tokio::time::timeout;
@@ -45,7 +44,7 @@ pub(crate) async fn watch(
     // The first event says that the watch is active, or why it is not.
     let began = timeout(BEGIN_LIMIT, events.next()).await;
     began.unwrap_or(Err(CallError::Silent { limit: BEGIN_LIMIT })).map_err(file_error)?;
-    let watch = Watch { events, state, owner, path_is_gone: false, _used: used };
+    let watch = Watch { events, state, path_is_gone: false, _used: used };
     let body = stream::unfold(watch, |mut watch| async move {
         let line = watch.next().await?;
         Some((line, watch))
@@ -56,7 +55,6 @@ pub(crate) async fn watch(
 struct Watch {
     events: FileEvents,
     state: AppState,
-    owner: UserId,
     /// Whether the last event was that the watched path itself is gone.
     path_is_gone: bool,
     _used: SandboxUse,
@@ -68,7 +66,7 @@ impl Watch {
     async fn next(&mut self) -> Option<io::Result<Bytes>> {
         let event = tokio::select! {
             event = self.events.next() => event,
-            _ended = self.state.ended(self.owner) => return None,
+            () = self.state.stopped() => return None,
         };
         match event {
             Ok(Some(event)) => {

@@ -1,11 +1,15 @@
-//! The table of users. Only hashes of API keys are stored.
+//! The table of users.
 
-use bhatti_types::{Quota, UserId, UserName};
+use bhatti_types::{KeyScope, Quota, UserId, UserName};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use super::keys::{self, KeyRow};
 use crate::{Called, Store, StoreError, changed_one, immediate, is_taken, now, parsed, sound_rows};
 
 const COLUMNS: &str = "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots, max_volumes_mib, max_disk_mib";
+
+/// Name of the API key that a user is created with.
+pub const DEFAULT_KEY: &str = "default";
 
 /// A user as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +58,7 @@ impl From<rusqlite::Error> for UserDeleteError {
 }
 
 impl Store {
-    /// Adds a user whose API key has this SHA-256.
+    /// Adds a user with an API key that has this SHA-256: the key [`DEFAULT_KEY`].
     ///
     /// # Errors
     ///
@@ -65,7 +69,7 @@ impl Store {
         id: UserId,
         key_hash: &[u8; 32],
         quota: Quota,
-    ) -> Result<UserRow, UserInsertError> {
+    ) -> Result<(UserRow, KeyRow), UserInsertError> {
         let row = UserRow { id, name: name.to_string(), created_at: now(), quota };
         let Quota {
             sandboxes,
@@ -75,45 +79,41 @@ impl Store {
             volumes_mib,
             disk_mib,
         } = quota;
-        let inserted = self.work(|connection| connection.execute(
-            &format!(
-                "INSERT INTO users ({COLUMNS}, api_key_hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"
-            ),
-            params![
-                row.id.to_string(),
-                row.name,
-                row.created_at,
-                sandboxes,
-                cpus_per_sandbox,
-                memory_mib_per_sandbox,
-                snapshots,
-                volumes_mib,
-                disk_mib,
-                key_hash
-            ],
-        ));
-        match inserted {
-            Ok(_) => Ok(row),
-            Err(error) if is_taken(&error) => Err(UserInsertError::NameTaken(name)),
-            Err(error) => Err(UserInsertError::Store(error.into())),
-        }
-    }
-
-    /// Returns the user whose API key has this SHA-256. The query compares hashes, so its timing
-    /// reveals nothing about keys.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the store fails.
-    pub fn find_user_by_key_hash(
-        &self,
-        key_hash: &[u8; 32],
-    ) -> Result<Option<UserRow>, StoreError> {
+        let key = KeyRow {
+            owner: id,
+            name: DEFAULT_KEY.to_owned(),
+            hash: *key_hash,
+            scope: KeyScope::Full,
+            created_at: row.created_at.clone(),
+            expires_at: None,
+            last_used_at: None,
+        };
         self.work(|connection| {
-            let mut query = connection
-                .prepare_cached(&format!("SELECT {COLUMNS} FROM users WHERE api_key_hash = ?1"))?;
-            query.query_row([key_hash], |row| Ok(read(row))).optional()?.transpose()
-        })
+            let transaction = immediate(connection)?;
+            let inserted = transaction.execute(
+                &format!(
+                    "INSERT INTO users ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
+                ),
+                params![
+                    row.id.to_string(),
+                    row.name,
+                    row.created_at,
+                    sandboxes,
+                    cpus_per_sandbox,
+                    memory_mib_per_sandbox,
+                    snapshots,
+                    volumes_mib,
+                    disk_mib,
+                ],
+            );
+            match inserted {
+                Err(error) if is_taken(&error) => return Err(UserInsertError::NameTaken(name)),
+                inserted => inserted.map_err(StoreError::from)?,
+            };
+            keys::insert(&transaction, &key).map_err(StoreError::from)?;
+            Ok(transaction.commit().map_err(StoreError::from)?)
+        })?;
+        Ok((row, key))
     }
 
     /// Returns the user with this name.
@@ -139,21 +139,6 @@ impl Store {
             let mut query = connection
                 .prepare_cached(&format!("SELECT {COLUMNS} FROM users ORDER BY created_at, id"))?;
             sound_rows(&mut query, [], Called("user", 0), read)
-        })
-    }
-
-    /// Replaces a user's API key. The previous key is no longer valid.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`StoreError::NoSuchRow`] if the user does not exist.
-    pub fn set_user_key(&self, id: UserId, key_hash: &[u8; 32]) -> Result<(), StoreError> {
-        self.work(|connection| {
-            let changed = connection.execute(
-                "UPDATE users SET api_key_hash = ?2 WHERE id = ?1",
-                params![id.to_string(), key_hash],
-            )?;
-            changed_one(changed)
         })
     }
 
@@ -263,21 +248,16 @@ mod tests {
 
     fn add(store: &Store, name: &str, number: u8) -> Result<UserRow, UserInsertError> {
         let id = UserId::from_entropy([number; 8]);
-        store.insert_user(name.parse().unwrap(), id, &[number; 32], Quota::USUAL)
+        Ok(store.insert_user(name.parse().unwrap(), id, &[number; 32], Quota::USUAL)?.0)
     }
 
     #[test]
-    fn user_is_found_by_the_hash_of_its_current_key_only() {
+    fn user_is_found_by_its_name() {
         let (_data, store) = store();
         let alice = add(&store, "alice", 1).unwrap();
 
-        assert_eq!(store.find_user_by_key_hash(&[1; 32]).unwrap().as_ref(), Some(&alice));
-        assert_eq!(store.find_user("alice").unwrap().as_ref(), Some(&alice));
-        assert_eq!(store.find_user_by_key_hash(&[2; 32]).unwrap(), None);
-
-        store.set_user_key(alice.id, &[2; 32]).unwrap();
-        assert_eq!(store.find_user_by_key_hash(&[1; 32]).unwrap(), None);
-        assert_eq!(store.find_user_by_key_hash(&[2; 32]).unwrap(), Some(alice));
+        assert_eq!(store.find_user("alice").unwrap(), Some(alice));
+        assert_eq!(store.find_user("bob").unwrap(), None);
     }
 
     #[test]

@@ -1,12 +1,9 @@
 //! `bhatti secret`.
 
-use std::io::{self, IsTerminal, Read, Write};
-
 use bhatti_api::{Secret as Listed, SetSecret};
 use clap::Subcommand;
 
-use super::terminal::Settings;
-use super::{Context, several};
+use super::{Context, hidden, several};
 use crate::error::CliError;
 use crate::output::{Cell, Table};
 
@@ -62,23 +59,7 @@ pub(crate) async fn run(context: &Context, command: Secret) -> Result<(), CliErr
 }
 
 fn read_value(name: &str) -> Result<String, CliError> {
-    let mut value = String::new();
-    if io::stdin().is_terminal() {
-        let mut stderr = io::stderr();
-        write!(stderr, "value of {name} (hidden): ")?;
-        stderr.flush()?;
-        {
-            let _hidden = Settings::hidden()?;
-            io::stdin().read_line(&mut value)?;
-        }
-        writeln!(stderr)?;
-    } else {
-        io::stdin().read_to_string(&mut value).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => CliError::new("the value is not valid UTF-8"),
-            _ => error.into(),
-        })?;
-    }
-    let value = value.strip_suffix('\n').unwrap_or(&value).to_owned();
+    let value = hidden::read(&format!("value of {name}"))?;
     if value.is_empty() {
         return Err(CliError::new("the value is empty")
             .hint(format!("pass it in: bhatti secret set {name} < FILE")));

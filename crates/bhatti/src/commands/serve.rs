@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bhatti_edge::Tls;
 use bhatti_image::ImageStore;
 use bhatti_server::{
     AppState, PublicAddress, StateParts, bind, serve_public, serve_tcp, serve_unix,
@@ -19,6 +20,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
@@ -103,14 +105,11 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     control.recover().await.map_err(|error| CliError::of(&error))?.detach();
 
     let (stop, stopped) = watch::channel(false);
-    let stopping = |mut stopped: watch::Receiver<bool>| async move {
-        // If the sender is gone, the daemon is stopping, too.
-        drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
-    };
     let public = match config.public_listen {
         Some(address) => Some(bind(address).await.map_err(|error| CliError::of(&error))?),
         None => None,
     };
+    let tls = config.tls()?;
     let state = AppState::new(StateParts {
         control,
         store,
@@ -119,28 +118,14 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
         public: PublicAddress {
             listener: public.as_ref().map(TcpListener::local_addr).transpose()?,
             zone: config.public_zone.clone(),
+            tls: tls.is_some(),
         },
         proxy_limit: config.proxy_limit(),
         stopping: stopped.clone(),
     });
-    let mut servers = tokio::task::JoinSet::new();
-    if let Some(address) = arguments.listen.or(config.listen) {
-        let (address, tcp) = serve_tcp(state.clone(), address, stopping(stopped.clone()))
-            .await
-            .map_err(|error| CliError::of(&error))?;
-        servers.spawn(tcp);
-        info!(%address, "Listening for callers with an API key");
-    }
-    if let Some(listener) = public {
-        let (address, public) = serve_public(state.clone(), listener, stopping(stopped.clone()))
-            .map_err(|error| CliError::of(&error))?;
-        servers.spawn(public);
-        info!(%address, "Listening for requests to published ports");
-    }
-    // The socket comes last: a client that finds it must find everything ready.
-    let unix = serve_unix(state.clone(), data_dir, stopping(stopped))
-        .map_err(|error| CliError::of(&error))?;
-    servers.spawn(unix);
+    let state = state.map_err(|error| CliError::of(&error))?;
+    let address = arguments.listen.or(config.listen);
+    let servers = listen(&state, data_dir, (address, public, tls), &stopped).await?;
     announce(&state, data_dir, started);
 
     let ahead = state.control.clone();
@@ -172,6 +157,47 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     state.control.shut_down(arguments.stop_sandboxes).await;
     state.control.record("daemon.stopped", UserId::ADMIN, None, json!({}));
     Ok(())
+}
+
+/// The API's address, the listener for published ports, and their TLS.
+type Network = (Option<SocketAddr>, Option<TcpListener>, Option<Arc<Tls>>);
+
+/// Opens the listeners, and serves on them until the daemon stops.
+async fn listen(
+    state: &AppState,
+    data_dir: &Path,
+    (address, public, tls): Network,
+    stopped: &watch::Receiver<bool>,
+) -> Result<JoinSet<()>, CliError> {
+    let stopping = || {
+        let mut stopped = stopped.clone();
+        async move {
+            // If the sender is gone, the daemon is stopping, too.
+            drop(stopped.wait_for(|stopped| *stopped).await.map(|_| ()));
+        }
+    };
+    let mut servers = JoinSet::new();
+    if let Some(address) = address {
+        let served = serve_tcp(state.clone(), address, tls.clone(), stopping()).await;
+        let (address, tcp) = served.map_err(|error| CliError::of(&error))?;
+        servers.spawn(tcp);
+        info!(tls = tls.is_some(), %address, "Listening for callers with an API key");
+        if tls.is_none() && !address.ip().is_loopback() {
+            warn!(
+                "API keys and everything else travel unencrypted: set `tls_certificate` and `tls_key` in config.yaml, or put a TLS proxy in front"
+            );
+        }
+    }
+    if let Some(listener) = public {
+        let served = serve_public(state.clone(), listener, tls, stopping());
+        let (address, public) = served.map_err(|error| CliError::of(&error))?;
+        servers.spawn(public);
+        info!(%address, "Listening for requests to published ports");
+    }
+    // The socket comes last: a client that finds it must find everything ready.
+    let unix = serve_unix(state.clone(), data_dir, stopping());
+    servers.spawn(unix.map_err(|error| CliError::of(&error))?);
+    Ok(servers)
 }
 
 /// Logs the daemon's network, engine and start-up time.

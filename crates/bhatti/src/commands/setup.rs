@@ -5,24 +5,22 @@ pub(super) mod progress;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bhatti_api::ErrorCode;
-use bhatti_client::ClientError;
 use bhatti_image::{ImageStore, KernelSource, SetupOptions, set_up};
 use bhatti_store::Store;
 use clap::Args;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::{Context, control, engine};
+use super::{Context, control, engine, login};
 use crate::config::{Config, EngineChoice};
 use crate::error::CliError;
 use crate::options::Global;
-use crate::{paths, saved};
+use crate::paths;
 use progress::with_progress;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti setup\n  bhatti setup --dev\n  bhatti setup --url http://box:8080 --token bht_KEY\n\nWith --url, nothing is built: the URL and the key are checked and saved in ~/.bhatti/config.yaml, readable by its owner alone."
+    after_help = "Examples:\n  bhatti setup\n  bhatti setup --dev\n\nWith --url, nothing is built: the URL and --token are saved as `bhatti login` does."
 )]
 pub(crate) struct Setup {
     /// Custom kernel, ELF vmlinux or bzImage [default: Debian's kernel for virtual machines]
@@ -51,35 +49,14 @@ pub(crate) async fn run(
     arguments: Setup,
 ) -> Result<(), CliError> {
     match (&global.url, &global.token) {
-        (Some(url), Some(token)) => remember(context, url, token).await,
+        (Some(url), Some(token)) => {
+            let host = url.split("://").last().unwrap_or(url).trim_end_matches('/');
+            login::remember(context, host, url, token).await
+        }
         (Some(_), None) => Err(CliError::new("--url needs an API key")
-            .hint("bhatti setup --url URL --token KEY; `bhatti user create` prints a key")),
+            .hint("use `bhatti login URL`, which asks for the key")),
         (None, _) => build(context, arguments).await,
     }
-}
-
-/// Saves the daemon's URL and key after the daemon has accepted the key.
-async fn remember(context: &Context, url: &str, token: &str) -> Result<(), CliError> {
-    let checked = context.client.list().await;
-    let sandboxes = checked.map_err(|error| {
-        let refused =
-            matches!(&error, ClientError::Refused(body) if body.code == ErrorCode::Unauthorized);
-        let error = CliError::from(error);
-        if refused {
-            error.hint("the daemon does not know this key; nothing was saved")
-        } else {
-            error
-        }
-    })?;
-    let path = saved::save(url, token)?;
-    let shown = json!({ "url": url, "saved": path.display().to_string() });
-    context.output.show(&shown, |_| {
-        format!(
-            "{url} accepts the key ({} sandboxes); saved in {}",
-            sandboxes.len(),
-            path.display()
-        )
-    })
 }
 
 async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {

@@ -174,7 +174,7 @@ fn show_key(context: &Context, user: &CreatedUser, what: &str) -> Result<(), Cli
     context.output.show(user, |user| {
         let CreatedUser { name, api_key, .. } = user;
         format!(
-            "user {name} {what}\nAPI key: {api_key}\nIt is shown only once. Use it with:\n  bhatti setup --url http://HOST:PORT --token {api_key}"
+            "user {name} {what}\nAPI key: {api_key}\nIt is shown only once. Use it with: bhatti login https://HOST:PORT"
         )
     })
 }

@@ -96,6 +96,7 @@ fn only_the_owner_finds_a_sandbox_by_id_or_name() {
     let other = store
         .insert_user("other".parse().unwrap(), UserId::from_entropy([9; 8]), &[1; 32], Quota::USUAL)
         .unwrap()
+        .0
         .id;
     let row = store.insert_sandbox(new(id(1))).unwrap();
 

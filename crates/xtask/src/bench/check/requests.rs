@@ -29,7 +29,7 @@ pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons
     (0..sandboxes).try_for_each(|number| add_stopped(&store, number))?;
     let (_stop, stopping) = watch::channel(false);
     let control = control(place.path(), &store)?;
-    let daemon = || {
+    let daemon = || -> Result<_> {
         let state = AppState::new(StateParts {
             control: control.clone(),
             store: Arc::clone(&store),
@@ -38,13 +38,13 @@ pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons
             public: PublicAddress::default(),
             proxy_limit: Duration::from_secs(1),
             stopping: stopping.clone(),
-        });
-        router(state, Listener::Unix)
+        })?;
+        Ok(router(state, Listener::Unix))
     };
-    let mut routes = daemon();
+    let mut routes = daemon()?;
     for _ in 0..times {
         if daemons == Daemons::New {
-            routes = daemon();
+            routes = daemon()?;
         }
         let request = Request::get(path).body(Empty::<Bytes>::new())?;
         let response = routes.call(request).await?;

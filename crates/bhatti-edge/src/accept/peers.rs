@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -43,12 +44,14 @@ type Network = Option<IpAddr>;
 pub(crate) struct Place {
     peers: Arc<Peers>,
     network: Network,
+    /// The number of requests in flight. HTTP/2 has several.
+    asking: AtomicUsize,
     number: Mutex<Option<u64>>,
     /// Notified when the connection must close.
     pub(crate) closed: Arc<Notify>,
 }
 
-/// A request in flight. The connection is not silent until this is dropped.
+/// A request in flight. The connection is not silent until the last of them is dropped.
 pub(crate) struct Asking(Arc<Place>);
 
 impl Peers {
@@ -77,6 +80,7 @@ impl Peers {
         let place = Place {
             peers: Arc::clone(self),
             network,
+            asking: AtomicUsize::new(0),
             number: Mutex::new(None),
             closed: Arc::new(Notify::new()),
         };
@@ -120,9 +124,11 @@ impl Inner {
 impl Place {
     /// Records that the head of a request has arrived.
     pub(crate) fn ask(self: &Arc<Self>) -> Asking {
-        let number = self.number.lock().take();
-        if let Some(number) = number {
-            self.peers.inner.lock().forget_silent(number);
+        let mut inner = self.peers.inner.lock();
+        // Counted under the lock, as the end of a request is.
+        self.asking.fetch_add(1, Ordering::Relaxed);
+        if let Some(number) = self.number.lock().take() {
+            inner.forget_silent(number);
         }
         Asking(Arc::clone(self))
     }
@@ -130,7 +136,10 @@ impl Place {
 
 impl Drop for Asking {
     fn drop(&mut self) {
-        self.0.peers.inner.lock().fall_silent(&self.0);
+        let mut inner = self.0.peers.inner.lock();
+        if self.0.asking.fetch_sub(1, Ordering::Relaxed) == 1 {
+            inner.fall_silent(&self.0);
+        }
     }
 }
 
@@ -207,5 +216,16 @@ mod tests {
         drop((places, asking, third));
         assert!(peers.enter(address("192.0.2.5")).is_some());
         assert!(peers.inner.lock().of_network.len() <= 1);
+    }
+
+    #[tokio::test]
+    async fn connection_is_silent_after_the_last_of_its_requests() {
+        let peers = Peers::new(1);
+        let place = peers.enter(None).unwrap();
+        let (first, second) = (place.ask(), place.ask());
+        drop(first);
+        assert!(peers.enter(None).is_none(), "the second request is in flight");
+        drop(second);
+        assert!(peers.enter(None).is_some());
     }
 }

@@ -72,7 +72,7 @@ impl Stream {
 
 /// An accepted connection.
 #[derive(Debug)]
-pub(crate) struct Connection(Arc<Stream>);
+pub struct Connection(Arc<Stream>);
 
 impl Connection {
     pub(crate) fn new(stream: Stream) -> Self {
@@ -139,7 +139,7 @@ impl AsyncWrite for Connection {
 
 /// The peer of a connection, stored as an extension of its requests.
 #[derive(Clone, Debug)]
-pub(crate) struct PeerSocket(Weak<Stream>);
+pub struct PeerSocket(Weak<Stream>);
 
 /// State of a peer, as the kernel reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,14 +154,14 @@ enum Side {
 }
 
 impl PeerSocket {
-    /// Resolves [`GONE_LIMIT`] after the peer has gone, or [`DRAIN_LIMIT`] after the peer has
+    /// Resolves five seconds after the peer has gone, or thirty seconds after the peer has
     /// closed its side. Resolves at once if the daemon has closed the connection, and never if
     /// the connection cannot be watched.
     ///
     /// # Cancel safety
     ///
     /// Cancel safe.
-    pub(crate) async fn abandoned(&self) {
+    pub async fn abandoned(&self) {
         match self.wait_for_end().await {
             Ok(Side::Over) => {}
             Ok(Side::Gone) => sleep(GONE_LIMIT).await,

@@ -4,28 +4,32 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use bhatti_types::UserId;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::identity::Identity;
 use crate::keys;
 
 /// Prefix of every ticket.
-pub(crate) const PREFIX: &str = "bht-ticket_";
+pub const PREFIX: &str = "bht-ticket_";
 
 /// Lifetime of a ticket.
-pub(crate) const GOOD_FOR: Duration = Duration::from_secs(30);
+pub const GOOD_FOR: Duration = Duration::from_secs(30);
 
 /// Maximum number of unused tickets. Beyond it, the oldest become invalid.
 const TICKETS_MAX: usize = 10_000;
 
 /// The unused tickets, by their hash.
-#[derive(Default)]
-pub(crate) struct Tickets(Mutex<HashMap<[u8; 32], (UserId, Instant)>>);
+#[derive(Debug, Default)]
+pub struct Tickets(Mutex<HashMap<[u8; 32], (Identity, Instant)>>);
 
 impl Tickets {
     /// Issues a ticket.
-    pub(crate) fn issue(&self, owner: UserId) -> Result<String, getrandom::Error> {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the host provides no random bytes.
+    pub fn issue(&self, identity: Identity) -> Result<String, getrandom::Error> {
         let ticket = PREFIX.to_owned() + &keys::random_hex()?;
         let now = Instant::now();
         let mut out = self.0.lock();
@@ -36,19 +40,14 @@ impl Tickets {
         {
             out.remove(&oldest);
         }
-        out.insert(keys::hash(&ticket), (owner, now + GOOD_FOR));
+        out.insert(keys::hash(&ticket), (identity, now + GOOD_FOR));
         Ok(ticket)
     }
 
-    /// Invalidates all tickets of a user.
-    pub(crate) fn forget(&self, owner: UserId) {
-        self.0.lock().retain(|_, (of, _)| *of != owner);
-    }
-
-    /// Redeems a ticket, and returns its owner.
-    pub(crate) fn redeem(&self, ticket: &str) -> Option<UserId> {
-        let (owner, until) = self.0.lock().remove(&keys::hash(ticket))?;
-        (until > Instant::now()).then_some(owner)
+    /// Redeems a ticket, and returns the caller that asked for it, whose key must still be valid.
+    pub fn redeem(&self, ticket: &str) -> Option<Identity> {
+        let (identity, until) = self.0.lock().remove(&keys::hash(ticket))?;
+        (until > Instant::now() && identity.is_valid()).then_some(identity)
     }
 }
 
@@ -60,11 +59,11 @@ mod tests {
     async fn ticket_is_valid_once_and_expires() {
         let tickets = Tickets::default();
         let (first, second) =
-            (tickets.issue(UserId::ADMIN).unwrap(), tickets.issue(UserId::ADMIN).unwrap());
+            (tickets.issue(Identity::ADMIN).unwrap(), tickets.issue(Identity::ADMIN).unwrap());
 
-        assert_eq!(tickets.redeem(&first), Some(UserId::ADMIN));
-        assert_eq!(tickets.redeem(&first), None);
+        assert!(tickets.redeem(&first).is_some());
+        assert!(tickets.redeem(&first).is_none());
         tokio::time::advance(GOOD_FOR).await;
-        assert_eq!(tickets.redeem(&second), None);
+        assert!(tickets.redeem(&second).is_none());
     }
 }

@@ -21,10 +21,10 @@ const LIMIT: Duration = Duration::from_secs(5);
 const SMALL_BYTES: u64 = 8 << 10;
 
 /// Maximum number of bytes to drain for an unauthenticated client.
-pub(crate) const OF_STRANGERS_BYTES: u64 = 16 << 20;
+pub const OF_STRANGERS_BYTES: u64 = 16 << 20;
 
 /// Drains the part of the request's body that the handler leaves unread, up to `most` bytes.
-pub(crate) fn hear_out(request: Request, most: u64) -> Request {
+pub fn drain(request: Request, most: u64) -> Request {
     let size = request.body().size_hint();
     if size.upper().is_some_and(|most| most <= SMALL_BYTES) {
         return request;
@@ -34,11 +34,11 @@ pub(crate) fn hear_out(request: Request, most: u64) -> Request {
         // A body that was read to its end is never sent.
         let Ok(mut body) = left.await else { return };
         let rest = async {
-            let mut heard = 0;
+            let mut drained = 0;
             while let Some(Ok(frame)) = Body::frame(&mut body).await
-                && heard < most
+                && drained < most
             {
-                heard += frame.data_ref().map_or(0, |data| data.len() as u64);
+                drained += frame.data_ref().map_or(0, |data| data.len() as u64);
             }
         };
         drop(timeout(LIMIT, rest).await);

@@ -5,7 +5,17 @@ use std::fmt::Write;
 use sha2::{Digest, Sha256};
 
 /// Prefix of every API key.
-pub(crate) const PREFIX: &str = "bht_";
+pub const PREFIX: &str = "bht_";
+
+/// Number of hex digits of a key.
+const DIGITS: usize = 64;
+
+/// Whether a text has the form of a key.
+pub(crate) fn is_formed(text: &str) -> bool {
+    text.strip_prefix(PREFIX).is_some_and(|digits| {
+        digits.len() == DIGITS && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+    })
+}
 
 /// Generates an API key.
 ///
@@ -13,12 +23,16 @@ pub(crate) const PREFIX: &str = "bht_";
 ///
 /// Returns an error if the host provides no random bytes: a key that can be guessed is never
 /// generated.
-pub(crate) fn generate() -> Result<String, getrandom::Error> {
+pub fn generate() -> Result<String, getrandom::Error> {
     Ok(PREFIX.to_owned() + &random_hex()?)
 }
 
 /// Returns 64 hex digits that cannot be guessed.
-pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
+///
+/// # Errors
+///
+/// Returns an error if the host provides no random bytes.
+pub fn random_hex() -> Result<String, getrandom::Error> {
     let mut secret = [0; 32];
     getrandom::fill(&mut secret)?;
     Ok(secret.iter().fold(String::new(), |mut hex, byte| {
@@ -29,7 +43,8 @@ pub(crate) fn random_hex() -> Result<String, getrandom::Error> {
 }
 
 /// Returns the hash that the store keeps of a key.
-pub(crate) fn hash(key: &str) -> [u8; 32] {
+#[must_use]
+pub fn hash(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
 }
 
@@ -42,7 +57,7 @@ mod tests {
         let (first, second) = (generate().unwrap(), generate().unwrap());
 
         assert_eq!(first.len(), 68);
-        assert!(first.starts_with("bht_") && first[4..].bytes().all(|b| b.is_ascii_hexdigit()));
+        assert!(first.starts_with("bht_") && is_formed(&first) && !is_formed(&first[1..]));
         assert_ne!(first, second);
     }
 
