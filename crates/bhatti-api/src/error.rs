@@ -75,6 +75,10 @@ pub enum ErrorCode {
     /// The row of the resource in the daemon's store is damaged. A sandbox can still be
     /// destroyed.
     DamagedRow,
+    /// A request with the same idempotency key is being carried out.
+    RequestInProgress,
+    /// The idempotency key was used for another request.
+    IdempotencyMismatch,
     /// An internal error of the daemon.
     Internal,
 }

@@ -9,6 +9,7 @@ mod auth;
 mod concurrency;
 mod console;
 mod extract;
+mod idempotency;
 mod json;
 mod large_json;
 mod listings;
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
+use axum::http::Uri;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
@@ -41,6 +43,7 @@ use bhatti_store::{Store, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tower_service::Service;
 
 pub use metrics::HttpMetrics;
 pub use proxy::public_router;
@@ -48,6 +51,7 @@ pub use routes::open_api;
 pub use serve::{ServeError, bind, serve_public, serve_tcp, serve_unix};
 
 use answers::AnswerMemory;
+use idempotency::InFlight;
 use listings::Listings;
 use metrics::Measured;
 use proxy::Visits;
@@ -57,6 +61,9 @@ use status::ApiError;
 
 /// Interval at which a stopping daemon checks whether its WebSockets have closed.
 const DRAIN_LOOK: Duration = Duration::from_millis(10);
+
+/// The version of the API, which a path may begin with.
+const VERSION: &str = "/v1";
 
 /// Name of the daemon's Unix socket in the data directory.
 pub const SOCKET: &str = "bhatti.sock";
@@ -90,6 +97,7 @@ pub struct Inner {
     pub(crate) visits: Visits,
     pub(crate) answers: AnswerMemory,
     pub(crate) permits: Permits,
+    pub(crate) in_flight: InFlight,
     pub(crate) listings: Mutex<Listings>,
 }
 
@@ -148,6 +156,7 @@ impl AppState {
             visits: Visits::default(),
             answers: AnswerMemory::default(),
             permits: Permits::default(),
+            in_flight: InFlight::default(),
             listings: Mutex::default(),
         })))
     }
@@ -195,10 +204,29 @@ pub enum Listener {
 
 /// Returns the API's router for `listener`.
 pub fn router(state: AppState, listener: Listener) -> Router {
-    routes::router()
+    let routes = routes::router()
         .merge(console::router())
         .layer(from_fn_with_state((state.clone(), listener), pass))
-        .with_state(state)
+        .with_state(state);
+    Router::new().fallback(async move |request: Request| {
+        // A router is ready at any time, and never fails.
+        routes.clone().call(without_version(request)).await
+    })
+}
+
+/// Removes the version from a path. Paths without a version mean the same.
+fn without_version(mut request: Request) -> Request {
+    let uri = request.uri();
+    let rest = uri.path_and_query().and_then(|path| path.as_str().strip_prefix(VERSION));
+    let rest = rest.filter(|rest| rest.starts_with('/')).and_then(|rest| rest.parse().ok());
+    if let Some(rest) = rest {
+        let mut parts = uri.clone().into_parts();
+        parts.path_and_query = Some(rest);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
 }
 
 /// Runs the steps that surround every handler: request id, metrics, authentication, draining,
@@ -223,7 +251,8 @@ async fn pass(
         let response = match admitted {
             Ok(request) => {
                 let permit = request.extensions().get::<Arc<Permit>>().cloned();
-                let response = next.run(request).await;
+                let ran = idempotency::run(&state, identity.user(), request, next).await;
+                let response = ran.unwrap_or_else(IntoResponse::into_response);
                 response.map(|body| hold(end_with_key(body, &identity), permit))
             }
             Err(error) => error.into_response(),

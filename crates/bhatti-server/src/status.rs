@@ -5,6 +5,7 @@ mod creation;
 use std::io;
 use std::time::Duration;
 
+use axum::http::header::CONTENT_TYPE;
 use axum::http::header::{LOCATION, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -24,9 +25,6 @@ use creation::{boot_error, node_network_error, restore_error, volume_error};
 
 /// Retry delay for a host whose memory is in use, or a guest that is busy.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
-
-/// Retry interval after a quota error: the user has to give something up first.
-const QUOTA_RETRY: Duration = Duration::from_secs(60);
 
 /// An error for the caller. [`crate::request_id`] turns it into a response body.
 #[derive(Clone, Debug)]
@@ -159,6 +157,17 @@ pub(crate) const fn not_modified() -> StatusCode {
     StatusCode::NOT_MODIFIED
 }
 
+/// Returns whether a response says that something was made, or that a job was started.
+pub(crate) fn has_made(response: &Response) -> bool {
+    matches!(response.status(), StatusCode::CREATED | StatusCode::ACCEPTED)
+}
+
+/// Returns a JSON response that was given before.
+pub(crate) fn repeat(status: u16, body: Vec<u8>) -> Response {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
+    (status, [(CONTENT_TYPE, "application/json")], body).into_response()
+}
+
 /// Returns whether a response switches the connection to another protocol.
 pub(crate) fn changes_protocol<T>(response: &axum::http::Response<T>) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS
@@ -176,10 +185,13 @@ const fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::CommandNotExecutable
         | ErrorCode::BadWorkingDirectory => StatusCode::BAD_REQUEST,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
-        ErrorCode::Forbidden | ErrorCode::PermissionDenied => StatusCode::FORBIDDEN,
+        ErrorCode::Forbidden | ErrorCode::PermissionDenied | ErrorCode::QuotaExceeded => {
+            StatusCode::FORBIDDEN
+        }
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::NameTaken
+        | ErrorCode::RequestInProgress
         | ErrorCode::WrongState
         | ErrorCode::SnapshotUnusable
         | ErrorCode::AlreadyExists
@@ -188,7 +200,8 @@ const fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::NotADirectory
         | ErrorCode::GuestLimit
         | ErrorCode::Attached => StatusCode::CONFLICT,
-        ErrorCode::QuotaExceeded | ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
+        ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::NoSpace | ErrorCode::HostDiskFull => StatusCode::INSUFFICIENT_STORAGE,
         ErrorCode::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::BodyTooLarge | ErrorCode::OutputTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -344,7 +357,6 @@ impl From<QuotaExceeded> for ApiError {
         if error.passes() {
             Self::new(ErrorCode::QuotaExceeded, error.to_string())
                 .hint("destroy or delete something first, or ask the admin for a higher limit")
-                .retry_after(QUOTA_RETRY)
         } else {
             Self::new(ErrorCode::BadRequest, error.to_string())
         }

@@ -3,6 +3,7 @@
 //! sandbox writes its state and report, and deletes its row, with a claim ([`claims`]).
 
 pub(crate) mod claims;
+pub(crate) mod idempotency;
 pub(crate) mod keys;
 pub(crate) mod publications;
 pub(crate) mod sandboxes;

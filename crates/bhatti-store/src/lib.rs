@@ -31,6 +31,7 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
 pub use desired::claims::Claim;
+pub use desired::idempotency::{IDEMPOTENCY_SECONDS, Repeated, StoredResponse};
 pub use desired::keys::{KeyInsertError, KeyRow};
 pub use desired::publications::{PublicationRow, PublishError};
 pub use desired::sandboxes::{

@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 9] = [
+const STEPS: [&str; 10] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -230,6 +230,21 @@ const STEPS: [&str; 9] = [
     INSERT INTO api_keys (owner, name, hash, scope, created_at)
         SELECT id, 'default', api_key_hash, 'full', created_at FROM users WHERE api_key_hash IS NOT NULL;
     UPDATE users SET api_key_hash = NULL;
+",
+    // Responses to requests with an idempotency key. Without a status, the request is being
+    // carried out.
+    "
+    CREATE TABLE idempotency (
+        owner        TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+        key          TEXT NOT NULL,
+        created_at   INTEGER NOT NULL,
+        request_hash BLOB,
+        status       INTEGER,
+        body         BLOB,
+        PRIMARY KEY (owner, key)
+    ) STRICT;
+
+    CREATE INDEX idempotency_age ON idempotency (created_at);
 ",
 ];
 

@@ -16,7 +16,7 @@ use crate::options::Global;
     version,
     disable_help_subcommand = false,
     max_term_width = 100,
-    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage. `exec`, `run` and `job wait` exit with the command's code; 124 timed out, 125 bhatti failed, 126 not executable, 127 not found, 128+N ended by signal N."
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 4 not allowed; 5 not found. `exec`, `run` and `job wait` exit with the command's code; 124 timed out, 125 bhatti failed, 126 not executable, 127 not found, 128+N ended by signal N."
 )]
 pub(crate) struct Cli {
     #[command(flatten)]

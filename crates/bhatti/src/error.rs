@@ -9,6 +9,10 @@ use bhatti_types::Report;
 
 /// Exit code of a command that failed.
 const EXIT_FAILED: u8 = 1;
+/// Exit codes of a command that the daemon refused: the caller may not do it, or the thing does not
+/// exist.
+const EXIT_DENIED: u8 = 4;
+const EXIT_MISSING: u8 = 5;
 /// Exit codes of `exec` if the command itself has none, as in shells and container tools.
 pub(crate) const EXIT_OURS: u8 = 125;
 const EXIT_NOT_EXECUTABLE: u8 = 126;
@@ -80,7 +84,14 @@ impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
         let ours = Self::of(&error);
         match error {
-            ClientError::Refused(body) => Self { hint: body.hint, code: Some(body.code), ..ours },
+            ClientError::Refused(body) => {
+                let exit = match body.code {
+                    ErrorCode::Unauthorized | ErrorCode::Forbidden => EXIT_DENIED,
+                    ErrorCode::NotFound => EXIT_MISSING,
+                    _ => EXIT_FAILED,
+                };
+                Self { hint: body.hint, code: Some(body.code), exit, ..ours }
+            }
             ClientError::Connect(_) => {
                 ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url")
             }

@@ -417,6 +417,69 @@ async fn tickets_and_keys_open_websockets_and_reach_no_log() {
     }
 }
 
+#[tokio::test]
+async fn request_with_an_idempotency_key_is_carried_out_once() {
+    let mut daemon = TestDaemon::start().await;
+    let api = Api::admin(&daemon);
+    let post = async |api: &Api, path: &str, key: &str, body: Value| {
+        let headers = [("idempotency-key", key), ("content-type", "application/json")];
+        api.send("POST", path, &headers, body.to_string()).await
+    };
+    let first = post(&api, "/sandboxes", "one", json!({ "labels": { "a": "b" } })).await;
+    assert_eq!((first.status.as_u16(), first.headers.get("idempotency-replayed")), (201, None));
+    let id = first.json()["id"].as_str().unwrap().to_owned();
+    let job =
+        json!({ "cmd": ["sh", "-c", "echo ran >>/workspace/ran; sleep 1000"], "detach": true });
+    let exec = format!("/sandboxes/{id}/exec");
+    let started = post(&api, &exec, "job", job.clone()).await;
+    assert_eq!(started.status, 202);
+    // Repeated under the other name of the same path, and by the next daemon.
+    daemon.kill().await;
+    daemon.serve().await;
+    let api = Api::admin(&daemon);
+    for path in ["/sandboxes", "/v1/sandboxes"] {
+        let again = post(&api, path, "one", json!({ "labels": { "a": "b" } })).await;
+        assert_eq!((again.status.as_u16(), again.json()), (201, first.json()), "{path}");
+        assert_eq!(again.headers["idempotency-replayed"], "true");
+    }
+    let again = post(&api, &exec, "job", job).await;
+    assert_eq!((again.status.as_u16(), again.json()), (202, started.json()));
+    assert_eq!(api.sh(&id, "cat /workspace/ran").await, "ran\n");
+    assert_eq!(api.get("/sandboxes").await.json().as_array().unwrap().len(), 1);
+
+    let other = post(&api, "/sandboxes", "one", json!({ "labels": { "a": "c" } })).await;
+    assert_eq!(other.refusal(), (422, "idempotency_mismatch".to_owned()));
+    for key in ["", &"x".repeat(256)] {
+        assert_eq!(post(&api, "/sandboxes", key, json!({})).await.status, 400, "{key}");
+    }
+    // A refused request uses no key up. A request whose client has left is carried out.
+    let refused = post(&api, "/sandboxes", "two", json!({ "cpus": 0 })).await;
+    assert_eq!(refused.status, 400);
+    let mut stream = api.connect().await;
+    let head = "POST /sandboxes HTTP/1.1\r\nHost: x\r\nIdempotency-Key: two\r\nContent-Length: 14\r\n\r\n{\"name\":\"two\"}";
+    tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes()).await.unwrap();
+    let busy = async {
+        // Until the request has arrived, its key is not in use.
+        while api.get("/sandboxes/two").await.status != 200 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LIMIT, busy).await.unwrap();
+    drop(stream);
+    let settled = async {
+        loop {
+            let again = post(&api, "/sandboxes", "two", json!({ "name": "two" })).await;
+            if again.status != 409 {
+                return again;
+            }
+            assert_eq!(again.refusal().1, "request_in_progress");
+        }
+    };
+    let again = timeout(LIMIT, settled).await.unwrap();
+    assert_eq!((again.status.as_u16(), &again.json()["name"]), (201, &json!("two")));
+    assert_eq!(again.headers["idempotency-replayed"], "true");
+}
+
 /// Reads a response to its end. Returns what was read, and whether the response was cut off.
 async fn read_all(mut response: hyper::Response<hyper::body::Incoming>) -> (Vec<u8>, bool) {
     let mut read = Vec::new();

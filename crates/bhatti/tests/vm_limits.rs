@@ -74,10 +74,10 @@ async fn disk_limit_bounds_the_snapshots_of_a_rewritten_disk() {
 
     let (rounds, answer) = refused.expect("a snapshot is refused at the disk limit");
     assert!(rounds > 1, "{}", answer.text());
-    assert_eq!(answer.refusal(), (429, "quota_exceeded".to_owned()));
+    assert_eq!(answer.refusal(), (403, "quota_exceeded".to_owned()));
     let error = answer.json()["error"].as_str().unwrap().to_owned();
     assert!(error.contains("disk limit") && error.contains("600 MiB"), "{error}");
-    assert_eq!(alice.call("POST", "/sandboxes/dev/fork", &json!({})).await.status, 429);
+    assert_eq!(alice.call("POST", "/sandboxes/dev/fork", &json!({})).await.status, 403);
     // The sandbox keeps running, and deleting snapshots frees space.
     assert_eq!(alice.sh("dev", "echo on").await, "on\n");
     for round in 0..rounds {

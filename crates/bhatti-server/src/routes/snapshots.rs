@@ -16,7 +16,7 @@ use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
 /// Saves a sandbox under a name as a snapshot. The sandbox keeps running.
-#[utoipa::path(post, path = "/sandboxes/{sandbox}/checkpoint", tag = "snapshots", params(("sandbox" = String, Path)),
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/checkpoint", tag = "snapshots", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), ("sandbox" = String, Path)),
     request_body = CreateSnapshot, responses((status = 201, body = Snapshot), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -51,7 +51,7 @@ pub(crate) async fn get(
 }
 
 /// Creates a sandbox from a snapshot. The snapshot stays.
-#[utoipa::path(post, path = "/snapshots/{snapshot}/resume", tag = "snapshots", params(("snapshot" = String, Path)),
+#[utoipa::path(post, path = "/snapshots/{snapshot}/resume", tag = "snapshots", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), ("snapshot" = String, Path)),
     request_body = ResumeSnapshot, responses((status = 201, body = bhatti_api::Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resume(
     State(state): State<AppState>,

@@ -1,0 +1,170 @@
+//! `Idempotency-Key`: a client repeats a request that makes something, because the response was
+//! lost, and gets the response to the first one.
+//!
+//! A request with a key is carried out even if its client leaves, so that its outcome is known to
+//! the next attempt.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::{MatchedPath, Request};
+use axum::http::{HeaderName, HeaderValue, Method};
+use axum::middleware::Next;
+use axum::response::Response;
+use bhatti_api::ErrorCode;
+use bhatti_store::{Repeated, StoredResponse};
+use bhatti_types::UserId;
+use http_body_util::BodyExt;
+use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
+
+use crate::AppState;
+use crate::status::{ApiError, has_made, repeat};
+
+/// The header with the key.
+const HEADER: HeaderName = HeaderName::from_static("idempotency-key");
+/// The header of a response that is repeated.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+
+/// Maximum length of a key, in bytes.
+const KEY_BYTES_MAX: usize = 255;
+
+/// Maximum size of a response that is kept, in bytes. A fork of many sandboxes lists them all.
+const RESPONSE_BYTES_MAX: usize = 1 << 20;
+
+/// The routes that make something, all of them with `POST`.
+const ROUTES: [&str; 5] = [
+    "/sandboxes",
+    "/sandboxes/{sandbox}/fork",
+    "/sandboxes/{sandbox}/checkpoint",
+    "/sandboxes/{sandbox}/exec",
+    "/snapshots/{snapshot}/resume",
+];
+
+/// The keys whose requests are being carried out.
+#[derive(Default)]
+pub(crate) struct InFlight(Arc<Mutex<HashSet<(UserId, String)>>>);
+
+/// A key in flight, until this is dropped.
+struct Held {
+    all: Arc<Mutex<HashSet<(UserId, String)>>>,
+    key: (UserId, String),
+}
+
+impl InFlight {
+    fn hold(&self, key: (UserId, String)) -> Option<Held> {
+        let all = Arc::clone(&self.0);
+        all.lock().insert(key.clone()).then(|| Held { all: Arc::clone(&all), key })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.all.lock().remove(&self.key);
+    }
+}
+
+/// Carries a request out, unless its key has a response already.
+pub(crate) async fn run(
+    state: &AppState,
+    owner: UserId,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let Some(key) = key_of(&request)? else { return Ok(next.run(request).await) };
+    let held = state.in_flight.hold((owner, key.clone())).ok_or_else(|| {
+        let message = format!("a request with the idempotency key `{key}` is in progress");
+        ApiError::new(ErrorCode::RequestInProgress, message).retry_after(Duration::from_secs(1))
+    })?;
+    match state.store.reserve_key(owner, &key, now())? {
+        Repeated::New => {
+            let state = state.clone();
+            let carried_out =
+                tokio::spawn(async move { carry_out(&state, held, request, next).await });
+            carried_out.await.map_err(|_| ApiError::new(ErrorCode::Internal, "internal error"))?
+        }
+        Repeated::Reserved => Err(ApiError::new(
+            ErrorCode::WrongState,
+            format!("the daemon ended while it carried out the request with the key `{key}`"),
+        )
+        .hint("look whether the resource exists, and use a new key if it does not")),
+        Repeated::Done(stored) => replay(request, stored).await,
+    }
+}
+
+fn key_of(request: &Request) -> Result<Option<String>, ApiError> {
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let makes = *request.method() == Method::POST && route.is_some_and(|it| ROUTES.contains(&it));
+    let Some(key) = request.headers().get(HEADER).filter(|_| makes) else { return Ok(None) };
+    let text = key.to_str().unwrap_or_default();
+    if text.is_empty() || text.len() > KEY_BYTES_MAX {
+        let message =
+            format!("`Idempotency-Key` must have 1 to {KEY_BYTES_MAX} visible characters");
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
+    Ok(Some(text.to_owned()))
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn hasher(request: &Request) -> Sha256 {
+    let path = request.uri().path();
+    Sha256::new_with_prefix(format!("{} {path}\n", request.method()))
+}
+
+/// Runs the handler, and keeps its response if it has made something.
+async fn carry_out(
+    state: &AppState,
+    held: Held,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let (owner, key) = &held.key;
+    let hash = Arc::new(Mutex::new(hasher(&request)));
+    let hashed = Arc::clone(&hash);
+    let request = request.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            if let Some(data) = frame.data_ref() {
+                hashed.lock().update(data);
+            }
+            frame
+        }))
+    });
+    let response = next.run(request).await;
+    if !has_made(&response) {
+        state.store.settle_key(*owner, key, None)?;
+        return Ok(response);
+    }
+    let status = response.status().as_u16();
+    let (parts, body) = response.into_parts();
+    let body = to_bytes(body, RESPONSE_BYTES_MAX).await;
+    let body = body.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+    let request_hash = hash.lock().clone().finalize().into();
+    let stored = StoredResponse { request_hash, status, body: body.to_vec() };
+    state.store.settle_key(*owner, key, Some(&stored))?;
+    Ok(Response::from_parts(parts, Body::from(body)))
+}
+
+/// Returns the response to the first request, if this one is the same.
+async fn replay(request: Request, stored: StoredResponse) -> Result<Response, ApiError> {
+    let mut hash = hasher(&request);
+    let mut body = request.into_body();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| ApiError::bad_request(&error))?;
+        hash.update(frame.data_ref().map_or(&[][..], Bytes::as_ref));
+    }
+    if hash.finalize()[..] != stored.request_hash {
+        return Err(ApiError::new(
+            ErrorCode::IdempotencyMismatch,
+            "the idempotency key was used for another request",
+        )
+        .hint("use a new key for each request, and the same key only to repeat it"));
+    }
+    let mut response = repeat(stored.status, stored.body);
+    response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+    Ok(response)
+}
