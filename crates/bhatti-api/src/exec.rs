@@ -70,8 +70,8 @@ pub struct Job {
     /// Exit code, once the job has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// Start time, in seconds since 1970.
-    pub created_at: i64,
+    /// Start time (RFC 3339).
+    pub created_at: String,
     /// Offset of the first output byte that is kept.
     pub output_start: u64,
     /// Offset after the last output byte so far.
@@ -97,8 +97,8 @@ pub struct Session {
     pub exit_code: Option<i32>,
     /// Whether a client is attached.
     pub attached: bool,
-    /// Creation time, in seconds since 1970.
-    pub created_at: i64,
+    /// Creation time (RFC 3339).
+    pub created_at: String,
 }
 
 /// Text messages from the client on the WebSocket of a shell. Every other message, text or

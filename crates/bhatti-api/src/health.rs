@@ -11,11 +11,14 @@ pub struct Health {
     /// Version of the daemon.
     pub version: String,
     /// Engine that runs the sandboxes: `qemu`, `firecracker` or `docker`.
+    #[schema(value_type = crate::EngineName)]
     pub engine: String,
     /// Accelerator of the guests: `kvm`, `tcg` (software emulation), or `none` (containers, which
     /// share the host's kernel).
+    #[schema(value_type = crate::AcceleratorName)]
     pub accelerator: String,
     /// Default network mode of sandboxes: `nat` or `none`.
+    #[schema(value_type = crate::NetworkName)]
     pub network: String,
     /// Number of sandboxes of all users.
     pub sandboxes: u64,

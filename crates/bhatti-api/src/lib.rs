@@ -18,6 +18,7 @@ mod template;
 mod usage;
 mod user;
 mod volume;
+mod words;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use event::Event;
@@ -45,4 +46,7 @@ pub use user::{CreateUser, CreatedUser, Limits, Ticket, UpdateUser, User};
 pub use volume::{
     AttachVolume, AttachedVolume, CloneVolume, CreateVolume, NewVolume, ResizeVolume, Volume,
     VolumeUser,
+};
+pub use words::{
+    AcceleratorName, EngineName, NetworkName, SandboxStatus, SnapshotKind, ThermalState,
 };

@@ -58,6 +58,7 @@ pub struct CreateSandbox {
     /// neither the host nor private networks) or `none` (no network card) [default: the daemon's
     /// default mode].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::NetworkName>)]
     pub network: Option<String>,
     /// Private ranges to allow with `nat`, such as `192.168.1.0/24`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -160,10 +161,12 @@ pub struct Sandbox {
     #[serde(default)]
     pub isolation: Isolation,
     /// `creating`, `running`, `stopped`, `failed` or `destroyed`.
+    #[schema(value_type = crate::SandboxStatus)]
     pub status: String,
     /// Activity of a running sandbox: `hot`, `warm` (paused) or `cold` (saved). A request makes
     /// it hot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::ThermalState>)]
     pub thermal: Option<String>,
     /// Reason for the state `failed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -186,6 +189,7 @@ pub struct Sandbox {
     /// Image that the sandbox started from.
     pub image: String,
     /// Network mode: `nat` or `none`.
+    #[schema(value_type = crate::NetworkName)]
     pub network: String,
     /// Private ranges that are allowed with `nat`.
     pub network_allow: Vec<String>,

@@ -51,6 +51,7 @@ pub struct Snapshot {
     pub memory_mb: u64,
     /// `full`, or `diff`: only the pages that differ from a base, which is kept with the
     /// snapshot.
+    #[schema(value_type = crate::SnapshotKind)]
     pub kind: String,
     /// Size of the memory pages in the snapshot, in bytes.
     pub memory_bytes: u64,

@@ -88,26 +88,45 @@ impl Tls {
     /// Returns the acceptor for the next connection. Reads the files again if they have changed;
     /// if they cannot be used, keeps the earlier certificate.
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
-        let mut current = self.current.lock();
-        if current.looked.elapsed() < LOOK {
-            return current.acceptor.clone();
-        }
-        current.looked = Instant::now();
-        let written = bhatti_host::blocking(|| written(&self.certificate)).ok();
-        if written.is_some() && written != current.written {
-            match bhatti_host::blocking(|| read(&self.certificate, &self.key)) {
-                Ok(acceptor) => {
-                    tracing::info!("Read the renewed TLS certificate");
-                    current.acceptor = acceptor;
-                    current.written = written;
-                }
-                Err(error) => tracing::error!(
+        let (acceptor, before) = {
+            let mut current = self.current.lock();
+            let is_due = current.looked.elapsed() >= LOOK;
+            if is_due {
+                current.looked = Instant::now();
+            }
+            (current.acceptor.clone(), is_due.then_some(current.written))
+        };
+        // One connection reads the files, without the lock: others need not wait for the disk.
+        let Some(before) = before else { return acceptor };
+        match bhatti_host::blocking(|| self.read_changed(before)) {
+            Ok(None) => acceptor,
+            Ok(Some((renewed, written))) => {
+                tracing::info!("Read the renewed TLS certificate");
+                let mut current = self.current.lock();
+                current.acceptor = renewed.clone();
+                current.written = Some(written);
+                renewed
+            }
+            Err(error) => {
+                tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "The changed TLS certificate cannot be used; the earlier one stays in use"
-                ),
+                );
+                acceptor
             }
         }
-        current.acceptor.clone()
+    }
+
+    /// Reads the files, if they were written since `before`.
+    fn read_changed(
+        &self,
+        before: Option<SystemTime>,
+    ) -> Result<Option<(TlsAcceptor, SystemTime)>, TlsError> {
+        let Ok(written) = written(&self.certificate) else { return Ok(None) };
+        if Some(written) == before {
+            return Ok(None);
+        }
+        Ok(Some((read(&self.certificate, &self.key)?, written)))
     }
 }
 

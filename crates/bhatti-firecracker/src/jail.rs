@@ -200,9 +200,8 @@ fn discard(place: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the jail of a VMM that has ended, its control group and its tap.
-pub(crate) async fn clear(id: SandboxId, directory: &Path) -> io::Result<()> {
-    cgroup::remove(&vm_name(id)).await?;
+/// Removes the jail of a VMM that has ended, and its tap.
+pub(crate) async fn clear(directory: &Path) -> io::Result<()> {
     let directory = directory.to_owned();
     spawn_blocking(move || remove_files(&directory)).await.map_err(io::Error::other)?
 }
@@ -307,9 +306,8 @@ mod tests {
     async fn new_jail_has_no_files_of_an_earlier_vmm() {
         let directory = made();
         fs::write(root(directory.path()).join("left"), "").unwrap();
-        let id = SandboxId::from_entropy([7; 8]);
 
-        clear(id, directory.path()).await.unwrap();
+        clear(directory.path()).await.unwrap();
         let jail = make(&firecracker(None), directory.path());
 
         assert_eq!(fs::read_dir(root(directory.path())).unwrap().count(), 0);
@@ -318,7 +316,7 @@ mod tests {
         assert_eq!(fs::read(root(directory.path()).join("name")).unwrap(), b"disk");
         expel(directory.path(), "name").unwrap();
         expel(directory.path(), "name").unwrap();
-        clear(id, directory.path()).await.unwrap();
+        clear(directory.path()).await.unwrap();
         assert!(!root(directory.path()).exists() && directory.path().join("disk").exists());
     }
 }

@@ -40,10 +40,10 @@ use bhatti_engine::{
 use bhatti_host::process::Followed;
 use bhatti_host::{disk, processor};
 use bhatti_types::SandboxId;
-use bhatti_vmm::cgroup::Groups;
+use bhatti_vmm::cgroup::{self, Groups};
 use bhatti_vmm::{
     Connections, Launch, Machine, Manifest, Origin, ProcessEngine, Running, Saved, Unfinished,
-    VmState, Vmm, VsockChannel,
+    VmState, Vmm, VsockChannel, vm_name,
 };
 use serde_json::json;
 
@@ -114,7 +114,8 @@ impl Vmm for Firecracker {
     type Channel = VsockChannel;
 
     const NAME: &'static str = "Firecracker";
-    const FORMAT: u32 = 1;
+    const FORMAT: u32 = 2;
+    const EARLIER_FORMAT: u32 = 1;
     const STATE: &'static str = "vm.state";
 
     fn capabilities(&self) -> Capabilities {
@@ -161,7 +162,10 @@ impl Vmm for Firecracker {
     }
 
     async fn clean_up(&self, id: SandboxId, directory: &Path) -> io::Result<()> {
-        jail::clear(id, directory).await
+        if self.jailer.is_some() {
+            cgroup::remove(&vm_name(id)).await?;
+        }
+        jail::clear(directory).await
     }
 
     async fn version(&self, vm: &Running<Self>) -> Result<String, VmmError> {

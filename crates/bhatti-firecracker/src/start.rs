@@ -22,21 +22,13 @@ const CONSOLE: &str = "console.fifo";
 /// See [`Vmm::start`](bhatti_vmm::Vmm::start). The earlier jail was removed.
 pub(crate) fn start(firecracker: &Firecracker, launch: &Launch<'_>) -> io::Result<Followed> {
     let directory = launch.directory;
-    let jail = Jail::make(firecracker, launch)?;
-    jail.admit(&directory.join(&launch.machine.disk), machine::DISK, Use::Own)?;
-    jail.place_volumes(&launch.machine.volumes)?;
-    if let Some(memory) = &launch.machine.memory {
-        jail.admit(&directory.join(memory), memory, Use::Shared)?;
-    }
-    if let Source::Boot(spec) = launch.source {
-        jail.admit(&spec.kernel, KERNEL, Use::Shared)?;
-        jail.admit(&spec.initramfs, INITRAMFS, Use::Shared)?;
-    }
-    let output = create_log(&directory.join(CONSOLE))?;
+    // Change the errors' kind: `NotFound` means that Firecracker's program is missing.
+    let jail = prepare(firecracker, launch).map_err(io::Error::other)?;
+    let output = create_log(&directory.join(CONSOLE)).map_err(io::Error::other)?;
     // Messages that name files of this host must not go to the console, whose end the sandbox's
     // owner can see.
-    let errors = create_log(&directory.join(LOG))?;
-    jail.admit(&directory.join(LOG), LOG, Use::Own)?;
+    let errors = create_log(&directory.join(LOG)).map_err(io::Error::other)?;
+    jail.admit(&directory.join(LOG), LOG, Use::Own).map_err(io::Error::other)?;
     let arguments = ["--api-sock", api::SOCKET, "--log-path", LOG, "--level", "Warn"];
     let (program, arguments) = jail.command(firecracker, launch, &arguments);
     Detached {
@@ -49,6 +41,22 @@ pub(crate) fn start(firecracker: &Firecracker, launch: &Launch<'_>) -> io::Resul
         confinement: None,
     }
     .spawn()
+}
+
+/// Makes the jail, with the files that the VM needs to start.
+fn prepare(firecracker: &Firecracker, launch: &Launch<'_>) -> io::Result<Jail> {
+    let directory = launch.directory;
+    let jail = Jail::make(firecracker, launch)?;
+    jail.admit(&directory.join(&launch.machine.disk), machine::DISK, Use::Own)?;
+    jail.place_volumes(&launch.machine.volumes)?;
+    if let Some(memory) = &launch.machine.memory {
+        jail.admit(&directory.join(memory), memory, Use::Shared)?;
+    }
+    if let Source::Boot(spec) = launch.source {
+        jail.admit(&spec.kernel, KERNEL, Use::Shared)?;
+        jail.admit(&spec.initramfs, INITRAMFS, Use::Shared)?;
+    }
+    Ok(jail)
 }
 
 /// See [`Vmm::connect`](bhatti_vmm::Vmm::connect).

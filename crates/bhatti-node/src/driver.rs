@@ -407,12 +407,20 @@ impl Driver {
         }
         let Self { sandbox, arrivals, queue, .. } = self;
         let mut work = std::pin::pin!(perform(sandbox, request));
-        let mut interrupting = None;
+        let (mut interrupting, mut has_expired) = (None, false);
         let outcome = loop {
             tokio::select! {
                 outcome = &mut work => break outcome,
+                () = until(sandbox.expires_at), if !has_expired => {
+                    has_expired = true;
+                    sandbox.hurry.notify_waiters();
+                }
                 Some(request) = arrivals.recv(), if queue.has_room() => {
+                    let hurries = hurries(request.wanted());
                     let supersedes = arrive(sandbox, queue, request, Some(wanted));
+                    if hurries {
+                        sandbox.hurry.notify_waiters();
+                    }
                     if supersedes && is_a_save(wanted) {
                         interrupting = sandbox.interrupt();
                     }
@@ -487,13 +495,15 @@ const fn changes_layers(wanted: Wanted) -> bool {
     }
 }
 
-/// Whether a transition saves a memory or copies a disk that a destruction makes useless, which may
-/// take minutes.
+/// Whether a transition saves a memory that a destruction makes useless.
 const fn is_a_save(wanted: Wanted) -> bool {
-    matches!(
-        wanted,
-        Wanted::Stop | Wanted::GiveMemory | Wanted::Sleep | Wanted::Save | Wanted::Merge
-    )
+    matches!(wanted, Wanted::Stop | Wanted::GiveMemory | Wanted::Sleep)
+}
+
+/// Whether a request that waits is worth giving up a merge of the disk's layers, which may take
+/// minutes and can be done again later. Uses of the sandbox do not wait for a merge.
+const fn hurries(wanted: Wanted) -> bool {
+    !matches!(wanted, Wanted::Wake | Wanted::KeepHot)
 }
 
 /// Carries out a request, and answers it. The caller may be gone.

@@ -1,5 +1,6 @@
 //! The layers of a VM's disk, and the memory file of a VM to boot.
 
+use std::fs;
 use std::io;
 use std::path::Path;
 
@@ -43,7 +44,12 @@ pub(crate) fn add_layer(directory: &Path, disk: &str) -> io::Result<String> {
 
 /// Creates the memory file of a VM to boot. Returns its name.
 pub(crate) fn create_empty_memory(directory: &Path, size: MemoryMib) -> io::Result<String> {
-    let file = durable::create_sealed(&directory.join(EMPTY_MEMORY))?;
+    let path = directory.join(EMPTY_MEMORY);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let file = durable::create_sealed(&path)?;
     file.set_len(u64::from(size.get()) << 20)?;
     Ok(EMPTY_MEMORY.to_owned())
 }

@@ -115,7 +115,8 @@ impl Vmm for Qemu {
     type Channel = QemuChannel;
 
     const NAME: &'static str = "QEMU";
-    const FORMAT: u32 = 2;
+    const FORMAT: u32 = 3;
+    const EARLIER_FORMAT: u32 = 2;
     const STATE: &'static str = "device.state";
 
     fn capabilities(&self) -> Capabilities {

@@ -37,8 +37,9 @@ const MERGE_AT: usize = overlay::LAYERS_MAX / 2;
 /// Layers are also merged if that frees more than this fraction of the image's size.
 const MERGE_AT_PART: u64 = 4;
 
-/// How long a job may make no progress.
+/// How long a job may make no progress while it copies, and while it ends.
 const STALL_LIMIT: Duration = Duration::from_secs(20);
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// How often to ask for a job's progress: often at first, because most jobs take a moment.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
 
@@ -131,14 +132,14 @@ impl Frozen {
 
 /// Waits until everything is copied, and makes the image the topmost layer's backing file.
 async fn finish(vm: &Running<Qemu>, job: &str) -> Result<(), VmmError> {
-    check(&wait_for(vm, job, COPIED).await?, COPIED)?;
+    check(&wait_for(vm, job, COPIED, STALL_LIMIT).await?, COPIED)?;
     let was_running = vm.is_running().await?;
     let finalized = async {
         // Pausing also flushes all disks: the header must not name the image before the copied
         // blocks are on the disk.
         vm.pause().await?;
         vm.control.ask("job-finalize", json!({ "id": job })).await?;
-        check(&wait_for(vm, job, CONCLUDED).await?, CONCLUDED)?;
+        check(&wait_for(vm, job, CONCLUDED, END_LIMIT).await?, CONCLUDED)?;
         sync_top(vm).await
     };
     let finalized = finalized.await;
@@ -157,7 +158,7 @@ pub(crate) async fn settle_jobs(vm: &Running<Qemu>) -> Result<(), VmmError> {
         let Some(id) = job["id"].as_str() else { return Err(VmmError::Garbled) };
         if job["status"] != CONCLUDED {
             vm.control.ask("job-cancel", json!({ "id": id })).await?;
-            wait_for(vm, id, CONCLUDED).await?;
+            wait_for(vm, id, CONCLUDED, END_LIMIT).await?;
         }
         sync_top(vm).await?;
         vm.control.ask("job-dismiss", json!({ "id": id })).await?;
@@ -174,8 +175,13 @@ async fn jobs(vm: &Running<Qemu>) -> Result<Vec<Value>, VmmError> {
 
 /// Waits until a job is in `state`, or has ended, for as long as it makes progress. Returns QEMU's
 /// description of the job.
-async fn wait_for(vm: &Running<Qemu>, id: &str, state: &str) -> Result<Value, VmmError> {
-    let mut progress = Progress::from(Instant::now());
+async fn wait_for(
+    vm: &Running<Qemu>,
+    id: &str,
+    state: &str,
+    stall_limit: Duration,
+) -> Result<Value, VmmError> {
+    let mut progress = Progress::from(Instant::now(), stall_limit);
     loop {
         let mut jobs = jobs(vm).await?;
         let job = jobs.iter_mut().find(|job| job["id"] == id).ok_or(VmmError::Garbled)?;
@@ -190,26 +196,28 @@ async fn wait_for(vm: &Running<Qemu>, id: &str, state: &str) -> Result<Value, Vm
 /// The progress of a job.
 struct Progress {
     began: Instant,
+    /// How long the job may make no progress.
+    limit: Duration,
     copied: Option<u64>,
     /// When `copied` grew.
     grew: Instant,
 }
 
 impl Progress {
-    const fn from(now: Instant) -> Self {
-        Self { began: now, copied: None, grew: now }
+    const fn from(now: Instant, limit: Duration) -> Self {
+        Self { began: now, limit, copied: None, grew: now }
     }
 
     /// Notes the progress, in bytes. Returns how long to wait before the next look.
     ///
     /// # Errors
     ///
-    /// Returns [`VmmError::Silent`] if there was no progress for [`STALL_LIMIT`].
+    /// Returns [`VmmError::Silent`] if there was no progress for the limit.
     fn note(&mut self, copied: Option<u64>, now: Instant) -> Result<Duration, VmmError> {
         if copied != self.copied {
             (self.copied, self.grew) = (copied, now);
-        } else if now - self.grew > STALL_LIMIT {
-            return Err(VmmError::Silent { limit: STALL_LIMIT });
+        } else if now - self.grew > self.limit {
+            return Err(VmmError::Silent { limit: self.limit });
         }
         let (often, seldom) = LOOKS;
         Ok(if now - self.began < Duration::from_secs(1) { often } else { seldom })
@@ -269,7 +277,7 @@ mod tests {
     fn job_is_given_up_only_without_progress() {
         let began = Instant::now();
         let at = |seconds| began + Duration::from_secs(seconds);
-        let mut progress = Progress::from(began);
+        let mut progress = Progress::from(began, STALL_LIMIT);
         // Far longer than the limit, a little at a time.
         for second in 0..600 {
             progress.note(Some(second / 19), at(second)).unwrap();

@@ -54,7 +54,9 @@ pub(crate) fn start(qemu: &Qemu, launch: &Launch<'_>) -> io::Result<Followed> {
     };
     let log = create_log(&directory.join(LOG))?;
     let user = confine::user(qemu, user_of(id));
-    confine::give_to(user.map_or(0, |user| user.id), directory, machine)?;
+    let owner = user.map_or(0, |user| user.id);
+    confine::give_to(owner, directory, machine).map_err(io::Error::other)?;
+    let confinement = confine::confinement(qemu, launch, loaded, user).map_err(io::Error::other)?;
     let detached = Detached {
         program: qemu.program.as_os_str(),
         arguments: &all,
@@ -62,7 +64,7 @@ pub(crate) fn start(qemu: &Qemu, launch: &Launch<'_>) -> io::Result<Followed> {
         environment: &ENVIRONMENT,
         inherited: &handed.all(),
         streams: Streams { output: &log, errors: &log },
-        confinement: Some(confine::confinement(qemu, launch, loaded, user)?),
+        confinement: Some(confinement),
     };
     let process = detached.spawn()?;
     let memory_mib = machine.memory_mib + command_line::TRANSLATED_MIB;

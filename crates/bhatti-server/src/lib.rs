@@ -21,6 +21,7 @@ mod routes;
 mod serve;
 mod shells;
 mod status;
+mod times;
 mod utf8;
 mod websocket;
 

@@ -130,6 +130,7 @@ fn described() -> OpenApiRouter<AppState> {
 
 /// Gives each operation a unique id, from its tag and its handler: `sandboxes_list`. Generators
 /// name functions by it.
+/// Gives each operation a unique name, and each response a description.
 fn name_operations(api: &mut utoipa::openapi::OpenApi) {
     for path in api.paths.paths.values_mut() {
         let operations = [
@@ -151,6 +152,15 @@ fn name_operations(api: &mut utoipa::openapi::OpenApi) {
             let handler = operation.operation_id.as_deref().unwrap_or("call");
             let number = if is_shared { format!("_{number}") } else { String::new() };
             operation.operation_id = Some(format!("{tag}_{handler}{number}"));
+            for (status, response) in &mut operation.responses.responses {
+                if let utoipa::openapi::RefOr::T(response) = response
+                    && response.description.is_empty()
+                {
+                    let failed = status == "default";
+                    response.description =
+                        if failed { "The request failed." } else { "Done." }.to_owned();
+                }
+            }
         }
     }
 }

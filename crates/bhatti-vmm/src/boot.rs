@@ -65,10 +65,14 @@ fn prepare_and_start<V: Vmm>(vmm: &Arc<V>, spec: &VmSpec) -> Result<Running<V>, 
         tap: spec.tap.as_deref(),
         source: Source::Boot(spec),
     };
-    start(vmm, &launch).map_err(|source| match source.kind() {
+    let vm = start(vmm, &launch).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => BootError::NotInstalled { program: program(&**vmm) },
         _ => BootError::Prepare { step: "start the VMM", source },
-    })
+    })?;
+    // Until here, a saved memory could be restored if the boot failed.
+    remove_other_memory(&spec.directory, machine.memory_file())
+        .map_err(|source| BootError::Prepare { step: "remove an earlier memory file", source })?;
+    Ok(vm)
 }
 
 fn program<V: Vmm>(vmm: &V) -> PathBuf {
@@ -80,7 +84,7 @@ fn prepare<V: Vmm>(vmm: &V, spec: &VmSpec) -> Result<Machine, (&'static str, io:
     let directory = &spec.directory;
     create_private(directory).map_err(|source| ("create the VM's directory", source))?;
     let disk = vmm.boot_disk(spec).map_err(|source| ("create the root disk", source))?;
-    let memory = remove_other_memory(directory, "").and_then(|()| vmm.boot_memory(spec));
+    let memory = vmm.boot_memory(spec);
     Ok(Machine {
         cpus: spec.cpus.get(),
         memory_mib: spec.memory.get(),

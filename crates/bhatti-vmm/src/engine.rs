@@ -13,7 +13,7 @@ use bhatti_host::process::Followed;
 use bhatti_types::SandboxId;
 use tokio::task::spawn_blocking;
 
-use crate::record::recorded_machine;
+use crate::record::{Record, recorded_machine};
 use crate::vmm::{Running, VmState, Vmm};
 use crate::{boot, process, restore};
 
@@ -94,8 +94,8 @@ impl<V: Vmm> Engine for ProcessEngine<V> {
             })?;
         let (vmm, own) = (Arc::clone(&self.vmm), directory.to_owned());
         let attached = spawn_blocking(move || {
-            let machine = recorded_machine(&own)?;
-            Running::attach(vmm, id, &own, process, machine)
+            let record = Record::new(&own, process.id(), recorded_machine(&own)?);
+            Running::attach(vmm, id, process, record)
         });
         let attached = attached.await.map_err(io::Error::other).and_then(|attached| attached);
         let vm = attached.map_err(broken("open the VM's console"))?;

@@ -13,6 +13,7 @@
 //! ```
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use bhatti_engine::RestoreError;
@@ -83,7 +84,10 @@ impl Manifest {
     ///
     /// Returns [`RestoreError::Damaged`] if the manifest is missing or unreadable, and
     /// [`RestoreError::Mismatch`] if its format differs.
-    pub(crate) fn read(snapshot: &Path, format: u32) -> Result<Self, RestoreError> {
+    pub(crate) fn read(
+        snapshot: &Path,
+        formats: RangeInclusive<u32>,
+    ) -> Result<Self, RestoreError> {
         let text = read_at_most(&snapshot.join(FILE), MANIFEST_BYTES_MAX);
         let text = text.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => damaged("the manifest is missing"),
@@ -97,7 +101,11 @@ impl Manifest {
         if sum.is_some_and(|sum| sum != checksum(&content)) {
             return Err(damaged("its manifest was altered"));
         }
-        same("format", &content["format"].to_string(), &format.to_string())?;
+        let format = content["format"].as_u64().and_then(|format| u32::try_from(format).ok());
+        if !format.is_some_and(|format| formats.contains(&format)) {
+            let known = formats.end().to_string();
+            same("format", &content["format"].to_string(), &known)?;
+        }
         let mut manifest: Self = serde_json::from_value(content).map_err(unreadable)?;
         if let SavedMemory::Full { file: file @ Some(_) } = &mut manifest.memory {
             manifest.machine.memory = file.take();
@@ -146,11 +154,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         for (text, disk) in EARLIER.into_iter().zip(["disk-1.qcow2", "disk.ext4"]) {
             std::fs::write(directory.path().join(FILE), text).unwrap();
-            let manifest = Manifest::read(directory.path(), 2).unwrap();
+            let manifest = Manifest::read(directory.path(), 2..=3).unwrap();
             assert_eq!(manifest.machine.memory.as_deref(), Some("memory-1.img"));
             assert_eq!(manifest.memory, SavedMemory::Full { file: None });
             assert_eq!((manifest.machine.disk.as_str(), &*manifest.state_hash), (disk, "11"));
-            let format = Manifest::read(directory.path(), 3).unwrap_err();
+            let format = Manifest::read(directory.path(), 3..=4).unwrap_err();
             assert!(matches!(format, RestoreError::Mismatch { .. }), "{format}");
         }
     }
@@ -160,7 +168,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(FILE);
         std::fs::write(&path, EARLIER[0]).unwrap();
-        let manifest = Manifest::read(directory.path(), 2).unwrap();
+        let manifest = Manifest::read(directory.path(), 2..=3).unwrap();
         std::fs::remove_file(&path).unwrap();
         manifest.write(directory.path()).unwrap();
         let whole = std::fs::read(&path).unwrap();
@@ -169,7 +177,7 @@ mod tests {
             let mut damaged = whole.clone();
             damaged[at] ^= 0x10;
             std::fs::write(&path, damaged).unwrap();
-            let read = Manifest::read(directory.path(), 2);
+            let read = Manifest::read(directory.path(), 2..=3);
             assert!(read.is_err() || read.unwrap() == manifest, "byte {at}");
         }
     }

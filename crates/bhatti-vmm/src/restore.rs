@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 use crate::files::{STATE_BYTES_MAX, create_private, read_at_most, remove_other_memory};
 use crate::generation::{Generation, check_volumes, damaged, same};
 use crate::machine::{Machine, volumes};
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, SavedMemory};
 use crate::process::end;
 use crate::vm::start;
 use crate::vmm::{Launch, Origin, Running, Source, Vmm, report_log};
@@ -57,9 +57,30 @@ fn prepare_and_start<V: Vmm>(
     vmm: &Arc<V>,
     spec: &RestoreSpec,
 ) -> Result<(Running<V>, Manifest), RestoreError> {
-    let manifest = Manifest::read(&spec.snapshot, V::FORMAT)?;
+    let manifest = Manifest::read(&spec.snapshot, V::EARLIER_FORMAT..=V::FORMAT)?;
     check(&**vmm, spec, &manifest)?;
-    let machine = prepare(&**vmm, spec, &manifest)?;
+    let started = start_prepared(vmm, spec, &manifest);
+    if started.is_err() && spec.disks == Disks::InPlace {
+        // A memory file that was made for this attempt. The next attempt removes it, too.
+        drop(remove_other_memory(&spec.directory, base_of(&manifest)));
+    }
+    Ok((started?, manifest))
+}
+
+/// The memory file that a snapshot needs besides its own files: the base of a diff.
+fn base_of(manifest: &Manifest) -> &str {
+    match manifest.memory {
+        SavedMemory::Diff { .. } => manifest.machine.memory_file(),
+        SavedMemory::Full { .. } => "",
+    }
+}
+
+fn start_prepared<V: Vmm>(
+    vmm: &Arc<V>,
+    spec: &RestoreSpec,
+    manifest: &Manifest,
+) -> Result<Running<V>, RestoreError> {
+    let machine = prepare(&**vmm, spec, manifest)?;
     let launch = Launch {
         id: spec.id,
         directory: &spec.directory,
@@ -67,9 +88,7 @@ fn prepare_and_start<V: Vmm>(
         tap: spec.tap.as_deref(),
         source: Source::Snapshot(&spec.snapshot),
     };
-    let vm = start(vmm, &launch)
-        .map_err(|source| RestoreError::File { step: "start the VMM", source })?;
-    Ok((vm, manifest))
+    start(vmm, &launch).map_err(|source| RestoreError::File { step: "start the VMM", source })
 }
 
 /// Checks that the machine to restore is the same as the saved one.
@@ -103,7 +122,7 @@ fn prepare<V: Vmm>(
             vmm.check_disk(&spec.directory, &saved.disk).map_err(missing)?;
             check_volumes(&spec.volumes, &manifest.volume_generations)?;
             // Remove the memory file of an earlier attempt.
-            remove_other_memory(&spec.directory, saved.memory_file()).map_err(missing)?;
+            remove_other_memory(&spec.directory, base_of(manifest)).map_err(missing)?;
             saved.disk.clone()
         }
         (Disks::Frozen, None) => {
@@ -167,11 +186,8 @@ impl<V: Vmm> StagedVm<V> {
         let Self { vm, manifest, .. } = self;
         end(&vm.process).await;
         blocking(|| report_log::<V>(vm.directory()));
-        // The saved machine's memory file is the base of a diff, so it must stay.
-        let (directory, kept) = (vm.directory().to_owned(), manifest.machine.memory);
-        let removed = spawn_blocking(move || {
-            remove_other_memory(&directory, kept.as_deref().unwrap_or_default())
-        });
+        let directory = vm.directory().to_owned();
+        let removed = spawn_blocking(move || remove_other_memory(&directory, base_of(&manifest)));
         if let Err(error) = removed.await.map_err(io::Error::other).and_then(|removed| removed) {
             tracing::warn!(%error, "Failed to remove an unused memory file");
         }

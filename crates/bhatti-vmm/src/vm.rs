@@ -1,7 +1,6 @@
 //! A VM: the VMM's process and the connections to it.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,7 +9,6 @@ use bhatti_host::blocking;
 use bhatti_host::process::{Followed, Usage};
 use bhatti_types::SandboxId;
 
-use crate::machine::Machine;
 use crate::record::Record;
 use crate::save;
 use crate::vmm::{Connections, Launch, Running, VmState, Vmm, report_log};
@@ -21,10 +19,9 @@ pub(crate) fn start<V: Vmm>(vmm: &Arc<V>, launch: &Launch<'_>) -> io::Result<Run
     // Change the errors' kind: `NotFound` means that the VMM's program is missing.
     let failed = |error: io::Error| io::Error::other(error);
     let Launch { id, directory, machine, .. } = *launch;
-    let vm = Running::attach(Arc::clone(vmm), id, directory, process, machine.clone());
-    let vm = vm.map_err(failed)?;
-    vm.record.change(|_| {}).map_err(failed)?;
-    Ok(vm)
+    let record = Record::new(directory, process.id(), machine.clone());
+    record.change(|_| {}).map_err(failed)?;
+    Running::attach(Arc::clone(vmm), id, process, record).map_err(failed)
 }
 
 impl<V: Vmm> Running<V> {
@@ -33,13 +30,11 @@ impl<V: Vmm> Running<V> {
     pub(crate) fn attach(
         vmm: Arc<V>,
         id: SandboxId,
-        directory: &Path,
         process: Followed,
-        machine: Machine,
+        record: Record,
     ) -> io::Result<Self> {
-        let Connections { control, channel, console } = vmm.connect(directory)?;
-        let record = Arc::new(Record::new(directory, process.id(), machine));
-        Ok(Self { vmm, id, process, record, control, channel, console })
+        let Connections { control, channel, console } = vmm.connect(record.directory())?;
+        Ok(Self { vmm, id, process, record: Arc::new(record), control, channel, console })
     }
 
     /// Returns the end of the guest's console, once the VMM has ended.

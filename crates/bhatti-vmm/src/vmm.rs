@@ -39,6 +39,8 @@ pub trait Vmm: Sized + Send + Sync + 'static {
     const NAME: &'static str;
     /// Version of the layout of snapshots.
     const FORMAT: u32;
+    /// The earliest version that can still be read.
+    const EARLIER_FORMAT: u32;
     /// The file of a snapshot with the state of devices and vCPUs.
     const STATE: &'static str;
 

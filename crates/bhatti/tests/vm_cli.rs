@@ -86,7 +86,7 @@ async fn sandbox_is_created_used_and_destroyed_on_the_command_line() {
 
     let destroyed = run(&daemon, &["destroy", "dev"]).await;
     assert_eq!(stdout(&destroyed), "destroyed dev\n");
-    assert_eq!(run(&daemon, &["destroy", "dev"]).await.status.code(), Some(1));
+    assert_eq!(run(&daemon, &["destroy", "dev"]).await.status.code(), Some(5));
 }
 
 async fn stdin_and_signals_reach_the_command(daemon: &TestDaemon) {

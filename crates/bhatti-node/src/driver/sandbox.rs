@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bhatti_store::{Attachment, Claim, SandboxRow, StoreError};
 use bhatti_types::{FailReason, MemoryMib, Report, SandboxId, SandboxState, UserId};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
@@ -65,6 +66,8 @@ pub(crate) struct Sandbox {
     pub(super) breaker: Breaker,
     pub(super) reboots: Reboots,
     listener: Listener,
+    /// Notified when a request waits that is more urgent than a merge of the disk's layers.
+    pub(super) hurry: Notify,
     /// Whether another daemon has claimed the sandbox: see [`leave`](Self::leave).
     fenced: AtomicBool,
     /// Whether an event of its destruction is due: its creation was announced, and no earlier
@@ -90,6 +93,7 @@ impl Sandbox {
             breaker: Breaker::default(),
             reboots: Reboots::default(),
             listener: Listener::default(),
+            hurry: Notify::new(),
             fenced: AtomicBool::new(false),
             is_announced: AtomicBool::new(is_announced),
         }

@@ -77,7 +77,18 @@ impl Sandbox {
 
     /// Returns whether layers were merged. A disk whose layers cannot be merged is used as it is.
     async fn merge_layers(&self, running: &Running, to_save_space: bool) -> bool {
-        match running.vm.merge_disk(to_save_space).await {
+        let merged = tokio::select! {
+            merged = running.vm.merge_disk(to_save_space) => merged,
+            () = self.hurry.notified() => {
+                // The VMM goes on copying; the next snapshot ends that. It may have been paused to
+                // finish.
+                if let Err(error) = running.vm.resume().await {
+                    warn!(sandbox = %self.id, error = %Report(&error), "Failed to resume a sandbox after a merge that was given up");
+                }
+                return false;
+            }
+        };
+        match merged {
             Ok(true) => {
                 self.reached(Step::Merged).await;
                 true

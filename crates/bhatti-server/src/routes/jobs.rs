@@ -22,6 +22,7 @@ use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
 use crate::status::ApiError;
+use crate::times::rfc3339;
 
 /// Lists the jobs that run or have ended recently, oldest first.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs", tag = "jobs", params(("sandbox" = String, Path)),
@@ -156,7 +157,7 @@ pub(super) fn job(info: SessionInfo) -> Option<Job> {
         cmd: info.argv,
         running: info.running,
         exit_code: info.exit_code,
-        created_at: info.created_at,
+        created_at: rfc3339(info.created_at),
         output_start: info.output_start.unwrap_or_default(),
         output_end: info.output_end.unwrap_or_default(),
         restart: info.restart,

@@ -17,6 +17,7 @@ use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
+use crate::times::rfc3339;
 
 /// Lists the caller's API keys.
 #[utoipa::path(get, path = "/keys", tag = "keys",
@@ -138,13 +139,7 @@ fn key(state: &AppState, row: KeyRow) -> ApiKey {
             bhatti_types::KeyScope::Read => KeyScope::Read,
         },
         created_at: row.created_at,
-        expires_at: row.expires_at.and_then(rfc3339),
-        last_used_at: used.and_then(rfc3339),
+        expires_at: row.expires_at.map(rfc3339),
+        last_used_at: used.map(rfc3339),
     }
-}
-
-/// Returns a time, in seconds since 1970, as text.
-fn rfc3339(seconds: u64) -> Option<String> {
-    let seconds = i64::try_from(seconds).ok()?;
-    jiff::Timestamp::from_second(seconds).ok().map(|at| at.to_string())
 }

@@ -23,6 +23,7 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::json::{ApiJson, Json, JsonArray};
 use crate::large_json::LargeJson;
 use crate::status::{ApiError, created};
+use crate::times::rfc3339;
 
 pub(super) use parse::{init, labels, name as parse_name, secrets};
 
@@ -319,7 +320,7 @@ fn listed(isolation: Isolation, thermal: Option<Thermal>, row: SandboxRow) -> Sa
         created_by: row.owner.to_string(),
         created_at: row.created_at,
         stopped_at: row.stopped_at,
-        expires_at: row.expires_at.and_then(parse::rfc3339),
+        expires_at: row.expires_at.map(rfc3339),
         origin: row.origin,
         identity: None,
     }

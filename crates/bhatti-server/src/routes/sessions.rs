@@ -12,6 +12,7 @@ use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::Json;
 use crate::status::ApiError;
+use crate::times::rfc3339;
 
 /// Lists terminal sessions and jobs, oldest first.
 #[utoipa::path(get, path = "/sandboxes/{sandbox}/sessions", tag = "sessions", params(("sandbox" = String, Path)),
@@ -47,7 +48,7 @@ fn session(info: SessionInfo) -> Session {
         running: info.running,
         exit_code: info.exit_code,
         attached: info.attached,
-        created_at: info.created_at,
+        created_at: rfc3339(info.created_at),
     }
 }
 

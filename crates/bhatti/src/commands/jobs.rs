@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::{Context, kill, logs, wait};
 use crate::error::CliError;
-use crate::output::{Cell, Table, unix_time};
+use crate::output::{Cell, Table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  bhatti jobs dev")]
@@ -37,7 +37,7 @@ const SESSIONS: Table<Session> = Table {
             if session.tty { "terminal" } else { "job" }.into(),
             Cell::State(status(session)),
             if session.attached { "yes" } else { "no" }.into(),
-            Cell::Time(unix_time(session.created_at)),
+            Cell::Time(session.created_at.clone()),
             session.argv.clone().into(),
         ]
     },

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bhatti_agent::AgentClient;
-use bhatti_api::{CreateSandbox, ForkSandbox, StartSandbox};
+use bhatti_api::{CreateSandbox, CreateSnapshot, ForkSandbox, StartSandbox};
 use bhatti_engine::conformance::random_id;
 use bhatti_engine::{Disks, Engine, MemoryKind, RestoreSpec, SnapshotRequest, Vm};
 use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
@@ -304,7 +304,40 @@ async fn forking(daemon: &TestDaemon) -> Result<()> {
     show("fork until it answers", one);
     show("  and its first exec", first);
     show("20 forks until all answer", many);
+    during_a_snapshot(daemon).await?;
     client.destroy("bench").await?;
+    Ok(())
+}
+
+/// Prints how long a request that arrives while a sandbox is saved waits for its answer, and how
+/// long the snapshot takes. The sandbox has written memory that has to go to the disk.
+async fn during_a_snapshot(daemon: &TestDaemon) -> Result<()> {
+    let client = &daemon.client;
+    let write = "head -c 150000000 /dev/urandom >/dev/shm/written";
+    let command = ["sh", "-c", write];
+    ensure!(run(client, "bench", &command).await?.code == 0, "failed to write memory");
+    let (mut answered, mut saved) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let began = Instant::now();
+        let saving = async {
+            let request = CreateSnapshot { name: "bench".to_owned() };
+            client.create_snapshot("bench", &request).await?;
+            anyhow::Ok(began.elapsed())
+        };
+        let asking = async {
+            // Arrives after the request for the snapshot, and waits for its pause.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let asked = Instant::now();
+            ensure!(run(client, "bench", &["true"]).await?.code == 0, "true failed");
+            Ok(asked.elapsed())
+        };
+        let (saving, asking) = tokio::join!(saving, asking);
+        answered.push(asking?);
+        saved.push(saving?);
+        client.delete_snapshot("bench").await?;
+    }
+    show("request during a snapshot of 150 MB: answered", answered);
+    show("  the snapshot is on the disk", saved);
     Ok(())
 }
 

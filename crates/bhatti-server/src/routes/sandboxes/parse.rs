@@ -190,9 +190,3 @@ fn file(file: NewFile) -> Result<FileRequest, ApiError> {
     }
     Ok(FileRequest { path, content, mode })
 }
-
-/// Formats a time in seconds since 1970 as RFC 3339.
-pub(super) fn rfc3339(seconds: u64) -> Option<String> {
-    let seconds = i64::try_from(seconds).ok()?;
-    jiff::Timestamp::from_second(seconds).ok().map(|at| at.to_string())
-}

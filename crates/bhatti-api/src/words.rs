@@ -1,0 +1,77 @@
+//! The words that some fields hold, for the API's description and the clients made from it.
+//!
+//! The fields are text: an older client accepts a word that a newer daemon adds.
+
+use utoipa::ToSchema;
+
+/// State of a sandbox.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum SandboxStatus {
+    /// It is being created.
+    Creating,
+    /// It runs, or is paused or saved until it is used again.
+    Running,
+    /// It was stopped.
+    Stopped,
+    /// It was lost.
+    Failed,
+    /// It was destroyed.
+    Destroyed,
+}
+
+/// Activity of a running sandbox.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum ThermalState {
+    /// Its processors run.
+    Hot,
+    /// It is paused.
+    Warm,
+    /// It is saved, without a process on the host.
+    Cold,
+}
+
+/// How a sandbox is connected.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum NetworkName {
+    /// To its owner's sandboxes and the Internet.
+    Nat,
+    /// Not at all.
+    None,
+}
+
+/// What runs the sandboxes.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum EngineName {
+    /// QEMU's microvm.
+    Qemu,
+    /// Firecracker.
+    Firecracker,
+    /// Docker.
+    Docker,
+}
+
+/// What executes a guest's instructions.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum AcceleratorName {
+    /// The processor's virtualization.
+    Kvm,
+    /// Software emulation.
+    Tcg,
+    /// Nothing: containers share the host's kernel.
+    None,
+}
+
+/// The memory that a snapshot contains.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum SnapshotKind {
+    /// All of it.
+    Full,
+    /// The pages that differ from a base, which is kept with the snapshot.
+    Diff,
+}
