@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::{ConnectInfo, Request};
 use axum::http::HeaderValue;
 use axum::http::header::HOST;
@@ -33,7 +33,7 @@ use peers::{Asking, Peers};
 pub use socket::PeerSocket;
 use socket::{Connection, Stream};
 
-use crate::body::hold;
+use crate::body::{SMALL_BYTES, hold};
 use crate::tls::Tls;
 
 /// Maximum number of connections of one listener. Beyond it, a new connection replaces a silent
@@ -153,7 +153,11 @@ async fn converse<A: Future<Output = Result<Response, Infallible>> + Send + 'sta
         let serving = http1().serve_connection(TokioIo::new(connection), service).with_upgrades();
         return finish(serving, stopped, |serving| serving.graceful_shutdown()).await;
     };
-    let connection = timeout(HEAD_LIMIT, tls.acceptor().accept(connection)).await??;
+    let mut stopping = stopped.clone();
+    let connection = tokio::select! {
+        accepted = timeout(HEAD_LIMIT, tls.acceptor().accept(connection)) => accepted??,
+        _ = stopping.changed() => return Ok(()),
+    };
     let is_http2 = connection.get_ref().1.alpn_protocol() == Some(b"h2");
     let connection = TokioIo::new(connection);
     if is_http2 {
@@ -218,6 +222,11 @@ async fn answer(
         request.extensions_mut().insert(socket);
     }
     let response = app.call(request).await?;
+    // A small body is sent at once. If an HTTP/2 peer does not take it, the connection is silent.
+    let is_small = response.body().size_hint().upper().is_some_and(|most| most <= SMALL_BYTES);
+    if is_small {
+        return Ok(response);
+    }
     Ok(response.map(|body| hold(body, asking)))
 }
 

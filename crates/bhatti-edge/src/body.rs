@@ -8,8 +8,8 @@ use hyper::body::{Frame, SizeHint};
 
 use crate::identity::Identity;
 
-/// Size of a body that is sent at once, in bytes: it need not be watched.
-const SMALL_BYTES: u64 = 64 << 10;
+/// Size of a body that is sent at once, in bytes.
+pub(crate) const SMALL_BYTES: u64 = 64 << 10;
 
 /// Keeps `held` alive until the body has been sent, or is dropped.
 pub fn hold(body: Body, held: impl Send + 'static) -> Body {
@@ -52,8 +52,7 @@ struct KeyEnded;
 
 /// Cuts a body off, with an error, as soon as the caller's key is no longer valid.
 pub fn end_with_key(body: Body, identity: &Identity) -> Body {
-    let is_small = body.size_hint().upper().is_some_and(|most| most <= SMALL_BYTES);
-    if is_small || identity.is_lasting() {
+    if body.is_end_stream() || identity.is_lasting() {
         return body;
     }
     let identity = identity.clone();

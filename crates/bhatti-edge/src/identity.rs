@@ -246,7 +246,7 @@ mod tests {
     #[tokio::test]
     async fn expired_key_is_unknown_and_its_streams_end() {
         let text = keys::generate().unwrap();
-        let keyring = Keyring::new(&[row(1, "ci", &text, Some(now() + 1))]);
+        let keyring = Keyring::new(&[row(1, "ci", &text, Some(now() + 2))]);
         let identity = Identity::of(keyring.find(&text).unwrap());
 
         identity.ended().await;

@@ -10,18 +10,21 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{MatchedPath, Request};
+use axum::http::uri::PathAndQuery;
 use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use bhatti_api::ErrorCode;
+use bhatti_edge::Permit;
 use bhatti_store::{Repeated, StoredResponse};
 use bhatti_types::UserId;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
+use tracing::Instrument;
 
 use crate::AppState;
-use crate::status::{ApiError, has_made, repeat};
+use crate::status::{ApiError, Made, made, repeat};
 
 /// The header with the key.
 const HEADER: HeaderName = HeaderName::from_static("idempotency-key");
@@ -31,8 +34,14 @@ const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// Maximum length of a key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
 
-/// Maximum size of a response that is kept, in bytes. A fork of many sandboxes lists them all.
-const RESPONSE_BYTES_MAX: usize = 1 << 20;
+/// Maximum size of a response, in bytes, and of one that is kept. A fork of many sandboxes lists
+/// them all.
+const RESPONSE_BYTES_MAX: usize = 64 << 20;
+const KEPT_BYTES_MAX: usize = 64 << 10;
+
+/// What is kept in place of a longer response.
+const TOO_LONG: &str =
+    r#"{"note":"the request was carried out; its response was too long to keep"}"#;
 
 /// The routes that make something, all of them with `POST`.
 const ROUTES: [&str; 5] = [
@@ -81,13 +90,19 @@ pub(crate) async fn run(
     match state.store.reserve_key(owner, &key, now())? {
         Repeated::New => {
             let state = state.clone();
-            let carried_out =
-                tokio::spawn(async move { carry_out(&state, held, request, next).await });
+            // The request counts as one of the user's for as long as it is carried out.
+            let permit = request.extensions().get::<Arc<Permit>>().cloned();
+            let work = async move {
+                let response = carry_out(&state, held, request, next).await;
+                drop(permit);
+                response
+            };
+            let carried_out = tokio::spawn(work.in_current_span());
             carried_out.await.map_err(|_| ApiError::new(ErrorCode::Internal, "internal error"))?
         }
         Repeated::Reserved => Err(ApiError::new(
             ErrorCode::WrongState,
-            format!("the daemon ended while it carried out the request with the key `{key}`"),
+            format!("it is not known what the first request with the key `{key}` made"),
         )
         .hint("look whether the resource exists, and use a new key if it does not")),
         Repeated::Done(stored) => replay(request, stored).await,
@@ -112,7 +127,7 @@ fn now() -> u64 {
 }
 
 fn hasher(request: &Request) -> Sha256 {
-    let path = request.uri().path();
+    let path = request.uri().path_and_query().map_or("", PathAndQuery::as_str);
     Sha256::new_with_prefix(format!("{} {path}\n", request.method()))
 }
 
@@ -135,16 +150,22 @@ async fn carry_out(
         }))
     });
     let response = next.run(request).await;
-    if !has_made(&response) {
-        state.store.settle_key(*owner, key, None)?;
-        return Ok(response);
+    match made(&response) {
+        Made::Something => {}
+        Made::Nothing => {
+            state.store.settle_key(*owner, key, None)?;
+            return Ok(response);
+        }
+        // The key stays reserved: a repeated request might make the thing twice.
+        Made::Unknown => return Ok(response),
     }
     let status = response.status().as_u16();
     let (parts, body) = response.into_parts();
     let body = to_bytes(body, RESPONSE_BYTES_MAX).await;
     let body = body.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     let request_hash = hash.lock().clone().finalize().into();
-    let stored = StoredResponse { request_hash, status, body: body.to_vec() };
+    let kept = if body.len() > KEPT_BYTES_MAX { TOO_LONG.as_bytes() } else { &body };
+    let stored = StoredResponse { request_hash, status, body: kept.to_vec() };
     state.store.settle_key(*owner, key, Some(&stored))?;
     Ok(Response::from_parts(parts, Body::from(body)))
 }

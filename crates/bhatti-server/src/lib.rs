@@ -92,6 +92,8 @@ pub struct Inner {
     /// Becomes true when the daemon stops. Streams without an end of their own then end.
     pub stopping: watch::Receiver<bool>,
     pub(crate) keyring: Keyring,
+    /// Held while keys are changed in the store and in the keyring, so that both agree.
+    pub(crate) changing_keys: Mutex<()>,
     pub(crate) tickets: Tickets,
     pub(crate) rates: Rates,
     pub(crate) shells: Shells,
@@ -151,6 +153,7 @@ impl AppState {
             metrics,
             stopping,
             keyring,
+            changing_keys: Mutex::default(),
             tickets: Tickets::default(),
             rates: Rates::default(),
             shells: Shells::default(),
@@ -173,9 +176,7 @@ impl AppState {
     pub(crate) async fn ended(&self, identity: &Identity) -> ApiError {
         tokio::select! {
             () = self.stopped() => ApiError::stopping(),
-            () = identity.ended() => {
-                ApiError::new(ErrorCode::Unauthorized, "the API key is no longer valid")
-            }
+            () = identity.ended() => ended_key(),
         }
     }
 
@@ -184,6 +185,10 @@ impl AppState {
         // If the sender is gone, the daemon is stopping, too.
         drop(self.stopping.clone().wait_for(|stopping| *stopping).await.map(|_| ()));
     }
+}
+
+fn ended_key() -> ApiError {
+    ApiError::new(ErrorCode::Unauthorized, "the API key is no longer valid")
 }
 
 impl std::ops::Deref for AppState {
@@ -252,7 +257,10 @@ async fn pass(
         let response = match admitted {
             Ok(request) => {
                 let permit = request.extensions().get::<Arc<Permit>>().cloned();
-                let ran = idempotency::run(&state, identity.user(), request, next).await;
+                let ran = tokio::select! {
+                    ran = idempotency::run(&state, identity.user(), request, next) => ran,
+                    () = identity.ended() => Err(ended_key()),
+                };
                 let response = ran.unwrap_or_else(IntoResponse::into_response);
                 response.map(|body| hold(end_with_key(body, &identity), permit))
             }

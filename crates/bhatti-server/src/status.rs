@@ -157,9 +157,25 @@ pub(crate) const fn not_modified() -> StatusCode {
     StatusCode::NOT_MODIFIED
 }
 
-/// Returns whether a response says that something was made, or that a job was started.
-pub(crate) fn has_made(response: &Response) -> bool {
-    matches!(response.status(), StatusCode::CREATED | StatusCode::ACCEPTED)
+/// What a request has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Made {
+    /// A resource, or a job.
+    Something,
+    /// Nothing.
+    Nothing,
+    /// The request failed in between.
+    Unknown,
+}
+
+/// Returns what a request has made, according to its response.
+pub(crate) fn made(response: &Response) -> Made {
+    match response.status() {
+        StatusCode::CREATED | StatusCode::ACCEPTED => Made::Something,
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::INSUFFICIENT_STORAGE => Made::Nothing,
+        status if status.is_server_error() => Made::Unknown,
+        _ => Made::Nothing,
+    }
 }
 
 /// Returns a JSON response that was given before.

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io;
 
 use bhatti_api::ErrorCode;
-use bhatti_client::ClientError;
+use bhatti_client::{ClientError, ConnectError};
 use bhatti_types::Report;
 
 /// Exit code of a command that failed.
@@ -92,6 +92,9 @@ impl From<ClientError> for CliError {
                 };
                 Self { hint: body.hint, code: Some(body.code), exit, ..ours }
             }
+            ClientError::Connect(ConnectError::Tls { .. }) => ours.hint(
+                "the certificate must be for this name, and from an authority that this machine trusts: SSL_CERT_FILE names a file with further ones",
+            ),
             ClientError::Connect(_) => {
                 ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url")
             }

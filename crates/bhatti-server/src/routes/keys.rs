@@ -111,6 +111,7 @@ fn create_for(state: &AppState, owner: UserId, request: CreateKey) -> Result<Res
         KeyScope::Read => bhatti_types::KeyScope::Read,
     };
     let api_key = generate_key()?;
+    let _changing = state.changing_keys.lock();
     let row = state.store.insert_key(owner, name, hash_key(&api_key), scope, expires_at)?;
     state.keyring.insert(&row);
     state.control.record("key.created", owner, None, json!({ "key": row.name }));
@@ -118,6 +119,7 @@ fn create_for(state: &AppState, owner: UserId, request: CreateKey) -> Result<Res
 }
 
 fn delete_of(state: &AppState, owner: UserId, name: &str) -> Result<Json<Deleted>, ApiError> {
+    let _changing = state.changing_keys.lock();
     state.store.delete_key(owner, name).map_err(|error| match error {
         StoreError::NoSuchRow => {
             ApiError::new(ErrorCode::NotFound, format!("key `{name}` not found"))

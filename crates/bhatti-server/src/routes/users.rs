@@ -55,6 +55,7 @@ pub(crate) async fn create(
     };
     let api_key = generate_key()?;
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
+    let _changing = state.changing_keys.lock();
     let (row, key) = state.store.insert_user(name, id, &hash_key(&api_key), quota)?;
     state.keyring.insert(&key);
     state.control.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
@@ -115,13 +116,14 @@ pub(crate) async fn delete(
 ) -> Result<Json<Deleted>, ApiError> {
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
+    let _changing = state.changing_keys.lock();
     state.store.delete_user(row.id)?;
     state.keyring.revoke_all(row.id);
     state.control.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-/// Replaces a user's API key `default`. The old key becomes invalid. Admin only.
+/// Replaces all API keys of a user by a new one. The old keys become invalid. Admin only.
 #[utoipa::path(post, path = "/users/{user}/rotate-key", tag = "users", params(("user" = String, Path, description = "Name of the user")),
     responses((status = 200, body = CreatedUser), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn rotate_key(
@@ -132,9 +134,10 @@ pub(crate) async fn rotate_key(
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
     let api_key = generate_key()?;
-    let key = state.store.replace_key(row.id, DEFAULT_KEY, hash_key(&api_key))?;
-    // Streams that were opened with the old key end.
-    state.keyring.revoke(row.id, DEFAULT_KEY);
+    let _changing = state.changing_keys.lock();
+    let key = state.store.replace_keys(row.id, DEFAULT_KEY, hash_key(&api_key))?;
+    // Streams that were opened with the old keys end.
+    state.keyring.revoke_all(row.id);
     state.keyring.insert(&key);
     state.control.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(with_key(row, api_key)))

@@ -85,12 +85,12 @@ impl Store {
         Ok(row)
     }
 
-    /// Gives a user a new key in place of the key `name`, with the scope `full` and no end.
+    /// Gives a user the new key `name` in place of all others, with the scope `full` and no end.
     ///
     /// # Errors
     ///
-    /// Returns an error if the store fails. The earlier key stays valid then.
-    pub fn replace_key(
+    /// Returns an error if the store fails. The earlier keys stay valid then.
+    pub fn replace_keys(
         &self,
         owner: UserId,
         name: &str,
@@ -107,7 +107,9 @@ impl Store {
         };
         self.work(|connection| {
             let transaction = immediate(connection)?;
-            delete(&transaction, owner, name)?;
+            transaction
+                .prepare_cached("DELETE FROM api_keys WHERE owner = ?1")?
+                .execute([owner.to_string()])?;
             insert(&transaction, &row)?;
             Ok::<_, StoreError>(transaction.commit()?)
         })?;
@@ -211,9 +213,10 @@ mod tests {
         let found = store.list_keys().unwrap().into_iter().find(|key| key.name == "ci").unwrap();
         assert_eq!(found, KeyRow { last_used_at: Some(9), ..row });
 
-        store.replace_key(alice, "default", [4; 32]).unwrap();
         store.delete_key(alice, "ci").unwrap();
         assert!(matches!(store.delete_key(alice, "ci"), Err(StoreError::NoSuchRow)));
+        store.insert_key(alice, ci(), [3; 32], KeyScope::Full, None).unwrap();
+        store.replace_keys(alice, "default", [4; 32]).unwrap();
         let left = store.list_keys().unwrap();
         assert_eq!((left.len(), left[0].hash), (1, [4; 32]));
 
