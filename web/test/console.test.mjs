@@ -30,7 +30,7 @@ before(async () => {
     let said = "";
     const read = (chunk) => {
       said += chunk;
-      const found = said.match(/for callers with an API key address=(\S+)/);
+      const found = said.match(/for callers with an API key .*address=(\S+)/);
       if (found && said.includes("Daemon ready")) resolve(found[1]);
     };
     daemon.stdout.on("data", read);
