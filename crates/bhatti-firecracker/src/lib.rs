@@ -43,7 +43,7 @@ use bhatti_types::SandboxId;
 use bhatti_vmm::cgroup::{self, Groups};
 use bhatti_vmm::{
     Connections, Launch, Machine, Manifest, Origin, ProcessEngine, Running, Saved, Unfinished,
-    VmState, Vmm, VsockChannel, vm_name,
+    VmState, Vmm, VsockChannel, on_thread, vm_name,
 };
 use serde_json::json;
 
@@ -205,7 +205,7 @@ impl Vmm for Firecracker {
         disk: &str,
     ) -> Result<(), SnapshotError> {
         let (from, to) = (vm.directory().join(disk), draft.join(disk));
-        save::on_thread("copy the disk", move || disk::copy(&from, &to)).await
+        on_thread("copy the disk", move || disk::copy(&from, &to)).await
     }
 
     fn settle_memory(&self, saved: &mut Saved, unfinished: &Unfinished<'_>) -> io::Result<()> {

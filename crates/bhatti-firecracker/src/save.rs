@@ -12,11 +12,10 @@ use std::time::Duration;
 
 use bhatti_engine::{Disks, MemoryKind, SnapshotError, SnapshotRequest};
 use bhatti_vmm::{
-    Machine, PAGES, Record, Running, Saved, SavedMemory, Unfinished, Vmm, new_name,
+    Machine, PAGES, Record, Running, Saved, SavedMemory, Unfinished, Vmm, new_name, on_thread,
     remove_other_memory, share,
 };
 use serde_json::{Value, json};
-use tokio::task::spawn_blocking;
 
 use crate::{Firecracker, jail, memory};
 
@@ -25,15 +24,6 @@ const SPARSE: &str = "memory.sparse";
 
 /// How long Firecracker may take to write the memory.
 const SAVE_LIMIT: Duration = Duration::from_secs(600);
-
-/// Does work that blocks, on a thread of its own.
-pub(crate) async fn on_thread<T: Send + 'static>(
-    step: &'static str,
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> Result<T, SnapshotError> {
-    let done = spawn_blocking(work).await.map_err(io::Error::other).and_then(|done| done);
-    done.map_err(|source| SnapshotError::File { step, source })
-}
 
 /// See [`Vmm::save`]. [`settle_memory`] completes the result.
 pub(crate) async fn save(

@@ -11,9 +11,9 @@ use bhatti_host::durable;
 use bhatti_host::memory::MappedFile;
 use bhatti_vmm::{
     Machine, PAGES, Record, Running, STATE_BYTES_MAX, Saved, SavedMemory, Vmm, memory_name,
+    on_thread,
 };
 use serde_json::json;
-use tokio::task::spawn_blocking;
 
 use crate::Qemu;
 use crate::command_line::ROOT_DRIVE;
@@ -26,15 +26,6 @@ const SAVE_LIMIT: Duration = Duration::from_secs(60);
 /// keeping its base: the snapshot is full instead.
 const FULL_WORTH: u64 = 2;
 const SMALL_DIFF_BYTES: u64 = 64 << 20;
-
-/// Does work that blocks, on a thread of its own.
-async fn on_thread<T: Send + 'static>(
-    step: &'static str,
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> Result<T, SnapshotError> {
-    let done = spawn_blocking(work).await.map_err(io::Error::other).and_then(|done| done);
-    done.map_err(|source| SnapshotError::File { step, source })
-}
 
 /// Makes QEMU write the devices' state to a file in its own directory, the only place where it
 /// may write, and copies the file to `devices`.

@@ -90,9 +90,21 @@ impl Drop for Draft {
 /// Returns an error if a file cannot be copied.
 pub(crate) async fn copy_files(copies: &[FileCopy], draft: &Path) -> Result<(), SnapshotError> {
     let (copies, draft) = (copies.to_vec(), draft.to_owned());
-    let copied = spawn_blocking(move || {
+    on_thread("copy a volume", move || {
         copies.iter().try_for_each(|copy| disk::copy(&copy.from, &draft.join(&copy.name)))
-    });
-    let failed = |source| SnapshotError::File { step: "copy a volume", source };
-    copied.await.map_err(io::Error::other).and_then(|copied| copied).map_err(failed)
+    })
+    .await
+}
+
+/// Does the `step` of a snapshot that waits for a disk, on a thread for blocking work.
+///
+/// # Errors
+///
+/// Returns the error of the work, with the step.
+pub async fn on_thread<T: Send + 'static>(
+    step: &'static str,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, SnapshotError> {
+    let done = spawn_blocking(work).await.map_err(io::Error::other).and_then(|done| done);
+    done.map_err(|source| SnapshotError::File { step, source })
 }

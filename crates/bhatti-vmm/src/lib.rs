@@ -25,6 +25,7 @@ mod vmm;
 mod vsock;
 
 pub use console::Console;
+pub use draft::on_thread;
 pub use engine::ProcessEngine;
 pub use files::{
     STATE_BYTES_MAX, create_private, memory_name, new_name, remove_other_memory, share,

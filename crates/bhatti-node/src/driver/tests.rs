@@ -86,6 +86,31 @@ async fn sandbox_is_still_kept_hot_after_its_driver_panicked() {
 }
 
 #[tokio::test]
+async fn merge_is_given_up_for_an_urgent_request_and_not_for_a_use() {
+    let place = Place::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::No);
+    let node = Arc::new(place.recover().await);
+    let merge = || {
+        let (node, before) = (Arc::clone(&node), place.vms.merges());
+        (tokio::spawn(async move { node.merge_disk(id).await }), before)
+    };
+    let (first, before) = merge();
+    wait_for("the merge begins", || place.vms.merges() > before).await;
+
+    drop(node.enter(id).await.unwrap());
+    assert!(!first.is_finished(), "a use goes on beside the merge");
+    // The second merge waits for its turn, and ends the first.
+    let (second, before) = merge();
+    assert!(!first.await.unwrap().unwrap(), "layers were merged");
+    wait_for("the second merge begins", || place.vms.merges() > before).await;
+
+    node.destroy(id, UserId::ADMIN).await.unwrap();
+
+    assert!(second.await.unwrap().is_ok_and(|merged| !merged));
+    assert_eq!(place.store.get_sandbox(id).unwrap(), None);
+}
+
+#[tokio::test]
 async fn vm_that_cannot_be_adopted_is_ended() {
     let place = Place::new();
     let id = place.leave(1, RUNNING, Found::Broken, Saved::No);
