@@ -117,8 +117,8 @@ impl Endpoint {
         }
     }
 
-    /// Whether nobody on the network can read what is sent: it is encrypted, or does not leave
-    /// this machine.
+    /// Whether the connection is private: it is encrypted, or does not leave this machine. On any
+    /// other, other machines of the network may read the key.
     #[must_use]
     pub fn is_private(&self) -> bool {
         match self {

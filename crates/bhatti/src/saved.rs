@@ -103,9 +103,17 @@ pub(crate) fn contexts() -> Result<(BTreeMap<String, SavedContext>, Option<Strin
     Ok((saved.contexts, current))
 }
 
-/// Saves a context, and makes it the current one. Returns the file.
+/// Saves a context, and makes it the current one. Returns the file. A context of that name must
+/// have the same URL: its key may be shown nowhere else.
 pub(crate) fn add(name: &str, context: SavedContext) -> Result<PathBuf, CliError> {
     change(|saved| {
+        if let Some(before) = saved.contexts.get(name)
+            && before.url != context.url
+        {
+            return Err(CliError::new(format!("context `{name}` is {}", before.url)).hint(
+                "choose another name with --name, or delete it: bhatti context delete NAME",
+            ));
+        }
         saved.contexts.insert(name.to_owned(), context);
         saved.current_context = Some(name.to_owned());
         Ok(())
@@ -168,12 +176,7 @@ fn change(act: impl FnOnce(&mut Saved) -> Result<(), CliError>) -> Result<PathBu
     act(&mut saved)?;
     let failed = |error| CliError::new(format!("failed to save `{}`: {error}", path.display()));
     save_in(&path, &saved).map_err(failed)?;
-    // Check that the saved values are read back.
-    if read(&path)? == saved {
-        return Ok(path);
-    }
-    Err(CliError::new(format!("`{}` has contexts that cannot be read back", path.display()))
-        .hint("remove its lines that begin with `contexts` or `current_context`"))
+    Ok(path)
 }
 
 fn save_in(path: &Path, saved: &Saved) -> io::Result<()> {
@@ -186,9 +189,7 @@ fn save_in(path: &Path, saved: &Saved) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         text => text.unwrap_or_default(),
     };
-    let is_ours = |line: &&str| OURS.iter().any(|key| is_key(line, key));
-    let mut text: String =
-        before.lines().filter(|line| !is_ours(line)).map(|line| format!("{line}\n")).collect();
+    let mut text = without_ours(&before);
     // JSON is valid YAML, too.
     if let Some(current) = &saved.current_context {
         text += &format!("current_context: {}\n", serde_json::to_string(current)?);
@@ -196,8 +197,30 @@ fn save_in(path: &Path, saved: &Saved) -> io::Result<()> {
     if !saved.contexts.is_empty() {
         text += &format!("contexts: {}\n", serde_json::to_string(&saved.contexts)?);
     }
+    // A file that cannot be read back must not replace one that can.
+    let read_back: Saved = serde_saphyr::from_str(&text).map_err(io::Error::other)?;
+    if read_back.settle() != *saved {
+        return Err(io::Error::other(
+            "its contexts could not be read back; remove the lines that begin with `contexts` or `current_context`",
+        ));
+    }
     bhatti_host::durable::write_private(path, text.as_bytes())?;
     give_to_owner_of_parent(path)
+}
+
+/// Returns the text without our keys and their values, which may go on in indented lines.
+fn without_ours(text: &str) -> String {
+    let mut is_in_ours = false;
+    let mut rest = String::new();
+    for line in text.lines() {
+        let continues = is_in_ours && (line.starts_with([' ', '\t']) || line.is_empty());
+        is_in_ours = continues || OURS.iter().any(|key| is_key(line, key));
+        if !is_in_ours {
+            rest += line;
+            rest.push('\n');
+        }
+    }
+    rest
 }
 
 fn is_key(line: &str, key: &str) -> bool {
@@ -242,6 +265,22 @@ mod tests {
         assert!(text.starts_with("# mine\nother: [1, 2]\n"), "{text}");
         assert_eq!((text.matches("contexts:").count(), text.matches("api_url").count()), (1, 0));
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn contexts_that_were_written_by_hand_are_replaced_whole() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("config.yaml");
+        let by_hand = "contexts:\n  box:\n    url: http://box\n\n    key: k\nother:\n  - 1\n";
+        fs::write(&path, by_hand).unwrap();
+        let mut saved = read(&path).unwrap();
+        assert_eq!(saved.contexts["box"].key, "k");
+
+        saved.current_context = Some("box".to_owned());
+        save_in(&path, &saved).unwrap();
+
+        assert_eq!(read(&path).unwrap(), saved);
+        assert!(fs::read_to_string(&path).unwrap().starts_with("other:\n  - 1\n"));
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub(crate) struct Login {
     /// URL of the daemon, https://HOST:PORT
     #[arg(value_name = "URL")]
     address: String,
-    /// Name of the context [default: the URL's host]
+    /// Name of the context [default: the URL's host, and its port if it is not the usual one]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Send the key over plain HTTP to another machine, where others may read it
@@ -73,17 +73,28 @@ pub(crate) async fn login(context: &Context, arguments: Login) -> Result<(), Cli
         ))
         .hint("use https://, or --insecure on a network that you trust"));
     }
-    let name = name.unwrap_or_else(|| host.clone());
-    if name == LOCAL {
-        return Err(CliError::new("`local` is the daemon on this machine")
-            .hint("choose another name with --name"));
-    }
+    let name = name.unwrap_or_else(|| usual_name(&url));
+    check_name(&name)?;
     let key = hidden::read("API key")?;
     if key.trim().is_empty() {
         return Err(CliError::new("the API key is empty")
             .hint("pass it in: bhatti login URL < FILE; `bhatti user create` prints a key"));
     }
     remember(context, &name, &url, key.trim()).await
+}
+
+/// Returns the name of a context for a daemon: the URL's host and port.
+pub(super) fn usual_name(url: &str) -> String {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or(rest).to_owned()
+}
+
+fn check_name(name: &str) -> Result<(), CliError> {
+    if name != LOCAL {
+        return Ok(());
+    }
+    Err(CliError::new("`local` is the daemon on this machine")
+        .hint("choose another name with --name"))
 }
 
 /// Saves a daemon's URL and key after the daemon has accepted the key, and calls it from now on.
@@ -93,6 +104,7 @@ pub(super) async fn remember(
     url: &str,
     key: &str,
 ) -> Result<(), CliError> {
+    check_name(name)?;
     let client = Client::http(url, key).map_err(|error| CliError::of(&error))?;
     let sandboxes = client.list().await.map_err(|error| {
         let refused =

@@ -50,8 +50,7 @@ pub(crate) async fn run(
 ) -> Result<(), CliError> {
     match (&global.url, &global.token) {
         (Some(url), Some(token)) => {
-            let host = url.split("://").last().unwrap_or(url).trim_end_matches('/');
-            login::remember(context, host, url, token).await
+            login::remember(context, &login::usual_name(url), url, token).await
         }
         (Some(_), None) => Err(CliError::new("--url needs an API key")
             .hint("use `bhatti login URL`, which asks for the key")),
