@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, HttpBody};
+use axum::body::Body;
 use axum::extract::{ConnectInfo, Request};
 use axum::http::HeaderValue;
 use axum::http::header::HOST;
@@ -33,7 +33,7 @@ use peers::{Asking, Peers};
 pub use socket::PeerSocket;
 use socket::{Connection, Stream};
 
-use crate::body::{SMALL_BYTES, hold};
+use crate::body::hold;
 use crate::tls::Tls;
 
 /// Maximum number of connections of one listener. Beyond it, a new connection replaces a silent
@@ -42,6 +42,10 @@ const CONNECTIONS_MAX: usize = 8192;
 
 /// Time limit for the head of a request, and for a connection on which the peer sends no request.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
+
+/// Time limit for a connection without a request in flight, whatever else its peer sends. Somewhat
+/// longer than the others, which end a connection in order.
+const SILENCE_LIMIT: Duration = Duration::from_secs(90);
 
 /// Maximum length of a request's head, in bytes, and of one read from a connection.
 const HEAD_BYTES_MAX: usize = 64 << 10;
@@ -124,11 +128,15 @@ pub async fn serve(
         let Some(place) = peers.enter(peer.address.map(|address| address.ip())) else { continue };
         let (app, tls, stopped) = (app.clone(), tls.clone(), stopping.subscribe());
         let asking = Arc::clone(&place);
-        let answer = move |request| answer(app.clone(), request, peer.clone(), asking.ask());
+        let answer = move |request: hyper::Request<Incoming>| {
+            answer(app.clone(), request.map(Body::new), peer.clone(), asking.ask())
+        };
         tokio::spawn(async move {
             let ended = tokio::select! {
                 ended = converse(connection, tls, answer, stopped) => ended,
                 () = place.closed.notified() => return,
+                // Without TLS and with HTTP/1.1, hyper has limits of its own.
+                () = place.long_silent(SILENCE_LIMIT) => return,
             };
             if let Err(error) = ended {
                 debug!(%error, "Connection failed");
@@ -201,13 +209,17 @@ async fn finish<C: Future<Output = hyper::Result<()>>>(
     Ok(serving.await?)
 }
 
+/// Marks the response to a request that holds a permit, or counts against another limit of its
+/// user or sandbox. Its connection is in use until the response has been sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Admitted;
+
 async fn answer(
     mut app: Router,
-    request: hyper::Request<Incoming>,
+    mut request: Request,
     peer: Peer,
     asking: Asking,
 ) -> Result<Response, Infallible> {
-    let mut request: Request = request.map(Body::new);
     if let (None, Some(authority)) = (request.headers().get(HOST), request.uri().authority()) {
         // HTTP/2 names the host in the URI.
         let host = HeaderValue::from_str(authority.as_str());
@@ -222,9 +234,8 @@ async fn answer(
         request.extensions_mut().insert(socket);
     }
     let response = app.call(request).await?;
-    // A small body is sent at once. If an HTTP/2 peer does not take it, the connection is silent.
-    let is_small = response.body().size_hint().upper().is_some_and(|most| most <= SMALL_BYTES);
-    if is_small {
+    if response.extensions().get::<Admitted>().is_none() {
+        // No permit limits how many such responses a peer does not read, so its connection is silent.
         return Ok(response);
     }
     Ok(response.map(|body| hold(body, asking)))
@@ -325,23 +336,28 @@ mod tests {
         }
     }
 
-    /// Connects with TLS to a server of `app`. Returns the connection and the chosen protocol.
-    async fn connect_with_tls(
-        app: Router,
-        protocols: &[&[u8]],
-    ) -> (tokio_rustls::client::TlsStream<DuplexStream>, Option<Vec<u8>>) {
+    /// Returns a server's TLS for `localhost`, and its certificate.
+    fn tls() -> (Arc<Tls>, rustls::pki_types::CertificateDer<'static>) {
         let directory = tempfile::tempdir().unwrap();
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let path = |name: &str| directory.path().join(name);
         std::fs::write(path("cert"), made.cert.pem()).unwrap();
         std::fs::write(path("key"), made.signing_key.serialize_pem()).unwrap();
-        let tls = Tls::from_files(path("cert"), path("key")).unwrap();
+        (Tls::from_files(path("cert"), path("key")).unwrap(), made.cert.der().clone())
+    }
+
+    /// Connects with TLS to a server of `app`. Returns the connection and the chosen protocol.
+    async fn connect_with_tls(
+        app: Router,
+        protocols: &[&[u8]],
+    ) -> (tokio_rustls::client::TlsStream<DuplexStream>, Option<Vec<u8>>) {
+        let (tls, certificate) = tls();
         let (ours, theirs) = duplex(64 << 10);
         let source = One(Mutex::new(Some(theirs)));
         tokio::spawn(serve(source, app, Some(tls), std::future::pending()));
 
         let mut roots = rustls::RootCertStore::empty();
-        roots.add(made.cert.der().clone()).unwrap();
+        roots.add(certificate).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = rustls::ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -395,12 +411,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn peer_that_does_not_speak_tls_is_closed() {
-        let directory = tempfile::tempdir().unwrap();
-        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let path = |name: &str| directory.path().join(name);
-        std::fs::write(path("cert"), made.cert.pem()).unwrap();
-        std::fs::write(path("key"), made.signing_key.serialize_pem()).unwrap();
-        let tls = Tls::from_files(path("cert"), path("key")).unwrap();
+        let (tls, _) = tls();
         for begin in ["", "GET / HTTP/1.1\r\n\r\n"] {
             let (mut ours, theirs) = duplex(1024);
             let source = One(Mutex::new(Some(theirs)));
@@ -409,6 +420,52 @@ mod tests {
             ours.write_all(begin.as_bytes()).await.unwrap();
             let ended = timeout(2 * HEAD_LIMIT, ours.read_to_end(&mut Vec::new())).await;
             assert!(ended.is_ok(), "the connection is still open after {begin:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn http2_peer_without_a_request_is_closed() {
+        for is_mute in [true, false] {
+            let (stream, _) = connect_with_tls(Router::new(), &[b"h2"]).await;
+            let closed: Pin<Box<dyn Future<Output = ()>>> = if is_mute {
+                // Not even the preface of HTTP/2.
+                let mut stream = stream;
+                Box::pin(async move { drop(stream.read_to_end(&mut Vec::new()).await) })
+            } else {
+                let handshake = hyper::client::conn::http2::handshake(
+                    TokioExecutor::new(),
+                    TokioIo::new(stream),
+                );
+                let (sender, connection): (
+                    hyper::client::conn::http2::SendRequest<Body>,
+                    hyper::client::conn::http2::Connection<_, _, _>,
+                ) = handshake.await.unwrap();
+                // Answers the server's pings for as long as the connection is open.
+                Box::pin(async move {
+                    drop(connection.await);
+                    drop(sender);
+                })
+            };
+            let ended = timeout(3 * SILENCE_LIMIT, closed).await;
+            assert!(ended.is_ok(), "the connection is still open; mute: {is_mute}");
+        }
+    }
+
+    #[tokio::test]
+    async fn response_without_a_permit_that_is_not_read_leaves_the_connection_silent() {
+        let admitted = || async { (axum::Extension(Admitted), "answered") };
+        let app = Router::new()
+            .route("/stranger", axum::routing::get(|| async { "refused" }))
+            .route("/user", axum::routing::get(admitted));
+        for (path, is_silent) in [("/stranger", true), ("/user", false)] {
+            let peers = Peers::new(1);
+            let place = peers.enter(None).unwrap();
+            let request = Request::get(path).body(Body::empty()).unwrap();
+
+            let unread = answer(app.clone(), request, Peer::default(), place.ask()).await.unwrap();
+
+            assert_eq!(peers.enter(None).is_some(), is_silent, "{path}");
+            drop(unread);
         }
     }
 }

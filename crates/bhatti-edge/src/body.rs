@@ -9,7 +9,7 @@ use hyper::body::{Frame, SizeHint};
 use crate::identity::Identity;
 
 /// Size of a body that is sent at once, in bytes.
-pub(crate) const SMALL_BYTES: u64 = 64 << 10;
+const SMALL_BYTES: u64 = 64 << 10;
 
 /// Keeps `held` alive until the body has been sent, or is dropped.
 pub fn hold(body: Body, held: impl Send + 'static) -> Body {
@@ -50,8 +50,16 @@ impl<T: Send + 'static> HttpBody for Held<T> {
 #[error("the API key is no longer valid")]
 struct KeyEnded;
 
-/// Cuts a body off, with an error, as soon as the caller's key is no longer valid.
+/// Cuts the body of a response off, with an error, as soon as the caller's key is no longer valid.
+/// A small body is made already, and is sent: a caller that deletes its own key learns the outcome.
 pub fn end_with_key(body: Body, identity: &Identity) -> Body {
+    let is_small = body.size_hint().upper().is_some_and(|most| most <= SMALL_BYTES);
+    if is_small { body } else { end_input_with_key(body, identity) }
+}
+
+/// Cuts the body of a request off as soon as the caller's key is no longer valid, however small the
+/// body is: it may be on its way for long.
+pub fn end_input_with_key(body: Body, identity: &Identity) -> Body {
     if body.is_end_stream() || identity.is_lasting() {
         return body;
     }

@@ -1,8 +1,8 @@
 //! Who a caller is, and for how long.
 //!
 //! All keys are in memory, so a request needs no query of the store, and a stranger's key costs
-//! only a hash. Validity is a level, not an event: whoever asks after a key has ended learns so,
-//! however late they ask.
+//! only a hash. Validity is a level, not an event: a stream that asks after its key has ended
+//! learns that the key has ended.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -132,6 +132,12 @@ impl Identity {
         self.key.as_ref().map_or(KeyScope::Full, |key| key.scope)
     }
 
+    /// Returns when the caller's key expires, in seconds since 1970.
+    #[must_use]
+    pub fn expires_at(&self) -> Option<u64> {
+        self.key.as_ref()?.expires_at
+    }
+
     /// Whether the caller is known for as long as the connection lasts.
     #[must_use]
     pub const fn is_lasting(&self) -> bool {
@@ -173,9 +179,11 @@ impl Keyring {
         key.is_valid().then_some(key)
     }
 
-    /// Adds a key that was stored.
+    /// Adds a key that was stored. Forgets keys that have expired.
     pub fn insert(&self, row: &KeyRow) {
-        self.0.write().insert(row.hash, Key::of(row));
+        let mut keys = self.0.write();
+        keys.retain(|_, key| key.is_valid());
+        keys.insert(row.hash, Key::of(row));
     }
 
     /// Ends a key that was deleted from the store, with everything that it opened. Returns whether
@@ -236,7 +244,7 @@ mod tests {
 
         assert!(keyring.revoke(alice.user(), "default"));
 
-        // Nobody waited for the end when it happened.
+        // No task waited for the end when it happened.
         alice.ended().await;
         assert!(!alice.is_valid() && keyring.find(&hers).is_none());
         assert!(bob.is_valid() && keyring.find(&his).is_some());

@@ -7,8 +7,8 @@
 //!              └► handler ─► a body that ends with its key
 //! ```
 //!
-//! Three properties hold here for all APIs: nobody holds more connections or requests than their
-//! share, nothing outlives its key, and nothing is kept for a peer that is gone.
+//! Three properties hold here for all APIs: no user or peer holds more connections or requests than
+//! its share, no stream outlives its key, and the daemon keeps nothing for a peer that is gone.
 
 mod accept;
 mod body;
@@ -19,8 +19,8 @@ mod permits;
 mod tickets;
 mod tls;
 
-pub use accept::{Peer, PeerSocket, Source, serve};
-pub use body::{end_with_key, hold};
+pub use accept::{Admitted, Peer, PeerSocket, Source, serve};
+pub use body::{end_input_with_key, end_with_key, hold};
 pub use drain::{OF_STRANGERS_BYTES, drain};
 pub use identity::{Identity, Key, Keyring};
 pub use keys::{PREFIX as KEY_PREFIX, generate as generate_key, hash as hash_key, random_hex};

@@ -20,10 +20,13 @@ use bhatti_store::{Repeated, StoredResponse};
 use bhatti_types::UserId;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tracing::Instrument;
+use utoipa::IntoParams;
 
 use crate::AppState;
+use crate::json::BODY_BYTES_MAX;
 use crate::status::{ApiError, Made, made, repeat};
 
 /// The header with the key.
@@ -43,14 +46,28 @@ const KEPT_BYTES_MAX: usize = 64 << 10;
 const TOO_LONG: &str =
     r#"{"note":"the request was carried out; its response was too long to keep"}"#;
 
+/// The route that starts jobs, and runs other commands.
+const EXEC: &str = "/sandboxes/{sandbox}/exec";
+
 /// The routes that make something, all of them with `POST`.
 const ROUTES: [&str; 5] = [
     "/sandboxes",
     "/sandboxes/{sandbox}/fork",
     "/sandboxes/{sandbox}/checkpoint",
-    "/sandboxes/{sandbox}/exec",
+    EXEC,
     "/snapshots/{snapshot}/resume",
 ];
+
+/// The header in the API's description.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "the header is read where the request is admitted")]
+pub(crate) struct IdempotencyKey {
+    /// If a request that makes something (a job, too) is repeated with this key, it is not carried
+    /// out again, and gets the first response, for a day.
+    #[param(rename = "Idempotency-Key")]
+    key: Option<String>,
+}
 
 /// The keys whose requests are being carried out.
 #[derive(Default)]
@@ -83,6 +100,10 @@ pub(crate) async fn run(
     next: Next,
 ) -> Result<Response, ApiError> {
     let Some(key) = key_of(&request)? else { return Ok(next.run(request).await) };
+    let (request, makes) = makes_something(request).await?;
+    if !makes {
+        return Ok(next.run(request).await);
+    }
     let held = state.in_flight.hold((owner, key.clone())).ok_or_else(|| {
         let message = format!("a request with the idempotency key `{key}` is in progress");
         ApiError::new(ErrorCode::RequestInProgress, message).retry_after(Duration::from_secs(1))
@@ -120,6 +141,26 @@ fn key_of(request: &Request) -> Result<Option<String>, ApiError> {
         return Err(ApiError::new(ErrorCode::BadRequest, message));
     }
     Ok(Some(text.to_owned()))
+}
+
+/// Returns whether a request makes something that stays: a command makes nothing unless it is a
+/// job. The body of a command is read for this.
+async fn makes_something(request: Request) -> Result<(Request, bool), ApiError> {
+    #[derive(Deserialize)]
+    struct Command {
+        #[serde(default)]
+        detach: bool,
+    }
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    if route != Some(EXEC) {
+        return Ok((request, true));
+    }
+    let (parts, body) = request.into_parts();
+    let body = to_bytes(body, BODY_BYTES_MAX).await;
+    let body = body.map_err(|error| ApiError::bad_request(&error))?;
+    // The handler refuses a malformed body.
+    let is_job = serde_json::from_slice(&body).is_ok_and(|Command { detach }| detach);
+    Ok((Request::from_parts(parts, Body::from(body)), is_job))
 }
 
 fn now() -> u64 {
@@ -164,10 +205,14 @@ async fn carry_out(
     let body = to_bytes(body, RESPONSE_BYTES_MAX).await;
     let body = body.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     let request_hash = hash.lock().clone().finalize().into();
-    let kept = if body.len() > KEPT_BYTES_MAX { TOO_LONG.as_bytes() } else { &body };
-    let stored = StoredResponse { request_hash, status, body: kept.to_vec() };
+    let stored = StoredResponse { request_hash, status, body: kept(&body) };
     state.store.settle_key(*owner, key, Some(&stored))?;
     Ok(Response::from_parts(parts, Body::from(body)))
+}
+
+/// Returns what is kept of a response.
+fn kept(body: &[u8]) -> Vec<u8> {
+    if body.len() > KEPT_BYTES_MAX { TOO_LONG.into() } else { body.to_vec() }
 }
 
 /// Returns the response to the first request, if this one is the same.
@@ -188,4 +233,18 @@ async fn replay(request: Request, stored: StoredResponse) -> Result<Response, Ap
     let mut response = repeat(stored.status, stored.body);
     response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
     Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_response_is_kept_as_a_note() {
+        let longest = vec![b' '; KEPT_BYTES_MAX];
+        assert_eq!(kept(&longest), longest);
+        let note: serde_json::Value =
+            serde_json::from_slice(&kept(&[longest, vec![b' ']].concat())).unwrap();
+        assert!(note["note"].as_str().unwrap().contains("was carried out"), "{note}");
+    }
 }

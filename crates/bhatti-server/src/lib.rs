@@ -37,7 +37,8 @@ use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
 use bhatti_control::Control;
 use bhatti_edge::{
-    Identity, Keyring, OF_STRANGERS_BYTES, Permit, Permits, Tickets, drain, end_with_key, hold,
+    Admitted, Identity, Keyring, OF_STRANGERS_BYTES, Permit, Permits, Tickets, drain,
+    end_input_with_key, end_with_key, hold,
 };
 use bhatti_image::ImageStore;
 use bhatti_store::{Store, StoreError};
@@ -111,7 +112,7 @@ pub struct PublicAddress {
     pub listener: Option<SocketAddr>,
     /// The domain under which each alias is a host name.
     pub zone: Option<String>,
-    /// Whether the listener speaks TLS.
+    /// Whether the listeners on the network speak TLS.
     pub tls: bool,
 }
 
@@ -142,7 +143,7 @@ impl AppState {
     pub fn new(parts: StateParts) -> Result<Self, StoreError> {
         let StateParts { control, store, images, started, public, proxy_limit, stopping } = parts;
         let metrics = HttpMetrics::new(&control);
-        let keyring = Keyring::new(&store.list_keys()?);
+        let keyring = Keyring::new(&store.list_keys(None)?);
         Ok(Self(Arc::new(Inner {
             control,
             store,
@@ -250,7 +251,7 @@ async fn pass(
         let most = if known.is_ok() { u64::MAX } else { OF_STRANGERS_BYTES };
         let request = drain(request, most);
         let identity = request.extensions().get::<Identity>().cloned().unwrap_or(Identity::ADMIN);
-        let request = request.map(|body| end_with_key(body, &identity));
+        let request = request.map(|body| end_input_with_key(body, &identity));
         let admitted = known
             .and_then(|()| rates::limit(&state, request))
             .and_then(|request| concurrency::limit(&state, request));
@@ -258,10 +259,15 @@ async fn pass(
             Ok(request) => {
                 let permit = request.extensions().get::<Arc<Permit>>().cloned();
                 let ran = tokio::select! {
-                    ran = idempotency::run(&state, identity.user(), request, next) => ran,
+                    // First, because the handler sees a body that ended with the key.
+                    biased;
                     () = identity.ended() => Err(ended_key()),
+                    ran = idempotency::run(&state, identity.user(), request, next) => ran,
                 };
-                let response = ran.unwrap_or_else(IntoResponse::into_response);
+                let mut response = ran.unwrap_or_else(IntoResponse::into_response);
+                if permit.is_some() {
+                    response.extensions_mut().insert(Admitted);
+                }
                 response.map(|body| hold(end_with_key(body, &identity), permit))
             }
             Err(error) => error.into_response(),

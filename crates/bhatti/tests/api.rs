@@ -338,9 +338,53 @@ async fn user_has_several_keys_with_scope_end_and_last_use() {
     assert_eq!(bob.get("/users/bob/keys").await.refusal().0, 403);
     let made = api.call("POST", "/users/bob/keys", &json!({ "name": "admins" })).await.json();
     assert_eq!(tcp(&made["api_key"]).get("/sandboxes").await.status, 200);
-    assert_eq!(api.get("/users/bob/keys").await.json().as_array().unwrap().len(), 3);
+    assert_eq!(api.get("/users/bob/keys").await.json().as_array().unwrap().len(), 2);
     let none = api.call("POST", "/keys", &json!({ "name": "root" })).await;
     assert_eq!(none.refusal().0, 400);
+}
+
+#[tokio::test]
+async fn key_ends_with_the_key_that_created_it_and_ends_requests_in_flight() {
+    let (daemon, _url) = daemon_on_tcp().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let tcp = |key: &Value| bhatti_testkit::Api::tcp(daemon.api_address(), key.as_str());
+    let made = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let bob = tcp(&made["api_key"]);
+    let create = async |request: Value| bob.call("POST", "/keys", &request).await;
+
+    let made = create(json!({ "name": "hour", "expires_in_sec": 3600 })).await.json();
+    let hour = tcp(&made["api_key"]);
+    for request in [json!({ "name": "a" }), json!({ "name": "b", "expires_in_sec": 7200 })] {
+        let child = hour.call("POST", "/keys", &request).await.json();
+        assert_eq!(child["expires_at"], made["expires_at"], "{child}");
+    }
+    // A caller that deletes its own key gets the response.
+    let deleted = hour.call("DELETE", "/keys/hour", &Value::Null).await;
+    assert_eq!((deleted.status.as_u16(), &deleted.json()["status"]), (200, &json!("deleted")));
+    assert_eq!(hour.get("/sandboxes").await.status, 401);
+    // A request whose body is on its way when its key ends is not carried out.
+    let late = create(json!({ "name": "late" })).await.json();
+    let mut stream = bob.connect().await;
+    let key = late["api_key"].as_str().unwrap();
+    let head = format!(
+        "POST /keys HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\
+         Content-Type: application/json\r\nContent-Length: 17\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let used = async {
+        let is_used = |key: &Value| key["name"] == "late" && key["last_used_at"].is_string();
+        while !bob.get("/keys").await.json().as_array().unwrap().iter().any(is_used) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), used).await.unwrap();
+    assert_eq!(bob.call("DELETE", "/keys/late", &Value::Null).await.status, 200);
+    // The daemon may have closed the connection.
+    drop(stream.write_all(br#"{"name":"stolen"}"#).await);
+    let mut answer = vec![0; 12];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer, b"HTTP/1.1 401");
+    assert!(!bob.get("/keys").await.text().contains("stolen"));
 }
 
 #[tokio::test]

@@ -447,6 +447,14 @@ async fn request_with_an_idempotency_key_is_carried_out_once() {
     assert_eq!(api.sh(&id, "cat /workspace/ran").await, "ran\n");
     assert_eq!(api.get("/sandboxes").await.json().as_array().unwrap().len(), 1);
 
+    // A command that is no job is run each time.
+    let command =
+        json!({ "cmd": ["sh", "-c", "echo x >>/workspace/runs; wc -l </workspace/runs"] });
+    for runs in ["1\n", "2\n"] {
+        let ran = post(&api, &exec, "command", command.clone()).await;
+        assert_eq!((ran.status.as_u16(), &ran.json()["stdout"]), (200, &json!(runs)));
+    }
+
     let other = post(&api, "/sandboxes", "one", json!({ "labels": { "a": "c" } })).await;
     assert_eq!(other.refusal(), (422, "idempotency_mismatch".to_owned()));
     for key in ["", &"x".repeat(256)] {
@@ -456,7 +464,8 @@ async fn request_with_an_idempotency_key_is_carried_out_once() {
     let refused = post(&api, "/sandboxes", "two", json!({ "cpus": 0 })).await;
     assert_eq!(refused.status, 400);
     let mut stream = api.connect().await;
-    let head = "POST /sandboxes HTTP/1.1\r\nHost: x\r\nIdempotency-Key: two\r\nContent-Length: 14\r\n\r\n{\"name\":\"two\"}";
+    let head = "POST /sandboxes HTTP/1.1\r\nHost: x\r\nIdempotency-Key: two\r\n\
+        Content-Length: 14\r\n\r\n{\"name\":\"two\"}";
     tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes()).await.unwrap();
     let busy = async {
         // Until the request has arrived, its key is not in use.
@@ -511,7 +520,8 @@ async fn nothing_outlives_the_key_that_opened_it() {
     let job = bob.exec("dev", job).await["id"].as_str().unwrap().to_owned();
     if has_python.trim() == "yes" {
         bob.exec("dev", json!({ "cmd": ["python3", "-c", serve], "detach": true })).await;
-        bob.sh("dev", "until curl -s -m 1 -o /dev/null http://127.0.0.1:8000/ || [ $? = 28 ]; do sleep 0.1; done").await;
+        let answers = "curl -s -m 1 -o /dev/null http://127.0.0.1:8000/ || [ $? = 28 ]";
+        bob.sh("dev", &format!("until {answers}; do sleep 0.1; done")).await;
     } else {
         bhatti_testkit::skip("a proxied stream that outlives its key", "the image has no python3");
     }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::{Duration, Instant, sleep_until};
 
 /// Maximum number of silent connections of one address. A loopback address may have more: a proxy
 /// in front of the daemon is one address for all its callers.
@@ -47,6 +48,7 @@ pub(crate) struct Place {
     /// The number of requests in flight. HTTP/2 has several.
     asking: AtomicUsize,
     number: Mutex<Option<u64>>,
+    silent_since: Mutex<Instant>,
     /// Notified when the connection must close.
     pub(crate) closed: Arc<Notify>,
 }
@@ -82,6 +84,7 @@ impl Peers {
             network,
             asking: AtomicUsize::new(0),
             number: Mutex::new(None),
+            silent_since: Mutex::new(Instant::now()),
             closed: Arc::new(Notify::new()),
         };
         inner.fall_silent(&place);
@@ -96,6 +99,7 @@ impl Inner {
         self.silent.insert(number, (place.network, Arc::clone(&place.closed)));
         *self.of_network.entry(place.network).or_default() += 1;
         *place.number.lock() = Some(number);
+        *place.silent_since.lock() = Instant::now();
     }
 
     fn forget_silent(&mut self, number: u64) {
@@ -132,6 +136,20 @@ impl Place {
         }
         Asking(Arc::clone(self))
     }
+
+    /// Resolves when the connection has been silent for `limit`. Cancel safe.
+    pub(crate) async fn long_silent(&self, limit: Duration) {
+        loop {
+            let until = match self.asking.load(Ordering::Relaxed) {
+                0 => *self.silent_since.lock() + limit,
+                _ => Instant::now() + limit,
+            };
+            if until <= Instant::now() {
+                return;
+            }
+            sleep_until(until).await;
+        }
+    }
 }
 
 impl Drop for Asking {
@@ -166,7 +184,7 @@ fn network_of(address: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::{Duration, timeout};
+    use tokio::time::timeout;
 
     use super::*;
 

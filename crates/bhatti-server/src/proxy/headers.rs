@@ -59,6 +59,17 @@ fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',').map(str::trim))
 }
 
+/// Joins the cookies of a request. HTTP/2 may send one header for each; applications that speak
+/// HTTP/1.1 expect a single one (RFC 9113, section 8.2.3).
+pub(super) fn join_cookies(headers: &mut HeaderMap) {
+    let all: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if all.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&all.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, joined);
+    }
+}
+
 /// Removes the daemon's keys and tickets from all headers. An application's own credentials are
 /// passed on.
 pub(super) fn strip_credentials(headers: &mut HeaderMap) {
@@ -118,7 +129,13 @@ pub(super) fn confine(headers: &mut HeaderMap) {
 
 /// Sets the headers that describe where a request came from. The request's own such headers are
 /// trusted only if it came from this host, that is, from a proxy in front of the daemon.
-pub(super) fn forward(headers: &mut HeaderMap, prefix: &str, peer: Option<std::net::IpAddr>) {
+/// `scheme` is that of the connection to the daemon.
+pub(super) fn forward(
+    headers: &mut HeaderMap,
+    scheme: &'static str,
+    prefix: &str,
+    peer: Option<std::net::IpAddr>,
+) {
     if peer.is_some_and(|peer| !peer.to_canonical().is_loopback()) {
         for name in OF_PROXIES {
             headers.remove(name);
@@ -128,7 +145,7 @@ pub(super) fn forward(headers: &mut HeaderMap, prefix: &str, peer: Option<std::n
     if let Some(host) = host.filter(|_| !headers.contains_key(FORWARDED_HOST)) {
         headers.insert(FORWARDED_HOST, host);
     }
-    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static("http"));
+    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static(scheme));
     if let Ok(prefix) = HeaderValue::from_str(prefix) {
         headers.insert(FORWARDED_PREFIX, prefix);
     }
@@ -216,10 +233,23 @@ mod tests {
     }
 
     #[test]
+    fn cookies_that_came_apart_are_joined() {
+        let mut all = HeaderMap::new();
+        for cookie in ["a=1", "b=2; c=3"] {
+            all.append(COOKIE, HeaderValue::from_static(cookie));
+        }
+        for _ in 0..2 {
+            join_cookies(&mut all);
+            let cookies: Vec<_> = all.get_all(COOKIE).iter().collect();
+            assert_eq!(cookies, ["a=1; b=2; c=3"]);
+        }
+    }
+
+    #[test]
     fn forwarded_headers_describe_the_origin_of_a_request() {
         let mut all = headers(&[("host", "box:8080"), ("x-forwarded-for", "10.0.0.1")]);
 
-        forward(&mut all, "/p", Some("127.0.0.1".parse().unwrap()));
+        forward(&mut all, "http", "/p", Some("127.0.0.1".parse().unwrap()));
 
         let expected = headers(&[
             ("host", "box:8080"),
@@ -239,16 +269,16 @@ mod tests {
             ("x-real-ip", "10.0.0.1"),
             ("x-forwarded-for", "10.0.0.1"),
             ("x-forwarded-host", "evil.test"),
-            ("x-forwarded-proto", "https"),
+            ("x-forwarded-proto", "ftp"),
         ]);
 
-        forward(&mut all, "", Some("192.0.2.7".parse().unwrap()));
+        forward(&mut all, "https", "", Some("192.0.2.7".parse().unwrap()));
 
         let expected = headers(&[
             ("host", "box:8080"),
             ("x-forwarded-for", "192.0.2.7"),
             ("x-forwarded-host", "box:8080"),
-            ("x-forwarded-proto", "http"),
+            ("x-forwarded-proto", "https"),
             ("x-forwarded-prefix", ""),
         ]);
         assert_eq!(all, expected);

@@ -8,7 +8,7 @@ use axum::http::HeaderMap;
 use axum::http::header::HOST;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
-use bhatti_edge::{OF_STRANGERS_BYTES, drain};
+use bhatti_edge::{Admitted, OF_STRANGERS_BYTES, drain};
 
 use super::{Target, headers, relay, split_path, with_query};
 use crate::status::{ApiError, moved};
@@ -71,6 +71,8 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
     let is_by_path = !target.prefix.is_empty();
     let passed_on = relay::relay(&state, (used, slot), target, request).await;
     let mut response = passed_on.map_err(|error| hidden(&error))?;
+    // The visit limits how many such responses there are.
+    response.extensions_mut().insert(Admitted);
     if is_by_path {
         // All applications that are reached by path share one host name.
         headers::confine(response.headers_mut());

@@ -52,7 +52,10 @@ pub(super) async fn relay(
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     headers::strip_credentials(request.headers_mut());
-    headers::forward(request.headers_mut(), &prefix, peer);
+    // A caller on the Unix socket has no address.
+    let scheme = if state.public.tls && peer.is_some() { "https" } else { "http" };
+    headers::join_cookies(request.headers_mut());
+    headers::forward(request.headers_mut(), scheme, &prefix, peer);
     let addresses = Addresses::of(request.headers(), port, prefix);
     addresses.translate_request(request.headers_mut());
     if let Some(protocol) = &wanted {

@@ -21,6 +21,7 @@ use crate::AppState;
 use crate::answers::{Collected, Part, exec_answer};
 use crate::auth::Caller;
 use crate::extract::{ApiPath, accepts};
+use crate::idempotency::IdempotencyKey;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, accepted};
 use crate::utf8::Utf8Pieces;
@@ -42,7 +43,7 @@ const GROWTH_BYTES: usize = 256 << 10;
 /// The response contains all of the command's output. With `Accept: application/x-ndjson`, the
 /// response streams a line for each piece of output. With `detach`, the command runs as a job,
 /// and the response comes at once.
-#[utoipa::path(post, path = "/sandboxes/{sandbox}/exec", tag = "exec", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), ("sandbox" = String, Path)), request_body = ExecRequest,
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/exec", tag = "exec", params(IdempotencyKey, ("sandbox" = String, Path)), request_body = ExecRequest,
     responses((status = 200, content((ExecResult = "application/json"), (ExecEvent = "application/x-ndjson"))),
         (status = 202, body = bhatti_api::Job, description = "The command runs as a job."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(

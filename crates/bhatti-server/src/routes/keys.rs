@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use bhatti_api::{ApiKey, CreateKey, CreatedKey, Deleted, ErrorCode, KeyScope};
-use bhatti_edge::{generate_key, hash_key};
+use bhatti_edge::{Identity, generate_key, hash_key};
 use bhatti_store::{KeyRow, StoreError};
 use bhatti_types::{KeyName, UserId};
 use serde_json::json;
@@ -29,15 +29,16 @@ pub(crate) async fn list(
     keys_of(&state, owner)
 }
 
-/// Creates an API key for the caller. Only this response contains the key.
+/// Creates an API key for the caller. Only this response contains the key. It does not outlive the
+/// key that creates it.
 #[utoipa::path(post, path = "/keys", tag = "keys", request_body = CreateKey,
     responses((status = 201, body = CreatedKey), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(identity): Extension<Identity>,
     ApiJson(request): ApiJson<CreateKey>,
 ) -> Result<Response, ApiError> {
-    create_for(&state, owner, request)
+    create_for(&state, identity.user(), identity.expires_at(), request)
 }
 
 /// Deletes an API key of the caller. Everything that it opened ends.
@@ -71,7 +72,7 @@ pub(crate) async fn create_for_user(
     ApiPath(user): ApiPath<String>,
     ApiJson(request): ApiJson<CreateKey>,
 ) -> Result<Response, ApiError> {
-    create_for(&state, find(&state, caller, &user)?.id, request)
+    create_for(&state, find(&state, caller, &user)?.id, None, request)
 }
 
 /// Deletes an API key of a user. Everything that it opened ends. Admin only.
@@ -87,11 +88,17 @@ pub(crate) async fn delete_of_user(
 }
 
 fn keys_of(state: &AppState, owner: UserId) -> Result<Json<Vec<ApiKey>>, ApiError> {
-    let rows = state.store.list_keys()?.into_iter().filter(|row| row.owner == owner);
-    Ok(Json(rows.map(|row| key(state, row)).collect()))
+    let rows = state.store.list_keys(Some(owner))?;
+    Ok(Json(rows.into_iter().map(|row| key(state, row)).collect()))
 }
 
-fn create_for(state: &AppState, owner: UserId, request: CreateKey) -> Result<Response, ApiError> {
+/// Creates a key that ends at `latest_end` (seconds since 1970) or earlier.
+fn create_for(
+    state: &AppState,
+    owner: UserId,
+    latest_end: Option<u64>,
+    request: CreateKey,
+) -> Result<Response, ApiError> {
     if owner == UserId::ADMIN {
         let message = "the admin has no API keys: the Unix socket is the admin's identity";
         return Err(ApiError::new(ErrorCode::BadRequest, message)
@@ -106,6 +113,7 @@ fn create_for(state: &AppState, owner: UserId, request: CreateKey) -> Result<Res
         let end = SystemTime::now() + Duration::from_secs(seconds.into());
         end.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
     });
+    let expires_at = expires_at.into_iter().chain(latest_end).min();
     let scope = match scope {
         KeyScope::Full => bhatti_types::KeyScope::Full,
         KeyScope::Read => bhatti_types::KeyScope::Read,

@@ -20,6 +20,7 @@ mod parse;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
+use crate::idempotency::IdempotencyKey;
 use crate::json::{ApiJson, Json, JsonArray};
 use crate::large_json::LargeJson;
 use crate::status::{ApiError, created};
@@ -112,7 +113,7 @@ pub(super) enum IfExists {
 }
 
 /// Creates a sandbox and waits until it can be used.
-#[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), CreateQuery), request_body = CreateSandbox,
+#[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", params(IdempotencyKey, CreateQuery), request_body = CreateSandbox,
     responses((status = 201, body = Sandbox), (status = 200, body = Sandbox, description = "A sandbox of that name already exists."),
         (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
@@ -233,7 +234,7 @@ pub(crate) async fn start(
 }
 
 /// Forks a sandbox with its memory, its processes and its disk. The parent keeps running.
-#[utoipa::path(post, path = "/sandboxes/{sandbox}/fork", tag = "sandboxes", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), ("sandbox" = String, Path)),
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/fork", tag = "sandboxes", params(IdempotencyKey, ("sandbox" = String, Path)),
     request_body = ForkSandbox, responses((status = 201, body = Forks), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn fork(
     State(state): State<AppState>,

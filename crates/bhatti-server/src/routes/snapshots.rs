@@ -12,11 +12,12 @@ use super::sandboxes::{labels, parse_name, sandbox, secrets};
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
+use crate::idempotency::IdempotencyKey;
 use crate::json::{ApiJson, Json};
 use crate::status::{ApiError, created};
 
 /// Saves a sandbox under a name as a snapshot. The sandbox keeps running.
-#[utoipa::path(post, path = "/sandboxes/{sandbox}/checkpoint", tag = "snapshots", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), ("sandbox" = String, Path)),
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/checkpoint", tag = "snapshots", params(IdempotencyKey, ("sandbox" = String, Path)),
     request_body = CreateSnapshot, responses((status = 201, body = Snapshot), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -51,7 +52,7 @@ pub(crate) async fn get(
 }
 
 /// Creates a sandbox from a snapshot. The snapshot stays.
-#[utoipa::path(post, path = "/snapshots/{snapshot}/resume", tag = "snapshots", params(("Idempotency-Key" = Option<String>, Header, description = "Repeats of the request with this key get the first response, for a day."), ("snapshot" = String, Path)),
+#[utoipa::path(post, path = "/snapshots/{snapshot}/resume", tag = "snapshots", params(IdempotencyKey, ("snapshot" = String, Path)),
     request_body = ResumeSnapshot, responses((status = 201, body = bhatti_api::Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn resume(
     State(state): State<AppState>,

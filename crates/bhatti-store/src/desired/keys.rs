@@ -50,7 +50,7 @@ impl From<StoreError> for KeyInsertError {
 }
 
 impl Store {
-    /// Adds a key.
+    /// Adds a key. Removes expired keys of the owner first.
     ///
     /// # Errors
     ///
@@ -74,6 +74,7 @@ impl Store {
         };
         self.work(|connection| {
             let transaction = immediate(connection)?;
+            delete_expired(&transaction, owner).map_err(StoreError::from)?;
             let count = "SELECT count(*) FROM api_keys WHERE owner = ?1";
             check_count(&transaction, count, &owner.to_string(), "API key", KEYS_MAX)?;
             match insert(&transaction, &row) {
@@ -116,16 +117,20 @@ impl Store {
         Ok(row)
     }
 
-    /// Returns the keys of all users.
+    /// Returns the keys of a user; of all users if `None`.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn list_keys(&self) -> Result<Vec<KeyRow>, StoreError> {
+    pub fn list_keys(&self, owner: Option<UserId>) -> Result<Vec<KeyRow>, StoreError> {
         self.work(|connection| {
-            let sql = format!("SELECT {COLUMNS} FROM api_keys ORDER BY owner, created_at, name");
+            let sql = format!(
+                "SELECT {COLUMNS} FROM api_keys WHERE owner = ?1 OR ?1 IS NULL
+                 ORDER BY owner, created_at, name"
+            );
             let mut query = connection.prepare_cached(&sql)?;
-            sound_rows(&mut query, [], Called("key", 1), read)
+            let owner = owner.map(|owner| owner.to_string());
+            sound_rows(&mut query, params![owner], Called("key", 1), read)
         })
     }
 
@@ -152,6 +157,13 @@ impl Store {
             Ok(())
         })
     }
+}
+
+fn delete_expired(connection: &Connection, owner: UserId) -> rusqlite::Result<usize> {
+    let now = jiff::Timestamp::now().as_second();
+    connection
+        .prepare_cached("DELETE FROM api_keys WHERE owner = ?1 AND expires_at <= ?2")?
+        .execute(params![owner.to_string(), now])
 }
 
 pub(super) fn insert(connection: &Connection, row: &KeyRow) -> rusqlite::Result<()> {
@@ -200,24 +212,26 @@ mod tests {
         let store = Store::open(data.path()).unwrap();
         let alice = UserId::from_entropy([1; 8]);
         let names = |store: &Store| -> Vec<String> {
-            store.list_keys().unwrap().into_iter().map(|row| row.name).collect()
+            store.list_keys(None).unwrap().into_iter().map(|row| row.name).collect()
         };
         store.insert_user("alice".parse().unwrap(), alice, &[1; 32], Quota::USUAL).unwrap();
         assert_eq!(names(&store), ["default"]);
 
         let ci = || "ci".parse().unwrap();
-        let row = store.insert_key(alice, ci(), [2; 32], KeyScope::Read, Some(7)).unwrap();
+        let row =
+            store.insert_key(alice, ci(), [2; 32], KeyScope::Read, Some(u32::MAX.into())).unwrap();
         let taken = store.insert_key(alice, ci(), [3; 32], KeyScope::Full, None).unwrap_err();
         assert!(matches!(taken, KeyInsertError::NameTaken(_)), "{taken}");
         store.note_key_use(alice, "ci", 9).unwrap();
-        let found = store.list_keys().unwrap().into_iter().find(|key| key.name == "ci").unwrap();
+        let found =
+            store.list_keys(None).unwrap().into_iter().find(|key| key.name == "ci").unwrap();
         assert_eq!(found, KeyRow { last_used_at: Some(9), ..row });
 
         store.delete_key(alice, "ci").unwrap();
         assert!(matches!(store.delete_key(alice, "ci"), Err(StoreError::NoSuchRow)));
         store.insert_key(alice, ci(), [3; 32], KeyScope::Full, None).unwrap();
         store.replace_keys(alice, "default", [4; 32]).unwrap();
-        let left = store.list_keys().unwrap();
+        let left = store.list_keys(None).unwrap();
         assert_eq!((left.len(), left[0].hash), (1, [4; 32]));
 
         for (number, byte) in (1..KEYS_MAX).zip(5..) {
@@ -226,6 +240,12 @@ mod tests {
         }
         let refused = store.insert_key(alice, ci(), [255; 32], KeyScope::Full, None).unwrap_err();
         assert!(matches!(refused, KeyInsertError::Count(CountError::TooMany(_))), "{refused}");
+        store.delete_key(alice, "k1").unwrap();
+        store.insert_key(alice, ci(), [255; 32], KeyScope::Full, Some(7)).unwrap();
+        // An expired key does not count, and its name is free.
+        let again = store.insert_key(alice, ci(), [254; 32], KeyScope::Full, None).unwrap();
+        assert_eq!(store.list_keys(Some(alice)).unwrap().last(), Some(&again));
+        assert_eq!(store.list_keys(Some(UserId::ADMIN)).unwrap(), []);
         store.delete_user(alice).unwrap();
         assert_eq!(names(&store), Vec::<String>::new());
     }
