@@ -4,7 +4,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test test-data test-engines test-firecracker power-loss check api-check bench bench-check compare install clean
+.PHONY: build quickstart test test-data test-engines test-firecracker power-loss check audit api-check bench bench-check compare install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -34,9 +34,14 @@ power-loss: test-data
 
 check:
 	cargo fmt --all --check
-	cargo clippy --release --locked --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --release --locked --workspace --no-deps --document-private-items
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items
 	cargo xtask tidy
+	./scripts/check-dependencies.sh
+	@echo 'SKIPPED: known vulnerabilities of dependencies, because their database is on the network: make audit'
+
+audit:
+	./scripts/check-dependencies.sh advisories
 
 # Sends a daemon thousands of requests that the API's description allows; takes a few minutes.
 api-check: build

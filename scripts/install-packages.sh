@@ -77,6 +77,7 @@ if [ "${1:-}" = test ]; then
     need unshare util-linux
     need ip iproute2
     need ping iputils-ping
+    need age age
     need strace strace
     need tmux tmux
     need mkfs.xfs xfsprogs

@@ -19,7 +19,7 @@ status=0
 
 # Prints the path of the test program of an engine.
 program_of() {
-    cargo test --release --locked --no-run --message-format=json -p "$1" --test vm_conformance 2>/dev/null |
+    cargo test --locked --no-run --message-format=json -p "$1" --test vm_conformance 2>/dev/null |
         sed -n 's/.*"executable":"\([^"]*vm_conformance-[^"]*\)".*/\1/p' | tail -1
 }
 

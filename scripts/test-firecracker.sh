@@ -16,7 +16,7 @@ mkdir -p target/test-data
 dist/bhatti setup --data-dir "$PWD/target/test-data" --no-template
 
 # All VM test programs except those for a single engine and the conformance suites.
-programs=$(cargo test --release --locked --no-run --message-format=json --workspace 2>/dev/null |
+programs=$(cargo test --locked --no-run --message-format=json --workspace 2>/dev/null |
     sed -n 's/.*"executable":"\([^"]*\/vm_[a-z]*-[0-9a-f]*\)".*/\1/p' | grep -vE '/vm_(docker|guest|conformance)-' | sort -u)
 [ $# = 0 ] || programs=$(grep -E "/($(IFS='|' && echo "$*"))-" <<<"$programs")
 # Beginnings of the names of skipped tests. These tests build images, or look for the tools that
@@ -45,7 +45,9 @@ if ! "$is_lab"; then
     exit
 fi
 carried=()
-for path in dist target/test-data/images "$run" crates/bhatti-testkit crates/bhatti "$firecracker" "$(dirname "$firecracker")/jailer" $programs; do
+# The daemon into which tests inject faults.
+faulty=$(dirname "$(dirname "$(head -n 1 <<<"$programs")")")/bhatti
+for path in dist "$faulty" target/test-data/images "$run" crates/bhatti-testkit crates/bhatti "$firecracker" "$(dirname "$firecracker")/jailer" $programs; do
     carried+=(--with "$path")
 done
 cargo xtask kvm-lab "${carried[@]}" --env "BHATTI_TEST_CONFIG=$config" --env "TMPDIR=$PWD/target" \

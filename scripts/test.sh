@@ -22,18 +22,18 @@ run() {
     ./scripts/failed-tests.sh "$name" "$log" >>target/failed.txt
 }
 
-run tests cargo nextest run --release --locked --workspace --profile ci "$@"
+run tests cargo nextest run --locked --workspace --profile ci "$@"
 # Run the daemon's tests again on Docker, unless the arguments select tests.
 if [ $# = 0 ] && [ -S "$DOCKER_SOCK" ]; then
     BHATTI_TEST_CONFIG="engine: docker,docker: $DOCKER_SOCK" \
-        run docker cargo nextest run --release --locked --workspace --profile ci \
+        run docker cargo nextest run --locked --workspace --profile ci \
         -E 'package(bhatti) & binary(~vm_) - binary(vm_docker)'
 elif [ $# = 0 ]; then
     echo "SKIPPED: the daemon's tests with engine docker, because no Docker runs here" >>target/skipped.txt
 fi
 # The short form of `make power-loss`.
 run power-loss cargo xtask power-loss --points 60 --starts 6 --seed 1
-run doctests cargo test --release --locked --workspace --doc --quiet
+run doctests cargo test --locked --workspace --doc --quiet
 run console ./scripts/test-console.sh "$data_dir"
 own_network=()
 [ "$(id -u)" = 0 ] && own_network=(unshare --net)

@@ -3,12 +3,18 @@
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use bhatti_host::socket;
 use http::Uri;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tower_service::Service;
 
 use crate::tls;
 
@@ -80,6 +86,32 @@ pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
+impl Connection for Box<dyn Stream> {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+/// Connects the pool of HTTP connections to a daemon, whatever address a request names.
+#[derive(Clone, Debug)]
+pub(crate) struct Connector(pub(crate) Endpoint);
+
+impl Service<Uri> for Connector {
+    type Response = TokioIo<Box<dyn Stream>>;
+    /// Shared, because the pool only lends its error.
+    type Error = Arc<ConnectError>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let endpoint = self.0.clone();
+        Box::pin(async move { Ok(TokioIo::new(endpoint.connect().await?)) })
+    }
+}
+
 impl Endpoint {
     pub(crate) async fn connect(&self) -> Result<Box<dyn Stream>, ConnectError> {
         match self {
@@ -105,6 +137,14 @@ impl Endpoint {
                     source,
                 })?))
             }
+        }
+    }
+
+    /// The scheme of the daemon's URLs.
+    pub(crate) const fn scheme(&self) -> &'static str {
+        match self {
+            Self::Tcp { tls: true, .. } => "https",
+            Self::Unix { .. } | Self::Tcp { .. } => "http",
         }
     }
 

@@ -1,12 +1,14 @@
 //! Events.
 
 use bhatti_api::Event;
-use bytes::BytesMut;
+use futures_util::StreamExt;
 use http::Method;
 use http::header::ACCEPT;
+use hyper::body::Incoming;
+use sse_stream::SseStream;
 
 use crate::path::with_query;
-use crate::{Client, ClientError, Download};
+use crate::{Client, ClientError};
 
 /// Selects events.
 #[derive(Clone, Debug, Default)]
@@ -36,10 +38,7 @@ impl EventFilter {
 }
 
 /// Events as they happen: a stream of `text/event-stream`.
-pub struct Events {
-    answer: Download,
-    unread: BytesMut,
-}
+pub struct Events(SseStream<Incoming>);
 
 impl Client {
     /// The caller's events, oldest first.
@@ -59,7 +58,7 @@ impl Client {
     pub async fn follow_events(&self, filter: &EventFilter) -> Result<Events, ClientError> {
         let headers = [(ACCEPT.as_str(), "text/event-stream")];
         let answer = self.download(Method::GET, &filter.path(), &headers).await?;
-        Ok(Events { answer, unread: BytesMut::new() })
+        Ok(Events(SseStream::new(answer.into_body())))
     }
 }
 
@@ -74,21 +73,14 @@ impl Events {
     ///
     /// Cancel safe.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
-        loop {
-            while let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
-                let line = self.unread.split_to(end + 1);
-                // The lines with the id and the type are skipped: the data has both.
-                if let Some(data) = line.strip_prefix(b"data: ") {
-                    let event = serde_json::from_slice(data);
-                    return event
-                        .map(Some)
-                        .map_err(|error| ClientError::Unexpected(error.to_string()));
-                }
-            }
-            match self.answer.next().await? {
-                Some(bytes) => self.unread.extend_from_slice(&bytes),
-                None => return Ok(None),
+        while let Some(event) = self.0.next().await {
+            let event = event.map_err(|error| ClientError::Lost(Box::new(error)))?;
+            // A keep-alive message has no data. The data has the id and the type, too.
+            if let Some(data) = event.data {
+                let event = serde_json::from_str(&data);
+                return event.map(Some).map_err(|error| ClientError::Unexpected(error.to_string()));
             }
         }
+        Ok(None)
     }
 }

@@ -31,6 +31,8 @@ mod users;
 mod volumes;
 mod websocket;
 
+use std::sync::Arc;
+
 use bhatti_api::ErrorBody;
 
 pub use connect::{ConnectError, Endpoint, ParseUrlError};
@@ -41,18 +43,26 @@ pub use shell::{ShellEvent, ShellInput, ShellOptions, ShellOutput};
 pub use stream::{CommandEvent, CommandInput, CommandOutput, MESSAGE_BYTES_MAX};
 pub use transport::{Download, Upload};
 
+use transport::Pool;
+
+impl From<ConnectError> for ClientError {
+    fn from(error: ConnectError) -> Self {
+        Self::Connect(Arc::new(error))
+    }
+}
+
 /// A call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The daemon cannot be reached.
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Connect(Arc<ConnectError>),
     /// The daemon refused, and said why.
     #[error("{}", .0.error)]
     Refused(Box<ErrorBody>),
     /// The connection was lost.
     #[error("the connection to the daemon was lost")]
-    Lost(#[source] hyper::Error),
+    Lost(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The WebSocket connection was lost.
     #[error("the connection to the daemon was lost")]
     StreamLost(#[source] Option<Box<tokio_tungstenite::tungstenite::Error>>),
@@ -64,10 +74,12 @@ pub enum ClientError {
     Unexpected(String),
 }
 
-/// A client of one daemon. Each call uses its own connection.
+/// A client of one daemon. Its clones share connections: a call uses one that an earlier call has
+/// left, if there is one. Belongs to the Tokio runtime that made its first call.
 #[derive(Clone, Debug)]
 pub struct Client {
     endpoint: Endpoint,
+    pool: Pool,
     token: Option<String>,
     /// The user that file calls act as; the sandbox's usual user if `None`.
     user: Option<String>,
@@ -77,8 +89,7 @@ impl Client {
     /// Creates a client of the daemon that runs on `data_dir`.
     #[must_use]
     pub fn unix(data_dir: &std::path::Path) -> Self {
-        let endpoint = Endpoint::Unix { data_dir: data_dir.to_owned() };
-        Self { endpoint, token: None, user: None }
+        Self::of(Endpoint::Unix { data_dir: data_dir.to_owned() }, None)
     }
 
     /// Creates a client of the daemon at `url`, `https://HOST:PORT` or `http://HOST:PORT`, with an
@@ -88,7 +99,11 @@ impl Client {
     ///
     /// Returns an error if `url` is not the URL of a daemon.
     pub fn http(url: &str, token: &str) -> Result<Self, ParseUrlError> {
-        Ok(Self { endpoint: url.parse()?, token: Some(token.to_owned()), user: None })
+        Ok(Self::of(url.parse()?, Some(token.to_owned())))
+    }
+
+    fn of(endpoint: Endpoint, token: Option<String>) -> Self {
+        Self { pool: transport::pool(&endpoint), endpoint, token, user: None }
     }
 
     /// Returns the same client, whose file and archive calls act as `user` in the sandbox: a

@@ -1,5 +1,10 @@
 //! Paths of the API.
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
+/// The characters that are encoded in a segment.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
+
 /// Returns a path below a sandbox.
 pub(crate) fn sandbox_path(sandbox: &str, rest: &str) -> String {
     segment_path("/sandboxes/", sandbox, rest)
@@ -8,15 +13,7 @@ pub(crate) fn sandbox_path(sandbox: &str, rest: &str) -> String {
 /// Returns a path with a segment that a person typed. The typed text may contain any character,
 /// so it is percent-encoded to stay one segment.
 pub(crate) fn segment_path(before: &str, typed: &str, rest: &str) -> String {
-    let mut path = before.to_owned();
-    for byte in typed.bytes() {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {
-            path.push(char::from(byte));
-        } else {
-            path.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    path + rest
+    format!("{before}{}{rest}", utf8_percent_encode(typed, ENCODED))
 }
 
 /// Returns a path with a query.

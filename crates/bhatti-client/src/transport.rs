@@ -1,6 +1,8 @@
-//! HTTP calls: one call on one connection.
+//! HTTP calls, on connections that are used again.
 
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bhatti_api::{ARCHIVE_OUTCOME, ArchiveOutcome};
 use bytes::{Bytes, BytesMut};
@@ -10,15 +12,33 @@ use http::{HeaderMap, Method, Request};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper_util::client::legacy;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use crate::connect::{ConnectError, Connector, Endpoint};
 use crate::{Client, ClientError};
 
+/// Maximum time for which an unused connection is kept, and maximum number of unused ones. The
+/// daemon closes them after a minute.
+const IDLE_LIMIT: Duration = Duration::from_secs(30);
+const IDLE_MAX: usize = 8;
+
+/// The connections to a daemon.
+pub(crate) type Pool = legacy::Client<Connector, Body>;
+
 type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// Returns an empty pool of connections to a daemon.
+pub(crate) fn pool(endpoint: &Endpoint) -> Pool {
+    legacy::Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_LIMIT)
+        .pool_max_idle_per_host(IDLE_MAX)
+        .build(Connector(endpoint.clone()))
+}
 
 /// The most bytes that one read of an upload returns.
 const PIECE_BYTES: usize = 64 * 1024;
@@ -60,6 +80,11 @@ pub struct Download {
 }
 
 impl Download {
+    /// Returns the body alone.
+    pub(crate) fn into_body(self) -> Incoming {
+        self.body
+    }
+
     /// Returns a header of the answer, if the header exists and is text.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
@@ -83,7 +108,7 @@ impl Download {
     /// Cancel safe.
     pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
         loop {
-            match self.body.frame().await.transpose().map_err(ClientError::Lost)? {
+            match self.body.frame().await.transpose().map_err(lost)? {
                 None => return Ok(None),
                 Some(frame) => match frame.into_data().map_err(Frame::into_trailers) {
                     Ok(bytes) => return Ok(Some(bytes)),
@@ -109,7 +134,7 @@ impl Download {
     }
 
     async fn collect(self) -> Result<Bytes, ClientError> {
-        Ok(self.body.collect().await.map_err(ClientError::Lost)?.to_bytes())
+        Ok(self.body.collect().await.map_err(lost)?.to_bytes())
     }
 }
 
@@ -180,8 +205,9 @@ impl Client {
         headers: &[(&str, &str)],
         body: Body,
     ) -> Result<Download, ClientError> {
-        let mut request =
-            Request::builder().method(method).uri(path).header(HOST, self.endpoint.host());
+        let host = self.endpoint.host();
+        let uri = format!("{}://{host}{path}", self.endpoint.scheme());
+        let mut request = Request::builder().method(method).uri(uri).header(HOST, host);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -191,11 +217,7 @@ impl Client {
         let request = request.body(body);
         let request = request.map_err(|error| ClientError::Unexpected(error.to_string()))?;
 
-        let stream = TokioIo::new(self.endpoint.connect().await?);
-        let (mut sender, connection) = http1::handshake(stream).await.map_err(ClientError::Lost)?;
-        // The task ends when the sender and the answer are dropped.
-        tokio::spawn(connection);
-        let response = sender.send_request(request).await.map_err(ClientError::Lost)?;
+        let response = self.pool.request(request).await.map_err(not_answered)?;
         let (status, (parts, body)) = (response.status(), response.into_parts());
         let outcome = ArchiveOutcome::default();
         let answer = Download { headers: parts.headers, body, outcome };
@@ -204,6 +226,18 @@ impl Client {
         }
         Err(refusal(&answer.collect().await?))
     }
+}
+
+fn not_answered(error: legacy::Error) -> ClientError {
+    let source = std::error::Error::source(&error);
+    match source.and_then(|source| source.downcast_ref::<Arc<ConnectError>>()) {
+        Some(error) => ClientError::Connect(Arc::clone(error)),
+        None => lost(error),
+    }
+}
+
+fn lost(error: impl std::error::Error + Send + Sync + 'static) -> ClientError {
+    ClientError::Lost(Box::new(error))
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ClientError> {

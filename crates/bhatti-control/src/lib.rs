@@ -35,7 +35,7 @@ pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use networks::NetworkError;
 pub use sandboxes::EditError;
-pub use secrets::SecretError;
+pub use secrets::{SecretError, seal_context};
 pub use snapshots::{ResumeRequest, SnapshotOpError};
 pub use volumes::{VolumeInfo, VolumeOpError};
 

@@ -57,6 +57,13 @@ impl From<StoreError> for SecretError {
     }
 }
 
+/// Returns the context for which a secret is sealed: a ciphertext that is moved to another row of
+/// the store cannot be decrypted.
+#[must_use]
+pub fn seal_context(owner: &str, name: &str) -> String {
+    format!("{owner}/{name}")
+}
+
 /// Seals and unseals the secrets of the store.
 pub(crate) struct Secrets {
     key: SecretKey,
@@ -96,7 +103,7 @@ impl Secrets {
     fn read_one(&self, owner: UserId, name: &SecretName) -> Result<String, SecretError> {
         let sealed = self.store.get_secret(owner, name.as_str())?;
         let sealed = sealed.ok_or_else(|| SecretError::NotFound(name.to_string()))?;
-        let plain = self.key.unseal(&sealed);
+        let plain = self.key.unseal(&seal_context(&owner.to_string(), name.as_str()), &sealed);
         let plain =
             plain.map_err(|source| SecretError::Unseal { name: name.to_string(), source })?;
         // Only text is ever sealed.
@@ -119,7 +126,8 @@ impl Control {
         if value.len() > VALUE_BYTES_MAX || value.contains('\0') {
             return Err(SecretError::Value);
         }
-        let sealed = self.inner.secrets.key.seal(value.as_bytes())?;
+        let context = seal_context(&owner.to_string(), name.as_str());
+        let sealed = self.inner.secrets.key.seal(&context, value.as_bytes())?;
         let row = self.inner.store.set_secret(owner, name, &sealed)?;
         self.record("secret.set", owner, None, serde_json::json!({ "name": name.as_str() }));
         Ok(row)

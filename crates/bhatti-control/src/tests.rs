@@ -85,7 +85,6 @@ impl Place {
                 range: "10.213.0.0/16".parse().unwrap(),
                 reach_host: false,
             },
-            fault: None,
         };
         let engine: Arc<dyn Engine> = Arc::clone(&self.vms) as _;
         let control = crate::Config {

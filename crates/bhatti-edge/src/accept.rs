@@ -235,7 +235,8 @@ async fn answer(
     }
     let response = app.call(request).await?;
     if response.extensions().get::<Admitted>().is_none() {
-        // No permit limits how many such responses a peer does not read, so its connection is silent.
+        // No permit limits how many such responses a peer leaves unread, so its connection is
+        // silent.
         return Ok(response);
     }
     Ok(response.map(|body| hold(body, asking)))

@@ -1,8 +1,6 @@
 //! API keys: `bht_` and 64 hex digits. Only their SHA-256 is kept.
 
-use std::fmt::Write;
-
-use sha2::{Digest, Sha256};
+use ring::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 
 /// Prefix of every API key.
 pub const PREFIX: &str = "bht_";
@@ -35,17 +33,15 @@ pub fn generate() -> Result<String, getrandom::Error> {
 pub fn random_hex() -> Result<String, getrandom::Error> {
     let mut secret = [0; 32];
     getrandom::fill(&mut secret)?;
-    Ok(secret.iter().fold(String::new(), |mut hex, byte| {
-        // Writing into a string cannot fail.
-        let _infallible: std::fmt::Result = write!(hex, "{byte:02x}");
-        hex
-    }))
+    Ok(hex::encode(secret))
 }
 
 /// Returns the hash that the store keeps of a key.
 #[must_use]
 pub fn hash(key: &str) -> [u8; 32] {
-    Sha256::digest(key.as_bytes()).into()
+    let mut hash = [0; SHA256_OUTPUT_LEN];
+    hash.copy_from_slice(digest(&SHA256, key.as_bytes()).as_ref());
+    hash
 }
 
 #[cfg(test)]

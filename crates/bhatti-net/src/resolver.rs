@@ -125,7 +125,7 @@ impl Drop for Served {
 
 /// Shared state that answering a question needs.
 #[derive(Clone)]
-struct Known {
+struct Lookup {
     names: Arc<Mutex<Names>>,
     servers: Arc<Servers>,
     private_names: PrivateNames,
@@ -181,24 +181,24 @@ impl Resolver {
         connections.bind(address).map_err(failed)?;
         let connections = connections.listen(CONNECTION_QUEUE).map_err(failed)?;
         let names = Arc::default();
-        let known = Known {
+        let lookup = Lookup {
             names: Arc::clone(&names),
             servers: Arc::clone(&self.servers),
             private_names: self.private_names,
             open: Arc::new(Semaphore::new(OPEN_QUESTIONS)),
         };
         let tasks = [
-            tokio::spawn(serve_datagrams(Arc::new(datagrams), known.clone())),
-            tokio::spawn(serve_connections(connections, known)),
+            tokio::spawn(serve_datagrams(Arc::new(datagrams), lookup.clone())),
+            tokio::spawn(serve_connections(connections, lookup)),
         ];
         Ok(Served { gateway, names, tasks })
     }
 }
 
-async fn serve_datagrams(socket: Arc<UdpSocket>, known: Known) {
+async fn serve_datagrams(socket: Arc<UdpSocket>, lookup: Lookup) {
     let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
     loop {
-        let Ok(turn) = Arc::clone(&known.open).acquire_owned().await else { return };
+        let Ok(turn) = Arc::clone(&lookup.open).acquire_owned().await else { return };
         let (length, from) = match socket.recv_from(&mut buffer).await {
             Ok(received) => received,
             // An earlier answer could not be delivered.
@@ -207,18 +207,18 @@ async fn serve_datagrams(socket: Arc<UdpSocket>, known: Known) {
                 continue;
             }
         };
-        let (socket, known, question) =
-            (Arc::clone(&socket), known.clone(), buffer[..length].to_vec());
+        let (socket, lookup, question) =
+            (Arc::clone(&socket), lookup.clone(), buffer[..length].to_vec());
         tokio::spawn(async move {
             let _turn = turn;
-            if let Some(answer) = known.ask(&question, ask_by_datagram).await {
+            if let Some(answer) = lookup.ask(&question, ask_by_datagram).await {
                 drop(socket.send_to(&answer, from).await);
             }
         });
     }
 }
 
-async fn serve_connections(listener: TcpListener, known: Known) {
+async fn serve_connections(listener: TcpListener, lookup: Lookup) {
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(turn) = Arc::clone(&connections).acquire_owned().await else { return };
@@ -230,10 +230,10 @@ async fn serve_connections(listener: TcpListener, known: Known) {
                 continue;
             }
         };
-        let known = known.clone();
+        let lookup = lookup.clone();
         tokio::spawn(async move {
             let _turn = turn;
-            if let Err(error) = converse(connection, &known).await {
+            if let Err(error) = converse(connection, &lookup).await {
                 debug!(%error, "Resolver connection failed");
             }
         });
@@ -241,12 +241,12 @@ async fn serve_connections(listener: TcpListener, known: Known) {
 }
 
 /// Answers the questions of one connection, one after the other.
-async fn converse(mut connection: TcpStream, known: &Known) -> io::Result<()> {
+async fn converse(mut connection: TcpStream, lookup: &Lookup) -> io::Result<()> {
     let idle = |_| io::Error::from(io::ErrorKind::TimedOut);
     loop {
         let question = timeout(IDLE_LIMIT, read_message(&mut connection)).await.map_err(idle)??;
-        let Ok(turn) = known.open.acquire().await else { return Ok(()) };
-        let answer = known.ask(&question, ask_by_connection).await;
+        let Ok(turn) = lookup.open.acquire().await else { return Ok(()) };
+        let answer = lookup.ask(&question, ask_by_connection).await;
         drop(turn);
         let Some(answer) = answer else { return Ok(()) };
         timeout(IDLE_LIMIT, write_message(&mut connection, &answer)).await.map_err(idle)??;
@@ -265,7 +265,7 @@ async fn write_message(connection: &mut TcpStream, message: &[u8]) -> io::Result
     connection.write_all(message).await
 }
 
-impl Known {
+impl Lookup {
     /// Returns the answer to a question, or `None` if the message is not a valid question.
     async fn ask(
         &self,
@@ -273,7 +273,7 @@ impl Known {
         ask: impl AsyncFn(IpAddr, &[u8]) -> io::Result<Vec<u8>>,
     ) -> Option<Vec<u8>> {
         let parsed = parse(question)?;
-        let answered = answer(&parsed, &self.names.lock(), self.private_names);
+        let answered = answer(&parsed, &self.names.lock(), self.private_names)?;
         let mut failure = match answered {
             Answer::Known(answer) => return Some(answer),
             Answer::Ask { failure } => failure,

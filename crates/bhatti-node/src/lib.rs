@@ -50,7 +50,6 @@ pub use bhatti_engine::{Capabilities, MemoryKind, SnapshotInfo, Usage};
 pub use boot_source::{CreateError, Prepared};
 pub use create::Shape;
 pub use driver::SavedSandbox;
-pub use driver::steps::{Fault, Step, UnknownStep};
 pub use driver::{DestroyError, TransitionError};
 pub use identity::{Extras, GuestFile, random, random_token};
 pub use networks::{NetworkConfig, NetworkError};
@@ -107,8 +106,6 @@ pub struct Config {
     pub volumes_dir: PathBuf,
     /// The networks of sandboxes.
     pub network: NetworkConfig,
-    /// A fault that a test injects.
-    pub fault: Option<Fault>,
 }
 
 /// When an unused sandbox cools.

@@ -193,7 +193,7 @@ impl Node {
         let directory = self.shared.snapshots.unnamed(snapshot);
         let saved = self.save(sandbox, directory, MadeFrom::Kept).await?;
         self.shared.metrics.fork_pause.observe(saved.paused.as_secs_f64());
-        steps::reached(Step::Unnamed, self.shared.config.fault);
+        steps::reached(Step::Unnamed);
         Ok(saved)
     }
 
@@ -226,7 +226,7 @@ impl Node {
         let directory = self.shared.snapshots.directory.join(format!("{FORKING}{name}"));
         let saved = self.save(parent, directory.clone(), MadeFrom::Running).await?;
         self.shared.metrics.fork_pause.observe(saved.paused.as_secs_f64());
-        steps::reached(Step::Frozen, self.shared.config.fault);
+        steps::reached(Step::Frozen);
         Ok(ForkSource { directory, parent, token, info: saved.info, paused: saved.paused })
     }
 

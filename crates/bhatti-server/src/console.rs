@@ -15,7 +15,7 @@ use axum::http::header::{
 use axum::http::{HeaderMap, HeaderName};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use sha2::{Digest, Sha256};
+use ring::digest::{SHA256, digest};
 
 use crate::AppState;
 use crate::status::{ApiError, not_modified};
@@ -74,8 +74,8 @@ async fn page() -> Result<Response, ApiError> {
 
 /// Returns the entity tag of a file's content.
 fn tag(content: &str) -> String {
-    let hash = Sha256::digest(content.as_bytes());
-    format!("\"{}\"", hash[..16].iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    let hash = digest(&SHA256, content.as_bytes());
+    format!("\"{}\"", hex::encode(&hash.as_ref()[..16]))
 }
 
 /// Returns a file, or "not modified" if the caller already has this version.

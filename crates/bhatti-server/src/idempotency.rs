@@ -20,8 +20,8 @@ use bhatti_store::{Repeated, StoredResponse};
 use bhatti_types::UserId;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
+use ring::digest::{Context, SHA256};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use tracing::Instrument;
 use utoipa::IntoParams;
 
@@ -167,9 +167,11 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-fn hasher(request: &Request) -> Sha256 {
+fn hasher(request: &Request) -> Context {
     let path = request.uri().path_and_query().map_or("", PathAndQuery::as_str);
-    Sha256::new_with_prefix(format!("{} {path}\n", request.method()))
+    let mut hash = Context::new(&SHA256);
+    hash.update(format!("{} {path}\n", request.method()).as_bytes());
+    hash
 }
 
 /// Runs the handler, and keeps its response if it has made something.
@@ -204,7 +206,9 @@ async fn carry_out(
     let (parts, body) = response.into_parts();
     let body = to_bytes(body, RESPONSE_BYTES_MAX).await;
     let body = body.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
-    let request_hash = hash.lock().clone().finalize().into();
+    let request_hash = hash.lock().clone().finish();
+    let request_hash =
+        request_hash.as_ref().try_into().map_err(|error| ApiError::internal(&error))?;
     let stored = StoredResponse { request_hash, status, body: kept(&body) };
     state.store.settle_key(*owner, key, Some(&stored))?;
     Ok(Response::from_parts(parts, Body::from(body)))
@@ -223,7 +227,7 @@ async fn replay(request: Request, stored: StoredResponse) -> Result<Response, Ap
         let frame = frame.map_err(|error| ApiError::bad_request(&error))?;
         hash.update(frame.data_ref().map_or(&[][..], Bytes::as_ref));
     }
-    if hash.finalize()[..] != stored.request_hash {
+    if hash.finish().as_ref() != stored.request_hash {
         return Err(ApiError::new(
             ErrorCode::IdempotencyMismatch,
             "the idempotency key was used for another request",

@@ -15,6 +15,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
 use bhatti_edge::Identity;
+use percent_encoding::percent_decode_str;
 
 use crate::AppState;
 use crate::extract::ApiPath;
@@ -61,24 +62,10 @@ pub(crate) async fn to_path(
     // Split by hand, because the router would decode the rest of the path as well. The rest
     // belongs to the application and need not be text.
     let mut segments = request.uri().path().split('/').skip(2);
-    let called = segments.next().and_then(decode).unwrap_or_default();
+    let called = percent_decode_str(segments.next().unwrap_or_default());
+    let called = called.decode_utf8_lossy().into_owned();
     let port = segments.nth(1).unwrap_or_default().to_owned();
     pass_on(&state, identity, &called, &port, request).await
-}
-
-/// Decodes a segment of a path, once. Returns `None` if it is malformed or not UTF-8.
-fn decode(segment: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(segment.len());
-    let mut rest = segment.bytes();
-    while let Some(byte) = rest.next() {
-        if byte == b'%' {
-            let digits = [rest.next()?, rest.next()?];
-            bytes.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
-        } else {
-            bytes.push(byte);
-        }
-    }
-    String::from_utf8(bytes).ok()
 }
 
 async fn pass_on(
@@ -130,8 +117,6 @@ mod tests {
         ] {
             assert_eq!(split_path(path, 4), (prefix, rest));
         }
-        assert_eq!(decode("d%2Fv"), Some("d/v".to_owned()));
-        assert_eq!([decode("%e9"), decode("%2"), decode("%zz")], [None, None, None]);
         assert_eq!(with_query("", Some("a=%20")), "/?a=%20");
         assert_eq!(with_query("/x", None), "/x");
     }

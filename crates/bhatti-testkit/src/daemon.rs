@@ -23,9 +23,30 @@ pub struct Serve {
     pub images: Option<PathBuf>,
     /// Further arguments.
     pub arguments: Vec<String>,
+    /// The fault that is injected.
+    pub fault: Option<Fault>,
+}
+
+/// A fault in a daemon. See [`fault!`](crate::fault).
+#[derive(Clone, Debug)]
+pub struct Fault {
+    /// The program `bhatti` with the feature `faults`, which the shipped one lacks.
+    pub program: PathBuf,
     /// The process that dies, and the step at which it dies: `daemon:STEP` or `vmm:STEP`, with the
-    /// steps of `bhatti_node::Step`.
-    pub fault: Option<String>,
+    /// steps of `bhatti_node`.
+    pub step: String,
+}
+
+/// Returns the fault at a step, for [`Serve::fault`]. Only tests of the package `bhatti` have the
+/// program for it.
+#[macro_export]
+macro_rules! fault {
+    ($step:expr) => {
+        Some($crate::Fault {
+            program: env!("CARGO_BIN_EXE_bhatti").into(),
+            step: $step.to_string(),
+        })
+    };
 }
 
 impl Default for Serve {
@@ -76,6 +97,8 @@ fn common_config() -> String {
 pub struct TestDaemon {
     serve: Serve,
     data: TempDir,
+    /// The programs of a daemon with a fault.
+    programs: TempDir,
     process: Option<Child>,
     /// Calls the daemon as its admin.
     pub client: Client,
@@ -113,7 +136,8 @@ impl TestDaemon {
         fs::write(data.path().join("config.yaml"), serve.whole_config())
             .expect("a file can be written");
         let client = Client::unix(data.path());
-        let mut daemon = Self { serve, data, process: None, client };
+        let programs = tempfile::tempdir().expect("a directory can be made");
+        let mut daemon = Self { serve, data, programs, process: None, client };
         daemon.serve().await;
         daemon
     }
@@ -201,9 +225,13 @@ impl TestDaemon {
         let log = self.data.path().join("serve.log");
         let output =
             File::options().create(true).append(true).open(&log).expect("the log can be written");
-        let mut command = bhatti_host::process::command(&self.serve.program);
+        let program = match &self.serve.fault {
+            Some(fault) => self.beside_the_agent(&fault.program),
+            None => self.serve.program.clone(),
+        };
+        let mut command = bhatti_host::process::command(program);
         command.arg("serve").args(&self.serve.arguments).arg("--data-dir").arg(self.data.path());
-        command.envs(self.serve.fault.iter().map(|fault| ("BHATTI_TEST_FAULT", fault)));
+        command.envs(self.serve.fault.iter().map(|fault| ("BHATTI_TEST_FAULT", &fault.step)));
         command.stdout(Stdio::null()).stderr(output);
         self.process = Some(command.spawn().expect("the daemon can be started"));
         // A connection proves nothing: while a child of a killed daemon holds the socket, the
@@ -214,6 +242,19 @@ impl TestDaemon {
             }
         };
         timeout(crate::LIMIT, answers).await.expect("the daemon answers");
+    }
+
+    /// Returns a copy of a daemon's program that has the guest agent beside it.
+    fn beside_the_agent(&self, program: &Path) -> PathBuf {
+        let directory = self.programs.path();
+        for (from, name) in [(program, "bhatti"), (&dist("lohar"), "lohar")] {
+            let to = directory.join(name);
+            if !to.exists() {
+                let copied = fs::copy(from, to);
+                copied.unwrap_or_else(|error| panic!("{} is not copied: {error}", from.display()));
+            }
+        }
+        directory.join("bhatti")
     }
 
     /// Returns the address that the daemon has logged with `message`.
@@ -250,7 +291,11 @@ impl TestDaemon {
     /// Returns a command that runs the CLI with `arguments` on this daemon.
     #[must_use]
     pub fn cli(&self, arguments: &[&str]) -> tokio::process::Command {
-        let mut command = bhatti_host::process::command(&self.serve.program);
+        let program = match &self.serve.fault {
+            Some(fault) => self.beside_the_agent(&fault.program),
+            None => self.serve.program.clone(),
+        };
+        let mut command = bhatti_host::process::command(program);
         command.args(["--data-dir".as_ref(), self.data.path().as_os_str()]).args(arguments);
         command
     }

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-pub use daemon::{Serve, TestDaemon, kill_process, kill_vmm, vmm_pid, vmm_pid_of};
+pub use daemon::{Fault, Serve, TestDaemon, kill_process, kill_vmm, vmm_pid, vmm_pid_of};
 pub use engine::{Feature, engine, engine_has, needs};
 pub use faults::FailingCalls;
 pub use files::{SmallDisk, check_disk, hashes, replace};

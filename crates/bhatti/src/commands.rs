@@ -31,6 +31,7 @@ pub(crate) mod ps;
 pub(crate) mod publish;
 pub(crate) mod run;
 pub(crate) mod secret;
+mod secret_key;
 pub(crate) mod serve;
 pub(crate) mod setup;
 mod several;

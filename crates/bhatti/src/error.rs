@@ -92,12 +92,14 @@ impl From<ClientError> for CliError {
                 };
                 Self { hint: body.hint, code: Some(body.code), exit, ..ours }
             }
-            ClientError::Connect(ConnectError::Tls { .. }) => ours.hint(
-                "the certificate must be for this name, and from an authority that this machine trusts: SSL_CERT_FILE names a file with further ones",
-            ),
-            ClientError::Connect(_) => {
-                ours.hint("start it with `bhatti serve`, or name another with --data-dir or --url")
-            }
+            ClientError::Connect(error) => ours.hint(match *error {
+                ConnectError::Tls { .. } => {
+                    "the certificate must be for this name, and from an authority that this machine trusts: SSL_CERT_FILE names a file with further ones"
+                }
+                ConnectError::Unix { .. } | ConnectError::Tcp { .. } => {
+                    "start it with `bhatti serve`, or name another with --data-dir or --url"
+                }
+            }),
             ClientError::Lost(_) | ClientError::StreamLost(_) => Self { is_lost: true, ..ours },
             ClientError::Archive(_) | ClientError::Unexpected(_) => ours,
         }

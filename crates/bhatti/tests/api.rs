@@ -4,6 +4,8 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bhatti_api::{CreateSandbox, CreateUser, ErrorCode, SetSecret};
@@ -388,6 +390,34 @@ async fn key_ends_with_the_key_that_created_it_and_ends_requests_in_flight() {
 }
 
 #[tokio::test]
+async fn calls_of_a_client_share_a_connection() {
+    let (daemon, _url) = daemon_on_tcp().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let made = api.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    // A relay that counts connections.
+    let relay = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", relay.local_addr().unwrap());
+    let (connections, to) = (Arc::new(AtomicUsize::new(0)), daemon.api_address());
+    let counted = Arc::clone(&connections);
+    tokio::spawn(async move {
+        while let Ok((mut ours, _)) = relay.accept().await {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let mut theirs = tokio::net::TcpStream::connect(to).await.unwrap();
+            tokio::spawn(async move {
+                drop(tokio::io::copy_bidirectional(&mut ours, &mut theirs).await);
+            });
+        }
+    });
+
+    let client = Client::http(&url, made["api_key"].as_str().unwrap()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(client.list().await.unwrap(), []);
+        assert!(matches!(client.inspect("none").await, Err(ClientError::Refused(_))));
+    }
+    assert_eq!(connections.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
 async fn paths_may_begin_with_the_version() {
     let daemon = TestDaemon::start().await;
     let api = bhatti_testkit::Api::admin(&daemon);
@@ -540,10 +570,10 @@ async fn damaged_or_missing_secret_key_is_refused_at_startup() {
     let secret = json!({ "name": "K", "value": "v" });
     assert_eq!(api.call("POST", "/secrets", &secret).await.status, 201);
     daemon.terminate().await;
-    let key = daemon.data_dir().join("age.key");
+    let key = daemon.data_dir().join("secret.key");
     let good = std::fs::read(&key).unwrap();
 
-    for (content, complaint) in [(Some(""), "holds no age key"), (None, "is missing")] {
+    for (content, complaint) in [(Some(""), "holds no key"), (None, "is missing")] {
         match content {
             Some(content) => std::fs::write(&key, content).unwrap(),
             None => std::fs::remove_file(&key).unwrap(),
@@ -563,6 +593,63 @@ async fn damaged_or_missing_secret_key_is_refused_at_startup() {
     daemon.serve_with(|serve| serve.arguments = vec!["--forget-secrets".to_owned()]).await;
     assert_eq!(api.get("/secrets").await.json(), json!([]));
     assert_eq!(api.call("POST", "/secrets", &secret).await.status, 201);
+}
+
+/// Runs `age` or `age-keygen` with `input`, and returns its output.
+async fn age(program: &str, arguments: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut command = bhatti_host::process::command(program);
+    command.args(arguments).stdin(std::process::Stdio::piped());
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).await.unwrap();
+    let output = child.wait_with_output().await.unwrap();
+    assert!(output.status.success(), "{program}");
+    output.stdout
+}
+
+#[tokio::test]
+async fn secrets_of_an_earlier_version_are_encrypted_anew() {
+    let mut daemon = TestDaemon::start().await;
+    let api = bhatti_testkit::Api::admin(&daemon);
+    let value = "v".repeat(64 << 10);
+    for name in ["A", "B"] {
+        let secret = json!({ "name": name, "value": "new" });
+        assert_eq!(api.call("POST", "/secrets", &secret).await.status, 201);
+    }
+    daemon.terminate().await;
+    // Earlier versions encrypted with age. B stays as this version has encrypted it.
+    let data = daemon.data_dir().to_owned();
+    let identity = String::from_utf8(age("age-keygen", &[], b"").await).unwrap();
+    let recipient = String::from_utf8(age("age-keygen", &["-y"], identity.as_bytes()).await);
+    let encrypt = ["--encrypt", "--recipient", recipient.as_ref().unwrap().trim()];
+    let store = bhatti_store::Store::open(&data).unwrap();
+    let mut secrets = store.ciphertexts().unwrap();
+    secrets.retain(|secret| secret.name == "A");
+    secrets[0].bytes = age("age", &encrypt, value.as_bytes()).await;
+    store.replace_ciphertexts(&secrets).unwrap();
+    drop(store);
+
+    let other = age("age-keygen", &[], b"").await;
+    for (key, complaint) in [(Some(&other[..]), "cannot decrypt"), (None, "is missing")] {
+        match key {
+            Some(key) => std::fs::write(data.join("age.key"), key).unwrap(),
+            None => std::fs::remove_file(data.join("age.key")).unwrap(),
+        }
+        let refused = daemon.cli(&["serve"]).output().await.unwrap();
+        let stderr = String::from_utf8(refused.stderr).unwrap();
+        assert!(stderr.contains(complaint) && !refused.status.success(), "{stderr}");
+    }
+    std::fs::write(data.join("age.key"), &identity).unwrap();
+    daemon.serve().await;
+    daemon.terminate().await;
+
+    let store = bhatti_store::Store::open(&data).unwrap();
+    let key = bhatti_secret::SecretKey::open(&data, true).unwrap();
+    for secret in store.ciphertexts().unwrap() {
+        let context = bhatti_control::seal_context(&secret.owner, &secret.name);
+        let plain = key.unseal(&context, &secret.bytes).unwrap();
+        let expected = if secret.name == "A" { &value } else { "new" };
+        assert!(plain == expected.as_bytes(), "{}", secret.name);
+    }
 }
 
 #[tokio::test]

@@ -144,7 +144,9 @@ async fn next_daemon_finishes_an_interrupted_container_stop() {
         assert_eq!(api.call("POST", "/sandboxes", &request).await.status, 201);
         api.sh("dev", "echo disk >/workspace/kept; echo volume >/data/kept").await;
         daemon.terminate().await;
-        daemon.serve_with(|serve| serve.fault = Some(format!("daemon:{step}"))).await;
+        daemon
+            .serve_with(|serve| serve.fault = bhatti_testkit::fault!(format!("daemon:{step}")))
+            .await;
         assert!(daemon.client.stop("dev").await.is_err(), "{step}: the daemon answered");
         daemon.ended().await;
 

@@ -23,7 +23,7 @@ async fn with_sandbox(fault: &str) -> TestDaemon {
     daemon.client.create(&named("dev")).await.unwrap();
     shell(&daemon.client, "dev", LEAVE).await;
     daemon.terminate().await;
-    daemon.serve_with(|serve| serve.fault = Some(fault.to_owned())).await;
+    daemon.serve_with(|serve| serve.fault = bhatti_testkit::fault!(fault)).await;
     daemon
 }
 
@@ -186,7 +186,7 @@ async fn daemon_dies_while_it_boots_again(begin: impl AsyncFnOnce(&Client), stat
     daemon.client.create(&CreateSandbox { env, ..named("dev") }).await.unwrap();
     shell(&daemon.client, "dev", "echo kept >/workspace/file; sync").await;
     daemon.terminate().await;
-    daemon.serve_with(|serve| serve.fault = Some("daemon:running".to_owned())).await;
+    daemon.serve_with(|serve| serve.fault = bhatti_testkit::fault!("daemon:running")).await;
     begin(&daemon.client).await;
     daemon.ended().await;
 

@@ -305,7 +305,7 @@ async fn networks_leave_nothing_after_destruction_or_a_crash() {
     // complete.
     let step = if engine_has(Feature::SavedMemory) { "running" } else { "inserted" };
     daemon.terminate().await;
-    daemon.serve_with(|serve| serve.fault = Some(format!("daemon:{step}"))).await;
+    daemon.serve_with(|serve| serve.fault = bhatti_testkit::fault!(format!("daemon:{step}"))).await;
     let died = daemon.client.create(&named("dev")).await;
     assert!(died.is_err(), "the daemon answered");
     daemon.ended().await;

@@ -372,7 +372,7 @@ async fn stopped_sandbox_has_a_clean_volume_and_refuses_a_changed_one() {
 
     // If the daemon dies while it creates a sandbox, the next daemon detaches the volume.
     daemon.terminate().await;
-    daemon.serve_with(|serve| serve.fault = Some("daemon:running".to_owned())).await;
+    daemon.serve_with(|serve| serve.fault = bhatti_testkit::fault!("daemon:running")).await;
     let create = bhatti_api::CreateSandbox {
         volumes: vec![bhatti_api::AttachVolume {
             name: "data".to_owned(),

@@ -8,8 +8,8 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 
+use ring::digest::{Context, SHA256};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use tar::{Archive, EntryType};
 
 use super::{ArchiveError, Part, bad, check_extensions, explain};
@@ -184,7 +184,7 @@ impl<'file> Files<'file> {
     /// Returns a blob after checking its content against its digest.
     fn blob(&self, digest: &str) -> Result<Part<'file>, ArchiveError> {
         let part = self.get(&blob_name(digest)?)?;
-        let mut hash = Sha256::new();
+        let mut hash = Context::new(&SHA256);
         let mut reader = part.reader();
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -194,7 +194,7 @@ impl<'file> Files<'file> {
             }
             hash.update(&buffer[..read]);
         }
-        let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let found = hex::encode(hash.finish());
         if digest != format!("sha256:{found}") {
             return Err(bad(format!(
                 "the content of `{digest}` has another digest: sha256:{found}"
@@ -258,7 +258,7 @@ mod tests {
     }
 
     fn digest(content: &[u8]) -> String {
-        Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(ring::digest::digest(&SHA256, content))
     }
 
     /// Returns the contents of the layers in an archive.

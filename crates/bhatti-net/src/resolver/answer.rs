@@ -1,7 +1,10 @@
-//! Parses one question and builds its answer: RFC 1035, section 4. Reads only the header and the
-//! question; the upstream interprets the rest.
+//! Parses one question and builds its answer (RFC 1035).
 
 use std::net::Ipv4Addr;
+
+use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::rdata::A;
+use hickory_proto::rr::{DNSClass, RData, Record, RecordType};
 
 use super::{Names, PrivateNames};
 
@@ -14,29 +17,10 @@ const SUFFIX: &str = ".sb";
 /// Maximum size of a question, in bytes. By RFC 9715, messages of this size fit any path.
 const QUESTION_BYTES_MAX: usize = 1232;
 
-const HEADER_BYTES: usize = 12;
-const NAME_BYTES_MAX: usize = 255;
-const LABEL_BYTES_MAX: u8 = 63;
-
-/// Flags in the header: response, operation code, recursion desired, recursion available.
-const RESPONSE: u16 = 0x8000;
-const OPCODE: u16 = 0x7800;
-const RECURSION_DESIRED: u16 = 0x0100;
-const RECURSION_AVAILABLE: u16 = 0x0080;
-
-const NO_ERROR: u16 = 0;
-const SERVER_FAILURE: u16 = 2;
-const NO_SUCH_NAME: u16 = 3;
-const REFUSED: u16 = 5;
-
-const ADDRESS: u16 = 1;
-const ANY: u16 = 255;
 /// Record types that ask for whole zones rather than answers: an upstream may trust this host
-/// with zones that sandboxes should not get.
-const TRANSFERS: [u16; 4] = [251, 252, 253, 254];
-const INTERNET: u16 = 1;
-/// A pointer to the name of the question, which begins right after the header.
-const SAME_NAME: u16 = 0xc000 | 12;
+/// with zones that sandboxes should not get. The middle two are of mailboxes.
+const TRANSFERS: [RecordType; 4] =
+    [RecordType::IXFR, RecordType::AXFR, RecordType::Unknown(253), RecordType::Unknown(254)];
 
 /// The answer to a question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,63 +31,30 @@ pub(super) enum Answer {
     Ask { failure: Vec<u8> },
 }
 
-/// A parsed question.
-pub(super) struct Question<'a> {
-    id: u16,
-    recursion_desired: bool,
-    /// The name, in lower case.
+/// A message with one plain question.
+pub(super) struct Question {
+    message: Message,
+    asked: Query,
+    /// The name, in lower case and without a dot at its end.
     name: String,
-    kind: u16,
-    class: u16,
-    /// Name, type and class as received.
-    bytes: &'a [u8],
 }
 
 /// Parses a message that asks one plain question. Returns `None` for any other message.
-pub(super) fn parse(message: &[u8]) -> Option<Question<'_>> {
+pub(super) fn parse(message: &[u8]) -> Option<Question> {
     if message.len() > QUESTION_BYTES_MAX {
         return None;
     }
-    let number = |at: usize| Some(u16::from_be_bytes(*message.get(at..)?.first_chunk()?));
-    let flags = number(2)?;
-    let is_plain = flags & (RESPONSE | OPCODE) == 0;
-    // One question, no answers, no authority records, and at most one additional record (EDNS).
-    let counts = (number(4)?, number(6)?, number(8)?);
-    if !is_plain || counts != (1, 0, 0) || number(10)? > 1 {
-        return None;
-    }
-    let (name, after) = parse_name(message)?;
-    let bytes = message.get(HEADER_BYTES..after + 4)?;
-    Some(Question {
-        id: number(0)?,
-        recursion_desired: flags & RECURSION_DESIRED != 0,
-        name,
-        kind: number(after)?,
-        class: number(after + 2)?,
-        bytes,
-    })
-}
-
-/// Parses the name after the header, and returns its end. In a question there is no earlier name
-/// that a pointer could refer to.
-fn parse_name(message: &[u8]) -> Option<(String, usize)> {
-    let (mut name, mut at) = (String::new(), HEADER_BYTES);
-    loop {
-        let length = *message.get(at)?;
-        at += 1;
-        if length == 0 {
-            return Some((name, at));
-        }
-        let label = message.get(at..at + usize::from(length))?;
-        at += usize::from(length);
-        if length > LABEL_BYTES_MAX || at - HEADER_BYTES > NAME_BYTES_MAX {
-            return None;
-        }
-        if !name.is_empty() {
-            name.push('.');
-        }
-        name.push_str(&String::from_utf8_lossy(label).to_ascii_lowercase());
-    }
+    let mut message = Message::from_vec(message).ok()?;
+    let is_plain = message.metadata.message_type == MessageType::Query
+        && message.metadata.op_code == OpCode::Query
+        && message.queries.len() == 1
+        && message.answers.is_empty()
+        && message.authorities.is_empty()
+        // EDNS is no additional record here.
+        && message.additionals.is_empty();
+    let asked = message.queries.pop().filter(|_| is_plain)?;
+    let name = asked.name().to_ascii().trim_end_matches('.').to_ascii_lowercase();
+    Some(Question { message, asked, name })
 }
 
 /// Zones of private networks, by RFC 6762, RFC 8375, RFC 9476 and ICANN's reservation of
@@ -140,114 +91,124 @@ fn is_private(name: &str) -> bool {
 }
 
 /// Answers a question from the names of a network. Only names without a dot match: a name with a
-/// dot may be a public name.
+/// dot may be a public name. Returns `None` if the answer cannot be written, which a parsed
+/// question rules out.
 pub(super) fn answer(
-    question: &Question<'_>,
+    question: &Question,
     names: &Names,
     private_names: PrivateNames,
-) -> Answer {
-    if TRANSFERS.contains(&question.kind) {
-        return Answer::Known(reply(question, REFUSED, None));
+) -> Option<Answer> {
+    let Question { asked, name, .. } = question;
+    if TRANSFERS.contains(&asked.query_type()) {
+        return reply(question, ResponseCode::Refused, None).map(Answer::Known);
     }
-    let bare = question.name.strip_suffix(SUFFIX).unwrap_or(&question.name);
-    let known = names.get(bare).filter(|_| question.class == INTERNET && !bare.contains('.'));
-    match known {
-        None if private_names == PrivateNames::Denied && is_private(&question.name) => {
-            Answer::Known(reply(question, NO_SUCH_NAME, None))
+    let bare = name.strip_suffix(SUFFIX).unwrap_or(name);
+    let is_internet = asked.query_class() == DNSClass::IN;
+    match names.get(bare).filter(|_| is_internet && !bare.contains('.')) {
+        None if private_names == PrivateNames::Denied && is_private(name) => {
+            reply(question, ResponseCode::NXDomain, None).map(Answer::Known)
         }
-        None => Answer::Ask { failure: reply(question, SERVER_FAILURE, None) },
+        None => {
+            let failure = reply(question, ResponseCode::ServFail, None)?;
+            Some(Answer::Ask { failure })
+        }
         // Sandboxes have only IPv4 addresses. For other types, the answer is that there are no
         // records.
         Some(address) => {
-            let asked = matches!(question.kind, ADDRESS | ANY);
-            Answer::Known(reply(question, NO_ERROR, asked.then_some(*address)))
+            let has_record = matches!(asked.query_type(), RecordType::A | RecordType::ANY);
+            let address = has_record.then_some(*address);
+            reply(question, ResponseCode::NoError, address).map(Answer::Known)
         }
     }
 }
 
-fn reply(question: &Question<'_>, code: u16, address: Option<Ipv4Addr>) -> Vec<u8> {
-    let desired = if question.recursion_desired { RECURSION_DESIRED } else { 0 };
-    let flags = RESPONSE | RECURSION_AVAILABLE | desired | code;
-    let answers = u16::from(address.is_some());
-    let mut reply = Vec::with_capacity(HEADER_BYTES + question.bytes.len() + 16);
-    for number in [question.id, flags, 1, answers, 0, 0] {
-        reply.extend_from_slice(&number.to_be_bytes());
-    }
-    reply.extend_from_slice(question.bytes);
-    if let Some(address) = address {
-        for number in [SAME_NAME, ADDRESS, INTERNET] {
-            reply.extend_from_slice(&number.to_be_bytes());
-        }
-        reply.extend_from_slice(&TTL_SEC.to_be_bytes());
-        reply.extend_from_slice(&4u16.to_be_bytes());
-        reply.extend_from_slice(&address.octets());
-    }
-    reply
+fn reply(question: &Question, code: ResponseCode, address: Option<Ipv4Addr>) -> Option<Vec<u8>> {
+    let asked = &question.message.metadata;
+    let mut reply = Message::response(asked.id, OpCode::Query);
+    reply.metadata.recursion_desired = asked.recursion_desired;
+    reply.metadata.recursion_available = true;
+    reply.metadata.response_code = code;
+    reply.add_query(question.asked.clone());
+    reply.add_answers(address.map(|address| {
+        Record::from_rdata(question.asked.name().clone(), TTL_SEC, RData::A(A(address)))
+    }));
+    reply.to_vec().ok()
 }
 
 #[cfg(test)]
 mod tests {
-    use simple_dns::rdata::RData;
-    use simple_dns::{CLASS, Name, Packet, QCLASS, RCODE, TYPE};
+    use hickory_proto::rr::Name;
 
     use super::*;
 
-    fn question(name: &str, kind: TYPE) -> Vec<u8> {
-        let mut packet = Packet::new_query(77);
-        let (name, class) = (Name::new(name).unwrap(), QCLASS::CLASS(CLASS::IN));
-        packet.questions.push(simple_dns::Question::new(name, kind.into(), class, false));
-        packet.build_bytes_vec().unwrap()
+    fn question(name: &str, kind: RecordType) -> Vec<u8> {
+        let mut message = Message::new(77, MessageType::Query, OpCode::Query);
+        message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+        message.to_vec().unwrap()
     }
 
     /// Returns the answer's code, its addresses, and whether it is a local answer.
-    fn said(name: &str, kind: TYPE) -> (RCODE, Vec<Ipv4Addr>, bool) {
+    fn said(name: &str, kind: RecordType) -> (ResponseCode, Vec<Ipv4Addr>, bool) {
         said_with(name, kind, PrivateNames::Asked)
     }
 
     fn said_with(
         name: &str,
-        kind: TYPE,
+        kind: RecordType,
         private_names: PrivateNames,
-    ) -> (RCODE, Vec<Ipv4Addr>, bool) {
+    ) -> (ResponseCode, Vec<Ipv4Addr>, bool) {
         let names =
             ["dev", "github.com"].map(|name| (name.to_owned(), Ipv4Addr::new(10, 213, 0, 2)));
         let asked = question(name, kind);
-        let answered = answer(&parse(&asked).unwrap(), &Names::from(names), private_names);
+        let answered = answer(&parse(&asked).unwrap(), &Names::from(names), private_names).unwrap();
         let (bytes, is_known) = match answered {
             Answer::Known(bytes) => (bytes, true),
             Answer::Ask { failure } => (failure, false),
         };
-        let packet = Packet::parse(&bytes).unwrap();
-        assert_eq!((packet.id(), packet.questions.len()), (77, 1));
-        assert_eq!(packet.questions[0].qname.to_string(), name);
-        let address = |record: &simple_dns::ResourceRecord<'_>| match &record.rdata {
-            RData::A(a) => Ipv4Addr::from(a.address),
+        let reply = Message::from_vec(&bytes).unwrap();
+        assert_eq!((reply.metadata.id, reply.queries.len()), (77, 1));
+        assert_eq!(reply.queries[0].name().to_ascii().trim_end_matches('.'), name);
+        let address = |record: &Record| match &record.data {
+            RData::A(A(address)) => *address,
             other => panic!("{other:?}"),
         };
-        (packet.rcode(), packet.answers.iter().map(address).collect(), is_known)
+        let addresses = reply.answers.iter().map(address).collect();
+        (reply.metadata.response_code, addresses, is_known)
     }
 
     #[test]
     fn sibling_name_resolves_in_any_case_to_its_ipv4_address_only() {
         let address = vec![Ipv4Addr::new(10, 213, 0, 2)];
         for name in ["dev", "DEV", "dev.sb", "Dev.SB"] {
-            assert_eq!(said(name, TYPE::A), (RCODE::NoError, address.clone(), true), "{name}");
-            assert_eq!(said(name, TYPE::AAAA), (RCODE::NoError, vec![], true), "{name}");
+            assert_eq!(
+                said(name, RecordType::A),
+                (ResponseCode::NoError, address.clone(), true),
+                "{name}"
+            );
+            assert_eq!(
+                said(name, RecordType::AAAA),
+                (ResponseCode::NoError, vec![], true),
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn other_names_and_names_with_dots_are_forwarded() {
         for name in ["example.com", "nobody.sb", "github.com", "nobody"] {
-            assert_eq!(said(name, TYPE::A), (RCODE::ServerFailure, vec![], false), "{name}");
+            assert_eq!(
+                said(name, RecordType::A),
+                (ResponseCode::ServFail, vec![], false),
+                "{name}"
+            );
         }
         // Record types that this parser does not know are forwarded, too; zone transfers never
         // are.
         let of_kind = |kind: u8| {
-            let mut asked = question("example.com", TYPE::A);
+            let mut asked = question("example.com", RecordType::A);
             let at = asked.len() - 3;
             asked[at] = kind;
-            answer(&parse(&asked).unwrap(), &Names::new(), PrivateNames::Denied)
+            answer(&parse(&asked).unwrap(), &Names::new(), PrivateNames::Denied).unwrap()
         };
         assert!(matches!(of_kind(44), Answer::Ask { failure } if failure[3] & 15 == 2));
         assert!(matches!(of_kind(252), Answer::Known(refusal) if refusal[3] & 15 == 5));
@@ -269,23 +230,26 @@ mod tests {
             "1.0.c.f.ip6.arpa",
         ];
         for name in private {
-            let denied = said_with(name, TYPE::PTR, PrivateNames::Denied);
-            assert_eq!(denied, (RCODE::NameError, vec![], true), "{name}");
-            let asked = said_with(name, TYPE::PTR, PrivateNames::Asked);
-            assert_eq!(asked, (RCODE::ServerFailure, vec![], false), "{name}");
+            let denied = said_with(name, RecordType::PTR, PrivateNames::Denied);
+            assert_eq!(denied, (ResponseCode::NXDomain, vec![], true), "{name}");
+            let asked = said_with(name, RecordType::PTR, PrivateNames::Asked);
+            assert_eq!(asked, (ResponseCode::ServFail, vec![], false), "{name}");
         }
         for name in
             ["example.com", "notinternal.com", "1.0.15.172.in-addr.arpa", "8.8.8.8.in-addr.arpa"]
         {
-            let asked = said_with(name, TYPE::PTR, PrivateNames::Denied);
-            assert_eq!(asked, (RCODE::ServerFailure, vec![], false), "{name}");
+            let asked = said_with(name, RecordType::PTR, PrivateNames::Denied);
+            assert_eq!(asked, (ResponseCode::ServFail, vec![], false), "{name}");
         }
-        assert!(said_with("dev", TYPE::A, PrivateNames::Denied).2, "sandbox names stay known");
+        assert!(
+            said_with("dev", RecordType::A, PrivateNames::Denied).2,
+            "sandbox names stay known"
+        );
     }
 
     #[test]
     fn parse_rejects_all_but_plain_questions() {
-        let plain = question("dev", TYPE::A);
+        let plain = question("dev", RecordType::A);
         assert!(parse(&plain).is_some());
         let with = |at: usize, byte: u8| {
             let mut message = plain.clone();

@@ -19,6 +19,17 @@ pub struct SecretRow {
     pub updated_at: String,
 }
 
+/// The encrypted value of a secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ciphertext {
+    /// Id of the owner.
+    pub owner: String,
+    /// Name of the secret.
+    pub name: String,
+    /// The encrypted value.
+    pub bytes: Vec<u8>,
+}
+
 impl Store {
     /// Creates or replaces a secret.
     ///
@@ -105,15 +116,36 @@ impl Store {
         })
     }
 
-    /// Whether any user has a secret.
+    /// Returns the ciphertexts of all users.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn has_secrets(&self) -> Result<bool, StoreError> {
+    pub fn ciphertexts(&self) -> Result<Vec<Ciphertext>, StoreError> {
         self.work(|connection| {
-            Ok(connection
-                .query_row("SELECT EXISTS (SELECT 1 FROM secrets)", [], |row| row.get(0))?)
+            let mut query = connection.prepare("SELECT owner, name, ciphertext FROM secrets")?;
+            let rows = query.query_map([], |row| {
+                Ok(Ciphertext { owner: row.get(0)?, name: row.get(1)?, bytes: row.get(2)? })
+            })?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
+    }
+
+    /// Replaces ciphertexts, all or none. The secrets keep their values and times.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn replace_ciphertexts(&self, ciphertexts: &[Ciphertext]) -> Result<(), StoreError> {
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            for Ciphertext { owner, name, bytes } in ciphertexts {
+                transaction.execute(
+                    "UPDATE secrets SET ciphertext = ?3 WHERE owner = ?1 AND name = ?2",
+                    params![owner, name, bytes],
+                )?;
+            }
+            Ok(transaction.commit()?)
         })
     }
 
@@ -151,7 +183,13 @@ mod tests {
         let other = UserId::from_entropy([1; 8]);
         assert_eq!(store.get_secret(other, "TOKEN").unwrap(), None);
         assert!(matches!(store.delete_secret(other, "TOKEN"), Err(StoreError::NoSuchRow)));
+        let sealed_at = second.updated_at.clone();
         assert_eq!(store.list_secrets(UserId::ADMIN).unwrap(), [second]);
+        let mut sealed = store.ciphertexts().unwrap();
+        sealed[0].bytes = b"3".to_vec();
+        store.replace_ciphertexts(&sealed).unwrap();
+        assert_eq!(store.get_secret(UserId::ADMIN, "TOKEN").unwrap(), Some(b"3".to_vec()));
+        assert_eq!(store.list_secrets(UserId::ADMIN).unwrap()[0].updated_at, sealed_at);
         store.delete_secret(UserId::ADMIN, "TOKEN").unwrap();
         assert_eq!(store.list_secrets(UserId::ADMIN).unwrap(), []);
     }

@@ -8,17 +8,13 @@ use bhatti_control::Control;
 use bhatti_engine::Accelerator;
 use bhatti_image::ImageStore;
 use bhatti_node::{Node, ThermalConfig};
-use bhatti_secret::{KeyError, SecretKey};
 use bhatti_store::Store;
 use bhatti_types::Allowance;
 
-use super::{engine, network};
+use super::{engine, network, secret_key};
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
-
-/// The fault that a test injects: `daemon:STEP` or `vmm:STEP`.
-const FAULT: &str = "BHATTI_TEST_FAULT";
 
 pub(super) async fn make(
     data_dir: &Path,
@@ -36,7 +32,6 @@ pub(super) async fn make(
     // runs. A VM that has run the first commands saves nearly all of that.
     let emulated = engine.capabilities().accelerator == Some(Accelerator::Tcg);
     let forks_by_default = usize::from(emulated && config.ready_vmms != Some(0));
-    let fault = std::env::var(FAULT).ok().map(|fault| fault.parse()).transpose();
     let network = network::open(config, store).await?;
     let node_config = bhatti_node::Config {
         sandboxes_dir: directory("sandboxes")?,
@@ -56,24 +51,13 @@ pub(super) async fn make(
         },
         volumes_dir: directory("volumes")?,
         network,
-        fault: fault.map_err(|error| CliError::of(&error))?,
     };
     let network_allowable = Allowance::parse(&config.network_allowable)
         .map_err(|error| CliError::of(&error).hint("see `network_allowable` in config.yaml"))?;
-    let control_config =
-        bhatti_control::Config { secret_key: secret_key(data_dir, store)?, network_allowable };
+    let control_config = bhatti_control::Config {
+        secret_key: secret_key::open(data_dir, store).await?,
+        network_allowable,
+    };
     let start_node = |control| Node::new(node_config, Arc::clone(store), engine, control);
     Ok(Control::new(control_config, Arc::clone(store), start_node))
-}
-
-/// Opens the secret key of the data directory. If the store has secrets, the key must exist.
-fn secret_key(data_dir: &Path, store: &Store) -> Result<SecretKey, CliError> {
-    let needed = store.has_secrets().map_err(|error| CliError::of(&error))?;
-    SecretKey::open(data_dir, needed).map_err(|error| {
-        let hint = "restore it from a backup, or delete all secrets: bhatti serve --forget-secrets";
-        match error {
-            KeyError::Damaged { .. } | KeyError::Missing { .. } => CliError::of(&error).hint(hint),
-            KeyError::File { .. } => CliError::of(&error),
-        }
-    })
 }

@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
-use super::{Context, control};
+use super::{Context, control, secret_key};
 use crate::config::Config;
 use crate::error::CliError;
 use crate::paths;
@@ -98,7 +98,7 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let mut stop_signal = StopSignal::catch()?;
     let store = Arc::new(Store::open(data_dir).map_err(|error| CliError::of(&error))?);
     if arguments.forget_secrets {
-        forget_secrets(data_dir, &store)?;
+        secret_key::forget_secrets(data_dir, &store)?;
     }
     let control = control::make(data_dir, &config, &store).await?;
     // The daemon listens while its sandboxes are adopted in the background.
@@ -215,18 +215,6 @@ fn announce(state: &AppState, data_dir: &Path, started: Instant) {
     }
     let startup_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator_name(), startup_ms, "Daemon ready");
-}
-
-/// Deletes all secrets, which cannot be read without their key. The key's file is renamed, in case
-/// it is needed after all.
-fn forget_secrets(data_dir: &Path, store: &Store) -> Result<(), CliError> {
-    let forgotten = store.forget_all_secrets().map_err(|error| CliError::of(&error))?;
-    let key = data_dir.join(bhatti_secret::FILE);
-    if key.exists() {
-        fs::rename(&key, key.with_extension("key.old"))?;
-    }
-    warn!(forgotten, "Deleted all secrets");
-    Ok(())
 }
 
 /// Takes the lock that makes this the only daemon on the data directory. The lock ends with the

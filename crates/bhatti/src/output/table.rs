@@ -2,6 +2,7 @@
 
 use anstyle::Style;
 use jiff::Timestamp;
+use unicode_width::UnicodeWidthStr;
 
 use super::human::{one_line, since, whole_seconds};
 use super::paint::{Paint, of_state};
@@ -68,12 +69,12 @@ impl<T> Table<T> {
         if !terminal {
             return shown.iter().map(|row| row.join("\t") + "\n").collect();
         }
-        let width = |column: usize| shown.iter().map(|row| row[column].chars().count()).max();
+        let width = |column: usize| shown.iter().map(|row| row[column].width()).max();
         let widths: Vec<usize> =
             (0..self.header.len()).map(|column| width(column).unwrap_or_default()).collect();
         let lines = rows.iter().zip(&shown).map(|(cells, texts)| {
             let columns = cells.iter().zip(texts).zip(&widths).map(|((cell, text), width)| {
-                let gap = " ".repeat(width - text.chars().count());
+                let gap = " ".repeat(width - text.width());
                 paint.styled(text, cell.style()) + &gap
             });
             columns.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
@@ -127,6 +128,13 @@ mod tests {
             TABLE.text(&items, false, PLAIN),
             "NAME\tSTATE\tCREATED\na-long-name\trunning (hot)\t2026-01-02T03:04:06Z\nb\u{fffd}[2J\tstopped\t2026-01-02T03:04:06Z\n"
         );
+    }
+
+    #[test]
+    fn wide_characters_take_two_columns() {
+        let lines = TABLE.text(&[("名前", "stopped"), ("name", "stopped")], true, PLAIN);
+        let names: Vec<_> = lines.lines().map(|line| line.split("  ").next()).collect();
+        assert_eq!(names, [Some("NAME"), Some("名前"), Some("name")]);
     }
 
     #[test]

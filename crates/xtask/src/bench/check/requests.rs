@@ -85,7 +85,6 @@ fn control(place: &Path, store: &Arc<Store>) -> Result<Control> {
             range: "10.213.0.0/16".parse()?,
             reach_host: false,
         },
-        fault: None,
     };
     let engine = Arc::new(Qemu::engine(PROGRAM.into()));
     let control_config = bhatti_control::Config {
