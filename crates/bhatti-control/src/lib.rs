@@ -11,6 +11,7 @@
 //!                                 └────► NodeServices   events, and secrets for a boot
 //! ```
 
+mod catalog;
 mod create;
 mod disk_quota;
 mod events;
@@ -20,6 +21,7 @@ mod sandboxes;
 mod secrets;
 mod services;
 mod snapshots;
+mod users;
 mod volumes;
 
 use std::sync::Arc;

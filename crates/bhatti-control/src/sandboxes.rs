@@ -57,6 +57,21 @@ impl Control {
         self.inner.store.list_sandboxes(owner, filter)
     }
 
+    /// Calls `each` for the sandboxes that a filter selects, newest first, as
+    /// [`Store::each_sandbox`](bhatti_store::Store::each_sandbox) does.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first error of `each` or of the store.
+    pub fn each_sandbox(
+        &self,
+        owner: UserId,
+        filter: &SandboxFilter,
+        each: impl FnMut(StoredSandbox<'_>) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        self.inner.store.each_sandbox(owner, filter, each)
+    }
+
     /// Changes a sandbox's name or labels. Its host name stays.
     ///
     /// # Errors

@@ -97,7 +97,7 @@ fn identify(
     let invalid = || ApiError::new(ErrorCode::Unauthorized, "invalid api key");
     let key = state.keyring.find(&key).ok_or_else(invalid)?;
     if let Some(at) = key.note_use()
-        && let Err(error) = state.store.note_key_use(key.owner, &key.name, at)
+        && let Err(error) = state.control.note_key_use(key.owner, &key.name, at)
     {
         tracing::warn!(key = key.name, %error, "Failed to record the use of an API key");
     }

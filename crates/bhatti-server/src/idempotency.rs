@@ -108,7 +108,7 @@ pub(crate) async fn run(
         let message = format!("a request with the idempotency key `{key}` is in progress");
         ApiError::new(ErrorCode::RequestInProgress, message).retry_after(Duration::from_secs(1))
     })?;
-    match state.store.reserve_key(owner, &key, now())? {
+    match state.control.reserve_idempotency_key(owner, &key, now())? {
         Repeated::New => {
             let state = state.clone();
             // The request counts as one of the user's for as long as it is carried out.
@@ -196,7 +196,7 @@ async fn carry_out(
     match made(&response) {
         Made::Something => {}
         Made::Nothing => {
-            state.store.settle_key(*owner, key, None)?;
+            state.control.settle_idempotency_key(*owner, key, None)?;
             return Ok(response);
         }
         // The key stays reserved: a repeated request might make the thing twice.
@@ -210,7 +210,7 @@ async fn carry_out(
     let request_hash =
         request_hash.as_ref().try_into().map_err(|error| ApiError::internal(&error))?;
     let stored = StoredResponse { request_hash, status, body: kept(&body) };
-    state.store.settle_key(*owner, key, Some(&stored))?;
+    state.control.settle_idempotency_key(*owner, key, Some(&stored))?;
     Ok(Response::from_parts(parts, Body::from(body)))
 }
 

@@ -14,6 +14,7 @@ mod json;
 mod large_json;
 mod listings;
 mod metrics;
+mod page;
 mod proxy;
 mod rates;
 mod request_id;
@@ -41,7 +42,7 @@ use bhatti_edge::{
     end_input_with_key, end_with_key, hold,
 };
 use bhatti_image::ImageStore;
-use bhatti_store::{Store, StoreError};
+use bhatti_store::StoreError;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -78,8 +79,6 @@ pub struct AppState(Arc<Inner>);
 pub struct Inner {
     /// The sandboxes.
     pub control: Control,
-    /// The store: users, sandboxes and everything that users have saved.
-    pub store: Arc<Store>,
     /// The images.
     pub images: ImageStore,
     /// When the daemon started.
@@ -120,8 +119,6 @@ pub struct PublicAddress {
 pub struct StateParts {
     /// See [`Inner::control`].
     pub control: Control,
-    /// See [`Inner::store`].
-    pub store: Arc<Store>,
     /// See [`Inner::images`].
     pub images: ImageStore,
     /// See [`Inner::started`].
@@ -141,12 +138,11 @@ impl AppState {
     ///
     /// Returns an error if the API keys cannot be read from the store.
     pub fn new(parts: StateParts) -> Result<Self, StoreError> {
-        let StateParts { control, store, images, started, public, proxy_limit, stopping } = parts;
+        let StateParts { control, images, started, public, proxy_limit, stopping } = parts;
         let metrics = HttpMetrics::new(&control);
-        let keyring = Keyring::new(&store.list_keys(None)?);
+        let keyring = Keyring::new(&control.list_keys(None)?);
         Ok(Self(Arc::new(Inner {
             control,
-            store,
             images,
             started,
             public,
@@ -221,6 +217,10 @@ pub fn router(state: AppState, listener: Listener) -> Router {
     })
 }
 
+/// Marks a request whose path began with the version.
+#[derive(Clone, Copy)]
+struct Versioned;
+
 /// Removes the version from a path. Paths without a version mean the same.
 fn without_version(mut request: Request) -> Request {
     let uri = request.uri();
@@ -231,6 +231,7 @@ fn without_version(mut request: Request) -> Request {
         parts.path_and_query = Some(rest);
         if let Ok(uri) = Uri::from_parts(parts) {
             *request.uri_mut() = uri;
+            request.extensions_mut().insert(Versioned);
         }
     }
     request

@@ -418,6 +418,54 @@ async fn calls_of_a_client_share_a_connection() {
 }
 
 #[tokio::test]
+async fn lists_have_pages() {
+    let (daemon, _url) = daemon_on_tcp().await;
+    let admin = bhatti_testkit::Api::admin(&daemon);
+    let made = admin.call("POST", "/users", &json!({ "name": "bob" })).await.json();
+    let bob = bhatti_testkit::Api::tcp(daemon.api_address(), made["api_key"].as_str());
+    for name in ["a", "b", "c"] {
+        for (path, request) in [
+            ("/secrets", json!({ "name": name.to_uppercase(), "value": "v" })),
+            ("/keys", json!({ "name": name })),
+            ("/templates", json!({ "name": name })),
+        ] {
+            assert_eq!(bob.call("POST", path, &request).await.status, 201, "{path}");
+        }
+        assert_eq!(admin.call("POST", "/users", &json!({ "name": name })).await.status, 201);
+    }
+    for (api, list) in [
+        (&bob, "/v1/secrets"),
+        (&bob, "/keys"),
+        (&bob, "/v1/templates"),
+        (&admin, "/users"),
+        (&admin, "/users/bob/keys"),
+        (&bob, "/volumes"),
+    ] {
+        let whole = api.get(list).await.json();
+        let (mut pages, mut next) = (Vec::new(), Some(format!("{list}?limit=1")));
+        while let Some(path) = next {
+            let page = api.get(&path).await;
+            assert!(page.json().as_array().unwrap().len() <= 1, "{path}");
+            pages.extend(page.json().as_array().unwrap().clone());
+            let link = page.headers.get("link").map(|link| link.to_str().unwrap().to_owned());
+            next = link.map(|link| {
+                let path = link.strip_prefix('<').unwrap().strip_suffix(">; rel=\"next\"").unwrap();
+                assert!(path.starts_with(list), "{path}");
+                path.to_owned()
+            });
+        }
+        assert_eq!(Value::Array(pages), whole, "{list}");
+        for bad in ["limit=0", "limit=1001", "limit=x", "size=1"] {
+            let refused = api.get(&format!("{list}?{bad}")).await;
+            assert_eq!(refused.refusal().0, 400, "{list}?{bad}");
+        }
+    }
+    for (list, bad) in [("/templates", "after=x"), ("/images", "after=x")] {
+        assert_eq!(bob.get(&format!("{list}?{bad}")).await.refusal().0, 400, "{list}");
+    }
+}
+
+#[tokio::test]
 async fn paths_may_begin_with_the_version() {
     let daemon = TestDaemon::start().await;
     let api = bhatti_testkit::Api::admin(&daemon);

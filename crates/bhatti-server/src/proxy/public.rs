@@ -44,7 +44,7 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
         }
     };
     let missing = || ApiError::new(ErrorCode::NotFound, "no port is published at this address");
-    let published = state.store.find_publication(&alias)?.ok_or_else(missing)?;
+    let published = state.control.find_publication(&alias)?.ok_or_else(missing)?;
     state.rates.check_public(published.sandbox_id).map_err(|wait| {
         ApiError::new(ErrorCode::RateLimited, "too many requests").retry_after(wait)
     })?;

@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use bhatti_api::{ErrorCode, Event};
+use bhatti_api::Event;
 use bhatti_store::{EventFilter, EventRow};
 use futures_util::stream;
 use serde::Deserialize;
@@ -18,12 +18,12 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiQuery, accepts};
 use crate::json::Json;
+use crate::page::check_limit;
 use crate::status::ApiError;
 
 const EVENT_STREAM: &str = "text/event-stream";
 
-/// Maximum and default number of events in a response.
-const LIMIT_MAX: u32 = 1000;
+/// Default number of events in a response.
 const LIMIT: u32 = 100;
 
 /// Interval of keep-alive messages on an idle stream.
@@ -60,12 +60,7 @@ pub(crate) async fn list(
     ApiQuery(query): ApiQuery<EventsQuery>,
 ) -> Result<Response, ApiError> {
     let limit = query.limit.unwrap_or(LIMIT);
-    if !(1..=LIMIT_MAX).contains(&limit) {
-        return Err(ApiError::new(
-            ErrorCode::BadRequest,
-            format!("limit must be 1 to {LIMIT_MAX}"),
-        ));
-    }
+    check_limit(Some(limit))?;
     let filter = EventFilter {
         owner: (!caller.is_admin()).then_some(caller.0),
         kind_prefix: query.kind,

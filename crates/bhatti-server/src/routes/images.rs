@@ -16,13 +16,17 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
 /// Lists the images that sandboxes can start from.
-#[utoipa::path(get, path = "/images", tag = "images",
+#[utoipa::path(get, path = "/images", tag = "images", params(PageQuery),
     responses((status = 200, body = Vec<Image>), (status = "default", body = bhatti_api::ErrorBody)))]
-pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<Vec<Image>>, ApiError> {
-    Ok(Json(all(&state)?))
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    paging: Paging,
+) -> Result<Page<Image>, ApiError> {
+    paging.in_order(all(&state)?, |image| &image.name)
 }
 
 /// Returns an image.
@@ -112,7 +116,7 @@ pub(crate) async fn delete(
     caller.require_admin()?;
     let missing = |_| ApiError::new(ErrorCode::NotFound, format!("image `{name}` not found"));
     let image: ImageName = name.parse().map_err(missing)?;
-    if let Some(user) = state.store.image_user(&image)? {
+    if let Some(user) = state.control.image_user(&image)? {
         let message = format!("image `{image}` is in use by {user}");
         return Err(
             ApiError::new(ErrorCode::WrongState, message).hint("destroy or delete that first")

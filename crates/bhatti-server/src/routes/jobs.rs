@@ -21,19 +21,22 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery};
 use crate::json::Json;
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::ApiError;
 use crate::times::rfc3339;
 
 /// Lists the jobs that run or have ended recently, oldest first.
-#[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs", tag = "jobs", params(("sandbox" = String, Path)),
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/jobs", tag = "jobs", params(PageQuery, ("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Job>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-) -> Result<Json<Vec<Job>>, ApiError> {
+    paging: Paging,
+) -> Result<Page<Job>, ApiError> {
     let used = state.control.enter(owner, &called).await?;
-    Ok(Json(used.agent.list_sessions().await?.into_iter().filter_map(job).collect()))
+    let jobs = used.agent.list_sessions().await?.into_iter().filter_map(job).collect();
+    paging.in_order(jobs, |job| &job.id)
 }
 
 /// Returns a job.

@@ -9,24 +9,25 @@ use bhatti_api::{ApiKey, CreateKey, CreatedKey, Deleted, ErrorCode, KeyScope};
 use bhatti_edge::{Identity, generate_key, hash_key};
 use bhatti_store::{KeyRow, StoreError};
 use bhatti_types::{KeyName, UserId};
-use serde_json::json;
 
 use super::users::find;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging, cursor};
 use crate::status::{ApiError, created};
 use crate::times::rfc3339;
 
 /// Lists the caller's API keys.
-#[utoipa::path(get, path = "/keys", tag = "keys",
+#[utoipa::path(get, path = "/keys", tag = "keys", params(PageQuery),
     responses((status = 200, body = Vec<ApiKey>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<ApiKey>>, ApiError> {
-    keys_of(&state, owner)
+    paging: Paging,
+) -> Result<Page<ApiKey>, ApiError> {
+    keys_of(&state, owner, paging)
 }
 
 /// Creates an API key for the caller. Only this response contains the key. It does not outlive the
@@ -53,14 +54,15 @@ pub(crate) async fn delete(
 }
 
 /// Lists a user's API keys. Admin only.
-#[utoipa::path(get, path = "/users/{user}/keys", tag = "keys", params(("user" = String, Path, description = "Name of the user")),
+#[utoipa::path(get, path = "/users/{user}/keys", tag = "keys", params(PageQuery, ("user" = String, Path, description = "Name of the user")),
     responses((status = 200, body = Vec<ApiKey>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list_of_user(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     ApiPath(user): ApiPath<String>,
-) -> Result<Json<Vec<ApiKey>>, ApiError> {
-    keys_of(&state, find(&state, caller, &user)?.id)
+    paging: Paging,
+) -> Result<Page<ApiKey>, ApiError> {
+    keys_of(&state, find(&state, caller, &user)?.id, paging)
 }
 
 /// Creates an API key for a user. Only this response contains the key. Admin only.
@@ -87,9 +89,10 @@ pub(crate) async fn delete_of_user(
     delete_of(&state, find(&state, caller, &user)?.id, &name)
 }
 
-fn keys_of(state: &AppState, owner: UserId) -> Result<Json<Vec<ApiKey>>, ApiError> {
-    let rows = state.store.list_keys(Some(owner))?;
-    Ok(Json(rows.into_iter().map(|row| key(state, row)).collect()))
+fn keys_of(state: &AppState, owner: UserId, paging: Paging) -> Result<Page<ApiKey>, ApiError> {
+    let rows = state.control.list_keys(Some(owner))?;
+    let page = paging.by_key(rows, |row| cursor(&row.created_at, &row.name));
+    Ok(page.map(|row| key(state, row)))
 }
 
 /// Creates a key that ends at `latest_end` (seconds since 1970) or earlier.
@@ -120,22 +123,20 @@ fn create_for(
     };
     let api_key = generate_key()?;
     let _changing = state.changing_keys.lock();
-    let row = state.store.insert_key(owner, name, hash_key(&api_key), scope, expires_at)?;
+    let row = state.control.create_key(owner, name, hash_key(&api_key), scope, expires_at)?;
     state.keyring.insert(&row);
-    state.control.record("key.created", owner, None, json!({ "key": row.name }));
     Ok(created(Json(CreatedKey { key: key(state, row), api_key })))
 }
 
 fn delete_of(state: &AppState, owner: UserId, name: &str) -> Result<Json<Deleted>, ApiError> {
     let _changing = state.changing_keys.lock();
-    state.store.delete_key(owner, name).map_err(|error| match error {
+    state.control.delete_key(owner, name).map_err(|error| match error {
         StoreError::NoSuchRow => {
             ApiError::new(ErrorCode::NotFound, format!("key `{name}` not found"))
         }
         error => error.into(),
     })?;
     state.keyring.revoke(owner, name);
-    state.control.record("key.deleted", owner, None, json!({ "key": name }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 

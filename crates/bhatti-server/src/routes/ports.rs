@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
-use crate::json::Json;
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::ApiError;
 
 /// The kernel's tables of TCP sockets.
@@ -30,25 +30,28 @@ const GUEST_LIMIT: Duration = Duration::from_secs(2);
 const LISTEN: &str = "0A";
 
 /// Lists the TCP ports that listen in a sandbox.
-#[utoipa::path(get, path = "/sandboxes/{sandbox}/ports", tag = "ports", params(("sandbox" = String, Path)),
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/ports", tag = "ports", params(PageQuery, ("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-) -> Result<Json<Vec<Port>>, ApiError> {
+    paging: Paging,
+) -> Result<Page<Port>, ApiError> {
     let used = state.control.enter(owner, &called).await?;
     let ports = listening(&used.agent).await?;
-    Ok(Json(ports.into_iter().map(|number| port(used.id, number, false)).collect()))
+    let ports = ports.into_iter().map(|number| port(used.id, number, false)).collect();
+    Ok(paging.by_key(ports, place))
 }
 
 /// Lists the listening TCP ports of all hot sandboxes of the caller. Wakes no sandbox.
-#[utoipa::path(get, operation_id = "list_all", path = "/ports", tag = "ports",
+#[utoipa::path(get, operation_id = "list_all", path = "/ports", tag = "ports", params(PageQuery),
     responses((status = 200, body = Vec<Port>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list_all(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<Port>>, ApiError> {
+    paging: Paging,
+) -> Result<Page<Port>, ApiError> {
     let mut all = Vec::new();
     for row in state.control.list(owner, &SandboxFilter::default())? {
         if state.control.thermal(row.id) != Some(Thermal::Hot) {
@@ -62,7 +65,13 @@ pub(crate) async fn list_all(
         let ports = timeout(GUEST_LIMIT, asked).await.ok().flatten().unwrap_or_default();
         all.extend(ports.into_iter().map(|number| port(row.id, number, true)));
     }
-    Ok(Json(all))
+    all.sort_by_key(place);
+    Ok(paging.by_key(all, place))
+}
+
+/// Returns the place of a port in a list.
+fn place(port: &Port) -> String {
+    format!("{}{:05}", port.sandbox_id.as_deref().unwrap_or_default(), port.container_port)
 }
 
 async fn listening(agent: &AgentClient) -> Result<BTreeSet<u16>, CallError> {

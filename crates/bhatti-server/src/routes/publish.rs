@@ -6,12 +6,12 @@ use axum::response::Response;
 use bhatti_api::{Deleted, ErrorCode, Publication, PublishPort};
 use bhatti_store::{PublicationRow, SandboxRow, StoreError};
 use bhatti_types::Alias;
-use serde_json::json;
 
 use super::sandboxes::find;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 use crate::{AppState, PublicAddress};
 
@@ -20,16 +20,18 @@ use crate::{AppState, PublicAddress};
 const NAME_BYTES_MAX: usize = 56;
 
 /// Lists the published ports of a sandbox.
-#[utoipa::path(get, operation_id = "list_published", path = "/sandboxes/{sandbox}/publish", tag = "ports", params(("sandbox" = String, Path)),
+#[utoipa::path(get, operation_id = "list_published", path = "/sandboxes/{sandbox}/publish", tag = "ports", params(PageQuery, ("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Publication>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-) -> Result<Json<Vec<Publication>>, ApiError> {
+    paging: Paging,
+) -> Result<Page<Publication>, ApiError> {
     let row = find(&state, owner, &called)?;
-    let rows = state.store.list_publications(row.id)?;
-    Ok(Json(rows.into_iter().map(|row| publication(&state, row)).collect()))
+    let rows = state.control.list_publications(row.id)?;
+    let page = paging.by_key(rows, |row| format!("{:05}", row.port));
+    Ok(page.map(|row| publication(&state, row)))
 }
 
 /// Publishes a port under an alias.
@@ -51,10 +53,7 @@ pub(crate) async fn publish(
     }
     let wanted = alias.map(|alias| alias.parse::<Alias>()).transpose();
     let wanted = wanted.map_err(|error| ApiError::bad_request(&error))?;
-    let published = state.store.publish(row.id, port, wanted, made_up_alias(&row)?)?;
-    let detail = json!({ "port": port, "alias": published.alias.as_str() });
-    let sandbox = Some((row.id, row.spec.name.to_string()));
-    state.control.record("port.published", owner, sandbox, detail);
+    let published = state.control.publish(&row, port, wanted, made_up_alias(&row)?)?;
     Ok(created(Json(publication(&state, published))))
 }
 
@@ -67,14 +66,12 @@ pub(crate) async fn unpublish(
     ApiPath((called, port)): ApiPath<(String, u16)>,
 ) -> Result<Json<Deleted>, ApiError> {
     let row = find(&state, owner, &called)?;
-    state.store.unpublish(row.id, port).map_err(|error| match error {
+    state.control.unpublish(&row, port).map_err(|error| match error {
         StoreError::NoSuchRow => {
             ApiError::new(ErrorCode::NotFound, format!("port {port} is not published"))
         }
         error => error.into(),
     })?;
-    let sandbox = Some((row.id, row.spec.name.to_string()));
-    state.control.record("port.unpublished", owner, sandbox, json!({ "port": port }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 

@@ -2,7 +2,6 @@
 
 use axum::Extension;
 use axum::extract::State;
-use axum::http::header::LINK;
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use bhatti_api::{
@@ -11,7 +10,7 @@ use bhatti_api::{
 };
 use bhatti_control::{CreateError, ForkRequest};
 use bhatti_store::{SandboxChange, SandboxFilter, SandboxRow};
-use bhatti_types::{Environment, SandboxId, SandboxState, Thermal, UserId};
+use bhatti_types::{Environment, SandboxState, Thermal, UserId};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -23,6 +22,7 @@ use crate::extract::{ApiPath, ApiQuery};
 use crate::idempotency::IdempotencyKey;
 use crate::json::{ApiJson, Json, JsonArray};
 use crate::large_json::LargeJson;
+use crate::page::{ListPath, check_limit, cursor, next_link, with_link};
 use crate::status::{ApiError, created};
 use crate::times::rfc3339;
 
@@ -30,9 +30,6 @@ pub(super) use parse::{init, labels, name as parse_name, secrets};
 
 /// Header of a response whose sandbox existed before the request.
 const EXISTING: &str = "x-bhatti-existing";
-
-/// Maximum number of sandboxes on one page of a list.
-const PAGE_MAX: u32 = 1000;
 
 /// Selects a part of the list.
 #[derive(Deserialize, IntoParams)]
@@ -42,8 +39,8 @@ pub(crate) struct ListQuery {
     /// Only sandboxes with this label, as `KEY=VALUE` (repeatable; all must match).
     #[serde(default)]
     label: Vec<String>,
-    /// Maximum number of sandboxes to return, 1 to 1000 (default: all). A `Link` header with
-    /// `rel="next"` leads to the rest.
+    /// Maximum number of sandboxes to return, 1 to 1000 (default: all). If there are more, the
+    /// response has a `Link` header with `rel="next"`.
     limit: Option<u32>,
     /// Cursor to continue after, from a `Link` header.
     after: Option<String>,
@@ -55,45 +52,45 @@ pub(crate) struct ListQuery {
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
+    ListPath(path): ListPath,
     ApiQuery(query): ApiQuery<ListQuery>,
 ) -> Result<Response, ApiError> {
-    let filter = parse::filter(query, PAGE_MAX)?;
+    check_limit(query.limit)?;
+    let limit = query.limit;
+    let filter = parse::filter(query)?;
     let isolation = isolation(&state);
-    let (mut sandboxes, mut last) = (JsonArray::default(), None);
+    let (mut sandboxes, mut last, mut next) = (JsonArray::default(), None, None);
     let mut listings = state.listings.lock();
-    state.store.each_sandbox(owner, &filter, |stored| {
+    state.control.each_sandbox(owner, &filter, |stored| {
         let id = stored.id()?;
+        if limit.is_some_and(|limit| sandboxes.len() >= limit as usize) {
+            next = next_page(&path, &filter, limit, last.as_deref());
+            return Ok(());
+        }
         let thermal = if stored.is_running()? { state.control.thermal(id) } else { None };
         sandboxes.push(listings.text(&stored, id, thermal, |row| listed(isolation, thermal, row))?);
-        if filter.limit.is_some() {
-            last = Some((stored.created_at()?.to_owned(), id));
+        if limit.is_some() {
+            last = Some(cursor(stored.created_at()?, id));
         }
         Ok(())
     })?;
     drop(listings);
-    let next = next_page(&filter, sandboxes.len(), last);
-    let mut response = sandboxes.into_response();
-    if let Some(link) = next.and_then(|link| HeaderValue::try_from(link).ok()) {
-        response.headers_mut().insert(LINK, link);
-    }
-    Ok(response)
+    Ok(with_link(sandboxes, next))
 }
 
-/// Returns the `Link` header of the next page, if the list was cut.
+/// Returns the `Link` header of the page after the sandbox with the cursor `last`.
 fn next_page(
+    path: &str,
     filter: &SandboxFilter,
-    listed: usize,
-    last: Option<(String, SandboxId)>,
-) -> Option<String> {
-    let limit = filter.limit.filter(|limit| listed >= *limit as usize)?;
-    let (created_at, id) = last?;
-    let mut pairs = vec![
-        ("limit".to_owned(), limit.to_string()),
-        ("after".to_owned(), format!("{created_at}~{id}")),
-    ];
-    pairs.extend(filter.labels.iter().map(|(k, v)| ("label".to_owned(), format!("{k}={v}"))));
-    let query = serde_html_form::to_string(&pairs).ok()?;
-    Some(format!("</sandboxes?{query}>; rel=\"next\""))
+    limit: Option<u32>,
+    last: Option<&str>,
+) -> Option<HeaderValue> {
+    let limit = limit?.to_string();
+    let labels: Vec<_> =
+        filter.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let mut query = vec![("limit", limit.as_str()), ("after", last?)];
+    query.extend(labels.iter().map(|label| ("label", label.as_str())));
+    next_link(path, &query)
 }
 
 /// Selects the behavior if the name is taken.
@@ -124,7 +121,7 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let template = match &request.template {
         Some(called) => {
-            let found = state.store.find_template(owner, called)?;
+            let found = state.control.find_template(owner, called)?;
             Some(found.ok_or_else(|| {
                 ApiError::new(ErrorCode::NotFound, format!("template `{called}` not found"))
             })?)

@@ -10,16 +10,19 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
 /// Lists the caller's secrets by name. No request returns their values.
-#[utoipa::path(get, path = "/secrets", tag = "secrets",
+#[utoipa::path(get, path = "/secrets", tag = "secrets", params(PageQuery),
     responses((status = 200, body = Vec<Secret>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<Secret>>, ApiError> {
-    Ok(Json(state.control.list_secrets(owner)?.into_iter().map(secret).collect()))
+    paging: Paging,
+) -> Result<Page<Secret>, ApiError> {
+    let secrets = state.control.list_secrets(owner)?;
+    Ok(paging.by_key(secrets, |row| row.name.clone()).map(secret))
 }
 
 /// Creates or replaces a secret. Sandboxes that have the secret keep the earlier value.

@@ -11,19 +11,22 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::Json;
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::ApiError;
 use crate::times::rfc3339;
 
 /// Lists terminal sessions and jobs, oldest first.
-#[utoipa::path(get, path = "/sandboxes/{sandbox}/sessions", tag = "sessions", params(("sandbox" = String, Path)),
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/sessions", tag = "sessions", params(PageQuery, ("sandbox" = String, Path)),
     responses((status = 200, body = Vec<Session>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
-) -> Result<Json<Vec<Session>>, ApiError> {
+    paging: Paging,
+) -> Result<Page<Session>, ApiError> {
     let used = state.control.enter(owner, &called).await?;
-    Ok(Json(used.agent.list_sessions().await?.into_iter().map(session).collect()))
+    let sessions = used.agent.list_sessions().await?;
+    Ok(paging.in_order(sessions, |session| &session.session_id)?.map(session))
 }
 
 /// Kills a session's process.

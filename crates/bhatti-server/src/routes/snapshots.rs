@@ -14,6 +14,7 @@ use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::idempotency::IdempotencyKey;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
 /// Saves a sandbox under a name as a snapshot. The sandbox keeps running.
@@ -31,13 +32,16 @@ pub(crate) async fn create(
 }
 
 /// Lists the caller's snapshots, newest first.
-#[utoipa::path(get, path = "/snapshots", tag = "snapshots",
+#[utoipa::path(get, path = "/snapshots", tag = "snapshots", params(PageQuery),
     responses((status = 200, body = Vec<Snapshot>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<Snapshot>>, ApiError> {
-    Ok(Json(state.control.list_snapshots(owner)?.into_iter().map(snapshot).collect()))
+    paging: Paging,
+) -> Result<Page<Snapshot>, ApiError> {
+    let snapshots = state.control.list_snapshots(owner)?;
+    let place = |row: &SnapshotRow| (row.created_at.clone(), row.id.to_string());
+    Ok(paging.newest_first(snapshots, place)?.map(snapshot))
 }
 
 /// Returns a snapshot.

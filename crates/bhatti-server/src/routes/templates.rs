@@ -13,16 +13,20 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
 /// Lists the caller's templates, newest first.
-#[utoipa::path(get, path = "/templates", tag = "templates",
+#[utoipa::path(get, path = "/templates", tag = "templates", params(PageQuery),
     responses((status = 200, body = Vec<Template>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<Template>>, ApiError> {
-    Ok(Json(state.store.list_templates(owner)?.into_iter().map(template).collect()))
+    paging: Paging,
+) -> Result<Page<Template>, ApiError> {
+    let templates = state.control.list_templates(owner)?;
+    let place = |row: &TemplateRow| (row.created_at.clone(), row.id.to_string());
+    Ok(paging.newest_first(templates, place)?.map(template))
 }
 
 /// Creates a template.
@@ -34,7 +38,7 @@ pub(crate) async fn create(
     ApiJson(request): ApiJson<CreateTemplate>,
 ) -> Result<Response, ApiError> {
     let row = parse(owner, request)?;
-    Ok(created(Json(template(state.store.insert_template(row)?))))
+    Ok(created(Json(template(state.control.create_template(row)?))))
 }
 
 /// Returns a template.
@@ -56,12 +60,12 @@ pub(crate) async fn delete(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(called): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.store.delete_template(find(&state, owner, &called)?.id)?;
+    state.control.delete_template(find(&state, owner, &called)?.id)?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
 fn find(state: &AppState, owner: UserId, called: &str) -> Result<TemplateRow, ApiError> {
-    let found = state.store.find_template(owner, called)?;
+    let found = state.control.find_template(owner, called)?;
     let missing = || ApiError::new(ErrorCode::NotFound, format!("template `{called}` not found"));
     found.ok_or_else(missing)
 }

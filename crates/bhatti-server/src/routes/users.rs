@@ -5,25 +5,27 @@ use axum::extract::State;
 use axum::response::Response;
 use bhatti_api::{CreateUser, CreatedUser, Deleted, ErrorCode, Limits, Ticket, UpdateUser, User};
 use bhatti_edge::{Identity, TICKET_GOOD_FOR, generate_key, hash_key};
-use bhatti_store::{DEFAULT_KEY, UserRow};
+use bhatti_store::UserRow;
 use bhatti_types::{Quota, UserId, UserName};
-use serde_json::json;
 
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging, cursor};
 use crate::status::{ApiError, created};
 
 /// Lists all users, oldest first. Admin only.
-#[utoipa::path(get, path = "/users", tag = "users",
+#[utoipa::path(get, path = "/users", tag = "users", params(PageQuery),
     responses((status = 200, body = Vec<User>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-) -> Result<Json<Vec<User>>, ApiError> {
+    paging: Paging,
+) -> Result<Page<User>, ApiError> {
     caller.require_admin()?;
-    Ok(Json(state.store.list_users()?.into_iter().map(user).collect()))
+    let users = state.control.list_users()?;
+    Ok(paging.by_key(users, |row| cursor(&row.created_at, row.id)).map(user))
 }
 
 /// Creates a user. Only this response contains the user's API key. Admin only.
@@ -56,9 +58,8 @@ pub(crate) async fn create(
     let api_key = generate_key()?;
     let id = UserId::from_entropy(getrandom::u64()?.to_be_bytes());
     let _changing = state.changing_keys.lock();
-    let (row, key) = state.store.insert_user(name, id, &hash_key(&api_key), quota)?;
+    let (row, key) = state.control.create_user(name, id, &hash_key(&api_key), quota)?;
     state.keyring.insert(&key);
-    state.control.record("user.created", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(created(Json(with_key(row, api_key))))
 }
 
@@ -101,8 +102,7 @@ pub(crate) async fn update(
         volumes_mib: max_volume_mb.or(before.volumes_mib),
         disk_mib: max_disk_mb.or(before.disk_mib),
     };
-    state.store.set_user_quota(row.id, quota)?;
-    state.control.record("user.changed", UserId::ADMIN, None, json!({ "user": row.name }));
+    state.control.set_quota(&row, quota)?;
     Ok(Json(user(UserRow { quota, ..row })))
 }
 
@@ -117,9 +117,8 @@ pub(crate) async fn delete(
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
     let _changing = state.changing_keys.lock();
-    state.store.delete_user(row.id)?;
+    state.control.delete_user(&row)?;
     state.keyring.revoke_all(row.id);
-    state.control.record("user.deleted", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
@@ -135,11 +134,10 @@ pub(crate) async fn rotate_key(
     not_the_admin(&row)?;
     let api_key = generate_key()?;
     let _changing = state.changing_keys.lock();
-    let key = state.store.replace_keys(row.id, DEFAULT_KEY, hash_key(&api_key))?;
+    let key = state.control.replace_keys(&row, hash_key(&api_key))?;
     // Streams that were opened with the old keys end.
     state.keyring.revoke_all(row.id);
     state.keyring.insert(&key);
-    state.control.record("user.key_rotated", UserId::ADMIN, None, json!({ "user": row.name }));
     Ok(Json(with_key(row, api_key)))
 }
 
@@ -157,7 +155,7 @@ pub(crate) async fn ticket(
 
 pub(super) fn find(state: &AppState, caller: Caller, name: &str) -> Result<UserRow, ApiError> {
     caller.require_admin()?;
-    let found = state.store.find_user(name)?;
+    let found = state.control.find_user(name)?;
     found.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("user `{name}` not found")))
 }
 

@@ -15,6 +15,7 @@ use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::ApiPath;
 use crate::json::{ApiJson, Json};
+use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
 /// Default size of a volume, in MiB.
@@ -33,13 +34,15 @@ pub(crate) async fn create(
 }
 
 /// Lists the caller's volumes, by name.
-#[utoipa::path(get, path = "/volumes", tag = "volumes",
+#[utoipa::path(get, path = "/volumes", tag = "volumes", params(PageQuery),
     responses((status = 200, body = Vec<Volume>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-) -> Result<Json<Vec<Volume>>, ApiError> {
-    Ok(Json(state.control.list_volumes(owner)?.into_iter().map(volume).collect()))
+    paging: Paging,
+) -> Result<Page<Volume>, ApiError> {
+    let volumes = state.control.list_volumes(owner)?;
+    Ok(paging.by_key(volumes, |volume| volume.row.name.to_string()).map(volume))
 }
 
 /// Returns a volume.

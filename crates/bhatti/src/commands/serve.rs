@@ -112,7 +112,6 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let tls = config.tls()?;
     let state = AppState::new(StateParts {
         control,
-        store,
         images: ImageStore::new(data_dir),
         started,
         public: PublicAddress {

@@ -13,6 +13,7 @@ use bhatti_types::{
 };
 
 use super::ListQuery;
+use crate::page::split_cursor;
 use crate::routes::volumes::attachments;
 use crate::status::ApiError;
 
@@ -56,7 +57,9 @@ pub(in crate::routes) fn secrets(names: &[String]) -> Result<Vec<SecretName>, Ap
     Ok(secrets)
 }
 
-pub(super) fn filter(query: ListQuery, page_max: u32) -> Result<SandboxFilter, ApiError> {
+/// Returns the filter for a page, and for one sandbox more, which tells whether there is a next
+/// page.
+pub(super) fn filter(query: ListQuery) -> Result<SandboxFilter, ApiError> {
     let bad = |message: String| ApiError::new(ErrorCode::BadRequest, message);
     let ListQuery { label, limit, after } = query;
     let mut labels = BTreeMap::new();
@@ -68,14 +71,9 @@ pub(super) fn filter(query: ListQuery, page_max: u32) -> Result<SandboxFilter, A
             return Err(bad(format!("label filter `{key}` is given with two different values")));
         }
     }
-    if limit.is_some_and(|limit| !(1..=page_max).contains(&limit)) {
-        return Err(bad(format!("limit must be 1 to {page_max}")));
-    }
-    let cursor = |after: String| match after.split_once('~') {
-        Some((at, id)) => Ok((at.to_owned(), id.to_owned())),
-        None => Err(bad("invalid cursor: take it from a Link header".to_owned())),
-    };
-    Ok(SandboxFilter { labels, limit, after: after.map(cursor).transpose()? })
+    let after = after.as_deref().map(split_cursor).transpose()?;
+    let after = after.map(|(at, id)| (at.to_owned(), id.to_owned()));
+    Ok(SandboxFilter { labels, limit: limit.map(|limit| limit + 1), after })
 }
 
 /// Combines a request with a template, which supplies the options that the request leaves out.

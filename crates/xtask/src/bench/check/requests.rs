@@ -32,7 +32,6 @@ pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons
     let daemon = || -> Result<_> {
         let state = AppState::new(StateParts {
             control: control.clone(),
-            store: Arc::clone(&store),
             images: ImageStore::new(place.path()),
             started: Instant::now(),
             public: PublicAddress::default(),
