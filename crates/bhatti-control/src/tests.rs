@@ -18,13 +18,13 @@ use bhatti_types::{
 use crate::{Control, SnapshotOpError};
 
 /// A data directory with a store.
-struct Place {
+struct TestData {
     data: tempfile::TempDir,
     store: Arc<Store>,
     vms: Arc<FoundVms>,
 }
 
-impl Place {
+impl TestData {
     fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
         for directory in ["sandboxes", "snapshots", "templates", "volumes"] {
@@ -100,7 +100,7 @@ impl Place {
 
 #[tokio::test]
 async fn sandbox_with_a_damaged_row_can_only_be_destroyed() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1);
     let sound = place.leave(2);
     change_store(place.data.path(), "UPDATE sandboxes SET memory_mib = 1 WHERE name = 's1'");
@@ -126,7 +126,7 @@ async fn sandbox_with_a_damaged_row_can_only_be_destroyed() {
 
 #[tokio::test]
 async fn snapshot_stays_whole_if_the_store_refuses_to_delete_it() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = SnapshotId::from_entropy([8; 8]);
     place.store.insert_snapshot(snapshot_row(id)).unwrap();
     let file = place.data.path().join(format!("snapshots/{id}/memory"));
@@ -171,7 +171,7 @@ fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
 }
 
 /// Creates a volume's directory with this prefix, and its row if `has_row` is set.
-fn leave_volume(place: &Place, number: u8, has_row: bool, prefix: &str) -> VolumeId {
+fn leave_volume(place: &TestData, number: u8, has_row: bool, prefix: &str) -> VolumeId {
     let id = VolumeId::from_entropy([number; 8]);
     if has_row {
         let row = VolumeRow {
@@ -192,7 +192,7 @@ fn leave_volume(place: &Place, number: u8, has_row: bool, prefix: &str) -> Volum
 
 #[tokio::test]
 async fn recovery_settles_volumes_and_removes_only_unfinished_ones() {
-    let place = Place::new();
+    let place = TestData::new();
     let made = leave_volume(&place, 1, true, ".make-");
     let deleted_not_quite = leave_volume(&place, 2, true, ".gone-");
     let settled = leave_volume(&place, 3, true, "");
@@ -219,7 +219,7 @@ async fn recovery_settles_volumes_and_removes_only_unfinished_ones() {
 #[tokio::test]
 async fn volume_can_be_grown_after_a_resize_that_failed() {
     let size = |mib| VolumeMib::try_from(mib).unwrap();
-    let place = Place::new();
+    let place = TestData::new();
     let control = place.recover().await;
     let made = control.create_volume(UserId::ADMIN, "data".parse().unwrap(), size(16));
     let id = made.await.unwrap().row.id;
@@ -247,7 +247,7 @@ async fn interrupted_resize_of_a_volume_is_finished() {
     let size = |mib| VolumeMib::try_from(mib).unwrap();
     // Before the file was lengthened, and after.
     for longer in [false, true] {
-        let place = Place::new();
+        let place = TestData::new();
         let earlier = place.recover().await;
         let made = earlier.create_volume(UserId::ADMIN, "data".parse().unwrap(), size(16));
         let id = made.await.unwrap().row.id;

@@ -26,9 +26,9 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::channel;
+use crate::io_error;
 use crate::mounts;
 use crate::root::NOT_FOUND;
-use crate::told;
 
 /// Paths in the container: the guest agent's program, and the directory shared with the host.
 const AGENT: &str = "/run/lohar";
@@ -91,7 +91,7 @@ pub(crate) async fn find(docker: &Docker, id: SandboxId) -> io::Result<Option<Fo
     match docker.inspect_container(&name(id), None::<InspectContainerOptions>).await {
         Ok(container) => Ok(Some(found(container))),
         Err(Error::DockerResponseServerError { status_code: NOT_FOUND, .. }) => Ok(None),
-        Err(error) => Err(told(error)),
+        Err(error) => Err(io_error(error)),
     }
 }
 
@@ -139,7 +139,7 @@ pub(crate) async fn create(
                 DISK_IS_UNLIMITED.store(true, Ordering::Relaxed);
                 body.host_config.get_or_insert_default().storage_opt = None;
             }
-            created => return created.map_err(told).map_err(failed),
+            created => return created.map_err(io_error).map_err(failed),
         }
     }
     if spec.disk.is_some() {
@@ -147,7 +147,7 @@ pub(crate) async fn create(
             "Docker cannot limit the size of a container's disk here",
         ));
     }
-    create(body).await.map_err(told).map_err(failed)
+    create(body).await.map_err(io_error).map_err(failed)
 }
 
 fn body(spec: &VmSpec, image: String, lohar: &Path) -> ContainerCreateBody {
@@ -234,7 +234,7 @@ fn binds(spec: &VmSpec, lohar: &Path) -> Vec<Mount> {
 /// Starts the container of a sandbox.
 pub(crate) async fn start(docker: &Docker, id: SandboxId) -> io::Result<()> {
     let started = docker.start_container(&name(id), None::<StartContainerOptions>).await;
-    started.or_else(|error| nothing_to_do(error, NOT_MODIFIED)).map_err(told)
+    started.or_else(|error| nothing_to_do(error, NOT_MODIFIED)).map_err(io_error)
 }
 
 /// Returns the first process of a sandbox's container, if the container runs.
@@ -261,7 +261,7 @@ pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<St
     if container.runs {
         let name = name(id);
         let killed = docker.kill_container(&name, None::<KillContainerOptions>).await;
-        killed.or_else(|error| nothing_to_do(error, CONFLICT)).map_err(told)?;
+        killed.or_else(|error| nothing_to_do(error, CONFLICT)).map_err(io_error)?;
         // The response has the process's exit code, and bollard treats a code other than 0 as an
         // error.
         let ended = docker.wait_container(&name, None::<WaitContainerOptions>);
@@ -270,7 +270,7 @@ pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<St
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the container did not end"))?;
         match ended {
             Ok(_) | Err(Error::DockerContainerWaitError { .. }) => {}
-            Err(error) => nothing_to_do(error, NOT_FOUND).map_err(told)?,
+            Err(error) => nothing_to_do(error, NOT_FOUND).map_err(io_error)?,
         }
     }
     Ok(container.tap)
@@ -280,7 +280,7 @@ pub(crate) async fn kill(docker: &Docker, id: SandboxId) -> io::Result<Option<St
 pub(crate) async fn remove(docker: &Docker, id: SandboxId) -> io::Result<()> {
     let options = RemoveContainerOptionsBuilder::new().force(true).v(true).build();
     let removed = docker.remove_container(&name(id), Some(options)).await;
-    removed.or_else(|error| nothing_to_do(error, NOT_FOUND)).map_err(told)
+    removed.or_else(|error| nothing_to_do(error, NOT_FOUND)).map_err(io_error)
 }
 
 /// Ignores an error response with this status.

@@ -113,7 +113,7 @@ impl DockerEngine {
 }
 
 /// Converts Docker's error.
-pub(crate) fn told(error: bollard::errors::Error) -> io::Error {
+pub(crate) fn io_error(error: bollard::errors::Error) -> io::Error {
     io::Error::other(error)
 }
 
@@ -122,7 +122,7 @@ pub(crate) fn vmm_error(error: bollard::errors::Error) -> VmmError {
         bollard::errors::Error::DockerResponseServerError { message, .. } => {
             VmmError::Refused(message)
         }
-        error => VmmError::Unreachable(told(error)),
+        error => VmmError::Unreachable(io_error(error)),
     }
 }
 

@@ -68,8 +68,8 @@ pub(crate) async fn make(directory: &Path, volumes: &[Option<VolumeFile>]) -> io
             io::Error::new(io::ErrorKind::TimedOut, "the mount of a volume timed out")
         })??;
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(io::Error::other(said));
+            let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(io::Error::other(message));
         }
     }
     Ok(())

@@ -18,7 +18,7 @@ use tokio::sync::Mutex;
 use tokio_util::io::ReaderStream;
 use tracing::{info, warn};
 
-use crate::{told, tree};
+use crate::{io_error, tree};
 
 /// The repository of imported images.
 const REPOSITORY: &str = "bhatti-root";
@@ -49,7 +49,7 @@ impl Roots {
         match docker.inspect_image(&name).await {
             Ok(_) => return Ok(name),
             Err(Error::DockerResponseServerError { status_code: NOT_FOUND, .. }) => {}
-            Err(error) => return Err(told(error)),
+            Err(error) => return Err(io_error(error)),
         }
         import(docker, disk, &tag).await?;
         info!(image = name, "Root file system imported into Docker");
@@ -84,7 +84,7 @@ async fn import(docker: &Docker, disk: &Path, tag: &str) -> io::Result<()> {
     let imported: Result<Vec<_>, _> =
         docker.create_image(Some(options), Some(body), None).try_collect().await;
     let written = writing.await.map_err(io::Error::other)?;
-    let imported = imported.map(drop).map_err(told);
+    let imported = imported.map(drop).map_err(io_error);
     if written.is_err() {
         // Docker may have accepted an incomplete archive as complete.
         drop(

@@ -22,7 +22,7 @@ use tokio_util::io::StreamReader;
 
 use crate::channel::{self, SharedChannel};
 use crate::root::{self, Roots};
-use crate::{NO_SNAPSHOTS, cgroup, container, link, mounts, told, vmm_error};
+use crate::{NO_SNAPSHOTS, cgroup, container, io_error, link, mounts, vmm_error};
 
 /// The pause between attempts to connect to the agent of a starting container.
 const LOOK_PAUSE: Duration = Duration::from_millis(2);
@@ -125,9 +125,9 @@ impl DockerVm {
 
 fn read_console(docker: &Docker, id: SandboxId) -> Console {
     let all = LogsOptionsBuilder::new().follow(true).stdout(true).stderr(true).build();
-    let said = docker.logs(&container::name(id), Some(all));
-    let said = said.map_ok(bollard::container::LogOutput::into_bytes).map_err(told);
-    Console::read(StreamReader::new(Box::pin(said)))
+    let logs = docker.logs(&container::name(id), Some(all));
+    let logs = logs.map_ok(bollard::container::LogOutput::into_bytes).map_err(io_error);
+    Console::read(StreamReader::new(Box::pin(logs)))
 }
 
 #[async_trait]

@@ -281,8 +281,8 @@ mod tests {
             let mut peer = serve_answers();
             peer.write_all(begin.as_bytes()).await.unwrap();
 
-            let mut said = Vec::new();
-            let ended = tokio::time::timeout(2 * HEAD_LIMIT, peer.read_to_end(&mut said)).await;
+            let mut received = Vec::new();
+            let ended = tokio::time::timeout(2 * HEAD_LIMIT, peer.read_to_end(&mut received)).await;
 
             assert!(ended.is_ok(), "the connection is still open after {begin:?}");
         }
@@ -294,10 +294,10 @@ mod tests {
         let head = [b"GET / HTTP/1.1\r\nX: ", &vec![b'x'; 2 * HEAD_BYTES_MAX][..]].concat();
         drop(peer.write_all(&head).await);
 
-        let mut said = Vec::new();
-        peer.read_to_end(&mut said).await.unwrap();
+        let mut received = Vec::new();
+        peer.read_to_end(&mut received).await.unwrap();
 
-        assert!(said.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&said));
+        assert!(received.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&received));
     }
 
     #[tokio::test]
@@ -313,10 +313,10 @@ mod tests {
 
         let mut caller = tokio::net::TcpStream::connect(address).await.unwrap();
         caller.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
-        let mut said = String::new();
-        caller.read_to_string(&mut said).await.unwrap();
+        let mut received = String::new();
+        caller.read_to_string(&mut received).await.unwrap();
 
-        assert!(said.ends_with("answered"), "{said}");
+        assert!(received.ends_with("answered"), "{received}");
         // The oldest connections are closed, the newest are kept.
         assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0);
         let mut byte = [0];
@@ -329,9 +329,9 @@ mod tests {
         let mut peer = serve_answers();
         for _ in 0..2 {
             peer.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
-            let mut said = Vec::new();
-            while !said.ends_with(b"answered") {
-                assert_ne!(peer.read_buf(&mut said).await.unwrap(), 0);
+            let mut received = Vec::new();
+            while !received.ends_with(b"answered") {
+                assert_ne!(peer.read_buf(&mut received).await.unwrap(), 0);
             }
             sleep(HEAD_LIMIT / 2).await;
         }
@@ -403,10 +403,10 @@ mod tests {
             assert_eq!(protocol.as_deref(), protocols.first().copied());
             let request = b"GET / HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n";
             stream.write_all(request).await.unwrap();
-            let mut said = Vec::new();
+            let mut received = Vec::new();
             // The peer may close without a TLS close message.
-            drop(stream.read_to_end(&mut said).await);
-            assert!(said.ends_with(b"there"), "{}", String::from_utf8_lossy(&said));
+            drop(stream.read_to_end(&mut received).await);
+            assert!(received.ends_with(b"there"), "{}", String::from_utf8_lossy(&received));
         }
     }
 

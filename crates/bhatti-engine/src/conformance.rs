@@ -174,9 +174,9 @@ fn e2fs(tool: &str, options: &[&str], file: &Path) {
     let path = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin";
     let mut command = std::process::Command::new(tool);
     let output = command.args(options).arg(file).env("PATH", path).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
     // e2fsck exits with 1 if it corrected errors.
-    assert!(output.status.code().unwrap() <= 1, "{tool}: {said}");
+    assert!(output.status.code().unwrap() <= 1, "{tool}: {report}");
 }
 
 /// Checks that an engine that cannot save memory reports so, and that its VM continues.
@@ -353,11 +353,11 @@ pub async fn failure(bench: &Bench<'_>) {
             fs::write(&path, damaged).unwrap();
             let refused = bench.wake(spec.id, &spec.directory, &place, Disks::InPlace).await;
             let error = refused.err().unwrap_or_else(|| panic!("damaged {name} was restored"));
-            let told = matches!(
+            let is_refused = matches!(
                 error,
                 RestoreError::Damaged { .. } | RestoreError::Mismatch { .. } | RestoreError::Stale
             );
-            assert!(told, "{name}: {error:?}");
+            assert!(is_refused, "{name}: {error:?}");
             assert!(matches!(engine.adopt(spec.id, &spec.directory).await, Err(AdoptError::Gone)));
             assert_eq!(names(&spec.directory), asleep, "{name}");
         }

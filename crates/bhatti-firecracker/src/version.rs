@@ -120,8 +120,8 @@ async fn check_version(program: &Path) -> Result<Version, Unusable> {
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
         .map_err(silent)?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let version = said.split_whitespace().find_map(|word| word.strip_prefix('v')?.parse().ok());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.split_whitespace().find_map(|word| word.strip_prefix('v')?.parse().ok());
     let version = version.ok_or_else(|| silent(io::ErrorKind::InvalidData.into()))?;
     if version < MINIMUM {
         return Err(Unusable::TooOld { program: program.to_owned(), found: version });

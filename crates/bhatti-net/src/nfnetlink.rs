@@ -68,7 +68,8 @@ pub(crate) fn forget_connections(mark: u32) -> io::Result<()> {
 pub(crate) fn generation() -> io::Result<u32> {
     ask(GETGEN, REQUEST, &[], |kind, body| match kind {
         NEWGEN => attribute(body.get(FAMILY_HEADER..)?, GEN_ID).map(Ok),
-        _ => acknowledged(kind, body).map(|said| said.and(Err(io::ErrorKind::InvalidData.into()))),
+        _ => acknowledged(kind, body)
+            .map(|outcome| outcome.and(Err(io::ErrorKind::InvalidData.into()))),
     })
 }
 

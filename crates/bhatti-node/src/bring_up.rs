@@ -37,10 +37,10 @@ pub(crate) async fn bring_up(
     extras: &Extras,
     source: BootSource,
 ) -> Result<Option<String>, CreateError> {
-    let mut told = identity::config(row, extras);
+    let mut config = identity::config(row, extras);
     // All settings must fit one message, whether they are sent now or later.
-    told.init.clone_from(&row.spec.init);
-    let bytes = serde_json::to_vec(&told)?.len();
+    config.init.clone_from(&row.spec.init);
+    let bytes = serde_json::to_vec(&config)?.len();
     if bytes > GUEST_CONFIG_BYTES_MAX {
         return Err(CreateError::TooMuch { bytes });
     }

@@ -34,13 +34,13 @@ pub(crate) enum Saved {
 }
 
 /// A data directory with a store.
-pub(crate) struct Place {
+pub(crate) struct TestData {
     pub(crate) data: tempfile::TempDir,
     pub(crate) store: Arc<Store>,
     pub(crate) vms: Arc<FoundVms>,
 }
 
-impl Place {
+impl TestData {
     pub(crate) fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
         for directory in ["sandboxes", "snapshots", "templates", "volumes"] {

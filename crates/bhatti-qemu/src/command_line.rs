@@ -16,14 +16,14 @@ pub(crate) const ROOT_DRIVE: &str = "root";
 
 /// The open descriptors that QEMU inherits: the sockets that it listens on, and the tap of its
 /// network card.
-pub(crate) struct Handed<'a> {
+pub(crate) struct InheritedFiles<'a> {
     pub(crate) agent: BorrowedFd<'a>,
     pub(crate) console: BorrowedFd<'a>,
     pub(crate) qmp: BorrowedFd<'a>,
     pub(crate) tap: Option<BorrowedFd<'a>>,
 }
 
-impl<'a> Handed<'a> {
+impl<'a> InheritedFiles<'a> {
     /// Returns all descriptors.
     pub(crate) fn all(&self) -> Vec<BorrowedFd<'a>> {
         let Self { agent, console, qmp, tap } = *self;
@@ -56,7 +56,7 @@ pub(crate) const fn vmm_mib(accelerator: Accelerator) -> u32 {
 pub(crate) fn machine_arguments(
     accelerator: Accelerator,
     launch: &Launch<'_>,
-    handed: &Handed<'_>,
+    handed: &InheritedFiles<'_>,
 ) -> Vec<String> {
     let Launch { id, machine, directory, .. } = *launch;
     let mut arguments = Arguments::default();

@@ -104,8 +104,8 @@ fn group_for_kvm(device: &fs::Metadata) -> Option<Option<u32>> {
 }
 
 /// Returns the program's path and the directories of its libraries and firmware.
-fn program(called: &Path) -> Vec<PathBuf> {
-    let Some(program) = locate(called) else { return Vec::new() };
+fn program(name: &Path) -> Vec<PathBuf> {
+    let Some(program) = locate(name) else { return Vec::new() };
     let Some(place) = program.parent() else { return Vec::new() };
     let beside: Vec<PathBuf> = match place.parent().filter(|_| place.ends_with("bin")) {
         Some(prefix) => INSTALLED.iter().map(|name| prefix.join(name)).collect(),

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 
 use crate::Qemu;
 use crate::channel::{self, QemuChannel};
-use crate::command_line::{self, Handed};
+use crate::command_line::{self, InheritedFiles};
 use crate::confine;
 use crate::qmp::{self, Qmp};
 
@@ -38,7 +38,7 @@ pub(crate) fn start(qemu: &Qemu, launch: &Launch<'_>) -> io::Result<Followed> {
     // Change the error's kind: `NotFound` means that QEMU's program is missing.
     let no_tap = |error| io::Error::other(format!("failed to create the tap: {error}"));
     let tap = launch.tap.map(bhatti_host::tap::create).transpose().map_err(no_tap)?;
-    let handed = Handed { agent, console, qmp, tap: tap.as_ref().map(AsFd::as_fd) };
+    let handed = InheritedFiles { agent, console, qmp, tap: tap.as_ref().map(AsFd::as_fd) };
     let mut all = command_line::machine_arguments(qemu.accelerator, launch, &handed);
     let state;
     let loaded: &[&Path] = match launch.source {

@@ -140,8 +140,8 @@ async fn processes_run_as_the_user_and_configuration_is_private() {
     guest.client.write_file("/workspace/new/file", "0666", 1, &b"x"[..]).await.unwrap();
     assert_eq!(guest.say(None, "stat -c '%U %a' /workspace/new/file").await, "user 666\n");
     let (_, _input, mut output) = guest.client.attach("init", None).await.unwrap();
-    let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
-    assert!(format!("{said:?}").contains("init as user in /workspace"), "{said:?}");
+    let event = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert!(format!("{event:?}").contains("init as user in /workspace"), "{event:?}");
 
     // The token is in no file and in no process's environment; only the agent's memory holds it.
     let search = "grep -rsl CANARY / --exclude-dir=proc --exclude-dir=sys; grep -l CANARY /proc/[0-9]*/environ 2>/dev/null; true";
@@ -273,8 +273,8 @@ async fn suspended_guest_runs_no_process_until_it_gets_an_identity_or_wakes() {
     let wall_clock_ns = u64::try_from(now.as_nanos()).unwrap();
     let woken = Woken { entropy: "AAECAwQFBgc=".into(), wall_clock_ns };
     guest.client.woken(&woken).await.unwrap();
-    let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
-    assert_eq!(said, ExecEvent::Stdout("started\n".into()));
+    let event = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert_eq!(event, ExecEvent::Stdout("started\n".into()));
     goes_on().await;
 
     // A guest that was never configured, as in a base snapshot: its identity includes a complete
@@ -300,8 +300,8 @@ async fn suspended_guest_runs_no_process_until_it_gets_an_identity_or_wakes() {
     let report = guest.client.assume_identity(&identity).await.unwrap();
     assert_eq!(report.first_setup, Applied::Done);
     let (_, _input, mut output) = guest.client.attach("init", None).await.unwrap();
-    let said = timeout(LIMIT, output.next()).await.unwrap().unwrap();
-    assert!(format!("{said:?}").contains("fork"), "{said:?}");
+    let event = timeout(LIMIT, output.next()).await.unwrap().unwrap();
+    assert!(format!("{event:?}").contains("fork"), "{event:?}");
     assert_eq!(guest.say(None, "cat /etc/resolv.conf").await, "nameserver 192.0.2.53\n");
     goes_on().await;
     guest.remove().await;
@@ -342,11 +342,11 @@ impl Monitor {
         loop {
             let mut line = String::new();
             timeout(LIMIT, self.0.read_line(&mut line)).await.unwrap().unwrap();
-            let mut said: Value = serde_json::from_str(&line).unwrap();
-            if let Some(answer) = said.get_mut("return") {
+            let mut event: Value = serde_json::from_str(&line).unwrap();
+            if let Some(answer) = event.get_mut("return") {
                 return Ok(answer.take());
             }
-            if let Some(why) = said["error"]["desc"].as_str() {
+            if let Some(why) = event["error"]["desc"].as_str() {
                 return Err(why.to_owned());
             }
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bhatti_types::{SandboxId, UserId};
 use rusqlite::{Row, ToSql, params};
 
-use crate::{Called, Store, StoreError, from_json, now, parsed, sound_rows, to_json};
+use crate::{RowName, Store, StoreError, from_json, now, parsed, sound_rows, to_json};
 
 /// An event to record.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,7 +107,7 @@ impl Store {
                  WHERE {conditions} ORDER BY id {order} LIMIT ?2"
             ))?;
             let mut rows: Vec<EventRow> =
-                sound_rows(&mut query, &parameters[..], Called("event", 0), read)?;
+                sound_rows(&mut query, &parameters[..], RowName("event", 0), read)?;
             if *latest {
                 rows.reverse();
             }

@@ -182,7 +182,7 @@ fn parsed<T, E: std::error::Error>(result: Result<T, E>) -> Result<T, StoreError
 
 /// The kind of row and the index of its identifying column, for the log.
 #[derive(Clone, Copy)]
-struct Called(&'static str, usize);
+struct RowName(&'static str, usize);
 
 /// The damaged rows that were already logged: some lists are read every few seconds.
 static LOGGED: Mutex<BTreeSet<(&str, String)>> = Mutex::new(BTreeSet::new());
@@ -191,7 +191,7 @@ static LOGGED: Mutex<BTreeSet<(&str, String)>> = Mutex::new(BTreeSet::new());
 /// hide the others. A daemon logs each damaged row once.
 fn unless_damaged<T>(
     row: &rusqlite::Row<'_>,
-    Called(what, id): Called,
+    RowName(what, id): RowName,
     read: Result<T, StoreError>,
 ) -> Result<Option<T>, StoreError> {
     let damage = match read {
@@ -214,10 +214,10 @@ fn unless_damaged<T>(
 fn sound_rows<T>(
     query: &mut rusqlite::Statement<'_>,
     parameters: impl rusqlite::Params,
-    called: Called,
+    row_name: RowName,
     read: impl Fn(&rusqlite::Row<'_>) -> Result<T, StoreError>,
 ) -> Result<Vec<T>, StoreError> {
-    let rows = query.query_map(parameters, |row| Ok(unless_damaged(row, called, read(row))))?;
+    let rows = query.query_map(parameters, |row| Ok(unless_damaged(row, row_name, read(row))))?;
     rows.filter_map(|row| row.map_err(StoreError::from).flatten().transpose()).collect()
 }
 

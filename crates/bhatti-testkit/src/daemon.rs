@@ -372,10 +372,10 @@ impl TestDaemon {
         for directory in self.sandbox_directories() {
             // With QEMU, the log is a pipe that the daemon reads.
             let log = directory.join("vmm.log");
-            let said = log.is_file().then(|| fs::read_to_string(log).ok()).flatten();
-            let said = said.unwrap_or_default();
+            let text = log.is_file().then(|| fs::read_to_string(log).ok()).flatten();
+            let text = text.unwrap_or_default();
             let pid = vmm_pid(&directory);
-            eprintln!("--- {}, process {pid:?}:\n{said}---", directory.display());
+            eprintln!("--- {}, process {pid:?}:\n{text}---", directory.display());
         }
     }
 

@@ -23,13 +23,13 @@ impl FailingCalls {
     ///
     /// Panics if strace cannot be started.
     pub async fn begin(pid: u32, calls: &str, path: &Path, trace: &Path) -> Self {
-        let said = trace.with_extension("said");
+        let log = trace.with_extension("log");
         let mut strace = command("strace");
         strace.args(["-f", "-p", &pid.to_string(), "-P"]).arg(path);
         strace.arg("-e").arg(format!("inject={calls}:error=EIO")).arg("-o").arg(trace);
-        strace.stderr(fs::File::create(&said).expect("a file can be made"));
+        strace.stderr(fs::File::create(&log).expect("a file can be made"));
         let strace = strace.spawn().expect("strace is installed");
-        let attached = || fs::read_to_string(&said).is_ok_and(|said| said.contains("attached"));
+        let attached = || fs::read_to_string(&log).is_ok_and(|log| log.contains("attached"));
         wait_for("strace to attach", attached).await;
         Self { strace, trace: trace.to_owned() }
     }

@@ -33,12 +33,12 @@ pub type Socket = WebSocketStream<Box<dyn Connection>>;
 /// A client of a daemon's API, as one user.
 #[derive(Clone, Debug)]
 pub struct Api {
-    place: Place,
+    place: Address,
     key: Option<String>,
 }
 
 #[derive(Clone, Debug)]
-enum Place {
+enum Address {
     Unix(PathBuf),
     Tcp(SocketAddr),
 }
@@ -93,13 +93,13 @@ impl Api {
     /// Returns a client that calls a daemon as its admin.
     #[must_use]
     pub fn admin(daemon: &TestDaemon) -> Self {
-        Self { place: Place::Unix(daemon.data_dir().to_owned()), key: None }
+        Self { place: Address::Unix(daemon.data_dir().to_owned()), key: None }
     }
 
     /// Returns a client that calls a daemon over TCP, with or without an API key.
     #[must_use]
     pub fn tcp(address: SocketAddr, key: Option<&str>) -> Self {
-        Self { place: Place::Tcp(address), key: key.map(str::to_owned) }
+        Self { place: Address::Tcp(address), key: key.map(str::to_owned) }
     }
 
     /// Sends a request and waits for the complete response.
@@ -224,11 +224,11 @@ impl Api {
     /// Panics if the daemon cannot be reached.
     pub async fn connect(&self) -> Box<dyn Connection> {
         match &self.place {
-            Place::Unix(data_dir) => {
+            Address::Unix(data_dir) => {
                 let stream = bhatti_host::socket::connect_in(data_dir, "bhatti.sock").await;
                 Box::new(stream.expect("the daemon listens"))
             }
-            Place::Tcp(address) => {
+            Address::Tcp(address) => {
                 Box::new(TcpStream::connect(address).await.expect("the daemon listens"))
             }
         }

@@ -36,7 +36,7 @@ pub use machine::{EMPTY_VOLUME_BYTES, Machine, UNCONFIGURED_MAC, Volume};
 pub use manifest::{Manifest, PAGES, SavedMemory};
 pub use pages::{PAGE, piece_bytes, pieces, read_pages, write_pages};
 pub use process::{kind_of_program, remove, vm_name};
-pub use record::{Known, Record, recorded_machine};
+pub use record::{Record, RecordedVm, recorded_machine};
 pub use user::{give_as, give_to, user_of};
 pub use vmm::{Connections, LOG, Launch, Origin, Running, Saved, Source, Unfinished, VmState, Vmm};
 pub use vsock::VsockChannel;

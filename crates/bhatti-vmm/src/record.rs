@@ -45,12 +45,12 @@ pub fn recorded_machine(directory: &Path) -> io::Result<Machine> {
 pub struct Record {
     directory: PathBuf,
     process: ProcessId,
-    known: Mutex<Known>,
+    known: Mutex<RecordedVm>,
 }
 
 /// The daemon's knowledge of a running VM.
 #[derive(Debug)]
-pub struct Known {
+pub struct RecordedVm {
     /// The machine.
     pub machine: Machine,
     /// Number of captures so far. Each capture makes earlier knowledge of the memory obsolete.
@@ -60,7 +60,7 @@ pub struct Known {
 impl Record {
     /// The record of the VM in `directory`, whose process and machine are recorded already.
     pub(crate) fn new(directory: &Path, process: ProcessId, machine: Machine) -> Self {
-        let known = Mutex::new(Known { machine, captures: 0 });
+        let known = Mutex::new(RecordedVm { machine, captures: 0 });
         Self { directory: directory.to_owned(), process, known }
     }
 
@@ -82,7 +82,7 @@ impl Record {
     }
 
     /// Locks the record for a change with [`write`](Self::write).
-    pub fn lock(&self) -> MutexGuard<'_, Known> {
+    pub fn lock(&self) -> MutexGuard<'_, RecordedVm> {
         self.known.lock()
     }
 
@@ -92,7 +92,7 @@ impl Record {
     /// # Errors
     ///
     /// Returns the error of writing. The machine is then as before.
-    pub fn write(&self, known: &mut Known, machine: Machine) -> io::Result<()> {
+    pub fn write(&self, known: &mut RecordedVm, machine: Machine) -> io::Result<()> {
         let ProcessId { pid, started_ticks } = self.process;
         let content = Content { pid, started_ticks, machine: &machine };
         // Sealed, because the VMM may write to the same directory and must not change its own

@@ -141,12 +141,12 @@ impl Output {
         if !error.is_silent() {
             let mut stderr = io::stderr().lock();
             let paint = self.error_paint;
-            let told = if self.json {
+            let written = if self.json {
                 let body = serde_json::json!({ "error": error.message, "code": error.code, "hint": error.hint });
                 writeln!(stderr, "{body}")
             } else {
-                let said = writeln!(stderr, "{} {}", paint.bad("error:"), harmless(&error.message));
-                said.and_then(|()| match &error.hint {
+                let line = writeln!(stderr, "{} {}", paint.bad("error:"), harmless(&error.message));
+                line.and_then(|()| match &error.hint {
                     Some(hint) => {
                         writeln!(stderr, "{} {}", paint.good("hint:"), harmless(hint))
                     }
@@ -154,7 +154,7 @@ impl Output {
                 })
             };
             // If this fails, there is no place left to report it.
-            drop(told);
+            drop(written);
         }
         ExitCode::from(error.exit)
     }

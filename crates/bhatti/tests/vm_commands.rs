@@ -79,8 +79,8 @@ async fn sandbox_is_addressed_by_name_or_id_and_inspected_by_id_prefix() {
     assert_eq!(id.len(), 16);
     let prefix = &id[..6];
 
-    for called in ["dev", &id] {
-        assert_eq!(ask(&daemon, &format!("exec {called} -- echo it")).await.ok(), "it\n");
+    for id_or_name in ["dev", &id] {
+        assert_eq!(ask(&daemon, &format!("exec {id_or_name} -- echo it")).await.ok(), "it\n");
     }
     let shown = ask(&daemon, &format!("inspect {prefix} --json")).await.json();
     assert_eq!(shown["name"], "dev");

@@ -139,12 +139,18 @@ async fn sandbox_of_one_user_is_not_found_by_another() {
     let alice = Client::http(&format!("http://{address}"), &user.api_key).unwrap();
     let hers = alice.create(&named("dev")).await.unwrap();
 
-    for called in ["dev", &hers.id] {
+    for id_or_name in ["dev", &hers.id] {
         let admin = &daemon.client;
-        assert_eq!(code_of(&admin.inspect(called).await.unwrap_err()), Some(ErrorCode::NotFound));
-        assert_eq!(code_of(&admin.destroy(called).await.unwrap_err()), Some(ErrorCode::NotFound));
         assert_eq!(
-            code_of(&run(admin, called, &["true"]).await.unwrap_err()),
+            code_of(&admin.inspect(id_or_name).await.unwrap_err()),
+            Some(ErrorCode::NotFound)
+        );
+        assert_eq!(
+            code_of(&admin.destroy(id_or_name).await.unwrap_err()),
+            Some(ErrorCode::NotFound)
+        );
+        assert_eq!(
+            code_of(&run(admin, id_or_name, &["true"]).await.unwrap_err()),
             Some(ErrorCode::NotFound)
         );
     }

@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// How long the agent drains the input of a host after a refusal.
-const HEAR_OUT_LIMIT: Duration = Duration::from_secs(1);
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// A byte stream from the host.
 pub(crate) trait Transport: AsyncRead + AsyncWrite + Unpin + 'static {
@@ -69,11 +69,11 @@ impl<T: Transport> Half<T> {
     /// Drains the host's remaining input until the host has read the agent's last bytes and
     /// closes the connection. If a socket is closed with unread input, the kernel resets the
     /// connection, and the host loses the bytes that it has not read yet.
-    pub(crate) async fn hear_out(mut self) {
+    pub(crate) async fn drain(mut self) {
         let mut ignored = [0; 4096];
-        let hear = async { while matches!(self.read(&mut ignored).await, Ok(1..)) {} };
+        let drain = async { while matches!(self.read(&mut ignored).await, Ok(1..)) {} };
         // A host that keeps sending is cut off.
-        drop(timeout(HEAR_OUT_LIMIT, hear).await);
+        drop(timeout(DRAIN_LIMIT, drain).await);
     }
 
     /// See [`Transport::host_is_gone`].

@@ -6,17 +6,17 @@ use std::io;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::log;
-use crate::place::Place;
+use crate::surroundings::Surroundings;
 
 /// The limits of a process in a VM, as systemd sets them. A higher soft limit breaks programs
 /// that use `select` or close every possible descriptor.
 const USUAL: Rlimit = Rlimit { current: Some(1024), maximum: Some(512 << 10) };
 
 /// Raises the agent's soft limit to the hard limit, and returns the soft limit for its children.
-pub(crate) fn raise_limit(place: Place) -> Option<u64> {
+pub(crate) fn raise_limit(place: Surroundings) -> Option<u64> {
     let usual = match place {
-        Place::Machine => USUAL,
-        Place::Container | Place::Process => getrlimit(Resource::Nofile),
+        Surroundings::Machine => USUAL,
+        Surroundings::Container | Surroundings::Process => getrlimit(Resource::Nofile),
     };
     let most = Rlimit { current: usual.maximum, maximum: usual.maximum };
     if let Err(error) = setrlimit(Resource::Nofile, most) {

@@ -26,11 +26,11 @@ use crate::Agent;
 use crate::descriptors::lower_limit;
 use crate::log::errno_text;
 use crate::lookup::{LookupError, find_program};
-use crate::place::Place;
 use crate::processes::{Cgroup, Confinement, Processes};
 use crate::reaper::Exit;
 use crate::refusal::refused;
 use crate::spawn::Program;
+use crate::surroundings::Surroundings;
 use crate::user::{self, User};
 
 /// The `PATH` of commands, unless the image, the settings or the request have another.
@@ -152,7 +152,7 @@ impl Command {
         let no_cgroup = |error: io::Error| other(format!("start: cgroup: {}", errno_text(&error)));
         let cgroup = agent.cgroups.open(agent.place, confinement).map_err(no_cgroup)?;
         let procs = cgroup.as_ref().map(Cgroup::procs).transpose().map_err(no_cgroup)?;
-        let in_container = agent.place == Place::Container;
+        let in_container = agent.place == Surroundings::Container;
         let settle = || {
             if in_container {
                 // First: only root can drop these capabilities.

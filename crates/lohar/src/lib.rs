@@ -45,7 +45,6 @@ mod modprobe;
 mod netlink;
 mod oom;
 mod pid1;
-mod place;
 mod processes;
 mod reaper;
 mod refusal;
@@ -54,6 +53,7 @@ mod serve;
 mod session;
 mod settings;
 mod spawn;
+mod surroundings;
 mod suspend;
 mod test_mode;
 mod unix;
@@ -73,11 +73,11 @@ use tokio::sync::{Notify, broadcast};
 
 use file::Workers;
 use limits::Limits;
-use place::Place;
 use processes::{Cgroups, Processes};
 use reaper::Reaper;
 use session::Sessions;
 use settings::Settings;
+use surroundings::Surroundings;
 
 /// Events that a slow listener may fall behind before it loses some.
 const EVENT_QUEUE: usize = 64;
@@ -99,7 +99,7 @@ pub(crate) struct Agent {
     /// The directory of job output and of jobs that restart.
     pub(crate) state_dir: PathBuf,
     /// Where the agent runs, which decides how much of the system it may change.
-    pub(crate) place: Place,
+    pub(crate) place: Surroundings,
     /// The soft limit of descriptors for children, which is lower than that of the agent.
     pub(crate) child_descriptors: Option<u64>,
     /// Threads for file operations.
@@ -125,7 +125,7 @@ impl Agent {
         reaper: Rc<Reaper>,
         limits: Limits,
         state_dir: PathBuf,
-        place: Place,
+        place: Surroundings,
     ) -> Rc<Self> {
         let (events, _) = broadcast::channel(EVENT_QUEUE);
         Rc::new(Self {

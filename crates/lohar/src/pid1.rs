@@ -27,8 +27,8 @@ use tokio::task::LocalSet;
 
 use crate::Agent;
 use crate::limits::Limits;
-use crate::place::Place;
 use crate::reaper::Reaper;
+use crate::surroundings::Surroundings;
 use crate::vsock::Vsock;
 use crate::{channel, log, netlink, oom, runtime};
 
@@ -99,7 +99,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     let runtime = runtime().step("start the runtime")?;
     LocalSet::new().block_on(&runtime, async {
         let reaper = Reaper::start().step("watch for children")?;
-        let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), Place::Machine);
+        let agent = Agent::new(reaper, Limits::default(), STATE_DIR.into(), Surroundings::Machine);
         tokio::task::spawn_local(oom::report_kills(Rc::clone(&agent)));
         // The channel is served meanwhile, so that the host gets the answer to its request.
         let shut_down = async {

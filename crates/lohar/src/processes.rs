@@ -20,7 +20,7 @@ use tokio::time::sleep;
 
 use crate::limits::TERM_GRACE;
 use crate::log;
-use crate::place::Place;
+use crate::surroundings::Surroundings;
 
 /// The cgroup of all processes except the agent, in a VM.
 pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";
@@ -55,7 +55,7 @@ impl Cgroups {
     /// too many. Returns `None` outside a VM.
     pub(crate) fn open(
         self: &Rc<Self>,
-        place: Place,
+        place: Surroundings,
         confinement: Confinement,
     ) -> io::Result<Option<Cgroup>> {
         if !place.has_kernel() || !fs::exists(USER_CGROUP)? {

@@ -62,7 +62,7 @@ async fn close<T: Transport>(
     if let Err(OpError::Refused(error)) = served {
         drop(tell(&mut writer, details, &error).await);
         drop(writer.shutdown().await);
-        rest.hear_out().await;
+        rest.drain().await;
     } else {
         drop(writer.shutdown().await);
     }

@@ -18,9 +18,9 @@ use tokio::time::timeout;
 use crate::Agent;
 use crate::file::{begin_as_agent, parse_mode, write_whole};
 use crate::log;
-use crate::place::Place;
 use crate::refusal::{OpError, refused};
 use crate::session::{start_init, start_kept};
+use crate::surroundings::Surroundings;
 
 pub(crate) use identity::assume;
 
@@ -75,9 +75,9 @@ pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result
         return Err(refused(ErrorKind::AlreadyExists, "the guest is already configured").into());
     }
     match agent.place {
-        Place::Machine => system::apply(config)?,
-        Place::Container => system::apply_in_container(config)?,
-        Place::Process => {}
+        Surroundings::Machine => system::apply(config)?,
+        Surroundings::Container => system::apply_in_container(config)?,
+        Surroundings::Process => {}
     }
     write_files(agent, &config.files).await?;
     agent.settings.borrow_mut().take_over(config);

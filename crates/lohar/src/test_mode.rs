@@ -10,9 +10,9 @@ use tokio::task::LocalSet;
 use crate::Agent;
 use crate::limits::Limits;
 use crate::log;
-use crate::place::Place;
 use crate::reaper::Reaper;
 use crate::runtime;
+use crate::surroundings::Surroundings;
 use crate::unix::Listeners;
 
 /// Serves until killed.
@@ -42,7 +42,7 @@ fn serve(control: &Path, forward: &Path) -> io::Result<()> {
         let listeners = Listeners::open(control, forward)?;
         let state_dir =
             std::env::var_os("LOHAR_STATE_DIR").map_or_else(std::env::temp_dir, Into::into);
-        let agent = Agent::new(Reaper::start()?, limits()?, state_dir, Place::Process);
+        let agent = Agent::new(Reaper::start()?, limits()?, state_dir, Surroundings::Process);
         log::line(format_args!("test mode ready"));
         tokio::select! {
             () = listeners.serve(&agent) => {}

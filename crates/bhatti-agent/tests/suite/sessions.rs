@@ -387,7 +387,7 @@ async fn slow_observer_gets_an_error_at_lost_output() {
     drop((input, attached));
     session_is(&agent, |session| !session.running).await;
 
-    let told = loop {
+    let outcome = loop {
         match timeout(LIMIT, observed.next()).await.unwrap() {
             Ok(ExecEvent::Stdout(bytes)) => assert!(bytes.iter().all(|byte| *byte == 0)),
             other => break other,
@@ -395,8 +395,8 @@ async fn slow_observer_gets_an_error_at_lost_output() {
     };
 
     assert!(
-        matches!(&told, Err(CallError::Agent(refused)) if refused.kind == ErrorKind::Limit),
-        "{told:?}"
+        matches!(&outcome, Err(CallError::Agent(refused)) if refused.kind == ErrorKind::Limit),
+        "{outcome:?}"
     );
     let (_, _observer, mut late) =
         agent.client.observe(&job.session_id, Some(u64::MAX)).await.unwrap();

@@ -53,8 +53,8 @@ async fn configuration_sets_environment_files_and_init() {
     assert_eq!(std::fs::read(secret).unwrap(), b"hello");
     let (info, _input, mut output) = agent.client.attach("init", None).await.unwrap();
     assert!(info.running && info.tty);
-    let ExecEvent::Stdout(said) = output.next().await.unwrap() else { panic!("no output") };
-    assert!(said.starts_with(b"init runs with a b=c"), "{said:?}");
+    let ExecEvent::Stdout(printed) = output.next().await.unwrap() else { panic!("no output") };
+    assert!(printed.starts_with(b"init runs with a b=c"), "{printed:?}");
     let again = agent.client.configure(&config).await.unwrap_err();
     assert!(
         matches!(&again, CallError::Refused(_)) || refused_with(&again, ErrorKind::AlreadyExists),

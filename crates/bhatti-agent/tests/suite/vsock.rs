@@ -136,7 +136,7 @@ async fn refusal_by_the_hypervisor_is_reported() {
     let listener = UnixListener::bind(directory.path().join(SOCKET)).unwrap();
     let channel = VsockChannel::new(directory.path().to_owned(), SOCKET);
     let client = AgentClient::new(Arc::new(channel));
-    for (answer, said) in [("", "nothing in the guest listens"), ("NO\n", "answered `NO`")] {
+    for (answer, message) in [("", "nothing in the guest listens"), ("NO\n", "answered `NO`")] {
         let refuse = async {
             let (mut host, _) = listener.accept().await.unwrap();
             let mut request = String::new();
@@ -146,6 +146,6 @@ async fn refusal_by_the_hypervisor_is_reported() {
         let (activity, ()) = tokio::join!(client.activity(), refuse);
 
         let CallError::Channel(error) = activity.unwrap_err() else { panic!("no channel error") };
-        assert!(error.0.to_string().contains(said), "{error:?}");
+        assert!(error.0.to_string().contains(message), "{error:?}");
     }
 }

@@ -42,7 +42,7 @@ struct Inner {
 type Network = Option<IpAddr>;
 
 /// One connection, counted until this is dropped.
-pub(crate) struct Place {
+pub(crate) struct Seat {
     peers: Arc<Peers>,
     network: Network,
     /// The number of requests in flight. HTTP/2 has several.
@@ -54,7 +54,7 @@ pub(crate) struct Place {
 }
 
 /// A request in flight. The connection is not silent until the last of them is dropped.
-pub(crate) struct Asking(Arc<Place>);
+pub(crate) struct Asking(Arc<Seat>);
 
 impl Peers {
     /// Creates an empty set for at most `limit` connections.
@@ -64,7 +64,7 @@ impl Peers {
 
     /// Returns a place for a new connection, if necessary that of a silent one. Returns `None` if
     /// all other connections have a request in flight.
-    pub(crate) fn enter(self: &Arc<Self>, address: Option<IpAddr>) -> Option<Arc<Place>> {
+    pub(crate) fn enter(self: &Arc<Self>, address: Option<IpAddr>) -> Option<Arc<Seat>> {
         let network = address.map(network_of);
         let mut inner = self.inner.lock();
         let most = match network {
@@ -79,7 +79,7 @@ impl Peers {
             return None;
         }
         inner.connections += 1;
-        let place = Place {
+        let place = Seat {
             peers: Arc::clone(self),
             network,
             asking: AtomicUsize::new(0),
@@ -93,7 +93,7 @@ impl Peers {
 }
 
 impl Inner {
-    fn fall_silent(&mut self, place: &Place) {
+    fn fall_silent(&mut self, place: &Seat) {
         self.last_number += 1;
         let number = self.last_number;
         self.silent.insert(number, (place.network, Arc::clone(&place.closed)));
@@ -125,7 +125,7 @@ impl Inner {
     }
 }
 
-impl Place {
+impl Seat {
     /// Records that the head of a request has arrived.
     pub(crate) fn ask(self: &Arc<Self>) -> Asking {
         let mut inner = self.peers.inner.lock();
@@ -161,7 +161,7 @@ impl Drop for Asking {
     }
 }
 
-impl Drop for Place {
+impl Drop for Seat {
     fn drop(&mut self) {
         let mut inner = self.peers.inner.lock();
         inner.connections -= 1;
@@ -188,7 +188,7 @@ mod tests {
 
     use super::*;
 
-    async fn is_closed(place: &Place) -> bool {
+    async fn is_closed(place: &Seat) -> bool {
         timeout(Duration::from_millis(1), place.closed.notified()).await.is_ok()
     }
 

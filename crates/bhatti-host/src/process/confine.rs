@@ -397,8 +397,8 @@ mod tests {
         }
         fs::write(own.path().join("written"), "").unwrap();
         durable::write_sealed(&own.path().join("sealed"), b"sealed").unwrap();
-        let said = others.path().join("said");
-        let output = File::create(&said).unwrap();
+        let printed = others.path().join("printed");
+        let output = File::create(&printed).unwrap();
         let names = [own.path(), others.path()].map(|path| path.to_str().unwrap().to_owned());
         let [own_name, others_name] = names;
         let detached = Detached {
@@ -415,12 +415,12 @@ mod tests {
 
         detached.spawn().unwrap().ended().await;
 
-        let said = fs::read_to_string(said).unwrap();
+        let printed = fs::read_to_string(printed).unwrap();
         if landlock_version() == 0 {
             bhatti_testkit::skip("a process kept to its own files", "this kernel has no Landlock");
-            assert!(!said.contains("sealed") && !said.contains("unseals"), "{said}");
+            assert!(!printed.contains("sealed") && !printed.contains("unseals"), "{printed}");
         } else {
-            assert_eq!(said, "reads\nwrites\n");
+            assert_eq!(printed, "reads\nwrites\n");
         }
     }
 }

@@ -98,7 +98,7 @@ impl Above {
 
 /// One entry of a layer, with the fields that hiding needs.
 #[derive(Debug)]
-struct Known {
+struct Listed {
     name: String,
     kind: EntryType,
     /// Target of a hard link.
@@ -150,7 +150,7 @@ fn read(
     limit: u64,
     left: &Rc<Cell<u64>>,
     known_left: &mut KnownLeft,
-) -> Result<Vec<Known>, ArchiveError> {
+) -> Result<Vec<Listed>, ArchiveError> {
     let mut archive = open(layer, left)?;
     let mut known = Vec::new();
     for entry in archive.entries().map_err(|error| explain(error, limit))? {
@@ -163,14 +163,14 @@ fn read(
             _ => None,
         };
         known_left.take(name.len() + target.as_ref().map_or(0, String::len))?;
-        known.push(Known { name, kind, target });
+        known.push(Listed { name, kind, target });
     }
     Ok(known)
 }
 
 /// Decides how each entry of a layer is copied.
-fn decide(known: &[Known], above: &Above) -> Vec<Action> {
-    let stays = |entry: &Known| {
+fn decide(known: &[Listed], above: &Above) -> Vec<Action> {
+    let stays = |entry: &Listed| {
         let base = entry.name.rsplit('/').next().unwrap_or_default();
         let is_left_out =
             matches!(entry.kind, EntryType::Char | EntryType::Block | EntryType::XGlobalHeader);
@@ -190,7 +190,7 @@ fn decide(known: &[Known], above: &Above) -> Vec<Action> {
             heirs.entry(target).or_insert(&entry.name);
         }
     }
-    let action = |entry: &Known| {
+    let action = |entry: &Listed| {
         if !stays(entry) {
             return heirs
                 .get(entry.name.as_str())
@@ -206,7 +206,7 @@ fn decide(known: &[Known], above: &Above) -> Vec<Action> {
 }
 
 /// Adds the entries of a layer to the names that hide entries of lower layers.
-fn add(known: Vec<Known>, above: &mut Above) {
+fn add(known: Vec<Listed>, above: &mut Above) {
     for entry in known {
         let (parent, base) = entry.name.rsplit_once('/').unwrap_or(("", &entry.name));
         if base == OPAQUE {

@@ -148,11 +148,11 @@ mod tests {
     }
 
     /// Returns the answer's code, its addresses, and whether it is a local answer.
-    fn said(name: &str, kind: RecordType) -> (ResponseCode, Vec<Ipv4Addr>, bool) {
-        said_with(name, kind, PrivateNames::Asked)
+    fn resolve(name: &str, kind: RecordType) -> (ResponseCode, Vec<Ipv4Addr>, bool) {
+        resolve_with(name, kind, PrivateNames::Asked)
     }
 
-    fn said_with(
+    fn resolve_with(
         name: &str,
         kind: RecordType,
         private_names: PrivateNames,
@@ -181,12 +181,12 @@ mod tests {
         let address = vec![Ipv4Addr::new(10, 213, 0, 2)];
         for name in ["dev", "DEV", "dev.sb", "Dev.SB"] {
             assert_eq!(
-                said(name, RecordType::A),
+                resolve(name, RecordType::A),
                 (ResponseCode::NoError, address.clone(), true),
                 "{name}"
             );
             assert_eq!(
-                said(name, RecordType::AAAA),
+                resolve(name, RecordType::AAAA),
                 (ResponseCode::NoError, vec![], true),
                 "{name}"
             );
@@ -197,7 +197,7 @@ mod tests {
     fn other_names_and_names_with_dots_are_forwarded() {
         for name in ["example.com", "nobody.sb", "github.com", "nobody"] {
             assert_eq!(
-                said(name, RecordType::A),
+                resolve(name, RecordType::A),
                 (ResponseCode::ServFail, vec![], false),
                 "{name}"
             );
@@ -230,19 +230,19 @@ mod tests {
             "1.0.c.f.ip6.arpa",
         ];
         for name in private {
-            let denied = said_with(name, RecordType::PTR, PrivateNames::Denied);
+            let denied = resolve_with(name, RecordType::PTR, PrivateNames::Denied);
             assert_eq!(denied, (ResponseCode::NXDomain, vec![], true), "{name}");
-            let asked = said_with(name, RecordType::PTR, PrivateNames::Asked);
+            let asked = resolve_with(name, RecordType::PTR, PrivateNames::Asked);
             assert_eq!(asked, (ResponseCode::ServFail, vec![], false), "{name}");
         }
         for name in
             ["example.com", "notinternal.com", "1.0.15.172.in-addr.arpa", "8.8.8.8.in-addr.arpa"]
         {
-            let asked = said_with(name, RecordType::PTR, PrivateNames::Denied);
+            let asked = resolve_with(name, RecordType::PTR, PrivateNames::Denied);
             assert_eq!(asked, (ResponseCode::ServFail, vec![], false), "{name}");
         }
         assert!(
-            said_with("dev", RecordType::A, PrivateNames::Denied).2,
+            resolve_with("dev", RecordType::A, PrivateNames::Denied).2,
             "sandbox names stay known"
         );
     }

@@ -28,8 +28,8 @@ pub(crate) fn nft(arguments: &[&str]) -> String {
 fn output(program: &str, arguments: &[&str]) -> String {
     #[expect(clippy::disallowed_methods, reason = "must run in this thread's namespace")]
     let output = std::process::Command::new(program).args(arguments).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
     String::from_utf8(output.stdout).unwrap()
 }
 

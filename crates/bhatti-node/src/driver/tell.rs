@@ -26,12 +26,12 @@ impl Sandbox {
     /// background: its processes are frozen until it has got the message.
     pub(crate) async fn tell_woken(&self, running: &Running) {
         let began = Instant::now();
-        let mut told = self.try_tell_woken(running).await;
-        if told && began.elapsed() > TELL_EXACT {
+        let mut is_done = self.try_tell_woken(running).await;
+        if is_done && began.elapsed() > TELL_EXACT {
             // The message was slow, so the guest's clock is late. The second message is fast.
-            told = self.try_tell_woken(running).await;
+            is_done = self.try_tell_woken(running).await;
         }
-        if !told {
+        if !is_done {
             let (id, agent) = (self.id, running.agent.clone());
             let access = Arc::clone(&self.access);
             tokio::spawn(async move {
@@ -52,16 +52,16 @@ impl Sandbox {
     }
 
     async fn try_tell_woken(&self, running: &Running) -> bool {
-        let told = timeout(TELL_LIMIT, async {
+        let is_done = timeout(TELL_LIMIT, async {
             running.agent.reach().await?;
             // Made only now: the time in it must be the time of its arrival.
             let woken = identity::woken().map_err(|_| CallError::Entropy)?;
             running.agent.woken(&woken).await
         });
-        let told = told.await.unwrap_or(Err(CallError::Silent { limit: TELL_LIMIT }));
-        if let Err(error) = &told {
+        let is_done = is_done.await.unwrap_or(Err(CallError::Silent { limit: TELL_LIMIT }));
+        if let Err(error) = &is_done {
             warn!(sandbox = %self.id, error = %Report(error), "Failed to tell the guest that it was woken");
         }
-        told.is_ok()
+        is_done.is_ok()
     }
 }

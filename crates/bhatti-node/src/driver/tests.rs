@@ -5,13 +5,13 @@ use bhatti_types::{FailReason, SandboxState, UserId};
 
 use super::*;
 use crate::UseError;
-use crate::fixture::{Place, Saved};
+use crate::fixture::{Saved, TestData};
 
 const RUNNING: SandboxState = SandboxState::Running;
 
 #[tokio::test]
 async fn destruction_that_fails_is_repeated_and_keeps_its_memory() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::No);
     let node = place.recover().await;
     let free_mib = || node.shared.admission.free_and_budget_mib().0;
@@ -37,7 +37,7 @@ async fn destruction_that_fails_is_repeated_and_keeps_its_memory() {
 
 #[tokio::test]
 async fn removal_at_the_start_of_a_daemon_is_repeated() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, SandboxState::Creating, Found::Running, Saved::No);
     place.vms.refuse_removals(2);
 
@@ -49,7 +49,7 @@ async fn removal_at_the_start_of_a_daemon_is_repeated() {
 
 #[tokio::test]
 async fn sandbox_fails_if_its_driver_panics_and_can_be_destroyed() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Nothing, Saved::Yes);
     let node = place.recover().await;
 
@@ -72,7 +72,7 @@ async fn sandbox_fails_if_its_driver_panics_and_can_be_destroyed() {
 
 #[tokio::test]
 async fn sandbox_is_still_kept_hot_after_its_driver_panicked() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Nothing, Saved::Yes);
     let node = place.recover().await;
 
@@ -87,7 +87,7 @@ async fn sandbox_is_still_kept_hot_after_its_driver_panicked() {
 
 #[tokio::test]
 async fn merge_is_given_up_for_an_urgent_request_and_not_for_a_use() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::No);
     let node = Arc::new(place.recover().await);
     let merge = || {
@@ -112,7 +112,7 @@ async fn merge_is_given_up_for_an_urgent_request_and_not_for_a_use() {
 
 #[tokio::test]
 async fn vm_that_cannot_be_adopted_is_ended() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Broken, Saved::No);
 
     let node = place.recover().await;
@@ -123,7 +123,7 @@ async fn vm_that_cannot_be_adopted_is_ended() {
 
 #[tokio::test]
 async fn failed_sandbox_whose_vm_is_alive_is_ended_by_the_next_daemon() {
-    let place = Place::new();
+    let place = TestData::new();
     let failed = SandboxState::Failed(FailReason::VmmExited);
     let id = place.leave(1, failed, Found::Running, Saved::No);
 
@@ -139,7 +139,7 @@ async fn daemon_leaves_a_sandbox_that_another_daemon_has_claimed() {
         ("UPDATE sandboxes SET epoch = epoch + 1", Some(Found::Running)),
         ("UPDATE sandboxes SET epoch = epoch + 1, node = '00000000000000ff'", None),
     ] {
-        let place = Place::new();
+        let place = TestData::new();
         let id = place.leave(1, RUNNING, Found::Running, Saved::No);
         let node = place.recover().await;
         change_store(place.data.path(), claim);
@@ -162,7 +162,7 @@ async fn daemon_leaves_a_sandbox_that_another_daemon_has_claimed() {
 
 #[tokio::test]
 async fn sandbox_of_another_node_is_left_alone() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, SandboxState::Creating, Found::Running, Saved::No);
     change_store(place.data.path(), "UPDATE sandboxes SET node = '00000000000000ff'");
 

@@ -7,7 +7,7 @@ use bhatti_testkit::{Found, change_store};
 use bhatti_types::{SandboxSpec, SnapshotId, Thermal, UserId};
 
 use super::*;
-use crate::fixture::{Place, Saved};
+use crate::fixture::{Saved, TestData};
 
 const RUNNING: SandboxState = SandboxState::Running;
 const STOPPED: SandboxState = SandboxState::Stopped;
@@ -37,7 +37,7 @@ async fn every_row_and_vmm_recover_to_the_same_state_twice() {
         (SandboxState::Destroyed, Running, Yes, None),
         (SandboxState::Destroyed, Nothing, No, None),
     ];
-    let place = Place::new();
+    let place = TestData::new();
     let numbered = (1..).zip(&cases);
     let ids: Vec<SandboxId> = numbered
         .map(|(number, (state, found, saved, _))| place.leave(number, *state, *found, *saved))
@@ -62,7 +62,7 @@ async fn every_row_and_vmm_recover_to_the_same_state_twice() {
 
 #[tokio::test]
 async fn interrupted_stop_is_finished_or_undone() {
-    let place = Place::new();
+    let place = TestData::new();
     // Its VM cannot be saved, so the sandbox runs on and loses nothing.
     let id = place.leave(1, STOPPED, Found::Running, Saved::No);
 
@@ -79,7 +79,7 @@ async fn interrupted_stop_is_finished_or_undone() {
 
 #[tokio::test]
 async fn sandbox_unknown_to_the_store_is_left_alone() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::Yes);
     // A store that was restored from an older copy.
     place.store.delete_sandbox(&place.store.claim(id).unwrap()).unwrap();
@@ -95,7 +95,7 @@ async fn sandbox_unknown_to_the_store_is_left_alone() {
 
 #[tokio::test]
 async fn removal_of_a_sandbox_with_a_damaged_row_is_finished() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, SandboxState::Destroyed, Found::Running, Saved::No);
     change_store(place.data.path(), "UPDATE sandboxes SET memory_mib = 1");
 
@@ -108,7 +108,7 @@ async fn removal_of_a_sandbox_with_a_damaged_row_is_finished() {
 
 #[tokio::test]
 async fn row_with_a_damaged_id_does_not_block_other_sandboxes() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = place.leave(1, RUNNING, Found::Running, Saved::No);
     let sound = place.leave(2, RUNNING, Found::Running, Saved::No);
     change_store(place.data.path(), "UPDATE sandboxes SET id = 'x' WHERE name = 's1'");
@@ -122,7 +122,7 @@ async fn row_with_a_damaged_id_does_not_block_other_sandboxes() {
 
 #[tokio::test]
 async fn interrupted_boot_is_ended_and_stale_marks_are_removed() {
-    let place = Place::new();
+    let place = TestData::new();
     let mark = |id| std::fs::write(place.directory(id).join("booting"), "").unwrap();
     let cases = [
         // Without images, the boot that follows fails.
@@ -158,7 +158,7 @@ async fn interrupted_boot_is_ended_and_stale_marks_are_removed() {
 
 #[tokio::test]
 async fn memory_is_taken_from_the_sandbox_that_was_used_least_recently() {
-    let place = Place::new();
+    let place = TestData::new();
     let [first, second, third, hot, stopped] = [
         (1, RUNNING, Found::Paused),
         (2, RUNNING, Found::Paused),
@@ -186,7 +186,7 @@ async fn memory_is_taken_from_the_sandbox_that_was_used_least_recently() {
 
 #[tokio::test]
 async fn interrupted_deletion_of_a_snapshot_is_undone_if_its_row_exists() {
-    let place = Place::new();
+    let place = TestData::new();
     let id = SnapshotId::from_entropy([8; 8]);
     place.store.insert_snapshot(snapshot_row(id)).unwrap();
     std::fs::create_dir(place.data.path().join(format!("snapshots/{id}.tmp"))).unwrap();
@@ -219,7 +219,7 @@ fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
 
 #[tokio::test]
 async fn unfinished_snapshots_without_a_row_are_removed() {
-    let place = Place::new();
+    let place = TestData::new();
     let snapshots = place.data.path().join("snapshots");
     let id = SandboxId::from_entropy([7; 8]);
     for name in [format!(".save-{id}"), ".fork-abc".to_owned(), "x.tmp".to_owned()] {

@@ -110,9 +110,9 @@ pub(super) fn create_private(directory: &Path) -> io::Result<()> {
 pub(super) async fn make(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
     let create = || File::create_new(path)?.set_len(size.bytes());
     blocking(create).map_err(failed("create the volume's file"))?;
-    let held = hold(path).await?;
+    let locked = hold(path).await?;
     let owner = format!("root_owner={ROOT_OWNER}");
-    run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", &owner], &held).await?;
+    run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", &owner], &locked).await?;
     sync(path).await
 }
 
@@ -126,17 +126,17 @@ pub(super) async fn copy(from: &Path, to: &Path) -> Result<(), VolumeFileError> 
 
 /// Copies a file system whole, after repairing it if it was not unmounted cleanly.
 pub(super) async fn clone(from: &Path, to: &Path) -> Result<(), VolumeFileError> {
-    let held = hold(from).await?;
-    settle_held(&held).await?;
+    let locked = hold(from).await?;
+    settle_held(&locked).await?;
     copy(from, to).await
 }
 
 /// Grows the file system. Another call finishes a call that was interrupted.
 pub(super) async fn grow(path: &Path, size: VolumeMib) -> Result<(), VolumeFileError> {
-    let held = hold(path).await?;
-    check(&held, &["-f"]).await?;
+    let locked = hold(path).await?;
+    check(&locked, &["-f"]).await?;
     blocking(|| lengthen(path, size)).map_err(failed("grow the volume's file"))?;
-    run("resize2fs", &[], &held).await?;
+    run("resize2fs", &[], &locked).await?;
     sync(path).await
 }
 
@@ -160,42 +160,42 @@ pub(super) async fn settle(path: &Path) -> Result<(), VolumeFileError> {
     settle_held(&hold(path).await?).await
 }
 
-pub(super) async fn settle_held(held: &Held) -> Result<(), VolumeFileError> {
-    if blocking(|| is_clean(&held.path)).map_err(failed("read the volume's file"))? {
+pub(super) async fn settle_held(locked: &LockedFile) -> Result<(), VolumeFileError> {
+    if blocking(|| is_clean(&locked.path)).map_err(failed("read the volume's file"))? {
         return Ok(());
     }
-    tracing::info!(path = %held.path.display(), "A volume was not unmounted cleanly; it is checked");
-    check(held, &[]).await?;
-    sync(&held.path).await
+    tracing::info!(path = %locked.path.display(), "A volume was not unmounted cleanly; it is checked");
+    check(locked, &[]).await?;
+    sync(&locked.path).await
 }
 
 /// Returns whether a full check by e2fsck finds no error. The check writes nothing, so it is ended
 /// after an hour.
-pub(super) async fn is_sound(held: &Held) -> Result<bool, VolumeFileError> {
-    let checked = run_to_its_end("e2fsck", &["-f", "-n"], held, IfDropped::Killed);
+pub(super) async fn is_sound(locked: &LockedFile) -> Result<bool, VolumeFileError> {
+    let checked = run_to_its_end("e2fsck", &["-f", "-n"], locked, IfDropped::Killed);
     let checked = timeout(WHOLE_CHECK_LIMIT, checked).await;
     Ok(checked.unwrap_or(Err(VolumeFileError::Slow))?.status.success())
 }
 
 /// Repairs what can be repaired automatically.
-pub(super) async fn repair(held: &Held) -> Result<(), VolumeFileError> {
-    check(held, &["-f"]).await?;
-    sync(&held.path).await
+pub(super) async fn repair(locked: &LockedFile) -> Result<(), VolumeFileError> {
+    check(locked, &["-f"]).await?;
+    sync(&locked.path).await
 }
 
 /// A locked volume file. Tools inherit the lock, so a tool that outlives this daemon keeps the
 /// next daemon away.
-pub(super) struct Held {
+pub(super) struct LockedFile {
     file: File,
     pub(super) path: PathBuf,
 }
 
-pub(super) async fn hold(path: &Path) -> Result<Held, VolumeFileError> {
+pub(super) async fn hold(path: &Path) -> Result<LockedFile, VolumeFileError> {
     let file = blocking(|| File::open(path)).map_err(failed("open the volume's file"))?;
     let began = Instant::now();
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok(Held { file, path: path.to_owned() }),
+            Ok(()) => return Ok(LockedFile { file, path: path.to_owned() }),
             Err(TryLockError::Error(source)) => {
                 return Err(failed("lock the volume's file")(source));
             }
@@ -207,23 +207,28 @@ pub(super) async fn hold(path: &Path) -> Result<Held, VolumeFileError> {
     }
 }
 
-async fn check(held: &Held, options: &[&str]) -> Result<(), VolumeFileError> {
-    let output = output("e2fsck", &[&["-p"], options].concat(), held).await?;
+async fn check(locked: &LockedFile, options: &[&str]) -> Result<(), VolumeFileError> {
+    let output = output("e2fsck", &[&["-p"], options].concat(), locked).await?;
     match output.status.code() {
         Some(code) if code & !MENDED == 0 => Ok(()),
         _ => {
-            let message = said(&output.stdout, &held.path) + &said(&output.stderr, &held.path);
+            let message = message_of(&output.stdout, &locked.path)
+                + &message_of(&output.stderr, &locked.path);
             Err(VolumeFileError::Damaged { message })
         }
     }
 }
 
-async fn run(tool: &'static str, options: &[&str], held: &Held) -> Result<(), VolumeFileError> {
-    let output = output(tool, options, held).await?;
+async fn run(
+    tool: &'static str,
+    options: &[&str],
+    locked: &LockedFile,
+) -> Result<(), VolumeFileError> {
+    let output = output(tool, options, locked).await?;
     if output.status.success() {
         return Ok(());
     }
-    Err(VolumeFileError::Failed { tool, message: said(&output.stderr, &held.path) })
+    Err(VolumeFileError::Failed { tool, message: message_of(&output.stderr, &locked.path) })
 }
 
 /// Runs a tool on a file to its end, even if the caller stops waiting: a tool is never stopped
@@ -232,9 +237,9 @@ async fn run(tool: &'static str, options: &[&str], held: &Held) -> Result<(), Vo
 async fn output(
     tool: &'static str,
     options: &[&str],
-    held: &Held,
+    locked: &LockedFile,
 ) -> Result<Output, VolumeFileError> {
-    let ran = timeout(CHECK_LIMIT, run_to_its_end(tool, options, held, IfDropped::GoesOn)).await;
+    let ran = timeout(CHECK_LIMIT, run_to_its_end(tool, options, locked, IfDropped::GoesOn)).await;
     ran.unwrap_or(Err(VolumeFileError::Slow))
 }
 
@@ -249,17 +254,17 @@ enum IfDropped {
 async fn run_to_its_end(
     tool: &'static str,
     options: &[&str],
-    held: &Held,
+    locked: &LockedFile,
     if_dropped: IfDropped,
 ) -> Result<Output, VolumeFileError> {
     let failed = |source| VolumeFileError::Tool { tool, source };
-    let lock = held.file.try_clone().map_err(failed)?;
+    let lock = locked.file.try_clone().map_err(failed)?;
     let read = READ.map(Path::new);
-    let reach = Reach { read: &read, write: &[&held.path], ..Reach::default() };
+    let reach = Reach { read: &read, write: &[&locked.path], ..Reach::default() };
     let mut confinement = Confinement::new(reach).map_err(failed)?;
     if process::can_use_users() {
         confinement = confinement.as_user(User { id: TOOL_USER, group: None, reads_all: false });
-        give_to(held, TOOL_USER).map_err(failed)?;
+        give_to(locked, TOOL_USER).map_err(failed)?;
     }
     let mut command = process::command(tool);
     command.args(options).arg(HELD).stdin(Stdio::from(lock));
@@ -267,15 +272,15 @@ async fn run_to_its_end(
     process::confine(&mut command, confinement);
     let ran = command.output().await.map_err(failed);
     if process::can_use_users() {
-        give_to(held, 0).map_err(failed)?;
+        give_to(locked, 0).map_err(failed)?;
     }
     ran
 }
 
 /// Gives the file to a user. A tool that runs longer than the limit keeps the file; the next tool
 /// or VMM is given it then.
-fn give_to(held: &Held, user: u32) -> io::Result<()> {
-    fchown(&held.file, Some(user), None)
+fn give_to(locked: &LockedFile, user: u32) -> io::Result<()> {
+    fchown(&locked.file, Some(user), None)
 }
 
 /// Returns whether a file system was unmounted cleanly. False if there is no file system.
@@ -289,7 +294,7 @@ fn is_clean(path: &Path) -> io::Result<bool> {
 }
 
 /// Returns a tool's output, without the name of our file.
-fn said(output: &[u8], path: &Path) -> String {
+fn message_of(output: &[u8], path: &Path) -> String {
     let output = &output[..output.len().min(SAID_BYTES_MAX)];
     let text = String::from_utf8_lossy(output).replace(&*path.to_string_lossy(), "the volume");
     let text = text.replace(HELD, "the volume");
@@ -356,22 +361,22 @@ mod tests {
         let (path, other) = (directory.path().join("volume"), directory.path().join("other"));
         make(&path, mib(64)).await.unwrap();
         fs::write(&other, "secret").unwrap();
-        let held = hold(&path).await.unwrap();
+        let locked = hold(&path).await.unwrap();
         let other_name = other.to_str().unwrap();
         let script =
             "id -u; cat $1; echo more >>$1; : <$2 && echo volume; kill -0 $PPID && echo signals";
-        let ran = output("sh", &["-c", script, "sh", other_name], &held).await.unwrap();
+        let ran = output("sh", &["-c", script, "sh", other_name], &locked).await.unwrap();
 
-        let said = String::from_utf8(ran.stdout).unwrap();
+        let printed = String::from_utf8(ran.stdout).unwrap();
         if bhatti_host::process::landlock_version() == 0 {
             bhatti_testkit::skip("a tool kept to its volume", "this kernel has no Landlock");
         } else {
             let user = if process::can_use_users() {
                 TOOL_USER.to_string()
             } else {
-                said.lines().next().unwrap().to_owned()
+                printed.lines().next().unwrap().to_owned()
             };
-            assert_eq!(said, format!("{user}\nvolume\n"));
+            assert_eq!(printed, format!("{user}\nvolume\n"));
         }
         assert_eq!(fs::read_to_string(&other).unwrap(), "secret");
         let root = process::can_use_users();
@@ -383,10 +388,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(super::super::FILE);
         make(&path, mib(16)).await.unwrap();
-        let held = hold(&path).await.unwrap();
-        let lock = Stdio::from(held.file.try_clone().unwrap());
+        let locked = hold(&path).await.unwrap();
+        let lock = Stdio::from(locked.file.try_clone().unwrap());
         let mut tool = process::command("sleep").arg("300").stdin(lock).spawn().unwrap();
-        drop(held);
+        drop(locked);
 
         let second = tokio::spawn(async move { hold(&path).await.map(drop) });
         timeout(LOCK_LOOK * 4, tool.wait()).await.unwrap_err();
@@ -401,12 +406,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(super::super::FILE);
         make(&path, mib(16)).await.unwrap();
-        let held = hold(&path).await.unwrap();
+        let locked = hold(&path).await.unwrap();
         let endless =
-            run_to_its_end("sh", &["-c", "while :; do :; done"], &held, IfDropped::Killed);
+            run_to_its_end("sh", &["-c", "while :; do :; done"], &locked, IfDropped::Killed);
 
         timeout(LOCK_LOOK * 4, endless).await.unwrap_err();
-        drop(held);
+        drop(locked);
 
         // The tool held the lock, too.
         timeout(Duration::from_secs(60), hold(&path)).await.unwrap().unwrap();

@@ -169,11 +169,11 @@ pub fn volumes_of_fork(volumes: &[Attachment], made_from: MadeFrom) -> Vec<Attac
 
 /// Returns the volumes as they are in the guest's configuration.
 pub(crate) fn of_guest(volumes: &[Attachment]) -> Vec<ConfigVolume> {
-    let told = |(slot, volume): (usize, &Attachment)| ConfigVolume {
+    let config = |(slot, volume): (usize, &Attachment)| ConfigVolume {
         device: format!("/dev/disk/by-id/virtio-volume{slot}"),
         mount: volume.mount.to_string(),
         fs: "ext4".to_owned(),
         read_only: volume.read_only,
     };
-    volumes.iter().enumerate().map(told).collect()
+    volumes.iter().enumerate().map(config).collect()
 }

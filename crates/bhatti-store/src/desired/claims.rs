@@ -10,7 +10,7 @@ use bhatti_types::{NodeId, SandboxId, SandboxState};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::desired::sandboxes::state_columns;
-use crate::{Called, Store, StoreError, changed_one, immediate, now, parsed, sound_rows};
+use crate::{RowName, Store, StoreError, changed_one, immediate, now, parsed, sound_rows};
 
 /// A node's right to write a sandbox's row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ fn claims_of(
     node: NodeId,
 ) -> Result<HashMap<SandboxId, Claim>, StoreError> {
     let mut query = connection.prepare_cached("SELECT id, epoch FROM sandboxes WHERE node = ?1")?;
-    let claims = sound_rows(&mut query, [node.to_string()], Called("sandbox", 0), |row| {
+    let claims = sound_rows(&mut query, [node.to_string()], RowName("sandbox", 0), |row| {
         let sandbox = parsed(row.get::<_, String>(0)?.parse())?;
         Ok((sandbox, Claim { sandbox, node, epoch: row.get(1)? }))
     })?;

@@ -4,7 +4,7 @@ use bhatti_types::{KeyName, KeyScope, UserId};
 use rusqlite::{Connection, Row, params};
 
 use crate::{
-    Called, CountError, Store, StoreError, changed_one, check_count, immediate, is_taken, now,
+    CountError, RowName, Store, StoreError, changed_one, check_count, immediate, is_taken, now,
     parsed, sound_rows,
 };
 
@@ -130,7 +130,7 @@ impl Store {
             );
             let mut query = connection.prepare_cached(&sql)?;
             let owner = owner.map(|owner| owner.to_string());
-            sound_rows(&mut query, params![owner], Called("key", 1), read)
+            sound_rows(&mut query, params![owner], RowName("key", 1), read)
         })
     }
 

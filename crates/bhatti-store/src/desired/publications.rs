@@ -4,7 +4,7 @@ use bhatti_types::{Alias, QuotaExceeded, SandboxId, UserId};
 use rusqlite::{OptionalExtension, Row, params};
 
 use crate::{
-    Called, CountError, Store, StoreError, changed_one, check_count, immediate, is_taken, now,
+    CountError, RowName, Store, StoreError, changed_one, check_count, immediate, is_taken, now,
     parsed, sound_rows,
 };
 
@@ -123,7 +123,7 @@ impl Store {
         self.work(|connection| {
             let mut query = connection
                 .prepare_cached(&format!("{SELECT} WHERE p.sandbox_id = ?1 ORDER BY p.port"))?;
-            sound_rows(&mut query, [sandbox.to_string()], Called("published port", 0), read)
+            sound_rows(&mut query, [sandbox.to_string()], RowName("published port", 0), read)
         })
     }
 

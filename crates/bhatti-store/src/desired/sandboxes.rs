@@ -13,7 +13,7 @@ use crate::desired::users::quota_of;
 use crate::desired::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::host::networks::{AddressError, free_address, keep_address};
 use crate::{
-    Called, Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed,
+    RowName, Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed,
     secrets_text, sound_rows, to_json, unless_damaged,
 };
 
@@ -265,7 +265,7 @@ impl Store {
             let mut rows = query.query([])?;
             let mut found = Vec::new();
             while let Some(row) = rows.next()? {
-                if let Some(row) = unless_damaged(row, Called("sandbox", 0), read(row))? {
+                if let Some(row) = unless_damaged(row, RowName("sandbox", 0), read(row))? {
                     found.push(row);
                 }
             }
@@ -283,7 +283,7 @@ impl Store {
         self.work(|connection| {
             let mut query =
                 connection.prepare_cached("SELECT id, state = 'destroyed' FROM sandboxes")?;
-            sound_rows(&mut query, [], Called("sandbox", 0), |row| {
+            sound_rows(&mut query, [], RowName("sandbox", 0), |row| {
                 Ok((parsed(row.get::<_, String>(0)?.parse())?, row.get(1)?))
             })
         })
@@ -299,7 +299,7 @@ impl Store {
         self.work(|connection| {
             let mut query =
                 connection.prepare_cached("SELECT id FROM sandboxes WHERE owner = ?1")?;
-            sound_rows(&mut query, [owner.to_string()], Called("sandbox", 0), |row| {
+            sound_rows(&mut query, [owner.to_string()], RowName("sandbox", 0), |row| {
                 parsed(row.get::<_, String>(0)?.parse())
             })
         })
@@ -356,7 +356,7 @@ impl Store {
             let parameters = params![owner.to_string(), created_at, id, to_json(labels)?, limit];
             let mut rows = query.query(parameters)?;
             while let Some(row) = rows.next()? {
-                unless_damaged(row, Called("sandbox", 0), take(StoredSandbox::new(row)))?;
+                unless_damaged(row, RowName("sandbox", 0), take(StoredSandbox::new(row)))?;
             }
             Ok(())
         })

@@ -10,7 +10,7 @@ use crate::desired::sandboxes::read_disk;
 use crate::desired::users::quota_of;
 use crate::desired::volumes::{Attachment, attachments_text, parse_attachments};
 use crate::{
-    Called, Store, StoreError, changed_one, immediate, network_spec, now, parsed, sound_rows,
+    RowName, Store, StoreError, changed_one, immediate, network_spec, now, parsed, sound_rows,
     to_json,
 };
 
@@ -145,7 +145,7 @@ impl Store {
     pub fn snapshot_ids(&self) -> Result<Vec<SnapshotId>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached("SELECT id FROM snapshots")?;
-            sound_rows(&mut query, [], Called("snapshot", 0), |row| {
+            sound_rows(&mut query, [], RowName("snapshot", 0), |row| {
                 parsed(row.get::<_, String>(0)?.parse())
             })
         })
@@ -163,7 +163,7 @@ impl Store {
                 "SELECT {COLUMNS} FROM snapshots WHERE ?1 IS NULL OR owner = ?1 ORDER BY created_at DESC, id"
             ))?;
             let owner = owner.map(|owner| owner.to_string());
-            sound_rows(&mut query, [owner], Called("snapshot", 0), read)
+            sound_rows(&mut query, [owner], RowName("snapshot", 0), read)
         })
     }
 

@@ -8,7 +8,7 @@ use rusqlite::{OptionalExtension, Row, params};
 
 use crate::desired::sandboxes::read_disk;
 use crate::{
-    Called, CountError, Store, StoreError, changed_one, check_count, from_json, immediate,
+    CountError, RowName, Store, StoreError, changed_one, check_count, from_json, immediate,
     is_taken, now, parse_secrets, parsed, secrets_text, sound_rows, to_json,
 };
 
@@ -133,14 +133,14 @@ impl Store {
     pub fn find_template(
         &self,
         owner: UserId,
-        called: &str,
+        id_or_name: &str,
     ) -> Result<Option<TemplateRow>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached(&format!(
                 "SELECT {COLUMNS} FROM templates WHERE owner = ?1 AND (id = ?2 OR name = ?2)
                  ORDER BY id = ?2 DESC LIMIT 1"
             ))?;
-            let parameters = params![owner.to_string(), called];
+            let parameters = params![owner.to_string(), id_or_name];
             query.query_row(parameters, |row| Ok(read(row))).optional()?.transpose()
         })
     }
@@ -155,7 +155,7 @@ impl Store {
             let mut query = connection.prepare_cached(&format!(
                 "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
             ))?;
-            sound_rows(&mut query, [owner.to_string()], Called("template", 0), read)
+            sound_rows(&mut query, [owner.to_string()], RowName("template", 0), read)
         })
     }
 

@@ -4,7 +4,9 @@ use bhatti_types::{KeyScope, Quota, UserId, UserName};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::keys::{self, KeyRow};
-use crate::{Called, Store, StoreError, changed_one, immediate, is_taken, now, parsed, sound_rows};
+use crate::{
+    RowName, Store, StoreError, changed_one, immediate, is_taken, now, parsed, sound_rows,
+};
 
 const COLUMNS: &str = "id, name, created_at, max_sandboxes, max_cpus, max_memory_mib, max_snapshots, max_volumes_mib, max_disk_mib";
 
@@ -138,7 +140,7 @@ impl Store {
         self.work(|connection| {
             let mut query = connection
                 .prepare_cached(&format!("SELECT {COLUMNS} FROM users ORDER BY created_at, id"))?;
-            sound_rows(&mut query, [], Called("user", 0), read)
+            sound_rows(&mut query, [], RowName("user", 0), read)
         })
     }
 

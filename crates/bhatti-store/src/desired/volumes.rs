@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::desired::users::quota_of;
 use crate::{
-    Called, Store, StoreError, changed_one, from_json, immediate, now, parsed, sound_rows, to_json,
+    RowName, Store, StoreError, changed_one, from_json, immediate, now, parsed, sound_rows, to_json,
 };
 
 const COLUMNS: &str = "id, owner, name, size_mib, work, created_at";
@@ -249,7 +249,7 @@ impl Store {
     pub fn volume_ids(&self) -> Result<Vec<VolumeId>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached("SELECT id FROM volumes")?;
-            sound_rows(&mut query, [], Called("volume", 0), |row| {
+            sound_rows(&mut query, [], RowName("volume", 0), |row| {
                 parsed(row.get::<_, String>(0)?.parse())
             })
         })
@@ -267,7 +267,7 @@ impl Store {
                 "SELECT {COLUMNS} FROM volumes WHERE ?1 IS NULL OR owner = ?1 ORDER BY name, id"
             ))?;
             let owner = owner.map(|owner| owner.to_string());
-            sound_rows(&mut query, [owner], Called("volume", 0), read)
+            sound_rows(&mut query, [owner], RowName("volume", 0), read)
         })
     }
 

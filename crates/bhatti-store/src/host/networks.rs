@@ -7,7 +7,7 @@ use bhatti_types::{Allowance, QuotaExceeded, SandboxId, SandboxName, UserId};
 use ipnet::Ipv4Net;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::{Called, Store, StoreError, from_json, immediate, parsed, sound_rows};
+use crate::{RowName, Store, StoreError, from_json, immediate, parsed, sound_rows};
 
 /// The prefix length of a network.
 const NETWORK_BITS: u8 = 24;
@@ -145,7 +145,7 @@ impl Store {
                  JOIN sandboxes ON id = sandbox_id JOIN networks ON networks.owner = sandboxes.owner
                  ORDER BY created_at, id",
             )?;
-            sound_rows(&mut query, [], Called("sandbox's network", 2), port)
+            sound_rows(&mut query, [], RowName("sandbox's network", 2), port)
         })
     }
 }
@@ -172,7 +172,7 @@ pub(crate) fn allowance(text: &str) -> Result<Allowance, StoreError> {
 
 fn all(connection: &Connection) -> Result<Vec<NetworkRow>, StoreError> {
     let mut query = connection.prepare_cached("SELECT number, subnet FROM networks")?;
-    sound_rows(&mut query, [], Called("network", 1), network)
+    sound_rows(&mut query, [], RowName("network", 1), network)
 }
 
 fn network_of(connection: &Connection, owner: UserId) -> Result<Option<NetworkRow>, StoreError> {
@@ -184,7 +184,7 @@ fn network_of(connection: &Connection, owner: UserId) -> Result<Option<NetworkRo
 fn addresses_of(connection: &Connection, owner: UserId) -> Result<HashSet<Ipv4Addr>, StoreError> {
     let mut query = connection.prepare_cached("SELECT address FROM addresses WHERE owner = ?1")?;
     // A damaged address is of no use to others either: it is unique.
-    let addresses = sound_rows(&mut query, [owner.to_string()], Called("address", 0), |row| {
+    let addresses = sound_rows(&mut query, [owner.to_string()], RowName("address", 0), |row| {
         parsed(row.get::<_, String>(0)?.parse())
     })?;
     Ok(addresses.into_iter().collect())

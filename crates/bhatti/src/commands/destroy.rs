@@ -38,11 +38,11 @@ struct Found {
 }
 
 /// Looks up a sandbox. A sandbox whose row is damaged can be destroyed, but not read.
-async fn find(client: &Client, called: &str) -> Result<Found, ClientError> {
-    match client.inspect(called).await {
+async fn find(client: &Client, id_or_name: &str) -> Result<Found, ClientError> {
+    match client.inspect(id_or_name).await {
         Ok(Sandbox { id, name, .. }) => Ok(Found { id, name }),
         Err(ClientError::Refused(body)) if body.code == ErrorCode::DamagedRow => {
-            Ok(Found { id: called.to_owned(), name: called.to_owned() })
+            Ok(Found { id: id_or_name.to_owned(), name: id_or_name.to_owned() })
         }
         Err(error) => Err(error),
     }

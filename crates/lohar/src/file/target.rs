@@ -62,7 +62,7 @@ pub(super) struct NewFile {
     directory: OwnedFd,
     name: OsString,
     existing: Option<Existing>,
-    place: Place,
+    place: Staging,
     file: File,
     owner: Option<Owner>,
     /// Directories that were created for the file, from the top down.
@@ -77,7 +77,7 @@ struct Existing {
 }
 
 /// Where the content is until the file is complete.
-enum Place {
+enum Staging {
     /// Beside the target, under this name.
     Beside(OsString),
     /// In a file without a name.
@@ -112,9 +112,9 @@ impl NewFile {
         let can_replace = existing.as_ref().is_none_or(Existing::can_be_replaced);
         let beside = if can_replace { create_beside(&directory) } else { Err(Errno::ACCESS) };
         let (place, file) = match beside {
-            Ok((name, file)) => (Place::Beside(name), file),
+            Ok((name, file)) => (Staging::Beside(name), file),
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS) if existing.is_some() => {
-                (Place::Nameless, create_nameless().map_err(failed)?)
+                (Staging::Nameless, create_nameless().map_err(failed)?)
             }
             Err(error) => return Err(failed(error.into())),
         };
@@ -143,7 +143,7 @@ impl NewFile {
 
     fn try_finish(&mut self, mode: Option<u32>, durable: Durable) -> io::Result<()> {
         match &self.place {
-            Place::Beside(temporary) => {
+            Staging::Beside(temporary) => {
                 let temporary = temporary.clone();
                 self.take_over(mode)?;
                 if durable == Durable::Yes {
@@ -160,7 +160,7 @@ impl NewFile {
                 }
                 if durable == Durable::Yes { self.sync_directories() } else { Ok(()) }
             }
-            Place::Nameless => self.copy_in(mode, durable),
+            Staging::Nameless => self.copy_in(mode, durable),
         }
     }
 
@@ -224,7 +224,7 @@ impl Drop for NewFile {
         if self.finished {
             return;
         }
-        if let Place::Beside(temporary) = &self.place {
+        if let Staging::Beside(temporary) = &self.place {
             // If the rename has happened, no file has this name.
             let _gone: Result<(), Errno> = unlinkat(&self.directory, temporary, AtFlags::empty());
         }

@@ -14,9 +14,9 @@ use super::{STATE_DIR, enter_workspace, power};
 use crate::Agent;
 use crate::limits::Limits;
 use crate::log;
-use crate::place::Place;
 use crate::reaper::Reaper;
 use crate::runtime;
+use crate::surroundings::Surroundings;
 use crate::unix::Listeners;
 
 /// The environment variable that the host sets in a container.
@@ -45,8 +45,12 @@ fn serve() -> io::Result<()> {
     enter_workspace()?;
     let runtime = runtime()?;
     LocalSet::new().block_on(&runtime, async {
-        let agent =
-            Agent::new(Reaper::start()?, Limits::default(), STATE_DIR.into(), Place::Container);
+        let agent = Agent::new(
+            Reaper::start()?,
+            Limits::default(),
+            STATE_DIR.into(),
+            Surroundings::Container,
+        );
         let shared = Path::new(SHARED);
         let listeners =
             Listeners::open(&shared.join("control.sock"), &shared.join("forward.sock"))?;

@@ -100,9 +100,9 @@ fn only_the_owner_finds_a_sandbox_by_id_or_name() {
         .id;
     let row = store.insert_sandbox(new(id(1))).unwrap();
 
-    for called in ["dev", &id(1).to_string()] {
-        assert_eq!(store.find_sandbox(UserId::ADMIN, called).unwrap().as_ref(), Some(&row));
-        assert_eq!(store.find_sandbox(other, called).unwrap(), None);
+    for id_or_name in ["dev", &id(1).to_string()] {
+        assert_eq!(store.find_sandbox(UserId::ADMIN, id_or_name).unwrap().as_ref(), Some(&row));
+        assert_eq!(store.find_sandbox(other, id_or_name).unwrap(), None);
     }
     assert_eq!(store.list_sandboxes(other, &SandboxFilter::default()).unwrap(), []);
 }

@@ -96,8 +96,8 @@ mod tests {
 
         let svg = fs::read_to_string(file).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
-        for told in ["create, n = 3", "exec, n = 1", "a &lt;machine&gt;", "milliseconds"] {
-            assert!(svg.contains(told), "{told}: {svg}");
+        for text in ["create, n = 3", "exec, n = 1", "a &lt;machine&gt;", "milliseconds"] {
+            assert!(svg.contains(text), "{text}: {svg}");
         }
         let refused = draw(&place.path().join("no/plot.svg"), "", &figures).unwrap_err();
         assert!(refused.message.contains("no/plot.svg"), "{}", refused.message);

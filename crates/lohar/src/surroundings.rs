@@ -2,7 +2,7 @@
 
 /// Where the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Surroundings {
     /// As PID 1 of a VM, with its own kernel.
     Machine,
     /// As PID 1 of a container, on the host's kernel.
@@ -11,7 +11,7 @@ pub(crate) enum Place {
     Process,
 }
 
-impl Place {
+impl Surroundings {
     /// Whether this is a guest, with users of its own.
     pub(crate) const fn is_guest(self) -> bool {
         matches!(self, Self::Machine | Self::Container)
