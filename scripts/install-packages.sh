@@ -84,6 +84,7 @@ if [ "${1:-}" = test ]; then
     need dockerd docker.io
     need npm npm
     has chromium-browser || need chromium chromium
+    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 fi
 
 if ! qemu_is_there || ! kernel_is_known || [ ${#missing[@]} -gt 0 ]; then

@@ -29,6 +29,7 @@ pub const TIMED_OUT: i32 = 124;
 pub struct ExecRequest {
     /// Command and arguments.
     #[serde(default)]
+    #[schema(min_items = 1)]
     pub cmd: Vec<String>,
     /// Variables added to the sandbox's environment, which they override.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -48,6 +49,7 @@ pub struct ExecRequest {
     /// Seconds after which the command is ended [default: never]. Its exit code is then 124; that
     /// of a job is 128 plus the signal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
     pub timeout_sec: Option<u32>,
     /// Whether to run the command as a job, which needs no client.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -66,8 +66,10 @@ impl FileChangeKind {
 #[serde(deny_unknown_fields)]
 pub struct RenameFile {
     /// Old path.
+    #[schema(min_length = 1, max_length = 4096, pattern = "^[^\\u0000]+$")]
     pub from: String,
     /// New path.
+    #[schema(min_length = 1, max_length = 4096, pattern = "^[^\\u0000]+$")]
     pub to: String,
     /// User to act as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -79,9 +81,11 @@ pub struct RenameFile {
 #[serde(deny_unknown_fields)]
 pub struct MakeDirectory {
     /// Path of the directory.
+    #[schema(min_length = 1, max_length = 4096, pattern = "^[^\\u0000]+$")]
     pub path: String,
     /// Permission bits in octal [default: `0755`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[0-7]{0,4}$")]
     pub mode: Option<String>,
     /// Whether to create missing parents, and to accept an existing directory.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -19,12 +19,14 @@ pub enum KeyScope {
 #[serde(deny_unknown_fields)]
 pub struct CreateKey {
     /// Name of the key, unique among its owner's keys.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: String,
     /// What the key allows.
     #[serde(default)]
     pub scope: KeyScope,
     /// Seconds until the key expires. Without it, the key is valid until it is deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
     #[schema(minimum = 1)]
     pub expires_in_sec: Option<u32>,
 }

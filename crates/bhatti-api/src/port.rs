@@ -20,9 +20,11 @@ pub struct Port {
 #[serde(deny_unknown_fields)]
 pub struct PublishPort {
     /// Port in the guest.
+    #[schema(minimum = 1, maximum = 65535)]
     pub port: u16,
     /// Alias of the port [default: the sandbox's name and six hex digits].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     pub alias: Option<String>,
 }
 

@@ -14,15 +14,19 @@ pub struct CreateSandbox {
     /// Name [default: `sandbox-` and six hex digits; with a template, the template's name in
     /// place of `sandbox`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: Option<String>,
     /// Number of vCPUs [default: 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
     pub cpus: Option<u64>,
     /// Memory in MiB [default: 512].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 128, maximum = 262144)]
     pub memory_mb: Option<u64>,
     /// Size of the root disk in MiB [default: that of the image].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 256, maximum = 4194304)]
     pub disk_mb: Option<u64>,
     /// Environment variables to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -38,9 +42,11 @@ pub struct CreateSandbox {
     pub template: Option<String>,
     /// Image to start from [default: `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub image: Option<String>,
     /// Script to run once the sandbox is up, as the session `init`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[^\\u0000]*$")]
     pub init: Option<String>,
     /// Files to write before `init` runs, at most 16 MiB in total.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -53,6 +59,7 @@ pub struct CreateSandbox {
     pub labels: BTreeMap<String, String>,
     /// Seconds after which the sandbox is destroyed [default: never].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
     pub timeout_sec: Option<u32>,
     /// Network mode: `nat` (the sandbox reaches its owner's other sandboxes and the internet, but
     /// neither the host nor private networks) or `none` (no network card) [default: the daemon's
@@ -77,6 +84,7 @@ pub struct CreateSandbox {
 #[serde(deny_unknown_fields)]
 pub struct NewFile {
     /// Absolute path.
+    #[schema(min_length = 1, max_length = 4096, pattern = "^[^\\u0000]+$")]
     pub path: String,
     /// Content, as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -95,6 +103,7 @@ pub struct NewFile {
 pub struct UpdateSandbox {
     /// New name. The host name inside the sandbox stays the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: Option<String>,
     /// Labels to set; a value of `null` removes the label.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -119,9 +128,11 @@ pub struct StartSandbox {
 pub struct ForkSandbox {
     /// Number of forks [default: 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 100)]
     pub count: Option<u32>,
     /// Name of the fork; with several forks, the prefix of `NAME-1`, `NAME-2` and so on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: Option<String>,
     /// Environment variables of later processes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -8,8 +8,10 @@ use utoipa::ToSchema;
 #[serde(deny_unknown_fields)]
 pub struct SetSecret {
     /// Name of the secret, and of the environment variable that holds it.
+    #[schema(pattern = "^[a-zA-Z_][a-zA-Z0-9_]{0,62}$")]
     pub name: String,
     /// Value of the secret. No request returns it.
+    #[schema(max_length = 65536, pattern = "^[^\\u0000]*$")]
     pub value: String,
 }
 

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 #[serde(deny_unknown_fields)]
 pub struct CreateSnapshot {
     /// Name of the snapshot.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: String,
 }
 
@@ -19,6 +20,7 @@ pub struct CreateSnapshot {
 pub struct ResumeSnapshot {
     /// Name of the sandbox [default: a random name].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: Option<String>,
     /// Environment variables of later processes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -10,18 +10,23 @@ use utoipa::ToSchema;
 #[serde(deny_unknown_fields)]
 pub struct CreateTemplate {
     /// Name of the template.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: String,
     /// Image of the sandboxes [default: `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub image: Option<String>,
     /// Number of vCPUs [default: 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
     pub cpus: Option<u64>,
     /// Memory in MiB [default: 512].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 128, maximum = 262144)]
     pub memory_mb: Option<u64>,
     /// Size of the root disk in MiB [default: that of the image].
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 256, maximum = 4194304)]
     pub disk_mb: Option<u64>,
     /// Environment variables to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -34,6 +39,7 @@ pub struct CreateTemplate {
     pub labels: BTreeMap<String, String>,
     /// Script to run once a sandbox is up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[^\\u0000]*$")]
     pub init: Option<String>,
 }
 

@@ -25,6 +25,7 @@ pub struct Limits {
 #[serde(deny_unknown_fields)]
 pub struct CreateUser {
     /// Name of the user.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
     pub name: String,
     /// Maximum number of sandboxes [default: 5].
     #[serde(default, skip_serializing_if = "Option::is_none")]

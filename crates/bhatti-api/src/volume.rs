@@ -8,10 +8,12 @@ use utoipa::ToSchema;
 #[serde(deny_unknown_fields)]
 pub struct CreateVolume {
     /// Name of the volume.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$")]
     pub name: String,
     /// Size in MiB [default: 1024]. The volume takes disk space of the host only for written
     /// data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16, maximum = 16777216)]
     pub size_mb: Option<u64>,
 }
 
@@ -20,6 +22,7 @@ pub struct CreateVolume {
 #[serde(deny_unknown_fields)]
 pub struct ResizeVolume {
     /// New size in MiB.
+    #[schema(minimum = 16, maximum = 16777216)]
     pub size_mb: u64,
 }
 
@@ -28,6 +31,7 @@ pub struct ResizeVolume {
 #[serde(deny_unknown_fields)]
 pub struct CloneVolume {
     /// Name of the copy.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$")]
     pub name: String,
 }
 
@@ -62,6 +66,7 @@ pub struct VolumeUser {
 #[serde(deny_unknown_fields)]
 pub struct AttachVolume {
     /// Name of the volume.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$")]
     pub name: String,
     /// Mount point: an absolute path.
     pub target: String,
@@ -76,8 +81,10 @@ pub struct AttachVolume {
 #[serde(deny_unknown_fields)]
 pub struct NewVolume {
     /// Name of the volume in this sandbox.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$")]
     pub name: String,
     /// Size in MiB.
+    #[schema(minimum = 16, maximum = 16777216)]
     pub size_mb: u64,
     /// Mount point: an absolute path.
     pub mount: String,

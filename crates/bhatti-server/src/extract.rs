@@ -1,9 +1,13 @@
 //! Extractors of path and query parameters, and their errors.
 
+use std::fmt::Display;
+use std::str::FromStr;
+
 use axum::extract::{FromRequestParts, Path};
 use axum::http::request::Parts;
 use bhatti_api::ErrorCode;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer};
 
 use crate::status::ApiError;
 
@@ -33,6 +37,17 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for ApiQuery<T> {
 fn parse_query<T: DeserializeOwned>(query: Option<&str>) -> Result<T, ApiError> {
     serde_html_form::from_str(query.unwrap_or_default())
         .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid query: {error}")))
+}
+
+/// Deserializes a number of a query. By default, an empty value counts as none.
+pub(crate) fn number<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
+    let text = String::deserialize(deserializer)?;
+    let number = text.parse().map_err(|error| D::Error::custom(format!("`{text}`: {error}")))?;
+    Ok(Some(number))
 }
 
 /// Returns whether a request accepts a response of the media type `wanted`.

@@ -74,19 +74,19 @@ pub(crate) struct IdempotencyKey {
 pub(crate) struct InFlight(Arc<Mutex<HashSet<(UserId, String)>>>);
 
 /// A key in flight, until this is dropped.
-struct Held {
+struct Reserved {
     all: Arc<Mutex<HashSet<(UserId, String)>>>,
     key: (UserId, String),
 }
 
 impl InFlight {
-    fn hold(&self, key: (UserId, String)) -> Option<Held> {
+    fn hold(&self, key: (UserId, String)) -> Option<Reserved> {
         let all = Arc::clone(&self.0);
-        all.lock().insert(key.clone()).then(|| Held { all: Arc::clone(&all), key })
+        all.lock().insert(key.clone()).then(|| Reserved { all: Arc::clone(&all), key })
     }
 }
 
-impl Drop for Held {
+impl Drop for Reserved {
     fn drop(&mut self) {
         self.all.lock().remove(&self.key);
     }
@@ -177,7 +177,7 @@ fn hasher(request: &Request) -> Context {
 /// Runs the handler, and keeps its response if it has made something.
 async fn carry_out(
     state: &AppState,
-    held: Held,
+    held: Reserved,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {

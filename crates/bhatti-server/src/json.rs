@@ -10,6 +10,7 @@ use bhatti_api::ErrorCode;
 use http_body_util::LengthLimitError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::status::ApiError;
@@ -83,8 +84,29 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     if json.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first != b'{') {
         return Err(ApiError::new(ErrorCode::BadRequest, "invalid json: expected an object"));
     }
-    serde_json::from_slice(json)
-        .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}")))
+    serde_json::from_slice(json).or_else(|error| {
+        let refused = |_| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}"));
+        let mut value = serde_json::from_slice(json).map_err(refused)?;
+        make_integers(&mut value);
+        serde_json::from_value(value).map_err(refused)
+    })
+}
+
+/// Replaces numbers such as `2.0` by integers: JSON does not tell them apart, and some clients
+/// write all numbers so.
+fn make_integers(value: &mut Value) {
+    match value {
+        Value::Array(elements) => elements.iter_mut().for_each(make_integers),
+        Value::Object(fields) => fields.values_mut().for_each(make_integers),
+        Value::Number(number) => {
+            let text = number.to_string();
+            let whole = text.strip_suffix(".0").and_then(|whole| whole.parse::<i64>().ok());
+            if let Some(whole) = whole {
+                *number = whole.into();
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::String(_) => {}
+    }
 }
 
 /// Returns the error for a body of more than `limit` bytes.
@@ -144,4 +166,25 @@ impl IntoResponse for JsonArray {
 
 fn answer(json: Vec<u8>) -> Response {
     ([(CONTENT_TYPE, "application/json")], json).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[test]
+    fn whole_number_is_an_integer_in_any_notation() {
+        #[derive(Debug, Deserialize)]
+        struct Body {
+            numbers: Vec<u32>,
+        }
+        let numbers = |json: &str| parse::<Body>(json.as_bytes()).map(|body| body.numbers);
+        assert_eq!(numbers(r#"{"numbers":[1,2.0]}"#).unwrap(), [1, 2]);
+        for json in [r#"{"numbers":[2.5]}"#, r#"{"numbers":[-1.0]}"#, r#"{"numbers":["2.0"]}"#] {
+            let error = numbers(json).unwrap_err();
+            assert!(error.message.starts_with("invalid json: invalid"), "{}", error.message);
+        }
+    }
 }

@@ -10,7 +10,7 @@ use bhatti_api::ErrorCode;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
-use crate::extract::ApiQuery;
+use crate::extract::{ApiQuery, number};
 use crate::json::Json;
 use crate::status::ApiError;
 use crate::{VERSION, Versioned};
@@ -28,6 +28,8 @@ const SEPARATOR: char = '~';
 pub(crate) struct PageQuery {
     /// Maximum number of elements to return, 1 to 1000 (default: all). If there are more, the
     /// response has a `Link` header with `rel="next"`.
+    #[param(minimum = 1, maximum = 1000)]
+    #[serde(default, deserialize_with = "number")]
     limit: Option<u32>,
     /// Cursor to continue after, from a `Link` header.
     after: Option<String>,
@@ -43,8 +45,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Paging {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let ApiQuery(query) = ApiQuery::<PageQuery>::from_request_parts(parts, state).await?;
+        let ApiQuery(mut query) = ApiQuery::<PageQuery>::from_request_parts(parts, state).await?;
         check_limit(query.limit)?;
+        query.after = query.after.filter(|after| !after.is_empty());
         let ListPath(path) = ListPath::from_request_parts(parts, state).await?;
         Ok(Self { query, path })
     }
@@ -75,7 +78,7 @@ pub(crate) fn check_limit(limit: Option<u32>) -> Result<(), ApiError> {
 
 /// Returns the error for a cursor that did not come from a `Link` header.
 pub(crate) fn bad_cursor(cursor: &str) -> ApiError {
-    ApiError::new(ErrorCode::BadRequest, format!("invalid cursor `{cursor}`"))
+    ApiError::new(ErrorCode::WrongState, format!("the list has no place `{cursor}`"))
         .hint("take the cursor from a Link header, or start again without one")
 }
 

@@ -42,15 +42,15 @@ struct Target {
 /// its own, which gives pages an origin of their own. It loses headers that apply to the whole
 /// origin, such as `Service-Worker-Allowed` and `Clear-Site-Data`.
 #[utoipa::path(method(get, head, post, put, patch, delete, options), path = "/sandboxes/{sandbox}/proxy/{port}", tag = "ports",
-    params(("sandbox" = String, Path), ("port" = u16, Path)),
+    params(("sandbox" = String, Path), ("port" = u16, Path, minimum = 1)),
     responses((status = "default", description = "The application's response, or `ErrorBody` if the application cannot be reached.")))]
 pub(crate) async fn to_port(
     State(state): State<AppState>,
     Extension(identity): Extension<Identity>,
-    ApiPath((called, port)): ApiPath<(String, String)>,
+    ApiPath((id_or_name, port)): ApiPath<(String, String)>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    pass_on(&state, identity, &called, &port, request).await
+    pass_on(&state, identity, &id_or_name, &port, request).await
 }
 
 /// Does the same as [`to_port`], for longer paths.
@@ -62,16 +62,16 @@ pub(crate) async fn to_path(
     // Split by hand, because the router would decode the rest of the path as well. The rest
     // belongs to the application and need not be text.
     let mut segments = request.uri().path().split('/').skip(2);
-    let called = percent_decode_str(segments.next().unwrap_or_default());
-    let called = called.decode_utf8_lossy().into_owned();
+    let id_or_name = percent_decode_str(segments.next().unwrap_or_default());
+    let id_or_name = id_or_name.decode_utf8_lossy().into_owned();
     let port = segments.nth(1).unwrap_or_default().to_owned();
-    pass_on(&state, identity, &called, &port, request).await
+    pass_on(&state, identity, &id_or_name, &port, request).await
 }
 
 async fn pass_on(
     state: &AppState,
     identity: Identity,
-    called: &str,
+    id_or_name: &str,
     port: &str,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -87,7 +87,7 @@ async fn pass_on(
         path_and_query: with_query(rest, uri.query()),
         prefix: prefix.to_owned(),
     };
-    let used = state.control.enter(owner, called).await?;
+    let used = state.control.enter(owner, id_or_name).await?;
     let mut response = relay::relay(state, (used, ()), target, request).await?;
     headers::confine(response.headers_mut());
     Ok(response)

@@ -1,6 +1,7 @@
 //! The routes, one file per resource. Each route is described beside its handler; [`open_api`]
 //! collects the descriptions.
 
+mod description;
 mod events;
 mod exec;
 mod exec_stream;
@@ -128,55 +129,18 @@ fn described() -> OpenApiRouter<AppState> {
     small.merge(streamed)
 }
 
-/// Gives each operation a unique id, from its tag and its handler: `sandboxes_list`. Generators
-/// name functions by it.
-/// Gives each operation a unique name, and each response a description.
-fn name_operations(api: &mut utoipa::openapi::OpenApi) {
-    for path in api.paths.paths.values_mut() {
-        let operations = [
-            &mut path.get,
-            &mut path.put,
-            &mut path.post,
-            &mut path.delete,
-            &mut path.patch,
-            &mut path.head,
-            &mut path.options,
-            &mut path.trace,
-        ];
-        let operations: Vec<_> = operations.into_iter().flatten().collect();
-        // A route for all methods has one handler.
-        let is_shared = operations.len() > 1
-            && operations.iter().all(|one| one.operation_id == operations[0].operation_id);
-        for (number, operation) in operations.into_iter().enumerate() {
-            let tag = operation.tags.iter().flatten().next().map_or("api", String::as_str);
-            let handler = operation.operation_id.as_deref().unwrap_or("call");
-            let number = if is_shared { format!("_{number}") } else { String::new() };
-            operation.operation_id = Some(format!("{tag}_{handler}{number}"));
-            for (status, response) in &mut operation.responses.responses {
-                if let utoipa::openapi::RefOr::T(response) = response
-                    && response.description.is_empty()
-                {
-                    let failed = status == "default";
-                    response.description =
-                        if failed { "The request failed." } else { "Done." }.to_owned();
-                }
-            }
-        }
-    }
-}
-
 /// Returns the OpenAPI description of the API.
 #[must_use]
 pub fn open_api() -> utoipa::openapi::OpenApi {
     let mut api = described().into_openapi();
-    name_operations(&mut api);
+    description::complete(&mut api);
     api
 }
 
 /// Returns a router with every route of the API.
 pub(crate) fn router() -> Router<AppState> {
     let (router, mut api) = described().split_for_parts();
-    name_operations(&mut api);
+    description::complete(&mut api);
     let description = axum::body::Bytes::from(serde_json::to_vec(&api).unwrap_or_default());
     let describe = move || async move {
         ([(axum::http::header::CONTENT_TYPE, "application/json")], description)

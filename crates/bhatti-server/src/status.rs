@@ -264,8 +264,8 @@ impl From<KeyInsertError> for ApiError {
 /// Returns the error for a sandbox that is not woken again after repeated failures. The error
 /// contains the cause of the last failure.
 fn given_up(error: &TransitionError, wait: Duration, last: &RestoreError) -> ApiError {
-    let told = restore_error(last);
-    ApiError { message: format!("{error}: {}", told.message), ..told }.retry_after(wait)
+    let cause = restore_error(last);
+    ApiError { message: format!("{error}: {}", cause.message), ..cause }.retry_after(wait)
 }
 
 impl From<Busy> for ApiError {

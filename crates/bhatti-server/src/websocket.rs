@@ -284,9 +284,9 @@ mod tests {
         assert_eq!(received, None);
         let silent = then - began;
         assert!(silent > SILENCE_LIMIT && silent <= SILENCE_LIMIT + PING_EVERY, "{silent:?}");
-        let mut said = Vec::new();
-        peer.read_to_end(&mut said).await.unwrap();
-        assert!(said.starts_with(&[PING, PING].concat()), "{said:?}");
+        let mut received = Vec::new();
+        peer.read_to_end(&mut received).await.unwrap();
+        assert!(received.starts_with(&[PING, PING].concat()), "{received:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -316,7 +316,7 @@ mod tests {
         let (received, _) = receives.recv().await.unwrap();
         assert_eq!(received.as_deref(), Some("x"));
         // The peer still gets all of the output.
-        let mut said = vec![0; output];
-        peer.read_exact(&mut said).await.unwrap();
+        let mut received = vec![0; output];
+        peer.read_exact(&mut received).await.unwrap();
     }
 }

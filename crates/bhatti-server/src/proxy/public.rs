@@ -59,8 +59,8 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
         path_and_query: with_query(path, uri.query()),
         prefix: prefix.to_owned(),
     };
-    let called = published.sandbox_id.to_string();
-    let used = state.control.enter(published.owner, &called).await.map_err(|error| {
+    let id_or_name = published.sandbox_id.to_string();
+    let used = state.control.enter(published.owner, &id_or_name).await.map_err(|error| {
         // A stranger learns no more about a sandbox than that it cannot be reached.
         hidden(&ApiError::from(error))
     })?;

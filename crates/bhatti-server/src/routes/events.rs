@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use bhatti_api::Event;
+use bhatti_api::{ErrorCode, Event};
 use bhatti_store::{EventFilter, EventRow};
 use futures_util::stream;
 use serde::Deserialize;
@@ -16,7 +16,7 @@ use utoipa::IntoParams;
 
 use crate::AppState;
 use crate::auth::Caller;
-use crate::extract::{ApiQuery, accepts};
+use crate::extract::{ApiQuery, accepts, number};
 use crate::json::Json;
 use crate::page::check_limit;
 use crate::status::ApiError;
@@ -40,8 +40,12 @@ pub(crate) struct EventsQuery {
     /// Only events of this sandbox, by id or name. Destroyed sandboxes have events, too.
     sandbox: Option<String>,
     /// Only events after this one, oldest first (default: the latest events).
+    #[param(maximum = 9_223_372_036_854_775_807_i64)]
+    #[serde(default, deserialize_with = "number")]
     after: Option<u64>,
     /// Maximum number of events, 1 to 1000 (default: 100). A stream has no maximum.
+    #[param(minimum = 1, maximum = 1000)]
+    #[serde(default, deserialize_with = "number")]
     limit: Option<u32>,
 }
 
@@ -61,6 +65,10 @@ pub(crate) async fn list(
 ) -> Result<Response, ApiError> {
     let limit = query.limit.unwrap_or(LIMIT);
     check_limit(Some(limit))?;
+    if query.after.is_some_and(|after| i64::try_from(after).is_err()) {
+        let message = format!("invalid after: expected 0 to {}", i64::MAX);
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
     let filter = EventFilter {
         owner: (!caller.is_admin()).then_some(caller.0),
         kind_prefix: query.kind,

@@ -49,7 +49,7 @@ const GROWTH_BYTES: usize = 256 << 10;
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     headers: HeaderMap,
     ApiJson(request): ApiJson<ExecRequest>,
 ) -> Result<Response, ApiError> {
@@ -61,7 +61,7 @@ pub(crate) async fn run(
         Ok(exec) => exec,
         Err(error) => {
             // If the sandbox does not exist, that is the better error.
-            state.control.find_id(owner, &called)?;
+            state.control.find_id(owner, &id_or_name)?;
             return Err(error);
         }
     };
@@ -71,7 +71,7 @@ pub(crate) async fn run(
                 .hint("write the input into a file first, or run the command without detach"));
         }
         let exec = bhatti_proto::ExecRequest { restart, ..exec };
-        return start_job(&state, owner, &called, exec).await;
+        return start_job(&state, owner, &id_or_name, exec).await;
     }
     if restart {
         return Err(ApiError::new(ErrorCode::BadRequest, "only a job can restart")
@@ -80,7 +80,7 @@ pub(crate) async fn run(
     let stdin = stdin?;
     let (at_hand, rest) =
         if stdin.len() <= SHORT_INPUT_BYTES { (Some(stdin), None) } else { (None, Some(stdin)) };
-    let (input, output) = state.control.exec(owner, &called, exec, at_hand.as_deref()).await?;
+    let (input, output) = state.control.exec(owner, &id_or_name, exec, at_hand.as_deref()).await?;
     if accepts(&headers, NDJSON) {
         return Ok(lines(input, output, rest));
     }
@@ -117,11 +117,11 @@ fn read_stdin(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, A
 async fn start_job(
     state: &AppState,
     owner: UserId,
-    called: &str,
+    id_or_name: &str,
     exec: bhatti_proto::ExecRequest,
 ) -> Result<Response, ApiError> {
     let restart = exec.restart;
-    let used = state.control.enter(owner, called).await?;
+    let used = state.control.enter(owner, id_or_name).await?;
     let info = used.agent.create_detached(exec).await?;
     if restart && !info.restart {
         // A guest agent of an older version, which keeps running with its sandbox, does not know

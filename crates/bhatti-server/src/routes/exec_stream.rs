@@ -51,18 +51,18 @@ const PIECE_BYTES: usize = 32 << 10;
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(identity): Extension<Identity>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
     let owner = identity.user();
     // A refusal before the upgrade has a proper status.
-    state.control.find_id(owner, &called)?;
+    state.control.find_id(owner, &id_or_name)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let started = tokio::select! {
-            started = start(&state, owner, &called, &sender, &mut receiver) => started,
+            started = start(&state, owner, &id_or_name, &sender, &mut receiver) => started,
             ended = state.ended(&identity) => Err(ended),
         };
         let last = match started {
@@ -82,7 +82,7 @@ pub(crate) async fn run(
 async fn start(
     state: &AppState,
     owner: UserId,
-    called: &str,
+    id_or_name: &str,
     sender: &Sender,
     receiver: &mut Receiver,
 ) -> Result<(ExecInput, ExecOutput), ApiError> {
@@ -99,7 +99,7 @@ async fn start(
         return Err(bad("the first message must be `start`"));
     };
     let request = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
-    Ok(state.control.exec(owner, called, request, None).await?)
+    Ok(state.control.exec(owner, id_or_name, request, None).await?)
 }
 
 /// Relays until the command has ended, and returns the last message. Returns `None` if the client

@@ -38,6 +38,7 @@ const IS_DIR: HeaderName = HeaderName::from_static("x-file-isdir");
 #[into_params(parameter_in = Query)]
 pub(crate) struct ReadQuery {
     /// Path in the sandbox.
+    #[param(min_length = 1, max_length = 4096)]
     path: String,
     /// List the entries of a directory.
     #[serde(default)]
@@ -59,11 +60,11 @@ pub(crate) struct ReadQuery {
 pub(crate) async fn read(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(query): ApiQuery<ReadQuery>,
 ) -> Result<Response, ApiError> {
     let ReadQuery { path, ls, offset, limit, max_bytes, user } = query;
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let agent = used.agent.acting_as(user.as_deref());
     if ls {
         if offset.is_some() || limit.is_some() || max_bytes.is_some() {
@@ -123,6 +124,7 @@ async fn next_piece<T>(
 #[into_params(parameter_in = Query)]
 pub(crate) struct PathQuery {
     /// Path in the sandbox.
+    #[param(min_length = 1, max_length = 4096)]
     pub(super) path: String,
     /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     pub(super) user: Option<String>,
@@ -135,10 +137,10 @@ pub(crate) struct PathQuery {
 pub(crate) async fn stat(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(PathQuery { path, user }): ApiQuery<PathQuery>,
 ) -> Result<Response, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let info = agent.stat(&path).await.map_err(file_error)?;
     let headers = [
@@ -155,6 +157,7 @@ pub(crate) async fn stat(
 #[into_params(parameter_in = Query)]
 pub(crate) struct WriteQuery {
     /// Path in the sandbox.
+    #[param(min_length = 1, max_length = 4096)]
     path: String,
     /// Permission bits in octal (default: those of the existing file, or `0644`).
     mode: Option<String>,
@@ -173,12 +176,12 @@ pub(crate) struct WriteQuery {
 pub(crate) async fn write(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(WriteQuery { path, mode, user }): ApiQuery<WriteQuery>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Done>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let mode = mode.unwrap_or_default();
     let agent = used.agent.acting_as(user.as_deref());
@@ -214,6 +217,7 @@ async fn send_content(mut upload: FileUpload, until_eof: bool, body: Body) -> Re
 #[into_params(parameter_in = Query)]
 pub(crate) struct RemoveQuery {
     /// Path in the sandbox.
+    #[param(min_length = 1, max_length = 4096)]
     path: String,
     /// Remove a directory together with its content.
     #[serde(default)]
@@ -228,10 +232,10 @@ pub(crate) struct RemoveQuery {
 pub(crate) async fn remove(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(RemoveQuery { path, recursive, user }): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     used.agent.acting_as(user.as_deref()).remove(&path, recursive).await.map_err(file_error)?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
@@ -242,11 +246,11 @@ pub(crate) async fn remove(
 pub(crate) async fn make_directory(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<MakeDirectory>,
 ) -> Result<Json<Done>, ApiError> {
     let MakeDirectory { path, mode, parents, user } = request;
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let mode = mode.unwrap_or_default();
     let agent = used.agent.acting_as(user.as_deref());
     agent.make_directory(&path, &mode, parents).await.map_err(file_error)?;
@@ -259,11 +263,11 @@ pub(crate) async fn make_directory(
 pub(crate) async fn rename(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<RenameFile>,
 ) -> Result<Json<Done>, ApiError> {
     let RenameFile { from, to, user } = request;
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     used.agent.acting_as(user.as_deref()).rename(&from, &to).await.map_err(file_error)?;
     Ok(Json(Done { status: "ok".to_owned() }))
 }

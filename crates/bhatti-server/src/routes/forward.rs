@@ -30,21 +30,21 @@ const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
 
 /// Opens a TCP connection to a port of the guest's loopback interface, for any protocol. The
 /// guest needs no network.
-#[utoipa::path(get, path = "/sandboxes/{sandbox}/forward/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path)),
+#[utoipa::path(get, path = "/sandboxes/{sandbox}/forward/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path, minimum = 1)),
     responses((status = 101, description = "The WebSocket is open and connected to the port."), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(identity): Extension<Identity>,
-    ApiPath((called, port)): ApiPath<(String, u16)>,
+    ApiPath((id_or_name, port)): ApiPath<(String, u16)>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
     let owner = identity.user();
-    state.control.find_id(owner, &called)?;
+    state.control.find_id(owner, &id_or_name)?;
     if port == 0 {
         return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
     }
     let upgrade = upgrade?;
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let stream = used.agent.forward(port).await?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = (state.metrics.open_websocket(), used);

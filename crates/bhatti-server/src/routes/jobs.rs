@@ -31,10 +31,10 @@ use crate::times::rfc3339;
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     paging: Paging,
 ) -> Result<Page<Job>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let jobs = used.agent.list_sessions().await?.into_iter().filter_map(job).collect();
     paging.in_order(jobs, |job| &job.id)
 }
@@ -45,9 +45,9 @@ pub(crate) async fn list(
 pub(crate) async fn get(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath((called, id)): ApiPath<(String, String)>,
+    ApiPath((id_or_name, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Job>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     find(&used, &id).await.map(Json)
 }
 
@@ -67,9 +67,9 @@ async fn find(used: &SandboxUse, id: &str) -> Result<Job, ApiError> {
 pub(crate) async fn kill(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath((called, id)): ApiPath<(String, String)>,
+    ApiPath((id_or_name, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     find(&used, &id).await?;
     used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
@@ -95,16 +95,16 @@ pub(crate) struct OutputQuery {
 pub(crate) async fn output(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath((called, id)): ApiPath<(String, String)>,
+    ApiPath((id_or_name, id)): ApiPath<(String, String)>,
     ApiQuery(OutputQuery { offset, follow }): ApiQuery<OutputQuery>,
 ) -> Result<Response, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     find(&used, &id).await?;
     let (info, input, output) =
         used.agent.observe(&id, offset).await.map_err(of_session(&used, &id))?;
     let begin = output.position();
     let until = if follow { u64::MAX } else { info.output_end.unwrap_or_default() };
-    let place = Place { output, until, state, _used: used, _input: input };
+    let place = JobOutput { output, until, state, _used: used, _input: input };
     let body = stream::unfold(place, |mut place| async move {
         let bytes = place.next().await?;
         Some((bytes, place))
@@ -117,7 +117,7 @@ pub(crate) async fn output(
 }
 
 /// A client's position in a job's output.
-struct Place {
+struct JobOutput {
     output: SessionOutput,
     until: u64,
     state: AppState,
@@ -126,7 +126,7 @@ struct Place {
     _input: ExecInput,
 }
 
-impl Place {
+impl JobOutput {
     /// Returns the next piece. If the sandbox is lost before the end, returns an error, which
     /// cuts the response off.
     async fn next(&mut self) -> Option<io::Result<Bytes>> {

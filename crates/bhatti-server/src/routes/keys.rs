@@ -104,7 +104,7 @@ fn create_for(
 ) -> Result<Response, ApiError> {
     if owner == UserId::ADMIN {
         let message = "the admin has no API keys: the Unix socket is the admin's identity";
-        return Err(ApiError::new(ErrorCode::BadRequest, message)
+        return Err(ApiError::new(ErrorCode::Forbidden, message)
             .hint("create a user, or create a key for one: POST /users/{user}/keys"));
     }
     let CreateKey { name, scope, expires_in_sec } = request;

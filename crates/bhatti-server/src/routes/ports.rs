@@ -35,10 +35,10 @@ const LISTEN: &str = "0A";
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     paging: Paging,
 ) -> Result<Page<Port>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let ports = listening(&used.agent).await?;
     let ports = ports.into_iter().map(|number| port(used.id, number, false)).collect();
     Ok(paging.by_key(ports, place))

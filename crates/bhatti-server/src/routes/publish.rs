@@ -25,10 +25,10 @@ const NAME_BYTES_MAX: usize = 56;
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     paging: Paging,
 ) -> Result<Page<Publication>, ApiError> {
-    let row = find(&state, owner, &called)?;
+    let row = find(&state, owner, &id_or_name)?;
     let rows = state.control.list_publications(row.id)?;
     let page = paging.by_key(rows, |row| format!("{:05}", row.port));
     Ok(page.map(|row| publication(&state, row)))
@@ -43,10 +43,10 @@ pub(crate) async fn list(
 pub(crate) async fn publish(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<PublishPort>,
 ) -> Result<Response, ApiError> {
-    let row = find(&state, owner, &called)?;
+    let row = find(&state, owner, &id_or_name)?;
     let PublishPort { port, alias } = request;
     if port == 0 {
         return Err(ApiError::new(ErrorCode::BadRequest, "port must be 1 to 65535"));
@@ -58,14 +58,14 @@ pub(crate) async fn publish(
 }
 
 /// Unpublishes a port.
-#[utoipa::path(delete, path = "/sandboxes/{sandbox}/publish/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path)),
+#[utoipa::path(delete, path = "/sandboxes/{sandbox}/publish/{port}", tag = "ports", params(("sandbox" = String, Path), ("port" = u16, Path, minimum = 1)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn unpublish(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath((called, port)): ApiPath<(String, u16)>,
+    ApiPath((id_or_name, port)): ApiPath<(String, u16)>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let row = find(&state, owner, &called)?;
+    let row = find(&state, owner, &id_or_name)?;
     state.control.unpublish(&row, port).map_err(|error| match error {
         StoreError::NoSuchRow => {
             ApiError::new(ErrorCode::NotFound, format!("port {port} is not published"))

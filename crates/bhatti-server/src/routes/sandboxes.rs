@@ -18,7 +18,7 @@ mod parse;
 
 use crate::AppState;
 use crate::auth::Caller;
-use crate::extract::{ApiPath, ApiQuery};
+use crate::extract::{ApiPath, ApiQuery, number};
 use crate::idempotency::IdempotencyKey;
 use crate::json::{ApiJson, Json, JsonArray};
 use crate::large_json::LargeJson;
@@ -41,6 +41,8 @@ pub(crate) struct ListQuery {
     label: Vec<String>,
     /// Maximum number of sandboxes to return, 1 to 1000 (default: all). If there are more, the
     /// response has a `Link` header with `rel="next"`.
+    #[param(minimum = 1, maximum = 1000)]
+    #[serde(default, deserialize_with = "number")]
     limit: Option<u32>,
     /// Cursor to continue after, from a `Link` header.
     after: Option<String>,
@@ -120,10 +122,10 @@ pub(crate) async fn create(
     LargeJson { value: request, part: _part }: LargeJson<CreateSandbox>,
 ) -> Result<Response, ApiError> {
     let template = match &request.template {
-        Some(called) => {
-            let found = state.control.find_template(owner, called)?;
+        Some(id_or_name) => {
+            let found = state.control.find_template(owner, id_or_name)?;
             Some(found.ok_or_else(|| {
-                ApiError::new(ErrorCode::NotFound, format!("template `{called}` not found"))
+                ApiError::new(ErrorCode::NotFound, format!("template `{id_or_name}` not found"))
             })?)
         }
         None => None,
@@ -151,9 +153,9 @@ pub(crate) async fn create(
 pub(crate) async fn get(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.control.find(owner, &called)?;
+    let row = state.control.find(owner, &id_or_name)?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -163,11 +165,11 @@ pub(crate) async fn get(
 pub(crate) async fn update(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<UpdateSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
     let UpdateSandbox { name, labels, keep_hot } = request;
-    let mut row = state.control.find(owner, &called)?;
+    let mut row = state.control.find(owner, &id_or_name)?;
     let change = SandboxChange { name: parse::name(name)?, labels };
     if change != SandboxChange::default() {
         row = state.control.edit(owner, &row.id.to_string(), change)?;
@@ -184,9 +186,9 @@ pub(crate) async fn update(
 pub(crate) async fn pause(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.control.pause(owner, &called).await?;
+    let row = state.control.pause(owner, &id_or_name).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -196,9 +198,9 @@ pub(crate) async fn pause(
 pub(crate) async fn resume(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.control.resume(owner, &called).await?;
+    let row = state.control.resume(owner, &id_or_name).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -211,9 +213,9 @@ pub(crate) async fn resume(
 pub(crate) async fn stop(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.control.stop(owner, &called).await?;
+    let row = state.control.stop(owner, &id_or_name).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -223,10 +225,10 @@ pub(crate) async fn stop(
 pub(crate) async fn start(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<StartSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let row = state.control.start(owner, &called, request.cold_boot).await?;
+    let row = state.control.start(owner, &id_or_name, request.cold_boot).await?;
     Ok(Json(sandbox(&state, row)))
 }
 
@@ -236,7 +238,7 @@ pub(crate) async fn start(
 pub(crate) async fn fork(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<ForkSandbox>,
 ) -> Result<Response, ApiError> {
     let ForkSandbox { count, name, env, inherit_env, secrets, labels } = request;
@@ -248,7 +250,7 @@ pub(crate) async fn fork(
         labels: parse::labels(labels)?,
         secrets: parse::secrets(&secrets)?,
     };
-    let forked = state.control.fork(owner, &called, request).await?;
+    let forked = state.control.fork(owner, &id_or_name, request).await?;
     Ok(created(Json(Forks {
         sandboxes: forked.sandboxes.into_iter().map(|row| sandbox(&state, row)).collect(),
         parent_paused_us: u64::try_from(forked.paused.as_micros()).unwrap_or(u64::MAX),
@@ -262,16 +264,20 @@ pub(crate) async fn fork(
 pub(crate) async fn destroy(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.control.destroy(owner, &called).await?;
+    state.control.destroy(owner, &id_or_name).await?;
     Ok(Json(Deleted { status: "destroyed".to_owned() }))
 }
 
 /// Finds a sandbox of `owner` by id or name. A sandbox of another user gives the same error as
 /// one that does not exist.
-pub(super) fn find(state: &AppState, owner: UserId, called: &str) -> Result<SandboxRow, ApiError> {
-    Ok(state.control.find(owner, called)?)
+pub(super) fn find(
+    state: &AppState,
+    owner: UserId,
+    id_or_name: &str,
+) -> Result<SandboxRow, ApiError> {
+    Ok(state.control.find(owner, id_or_name)?)
 }
 
 /// Describes a sandbox with all that is known of it.

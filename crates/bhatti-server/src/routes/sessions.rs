@@ -21,10 +21,10 @@ use crate::times::rfc3339;
 pub(crate) async fn list(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     paging: Paging,
 ) -> Result<Page<Session>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let sessions = used.agent.list_sessions().await?;
     Ok(paging.in_order(sessions, |session| &session.session_id)?.map(session))
 }
@@ -36,9 +36,9 @@ pub(crate) async fn list(
 pub(crate) async fn kill(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath((called, id)): ApiPath<(String, String)>,
+    ApiPath((id_or_name, id)): ApiPath<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
 }
@@ -61,7 +61,7 @@ pub(super) fn of_session<'a>(
     id: &'a str,
 ) -> impl FnOnce(CallError) -> ApiError + 'a {
     move |error| match &error {
-        CallError::Agent(told) if told.kind == ErrorKind::NoSuchSession => {
+        CallError::Agent(refused) if refused.kind == ErrorKind::NoSuchSession => {
             ApiError::new(ErrorCode::NotFound, format!("session `{id}` not found"))
                 .hint(format!("list them: bhatti jobs {}", used.id))
         }

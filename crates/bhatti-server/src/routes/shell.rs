@@ -119,18 +119,18 @@ struct Attached {
 pub(crate) async fn run(
     State(state): State<AppState>,
     Extension(identity): Extension<Identity>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(query): ApiQuery<ShellQuery>,
     upgrade: Result<Upgrade, ApiError>,
 ) -> Result<Response, ApiError> {
     let owner = identity.user();
-    state.control.find_id(owner, &called)?;
+    state.control.find_id(owner, &id_or_name)?;
     let upgrade = upgrade?;
     Ok(upgrade.serve(move |socket| async move {
         let _open = state.metrics.open_websocket();
         let (sender, mut receiver) = split(socket);
         let attached = tokio::select! {
-            attached = attach(&state, owner, &called, query) => attached,
+            attached = attach(&state, owner, &id_or_name, query) => attached,
             ended = state.ended(&identity) => Err(ended),
         };
         let last = match attached {
@@ -150,10 +150,10 @@ pub(crate) async fn run(
 async fn attach(
     state: &AppState,
     owner: UserId,
-    called: &str,
+    id_or_name: &str,
     query: ShellQuery,
 ) -> Result<Attached, ApiError> {
-    let used = state.control.enter(owner, called).await?;
+    let used = state.control.enter(owner, id_or_name).await?;
     let (rows, cols) = (query.rows, query.cols);
     // One client at a time: otherwise, a client that looks for a session without a client could
     // take a session that is just being created here.
@@ -175,7 +175,7 @@ async fn attach(
         // skipped.
         for info in sessions.into_iter().rev().filter(|info| info.tty && info.running) {
             let Some(claim) = state.shells.claim(used.id, &info.session_id) else { continue };
-            let used = state.control.enter(owner, called).await?;
+            let used = state.control.enter(owner, id_or_name).await?;
             match take_up(used, &info.session_id, claim, rows, cols).await {
                 Err(ApiError { code: ErrorCode::NotFound, .. }) => {}
                 Ok(attached) if !attached.info.running => {}

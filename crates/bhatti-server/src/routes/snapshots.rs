@@ -23,11 +23,11 @@ use crate::status::{ApiError, created};
 pub(crate) async fn create(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<CreateSnapshot>,
 ) -> Result<Response, ApiError> {
     let name = request.name.parse().map_err(|error| ApiError::bad_request(&error))?;
-    let row = state.control.create_snapshot(owner, &called, name).await?;
+    let row = state.control.create_snapshot(owner, &id_or_name, name).await?;
     Ok(created(Json(snapshot(row))))
 }
 

@@ -36,6 +36,7 @@ const ERROR_CHARS_MAX: usize = 500;
 #[into_params(parameter_in = Query)]
 pub(crate) struct TarQuery {
     /// Path of the directory in the sandbox.
+    #[param(min_length = 1, max_length = 4096)]
     path: String,
     /// User to act as: a name, a number or `UID:GID` (default: the sandbox's usual user).
     user: Option<String>,
@@ -50,11 +51,11 @@ pub(crate) struct TarQuery {
 pub(crate) async fn download(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(TarQuery { path, user }): ApiQuery<TarQuery>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut content = agent.read_archive(&path).await.map_err(file_error)?;
     // If the directory is missing, or something in it is unreadable, the response is a proper
@@ -147,11 +148,11 @@ fn trailer(skipped: &[String], error: Option<&CallError>) -> HeaderMap {
 pub(crate) async fn upload(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(TarQuery { path, user }): ApiQuery<TarQuery>,
     body: Body,
 ) -> Result<Json<Unpacked>, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut upload = agent.write_archive(&path).await.map_err(file_error)?;
     send(&mut upload, body).await?;

@@ -47,9 +47,9 @@ pub(crate) async fn create(
 pub(crate) async fn get(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Template>, ApiError> {
-    Ok(Json(template(find(&state, owner, &called)?)))
+    Ok(Json(template(find(&state, owner, &id_or_name)?)))
 }
 
 /// Deletes a template. Sandboxes that were created from it stay.
@@ -58,15 +58,16 @@ pub(crate) async fn get(
 pub(crate) async fn delete(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.control.delete_template(find(&state, owner, &called)?.id)?;
+    state.control.delete_template(find(&state, owner, &id_or_name)?.id)?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-fn find(state: &AppState, owner: UserId, called: &str) -> Result<TemplateRow, ApiError> {
-    let found = state.control.find_template(owner, called)?;
-    let missing = || ApiError::new(ErrorCode::NotFound, format!("template `{called}` not found"));
+fn find(state: &AppState, owner: UserId, id_or_name: &str) -> Result<TemplateRow, ApiError> {
+    let found = state.control.find_template(owner, id_or_name)?;
+    let missing =
+        || ApiError::new(ErrorCode::NotFound, format!("template `{id_or_name}` not found"));
     found.ok_or_else(missing)
 }
 

@@ -35,10 +35,10 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(20);
 pub(crate) async fn watch(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    ApiPath(called): ApiPath<String>,
+    ApiPath(id_or_name): ApiPath<String>,
     ApiQuery(PathQuery { path, user }): ApiQuery<PathQuery>,
 ) -> Result<Response, ApiError> {
-    let used = state.control.enter(owner, &called).await?;
+    let used = state.control.enter(owner, &id_or_name).await?;
     let agent = used.agent.acting_as(user.as_deref());
     let mut events = agent.watch(&path).await.map_err(file_error)?;
     // The first event says that the watch is active, or why it is not.

@@ -71,7 +71,8 @@ pub(super) fn filter(query: ListQuery) -> Result<SandboxFilter, ApiError> {
             return Err(bad(format!("label filter `{key}` is given with two different values")));
         }
     }
-    let after = after.as_deref().map(split_cursor).transpose()?;
+    let after = after.as_deref().filter(|after| !after.is_empty());
+    let after = after.map(split_cursor).transpose()?;
     let after = after.map(|(at, id)| (at.to_owned(), id.to_owned()));
     Ok(SandboxFilter { labels, limit: limit.map(|limit| limit + 1), after })
 }
@@ -90,7 +91,7 @@ pub(super) fn create(
         env,
         keep_hot,
         cold_boot,
-        template: called,
+        template: id_or_name,
         image,
         init: wanted_init,
         files,
@@ -106,7 +107,7 @@ pub(super) fn create(
     // A sandbox that is created from a template is named after it.
     base.name = match name(wanted_name)? {
         Some(name) => Some(name),
-        None => called.map(|called| named_after(&called)).transpose()?.flatten(),
+        None => id_or_name.map(|id_or_name| named_after(&id_or_name)).transpose()?.flatten(),
     };
     if let Some(cpus) = cpus {
         base.cpus = Some(CpuCount::try_from(cpus).map_err(|error| bad(&error))?);
