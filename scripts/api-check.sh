@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks the API's description with a public validator, and a real daemon with a real sandbox against
-# the description, with thousands of requests of schemathesis. The versions of both are pinned; they
-# are installed in target/schemathesis. All checks of schemathesis are on. EXAMPLES is the number of requests for each operation and
-# phase [default: 60].
+# Checks the API's description with a public validator, and a real daemon with a real sandbox
+# against the description, with thousands of requests of schemathesis, all of whose checks are on.
+# The versions of both are pinned; they are installed in target/schemathesis. EXAMPLES is the number
+# of requests for each operation and phase [default: 60], SEED repeats a choice of requests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,8 +31,8 @@ ask -X POST http://x/sandboxes/dev/checkpoint -d '{"name":"snap"}'
 ask -X POST http://x/templates -d '{"name":"tmpl"}'
 ask -X POST http://x/users -d '{"name":"bob"}'
 
-# Requests are the admin's, through a relay: schemathesis does not support Unix sockets. This listener
-# needs no keys, so they are not in its description.
+# Requests are the admin's, through a relay: schemathesis does not support Unix sockets. This
+# listener needs no keys, so they are not in its description.
 python3 scripts/tcp-to-unix.py "$data/bhatti.sock" "$data/port" &
 bridge=$!
 until [ -s "$data/port" ]; do sleep 0.1; kill -0 "$bridge"; done
