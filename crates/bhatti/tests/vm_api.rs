@@ -145,7 +145,7 @@ async fn sandbox_is_found_by_its_changed_name_and_labels() {
         ("label=b%3D1&label=b%3D2", 400),
         ("limit=0", 400),
         ("limit=1001", 400),
-        ("after=x", 400),
+        ("after=x", 409),
         ("colour=red", 400),
     ] {
         assert_eq!(api.get(&format!("/sandboxes?{query}")).await.status, status, "{query}");
