@@ -85,10 +85,14 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         return Err(ApiError::new(ErrorCode::BadRequest, "invalid json: expected an object"));
     }
     serde_json::from_slice(json).or_else(|error| {
-        let refused = |_| ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}"));
-        let mut value = serde_json::from_slice(json).map_err(refused)?;
+        let refused = || ApiError::new(ErrorCode::BadRequest, format!("invalid json: {error}"));
+        // As values, a body takes many times its size, so long bodies are not read a second time.
+        if json.len() > BODY_BYTES_MAX {
+            return Err(refused());
+        }
+        let mut value = serde_json::from_slice(json).map_err(|_| refused())?;
         make_integers(&mut value);
-        serde_json::from_value(value).map_err(refused)
+        serde_json::from_value(value).map_err(|_| refused())
     })
 }
 
@@ -182,6 +186,8 @@ mod tests {
         }
         let numbers = |json: &str| parse::<Body>(json.as_bytes()).map(|body| body.numbers);
         assert_eq!(numbers(r#"{"numbers":[1,2.0]}"#).unwrap(), [1, 2]);
+        let long = format!(r#"{{"numbers":[2.0{}]}}"#, ",1".repeat(BODY_BYTES_MAX / 2));
+        assert!(numbers(&long).is_err(), "a long body was read a second time");
         for json in [r#"{"numbers":[2.5]}"#, r#"{"numbers":[-1.0]}"#, r#"{"numbers":["2.0"]}"#] {
             let error = numbers(json).unwrap_err();
             assert!(error.message.starts_with("invalid json: invalid"), "{}", error.message);
