@@ -1,10 +1,12 @@
 //! Completes the OpenAPI description with what the handlers' attributes do not say.
 
+mod numbers;
+
 use std::collections::BTreeSet;
 
 use utoipa::openapi::request_body::RequestBody;
 use utoipa::openapi::schema::{AdditionalProperties, Type};
-use utoipa::openapi::{Object, ObjectBuilder, OpenApi, RefOr, Required, Response, Schema};
+use utoipa::openapi::{Content, Object, ObjectBuilder, OpenApi, RefOr, Required, Response, Schema};
 
 /// The rules of a label's key and value.
 const LABEL_KEY: &str = "^([a-zA-Z0-9._-]{1,63}/)?[a-zA-Z0-9._-]{1,63}$";
@@ -13,6 +15,7 @@ const LABEL_VALUE: &str = "^[a-zA-Z0-9._-]{0,256}$";
 pub(super) fn complete(api: &mut OpenApi) {
     let mut optional = BTreeSet::new();
     for (name, schema) in api.components.iter_mut().flat_map(|all| &mut all.schemas) {
+        numbers::complete(schema);
         if let RefOr::T(Schema::Object(object)) = schema {
             describe_labels(object);
             if object.required.is_empty() {
@@ -37,8 +40,20 @@ fn describe_labels(request: &mut Object) {
     }
 }
 
+/// Removes the schemas of bodies that are bytes. They were derived as arrays of numbers.
+fn describe_bytes<'a>(contents: impl Iterator<Item = (&'a String, &'a mut RefOr<Content>)>) {
+    for (media_type, content) in contents {
+        let is_bytes =
+            matches!(media_type.as_str(), "application/octet-stream" | "application/x-tar");
+        if is_bytes && let RefOr::T(content) = content {
+            content.schema = None;
+        }
+    }
+}
+
 /// Allows a request without a body, which counts as `{}`, if the body needs no field.
 fn describe_request(body: &mut RequestBody, optional: &BTreeSet<String>) {
+    describe_bytes(body.content.iter_mut());
     let json = body.content.get("application/json");
     let schema = json.and_then(|content| match content {
         RefOr::T(content) => content.schema.as_ref(),
@@ -74,6 +89,7 @@ fn describe_operations(api: &mut OpenApi, optional: &BTreeSet<String>) {
             let handler = operation.operation_id.as_deref().unwrap_or("call");
             let number = if is_shared { format!("_{number}") } else { String::new() };
             operation.operation_id = Some(format!("{tag}_{handler}{number}"));
+            numbers::complete_operation(operation);
             if let Some(RefOr::T(body)) = &mut operation.request_body {
                 describe_request(body, optional);
             }
@@ -88,6 +104,7 @@ fn describe_operations(api: &mut OpenApi, optional: &BTreeSet<String>) {
 
 /// Gives a response a description, and an error the media type that errors have.
 fn describe_response(response: &mut Response, is_error: bool) {
+    describe_bytes(response.content.iter_mut());
     if response.description.is_empty() {
         let description = if is_error { "The request failed." } else { "Done." };
         response.description = description.to_owned();
