@@ -40,6 +40,9 @@ const UPSTREAM_LIMIT: Duration = Duration::from_secs(2);
 /// Idle timeout of a client's connection.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
+/// Pause after a failed receive or accept, because the next one may fail at once, too.
+const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
+
 /// Maximum of open questions and of connections that one network may have at once.
 const OPEN_QUESTIONS: usize = 256;
 const CONNECTIONS: usize = 64;
@@ -201,9 +204,9 @@ async fn serve_datagrams(socket: Arc<UdpSocket>, lookup: Lookup) {
         let Ok(turn) = Arc::clone(&lookup.open).acquire_owned().await else { return };
         let (length, from) = match socket.recv_from(&mut buffer).await {
             Ok(received) => received,
-            // An earlier answer could not be delivered.
             Err(error) => {
                 debug!(%error, "Resolver failed to receive a datagram");
+                tokio::time::sleep(PAUSE_AFTER_ERROR).await;
                 continue;
             }
         };
@@ -226,7 +229,7 @@ async fn serve_connections(listener: TcpListener, lookup: Lookup) {
             Ok((connection, _)) => connection,
             Err(error) => {
                 debug!(%error, "Resolver failed to accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                tokio::time::sleep(PAUSE_AFTER_ERROR).await;
                 continue;
             }
         };
