@@ -32,6 +32,11 @@ fn main() -> Result<()> {
     {
         return power_loss::run(rest);
     }
+    if cfg!(debug_assertions)
+        && arguments.first().is_some_and(|first| ["bench", "compare"].contains(&first.as_str()))
+    {
+        return run_optimized(&arguments);
+    }
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(),
         ["openapi"] => openapi::run(),
@@ -47,4 +52,15 @@ fn main() -> Result<()> {
             "usage: cargo xtask tidy | openapi | bench [api | files | forks | base [REVISION] | check [--record]] | compare | power-loss [OPTION]... | kvm-lab [--with PATH | --env NAME=VALUE]... -- COMMAND"
         ),
     }
+}
+
+/// Runs an optimized build of this program, because benchmarks measure optimized code.
+fn run_optimized(arguments: &[String]) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    #[expect(clippy::disallowed_methods, reason = "cargo needs the caller's environment")]
+    let status = std::process::Command::new(cargo)
+        .args(["run", "--release", "--quiet", "--package", "xtask", "--"])
+        .args(arguments)
+        .status()?;
+    std::process::exit(status.code().unwrap_or(1))
 }
