@@ -283,6 +283,31 @@ async fn destroyed_sandbox_is_never_woken() {
 }
 
 #[tokio::test]
+async fn stops_and_a_destroy_at_once_are_all_answered_and_leave_nothing() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
+    let daemon = TestDaemon::start().await;
+    let client = &daemon.client;
+    for _ in 0..3 {
+        client.create(&named("dev")).await.unwrap();
+        let (first, second, destroyed) =
+            tokio::join!(client.stop("dev"), client.stop("dev"), client.destroy("dev"));
+
+        destroyed.unwrap();
+        for stop in [first, second] {
+            match stop {
+                Ok(stopped) => assert_eq!(stopped.status, "stopped"),
+                Err(error) => assert_eq!(code_of(&error), Some(ErrorCode::NotFound), "{error}"),
+            }
+        }
+        assert_eq!(client.list().await.unwrap(), []);
+        assert_eq!(daemon.sandbox_directories(), Vec::<std::path::PathBuf>::new());
+    }
+    wait_for("no VMM except the spare", || daemon.all_vmm_pids().len() <= 1).await;
+}
+
+#[tokio::test]
 async fn twenty_stops_under_traffic_keep_memory_and_disk() {
     if !needs(Feature::SavedMemory) {
         return;
