@@ -2,6 +2,7 @@
 
 mod confine;
 mod follow;
+mod jail;
 
 use std::ffi::OsStr;
 #[cfg(target_env = "gnu")]
@@ -21,6 +22,7 @@ use rustix::thread::{CapabilitySet, disable_transparent_huge_pages};
 
 pub use confine::{Confinement, Reach, User, landlock_version};
 pub use follow::{Followed, ProcessId, Usage};
+pub use jail::{JailLimits, enter_jail};
 
 /// Directories that are searched for programs, independent of the caller's environment.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

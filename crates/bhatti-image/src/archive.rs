@@ -1,20 +1,15 @@
 //! Archives that become images: the tar of a root file system, the output of `docker save`, and
 //! OCI layouts as a tar.
 //!
-//! A root file system is decompressed and otherwise left unchanged. An image of layers is
-//! flattened into one tar ([`layers`]). Both have a size limit, so a small archive cannot fill
-//! the disk.
+//! A root file system counts as an image of one layer. All decompression has a limit, so a small
+//! archive cannot fill the disk.
 
-mod layers;
 mod manifest;
 mod zstd;
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Take};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::rc::Rc;
 
 use flate2::read::MultiGzDecoder;
 use liblzma::stream::{CONCATENATED, Stream};
@@ -41,12 +36,6 @@ pub(crate) enum ArchiveError {
     /// The archive is malformed, or its format is not supported.
     #[error("{0}")]
     Bad(String),
-    /// The archive's content is larger than the limit.
-    #[error("the archive has more than {limit} bytes of content")]
-    TooLarge {
-        /// The limit, in bytes.
-        limit: u64,
-    },
     /// A file of this host could not be read or written.
     #[error("failed to unpack the archive")]
     File(#[from] io::Error),
@@ -58,14 +47,14 @@ fn bad(what: impl Into<String>) -> ArchiveError {
 
 /// A part of a file.
 #[derive(Clone, Debug)]
-struct Part<'file> {
-    file: &'file File,
-    offset: u64,
-    bytes: u64,
+pub(crate) struct Part<'file> {
+    pub(crate) file: &'file File,
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
 }
 
 impl<'file> Part<'file> {
-    fn whole(file: &'file File) -> io::Result<Self> {
+    pub(crate) fn whole(file: &'file File) -> io::Result<Self> {
         Ok(Self { file, offset: 0, bytes: file.metadata()?.len() })
     }
 
@@ -75,7 +64,7 @@ impl<'file> Part<'file> {
 
     /// Returns a reader of the content. Decompresses it if its first bytes are those of a
     /// compressed file.
-    fn decompressed(&self) -> Result<Box<dyn Read + 'file>, ArchiveError> {
+    pub(crate) fn decompressed(&self) -> Result<Box<dyn Read + 'file>, ArchiveError> {
         let mut magic = [0; 6];
         let read = self.reader().read(&mut magic)?;
         let reader = BufReader::with_capacity(1 << 16, self.reader());
@@ -118,50 +107,65 @@ impl Read for PartReader<'_> {
     }
 }
 
-/// Reads no more than `left` bytes, which several readers may share. Reading more is an error of
-/// the kind [`TOO_LARGE`].
-struct Bounded<R> {
+/// Reads no more than `left` bytes. Reading more is an error of the kind [`TOO_LARGE`].
+pub(crate) struct Bounded<R> {
     inner: R,
-    left: Rc<Cell<u64>>,
+    left: u64,
 }
 
-const TOO_LARGE: io::ErrorKind = io::ErrorKind::FileTooLarge;
+impl<R> Bounded<R> {
+    pub(crate) fn new(inner: R, limit: u64) -> Self {
+        Self { inner, left: limit }
+    }
+}
+
+/// The kind of the error of [`Bounded`].
+pub(crate) const TOO_LARGE: io::ErrorKind = io::ErrorKind::FileTooLarge;
 
 impl<R: Read> Read for Bounded<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.left.set(self.left.get().checked_sub(read as u64).ok_or(TOO_LARGE)?);
+        self.left = self.left.checked_sub(read as u64).ok_or(TOO_LARGE)?;
         Ok(read)
     }
 }
 
-/// Returns the root file system that an archive describes, as one uncompressed tar of at most
-/// `limit` bytes. It is the archive itself if that is such a tar, or else an unnamed file in
-/// `scratch`.
+/// A part of a file that holds a layer.
+#[derive(Debug)]
+pub(crate) struct LayerFile {
+    pub(crate) file: File,
+    /// Where the layer begins, in bytes.
+    pub(crate) offset: u64,
+    /// The layer's length, in bytes.
+    pub(crate) bytes: u64,
+}
+
+impl LayerFile {
+    /// Returns a layer that is a whole file.
+    pub(crate) fn whole(file: File) -> io::Result<Self> {
+        let bytes = file.metadata()?.len();
+        Ok(Self { file, offset: 0, bytes })
+    }
+}
+
+/// Returns the layers of the image in an uncompressed archive, lowest first.
 ///
 /// # Errors
 ///
 /// Returns an error that names the archive's fault, without a path of this host. Blocks on disk.
-pub(crate) fn root_tar(archive: File, scratch: &Path, limit: u64) -> Result<File, ArchiveError> {
-    let outer = if is_compressed(&archive)? {
-        let mut outer = tempfile::tempfile_in(scratch)?;
-        let decompressed = Part::whole(&archive)?.decompressed()?;
-        let left = Rc::new(Cell::new(limit));
-        copy(Bounded { inner: decompressed, left }, &mut outer, limit)?;
-        outer
-    } else {
-        archive
+pub(crate) fn layers(archive: &File) -> Result<Vec<LayerFile>, ArchiveError> {
+    let parts = match manifest::find_layers(archive)? {
+        Some(layers) => layers,
+        None => vec![Part::whole(archive)?],
     };
-    if outer.metadata()?.len() > limit {
-        return Err(ArchiveError::TooLarge { limit });
-    }
-    let Some(layers) = manifest::find_layers(&outer)? else { return Ok(outer) };
-    let flat = tempfile::tempfile_in(scratch)?;
-    layers::flatten(&layers, &flat, limit)?;
-    Ok(flat)
+    let layer = |Part { file, offset, bytes }: Part<'_>| {
+        Ok(LayerFile { file: file.try_clone()?, offset, bytes })
+    };
+    parts.into_iter().map(layer).collect()
 }
 
-fn is_compressed(file: &File) -> io::Result<bool> {
+/// Whether a file's first bytes are those of a compressed file.
+pub(crate) fn is_compressed(file: &File) -> io::Result<bool> {
     let mut magic = [0; 6];
     let read = file.read_at(&mut magic, 0)?;
     Ok(COMPRESSED.iter().any(|start| magic[..read].starts_with(start)))
@@ -189,18 +193,7 @@ fn check_extensions(tar: impl Read) -> io::Result<()> {
     Ok(())
 }
 
-fn copy(mut from: impl Read, to: &mut File, limit: u64) -> Result<(), ArchiveError> {
-    io::copy(&mut from, to).map(drop).map_err(|error| explain(error, limit))
-}
-
-/// Converts an error of reading an archive: blames the archive, unless the error is one of this
-/// host's disk.
-fn explain(error: io::Error, limit: u64) -> ArchiveError {
-    match error.kind() {
-        TOO_LARGE => ArchiveError::TooLarge { limit },
-        io::ErrorKind::StorageFull
-        | io::ErrorKind::QuotaExceeded
-        | io::ErrorKind::PermissionDenied => error.into(),
-        _ => bad(format!("it cannot be read: {error}")),
-    }
+/// Converts an error of reading an archive.
+fn explain(error: &io::Error) -> ArchiveError {
+    bad(format!("it cannot be read: {error}"))
 }

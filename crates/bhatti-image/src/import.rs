@@ -2,27 +2,19 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use bhatti_host::blocking;
+use bhatti_host::{blocking, disk};
 use bhatti_types::ImageName;
-
 use tokio::task::spawn_blocking;
+use tracing::info;
 
 use crate::DEFAULT_IMAGE;
-use crate::archive::{ArchiveError, root_tar};
-use crate::rootfs::{self, DISK_MIB};
+use crate::archive::{self, ArchiveError, is_compressed};
+use crate::ext4::{self, Ext4Error, LeftOut};
 use crate::setup::{Build, SetupError, finish_image};
 use crate::store::{ImageStore, ImageSummary, StoreError, file_error};
-use crate::tool::ToolError;
-
-/// Maximum size of the tar of a root file system, in bytes: as much as fits the disk, and the
-/// same again for headers.
-const ARCHIVE_BYTES_MAX: u64 = (2 * DISK_MIB as u64) << 20;
-
-/// The message of `mke2fs` when a tree does not fit.
-const FULL: &str = "Could not allocate";
+use crate::unpack::{UnpackError, Unpacker};
 
 /// An archive could not be imported. The images are unchanged.
 #[derive(Debug, thiserror::Error)]
@@ -33,15 +25,15 @@ pub enum ImportError {
     /// The archive cannot be unpacked.
     #[error("the archive cannot be unpacked: {complaint}")]
     Archive {
-        /// The complaint of `tar`, or of our own checks.
+        /// What is wrong with it.
         complaint: String,
     },
-    /// The archive's content does not fit on the disk.
-    #[error("the archive's content does not fit on a disk of {DISK_MIB} MiB")]
-    TooLarge,
-    /// A program could not be run.
+    /// The archive's content exceeds a limit, or half of the free space of the host's disk.
+    #[error("{0}")]
+    TooLarge(String),
+    /// The host failed.
     #[error("failed to unpack the archive")]
-    Tool(#[source] ToolError),
+    Host(#[source] Ext4Error),
     /// A file of this host could not be read or written.
     #[error("failed to unpack the archive")]
     File(#[source] io::Error),
@@ -67,12 +59,42 @@ pub enum RemoveError {
     Store(#[from] StoreError),
 }
 
+impl ImportError {
+    /// Whether the host's disk had no space.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        match self {
+            Self::Host(Ext4Error::Unpack(UnpackError::Failed { source, .. }))
+            | Self::File(source) => source.kind() == io::ErrorKind::StorageFull,
+            _ => false,
+        }
+    }
+}
+
 impl From<ArchiveError> for ImportError {
     fn from(error: ArchiveError) -> Self {
         match error {
             ArchiveError::Bad(complaint) => Self::Archive { complaint },
-            ArchiveError::TooLarge { .. } => Self::TooLarge,
             ArchiveError::File(error) => Self::File(error),
+        }
+    }
+}
+
+impl From<Ext4Error> for ImportError {
+    fn from(error: Ext4Error) -> Self {
+        match error {
+            Ext4Error::Unpack(error) => error.into(),
+            error => Self::Host(error),
+        }
+    }
+}
+
+impl From<UnpackError> for ImportError {
+    fn from(error: UnpackError) -> Self {
+        match error {
+            UnpackError::Refused(complaint) => Self::Archive { complaint },
+            UnpackError::TooLarge(complaint) => Self::TooLarge(complaint),
+            error => Self::Host(error.into()),
         }
     }
 }
@@ -124,7 +146,7 @@ impl ImageStore {
         // Space for the unpacked tree and for the image. Both may be several times as large as a
         // compressed archive.
         let build = blocking(|| Build::start(self, "image", archive_bytes.saturating_mul(2)))?;
-        let (build, image) = unpack(build, archive).await?;
+        let image = unpack(self, build.path(), archive).await?;
         let source = format!("imported archive of {archive_bytes} bytes");
         let artefact = finish_image(build, self, name.as_str(), &image, source)?;
         index.images.insert(name.as_str().to_owned(), artefact);
@@ -166,30 +188,23 @@ impl ImageStore {
 }
 
 /// Unpacks an archive and writes it into an ext4 file.
-async fn unpack(build: Build, archive: File) -> Result<(Build, PathBuf), ImportError> {
-    let scratch = build.path().to_owned();
-    let flattened = spawn_blocking(move || root_tar(archive, &scratch, ARCHIVE_BYTES_MAX)).await;
-    let archive = flattened.map_err(io::Error::other).map_err(ArchiveError::File).flatten()?;
-    let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd()));
-    let image = build.path().join("root.ext4");
-    let made = rootfs::make_ext4(build.path(), &path, &image, DISK_MIB).await;
-    // The shell opens the archive through this descriptor, so it stays open until here.
-    drop(archive);
-    match made {
-        Ok(()) => Ok((build, image)),
-        Err(ToolError::Failed { output, .. }) if output.contains(FULL) => {
-            Err(ImportError::TooLarge)
-        }
-        Err(ToolError::Failed { output, .. }) => {
-            let own =
-                |line: &&str| !line.ends_with("Exiting with failure status due to previous errors");
-            let complaint = output.lines().rfind(own).unwrap_or_default();
-            let complaint = complaint.replace(&*path.to_string_lossy(), "archive");
-            let complaint = complaint.strip_prefix("tar: ").unwrap_or(&complaint).to_owned();
-            Err(ImportError::Archive { complaint })
-        }
-        Err(error) => Err(ImportError::Tool(error)),
+async fn unpack(store: &ImageStore, build: &Path, archive: File) -> Result<PathBuf, ImportError> {
+    let unpacker = Unpacker::new(store.program(), build);
+    let archive = if blocking(|| is_compressed(&archive)).map_err(ImportError::File)? {
+        let free = blocking(|| disk::free_bytes(build)).map_err(ImportError::File)?;
+        unpacker.decompress(&archive, free / 3).await?
+    } else {
+        archive
+    };
+    let found = spawn_blocking(move || archive::layers(&archive)).await;
+    let layers = found.map_err(io::Error::other).map_err(ArchiveError::File).flatten()?;
+    let image = build.join("root.ext4");
+    let left_out = ext4::make(store.program(), build, &layers, &image).await?;
+    if left_out != LeftOut::default() {
+        let LeftOut { devices, attributes } = left_out;
+        info!(devices, attributes, "The image has neither devices nor privileged attributes");
     }
+    Ok(image)
 }
 
 #[cfg(test)]
@@ -200,7 +215,7 @@ mod tests {
 
     fn store() -> (tempfile::TempDir, ImageStore) {
         let data = tempfile::tempdir().unwrap();
-        let store = ImageStore::new(data.path());
+        let store = ImageStore::new(data.path()).with_program(bhatti_testkit::dist("bhatti"));
         (data, store)
     }
 
@@ -227,7 +242,7 @@ mod tests {
 
         let made = store.import(&name, archive(&store, &tar)).await.unwrap();
 
-        assert_eq!((&*made.name, made.size_bytes), ("small", u64::from(DISK_MIB) << 20));
+        assert_eq!((&*made.name, made.size_bytes), ("small", crate::ext4::DISK_MIB << 20));
         // Its inode tables alone have 64 MiB, for which file systems use more or less space.
         assert!(made.disk_bytes < made.size_bytes / 10, "{}", made.disk_bytes);
         let file = fs::read_dir(store.directory()).unwrap().flatten();
@@ -252,15 +267,14 @@ mod tests {
         assert!(matches!(store.remove(&name), Err(RemoveError::NotFound(_))));
     }
 
-    /// Returns the names of the processes that work in a directory of the store.
+    /// Returns the command lines of the processes that work in a directory of the store.
     fn working_in(store: &ImageStore) -> Vec<String> {
-        let processes = fs::read_dir("/proc").unwrap().flatten().filter(|process| {
-            fs::read_link(process.path().join("cwd"))
-                .is_ok_and(|directory| directory.starts_with(store.directory()))
-        });
-        let names = processes.flat_map(|process| fs::read_to_string(process.path().join("comm")));
+        let directory = store.directory().to_string_lossy().into_owned();
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let lines =
+            processes.flat_map(|process| fs::read_to_string(process.path().join("cmdline")));
         // Without root, a `faked` of fakeroot stays.
-        names.map(|name| name.trim().to_owned()).filter(|name| !name.starts_with("faked")).collect()
+        lines.filter(|line| line.contains(&directory) && !line.contains("faked")).collect()
     }
 
     #[tokio::test]
@@ -277,8 +291,8 @@ mod tests {
         let importing = store.clone();
         let import =
             tokio::spawn(async move { importing.import(&"many".parse().unwrap(), archive).await });
-        let unpacks = || working_in(&store).iter().any(|name| name == "tar");
-        bhatti_testkit::wait_for("tar to unpack", unpacks).await;
+        let unpacks = || working_in(&store).iter().any(|line| line.contains("image-task"));
+        bhatti_testkit::wait_for("a task to unpack it", unpacks).await;
 
         import.abort();
 
@@ -345,9 +359,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn capabilities_of_files_are_imported() {
+    async fn owners_and_capabilities_of_files_are_imported() {
         if !rustix::process::geteuid().is_root() {
-            bhatti_testkit::skip("capabilities of an imported file", "only root can set them");
+            bhatti_testkit::skip("owner of an imported file", "only root can set it");
             return;
         }
         let (_data, store) = store();
@@ -355,6 +369,8 @@ mod tests {
         fs::write(tree.path().join("ping"), "program").unwrap();
         let capability = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
         let file = tree.path().join("ping");
+        std::os::unix::fs::chown(&file, Some(5), Some(6)).unwrap();
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o4511)).unwrap();
         let flags = rustix::fs::XattrFlags::empty();
         rustix::fs::setxattr(&file, "security.capability", capability, flags).unwrap();
         let mut tar = bhatti_host::process::command("tar");
@@ -368,6 +384,9 @@ mod tests {
 
         let listed = debugfs(&store, "ea_list ping").await;
         assert!(listed.contains("security.capability (20)"), "{listed}");
+        let stat = debugfs(&store, "stat ping").await;
+        assert!(stat.contains("Mode:  04511"), "{stat}");
+        assert!(stat.contains("User:     5   Group:     6"), "{stat}");
     }
 
     #[tokio::test]

@@ -17,17 +17,21 @@ mod apt;
 mod archive;
 mod certificates;
 mod content_hash;
+mod ext4;
 mod import;
 mod initramfs;
 mod kernel;
+mod layer;
 mod modules;
 mod rootfs;
 mod setup;
 mod store;
 mod tool;
+mod unpack;
 
 pub use apt::AptError;
 pub use certificates::CertificateError;
+pub use ext4::Ext4Error;
 pub use import::{ImportError, RemoveError};
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;
@@ -36,6 +40,7 @@ pub use rootfs::RootfsError;
 pub use setup::{KernelSource, Progress, SetupError, SetupOptions, build_image, set_up};
 pub use store::{BootFiles, ImageStore, ImageSummary, MissingImages, StoreError};
 pub use tool::ToolError;
+pub use unpack::{COMMAND as TASK_COMMAND, UnpackError, run_task};
 
 pub use bhatti_types::DEFAULT_IMAGE;
 

@@ -2,14 +2,16 @@
 //! Nothing is mounted.
 
 use bhatti_host::blocking;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::apt::{self, AptError};
+use crate::archive::LayerFile;
 use crate::certificates::{CertificateError, Certificates, TRUST};
-use crate::tool::{ToolError, run, run_quietly};
+use crate::ext4::{self, Ext4Error};
+use crate::tool::{ToolError, run};
 
 /// The Debian release of the image.
 const SUITE: &str = "bookworm";
@@ -38,9 +40,6 @@ pub(crate) const DEV_PACKAGES: [&str; 16] = [
     "iputils-ping",
 ];
 
-/// The size of the file system, in MiB; its file is sparse.
-pub(crate) const DISK_MIB: u32 = 4096;
-
 /// Adds the parts that a guest needs and no package brings: the user of every command, a working
 /// directory, and no identity of this build.
 const CUSTOMIZE: &str = r#"#!/bin/sh
@@ -56,24 +55,6 @@ printf '127.0.0.1 localhost\n::1 localhost\n' >"$1/etc/hosts"
 : >"$1/etc/machine-id"
 rm -f "$1/etc/resolv.conf"
 printf 'nameserver 1.1.1.1\nnameserver 8.8.8.8\n' >"$1/etc/resolv.conf"
-"#;
-
-/// Makes the file `$2` of size `$3` from the tar `$1`. `mke2fs` initializes all tables now: a
-/// guest that finished this work lazily would dirty its own pages. The tree may be untrusted, so
-/// the script follows and writes through nothing in it. Directories that the archive only implies
-/// can be entered by every user, regardless of the caller's umask.
-///
-/// Only the shell is our child. The parent-death signal ends `tar` and `mke2fs` with it
-/// (PR_SET_PDEATHSIG in prctl(2)).
-const MAKE_EXT4: &str = r#"set -e
-before=$(umask)
-umask 022
-mkdir root
-setpriv --pdeathsig KILL -- tar -C root --numeric-owner --xattrs --xattrs-include="*" -xf "$1"
-[ -n "$(ls -A root)" ] || { echo 'the archive is empty' >&2; exit 1; }
-[ -e root/workspace ] || [ -L root/workspace ] || { mkdir root/workspace; chown 1000:1000 root/workspace; }
-umask "$before"
-setpriv --pdeathsig KILL -- mke2fs -q -t ext4 -m 0 -J size=16 -E lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 -d root "$2" "$3"
 "#;
 
 /// Keeps mmdebstrap from leaving anything behind, however this process ends: it dies with this
@@ -107,6 +88,9 @@ pub enum RootfsError {
         #[source]
         source: ToolError,
     },
+    /// The file system could not be written.
+    #[error("failed to write the root file system")]
+    Write(#[source] Ext4Error),
     /// The certificates to trust could not be used.
     #[error(transparent)]
     Certificates(#[from] CertificateError),
@@ -147,8 +131,10 @@ fn packages(more: &[String]) -> String {
     std::iter::once(PACKAGES).chain(more.iter().map(String::as_str)).collect::<Vec<_>>().join(",")
 }
 
-/// Builds a Debian image in `scratch` and returns its file.
+/// Builds a Debian image in `scratch` and returns its file. `unpacker` is the program that unpacks
+/// archives.
 pub(crate) async fn build_debian(
+    unpacker: &Path,
     scratch: &Path,
     more_packages: &[String],
     certificates: &Certificates,
@@ -192,9 +178,9 @@ pub(crate) async fn build_debian(
         .await
         .map_err(failed("assemble the root file system"))?;
     line("writing the file system");
-    make_ext4(scratch, &tar, &image, DISK_MIB)
-        .await
-        .map_err(failed("write the root file system"))?;
+    let layer = blocking(|| File::open(&tar).and_then(LayerFile::whole))
+        .map_err(|source| RootfsError::Create { path: tar.clone(), source })?;
+    ext4::make(unpacker, scratch, &[layer], &image).await.map_err(RootfsError::Write)?;
     Ok(image)
 }
 
@@ -214,25 +200,4 @@ fn trust(scratch: &Path, certificates: &Certificates) -> Result<Option<String>, 
 fn write_program(path: &Path, text: &str) -> io::Result<()> {
     fs::write(path, text)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
-}
-
-/// Unpacks `tar` and writes it into an ext4 file. If this process is not root, fakeroot tracks
-/// the owners of files.
-pub(crate) async fn make_ext4(
-    scratch: &Path,
-    tar: &Path,
-    image: &Path,
-    size_mib: u32,
-) -> Result<(), ToolError> {
-    let (tar, image, size) =
-        (tar.to_string_lossy(), image.to_string_lossy(), format!("{size_mib}M"));
-    let shell =
-        ["--pdeathsig", "KILL", "--", "sh", "-c", MAKE_EXT4, "make-ext4", &tar, &image, &size];
-    if rustix::process::geteuid().is_root() {
-        run_quietly("setpriv", &shell, scratch).await?;
-    } else {
-        // If fakeroot is killed, its daemon `faked` stays. It has no files open and does nothing.
-        run_quietly("fakeroot", &[&["setpriv"], &shell[..]].concat(), scratch).await?;
-    }
-    Ok(())
 }

@@ -313,9 +313,10 @@ async fn build_rootfs(
     }
     let build = blocking(|| Build::start(store, "image", BUILD_BYTES))?;
     let mut detail = |line: &str| progress.detail(line);
-    let image = rootfs::build_debian(build.path(), packages, &certificates, &mut detail)
-        .await
-        .map_err(SetupError::Rootfs)?;
+    let image =
+        rootfs::build_debian(store.program(), build.path(), packages, &certificates, &mut detail)
+            .await
+            .map_err(SetupError::Rootfs)?;
     let artefact = finish_image(build, store, image_name, &image, recipe)?;
     progress.end(&artefact.name);
     index.images.insert(image_name.to_owned(), artefact);

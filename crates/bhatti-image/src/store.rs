@@ -21,6 +21,8 @@ pub(crate) const BUILD_PREFIX: &str = ".build-";
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     directory: PathBuf,
+    /// `bhatti`, which unpacks archives in a jailed process.
+    program: PathBuf,
     /// The initramfs that was built last. Without this record, every creation would read, copy
     /// and hash 5 MB to find that the file exists.
     initramfs: Arc<Mutex<Option<Initramfs>>>,
@@ -146,7 +148,19 @@ impl ImageStore {
     /// Returns the store of a data directory. The directory does not need to exist yet.
     #[must_use]
     pub fn new(data_dir: &Path) -> Self {
-        Self { directory: data_dir.join("images"), initramfs: Arc::default() }
+        // This very program, also if its file has been replaced since it started.
+        let program = PathBuf::from("/proc/self/exe");
+        Self { directory: data_dir.join("images"), program, initramfs: Arc::default() }
+    }
+
+    /// Unpacks archives with another program than this process's own. It must be `bhatti`.
+    #[must_use]
+    pub fn with_program(self, program: PathBuf) -> Self {
+        Self { program, ..self }
+    }
+
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
     }
 
     /// Returns the directory of the artifacts.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
 
 /// Number of lines of a failed program's output that its error shows.
 const ERROR_LINES: usize = 8;
@@ -64,14 +65,30 @@ pub(crate) async fn run(
     directory: &Path,
     line: &mut (dyn FnMut(&str) + Send),
 ) -> Result<String, ToolError> {
+    let mut command = prepare(program, directory);
+    command.args(arguments);
+    run_prepared(program, command, line).await
+}
+
+/// Prepares a program that keeps its own files in `directory`.
+pub(crate) fn prepare(program: &str, directory: &Path) -> Command {
+    let mut command = bhatti_host::process::command(program);
+    command.current_dir(directory).env("TMPDIR", directory).env("HOME", directory);
+    command
+}
+
+/// Runs a prepared program as [`run`] does.
+pub(crate) async fn run_prepared(
+    program: &str,
+    mut command: Command,
+    line: &mut (dyn FnMut(&str) + Send),
+) -> Result<String, ToolError> {
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => {
             ToolError::NotInstalled { program: program.to_owned(), package: package_of(program) }
         }
         _ => ToolError::Run { program: program.to_owned(), source },
     };
-    let mut command = bhatti_host::process::command(program);
-    command.args(arguments).current_dir(directory).env("TMPDIR", directory).env("HOME", directory);
     let mut child =
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(failed)?;
 

@@ -26,7 +26,7 @@ use seccompiler::{
 };
 
 /// The newest Landlock version to ask for. An older kernel enforces the rules that it knows.
-const RULES: ABI = ABI::V6;
+pub(super) const RULES: ABI = ABI::V6;
 
 /// Directories of programs and of the files that they need, on common distributions.
 const SYSTEM: [&str; 18] = [
@@ -325,7 +325,7 @@ fn filter() -> io::Result<BpfProgram> {
 
 /// Returns the start of a filter that refuses the system calls of x32, which are those of x86-64
 /// under other numbers. On a kernel without x32, the check costs three instructions.
-fn refuse_x32() -> Vec<sock_filter> {
+pub(super) fn refuse_x32() -> Vec<sock_filter> {
     const NUMBER_OFFSET: u32 = 0;
     const X32_BIT: u32 = 0x4000_0000;
     if !cfg!(target_arch = "x86_64") {

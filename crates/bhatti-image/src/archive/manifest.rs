@@ -92,7 +92,7 @@ impl<'file> Files<'file> {
     /// Reads the names of an archive. Returns `None` if it has too many files for an image.
     fn read(archive: &'file File) -> Result<Option<Self>, ArchiveError> {
         let whole = Part::whole(archive)?;
-        let failed = |error| explain(error, 0);
+        let failed = |error| explain(&error);
         check_extensions(whole.reader()).map_err(failed)?;
         let mut reader = Archive::new(whole.reader());
         let (mut files, mut links) = (HashMap::new(), Vec::new());

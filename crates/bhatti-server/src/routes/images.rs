@@ -142,15 +142,18 @@ impl From<ImportError> for ApiError {
             }
             ImportError::Archive { .. } => Self::new(ErrorCode::BadRequest, error.to_string())
                 .hint("send a tar of a root file system (`docker export`), of one image (`docker save`) or of an OCI layout, plain or compressed with gzip, xz or zstd"),
-            ImportError::TooLarge => Self::new(ErrorCode::BadRequest, error.to_string()),
-            ImportError::Build(SetupError::DiskFull { .. }) => {
-                Self::new(ErrorCode::Busy, "the disk of the daemon's host has no space for the image")
-            }
-            ImportError::Tool(_) | ImportError::File(_) | ImportError::Build(_) | ImportError::Store(_) => {
+            ImportError::TooLarge(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
+            ImportError::Build(SetupError::DiskFull { .. }) => disk_full(),
+            error if error.is_disk_full() => disk_full(),
+            ImportError::Host(_) | ImportError::File(_) | ImportError::Build(_) | ImportError::Store(_) => {
                 Self::internal(&error)
             }
         }
     }
+}
+
+fn disk_full() -> ApiError {
+    ApiError::new(ErrorCode::Busy, "the disk of the daemon's host has no space for the image")
 }
 
 impl From<RemoveError> for ApiError {
