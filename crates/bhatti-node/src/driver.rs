@@ -511,15 +511,22 @@ async fn perform(sandbox: &Sandbox, request: Request) -> Outcome {
     match request {
         Request::Wake(reply) => drop(reply.send(sandbox.wake().await)),
         Request::Pause(reply) => drop(reply.send(sandbox.pause_on_request().await)),
-        Request::Stop(reply) => drop(reply.send(sandbox.stop().await)),
+        Request::Stop(reply) => {
+            drop(reply.send(sandbox.stop().await.map_err(|error| sandbox.cause(error))));
+        }
         Request::Start { cold_boot: false, reply } => drop(reply.send(sandbox.start().await)),
         Request::Start { cold_boot: true, reply } => drop(reply.send(sandbox.cold_boot().await)),
         Request::KeepHot { keep_hot, reply } => {
             drop(reply.send(sandbox.set_keep_hot(keep_hot).await));
         }
         Request::MergeDisk(reply) => drop(reply.send(sandbox.merge_disk().await)),
-        Request::GiveMemory(reply) => drop(reply.send(sandbox.give_memory().await)),
-        Request::Sleep(reply) => drop(reply.send(sandbox.sleep_for_shut_down().await)),
+        Request::GiveMemory(reply) => {
+            drop(reply.send(sandbox.give_memory().await.map_err(|error| sandbox.cause(error))));
+        }
+        Request::Sleep(reply) => {
+            let slept = sandbox.sleep_for_shut_down().await;
+            drop(reply.send(slept.map_err(|error| sandbox.cause(error))));
+        }
         Request::Save { directory, memory, made_from, reply } => {
             match sandbox.capture(directory, memory, made_from).await {
                 Ok(capture) => return Outcome::Saving(tokio::spawn(finish(capture, reply))),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bhatti_store::{Attachment, Claim, SandboxRow, StoreError};
-use bhatti_types::{FailReason, MemoryMib, Report, SandboxId, SandboxState, UserId};
+use bhatti_types::{Denied, FailReason, MemoryMib, Report, SandboxId, SandboxState, UserId};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -14,6 +14,7 @@ use tracing::{error, warn};
 
 use super::access::{Access, Running};
 use super::breaker::Breaker;
+use super::error::TransitionError;
 use super::guest_events::{Listener, Source};
 use super::reboot::Reboots;
 use super::saved::Saved;
@@ -68,6 +69,8 @@ pub(crate) struct Sandbox {
     listener: Listener,
     /// Notified when a request waits that is more urgent than a merge of the disk's layers.
     pub(super) hurry: Notify,
+    /// Whether a save was ended for a destruction: see [`interrupt`](Self::interrupt).
+    interrupted: AtomicBool,
     /// Whether another daemon has claimed the sandbox: see [`leave`](Self::leave).
     fenced: AtomicBool,
     /// Whether an event of its destruction is due: its creation was announced, and no earlier
@@ -94,6 +97,7 @@ impl Sandbox {
             reboots: Reboots::default(),
             listener: Listener::default(),
             hurry: Notify::new(),
+            interrupted: AtomicBool::new(false),
             fenced: AtomicBool::new(false),
             is_announced: AtomicBool::new(is_announced),
         }
@@ -211,9 +215,15 @@ impl Sandbox {
         if !self.saves_memory() || self.writes_named_volumes() {
             return None;
         }
+        self.interrupted.store(true, Ordering::Relaxed);
         let (shared, id, directory) = (Arc::clone(&self.shared), self.id, self.directory());
         // If this fails, the save goes on, and the destruction comes after it.
         Some(tokio::spawn(async move { drop(shared.engine.kill(id, &directory).await) }))
+    }
+
+    /// Returns why a save failed: the destruction that ended it, or `error`.
+    pub(super) fn cause(&self, error: TransitionError) -> TransitionError {
+        if self.interrupted.load(Ordering::Relaxed) { Denied::Destroyed.into() } else { error }
     }
 
     /// Records the guest's own events from now on.
