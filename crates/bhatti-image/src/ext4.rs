@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use bhatti_host::process::{Confinement, Reach};
 use bhatti_host::{blocking, disk};
+use tracing::info;
 
 use crate::archive::LayerFile;
 use crate::layer::{Limits, TreeSize};
@@ -47,41 +48,68 @@ pub enum Ext4Error {
 }
 
 /// What the layers had that an image cannot have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct LeftOut {
+#[derive(Clone, Copy, Debug, Default)]
+struct LeftOut {
     /// Device nodes.
-    pub(crate) devices: u64,
+    devices: u64,
     /// Extended attributes.
-    pub(crate) attributes: u64,
+    attributes: u64,
 }
 
-/// Makes the ext4 file `image` from layers, lowest first. Works in `scratch`, with `program`,
-/// which is `bhatti`.
-///
-/// # Errors
-///
-/// Returns an error that names the layer's entry at fault. `scratch` then has a part of the tree.
-pub(crate) async fn make(
-    program: &Path,
-    scratch: &Path,
-    layers: &[LayerFile],
-    image: &Path,
-) -> Result<LeftOut, Ext4Error> {
-    let unpacker = Unpacker::new(program, scratch);
-    // The tree and the image are on one disk.
-    let free = blocking(|| disk::free_bytes(scratch))? / 2;
-    let mut limits = Limits { entries: ENTRIES_MAX, bytes: free.min(IMAGE_BYTES_MAX) };
-    let mut left_out = LeftOut::default();
-    for layer in layers {
-        let (applied, _) = unpacker.apply(layer, limits).await?;
-        limits.entries -= applied.entries;
-        limits.bytes -= applied.bytes;
-        left_out.devices += applied.devices;
-        left_out.attributes += applied.attributes;
+/// Makes an ext4 file from layers, in a directory of its own.
+pub(crate) struct Ext4Builder {
+    scratch: PathBuf,
+    unpacker: Unpacker,
+    /// What the next layers may have.
+    limits: Limits,
+    left_out: LeftOut,
+}
+
+impl Ext4Builder {
+    /// Prepares to work in `scratch`, with `program`, which is `bhatti`.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the free space of the disk cannot be read. Blocks on disk.
+    pub(crate) fn new(program: &Path, scratch: &Path) -> io::Result<Self> {
+        // The tree and the image are on one disk.
+        let free = disk::free_bytes(scratch)? / 2;
+        Ok(Self {
+            scratch: scratch.to_owned(),
+            unpacker: Unpacker::new(program, scratch),
+            limits: Limits { entries: ENTRIES_MAX, bytes: free.min(IMAGE_BYTES_MAX) },
+            left_out: LeftOut::default(),
+        })
     }
-    let size = unpacker.finish().await?;
-    write_tree(scratch, size, image).await?;
-    Ok(left_out)
+
+    /// Applies the next layer. Returns the SHA-256 of its uncompressed form, in hexadecimal.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error that names the entry at fault.
+    pub(crate) async fn apply(&mut self, layer: &LayerFile) -> Result<String, Ext4Error> {
+        let (applied, diff_id) = self.unpacker.apply(layer, self.limits).await?;
+        self.limits.entries -= applied.entries;
+        self.limits.bytes -= applied.bytes;
+        self.left_out.devices += applied.devices;
+        self.left_out.attributes += applied.attributes;
+        Ok(diff_id)
+    }
+
+    /// Writes the tree into the new file `image`. Logs what was left out.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the image is empty, or if `mke2fs` fails.
+    pub(crate) async fn write(self, image: &Path) -> Result<(), Ext4Error> {
+        let size = self.unpacker.finish().await?;
+        write_tree(&self.scratch, size, image).await?;
+        let LeftOut { devices, attributes } = self.left_out;
+        if devices + attributes > 0 {
+            info!(devices, attributes, "Left out devices and privileged attributes of an image");
+        }
+        Ok(())
+    }
 }
 
 /// Writes the tree in `scratch` into a new file. All tables are initialized now: a guest that

@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 use bhatti_host::{blocking, disk};
 use bhatti_types::ImageName;
 use tokio::task::spawn_blocking;
-use tracing::info;
 
 use crate::DEFAULT_IMAGE;
 use crate::archive::{self, ArchiveError, is_compressed};
-use crate::ext4::{self, Ext4Error, LeftOut};
+use crate::ext4::{Ext4Builder, Ext4Error};
 use crate::setup::{Build, SetupError, finish_image};
 use crate::store::{ImageStore, ImageSummary, StoreError, file_error};
 use crate::unpack::{UnpackError, Unpacker};
@@ -31,6 +30,9 @@ pub enum ImportError {
     /// The archive's content exceeds a limit, or half of the free space of the host's disk.
     #[error("{0}")]
     TooLarge(String),
+    /// A layer's uncompressed content is not what the image's configuration says.
+    #[error("a layer's content is not `{0}`, as the image's configuration says")]
+    WrongLayer(String),
     /// The host failed.
     #[error("failed to unpack the archive")]
     Host(#[source] Ext4Error),
@@ -189,21 +191,21 @@ impl ImageStore {
 
 /// Unpacks an archive and writes it into an ext4 file.
 async fn unpack(store: &ImageStore, build: &Path, archive: File) -> Result<PathBuf, ImportError> {
-    let unpacker = Unpacker::new(store.program(), build);
     let archive = if blocking(|| is_compressed(&archive)).map_err(ImportError::File)? {
         let free = blocking(|| disk::free_bytes(build)).map_err(ImportError::File)?;
-        unpacker.decompress(&archive, free / 3).await?
+        Unpacker::new(store.program(), build).decompress(&archive, free / 3).await?
     } else {
         archive
     };
     let found = spawn_blocking(move || archive::layers(&archive)).await;
     let layers = found.map_err(io::Error::other).map_err(ArchiveError::File).flatten()?;
     let image = build.join("root.ext4");
-    let left_out = ext4::make(store.program(), build, &layers, &image).await?;
-    if left_out != LeftOut::default() {
-        let LeftOut { devices, attributes } = left_out;
-        info!(devices, attributes, "The image has neither devices nor privileged attributes");
+    let mut builder =
+        blocking(|| Ext4Builder::new(store.program(), build)).map_err(ImportError::File)?;
+    for layer in &layers {
+        builder.apply(layer).await?;
     }
+    builder.write(&image).await?;
     Ok(image)
 }
 

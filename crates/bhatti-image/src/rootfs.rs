@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::apt::{self, AptError};
 use crate::archive::LayerFile;
 use crate::certificates::{CertificateError, Certificates, TRUST};
-use crate::ext4::{self, Ext4Error};
+use crate::ext4::{Ext4Builder, Ext4Error};
 use crate::tool::{ToolError, run};
 
 /// The Debian release of the image.
@@ -180,8 +180,19 @@ pub(crate) async fn build_debian(
     line("writing the file system");
     let layer = blocking(|| File::open(&tar).and_then(LayerFile::whole))
         .map_err(|source| RootfsError::Create { path: tar.clone(), source })?;
-    ext4::make(unpacker, scratch, &[layer], &image).await.map_err(RootfsError::Write)?;
+    write_image(unpacker, scratch, &layer, &image).await.map_err(RootfsError::Write)?;
     Ok(image)
+}
+
+async fn write_image(
+    unpacker: &Path,
+    scratch: &Path,
+    layer: &LayerFile,
+    image: &Path,
+) -> Result<(), Ext4Error> {
+    let mut builder = blocking(|| Ext4Builder::new(unpacker, scratch))?;
+    builder.apply(layer).await?;
+    builder.write(image).await
 }
 
 /// Prepares an image to trust `certificates`. Returns the argument that makes mmdebstrap do it,

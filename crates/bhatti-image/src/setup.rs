@@ -331,6 +331,8 @@ pub(crate) fn finish_image(
     image: &Path,
     source: String,
 ) -> Result<Artefact, StoreError> {
+    let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+    let name: String = name.chars().map(safe).take(63).collect();
     let file = format!("rootfs-{name}-{}.ext4", hash_file(image)?);
     build.finish(store, image, file, source)
 }

@@ -142,7 +142,7 @@ impl From<ImportError> for ApiError {
             }
             ImportError::Archive { .. } => Self::new(ErrorCode::BadRequest, error.to_string())
                 .hint("send a tar of a root file system (`docker export`), of one image (`docker save`) or of an OCI layout, plain or compressed with gzip, xz or zstd"),
-            ImportError::TooLarge(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
+            ImportError::TooLarge(_) | ImportError::WrongLayer(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
             ImportError::Build(SetupError::DiskFull { .. }) => disk_full(),
             error if error.is_disk_full() => disk_full(),
             ImportError::Host(_) | ImportError::File(_) | ImportError::Build(_) | ImportError::Store(_) => {
