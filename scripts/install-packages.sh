@@ -82,6 +82,9 @@ if [ "${1:-}" = test ]; then
     need tmux tmux
     need mkfs.xfs xfsprogs
     need dockerd docker.io
+    need docker-registry docker-registry
+    need skopeo skopeo
+    need umoci umoci
     need npm npm
     has chromium-browser || need chromium chromium
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

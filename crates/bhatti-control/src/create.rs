@@ -186,6 +186,8 @@ impl Control {
         request: SandboxRequest,
     ) -> Result<SandboxRow, CreateError> {
         let store = &self.inner.store;
+        let image = request.image.map_or_else(|| DEFAULT_IMAGE.parse(), Ok)?;
+        let image = self.inner.node.find_image(image).await?;
         let spec = SandboxSpec {
             name: request.name.map_or_else(generated_name, Ok)?,
             cpus: request.cpus.unwrap_or(CpuCount::ONE),
@@ -196,7 +198,7 @@ impl Control {
             labels: request.labels,
             secrets: request.secrets,
             init: request.init,
-            image: request.image.map_or_else(|| DEFAULT_IMAGE.parse(), Ok)?,
+            image,
             network: NetworkSpec {
                 mode: request.network.unwrap_or_else(|| self.inner.node.default_network()),
                 allow: request.allow,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bhatti_agent::CallError;
 use bhatti_engine::{BootError, RestoreError, VmmError};
 use bhatti_image::BootFiles;
+use bhatti_registry::Reference;
 use bhatti_store::StoreError;
 use bhatti_types::{DEFAULT_IMAGE, DiskMib, ImageName, ParseNameError, SandboxId};
 
@@ -132,21 +133,35 @@ pub enum CreateError {
     Interrupted,
 }
 
+/// Finds an image by its name, or by a reference to it. Returns its name.
+pub(crate) async fn find_image(
+    shared: &Arc<Shared>,
+    image: ImageName,
+) -> Result<ImageName, CreateError> {
+    if image.as_str() == DEFAULT_IMAGE {
+        return Ok(image);
+    }
+    let images = shared.config.images.clone();
+    let known = tokio::task::spawn_blocking(move || images.images()).await;
+    let known = known.map_err(|_| CreateError::Interrupted)??;
+    // A pulled image has its whole reference as its name.
+    let whole = image.as_str().parse::<Reference>().map(|reference| reference.to_string());
+    let mut names = [Some(image.to_string()), whole.ok()].into_iter().flatten();
+    match names.find(|name| known.contains(name)) {
+        Some(name) => Ok(name.parse()?),
+        None => Err(CreateError::NoSuchImage(image)),
+    }
+}
+
 /// Returns the files that an image boots from.
 pub(crate) async fn boot_files(
     shared: &Arc<Shared>,
     image: &ImageName,
 ) -> Result<BootFiles, CreateError> {
-    let (shared, name) = (Arc::clone(shared), image.clone());
+    let name = find_image(shared, image.clone()).await?;
+    let shared = Arc::clone(shared);
     let found = tokio::task::spawn_blocking(move || {
-        let images = &shared.config.images;
-        if name.as_str() != DEFAULT_IMAGE
-            && !images.images()?.iter().any(|image| image == name.as_str())
-        {
-            return Ok(None);
-        }
-        images.boot_files(name.as_str(), &shared.config.lohar).map(Some)
+        shared.config.images.boot_files(name.as_str(), &shared.config.lohar)
     });
-    let files = found.await.map_err(|_| CreateError::Interrupted)??;
-    files.ok_or_else(|| CreateError::NoSuchImage(image.clone()))
+    Ok(found.await.map_err(|_| CreateError::Interrupted)??)
 }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::bases::Recipe;
-use crate::boot_source::{BootSource, CreateError, Prepared, boot_files};
+use crate::boot_source::{BootSource, CreateError, Prepared, boot_files, find_image};
 use crate::bring_up::bring_up;
 use crate::driver::Driver;
 use crate::driver::state::State;
@@ -51,6 +51,15 @@ pub struct Shape {
 }
 
 impl Node {
+    /// Finds an image by its name, or by a reference to it in any form. Returns its name.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`CreateError::NoSuchImage`] if this host does not have the image.
+    pub async fn find_image(&self, image: ImageName) -> Result<ImageName, CreateError> {
+        find_image(&self.shared, image).await
+    }
+
     /// Prepares a creation: finds the image, and makes the base snapshot of this shape for `owner`
     /// if there is none.
     ///

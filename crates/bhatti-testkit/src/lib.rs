@@ -11,6 +11,7 @@ mod faults;
 mod files;
 mod http;
 mod network;
+pub mod registry;
 mod sandbox;
 mod simulated;
 mod skip;

@@ -5,46 +5,53 @@ use std::str::FromStr;
 
 /// Maximum length of a name, in bytes (all of them ASCII).
 const NAME_BYTES_MAX: usize = 63;
+/// Maximum length of an image's name, which may be a reference, in bytes.
+const REFERENCE_BYTES_MAX: usize = 255;
 
 /// A string that cannot be a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("invalid {kind} name `{text}`: must match {}", pattern(.dots))]
+#[error("invalid {kind} name `{text}`: must match {}", pattern(.form))]
 pub struct ParseNameError {
     kind: &'static str,
     text: String,
-    dots: Dots,
+    form: Form,
 }
 
-/// Whether a name may contain dots.
+/// The characters that a name may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Dots {
-    Allowed,
-    Refused,
+enum Form {
+    Dotted,
+    Dotless,
+    /// Those of a reference to an image in a registry.
+    Reference,
 }
 
-const fn pattern(dots: &Dots) -> &'static str {
-    match dots {
-        Dots::Allowed => "[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}",
-        Dots::Refused => "[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}",
+const fn pattern(form: &Form) -> &'static str {
+    match form {
+        Form::Dotted => "[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}",
+        Form::Dotless => "[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}",
+        Form::Reference => "[a-zA-Z0-9][a-zA-Z0-9._/:@-]{0,254}",
     }
 }
 
-fn is_name(text: &str, dots: Dots) -> bool {
+fn is_name(text: &str, form: Form) -> bool {
     let mut bytes = text.bytes();
-    text.len() <= NAME_BYTES_MAX
+    let bytes_max = if form == Form::Reference { REFERENCE_BYTES_MAX } else { NAME_BYTES_MAX };
+    text.len() <= bytes_max
         && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
-        && bytes.all(|b| {
-            b.is_ascii_alphanumeric()
-                || matches!(b, b'_' | b'-')
-                || (b == b'.' && dots == Dots::Allowed)
+        && bytes.all(|b| match b {
+            b'_' | b'-' => true,
+            b'.' => form != Form::Dotless,
+            b'/' | b':' | b'@' => form == Form::Reference,
+            other => other.is_ascii_alphanumeric(),
         })
 }
 
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $kind:literal) => {
-        name! { $(#[$doc])* $name, $kind, Dots::Allowed }
+        name! { $(#[$doc])* $name, $kind, Form::Dotted }
     };
-    ($(#[$doc:meta])* $name:ident, $kind:literal, $dots:expr) => {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $form:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(Box<str>);
@@ -73,12 +80,12 @@ macro_rules! name {
             type Err = ParseNameError;
 
             fn from_str(text: &str) -> Result<Self, Self::Err> {
-                if is_name(text, $dots) {
+                if is_name(text, $form) {
                     Ok(Self(text.into()))
                 } else {
                     // Do not repeat a name of megabytes in the error.
-                    let text = text.chars().take(NAME_BYTES_MAX + 1).collect();
-                    Err(ParseNameError { kind: $kind, text, dots: $dots })
+                    let text = text.chars().take(REFERENCE_BYTES_MAX + 1).collect();
+                    Err(ParseNameError { kind: $kind, text, form: $form })
                 }
             }
         }
@@ -106,8 +113,9 @@ name! {
 }
 
 name! {
-    /// The name of an image, unique on this daemon.
-    ImageName, "image"
+    /// The name of an image, unique on this daemon. The name of a pulled image is its whole
+    /// reference, such as `docker.io/library/python:3.12-slim`.
+    ImageName, "image", Form::Reference
 }
 
 name! {
@@ -117,7 +125,7 @@ name! {
 
 name! {
     /// The name of a volume, unique among its owner's volumes.
-    VolumeName, "volume", Dots::Refused
+    VolumeName, "volume", Form::Dotless
 }
 
 /// A string that cannot be the name of a secret.
@@ -231,6 +239,17 @@ mod tests {
 
         for text in ["", "my sandbox", "a\nb", "a/b", "-a", ".a", "..", "é", "a%2f", &too_long] {
             assert!(text.parse::<SandboxName>().is_err(), "{text:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn image_name_may_be_a_reference() {
+        let longest = "x".repeat(255);
+        for text in ["minimal", "localhost:5000/a/b:1.2", "a@sha256:00", &longest] {
+            assert!(text.parse::<ImageName>().is_ok(), "{text:?}");
+        }
+        for text in ["", "/a", ".", "a b", "a\nb", "a%2f", &"x".repeat(256)] {
+            assert!(text.parse::<ImageName>().is_err(), "{text:?}");
         }
     }
 

@@ -1,5 +1,6 @@
 //! The configuration file: `config.yaml` in the data directory, every key optional.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_edge::Tls;
+use bhatti_registry::Registry;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -78,6 +80,8 @@ pub(crate) struct Config {
     /// dot, `*.internal`, `*.local`, and the names of private addresses. If absent, such names do
     /// not exist for sandboxes.
     pub(crate) dns_private_names: bool,
+    /// Settings of registries that images are pulled from, by host or by host and port.
+    pub(crate) registries: BTreeMap<String, Registry>,
 }
 
 /// See [`Config::engine`].

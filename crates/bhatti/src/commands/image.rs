@@ -8,6 +8,7 @@ use bhatti_image::{ImageStore, build_image};
 use bhatti_types::ImageName;
 use clap::Subcommand;
 
+use super::image_pull::{self, Pull};
 use super::setup::progress::with_progress;
 use super::{Context, several};
 use crate::error::CliError;
@@ -36,6 +37,11 @@ pub(crate) enum Image {
         #[arg(short, long, value_name = "PACKAGE", required = true)]
         package: Vec<String>,
     },
+    /// Pull an image from a registry, on the daemon's machine
+    #[command(
+        after_help = "Example:\n  bhatti image pull python:3.12-slim\n  bhatti create --image python:3.12-slim\n\nThe command uses what `docker login` has saved. The key `registries` of config.yaml has the settings of\nregistries: plain HTTP, private addresses, mirrors."
+    )]
+    Pull(Pull),
     /// Import an image from a tar archive: a root file system, `docker save` output, or an OCI
     /// layout
     #[command(
@@ -79,6 +85,7 @@ pub(crate) async fn run(context: &Context, command: Image) -> Result<(), CliErro
             output.show_facts(&client.inspect_image(&image).await?, describe)
         }
         Image::Build { name, package } => build(context, &name, &package).await,
+        Image::Pull(arguments) => image_pull::pull(context, arguments).await,
         Image::Import { name, archive } => {
             let (content, length) = open(&archive).await?;
             let transfer = Transfer::begin(output, "importing", length);

@@ -1,0 +1,322 @@
+//! Blobs on disk, by digest, as registries serve them.
+//!
+//! ```text
+//!  <directory>/
+//!    sha256/<HEX>     a whole blob; never written again
+//!    partial/<HEX>    the beginning of a blob; a later download continues it
+//! ```
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bhatti_host::{blocking, durable};
+use bytes::Bytes;
+use http::StatusCode;
+use http::header::CONTENT_RANGE;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use ring::digest::{Context, SHA256};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::auth::Credentials;
+use crate::client::{Registries, Source};
+use crate::error::RegistryError;
+use crate::http::HttpError;
+use crate::image::Blob;
+use crate::reference::Reference;
+use crate::retry::Attempts;
+
+/// Time after which a download counts as stalled if no byte arrives.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// The slowest download that is accepted, in bytes per second, after a first time.
+const SLOWEST_RATE: u64 = 16 << 10;
+const SLOWEST_START: Duration = Duration::from_mins(10);
+/// What a connection must bring for the next one not to count as a repetition, in bytes.
+const PROGRESS_BYTES_MIN: u64 = 64 << 10;
+/// How often a download starts again because its content was wrong.
+const RESTARTS: u32 = 1;
+/// Size of the buffer for reading a partial blob, in bytes.
+const BUFFER: usize = 128 << 10;
+
+/// The blobs of a directory. Clones share their locks.
+#[derive(Clone, Debug)]
+pub struct Blobs {
+    directory: PathBuf,
+    /// A lock for each blob that is being downloaded.
+    downloads: Arc<Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>>,
+}
+
+/// Receives the number of bytes that have been added to a blob.
+pub trait Progress: Sync {
+    /// Bytes arrived, or were found on disk.
+    fn add(&self, bytes: u64);
+    /// The blob starts again; this many bytes do not count any more.
+    fn remove(&self, bytes: u64);
+}
+
+impl Blobs {
+    /// Returns the blobs in `directory`, which is made when it is needed.
+    #[must_use]
+    pub fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned(), downloads: Arc::default() }
+    }
+
+    /// Path of a blob, whether it exists or not.
+    #[must_use]
+    pub fn path(&self, blob: &Blob) -> PathBuf {
+        self.directory.join("sha256").join(&blob.sha256)
+    }
+
+    fn partial(&self, blob: &Blob) -> PathBuf {
+        self.directory.join("partial").join(&blob.sha256)
+    }
+
+    /// Downloads a blob unless it exists. Continues what an earlier download left. Of two
+    /// downloads of one blob, the second waits for the first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error that names the registry. What has arrived stays, unless it is wrong.
+    ///
+    /// # Cancel safety
+    ///
+    /// What has arrived stays, and the next download continues it.
+    pub async fn download(
+        &self,
+        registries: &Registries,
+        reference: &Reference,
+        credentials: Option<&Credentials>,
+        blob: &Blob,
+        progress: &dyn Progress,
+    ) -> Result<(), RegistryError> {
+        let lock = self.lock_of(&blob.sha256);
+        let _lock = lock.lock().await;
+        if blocking(|| self.path(blob).exists()) {
+            progress.add(blob.bytes);
+            return Ok(());
+        }
+        let limit = SLOWEST_START + Duration::from_secs(blob.bytes / SLOWEST_RATE);
+        let mut restarts = 0;
+        loop {
+            let mut partial = self.open_partial(blob, progress).await?;
+            let attempts = registries.attempts(reference, credentials);
+            let fetched = fetch_all(registries, attempts, blob, &mut partial, progress);
+            let fetched = timeout(limit, fetched).await;
+            fetched.map_err(|_| stalled(reference.registry()))??;
+            match self.finish(partial, blob, reference).await {
+                Err(RegistryError::WrongContent { .. }) if restarts < RESTARTS => {
+                    progress.remove(blob.bytes);
+                    restarts += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Returns the lock of a blob. Locks that nobody holds are forgotten.
+    fn lock_of(&self, sha256: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut downloads = self.downloads.lock();
+        downloads.retain(|_, lock| lock.strong_count() > 0);
+        if let Some(lock) = downloads.get(sha256).and_then(Weak::upgrade) {
+            return lock;
+        }
+        let lock = Arc::default();
+        downloads.insert(sha256.to_owned(), Arc::downgrade(&lock));
+        lock
+    }
+
+    /// Opens the beginning of a blob that an earlier download left, or an empty file.
+    async fn open_partial(
+        &self,
+        blob: &Blob,
+        progress: &dyn Progress,
+    ) -> Result<Partial, RegistryError> {
+        let (path, bytes_max) = (self.partial(blob), blob.bytes);
+        let opened = spawn_blocking(move || Partial::open(path, bytes_max)).await;
+        let partial = opened.map_err(io::Error::other).flatten();
+        let partial = partial.map_err(file_error("open", &self.partial(blob)))?;
+        progress.add(partial.bytes);
+        Ok(partial)
+    }
+
+    /// Checks a whole blob, makes it durable and gives it its name.
+    async fn finish(
+        &self,
+        partial: Partial,
+        blob: &Blob,
+        reference: &Reference,
+    ) -> Result<(), RegistryError> {
+        let Partial { file, hash, path, .. } = partial;
+        if hex::encode(hash.finish()) != blob.sha256 {
+            blocking(|| fs::remove_file(&path)).map_err(file_error("remove", &path))?;
+            let registry = reference.registry().to_owned();
+            return Err(RegistryError::WrongContent { registry, digest: blob.digest() });
+        }
+        let (from, to) = (path.clone(), self.path(blob));
+        let kept = spawn_blocking(move || {
+            file.sync_all()?;
+            if let Some(directory) = to.parent() {
+                fs::create_dir_all(directory)?;
+            }
+            durable::rename(&from, &to)
+        });
+        let kept = kept.await.map_err(io::Error::other).flatten();
+        kept.map_err(file_error("keep", &path))
+    }
+}
+
+/// The beginning of a blob.
+struct Partial {
+    path: PathBuf,
+    file: File,
+    hash: Context,
+    bytes: u64,
+}
+
+impl Partial {
+    /// Opens a partial blob and hashes what it has. One that is too long starts again.
+    fn open(path: PathBuf, bytes_max: u64) -> io::Result<Self> {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).create(true).mode(0o600);
+        let mut partial =
+            Self { file: options.open(&path)?, path, hash: Context::new(&SHA256), bytes: 0 };
+        if partial.file.metadata()?.len() > bytes_max {
+            partial.restart()?;
+        }
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let length = partial.file.read(&mut buffer)?;
+            if length == 0 {
+                return Ok(partial);
+            }
+            partial.hash.update(&buffer[..length]);
+            partial.bytes += length as u64;
+        }
+    }
+
+    fn restart(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        (self.hash, self.bytes) = (Context::new(&SHA256), 0);
+        Ok(())
+    }
+
+    fn add(&mut self, data: &[u8]) -> io::Result<()> {
+        self.file.write_all(data)?;
+        self.hash.update(data);
+        self.bytes += data.len() as u64;
+        Ok(())
+    }
+}
+
+/// Fetches the rest of a blob from the registries that may have it.
+async fn fetch_all(
+    registries: &Registries,
+    mut attempts: Attempts<Source>,
+    blob: &Blob,
+    partial: &mut Partial,
+    progress: &dyn Progress,
+) -> Result<(), RegistryError> {
+    loop {
+        match fetch(registries, attempts.server(), blob, partial, progress).await {
+            Ok(()) => return Ok(()),
+            Err(error) => attempts.next_after(error).await?,
+        }
+    }
+}
+
+/// Fetches the rest of a blob from one registry. Asks again at once as long as each connection
+/// brings something.
+async fn fetch(
+    registries: &Registries,
+    source: &Source,
+    blob: &Blob,
+    partial: &mut Partial,
+    progress: &dyn Progress,
+) -> Result<(), RegistryError> {
+    loop {
+        let before = partial.bytes;
+        match fetch_once(registries, source, blob, partial, progress).await {
+            Err(error) if error.is_transient() && partial.bytes >= before + PROGRESS_BYTES_MIN => {}
+            result => return result,
+        }
+    }
+}
+
+async fn fetch_once(
+    registries: &Registries,
+    source: &Source,
+    blob: &Blob,
+    partial: &mut Partial,
+    progress: &dyn Progress,
+) -> Result<(), RegistryError> {
+    if partial.bytes == blob.bytes {
+        return Ok(());
+    }
+    let response = registries.blob(source, blob, partial.bytes).await?;
+    if partial.bytes > 0 && !continues(&response, partial.bytes) {
+        progress.remove(partial.bytes);
+        blocking(|| partial.restart()).map_err(file_error("empty", &partial.path))?;
+    }
+    let mut body = response.into_body();
+    while let Some(data) = next_data(source, &mut body).await? {
+        if partial.bytes + data.len() as u64 > blob.bytes {
+            let limit = usize::try_from(blob.bytes).unwrap_or(usize::MAX);
+            return Err(HttpError::TooLong { host: source.server().to_owned(), limit }.into());
+        }
+        blocking(|| partial.add(&data)).map_err(file_error("write", &partial.path))?;
+        progress.add(data.len() as u64);
+    }
+    if partial.bytes < blob.bytes {
+        return Err(broken(source, io::ErrorKind::UnexpectedEof.into()));
+    }
+    Ok(())
+}
+
+/// Whether a response is the rest of a blob from byte `from` on.
+fn continues(response: &http::Response<Incoming>, from: u64) -> bool {
+    let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+    let start = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next());
+    response.status() == StatusCode::PARTIAL_CONTENT
+        && start.and_then(|start| start.parse().ok()) == Some(from)
+}
+
+/// Returns the next data of a body, or `None` at its end.
+async fn next_data(source: &Source, body: &mut Incoming) -> Result<Option<Bytes>, RegistryError> {
+    loop {
+        let frame = timeout(STALL_LIMIT, body.frame()).await;
+        match frame.map_err(|_| broken(source, io::ErrorKind::TimedOut.into()))? {
+            None => return Ok(None),
+            Some(Err(error)) => return Err(broken(source, io::Error::other(error))),
+            // A frame that is no data has trailers.
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+        }
+    }
+}
+
+fn broken(source: &Source, error: io::Error) -> RegistryError {
+    HttpError::Broken { host: source.server().to_owned(), source: error.into() }.into()
+}
+
+fn stalled(registry: &str) -> RegistryError {
+    let source = io::Error::new(io::ErrorKind::TimedOut, "it sends too slowly");
+    HttpError::Broken { host: registry.to_owned(), source: source.into() }.into()
+}
+
+fn file_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RegistryError + use<> {
+    let path = path.to_owned();
+    move |source| RegistryError::File { step, path, source }
+}

@@ -1,0 +1,232 @@
+//! Asks registries.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::header::HeaderMap;
+use http::{Response, StatusCode, Uri};
+use hyper::body::Incoming;
+
+use crate::auth::{Authorizations, Credentials, Scope};
+use crate::config::Config;
+use crate::error::RegistryError;
+use crate::http::{Http, Wanted, read};
+use crate::image::{
+    Blob, DESCRIPTION_BYTES_MAX, Description, MANIFESTS, RemoteImage, digest_of, parse,
+};
+use crate::reference::{Reference, server};
+use crate::retry::Attempts;
+
+/// The header with the digest of a manifest.
+const DIGEST: &str = "docker-content-digest";
+
+/// A client of all registries. Clones share its connections and tokens.
+#[derive(Clone)]
+pub struct Registries {
+    http: Http,
+    config: Arc<Config>,
+    known: Arc<Authorizations>,
+}
+
+/// A registry that has an image: the reference's own one, or a mirror.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    /// The server's name, with its port if it is not the usual one.
+    server: String,
+    scope: Scope,
+    /// Parameters of requests to a mirror, which may serve several registries.
+    query: String,
+}
+
+impl Registries {
+    /// Makes a client.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if this machine has no certificate authorities. Blocks on disk.
+    pub fn new(config: Config) -> io::Result<Self> {
+        let config = Arc::new(config);
+        let http = Http::new(Arc::clone(&config))?;
+        Ok(Self { http, config, known: Arc::default() })
+    }
+
+    /// Finds the image of a reference for this host.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error that names the registry. Transient failures are retried before.
+    pub async fn find(
+        &self,
+        reference: &Reference,
+        credentials: Option<&Credentials>,
+    ) -> Result<RemoteImage, RegistryError> {
+        let mut attempts = self.attempts(reference, credentials);
+        loop {
+            match self.find_at(reference, attempts.server()).await {
+                Ok(image) => return Ok(image),
+                Err(error) => attempts.next_after(error).await?,
+            }
+        }
+    }
+
+    async fn find_at(
+        &self,
+        reference: &Reference,
+        source: &Source,
+    ) -> Result<RemoteImage, RegistryError> {
+        let found = self.describe(reference, source, reference.version()).await?;
+        let digest = match found {
+            Description::Image(image) => return Ok(image),
+            Description::Index(digest) => digest,
+        };
+        match self.describe(reference, source, &digest).await? {
+            Description::Image(image) => Ok(image),
+            Description::Index(_) => Err(RegistryError::Unsupported {
+                reference: reference.to_string(),
+                problem: "has an index in its index".to_owned(),
+            }),
+        }
+    }
+
+    /// Reads the configuration of an image: a JSON object of at most 4 MiB.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the content has not the digest that the image names.
+    pub async fn config(
+        &self,
+        reference: &Reference,
+        credentials: Option<&Credentials>,
+        blob: &Blob,
+    ) -> Result<Bytes, RegistryError> {
+        let mut attempts = self.attempts(reference, credentials);
+        loop {
+            match self.config_at(attempts.server(), blob).await {
+                Ok(config) => return Ok(config),
+                Err(error) => attempts.next_after(error).await?,
+            }
+        }
+    }
+
+    async fn config_at(&self, source: &Source, blob: &Blob) -> Result<Bytes, RegistryError> {
+        let response = self.blob(source, blob, 0).await?;
+        let content = read(&source.server, response.into_body(), DESCRIPTION_BYTES_MAX).await?;
+        check(source, &content, &blob.digest()).map(|()| content)
+    }
+
+    /// Sends a request for a blob, from byte `from` on.
+    pub(crate) async fn blob(
+        &self,
+        source: &Source,
+        blob: &Blob,
+        from: u64,
+    ) -> Result<Response<Incoming>, RegistryError> {
+        let wanted = Wanted { from, ..Wanted::default() };
+        self.get(source, &format!("blobs/{}", blob.digest()), wanted).await
+    }
+
+    /// Prepares to ask the mirrors of a reference's registry, and then the registry.
+    pub(crate) fn attempts(
+        &self,
+        reference: &Reference,
+        credentials: Option<&Credentials>,
+    ) -> Attempts<Source> {
+        let registry = reference.registry();
+        let repository = reference.repository().to_owned();
+        let mirrors = self.config.of(registry).mirrors.into_iter().map(|mirror| Source {
+            server: mirror.clone(),
+            // A mirror does not get the password of the registry.
+            scope: Scope { registry: mirror, repository: repository.clone(), credentials: None },
+            query: format!("?ns={registry}"),
+        });
+        let own = Source {
+            server: server(registry).to_owned(),
+            scope: Scope {
+                registry: registry.to_owned(),
+                repository: repository.clone(),
+                credentials: credentials.cloned(),
+            },
+            query: String::new(),
+        };
+        Attempts::new(mirrors.collect(), own)
+    }
+
+    async fn describe(
+        &self,
+        reference: &Reference,
+        source: &Source,
+        version: &str,
+    ) -> Result<Description, RegistryError> {
+        let wanted = Wanted { accept: Some(MANIFESTS), ..Wanted::default() };
+        let response = self.get(source, &format!("manifests/{version}"), wanted).await?;
+        let named = header(response.headers(), DIGEST);
+        let content = read(&source.server, response.into_body(), DESCRIPTION_BYTES_MAX).await?;
+        if version.starts_with("sha256:") {
+            check(source, &content, version)?;
+        }
+        // A registry may name a digest of another algorithm.
+        if let Some(named) = named.filter(|named| named.starts_with("sha256:")) {
+            check(source, &content, &named)?;
+        }
+        parse(&reference.to_string(), &source.server, &content)
+    }
+
+    /// Sends a request below a repository, with authorization if the registry asks for it.
+    async fn get(
+        &self,
+        source: &Source,
+        path: &str,
+        mut wanted: Wanted<'_>,
+    ) -> Result<Response<Incoming>, RegistryError> {
+        let Source { server, scope, query } = source;
+        let scheme = if self.config.of(server).plain_http { "http" } else { "https" };
+        let uri = format!("{scheme}://{server}/v2/{}/{path}{query}", scope.repository);
+        let uri: Uri = uri.parse().map_err(|_| RegistryError::NotFound(uri))?;
+        let known = self.known.known(scope);
+        wanted.authorization = known;
+        let mut response = self.http.get(uri.clone(), &wanted).await?;
+        if response.status() == StatusCode::UNAUTHORIZED {
+            // A token that has expired before its time is replaced once.
+            self.known.forget(scope);
+            let obtained = self.known.obtain(&self.http, scope, response.headers()).await?;
+            wanted.authorization = Some(obtained.ok_or_else(|| denied(scope))?);
+            response = self.http.get(uri, &wanted).await?;
+        }
+        match response.status() {
+            status if status.is_success() => Ok(response),
+            StatusCode::NOT_FOUND => Err(RegistryError::NotFound(format!(
+                "{}/{} ({path})",
+                scope.registry, scope.repository
+            ))),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(denied(scope)),
+            status => Err(RegistryError::status(server.clone(), status, response.headers())),
+        }
+    }
+}
+
+impl Source {
+    pub(crate) fn server(&self) -> &str {
+        &self.server
+    }
+}
+
+fn denied(scope: &Scope) -> RegistryError {
+    RegistryError::Denied {
+        registry: scope.registry.clone(),
+        repository: scope.repository.clone(),
+        has_credentials: scope.credentials.is_some(),
+    }
+}
+
+fn header(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+}
+
+/// Compares a content with its digest, `sha256:…`.
+fn check(source: &Source, content: &[u8], digest: &str) -> Result<(), RegistryError> {
+    if digest_of(content) == digest {
+        return Ok(());
+    }
+    Err(RegistryError::WrongContent { registry: source.server.clone(), digest: digest.to_owned() })
+}
