@@ -4,7 +4,7 @@
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
 
-.PHONY: build quickstart test test-data test-engines test-firecracker power-loss check audit api-check bench bench-check compare install clean
+.PHONY: build quickstart test test-long test-data test-engines test-firecracker power-loss check audit api-check bench bench-check compare install clean
 
 build:
 	cargo build --release --locked -p bhatti
@@ -17,6 +17,10 @@ quickstart:
 
 test:
 	./scripts/test.sh
+
+# The tests that take more than a minute each, which `make test` leaves out.
+test-long: test-data
+	cargo nextest run --locked --workspace --profile long
 
 # Every engine's conformance tests, natively and in the KVM lab, as a table.
 test-engines: build

@@ -12,16 +12,19 @@ data_dir=$PWD/target/test-data
 rm -f target/skipped.txt target/failed.txt
 
 status=0
+took=" programs and images $SECONDS s,"
 # run NAME COMMAND...: runs one suite and records its failure for the summary.
 run() {
-    local name=$1 log=target/log-$1.txt code=0
+    local name=$1 log=target/log-$1.txt code=0 start=$SECONDS
     shift
     "$@" 2>&1 | tee "$log" || code=$?
+    took+=" $name $((SECONDS - start)) s,"
     [ "$code" = 0 ] && return
     status=$code
     ./scripts/failed-tests.sh "$name" "$log" >>target/failed.txt
 }
 
+run test-programs cargo nextest run --locked --workspace --profile ci --no-run
 run tests cargo nextest run --locked --workspace --profile ci "$@"
 # Run the daemon's tests again on Docker, unless the arguments select tests.
 if [ $# = 0 ] && [ -S "$DOCKER_SOCK" ]; then
@@ -44,6 +47,10 @@ run quickstart "${own_network[@]}" ./scripts/test-quickstart.sh
 if [ -s target/skipped.txt ]; then
     sort -u target/skipped.txt
 fi
+if [ $# = 0 ]; then
+    echo "left to make test-long: $(cargo nextest list --locked --workspace --profile long --message-format oneline 2>/dev/null | wc -l) tests"
+fi
+echo "took:${took%,}"
 echo "skipped: $(sort -u target/skipped.txt 2>/dev/null | wc -l)"
 # Print failures last, so that the end of a truncated log shows them.
 if [ -s target/failed.txt ]; then
