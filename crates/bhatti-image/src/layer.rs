@@ -169,3 +169,5 @@ fn check(count: u64, limit: u64, what: &'static str) -> Result<(), LayerError> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod umoci;

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use bhatti_host::blocking;
+use bhatti_host::{blocking, disk};
 use bhatti_image::{ImageStore, ImageSummary, ImportError, StoreError};
 use bhatti_registry::{
     Blob, Blobs, Credentials, Progress, Reference, Registries, RegistryError, RemoteImage,
@@ -35,6 +35,19 @@ pub enum PullError {
         reference: String,
         /// What is wrong with it.
         problem: &'static str,
+    },
+    /// The layers do not fit on the disk.
+    #[error(
+        "`{reference}` has layers of {} MiB, and the host's disk has {} MiB free; pulling it takes twice its layers",
+        needed_bytes >> 20, free_bytes >> 20
+    )]
+    DiskFull {
+        /// The image.
+        reference: String,
+        /// Size of the layers as the registry has them, in bytes.
+        needed_bytes: u64,
+        /// Free space, in bytes.
+        free_bytes: u64,
     },
     /// A layer could not be unpacked, or the image not be built.
     #[error(transparent)]
@@ -137,6 +150,7 @@ impl ImagePuller {
         }
         let config = self.registries.config(reference, credentials, &image.config).await?;
         let diff_ids = diff_ids(reference, &config, image.layers.len())?;
+        self.check_space(reference, &image.layers)?;
         let downloads = self.start_downloads(reference, credentials, &image.layers, &progress);
         let mut build = blocking(|| self.images.begin_layers())?;
         for (number, (mut download, layer)) in downloads.into_iter().zip(&image.layers).enumerate()
@@ -160,6 +174,28 @@ impl ImagePuller {
         let config = image.config.sha256.clone();
         let found = spawn_blocking(move || images.name_layers(&name, &config, &source));
         Ok(found.await.map_err(|_| PullError::Interrupted)??)
+    }
+
+    /// Refuses layers that do not fit on the disk. Each takes its own size, and unpacked at least
+    /// as much again.
+    fn check_space(&self, reference: &Reference, layers: &[Blob]) -> Result<(), PullError> {
+        let directory = self.images.directory();
+        let failed = |source| RegistryError::File {
+            step: "read the free space of",
+            path: directory.into(),
+            source,
+        };
+        let free_bytes = blocking(|| {
+            std::fs::create_dir_all(directory)?;
+            disk::free_bytes(directory)
+        });
+        let free_bytes = free_bytes.map_err(failed)?;
+        let needed_bytes = layers.iter().fold(0_u64, |sum, layer| sum.saturating_add(layer.bytes));
+        if needed_bytes.saturating_mul(2) > free_bytes {
+            let reference = reference.to_string();
+            return Err(PullError::DiskFull { reference, needed_bytes, free_bytes });
+        }
+        Ok(())
     }
 
     fn start_downloads(

@@ -142,10 +142,18 @@ fn is_layer(kind: &MediaType) -> bool {
 
 fn blob(reference: &str, descriptor: &Descriptor) -> Result<Blob, RegistryError> {
     let digest = descriptor.digest().to_string();
-    let sha256 = digest.strip_prefix("sha256:").map(str::to_owned);
+    let sha256 = sha256_of(&digest);
     let sha256 =
         sha256.ok_or_else(|| unsupported(reference, format!("has the digest `{digest}`")))?;
-    Ok(Blob { sha256, bytes: descriptor.size() })
+    Ok(Blob { sha256: sha256.to_owned(), bytes: descriptor.size() })
+}
+
+/// Returns the hexadecimal digits of a digest; `None` if it is not SHA-256. They become the name
+/// of a file.
+fn sha256_of(digest: &str) -> Option<&str> {
+    let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    let digits = digest.strip_prefix("sha256:")?;
+    (digits.len() == 64 && digits.bytes().all(is_digit)).then_some(digits)
 }
 
 /// Chooses the manifest for this host from an index. Returns its digest.
@@ -237,7 +245,10 @@ mod tests {
         assert!(error(&chart).contains("not an image of a file system"));
         let odd = manifest(CONFIGS[0], "application/x-brotli");
         assert!(error(&odd).contains("a layer of the type `application/x-brotli`"));
-        let weak = manifest(CONFIGS[0], DOCKER_LAYERS[0]).replace("sha256:", "md5:");
-        assert!(!error(&weak).is_empty());
+        let good = manifest(CONFIGS[0], DOCKER_LAYERS[0]);
+        for odd in ["md5:00", "sha256:00", "sha256:E3", "sha256:../../x"] {
+            let text = good.replace(&format!("sha256:{HEX}"), odd);
+            assert!(parse("app:1", "r", text.as_bytes()).is_err(), "{odd}");
+        }
     }
 }

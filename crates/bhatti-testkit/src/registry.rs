@@ -159,7 +159,11 @@ impl RealRegistry {
 }
 
 /// Makes an OCI layout with one image, whose tag is `1`.
-fn make_layout(layout: &Path, layers: &[Layer], config: &Value) {
+///
+/// # Panics
+///
+/// Panics if a file cannot be written.
+pub fn make_layout(layout: &Path, layers: &[Layer], config: &Value) {
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs).expect("a directory can be made");
     let add = |kind: &str, content: &[u8]| {

@@ -128,7 +128,8 @@ pub fn enter_jail(directory: &Path, limits: JailLimits) -> io::Result<OwnedFd> {
     limit(Resource::Core, 0)?;
     let root = match change_root(directory) {
         Ok(()) => open_directory(Path::new("/"))?,
-        Err(Errno::PERM) => open_directory(directory)?,
+        // A security module may refuse the mounts, and an initramfs cannot be a directory's parent.
+        Err(Errno::PERM | Errno::ACCESS | Errno::INVAL) => open_directory(directory)?,
         Err(error) => return Err(error.into()),
     };
     let permitted = KEPT & rustix::thread::capabilities(None)?.permitted;

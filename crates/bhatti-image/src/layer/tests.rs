@@ -39,7 +39,7 @@ fn split<'a>(name: &'a str, by: &str, kind: EntryType) -> (&'a str, EntryType, &
 }
 
 /// Makes a header of a file of this process's user.
-fn header(name: &str, kind: EntryType, size: u64) -> Header {
+pub(super) fn header(name: &str, kind: EntryType, size: u64) -> Header {
     let mut header = Header::new_ustar();
     header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
     header.set_entry_type(kind);
@@ -51,7 +51,7 @@ fn header(name: &str, kind: EntryType, size: u64) -> Header {
     header
 }
 
-fn apply_to(tree: &TempDir, layer: &[u8]) -> Result<Applied, LayerError> {
+pub(super) fn apply_to(tree: &TempDir, layer: &[u8]) -> Result<Applied, LayerError> {
     apply_with(tree, layer, LIMITS)
 }
 
