@@ -272,11 +272,15 @@ mod tests {
     /// Returns the command lines of the processes that work in a directory of the store.
     fn working_in(store: &ImageStore) -> Vec<String> {
         let directory = store.directory().to_string_lossy().into_owned();
-        let processes = fs::read_dir("/proc").unwrap().flatten();
-        let lines =
-            processes.flat_map(|process| fs::read_to_string(process.path().join("cmdline")));
         // Without root, a `faked` of fakeroot stays.
-        lines.filter(|line| line.contains(&directory) && !line.contains("faked")).collect()
+        let is_working = |line: &String| line.contains(&directory) && !line.contains("faked");
+        command_lines().into_iter().filter(is_working).collect()
+    }
+
+    /// Returns the command lines of all processes. Their arguments end with zero bytes.
+    fn command_lines() -> Vec<String> {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes.flat_map(|process| fs::read_to_string(process.path().join("cmdline"))).collect()
     }
 
     #[tokio::test]
@@ -300,6 +304,41 @@ mod tests {
 
         bhatti_testkit::wait_for("its processes to end", || working_in(&store).is_empty()).await;
         assert!(import.await.unwrap_err().is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn task_ends_with_the_process_that_started_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("large").unwrap();
+        // More than the task reads in the time that the test waits.
+        header.set_size(900 << 30);
+        header.set_cksum();
+        let archive = directory.path().join("archive");
+        let mut file = File::create(&archive).unwrap();
+        file.write_all(header.as_bytes()).unwrap();
+        file.set_len(900 << 30).unwrap();
+        let limits = format!(r#"{{"entries":1,"bytes":{}}}"#, 1_u64 << 40);
+        let task =
+            format!(r#"{{"Apply":{{"offset":0,"bytes":{},"limits":{limits}}}}}"#, 900_u64 << 30);
+        // The shell does not wait for the task.
+        let mut shell = bhatti_host::process::command("sh");
+        shell.args(["-c", r#""$0" image-task "$1" "$2" <"$3" & exec sleep 600"#]);
+        shell.arg(bhatti_testkit::dist("bhatti")).arg(task).arg(directory.path()).arg(&archive);
+        let mut shell = shell.spawn().unwrap();
+        let named = directory.path().to_string_lossy().into_owned();
+        let runs = || {
+            command_lines().iter().any(|line| {
+                line.contains("image-task\0{\"Apply")
+                    && line.contains(&named)
+                    && !line.starts_with("sh\0")
+            })
+        };
+        bhatti_testkit::wait_for("the task to run", runs).await;
+
+        shell.kill().await.unwrap();
+
+        bhatti_testkit::wait_for("the task to end", || !runs()).await;
     }
 
     /// Compresses with xz, and patches the block's header to ask for a dictionary of 1.5 GiB.

@@ -8,8 +8,8 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -120,7 +120,7 @@ impl Blobs {
         }
     }
 
-    /// Returns the lock of a blob. Locks that nobody holds are forgotten.
+    /// Returns the lock of a blob. Drops the locks that no download holds.
     fn lock_of(&self, sha256: &str) -> Arc<tokio::sync::Mutex<()>> {
         let mut downloads = self.downloads.lock();
         downloads.retain(|_, lock| lock.strong_count() > 0);
@@ -187,7 +187,7 @@ impl Partial {
             fs::create_dir_all(directory)?;
         }
         let mut options = OpenOptions::new();
-        options.read(true).append(true).create(true).mode(0o600);
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut partial =
             Self { file: options.open(&path)?, path, hash: Context::new(&SHA256), bytes: 0 };
         if partial.file.metadata()?.len() > bytes_max {
@@ -211,7 +211,8 @@ impl Partial {
     }
 
     fn add(&mut self, data: &[u8]) -> io::Result<()> {
-        self.file.write_all(data)?;
+        // A write that fails in part is written again at the same place by the next attempt.
+        self.file.write_all_at(data, self.bytes)?;
         self.hash.update(data);
         self.bytes += data.len() as u64;
         Ok(())

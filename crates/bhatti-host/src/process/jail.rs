@@ -82,6 +82,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_sigaltstack,
     libc::SYS_gettid,
     libc::SYS_getpid,
+    libc::SYS_getppid,
     // Programs do not expect an error from these.
     libc::SYS_getuid,
     libc::SYS_geteuid,

@@ -9,6 +9,7 @@ use bhatti_host::process::{JailLimits, enter_jail};
 use ring::digest::{Context, SHA256};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 use super::{ARCHIVE, CPU_LIMIT, MEMORY_BYTES_MAX, OWNERS, Outcome, TREE, Task};
 use crate::archive::{Bounded, Part, TOO_LARGE};
@@ -40,6 +41,7 @@ fn perform(task: Task, directory: &Path) -> Result<Outcome, Outcome> {
         io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(|error| host(&error))?;
     let limits =
         JailLimits { cpu: CPU_LIMIT, memory_bytes: MEMORY_BYTES_MAX, file_bytes: FILE_BYTES_MAX };
+    let parent = rustix::process::getppid();
     let directory = enter_jail(directory, limits).map_err(|error| host(&error))?;
     match task {
         Task::Decompress { bytes_max } => {
@@ -49,6 +51,7 @@ fn perform(task: Task, directory: &Path) -> Result<Outcome, Outcome> {
             let whole = Part::whole(&input).map_err(|error| host(&error))?;
             let content =
                 whole.decompressed().map_err(|error| Outcome::Refused(error.to_string()))?;
+            let content = Attended { inner: content, parent };
             let mut content = Bounded::new(content, bytes_max);
             copy(&mut content, &mut file, bytes_max)?;
             Ok(Outcome::Decompressed)
@@ -58,6 +61,7 @@ fn perform(task: Task, directory: &Path) -> Result<Outcome, Outcome> {
             let part = Part { file: &input, offset, bytes };
             let content =
                 part.decompressed().map_err(|error| Outcome::Refused(error.to_string()))?;
+            let content = Attended { inner: content, parent };
             let mut layer = Hashed { inner: content, context: Context::new(&SHA256) };
             let applied = layer::apply(tree, &mut layer, limits, owners(&directory)?)
                 .map_err(|error| explain(&error))?;
@@ -120,6 +124,22 @@ fn explain(error: &LayerError) -> Outcome {
         LayerError::TooLarge { .. } => Outcome::TooLarge(message),
         LayerError::Host(error) => Outcome::Failed { message, number: error.raw_os_error() },
         _ => Outcome::Refused(message),
+    }
+}
+
+/// Reads as long as the process that waits for the outcome lives. A death signal would not do: the
+/// kernel sends it when the thread ends that started this process, which the daemon's runtime does.
+struct Attended<R> {
+    inner: R,
+    parent: Option<Pid>,
+}
+
+impl<R: Read> Read for Attended<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if rustix::process::getppid() != self.parent {
+            return Err(io::Error::other("nobody waits for the outcome"));
+        }
+        self.inner.read(buffer)
     }
 }
 
