@@ -323,7 +323,7 @@ mod tests {
             format!(r#"{{"Apply":{{"offset":0,"bytes":{},"limits":{limits}}}}}"#, 900_u64 << 30);
         // The shell does not wait for the task.
         let mut shell = bhatti_host::process::command("sh");
-        shell.args(["-c", r#""$0" image-task "$1" "$2" <"$3" & exec sleep 600"#]);
+        shell.args(["-c", r#""$0" image-task "$1" "$2" $$ <"$3" & exec sleep 600"#]);
         shell.arg(bhatti_testkit::dist("bhatti")).arg(task).arg(directory.path()).arg(&archive);
         let mut shell = shell.spawn().unwrap();
         let named = directory.path().to_string_lossy().into_owned();

@@ -1,9 +1,9 @@
 //! Unpacks layers in jailed processes, one for each step.
 //!
-//! The daemon starts its own program again with a [`Task`], the layer as standard input, and a
-//! directory. The process confines itself to that directory before it reads the layer
-//! ([`bhatti_host::process::enter_jail`]), and prints an [`Outcome`]. So a fault in a decoder or
-//! in the extractor gives an attacker a process that reaches one directory of that image.
+//! The daemon starts its own program again with a [`Task`], a directory, the daemon's process id,
+//! and the layer as standard input. The process confines itself to that directory before it reads
+//! the layer ([`bhatti_host::process::enter_jail`]), and prints an [`Outcome`]. So a fault in a
+//! decoder or in the extractor gives an attacker a process that reaches one directory of one image.
 
 mod jailed;
 
@@ -178,7 +178,7 @@ impl Unpacker {
     async fn run(&self, task: Task, input: Option<&File>) -> Result<Outcome, UnpackError> {
         let task = serde_json::to_string(&task).map_err(io::Error::other).map_err(failed)?;
         let mut command = bhatti_host::process::command(&self.program);
-        command.arg(COMMAND).arg(&task).arg(&self.directory);
+        command.arg(COMMAND).arg(&task).arg(&self.directory).arg(std::process::id().to_string());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         if let Some(input) = input {
             command.stdin(input.try_clone().map_err(failed)?);

@@ -11,7 +11,7 @@ pub(crate) fn run_if_asked() -> Option<ExitCode> {
     if arguments.next()? != TASK_COMMAND {
         return None;
     }
-    let (task, directory) = (arguments.next()?, arguments.next()?);
-    let ran = run_task(&task.to_string_lossy(), Path::new(&directory));
+    let (task, directory, parent) = (arguments.next()?, arguments.next()?, arguments.next()?);
+    let ran = run_task(&task.to_string_lossy(), Path::new(&directory), &parent.to_string_lossy());
     Some(ran.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS))
 }

@@ -19,29 +19,29 @@ use crate::layer::{self, LayerError, Owners};
 const FILE_BYTES_MAX: u64 = 1 << 40;
 
 /// Runs a task in this process, which must have one thread and do nothing else. Prints what
-/// became of it.
+/// became of it. The task ends early if `parent` is no longer the parent of this process.
 ///
 /// # Errors
 ///
-/// Returns an error if the task is malformed, or if its outcome cannot be printed.
-pub fn run_task(task: &str, directory: &Path) -> io::Result<()> {
+/// Returns an error if an argument is malformed, or if the outcome cannot be printed.
+pub fn run_task(task: &str, directory: &Path, parent: &str) -> io::Result<()> {
+    let parent = parent.parse().ok().and_then(Pid::from_raw);
     let task: Task = serde_json::from_str(task).map_err(io::Error::other)?;
     // The permissions of files are the archive's.
     rustix::process::umask(Mode::empty());
-    let outcome = match perform(task, directory) {
+    let outcome = match perform(task, directory, parent) {
         Ok(outcome) | Err(outcome) => outcome,
     };
     let text = serde_json::to_vec(&outcome).map_err(io::Error::other)?;
     io::stdout().write_all(&text)
 }
 
-fn perform(task: Task, directory: &Path) -> Result<Outcome, Outcome> {
+fn perform(task: Task, directory: &Path, parent: Option<Pid>) -> Result<Outcome, Outcome> {
     // Opened before the jail is closed.
     let input =
         io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(|error| host(&error))?;
     let limits =
         JailLimits { cpu: CPU_LIMIT, memory_bytes: MEMORY_BYTES_MAX, file_bytes: FILE_BYTES_MAX };
-    let parent = rustix::process::getppid();
     let directory = enter_jail(directory, limits).map_err(|error| host(&error))?;
     match task {
         Task::Decompress { bytes_max } => {
