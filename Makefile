@@ -3,14 +3,28 @@
 
 CARGO_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
+# With `dev`, `bhatti` shares its dependencies with the tests: it compiles fast and runs slower.
+BUILD_PROFILE ?= release
+ifeq ($(BUILD_PROFILE),dev)
+BUILT := debug
+BUILD_FEATURES := --features bhatti-node/faults,tokio/test-util
+else
+BUILT := $(BUILD_PROFILE)
+endif
 
-.PHONY: build quickstart test test-long test-data test-engines test-firecracker power-loss check audit api-check bench bench-check compare install clean
+.PHONY: build build-bhatti build-lohar quickstart test test-long test-data test-engines test-firecracker power-loss check audit api-check bench bench-check compare install clean
 
+# Side by side: the agent is optimized as a whole, on one core.
 build:
-	cargo build --release --locked -p bhatti
-	cargo build --profile agent --locked -p lohar
+	@$(MAKE) --no-print-directory -j2 build-bhatti build-lohar
 	mkdir -p dist
-	install -m 0755 target/$(CARGO_TARGET)/release/bhatti target/$(CARGO_TARGET)/agent/lohar dist/
+	install -m 0755 target/$(CARGO_TARGET)/$(BUILT)/bhatti target/$(CARGO_TARGET)/agent/lohar dist/
+
+build-bhatti:
+	cargo build --profile $(BUILD_PROFILE) --locked -p bhatti $(BUILD_FEATURES)
+
+build-lohar:
+	cargo build --profile agent --locked -p lohar
 
 quickstart:
 	./scripts/quickstart.sh

@@ -85,6 +85,7 @@ if [ "${1:-}" = test ]; then
     need docker-registry docker-registry
     need skopeo skopeo
     need umoci umoci
+    need busybox busybox-static
     need npm npm
     has chromium-browser || need chromium chromium
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

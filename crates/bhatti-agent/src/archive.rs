@@ -110,7 +110,24 @@ fn note(skipped: &mut Vec<String>, name: &[u8]) {
 
 impl AgentClient {
     fn archive_request(&self, path: &str) -> ArchiveRequest {
-        ArchiveRequest { path: path.to_owned(), user: self.acting_user(), error_details: true }
+        let (path, user) = (path.to_owned(), self.acting_user());
+        ArchiveRequest { path, image: false, user, error_details: true }
+    }
+
+    /// Reads the guest's root file system as a tar archive that can become an image.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent is not reachable.
+    pub async fn read_root(&self) -> Result<ArchiveContent, CallError> {
+        let request = ArchiveRequest {
+            path: "/".to_owned(),
+            image: true,
+            user: Some("0".to_owned()),
+            error_details: true,
+        };
+        let (reader, writer) = self.request(FrameType::ARCHIVE_READ_REQ, &request).await?;
+        Ok(ArchiveContent { reader, _writer: writer, skipped: Vec::new() })
     }
 
     /// Reads a directory as a tar archive, with names relative to the directory. If it is known

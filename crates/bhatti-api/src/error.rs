@@ -61,6 +61,8 @@ pub enum ErrorCode {
     PortRefused,
     /// The application at the port sent an invalid answer.
     BadGateway,
+    /// The registry of an image failed or cannot be reached, or the pull or push was canceled.
+    PullFailed,
     /// The application at the port did not answer in time.
     GatewayTimeout,
     /// The snapshot is damaged, was taken on another machine, or is older than the disk.

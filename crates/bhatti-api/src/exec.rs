@@ -29,12 +29,15 @@ pub const TIMED_OUT: i32 = 124;
 pub struct ExecRequest {
     /// Command and arguments.
     #[serde(default)]
-    #[schema(min_items = 1)]
     pub cmd: Vec<String>,
+    /// Whether to run the image's entrypoint with `cmd` as its arguments, or with the image's own
+    /// arguments if `cmd` is empty.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub entrypoint: bool,
     /// Variables added to the sandbox's environment, which they override.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Working directory [default: `/workspace`].
+    /// Working directory [default: that of the image, or `/workspace`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
     /// Standard input, as text [default: empty].
@@ -43,7 +46,8 @@ pub struct ExecRequest {
     /// Standard input as base64 with padding (RFC 4648, section 4), in place of `stdin`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin_base64: Option<String>,
-    /// User to run as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+    /// User to run as: a name, a number, or `UID:GID` [default: that of the image, or the sandbox's
+    /// usual user].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
     /// Seconds after which the command is ended [default: never]. Its exit code is then 124; that
@@ -243,13 +247,18 @@ pub enum StreamRequest {
     Start {
         /// Command and arguments.
         cmd: Vec<String>,
+        /// Whether to run the image's entrypoint with `cmd` as its arguments, or with the image's
+        /// own arguments if `cmd` is empty.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        entrypoint: bool,
         /// Variables added to the sandbox's environment, which they override.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         env: BTreeMap<String, String>,
-        /// Working directory [default: `/workspace`].
+        /// Working directory [default: that of the image, or `/workspace`].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         cwd: Option<String>,
-        /// User to run as: a name, a number, or `UID:GID` [default: the sandbox's usual user].
+        /// User to run as: a name, a number, or `UID:GID` [default: that of the image, or the
+        /// sandbox's usual user].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         user: Option<String>,
         /// Seconds after which the command is ended, with exit code 124 [default: never].

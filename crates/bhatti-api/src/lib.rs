@@ -31,7 +31,10 @@ pub use file::{
     RenameFile, Unpacked,
 };
 pub use health::Health;
-pub use image::{CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image};
+pub use image::{
+    CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image, ImageSettings, LayerProgress, Operation,
+    OperationError, PrunedImages, PullImage, PushImage, SaveImage, TagImage,
+};
 pub use key::{ApiKey, CreateKey, CreatedKey, KeyScope};
 pub use port::{Port, Publication, PublishPort};
 pub use sandbox::{
@@ -48,5 +51,6 @@ pub use volume::{
     VolumeUser,
 };
 pub use words::{
-    AcceleratorName, EngineName, NetworkName, SandboxStatus, SnapshotKind, ThermalState,
+    AcceleratorName, EngineName, ImageOwner, NetworkName, OperationKind, OperationStatus,
+    PullPolicy, SandboxStatus, SnapshotKind, ThermalState,
 };

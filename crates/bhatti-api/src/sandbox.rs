@@ -40,10 +40,19 @@ pub struct CreateSandbox {
     /// Template that supplies the options not given here, by name or id.
     #[serde(default, alias = "template_id", skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
-    /// Image to start from [default: `minimal`].
+    /// Image to start from: a name, or a reference such as `python:3.12-slim` [default:
+    /// `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,254}$")]
     pub image: Option<String>,
+    /// When to pull the image from its registry: `missing`, `always` or `never` [default:
+    /// `missing`]. The request waits for the pull; `POST /images/pull` shows its progress.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::PullPolicy>)]
+    pub pull: Option<String>,
+    /// Whether to run the image's command as a job that restarts with the sandbox.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub start: bool,
     /// Script to run once the sandbox is up, as the session `init`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^[^\\u0000]*$")]

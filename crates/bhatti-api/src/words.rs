@@ -75,3 +75,53 @@ pub enum SnapshotKind {
     /// The pages that differ from a base, which is kept with the snapshot.
     Diff,
 }
+
+/// Whose an image is.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum ImageOwner {
+    /// The caller's.
+    Me,
+    /// The admin's, or that of a user who shares it.
+    Other,
+    /// Nobody's: it was built on the host.
+    Host,
+}
+
+/// What an operation does.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum OperationKind {
+    /// It pulls an image.
+    Pull,
+    /// It pushes an image.
+    Push,
+    /// It saves a sandbox as an image.
+    Save,
+}
+
+/// State of an operation.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum OperationStatus {
+    /// It runs.
+    Running,
+    /// It succeeded.
+    Done,
+    /// It failed.
+    Failed,
+    /// It was canceled.
+    Canceled,
+}
+
+/// When the image of a new sandbox is pulled.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum PullPolicy {
+    /// If there is no image of that name.
+    Missing,
+    /// In any case.
+    Always,
+    /// Never.
+    Never,
+}

@@ -1,10 +1,12 @@
 //! Images.
 
-use bhatti_api::{Deleted, Image};
+use bhatti_api::{
+    Deleted, Image, Operation, PrunedImages, PullImage, PushImage, SaveImage, TagImage,
+};
 use http::Method;
 
 use crate::path::{segment_path, with_query};
-use crate::{Client, ClientError, Upload};
+use crate::{Client, ClientError, Download, Upload};
 
 impl Client {
     /// All images, by name.
@@ -35,6 +37,110 @@ impl Client {
         self.upload(Method::POST, &path, archive).await
     }
 
+    /// Begins to pull an image from its registry, or joins the operation that pulls it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn pull_image(&self, request: &PullImage) -> Result<Operation, ClientError> {
+        self.post("/images/pull", Some(request)).await
+    }
+
+    /// Begins to push an image to a registry, or joins the operation that pushes it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn push_image(
+        &self,
+        image: &str,
+        request: &PushImage,
+    ) -> Result<Operation, ClientError> {
+        self.post(&segment_path("/images/", image, "/push"), Some(request)).await
+    }
+
+    /// Begins to save a sandbox as an image, or joins the operation that does so.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn save_image(&self, request: &SaveImage) -> Result<Operation, ClientError> {
+        self.post("/images/save", Some(request)).await
+    }
+
+    /// An operation, once it has ended or `wait` seconds have passed.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn operation(&self, id: &str, wait: u32) -> Result<Operation, ClientError> {
+        self.get(&segment_path("/operations/", id, &format!("?wait={wait}"))).await
+    }
+
+    /// All operations, newest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_operations(&self) -> Result<Vec<Operation>, ClientError> {
+        self.get("/operations").await
+    }
+
+    /// Cancels an operation.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn cancel_operation(&self, id: &str) -> Result<Operation, ClientError> {
+        self.delete(&segment_path("/operations/", id, "")).await
+    }
+
+    /// An image as a tar archive of an OCI layout.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn export_image(&self, image: &str) -> Result<Download, ClientError> {
+        self.download(Method::GET, &segment_path("/images/", image, "/export"), &[]).await
+    }
+
+    /// Gives an image another name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn tag_image(&self, image: &str, name: &str) -> Result<Image, ClientError> {
+        let request = TagImage { name: name.to_owned() };
+        self.post(&segment_path("/images/", image, "/tag"), Some(&request)).await
+    }
+
+    /// Deletes the caller's images that are not in use.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn prune_images(&self) -> Result<PrunedImages, ClientError> {
+        self.post("/images/prune", None::<&()>).await
+    }
+
+    /// Lets another user use an image.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn share_image(&self, image: &str, user: &str) -> Result<Image, ClientError> {
+        self.call(Method::PUT, &share_path(image, user), None::<&()>).await
+    }
+
+    /// Ends that another user can use an image.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn unshare_image(&self, image: &str, user: &str) -> Result<Image, ClientError> {
+        self.delete(&share_path(image, user)).await
+    }
+
     /// Deletes an image that is not in use.
     ///
     /// # Errors
@@ -43,4 +149,8 @@ impl Client {
     pub async fn delete_image(&self, image: &str) -> Result<Deleted, ClientError> {
         self.delete(&segment_path("/images/", image, "")).await
     }
+}
+
+fn share_path(image: &str, user: &str) -> String {
+    segment_path(&segment_path("/images/", image, "/shares/"), user, "")
 }

@@ -1,11 +1,11 @@
-//! What users keep beside sandboxes: templates, published ports, images in use, and the responses
+//! What users keep beside sandboxes: templates, published ports, and the responses
 //! to requests with an idempotency key.
 
 use bhatti_store::{
     PublicationRow, PublishError, Repeated, SandboxRow, StoreError, StoredResponse,
     TemplateInsertError, TemplateRow,
 };
-use bhatti_types::{Alias, ImageName, SandboxId, TemplateId, UserId};
+use bhatti_types::{Alias, SandboxId, TemplateId, UserId};
 use serde_json::json;
 
 use crate::Control;
@@ -104,15 +104,6 @@ impl Control {
     fn record_of_port(&self, kind: &'static str, sandbox: &SandboxRow, detail: serde_json::Value) {
         let name = sandbox.spec.name.to_string();
         self.record(kind, sandbox.owner, Some((sandbox.id, name)), detail);
-    }
-
-    /// Returns a sandbox, snapshot or template that uses an image, if there is one.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the store fails.
-    pub fn image_user(&self, image: &ImageName) -> Result<Option<String>, StoreError> {
-        self.inner.store.image_user(image)
     }
 
     /// Reserves an idempotency key, or returns what is known of its first request. `now` is in

@@ -3,15 +3,19 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bhatti_node::{Extras, GuestFile, Prepared, Shape, VolumeUseError, random_token};
+use bhatti_agent::CallError;
+use bhatti_node::{Extras, GuestFile, Prepared, Shape, UseError, VolumeUseError, random_token};
+use bhatti_proto::ExecRequest;
 use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
-    Allowance, CpuCount, DEFAULT_IMAGE, DiskMib, Environment, ImageName, Labels, MemoryMib,
-    NEW_FILES_BYTES_MAX, NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded, SandboxId,
-    SandboxName, SandboxSpec, SecretName, UserId, VOLUMES_MAX,
+    Allowance, CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, NEW_FILES_BYTES_MAX,
+    NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded, SandboxId, SandboxName, SandboxSpec,
+    SecretName, UserId, VOLUMES_MAX,
 };
 
 use crate::disk_quota::DiskQuotaError;
+use crate::image_errors::{ImageCommandError, ImageError};
+use crate::images::PullPolicy;
 use crate::networks::NetworkError;
 use crate::secrets::SecretError;
 use crate::{Control, Inner};
@@ -41,6 +45,10 @@ pub struct SandboxRequest {
     pub init: String,
     /// The image to start from; the default image if absent.
     pub image: Option<ImageName>,
+    /// When the image is pulled.
+    pub pull: PullPolicy,
+    /// Whether the image's command runs as a job that restarts with the sandbox.
+    pub start: bool,
     /// Files to write into the new sandbox.
     pub files: Vec<FileRequest>,
     /// The time after which the sandbox is destroyed; never if absent.
@@ -108,6 +116,18 @@ pub enum CreateError {
     /// The volumes contradict each other, or there are too many.
     #[error("{0}")]
     Volumes(String),
+    /// The image cannot be used or pulled.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The image has no command to start.
+    #[error(transparent)]
+    Command(#[from] ImageCommandError),
+    /// The new sandbox cannot be used.
+    #[error(transparent)]
+    Use(#[from] UseError),
+    /// The guest did not start the image's command.
+    #[error("the image's command did not start")]
+    Start(#[source] CallError),
     /// A secret cannot be read.
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -186,10 +206,16 @@ impl Control {
         request: SandboxRequest,
     ) -> Result<SandboxRow, CreateError> {
         let store = &self.inner.store;
-        let image = request.image.map_or_else(|| DEFAULT_IMAGE.parse(), Ok)?;
-        let image = self.inner.node.find_image(image).await?;
+        // A pull may take minutes, so what can be refused without the image is refused before.
+        check_volumes(&request.volumes)?;
+        let name = request.name.map_or_else(generated_name, Ok)?;
+        let image = self.image_of_new(owner, request.image, request.pull).await?;
+        let command = image.config.command(Vec::new());
+        if request.start && command.is_empty() {
+            return Err(ImageCommandError::None(image.name).into());
+        }
         let spec = SandboxSpec {
-            name: request.name.map_or_else(generated_name, Ok)?,
+            name,
             cpus: request.cpus.unwrap_or(CpuCount::ONE),
             memory: request.memory.unwrap_or(MemoryMib::DEFAULT),
             disk: request.disk,
@@ -198,13 +224,13 @@ impl Control {
             labels: request.labels,
             secrets: request.secrets,
             init: request.init,
-            image,
+            image: image.name,
+            image_config: image.config,
             network: NetworkSpec {
                 mode: request.network.unwrap_or_else(|| self.inner.node.default_network()),
                 allow: request.allow,
             },
         };
-        check_volumes(&request.volumes)?;
         if request.network == Some(NetworkMode::None) && !spec.network.allow.ranges().is_empty() {
             return Err(NetworkError::NothingToAllow.into());
         }
@@ -216,6 +242,7 @@ impl Control {
         store.admit_attach(owner, &request.volumes).map_err(InsertError::from)?;
         let shape = Shape {
             image: spec.image.clone(),
+            root: image.root,
             cpus: spec.cpus,
             memory: spec.memory,
             disk: spec.disk,
@@ -229,7 +256,23 @@ impl Control {
             ..self.admit_network_and_secrets(owner, spec, request.volumes).await?
         };
         let prepared = self.inner.node.prepare(owner, shape).await?;
-        self.create_from(admitted, prepared).await
+        let row = self.create_from(admitted, prepared).await?;
+        if request.start
+            && let Err(error) = self.start_job(&row, command).await
+        {
+            // Nothing half-made stays.
+            self.destroy(owner, &row.id.to_string()).await?;
+            return Err(error);
+        }
+        Ok(row)
+    }
+
+    /// Runs a command in a new sandbox as a job that restarts with the sandbox.
+    async fn start_job(&self, row: &SandboxRow, command: Vec<String>) -> Result<(), CreateError> {
+        let used = self.enter(row.owner, &row.id.to_string()).await?;
+        let exec = ExecRequest { argv: command, restart: true, ..ExecRequest::default() };
+        used.agent.create_detached(exec).await.map_err(CreateError::Start)?;
+        Ok(())
     }
 
     /// Admits a sandbox without files that never expires.

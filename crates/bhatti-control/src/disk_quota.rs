@@ -1,4 +1,4 @@
-//! The quota of host disk space that a user's sandboxes and snapshots take.
+//! The quota of host disk space that a user's sandboxes, snapshots and images take.
 //!
 //! The node measures the used space. Operations that add files check the quota. A guest's writes
 //! to its own disk are bounded by the size of that disk, so a user can exceed the quota by the
@@ -83,12 +83,8 @@ impl Control {
         owner: UserId,
         needed: u64,
     ) -> Result<Option<DiskReservation>, DiskQuotaError> {
-        let store = &self.inner.store;
-        let Some(max) = store.quota(owner)?.disk_mib else { return Ok(None) };
-        let sandboxes = store.list_sandbox_ids(owner)?;
-        let snapshots: Vec<_> =
-            store.list_snapshots(Some(owner))?.iter().map(|snapshot| snapshot.id).collect();
-        let used = self.inner.node.disk_used(&sandboxes, &snapshots).await;
+        let Some(max) = self.inner.store.quota(owner)?.disk_mib else { return Ok(None) };
+        let used = self.disk_used(owner).await?;
         let reservations = &self.inner.disk_reservations;
         let mut all = reservations.lock();
         let reserved = all.entry(owner).or_default();
@@ -100,5 +96,27 @@ impl Control {
         *reserved += needed;
         let reservations = Arc::clone(reservations);
         Ok(Some(DiskReservation { reservations, owner, bytes: needed }))
+    }
+
+    /// Returns the bytes that a user's quota leaves; `None` if it has no limit.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if nothing is left.
+    pub(crate) async fn disk_left(&self, owner: UserId) -> Result<Option<u64>, DiskQuotaError> {
+        let Some(max) = self.inner.store.quota(owner)?.disk_mib else { return Ok(None) };
+        let _one = self.admit_disk(owner, 1).await?;
+        let used = self.disk_used(owner).await?;
+        Ok(Some((u64::from(max) * MIB).saturating_sub(used)))
+    }
+
+    /// Returns the bytes of a user's sandboxes, snapshots and images.
+    async fn disk_used(&self, owner: UserId) -> Result<u64, StoreError> {
+        let store = &self.inner.store;
+        let sandboxes = store.list_sandbox_ids(owner)?;
+        let snapshots: Vec<_> =
+            store.list_snapshots(Some(owner))?.iter().map(|snapshot| snapshot.id).collect();
+        let used = self.inner.node.disk_used(&sandboxes, &snapshots).await;
+        Ok(used.saturating_add(store.image_bytes(owner)?))
     }
 }

@@ -215,6 +215,7 @@ fn fork_spec(
         secrets: request.secrets.clone(),
         init: parent.spec.init.clone(),
         image: parent.spec.image.clone(),
+        image_config: parent.spec.image_config.clone(),
         network: parent.spec.network.clone(),
     })
 }

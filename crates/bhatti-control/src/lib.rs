@@ -16,7 +16,11 @@ mod create;
 mod disk_quota;
 mod events;
 mod fork;
+mod image_errors;
+mod image_work;
+mod images;
 mod networks;
+mod operations;
 mod sandboxes;
 mod secrets;
 mod services;
@@ -35,7 +39,10 @@ use serde_json::Value;
 
 pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
+pub use image_errors::{ImageCommandError, ImageError, PullFailure, SaveError};
+pub use images::{PullPolicy, UsableImage};
 pub use networks::NetworkError;
+pub use operations::{LayerProgress, Operation, OperationKind, OperationState};
 pub use sandboxes::EditError;
 pub use secrets::{SecretError, seal_context};
 pub use snapshots::{ResumeRequest, SnapshotOpError};
@@ -43,6 +50,7 @@ pub use volumes::{VolumeInfo, VolumeOpError};
 
 use disk_quota::Reservations;
 use events::Events;
+use operations::Operations;
 use secrets::Secrets;
 use services::NodeServices;
 
@@ -52,6 +60,8 @@ pub struct Config {
     pub secret_key: SecretKey,
     /// Address ranges that users other than the admin may allow their sandboxes to reach.
     pub network_allowable: Allowance,
+    /// The disk space that pulled images may take, in bytes; no limit if absent.
+    pub pulled_images_bytes: Option<u64>,
 }
 
 /// The control half of a daemon. Clones share it.
@@ -66,7 +76,9 @@ struct Inner {
     secrets: Arc<Secrets>,
     events: Arc<Events>,
     network_allowable: Allowance,
+    pulled_images_bytes: Option<u64>,
     disk_reservations: Reservations,
+    operations: Operations,
 }
 
 impl Control {
@@ -78,7 +90,7 @@ impl Control {
         store: Arc<Store>,
         start_node: impl FnOnce(Arc<dyn ControlPlane>) -> Node,
     ) -> Self {
-        let Config { secret_key, network_allowable } = config;
+        let Config { secret_key, network_allowable, pulled_images_bytes } = config;
         let events = Arc::new(Events::new(Arc::clone(&store)));
         let secrets = Arc::new(Secrets::new(secret_key, Arc::clone(&store)));
         let services =
@@ -92,7 +104,9 @@ impl Control {
                 secrets,
                 events,
                 network_allowable,
+                pulled_images_bytes,
                 disk_reservations,
+                operations: Operations::default(),
             }),
         }
     }

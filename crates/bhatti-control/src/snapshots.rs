@@ -182,6 +182,7 @@ impl Control {
             secrets: request.secrets,
             init: String::new(),
             image: snapshot.image,
+            image_config: snapshot.image_config,
             network: snapshot.network,
         };
         let volumes = volumes_of_fork(&snapshot.volumes, MadeFrom::Kept);
@@ -238,6 +239,7 @@ fn snapshot_row(
         is_full: saved.info.memory == MemoryKind::Full,
         memory_bytes: saved.info.memory_bytes,
         image: sandbox.spec.image,
+        image_config: sandbox.spec.image_config,
         network: sandbox.spec.network,
         volumes: sandbox.volumes,
         created_at: String::new(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bhatti_engine::Engine;
 use bhatti_image::ImageStore;
-use bhatti_node::{Config, NetworkConfig, Node, ThermalConfig, UseError};
+use bhatti_node::{Config, NetworkConfig, Node, RegistryConfig, ThermalConfig, UseError};
 use bhatti_secret::SecretKey;
 use bhatti_store::{EventFilter, NewSandbox, Store, VolumeRow, VolumeWork};
 use bhatti_testkit::{Found, FoundVms, change_store};
@@ -66,6 +66,7 @@ impl TestData {
         let config = Config {
             sandboxes_dir: path.join("sandboxes"),
             images: ImageStore::new(path),
+            registries: RegistryConfig::default(),
             lohar: path.join("lohar"),
             boot_limit: Duration::from_secs(1),
             snapshots_dir: path.join("snapshots"),
@@ -90,6 +91,7 @@ impl TestData {
         let control = crate::Config {
             secret_key: SecretKey::open(path, false).unwrap(),
             network_allowable: Allowance::default(),
+            pulled_images_bytes: None,
         };
         let start_node = |plane| Node::new(config, Arc::clone(&self.store), engine, plane);
         let control = Control::new(control, Arc::clone(&self.store), start_node);
@@ -164,6 +166,7 @@ fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
         is_full: true,
         memory_bytes: 0,
         image: spec.image,
+        image_config: spec.image_config,
         network: spec.network,
         volumes: Vec::new(),
         created_at: String::new(),

@@ -114,6 +114,7 @@ fn found(container: ContainerInspectResponse) -> Found {
 pub(crate) async fn create(
     docker: &Docker,
     spec: &VmSpec,
+    root_base: &Path,
     image: String,
     lohar: &Path,
 ) -> Result<(), BootError> {
@@ -124,7 +125,7 @@ pub(crate) async fn create(
     };
     let mut body = body(spec, image, lohar);
     if !DISK_IS_UNLIMITED.load(Ordering::Relaxed) {
-        let image_bytes = blocking(|| fs::metadata(&spec.root_base)).map_err(failed)?.len();
+        let image_bytes = blocking(|| fs::metadata(root_base)).map_err(failed)?.len();
         let bytes = spec.disk.map_or(image_bytes, DiskMib::bytes);
         let limit = HashMap::from([("size".to_owned(), bytes.to_string())]);
         body.host_config.get_or_insert_default().storage_opt = Some(limit);

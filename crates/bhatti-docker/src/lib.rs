@@ -144,7 +144,7 @@ impl Engine for DockerEngine {
         match vm::boot(spec, &self.docker, &self.lohar, &self.roots).await {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(error) => {
-                let cleaned = if spec.keep_disk {
+                let cleaned = if spec.root_base.is_none() {
                     self.kill(spec.id, &spec.directory).await
                 } else {
                     self.remove(spec.id, &spec.directory).await

@@ -51,10 +51,10 @@ pub(crate) async fn boot(
     let made = blocking(|| create_private(&shared));
     made.map_err(failed("create the agent's directory"))?;
     mounts::make(directory, &spec.volumes).await.map_err(failed("mount the volumes"))?;
-    if !spec.keep_disk {
-        let image = roots.image(docker, &spec.root_base).await;
+    if let Some(root_base) = &spec.root_base {
+        let image = roots.image(docker, root_base).await;
         let image = image.map_err(failed(root::IMPORT))?;
-        container::create(docker, spec, image, lohar).await?;
+        container::create(docker, spec, root_base, image, lohar).await?;
     } else if container::find(docker, spec.id)
         .await
         .map_err(failed("look for the container"))?

@@ -105,7 +105,7 @@ pub async fn keep_disk(bench: &Bench<'_>) {
     bench.run(&vm, "echo kept >/root/kept; echo lost >/dev/shm/lost; sync").await;
     engine.kill(spec.id, &spec.directory).await.unwrap();
 
-    let again = VmSpec { keep_disk: true, ..spec.clone() };
+    let again = VmSpec { root_base: None, ..spec.clone() };
     let vm = engine.boot(&again).await.unwrap();
 
     let script = "cat /root/kept; test -e /dev/shm/lost || echo forgotten";

@@ -110,10 +110,9 @@ pub struct VmSpec {
     pub kernel: PathBuf,
     /// The initramfs with the guest agent. Never written.
     pub initramfs: PathBuf,
-    /// The root file system of the image. Never written.
-    pub root_base: PathBuf,
-    /// Whether to keep the root disk that is already in `directory`, with its content.
-    pub keep_disk: bool,
+    /// The root file system of the image, which is never written. If absent, the VM keeps the root
+    /// disk that is already in `directory`, with its content.
+    pub root_base: Option<PathBuf>,
     /// Name of the tap interface on this host for the VM's network card; the VM has no card if
     /// absent. The engine creates the tap, down and in no bridge. The tap disappears with the VM,
     /// or when an ended VM is killed or removed.
@@ -137,7 +136,7 @@ pub trait Engine: Send + Sync {
     /// # Errors
     ///
     /// Returns the step that failed. Nothing of the VM is then left, including its directory,
-    /// unless [`VmSpec::keep_disk`] is set.
+    /// unless it keeps its root disk.
     ///
     /// # Cancel safety
     ///

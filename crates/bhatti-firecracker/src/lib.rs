@@ -138,8 +138,8 @@ impl Vmm for Firecracker {
     /// Copies the image, and extends the copy to the size of the disk.
     fn boot_disk(&self, spec: &VmSpec) -> io::Result<String> {
         let path = spec.directory.join(DISK);
-        if !spec.keep_disk {
-            disk::copy(&spec.root_base, &path)?;
+        if let Some(root_base) = &spec.root_base {
+            disk::copy(root_base, &path)?;
             let file = File::options().write(true).open(&path)?;
             let bytes = spec.disk.map_or(0, |size| size.bytes());
             if bytes > file.metadata()?.len() {

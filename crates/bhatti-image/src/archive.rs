@@ -132,12 +132,13 @@ impl<R: Read> Read for Bounded<R> {
 
 /// A part of a file that holds a layer.
 #[derive(Debug)]
-pub(crate) struct LayerFile {
-    pub(crate) file: File,
+pub struct LayerFile {
+    /// The file.
+    pub file: File,
     /// Where the layer begins, in bytes.
-    pub(crate) offset: u64,
+    pub offset: u64,
     /// The layer's length, in bytes.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 impl LayerFile {
@@ -148,20 +149,30 @@ impl LayerFile {
     }
 }
 
-/// Returns the layers of the image in an uncompressed archive, lowest first.
+/// The image in an archive.
+#[derive(Debug)]
+pub(crate) struct ArchivedImage {
+    /// The layers, lowest first.
+    pub(crate) layers: Vec<LayerFile>,
+    /// The configuration, as JSON; absent if the archive is that of a root file system.
+    pub(crate) config: Option<Vec<u8>>,
+}
+
+/// Returns the image in an uncompressed archive.
 ///
 /// # Errors
 ///
 /// Returns an error that names the archive's fault, without a path of this host. Blocks on disk.
-pub(crate) fn layers(archive: &File) -> Result<Vec<LayerFile>, ArchiveError> {
-    let parts = match manifest::find_layers(archive)? {
-        Some(layers) => layers,
-        None => vec![Part::whole(archive)?],
+pub(crate) fn read_image(archive: &File) -> Result<ArchivedImage, ArchiveError> {
+    let (parts, config) = match manifest::find(archive)? {
+        Some(found) => (found.layers, Some(found.config)),
+        None => (vec![Part::whole(archive)?], None),
     };
     let layer = |Part { file, offset, bytes }: Part<'_>| {
         Ok(LayerFile { file: file.try_clone()?, offset, bytes })
     };
-    parts.into_iter().map(layer).collect()
+    let layers = parts.into_iter().map(layer).collect::<Result<_, ArchiveError>>()?;
+    Ok(ArchivedImage { layers, config })
 }
 
 /// Whether a file's first bytes are those of a compressed file.

@@ -66,18 +66,22 @@ pub(crate) struct Ext4Builder {
 }
 
 impl Ext4Builder {
-    /// Prepares to work in `scratch`, with `program`, which is `bhatti`.
+    /// Prepares to work in `scratch`, with `program`, which is `bhatti`. The image's files have at
+    /// most `bytes_max` bytes.
     ///
     /// # Errors
     ///
     /// Returns an error if the free space of the disk cannot be read. Blocks on disk.
-    pub(crate) fn new(program: &Path, scratch: &Path) -> io::Result<Self> {
+    pub(crate) fn new(program: &Path, scratch: &Path, bytes_max: Option<u64>) -> io::Result<Self> {
         // The tree and the image are on one disk.
         let free = disk::free_bytes(scratch)? / 2;
         Ok(Self {
             scratch: scratch.to_owned(),
             unpacker: Unpacker::new(program, scratch),
-            limits: Limits { entries: ENTRIES_MAX, bytes: free.min(IMAGE_BYTES_MAX) },
+            limits: Limits {
+                entries: ENTRIES_MAX,
+                bytes: free.min(IMAGE_BYTES_MAX).min(bytes_max.unwrap_or(u64::MAX)),
+            },
             left_out: LeftOut::default(),
         })
     }
@@ -96,13 +100,14 @@ impl Ext4Builder {
         Ok(diff_id)
     }
 
-    /// Writes the tree into the new file `image`. Logs what was left out.
+    /// Writes the tree into the new file `image`, with a directory for users' work if
+    /// `add_workspace`. Logs what was left out.
     ///
     /// # Errors
     ///
     /// Returns an error if the image is empty, or if `mke2fs` fails.
-    pub(crate) async fn write(self, image: &Path) -> Result<(), Ext4Error> {
-        let size = self.unpacker.finish().await?;
+    pub(crate) async fn write(self, image: &Path, add_workspace: bool) -> Result<(), Ext4Error> {
+        let size = self.unpacker.finish(add_workspace).await?;
         write_tree(&self.scratch, size, image).await?;
         let LeftOut { devices, attributes } = self.left_out;
         if devices + attributes > 0 {

@@ -2,49 +2,33 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
 
 use bhatti_host::{blocking, disk};
-use bhatti_types::ImageName;
+use bhatti_types::{ImageConfig, ImageName};
+use ring::digest::{SHA256, digest};
 use tokio::task::spawn_blocking;
 
 use crate::DEFAULT_IMAGE;
-use crate::archive::{self, ArchiveError, is_compressed};
-use crate::ext4::{Ext4Builder, Ext4Error};
-use crate::setup::{Build, SetupError, finish_image};
-use crate::store::{ImageStore, ImageSummary, StoreError, file_error};
-use crate::unpack::{UnpackError, Unpacker};
+use crate::archive::{self, ArchiveError, ArchivedImage, LayerFile, is_compressed};
+use crate::config::{self, Configuration};
+use crate::import_error::ImportError;
+use crate::layered::LayeredBuild;
+use crate::store::{ImageStore, RootFile, StoreError, file_error};
+use crate::unpack::Unpacker;
 
-/// An archive could not be imported. The images are unchanged.
-#[derive(Debug, thiserror::Error)]
-pub enum ImportError {
-    /// An image of that name exists.
-    #[error("image `{0}` already exists")]
-    NameTaken(ImageName),
-    /// The archive cannot be unpacked.
-    #[error("the archive cannot be unpacked: {complaint}")]
-    Archive {
-        /// What is wrong with it.
-        complaint: String,
-    },
-    /// The archive's content exceeds a limit, or half of the free space of the host's disk.
-    #[error("{0}")]
-    TooLarge(String),
-    /// A layer's uncompressed content is not what the image's configuration says.
-    #[error("a layer's content is not `{0}`, as the image's configuration says")]
-    WrongLayer(String),
-    /// The host failed.
-    #[error("failed to unpack the archive")]
-    Host(#[source] Ext4Error),
-    /// A file of this host could not be read or written.
-    #[error("failed to unpack the archive")]
-    File(#[source] io::Error),
-    /// The build could not be started.
-    #[error(transparent)]
-    Build(#[from] SetupError),
-    /// The store cannot be used.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+/// An image from an archive.
+#[derive(Debug)]
+pub struct Imported {
+    /// Its root file system.
+    pub root: RootFile,
+    /// Its settings; none if the archive was that of a root file system.
+    pub config: ImageConfig,
+    /// Length of the archive.
+    pub archive_bytes: u64,
+    /// Its configuration, as JSON.
+    pub written_config: Vec<u8>,
+    /// Its layers, lowest first.
+    pub layers: Vec<LayerFile>,
 }
 
 /// An image could not be removed.
@@ -56,49 +40,12 @@ pub enum RemoveError {
     /// It is the default image, which `bhatti setup` builds.
     #[error("image `{0}` is the default image, which cannot be removed")]
     IsDefault(ImageName),
+    /// The process is ending.
+    #[error("the daemon stopped before the image was removed")]
+    Interrupted,
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-impl ImportError {
-    /// Whether the host's disk had no space.
-    #[must_use]
-    pub fn is_disk_full(&self) -> bool {
-        match self {
-            Self::Host(Ext4Error::Unpack(UnpackError::Failed { source, .. }))
-            | Self::File(source) => source.kind() == io::ErrorKind::StorageFull,
-            _ => false,
-        }
-    }
-}
-
-impl From<ArchiveError> for ImportError {
-    fn from(error: ArchiveError) -> Self {
-        match error {
-            ArchiveError::Bad(complaint) => Self::Archive { complaint },
-            ArchiveError::File(error) => Self::File(error),
-        }
-    }
-}
-
-impl From<Ext4Error> for ImportError {
-    fn from(error: Ext4Error) -> Self {
-        match error {
-            Ext4Error::Unpack(error) => error.into(),
-            error => Self::Host(error),
-        }
-    }
-}
-
-impl From<UnpackError> for ImportError {
-    fn from(error: UnpackError) -> Self {
-        match error {
-            UnpackError::Refused(complaint) => Self::Archive { complaint },
-            UnpackError::TooLarge(complaint) => Self::TooLarge(complaint),
-            error => Self::Host(error.into()),
-        }
-    }
 }
 
 impl ImageStore {
@@ -116,53 +63,32 @@ impl ImageStore {
 
     /// Imports a tar archive as an image: a root file system as `docker export` writes it, an
     /// image as `docker save` writes it, or an OCI layout. It may be compressed with gzip, xz or
-    /// zstd. All of its content becomes part of the image, and nothing in it is run.
+    /// zstd. All of its content becomes part of the image, and nothing in it is run. The image's
+    /// files have at most `bytes_max` bytes. An image that comes without settings gets `settings`;
+    /// if there are none, it gets a directory for users' work.
     ///
     /// # Errors
     ///
-    /// Returns [`ImportError::Archive`] if the archive is not valid, and
-    /// [`ImportError::NameTaken`] if an image of that name exists.
+    /// Returns [`ImportError::Archive`] if the archive is not valid.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future has the effect of killing the process: the next build cleans up.
+    /// Cancel safe: nothing of the build stays.
     pub async fn import(
         &self,
-        name: &ImageName,
         archive: File,
-    ) -> Result<ImageSummary, ImportError> {
-        let store = self.clone();
-        let archive_bytes = archive
-            .metadata()
-            .map_err(file_error("read the metadata of an archive in", self.directory()))?
-            .len();
-        let locked = tokio::task::spawn_blocking(move || store.lock()).await;
-        // Waiting for the lock only fails if the runtime shuts down.
-        let _lock = locked
-            .map_err(std::io::Error::other)
-            .map_err(file_error("lock", self.directory()))??;
-        let mut index = blocking(|| self.read_index())?;
-        if index.images.contains_key(name.as_str()) {
-            return Err(ImportError::NameTaken(name.clone()));
-        }
+        bytes_max: Option<u64>,
+        settings: Option<ImageConfig>,
+    ) -> Result<Imported, ImportError> {
+        let build = blocking(|| self.begin_layers(bytes_max))?;
+        let sizes = blocking(|| Ok((archive.metadata()?.len(), disk::free_bytes(build.path())?)));
+        let (archive_bytes, free_bytes) = sizes.map_err(ImportError::File)?;
         // Space for the unpacked tree and for the image. Both may be several times as large as a
         // compressed archive.
-        let build = blocking(|| Build::start(self, "image", archive_bytes.saturating_mul(2)))?;
-        let image = unpack(self, build.path(), archive).await?;
-        let source = format!("imported archive of {archive_bytes} bytes");
-        let artefact = finish_image(build, self, name.as_str(), &image, source)?;
-        index.images.insert(name.as_str().to_owned(), artefact);
-        let summaries = blocking(|| {
-            self.write_index(&index)?;
-            self.summaries()
-        });
-        let summary = summaries?.into_iter().find(|image| image.name == name.as_str());
-        Ok(summary.unwrap_or_else(|| ImageSummary {
-            name: name.to_string(),
-            size_bytes: 0,
-            disk_bytes: 0,
-            source: String::new(),
-        }))
+        if archive_bytes.saturating_mul(2) > free_bytes {
+            return Err(ImportError::DiskFull { archive_bytes, free_bytes });
+        }
+        unpack(self, build, archive, (archive_bytes, settings)).await
     }
 
     /// Removes an image. The caller makes sure that no sandbox, snapshot or template uses it; a
@@ -190,23 +116,46 @@ impl ImageStore {
 }
 
 /// Unpacks an archive and writes it into an ext4 file.
-async fn unpack(store: &ImageStore, build: &Path, archive: File) -> Result<PathBuf, ImportError> {
+async fn unpack(
+    store: &ImageStore,
+    mut build: LayeredBuild,
+    archive: File,
+    (archive_bytes, settings): (u64, Option<ImageConfig>),
+) -> Result<Imported, ImportError> {
     let archive = if blocking(|| is_compressed(&archive)).map_err(ImportError::File)? {
-        let free = blocking(|| disk::free_bytes(build)).map_err(ImportError::File)?;
-        Unpacker::new(store.program(), build).decompress(&archive, free / 3).await?
+        let free = blocking(|| disk::free_bytes(build.path())).map_err(ImportError::File)?;
+        Unpacker::new(store.program(), build.path()).decompress(&archive, free / 3).await?
     } else {
         archive
     };
-    let found = spawn_blocking(move || archive::layers(&archive)).await;
-    let layers = found.map_err(io::Error::other).map_err(ArchiveError::File).flatten()?;
-    let image = build.join("root.ext4");
-    let mut builder =
-        blocking(|| Ext4Builder::new(store.program(), build)).map_err(ImportError::File)?;
-    for layer in &layers {
-        builder.apply(layer).await?;
+    let found = spawn_blocking(move || archive::read_image(&archive)).await;
+    let found = found.map_err(io::Error::other).map_err(ArchiveError::File).flatten()?;
+    let ArchivedImage { layers, config } = found;
+    let Some(written_config) = config else {
+        let mut diff_ids = Vec::new();
+        for layer in &layers {
+            diff_ids.push(build.apply_part(layer, None).await?);
+        }
+        let root = build.finish(None, settings.is_none()).await?;
+        let config = settings.unwrap_or_default();
+        let written_config = config::compose(&config, &diff_ids);
+        return Ok(Imported { root, config, archive_bytes, written_config, layers });
+    };
+    let Configuration { image: config, diff_ids } = Configuration::parse(&written_config)?;
+    if diff_ids.len() != layers.len() {
+        let complaint = format!(
+            "it has {} layers, and its configuration names {}",
+            layers.len(),
+            diff_ids.len()
+        );
+        return Err(ImportError::Archive { complaint });
     }
-    builder.write(&image).await?;
-    Ok(image)
+    for (layer, diff_id) in layers.iter().zip(&diff_ids) {
+        build.apply_part(layer, Some(diff_id)).await?;
+    }
+    let sha256 = hex::encode(digest(&SHA256, &written_config));
+    let root = build.finish(Some(&sha256), false).await?;
+    Ok(Imported { root, config, archive_bytes, written_config, layers })
 }
 
 #[cfg(test)]
@@ -237,36 +186,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn archive_is_imported_once_and_its_image_can_be_removed() {
+    async fn archive_is_imported_and_its_file_goes_when_nobody_uses_it() {
         let (_data, store) = store();
-        let name: ImageName = "small".parse().unwrap();
         let tar = small_tar().await;
 
-        let made = store.import(&name, archive(&store, &tar)).await.unwrap();
+        let made = store.import(archive(&store, &tar), None, None).await.unwrap();
 
-        assert_eq!((&*made.name, made.size_bytes), ("small", crate::ext4::DISK_MIB << 20));
+        assert_eq!(made.config, ImageConfig::default());
+        let RootFile { name, size_bytes, disk_bytes } = made.root.clone();
+        assert_eq!(size_bytes, crate::ext4::DISK_MIB << 20);
         // Its inode tables alone have 64 MiB, for which file systems use more or less space.
-        assert!(made.disk_bytes < made.size_bytes / 10, "{}", made.disk_bytes);
-        let file = fs::read_dir(store.directory()).unwrap().flatten();
-        let file = file
-            .map(|entry| entry.path())
-            .find(|path| path.extension() == Some("ext4".as_ref()))
-            .unwrap();
-        let shown = bhatti_host::process::command("debugfs")
-            .args(["-R", "cat etc/motd"])
-            .arg(&file)
-            .output()
-            .await
-            .unwrap();
-        assert_eq!(shown.stdout, b"hello\n");
-        let again = store.import(&name, archive(&store, &tar)).await.unwrap_err();
-        assert!(matches!(again, ImportError::NameTaken(_)), "{again}");
+        assert!(disk_bytes < size_bytes / 10, "{disk_bytes}");
+        assert_eq!(debugfs(&store, "cat etc/motd").await, "hello\n");
+        assert_eq!(store.collect(&[name.clone()].into()).unwrap(), 0);
+        assert_eq!(store.root(&name).unwrap(), made.root);
 
-        store.remove(&name).unwrap();
+        assert_eq!(store.collect(&[].into()).unwrap(), disk_bytes);
 
-        assert!(!file.exists());
-        assert_eq!(store.summaries().unwrap(), []);
-        assert!(matches!(store.remove(&name), Err(RemoveError::NotFound(_))));
+        assert_eq!(files(&store), [".layers.lock"]);
+    }
+
+    /// Returns the names of the files in a store.
+    fn files(store: &ImageStore) -> Vec<std::ffi::OsString> {
+        fs::read_dir(store.directory()).unwrap().flatten().map(|e| e.file_name()).collect()
     }
 
     /// Returns the command lines of the processes that work in a directory of the store.
@@ -295,8 +237,7 @@ mod tests {
         }
         let archive = archive(&store, &tar.into_inner().unwrap());
         let importing = store.clone();
-        let import =
-            tokio::spawn(async move { importing.import(&"many".parse().unwrap(), archive).await });
+        let import = tokio::spawn(async move { importing.import(archive, None, None).await });
         let unpacks = || working_in(&store).iter().any(|line| line.contains("image-task"));
         bhatti_testkit::wait_for("a task to unpack it", unpacks).await;
 
@@ -363,8 +304,7 @@ mod tests {
         let (_data, store) = store();
         let bytes = xz_with_a_large_dictionary(&[0; 10240]);
 
-        let error =
-            store.import(&"large".parse().unwrap(), archive(&store, &bytes)).await.unwrap_err();
+        let error = store.import(archive(&store, &bytes), None, None).await.unwrap_err();
 
         assert!(error.to_string().contains("memory"), "{error}");
     }
@@ -372,21 +312,18 @@ mod tests {
     #[tokio::test]
     async fn invalid_archive_is_refused_without_a_host_path_and_leaves_no_files() {
         let (_data, store) = store();
-        let name: ImageName = "bad".parse().unwrap();
         let empty_tar = vec![0; 10240];
         // bzip2, which `tar` would decompress without a limit.
         let bzip2 = b"BZh91AY&SY\x00\x00\x00\x00".repeat(100);
         for bytes in
             [&b"not a tar archive, but text"[..], &empty_tar, &small_tar().await[..60], &bzip2]
         {
-            let error = store.import(&name, archive(&store, bytes)).await.unwrap_err();
+            let error = store.import(archive(&store, bytes), None, None).await.unwrap_err();
 
             assert!(matches!(error, ImportError::Archive { .. }), "{error}");
             assert!(!error.to_string().contains('/'), "{error}");
         }
-        let left: Vec<_> =
-            fs::read_dir(store.directory()).unwrap().flatten().map(|e| e.file_name()).collect();
-        assert_eq!(left, [".lock"]);
+        assert_eq!(files(&store), [".layers.lock"]);
     }
 
     /// Returns the output of debugfs about the one image in a store.
@@ -421,7 +358,7 @@ mod tests {
             .args(["-cz", "ping"]);
         let tar = tar.output().await.unwrap().stdout;
 
-        store.import(&"caps".parse().unwrap(), archive(&store, &tar)).await.unwrap();
+        store.import(archive(&store, &tar), None, None).await.unwrap();
 
         let listed = debugfs(&store, "ea_list ping").await;
         assert!(listed.contains("security.capability (20)"), "{listed}");
@@ -465,12 +402,16 @@ mod tests {
         fs::write(added.path().join("added"), "second layer\n").unwrap();
         let from = format!("{}/added", added.path().display());
         docker(&["cp", &from, &format!("{container}:/etc/added")], none()).await;
-        docker(&["commit", &container, "bhatti-test-layers:2"], none()).await;
+        let change = ["commit", "--change", "CMD [\"serve\"]", &container, "bhatti-test-layers:2"];
+        docker(&change, none()).await;
         let saved = docker(&["save", "bhatti-test-layers:2"], none()).await;
         docker(&["rm", "-f", &container], none()).await;
         docker(&["rmi", "bhatti-test-layers:2", "bhatti-test-layers:1"], none()).await;
 
-        store.import(&"saved".parse().unwrap(), archive(&store, &saved)).await.unwrap();
+        let imported = store.import(archive(&store, &saved), None, None).await.unwrap();
+
+        assert_eq!(imported.config.cmd, ["serve"]);
+        assert!(imported.root.name.as_str().starts_with("rootfs-oci"), "{:?}", imported.root);
 
         assert_eq!(debugfs(&store, "cat etc/motd").await, "hello\n");
         assert_eq!(debugfs(&store, "cat etc/added").await, "second layer\n");

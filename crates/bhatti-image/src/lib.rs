@@ -5,7 +5,9 @@
 //!    index.json                         names → artifacts; replaced atomically
 //!    kernel-<hash>/vmlinux              and the modules that the guest needs
 //!    initramfs-<hash>.cpio              lohar and those modules
-//!    rootfs-<name>-<hash>.ext4
+//!    rootfs-<name>-<hash>.ext4          of an image that was built on this host
+//!    rootfs-oci<version>-<hash>.ext4    of a user's image, named by its configuration
+//!    rootfs-tar<version>-<hash>.ext4    of a user's image, named by its content
 //!    .build-<random>/                   work in progress; removed by the next build
 //! ```
 //!
@@ -16,9 +18,11 @@
 mod apt;
 mod archive;
 mod certificates;
+mod config;
 mod content_hash;
 mod ext4;
 mod import;
+mod import_error;
 mod initramfs;
 mod kernel;
 mod layer;
@@ -31,16 +35,21 @@ mod tool;
 mod unpack;
 
 pub use apt::AptError;
+pub use archive::LayerFile;
 pub use certificates::CertificateError;
+pub use config::{ConfigError, Configuration};
 pub use ext4::Ext4Error;
-pub use import::{ImportError, RemoveError};
+pub use import::{Imported, RemoveError};
+pub use import_error::ImportError;
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;
 pub use layered::LayeredBuild;
 pub use modules::ModuleError;
 pub use rootfs::RootfsError;
 pub use setup::{KernelSource, Progress, SetupError, SetupOptions, build_image, set_up};
-pub use store::{BootFiles, ImageStore, ImageSummary, MissingImages, StoreError};
+pub use store::{
+    BootFiles, ImageStore, ImageSummary, KernelFiles, MissingImages, RootFile, StoreError,
+};
 pub use tool::ToolError;
 pub use unpack::{COMMAND as TASK_COMMAND, UnpackError, run_task};
 

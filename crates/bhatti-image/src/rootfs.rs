@@ -190,9 +190,9 @@ async fn write_image(
     layer: &LayerFile,
     image: &Path,
 ) -> Result<(), Ext4Error> {
-    let mut builder = blocking(|| Ext4Builder::new(unpacker, scratch))?;
+    let mut builder = blocking(|| Ext4Builder::new(unpacker, scratch, None))?;
     builder.apply(layer).await?;
-    builder.write(image).await
+    builder.write(image, true).await
 }
 
 /// Prepares an image to trust `certificates`. Returns the argument that makes mmdebstrap do it,

@@ -1,6 +1,6 @@
 //! The directory of artifacts and its index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bhatti_host::durable;
+use bhatti_types::{ParseRootError, RootName};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +59,26 @@ impl FileVersion {
             changed: (file.ctime(), file.ctime_nsec()),
         })
     }
+}
+
+/// The kernel that VMs boot, and what it starts first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelFiles {
+    /// An uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the guest agent.
+    pub initramfs: PathBuf,
+}
+
+/// A root file system in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootFile {
+    /// Its name.
+    pub name: RootName,
+    /// The size of the file system, in bytes.
+    pub size_bytes: u64,
+    /// Disk space that its file takes, in bytes.
+    pub disk_bytes: u64,
 }
 
 /// The files that a VM boots from.
@@ -120,6 +141,9 @@ pub enum StoreError {
     /// An initramfs could not be built.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
+    /// The index names a file that cannot be a root file system.
+    #[error(transparent)]
+    Root(#[from] ParseRootError),
 }
 
 /// An artifact and its source.
@@ -136,6 +160,10 @@ const USERS_OF_IMAGES: [&str; 3] = ["sandboxes", "snapshots", "templates"];
 
 /// Prefixes of the names of artifacts.
 const ARTEFACTS: [&str; 3] = ["kernel-", "rootfs-", "initramfs-"];
+
+/// Prefixes of the root file systems of users' images. The index does not name them: the daemon
+/// knows which of them are in use.
+const USERS_ROOTS: [&str; 2] = ["rootfs-oci", "rootfs-tar"];
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Index {
@@ -176,16 +204,56 @@ impl ImageStore {
     ///
     /// Returns [`StoreError::Missing`] if `bhatti setup` has not been run. Blocks on disk.
     pub fn boot_files(&self, image: &str, lohar: &Path) -> Result<BootFiles, StoreError> {
-        let missing = |missing: String| MissingImages { missing };
-        let index = self.read_index()?;
-        let kernel = index.kernel.ok_or_else(|| missing("kernel".to_owned()))?;
-        let kernel_directory = self.existing(&kernel)?;
-        let root = index.images.get(image).ok_or_else(|| missing(format!("image `{image}`")))?;
-        Ok(BootFiles {
-            kernel: kernel_directory.join("vmlinux"),
-            initramfs: self.initramfs(lohar, &kernel_directory)?,
-            root: self.existing(root)?,
-        })
+        let KernelFiles { kernel, initramfs } = self.kernel_files(lohar)?;
+        let root = self.root_of(image)?;
+        let root = root.ok_or_else(|| MissingImages { missing: format!("image `{image}`") })?;
+        Ok(BootFiles { kernel, initramfs, root: self.existing(root.as_str())? })
+    }
+
+    /// Returns the boot files of a root file system, as [`boot_files`](Self::boot_files).
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::Missing`] if the file or the kernel is missing. Blocks on disk.
+    pub fn boot_files_of(&self, root: &RootName, lohar: &Path) -> Result<BootFiles, StoreError> {
+        let KernelFiles { kernel, initramfs } = self.kernel_files(lohar)?;
+        Ok(BootFiles { kernel, initramfs, root: self.existing(root.as_str())? })
+    }
+
+    /// Returns the kernel, and an initramfs that has exactly this `lohar`. Builds the initramfs if
+    /// it does not exist.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::Missing`] if `bhatti setup` has not been run. Blocks on disk.
+    pub fn kernel_files(&self, lohar: &Path) -> Result<KernelFiles, StoreError> {
+        let missing = || MissingImages { missing: "kernel".to_owned() };
+        let kernel = self.read_index()?.kernel.ok_or_else(missing)?;
+        let directory = self.existing(&kernel.name)?;
+        let initramfs = self.initramfs(lohar, &directory)?;
+        Ok(KernelFiles { kernel: directory.join("vmlinux"), initramfs })
+    }
+
+    /// Returns the root file system of an image that was built on this host, by the image's name.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the index cannot be read. Blocks on disk.
+    pub fn root_of(&self, image: &str) -> Result<Option<RootName>, StoreError> {
+        let root = self.read_index()?.images.get(image).map(|artefact| artefact.name.parse());
+        Ok(root.transpose()?)
+    }
+
+    /// Returns what is known of a root file system.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if its file cannot be examined. Blocks on disk.
+    pub fn root(&self, name: &RootName) -> Result<RootFile, StoreError> {
+        let path = self.directory.join(name.as_str());
+        let file = fs::metadata(&path).map_err(file_error("read the metadata of", &path))?;
+        let (size_bytes, disk_bytes) = (file.len(), file.blocks() * 512);
+        Ok(RootFile { name: name.clone(), size_bytes, disk_bytes })
     }
 
     /// Names of the images that have been built.
@@ -205,14 +273,8 @@ impl ImageStore {
     pub fn summaries(&self) -> Result<Vec<ImageSummary>, StoreError> {
         let images = self.read_index()?.images.into_iter();
         let summary = |(name, artefact): (String, Artefact)| {
-            let path = self.directory.join(&artefact.name);
-            let file = fs::metadata(&path).map_err(file_error("read the metadata of", &path))?;
-            Ok(ImageSummary {
-                name,
-                size_bytes: file.len(),
-                disk_bytes: file.blocks() * 512,
-                source: artefact.source,
-            })
+            let RootFile { size_bytes, disk_bytes, .. } = self.root(&artefact.name.parse()?)?;
+            Ok(ImageSummary { name, size_bytes, disk_bytes, source: artefact.source })
         };
         images.map(summary).collect()
     }
@@ -238,6 +300,31 @@ impl ImageStore {
         Ok(path)
     }
 
+    /// Removes the root file systems of users' images that are not in `used` and that the index
+    /// does not name. Returns the bytes that this frees.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a file cannot be removed. Blocks on disk.
+    pub fn collect(&self, used: &BTreeSet<RootName>) -> Result<u64, StoreError> {
+        let index = self.read_index()?;
+        let mut freed = 0;
+        for entry in fs::read_dir(&self.directory).map_err(file_error("list", &self.directory))? {
+            let path = entry.map_err(file_error("list", &self.directory))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let is_users = USERS_ROOTS.iter().any(|kind| name.starts_with(kind));
+            let Ok(name) = name.parse::<RootName>() else { continue };
+            let is_named = index.images.values().any(|image| image.name == name.as_str());
+            if !is_users || is_named || used.contains(&name) {
+                continue;
+            }
+            let bytes = self.root(&name)?.disk_bytes;
+            fs::remove_file(&path).map_err(file_error("remove", &path))?;
+            freed += bytes;
+        }
+        Ok(freed)
+    }
+
     /// Removes artifacts that neither the index nor `initramfs` names, because a rebuilt one has
     /// replaced them. VMs have hard links to their artifacts. Where hard links do not work, VMs
     /// have symbolic links, and nothing is removed.
@@ -250,7 +337,8 @@ impl ImageStore {
         for entry in fs::read_dir(&self.directory).map_err(file_error("list", &self.directory))? {
             let path = entry.map_err(file_error("list", &self.directory))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let is_artefact = ARTEFACTS.iter().any(|kind| name.starts_with(kind));
+            let is_users = USERS_ROOTS.iter().any(|kind| name.starts_with(kind));
+            let is_artefact = ARTEFACTS.iter().any(|kind| name.starts_with(kind)) && !is_users;
             if !is_artefact || named.contains(&name.as_str()) || path == initramfs {
                 continue;
             }
@@ -275,13 +363,9 @@ impl ImageStore {
         )
     }
 
-    fn existing(&self, artefact: &Artefact) -> Result<PathBuf, MissingImages> {
-        let path = self.directory.join(&artefact.name);
-        if path.exists() {
-            Ok(path)
-        } else {
-            Err(MissingImages { missing: format!("`{}`", artefact.name) })
-        }
+    fn existing(&self, name: &str) -> Result<PathBuf, MissingImages> {
+        let path = self.directory.join(name);
+        if path.exists() { Ok(path) } else { Err(MissingImages { missing: format!("`{name}`") }) }
     }
 
     /// Returns the artifact, if it was made from `source` and still exists.
@@ -290,7 +374,8 @@ impl ImageStore {
         artefact: Option<&'a Artefact>,
         source: &str,
     ) -> Option<&'a Artefact> {
-        artefact.filter(|artefact| artefact.source == source && self.existing(artefact).is_ok())
+        artefact
+            .filter(|artefact| artefact.source == source && self.existing(&artefact.name).is_ok())
     }
 
     pub(crate) fn read_index(&self) -> Result<Index, StoreError> {
@@ -389,6 +474,8 @@ mod tests {
             "kernel-old/vmlinux",
             "rootfs-a-1.ext4",
             "rootfs-a-2.ext4",
+            "rootfs-oci1-3.ext4",
+            "rootfs-tar1-4.ext4",
             "initramfs-1.cpio",
             "initramfs-2.cpio",
             "index.json",
@@ -404,7 +491,17 @@ mod tests {
         let mut left: Vec<_> =
             fs::read_dir(directory).unwrap().map(|it| it.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, ["index.json", "initramfs-2.cpio", "rootfs-a-2.ext4"]);
+        let users = ["rootfs-oci1-3.ext4", "rootfs-tar1-4.ext4"];
+        let built = ["index.json", "initramfs-2.cpio", "rootfs-a-2.ext4"];
+        assert_eq!(left, [&built[..], &users].concat());
+        store.write_index(&index).unwrap();
+
+        let freed = store.collect(&[users[1].parse().unwrap()].into()).unwrap();
+
+        assert!(freed > 0);
+        let is_there = |name: &&str| store.directory().join(name).exists();
+        assert_eq!(users.map(|name| is_there(&name)), [false, true]);
+        assert!(built.iter().all(is_there));
     }
 
     #[test]

@@ -62,7 +62,10 @@ enum Task {
         limits: Limits,
     },
     /// Complete and measure the tree.
-    Finish,
+    Finish {
+        /// Whether to add the directory for users' work.
+        add_workspace: bool,
+    },
 }
 
 /// What became of a task.
@@ -168,8 +171,8 @@ impl Unpacker {
     }
 
     /// Completes and measures the tree.
-    pub(crate) async fn finish(&self) -> Result<TreeSize, UnpackError> {
-        match self.run(Task::Finish, None).await? {
+    pub(crate) async fn finish(&self, add_workspace: bool) -> Result<TreeSize, UnpackError> {
+        match self.run(Task::Finish { add_workspace }, None).await? {
             Outcome::Finished(size) => Ok(size),
             other => Err(other.into()),
         }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bhatti_agent::CallError;
 use bhatti_engine::{BootError, RestoreError, VmmError};
 use bhatti_image::BootFiles;
-use bhatti_registry::Reference;
 use bhatti_store::StoreError;
-use bhatti_types::{DEFAULT_IMAGE, DiskMib, ImageName, ParseNameError, SandboxId};
+use bhatti_types::{DEFAULT_IMAGE, DiskMib, ImageName, RootName, SandboxId};
+use tokio::task::spawn_blocking;
 
 use crate::Shared;
 use crate::admission::Busy;
@@ -71,9 +71,6 @@ pub enum CreateError {
     /// The guest could not mount the volumes.
     #[error("the sandbox's guest could not mount its volumes: {0}")]
     Mount(String),
-    /// There is no such image.
-    #[error("image `{0}` not found")]
-    NoSuchImage(ImageName),
     /// The guest could not write a file.
     #[error("the sandbox's guest could not write its files: {0}")]
     Files(String),
@@ -125,43 +122,27 @@ pub enum CreateError {
     /// The host gives no random bytes.
     #[error("failed to draw an id")]
     Entropy(#[from] getrandom::Error),
-    /// The default image has an invalid name.
-    #[error(transparent)]
-    Name(#[from] ParseNameError),
     /// The daemon is stopping.
     #[error("the daemon stopped before the sandbox was ready")]
     Interrupted,
 }
 
-/// Finds an image by its name, or by a reference to it. Returns its name.
-pub(crate) async fn find_image(
-    shared: &Arc<Shared>,
-    image: ImageName,
-) -> Result<ImageName, CreateError> {
-    if image.as_str() == DEFAULT_IMAGE {
-        return Ok(image);
-    }
-    let images = shared.config.images.clone();
-    let known = tokio::task::spawn_blocking(move || images.images()).await;
-    let known = known.map_err(|_| CreateError::Interrupted)??;
-    // A pulled image has its whole reference as its name.
-    let whole = image.as_str().parse::<Reference>().map(|reference| reference.to_string());
-    let mut names = [Some(image.to_string()), whole.ok()].into_iter().flatten();
-    match names.find(|name| known.contains(name)) {
-        Some(name) => Ok(name.parse()?),
-        None => Err(CreateError::NoSuchImage(image)),
-    }
-}
-
-/// Returns the files that an image boots from.
+/// Returns the files of a VM with this root file system.
 pub(crate) async fn boot_files(
     shared: &Arc<Shared>,
-    image: &ImageName,
+    root: RootName,
 ) -> Result<BootFiles, CreateError> {
-    let name = find_image(shared, image.clone()).await?;
     let shared = Arc::clone(shared);
-    let found = tokio::task::spawn_blocking(move || {
-        shared.config.images.boot_files(name.as_str(), &shared.config.lohar)
+    let found =
+        spawn_blocking(move || shared.config.images.boot_files_of(&root, &shared.config.lohar));
+    Ok(found.await.map_err(|_| CreateError::Interrupted)??)
+}
+
+/// Returns the files of a VM of the default image.
+pub(crate) async fn default_boot_files(shared: &Arc<Shared>) -> Result<BootFiles, CreateError> {
+    let shared = Arc::clone(shared);
+    let found = spawn_blocking(move || {
+        shared.config.images.boot_files(DEFAULT_IMAGE, &shared.config.lohar)
     });
     Ok(found.await.map_err(|_| CreateError::Interrupted)??)
 }

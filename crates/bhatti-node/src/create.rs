@@ -9,8 +9,7 @@ use bhatti_host::blocking;
 use bhatti_image::BootFiles;
 use bhatti_store::SandboxRow;
 use bhatti_types::{
-    CpuCount, DEFAULT_IMAGE, DiskMib, ImageName, MemoryMib, NetworkMode, Report, SandboxState,
-    UserId,
+    CpuCount, DiskMib, ImageName, MemoryMib, NetworkMode, Report, RootName, SandboxState, UserId,
 };
 use serde_json::json;
 use tokio::sync::oneshot;
@@ -18,7 +17,7 @@ use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::bases::Recipe;
-use crate::boot_source::{BootSource, CreateError, Prepared, boot_files, find_image};
+use crate::boot_source::{BootSource, CreateError, Prepared, boot_files, default_boot_files};
 use crate::bring_up::bring_up;
 use crate::driver::Driver;
 use crate::driver::state::State;
@@ -34,8 +33,10 @@ const UNUSUAL_SIZE: &str =
 /// The machine that a new sandbox gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// The image to start from.
+    /// The image to start from, for errors.
     pub image: ImageName,
+    /// The root file system of the image.
+    pub root: RootName,
     /// The number of vCPUs.
     pub cpus: CpuCount,
     /// The memory.
@@ -51,15 +52,6 @@ pub struct Shape {
 }
 
 impl Node {
-    /// Finds an image by its name, or by a reference to it in any form. Returns its name.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`CreateError::NoSuchImage`] if this host does not have the image.
-    pub async fn find_image(&self, image: ImageName) -> Result<ImageName, CreateError> {
-        find_image(&self.shared, image).await
-    }
-
     /// Prepares a creation: finds the image, and makes the base snapshot of this shape for `owner`
     /// if there is none.
     ///
@@ -72,7 +64,7 @@ impl Node {
     /// Cancel safe: a base snapshot that is being made is finished.
     pub async fn prepare(&self, owner: UserId, shape: Shape) -> Result<Prepared, CreateError> {
         let shared = &self.shared;
-        let files = boot_files(shared, &shape.image).await?;
+        let files = boot_files(shared, shape.root.clone()).await?;
         blocking(|| check_disk(&shape, &files))?;
         if let Some(why) = boot_reason(shared, &shape) {
             return Ok(Prepared::with_new_id(BootSource::Boot(files, why))?);
@@ -160,7 +152,7 @@ impl Node {
     /// Returns the step that failed.
     pub async fn warm_up(&self) -> Result<(), CreateError> {
         let shared = &self.shared;
-        let files = boot_files(shared, &DEFAULT_IMAGE.parse()?).await?;
+        let files = default_boot_files(shared).await?;
         if !shared.engine.capabilities().saves_memory {
             return Ok(shared.engine.prepare_root(&files.root).await?);
         }
@@ -173,8 +165,7 @@ impl Node {
     /// Starts spares if there is a base snapshot to start them from.
     pub async fn start_spares(&self) {
         let shared = &self.shared;
-        let Ok(image) = DEFAULT_IMAGE.parse() else { return };
-        let Ok(files) = boot_files(shared, &image).await else { return };
+        let Ok(files) = default_boot_files(shared).await else { return };
         let recipe = default_recipe(shared, files);
         if let Some(base) = shared.bases.find(shared, &recipe) {
             shared.spares.fill(shared, &base, recipe.memory).await;

@@ -94,6 +94,7 @@ impl TestData {
         let config = Config {
             sandboxes_dir: path.join("sandboxes"),
             images: ImageStore::new(path),
+            registries: bhatti_registry::Config::default(),
             lohar: path.join("lohar"),
             boot_limit: Duration::from_secs(1),
             snapshots_dir: path.join("snapshots"),

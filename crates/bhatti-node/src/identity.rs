@@ -75,10 +75,12 @@ impl Extras {
     }
 }
 
-/// Returns the configuration of a sandbox's guest. A variable of the environment overrides a secret
-/// of the same name.
+/// Returns the configuration of a sandbox's guest. A secret overrides a variable of the image, and
+/// a variable of the sandbox's environment overrides both.
 pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
-    let mut env = extras.secrets.clone();
+    let image = &row.spec.image_config;
+    let mut env = image.env.clone();
+    env.extend(extras.secrets.clone());
     env.extend(row.spec.environment.as_map().clone());
     let (network, dns) = networks::of_guest(row);
     GuestConfig {
@@ -91,6 +93,8 @@ pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
         volumes: volumes::of_guest(&row.volumes),
         network,
         dns,
+        user: image.user.clone(),
+        workdir: image.workdir.clone(),
         ..GuestConfig::default()
     }
 }

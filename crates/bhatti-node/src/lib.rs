@@ -22,6 +22,8 @@ mod files;
 #[cfg(test)]
 mod fixture;
 mod identity;
+mod image_layers;
+mod images;
 mod metrics;
 mod networks;
 mod pool;
@@ -43,18 +45,28 @@ use bhatti_engine::Engine;
 use bhatti_image::ImageStore;
 use bhatti_store::Store;
 use bhatti_types::{MemoryMib, SandboxId, SandboxName, SecretName, UserId};
+use parking_lot::Mutex;
 use serde_json::Value;
+use tokio::sync::RwLock;
 
 pub use admission::Busy;
 pub use bases::BaseError;
 pub use bhatti_engine::{Capabilities, MemoryKind, SnapshotInfo, Usage};
+pub use bhatti_image::{
+    ImageSummary, ImportError, RemoveError, SetupError, StoreError as ImageFilesError,
+};
+pub use bhatti_registry::{
+    Blob as Layer, Config as RegistryConfig, Credentials, Reference, RegistryError,
+};
 pub use boot_source::{CreateError, Prepared};
 pub use create::Shape;
 pub use driver::SavedSandbox;
 pub use driver::{DestroyError, TransitionError};
 pub use identity::{Extras, GuestFile, random, random_token};
+pub use image_layers::{ImageArchive, KeptLayers};
+pub use images::{CollectError, Held, UsedImages};
 pub use networks::{NetworkConfig, NetworkError};
-pub use pull::{ImagePuller, PullError, PullProgress};
+pub use pull::{PullError, PullProgress, Pulled};
 pub use recover::{RecoverError, Recovery};
 pub use sandboxes::{SandboxUse, UseError};
 pub use snapshots::{ForkSource, SnapshotFiles};
@@ -65,6 +77,7 @@ use bases::Bases;
 use driver::Request;
 use metrics::Metrics;
 use pool::Spares;
+use pull::ImagePuller;
 use registry::Registry;
 
 /// The services of its daemon's control half that a node uses. Calls block on the store for a
@@ -84,6 +97,8 @@ pub struct Config {
     pub sandboxes_dir: PathBuf,
     /// The artifacts that VMs boot from.
     pub images: ImageStore,
+    /// The settings of registries.
+    pub registries: bhatti_registry::Config,
     /// The guest agent's program.
     pub lohar: PathBuf,
     /// The time limit of a boot.
@@ -140,6 +155,10 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     /// The number of an earlier daemon's sandboxes that are not adopted yet.
     pub(crate) taking_up: AtomicUsize,
+    /// See [`images`].
+    pub(crate) images_hold: Arc<RwLock<()>>,
+    /// Made by the first pull.
+    pub(crate) puller: Mutex<Option<ImagePuller>>,
 }
 
 impl Shared {
@@ -200,6 +219,8 @@ impl Node {
                 volumes,
                 metrics: Metrics::new(),
                 taking_up: AtomicUsize::new(0),
+                images_hold: Arc::default(),
+                puller: Mutex::default(),
             }),
         }
     }

@@ -7,14 +7,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bhatti_host::{blocking, disk};
-use bhatti_image::{ImageStore, ImageSummary, ImportError, StoreError};
+use bhatti_image::{ConfigError, Configuration, ImageStore, ImportError, RootFile, StoreError};
 use bhatti_registry::{
     Blob, Blobs, Credentials, Progress, Reference, Registries, RegistryError, RemoteImage,
 };
-use bhatti_types::{ImageName, ParseNameError};
-use serde::Deserialize;
+use bhatti_types::ImageConfig;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
+
+use crate::turns::Turns;
 
 /// Number of layers of one image that are downloaded at once.
 const DOWNLOADS: usize = 3;
@@ -22,19 +23,39 @@ const DOWNLOADS: usize = 3;
 /// An image could not be pulled. The images are unchanged; layers that have arrived stay.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    /// The reference is too long for a name.
-    #[error(transparent)]
-    Name(#[from] ParseNameError),
     /// The registry refused, failed, or cannot be reached.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The image's configuration is not one.
-    #[error("the configuration of `{reference}` {problem}")]
-    Config {
+    /// The image's configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The image's manifest and its configuration contradict each other.
+    #[error(
+        "the manifest of `{reference}` has {layers} layers, and its configuration names {named}"
+    )]
+    Layers {
         /// The image.
         reference: String,
-        /// What is wrong with it.
-        problem: &'static str,
+        /// The layers of the manifest.
+        layers: usize,
+        /// The layers that the configuration names.
+        named: usize,
+    },
+    /// This machine cannot make TLS connections.
+    #[error("failed to prepare connections to registries")]
+    Prepare(#[source] io::Error),
+    /// The layers are larger than the image may be.
+    #[error(
+        "`{reference}` has layers of {} MiB, and its owner has disk space of {} MiB left",
+        needed_bytes.div_ceil(1 << 20), left_bytes >> 20
+    )]
+    OverQuota {
+        /// The image.
+        reference: String,
+        /// Size of the layers as the registry has them, in bytes.
+        needed_bytes: u64,
+        /// What the owner's images may take yet, in bytes.
+        left_bytes: u64,
     },
     /// The layers do not fit on the disk.
     #[error(
@@ -70,23 +91,28 @@ pub trait PullProgress: Send + Sync {
     fn unpacked(&self, layer: usize);
 }
 
-/// Pulls images into the store of one host.
+/// Pulls images into the store of one host. Clones share their locks.
 #[derive(Clone)]
-pub struct ImagePuller {
+pub(crate) struct ImagePuller {
     images: ImageStore,
     registries: Registries,
     blobs: Blobs,
+    /// One task at a time builds the image of a configuration.
+    building: Arc<Turns<String>>,
 }
 
-/// The part of an image's configuration that names the layers.
-#[derive(Deserialize)]
-struct Configuration {
-    rootfs: RootFs,
-}
-
-#[derive(Deserialize)]
-struct RootFs {
-    diff_ids: Vec<String>,
+/// A pulled image, which is not in use yet.
+pub struct Pulled {
+    /// Its root file system.
+    pub root: RootFile,
+    /// Its settings.
+    pub config: ImageConfig,
+    /// SHA-256 of its manifest, in hexadecimal.
+    pub manifest: String,
+    /// SHA-256 of its manifest, its configuration and its layers as the registry has them.
+    pub blobs: Vec<String>,
+    /// The registry and the digest of the manifest.
+    pub source: String,
 }
 
 /// A download that ends with its pull.
@@ -115,14 +141,15 @@ impl Progress for Layer {
 }
 
 impl ImagePuller {
-    /// Returns a puller into `images`, whose directory also gets the blobs.
-    #[must_use]
-    pub fn new(images: ImageStore, registries: Registries) -> Self {
-        let blobs = Blobs::new(&images.directory().join("blobs"));
-        Self { images, registries, blobs }
+    pub(crate) fn new(images: ImageStore, registries: Registries, blobs: Blobs) -> Self {
+        Self { images, registries, blobs, building: Arc::default() }
     }
 
-    /// Pulls the image of a reference. The image has the whole reference as its name.
+    pub(crate) fn registries(&self) -> &Registries {
+        &self.registries
+    }
+
+    /// Pulls the image of a reference, whose files have at most `bytes_max` bytes.
     ///
     /// # Errors
     ///
@@ -131,54 +158,73 @@ impl ImagePuller {
     /// # Cancel safety
     ///
     /// Layers that have arrived stay, and the next pull continues them. Nothing else stays.
-    pub async fn pull(
+    pub(crate) async fn pull(
         &self,
         reference: &Reference,
         credentials: Option<&Credentials>,
+        bytes_max: Option<u64>,
         progress: Arc<dyn PullProgress>,
-    ) -> Result<ImageSummary, PullError> {
-        let name: ImageName = reference.to_string().parse()?;
+    ) -> Result<Pulled, PullError> {
         let image = self.registries.find(reference, credentials).await?;
         progress.begin(&image.layers);
-        let source = format!("{} {}", reference.registry(), image.digest);
-        if let Some(known) = self.known(&name, &image, &source).await? {
-            for (number, layer) in image.layers.iter().enumerate() {
-                progress.arrived(number, layer.bytes.cast_signed());
-                progress.unpacked(number);
-            }
-            return Ok(known);
+        let written = self.registries.config(reference, credentials, &image.config).await?;
+        let Configuration { image: config, diff_ids } = Configuration::parse(&written)?;
+        if diff_ids.len() != image.layers.len() {
+            let (layers, named) = (image.layers.len(), diff_ids.len());
+            return Err(PullError::Layers { reference: reference.to_string(), layers, named });
         }
-        let config = self.registries.config(reference, credentials, &image.config).await?;
-        let diff_ids = diff_ids(reference, &config, image.layers.len())?;
-        self.check_space(reference, &image.layers)?;
+        // Another pull of this image may be at work. What it builds is used.
+        let _turn = self.building.take(image.config.sha256.clone()).await;
+        self.check_space(reference, &image.layers, bytes_max)?;
+        // Also for an image that is built already: its layers may be missing.
         let downloads = self.start_downloads(reference, credentials, &image.layers, &progress);
-        let mut build = blocking(|| self.images.begin_layers())?;
-        for (number, (mut download, layer)) in downloads.into_iter().zip(&image.layers).enumerate()
-        {
-            (&mut download.0).await.map_err(|_| PullError::Interrupted)??;
-            let file = open(&self.blobs.path(layer))?;
-            build.apply(file, &diff_ids[number]).await?;
-            progress.unpacked(number);
-        }
-        Ok(build.finish(&name, &image.config.sha256, &source).await?)
+        let root = match self.known(&image).await? {
+            Some(root) => {
+                for (number, mut download) in downloads.into_iter().enumerate() {
+                    (&mut download.0).await.map_err(|_| PullError::Interrupted)??;
+                    progress.unpacked(number);
+                }
+                root
+            }
+            None => {
+                let mut build = blocking(|| self.images.begin_layers(bytes_max))?;
+                let layers = downloads.into_iter().zip(&image.layers).zip(&diff_ids);
+                for (number, ((mut download, layer), diff_id)) in layers.enumerate() {
+                    (&mut download.0).await.map_err(|_| PullError::Interrupted)??;
+                    build.apply(open(&self.blobs.path(layer))?, diff_id).await?;
+                    progress.unpacked(number);
+                }
+                build.finish(Some(&image.config.sha256), false).await?
+            }
+        };
+        let kept = blocking(|| Ok([self.blobs.keep(&image.manifest)?, self.blobs.keep(&written)?]));
+        let [manifest, written] = kept.map_err(|error: RegistryError| error)?;
+        let source = format!("{} {}", reference.registry(), image.digest);
+        let layers = image.layers.into_iter().map(|layer| layer.sha256);
+        let blobs = [manifest.clone(), written].into_iter().chain(layers).collect();
+        Ok(Pulled { root, config, manifest, blobs, source })
     }
 
-    /// Names an image that has been built before.
-    async fn known(
-        &self,
-        name: &ImageName,
-        image: &RemoteImage,
-        source: &str,
-    ) -> Result<Option<ImageSummary>, PullError> {
-        let (images, name, source) = (self.images.clone(), name.clone(), source.to_owned());
-        let config = image.config.sha256.clone();
-        let found = spawn_blocking(move || images.name_layers(&name, &config, &source));
+    /// Returns the root file system of an image that has been built before.
+    async fn known(&self, image: &RemoteImage) -> Result<Option<RootFile>, PullError> {
+        let (images, config) = (self.images.clone(), image.config.sha256.clone());
+        let found = spawn_blocking(move || images.built(&config));
         Ok(found.await.map_err(|_| PullError::Interrupted)??)
     }
 
     /// Refuses layers that do not fit on the disk. Each takes its own size, and unpacked at least
     /// as much again.
-    fn check_space(&self, reference: &Reference, layers: &[Blob]) -> Result<(), PullError> {
+    fn check_space(
+        &self,
+        reference: &Reference,
+        layers: &[Blob],
+        bytes_max: Option<u64>,
+    ) -> Result<(), PullError> {
+        let needed_bytes = layers.iter().fold(0_u64, |sum, layer| sum.saturating_add(layer.bytes));
+        if let Some(left_bytes) = bytes_max.filter(|left| needed_bytes > *left) {
+            let reference = reference.to_string();
+            return Err(PullError::OverQuota { reference, needed_bytes, left_bytes });
+        }
         let directory = self.images.directory();
         let failed = |source| RegistryError::File {
             step: "read the free space of",
@@ -190,7 +236,6 @@ impl ImagePuller {
             disk::free_bytes(directory)
         });
         let free_bytes = free_bytes.map_err(failed)?;
-        let needed_bytes = layers.iter().fold(0_u64, |sum, layer| sum.saturating_add(layer.bytes));
         if needed_bytes.saturating_mul(2) > free_bytes {
             let reference = reference.to_string();
             return Err(PullError::DiskFull { reference, needed_bytes, free_bytes });
@@ -219,21 +264,6 @@ impl ImagePuller {
         };
         layers.iter().enumerate().map(start).collect()
     }
-}
-
-/// Returns the digests of the uncompressed layers, in hexadecimal.
-fn diff_ids(reference: &Reference, config: &[u8], layers: usize) -> Result<Vec<String>, PullError> {
-    let wrong = |problem| PullError::Config { reference: reference.to_string(), problem };
-    let config: Configuration =
-        serde_json::from_slice(config).map_err(|_| wrong("is malformed"))?;
-    let ids: Option<Vec<String>> = (config.rootfs.diff_ids.iter())
-        .map(|id| id.strip_prefix("sha256:").map(str::to_owned))
-        .collect();
-    let ids = ids.ok_or_else(|| wrong("has digests that are not SHA-256"))?;
-    if ids.len() != layers {
-        return Err(wrong("has another number of layers than its manifest"));
-    }
-    Ok(ids)
 }
 
 fn open(path: &Path) -> Result<File, PullError> {

@@ -102,6 +102,8 @@ impl Node {
         let claims = self.shared.store.claim_sandboxes()?;
         let rows = self.shared.store.list_all_sandboxes()?;
         let mut tasks = JoinSet::new();
+        let node = self.clone();
+        tasks.spawn(async move { node.settle_images() });
         let ids = self.shared.store.list_all_sandbox_ids()?;
         let known = ids.iter().map(|(id, _)| id.to_string()).collect();
         blocking(|| self.look_at_unknown_directories(&known, &mut tasks))

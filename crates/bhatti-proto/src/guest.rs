@@ -61,6 +61,10 @@ pub struct GuestConfig {
     /// The user that processes run as unless a request names another; the usual user if empty.
     #[serde(default)]
     pub user: String,
+    /// The directory in which processes start unless a request names another; the usual directory
+    /// if empty. Optional, new.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub workdir: String,
     /// The address of the network card; absent if there is none. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<GuestNetwork>,

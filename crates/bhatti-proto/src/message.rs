@@ -402,6 +402,10 @@ pub struct RenameRequest {
 pub struct ArchiveRequest {
     /// The directory.
     pub path: String,
+    /// Whether the archive is to become an image: it has extended attributes and pipes, and nothing
+    /// of other file systems or of the agent. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub image: bool,
     /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
     /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -18,12 +18,12 @@ const EMPTY_MEMORY: &str = "memory-empty.img";
 /// the topmost layer.
 pub(crate) fn boot_disk(spec: &VmSpec) -> io::Result<String> {
     let directory = &spec.directory;
-    if spec.keep_disk {
+    let Some(root_base) = &spec.root_base else {
         return Ok(recorded_machine(directory)?.disk);
-    }
-    let base = spec.root_base.file_name().and_then(|name| name.to_str());
+    };
+    let base = root_base.file_name().and_then(|name| name.to_str());
     let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
-    share(&spec.root_base, directory, base)?;
+    share(root_base, directory, base)?;
     let disk = new_layer_name()?;
     let bytes = spec.disk.map_or(0, DiskMib::bytes);
     overlay::create_sized(&directory.join(&disk), base, bytes).map_err(io::Error::other)?;

@@ -60,6 +60,14 @@ pub(crate) struct Scope {
     pub(crate) registry: String,
     pub(crate) repository: String,
     pub(crate) credentials: Option<Credentials>,
+    pub(crate) access: Access,
+}
+
+/// What a request does to a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    Pull,
+    Push,
 }
 
 /// The authorizations that registries gave or ask for.
@@ -155,7 +163,12 @@ async fn fetch_token(
 ) -> Result<(String, Duration), RegistryError> {
     let malformed = |what| RegistryError::Malformed { what, host: scope.registry.clone() };
     let encode = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
-    let mut query = format!("scope={}", encode(&format!("repository:{}:pull", scope.repository)));
+    let actions = match scope.access {
+        Access::Pull => "pull",
+        Access::Push => "pull,push",
+    };
+    let wanted = format!("repository:{}:{actions}", scope.repository);
+    let mut query = format!("scope={}", encode(&wanted));
     if let Some(service) = service {
         query = format!("{query}&service={}", encode(service));
     }

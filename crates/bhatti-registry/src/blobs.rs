@@ -6,10 +6,10 @@
 //!    partial/<HEX>    the beginning of a blob; a later download continues it
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -120,6 +120,96 @@ impl Blobs {
         }
     }
 
+    /// Keeps a short content. Returns its SHA-256, in hexadecimal.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot be written. Blocks on disk.
+    pub fn keep(&self, content: &[u8]) -> Result<String, RegistryError> {
+        let sha256 = hex::encode(ring::digest::digest(&SHA256, content));
+        let path = self.directory.join("sha256").join(&sha256);
+        if !path.exists() {
+            let kept = fs::create_dir_all(self.directory.join("sha256"))
+                .and_then(|()| durable::write(&path, content));
+            kept.map_err(file_error("write", &path))?;
+        }
+        Ok(sha256)
+    }
+
+    /// Makes a blob of what `write` writes.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it cannot be written. Nothing stays then. Blocks on disk.
+    pub fn add(
+        &self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<Blob, RegistryError> {
+        let path = self.directory.join("partial").join(format!("new-{:016x}", fastrand::u64(..)));
+        let made = self.add_at(&path, write);
+        if made.is_err() {
+            let _is_missing = fs::remove_file(&path);
+        }
+        made.map_err(file_error("write", &path))
+    }
+
+    fn add_at(
+        &self,
+        path: &Path,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> io::Result<Blob> {
+        for name in ["partial", "sha256"] {
+            fs::create_dir_all(self.directory.join(name))?;
+        }
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let mut counted =
+            Counted { file: BufWriter::new(file), hash: Context::new(&SHA256), bytes: 0 };
+        write(&mut counted)?;
+        let Counted { file, hash, bytes } = counted;
+        file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+        let blob = Blob { sha256: hex::encode(hash.finish()), bytes };
+        durable::rename(path, &self.path(&blob))?;
+        Ok(blob)
+    }
+
+    /// Opens a blob by its SHA-256, in hexadecimal.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it does not exist. Blocks on disk.
+    pub fn open(&self, sha256: &str) -> Result<File, RegistryError> {
+        let path = self.directory.join("sha256").join(sha256);
+        File::open(&path).map_err(file_error("open", &path))
+    }
+
+    /// Removes the blobs whose SHA-256 is not in `used`, and the beginnings of blobs. Returns the
+    /// bytes that this frees. No download may be at work.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a file cannot be removed. Blocks on disk.
+    pub fn collect(&self, used: &BTreeSet<String>) -> Result<u64, RegistryError> {
+        let mut freed = 0;
+        for (name, keeps) in [("sha256", true), ("partial", false)] {
+            let directory = self.directory.join(name);
+            let entries = match fs::read_dir(&directory) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(file_error("list", &directory)(error)),
+            };
+            for entry in entries.flatten() {
+                if keeps && used.contains(&*entry.file_name().to_string_lossy()) {
+                    continue;
+                }
+                let path = entry.path();
+                let bytes = entry.metadata().map_or(0, |file| file.blocks() * 512);
+                fs::remove_file(&path).map_err(file_error("remove", &path))?;
+                freed += bytes;
+            }
+        }
+        Ok(freed)
+    }
+
     /// Returns the lock of a blob. Drops the locks that no download holds.
     fn lock_of(&self, sha256: &str) -> Arc<tokio::sync::Mutex<()>> {
         let mut downloads = self.downloads.lock();
@@ -169,6 +259,26 @@ impl Blobs {
         });
         let kept = kept.await.map_err(io::Error::other).flatten();
         kept.map_err(file_error("keep", &path))
+    }
+}
+
+/// Writes a new blob.
+struct Counted {
+    file: BufWriter<File>,
+    hash: Context,
+    bytes: u64,
+}
+
+impl Write for Counted {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(data)?;
+        self.hash.update(&data[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 

@@ -4,14 +4,14 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::HeaderMap;
-use http::{Response, StatusCode, Uri};
+use http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 
-use crate::auth::{Authorizations, Credentials, Scope};
-use crate::config::Config;
+use crate::auth::{Access, Authorizations, Credentials, Scope};
+use crate::config::{Config, authority};
 use crate::error::RegistryError;
-use crate::http::{Http, Wanted, read};
+use crate::http::{Http, Sent, Wanted, read};
 use crate::image::{
     Blob, DESCRIPTION_BYTES_MAX, Description, MANIFESTS, RemoteImage, digest_of, parse,
 };
@@ -137,19 +137,71 @@ impl Registries {
         let mirrors = self.config.of(registry).mirrors.into_iter().map(|mirror| Source {
             server: mirror.clone(),
             // A mirror does not get the password of the registry.
-            scope: Scope { registry: mirror, repository: repository.clone(), credentials: None },
+            scope: Scope {
+                registry: mirror,
+                repository: repository.clone(),
+                credentials: None,
+                access: Access::Pull,
+            },
             query: format!("?ns={registry}"),
         });
-        let own = Source {
-            server: server(registry).to_owned(),
-            scope: Scope {
-                registry: registry.to_owned(),
-                repository: repository.clone(),
-                credentials: credentials.cloned(),
-            },
-            query: String::new(),
-        };
+        let own = own_source(reference, credentials, Access::Pull);
         Attempts::new(mirrors.collect(), own)
+    }
+
+    /// Prepares to ask a reference's registry alone, to push.
+    pub(crate) fn own_attempts(
+        &self,
+        reference: &Reference,
+        credentials: Option<&Credentials>,
+    ) -> Attempts<Source> {
+        Attempts::new(Vec::new(), own_source(reference, credentials, Access::Push))
+    }
+
+    /// Returns the URI of a path below a repository.
+    pub(crate) fn uri(&self, source: &Source, path: &str) -> Result<Uri, RegistryError> {
+        let Source { server, scope, query } = source;
+        let scheme = if self.config.of(server).plain_http { "http" } else { "https" };
+        let uri = format!("{scheme}://{server}/v2/{}/{path}{query}", scope.repository);
+        uri.parse().map_err(|_| RegistryError::NotFound(uri))
+    }
+
+    /// Sends a request that pushes, with authorization if the registry asks for it. A body is sent
+    /// once: an upload begins with a request without one.
+    pub(crate) async fn send(
+        &self,
+        source: &Source,
+        method: Method,
+        uri: Uri,
+        headers: Vec<(HeaderName, HeaderValue)>,
+        sent: Option<Sent>,
+    ) -> Result<Response<Incoming>, RegistryError> {
+        let scope = &source.scope;
+        let authorized = |authorization: Option<HeaderValue>| {
+            // Another host, which keeps the blobs, does not get the authorization.
+            let is_own = authority(&uri) == self.authority_of(source);
+            let authorization = authorization.filter(|_| is_own);
+            let all = headers.clone().into_iter();
+            all.chain(authorization.map(|value| (AUTHORIZATION, value))).collect::<Vec<_>>()
+        };
+        let is_short = sent.is_none();
+        let known = self.known.known(scope);
+        let mut response =
+            self.http.send(method.clone(), uri.clone(), authorized(known), sent).await?;
+        if response.status() == StatusCode::UNAUTHORIZED {
+            self.known.forget(scope);
+            let obtained = self.known.obtain(&self.http, scope, response.headers()).await?;
+            let obtained = obtained.ok_or_else(|| denied(scope))?;
+            if is_short {
+                response =
+                    self.http.send(method, uri.clone(), authorized(Some(obtained)), None).await?;
+            }
+        }
+        judge(source, uri.path(), response)
+    }
+
+    fn authority_of(&self, source: &Source) -> (String, u16) {
+        self.uri(source, "").map(|uri| authority(&uri)).unwrap_or_default()
     }
 
     async fn describe(
@@ -179,10 +231,8 @@ impl Registries {
         path: &str,
         mut wanted: Wanted<'_>,
     ) -> Result<Response<Incoming>, RegistryError> {
-        let Source { server, scope, query } = source;
-        let scheme = if self.config.of(server).plain_http { "http" } else { "https" };
-        let uri = format!("{scheme}://{server}/v2/{}/{path}{query}", scope.repository);
-        let uri: Uri = uri.parse().map_err(|_| RegistryError::NotFound(uri))?;
+        let scope = &source.scope;
+        let uri = self.uri(source, path)?;
         let known = self.known.known(scope);
         wanted.authorization = known;
         let mut response = self.http.get(uri.clone(), &wanted).await?;
@@ -193,15 +243,39 @@ impl Registries {
             wanted.authorization = Some(obtained.ok_or_else(|| denied(scope))?);
             response = self.http.get(uri, &wanted).await?;
         }
-        match response.status() {
-            status if status.is_success() => Ok(response),
-            StatusCode::NOT_FOUND => Err(RegistryError::NotFound(format!(
-                "{}/{} ({path})",
-                scope.registry, scope.repository
-            ))),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(denied(scope)),
-            status => Err(RegistryError::status(server.clone(), status, response.headers())),
-        }
+        judge(source, path, response)
+    }
+}
+
+/// Returns a response, or what its status means.
+fn judge(
+    source: &Source,
+    path: &str,
+    response: Response<Incoming>,
+) -> Result<Response<Incoming>, RegistryError> {
+    let Source { server, scope, .. } = source;
+    match response.status() {
+        status if status.is_success() => Ok(response),
+        StatusCode::NOT_FOUND => Err(RegistryError::NotFound(format!(
+            "{}/{} ({path})",
+            scope.registry, scope.repository
+        ))),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(denied(scope)),
+        status => Err(RegistryError::status(server.clone(), status, response.headers())),
+    }
+}
+
+/// Returns a reference's registry.
+fn own_source(reference: &Reference, credentials: Option<&Credentials>, access: Access) -> Source {
+    Source {
+        server: server(reference.registry()).to_owned(),
+        scope: Scope {
+            registry: reference.registry().to_owned(),
+            repository: reference.repository().to_owned(),
+            credentials: credentials.cloned(),
+            access,
+        },
+        query: String::new(),
     }
 }
 

@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, USER_AGENT,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
+    USER_AGENT,
 };
 use http::{Method, Request, Response, StatusCode, Uri};
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
@@ -89,10 +91,24 @@ pub(crate) struct Wanted<'a> {
     pub(crate) from: u64,
 }
 
+/// The body of a request.
+pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// A body to send, and how long that may take.
+pub(crate) struct Sent {
+    pub(crate) body: Body,
+    pub(crate) limit: Duration,
+}
+
+/// Returns a body without content.
+pub(crate) fn empty() -> Body {
+    Empty::new().map_err(|never| match never {}).boxed_unsync()
+}
+
 /// Sends requests.
 #[derive(Clone)]
 pub(crate) struct Http {
-    client: Client<Connector, Empty<Bytes>>,
+    client: Client<Connector, Body>,
 }
 
 impl Http {
@@ -128,15 +144,8 @@ impl Http {
                 host: host.clone(),
                 source,
             };
-            let request = request.body(Empty::new()).map_err(|error| broken(error.into()))?;
-            let sent = timeout(RESPONSE_LIMIT, self.client.request(request)).await;
-            let response = match sent {
-                Ok(Ok(response)) => response,
-                Ok(Err(error)) => return Err(explain(&host, error)),
-                Err(_) => {
-                    return Err(broken(Box::new(io::Error::from(io::ErrorKind::TimedOut))));
-                }
-            };
+            let request = request.body(empty()).map_err(|error| broken(error.into()))?;
+            let response = self.exchange(&host, request, RESPONSE_LIMIT).await?;
             if !is_redirect(response.status()) {
                 return Ok(response);
             }
@@ -144,6 +153,48 @@ impl Http {
                 .map_err(|problem| HttpError::Redirect { host, problem })?;
         }
         Err(HttpError::Redirect { host: first.0, problem: "too often" })
+    }
+}
+
+impl Http {
+    /// Sends a request, and does not follow redirects.
+    pub(crate) async fn send(
+        &self,
+        method: Method,
+        uri: Uri,
+        headers: Vec<(HeaderName, HeaderValue)>,
+        sent: Option<Sent>,
+    ) -> Result<Response<Incoming>, HttpError> {
+        let host = authority(&uri).0;
+        let (body, limit) = match sent {
+            Some(Sent { body, limit }) => (body, limit),
+            None => (empty(), RESPONSE_LIMIT),
+        };
+        let mut request = Request::builder().method(method).uri(uri);
+        if let Some(all) = request.headers_mut() {
+            set_headers(all, &Wanted::default(), true);
+            all.extend(headers);
+        }
+        let request = request
+            .body(body)
+            .map_err(|error| HttpError::Broken { host: host.clone(), source: error.into() })?;
+        self.exchange(&host, request, limit).await
+    }
+
+    async fn exchange(
+        &self,
+        host: &str,
+        request: Request<Body>,
+        limit: Duration,
+    ) -> Result<Response<Incoming>, HttpError> {
+        match timeout(limit, self.client.request(request)).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(explain(host, error)),
+            Err(_) => {
+                let source = Box::new(io::Error::from(io::ErrorKind::TimedOut));
+                Err(HttpError::Broken { host: host.to_owned(), source })
+            }
+        }
     }
 }
 
@@ -196,7 +247,11 @@ fn is_redirect(status: StatusCode) -> bool {
 /// Returns the URI that a redirect leads to.
 fn target(from: &Uri, headers: &HeaderMap) -> Result<Uri, &'static str> {
     let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
-    let location = location.ok_or("to nowhere")?;
+    resolve(from, location.ok_or("to nowhere")?)
+}
+
+/// Returns the URI that a location means which a response to `from` names.
+pub(crate) fn resolve(from: &Uri, location: &str) -> Result<Uri, &'static str> {
     let (scheme, authority) =
         (from.scheme_str().unwrap_or("https"), from.authority().ok_or("to nowhere")?);
     let absolute = if location.starts_with("//") {

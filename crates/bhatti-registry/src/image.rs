@@ -49,6 +49,8 @@ impl Blob {
 pub struct RemoteImage {
     /// Digest of the manifest, `sha256:…`.
     pub digest: String,
+    /// The manifest: a JSON object.
+    pub manifest: Vec<u8>,
     /// The configuration: a JSON object.
     pub config: Blob,
     /// The layers, lowest first. They may be compressed.
@@ -122,6 +124,7 @@ fn image(
     }
     Ok(RemoteImage {
         digest: digest_of(content),
+        manifest: content.to_vec(),
         config: blob(reference, manifest.config())?,
         layers: layers.iter().map(|layer| blob(reference, layer)).collect::<Result<_, _>>()?,
     })

@@ -1,5 +1,5 @@
-//! A client of OCI registries: finds the image of a reference for this host, and downloads its
-//! blobs.
+//! A client of OCI registries: finds the image of a reference for this host, downloads its blobs,
+//! and pushes images.
 //!
 //! A registry is as untrusted as the image. Every description has a size limit and is read by
 //! [`serde_json`], every blob is streamed to disk and checked against its digest, and every
@@ -19,6 +19,7 @@ mod error;
 mod guard;
 mod http;
 mod image;
+mod push;
 mod reference;
 mod retry;
 
@@ -31,4 +32,5 @@ pub use docker::docker_credentials;
 pub use error::RegistryError;
 pub use http::HttpError;
 pub use image::{Blob, RemoteImage};
+pub use push::Pushed;
 pub use reference::{ParseReferenceError, Reference};

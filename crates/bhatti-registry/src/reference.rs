@@ -69,7 +69,8 @@ impl Reference {
     }
 
     /// What the registry is asked for: the digest, or else the tag.
-    pub(crate) fn version(&self) -> &str {
+    #[must_use]
+    pub fn version(&self) -> &str {
         self.digest().or(self.tag()).unwrap_or("latest")
     }
 }

@@ -10,7 +10,7 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bhatti_registry::{
-    Blobs, Config, ConnectError, Credentials, HttpError, Progress, Registries, Registry,
+    Blobs, Config, ConnectError, Credentials, HttpError, Progress, Pushed, Registries, Registry,
     RegistryError, RemoteImage,
 };
 use bhatti_testkit::registry::{Layer, RealRegistry, unused_server};
@@ -116,6 +116,42 @@ async fn image_is_found_by_tag_and_digest_and_downloaded_once() {
     let missing = pull.run("team/app:2").await.unwrap_err();
     assert!(matches!(missing, RegistryError::NotFound(_)), "{missing}");
     assert!(missing.to_string().contains("team/app"), "{missing}");
+}
+
+#[tokio::test]
+async fn image_is_pushed_and_only_what_is_missing_is_sent() {
+    let registry = with_image(RealRegistry::start_private().await).await;
+    let settings = Registry { private: true, ..Registry::default() };
+    let config = || Config {
+        registries: [(registry.server.clone(), settings.clone())].into(),
+        authorities: vec![CertificateDer::from(registry.authority.clone())],
+    };
+    let pull = Pull::new(&registry.server, config()).with_password("secret");
+    let image = pull.run("team/app:1").await.unwrap();
+    let reference = format!("{}/team/app:1", registry.server).parse().unwrap();
+    let credentials = pull.credentials.as_ref();
+    let written = pull.registries.config(&reference, credentials, &image.config).await.unwrap();
+    pull.blobs.keep(&written).unwrap();
+    let parts: Vec<_> = [image.config.clone()].into_iter().chain(image.layers.clone()).collect();
+    let media_type = "application/vnd.oci.image.manifest.v1+json";
+    let pushed = Pushed { manifest: &image.manifest, media_type, parts: &parts };
+    let push = async |name: &str, credentials: Option<&Credentials>| {
+        let reference = format!("{}/{name}", registry.server).parse().unwrap();
+        let (registries, blobs) = (&pull.registries, &pull.blobs);
+        registries.push(&reference, credentials, blobs, pushed, &[]).await
+    };
+
+    let refused = push("other/app:2", None).await.unwrap_err();
+    assert!(matches!(refused, RegistryError::Denied { .. }), "{refused}");
+    push("other/app:2", credentials).await.unwrap();
+
+    let again = Pull::new(&registry.server, config()).with_password("secret");
+    assert_eq!(again.run("other/app:2").await.unwrap(), image);
+    // The registry has all blobs, so their files are not needed.
+    fs::remove_dir_all(pull.directory.path().join("sha256")).unwrap();
+    push("other/app:3", credentials).await.unwrap();
+    push("third/app:1", credentials).await.unwrap_err();
+    assert!(matches!(again.run("third/app:1").await, Err(RegistryError::NotFound(_))));
 }
 
 #[tokio::test]

@@ -41,7 +41,6 @@ use bhatti_edge::{
     Admitted, Identity, Keyring, OF_STRANGERS_BYTES, Permit, Permits, Tickets, drain,
     end_input_with_key, end_with_key, hold,
 };
-use bhatti_image::ImageStore;
 use bhatti_store::StoreError;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -79,8 +78,6 @@ pub struct AppState(Arc<Inner>);
 pub struct Inner {
     /// The sandboxes.
     pub control: Control,
-    /// The images.
-    pub images: ImageStore,
     /// When the daemon started.
     pub started: Instant,
     /// How published ports are reached.
@@ -119,8 +116,6 @@ pub struct PublicAddress {
 pub struct StateParts {
     /// See [`Inner::control`].
     pub control: Control,
-    /// See [`Inner::images`].
-    pub images: ImageStore,
     /// See [`Inner::started`].
     pub started: Instant,
     /// See [`Inner::public`].
@@ -138,12 +133,11 @@ impl AppState {
     ///
     /// Returns an error if the API keys cannot be read from the store.
     pub fn new(parts: StateParts) -> Result<Self, StoreError> {
-        let StateParts { control, images, started, public, proxy_limit, stopping } = parts;
+        let StateParts { control, started, public, proxy_limit, stopping } = parts;
         let metrics = HttpMetrics::new(&control);
         let keyring = Keyring::new(&control.list_keys(None)?);
         Ok(Self(Arc::new(Inner {
             control,
-            images,
             started,
             public,
             proxy_limit,
@@ -266,6 +260,10 @@ async fn pass(
                     ran = idempotency::run(&state, identity.user(), request, next) => ran,
                 };
                 let mut response = ran.unwrap_or_else(IntoResponse::into_response);
+                // The key may have ended after the first look, and the body with it.
+                if response.status().is_client_error() && !identity.is_valid() {
+                    response = ended_key().into_response();
+                }
                 if permit.is_some() {
                     response.extensions_mut().insert(Admitted);
                 }

@@ -11,6 +11,7 @@ mod health;
 mod images;
 mod jobs;
 mod keys;
+mod operations;
 mod ports;
 mod publish;
 mod sandboxes;
@@ -109,6 +110,15 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(volumes::clone))
         .routes(routes!(images::list))
         .routes(routes!(images::get, images::delete))
+        .routes(routes!(images::pull))
+        .routes(routes!(images::push))
+        .routes(routes!(images::save))
+        .routes(routes!(images::prune))
+        .routes(routes!(images::tag))
+        .routes(routes!(images::export))
+        .routes(routes!(images::share, images::unshare))
+        .routes(routes!(operations::list))
+        .routes(routes!(operations::get, operations::cancel))
         .routes(routes!(users::list, users::create))
         .routes(routes!(users::get, users::update, users::delete))
         .routes(routes!(users::rotate_key))

@@ -1,6 +1,7 @@
 //! Maps errors to responses. Only this module knows HTTP status codes.
 
 mod creation;
+mod images;
 
 use std::io;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use bhatti_store::{
 use bhatti_types::{Denied, QuotaExceeded, Report};
 
 use creation::{boot_error, node_network_error, restore_error, volume_error};
+pub(crate) use images::pull_failure;
 
 /// Retry delay for a host whose memory is in use, or a guest that is busy.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
@@ -221,9 +223,10 @@ const fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::NoSpace | ErrorCode::HostDiskFull => StatusCode::INSUFFICIENT_STORAGE,
         ErrorCode::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::BodyTooLarge | ErrorCode::OutputTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-        ErrorCode::ConnectionLost | ErrorCode::PortRefused | ErrorCode::BadGateway => {
-            StatusCode::BAD_GATEWAY
-        }
+        ErrorCode::ConnectionLost
+        | ErrorCode::PortRefused
+        | ErrorCode::BadGateway
+        | ErrorCode::PullFailed => StatusCode::BAD_GATEWAY,
         ErrorCode::Unsupported => StatusCode::NOT_IMPLEMENTED,
         ErrorCode::NotSetUp | ErrorCode::Busy => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::BootFailed | ErrorCode::DamagedRow | ErrorCode::Internal => {

@@ -32,6 +32,7 @@ use rusqlite::config::DbConfig;
 
 pub use desired::claims::Claim;
 pub use desired::idempotency::{IDEMPOTENCY_SECONDS, Repeated, StoredResponse};
+pub use desired::images::{ImageInsertError, ImageRow, Replace};
 pub use desired::keys::{KeyInsertError, KeyRow};
 pub use desired::publications::{PublicationRow, PublishError};
 pub use desired::sandboxes::{

@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 10] = [
+const STEPS: [&str; 11] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -245,6 +245,38 @@ const STEPS: [&str; 10] = [
     ) STRICT;
 
     CREATE INDEX idempotency_age ON idempotency (created_at);
+",
+    // Users' images. `root` names a file of the host, which several images may have. `manifest`
+    // names a blob, and `blobs` all blobs that the image was made from. The settings of an image
+    // are copied into its sandboxes, which keep them when the image is gone.
+    "
+    CREATE TABLE images (
+        owner      TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+        name       TEXT NOT NULL,
+        root       TEXT NOT NULL,
+        source     TEXT NOT NULL,
+        config     TEXT NOT NULL,
+        manifest   TEXT,
+        blobs      TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        disk_bytes INTEGER NOT NULL,
+        created_at TEXT NOT NULL,
+        used_at    INTEGER NOT NULL,
+        PRIMARY KEY (owner, name)
+    ) STRICT;
+
+    CREATE TABLE image_shares (
+        owner TEXT NOT NULL,
+        name  TEXT NOT NULL,
+        user  TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+        PRIMARY KEY (owner, name, user),
+        FOREIGN KEY (owner, name) REFERENCES images (owner, name) ON DELETE CASCADE
+    ) STRICT;
+
+    CREATE INDEX image_shares_user ON image_shares (user);
+
+    ALTER TABLE sandboxes ADD COLUMN image_config TEXT;
+    ALTER TABLE snapshots ADD COLUMN image_config TEXT;
 ",
 ];
 

@@ -16,7 +16,14 @@ pub fn named(name: &str) -> CreateSandbox {
 #[must_use]
 pub fn start(command: &[&str]) -> StreamRequest {
     let cmd = command.iter().map(|&argument| argument.to_owned()).collect();
-    StreamRequest::Start { cmd, env: [].into(), cwd: None, user: None, timeout_sec: None }
+    StreamRequest::Start {
+        cmd,
+        entrypoint: false,
+        env: [].into(),
+        cwd: None,
+        user: None,
+        timeout_sec: None,
+    }
 }
 
 /// A command that has ended.

@@ -4,6 +4,7 @@
 //! clock and no randomness: a caller that makes an id supplies the entropy.
 
 mod id;
+mod image;
 mod key;
 mod label;
 mod lifecycle;
@@ -16,6 +17,7 @@ mod spec;
 mod volume;
 
 pub use id::{NodeId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId, VolumeId};
+pub use image::{ImageConfig, ParseRootError, RootName};
 pub use key::{KeyScope, UnknownKeyScope};
 pub use label::{InvalidLabel, Labels};
 pub use lifecycle::{Denied, FailReason, SandboxState, Thermal, UnknownReason};

@@ -15,7 +15,8 @@ pub struct Quota {
     pub snapshots: Option<u32>,
     /// All volumes together, in MiB.
     pub volumes_mib: Option<u32>,
-    /// Disk space of the host that the user's sandboxes and snapshots take together, in MiB.
+    /// Disk space of the host that the user's sandboxes, snapshots and images take together, in
+    /// MiB.
     pub disk_mib: Option<u32>,
 }
 
@@ -72,9 +73,9 @@ pub enum QuotaExceeded {
         /// Total size that is allowed, in MiB.
         max: u32,
     },
-    /// The user's sandboxes and snapshots would take too much of the host's disk.
+    /// The user's sandboxes, snapshots and images would take too much of the host's disk.
     #[error(
-        "disk limit reached: sandboxes and snapshots take {used} MiB, this needs up to {needed} MiB more, and {max} MiB are allowed"
+        "disk limit reached: sandboxes, snapshots and images take {used} MiB, this needs up to {needed} MiB more, and {max} MiB are allowed"
     )]
     Disk {
         /// Disk space that they take, in MiB.
@@ -98,7 +99,9 @@ pub enum QuotaExceeded {
     },
     /// The request gives a sandbox a disk that is larger than the disk space of all sandboxes may
     /// be.
-    #[error("a disk of {disk} is more than the {max} MiB that sandboxes and snapshots may take")]
+    #[error(
+        "a disk of {disk} is more than the {max} MiB that sandboxes, snapshots and images may take"
+    )]
     DiskSize {
         /// The requested disk.
         disk: DiskMib,

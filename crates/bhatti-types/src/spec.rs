@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    CpuCount, DiskMib, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName, SecretName,
+    CpuCount, DiskMib, ImageConfig, ImageName, Labels, MemoryMib, NetworkSpec, SandboxName,
+    SecretName,
 };
 
 /// The image of sandboxes whose requests name none.
@@ -104,6 +105,8 @@ pub struct SandboxSpec {
     pub init: String,
     /// Image that the sandbox starts from.
     pub image: ImageName,
+    /// What the image says about the sandbox's processes.
+    pub image_config: ImageConfig,
     /// How the sandbox is connected.
     pub network: NetworkSpec,
 }
@@ -123,6 +126,7 @@ impl SandboxSpec {
             secrets: Vec::new(),
             init: String::new(),
             image,
+            image_config: ImageConfig::default(),
             network: NetworkSpec::default(),
         }
     }

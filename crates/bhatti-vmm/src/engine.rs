@@ -69,7 +69,7 @@ impl<V: Vmm> Engine for ProcessEngine<V> {
         match boot::boot(&self.vmm, spec).await {
             Ok(vm) => Ok(Arc::new(vm)),
             Err(error) => {
-                self.undo(spec.id, &spec.directory, spec.keep_disk).await;
+                self.undo(spec.id, &spec.directory, spec.root_base.is_none()).await;
                 Err(error)
             }
         }

@@ -80,6 +80,9 @@ pub(crate) struct Config {
     /// dot, `*.internal`, `*.local`, and the names of private addresses. If absent, such names do
     /// not exist for sandboxes.
     pub(crate) dns_private_names: bool,
+    /// Disk space that pulled images may take, in MiB; no limit if absent. Beyond it, unused ones
+    /// are deleted, those first that were used longest ago.
+    pub(crate) pulled_images_mb: Option<u64>,
     /// Settings of registries that images are pulled from, by host or by host and port.
     pub(crate) registries: BTreeMap<String, Registry>,
 }
@@ -203,6 +206,11 @@ impl Config {
     /// See [`template_budget_mb`](Self::template_budget_mb).
     pub(crate) fn template_bytes(&self) -> u64 {
         self.template_budget_mb.unwrap_or(TEMPLATE_BUDGET_MIB) << 20
+    }
+
+    /// See [`pulled_images_mb`](Self::pulled_images_mb).
+    pub(crate) fn pulled_images_bytes(&self) -> Option<u64> {
+        self.pulled_images_mb.map(|mib| mib.saturating_mul(1 << 20))
     }
 
     /// See [`memory_budget_mb`](Self::memory_budget_mb).

@@ -222,7 +222,7 @@ async fn command_runs_in_a_sandbox_that_is_destroyed_afterwards() {
     assert_eq!(ran.status.code(), Some(7), "{}", stderr(&ran));
     assert!(stdout(&ran).starts_with("1\nsandbox-"), "{}", stdout(&ran));
     assert_eq!(stdout(&run(&daemon, &["ps", "--quiet"]).await), "");
-    let unknown = run(&daemon, &["run", "no-such-image", "--", "true"]).await;
+    let unknown = run(&daemon, &["run", "--pull", "never", "no-such-image", "--", "true"]).await;
     assert_eq!(unknown.status.code(), Some(125));
     assert!(stderr(&unknown).contains("image `no-such-image` not found"), "{}", stderr(&unknown));
 }

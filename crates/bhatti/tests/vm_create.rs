@@ -209,7 +209,7 @@ async fn invalid_disk_size_is_refused_with_the_valid_range() {
     let theirs = Api::tcp(daemon.api_address(), Some(&key));
     let answer = theirs.call("POST", "/sandboxes", &json!({ "disk_mb": 8193 })).await;
     assert!(
-        answer.text().contains("8192 MiB that sandboxes and snapshots may take"),
+        answer.text().contains("8192 MiB that sandboxes, snapshots and images may take"),
         "{}",
         answer.text()
     );

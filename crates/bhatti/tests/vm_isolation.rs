@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bhatti_api::StartSandbox;
+use bhatti_client::{Client, Upload};
 use bhatti_testkit::{
     Answer, Api, Feature, Serve, TestDaemon, dist, engine, engine_has, is_root, named, shell, skip,
 };
@@ -129,6 +130,15 @@ fn said(answer: &Answer, name: &str) -> (u16, String, String) {
     (status, code, error)
 }
 
+/// A tar archive with one file.
+fn one_file() -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_size(1);
+    tar.append_data(&mut header, "file", &b"1"[..]).expect("memory takes all bytes");
+    tar.into_inner().expect("memory takes all bytes")
+}
+
 #[tokio::test]
 async fn no_route_shows_the_resources_of_another_user() {
     let config = "listen: 127.0.0.1:0\n".to_owned();
@@ -136,9 +146,10 @@ async fn no_route_shows_the_resources_of_another_user() {
     let admin = Api::admin(&daemon);
     let user = async |name: &str| {
         let made = admin.call("POST", "/users", &json!({ "name": name })).await.json();
-        Api::tcp(daemon.api_address(), made["api_key"].as_str())
+        made["api_key"].as_str().expect("a new user has a key").to_owned()
     };
-    let (alice, bob) = (user("alice").await, user("bob").await);
+    let (alice_key, bob_key) = (user("alice").await, user("bob").await);
+    let [alice, bob] = [&alice_key, &bob_key].map(|key| Api::tcp(daemon.api_address(), Some(key)));
     let snapshot = engine_has(Feature::SavedMemory)
         .then(|| ("/sandboxes/hers/checkpoint", json!({ "name": "hers" })));
     for (path, body) in [
@@ -155,17 +166,14 @@ async fn no_route_shows_the_resources_of_another_user() {
         let made = alice.call("POST", path, &body).await;
         assert_eq!(made.status, 201, "{path}: {}", made.text());
     }
+    let client = Client::http(&format!("http://{}", daemon.api_address()), &alice_key);
+    let archive = Upload::new(std::io::Cursor::new(one_file()), None);
+    client.expect("an address").import_image("hers", archive).await.expect("an import");
     let api = admin.get("/openapi.json").await.json();
-    let owned = ["sandbox", "snapshot", "template", "volume", "name", "key"];
+    let owned = ["sandbox", "snapshot", "template", "volume", "name", "key", "image", "operation"];
     let names = |of: &'static str| {
         let mut names: BTreeMap<_, _> = owned.iter().map(|parameter| (*parameter, of)).collect();
-        names.extend([
-            ("port", "8000"),
-            ("job", "s1"),
-            ("session", "s1"),
-            ("user", "alice"),
-            ("image", "minimal"),
-        ]);
+        names.extend([("port", "8000"), ("job", "s1"), ("session", "s1"), ("user", "alice")]);
         names
     };
     let (hers, nobodys) = (calls(&api, &names("hers")), calls(&api, &names("nobodys")));
@@ -186,10 +194,7 @@ async fn no_route_shows_the_resources_of_another_user() {
             let nothing = send(&bob, control).await;
             assert_eq!(said(&answer, "hers"), said(&nothing, "nobodys"), "{what}");
             seen += 1;
-        } else if is_admins
-            || call.route == "/metrics"
-            || (call.route.starts_with("/images") && call.method != "GET")
-        {
+        } else if is_admins || call.route == "/metrics" {
             assert_eq!(answer.refusal(), (403, "forbidden".to_owned()), "{what}");
         } else if call.method == "GET" {
             assert!(!answer.text().contains("hers"), "{what}: {}", answer.text());

@@ -131,7 +131,9 @@ impl Command {
         let user = user::acting(agent, request.user.as_deref())?;
         let environment = environment(agent, user.as_ref(), &request.env);
         let path = environment.get("PATH").map_or("", String::as_str);
-        let directory = working_directory(request.cwd.as_deref())?;
+        let usual = agent.settings.borrow().workdir.clone();
+        let named = request.cwd.as_deref().filter(|cwd| !cwd.is_empty());
+        let directory = working_directory(named.or(usual.as_deref()))?;
         let name = request.argv.first().map_or("", String::as_str);
         let found = find_program(name, path, directory.as_deref().unwrap_or(Path::new("")));
         let file = found.map_err(|error| lookup_failed(name, &error))?;
@@ -246,9 +248,7 @@ fn working_directory(cwd: Option<&str>) -> Result<Option<PathBuf>, AgentError> {
     let bad = |path: &Path, why: &str| {
         refused(ErrorKind::BadCwd, format!("start: chdir {}: {why}", path.display()))
     };
-    let Some(cwd) = cwd.filter(|cwd| !cwd.is_empty()) else {
-        return Ok(None);
-    };
+    let Some(cwd) = cwd else { return Ok(None) };
     let cwd = Path::new(cwd);
     match cwd.metadata() {
         Ok(metadata) if metadata.is_dir() => {

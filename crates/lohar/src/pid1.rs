@@ -28,12 +28,9 @@ use tokio::task::LocalSet;
 use crate::Agent;
 use crate::limits::Limits;
 use crate::reaper::Reaper;
-use crate::surroundings::Surroundings;
+use crate::surroundings::{STATE_DIR, Surroundings};
 use crate::vsock::Vsock;
 use crate::{channel, log, netlink, oom, runtime};
-
-/// The directory of job output and of jobs that restart.
-const STATE_DIR: &str = "/var/lib/lohar";
 
 /// A step of the boot that failed.
 #[derive(Debug)]

@@ -6,6 +6,7 @@ mod system;
 mod texts;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub(crate) struct Settings {
     pub(crate) environment: BTreeMap<String, String>,
     /// The user that processes run as.
     pub(crate) user: Option<String>,
+    /// The directory in which processes start.
+    pub(crate) workdir: Option<String>,
     /// The mount points of writable volumes.
     pub(crate) volumes: Vec<String>,
     configured: bool,
@@ -57,6 +60,7 @@ impl Settings {
         self.token = some_text(&config.token).map(String::into_bytes);
         self.environment.clone_from(&config.env);
         self.user = some_text(&config.user);
+        self.workdir = some_text(&config.workdir);
         if !self.configured {
             let written = config.volumes.iter().filter(|volume| !volume.read_only);
             self.volumes = written.map(|volume| volume.mount.clone()).collect();
@@ -79,7 +83,7 @@ pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result
         Surroundings::Container => system::apply_in_container(config)?,
         Surroundings::Process => {}
     }
-    write_files(agent, &config.files).await?;
+    write_files(agent, config).await?;
     agent.settings.borrow_mut().take_over(config);
     start_init_of(agent, &config.init);
     if timeout(FILES_LIMIT, start_kept(agent)).await.is_err() {
@@ -95,13 +99,16 @@ pub(crate) fn start_init_of(agent: &Rc<Agent>, script: &str) {
     }
 }
 
-/// Writes the configured files, on a thread for files.
-async fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Result<(), OpError> {
-    if files.is_empty() {
+/// Makes the working directory if it is missing, and writes the configured files, on a thread for
+/// files.
+async fn write_files(agent: &Agent, config: &GuestConfig) -> Result<(), OpError> {
+    let GuestConfig { files, workdir, .. } = config;
+    if files.is_empty() && workdir.is_empty() {
         return Ok(());
     }
-    let (files, is_guest) = (files.clone(), agent.place.is_guest());
+    let (files, workdir, is_guest) = (files.clone(), workdir.clone(), agent.place.is_guest());
     let writing = begin_as_agent(agent, move || {
+        make_workdir(&workdir)?;
         files.iter().try_for_each(|(path, file)| write_file(path, file, is_guest))
     });
     let mut writing = writing.await?;
@@ -110,6 +117,17 @@ async fn write_files(agent: &Agent, files: &BTreeMap<String, ConfigFile>) -> Res
         refused(ErrorKind::Limit, message)
     };
     timeout(FILES_LIMIT, writing.end()).await.map_err(late)?
+}
+
+/// Makes the working directory of an image that names one that it does not have, as Docker does.
+fn make_workdir(path: &str) -> Result<(), AgentError> {
+    if path.is_empty() || Path::new(path).is_dir() {
+        return Ok(());
+    }
+    let made = std::fs::create_dir_all(path);
+    made.map_err(|error| {
+        refused(ErrorKind::BadCwd, format!("make the working directory {path}: {error}"))
+    })
 }
 
 fn write_file(path: &str, file: &ConfigFile, is_guest: bool) -> Result<(), AgentError> {

@@ -1,5 +1,8 @@
 //! Where the agent runs, which decides how much of the system it may change.
 
+/// The directory of job output and of jobs that restart, in a guest.
+pub(crate) const STATE_DIR: &str = "/var/lib/lohar";
+
 /// Where the agent runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Surroundings {

@@ -26,36 +26,96 @@ pub(crate) struct User {
 /// Returns the user that a request acts as: the user that it names, else the user of the
 /// settings, else the usual user of a guest. `None` is the agent's own user.
 pub(crate) fn acting(agent: &Agent, named: Option<&str>) -> Result<Option<User>, AgentError> {
+    if let Some(name) = named {
+        return find(name, OtherGroup::SameNumber).map(Some);
+    }
     let configured = agent.settings.borrow().user.clone();
-    match named.map(str::to_owned).or(configured) {
-        Some(name) => find(&name).map(Some),
-        None if agent.place.is_guest() => Ok(find_known(&USUAL_UID.to_string())),
+    match configured {
+        Some(name) => find(&name, OtherGroup::Root).map(Some),
+        None if agent.place.is_guest() => {
+            Ok(Files::read().user(&USUAL_UID.to_string(), OtherGroup::SameNumber, Known::Only))
+        }
         None => Ok(None),
     }
 }
 
-/// Finds a user by name, by number, or as `UID:GID`. A number needs no entry in `/etc/passwd`:
-/// the group then has the same number.
-fn find(wanted: &str) -> Result<User, AgentError> {
-    find_known(wanted)
-        .or_else(|| User::numeric(wanted))
-        .ok_or_else(|| refused(ErrorKind::NoSuchUser, format!("start: unknown user {wanted}")))
+/// The group of a user that is a number without an entry in `/etc/passwd`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OtherGroup {
+    /// The group of the same number.
+    SameNumber,
+    /// The group 0, as for the `USER` of an image.
+    Root,
 }
 
-fn find_known(wanted: &str) -> Option<User> {
-    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let group = fs::read_to_string("/etc/group").unwrap_or_default();
-    find_in(&passwd, &group, wanted)
+/// Whether a user needs an entry in `/etc/passwd`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    /// It does.
+    Only,
+    /// A number does not.
+    OrNumber,
+}
+
+/// Finds a user by name or number, with `:` and a group, by name or number, in place of the user's
+/// own groups.
+fn find(wanted: &str, other: OtherGroup) -> Result<User, AgentError> {
+    let unknown = || refused(ErrorKind::NoSuchUser, format!("start: unknown user {wanted}"));
+    Files::read().user(wanted, other, Known::OrNumber).ok_or_else(unknown)
+}
+
+/// `/etc/passwd` and `/etc/group`.
+struct Files {
+    passwd: String,
+    group: String,
+}
+
+impl Files {
+    fn read() -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        Self { passwd: read("/etc/passwd"), group: read("/etc/group") }
+    }
+
+    fn user(&self, wanted: &str, other: OtherGroup, known: Known) -> Option<User> {
+        let (name, group) = match wanted.split_once(':') {
+            Some((name, group)) => (name, Some(group)),
+            None => (wanted, None),
+        };
+        let user = find_in(&self.passwd, &self.group, name);
+        let user = match known {
+            Known::Only => user,
+            Known::OrNumber => user.or_else(|| User::numeric(name, other)),
+        }?;
+        let Some(group) = group else { return Some(user) };
+        let gid = self.gid(group)?;
+        Some(User { gid, groups: vec![gid], ..user })
+    }
+
+    fn gid(&self, wanted: &str) -> Option<Gid> {
+        let mut entries = self.group.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let entry = entries.find(|entry| entry.len() >= 3 && entry[0] == wanted);
+        match entry {
+            Some(entry) => entry[2].parse().ok().map(Gid::from_raw),
+            None => number(wanted).map(Gid::from_raw),
+        }
+    }
+}
+
+/// Parses the number of a user or group. The highest number means "unchanged" to the kernel.
+fn number(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|number| *number < u32::MAX)
 }
 
 impl User {
-    /// A user without an entry in `/etc/passwd`: `UID` or `UID:GID`.
-    fn numeric(text: &str) -> Option<Self> {
-        let (uid, gid) = text.split_once(':').unwrap_or((text, text));
-        // The highest number means "unchanged" to the kernel.
-        let number = |text: &str| text.parse::<u32>().ok().filter(|number| *number < u32::MAX);
-        let (uid, gid) = (Uid::from_raw(number(uid)?), Gid::from_raw(number(gid)?));
-        Some(Self { name: text.to_owned(), uid, gid, groups: vec![gid], home: "/".to_owned() })
+    /// A user without an entry in `/etc/passwd`.
+    fn numeric(text: &str, other: OtherGroup) -> Option<Self> {
+        let uid = number(text)?;
+        let gid = match other {
+            OtherGroup::SameNumber => Gid::from_raw(uid),
+            OtherGroup::Root => Gid::ROOT,
+        };
+        let (name, home) = (text.to_owned(), "/".to_owned());
+        Some(Self { name, uid: Uid::from_raw(uid), gid, groups: vec![gid], home })
     }
 
     /// Does `work` with this user's rights to files. Only this thread changes its user, and it
@@ -125,14 +185,37 @@ mod tests {
         assert_eq!(find_in(PASSWD, GROUP, "nobody"), None);
     }
 
+    fn ids(text: &str, other: OtherGroup) -> Option<(u32, u32, String)> {
+        let files = Files { passwd: PASSWD.to_owned(), group: GROUP.to_owned() };
+        let user = files.user(text, other, Known::OrNumber)?;
+        Some((user.uid.as_raw(), user.gid.as_raw(), user.home))
+    }
+
     #[test]
     fn number_needs_no_entry() {
-        let ids = |text| User::numeric(text).map(|user| (user.uid.as_raw(), user.gid.as_raw()));
+        let of = |text| ids(text, OtherGroup::SameNumber).map(|(uid, gid, _)| (uid, gid));
 
-        assert_eq!(ids("4242"), Some((4242, 4242)));
-        assert_eq!(ids("4242:7"), Some((4242, 7)));
+        assert_eq!(of("4242"), Some((4242, 4242)));
+        assert_eq!(of("4242:7"), Some((4242, 7)));
         for wrong in ["", "x", "1:", ":1", "1:2:3", "-1", "4294967295", "1:4294967295"] {
-            assert_eq!(ids(wrong), None, "{wrong}");
+            assert_eq!(of(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn user_of_an_image_has_a_group_by_name_or_number() {
+        let of = |text| ids(text, OtherGroup::Root);
+        let home = |home: &str| home.to_owned();
+
+        assert_eq!(of("user:sudo"), Some((1000, 27, home("/home/user"))));
+        assert_eq!(of("1000:5"), Some((1000, 5, home("/home/user"))));
+        assert_eq!(of("0"), Some((0, 0, home("/root"))));
+        assert_eq!(of("4242"), Some((4242, 0, home("/"))));
+        assert_eq!(of("4242:sudo"), Some((4242, 27, home("/"))));
+        assert_eq!(of("user:nobody"), None);
+        let files = Files { passwd: PASSWD.to_owned(), group: GROUP.to_owned() };
+        let user = files.user("user:sudo", OtherGroup::Root, Known::OrNumber).unwrap();
+        assert_eq!(user.groups, [Gid::from_raw(27)]);
+        assert_eq!(files.user("4242", OtherGroup::SameNumber, Known::Only), None);
     }
 }

@@ -29,6 +29,8 @@ const OCI_INDEX: &str = "index.json";
 /// One image in `manifest.json`.
 #[derive(Debug, Deserialize)]
 struct DockerImage {
+    #[serde(rename = "Config")]
+    config: String,
     #[serde(rename = "Layers")]
     layers: Vec<String>,
 }
@@ -40,6 +42,17 @@ struct OciObject {
     manifests: Vec<Descriptor>,
     #[serde(default)]
     layers: Vec<Descriptor>,
+    #[serde(default)]
+    config: Option<Descriptor>,
+}
+
+/// The parts of an image in an archive.
+#[derive(Debug)]
+pub(super) struct Found<'file> {
+    /// The layers, lowest first.
+    pub(super) layers: Vec<Part<'file>>,
+    /// The configuration, as JSON.
+    pub(super) config: Vec<u8>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -71,19 +84,18 @@ impl Platform {
 /// The files of an archive, by name.
 struct Files<'file>(HashMap<String, Part<'file>>);
 
-/// Finds the layers of the image in an archive, lowest first. Returns `None` if the archive is
-/// that of a root file system.
+/// Finds the image in an archive. Returns `None` if the archive is that of a root file system.
 ///
 /// # Errors
 ///
 /// Returns an error if the image's description is wrong, or if the archive has several images.
-pub(super) fn find_layers(archive: &File) -> Result<Option<Vec<Part<'_>>>, ArchiveError> {
+pub(super) fn find(archive: &File) -> Result<Option<Found<'_>>, ArchiveError> {
     let Some(files) = Files::read(archive)? else { return Ok(None) };
     if files.0.contains_key(OCI_LAYOUT) && files.0.contains_key(OCI_INDEX) {
-        return files.oci_layers().map(Some);
+        return files.oci_image().map(Some);
     }
     if files.0.contains_key(DOCKER_MANIFEST) {
-        return files.docker_layers();
+        return files.docker_image();
     }
     Ok(None)
 }
@@ -149,7 +161,7 @@ impl<'file> Files<'file> {
 
     /// Returns `None` if the file is not Docker's: a root file system may have a `manifest.json`,
     /// too.
-    fn docker_layers(&self) -> Result<Option<Vec<Part<'file>>>, ArchiveError> {
+    fn docker_image(&self) -> Result<Option<Found<'file>>, ArchiveError> {
         let Ok(images) = self.json::<Vec<DockerImage>>(DOCKER_MANIFEST) else { return Ok(None) };
         let [image] = &images[..] else {
             return Err(bad(format!(
@@ -158,20 +170,20 @@ impl<'file> Files<'file> {
             )));
         };
         check_number(image.layers.len())?;
-        image
-            .layers
-            .iter()
-            .map(|layer| self.get(layer).cloned())
-            .collect::<Result<_, _>>()
-            .map(Some)
+        let layers = image.layers.iter().map(|layer| self.get(layer).cloned());
+        let config = self.get(&image.config)?.read_small()?;
+        Ok(Some(Found { layers: layers.collect::<Result<_, _>>()?, config }))
     }
 
-    fn oci_layers(&self) -> Result<Vec<Part<'file>>, ArchiveError> {
+    fn oci_image(&self) -> Result<Found<'file>, ArchiveError> {
         let mut object: OciObject = self.json(OCI_INDEX)?;
         for _ in 0..INDEXES_MAX {
             if object.manifests.is_empty() {
                 check_number(object.layers.len())?;
-                return object.layers.iter().map(|layer| self.blob(&layer.digest)).collect();
+                let config = object.config.ok_or_else(|| bad("the image has no configuration"))?;
+                let config = self.blob(&config.digest)?.read_small()?;
+                let layers = object.layers.iter().map(|layer| self.blob(&layer.digest));
+                return Ok(Found { layers: layers.collect::<Result<_, _>>()?, config });
             }
             let image = choose(&object.manifests)?;
             let name = blob_name(&image.digest)?;
@@ -263,24 +275,28 @@ mod tests {
 
     /// Returns the contents of the layers in an archive.
     fn found(archive: &File) -> Result<Option<Vec<Vec<u8>>>, ArchiveError> {
-        let layers = find_layers(archive)?;
-        layers.map(|layers| layers.iter().map(Part::read_small).collect()).transpose()
+        let image = find(archive)?;
+        image.map(|image| image.layers.iter().map(Part::read_small).collect()).transpose()
     }
 
     #[test]
     fn layers_are_found_in_docker_save_but_not_in_a_root_file_system() {
         let manifest =
             br#"[{"Config":"c.json","RepoTags":["x:1"],"Layers":["a/layer.tar","b/layer.tar"]}]"#;
-        let saved =
-            archive(&[("a/layer.tar", b"A"), ("b/layer.tar", b"B"), ("manifest.json", manifest)]);
+        let saved = archive(&[
+            ("a/layer.tar", b"A"),
+            ("b/layer.tar", b"B"),
+            ("c.json", b"{}"),
+            ("manifest.json", manifest),
+        ]);
         assert_eq!(found(&saved).unwrap(), Some(vec![b"A".to_vec(), b"B".to_vec()]));
         assert_eq!(found(&archive(&[("bin/sh", b"x"), ("manifest.json", b"{}")])).unwrap(), None);
 
-        let two = br#"[{"Layers":["a"]},{"Layers":["a"]}]"#;
+        let two = br#"[{"Config":"c","Layers":["a"]},{"Config":"c","Layers":["a"]}]"#;
         let error = found(&archive(&[("a", b"A"), ("manifest.json", two)])).unwrap_err();
         assert!(error.to_string().contains("2 images"), "{error}");
-        let missing = br#"[{"Layers":["gone"]}]"#;
-        let error = found(&archive(&[("a", b"A"), ("manifest.json", missing)])).unwrap_err();
+        let missing = br#"[{"Config":"c","Layers":["gone"]}]"#;
+        let error = found(&archive(&[("c", b"{}"), ("manifest.json", missing)])).unwrap_err();
         assert!(error.to_string().contains("`gone`"), "{error}");
     }
 
@@ -288,7 +304,12 @@ mod tests {
     fn oci_layout_selects_the_image_of_this_host_and_checks_digests() {
         let layer = b"a layer";
         let blob = |content: &[u8]| format!("blobs/sha256/{}", digest(content));
-        let manifest = format!(r#"{{"layers":[{{"digest":"sha256:{}"}}]}}"#, digest(layer));
+        let config = b"{}";
+        let manifest = format!(
+            r#"{{"config":{{"digest":"sha256:{}"}},"layers":[{{"digest":"sha256:{}"}}]}}"#,
+            digest(config),
+            digest(layer)
+        );
         let index = |architecture: &str| {
             format!(
                 r#"{{"manifests":[{{"digest":"sha256:{}","platform":{{"os":"linux","architecture":"{architecture}"}}}},
@@ -298,13 +319,15 @@ mod tests {
             )
         };
         let ours = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
-        let (manifest_blob, layer_blob) = (blob(manifest.as_bytes()), blob(layer));
+        let blobs = [manifest.as_bytes(), layer, config].map(blob);
+        let [manifest_blob, layer_blob, config_blob] = &blobs;
         let with = |index: &str, content: &[u8]| {
             archive(&[
                 ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#),
                 ("index.json", index.as_bytes()),
-                (&manifest_blob, manifest.as_bytes()),
-                (&layer_blob, content),
+                (manifest_blob, manifest.as_bytes()),
+                (config_blob, config),
+                (layer_blob, content),
             ])
         };
 

@@ -24,19 +24,25 @@ const DIRECTORY_ENTRIES_MAX: usize = 20_000;
 const WORKSPACE: &[u8] = b"workspace";
 const OWNER: u32 = 1000;
 
-/// Adds the directory for users' work if the tree has nothing of its name. Returns the size of
-/// the tree.
+/// Adds the directory for users' work if that is asked for and the tree has nothing of its name.
+/// Returns the size of the tree.
 ///
 /// # Errors
 ///
 /// Returns an error that names a directory with too many entries. Blocks on disk.
-pub(crate) fn finish(root: OwnedFd, owners: &Owners) -> Result<TreeSize, LayerError> {
+pub(crate) fn finish(
+    root: OwnedFd,
+    owners: &Owners,
+    with_workspace: bool,
+) -> Result<TreeSize, LayerError> {
     let mut tree = Tree::new(root);
     let root = tree.directory(b"")?;
     if names(root)?.is_empty() {
         return Err(LayerError::Format("the archive is empty"));
     }
-    add_workspace(root, owners)?;
+    if with_workspace {
+        add_workspace(root, owners)?;
+    }
     let mut measure = Measure { size: TreeSize { bytes: 0, inodes: 1 }, linked: HashSet::new() };
     measure.add_content(root, b"/")?;
     Ok(measure.size)

@@ -67,9 +67,9 @@ fn perform(task: Task, directory: &Path, parent: Option<Pid>) -> Result<Outcome,
                 .map_err(|error| explain(&error))?;
             Ok(Outcome::Applied { applied, diff_id: hex::encode(layer.context.finish()) })
         }
-        Task::Finish => {
+        Task::Finish { add_workspace } => {
             let owners = owners(&directory)?;
-            layer::finish(open_tree(&directory)?, &owners)
+            layer::finish(open_tree(&directory)?, &owners, add_workspace)
                 .map(Outcome::Finished)
                 .map_err(|error| explain(&error))
         }

@@ -1,13 +1,16 @@
 //! Booting a sandbox from its disk: a cold boot, and the boot after a guest's reboot.
 
 use std::io;
+use std::sync::Arc;
 
 use bhatti_agent::CallError;
 use bhatti_engine::{BootError, VmSpec};
 use bhatti_host::blocking;
+use bhatti_image::KernelFiles;
 use bhatti_store::SandboxRow;
 use bhatti_types::{Denied, FailReason, Report};
 use serde_json::json;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -19,7 +22,6 @@ use super::state::{Kind, State};
 use super::steps::Step;
 use crate::Shared;
 use crate::admission::Admitted;
-use crate::boot_source::{CreateError, boot_files};
 use crate::identity::{self, Extras};
 use crate::networks;
 use crate::volumes::{self, OwnVolumes};
@@ -34,11 +36,7 @@ impl Sandbox {
         admitted: Option<Admitted>,
     ) -> Result<(), TransitionError> {
         let row = self.shared.store.get_sandbox(self.id)?.ok_or(Denied::Destroyed)?;
-        let files =
-            boot_files(&self.shared, &row.spec.image).await.map_err(|error| match error {
-                CreateError::Images(error) => TransitionError::Images(error),
-                _ => Denied::Destroyed.into(),
-            })?;
+        let KernelFiles { kernel, initramfs } = kernel_files(&self.shared).await?;
         let secrets = self.shared.control.secrets(row.owner, &row.spec.secrets);
         let extras = Extras { secrets, ..Extras::default() };
         // A failed sandbox may still hold the memory of a VM that did not end.
@@ -60,10 +58,9 @@ impl Sandbox {
             memory: row.spec.memory,
             disk: row.spec.disk,
             directory,
-            kernel: files.kernel,
-            initramfs: files.initramfs,
-            root_base: files.root,
-            keep_disk: true,
+            kernel,
+            initramfs,
+            root_base: None,
             tap: networks::tap(row.id, row.address.is_some()),
             volumes: volumes::files(&self.shared, row.id, &row.volumes, OwnVolumes::Left).await?,
             boot_limit: self.shared.config.boot_limit,
@@ -210,4 +207,11 @@ mod tests {
             assert_eq!(guest_may_have_run(&error), ran, "{error}");
         }
     }
+}
+
+/// Returns the files of a VM that keeps its root disk.
+async fn kernel_files(shared: &Arc<Shared>) -> Result<KernelFiles, TransitionError> {
+    let shared = Arc::clone(shared);
+    let found = spawn_blocking(move || shared.config.images.kernel_files(&shared.config.lohar));
+    Ok(found.await.map_err(|_| Denied::Destroyed)??)
 }

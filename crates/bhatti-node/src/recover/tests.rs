@@ -211,6 +211,7 @@ fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
         is_full: true,
         memory_bytes: 0,
         image: spec.image,
+        image_config: spec.image_config,
         network: spec.network,
         volumes: Vec::new(),
         created_at: String::new(),

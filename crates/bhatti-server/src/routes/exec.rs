@@ -53,8 +53,13 @@ pub(crate) async fn run(
     headers: HeaderMap,
     ApiJson(request): ApiJson<ExecRequest>,
 ) -> Result<Response, ApiError> {
-    let ExecRequest { cmd, env, cwd, stdin, stdin_base64, user, timeout_sec, detach, restart } =
+    let ExecRequest { env, cwd, stdin, stdin_base64, user, timeout_sec, detach, restart, .. } =
         request;
+    let cmd = if request.entrypoint {
+        state.control.image_command(owner, &id_or_name, request.cmd)?
+    } else {
+        request.cmd
+    };
     let has_stdin = stdin.is_some() || stdin_base64.is_some();
     let stdin = read_stdin(stdin, stdin_base64);
     let exec = match agent_request(Command { cmd, env, cwd, user, timeout_sec }) {

@@ -95,9 +95,12 @@ async fn start(
     };
     let request =
         serde_json::from_str(&json).map_err(|error| bad(&format!("invalid json: {error}")))?;
-    let StreamRequest::Start { cmd, env, cwd, user, timeout_sec } = request else {
+    let StreamRequest::Start { mut cmd, entrypoint, env, cwd, user, timeout_sec } = request else {
         return Err(bad("the first message must be `start`"));
     };
+    if entrypoint {
+        cmd = state.control.image_command(owner, id_or_name, cmd)?;
+    }
     let request = agent_request(Command { cmd, env, cwd, user, timeout_sec })?;
     Ok(state.control.exec(owner, id_or_name, request, None).await?)
 }

@@ -11,6 +11,13 @@ use super::{ApiError, busy_guest};
 
 impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
+        let error = match error {
+            CreateError::Image(image) => return image.into(),
+            CreateError::Command(command) => return command.into(),
+            CreateError::Use(used) => return used.into(),
+            CreateError::Start(call) => return call.into(),
+            error => error,
+        };
         match &error {
             CreateError::NameTaken(name) => Self::new(ErrorCode::NameTaken, error.to_string())
                 .hint(format!(
@@ -31,9 +38,13 @@ impl From<CreateError> for ApiError {
                 Self::new(ErrorCode::BodyTooLarge, error.to_string())
             }
             CreateError::Node(node) => node_error(node),
-            CreateError::Secret(_) | CreateError::Entropy(_) | CreateError::Interrupted => {
-                Self::internal(&error)
-            }
+            CreateError::Secret(_)
+            | CreateError::Image(_)
+            | CreateError::Command(_)
+            | CreateError::Use(_)
+            | CreateError::Start(_)
+            | CreateError::Entropy(_)
+            | CreateError::Interrupted => Self::internal(&error),
             CreateError::Store(store) => Self::internal(store),
         }
     }
@@ -49,10 +60,7 @@ fn node_error(error: &bhatti_node::CreateError) -> ApiError {
         CreateError::Busy(busy) | CreateError::Base(BaseError::Busy(busy)) => (*busy).into(),
         CreateError::VolumeUse(volume) => volume_error(volume),
         CreateError::Network(network) => node_network_error(network),
-        CreateError::NoSuchImage(_) => ApiError::new(ErrorCode::BadRequest, error.to_string())
-            .hint("list the images: bhatti image list"),
-        CreateError::Name(_)
-        | CreateError::Mount(_)
+        CreateError::Mount(_)
         | CreateError::Files(_)
         | CreateError::DiskTooSmall { .. }
         | CreateError::TooMuch { .. } => ApiError::new(ErrorCode::BadRequest, error.to_string()),

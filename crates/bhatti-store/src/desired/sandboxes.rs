@@ -9,6 +9,7 @@ use bhatti_types::{
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use crate::desired::images::config_text;
 use crate::desired::users::quota_of;
 use crate::desired::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::host::networks::{AddressError, free_address, keep_address};
@@ -27,13 +28,13 @@ pub(crate) use row::read_disk;
 /// The columns of the table that a creation fills, in the order of `insert`.
 const STORED: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
      created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
-     stopped_at, image, network, network_allow, disk_mib";
+     stopped_at, image, network, network_allow, disk_mib, image_config";
 
 /// The columns that `row.rs` reads, in its order.
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
      created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
      stopped_at, image, network, network_allow, \
-     (SELECT address FROM addresses WHERE sandbox_id = sandboxes.id), disk_mib";
+     (SELECT address FROM addresses WHERE sandbox_id = sandboxes.id), disk_mib, image_config";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -487,7 +488,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
     };
     let (state, reason) = state_columns(row.state);
     let mut insert = transaction.prepare_cached(&format!(
-        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, (SELECT id FROM node))"
+        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21, (SELECT id FROM node))"
     ))?;
     insert.execute(params![
         row.id.to_string(),
@@ -510,6 +511,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
         row.spec.network.mode.as_str(),
         to_json(&row.spec.network.allow.to_texts())?,
         row.spec.disk.map(DiskMib::get),
+        config_text(&row.spec.image_config)?,
     ])?;
     drop(insert);
     if let Some(address) = address {

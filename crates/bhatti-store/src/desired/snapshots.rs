@@ -1,11 +1,12 @@
 //! The table of named snapshots.
 
 use bhatti_types::{
-    CpuCount, DiskMib, ImageName, MemoryMib, NetworkSpec, QuotaExceeded, SandboxId, SandboxName,
-    SnapshotId, SnapshotName, UserId,
+    CpuCount, DiskMib, ImageConfig, ImageName, MemoryMib, NetworkSpec, QuotaExceeded, SandboxId,
+    SandboxName, SnapshotId, SnapshotName, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
+use crate::desired::images::{config_text, read_config};
 use crate::desired::sandboxes::read_disk;
 use crate::desired::users::quota_of;
 use crate::desired::volumes::{Attachment, attachments_text, parse_attachments};
@@ -14,7 +15,7 @@ use crate::{
     to_json,
 };
 
-const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib";
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib, image_config";
 
 /// A named snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +44,8 @@ pub struct SnapshotRow {
     pub memory_bytes: u64,
     /// Image of the sandbox.
     pub image: ImageName,
+    /// What the image says about processes.
+    pub image_config: ImageConfig,
     /// Network of the sandbox.
     pub network: NetworkSpec,
     /// Volumes of the sandbox.
@@ -79,7 +82,7 @@ impl Store {
             check(&transaction, row.owner, &row.name)?;
             transaction
                 .execute(
-                    &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)"),
+                    &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)"),
                     params![
                         row.id.to_string(),
                         row.owner.to_string(),
@@ -97,6 +100,7 @@ impl Store {
                         to_json(&row.network.allow.to_texts())?,
                         attachments_text(&row.volumes)?,
                         row.disk.map(DiskMib::get),
+                        config_text(&row.image_config)?,
                     ],
                 )
                 .map_err(StoreError::from)?;
@@ -225,6 +229,9 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
         network: network_spec(&text(12)?, &text(13)?)?,
         volumes: parse_attachments(&text(14)?)?,
         disk: read_disk(row.get(15)?)?,
+        image_config: read_config(
+            row.get_ref(16)?.as_str_or_null().map_err(rusqlite::Error::from)?,
+        )?,
     })
 }
 
@@ -247,6 +254,7 @@ mod tests {
             memory_bytes: 4096,
             created_at: String::new(),
             image: "minimal".parse().unwrap(),
+            image_config: ImageConfig { user: "app".to_owned(), ..ImageConfig::default() },
             volumes: vec![Attachment {
                 name: "data".parse().unwrap(),
                 volume: Some(bhatti_types::VolumeId::from_entropy([4; 8])),

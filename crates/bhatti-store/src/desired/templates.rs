@@ -109,22 +109,6 @@ impl Store {
         Ok(row)
     }
 
-    /// Returns a resource of any user that needs an image: a sandbox, snapshot or template.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the store fails.
-    pub fn image_user(&self, image: &ImageName) -> Result<Option<String>, StoreError> {
-        self.work(|connection| {
-            let mut query = connection.prepare_cached(
-                "SELECT 'sandbox `' || name || '`' FROM sandboxes WHERE image = ?1 AND state <> 'destroyed'
-                 UNION ALL SELECT 'snapshot `' || name || '`' FROM snapshots WHERE image = ?1
-                 UNION ALL SELECT 'template `' || name || '`' FROM templates WHERE image = ?1 LIMIT 1",
-            )?;
-            Ok(query.query_row([image.as_str()], |row| row.get(0)).optional()?)
-        })
-    }
-
     /// Returns the template of `owner` with this id or name.
     ///
     /// # Errors

@@ -180,6 +180,7 @@ impl Store {
                 ("snapshots", "snapshot"),
                 ("secrets", "secret"),
                 ("templates", "template"),
+                ("images", "image"),
                 ("volumes", "volume"),
             ] {
                 let count: u32 = transaction.query_row(

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bhatti_control::Control;
 use bhatti_engine::Accelerator;
 use bhatti_image::ImageStore;
-use bhatti_node::{Node, ThermalConfig};
+use bhatti_node::{Node, RegistryConfig, ThermalConfig};
 use bhatti_store::Store;
 use bhatti_types::Allowance;
 
@@ -36,6 +36,10 @@ pub(super) async fn make(
     let node_config = bhatti_node::Config {
         sandboxes_dir: directory("sandboxes")?,
         images: ImageStore::new(data_dir),
+        registries: RegistryConfig {
+            registries: config.registries.clone(),
+            authorities: Vec::new(),
+        },
         lohar,
         boot_limit: config.boot_limit(),
         snapshots_dir: directory("snapshots")?,
@@ -57,6 +61,7 @@ pub(super) async fn make(
     let control_config = bhatti_control::Config {
         secret_key: secret_key::open(data_dir, store).await?,
         network_allowable,
+        pulled_images_bytes: config.pulled_images_bytes(),
     };
     let start_node = |control| Node::new(node_config, Arc::clone(store), engine, control);
     Ok(Control::new(control_config, Arc::clone(store), start_node))

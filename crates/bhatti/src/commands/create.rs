@@ -10,12 +10,13 @@ use clap::{Args, ValueEnum};
 use tokio::time::Instant;
 
 use super::Context;
+use super::image_pull::{self, PullPolicy};
 use crate::error::CliError;
 use crate::options::parse_variable;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi\n  bhatti create --volume data:/srv/data --file ./settings.json:/etc/app.json --label team=web"
+    after_help = "Examples:\n  bhatti create --name dev --cpus 2 --memory 1024 --env EDITOR=vi\n  bhatti create --volume data:/srv/data --file ./settings.json:/etc/app.json --label team=web\n  bhatti create --name web --image nginx:1.27 --start"
 )]
 pub(crate) struct Create {
     /// Name of the sandbox [default: random]
@@ -24,9 +25,15 @@ pub(crate) struct Create {
     /// Whether to fail or to return the existing sandbox if the name is taken [default: fail]
     #[arg(long, value_name = "fail|return", requires = "name")]
     if_exists: Option<IfExists>,
-    /// Image to start from [default: minimal]
+    /// Image to start from, a name or a reference such as python:3.12-slim [default: minimal]
     #[arg(long)]
     image: Option<String>,
+    /// When to pull the image from its registry
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pull: PullPolicy,
+    /// Run the image's command as a job that restarts with the sandbox
+    #[arg(long)]
+    start: bool,
     /// Template that supplies the options not given here
     #[arg(long)]
     template: Option<String>,
@@ -87,6 +94,7 @@ enum IfExists {
 
 pub(crate) async fn run(context: &Context, arguments: Create) -> Result<(), CliError> {
     check_sizes(&arguments.file)?;
+    let pull = image_pull::ahead(context, arguments.image.as_deref(), arguments.pull).await?;
     let files = arguments.file.iter().map(|(local, path)| new_file(local, path));
     let request = CreateSandbox {
         name: arguments.name,
@@ -98,6 +106,8 @@ pub(crate) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
         cold_boot: arguments.cold_boot,
         template: arguments.template,
         image: arguments.image,
+        pull,
+        start: arguments.start,
         init: arguments.init,
         files: files.collect::<Result<_, _>>()?,
         secrets: arguments.secret,

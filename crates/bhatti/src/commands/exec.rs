@@ -86,6 +86,7 @@ pub(crate) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
     } = arguments;
     if detach {
         let request = ExecRequest {
+            entrypoint: false,
             cmd: command,
             env: env.into_iter().collect(),
             cwd: workdir,
@@ -113,6 +114,7 @@ pub(crate) async fn run(context: &Context, arguments: Exec) -> Result<ExitCode, 
             .map_err(CliError::of_exec);
     }
     let start = StreamRequest::Start {
+        entrypoint: false,
         cmd: command,
         env: env.into_iter().collect(),
         cwd: workdir,

@@ -12,6 +12,8 @@ use super::Context;
 use crate::error::CliError;
 use crate::output::{Cell, Table, Transfer, unix_time};
 
+pub(super) use copy::write_file;
+
 #[derive(Debug, Args)]
 pub(crate) struct File {
     /// User to act as: a name, a number, or UID:GID [default: the sandbox's usual user]

@@ -1,24 +1,46 @@
-//! `bhatti image pull`.
+//! `bhatti image pull`, `push` and `save`, and pulls ahead of a new sandbox.
 
-use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::time::Duration;
 
-use bhatti_image::{ImageStore, ImageSummary};
-use bhatti_node::{ImagePuller, PullProgress};
-use bhatti_registry::{
-    Blob, Config as RegistryConfig, Credentials, Reference, Registries, docker_credentials,
-};
-use clap::Args;
+use bhatti_api::{ErrorCode, LayerProgress, Operation, PullImage, PushImage, SaveImage};
+use bhatti_client::ClientError;
+use bhatti_registry::{Credentials, Reference, docker_credentials};
+use clap::{Args, ValueEnum};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use parking_lot::Mutex;
 
 use super::Context;
-use crate::config::Config;
 use crate::error::CliError;
 use crate::output::bytes;
-use crate::paths;
+
+/// How often progress is shown.
+const SHOWN_EVERY: Duration = Duration::from_millis(150);
+
+/// How long one call waits for the end of an operation, in seconds.
+const WAIT_SECONDS: u32 = 30;
+
+/// When the image of a new sandbox is pulled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PullPolicy {
+    /// If there is no image of that name
+    #[default]
+    Missing,
+    /// In any case
+    Always,
+    /// Never
+    Never,
+}
+
+impl PullPolicy {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct Pull {
@@ -26,32 +48,120 @@ pub(crate) struct Pull {
     reference: Reference,
 }
 
-/// Pulls an image into the data directory of a daemon on this machine.
+/// Pulls an image onto the daemon's machine.
 pub(crate) async fn pull(context: &Context, arguments: Pull) -> Result<(), CliError> {
-    let Pull { reference } = arguments;
-    let output = context.output;
-    paths::create_data_dir(&context.data_dir)?;
-    let registries = Config::read(&context.data_dir)?.registries;
-    let puller = puller(context, registries)?;
-    let credentials = docker_login(&reference)?;
-    let is_visible = output.terminal && !output.json && !output.quiet;
-    let progress: Arc<dyn PullProgress> =
-        if is_visible { Arc::new(Bars::default()) } else { Arc::new(Silent) };
-    let pulled = puller.pull(&reference, credentials.as_ref(), progress).await;
-    let image = pulled.map_err(|error| CliError::of(&error))?;
-    let ImageSummary { name, disk_bytes, .. } = &image;
-    output.show(&serde_json::json!({ "image": name, "disk_bytes": disk_bytes }), |_| {
-        format!("pulled {name} ({} on disk): bhatti create --image {name}", bytes(*disk_bytes))
+    let pulled = pull_now(context, &arguments.reference).await?;
+    let image = context.client.inspect_image(&pulled.image).await?;
+    context.output.show(&image, |image| {
+        let (name, size) = (&image.name, bytes(image.disk_bytes));
+        format!("pulled {name} ({size} on disk): bhatti create --image {name}")
     })
 }
 
-fn puller(
+/// Pulls the image of a new sandbox if the policy says so, and shows the progress. Returns the
+/// policy for the request that creates the sandbox.
+pub(crate) async fn ahead(
     context: &Context,
-    registries: BTreeMap<String, bhatti_registry::Registry>,
-) -> Result<ImagePuller, CliError> {
-    let config = RegistryConfig { registries, authorities: Vec::new() };
-    let registries = Registries::new(config).map_err(|error| CliError::of(&error))?;
-    Ok(ImagePuller::new(ImageStore::new(&context.data_dir), registries))
+    image: Option<&str>,
+    policy: PullPolicy,
+) -> Result<Option<String>, CliError> {
+    // The daemon refuses a name that cannot be pulled.
+    let reference = image.and_then(|image| image.parse::<Reference>().ok());
+    let (Some(image), Some(reference)) = (image, reference) else { return Ok(None) };
+    let is_wanted = match policy {
+        PullPolicy::Never => false,
+        PullPolicy::Always => true,
+        PullPolicy::Missing => match context.client.inspect_image(image).await {
+            Ok(_) => false,
+            Err(ClientError::Refused(body)) if body.code == ErrorCode::NotFound => true,
+            Err(error) => return Err(error.into()),
+        },
+    };
+    if is_wanted {
+        pull_now(context, &reference).await?;
+        return Ok(Some(PullPolicy::Never.as_str().to_owned()));
+    }
+    Ok(Some(policy.as_str().to_owned()))
+}
+
+async fn pull_now(context: &Context, reference: &Reference) -> Result<Operation, CliError> {
+    let credentials = docker_login(reference)?;
+    let (username, password) = credentials.map(|found| (found.user, found.password)).unzip();
+    let request = PullImage { image: reference.to_string(), username, password };
+    let operation = context.client.pull_image(&request).await?;
+    follow(context, operation).await
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Push {
+    /// Image to push
+    image: String,
+    /// Reference to push it as, such as registry.example.com/team/app:1 [default: IMAGE]
+    reference: Option<Reference>,
+}
+
+/// Pushes an image to a registry.
+pub(crate) async fn push(context: &Context, arguments: Push) -> Result<(), CliError> {
+    let Push { image, reference } = arguments;
+    let reference = match reference {
+        Some(reference) => reference,
+        None => image.parse().map_err(|error| CliError::of(&error))?,
+    };
+    let credentials = docker_login(&reference)?;
+    let (username, password) = credentials.map(|found| (found.user, found.password)).unzip();
+    let request = PushImage { to: Some(reference.to_string()), username, password };
+    let operation = context.client.push_image(&image, &request).await?;
+    let operation = follow(context, operation).await?;
+    context.output.show(&operation, |_| format!("pushed {image} as {reference}"))
+}
+
+/// Saves a sandbox as an image.
+pub(crate) async fn save(context: &Context, sandbox: String, name: String) -> Result<(), CliError> {
+    let request = SaveImage { sandbox, name };
+    let operation = context.client.save_image(&request).await?;
+    let operation = follow(context, operation).await?;
+    context.output.show(&operation, |saved| {
+        format!("saved {} as {}: bhatti create --image {1}", request.sandbox, saved.image)
+    })
+}
+
+/// Shows the progress of an operation until it has ended. Ctrl+C cancels it.
+async fn follow(context: &Context, mut operation: Operation) -> Result<Operation, CliError> {
+    let (client, output) = (&context.client, context.output);
+    let is_visible = output.terminal && !output.json && !output.quiet;
+    let mut bars = is_visible.then(Bars::default);
+    while operation.status == "running" {
+        if let Some(bars) = &mut bars {
+            bars.show(&operation.layers);
+        }
+        let next = async {
+            let wait = if is_visible { 0 } else { WAIT_SECONDS };
+            if is_visible {
+                tokio::time::sleep(SHOWN_EVERY).await;
+            }
+            client.operation(&operation.id, wait).await
+        };
+        operation = tokio::select! {
+            next = next => next?,
+            _ = tokio::signal::ctrl_c() => client.cancel_operation(&operation.id).await?,
+        };
+    }
+    drop(bars);
+    match (operation.status.as_str(), operation.error.clone()) {
+        ("done", _) => Ok(operation),
+        (_, Some(failure)) => {
+            let error = CliError::new(failure.error);
+            Err(match failure.hint {
+                Some(hint) => error.hint(hint),
+                None => error,
+            })
+        }
+        (_, None) => {
+            let what = format!("the {} of {} was canceled", operation.kind, operation.image);
+            Err(CliError::new(what)
+                .hint("the next one continues with the layers that have arrived"))
+        }
+    }
 }
 
 /// Returns what `docker login` has saved for a reference's registry.
@@ -64,48 +174,37 @@ fn docker_login(reference: &Reference) -> Result<Option<Credentials>, CliError> 
         .map_err(|error| CliError::new(format!("failed to read `{}`: {error}", path.display())))
 }
 
-/// Shows nothing.
-struct Silent;
-
-impl PullProgress for Silent {
-    fn begin(&self, _: &[Blob]) {}
-    fn arrived(&self, _: usize, _: i64) {}
-    fn unpacked(&self, _: usize) {}
-}
-
 /// A bar for each layer.
 #[derive(Default)]
 struct Bars {
     all: MultiProgress,
-    layers: Mutex<Vec<ProgressBar>>,
+    layers: Vec<ProgressBar>,
 }
 
-impl PullProgress for Bars {
-    fn begin(&self, layers: &[Blob]) {
+impl Bars {
+    fn show(&mut self, layers: &[LayerProgress]) {
+        for layer in &layers[self.layers.len().min(layers.len())..] {
+            self.add(layer);
+        }
+        for (bar, layer) in self.layers.iter().zip(layers) {
+            bar.set_position(layer.arrived);
+            if layer.unpacked && !bar.is_finished() {
+                bar.finish_with_message("unpacked");
+            }
+        }
+    }
+
+    fn add(&mut self, layer: &LayerProgress) {
+        let bar = self.all.add(ProgressBar::new(layer.bytes));
         let style = ProgressStyle::with_template(
             "{prefix} {bar:24} {binary_bytes:>10} of {binary_total_bytes:10} {msg}",
         );
-        let mut bars = self.layers.lock();
-        for layer in layers {
-            let bar = self.all.add(ProgressBar::new(layer.bytes));
-            if let Ok(style) = &style {
-                bar.set_style(style.clone());
-            }
-            bar.set_prefix(layer.sha256.chars().take(12).collect::<String>());
-            bars.push(bar);
+        if let Ok(style) = style {
+            bar.set_style(style);
         }
-    }
-
-    fn arrived(&self, layer: usize, bytes: i64) {
-        if let Some(bar) = self.layers.lock().get(layer) {
-            bar.set_position(bar.position().saturating_add_signed(bytes));
-        }
-    }
-
-    fn unpacked(&self, layer: usize) {
-        if let Some(bar) = self.layers.lock().get(layer) {
-            bar.finish_with_message("unpacked");
-        }
+        let digest = layer.digest.trim_start_matches("sha256:");
+        bar.set_prefix(digest.chars().take(12).collect::<String>());
+        self.layers.push(bar);
     }
 }
 

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_edge::Tls;
-use bhatti_image::ImageStore;
 use bhatti_server::{
     AppState, PublicAddress, StateParts, bind, serve_public, serve_tcp, serve_unix,
 };
@@ -112,7 +111,6 @@ async fn serve(context: &Context, arguments: &Serve, started: Instant) -> Result
     let tls = config.tls()?;
     let state = AppState::new(StateParts {
         control,
-        images: ImageStore::new(data_dir),
         started,
         public: PublicAddress {
             listener: public.as_ref().map(TcpListener::local_addr).transpose()?,

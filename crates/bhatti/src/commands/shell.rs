@@ -47,6 +47,7 @@ pub(crate) async fn run(context: &Context, arguments: Shell) -> Result<ExitCode,
     let Shell { sandbox, attach, new, env, workdir, user, detach_keys } = arguments;
     if attach.is_none() && !io::stdin().is_terminal() {
         let start = StreamRequest::Start {
+            entrypoint: false,
             cmd: ["/bin/sh", "-c", PIPED_SHELL].map(str::to_owned).to_vec(),
             env: env.into_iter().collect(),
             cwd: workdir,

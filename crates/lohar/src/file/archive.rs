@@ -13,6 +13,7 @@ use bytes::{Buf, Bytes};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use self::pack::Content;
 use super::{checked, worker};
 use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
@@ -36,7 +37,8 @@ pub(crate) async fn read<T: Transport>(
 ) -> Result<(), OpError> {
     let path = checked(&request.path)?;
     let (sender, mut pieces) = mpsc::channel(PIECES_WAITING);
-    let packing = move || pack::pack(&path, Output::new(sender));
+    let content = if request.image { Content::Image } else { Content::Files };
+    let packing = move || pack::pack(&path, content, Output::new(sender));
     let mut packing = worker::begin(agent, request.user.as_deref(), packing).await?;
     while let Some(bytes) = pieces.recv().await {
         writer.send(FrameType::STDOUT, &bytes).await.map_err(host_gone)?;

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
 
-use rustix::fs::{XattrFlags, fsetxattr, getxattr, listxattr};
+use rustix::fs::{XattrFlags, fsetxattr, getxattr, lgetxattr, listxattr, llistxattr};
 use rustix::io::Errno;
 
 /// The largest list of attribute names, and the largest value, in bytes: `XATTR_LIST_MAX` and
@@ -35,6 +36,28 @@ pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns the attributes of a file that this user may read, with the names that PAX records of an
+/// archive have. Names that are not UTF-8 are left out.
+pub(super) fn all(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut names = Vec::new();
+    match read(&mut names, |buffer| llistxattr(path, buffer)) {
+        Ok(()) => {}
+        Err(Errno::NOTSUP | Errno::NOSYS) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    }
+    let mut all = Vec::new();
+    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        let Ok(text) = std::str::from_utf8(name) else { continue };
+        let mut value = Vec::new();
+        match read(&mut value, |buffer| lgetxattr(path, name, buffer)) {
+            Ok(()) => all.push((format!("SCHILY.xattr.{text}"), value)),
+            Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(all)
 }
 
 fn read(

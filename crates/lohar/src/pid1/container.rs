@@ -10,13 +10,13 @@ use std::process::ExitCode;
 
 use tokio::task::LocalSet;
 
-use super::{STATE_DIR, enter_workspace, power};
+use super::{enter_workspace, power};
 use crate::Agent;
 use crate::limits::Limits;
 use crate::log;
 use crate::reaper::Reaper;
 use crate::runtime;
-use crate::surroundings::Surroundings;
+use crate::surroundings::{STATE_DIR, Surroundings};
 use crate::unix::Listeners;
 
 /// The environment variable that the host sets in a container.

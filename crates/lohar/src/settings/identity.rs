@@ -36,7 +36,7 @@ async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
             applied.map_err(|error| io::Error::other(error.message))
         })
     };
-    let files = match write_files(agent, &config.files).await {
+    let files = match write_files(agent, config).await {
         Ok(()) if config.files.is_empty() => Applied::Nothing,
         Ok(()) => Applied::Done,
         Err(OpError::Refused(error)) => Applied::Failed { message: error.message },

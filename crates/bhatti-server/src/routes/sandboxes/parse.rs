@@ -6,7 +6,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_api::{CreateSandbox, ErrorCode, NewFile};
-use bhatti_control::{FileRequest, SandboxRequest};
+use bhatti_control::{FileRequest, PullPolicy, SandboxRequest};
 use bhatti_store::{SandboxFilter, TemplateRow};
 use bhatti_types::{
     Allowance, CpuCount, DiskMib, Environment, Labels, MemoryMib, SandboxName, SecretName,
@@ -93,6 +93,8 @@ pub(super) fn create(
         cold_boot,
         template: id_or_name,
         image,
+        pull,
+        start,
         init: wanted_init,
         files,
         secrets: wanted_secrets,
@@ -121,6 +123,7 @@ pub(super) fn create(
     if let Some(image) = image {
         base.image = Some(image.parse().map_err(|error| bad(&error))?);
     }
+    base.pull = pull.as_deref().map(pull_policy).transpose()?.unwrap_or_default();
     if let Some(script) = init(wanted_init)? {
         base.init = script;
     }
@@ -141,6 +144,7 @@ pub(super) fn create(
     Ok(SandboxRequest {
         keep_hot,
         cold_boot,
+        start,
         files: files.into_iter().map(file).collect::<Result<_, _>>()?,
         network: network.map(|mode| mode.parse()).transpose().map_err(|error| bad(&error))?,
         allow: Allowance::parse(&network_allow).map_err(|error| bad(&error))?,
@@ -148,6 +152,18 @@ pub(super) fn create(
         lifetime: timeout_sec.map(|seconds| Duration::from_secs(seconds.into())),
         ..base
     })
+}
+
+fn pull_policy(text: &str) -> Result<PullPolicy, ApiError> {
+    match text {
+        "missing" => Ok(PullPolicy::Missing),
+        "always" => Ok(PullPolicy::Always),
+        "never" => Ok(PullPolicy::Never),
+        other => {
+            let message = format!("pull must be `missing`, `always` or `never`, not `{other}`");
+            Err(ApiError::new(ErrorCode::BadRequest, message))
+        }
+    }
 }
 
 fn of_template(row: TemplateRow) -> SandboxRequest {

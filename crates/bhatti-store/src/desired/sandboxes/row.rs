@@ -9,6 +9,7 @@ use rusqlite::Row;
 use rusqlite::types::ValueRef;
 
 use super::{SandboxRow, parse_labels};
+use crate::desired::images::read_config;
 use crate::desired::volumes::parse_attachments;
 use crate::{StoreError, network_spec, parse_secrets, parsed};
 
@@ -145,6 +146,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             secrets: parse_secrets(lent(14)?)?,
             init: text(15)?,
             image: parsed(lent(18)?.parse())?,
+            image_config: read_config(maybe(23)?)?,
             network: network_spec(lent(19)?, lent(20)?)?,
         },
         state,
@@ -155,7 +157,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         expires_at: time(16)?,
         stopped_at: maybe_text(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
-        volumes: parse_attachments(lent(23)?)?,
+        volumes: parse_attachments(lent(24)?)?,
     })
 }
 

@@ -1,4 +1,6 @@
-use bhatti_types::{Allowance, CpuCount, DiskMib, FailReason, MemoryMib, NetworkSpec, Quota};
+use bhatti_types::{
+    Allowance, CpuCount, DiskMib, FailReason, ImageConfig, MemoryMib, NetworkSpec, Quota,
+};
 
 use super::*;
 use crate::Claim;
@@ -21,6 +23,10 @@ fn spec(name: &str) -> SandboxSpec {
         secrets: vec!["TOKEN".parse().unwrap()],
         init: "echo hi".to_owned(),
         image: "minimal".parse().unwrap(),
+        image_config: ImageConfig {
+            env: BTreeMap::from([("D".to_owned(), "e".to_owned())]),
+            ..ImageConfig::default()
+        },
         network: NetworkSpec { mode: NetworkMode::None, allow: Allowance::default() },
     }
 }

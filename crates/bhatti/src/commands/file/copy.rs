@@ -187,7 +187,7 @@ fn cannot_write(target: &Path) -> impl Fn(io::Error) -> CliError + '_ {
     }
 }
 
-async fn write_file(
+pub(in crate::commands) async fn write_file(
     mut content: Download,
     target: &Path,
     mode: u32,

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata, ReadDir};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bhatti_proto::{AgentError, ErrorKind};
@@ -11,11 +11,23 @@ use rustix::fs::{Access, AtFlags, CWD, accessat};
 use tar::{Builder, EntryType, Header};
 
 use super::{DEPTH_MAX, Output, Skipped, too_deep};
+use crate::file::xattrs;
 use crate::refusal::{io_refused, refused};
+use crate::surroundings::STATE_DIR;
 
 /// The most memory for names of files with several names, in bytes. Beyond this, each further
 /// name is packed as a separate file.
 const LINK_NAMES_BYTES_MAX: usize = 2 << 20;
+
+/// What an archive is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Files for a user.
+    Files,
+    /// The root file system of an image: with attributes and pipes, without other file systems and
+    /// the agent's state.
+    Image,
+}
 
 /// Sends the directory's content. Names in the archive are relative to the directory.
 ///
@@ -23,20 +35,23 @@ const LINK_NAMES_BYTES_MAX: usize = 2 << 20;
 ///
 /// Returns an error before the first byte is sent if an entry cannot be read. An entry that
 /// becomes unreadable later is an error, too.
-pub(super) fn pack(root: &Path, output: Output) -> Result<Skipped, AgentError> {
+pub(super) fn pack(root: &Path, content: Content, output: Output) -> Result<Skipped, AgentError> {
     let failed = |error: io::Error| io_refused("read", root, &error);
-    if !fs::metadata(root).map_err(failed)?.is_dir() {
+    let metadata = fs::metadata(root).map_err(failed)?;
+    if !metadata.is_dir() {
         let message = format!("{} is not a directory", root.display());
         return Err(refused(ErrorKind::NotDirectory, message));
     }
-    walk(root, |entry| entry.check_readable())?;
+    let device = (content == Content::Image).then_some(metadata.dev());
+    walk(root, device, |entry| entry.check_readable())?;
     let mut packing = Packing {
         archive: Builder::new(output),
+        content,
         links: HashMap::new(),
         link_names_bytes: 0,
         skipped: Skipped::default(),
     };
-    walk(root, |entry| packing.append(entry))?;
+    walk(root, device, |entry| packing.append(entry))?;
     let Packing { archive, skipped, .. } = packing;
     archive.into_inner().and_then(|mut output| output.flush()).map_err(failed)?;
     Ok(skipped)
@@ -63,9 +78,11 @@ impl Entry<'_> {
     }
 }
 
-/// Visits a directory, then everything below it. Skips entries that are removed meanwhile.
+/// Visits a directory, then everything below it. Skips entries that are removed meanwhile. With a
+/// device, skips the content of other file systems, and the agent's state.
 fn walk(
     root: &Path,
+    device: Option<u64>,
     mut visit: impl FnMut(&Entry<'_>) -> Result<(), AgentError>,
 ) -> Result<(), AgentError> {
     let failed = |path: &Path, error: &io::Error| io_refused("read", path, error);
@@ -81,8 +98,13 @@ fn walk(
         let path: PathBuf = found.map_err(|error| failed(root, &error))?.path();
         let Ok(metadata) = path.symlink_metadata() else { continue };
         let is_directory = metadata.is_dir();
+        let is_other = device.is_some_and(|device| device != metadata.dev());
+        let is_ours = device.is_some() && path == Path::new(STATE_DIR);
+        if is_ours || (is_other && !is_directory) {
+            continue;
+        }
         visit(&Entry { path: &path, name: path.strip_prefix(root).unwrap_or(&path), metadata })?;
-        if is_directory {
+        if is_directory && !is_other {
             if levels.len() >= DEPTH_MAX {
                 return Err(too_deep(&path));
             }
@@ -98,6 +120,7 @@ fn walk(
 
 struct Packing {
     archive: Builder<Output>,
+    content: Content,
     /// The first name of each file that has several.
     links: HashMap<(u64, u64), PathBuf>,
     link_names_bytes: usize,
@@ -116,6 +139,14 @@ impl Packing {
         let mut header = Header::new_gnu();
         header.set_metadata(metadata);
         let kind = metadata.file_type();
+        if self.content == Content::Image && (kind.is_file() || kind.is_dir()) {
+            self.append_attributes(path)?;
+        }
+        if self.content == Content::Image && kind.is_fifo() {
+            header.set_entry_type(EntryType::Fifo);
+            header.set_size(0);
+            return self.archive.append_data(&mut header, name, io::empty());
+        }
         if kind.is_dir() {
             header.set_size(0);
             return self.archive.append_data(&mut header, name, io::empty());
@@ -141,6 +172,16 @@ impl Packing {
         let size = metadata.size();
         header.set_size(size);
         self.archive.append_data(&mut header, name, file.chain(io::repeat(0)).take(size))
+    }
+
+    /// Appends the extended attributes of the next entry, as PAX records.
+    fn append_attributes(&mut self, path: &Path) -> io::Result<()> {
+        let attributes = xattrs::all(path)?;
+        if attributes.is_empty() {
+            return Ok(());
+        }
+        let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+        self.archive.append_pax_extensions(records)
     }
 
     /// Returns the name under which the archive already has a file.

@@ -32,7 +32,6 @@ pub(super) async fn ask(path: &str, sandboxes: u16, times: u64, daemons: Daemons
     let daemon = || -> Result<_> {
         let state = AppState::new(StateParts {
             control: control.clone(),
-            images: ImageStore::new(place.path()),
             started: Instant::now(),
             public: PublicAddress::default(),
             proxy_limit: Duration::from_secs(1),
@@ -65,6 +64,7 @@ fn control(place: &Path, store: &Arc<Store>) -> Result<Control> {
     let config = Config {
         sandboxes_dir: place.join("sandboxes"),
         images: ImageStore::new(place),
+        registries: bhatti_node::RegistryConfig::default(),
         lohar: place.join("lohar"),
         boot_limit: Duration::from_secs(1),
         snapshots_dir: place.join("snapshots"),
@@ -89,6 +89,7 @@ fn control(place: &Path, store: &Arc<Store>) -> Result<Control> {
     let control_config = bhatti_control::Config {
         secret_key: SecretKey::open(place, false)?,
         network_allowable: bhatti_types::Allowance::default(),
+        pulled_images_bytes: None,
     };
     let start_node = |control| Node::new(config, Arc::clone(store), engine, control);
     Ok(Control::new(control_config, Arc::clone(store), start_node))

@@ -1,0 +1,157 @@
+//! Errors of images: of registries, archives and owners.
+
+use bhatti_api::ErrorCode;
+use bhatti_control::{ImageCommandError, ImageError, PullFailure, SaveError};
+use bhatti_node::{ImageFilesError, ImportError, PullError, RegistryError, RemoveError};
+use bhatti_types::Report;
+
+use super::ApiError;
+
+impl From<ImageError> for ApiError {
+    fn from(error: ImageError) -> Self {
+        let text = error.to_string();
+        match error {
+            ImageError::NotFound(_) => {
+                Self::new(ErrorCode::NotFound, text).hint("list the images: bhatti image list")
+            }
+            ImageError::NotSetUp => Self::new(ErrorCode::NotSetUp, text).hint("run `bhatti setup`"),
+            ImageError::NotOwned(_) => Self::new(ErrorCode::Forbidden, text),
+            ImageError::InUse { .. } => {
+                Self::new(ErrorCode::WrongState, text).hint("destroy or delete that first")
+            }
+            ImageError::NameTaken(_) => {
+                Self::new(ErrorCode::NameTaken, text).hint("choose another name")
+            }
+            ImageError::Sandbox(error) => error.into(),
+            ImageError::Share(_) => Self::new(ErrorCode::NotFound, text),
+            ImageError::Canceled(_) => Self::new(ErrorCode::PullFailed, text),
+            ImageError::Pull(error) => pull_failure(&error),
+            ImageError::NoRoom(_) => no_room(text),
+            ImageError::NoLayers(_) => Self::new(ErrorCode::BadRequest, text)
+                .hint("only images that were pulled, imported or saved can be exported"),
+            ImageError::Import(error) => error.into(),
+            ImageError::Remove(error) => error.into(),
+            ImageError::Files(ImageFilesError::Missing(missing)) => {
+                Self::new(ErrorCode::NotSetUp, missing.to_string()).hint("run `bhatti setup`")
+            }
+            ImageError::Quota(quota) => quota.into(),
+            ImageError::Store(error) => error.into(),
+            error @ (ImageError::Files(_)
+            | ImageError::Layers(_)
+            | ImageError::Collect(_)
+            | ImageError::Entropy(_)) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<ImageCommandError> for ApiError {
+    fn from(error: ImageCommandError) -> Self {
+        match error {
+            ImageCommandError::None(_) => {
+                Self::new(ErrorCode::BadRequest, error.to_string()).hint("name the command to run")
+            }
+            ImageCommandError::Sandbox(error) => error.into(),
+        }
+    }
+}
+
+/// Returns the error of a pull.
+pub(crate) fn pull_failure(error: &PullFailure) -> ApiError {
+    let failed = |code| ApiError::new(code, error.to_string());
+    match error {
+        PullFailure::Reference(_) | PullFailure::Name(_) => failed(ErrorCode::BadRequest),
+        PullFailure::Save(error) => save_error(error),
+        PullFailure::NoRoom(complaint) => no_room(complaint.clone()),
+        PullFailure::Quota(quota) => quota.clone().into(),
+        PullFailure::Store(error) => ApiError::internal(error),
+        PullFailure::Pull { error: cause, .. } | PullFailure::Push { error: cause, .. } => {
+            let refused = pull_error(cause);
+            ApiError { message: format!("{error}: {}", refused.message), ..refused }
+        }
+    }
+}
+
+fn save_error(error: &SaveError) -> ApiError {
+    match error {
+        // Operations share their errors, which have no copies.
+        SaveError::Use(_) => ApiError::new(ErrorCode::WrongState, error.to_string()),
+        SaveError::Read(_) => ApiError::new(ErrorCode::ConnectionLost, Report(error).to_string()),
+        SaveError::Write(_) => ApiError::internal(error),
+        SaveError::TooLarge(_) => no_room(error.to_string()),
+        SaveError::Image(image) => match &**image {
+            ImageError::NoRoom(complaint) => no_room(complaint.clone()),
+            ImageError::Quota(quota) => quota.clone().into(),
+            ImageError::NameTaken(_) => ApiError::new(ErrorCode::NameTaken, error.to_string()),
+            ImageError::Import(import) if import.is_disk_full() => disk_full(),
+            _ => ApiError::internal(error),
+        },
+    }
+}
+
+fn pull_error(error: &PullError) -> ApiError {
+    // Errors of connections name their cause themselves.
+    let failed = |code| ApiError::new(code, error.to_string());
+    match error {
+        PullError::Registry(RegistryError::NotFound(_)) => {
+            failed(ErrorCode::NotFound).hint("list the images of this host: bhatti image list")
+        }
+        PullError::Registry(RegistryError::Denied { .. }) => {
+            failed(ErrorCode::NotFound).hint("log in first: docker login, then bhatti image pull")
+        }
+        PullError::Registry(RegistryError::Platform { .. } | RegistryError::Unsupported { .. })
+        | PullError::Config(_)
+        | PullError::Layers { .. } => failed(ErrorCode::BadRequest),
+        PullError::Registry(RegistryError::File { .. })
+        | PullError::Store(_)
+        | PullError::Prepare(_)
+        | PullError::Interrupted => ApiError::internal(error),
+        PullError::Registry(_) => failed(ErrorCode::PullFailed)
+            .hint("the images that are here already: bhatti image list"),
+        PullError::OverQuota { .. } => no_room(error.to_string()),
+        PullError::DiskFull { .. } => failed(ErrorCode::HostDiskFull)
+            .hint("delete unneeded images, or ask the operator for disk space"),
+        PullError::Build(error) if error.is_disk_full() => disk_full(),
+        PullError::Build(error) => match error {
+            ImportError::Host(_) | ImportError::File(_) | ImportError::Store(_) => {
+                ApiError::internal(error)
+            }
+            _ => failed(ErrorCode::BadRequest),
+        },
+    }
+}
+
+impl From<ImportError> for ApiError {
+    fn from(error: ImportError) -> Self {
+        match &error {
+            ImportError::Archive { .. } => Self::new(ErrorCode::BadRequest, error.to_string())
+                .hint("send a tar of a root file system (`docker export`), of one image (`docker save`) or of an OCI layout, plain or compressed with gzip, xz or zstd"),
+            ImportError::TooLarge(_) | ImportError::WrongLayer(_) | ImportError::Config(_) => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
+            error if error.is_disk_full() => disk_full(),
+            ImportError::DiskFull { .. }
+            | ImportError::Host(_)
+            | ImportError::File(_)
+            | ImportError::Store(_) => Self::internal(&error),
+        }
+    }
+}
+
+fn no_room(message: String) -> ApiError {
+    ApiError::new(ErrorCode::QuotaExceeded, message)
+        .hint("delete images, snapshots or sandboxes, or ask the admin for a higher limit")
+}
+
+fn disk_full() -> ApiError {
+    ApiError::new(ErrorCode::Busy, "the disk of the daemon's host has no space for the image")
+}
+
+impl From<RemoveError> for ApiError {
+    fn from(error: RemoveError) -> Self {
+        match &error {
+            RemoveError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string()),
+            RemoveError::IsDefault(_) => Self::new(ErrorCode::WrongState, error.to_string()),
+            RemoveError::Interrupted | RemoveError::Store(_) => Self::internal(&error),
+        }
+    }
+}
