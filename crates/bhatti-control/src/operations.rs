@@ -278,7 +278,7 @@ mod tests {
         let other = UserId::from_entropy([1; 8]);
 
         let ids = [begin(OWNER, 1, "a"), begin(OWNER, 2, "a"), begin(OWNER, 3, "b")];
-        assert_eq!((&ids[0] == &ids[1], &ids[0] == &ids[2]), (true, false));
+        assert_eq!((ids[0] == ids[1], ids[0] == ids[2]), (true, false));
         assert_ne!(begin(other, 4, "a"), ids[0]);
         assert!(operations.find(other, &ids[0]).is_none());
         assert_eq!(operations.list(OWNER).len(), 2);

@@ -95,7 +95,6 @@ pub(crate) fn config(row: &SandboxRow, extras: &Extras) -> GuestConfig {
         dns,
         user: image.user.clone(),
         workdir: image.workdir.clone(),
-        ..GuestConfig::default()
     }
 }
 

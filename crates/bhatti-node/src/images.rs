@@ -72,7 +72,7 @@ impl Node {
     pub async fn remove_host_image(&self, image: &ImageName) -> Result<(), RemoveError> {
         let (images, image) = (self.shared.config.images.clone(), image.clone());
         let removed = spawn_blocking(move || images.remove(&image)).await;
-        removed.unwrap_or_else(|_| Err(RemoveError::Interrupted))
+        removed.unwrap_or(Err(RemoveError::Interrupted))
     }
 
     /// Makes an unnamed file for an archive that is being uploaded.

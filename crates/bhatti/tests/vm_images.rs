@@ -299,7 +299,8 @@ async fn policy_says_when_an_image_is_pulled() {
     }
     // Two that ask at once wait for one pull.
     let (a, b) = tokio::join!(create("a", &name, None), create("b", &name, None));
-    (a.unwrap(), b.unwrap());
+    a.unwrap();
+    b.unwrap();
     assert_eq!(
         client.list_operations().await.unwrap().iter().filter(|it| it.status == "done").count(),
         1

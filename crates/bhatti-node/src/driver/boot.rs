@@ -193,6 +193,13 @@ const fn guest_may_have_run(error: &TransitionError) -> bool {
     !matches!(error, TransitionError::Boot(BootError::NotInstalled { .. } | BootError::NoDisk))
 }
 
+/// Returns the files of a VM that keeps its root disk.
+async fn kernel_files(shared: &Arc<Shared>) -> Result<KernelFiles, TransitionError> {
+    let shared = Arc::clone(shared);
+    let found = spawn_blocking(move || shared.config.images.kernel_files(&shared.config.lohar));
+    Ok(found.await.map_err(|_| Denied::Destroyed)??)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,11 +214,4 @@ mod tests {
             assert_eq!(guest_may_have_run(&error), ran, "{error}");
         }
     }
-}
-
-/// Returns the files of a VM that keeps its root disk.
-async fn kernel_files(shared: &Arc<Shared>) -> Result<KernelFiles, TransitionError> {
-    let shared = Arc::clone(shared);
-    let found = spawn_blocking(move || shared.config.images.kernel_files(&shared.config.lohar));
-    Ok(found.await.map_err(|_| Denied::Destroyed)??)
 }

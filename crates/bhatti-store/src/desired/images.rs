@@ -456,7 +456,7 @@ mod tests {
         assert_eq!(store.find_own_image(user, "web").unwrap(), Some(first));
 
         let second = store.insert_image(row(user, "web", "b"), Replace::Yes).unwrap();
-        assert_eq!(store.list_images(user).unwrap(), [second.clone()]);
+        assert_eq!(store.list_images(user).unwrap(), std::slice::from_ref(&second));
         store.touch_image(user, &second.name, 9).unwrap();
         assert_eq!(store.list_all_images().unwrap()[0].used_at, 9);
         store.delete_image(user, &second.name).unwrap();
