@@ -74,19 +74,32 @@ pub struct ImageSettings {
     pub stop_signal: String,
 }
 
+/// A login at a registry.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RegistryLogin {
+    /// User name.
+    pub username: String,
+    /// Password or token.
+    pub password: String,
+}
+
+impl std::fmt::Debug for RegistryLogin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RegistryLogin").field("username", &self.username).finish_non_exhaustive()
+    }
+}
+
 /// Pulls an image from its registry.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PullImage {
     /// Image, such as `python:3.12-slim` or `registry.example.com/team/app@sha256:…`.
-    #[schema(min_length = 1, max_length = 255)]
+    #[schema(min_length = 1, max_length = 200)]
     pub image: String,
-    /// User name for the registry [default: none].
+    /// Login at the registry [default: none].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub username: Option<String>,
-    /// Password or token for the registry [default: none].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub password: Option<String>,
+    pub login: Option<RegistryLogin>,
 }
 
 /// Pushes an image to a registry.
@@ -96,14 +109,11 @@ pub struct PushImage {
     /// Reference to push it as, such as `registry.example.com/team/app:1` [default: the image's
     /// name].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(min_length = 1, max_length = 255)]
+    #[schema(min_length = 1, max_length = 200)]
     pub to: Option<String>,
-    /// User name for the registry [default: none].
+    /// Login at the registry [default: none].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub username: Option<String>,
-    /// Password or token for the registry [default: none].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub password: Option<String>,
+    pub login: Option<RegistryLogin>,
 }
 
 /// Saves a sandbox as an image.

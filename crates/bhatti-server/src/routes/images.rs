@@ -7,7 +7,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::{
     Deleted, ErrorCode, IMAGE_BYTES_MAX, Image, ImageSettings, Operation, PrunedImages, PullImage,
-    PushImage, SaveImage, TagImage,
+    PushImage, RegistryLogin, SaveImage, TagImage,
 };
 use bhatti_control::UsableImage;
 use bhatti_node::Credentials;
@@ -132,8 +132,8 @@ pub(crate) async fn pull(
     Extension(Caller(owner)): Extension<Caller>,
     ApiJson(request): ApiJson<PullImage>,
 ) -> Result<Response, ApiError> {
-    let PullImage { image, username, password } = request;
-    let operation = state.control.pull_image(owner, &image, credentials(username, password)?)?;
+    let PullImage { image, login } = request;
+    let operation = state.control.pull_image(owner, &image, credentials(login))?;
     Ok(accepted(Json(describe(&operation))))
 }
 
@@ -153,18 +153,8 @@ pub(crate) async fn save(
     Ok(accepted(Json(describe(&operation))))
 }
 
-fn credentials(
-    user: Option<String>,
-    password: Option<String>,
-) -> Result<Option<Credentials>, ApiError> {
-    match (user, password) {
-        (Some(user), Some(password)) => Ok(Some(Credentials { user, password })),
-        (None, None) => Ok(None),
-        _ => {
-            let message = "`username` and `password` belong together";
-            Err(ApiError::new(ErrorCode::BadRequest, message).hint("send both, or none"))
-        }
-    }
+fn credentials(login: Option<RegistryLogin>) -> Option<Credentials> {
+    login.map(|RegistryLogin { username: user, password }| Credentials { user, password })
 }
 
 /// Begins to push an image to a registry, or joins the caller's operation that pushes it there.
@@ -177,9 +167,9 @@ pub(crate) async fn push(
     ApiPath(name): ApiPath<String>,
     ApiJson(request): ApiJson<PushImage>,
 ) -> Result<Response, ApiError> {
-    let PushImage { to, username, password } = request;
+    let PushImage { to, login } = request;
     let to = to.as_deref().unwrap_or(&name);
-    let operation = state.control.push_image(user, &name, to, credentials(username, password)?)?;
+    let operation = state.control.push_image(user, &name, to, credentials(login))?;
     Ok(accepted(Json(describe(&operation))))
 }
 

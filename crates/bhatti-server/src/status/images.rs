@@ -27,7 +27,7 @@ impl From<ImageError> for ApiError {
             ImageError::Canceled(_) => Self::new(ErrorCode::PullFailed, text),
             ImageError::Pull(error) => pull_failure(&error),
             ImageError::NoRoom(_) => no_room(text),
-            ImageError::NoLayers(_) => Self::new(ErrorCode::BadRequest, text)
+            ImageError::NoLayers(_) => Self::new(ErrorCode::WrongState, text)
                 .hint("only images that were pulled, imported or saved can be exported"),
             ImageError::Import(error) => error.into(),
             ImageError::Remove(error) => error.into(),

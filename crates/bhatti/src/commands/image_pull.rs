@@ -4,9 +4,11 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bhatti_api::{ErrorCode, LayerProgress, Operation, PullImage, PushImage, SaveImage};
+use bhatti_api::{
+    ErrorCode, LayerProgress, Operation, PullImage, PushImage, RegistryLogin, SaveImage,
+};
 use bhatti_client::ClientError;
-use bhatti_registry::{Credentials, Reference, docker_credentials};
+use bhatti_registry::{Reference, docker_credentials};
 use clap::{Args, ValueEnum};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
@@ -85,9 +87,7 @@ pub(crate) async fn ahead(
 }
 
 async fn pull_now(context: &Context, reference: &Reference) -> Result<Operation, CliError> {
-    let credentials = docker_login(reference)?;
-    let (username, password) = credentials.map(|found| (found.user, found.password)).unzip();
-    let request = PullImage { image: reference.to_string(), username, password };
+    let request = PullImage { image: reference.to_string(), login: docker_login(reference)? };
     let operation = context.client.pull_image(&request).await?;
     follow(context, operation).await
 }
@@ -107,9 +107,8 @@ pub(crate) async fn push(context: &Context, arguments: Push) -> Result<(), CliEr
         Some(reference) => reference,
         None => image.parse().map_err(|error| CliError::of(&error))?,
     };
-    let credentials = docker_login(&reference)?;
-    let (username, password) = credentials.map(|found| (found.user, found.password)).unzip();
-    let request = PushImage { to: Some(reference.to_string()), username, password };
+    let login = docker_login(&reference)?;
+    let request = PushImage { to: Some(reference.to_string()), login };
     let operation = context.client.push_image(&image, &request).await?;
     let operation = follow(context, operation).await?;
     context.output.show(&operation, |_| format!("pushed {image} as {reference}"))
@@ -165,13 +164,14 @@ async fn follow(context: &Context, mut operation: Operation) -> Result<Operation
 }
 
 /// Returns what `docker login` has saved for a reference's registry.
-fn docker_login(reference: &Reference) -> Result<Option<Credentials>, CliError> {
+fn docker_login(reference: &Reference) -> Result<Option<RegistryLogin>, CliError> {
     let directory = std::env::var_os("DOCKER_CONFIG").map(PathBuf::from);
     let directory = directory.or_else(|| Some(std::env::home_dir()?.join(".docker")));
     let Some(directory) = directory else { return Ok(None) };
     let path = directory.join("config.json");
-    docker_credentials(&path, reference.registry())
-        .map_err(|error| CliError::new(format!("failed to read `{}`: {error}", path.display())))
+    let found = docker_credentials(&path, reference.registry())
+        .map_err(|error| CliError::new(format!("failed to read `{}`: {error}", path.display())))?;
+    Ok(found.map(|found| RegistryLogin { username: found.user, password: found.password }))
 }
 
 /// A bar for each layer.
