@@ -84,7 +84,7 @@ pub enum ImageOwner {
     Me,
     /// The admin's, or that of a user who shares it.
     Other,
-    /// Nobody's: it was built on the host.
+    /// No user's: it was built on the host.
     Host,
 }
 

@@ -8,10 +8,11 @@ use bhatti_node::{Extras, GuestFile, Prepared, Shape, UseError, VolumeUseError, 
 use bhatti_proto::ExecRequest;
 use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
-    Allowance, CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, NEW_FILES_BYTES_MAX,
-    NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded, SandboxId, SandboxName, SandboxSpec,
-    SecretName, UserId, VOLUMES_MAX,
+    Allowance, CpuCount, DEFAULT_IMAGE, DiskMib, Environment, ImageConfig, ImageName, Labels,
+    MemoryMib, NEW_FILES_BYTES_MAX, NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded,
+    Report, SandboxId, SandboxName, SandboxSpec, SecretName, UserId, VOLUMES_MAX,
 };
+use tracing::warn;
 
 use crate::disk_quota::DiskQuotaError;
 use crate::image_errors::{ImageCommandError, ImageError};
@@ -206,16 +207,10 @@ impl Control {
         request: SandboxRequest,
     ) -> Result<SandboxRow, CreateError> {
         let store = &self.inner.store;
-        // A pull may take minutes, so what can be refused without the image is refused before.
         check_volumes(&request.volumes)?;
-        let name = request.name.map_or_else(generated_name, Ok)?;
-        let image = self.image_of_new(owner, request.image, request.pull).await?;
-        let command = image.config.command(Vec::new());
-        if request.start && command.is_empty() {
-            return Err(ImageCommandError::None(image.name).into());
-        }
-        let spec = SandboxSpec {
-            name,
+        let wanted = request.image.clone().map_or_else(|| DEFAULT_IMAGE.parse(), Ok)?;
+        let mut spec = SandboxSpec {
+            name: request.name.map_or_else(generated_name, Ok)?,
             cpus: request.cpus.unwrap_or(CpuCount::ONE),
             memory: request.memory.unwrap_or(MemoryMib::DEFAULT),
             disk: request.disk,
@@ -224,8 +219,8 @@ impl Control {
             labels: request.labels,
             secrets: request.secrets,
             init: request.init,
-            image: image.name,
-            image_config: image.config,
+            image: wanted,
+            image_config: ImageConfig::default(),
             network: NetworkSpec {
                 mode: request.network.unwrap_or_else(|| self.inner.node.default_network()),
                 allow: request.allow,
@@ -240,6 +235,15 @@ impl Control {
         // A new sandbox has few files at first. An owner over the limit gets no sandbox.
         let _disk = self.admit_disk(owner, 0).await?;
         store.admit_attach(owner, &request.volumes).map_err(InsertError::from)?;
+        let network_and_secrets =
+            self.admit_network_and_secrets(owner, spec.clone(), request.volumes.clone()).await?;
+        // After all other checks, because a pull may take minutes.
+        let image = self.image_of_new(owner, request.image, request.pull).await?;
+        let command = image.config.command(Vec::new());
+        if request.start && command.is_empty() {
+            return Err(ImageCommandError::None(image.name).into());
+        }
+        (spec.image, spec.image_config) = (image.name, image.config);
         let shape = Shape {
             image: spec.image.clone(),
             root: image.root,
@@ -253,7 +257,8 @@ impl Control {
         let admitted = Admitted {
             files,
             expires_at: request.lifetime.map(unix_seconds_after),
-            ..self.admit_network_and_secrets(owner, spec, request.volumes).await?
+            spec,
+            ..network_and_secrets
         };
         let prepared = self.inner.node.prepare(owner, shape).await?;
         let row = self.create_from(admitted, prepared).await?;
@@ -261,7 +266,9 @@ impl Control {
             && let Err(error) = self.start_job(&row, command).await
         {
             // Nothing half-made stays.
-            self.destroy(owner, &row.id.to_string()).await?;
+            if let Err(left) = self.destroy(owner, &row.id.to_string()).await {
+                warn!(sandbox = %row.id, error = %Report(&left), "Failed to destroy a sandbox whose command did not start");
+            }
             return Err(error);
         }
         Ok(row)

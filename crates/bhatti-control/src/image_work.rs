@@ -3,17 +3,53 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use bhatti_node::{Credentials, ImageArchive, PullError, PullProgress, Reference};
+use bhatti_node::{Credentials, ImageArchive, Leftovers, PullError, PullProgress, Reference};
 use bhatti_store::{ImageRow, Replace, SandboxRow};
-use bhatti_types::{ImageConfig, ImageName, Report, SandboxState, UserId};
+use bhatti_types::{ImageConfig, ImageName, Report, SandboxId, SandboxState, UserId};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
+use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use crate::Control;
 use crate::image_errors::{ImageCommandError, ImageError, PullFailure, SaveError, no_room};
 use crate::images::{UsableImage, unix_seconds};
 use crate::operations::{Operation, OperationKind, OperationState};
+
+/// Removes the files of images that are in no row, after the work on an image and however it ends.
+struct Collection {
+    control: Control,
+    leftovers: Leftovers,
+}
+
+impl Drop for Collection {
+    fn drop(&mut self) {
+        let (control, leftovers) = (self.control.clone(), self.leftovers);
+        // Without a runtime, the daemon is ending.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn_blocking(move || control.collect_images(leftovers));
+        }
+    }
+}
+
+/// Stops a sandbox that was started to be saved.
+struct StopAgain {
+    control: Control,
+    owner: UserId,
+    sandbox: SandboxId,
+}
+
+impl Drop for StopAgain {
+    fn drop(&mut self) {
+        let (control, owner, sandbox) = (self.control.clone(), self.owner, self.sandbox);
+        let Ok(runtime) = Handle::try_current() else { return };
+        runtime.spawn(async move {
+            if let Err(error) = control.stop(owner, &sandbox.to_string()).await {
+                warn!(%sandbox, error = %Report(&error), "Failed to stop a saved sandbox again");
+            }
+        });
+    }
+}
 
 impl Control {
     /// Pulls an image, and waits for it.
@@ -52,15 +88,18 @@ impl Control {
         let whole = reference.to_string();
         let id = bhatti_node::random()?;
         let work = |operation: Operation| async move {
+            let mut after = Collection { control: control.clone(), leftovers: Leftovers::Stay };
             let progress: Arc<dyn PullProgress> = Arc::new(operation);
             let pulled = control.pull(user, &reference, credentials.as_ref(), progress).await;
-            if let Ok(image) = &pulled
-                && let Err(error) = control.evict_images(image)
-            {
-                warn!(error = %Report(&error), "Failed to evict unused images");
+            let evicted = pulled.as_ref().map(|image| control.evict_images(image));
+            match evicted {
+                Ok(Ok(false)) | Err(PullFailure::Pull { .. }) => {}
+                // The user has no room for what has arrived, or its place was needed.
+                Ok(Ok(true)) | Err(_) => after.leftovers = Leftovers::Go,
+                Ok(Err(error)) => {
+                    warn!(error = %Report(&error), "Failed to evict unused images");
+                }
             }
-            // The reference may have named another image before.
-            control.collect_images();
             pulled
         };
         Ok(self.inner.operations.join_or_begin(user, id, (OperationKind::Pull, &whole), work)?)
@@ -77,7 +116,8 @@ impl Control {
         let node = &self.inner.node;
         let _held = node.hold_images().await;
         let left = self.disk_left(owner).await?;
-        let pulled = node.pull_image(reference, credentials, left, progress).await;
+        let access = self.image_access(owner, left)?;
+        let pulled = node.pull_image(reference, credentials, access, progress).await;
         let pulled = pulled.map_err(|error| {
             match &error {
                 PullError::Build(build) => no_room(build, left).map(PullFailure::NoRoom),
@@ -94,7 +134,7 @@ impl Control {
             manifest: Some(pulled.manifest),
             blobs: pulled.blobs,
             size_bytes: pulled.root.size_bytes,
-            disk_bytes: pulled.root.disk_bytes,
+            disk_bytes: pulled.root.disk_bytes + pulled.layer_bytes,
             created_at: String::new(),
             used_at: unix_seconds(),
         };
@@ -194,7 +234,9 @@ impl Control {
         archive: File,
     ) -> Result<ImageRow, ImageError> {
         let left = self.admit_import(owner, &name).await?;
-        self.keep_archive(owner, name, archive, left, None).await
+        let row = self.keep_archive(owner, name, archive, left, None).await?;
+        self.record("image.imported", owner, None, json!({ "image": row.name.as_str() }));
+        Ok(row)
     }
 
     /// Makes an image from an archive. An image that comes without settings gets `settings`.
@@ -207,7 +249,9 @@ impl Control {
         settings: Option<(ImageConfig, String)>,
     ) -> Result<ImageRow, ImageError> {
         let (settings, source) = settings.unzip();
-        let held = self.inner.node.hold_images().await;
+        // Dropped last: what is made and then refused goes.
+        let _after = Collection { control: self.clone(), leftovers: Leftovers::Stay };
+        let _held = self.inner.node.hold_images().await;
         let imported = self.inner.node.import_image(archive, left, settings).await;
         let imported = imported.map_err(|error| {
             no_room(&error, left).map_or(ImageError::Import(error), ImageError::NoRoom)
@@ -225,18 +269,11 @@ impl Control {
             manifest: Some(kept.manifest),
             blobs: kept.blobs,
             size_bytes: root.size_bytes,
-            disk_bytes: root.disk_bytes,
+            disk_bytes: root.disk_bytes + kept.bytes,
             created_at: String::new(),
             used_at: unix_seconds(),
         };
-        let kept = self.keep_image(row, Replace::No).await;
-        drop(held);
-        if kept.is_err() {
-            self.collect_images();
-        }
-        let row = kept?;
-        self.record("image.imported", owner, None, json!({ "image": row.name.as_str() }));
-        Ok(row)
+        self.keep_image(row, Replace::No).await
     }
 
     /// Begins to save a sandbox's root file system as an image, or joins the user's operation that
@@ -257,16 +294,17 @@ impl Control {
         let id = bhatti_node::random()?;
         let (control, text) = (self.clone(), name.to_string());
         let work = |_| async move {
-            let sandbox = row.id.to_string();
-            let was_stopped = row.state == SandboxState::Stopped;
-            if was_stopped {
-                control.start(owner, &sandbox, false).await.map_err(SaveError::Use)?;
+            // Also if the operation is canceled.
+            let _stop = (row.state == SandboxState::Stopped).then(|| StopAgain {
+                control: control.clone(),
+                owner,
+                sandbox: row.id,
+            });
+            if row.state == SandboxState::Stopped {
+                let started = control.start(owner, &row.id.to_string(), false).await;
+                started.map_err(SaveError::Use)?;
             }
-            let saved = control.save(owner, &row, name, left).await;
-            if was_stopped {
-                control.stop(owner, &sandbox).await.map_err(SaveError::Use)?;
-            }
-            Ok(saved?)
+            Ok(control.save(owner, &row, name, left).await?)
         };
         Ok(self.inner.operations.join_or_begin(owner, id, (OperationKind::Save, &text), work)?)
     }
@@ -278,6 +316,9 @@ impl Control {
         name: ImageName,
         left: Option<u64>,
     ) -> Result<ImageRow, SaveError> {
+        // A guest may have files that are longer than its disk.
+        let room = self.inner.node.archive_room()?;
+        let left = Some(left.unwrap_or(u64::MAX).min(room));
         let used = self.enter(owner, &row.id.to_string()).await?;
         let mut content = used.agent.read_root().await?;
         let file = self.image_upload().map_err(SaveError::of)?;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bhatti_node::{ImageSummary, Reference, UsedImages};
+use bhatti_node::{BlobAccess, ImageAccess, ImageSummary, Leftovers, Reference, UsedImages};
 use bhatti_store::{CountError, ImageRow, Replace, StoreError};
 use bhatti_types::{DEFAULT_IMAGE, ImageConfig, ImageName, Report, RootName, UserId};
 use serde_json::json;
@@ -98,20 +98,15 @@ impl Control {
     ///
     /// Returns [`ImageError::NotFound`] if the user can use no such image.
     pub fn usable_image(&self, user: UserId, image: &str) -> Result<UsableImage, ImageError> {
+        match self.image_row(user, image)? {
+            Some((name, row)) if name == row.name.as_str() => return Ok(UsableImage::Owned(row)),
+            Some((name, row)) => return Ok(UsableImage::Shared { name, row }),
+            None => {}
+        }
         let names = names(image);
-        for name in &names {
-            if let Some(row) = self.inner.store.find_image(user, name)? {
-                return Ok(UsableImage::Owned(row));
-            }
-        }
         let mut host = self.inner.node.host_images()?.into_iter();
-        if let Some(found) = host.find(|image| names.contains(&image.name)) {
-            return Ok(UsableImage::Host(found));
-        }
-        let not_found = || ImageError::NotFound(image.to_owned());
-        let (name, owner) = image.rsplit_once('@').ok_or_else(not_found)?;
-        let row = self.inner.store.find_shared_image(user, owner, name)?.ok_or_else(not_found)?;
-        Ok(UsableImage::Shared { name: image.to_owned(), row })
+        let found = host.find(|image| names.contains(&image.name));
+        found.map(UsableImage::Host).ok_or_else(|| ImageError::NotFound(image.to_owned()))
     }
 
     /// Returns the image of a new sandbox. Pulls it if the policy says so.
@@ -146,21 +141,58 @@ impl Control {
 
     /// Finds the image that a user means, and notes that it is used.
     fn find_image(&self, user: UserId, image: &str) -> Result<Option<FoundImage>, ImageError> {
-        let found = match self.usable_image(user, image) {
-            Err(ImageError::NotFound(_)) => return Ok(None),
-            found => found?,
+        let Some((called, row)) = self.image_row(user, image)? else {
+            return self.host_image(image);
         };
-        let name = found.name().parse().map_err(|_| ImageError::NotFound(image.to_owned()))?;
-        Ok(match found {
-            UsableImage::Host(host) => {
-                let root = self.inner.node.host_root(&host.name)?;
-                root.map(|root| FoundImage { name, root, config: ImageConfig::default() })
+        let name = called.parse().map_err(|_| ImageError::NotFound(image.to_owned()))?;
+        self.inner.store.touch_image(row.owner, &row.name, unix_seconds())?;
+        Ok(Some(FoundImage { name, root: row.root, config: row.config }))
+    }
+
+    /// Finds an image that was built on this host.
+    fn host_image(&self, image: &str) -> Result<Option<FoundImage>, ImageError> {
+        for name in names(image) {
+            if let (Some(root), Ok(name)) = (self.inner.node.host_root(&name)?, name.parse()) {
+                return Ok(Some(FoundImage { name, root, config: ImageConfig::default() }));
             }
-            UsableImage::Owned(row) | UsableImage::Shared { row, .. } => {
-                self.inner.store.touch_image(row.owner, &row.name, unix_seconds())?;
-                Some(FoundImage { name, root: row.root, config: row.config })
+        }
+        Ok(None)
+    }
+
+    /// Finds the row that a user means, and what the user calls it.
+    fn image_row(
+        &self,
+        user: UserId,
+        image: &str,
+    ) -> Result<Option<(String, ImageRow)>, ImageError> {
+        for name in names(image) {
+            if let Some(row) = self.inner.store.find_image(user, &name)? {
+                return Ok(Some((row.name.to_string(), row)));
             }
-        })
+        }
+        // No image of the host has a name of this form.
+        let Some((name, owner)) = image.rsplit_once('@') else { return Ok(None) };
+        let shared = self.inner.store.find_shared_image(user, owner, name)?;
+        Ok(shared.map(|row| (image.to_owned(), row)))
+    }
+
+    /// Returns what a user may take from this host when pulling: the files of images that the user
+    /// can use.
+    pub(crate) fn image_access(
+        &self,
+        user: UserId,
+        bytes_max: Option<u64>,
+    ) -> Result<ImageAccess, StoreError> {
+        let store = &self.inner.store;
+        let shared = store.list_shared_images(user)?.into_iter().map(|(_, row)| row);
+        let own = store.list_images(user)?.into_iter();
+        let rows = own.chain(store.list_images(UserId::ADMIN)?).chain(shared);
+        let (mut roots, mut blobs) = (BTreeSet::new(), BTreeSet::new());
+        for row in rows {
+            roots.insert(row.root);
+            blobs.extend(row.blobs);
+        }
+        Ok(ImageAccess { blobs: BlobAccess { user: user.to_string(), blobs }, roots, bytes_max })
     }
 
     /// Gives an image that a user can use another name of that user.
@@ -215,7 +247,7 @@ impl Control {
         self.refuse_used(owner, &found)?;
         self.inner.store.delete_image(owner, &found)?;
         self.record_deletion(owner, &found);
-        self.collect_images();
+        self.collect_images(Leftovers::Go);
         Ok(())
     }
 
@@ -246,7 +278,7 @@ impl Control {
             self.record_deletion(owner, &image.name);
             deleted.push(image.name);
         }
-        Ok((deleted, self.collect()?))
+        Ok((deleted, self.collect(Leftovers::Go)?))
     }
 
     /// Lets another user use an image of `owner`.
@@ -310,8 +342,11 @@ impl Control {
     /// Deletes pulled images that nothing uses, those first that were used longest ago, until all
     /// pulled images are within the operator's limit. They can be pulled again, other images
     /// cannot.
-    pub(crate) fn evict_images(&self, newest: &ImageRow) -> Result<(), ImageError> {
-        let Some(limit) = self.inner.pulled_images_bytes else { return Ok(()) };
+    ///
+    /// Returns whether it deleted any.
+    pub(crate) fn evict_images(&self, newest: &ImageRow) -> Result<bool, ImageError> {
+        let Some(limit) = self.inner.pulled_images_bytes else { return Ok(false) };
+        let mut evicted = false;
         let mut pulled = self.inner.store.list_all_images()?;
         pulled.retain(is_pulled);
         let bytes = |images: &[ImageRow]| {
@@ -329,17 +364,18 @@ impl Control {
             }
             self.inner.store.delete_image(image.owner, &image.name)?;
             kept.retain(|it| (it.owner, &it.name) != (image.owner, &image.name));
+            evicted = true;
             info!(image = %image.name, "Evicted an unused image");
             let detail = json!({ "image": image.name.as_str() });
             self.record("image.evicted", image.owner, None, detail);
         }
-        Ok(())
+        Ok(evicted)
     }
 
     /// Removes the files of images that are in no row. Logs a failure, because the next deletion
     /// tries again.
-    pub(crate) fn collect_images(&self) {
-        match self.collect() {
+    pub(crate) fn collect_images(&self, leftovers: Leftovers) {
+        match self.collect(leftovers) {
             Ok(0) => {}
             Ok(bytes) => info!(bytes, "Removed the files of unused images"),
             Err(error) => {
@@ -348,7 +384,7 @@ impl Control {
         }
     }
 
-    fn collect(&self) -> Result<u64, ImageError> {
+    fn collect(&self, leftovers: Leftovers) -> Result<u64, ImageError> {
         let used = || {
             let mut used = UsedImages { roots: BTreeSet::new(), blobs: BTreeSet::new() };
             for image in self.inner.store.list_all_images()? {
@@ -357,7 +393,7 @@ impl Control {
             }
             Ok(used)
         };
-        self.inner.node.collect_images(used)
+        self.inner.node.collect_images(leftovers, used)
     }
 }
 

@@ -81,7 +81,10 @@ impl Descriptor {
 }
 
 /// The manifest of an imported image and its blobs, by their SHA-256 in hexadecimal.
+#[derive(Debug)]
 pub struct KeptLayers {
+    /// Size of the layers, in bytes.
+    pub bytes: u64,
     /// The manifest.
     pub manifest: String,
     /// The manifest, the configuration and the layers.
@@ -146,10 +149,9 @@ impl Node {
         let layout = opened.unwrap_or_else(|_| Err(interrupted()))?;
         let (reader, writer) = tokio::io::duplex(WAITING_BYTES);
         let (name, writer) = (name.to_owned(), SyncIoBridge::new(writer));
-        let written = tokio::task::spawn_blocking(move || {
-            let _held = held;
-            layout.write(&name, writer)
-        });
+        // The files are open, so a slow reader does not keep others' files from being removed.
+        drop(held);
+        let written = tokio::task::spawn_blocking(move || layout.write(&name, writer));
         Ok(ImageArchive { reader, written })
     }
 }
@@ -223,9 +225,10 @@ fn keep(blobs: &Blobs, imported: &Imported) -> Result<KeptLayers, RegistryError>
         layers: layers.iter().map(|(kind, blob)| Descriptor::new(kind, blob)).collect(),
     };
     let manifest = blobs.keep(json!(manifest).to_string().as_bytes())?;
+    let bytes = layers.iter().map(|(_, blob)| blob.bytes).sum();
     let all = [manifest.clone(), config.sha256].into_iter();
     let all = all.chain(layers.into_iter().map(|(_, blob)| blob.sha256));
-    Ok(KeptLayers { manifest, blobs: all.collect() })
+    Ok(KeptLayers { bytes, manifest, blobs: all.collect() })
 }
 
 fn keep_layer(blobs: &Blobs, layer: &LayerFile) -> Result<(&'static str, Blob), RegistryError> {

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 
-use bhatti_host::blocking;
+use bhatti_host::{blocking, disk};
 use bhatti_image::{ImageSummary, ImportError, Imported, RemoveError, StoreError};
 use bhatti_registry::{Blobs, Credentials, Reference, Registries, RegistryError};
 use bhatti_types::{ImageConfig, ImageName, Report, RootName};
@@ -16,7 +16,7 @@ use tokio::sync::OwnedRwLockReadGuard;
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
-use crate::pull::{ImagePuller, PullError, PullProgress, Pulled};
+use crate::pull::{ImageAccess, ImagePuller, PullError, PullProgress, Pulled};
 use crate::{Node, Shared};
 
 /// Keeps files of users' images from being removed until it is dropped.
@@ -33,6 +33,18 @@ pub struct UsedImages {
     /// SHA-256 of manifests, configurations and layers, in hexadecimal.
     pub blobs: BTreeSet<String>,
 }
+
+/// What stays of the layers that no image has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leftovers {
+    /// Nothing.
+    Go,
+    /// The newest ones, for the next pull, within a limit of 2 GiB.
+    Stay,
+}
+
+/// The disk space that layers may take which no image has, in bytes.
+const LEFTOVER_BYTES_MAX: u64 = 2 << 30;
 
 /// Files of images could not be removed.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +87,15 @@ impl Node {
         removed.unwrap_or(Err(RemoveError::Interrupted))
     }
 
+    /// Returns the bytes that an archive may have: half of the disk's free space.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the free space cannot be read.
+    pub fn archive_room(&self) -> std::io::Result<u64> {
+        blocking(|| disk::free_bytes(self.shared.config.images.directory())).map(|free| free / 2)
+    }
+
     /// Makes an unnamed file for an archive that is being uploaded.
     ///
     /// # Errors
@@ -100,7 +121,7 @@ impl Node {
         self.shared.config.images.import(archive, bytes_max, settings).await
     }
 
-    /// Pulls the image of a reference, whose files have at most `bytes_max` bytes. The caller holds
+    /// Pulls the image of a reference for the user whose access this is. The caller holds
     /// the images until the store has a row of it: see [`hold_images`](Self::hold_images).
     ///
     /// # Errors
@@ -114,10 +135,10 @@ impl Node {
         &self,
         reference: &Reference,
         credentials: Option<&Credentials>,
-        bytes_max: Option<u64>,
+        access: ImageAccess,
         progress: Arc<dyn PullProgress>,
     ) -> Result<Pulled, PullError> {
-        puller(&self.shared)?.pull(reference, credentials, bytes_max, progress).await
+        puller(&self.shared)?.pull(reference, credentials, access, progress).await
     }
 
     /// Keeps files of users' images from being removed until the result is dropped. Waits while
@@ -142,9 +163,12 @@ impl Node {
     /// Returns an error if a file cannot be removed, or that of `used`.
     pub fn collect_images<E: From<CollectError>>(
         &self,
+        leftovers: Leftovers,
         used: impl FnOnce() -> Result<UsedImages, E>,
     ) -> Result<u64, E> {
         let shared = &self.shared;
+        // One after the other: the later one sees newer rows.
+        let _turn = blocking(|| shared.collecting_images.lock());
         let Ok(_alone) = shared.images_hold.try_write() else { return Ok(0) };
         let abandoned = blocking(|| shared.config.images.remove_abandoned_builds());
         abandoned.map_err(CollectError::from)?;
@@ -152,7 +176,11 @@ impl Node {
         let roots =
             blocking(|| shared.config.images.collect(&roots)).map_err(CollectError::from)?;
         let blobs = blobs(shared);
-        let layers = blocking(|| blobs.collect(&used)).map_err(CollectError::from)?;
+        let left = match leftovers {
+            Leftovers::Go => 0,
+            Leftovers::Stay => LEFTOVER_BYTES_MAX,
+        };
+        let layers = blocking(|| blobs.collect(&used, left)).map_err(CollectError::from)?;
         Ok(roots + layers)
     }
 }

@@ -56,7 +56,7 @@ pub use bhatti_image::{
     ImageSummary, ImportError, RemoveError, SetupError, StoreError as ImageFilesError,
 };
 pub use bhatti_registry::{
-    Blob as Layer, Config as RegistryConfig, Credentials, Reference, RegistryError,
+    Blob as Layer, BlobAccess, Config as RegistryConfig, Credentials, Reference, RegistryError,
 };
 pub use boot_source::{CreateError, Prepared};
 pub use create::Shape;
@@ -64,9 +64,9 @@ pub use driver::SavedSandbox;
 pub use driver::{DestroyError, TransitionError};
 pub use identity::{Extras, GuestFile, random, random_token};
 pub use image_layers::{ImageArchive, KeptLayers};
-pub use images::{CollectError, Held, UsedImages};
+pub use images::{CollectError, Held, Leftovers, UsedImages};
 pub use networks::{NetworkConfig, NetworkError};
-pub use pull::{PullError, PullProgress, Pulled};
+pub use pull::{ImageAccess, PullError, PullProgress, Pulled};
 pub use recover::{RecoverError, Recovery};
 pub use sandboxes::{SandboxUse, UseError};
 pub use snapshots::{ForkSource, SnapshotFiles};
@@ -157,6 +157,8 @@ pub(crate) struct Shared {
     pub(crate) taking_up: AtomicUsize,
     /// See [`images`].
     pub(crate) images_hold: Arc<RwLock<()>>,
+    /// Held while unused files of images are removed.
+    pub(crate) collecting_images: Mutex<()>,
     /// Made by the first pull.
     pub(crate) puller: Mutex<Option<ImagePuller>>,
 }
@@ -220,6 +222,7 @@ impl Node {
                 metrics: Metrics::new(),
                 taking_up: AtomicUsize::new(0),
                 images_hold: Arc::default(),
+                collecting_images: Mutex::default(),
                 puller: Mutex::default(),
             }),
         }

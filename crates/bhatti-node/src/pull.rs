@@ -1,6 +1,7 @@
 //! Pulls images from registries: downloads layers side by side, and unpacks each as soon as the
 //! ones below it are unpacked.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -9,9 +10,10 @@ use std::sync::Arc;
 use bhatti_host::{blocking, disk};
 use bhatti_image::{ConfigError, Configuration, ImageStore, ImportError, RootFile, StoreError};
 use bhatti_registry::{
-    Blob, Blobs, Credentials, Progress, Reference, Registries, RegistryError, RemoteImage,
+    Blob, BlobAccess, Blobs, Credentials, Progress, Reference, Registries, RegistryError,
+    RemoteImage,
 };
-use bhatti_types::ImageConfig;
+use bhatti_types::{ImageConfig, RootName};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -101,8 +103,21 @@ pub(crate) struct ImagePuller {
     building: Arc<Turns<String>>,
 }
 
+/// What a user may take from this host when pulling, and how much room the user has.
+#[derive(Clone, Debug, Default)]
+pub struct ImageAccess {
+    /// The blobs that the user may take.
+    pub blobs: BlobAccess,
+    /// The root file systems of the images that the user can use.
+    pub roots: BTreeSet<RootName>,
+    /// Maximum of the image's bytes; no limit if absent.
+    pub bytes_max: Option<u64>,
+}
+
 /// A pulled image, which is not in use yet.
 pub struct Pulled {
+    /// Size of its layers as the registry has them, in bytes.
+    pub layer_bytes: u64,
     /// Its root file system.
     pub root: RootFile,
     /// Its settings.
@@ -149,7 +164,8 @@ impl ImagePuller {
         &self.registries
     }
 
-    /// Pulls the image of a reference, whose files have at most `bytes_max` bytes.
+    /// Pulls the image of a reference. What others have pulled is used only if the user has
+    /// access to it: a manifest can name any digest.
     ///
     /// # Errors
     ///
@@ -162,9 +178,10 @@ impl ImagePuller {
         &self,
         reference: &Reference,
         credentials: Option<&Credentials>,
-        bytes_max: Option<u64>,
+        access: ImageAccess,
         progress: Arc<dyn PullProgress>,
     ) -> Result<Pulled, PullError> {
+        let ImageAccess { blobs: access, roots, bytes_max } = access;
         let image = self.registries.find(reference, credentials).await?;
         progress.begin(&image.layers);
         let written = self.registries.config(reference, credentials, &image.config).await?;
@@ -177,8 +194,10 @@ impl ImagePuller {
         let _turn = self.building.take(image.config.sha256.clone()).await;
         self.check_space(reference, &image.layers, bytes_max)?;
         // Also for an image that is built already: its layers may be missing.
-        let downloads = self.start_downloads(reference, credentials, &image.layers, &progress);
-        let root = match self.known(&image).await? {
+        let downloads =
+            self.start_downloads((reference, credentials), access, &image.layers, &progress);
+        let known = self.known(&image).await?.filter(|root| roots.contains(&root.name));
+        let root = match known {
             Some(root) => {
                 for (number, mut download) in downloads.into_iter().enumerate() {
                     (&mut download.0).await.map_err(|_| PullError::Interrupted)??;
@@ -200,9 +219,10 @@ impl ImagePuller {
         let kept = blocking(|| Ok([self.blobs.keep(&image.manifest)?, self.blobs.keep(&written)?]));
         let [manifest, written] = kept.map_err(|error: RegistryError| error)?;
         let source = format!("{} {}", reference.registry(), image.digest);
+        let layer_bytes = image.layers.iter().map(|layer| layer.bytes).sum();
         let layers = image.layers.into_iter().map(|layer| layer.sha256);
         let blobs = [manifest.clone(), written].into_iter().chain(layers).collect();
-        Ok(Pulled { root, config, manifest, blobs, source })
+        Ok(Pulled { layer_bytes, root, config, manifest, blobs, source })
     }
 
     /// Returns the root file system of an image that has been built before.
@@ -245,21 +265,23 @@ impl ImagePuller {
 
     fn start_downloads(
         &self,
-        reference: &Reference,
-        credentials: Option<&Credentials>,
+        (reference, credentials): (&Reference, Option<&Credentials>),
+        access: BlobAccess,
         layers: &[Blob],
         progress: &Arc<dyn PullProgress>,
     ) -> Vec<Download> {
-        let turns = Arc::new(Semaphore::new(DOWNLOADS));
+        let (turns, access) = (Arc::new(Semaphore::new(DOWNLOADS)), Arc::new(access));
         let start = |(number, blob): (usize, &Blob)| {
             let (puller, turns) = (self.clone(), Arc::clone(&turns));
+            let access = Arc::clone(&access);
             let (reference, credentials) = (reference.clone(), credentials.cloned());
             let (blob, layer) = (blob.clone(), Layer { number, progress: Arc::clone(progress) });
             Download(tokio::spawn(async move {
                 // The semaphore is never closed, and its turns are in the order of the layers.
                 let _turn = turns.acquire().await;
                 let (blobs, registries) = (&puller.blobs, &puller.registries);
-                blobs.download(registries, &reference, credentials.as_ref(), &blob, &layer).await
+                let wanted = (&*access, &blob);
+                blobs.download(registries, &reference, credentials.as_ref(), wanted, &layer).await
             }))
         };
         layers.iter().enumerate().map(start).collect()

@@ -2,9 +2,15 @@
 //!
 //! ```text
 //!  <directory>/
-//!    sha256/<HEX>     a whole blob; never written again
-//!    partial/<HEX>    the beginning of a blob; a later download continues it
+//!    sha256/<HEX>              a whole blob; never written again
+//!    partial/<USER>-<HEX>      the beginning of a blob; a later download of this user continues it
+//!    downloaded/<USER>-<HEX>   marks a blob that this user has downloaded
 //! ```
+//!
+//! A blob may be a part of an image that only some users may see, and whoever knows its digest can
+//! name it in a manifest. So a user gets a blob that is there already only if it belongs to an
+//! image that the user can use, or if the user has downloaded it before. Otherwise it is downloaded
+//! again ([`Access`]).
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
@@ -42,6 +48,8 @@ const SLOWEST_START: Duration = Duration::from_mins(10);
 const PROGRESS_BYTES_MIN: u64 = 64 << 10;
 /// How often a download starts again because its content was wrong.
 const RESTARTS: u32 = 1;
+/// What a file counts for at least, in bytes.
+const INODE_BYTES: u64 = 4096;
 /// Size of the buffer for reading a partial blob, in bytes.
 const BUFFER: usize = 128 << 10;
 
@@ -51,6 +59,15 @@ pub struct Blobs {
     directory: PathBuf,
     /// A lock for each blob that is being downloaded.
     downloads: Arc<Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>>,
+}
+
+/// What a user may take from the blobs that are there.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// The user, as a part of the names of files.
+    pub user: String,
+    /// SHA-256 of the blobs of the images that the user can use, in hexadecimal.
+    pub blobs: BTreeSet<String>,
 }
 
 /// Receives the number of bytes that have been added to a blob.
@@ -74,12 +91,23 @@ impl Blobs {
         self.directory.join("sha256").join(&blob.sha256)
     }
 
-    fn partial(&self, blob: &Blob) -> PathBuf {
-        self.directory.join("partial").join(&blob.sha256)
+    fn partial(&self, access: &Access, blob: &Blob) -> PathBuf {
+        self.directory.join("partial").join(format!("{}-{}", access.user, blob.sha256))
     }
 
-    /// Downloads a blob unless it exists. Continues what an earlier download left. Of two
-    /// downloads of one blob, the second waits for the first.
+    /// The mark of a blob that a user has downloaded.
+    fn mark(&self, access: &Access, blob: &Blob) -> PathBuf {
+        self.directory.join("downloaded").join(format!("{}-{}", access.user, blob.sha256))
+    }
+
+    /// Whether a blob is there that the user may take.
+    fn may_take(&self, access: &Access, blob: &Blob) -> bool {
+        self.path(blob).exists()
+            && (access.blobs.contains(&blob.sha256) || self.mark(access, blob).exists())
+    }
+
+    /// Downloads a blob unless it exists and the user may take it. Continues what an earlier
+    /// download of the user left. Of two downloads of one blob, the second waits for the first.
     ///
     /// # Errors
     ///
@@ -93,24 +121,24 @@ impl Blobs {
         registries: &Registries,
         reference: &Reference,
         credentials: Option<&Credentials>,
-        blob: &Blob,
+        (access, blob): (&Access, &Blob),
         progress: &dyn Progress,
     ) -> Result<(), RegistryError> {
         let lock = self.lock_of(&blob.sha256);
         let _lock = lock.lock().await;
-        if blocking(|| self.path(blob).exists()) {
+        if blocking(|| self.may_take(access, blob)) {
             progress.add(blob.bytes);
             return Ok(());
         }
         let limit = SLOWEST_START + Duration::from_secs(blob.bytes / SLOWEST_RATE);
         let mut restarts = 0;
         loop {
-            let mut partial = self.open_partial(blob, progress).await?;
+            let mut partial = self.open_partial(access, blob, progress).await?;
             let attempts = registries.attempts(reference, credentials);
             let fetched = fetch_all(registries, attempts, blob, &mut partial, progress);
             let fetched = timeout(limit, fetched).await;
             fetched.map_err(|_| stalled(reference.registry()))??;
-            match self.finish(partial, blob, reference).await {
+            match self.finish(partial, (access, blob), reference).await {
                 Err(RegistryError::WrongContent { .. }) if restarts < RESTARTS => {
                     progress.remove(blob.bytes);
                     restarts += 1;
@@ -182,15 +210,36 @@ impl Blobs {
         File::open(&path).map_err(file_error("open", &path))
     }
 
-    /// Removes the blobs whose SHA-256 is not in `used`, and the beginnings of blobs. Returns the
-    /// bytes that this frees. No download may be at work.
+    /// Removes the blobs whose SHA-256 is not in `used`, and the beginnings of blobs, except for
+    /// the newest ones of `leftover_bytes_max` together: the next download continues them. Returns
+    /// the bytes that this frees. No download may be at work.
     ///
     /// # Errors
     ///
     /// Returns an error if a file cannot be removed. Blocks on disk.
-    pub fn collect(&self, used: &BTreeSet<String>) -> Result<u64, RegistryError> {
-        let mut freed = 0;
-        for (name, keeps) in [("sha256", true), ("partial", false)] {
+    pub fn collect(
+        &self,
+        used: &BTreeSet<String>,
+        leftover_bytes_max: u64,
+    ) -> Result<u64, RegistryError> {
+        let mut unused = self.unused(used)?;
+        unused.sort_by_key(|(changed, ..)| std::cmp::Reverse(*changed));
+        let (mut left, mut freed) = (0_u64, 0);
+        for (_, bytes, path) in unused {
+            // A mark has no bytes, but takes an inode.
+            left = left.saturating_add(bytes.max(INODE_BYTES));
+            if leftover_bytes_max == 0 || left > leftover_bytes_max {
+                fs::remove_file(&path).map_err(file_error("remove", &path))?;
+                freed += bytes;
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Returns the files that are not blobs in `used`: when they were changed, and their bytes.
+    fn unused(&self, used: &BTreeSet<String>) -> Result<Vec<Unused>, RegistryError> {
+        let mut unused = Vec::new();
+        for (name, keeps) in [("sha256", true), ("partial", false), ("downloaded", false)] {
             let directory = self.directory.join(name);
             let entries = match fs::read_dir(&directory) {
                 Ok(entries) => entries,
@@ -201,13 +250,11 @@ impl Blobs {
                 if keeps && used.contains(&*entry.file_name().to_string_lossy()) {
                     continue;
                 }
-                let path = entry.path();
-                let bytes = entry.metadata().map_or(0, |file| file.blocks() * 512);
-                fs::remove_file(&path).map_err(file_error("remove", &path))?;
-                freed += bytes;
+                let Ok(file) = entry.metadata() else { continue };
+                unused.push((file.mtime(), file.blocks() * 512, entry.path()));
             }
         }
-        Ok(freed)
+        Ok(unused)
     }
 
     /// Returns the lock of a blob. Drops the locks that no download holds.
@@ -225,13 +272,14 @@ impl Blobs {
     /// Opens the beginning of a blob that an earlier download left, or an empty file.
     async fn open_partial(
         &self,
+        access: &Access,
         blob: &Blob,
         progress: &dyn Progress,
     ) -> Result<Partial, RegistryError> {
-        let (path, bytes_max) = (self.partial(blob), blob.bytes);
+        let (path, bytes_max) = (self.partial(access, blob), blob.bytes);
         let opened = spawn_blocking(move || Partial::open(path, bytes_max)).await;
         let partial = opened.map_err(io::Error::other).flatten();
-        let partial = partial.map_err(file_error("open", &self.partial(blob)))?;
+        let partial = partial.map_err(file_error("open", &self.partial(access, blob)))?;
         progress.add(partial.bytes);
         Ok(partial)
     }
@@ -240,7 +288,7 @@ impl Blobs {
     async fn finish(
         &self,
         partial: Partial,
-        blob: &Blob,
+        (access, blob): (&Access, &Blob),
         reference: &Reference,
     ) -> Result<(), RegistryError> {
         let Partial { file, hash, path, .. } = partial;
@@ -249,18 +297,22 @@ impl Blobs {
             let registry = reference.registry().to_owned();
             return Err(RegistryError::WrongContent { registry, digest: blob.digest() });
         }
-        let (from, to) = (path.clone(), self.path(blob));
+        let (from, to, mark) = (path.clone(), self.path(blob), self.mark(access, blob));
         let kept = spawn_blocking(move || {
             file.sync_all()?;
-            if let Some(directory) = to.parent() {
-                fs::create_dir_all(directory)?;
+            for path in [&to, &mark] {
+                path.parent().map_or(Ok(()), fs::create_dir_all)?;
             }
-            durable::rename(&from, &to)
+            durable::rename(&from, &to)?;
+            File::create(mark).map(drop)
         });
         let kept = kept.await.map_err(io::Error::other).flatten();
         kept.map_err(file_error("keep", &path))
     }
 }
+
+/// A file that may be removed: when it was changed, in seconds since 1970, and its bytes.
+type Unused = (i64, u64, PathBuf);
 
 /// Writes a new blob.
 struct Counted {
@@ -430,4 +482,32 @@ fn stalled(registry: &str) -> RegistryError {
 fn file_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RegistryError + use<> {
     let path = path.to_owned();
     move |source| RegistryError::File { step, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newest_leftovers_stay_within_the_limit_and_used_blobs_in_any_case() {
+        let directory = tempfile::tempdir().unwrap();
+        let blobs = Blobs::new(directory.path());
+        let make = |byte: u8| blobs.add(|to| to.write_all(&[byte; 64 << 10])).unwrap();
+        let [used, old, new] = [1, 2, 3].map(make);
+        let aged = File::options().write(true).open(blobs.path(&old)).unwrap();
+        aged.set_modified(std::time::UNIX_EPOCH).unwrap();
+        let partial = directory.path().join("partial/user-0");
+        fs::write(&partial, [4; 1000]).unwrap();
+        let is_there = || {
+            let files = [blobs.path(&used), blobs.path(&old), blobs.path(&new), partial.clone()];
+            files.map(|path| path.exists())
+        };
+        let of_image = BTreeSet::from([used.sha256.clone()]);
+
+        assert_eq!(blobs.collect(&of_image, 100 << 10).unwrap(), 64 << 10);
+        assert_eq!(is_there(), [true, false, true, true]);
+
+        assert_eq!(blobs.collect(&of_image, 0).unwrap(), 68 << 10);
+        assert_eq!(is_there(), [true, false, false, false]);
+    }
 }

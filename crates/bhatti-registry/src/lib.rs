@@ -24,7 +24,7 @@ mod reference;
 mod retry;
 
 pub use auth::Credentials;
-pub use blobs::{Blobs, Progress};
+pub use blobs::{Access as BlobAccess, Blobs, Progress};
 pub use client::Registries;
 pub use config::{Config, Registry};
 pub use connect::ConnectError;

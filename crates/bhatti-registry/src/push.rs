@@ -87,6 +87,8 @@ impl Registries {
                 return Ok(());
             }
             Err(RegistryError::NotFound(_)) => {}
+            // A registry may keep its blobs elsewhere.
+            Err(RegistryError::Status { status, .. }) if status.is_redirection() => return Ok(()),
             Err(error) => return Err(error),
         }
         let begin = self.uri(source, "blobs/uploads/")?;

@@ -10,8 +10,8 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bhatti_registry::{
-    Blobs, Config, ConnectError, Credentials, HttpError, Progress, Pushed, Registries, Registry,
-    RegistryError, RemoteImage,
+    BlobAccess, Blobs, Config, ConnectError, Credentials, HttpError, Progress, Pushed, Registries,
+    Registry, RegistryError, RemoteImage,
 };
 use bhatti_testkit::registry::{Layer, RealRegistry, unused_server};
 use rustls::pki_types::CertificateDer;
@@ -87,7 +87,9 @@ impl Pull {
         self.registries.config(&reference, credentials, &image.config).await?;
         for layer in &image.layers {
             let (registries, progress) = (&self.registries, &self.counter);
-            self.blobs.download(registries, &reference, credentials, layer, progress).await?;
+            let access = BlobAccess { user: "user".to_owned(), ..BlobAccess::default() };
+            let wanted = (&access, layer);
+            self.blobs.download(registries, &reference, credentials, wanted, progress).await?;
         }
         Ok(image)
     }

@@ -158,6 +158,24 @@ impl RealRegistry {
     }
 }
 
+impl RealRegistry {
+    /// Removes the largest blob from the registry's disk, and what it remembers of it.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is no blob.
+    pub fn remove_largest_blob(&self) {
+        let blobs = self.directory.path().join("data/docker/registry/v2/blobs/sha256");
+        let entries = |path: &Path| fs::read_dir(path).expect("the registry has blobs").flatten();
+        let all = entries(&blobs).flat_map(|group| entries(&group.path()));
+        let bytes = |blob: &std::path::PathBuf| {
+            fs::metadata(blob.join("data")).map_or(0, |file| file.len())
+        };
+        let largest = all.map(|blob| blob.path()).max_by_key(bytes);
+        fs::remove_dir_all(largest.expect("the registry has a blob")).expect("it can be removed");
+    }
+}
+
 /// Makes an OCI layout with one image, whose tag is `1`.
 ///
 /// # Panics

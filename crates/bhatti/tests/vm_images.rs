@@ -10,7 +10,7 @@ use std::process::Output;
 
 use bhatti_api::{
     CreateSandbox, CreateUser, ErrorCode, ExecRequest, ImageSettings, Operation, PullImage,
-    StartSandbox,
+    SaveImage, StartSandbox,
 };
 use bhatti_client::{Client, ClientError};
 use bhatti_testkit::registry::{Layer, RealRegistry};
@@ -250,6 +250,31 @@ async fn processes_get_the_settings_of_the_image() {
         assert_eq!(text(&ran.stdout), wanted, "{}", text(&ran.stderr));
     }
 
+    // `create --start` keeps the command running, also after a boot from the disk.
+    let loops: Vec<String> =
+        ["/bin/sh", "-c", "echo up; while :; do /bin/sleep 1; done"].map(str::to_owned).into();
+    let config = json!({ "Cmd": loops });
+    place.registry.push("server:1", &[busybox(&[])], &config).await;
+    let server = place.reference("server:1");
+    let request = CreateSandbox { name: Some("web".to_owned()), start: true, ..image_of(&server) };
+    client.create(&request).await.unwrap();
+    client.stop("web").await.unwrap();
+    client.start("web", &cold_boot()).await.unwrap();
+    let jobs = client.list_sessions("web").await.unwrap();
+    assert_eq!(jobs.iter().filter(|job| job.running && !job.tty).count(), 1, "{jobs:?}");
+    client.destroy("web").await.unwrap();
+    // An image without a command, and one whose command does not exist, leave no sandbox.
+    let gone = json!({ "Cmd": ["/no/such/program"] });
+    place.registry.push("gone:1", &[busybox(&[])], &gone).await;
+    for (image, wanted) in [
+        ("minimal".to_owned(), ErrorCode::BadRequest),
+        (place.reference("gone:1"), ErrorCode::CommandNotFound),
+    ] {
+        let request = CreateSandbox { start: true, ..image_of(&image) };
+        assert_eq!(code(client.create(&request).await.unwrap_err()), wanted, "{image}");
+    }
+    assert_eq!(client.list().await.unwrap().len(), 1);
+
     // A stop, a fork and a boot from the disk keep the settings.
     let forked = place.daemon.cli(&["fork", "one", "--name", "two"]).output().await.unwrap();
     assert!(forked.status.success(), "{}", text(&forked.stderr));
@@ -313,8 +338,8 @@ async fn policy_says_when_an_image_is_pulled() {
         let said = run(client, sandbox, &["cat", "/version"]).await.unwrap();
         assert_eq!(text(&said.stdout), version, "{sandbox}");
     }
-    // The files of the first version are in use as long as sandboxes have them.
-    assert_eq!(place.built().len(), 1);
+    // The sandboxes have links to the first version, which no image has.
+    wait_for("the first version to go", || place.built().len() == 1).await;
     client.stop("a").await.unwrap();
     client.start("a", &cold_boot()).await.unwrap();
     let said = run(client, "a", &["cat", "/version"]).await.unwrap();
@@ -373,8 +398,9 @@ async fn images_belong_to_users_who_can_share_them() {
         let error = failed.error.unwrap();
         assert_eq!((failed.status.as_str(), error.code), ("failed", ErrorCode::QuotaExceeded));
         assert!(error.error.contains(wanted), "{}", error.error);
+        let is_gone = || (place.built().len(), place.blobs()) == (1, 3);
+        wait_for("what was refused to go", is_gone).await;
     }
-    assert_eq!((place.built().len(), place.blobs()), (1, 3));
 
     // The files go with the last image that has them.
     assert_eq!(place.pull_as(place.client(), "own:1").await.status, "done");
@@ -504,12 +530,73 @@ async fn sandbox_is_saved_as_an_image_whether_it_runs_or_not() {
         assert_eq!(text(&said.stdout), wanted, "{image}: {}", text(&said.stderr));
         client.destroy(image).await.unwrap();
     }
+    // A canceled save stops the sandbox again.
+    let request = SaveImage { sandbox: "one".to_owned(), name: "canceled".to_owned() };
+    let operation = client.save_image(&request).await.unwrap();
+    let status = async || client.inspect("one").await.unwrap().status;
+    while status().await == "stopped"
+        && client.operation(&operation.id, 0).await.unwrap().status == "running"
+    {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    client.cancel_operation(&operation.id).await.unwrap();
+    timeout(LIMIT, async {
+        while status().await != "stopped" {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .unwrap();
     let taken = place.daemon.cli(&["image", "save", "one", "running"]).output().await.unwrap();
     assert!(text(&taken.stderr).contains("already exists"), "{}", text(&taken.stderr));
     // A saved image can be pushed.
     let to = place.reference("saved:1");
     let pushed = place.daemon.cli(&["image", "push", "running", &to]).output().await.unwrap();
     assert!(pushed.status.success(), "{}", text(&pushed.stderr));
+    client.destroy("one").await.unwrap();
+}
+
+#[tokio::test]
+async fn layers_of_another_user_are_used_only_by_who_can_download_them() {
+    let place = Place::new().await;
+    place.registry.push("secret:1", &[busybox(&[("key", 0o600, b"secret")])], &json!({})).await;
+    let (alice, bob) = (place.user("alice", None).await, place.user("bob", None).await);
+    assert_eq!(place.pull_as(&alice, "secret:1").await.status, "done");
+    let image = alice.inspect_image(&place.reference("secret:1")).await.unwrap();
+
+    // Whoever knows the image's description can serve it, without having the layer.
+    place.registry.remove_largest_blob();
+
+    let failed = place.pull_as(&bob, "secret:1").await;
+    assert_eq!(failed.status, "failed", "{failed:?}");
+    assert_eq!(bob.list_images().await.unwrap().iter().filter(|it| it.owner != "host").count(), 0);
+    // The user who has the layer needs no other one.
+    assert_eq!(place.pull_as(&alice, "secret:1").await.status, "done");
+    let again = alice.inspect_image(&image.name).await.unwrap();
+    assert_eq!(again.disk_bytes, image.disk_bytes);
+    alice.share_image(&image.name, "bob").await.unwrap();
+    assert_eq!(place.pull_as(&bob, "secret:1").await.status, "done");
+    assert_eq!((place.built().len(), place.blobs()), (1, 3));
+}
+
+#[tokio::test]
+async fn creation_that_is_refused_pulls_nothing() {
+    let place = Place::new().await;
+    let client = place.client();
+    // It accepts connections, and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let image = format!("{}/silent:1", silent.local_addr().unwrap());
+    let named = CreateSandbox { name: Some("one".to_owned()), ..CreateSandbox::default() };
+    client.create(&named).await.unwrap();
+
+    let again = CreateSandbox { image: Some(image.clone()), ..named };
+    assert_eq!(code(client.create(&again).await.unwrap_err()), ErrorCode::NameTaken);
+    assert_eq!(client.create_or_return(&again).await.unwrap().image, "minimal");
+    let secrets = vec!["MISSING".to_owned()];
+    let without = CreateSandbox { secrets, ..image_of(&image) };
+    assert_eq!(code(client.create(&without).await.unwrap_err()), ErrorCode::BadRequest);
+
+    assert_eq!(client.list_operations().await.unwrap(), []);
     client.destroy("one").await.unwrap();
 }
 
@@ -549,7 +636,7 @@ async fn longest_unused_pulled_image_is_evicted_and_others_stay() {
     };
     // The first is in use, and the third is new.
     assert_eq!((is_there(1).await, is_there(2).await, is_there(3).await), (true, false, true));
-    assert_eq!((place.built().len(), place.blobs()), (2, 6));
+    wait_for("its files to go", || (place.built().len(), place.blobs()) == (2, 6)).await;
 }
 
 #[tokio::test]

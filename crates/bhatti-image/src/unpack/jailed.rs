@@ -137,7 +137,7 @@ struct Attended<R> {
 impl<R: Read> Read for Attended<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if rustix::process::getppid() != self.parent {
-            return Err(io::Error::other("nobody waits for the outcome"));
+            return Err(io::Error::other("the process that waits for the outcome has ended"));
         }
         self.inner.read(buffer)
     }
