@@ -2,7 +2,7 @@
 //!
 //! `scripts/test.sh` builds the programs and the images first; tests find them through [`dist`] and
 //! [`images`]. Each test has its own daemon on its own data directory, which shares the images with
-//! all others. Dropping a [`TestDaemon`] removes everything that its test has left.
+//! all others unless the test makes images ([`own_images`]). Dropping a [`TestDaemon`] removes everything that its test has left.
 
 pub mod conformance;
 mod daemon;
@@ -22,6 +22,7 @@ mod tool;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 
 pub use daemon::{Fault, Serve, TestDaemon, kill_process, kill_vmm, vmm_pid, vmm_pid_of};
@@ -84,6 +85,28 @@ pub fn images() -> PathBuf {
         "the images for tests do not exist: run `make test-data` first"
     );
     path.canonicalize().expect("a directory that exists has a path")
+}
+
+/// Makes a directory whose `images` is a copy of [`images`], for a test that makes images of its own.
+/// The files are links: what changes a file there replaces it.
+///
+/// # Panics
+///
+/// Panics if the copy cannot be made.
+pub async fn own_images() -> TempDir {
+    let place = tempfile::tempdir_in(repository().join("target")).expect("a directory can be made");
+    let copy = place.path().join("images");
+    let copied = bhatti_host::process::command("cp")
+        .args(["-a", "--link"])
+        .arg(images())
+        .arg(&copy)
+        .status();
+    assert!(copied.await.expect("`cp` runs").success());
+    // Two directories must not share a lock.
+    for lock in [".lock", ".layers.lock"] {
+        let _is_missing = std::fs::remove_file(copy.join(lock));
+    }
+    place
 }
 
 /// Returns the directory of base snapshots that the daemons of all tests share.

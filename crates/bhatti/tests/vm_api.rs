@@ -100,7 +100,7 @@ async fn invalid_create_requests_are_refused_and_leave_nothing() {
         json!({ "secrets": ["MISSING"] }),
         json!({ "secrets": many }),
         json!({ "init": "x".repeat(70_000) }),
-        json!({ "image": "No/Image" }),
+        json!({ "image": "no image" }),
         json!({ "timeout_sec": 0 }),
         json!({ "labels": { "bhatti.sh/x": "1" } }),
         json!({ "mounts": [] }),

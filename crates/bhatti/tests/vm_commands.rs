@@ -7,7 +7,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
-use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, engine_has, needs, shell, wait_for};
+use bhatti_testkit::{
+    Feature, LIMIT, Serve, TestDaemon, engine_has, needs, own_images, shell, wait_for,
+};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::timeout;
@@ -395,25 +397,11 @@ async fn secrets_templates_and_users_are_managed() {
     assert_eq!(ask(&daemon, "user list -q").await.ok(), "admin\n");
 }
 
-/// Makes a data directory with its own copy of the images, so that other tests' images stay
-/// unchanged.
-async fn own_images() -> (tempfile::TempDir, Serve) {
-    let place = tempfile::tempdir().unwrap();
-    let copied = bhatti_host::process::command("cp")
-        .args(["-a", "--reflink=auto"])
-        .arg(bhatti_testkit::images())
-        .arg(place.path().join("images"))
-        .status()
-        .await
-        .unwrap();
-    assert!(copied.success());
-    let images = Some(place.path().join("images"));
-    (place, Serve { images, ..Serve::default() })
-}
-
 #[tokio::test]
 async fn image_is_built_with_more_packages() {
-    let (place, serve) = own_images().await;
+    let place = own_images().await;
+    let images = Some(place.path().join("images"));
+    let serve = Serve { images, ..Serve::default() };
     // Builds before the daemon starts, because the daemon's network namespace has no way to the
     // package mirror.
     let build = async |name: &str, package: &str| {
@@ -469,7 +457,9 @@ async fn snapshots_and_volumes_are_managed() {
 
 #[tokio::test]
 async fn image_is_imported_used_and_deleted() {
-    let (place, serve) = own_images().await;
+    let place = own_images().await;
+    let images = Some(place.path().join("images"));
+    let serve = Serve { images, ..Serve::default() };
     let daemon = TestDaemon::start_with(serve).await;
     ask(&daemon, "create --name dev").await.ok();
     ask(&daemon, "exec -u root dev -- touch /marked").await.ok();
@@ -546,7 +536,9 @@ async fn image_of_one_program_boots_and_runs_it() {
     if !needs(Feature::OwnKernel) {
         return;
     }
-    let (place, serve) = own_images().await;
+    let place = own_images().await;
+    let images = Some(place.path().join("images"));
+    let serve = Serve { images, ..Serve::default() };
     let daemon = TestDaemon::start_with(serve).await;
     // The guest agent's program needs no library. Run by hand, it refuses to run.
     let tree = place.path().join("tree");

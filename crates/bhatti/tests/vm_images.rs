@@ -14,7 +14,7 @@ use bhatti_api::{
 };
 use bhatti_client::{Client, ClientError};
 use bhatti_testkit::registry::{Layer, RealRegistry};
-use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, needs, run, wait_for};
+use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, needs, own_images, run, wait_for};
 use serde_json::{Value, json};
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
@@ -33,18 +33,8 @@ struct Place {
 
 impl Place {
     async fn new() -> Self {
-        let images = tempfile::tempdir_in(bhatti_testkit::repository().join("target")).unwrap();
+        let images = own_images().await;
         let directory = images.path().join("images");
-        // The index is replaced when it changes, so the linked original stays as it is.
-        let copied = bhatti_host::process::command("cp")
-            .args(["-a", "--link"])
-            .arg(bhatti_testkit::images())
-            .arg(&directory)
-            .status();
-        assert!(copied.await.unwrap().success());
-        for lock in [".lock", ".layers.lock"] {
-            let _is_missing = fs::remove_file(directory.join(lock));
-        }
         let serve =
             Serve { config: CONFIG.to_owned(), images: Some(directory), ..Serve::default() };
         let daemon = TestDaemon::start_with(serve).await;
@@ -596,6 +586,10 @@ async fn creation_that_is_refused_pulls_nothing() {
     let without = CreateSandbox { secrets, ..image_of(&image) };
     assert_eq!(code(client.create(&without).await.unwrap_err()), ErrorCode::BadRequest);
 
+    for image in [String::new(), "x".repeat(201)] {
+        let request = PullImage { image, ..PullImage::default() };
+        assert_eq!(code(client.pull_image(&request).await.unwrap_err()), ErrorCode::BadRequest);
+    }
     assert_eq!(client.list_operations().await.unwrap(), []);
     client.destroy("one").await.unwrap();
 }

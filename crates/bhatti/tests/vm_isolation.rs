@@ -9,7 +9,8 @@ use std::time::Duration;
 use bhatti_api::StartSandbox;
 use bhatti_client::{Client, Upload};
 use bhatti_testkit::{
-    Answer, Api, Feature, Serve, TestDaemon, dist, engine, engine_has, is_root, named, shell, skip,
+    Answer, Api, Feature, Serve, TestDaemon, dist, engine, engine_has, is_root, named, own_images,
+    shell, skip,
 };
 use serde_json::{Map, Value, json};
 
@@ -142,7 +143,9 @@ fn one_file() -> Vec<u8> {
 #[tokio::test]
 async fn no_route_shows_the_resources_of_another_user() {
     let config = "listen: 127.0.0.1:0\n".to_owned();
-    let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let place = own_images().await;
+    let images = Some(place.path().join("images"));
+    let daemon = TestDaemon::start_with(Serve { config, images, ..Serve::default() }).await;
     let admin = Api::admin(&daemon);
     let user = async |name: &str| {
         let made = admin.call("POST", "/users", &json!({ "name": name })).await.json();

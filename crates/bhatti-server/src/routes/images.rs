@@ -28,6 +28,9 @@ use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, accepted, created};
 use crate::times::rfc3339;
 
+/// Maximum length of a reference in a request, in characters, as its description says.
+const REFERENCE_CHARS_MAX: usize = 200;
+
 /// Size of the pieces of an exported image, in bytes.
 const PIECE_BYTES: usize = 64 << 10;
 
@@ -133,6 +136,7 @@ pub(crate) async fn pull(
     ApiJson(request): ApiJson<PullImage>,
 ) -> Result<Response, ApiError> {
     let PullImage { image, login } = request;
+    check_reference(&image)?;
     let operation = state.control.pull_image(owner, &image, credentials(login))?;
     Ok(accepted(Json(describe(&operation))))
 }
@@ -153,6 +157,15 @@ pub(crate) async fn save(
     Ok(accepted(Json(describe(&operation))))
 }
 
+/// Refuses a reference that is empty or too long, with what it stands for, to be a name.
+fn check_reference(reference: &str) -> Result<(), ApiError> {
+    if (1..=REFERENCE_CHARS_MAX).contains(&reference.chars().count()) {
+        return Ok(());
+    }
+    let message = format!("a reference has 1 to {REFERENCE_CHARS_MAX} characters");
+    Err(ApiError::new(ErrorCode::BadRequest, message))
+}
+
 fn credentials(login: Option<RegistryLogin>) -> Option<Credentials> {
     login.map(|RegistryLogin { username: user, password }| Credentials { user, password })
 }
@@ -169,6 +182,7 @@ pub(crate) async fn push(
 ) -> Result<Response, ApiError> {
     let PushImage { to, login } = request;
     let to = to.as_deref().unwrap_or(&name);
+    check_reference(to)?;
     let operation = state.control.push_image(user, &name, to, credentials(login))?;
     Ok(accepted(Json(describe(&operation))))
 }

@@ -59,7 +59,8 @@ impl From<ImageCommandError> for ApiError {
 pub(crate) fn pull_failure(error: &PullFailure) -> ApiError {
     let failed = |code| ApiError::new(code, error.to_string());
     match error {
-        PullFailure::Reference(_) | PullFailure::Name(_) => failed(ErrorCode::BadRequest),
+        // No registry can have an image of that name.
+        PullFailure::Reference(_) | PullFailure::Name(_) => failed(ErrorCode::NotFound),
         PullFailure::Save(error) => save_error(error),
         PullFailure::NoRoom(complaint) => no_room(complaint.clone()),
         PullFailure::Quota(quota) => quota.clone().into(),
