@@ -33,7 +33,11 @@ dev_dir=$PWD/target/test-data-dev
 with_images "$dev_dir"
 dist/bhatti setup --dev --data-dir "$dev_dir" --no-template &
 dev_build=$!
-trap 'kill "$dev_build" 2>/dev/null || true; wait' EXIT
+builder_dir=$PWD/target/test-data-builder
+with_images "$builder_dir"
+dist/bhatti setup --builder --data-dir "$builder_dir" --no-template &
+builder_build=$!
+trap 'kill "$dev_build" "$builder_build" 2>/dev/null || true; wait' EXIT
 containers_dir=$PWD/target/test-data-containers
 with_images "$containers_dir"
 # The tests' certificate authority, which this image trusts, and a server certificate that it signs.
@@ -49,9 +53,10 @@ if [ ! -e "$tls/server.pem" ]; then
 fi
 # `setup --ca-certificate` would put the certificate here, but also rebuild the minimal image.
 install -D -m 0644 "$tls/ca.pem" "$containers_dir/images/ca-certificates/tests.crt"
-dist/bhatti image build containers --data-dir "$containers_dir" -p docker.io -p podman -p uidmap -p slirp4netns \
+dist/bhatti image build -t containers --data-dir "$containers_dir" -p docker.io -p podman -p uidmap -p slirp4netns \
     -p busybox-static
 wait "$dev_build"
+wait "$builder_build"
 trap - EXIT
 # Run setup in a network namespace of its own: making the base snapshot configures bridges and
 # nftables.

@@ -63,6 +63,8 @@ pub enum ErrorCode {
     BadGateway,
     /// The registry of an image failed or cannot be reached, or the pull or push was canceled.
     PullFailed,
+    /// A build of an image failed.
+    BuildFailed,
     /// The application at the port did not answer in time.
     GatewayTimeout,
     /// The snapshot is damaged, was taken on another machine, or is older than the disk.

@@ -127,6 +127,63 @@ pub struct SaveImage {
     pub name: String,
 }
 
+/// Builds an image from a Dockerfile.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BuildImage {
+    /// Name of the image. An image of the caller with that name is replaced.
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,254}$")]
+    pub name: String,
+    /// Content of the Dockerfile.
+    pub dockerfile: String,
+    /// Values of the Dockerfile's arguments (`ARG`).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub args: BTreeMap<String, String>,
+    /// Secrets by id, for steps that mount them (`RUN --mount=type=secret,id=ID`). They are not in
+    /// the image.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<String, String>,
+    /// Stage to build, by name or number [default: the last one].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// When to pull the images that the Dockerfile names: `missing`, `always` or `never` [default:
+    /// `missing`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^(missing|always|never)$")]
+    pub pull: Option<String>,
+    /// Whether to run all steps, also those whose results are in the cache.
+    #[serde(default)]
+    pub no_cache: bool,
+    /// vCPUs of the build's sandbox, 1 to 32 [default: 2].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
+    pub cpus: Option<u64>,
+    /// Memory of the build's sandbox, in MiB [default: 2048].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub memory_mb: Option<u64>,
+    /// Network of the build's sandbox: `nat` or `none` [default: the daemon's default].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^(nat|none)$")]
+    pub network: Option<String>,
+}
+
+impl std::fmt::Debug for BuildImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BuildImage").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A build and its context.
+#[derive(ToSchema)]
+pub struct BuildForm {
+    /// The build, as the first part.
+    pub build: BuildImage,
+    /// The context: a tar archive, plain or compressed with gzip or xz.
+    #[schema(value_type = String, format = Binary)]
+    pub context: Vec<u8>,
+}
+
 /// Gives an image another name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

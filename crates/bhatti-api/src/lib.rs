@@ -32,8 +32,9 @@ pub use file::{
 };
 pub use health::Health;
 pub use image::{
-    CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image, ImageSettings, LayerProgress, Operation,
-    OperationError, PrunedImages, PullImage, PushImage, RegistryLogin, SaveImage, TagImage,
+    BuildForm, BuildImage, CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image, ImageSettings,
+    LayerProgress, Operation, OperationError, PrunedImages, PullImage, PushImage, RegistryLogin,
+    SaveImage, TagImage,
 };
 pub use key::{ApiKey, CreateKey, CreatedKey, KeyScope};
 pub use port::{Port, Publication, PublishPort};

@@ -1,7 +1,7 @@
 //! Images.
 
 use bhatti_api::{
-    Deleted, Image, Operation, PrunedImages, PullImage, PushImage, SaveImage, TagImage,
+    BuildImage, Deleted, Image, Operation, PrunedImages, PullImage, PushImage, SaveImage, TagImage,
 };
 use http::Method;
 
@@ -44,6 +44,31 @@ impl Client {
     /// Returns an error if the call fails.
     pub async fn pull_image(&self, request: &PullImage) -> Result<Operation, ClientError> {
         self.post("/images/pull", Some(request)).await
+    }
+
+    /// Begins to build an image from a Dockerfile and a tar archive of its context.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn build_image(
+        &self,
+        request: &BuildImage,
+        context: Upload,
+    ) -> Result<Operation, ClientError> {
+        let build = serde_json::to_string(request)
+            .map_err(|error| ClientError::Unexpected(error.to_string()))?;
+        self.upload_form("/images/build", ("build", &build), ("context", context)).await
+    }
+
+    /// The log of an operation from byte `offset` on, until the operation has ended.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn operation_log(&self, id: &str, offset: u64) -> Result<Download, ClientError> {
+        let path = segment_path("/operations/", id, &format!("/log?offset={offset}"));
+        self.download(Method::GET, &path, &[]).await
     }
 
     /// Begins to push an image to a registry, or joins the operation that pushes it.

@@ -1,6 +1,6 @@
 //! HTTP calls, on connections that are used again.
 
-use std::io;
+use std::io::{self, Cursor};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -194,6 +194,29 @@ impl Client {
         let mut headers = vec![(CONTENT_TYPE.as_str(), "application/octet-stream")];
         headers.extend(length.as_deref().map(|length| (CONTENT_LENGTH.as_str(), length)));
         parse(&self.send(method, path, &headers, content.into_body()).await?.collect().await?)
+    }
+
+    /// Sends a form with a part of JSON and a part with content.
+    pub(crate) async fn upload_form<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        (json_name, json): (&str, &str),
+        (content_name, content): (&str, Upload),
+    ) -> Result<T, ClientError> {
+        let entropy = getrandom::u64().map_err(|_| ClientError::Unexpected("no entropy".into()))?;
+        let boundary = format!("bhatti-{entropy:016x}");
+        let head = format!(
+            "--{boundary}\r\nContent-Disposition: form-data; name=\"{json_name}\"\r\n\
+             Content-Type: application/json\r\n\r\n{json}\r\n\
+             --{boundary}\r\nContent-Disposition: form-data; name=\"{content_name}\"; \
+             filename=\"{content_name}\"\r\nContent-Type: application/octet-stream\r\n\r\n"
+        );
+        let tail = format!("\r\n--{boundary}--\r\n");
+        let form = Cursor::new(head).chain(content.content).chain(Cursor::new(tail));
+        let kind = format!("multipart/form-data; boundary={boundary}");
+        let headers = [(CONTENT_TYPE.as_str(), kind.as_str())];
+        let body = Upload::new(form, None).into_body();
+        parse(&self.send(Method::POST, path, &headers, body).await?.collect().await?)
     }
 
     /// Sends a request and waits for the head of the answer. An error answer is read to its end

@@ -7,13 +7,14 @@ use bhatti_node::{
     CollectError, ImageFilesError, ImportError, PullError, RegistryError, RemoveError, UseError,
 };
 use bhatti_store::{ImageInsertError, StoreError};
-use bhatti_types::{DEFAULT_IMAGE, ImageName, ParseNameError, QuotaExceeded};
+use bhatti_types::{BUILDER_IMAGE, DEFAULT_IMAGE, ImageName, ParseNameError, QuotaExceeded};
 
+use crate::build::{BuildError, DockerfileError};
 use crate::disk_quota::DiskQuotaError;
 
-/// An image could not be pulled.
+/// An operation failed.
 #[derive(Debug, thiserror::Error)]
-pub enum PullFailure {
+pub enum OperationFailure {
     /// The name is not that of an image in a registry.
     #[error("{0}")]
     Reference(String),
@@ -32,6 +33,9 @@ pub enum PullFailure {
     /// A sandbox could not be saved.
     #[error(transparent)]
     Save(#[from] SaveError),
+    /// It could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
     /// It could not be pushed.
     #[error("failed to push `{image}`")]
     Push {
@@ -117,7 +121,7 @@ pub enum ImageError {
     Share(String),
     /// It could not be pulled.
     #[error(transparent)]
-    Pull(#[from] Arc<PullFailure>),
+    Pull(#[from] Arc<OperationFailure>),
     /// The pull was canceled.
     #[error("the pull of `{0}` was canceled")]
     Canceled(String),
@@ -127,6 +131,15 @@ pub enum ImageError {
     /// It is larger than the disk space that its owner has left.
     #[error("{0}")]
     NoRoom(String),
+    /// The Dockerfile, or what it is to be built with, is not valid.
+    #[error(transparent)]
+    Dockerfile(#[from] DockerfileError),
+    /// There is no image to build with.
+    #[error("no image `{BUILDER_IMAGE}` has been built")]
+    NoBuilder,
+    /// The engine's sandboxes cannot build images.
+    #[error("sandboxes that share the host's kernel cannot build images")]
+    CannotBuild,
     /// The image was built on this host, without layers.
     #[error("image `{0}` was built on this host and has no layers")]
     NoLayers(String),
@@ -148,6 +161,9 @@ pub enum ImageError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The free space of the images' disk could not be read.
+    #[error("failed to read the free space of the images' disk")]
+    FreeSpace(#[from] std::io::Error),
     /// The host gives no random bytes.
     #[error("failed to draw an id")]
     Entropy(#[from] getrandom::Error),
@@ -183,7 +199,7 @@ impl From<DiskQuotaError> for ImageError {
     }
 }
 
-impl From<DiskQuotaError> for PullFailure {
+impl From<DiskQuotaError> for OperationFailure {
     fn from(error: DiskQuotaError) -> Self {
         match error {
             DiskQuotaError::Quota(quota) => Self::Quota(quota),

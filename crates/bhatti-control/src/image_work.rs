@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use crate::Control;
-use crate::image_errors::{ImageCommandError, ImageError, PullFailure, SaveError, no_room};
+use crate::image_errors::{ImageCommandError, ImageError, OperationFailure, SaveError, no_room};
 use crate::images::{UsableImage, unix_seconds};
 use crate::operations::{Operation, OperationKind, OperationState};
 
@@ -30,6 +30,18 @@ impl Drop for Collection {
             runtime.spawn_blocking(move || control.collect_images(leftovers));
         }
     }
+}
+
+/// How the image of an archive is kept.
+pub(crate) struct Keeping {
+    /// The bytes that the owner's quota leaves; `None` if it has no limit.
+    pub(crate) left: Option<u64>,
+    /// The settings of an image that comes without settings.
+    pub(crate) settings: Option<ImageConfig>,
+    /// What the image was made from.
+    pub(crate) source: String,
+    /// Whether an image of that name is replaced.
+    pub(crate) replace: Replace,
 }
 
 /// Stops a sandbox that was started to be saved.
@@ -82,7 +94,7 @@ impl Control {
         credentials: Option<Credentials>,
     ) -> Result<Operation, ImageError> {
         let reference: Reference = image.parse().map_err(|error| {
-            Arc::new(PullFailure::Reference(format!("invalid image `{image}`: {error}")))
+            Arc::new(OperationFailure::Reference(format!("invalid image `{image}`: {error}")))
         })?;
         let control = self.clone();
         let whole = reference.to_string();
@@ -93,7 +105,7 @@ impl Control {
             let pulled = control.pull(user, &reference, credentials.as_ref(), progress).await;
             let evicted = pulled.as_ref().map(|image| control.evict_images(image));
             match evicted {
-                Ok(Ok(false)) | Err(PullFailure::Pull { .. }) => {}
+                Ok(Ok(false)) | Err(OperationFailure::Pull { .. }) => {}
                 // The user has no room for what has arrived, or its place was needed.
                 Ok(Ok(true)) | Err(_) => after.leftovers = Leftovers::Go,
                 Ok(Err(error)) => {
@@ -111,7 +123,7 @@ impl Control {
         reference: &Reference,
         credentials: Option<&Credentials>,
         progress: Arc<dyn PullProgress>,
-    ) -> Result<ImageRow, PullFailure> {
+    ) -> Result<ImageRow, OperationFailure> {
         let name: ImageName = reference.to_string().parse()?;
         let node = &self.inner.node;
         let _held = node.hold_images().await;
@@ -120,10 +132,10 @@ impl Control {
         let pulled = node.pull_image(reference, credentials, access, progress).await;
         let pulled = pulled.map_err(|error| {
             match &error {
-                PullError::Build(build) => no_room(build, left).map(PullFailure::NoRoom),
+                PullError::Build(build) => no_room(build, left).map(OperationFailure::NoRoom),
                 _ => None,
             }
-            .unwrap_or_else(|| PullFailure::Pull { image: reference.to_string(), error })
+            .unwrap_or_else(|| OperationFailure::Pull { image: reference.to_string(), error })
         })?;
         let row = ImageRow {
             owner,
@@ -139,9 +151,9 @@ impl Control {
             used_at: unix_seconds(),
         };
         let row = self.keep_image(row, Replace::Yes).await.map_err(|error| match error {
-            ImageError::Quota(quota) => PullFailure::Quota(quota),
-            ImageError::Store(error) => PullFailure::Store(error),
-            error => PullFailure::Reference(error.to_string()),
+            ImageError::Quota(quota) => OperationFailure::Quota(quota),
+            ImageError::Store(error) => OperationFailure::Store(error),
+            error => OperationFailure::Reference(error.to_string()),
         })?;
         info!(image = %row.name, source = row.source, bytes = row.disk_bytes, "Pulled an image");
         let detail = json!({ "image": row.name.as_str(), "source": row.source });
@@ -234,21 +246,21 @@ impl Control {
         archive: File,
     ) -> Result<ImageRow, ImageError> {
         let left = self.admit_import(owner, &name).await?;
-        let row = self.keep_archive(owner, name, archive, left, None).await?;
+        let source = "imported archive".to_owned();
+        let keeping = Keeping { left, settings: None, source, replace: Replace::No };
+        let row = self.keep_archive(owner, name, archive, keeping).await?;
         self.record("image.imported", owner, None, json!({ "image": row.name.as_str() }));
         Ok(row)
     }
 
-    /// Makes an image from an archive. An image that comes without settings gets `settings`.
-    async fn keep_archive(
+    /// Makes an image from an archive.
+    pub(crate) async fn keep_archive(
         &self,
         owner: UserId,
         name: ImageName,
         archive: File,
-        left: Option<u64>,
-        settings: Option<(ImageConfig, String)>,
+        Keeping { left, settings, source, replace }: Keeping,
     ) -> Result<ImageRow, ImageError> {
-        let (settings, source) = settings.unzip();
         // Dropped last: what is made and then refused goes.
         let _after = Collection { control: self.clone(), leftovers: Leftovers::Stay };
         let _held = self.inner.node.hold_images().await;
@@ -257,9 +269,8 @@ impl Control {
             no_room(&error, left).map_or(ImageError::Import(error), ImageError::NoRoom)
         })?;
         let (root, config) = (imported.root.clone(), imported.config.clone());
-        let archive_bytes = imported.archive_bytes;
-        let source = source.unwrap_or_else(|| format!("imported archive of {archive_bytes} bytes"));
-        let kept = self.inner.node.keep_layers(imported).await?;
+        let source = format!("{source}, {} bytes", imported.archive_bytes);
+        let kept = self.inner.node.keep_layers(imported, self.usable_manifests(owner)?).await?;
         let row = ImageRow {
             owner,
             name,
@@ -273,7 +284,18 @@ impl Control {
             created_at: String::new(),
             used_at: unix_seconds(),
         };
-        self.keep_image(row, Replace::No).await
+        self.keep_image(row, replace).await
+    }
+
+    /// Returns the bytes that an archive of a user may have: what the quota leaves, and half of the
+    /// free space of this host's disk.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the owner has no disk space left.
+    pub async fn archive_room(&self, owner: UserId) -> Result<u64, ImageError> {
+        let left = self.disk_left(owner).await?.unwrap_or(u64::MAX);
+        Ok(left.min(self.inner.node.archive_room()?))
     }
 
     /// Begins to save a sandbox's root file system as an image, or joins the user's operation that
@@ -316,9 +338,7 @@ impl Control {
         name: ImageName,
         left: Option<u64>,
     ) -> Result<ImageRow, SaveError> {
-        // A guest may have files that are longer than its disk.
-        let room = self.inner.node.archive_room()?;
-        let left = Some(left.unwrap_or(u64::MAX).min(room));
+        let left = left.unwrap_or(u64::MAX).min(self.inner.node.archive_room()?);
         let used = self.enter(owner, &row.id.to_string()).await?;
         let mut content = used.agent.read_root().await?;
         let file = self.image_upload().map_err(SaveError::of)?;
@@ -326,7 +346,7 @@ impl Control {
         let mut received = 0;
         while let Some(piece) = content.next().await? {
             received += piece.len() as u64;
-            if let Some(left) = left.filter(|left| received > *left) {
+            if received > left {
                 return Err(SaveError::TooLarge(left >> 20));
             }
             file.write_all(&piece).await?;
@@ -334,9 +354,10 @@ impl Control {
         file.flush().await?;
         drop(used);
         let source = format!("saved sandbox {}", row.spec.name);
-        let settings = Some((row.spec.image_config.clone(), source));
+        let settings = Some(row.spec.image_config.clone());
+        let keeping = Keeping { left: Some(left), settings, source, replace: Replace::No };
         let archive = file.into_std().await;
-        let made = self.keep_archive(owner, name, archive, left, settings).await;
+        let made = self.keep_archive(owner, name, archive, keeping).await;
         let made = made.map_err(SaveError::of)?;
         let detail = json!({ "image": made.name.as_str() });
         let sandbox = Some((row.id, row.spec.name.to_string()));
@@ -359,7 +380,7 @@ impl Control {
         credentials: Option<Credentials>,
     ) -> Result<Operation, ImageError> {
         let (row, manifest) = self.image_with_layers(user, image)?;
-        let refused = |why: String| Arc::new(PullFailure::Reference(why));
+        let refused = |why: String| Arc::new(OperationFailure::Reference(why));
         let reference: Reference = reference
             .parse()
             .map_err(|error| refused(format!("invalid image `{reference}`: {error}")))?;
@@ -373,7 +394,7 @@ impl Control {
             let _held = node.hold_images().await;
             let pushed =
                 node.push_image(&manifest, &reference, credentials.as_ref(), Arc::new(operation));
-            let failed = |error| PullFailure::Push { image: reference.to_string(), error };
+            let failed = |error| OperationFailure::Push { image: reference.to_string(), error };
             pushed.await.map_err(failed)?;
             let detail = json!({ "image": row.name.as_str(), "to": reference.to_string() });
             control.record("image.pushed", user, None, detail);
@@ -410,7 +431,14 @@ impl Control {
         user: UserId,
         image: &str,
     ) -> Result<ImageArchive, ImageError> {
-        let (row, manifest) = self.image_with_layers(user, image)?;
-        Ok(self.inner.node.export_image(&manifest, row.name.as_str()).await?)
+        let (row, _) = self.image_with_layers(user, image)?;
+        self.export_row(&row).await
+    }
+
+    /// Writes an image as an OCI layout.
+    pub(crate) async fn export_row(&self, row: &ImageRow) -> Result<ImageArchive, ImageError> {
+        let no_layers = || ImageError::NoLayers(row.name.to_string());
+        let manifest = row.manifest.as_deref().ok_or_else(no_layers)?;
+        Ok(self.inner.node.export_image(manifest, row.name.as_str()).await?)
     }
 }

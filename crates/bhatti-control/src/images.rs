@@ -176,6 +176,20 @@ impl Control {
         Ok(shared.map(|row| (image.to_owned(), row)))
     }
 
+    /// Returns the manifests of the images that a user can use.
+    pub(crate) fn usable_manifests(&self, user: UserId) -> Result<Vec<String>, StoreError> {
+        let rows = self.usable_rows(user)?;
+        Ok(rows.into_iter().filter_map(|row| row.manifest).collect())
+    }
+
+    fn usable_rows(&self, user: UserId) -> Result<Vec<ImageRow>, StoreError> {
+        let store = &self.inner.store;
+        let mut rows = store.list_images(user)?;
+        rows.extend(store.list_images(UserId::ADMIN)?);
+        rows.extend(store.list_shared_images(user)?.into_iter().map(|(_, row)| row));
+        Ok(rows)
+    }
+
     /// Returns what a user may take from this host when pulling: the files of images that the user
     /// can use.
     pub(crate) fn image_access(
@@ -183,12 +197,8 @@ impl Control {
         user: UserId,
         bytes_max: Option<u64>,
     ) -> Result<ImageAccess, StoreError> {
-        let store = &self.inner.store;
-        let shared = store.list_shared_images(user)?.into_iter().map(|(_, row)| row);
-        let own = store.list_images(user)?.into_iter();
-        let rows = own.chain(store.list_images(UserId::ADMIN)?).chain(shared);
         let (mut roots, mut blobs) = (BTreeSet::new(), BTreeSet::new());
-        for row in rows {
+        for row in self.usable_rows(user)? {
             roots.insert(row.root);
             blobs.extend(row.blobs);
         }

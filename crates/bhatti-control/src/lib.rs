@@ -11,6 +11,7 @@
 //!                                 └────► NodeServices   events, and secrets for a boot
 //! ```
 
+mod build;
 mod catalog;
 mod create;
 mod disk_quota;
@@ -20,6 +21,7 @@ mod image_errors;
 mod image_work;
 mod images;
 mod networks;
+mod operation_log;
 mod operations;
 mod sandboxes;
 mod secrets;
@@ -30,18 +32,20 @@ mod volumes;
 
 use std::sync::Arc;
 
-use bhatti_node::{Capabilities, ControlPlane, Node, Recovery};
+use bhatti_node::{Capabilities, ControlPlane, Node, Recovery, Turns};
 use bhatti_secret::SecretKey;
 use bhatti_store::{Store, StoreError};
 use bhatti_types::{Allowance, NetworkMode, SandboxId, UserId};
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 
+pub use build::{BuildError, BuildRequest, DOCKERFILE_BYTES_MAX, DockerfileError};
 pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
-pub use image_errors::{ImageCommandError, ImageError, PullFailure, SaveError};
+pub use image_errors::{ImageCommandError, ImageError, OperationFailure, SaveError};
 pub use images::{PullPolicy, UsableImage};
 pub use networks::NetworkError;
+pub use operation_log::LogPart;
 pub use operations::{LayerProgress, Operation, OperationKind, OperationState};
 pub use sandboxes::EditError;
 pub use secrets::{SecretError, seal_context};
@@ -79,6 +83,8 @@ struct Inner {
     pulled_images_bytes: Option<u64>,
     disk_reservations: Reservations,
     operations: Operations,
+    /// One build of a user at a time: they share a cache.
+    builds: Turns<UserId>,
 }
 
 impl Control {
@@ -107,6 +113,7 @@ impl Control {
                 pulled_images_bytes,
                 disk_reservations,
                 operations: Operations::default(),
+                builds: Turns::default(),
             }),
         }
     }
@@ -120,7 +127,9 @@ impl Control {
     /// adopted is logged and left alone.
     pub async fn recover(&self) -> Result<Recovery, bhatti_node::RecoverError> {
         self.settle_volumes().await?;
-        self.inner.node.recover().await
+        let recovery = self.inner.node.recover().await?;
+        self.settle_builds()?;
+        Ok(recovery)
     }
 
     /// Returns the number of an earlier daemon's sandboxes that are not adopted or removed yet.

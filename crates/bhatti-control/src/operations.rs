@@ -16,7 +16,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use crate::image_errors::PullFailure;
+use crate::image_errors::OperationFailure;
+use crate::operation_log::{LogPart, OperationLog};
 
 /// Maximum number of a user's operations that run at once.
 const RUNNING_MAX: u32 = 8;
@@ -32,7 +33,7 @@ pub enum OperationState {
     /// It has pulled, pushed or made this image.
     Done(Arc<ImageRow>),
     /// It failed.
-    Failed(Arc<PullFailure>),
+    Failed(Arc<OperationFailure>),
     /// It was canceled.
     Canceled,
 }
@@ -59,6 +60,8 @@ pub enum OperationKind {
     Push,
     /// It saves a sandbox as an image.
     Save,
+    /// It builds an image from a Dockerfile.
+    Build,
 }
 
 /// An operation of a user.
@@ -71,6 +74,7 @@ struct Inner {
     image: String,
     began: SystemTime,
     layers: Mutex<Vec<LayerProgress>>,
+    log: OperationLog,
     state: watch::Sender<OperationState>,
     task: Mutex<Option<AbortHandle>>,
 }
@@ -113,6 +117,21 @@ impl Operation {
         self.0.layers.lock().clone()
     }
 
+    /// Adds output of its work.
+    pub(crate) fn write(&self, output: &[u8]) {
+        self.0.log.write(output);
+    }
+
+    /// Waits for output of its work after the byte `from`, and returns it from there on. Only the
+    /// last 256 KiB are kept. Returns `None` when the operation has ended and no more follows.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn output(&self, from: u64) -> Option<LogPart> {
+        self.0.log.read(from).await
+    }
+
     /// Waits until it has ended, and returns how.
     ///
     /// # Cancel safety
@@ -142,6 +161,7 @@ impl Operation {
             }
             runs
         });
+        self.0.log.end();
     }
 
     fn runs(&self) -> bool {
@@ -191,7 +211,7 @@ impl Operations {
         work: impl FnOnce(Operation) -> F,
     ) -> Result<Operation, QuotaExceeded>
     where
-        F: Future<Output = Result<ImageRow, PullFailure>> + Send + 'static,
+        F: Future<Output = Result<ImageRow, OperationFailure>> + Send + 'static,
     {
         let mut all = self.0.lock();
         let own = all.entry(owner).or_default();
@@ -199,6 +219,28 @@ impl Operations {
         if let Some(same) = running.clone().find(|it| (it.kind(), it.image()) == (kind, image)) {
             return Ok(same.clone());
         }
+        drop(all);
+        self.begin(owner, id, (kind, image), work)
+    }
+
+    /// Begins an operation.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the owner has too many running operations.
+    pub(crate) fn begin<F>(
+        &self,
+        owner: UserId,
+        id: [u8; 8],
+        (kind, image): (OperationKind, &str),
+        work: impl FnOnce(Operation) -> F,
+    ) -> Result<Operation, QuotaExceeded>
+    where
+        F: Future<Output = Result<ImageRow, OperationFailure>> + Send + 'static,
+    {
+        let mut all = self.0.lock();
+        let own = all.entry(owner).or_default();
+        let running = own.iter().filter(|operation| operation.runs());
         let used = u32::try_from(running.count()).unwrap_or(u32::MAX);
         if used >= RUNNING_MAX {
             let what = "running operation";
@@ -210,6 +252,7 @@ impl Operations {
             image: image.to_owned(),
             began: SystemTime::now(),
             layers: Mutex::default(),
+            log: OperationLog::default(),
             state: watch::Sender::new(OperationState::Running),
             task: Mutex::default(),
         }));
@@ -260,8 +303,8 @@ mod tests {
 
     const OWNER: UserId = UserId::ADMIN;
 
-    fn failure() -> PullFailure {
-        PullFailure::Reference("no reference".to_owned())
+    fn failure() -> OperationFailure {
+        OperationFailure::Reference("no reference".to_owned())
     }
 
     #[tokio::test]

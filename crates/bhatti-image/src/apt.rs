@@ -64,7 +64,8 @@ pub(crate) async fn download(package: &Package, directory: &Path) -> Result<Path
 }
 
 /// Returns the lines of a sources.list for Debian's `suite` and its security updates, from the
-/// mirrors that this machine uses. Returns no lines if the machine uses none for that suite.
+/// mirrors that this machine uses. A mirror of one release of Debian has the others, too. Returns
+/// no lines if the machine uses no mirror.
 pub(crate) async fn sources_for(suite: &str) -> Result<Vec<String>, AptError> {
     let format = "$(LABEL)|$(CODENAME)|$(SUITE)|$(COMPONENT)|$(REPO_URI)";
     let listing = run_quietly(
@@ -73,20 +74,42 @@ pub(crate) async fn sources_for(suite: &str) -> Result<Vec<String>, AptError> {
         Path::new("/"),
     )
     .await?;
-    Ok(parse_sources(&listing, suite))
+    let sources = parse_sources(&listing, |codename| codename == suite);
+    if sources.is_empty() {
+        return Ok(parse_sources(&listing, |_| true)
+            .iter()
+            .map(|it| of_suite(it, suite))
+            .collect());
+    }
+    Ok(sources)
 }
 
-fn parse_sources(listing: &str, suite: &str) -> Vec<String> {
+/// Returns a line of a sources.list with another release.
+fn of_suite(line: &str, suite: &str) -> String {
+    let mut words: Vec<&str> = line.split(' ').collect();
     let security = format!("{suite}-security");
+    if let Some(codename) = words.get_mut(2) {
+        *codename = if codename.ends_with("-security") { &security } else { suite };
+    }
+    words.join(" ")
+}
+
+/// Returns the lines for the releases whose names are `wanted`, and for their security updates.
+fn parse_sources(listing: &str, wanted: impl Fn(&str) -> bool) -> Vec<String> {
     let mut sources: Vec<String> = listing
         .lines()
         .filter_map(|line| {
             let mut fields = line.split('|');
             let (label, codename, _) = (fields.next()?, fields.next()?, fields.next()?);
             let (component, uri) = (fields.next()?, fields.next()?);
-            let wanted = (label == "Debian" && codename == suite)
-                || (label == "Debian-Security" && codename == security);
-            (wanted && component == "main").then(|| format!("deb {uri} {codename} main"))
+            let suite = match label {
+                "Debian" => codename,
+                "Debian-Security" => codename.strip_suffix("-security")?,
+                _ => return None,
+            };
+            // The names of updates and the like have a dash.
+            (component == "main" && !suite.contains('-') && wanted(suite))
+                .then(|| format!("deb {uri} {codename} main"))
         })
         .collect();
     sources.sort();
@@ -132,7 +155,16 @@ mod tests {
             "deb http://mirror/debian/ bookworm main",
             "deb http://mirror/security/ bookworm-security main",
         ];
-        assert_eq!(parse_sources(listing, "bookworm"), expected);
-        assert!(parse_sources(listing, "trixie").is_empty());
+        assert_eq!(parse_sources(listing, |suite| suite == "bookworm"), expected);
+        assert_eq!(parse_sources(listing, |_| true), expected);
+        assert!(parse_sources(listing, |suite| suite == "trixie").is_empty());
+        let other = expected.map(|line| of_suite(line, "trixie"));
+        assert_eq!(
+            other,
+            [
+                "deb http://mirror/debian/ trixie main",
+                "deb http://mirror/security/ trixie-security main",
+            ]
+        );
     }
 }

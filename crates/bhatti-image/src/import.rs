@@ -29,6 +29,8 @@ pub struct Imported {
     pub written_config: Vec<u8>,
     /// Its layers, lowest first.
     pub layers: Vec<LayerFile>,
+    /// SHA-256 of what the layers unpack to, as tar archives, in hexadecimal.
+    pub diff_ids: Vec<String>,
 }
 
 /// An image could not be removed.
@@ -139,7 +141,7 @@ async fn unpack(
         let root = build.finish(None, settings.is_none()).await?;
         let config = settings.unwrap_or_default();
         let written_config = config::compose(&config, &diff_ids);
-        return Ok(Imported { root, config, archive_bytes, written_config, layers });
+        return Ok(Imported { root, config, archive_bytes, written_config, layers, diff_ids });
     };
     let Configuration { image: config, diff_ids } = Configuration::parse(&written_config)?;
     if diff_ids.len() != layers.len() {
@@ -155,7 +157,7 @@ async fn unpack(
     }
     let sha256 = hex::encode(digest(&SHA256, &written_config));
     let root = build.finish(Some(&sha256), false).await?;
-    Ok(Imported { root, config, archive_bytes, written_config, layers })
+    Ok(Imported { root, config, archive_bytes, written_config, layers, diff_ids })
 }
 
 #[cfg(test)]

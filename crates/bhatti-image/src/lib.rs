@@ -53,7 +53,7 @@ pub use store::{
 pub use tool::ToolError;
 pub use unpack::{COMMAND as TASK_COMMAND, UnpackError, run_task};
 
-pub use bhatti_types::DEFAULT_IMAGE;
+pub use bhatti_types::{BUILDER_IMAGE, DEFAULT_IMAGE};
 
 /// The image with tools for development, which `bhatti setup --dev` builds.
 pub const DEV_IMAGE: &str = "dev";

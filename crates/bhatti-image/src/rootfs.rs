@@ -13,15 +13,23 @@ use crate::certificates::{CertificateError, Certificates, TRUST};
 use crate::ext4::{Ext4Builder, Ext4Error};
 use crate::tool::{ToolError, run};
 
-/// The Debian release of the image.
+/// The Debian release of images.
 const SUITE: &str = "bookworm";
 
 /// Packages of the minimal image beyond the smallest Debian.
 const PACKAGES: &str = "ca-certificates,curl,git,procps,iproute2,sudo,python3";
 
+/// The Debian release of the image `builder`. Buildah of the release before does not know here
+/// documents, and takes their lines for instructions.
+const BUILDER_SUITE: &str = "trixie";
+
+/// Packages of the image `builder` beyond the smallest Debian. Buildah does not start without
+/// netavark, even if it makes no network.
+const BUILDER_PACKAGES: &str = "ca-certificates,procps,iproute2,sudo,buildah,netavark";
+
 /// Packages of the image `dev` beyond the minimal image: the first tools that coding agents and
 /// developers need.
-pub(crate) const DEV_PACKAGES: [&str; 16] = [
+const DEV_PACKAGES: [&str; 16] = [
     "build-essential",
     "pkg-config",
     "python3-dev",
@@ -108,17 +116,41 @@ pub enum RootfsError {
 /// Prefix of a recipe.
 const RECIPE: &str = "debian ";
 
-/// Returns the recipe of an image. Images with different recipes are different images.
-pub(crate) fn recipe(
-    more_packages: &[String],
-    certificates: &Certificates,
-) -> Result<String, CertificateError> {
-    Ok(format!(
-        "{RECIPE}{SUITE} minbase {} 4G {}{}",
-        packages(more_packages),
-        blake3::hash(CUSTOMIZE.as_bytes()).to_hex(),
-        certificates.recipe()?
-    ))
+/// The Debian that an image has.
+#[derive(Clone, Debug)]
+pub(crate) struct Debian {
+    suite: &'static str,
+    /// Packages beyond the smallest Debian, separated by commas.
+    packages: String,
+}
+
+impl Debian {
+    /// The minimal image with more packages.
+    pub(crate) fn with(more: &[String]) -> Self {
+        let packages = std::iter::once(PACKAGES).chain(more.iter().map(String::as_str));
+        Self { suite: SUITE, packages: packages.collect::<Vec<_>>().join(",") }
+    }
+
+    /// The image for development.
+    pub(crate) fn dev() -> Self {
+        Self::with(&DEV_PACKAGES.map(str::to_owned))
+    }
+
+    /// The image that builds others.
+    pub(crate) fn builder() -> Self {
+        Self { suite: BUILDER_SUITE, packages: BUILDER_PACKAGES.to_owned() }
+    }
+
+    /// Returns the recipe of an image. Images with different recipes are different images.
+    pub(crate) fn recipe(&self, certificates: &Certificates) -> Result<String, CertificateError> {
+        Ok(format!(
+            "{RECIPE}{} minbase {} 4G {}{}",
+            self.suite,
+            self.packages,
+            blake3::hash(CUSTOMIZE.as_bytes()).to_hex(),
+            certificates.recipe()?
+        ))
+    }
 }
 
 /// Whether an image's source is a recipe and not an imported archive.
@@ -126,21 +158,16 @@ pub(crate) fn is_recipe(source: &str) -> bool {
     source.starts_with(RECIPE)
 }
 
-/// The packages that all images have, and those of this one.
-fn packages(more: &[String]) -> String {
-    std::iter::once(PACKAGES).chain(more.iter().map(String::as_str)).collect::<Vec<_>>().join(",")
-}
-
 /// Builds a Debian image in `scratch` and returns its file. `unpacker` is the program that unpacks
 /// archives.
 pub(crate) async fn build_debian(
     unpacker: &Path,
     scratch: &Path,
-    more_packages: &[String],
+    debian: &Debian,
     certificates: &Certificates,
     line: &mut (dyn FnMut(&str) + Send),
 ) -> Result<PathBuf, RootfsError> {
-    let sources = apt::sources_for(SUITE).await.map_err(RootfsError::Mirror)?;
+    let sources = apt::sources_for(debian.suite).await.map_err(RootfsError::Mirror)?;
     let (tar, image, customize) =
         (scratch.join("root.tar"), scratch.join("root.ext4"), scratch.join("customize"));
     blocking(|| write_program(&customize, CUSTOMIZE))
@@ -148,7 +175,7 @@ pub(crate) async fn build_debian(
     let tar_text = tar.to_string_lossy();
     let hook = format!("--customize-hook={}", customize.display());
     let trust_hook = blocking(|| trust(scratch, certificates))?;
-    let include = format!("--include={}", packages(more_packages));
+    let include = format!("--include={}", debian.packages);
     let is_root = rustix::process::geteuid().is_root();
     let (program, confinement, mode) = if is_root {
         ("setpriv", &CONFINEMENT[..], "--mode=root")
@@ -168,7 +195,7 @@ pub(crate) async fn build_debian(
         &hook,
     ]);
     arguments.extend(trust_hook.as_deref());
-    arguments.extend([SUITE, &tar_text]);
+    arguments.extend([debian.suite, &tar_text]);
     arguments.extend(sources.iter().map(String::as_str));
     let failed = |step| move |source| RootfsError::Build { step, source };
     // mmdebstrap's own messages have this prefix; all other lines are output of the packages'

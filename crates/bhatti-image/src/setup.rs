@@ -11,9 +11,9 @@ use bhatti_types::ImageName;
 use crate::apt::Package;
 use crate::certificates::{self, CertificateError, Certificates};
 use crate::kernel::{self, KernelError};
-use crate::rootfs::{self, RootfsError};
+use crate::rootfs::{self, Debian, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
-use crate::{DEFAULT_IMAGE, DEV_IMAGE, content_hash, modules};
+use crate::{BUILDER_IMAGE, DEFAULT_IMAGE, DEV_IMAGE, content_hash, modules};
 
 /// Disk space that a build needs at its peak, in bytes: packages, their tree, its tar and the
 /// image.
@@ -48,6 +48,8 @@ pub struct SetupOptions {
     pub lohar: PathBuf,
     /// Whether the image with development tools is built, too.
     pub dev: bool,
+    /// Whether the image that builds others is built, too.
+    pub builder: bool,
     /// PEM files of certificate authorities that images trust from now on, beyond those that they
     /// trust already.
     pub ca_certificates: Vec<PathBuf>,
@@ -121,18 +123,23 @@ pub async fn set_up(
     let mut index = store.read_index()?;
     blocking(|| certificates::add(store, &options.ca_certificates))?;
     set_up_kernel(store, &mut index, &options.kernel, progress).await?;
-    build_rootfs(store, &mut index, DEFAULT_IMAGE, &[], progress).await?;
-    let packages = rootfs::DEV_PACKAGES.map(str::to_owned);
-    if options.dev || blocking(|| is_outdated_dev(store, &index, &packages))? {
-        let name = DEV_IMAGE.parse().map_err(|_| SetupError::PackageName(DEV_IMAGE.into()))?;
-        blocking(|| check_name(store, &index, &name, &packages))?;
-        build_rootfs(store, &mut index, DEV_IMAGE, &packages, progress).await?;
+    build_rootfs(store, &mut index, DEFAULT_IMAGE, &Debian::with(&[]), progress).await?;
+    let further = [
+        (DEV_IMAGE, Debian::dev(), options.dev),
+        (BUILDER_IMAGE, Debian::builder(), options.builder),
+    ];
+    for (image, debian, wanted) in further {
+        if wanted || blocking(|| trusts_fewer(store, &index, image, &debian))? {
+            let name = image.parse().map_err(|_| SetupError::PackageName(image.into()))?;
+            blocking(|| check_name(store, &index, &name, &debian))?;
+            build_rootfs(store, &mut index, image, &debian, progress).await?;
+        }
     }
     for name in index.images.keys() {
         if blocking(|| trusts_others(store, &index, name))? {
             progress.begin(&format!("image `{name}`"));
             progress.end(&format!(
-                "trusts other certificate authorities than new images; rebuild it: `bhatti image build {name} --package …` with its packages"
+                "trusts other certificate authorities than new images; rebuild it: `bhatti image build -t {name} --package …` with its packages"
             ));
         }
     }
@@ -255,8 +262,9 @@ pub async fn build_image(
     }
     let _lock = store.lock()?;
     let mut index = store.read_index()?;
-    blocking(|| check_name(store, &index, name, packages))?;
-    build_rootfs(store, &mut index, name.as_str(), packages, progress).await
+    let debian = Debian::with(packages);
+    blocking(|| check_name(store, &index, name, &debian))?;
+    build_rootfs(store, &mut index, name.as_str(), &debian, progress).await
 }
 
 /// Whether an image of Debian packages trusts other certificates than a new image would.
@@ -266,15 +274,15 @@ fn trusts_others(store: &ImageStore, index: &Index, name: &str) -> Result<bool, 
     Ok(rootfs::is_recipe(&image.source) && certificates::part_of(&image.source) != now)
 }
 
-/// Whether the recipe of the image `dev` differs from this version's only in the trusted
-/// certificates.
-fn is_outdated_dev(
+/// Whether an image's recipe differs from this version's only in the trusted certificates.
+fn trusts_fewer(
     store: &ImageStore,
     index: &Index,
-    packages: &[String],
+    image: &str,
+    debian: &Debian,
 ) -> Result<bool, SetupError> {
-    let Some(image) = index.images.get(DEV_IMAGE) else { return Ok(false) };
-    let recipe = rootfs::recipe(packages, &blocking(|| Certificates::of(store))?)?;
+    let Some(image) = index.images.get(image) else { return Ok(false) };
+    let recipe = debian.recipe(&blocking(|| Certificates::of(store))?)?;
     Ok(image.source != recipe && is_same_but_for_certificates(&image.source, &recipe))
 }
 
@@ -282,14 +290,14 @@ fn is_same_but_for_certificates(one: &str, other: &str) -> bool {
     certificates::without(one) == certificates::without(other)
 }
 
-/// Refuses the name of an existing image that was built from anything but these packages.
+/// Refuses the name of an existing image that was built from anything else.
 fn check_name(
     store: &ImageStore,
     index: &Index,
     name: &ImageName,
-    packages: &[String],
+    debian: &Debian,
 ) -> Result<(), SetupError> {
-    let recipe = rootfs::recipe(packages, &blocking(|| Certificates::of(store))?)?;
+    let recipe = debian.recipe(&blocking(|| Certificates::of(store))?)?;
     let same = |image: &Artefact| is_same_but_for_certificates(&image.source, &recipe);
     if index.images.get(name.as_str()).is_none_or(same) {
         return Ok(());
@@ -301,12 +309,12 @@ async fn build_rootfs(
     store: &ImageStore,
     index: &mut Index,
     image_name: &str,
-    packages: &[String],
+    debian: &Debian,
     progress: &mut dyn Progress,
 ) -> Result<(), SetupError> {
     progress.begin(&format!("image `{image_name}`"));
     let certificates = blocking(|| Certificates::of(store))?;
-    let recipe = rootfs::recipe(packages, &certificates)?;
+    let recipe = debian.recipe(&certificates)?;
     if let Some(current) = store.current(index.images.get(image_name), &recipe) {
         progress.end(&format!("{} (already there)", current.name));
         return Ok(());
@@ -314,7 +322,7 @@ async fn build_rootfs(
     let build = blocking(|| Build::start(store, "image", BUILD_BYTES))?;
     let mut detail = |line: &str| progress.detail(line);
     let image =
-        rootfs::build_debian(store.program(), build.path(), packages, &certificates, &mut detail)
+        rootfs::build_debian(store.program(), build.path(), debian, &certificates, &mut detail)
             .await
             .map_err(SetupError::Rootfs)?;
     let artefact = finish_image(build, store, image_name, &image, recipe)?;

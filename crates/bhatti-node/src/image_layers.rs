@@ -3,18 +3,21 @@
 //! Source: the OCI image specification, `manifest.md` and `image-layout.md`; `manifest.json` is
 //! Docker's own format, which Docker before version 25 needs.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{self, Poll, ready};
 
 use bhatti_host::blocking;
-use bhatti_image::{Imported, LayerFile};
+use bhatti_image::{Configuration, Imported, LayerFile};
 use bhatti_registry::{Blob, Blobs, Credentials, Progress, Pushed, Reference, RegistryError};
 use flate2::Compression;
+use flate2::bufread::MultiGzDecoder;
 use flate2::write::GzEncoder;
+use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tar::{Builder, EntryType, Header};
@@ -92,15 +95,24 @@ pub struct KeptLayers {
 }
 
 impl Node {
-    /// Keeps the layers of an imported image. Those that are not compressed are compressed. The
+    /// Keeps the layers of an imported image. A layer that an image of `known` has, of which these
+    /// are the manifests, is not kept again. Those that are not compressed are compressed. The
     /// caller holds the images.
     ///
     /// # Errors
     ///
     /// Returns an error if a file cannot be read or written.
-    pub async fn keep_layers(&self, imported: Imported) -> Result<KeptLayers, RegistryError> {
+    pub async fn keep_layers(
+        &self,
+        imported: Imported,
+        known: Vec<String>,
+    ) -> Result<KeptLayers, RegistryError> {
         let blobs = blobs(&self.shared);
-        let kept = tokio::task::spawn_blocking(move || keep(&blobs, &imported)).await;
+        let kept = tokio::task::spawn_blocking(move || {
+            let known = layers_by_content(&blobs, &known);
+            keep(&blobs, &imported, &known)
+        });
+        let kept = kept.await;
         kept.unwrap_or_else(|_| Err(interrupted()))
     }
 
@@ -165,7 +177,7 @@ pub struct ImageArchive {
 impl AsyncRead for ImageArchive {
     fn poll_read(
         mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
+        cx: &mut task::Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
@@ -211,10 +223,37 @@ fn interrupted() -> RegistryError {
     }
 }
 
-fn keep(blobs: &Blobs, imported: &Imported) -> Result<KeptLayers, RegistryError> {
-    let mut layers = Vec::new();
-    for layer in &imported.layers {
-        layers.push(keep_layer(blobs, layer)?);
+/// Returns the layers of the images with these manifests, by the SHA-256 of their unpacked content.
+/// Leaves out what cannot be read.
+fn layers_by_content(blobs: &Blobs, manifests: &[String]) -> BTreeMap<String, Descriptor> {
+    let mut layers = BTreeMap::new();
+    for manifest in manifests {
+        let Ok((manifest, _)) = read_manifest(blobs, manifest) else { continue };
+        let mut written = Vec::new();
+        let config = blobs.open(manifest.config.sha256());
+        let read = config.ok().and_then(|mut file| file.read_to_end(&mut written).ok());
+        let Some(Ok(config)) = read.map(|_| Configuration::parse(&written)) else { continue };
+        layers.extend(config.diff_ids.into_iter().zip(manifest.layers));
+    }
+    layers
+}
+
+fn keep(
+    blobs: &Blobs,
+    imported: &Imported,
+    known: &BTreeMap<String, Descriptor>,
+) -> Result<KeptLayers, RegistryError> {
+    let mut layers: Vec<Descriptor> = Vec::new();
+    for (layer, diff_id) in imported.layers.iter().zip(&imported.diff_ids) {
+        // A manifest can contradict its configuration.
+        let same = known.get(diff_id).filter(|same| unpacks_to(blobs, same, diff_id));
+        match same {
+            Some(same) => layers.push(same.of_oci()),
+            None => {
+                let (kind, blob) = keep_layer(blobs, layer)?;
+                layers.push(Descriptor::new(kind, &blob));
+            }
+        }
     }
     let sha256 = blobs.keep(&imported.written_config)?;
     let config = Blob { sha256, bytes: imported.written_config.len() as u64 };
@@ -222,13 +261,32 @@ fn keep(blobs: &Blobs, imported: &Imported) -> Result<KeptLayers, RegistryError>
         schema_version: 2,
         media_type: Some(MANIFEST.to_owned()),
         config: Descriptor::new(CONFIG, &config),
-        layers: layers.iter().map(|(kind, blob)| Descriptor::new(kind, blob)).collect(),
+        layers,
     };
-    let manifest = blobs.keep(json!(manifest).to_string().as_bytes())?;
-    let bytes = layers.iter().map(|(_, blob)| blob.bytes).sum();
-    let all = [manifest.clone(), config.sha256].into_iter();
-    let all = all.chain(layers.into_iter().map(|(_, blob)| blob.sha256));
-    Ok(KeptLayers { bytes, manifest, blobs: all.collect() })
+    let text = blobs.keep(json!(manifest).to_string().as_bytes())?;
+    let bytes = manifest.layers.iter().map(|layer| layer.size).sum();
+    let all = [text.clone(), config.sha256].into_iter();
+    let all = all.chain(manifest.layers.iter().map(|layer| layer.sha256().to_owned()));
+    Ok(KeptLayers { bytes, blobs: all.collect(), manifest: text })
+}
+
+/// Whether a layer unpacks to a tar archive with this SHA-256, in hexadecimal. Layers that are
+/// compressed with zstd do not count.
+fn unpacks_to(blobs: &Blobs, layer: &Descriptor, diff_id: &str) -> bool {
+    let Ok(file) = blobs.open(layer.sha256()) else { return false };
+    let mut content: Box<dyn Read> = match layer.of_oci().media_type.as_str() {
+        GZIP => Box::new(MultiGzDecoder::new(BufReader::with_capacity(PIECE_BYTES, file))),
+        PLAIN => Box::new(file),
+        _ => return false,
+    };
+    let (mut hash, mut piece) = (Context::new(&SHA256), vec![0; PIECE_BYTES]);
+    loop {
+        match content.read(&mut piece) {
+            Ok(0) => return hex::encode(hash.finish()) == diff_id,
+            Ok(length) => hash.update(&piece[..length]),
+            Err(_) => return false,
+        }
+    }
 }
 
 fn keep_layer(blobs: &Blobs, layer: &LayerFile) -> Result<(&'static str, Blob), RegistryError> {
@@ -293,7 +351,7 @@ impl Layout {
     }
 
     fn write(self, name: &str, to: impl Write) -> io::Result<()> {
-        let digest = hex::encode(ring::digest::digest(&ring::digest::SHA256, &self.manifest));
+        let digest = hex::encode(ring::digest::digest(&SHA256, &self.manifest));
         let path = |sha256: &str| format!("blobs/sha256/{sha256}");
         let tags = tags(name);
         let index = json!({

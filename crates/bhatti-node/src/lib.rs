@@ -70,6 +70,7 @@ pub use pull::{ImageAccess, PullError, PullProgress, Pulled};
 pub use recover::{RecoverError, Recovery};
 pub use sandboxes::{SandboxUse, UseError};
 pub use snapshots::{ForkSource, SnapshotFiles};
+pub use turns::Turns;
 pub use volumes::{MadeFrom, VolumeFileError, VolumeFiles, VolumeUseError, volumes_of_fork};
 
 use admission::{Admission, Admitted};

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
 /// A lock for each key that a task holds or waits for. Other keys take no memory.
-pub(crate) struct Turns<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
+pub struct Turns<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
 
 impl<K> Default for Turns<K> {
     fn default() -> Self {
@@ -23,7 +23,7 @@ impl<K: Eq + Hash> Turns<K> {
     /// # Cancel safety
     ///
     /// Cancel safe: a task that is canceled loses its place in the queue.
-    pub(crate) async fn take(&self, key: K) -> OwnedMutexGuard<()> {
+    pub async fn take(&self, key: K) -> OwnedMutexGuard<()> {
         let turn = {
             let mut turns = self.0.lock();
             turns.retain(|_, turn| turn.strong_count() > 0);

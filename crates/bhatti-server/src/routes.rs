@@ -1,6 +1,7 @@
 //! The routes, one file per resource. Each route is described beside its handler; [`open_api`]
 //! collects the descriptions.
 
+mod builds;
 mod description;
 mod events;
 mod exec;
@@ -119,6 +120,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(images::share, images::unshare))
         .routes(routes!(operations::list))
         .routes(routes!(operations::get, operations::cancel))
+        .routes(routes!(operations::log))
         .routes(routes!(users::list, users::create))
         .routes(routes!(users::get, users::update, users::delete))
         .routes(routes!(users::rotate_key))
@@ -134,6 +136,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(files::read, files::stat, files::write, files::remove))
         .routes(routes!(tar::download, tar::upload))
         .routes(routes!(images::import))
+        .routes(routes!(builds::build))
         .routes(routes!(proxy::to_port))
         .layer(DefaultBodyLimit::disable());
     small.merge(streamed)

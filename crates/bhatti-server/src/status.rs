@@ -23,7 +23,7 @@ use bhatti_store::{
 use bhatti_types::{Denied, QuotaExceeded, Report};
 
 use creation::{boot_error, node_network_error, restore_error, volume_error};
-pub(crate) use images::pull_failure;
+pub(crate) use images::operation_failure;
 
 /// Retry delay for a host whose memory is in use, or a guest that is busy.
 const BUSY_RETRY: Duration = Duration::from_secs(10);
@@ -218,7 +218,7 @@ const fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::NotADirectory
         | ErrorCode::GuestLimit
         | ErrorCode::Attached => StatusCode::CONFLICT,
-        ErrorCode::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
+        ErrorCode::IdempotencyMismatch | ErrorCode::BuildFailed => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::NoSpace | ErrorCode::HostDiskFull => StatusCode::INSUFFICIENT_STORAGE,
         ErrorCode::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,

@@ -94,13 +94,23 @@ pub fn images() -> PathBuf {
 ///
 /// Panics if the copy cannot be made.
 pub async fn own_images() -> TempDir {
+    copy_of(images()).await
+}
+
+/// Makes a directory whose `images` is a copy of the images for builds, like [`own_images`].
+///
+/// # Panics
+///
+/// Panics if the copy cannot be made.
+pub async fn builder_images() -> TempDir {
+    copy_of(repository().join("target/test-data-builder/images")).await
+}
+
+async fn copy_of(images: PathBuf) -> TempDir {
     let place = tempfile::tempdir_in(repository().join("target")).expect("a directory can be made");
     let copy = place.path().join("images");
-    let copied = bhatti_host::process::command("cp")
-        .args(["-a", "--link"])
-        .arg(images())
-        .arg(&copy)
-        .status();
+    let copied =
+        bhatti_host::process::command("cp").args(["-a", "--link"]).arg(images).arg(&copy).status();
     assert!(copied.await.expect("`cp` runs").success());
     // Two directories must not share a lock.
     for lock in [".lock", ".layers.lock"] {

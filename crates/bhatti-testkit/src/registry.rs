@@ -63,6 +63,37 @@ impl Layer {
     }
 }
 
+/// A layer with busybox, links to some of its commands, and further files: name, mode and content.
+///
+/// # Panics
+///
+/// Panics if busybox is not installed.
+#[must_use]
+pub fn busybox(files: &[(&str, u32, &[u8])]) -> Layer {
+    let program = fs::read("/bin/busybox")
+        .expect("busybox is installed: run scripts/install-packages.sh test");
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut add = |name: &str, mode: u32, content: &[u8]| {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(content.len() as u64);
+        header.set_mode(mode);
+        builder.append_data(&mut header, name, content).expect("memory takes all bytes");
+    };
+    add("bin/busybox", 0o755, &program);
+    for (name, mode, content) in files {
+        add(name, *mode, content);
+    }
+    for name in ["sh", "cat", "id", "ls", "pwd", "env", "echo", "sleep"] {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        builder
+            .append_link(&mut header, format!("bin/{name}"), "busybox")
+            .expect("memory takes all bytes");
+    }
+    Layer::gzip(&builder.into_inner().expect("memory takes all bytes"))
+}
+
 fn sha256(content: &[u8]) -> String {
     hex::encode(ring::digest::digest(&ring::digest::SHA256, content))
 }
@@ -194,7 +225,11 @@ pub fn make_layout(layout: &Path, layers: &[Layer], config: &Value) {
         layers.iter().map(|layer| format!("sha256:{}", layer.diff_id)).collect();
     let layers: Vec<Value> =
         layers.iter().map(|layer| add(layer.media_type, &layer.content)).collect();
+    let created = "2026-01-01T00:00:00Z";
+    let history = vec![json!({ "created": created, "created_by": "test" }); layers.len()];
     let config = json!({
+        "created": created,
+        "history": history,
         "architecture": if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" },
         "os": "linux",
         "config": config,

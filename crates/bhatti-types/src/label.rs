@@ -14,6 +14,12 @@ const VALUE_BYTES_MAX: usize = 256;
 /// Prefix of the keys that are reserved for bhatti.
 const RESERVED_PREFIX: &str = "bhatti.sh/";
 
+/// Key of the label that says what bhatti uses a sandbox for.
+const WORK: &str = "bhatti.sh/work";
+
+/// Value of [`WORK`] for a build of an image.
+const BUILD: &str = "build";
+
 /// An invalid label.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidLabel {
@@ -58,6 +64,28 @@ impl Labels {
         &self.0
     }
 
+    /// Returns the labels of a sandbox in which an image is built.
+    #[must_use]
+    pub fn of_build() -> Self {
+        Self([(WORK.to_owned(), BUILD.to_owned())].into())
+    }
+
+    /// Whether an image is built in the sandbox.
+    #[must_use]
+    pub fn is_of_build(&self) -> bool {
+        self.0.get(WORK).is_some_and(|work| work == BUILD)
+    }
+
+    /// Returns labels that were valid when they were stored, also those of bhatti itself.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if they are not valid.
+    pub fn stored(labels: BTreeMap<String, String>) -> Result<Self, InvalidLabel> {
+        check(&labels)?;
+        Ok(Self(labels))
+    }
+
     /// Converts the labels into a map.
     #[must_use]
     pub fn into_map(self) -> BTreeMap<String, String> {
@@ -73,12 +101,13 @@ impl Labels {
     pub fn changed(self, change: BTreeMap<String, Option<String>>) -> Result<Self, InvalidLabel> {
         let mut labels = self.0;
         for (key, value) in change {
+            refuse_reserved(&key)?;
             match value {
                 Some(value) => drop(labels.insert(key, value)),
                 None => drop(labels.remove(&key)),
             }
         }
-        Self::try_from(labels)
+        Self::stored(labels)
     }
 }
 
@@ -86,23 +115,32 @@ impl TryFrom<BTreeMap<String, String>> for Labels {
     type Error = InvalidLabel;
 
     fn try_from(labels: BTreeMap<String, String>) -> Result<Self, InvalidLabel> {
-        if labels.len() > LABELS_MAX {
-            return Err(InvalidLabel::TooMany { count: labels.len() });
-        }
-        for (key, value) in &labels {
-            if key.starts_with(RESERVED_PREFIX) {
-                return Err(InvalidLabel::Reserved { key: key.clone() });
-            }
-            let (prefix, name) = key.split_once('/').unwrap_or(("x", key));
-            if ![prefix, name].iter().all(|segment| is_segment(segment)) {
-                return Err(InvalidLabel::Key { key: key.chars().take(200).collect() });
-            }
-            if value.len() > VALUE_BYTES_MAX || !value.bytes().all(is_allowed) {
-                return Err(InvalidLabel::Value { key: key.clone() });
-            }
-        }
-        Ok(Self(labels))
+        labels.keys().try_for_each(|key| refuse_reserved(key))?;
+        Self::stored(labels)
     }
+}
+
+fn refuse_reserved(key: &str) -> Result<(), InvalidLabel> {
+    if key.starts_with(RESERVED_PREFIX) {
+        return Err(InvalidLabel::Reserved { key: key.to_owned() });
+    }
+    Ok(())
+}
+
+fn check(labels: &BTreeMap<String, String>) -> Result<(), InvalidLabel> {
+    if labels.len() > LABELS_MAX {
+        return Err(InvalidLabel::TooMany { count: labels.len() });
+    }
+    for (key, value) in labels {
+        let (prefix, name) = key.split_once('/').unwrap_or(("x", key));
+        if ![prefix, name].iter().all(|segment| is_segment(segment)) {
+            return Err(InvalidLabel::Key { key: key.chars().take(200).collect() });
+        }
+        if value.len() > VALUE_BYTES_MAX || !value.bytes().all(is_allowed) {
+            return Err(InvalidLabel::Value { key: key.clone() });
+        }
+    }
+    Ok(())
 }
 
 fn is_segment(text: &str) -> bool {

@@ -31,5 +31,7 @@ pub use network::{
 pub use quota::{Quota, QuotaExceeded};
 pub use report::Report;
 pub use size::{CpuCount, DiskMib, MemoryMib, OutOfRange, VolumeMib};
-pub use spec::{DEFAULT_IMAGE, Environment, InvalidEnvironment, NEW_FILES_BYTES_MAX, SandboxSpec};
+pub use spec::{
+    BUILDER_IMAGE, DEFAULT_IMAGE, Environment, InvalidEnvironment, NEW_FILES_BYTES_MAX, SandboxSpec,
+};
 pub use volume::{InvalidMount, MountPath, VOLUMES_MAX};

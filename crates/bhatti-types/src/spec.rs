@@ -10,6 +10,9 @@ use crate::{
 /// The image of sandboxes whose requests name none.
 pub const DEFAULT_IMAGE: &str = "minimal";
 
+/// The image of the sandboxes that build images.
+pub const BUILDER_IMAGE: &str = "builder";
+
 /// Maximum total content of the files of a new sandbox, in bytes.
 pub const NEW_FILES_BYTES_MAX: usize = 16 << 20;
 

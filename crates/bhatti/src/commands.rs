@@ -16,6 +16,7 @@ pub(crate) mod fork;
 pub(crate) mod forward;
 mod hidden;
 pub(crate) mod image;
+mod image_build;
 mod image_pull;
 pub(crate) mod inspect;
 pub(crate) mod jobs;

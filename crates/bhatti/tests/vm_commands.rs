@@ -407,7 +407,7 @@ async fn image_is_built_with_more_packages() {
     let build = async |name: &str, package: &str| {
         let mut command = bhatti_host::process::command(bhatti_testkit::dist("bhatti"));
         command.arg("--data-dir").arg(place.path());
-        command.args(["image", "build", name, "--package", package]);
+        command.args(["image", "build", "-t", name, "--package", package]);
         let output = timeout(5 * LIMIT, command.output()).await.unwrap().unwrap();
         (output.status.success(), String::from_utf8(output.stderr).unwrap())
     };

@@ -13,7 +13,7 @@ use bhatti_api::{
     SaveImage, StartSandbox,
 };
 use bhatti_client::{Client, ClientError};
-use bhatti_testkit::registry::{Layer, RealRegistry};
+use bhatti_testkit::registry::{Layer, RealRegistry, busybox};
 use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, needs, own_images, run, wait_for};
 use serde_json::{Value, json};
 use tar::{Builder, EntryType, Header};
@@ -132,29 +132,6 @@ fn tar(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
 
 fn text(output: &[u8]) -> String {
     String::from_utf8_lossy(output).into_owned()
-}
-
-/// A layer with busybox, links to some of its commands, and further files.
-fn busybox(files: &[(&str, u32, &[u8])]) -> Layer {
-    let program = fs::read("/bin/busybox").unwrap();
-    let mut builder = Builder::new(Vec::new());
-    let mut add = |name: &str, mode: u32, content: &[u8]| {
-        let mut header = Header::new_ustar();
-        header.set_size(content.len() as u64);
-        header.set_mode(mode);
-        builder.append_data(&mut header, name, content).unwrap();
-    };
-    add("bin/busybox", 0o755, &program);
-    for (name, mode, content) in files {
-        add(name, *mode, content);
-    }
-    for name in ["sh", "cat", "id", "ls", "pwd", "env", "echo", "sleep"] {
-        let mut header = Header::new_ustar();
-        header.set_entry_type(EntryType::Symlink);
-        header.set_size(0);
-        builder.append_link(&mut header, format!("bin/{name}"), "busybox").unwrap();
-    }
-    Layer::gzip(&builder.into_inner().unwrap())
 }
 
 #[tokio::test]

@@ -1,12 +1,17 @@
 //! `/operations`: work that outlasts the request that began it.
 
+use std::convert::Infallible;
 use std::time::{Duration, UNIX_EPOCH};
 
 use axum::Extension;
+use axum::body::Body;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
 use bhatti_api::{ErrorCode, LayerProgress, Operation, OperationError};
 use bhatti_control::{OperationKind, OperationState};
 use bhatti_types::UserId;
+use futures_util::stream;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -15,7 +20,7 @@ use crate::auth::Caller;
 use crate::extract::{ApiPath, ApiQuery, number};
 use crate::json::Json;
 use crate::page::{Page, PageQuery, Paging};
-use crate::status::{ApiError, pull_failure};
+use crate::status::{ApiError, operation_failure};
 use crate::times::rfc3339;
 
 /// Maximum of `wait`, in seconds.
@@ -69,6 +74,42 @@ pub(crate) async fn get(
     Ok(Json(describe(&operation)))
 }
 
+/// Says where to begin.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct LogQuery {
+    /// Byte of the log to begin with [default: 0].
+    #[serde(default, deserialize_with = "number")]
+    offset: Option<u64>,
+}
+
+/// Returns the log of an operation as it is written, until the operation has ended.
+///
+/// The last 256 KiB are kept. Builds have a log.
+#[utoipa::path(get, path = "/operations/{operation}/log", tag = "operations",
+    params(("operation" = String, Path), LogQuery),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn log(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath(id): ApiPath<String>,
+    ApiQuery(LogQuery { offset }): ApiQuery<LogQuery>,
+) -> Result<Response, ApiError> {
+    let operation = find(&state, owner, &id)?;
+    let place = (operation, offset.unwrap_or_default(), state);
+    let body = stream::unfold(place, |(operation, from, state)| async move {
+        let part = tokio::select! {
+            part = operation.output(from) => part?,
+            () = state.stopped() => return None,
+        };
+        let end = part.start + part.bytes.len() as u64;
+        Some((Ok::<_, Infallible>(part.bytes), (operation, end, state)))
+    });
+    let kind = [(CONTENT_TYPE, "application/octet-stream")];
+    Ok((kind, Body::from_stream(body)).into_response())
+}
+
 /// Cancels an operation. One that has ended stays as it is.
 #[utoipa::path(delete, path = "/operations/{operation}", tag = "operations", params(("operation" = String, Path)),
     responses((status = 200, body = Operation), (status = "default", body = bhatti_api::ErrorBody)))]
@@ -101,7 +142,7 @@ pub(super) fn describe(operation: &bhatti_control::Operation) -> Operation {
         OperationState::Canceled => "canceled",
     };
     let error = match &state {
-        OperationState::Failed(error) => Some(pull_failure(error)),
+        OperationState::Failed(error) => Some(operation_failure(error)),
         _ => None,
     };
     let error = error.map(|ApiError { code, message, hint, .. }| OperationError {
@@ -113,6 +154,7 @@ pub(super) fn describe(operation: &bhatti_control::Operation) -> Operation {
         OperationKind::Pull => "pull",
         OperationKind::Push => "push",
         OperationKind::Save => "save",
+        OperationKind::Build => "build",
     };
     let layers = operation.layers().into_iter().map(|layer| LayerProgress {
         digest: format!("sha256:{}", layer.sha256),

@@ -14,7 +14,7 @@ use bhatti_types::{Environment, SandboxState, Thermal, UserId};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-mod parse;
+pub(super) mod parse;
 
 use crate::AppState;
 use crate::auth::Caller;

@@ -1,7 +1,7 @@
 //! Errors of images: of registries, archives and owners.
 
 use bhatti_api::ErrorCode;
-use bhatti_control::{ImageCommandError, ImageError, PullFailure, SaveError};
+use bhatti_control::{BuildError, ImageCommandError, ImageError, OperationFailure, SaveError};
 use bhatti_node::{ImageFilesError, ImportError, PullError, RegistryError, RemoveError};
 use bhatti_types::Report;
 
@@ -25,8 +25,13 @@ impl From<ImageError> for ApiError {
             ImageError::Sandbox(error) => error.into(),
             ImageError::Share(_) => Self::new(ErrorCode::NotFound, text),
             ImageError::Canceled(_) => Self::new(ErrorCode::PullFailed, text),
-            ImageError::Pull(error) => pull_failure(&error),
+            ImageError::Pull(error) => operation_failure(&error),
             ImageError::NoRoom(_) => no_room(text),
+            ImageError::Dockerfile(_) => Self::new(ErrorCode::BadRequest, text),
+            ImageError::NoBuilder => Self::new(ErrorCode::NotSetUp, text)
+                .hint("run `bhatti setup --builder` on the daemon's machine"),
+            ImageError::CannotBuild => Self::new(ErrorCode::Unsupported, text)
+                .hint("build with a daemon that runs virtual machines, or elsewhere, and import or pull the image"),
             ImageError::NoLayers(_) => Self::new(ErrorCode::WrongState, text)
                 .hint("only images that were pulled, imported or saved can be exported"),
             ImageError::Import(error) => error.into(),
@@ -39,6 +44,7 @@ impl From<ImageError> for ApiError {
             error @ (ImageError::Files(_)
             | ImageError::Layers(_)
             | ImageError::Collect(_)
+            | ImageError::FreeSpace(_)
             | ImageError::Entropy(_)) => Self::internal(&error),
         }
     }
@@ -56,16 +62,18 @@ impl From<ImageCommandError> for ApiError {
 }
 
 /// Returns the error of a pull.
-pub(crate) fn pull_failure(error: &PullFailure) -> ApiError {
+pub(crate) fn operation_failure(error: &OperationFailure) -> ApiError {
     let failed = |code| ApiError::new(code, error.to_string());
     match error {
         // No registry can have an image of that name.
-        PullFailure::Reference(_) | PullFailure::Name(_) => failed(ErrorCode::NotFound),
-        PullFailure::Save(error) => save_error(error),
-        PullFailure::NoRoom(complaint) => no_room(complaint.clone()),
-        PullFailure::Quota(quota) => quota.clone().into(),
-        PullFailure::Store(error) => ApiError::internal(error),
-        PullFailure::Pull { error: cause, .. } | PullFailure::Push { error: cause, .. } => {
+        OperationFailure::Reference(_) | OperationFailure::Name(_) => failed(ErrorCode::NotFound),
+        OperationFailure::Save(error) => save_error(error),
+        OperationFailure::Build(error) => build_error(error),
+        OperationFailure::NoRoom(complaint) => no_room(complaint.clone()),
+        OperationFailure::Quota(quota) => quota.clone().into(),
+        OperationFailure::Store(error) => ApiError::internal(error),
+        OperationFailure::Pull { error: cause, .. }
+        | OperationFailure::Push { error: cause, .. } => {
             let refused = pull_error(cause);
             ApiError { message: format!("{error}: {}", refused.message), ..refused }
         }
@@ -79,13 +87,40 @@ fn save_error(error: &SaveError) -> ApiError {
         SaveError::Read(_) => ApiError::new(ErrorCode::ConnectionLost, Report(error).to_string()),
         SaveError::Write(_) => ApiError::internal(error),
         SaveError::TooLarge(_) => no_room(error.to_string()),
-        SaveError::Image(image) => match &**image {
-            ImageError::NoRoom(complaint) => no_room(complaint.clone()),
-            ImageError::Quota(quota) => quota.clone().into(),
-            ImageError::NameTaken(_) => ApiError::new(ErrorCode::NameTaken, error.to_string()),
-            ImageError::Import(import) if import.is_disk_full() => disk_full(),
-            _ => ApiError::internal(error),
-        },
+        SaveError::Image(image) => of_made(image),
+    }
+}
+
+/// Returns the error of an image that was made from a sandbox.
+fn of_made(error: &ImageError) -> ApiError {
+    match error {
+        ImageError::NoRoom(complaint) => no_room(complaint.clone()),
+        ImageError::Quota(quota) => quota.clone().into(),
+        ImageError::NameTaken(_) => ApiError::new(ErrorCode::NameTaken, error.to_string()),
+        ImageError::Import(import) if import.is_disk_full() => disk_full(),
+        ImageError::Pull(error) => operation_failure(error),
+        ImageError::NotFound(_) => ApiError::new(ErrorCode::NotFound, error.to_string()),
+        ImageError::NoLayers(_) => ApiError::new(ErrorCode::BadRequest, error.to_string())
+            .hint("begin with an image of a registry, or with one that was imported or saved"),
+        ImageError::Canceled(_) => ApiError::new(ErrorCode::PullFailed, error.to_string()),
+        _ => ApiError::internal(error),
+    }
+}
+
+fn build_error(error: &BuildError) -> ApiError {
+    let failed = |code| ApiError::new(code, Report(error).to_string());
+    match error {
+        BuildError::Step { .. } => {
+            failed(ErrorCode::BuildFailed).hint("the output of the step is in the build's log")
+        }
+        BuildError::Builder(_) => failed(ErrorCode::BuildFailed),
+        BuildError::TooLarge(_) => no_room(error.to_string()),
+        BuildError::Image(image) => of_made(image),
+        BuildError::Guest(_) => failed(ErrorCode::ConnectionLost),
+        BuildError::Write(_) => ApiError::internal(error),
+        BuildError::Create(_) | BuildError::Cache(_) | BuildError::Use(_) => {
+            failed(ErrorCode::WrongState)
+        }
     }
 }
 

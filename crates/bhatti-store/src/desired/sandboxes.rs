@@ -460,7 +460,7 @@ fn parse_labels(text: &str) -> Result<Labels, StoreError> {
     if text == "{}" {
         return Ok(Labels::default());
     }
-    parsed(Labels::try_from(from_json::<BTreeMap<_, _>>(text)?))
+    parsed(Labels::stored(from_json::<BTreeMap<_, _>>(text)?))
 }
 
 /// Inserts a sandbox. See [`Store::admit_sandbox`]. A taken name is reported before an exceeded

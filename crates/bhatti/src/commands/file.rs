@@ -12,7 +12,7 @@ use super::Context;
 use crate::error::CliError;
 use crate::output::{Cell, Table, Transfer, unix_time};
 
-pub(super) use copy::write_file;
+pub(super) use copy::{pack, write_file};
 
 #[derive(Debug, Args)]
 pub(crate) struct File {

@@ -4,18 +4,15 @@ use std::path::{Path, PathBuf};
 
 use bhatti_api::Image as Listed;
 use bhatti_client::Upload;
-use bhatti_image::{ImageStore, build_image};
-use bhatti_types::ImageName;
 use clap::Subcommand;
 use tokio::io::AsyncWriteExt;
 
 use super::file::write_file;
+use super::image_build::{self, Build};
 use super::image_pull::{self, Pull, Push};
-use super::setup::progress::with_progress;
 use super::{Context, several};
 use crate::error::CliError;
 use crate::output::{Cell, Table, Transfer, bytes, mib};
-use crate::paths;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Image {
@@ -28,17 +25,11 @@ pub(crate) enum Image {
         /// Name of the image
         image: String,
     },
-    /// Build an image on the daemon's machine: `minimal` with more Debian packages
+    /// Build an image from a Dockerfile in a sandbox, or from Debian packages on the daemon's machine
     #[command(
-        after_help = "Example:\n  bhatti image build node --package nodejs --package npm\n  bhatti create --image node"
+        after_help = "Examples:\n  bhatti image build -t web .\n  bhatti image build -t web --build-arg VERSION=2 --secret id=token,src=token.txt .\n  bhatti image build -t node --package nodejs --package npm\n\nA build runs in a sandbox of its own; `bhatti setup --builder` makes what it needs.\nIts results are kept in your volume `build-cache`, so that the next build runs changed steps only.\nThe daemon pulls the images that the Dockerfile names. Files that .dockerignore names are not sent.\nCtrl+C cancels the build."
     )]
-    Build {
-        /// Name of the image
-        name: String,
-        /// Debian package to install (repeatable)
-        #[arg(short, long, value_name = "PACKAGE", required = true)]
-        package: Vec<String>,
-    },
+    Build(Build),
     /// Pull an image from a registry onto the daemon's machine
     #[command(
         after_help = "Example:\n  bhatti image pull python:3.12-slim\n  bhatti create --image python:3.12-slim\n\nThe command uses what `docker login` has saved. Ctrl+C cancels the pull; the next one continues it. The key\n`registries` of the daemon's config.yaml has the settings of registries: plain HTTP, private addresses, mirrors."
@@ -147,7 +138,7 @@ pub(crate) async fn run(context: &Context, command: Image) -> Result<(), CliErro
         Image::Inspect { image } => {
             output.show_facts(&client.inspect_image(&image).await?, describe)
         }
-        Image::Build { name, package } => build(context, &name, &package).await,
+        Image::Build(arguments) => image_build::run(context, arguments).await,
         Image::Pull(arguments) => image_pull::pull(context, arguments).await,
         Image::Save { sandbox, name } => image_pull::save(context, sandbox, name).await,
         Image::Push(arguments) => image_pull::push(context, arguments).await,
@@ -195,19 +186,6 @@ async fn open(archive: &PathBuf) -> Result<(Content, Option<u64>), CliError> {
     let facts = file.metadata().await.map_err(failed)?;
     let length = facts.is_file().then_some(facts.len());
     Ok((Box::new(file), length))
-}
-
-async fn build(context: &Context, name: &str, packages: &[String]) -> Result<(), CliError> {
-    let name: ImageName = name.parse().map_err(|error| CliError::of(&error))?;
-    paths::create_data_dir(&context.data_dir)?;
-    let store = ImageStore::new(&context.data_dir);
-    let built = with_progress(context.output, async |progress| {
-        build_image(&store, &name, packages, progress).await
-    });
-    built.await.map_err(|error| CliError::of(&error))?;
-    context.output.show(&serde_json::json!({ "image": name.as_str() }), |_| {
-        format!("ready: bhatti create --image {name}")
-    })
 }
 
 async fn export(context: &Context, image: &str, target: &Path) -> Result<(), CliError> {

@@ -35,7 +35,7 @@ pub(crate) enum PullPolicy {
 }
 
 impl PullPolicy {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Missing => "missing",
             Self::Always => "always",
@@ -146,6 +146,11 @@ async fn follow(context: &Context, mut operation: Operation) -> Result<Operation
         };
     }
     drop(bars);
+    outcome(operation, "the next one continues with the layers that have arrived")
+}
+
+/// Returns an operation that is done, or why it is not. `hint` is for one that was canceled.
+pub(crate) fn outcome(operation: Operation, hint: &str) -> Result<Operation, CliError> {
     match (operation.status.as_str(), operation.error.clone()) {
         ("done", _) => Ok(operation),
         (_, Some(failure)) => {
@@ -157,8 +162,7 @@ async fn follow(context: &Context, mut operation: Operation) -> Result<Operation
         }
         (_, None) => {
             let what = format!("the {} of {} was canceled", operation.kind, operation.image);
-            Err(CliError::new(what)
-                .hint("the next one continues with the layers that have arrived"))
+            Err(CliError::new(what).hint(hint))
         }
     }
 }

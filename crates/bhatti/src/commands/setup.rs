@@ -34,6 +34,9 @@ pub(crate) struct Setup {
     /// ping
     #[arg(long)]
     dev: bool,
+    /// Also build the image `builder`, which builds images from Dockerfiles
+    #[arg(long)]
+    builder: bool,
     /// CA certificate (PEM) that images built from now on trust (repeatable); to remove one,
     /// delete its file from images/ca-certificates in the data directory
     #[arg(long, value_name = "FILE")]
@@ -73,6 +76,7 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
         kernel,
         lohar: paths::lohar()?,
         dev: arguments.dev,
+        builder: arguments.builder,
         ca_certificates: arguments.ca_certificate,
     };
     let store = ImageStore::new(&context.data_dir);

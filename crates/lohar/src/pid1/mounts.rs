@@ -98,9 +98,17 @@ pub(super) fn early() -> io::Result<()> {
     EARLY.iter().try_for_each(Mount::mount)
 }
 
+fn has_entries(directory: &str) -> bool {
+    std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some())
+}
+
 /// Mounts the rest, inside the root disk. A mount that fails is reported and left out.
 pub(super) fn late() {
     for mount in &LATE {
+        // An image may bring files of its own there, which a mount would hide.
+        if mount.target == "/tmp" && has_entries("/tmp") {
+            continue;
+        }
         if let Err(error) = mount.mount() {
             log::line(format_args!("failed to mount {} on {}: {error}", mount.kind, mount.target));
         }

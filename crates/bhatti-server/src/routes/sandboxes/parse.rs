@@ -154,7 +154,7 @@ pub(super) fn create(
     })
 }
 
-fn pull_policy(text: &str) -> Result<PullPolicy, ApiError> {
+pub(in crate::routes) fn pull_policy(text: &str) -> Result<PullPolicy, ApiError> {
     match text {
         "missing" => Ok(PullPolicy::Missing),
         "always" => Ok(PullPolicy::Always),

@@ -16,6 +16,8 @@ use bhatti_client::{Client, Download, Upload};
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::SyncIoBridge;
 
+pub(in crate::commands) use pack::pack;
+
 use super::super::Context;
 use crate::error::CliError;
 use crate::output::{Output, Transfer};
@@ -119,8 +121,9 @@ impl There {
     ) -> Result<(), CliError> {
         let (writer, reader) = tokio::io::duplex(PIPE_BYTES);
         let directory = local.to_owned();
-        let packing =
-            tokio::task::spawn_blocking(move || pack::pack(&directory, SyncIoBridge::new(writer)));
+        let packing = tokio::task::spawn_blocking(move || {
+            pack(&directory, SyncIoBridge::new(writer), |_, _| true)
+        });
         let transfer = Transfer::begin(context.output, "copying", None);
         let archive = Upload::new(transfer.counting(reader), None);
         let sent = context.client.write_tar(&self.sandbox, target, archive).await;

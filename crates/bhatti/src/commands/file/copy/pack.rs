@@ -6,9 +6,14 @@ use std::path::Path;
 
 use tar::{Archive, Builder, EntryType};
 
-/// Writes a tree as a tar archive, with links as links. Returns the paths of the sockets, pipes
-/// and devices, which an archive for a sandbox cannot have.
-pub(super) fn pack(directory: &Path, writer: impl Write) -> io::Result<Vec<String>> {
+/// Writes a tree as a tar archive, with links as links. Leaves out what is not wanted: `wanted` gets
+/// a path and whether it is a directory. Returns the paths of the sockets, pipes and devices, which
+/// an archive for a sandbox cannot have.
+pub(crate) fn pack(
+    directory: &Path,
+    writer: impl Write,
+    wanted: impl Fn(&Path, bool) -> bool,
+) -> io::Result<Vec<String>> {
     let mut archive = Builder::new(writer);
     archive.follow_symlinks(false);
     archive.append_dir(".", directory)?;
@@ -20,6 +25,9 @@ pub(super) fn pack(directory: &Path, writer: impl Write) -> io::Result<Vec<Strin
             continue;
         };
         let (path, kind) = entry.and_then(|entry| Ok((entry.path(), entry.file_type()?)))?;
+        if !wanted(&path, kind.is_dir()) {
+            continue;
+        }
         let name = path.strip_prefix(directory).map_err(io::Error::other)?;
         if kind.is_dir() {
             archive.append_dir(name, &path)?;
@@ -110,7 +118,7 @@ mod tests {
         let (tree, place) = (tree(), tempfile::tempdir().unwrap());
         let mut archive = Vec::new();
 
-        let skipped = pack(tree.path(), &mut archive).unwrap();
+        let skipped = pack(tree.path(), &mut archive, |_, _| true).unwrap();
 
         assert_eq!(skipped, [tree.path().join("socket").display().to_string()]);
         assert_eq!(unpack(&archive[..], place.path()).unwrap(), Vec::<String>::new());
