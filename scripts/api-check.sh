@@ -85,7 +85,7 @@ TOML
 "$tool/bin/schemathesis" --config-file "$data/schemathesis.toml" run "$data/openapi.json" \
     --url "http://127.0.0.1:$(cat "$data/port")" --phases examples,coverage,fuzzing --max-examples "${EXAMPLES:-60}" \
     --exclude-path-regex '(checkpoint|fork|resume|pause|stop|start|rotate-key)$' --exclude-method DELETE --exclude-path /sandboxes \
-    --exclude-path '/sandboxes/{sandbox}/tar' --exclude-path /images/import \
+    --exclude-path '/sandboxes/{sandbox}/tar' --exclude-path /images/import --exclude-path /images/build --exclude-path /templates/build \
     --exclude-path '/sandboxes/{sandbox}/files/watch' --request-timeout 30 --suppress-health-check all \
     --continue-on-failure ${SEED:+--seed "$SEED"}
 if grep --quiet ERROR "$data/log"; then

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ErrorCode, ImageOwner, OperationKind, OperationStatus};
+use crate::{ErrorCode, ImageOwner, NetworkName, OperationKind, OperationStatus, PullPolicy};
 
 /// The longest archive that can be imported as an image, in bytes.
 pub const CONTENT_BYTES_MAX: u64 = 10 << 30;
@@ -149,7 +149,7 @@ pub struct BuildImage {
     /// When to pull the images that the Dockerfile names: `missing`, `always` or `never` [default:
     /// `missing`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^(missing|always|never)$")]
+    #[schema(value_type = Option<PullPolicy>)]
     pub pull: Option<String>,
     /// Whether to run all steps, also those whose results are in the cache.
     #[serde(default)]
@@ -164,7 +164,7 @@ pub struct BuildImage {
     pub memory_mb: Option<u64>,
     /// Network of the build's sandbox: `nat` or `none` [default: the daemon's default].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^(nat|none)$")]
+    #[schema(value_type = Option<NetworkName>)]
     pub network: Option<String>,
 }
 
@@ -202,7 +202,8 @@ pub struct PrunedImages {
     pub freed_bytes: u64,
 }
 
-/// Work that outlasts the request that began it: an image that is pulled, pushed or made.
+/// Work that outlasts the request that began it: an image that is pulled, pushed or made, or a
+/// template that is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Operation {
     /// Id of the operation.
@@ -210,7 +211,7 @@ pub struct Operation {
     /// What it does.
     #[schema(value_type = OperationKind)]
     pub kind: String,
-    /// Reference or name of the image.
+    /// Reference or name of the image, or name of the template.
     pub image: String,
     /// State of the operation.
     #[schema(value_type = OperationStatus)]

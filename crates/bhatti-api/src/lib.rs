@@ -44,7 +44,9 @@ pub use sandbox::{
 };
 pub use secret::{Secret, SetSecret};
 pub use snapshot::{CreateSnapshot, ResumeSnapshot, Snapshot};
-pub use template::{CreateTemplate, Template};
+pub use template::{
+    BuildTemplate, BuildTemplateForm, CopyFiles, CreateTemplate, Template, TemplateStep,
+};
 pub use usage::Usage;
 pub use user::{CreateUser, CreatedUser, Limits, Ticket, UpdateUser, User};
 pub use volume::{

@@ -98,6 +98,10 @@ pub enum OperationKind {
     Push,
     /// It saves a sandbox as an image.
     Save,
+    /// It builds an image from a Dockerfile.
+    Build,
+    /// It builds a template from steps.
+    Template,
 }
 
 /// State of an operation.

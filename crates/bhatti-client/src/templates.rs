@@ -1,9 +1,9 @@
 //! Templates.
 
-use bhatti_api::{CreateTemplate, Deleted, Template};
+use bhatti_api::{BuildTemplate, CreateTemplate, Deleted, Operation, Template};
 
 use crate::path::segment_path;
-use crate::{Client, ClientError};
+use crate::{Client, ClientError, Upload};
 
 impl Client {
     /// Creates a template.
@@ -13,6 +13,21 @@ impl Client {
     /// Returns an error if the call fails.
     pub async fn create_template(&self, request: &CreateTemplate) -> Result<Template, ClientError> {
         self.post("/templates", Some(request)).await
+    }
+
+    /// Begins to build a template. `files` is a tar archive of what its steps copy.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn build_template(
+        &self,
+        request: &BuildTemplate,
+        files: Upload,
+    ) -> Result<Operation, ClientError> {
+        let build = serde_json::to_string(request)
+            .map_err(|error| ClientError::Unexpected(error.to_string()))?;
+        self.upload_form("/templates/build", ("build", &build), ("files", files)).await
     }
 
     /// The caller's templates, newest first.

@@ -27,7 +27,8 @@ use bhatti_agent::CallError;
 use bhatti_node::UseError;
 use bhatti_store::{Attach, AttachKind, ImageRow, Replace};
 use bhatti_types::{
-    BUILDER_IMAGE, CpuCount, ImageName, Labels, MemoryMib, NetworkMode, Report, SandboxId, UserId,
+    BUILDER_IMAGE, CpuCount, ImageName, Labels, MemoryMib, NetworkMode, Report, SandboxId,
+    SandboxName, UserId,
 };
 use serde_json::json;
 use tokio::runtime::Handle;
@@ -63,7 +64,7 @@ const VALUE_BYTES_MAX: usize = 64 << 10;
 const INPUTS_MAX: usize = 128;
 
 /// Time after which a build's sandbox is destroyed in any case.
-const LIFETIME: Duration = Duration::from_hours(6);
+pub(crate) const LIFETIME: Duration = Duration::from_hours(6);
 
 /// A request to build an image.
 #[derive(Clone, Debug)]
@@ -142,20 +143,26 @@ struct Base {
     image: ImageRow,
 }
 
+/// Returns a name for the sandbox of a build.
+pub(crate) fn build_name() -> Result<SandboxName, CreateError> {
+    let digits = u32::from_be_bytes(bhatti_node::random()?);
+    Ok(format!("build-{digits:08x}").parse()?)
+}
+
 /// Destroys the sandbox of a build, however the build ends.
-struct BuildSandbox {
-    control: Control,
-    owner: UserId,
-    id: SandboxId,
+pub(crate) struct BuildSandbox {
+    pub(crate) control: Control,
+    pub(crate) owner: UserId,
+    pub(crate) id: SandboxId,
     /// The next build of the owner waits until the cache is free. A build of an earlier daemon has
     /// no turn.
-    turn: Option<OwnedMutexGuard<()>>,
-    is_destroyed: bool,
+    pub(crate) turn: Option<OwnedMutexGuard<()>>,
+    pub(crate) is_destroyed: bool,
 }
 
 impl BuildSandbox {
     /// Destroys the sandbox now.
-    async fn destroy(mut self) {
+    pub(crate) async fn destroy(mut self) {
         destroy(self.control.clone(), self.owner, self.id).await;
         self.is_destroyed = true;
     }
@@ -324,14 +331,9 @@ impl Control {
     ) -> Result<SandboxId, BuildError> {
         let volume = self.build_cache(owner).await?;
         let failed = |error: CreateError| BuildError::Create(Box::new(error));
-        let [a, b, c, d] = bhatti_node::random().map_err(|error| failed(error.into()))?;
         let mount = cache::MOUNT.parse().map_err(|_| BuildError::Builder("no mount".to_owned()))?;
         let wanted = SandboxRequest {
-            name: Some(
-                format!("build-{a:02x}{b:02x}{c:02x}{d:02x}")
-                    .parse()
-                    .map_err(|error: bhatti_types::ParseNameError| failed(error.into()))?,
-            ),
+            name: Some(build_name().map_err(failed)?),
             cpus: request.cpus.or_else(|| CpuCount::try_from(CPUS).ok()),
             memory: request.memory.or_else(|| MemoryMib::try_from(MEMORY_MIB).ok()),
             keep_hot: true,

@@ -5,7 +5,7 @@ use bhatti_store::{
     PublicationRow, PublishError, Repeated, SandboxRow, StoreError, StoredResponse,
     TemplateInsertError, TemplateRow,
 };
-use bhatti_types::{Alias, SandboxId, TemplateId, UserId};
+use bhatti_types::{Alias, SandboxId, UserId};
 use serde_json::json;
 
 use crate::Control;
@@ -48,8 +48,10 @@ impl Control {
     /// # Errors
     ///
     /// Returns [`StoreError::NoSuchRow`] if it was deleted already.
-    pub fn delete_template(&self, id: TemplateId) -> Result<(), StoreError> {
-        self.inner.store.delete_template(id)
+    pub async fn delete_template(&self, row: &TemplateRow) -> Result<(), StoreError> {
+        self.inner.store.delete_template(row.id)?;
+        self.forget_template(row).await;
+        Ok(())
     }
 
     /// Returns the published ports of a sandbox, by port.

@@ -10,7 +10,7 @@ use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, Sto
 use bhatti_types::{
     Allowance, CpuCount, DEFAULT_IMAGE, DiskMib, Environment, ImageConfig, ImageName, Labels,
     MemoryMib, NEW_FILES_BYTES_MAX, NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded,
-    Report, SandboxId, SandboxName, SandboxSpec, SecretName, UserId, VOLUMES_MAX,
+    Report, SandboxId, SandboxName, SandboxSpec, SecretName, SnapshotId, UserId, VOLUMES_MAX,
 };
 use tracing::warn;
 
@@ -60,6 +60,8 @@ pub struct SandboxRequest {
     pub allow: Allowance,
     /// The volumes to attach, in the order of their mounts.
     pub volumes: Vec<Attach>,
+    /// The snapshot to start from in place of the image.
+    pub snapshot: Option<SnapshotId>,
 }
 
 /// A file to write into a new sandbox.
@@ -120,6 +122,12 @@ pub enum CreateError {
     /// The image cannot be used or pulled.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The template starts from a snapshot, which fixes this.
+    #[error("the template starts from a snapshot, which has its own {0}")]
+    Fixed(&'static str),
+    /// The template's snapshot does not exist any more.
+    #[error("the template's snapshot is gone")]
+    NoSnapshot,
     /// The image has no command to start.
     #[error(transparent)]
     Command(#[from] ImageCommandError),
@@ -207,6 +215,11 @@ impl Control {
         request: SandboxRequest,
     ) -> Result<SandboxRow, CreateError> {
         let store = &self.inner.store;
+        if let Some(id) = request.snapshot {
+            let snapshot = store.get_snapshot(id)?.filter(|snapshot| snapshot.owner == owner);
+            let snapshot = snapshot.ok_or(CreateError::NoSnapshot)?;
+            return self.create_from_snapshot(owner, snapshot, request).await;
+        }
         check_volumes(&request.volumes)?;
         let wanted = request.image.clone().map_or_else(|| DEFAULT_IMAGE.parse(), Ok)?;
         let mut spec = SandboxSpec {
@@ -371,14 +384,16 @@ fn check_volumes(volumes: &[Attach]) -> Result<(), CreateError> {
 }
 
 /// Returns the first full second since 1970 at which `time` from now has passed.
-fn unix_seconds_after(time: Duration) -> u64 {
+pub(crate) fn unix_seconds_after(time: Duration) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let then = now.saturating_add(time);
     then.as_secs() + u64::from(then.subsec_nanos() > 0)
 }
 
 /// Returns the files by path, checked.
-fn guest_files(files: Vec<FileRequest>) -> Result<BTreeMap<String, GuestFile>, CreateError> {
+pub(crate) fn guest_files(
+    files: Vec<FileRequest>,
+) -> Result<BTreeMap<String, GuestFile>, CreateError> {
     let bytes = files.iter().map(|file| file.content.len()).sum();
     if bytes > NEW_FILES_BYTES_MAX {
         return Err(CreateError::FilesTooLarge { bytes });

@@ -11,6 +11,7 @@ use bhatti_types::{BUILDER_IMAGE, DEFAULT_IMAGE, ImageName, ParseNameError, Quot
 
 use crate::build::{BuildError, DockerfileError};
 use crate::disk_quota::DiskQuotaError;
+use crate::template_build::TemplateBuildError;
 
 /// An operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +37,9 @@ pub enum OperationFailure {
     /// It could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),
+    /// The template could not be built.
+    #[error(transparent)]
+    Template(#[from] TemplateBuildError),
     /// It could not be pushed.
     #[error("failed to push `{image}`")]
     Push {

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use crate::Control;
 use crate::image_errors::{ImageCommandError, ImageError, OperationFailure, SaveError, no_room};
 use crate::images::{UsableImage, unix_seconds};
-use crate::operations::{Operation, OperationKind, OperationState};
+use crate::operations::{Made, Operation, OperationKind, OperationState};
 
 /// Removes the files of images that are in no row, after the work on an image and however it ends.
 struct Collection {
@@ -72,9 +72,9 @@ impl Control {
     ) -> Result<Arc<ImageRow>, ImageError> {
         let operation = self.pull_image(user, image, None)?;
         match operation.ended().await {
-            OperationState::Done(row) => Ok(row),
+            OperationState::Done(Made::Image(row)) => Ok(row),
             OperationState::Failed(error) => Err(error.into()),
-            OperationState::Canceled | OperationState::Running => {
+            OperationState::Canceled | OperationState::Running | OperationState::Done(_) => {
                 Err(ImageError::Canceled(image.to_owned()))
             }
         }

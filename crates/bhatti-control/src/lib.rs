@@ -27,6 +27,7 @@ mod sandboxes;
 mod secrets;
 mod services;
 mod snapshots;
+mod template_build;
 mod users;
 mod volumes;
 
@@ -46,10 +47,11 @@ pub use image_errors::{ImageCommandError, ImageError, OperationFailure, SaveErro
 pub use images::{PullPolicy, UsableImage};
 pub use networks::NetworkError;
 pub use operation_log::LogPart;
-pub use operations::{LayerProgress, Operation, OperationKind, OperationState};
+pub use operations::{LayerProgress, Made, Operation, OperationKind, OperationState};
 pub use sandboxes::EditError;
 pub use secrets::{SecretError, seal_context};
 pub use snapshots::{ResumeRequest, SnapshotOpError};
+pub use template_build::{Step, TemplateBuild, TemplateBuildError};
 pub use volumes::{VolumeInfo, VolumeOpError};
 
 use disk_quota::Reservations;
@@ -129,6 +131,7 @@ impl Control {
         self.settle_volumes().await?;
         let recovery = self.inner.node.recover().await?;
         self.settle_builds()?;
+        self.settle_templates().await?;
         Ok(recovery)
     }
 

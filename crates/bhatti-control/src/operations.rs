@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bhatti_node::{Layer, PullProgress};
-use bhatti_store::ImageRow;
+use bhatti_store::{ImageRow, TemplateRow};
 use bhatti_types::{QuotaExceeded, UserId};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -25,13 +25,28 @@ const RUNNING_MAX: u32 = 8;
 /// Number of a user's ended operations that are remembered.
 const ENDED_MAX: usize = 32;
 
+/// What an operation has pulled, pushed or made.
+#[derive(Clone, Debug)]
+pub enum Made {
+    /// An image.
+    Image(Arc<ImageRow>),
+    /// A template.
+    Template(Arc<TemplateRow>),
+}
+
+impl From<ImageRow> for Made {
+    fn from(row: ImageRow) -> Self {
+        Self::Image(Arc::new(row))
+    }
+}
+
 /// State of an operation.
 #[derive(Clone, Debug)]
 pub enum OperationState {
     /// It runs.
     Running,
-    /// It has pulled, pushed or made this image.
-    Done(Arc<ImageRow>),
+    /// It is done.
+    Done(Made),
     /// It failed.
     Failed(Arc<OperationFailure>),
     /// It was canceled.
@@ -62,6 +77,8 @@ pub enum OperationKind {
     Save,
     /// It builds an image from a Dockerfile.
     Build,
+    /// It builds a template from steps.
+    Template,
 }
 
 /// An operation of a user.
@@ -203,7 +220,7 @@ impl Operations {
     /// # Errors
     ///
     /// Returns an error if the owner has too many running operations.
-    pub(crate) fn join_or_begin<F>(
+    pub(crate) fn join_or_begin<F, T>(
         &self,
         owner: UserId,
         id: [u8; 8],
@@ -211,7 +228,8 @@ impl Operations {
         work: impl FnOnce(Operation) -> F,
     ) -> Result<Operation, QuotaExceeded>
     where
-        F: Future<Output = Result<ImageRow, OperationFailure>> + Send + 'static,
+        F: Future<Output = Result<T, OperationFailure>> + Send + 'static,
+        T: Into<Made>,
     {
         let mut all = self.0.lock();
         let own = all.entry(owner).or_default();
@@ -228,7 +246,7 @@ impl Operations {
     /// # Errors
     ///
     /// Returns an error if the owner has too many running operations.
-    pub(crate) fn begin<F>(
+    pub(crate) fn begin<F, T>(
         &self,
         owner: UserId,
         id: [u8; 8],
@@ -236,7 +254,8 @@ impl Operations {
         work: impl FnOnce(Operation) -> F,
     ) -> Result<Operation, QuotaExceeded>
     where
-        F: Future<Output = Result<ImageRow, OperationFailure>> + Send + 'static,
+        F: Future<Output = Result<T, OperationFailure>> + Send + 'static,
+        T: Into<Made>,
     {
         let mut all = self.0.lock();
         let own = all.entry(owner).or_default();
@@ -263,7 +282,7 @@ impl Operations {
         let done = operation.clone();
         let task = tokio::spawn(async move {
             done.end(match work.await {
-                Ok(image) => OperationState::Done(Arc::new(image)),
+                Ok(made) => OperationState::Done(made.into()),
                 Err(error) => OperationState::Failed(Arc::new(error)),
             });
         });
@@ -303,6 +322,10 @@ mod tests {
 
     const OWNER: UserId = UserId::ADMIN;
 
+    fn never() -> std::future::Pending<Result<ImageRow, OperationFailure>> {
+        pending()
+    }
+
     fn failure() -> OperationFailure {
         OperationFailure::Reference("no reference".to_owned())
     }
@@ -312,11 +335,7 @@ mod tests {
         let operations = Operations::default();
         let begin = |owner, number: u8, image| {
             let id = [number; 8];
-            operations
-                .join_or_begin(owner, id, (Pull, image), |_| pending())
-                .unwrap()
-                .id()
-                .to_owned()
+            operations.join_or_begin(owner, id, (Pull, image), |_| never()).unwrap().id().to_owned()
         };
         let other = UserId::from_entropy([1; 8]);
 
@@ -325,7 +344,7 @@ mod tests {
         assert_ne!(begin(other, 4, "a"), ids[0]);
         assert!(operations.find(other, &ids[0]).is_none());
         assert_eq!(operations.list(OWNER).len(), 2);
-        let push = operations.join_or_begin(OWNER, [5; 8], (Push, "a"), |_| pending()).unwrap();
+        let push = operations.join_or_begin(OWNER, [5; 8], (Push, "a"), |_| never()).unwrap();
         assert_ne!(push.id(), ids[0]);
     }
 
@@ -334,8 +353,9 @@ mod tests {
         let operations = Operations::default();
         for number in 0..100_u8 {
             let image = format!("ended-{number}");
-            let begun = operations
-                .join_or_begin(OWNER, [number; 8], (Pull, &image), |_| ready(Err(failure())));
+            let begun = operations.join_or_begin(OWNER, [number; 8], (Pull, &image), |_| {
+                ready(Err::<ImageRow, _>(failure()))
+            });
             assert!(matches!(begun.unwrap().ended().await, OperationState::Failed(_)));
         }
         assert_eq!(operations.list(OWNER).len(), ENDED_MAX + 1);
@@ -343,12 +363,12 @@ mod tests {
 
         for number in 0..8_u8 {
             let image = format!("running-{number}");
-            operations.join_or_begin(OWNER, [number; 8], (Pull, &image), |_| pending()).unwrap();
+            operations.join_or_begin(OWNER, [number; 8], (Pull, &image), |_| never()).unwrap();
         }
-        let refused = operations.join_or_begin(OWNER, [9; 8], (Pull, "more"), |_| pending());
+        let refused = operations.join_or_begin(OWNER, [9; 8], (Pull, "more"), |_| never());
         assert!(matches!(refused, Err(QuotaExceeded::Count { max: RUNNING_MAX, .. })));
         operations.list(OWNER)[0].cancel();
-        operations.join_or_begin(OWNER, [9; 8], (Pull, "more"), |_| pending()).unwrap();
+        operations.join_or_begin(OWNER, [9; 8], (Pull, "more"), |_| never()).unwrap();
     }
 
     #[tokio::test]
@@ -357,7 +377,7 @@ mod tests {
         let (work, mut ended) = watch::channel(());
         let operation = operations.join_or_begin(OWNER, [1; 8], (Pull, "a"), |_| async move {
             let _work = work;
-            pending().await
+            never().await
         });
         let operation = operation.unwrap();
         let waiting = tokio::spawn({

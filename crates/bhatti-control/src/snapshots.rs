@@ -5,7 +5,7 @@ use std::io;
 use bhatti_node::{
     MadeFrom, MemoryKind, SavedSandbox, TransitionError, UseError, random, volumes_of_fork,
 };
-use bhatti_store::{SandboxRow, SnapshotInsertError, SnapshotRow, StoreError};
+use bhatti_store::{SandboxRow, SnapshotInsertError, SnapshotKind, SnapshotRow, StoreError};
 use bhatti_types::{
     Environment, Labels, QuotaExceeded, Report, SandboxName, SandboxSpec, SecretName, SnapshotId,
     SnapshotName, UserId,
@@ -14,7 +14,9 @@ use serde_json::json;
 use tracing::{info, warn};
 
 use crate::Control;
-use crate::create::{CreateError, generated_name};
+use crate::create::{
+    Admitted, CreateError, SandboxRequest, generated_name, guest_files, unix_seconds_after,
+};
 use crate::disk_quota::DiskQuotaError;
 
 /// A request to create a sandbox from a snapshot.
@@ -100,25 +102,32 @@ impl Control {
         name: SnapshotName,
     ) -> Result<SnapshotRow, SnapshotOpError> {
         let (control, sandbox) = (self.clone(), sandbox.to_owned());
-        let made = tokio::spawn(async move { control.save_as(owner, &sandbox, name).await });
+        let made = tokio::spawn(async move {
+            control.inner.store.admit_snapshot(owner, &name)?;
+            let row = control.find(owner, &sandbox)?;
+            let snapshot = control.save_as(row, name, SnapshotKind::Named).await?;
+            let sandbox = Some((snapshot.sandbox_id, snapshot.sandbox_name.to_string()));
+            let detail = json!({ "snapshot": snapshot.name.as_str() });
+            control.record("snapshot.created", owner, sandbox, detail);
+            Ok(snapshot)
+        });
         made.await.map_err(|_| CreateError::Interrupted)?
     }
 
-    async fn save_as(
+    /// Saves a sandbox. The snapshot gets what `row` says about the sandbox.
+    pub(crate) async fn save_as(
         &self,
-        owner: UserId,
-        sandbox: &str,
+        row: SandboxRow,
         name: SnapshotName,
+        kind: SnapshotKind,
     ) -> Result<SnapshotRow, SnapshotOpError> {
         let store = &self.inner.store;
-        let row = self.find(owner, sandbox)?;
-        store.admit_snapshot(owner, &name)?;
         row.state.admit_use().map_err(UseError::from)?;
         let _disk = self.admit_save(&row).await?;
         let id = SnapshotId::from_entropy(random().map_err(CreateError::Entropy)?);
         let files = self.inner.node.snapshot_files();
         let saved = self.inner.node.save_snapshot(row.id, id).await?;
-        match store.insert_snapshot(snapshot_row(id, name, row, saved)) {
+        match store.insert_snapshot(snapshot_row(id, (name, kind), row, saved)) {
             Ok(snapshot) => {
                 files.put_in_place(id).await.map_err(SnapshotOpError::PutInPlace)?;
                 info!(
@@ -127,9 +136,6 @@ impl Control {
                     memory_bytes = snapshot.memory_bytes,
                     "Snapshot created"
                 );
-                let sandbox = Some((snapshot.sandbox_id, snapshot.sandbox_name.to_string()));
-                let detail = json!({ "snapshot": snapshot.name.as_str() });
-                self.record("snapshot.created", owner, sandbox, detail);
                 Ok(snapshot)
             }
             Err(error) => {
@@ -155,7 +161,9 @@ impl Control {
     ///
     /// Returns an error if the store fails.
     pub fn list_snapshots(&self, owner: UserId) -> Result<Vec<SnapshotRow>, StoreError> {
-        self.inner.store.list_snapshots(Some(owner))
+        let mut snapshots = self.inner.store.list_snapshots(Some(owner))?;
+        snapshots.retain(|snapshot| snapshot.kind == SnapshotKind::Named);
+        Ok(snapshots)
     }
 
     /// Creates a sandbox from a snapshot, which stays.
@@ -170,7 +178,32 @@ impl Control {
         request: ResumeRequest,
     ) -> Result<SandboxRow, SnapshotOpError> {
         let snapshot = self.find_snapshot(owner, name)?;
+        let ResumeRequest { name, environment, keep_hot, labels, secrets } = request;
+        let request = SandboxRequest {
+            name,
+            environment,
+            keep_hot,
+            labels,
+            secrets,
+            ..SandboxRequest::default()
+        };
+        Ok(self.create_from_snapshot(owner, snapshot, request).await?)
+    }
+
+    /// Creates a sandbox from a snapshot of any kind. What the snapshot fixes cannot be requested
+    /// otherwise.
+    pub(crate) async fn create_from_snapshot(
+        &self,
+        owner: UserId,
+        snapshot: SnapshotRow,
+        request: SandboxRequest,
+    ) -> Result<SandboxRow, CreateError> {
+        check_fixed(&snapshot, &request)?;
         let prepared = self.inner.node.prepare_snapshot(snapshot.id, &snapshot.agent_token);
+        let mut network = snapshot.network;
+        if !request.allow.ranges().is_empty() {
+            network.allow = request.allow;
+        }
         let spec = SandboxSpec {
             name: request.name.map_or_else(generated_name, Ok)?,
             cpus: snapshot.cpus,
@@ -180,17 +213,19 @@ impl Control {
             keep_hot: request.keep_hot,
             labels: request.labels,
             secrets: request.secrets,
-            init: String::new(),
+            init: request.init,
             image: snapshot.image,
             image_config: snapshot.image_config,
-            network: snapshot.network,
+            network,
         };
+        let files = guest_files(request.files)?;
         let volumes = volumes_of_fork(&snapshot.volumes, MadeFrom::Kept);
         let admitted = self.admit(owner, spec, volumes).await?;
+        let admitted =
+            Admitted { files, expires_at: request.lifetime.map(unix_seconds_after), ..admitted };
         let copied = snapshot.volumes.iter().map(|volume| volume.size.bytes()).sum();
         let _disk = self.admit_disk(owner, copied).await?;
-        let prepared = prepared.map_err(CreateError::Entropy)?;
-        Ok(self.create_from(admitted, prepared).await?)
+        self.create_from(admitted, prepared?).await
     }
 
     /// Deletes a snapshot. Sandboxes that were created from it keep the files that they need.
@@ -201,6 +236,17 @@ impl Control {
     /// whole.
     pub async fn delete_snapshot(&self, owner: UserId, name: &str) -> Result<(), SnapshotOpError> {
         let snapshot = self.find_snapshot(owner, name)?;
+        self.remove_snapshot(&snapshot).await?;
+        let detail = json!({ "snapshot": snapshot.name.as_str() });
+        self.record("snapshot.deleted", owner, None, detail);
+        Ok(())
+    }
+
+    /// Deletes a snapshot of any kind.
+    pub(crate) async fn remove_snapshot(
+        &self,
+        snapshot: &SnapshotRow,
+    ) -> Result<(), SnapshotOpError> {
         let files = self.inner.node.snapshot_files();
         files.take_away(snapshot.id).await.map_err(SnapshotOpError::Remove)?;
         if let Err(error) = self.inner.store.delete_snapshot(snapshot.id) {
@@ -213,22 +259,35 @@ impl Control {
             }
             return Err(error.into());
         }
-        let detail = json!({ "snapshot": snapshot.name.as_str() });
-        self.record("snapshot.deleted", owner, None, detail);
         files.remove_taken(snapshot.id).await;
         Ok(())
     }
 }
 
+/// Refuses what a sandbox from this snapshot cannot have.
+fn check_fixed(snapshot: &SnapshotRow, request: &SandboxRequest) -> Result<(), CreateError> {
+    let differs =
+        |what, is_other: bool| if is_other { Err(CreateError::Fixed(what)) } else { Ok(()) };
+    differs("cpus", request.cpus.is_some_and(|cpus| cpus != snapshot.cpus))?;
+    differs("memory", request.memory.is_some_and(|memory| memory != snapshot.memory))?;
+    differs("disk", request.disk.is_some() && request.disk != snapshot.disk)?;
+    differs("image", request.image.as_ref().is_some_and(|image| *image != snapshot.image))?;
+    differs("network", request.network.is_some_and(|mode| mode != snapshot.network.mode))?;
+    differs("volumes", !request.volumes.is_empty())?;
+    differs("start command", request.start)?;
+    differs("cold boot", request.cold_boot)
+}
+
 fn snapshot_row(
     id: SnapshotId,
-    name: SnapshotName,
+    (name, kind): (SnapshotName, SnapshotKind),
     sandbox: SandboxRow,
     saved: SavedSandbox,
 ) -> SnapshotRow {
     SnapshotRow {
         id,
         owner: sandbox.owner,
+        kind,
         name,
         sandbox_id: sandbox.id,
         sandbox_name: sandbox.spec.name,

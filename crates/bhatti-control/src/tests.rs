@@ -156,6 +156,7 @@ fn snapshot_row(id: SnapshotId) -> bhatti_store::SnapshotRow {
     bhatti_store::SnapshotRow {
         id,
         owner: UserId::ADMIN,
+        kind: bhatti_store::SnapshotKind::Named,
         name: "saved".parse().unwrap(),
         sandbox_id: SandboxId::from_entropy([8; 8]),
         sandbox_name: spec.name,

@@ -137,6 +137,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(tar::download, tar::upload))
         .routes(routes!(images::import))
         .routes(routes!(builds::build))
+        .routes(routes!(builds::build_template))
         .routes(routes!(proxy::to_port))
         .layer(DefaultBodyLimit::disable());
     small.merge(streamed)

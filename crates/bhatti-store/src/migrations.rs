@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 11] = [
+const STEPS: [&str; 12] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -277,6 +277,15 @@ const STEPS: [&str; 11] = [
 
     ALTER TABLE sandboxes ADD COLUMN image_config TEXT;
     ALTER TABLE snapshots ADD COLUMN image_config TEXT;
+",
+    // Snapshots that users do not see: the cached results of a template's steps, which are found by
+    // a key, and the snapshots that sandboxes of a template start from.
+    "
+    ALTER TABLE snapshots ADD COLUMN kind TEXT NOT NULL DEFAULT 'named' CHECK (kind IN ('named', 'step', 'template'));
+    ALTER TABLE snapshots ADD COLUMN step_key TEXT;
+    CREATE UNIQUE INDEX snapshots_step ON snapshots (owner, step_key) WHERE step_key IS NOT NULL;
+
+    ALTER TABLE templates ADD COLUMN snapshot_id TEXT;
 ",
 ];
 

@@ -1,6 +1,7 @@
 //! The commands, one file each.
 
 pub(crate) mod bench;
+mod build_work;
 pub(crate) mod completion;
 mod control;
 pub(crate) mod create;

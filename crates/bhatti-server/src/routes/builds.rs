@@ -1,15 +1,22 @@
-//! `/images/build`.
+//! `/images/build` and `/templates/build`.
+
+use std::fs::File;
 
 use axum::Extension;
 use axum::extract::State;
 use axum::extract::multipart::{Field, Multipart, MultipartError};
 use axum::response::Response;
-use bhatti_api::{BuildForm, BuildImage, ErrorCode, IMAGE_BYTES_MAX, Operation};
-use bhatti_control::{BuildRequest, DOCKERFILE_BYTES_MAX};
+use bhatti_api::{
+    BuildForm, BuildImage, BuildTemplate, BuildTemplateForm, CopyFiles, ErrorCode, IMAGE_BYTES_MAX,
+    Operation, TemplateStep,
+};
+use bhatti_control::{BuildRequest, DOCKERFILE_BYTES_MAX, OperationFailure, Step, TemplateBuild};
+use bhatti_store::TemplateRow;
 use tokio::io::AsyncWriteExt;
 
 use super::operations::describe;
 use super::sandboxes::parse::pull_policy;
+use super::templates;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::json::{self, Json};
@@ -35,22 +42,60 @@ pub(crate) async fn build(
     let request = request(json::parse(&read(build, BUILD_BYTES_MAX).await?)?)?;
     state.control.check_build(owner, &request).await?;
     let room = state.control.archive_room(owner).await?.min(IMAGE_BYTES_MAX);
-    let mut context = part(&mut form, "context").await?;
+    let context = part(&mut form, "context").await?;
+    let context = receive(context, state.control.image_upload()?, room).await?;
+    let operation = state.control.build_image(owner, request, context).await?;
+    Ok(accepted(Json(describe(&operation))))
+}
+
+/// Begins to build a template from steps, in a sandbox.
+///
+/// The form has the part `build`, a JSON object, and, if a step copies files, the part `files`. The
+/// result of each step is cached, so an unchanged step runs once. Sandboxes of the template start
+/// from a snapshot in which the start command runs already.
+#[utoipa::path(post, path = "/templates/build", tag = "templates",
+    request_body(content = BuildTemplateForm, content_type = "multipart/form-data"),
+    responses((status = 202, body = Operation), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn build_template(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    mut form: Multipart,
+) -> Result<Response, ApiError> {
+    let build = part(&mut form, "build").await?;
+    let build: BuildTemplate = json::parse(&read(build, BUILD_BYTES_MAX).await?)?;
+    let base = build.template.as_deref().map(|name| templates::find(&state, owner, name));
+    let request = template_request(build, base.transpose()?)?;
+    state.control.check_template(&request).map_err(OperationFailure::from)?;
+    let files = match form.next_field().await.map_err(broken)? {
+        Some(files) if files.name() == Some("files") => {
+            let room = state.control.archive_room(owner).await?.min(IMAGE_BYTES_MAX);
+            Some(receive(files, state.control.image_upload()?, room).await?)
+        }
+        Some(_) => {
+            let message = "the form has another part than `build` and `files`";
+            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        }
+        None => None,
+    };
+    let operation = state.control.build_template(owner, request, files)?;
+    Ok(accepted(Json(describe(&operation))))
+}
+
+/// Writes a part of a form into a file.
+async fn receive(mut part: Field<'_>, upload: File, room: u64) -> Result<File, ApiError> {
     let failed = |error: std::io::Error| ApiError::internal(&error);
-    let mut file = tokio::fs::File::from_std(state.control.image_upload()?);
+    let mut file = tokio::fs::File::from_std(upload);
     let mut received = 0;
-    while let Some(piece) = context.chunk().await.map_err(broken)? {
+    while let Some(piece) = part.chunk().await.map_err(broken)? {
         received += piece.len() as u64;
         if received > room {
-            let message = format!("the context is larger than {room} bytes");
+            let message = format!("the archive is larger than {room} bytes");
             return Err(ApiError::new(ErrorCode::BodyTooLarge, message));
         }
         file.write_all(&piece).await.map_err(failed)?;
     }
     file.flush().await.map_err(failed)?;
-    let context = file.into_std().await;
-    let operation = state.control.build_image(owner, request, context).await?;
-    Ok(accepted(Json(describe(&operation))))
+    Ok(file.into_std().await)
 }
 
 /// Returns the next part of a form, which must have this name.
@@ -110,4 +155,51 @@ fn request(build: BuildImage) -> Result<BuildRequest, ApiError> {
         memory: memory_mb.map(TryInto::try_into).transpose().map_err(|error| bad(&error))?,
         network: network.map(|mode| mode.parse()).transpose().map_err(|error| bad(&error))?,
     })
+}
+
+fn template_request(
+    build: BuildTemplate,
+    base: Option<TemplateRow>,
+) -> Result<TemplateBuild, ApiError> {
+    let bad = |error: &dyn std::error::Error| ApiError::bad_request(error);
+    let BuildTemplate {
+        name,
+        image,
+        template: _,
+        pull,
+        steps,
+        start,
+        ready,
+        cpus,
+        memory_mb,
+        disk_mb,
+        no_cache,
+    } = build;
+    if base.is_some() && image.is_some() {
+        let message = "a build begins with either an image or a template";
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
+    Ok(TemplateBuild {
+        name: name.parse().map_err(|error| bad(&error))?,
+        template: base,
+        image: image.map(|image| image.parse()).transpose().map_err(|error| bad(&error))?,
+        pull: pull.as_deref().map(pull_policy).transpose()?.unwrap_or_default(),
+        steps: steps.into_iter().map(step).collect(),
+        start: start.filter(|command| !command.is_empty()),
+        ready: ready.filter(|command| !command.is_empty()),
+        cpus: cpus.map(TryInto::try_into).transpose().map_err(|error| bad(&error))?,
+        memory: memory_mb.map(TryInto::try_into).transpose().map_err(|error| bad(&error))?,
+        disk: disk_mb.map(TryInto::try_into).transpose().map_err(|error| bad(&error))?,
+        no_cache,
+    })
+}
+
+fn step(step: TemplateStep) -> Step {
+    match step {
+        TemplateStep::Run(command) => Step::Run(command),
+        TemplateStep::Copy(CopyFiles { from, to, user }) => Step::Copy { from, to, user },
+        TemplateStep::Env(variables) => Step::Env(variables),
+        TemplateStep::Workdir(path) => Step::Workdir(path),
+        TemplateStep::User(user) => Step::User(user),
+    }
 }

@@ -155,6 +155,7 @@ pub(super) fn describe(operation: &bhatti_control::Operation) -> Operation {
         OperationKind::Push => "push",
         OperationKind::Save => "save",
         OperationKind::Build => "build",
+        OperationKind::Template => "template",
     };
     let layers = operation.layers().into_iter().map(|layer| LayerProgress {
         digest: format!("sha256:{}", layer.sha256),

@@ -60,11 +60,15 @@ pub(crate) async fn delete(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.control.delete_template(find(&state, owner, &id_or_name)?.id)?;
+    state.control.delete_template(&find(&state, owner, &id_or_name)?).await?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
 }
 
-fn find(state: &AppState, owner: UserId, id_or_name: &str) -> Result<TemplateRow, ApiError> {
+pub(super) fn find(
+    state: &AppState,
+    owner: UserId,
+    id_or_name: &str,
+) -> Result<TemplateRow, ApiError> {
     let found = state.control.find_template(owner, id_or_name)?;
     let missing =
         || ApiError::new(ErrorCode::NotFound, format!("template `{id_or_name}` not found"));
@@ -99,6 +103,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         labels: labels(wanted_labels)?,
         secrets: secrets(&wanted_secrets)?,
         init: check_init(init)?.unwrap_or_default(),
+        snapshot: None,
         created_at: String::new(),
     })
 }
@@ -115,6 +120,7 @@ fn template(row: TemplateRow) -> Template {
         secrets: row.secrets.iter().map(ToString::to_string).collect(),
         labels: row.labels.into_map(),
         init: row.init,
+        is_warm: row.snapshot.is_some(),
         created_at: row.created_at,
     }
 }

@@ -116,6 +116,7 @@ pub(crate) async fn delete(
 ) -> Result<Json<Deleted>, ApiError> {
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
+    state.control.forget_cached_steps(row.id).await?;
     let _changing = state.changing_keys.lock();
     state.control.delete_user(&row)?;
     state.keyring.revoke_all(row.id);

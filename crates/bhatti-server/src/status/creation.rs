@@ -33,10 +33,13 @@ impl From<CreateError> for ApiError {
             CreateError::TooMuchEnvironment
             | CreateError::Name(_)
             | CreateError::FilePath(_)
+            | CreateError::Fixed(_)
             | CreateError::Volumes(_) => Self::new(ErrorCode::BadRequest, error.to_string()),
             CreateError::FilesTooLarge { .. } => {
                 Self::new(ErrorCode::BodyTooLarge, error.to_string())
             }
+            CreateError::NoSnapshot => Self::new(ErrorCode::SnapshotUnusable, error.to_string())
+                .hint("build the template again: bhatti template build"),
             CreateError::Node(node) => node_error(node),
             CreateError::Secret(_)
             | CreateError::Image(_)

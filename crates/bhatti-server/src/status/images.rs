@@ -1,8 +1,12 @@
 //! Errors of images: of registries, archives and owners.
 
 use bhatti_api::ErrorCode;
-use bhatti_control::{BuildError, ImageCommandError, ImageError, OperationFailure, SaveError};
+use bhatti_control::{
+    BuildError, CreateError, ImageCommandError, ImageError, OperationFailure, SaveError,
+    SnapshotOpError, TemplateBuildError,
+};
 use bhatti_node::{ImageFilesError, ImportError, PullError, RegistryError, RemoveError};
+use bhatti_store::TemplateInsertError;
 use bhatti_types::Report;
 
 use super::ApiError;
@@ -69,6 +73,7 @@ pub(crate) fn operation_failure(error: &OperationFailure) -> ApiError {
         OperationFailure::Reference(_) | OperationFailure::Name(_) => failed(ErrorCode::NotFound),
         OperationFailure::Save(error) => save_error(error),
         OperationFailure::Build(error) => build_error(error),
+        OperationFailure::Template(error) => template_error(error),
         OperationFailure::NoRoom(complaint) => no_room(complaint.clone()),
         OperationFailure::Quota(quota) => quota.clone().into(),
         OperationFailure::Store(error) => ApiError::internal(error),
@@ -104,6 +109,42 @@ fn of_made(error: &ImageError) -> ApiError {
             .hint("begin with an image of a registry, or with one that was imported or saved"),
         ImageError::Canceled(_) => ApiError::new(ErrorCode::PullFailed, error.to_string()),
         _ => ApiError::internal(error),
+    }
+}
+
+impl From<OperationFailure> for ApiError {
+    fn from(error: OperationFailure) -> Self {
+        operation_failure(&error)
+    }
+}
+
+fn template_error(error: &TemplateBuildError) -> ApiError {
+    let failed = |code| ApiError::new(code, Report(error).to_string());
+    match error {
+        TemplateBuildError::CannotSave => failed(ErrorCode::Unsupported),
+        TemplateBuildError::TooMany(_)
+        | TemplateBuildError::Step(_)
+        | TemplateBuildError::NoFiles
+        | TemplateBuildError::Path(_)
+        | TemplateBuildError::Target(_)
+        | TemplateBuildError::Missing(_)
+        | TemplateBuildError::Archive(_) => failed(ErrorCode::BadRequest),
+        TemplateBuildError::Failed { .. }
+        | TemplateBuildError::Ended(_)
+        | TemplateBuildError::NotReady(_) => {
+            failed(ErrorCode::BuildFailed).hint("the output is in the build's log")
+        }
+        TemplateBuildError::Create(CreateError::Image(image)) => of_made(image),
+        TemplateBuildError::Create(CreateError::Quota(quota))
+        | TemplateBuildError::Save(SnapshotOpError::Quota(quota))
+        | TemplateBuildError::Keep(TemplateInsertError::Quota(quota)) => quota.clone().into(),
+        TemplateBuildError::Guest(_) => failed(ErrorCode::ConnectionLost),
+        TemplateBuildError::Create(_)
+        | TemplateBuildError::Use(_)
+        | TemplateBuildError::Save(_) => failed(ErrorCode::WrongState),
+        TemplateBuildError::Keep(_)
+        | TemplateBuildError::Write(_)
+        | TemplateBuildError::Store(_) => ApiError::internal(error),
     }
 }
 

@@ -337,7 +337,7 @@ impl Store {
                 image = ?1 || '@' || (SELECT users.name FROM users WHERE users.id = ?2))";
             let mut query = connection.prepare_cached(&format!(
                 "SELECT 'sandbox `' || name || '`' FROM sandboxes WHERE {of} AND state <> 'destroyed'
-                 UNION ALL SELECT 'snapshot `' || name || '`' FROM snapshots WHERE {of}
+                 UNION ALL SELECT 'snapshot `' || name || '`' FROM snapshots WHERE {of} AND kind = 'named'
                  UNION ALL SELECT 'template `' || name || '`' FROM templates WHERE {of} LIMIT 1",
             ))?;
             let (owner, admin) = (owner.to_string(), UserId::ADMIN.to_string());
@@ -519,6 +519,7 @@ mod tests {
             environment: bhatti_types::Environment::default(),
             labels: bhatti_types::Labels::default(),
             secrets: Vec::new(),
+            snapshot: None,
             init: String::new(),
             created_at: String::new(),
         };

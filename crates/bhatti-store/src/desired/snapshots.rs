@@ -15,15 +15,45 @@ use crate::{
     to_json,
 };
 
-const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib, image_config";
+const COLUMNS: &str = "id, owner, name, sandbox_id, sandbox_name, cpus, memory_mib, agent_token, memory_kind, memory_bytes, created_at, image, network, network_allow, volumes, disk_mib, image_config, kind, step_key";
 
-/// A named snapshot as stored.
+/// What a snapshot is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// A user named it.
+    Named,
+    /// It is the cached result of a step of a template, which is found by this key.
+    Step(String),
+    /// Sandboxes of a template start from it.
+    Template,
+}
+
+impl SnapshotKind {
+    fn as_str(&self) -> &'static str {
+        match self {
+            Self::Named => "named",
+            Self::Step(_) => "step",
+            Self::Template => "template",
+        }
+    }
+
+    fn step_key(&self) -> Option<&str> {
+        match self {
+            Self::Step(key) => Some(key),
+            Self::Named | Self::Template => None,
+        }
+    }
+}
+
+/// A snapshot as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotRow {
     /// Id of the snapshot, which names its directory.
     pub id: SnapshotId,
     /// The owner.
     pub owner: UserId,
+    /// What it is for.
+    pub kind: SnapshotKind,
     /// Name of the snapshot.
     pub name: SnapshotName,
     /// Id of the saved sandbox.
@@ -79,10 +109,13 @@ impl Store {
         let row = SnapshotRow { created_at: now(), ..row };
         self.work(|connection| {
             let transaction = immediate(connection)?;
-            check(&transaction, row.owner, &row.name)?;
+            match row.kind {
+                SnapshotKind::Named => check(&transaction, row.owner, &row.name)?,
+                SnapshotKind::Step(_) | SnapshotKind::Template => {}
+            }
             transaction
                 .execute(
-                    &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)"),
+                    &format!("INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)"),
                     params![
                         row.id.to_string(),
                         row.owner.to_string(),
@@ -101,6 +134,8 @@ impl Store {
                         attachments_text(&row.volumes)?,
                         row.disk.map(DiskMib::get),
                         config_text(&row.image_config)?,
+                        row.kind.as_str(),
+                        row.kind.step_key(),
                     ],
                 )
                 .map_err(StoreError::from)?;
@@ -134,9 +169,37 @@ impl Store {
     ) -> Result<Option<SnapshotRow>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2"
+                "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2 AND kind = 'named'"
             ))?;
             let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
+            found.optional()?.transpose()
+        })
+    }
+
+    /// Returns the snapshot with this id.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn get_snapshot(&self, id: SnapshotId) -> Result<Option<SnapshotRow>, StoreError> {
+        self.work(|connection| {
+            let mut query = connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM snapshots WHERE id = ?1"))?;
+            query.query_row([id.to_string()], |row| Ok(read(row))).optional()?.transpose()
+        })
+    }
+
+    /// Returns the cached result of a step.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_step(&self, owner: UserId, key: &str) -> Result<Option<SnapshotRow>, StoreError> {
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND step_key = ?2"
+            ))?;
+            let found = query.query_row(params![owner.to_string(), key], |row| Ok(read(row)));
             found.optional()?.transpose()
         })
     }
@@ -155,7 +218,7 @@ impl Store {
         })
     }
 
-    /// Returns the snapshots of `owner`, or of all users, newest first. Damaged rows are logged
+    /// Returns the snapshots of `owner`, or of all users, of every kind, newest first. Damaged rows are logged
     /// and skipped.
     ///
     /// # Errors
@@ -193,7 +256,8 @@ fn check(
     let quota = quota_of(connection, owner)?;
     let (used, taken): (u32, bool) = connection
         .prepare_cached(
-            "SELECT count(*), coalesce(max(name = ?2), 0) FROM snapshots WHERE owner = ?1",
+            "SELECT count(*), coalesce(max(name = ?2), 0) FROM snapshots
+             WHERE owner = ?1 AND kind = 'named'",
         )
         .and_then(|mut query| {
             query.query_row(params![owner.to_string(), name.as_str()], |row| {
@@ -232,6 +296,11 @@ fn read(row: &Row<'_>) -> Result<SnapshotRow, StoreError> {
         image_config: read_config(
             row.get_ref(16)?.as_str_or_null().map_err(rusqlite::Error::from)?,
         )?,
+        kind: match (text(17)?.as_str(), row.get(18)?) {
+            ("step", Some(key)) => SnapshotKind::Step(key),
+            ("template", _) => SnapshotKind::Template,
+            _ => SnapshotKind::Named,
+        },
     })
 }
 
@@ -243,6 +312,7 @@ mod tests {
         SnapshotRow {
             id: SnapshotId::from_entropy([number; 8]),
             owner: UserId::ADMIN,
+            kind: SnapshotKind::Named,
             name: "ready".parse().unwrap(),
             sandbox_id: SandboxId::from_entropy([2; 8]),
             sandbox_name: "dev".parse().unwrap(),
@@ -286,6 +356,29 @@ mod tests {
         assert!(matches!(store.insert_snapshot(again), Err(SnapshotInsertError::NameTaken(_))));
         store.delete_snapshot(id).unwrap();
         assert!(matches!(store.delete_snapshot(id), Err(StoreError::NoSuchRow)));
+    }
+
+    #[test]
+    fn snapshots_of_templates_are_found_by_key_or_id_alone() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let of = |number, name: &str, kind| SnapshotRow {
+            kind,
+            name: name.parse().unwrap(),
+            ..row(number)
+        };
+        let step = store.insert_snapshot(of(1, "step", SnapshotKind::Step("k".into()))).unwrap();
+        let base = store.insert_snapshot(of(2, "base", SnapshotKind::Template)).unwrap();
+
+        assert_eq!(store.find_step(UserId::ADMIN, "k").unwrap(), Some(step.clone()));
+        assert_eq!(store.find_step(UserId::from_entropy([9; 8]), "k").unwrap(), None);
+        assert_eq!(store.get_snapshot(base.id).unwrap(), Some(base.clone()));
+        for name in ["step", "base"] {
+            assert_eq!(store.find_snapshot(UserId::ADMIN, name).unwrap(), None);
+        }
+        assert_eq!(store.list_snapshots(None).unwrap().len(), 2);
+        let again = of(3, "other", SnapshotKind::Step("k".into()));
+        store.insert_snapshot(again).unwrap_err();
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use bhatti_types::{
     CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SecretName,
-    TemplateId, TemplateName, UserId,
+    SnapshotId, TemplateId, TemplateName, UserId,
 };
-use rusqlite::{OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::desired::sandboxes::read_disk;
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     is_taken, now, parse_secrets, parsed, secrets_text, sound_rows, to_json,
 };
 
-const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib";
+const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib, snapshot_id";
 
 /// The maximum number of templates of one user.
 const TEMPLATES_MAX: u32 = 200;
@@ -42,6 +42,8 @@ pub struct TemplateRow {
     pub secrets: Vec<SecretName>,
     /// Init script.
     pub init: String,
+    /// The snapshot that its sandboxes start from; they boot from the image if absent.
+    pub snapshot: Option<SnapshotId>,
     /// When the template was created (RFC 3339); the store sets it.
     pub created_at: String,
 }
@@ -77,36 +79,37 @@ impl Store {
     /// Returns [`TemplateInsertError::NameTaken`] if the owner has a template of that name.
     pub fn insert_template(&self, row: TemplateRow) -> Result<TemplateRow, TemplateInsertError> {
         let row = TemplateRow { created_at: now(), ..row };
-        let parameters = params![
-            row.id.to_string(),
-            row.owner.to_string(),
-            row.name.as_str(),
-            row.image.as_str(),
-            row.cpus.get(),
-            row.memory.get(),
-            to_json(row.environment.as_map())?,
-            to_json(row.labels.as_map())?,
-            secrets_text(&row.secrets)?,
-            row.init,
-            row.created_at,
-            row.disk.map(DiskMib::get),
-        ];
-        let sql = format!(
-            "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)"
-        );
         self.work(|connection| {
             let transaction = immediate(connection)?;
-            let count = "SELECT count(*) FROM templates WHERE owner = ?1";
-            check_count(&transaction, count, &row.owner.to_string(), "template", TEMPLATES_MAX)?;
-            match transaction.execute(&sql, parameters) {
-                Ok(_) => Ok(transaction.commit().map_err(StoreError::from)?),
-                Err(error) if is_taken(&error) => {
-                    Err(TemplateInsertError::NameTaken(row.name.clone()))
-                }
-                Err(error) => Err(TemplateInsertError::Store(error.into())),
-            }
+            insert(&transaction, &row)?;
+            Ok::<_, TemplateInsertError>(transaction.commit().map_err(StoreError::from)?)
         })?;
         Ok(row)
+    }
+
+    /// Adds a template, in place of the owner's template of that name. Returns it, and the one that
+    /// it replaced.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the owner has too many templates, or if the store fails.
+    pub fn replace_template(
+        &self,
+        row: TemplateRow,
+    ) -> Result<(TemplateRow, Option<TemplateRow>), TemplateInsertError> {
+        let row = TemplateRow { created_at: now(), ..row };
+        let replaced = self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let replaced = find_named(&transaction, row.owner, row.name.as_str())?;
+            let (owner, name) = (row.owner.to_string(), row.name.as_str());
+            transaction
+                .execute("DELETE FROM templates WHERE owner = ?1 AND name = ?2", [&owner, name])
+                .map_err(StoreError::from)?;
+            insert(&transaction, &row)?;
+            transaction.commit().map_err(StoreError::from)?;
+            Ok::<_, TemplateInsertError>(replaced)
+        })?;
+        Ok((row, replaced))
     }
 
     /// Returns the template of `owner` with this id or name.
@@ -157,6 +160,45 @@ impl Store {
     }
 }
 
+fn insert(connection: &Connection, row: &TemplateRow) -> Result<(), TemplateInsertError> {
+    let count = "SELECT count(*) FROM templates WHERE owner = ?1";
+    check_count(connection, count, &row.owner.to_string(), "template", TEMPLATES_MAX)?;
+    let parameters = params![
+        row.id.to_string(),
+        row.owner.to_string(),
+        row.name.as_str(),
+        row.image.as_str(),
+        row.cpus.get(),
+        row.memory.get(),
+        to_json(row.environment.as_map())?,
+        to_json(row.labels.as_map())?,
+        secrets_text(&row.secrets)?,
+        row.init,
+        row.created_at,
+        row.disk.map(DiskMib::get),
+        row.snapshot.map(|snapshot| snapshot.to_string()),
+    ];
+    let sql = format!(
+        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"
+    );
+    match connection.execute(&sql, parameters) {
+        Ok(_) => Ok(()),
+        Err(error) if is_taken(&error) => Err(TemplateInsertError::NameTaken(row.name.clone())),
+        Err(error) => Err(TemplateInsertError::Store(error.into())),
+    }
+}
+
+fn find_named(
+    connection: &Connection,
+    owner: UserId,
+    name: &str,
+) -> Result<Option<TemplateRow>, StoreError> {
+    let mut query = connection.prepare_cached(&format!(
+        "SELECT {COLUMNS} FROM templates WHERE owner = ?1 AND name = ?2"
+    ))?;
+    query.query_row(params![owner.to_string(), name], |row| Ok(read(row))).optional()?.transpose()
+}
+
 fn read(row: &Row<'_>) -> Result<TemplateRow, StoreError> {
     let text = |index: usize| row.get::<_, String>(index);
     Ok(TemplateRow {
@@ -176,6 +218,7 @@ fn read(row: &Row<'_>) -> Result<TemplateRow, StoreError> {
         init: text(9)?,
         created_at: text(10)?,
         disk: read_disk(row.get(11)?)?,
+        snapshot: row.get::<_, Option<String>>(12)?.map(|id| parsed(id.parse())).transpose()?,
     })
 }
 
@@ -202,6 +245,7 @@ mod tests {
             labels: Labels::try_from(pair("k", "v")).unwrap(),
             secrets: vec!["TOKEN".parse().unwrap()],
             init: "echo hi".to_owned(),
+            snapshot: Some(SnapshotId::from_entropy([7; 8])),
             created_at: String::new(),
         };
         let inserted = store.insert_template(row.clone()).unwrap();
@@ -213,6 +257,11 @@ mod tests {
         let again = TemplateRow { id: TemplateId::from_entropy([2; 8]), ..row.clone() };
         let taken = store.insert_template(again);
         assert!(matches!(taken, Err(TemplateInsertError::NameTaken(_))));
+        let newer = TemplateRow { id: TemplateId::from_entropy([3; 8]), ..row.clone() };
+        let (newer, replaced) = store.replace_template(newer).unwrap();
+        assert_eq!(replaced.map(|row| row.id), Some(row.id));
+        assert_eq!(store.list_templates(UserId::ADMIN).unwrap(), std::slice::from_ref(&newer));
+        let row = newer;
         store.delete_template(row.id).unwrap();
         assert!(matches!(store.delete_template(row.id), Err(StoreError::NoSuchRow)));
     }

@@ -5,28 +5,19 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use bhatti_api::BuildImage;
-use bhatti_client::Upload;
 use bhatti_image::{ImageStore, build_image};
 use bhatti_types::ImageName;
 use clap::Args;
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
-use tokio::io::AsyncWriteExt;
-use tokio_util::io::SyncIoBridge;
 
 use super::Context;
-use super::file::pack;
-use super::image_pull::{PullPolicy, outcome};
+use super::build_work::{follow_log, send_directory};
+use super::image_pull::PullPolicy;
 use super::setup::progress::with_progress;
 use crate::error::CliError;
 use crate::options::parse_variable;
-use crate::output::{Transfer, bytes};
+use crate::output::bytes;
 use crate::paths;
-
-/// Size of the buffer between the packing of the context and its upload, in bytes.
-const PIPE_BYTES: usize = 256 << 10;
-
-/// How long one call waits for the end of the build, in seconds.
-const WAIT_SECONDS: u32 = 30;
 
 #[derive(Debug, Args)]
 pub(crate) struct Build {
@@ -109,53 +100,16 @@ async fn build(context: &Context, arguments: Build, directory: &Path) -> Result<
         network: arguments.network,
     };
     let ignored = Ignored::of(directory, &file)?;
-    let (writer, reader) = tokio::io::duplex(PIPE_BYTES);
-    let packed = directory.to_owned();
-    let packing = tokio::task::spawn_blocking(move || {
-        let wanted = |path: &Path, is_directory| ignored.wants(path, is_directory);
-        pack(&packed, SyncIoBridge::new(writer), wanted)
-    });
-    let transfer = Transfer::begin(context.output, "sending the context", None);
-    let archive = Upload::new(transfer.counting(reader), None);
-    let begun = context.client.build_image(&request, archive).await;
-    drop(transfer);
-    if let Err(error) = packing.await.map_err(io::Error::other)?
-        && error.kind() != io::ErrorKind::BrokenPipe
-    {
-        let shown = directory.display();
-        return Err(CliError::new(format!("failed to read `{shown}`: {error}")));
-    }
-    let mut operation = begun?;
+    let wanted = move |path: &Path, is_directory| ignored.wants(path, is_directory);
     let client = &context.client;
-    let canceled = tokio::select! {
-        shown = show_log(context, &operation.id) => shown.map(|()| false)?,
-        _ = tokio::signal::ctrl_c() => true,
-    };
-    if canceled {
-        operation = client.cancel_operation(&operation.id).await?;
-    }
-    while operation.status == "running" {
-        operation = client.operation(&operation.id, WAIT_SECONDS).await?;
-    }
-    let operation = outcome(operation, "the next one uses the results of the steps that ended")?;
+    let begin = async |archive| client.build_image(&request, archive).await;
+    let operation = send_directory(context, directory, wanted, begin).await?;
+    let operation = follow_log(context, operation).await?;
     let image = client.inspect_image(&operation.image).await?;
     context.output.show(&image, |image| {
         let (name, size) = (&image.name, bytes(image.disk_bytes));
         format!("built {name} ({size} on disk): bhatti create --image {name}")
     })
-}
-
-/// Shows the log of a build until it has ended.
-async fn show_log(context: &Context, id: &str) -> Result<(), CliError> {
-    let mut log = context.client.operation_log(id, 0).await?;
-    let mut stderr = tokio::io::stderr();
-    while let Some(piece) = log.next().await? {
-        if !context.output.quiet {
-            stderr.write_all(&piece).await?;
-            stderr.flush().await?;
-        }
-    }
-    Ok(())
 }
 
 fn read_dockerfile(file: &Path) -> Result<String, CliError> {

@@ -1,8 +1,13 @@
 //! `bhatti template`.
 
-use bhatti_api::{CreateTemplate, Template as Listed};
+use std::path::PathBuf;
+
+use bhatti_api::{BuildTemplate, CreateTemplate, Template as Listed};
+use bhatti_client::Upload;
 use clap::{Args, Subcommand};
 
+use super::build_work::{follow_log, send_directory};
+use super::image_pull::PullPolicy;
 use super::{Context, several};
 use crate::error::CliError;
 use crate::options::parse_variable;
@@ -12,6 +17,8 @@ use crate::output::{Cell, Table, mib};
 pub(crate) enum Template {
     /// Create a template
     Create(Create),
+    /// Build a template from steps, in a sandbox
+    Build(Build),
     /// List templates
     #[command(visible_alias = "ls", after_help = "Example:\n  bhatti template list")]
     List,
@@ -63,6 +70,50 @@ pub(crate) struct Create {
     init: Option<String>,
 }
 
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example of a file:\n  image: python:3.12-slim\n  steps:\n    - run: pip install flask\n    - copy: {from: app, to: /app}\n    - env: {PORT: \"8000\"}\n    - workdir: /app\n  start: python -m flask run --port $PORT\n  ready: python -c 'import urllib.request as r; r.urlopen(\"http://127.0.0.1:8000\")'\n\nExamples:\n  bhatti template build web template.yaml .\n  bhatti create --template web\n\nOther keys: template (to begin with, in place of an image), user (a step), cpus, memory_mb, disk_mb.\nThe result of each step is cached, so an unchanged step runs once. Sandboxes of the template start\nfrom a snapshot in which the start command runs already."
+)]
+pub(crate) struct Build {
+    /// Name of the template; a template of yours with that name is replaced
+    name: String,
+    /// File with the steps (YAML or JSON)
+    file: PathBuf,
+    /// Directory whose files the steps can copy [default: none]
+    directory: Option<PathBuf>,
+    /// When to pull the image
+    #[arg(long, value_enum, default_value_t, value_name = "POLICY")]
+    pull: PullPolicy,
+    /// Run all steps, also those whose results are in the cache
+    #[arg(long)]
+    no_cache: bool,
+}
+
+async fn build(context: &Context, arguments: Build) -> Result<(), CliError> {
+    let Build { name, file, directory, pull, no_cache } = arguments;
+    let shown = file.display();
+    let text = std::fs::read_to_string(&file)
+        .map_err(|error| CliError::new(format!("failed to read `{shown}`: {error}")))?;
+    let steps: BuildTemplate = serde_saphyr::from_str(&text)
+        .map_err(|error| CliError::new(format!("invalid `{shown}`: {error}")))?;
+    let request = BuildTemplate {
+        name,
+        pull: Some(pull.as_str().to_owned()),
+        no_cache: no_cache || steps.no_cache,
+        ..steps
+    };
+    let client = &context.client;
+    let begin = async |files| client.build_template(&request, files).await;
+    let operation = match directory {
+        Some(directory) => send_directory(context, &directory, |_, _| true, begin).await?,
+        None => begin(Upload::new(tokio::io::empty(), None)).await?,
+    };
+    let operation = follow_log(context, operation).await?;
+    context.output.show(&client.inspect_template(&operation.image).await?, |template| {
+        format!("built template {}: bhatti create --template {0}", template.name)
+    })
+}
+
 const TEMPLATES: Table<Listed> = Table {
     header: &["NAME", "IMAGE", "CPUS", "MEMORY", "CREATED"],
     row: |template| {
@@ -97,6 +148,7 @@ pub(crate) async fn run(context: &Context, command: Template) -> Result<(), CliE
                 format!("created template {}", made.name)
             })
         }
+        Template::Build(arguments) => build(context, arguments).await,
         Template::List => output.show_list(&client.list_templates().await?, &TEMPLATES),
         Template::Inspect { template } => {
             output.show_facts(&client.inspect_template(&template).await?, describe)
@@ -119,6 +171,7 @@ fn describe(template: &Listed) -> Vec<(&'static str, Cell)> {
         ("cpus", Cell::number(template.cpus)),
         ("memory", mib(template.memory_mb).into()),
         ("disk", template.disk_mb.map_or("as the image".to_owned(), mib).into()),
+        ("starts from", if template.is_warm { "a snapshot" } else { "the image" }.into()),
         ("created", Cell::Time(template.created_at.clone())),
     ];
     facts.extend(template.labels.iter().map(|label| ("label", variable(label))));

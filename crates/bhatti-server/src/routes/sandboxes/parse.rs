@@ -176,6 +176,7 @@ fn of_template(row: TemplateRow) -> SandboxRequest {
         secrets: row.secrets,
         init: row.init,
         image: Some(row.image),
+        snapshot: row.snapshot,
         ..SandboxRequest::default()
     }
 }

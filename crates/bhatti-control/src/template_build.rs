@@ -1,0 +1,445 @@
+//! Templates that are built from steps.
+//!
+//! The steps run in a sandbox, one after the other. After each, the sandbox is saved as a snapshot
+//! that is found by the content of the step and of all before it. So the next build begins after
+//! the last step that is unchanged. At last the start command runs until it is ready, and the
+//! snapshot that is taken then is where the sandboxes of the template begin.
+
+mod files;
+mod session;
+mod steps;
+
+use std::fs::File;
+use std::sync::Arc;
+
+use bhatti_agent::CallError;
+use bhatti_node::UseError;
+use bhatti_store::{SnapshotKind, SnapshotRow, StoreError, TemplateInsertError, TemplateRow};
+use bhatti_types::{
+    CpuCount, DiskMib, Environment, ImageConfig, ImageName, Labels, MemoryMib, Report, SandboxName,
+    TemplateId, TemplateName, UserId,
+};
+use serde_json::json;
+use tokio::task::spawn_blocking;
+use tracing::{info, warn};
+
+use crate::Control;
+use crate::build::{BuildSandbox, LIFETIME, build_name};
+use crate::create::{CreateError, SandboxRequest};
+use crate::image_errors::OperationFailure;
+use crate::images::PullPolicy;
+use crate::operations::{Made, Operation, OperationKind};
+use crate::snapshots::SnapshotOpError;
+
+pub use steps::Step;
+
+use files::StepFiles;
+use session::Session;
+use steps::key;
+
+/// Version of the keys of cached steps.
+const KEYS: &str = "1";
+
+/// Maximum number of a template's steps.
+const STEPS_MAX: usize = 100;
+
+/// Maximum number of a user's cached steps. The oldest go first.
+const CACHED_MAX: usize = 64;
+
+/// A request to build a template.
+#[derive(Clone, Debug)]
+pub struct TemplateBuild {
+    /// The name. A template of the owner with that name is replaced.
+    pub name: TemplateName,
+    /// The template to begin with.
+    pub template: Option<TemplateRow>,
+    /// The image to begin with, if there is no template; the default image if absent.
+    pub image: Option<ImageName>,
+    /// When the image is pulled.
+    pub pull: PullPolicy,
+    /// The steps.
+    pub steps: Vec<Step>,
+    /// The command that runs in the template's sandboxes from their beginning.
+    pub start: Option<String>,
+    /// A command that succeeds when the start command is ready.
+    pub ready: Option<String>,
+    /// The number of vCPUs; one if absent.
+    pub cpus: Option<CpuCount>,
+    /// The memory; 512 MiB if absent.
+    pub memory: Option<MemoryMib>,
+    /// The size of the root disk; that of the image if absent.
+    pub disk: Option<DiskMib>,
+    /// Whether all steps run.
+    pub no_cache: bool,
+}
+
+/// A template could not be built. The owner's templates are unchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateBuildError {
+    /// The engine cannot save sandboxes.
+    #[error("sandboxes of this engine cannot be saved, so templates cannot be built")]
+    CannotSave,
+    /// There are too many steps.
+    #[error("{0} steps are too many: a template has at most {STEPS_MAX}")]
+    TooMany(usize),
+    /// A step or a command is too long, or has a zero byte.
+    #[error("step {0} is longer than 64 KiB, or has a zero byte")]
+    Step(usize),
+    /// A step copies files, and none were sent.
+    #[error("a step copies files, and the request has none")]
+    NoFiles,
+    /// A path of a copy is not valid.
+    #[error("`{0}` is not a path within the files: it is absolute or leads upward")]
+    Path(String),
+    /// The target of a copy is not absolute.
+    #[error("`{0}` is not an absolute path")]
+    Target(String),
+    /// The files have nothing at that path.
+    #[error("the files have no `{0}`")]
+    Missing(String),
+    /// The archive of the files is not valid.
+    #[error("the archive of the files is not valid: {0}")]
+    Archive(String),
+    /// A step failed.
+    #[error("step {number} failed with exit code {code}: {step}")]
+    Failed {
+        /// Its number, from 1 on.
+        number: usize,
+        /// The step.
+        step: String,
+        /// The exit code.
+        code: i32,
+    },
+    /// The start command ended before it was ready.
+    #[error("the start command ended with exit code {0} before it was ready")]
+    Ended(i32),
+    /// The start command was not ready in time.
+    #[error("the start command was not ready after {0} seconds")]
+    NotReady(u64),
+    /// The sandbox could not be created.
+    #[error("failed to create the sandbox of the build")]
+    Create(#[from] CreateError),
+    /// The sandbox was stopped, destroyed, or cannot be used.
+    #[error(transparent)]
+    Use(#[from] UseError),
+    /// The sandbox did not answer.
+    #[error("failed to reach the sandbox of the build")]
+    Guest(#[from] CallError),
+    /// The sandbox could not be saved.
+    #[error("failed to save the sandbox of the build")]
+    Save(#[from] SnapshotOpError),
+    /// The files could not be written to this host's disk.
+    #[error("failed to write the files")]
+    Write(#[from] std::io::Error),
+    /// The template could not be kept.
+    #[error(transparent)]
+    Keep(#[from] TemplateInsertError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<TemplateRow> for Made {
+    fn from(row: TemplateRow) -> Self {
+        Self::Template(Arc::new(row))
+    }
+}
+
+/// Where a build begins: the state after the last unchanged step.
+struct Beginning {
+    sandbox: bhatti_store::SandboxRow,
+    /// The number of steps that are done.
+    done: usize,
+}
+
+impl Control {
+    /// Begins to build a template. `files` is a tar archive of what the steps copy.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the request is not valid, if this host cannot build, or if the owner
+    /// has too many running operations.
+    pub fn build_template(
+        &self,
+        owner: UserId,
+        request: TemplateBuild,
+        files: Option<File>,
+    ) -> Result<Operation, OperationFailure> {
+        self.check_template(&request)?;
+        let id = bhatti_node::random()
+            .map_err(|error| TemplateBuildError::Create(CreateError::Entropy(error)))?;
+        let name = request.name.to_string();
+        let control = self.clone();
+        let work = |operation: Operation| async move {
+            let built = control.built_template(owner, request, files, &operation).await;
+            built.map_err(OperationFailure::Template)
+        };
+        Ok(self.inner.operations.begin(owner, id, (OperationKind::Template, &name), work)?)
+    }
+
+    /// Refuses a request that would fail when its files have been received.
+    ///
+    /// # Errors
+    ///
+    /// Returns the errors of [`build_template`](Self::build_template).
+    pub fn check_template(&self, request: &TemplateBuild) -> Result<(), TemplateBuildError> {
+        if !self.inner.node.capabilities().saves_memory {
+            return Err(TemplateBuildError::CannotSave);
+        }
+        if request.steps.len() > STEPS_MAX {
+            return Err(TemplateBuildError::TooMany(request.steps.len()));
+        }
+        for (number, step) in (1..).zip(&request.steps) {
+            let text = format!("{step:?}");
+            if text.len() > 64 << 10 || text.contains("\\0") {
+                return Err(TemplateBuildError::Step(number));
+            }
+            match step {
+                Step::Copy { to: path, .. } | Step::Workdir(path) if !path.starts_with('/') => {
+                    return Err(TemplateBuildError::Target(path.clone()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn built_template(
+        &self,
+        owner: UserId,
+        request: TemplateBuild,
+        files: Option<File>,
+        operation: &Operation,
+    ) -> Result<TemplateRow, TemplateBuildError> {
+        let turn = self.inner.builds.take(owner).await;
+        let files = files.map(StepFiles::new).map(Arc::new);
+        let base = self.template_base(owner, &request).await?;
+        let keys = step_keys(request.steps.clone(), files.clone(), base.key.clone()).await?;
+        let Beginning { sandbox, done } =
+            self.begin_template(owner, &request, &base, &keys).await?;
+        let id = sandbox.id;
+        let guard = BuildSandbox {
+            control: self.clone(),
+            owner,
+            id,
+            turn: Some(turn),
+            is_destroyed: false,
+        };
+        let mut session = Session { control: self, sandbox, config: base.config, operation, files };
+        let built = session.run(&request, &keys, done).await;
+        let kept = match built {
+            Ok(snapshot) => self.keep_template(owner, request, snapshot).await,
+            Err(error) => Err(error),
+        };
+        guard.destroy().await;
+        kept
+    }
+
+    /// Stores the template of a snapshot, in place of the one of that name.
+    async fn keep_template(
+        &self,
+        owner: UserId,
+        request: TemplateBuild,
+        snapshot: SnapshotRow,
+    ) -> Result<TemplateRow, TemplateBuildError> {
+        let entropy = bhatti_node::random().map_err(CreateError::Entropy)?;
+        let base = request.template;
+        let row = TemplateRow {
+            id: TemplateId::from_entropy(entropy),
+            owner,
+            name: request.name,
+            image: snapshot.image.clone(),
+            cpus: snapshot.cpus,
+            memory: snapshot.memory,
+            disk: snapshot.disk,
+            environment: base
+                .as_ref()
+                .map_or_else(Environment::default, |it| it.environment.clone()),
+            labels: base.as_ref().map_or_else(Labels::default, |it| it.labels.clone()),
+            secrets: base.as_ref().map_or_else(Vec::new, |it| it.secrets.clone()),
+            init: base.map_or_else(String::new, |it| it.init),
+            snapshot: Some(snapshot.id),
+            created_at: String::new(),
+        };
+        match self.inner.store.replace_template(row) {
+            Ok((row, replaced)) => {
+                if let Some(replaced) = replaced {
+                    self.forget_template(&replaced).await;
+                }
+                info!(template = %row.name, "Built a template");
+                self.record(
+                    "template.built",
+                    owner,
+                    None,
+                    json!({ "template": row.name.as_str() }),
+                );
+                Ok(row)
+            }
+            Err(error) => {
+                self.forget_snapshot(&snapshot).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Removes the snapshot of a template that is gone.
+    pub(crate) async fn forget_template(&self, row: &TemplateRow) {
+        let snapshot = row.snapshot.map(|id| self.inner.store.get_snapshot(id));
+        match snapshot {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some(snapshot))) => self.forget_snapshot(&snapshot).await,
+            Some(Err(error)) => {
+                warn!(template = %row.name, error = %Report(&error), "Failed to find a template's snapshot");
+            }
+        }
+    }
+
+    /// Removes a snapshot that nothing uses. The next daemon tries again.
+    async fn forget_snapshot(&self, snapshot: &SnapshotRow) {
+        if let Err(error) = self.remove_snapshot(snapshot).await {
+            warn!(snapshot = %snapshot.id, error = %Report(&error), "Failed to remove an unused snapshot");
+        }
+    }
+
+    /// Removes a user's cached steps of templates, which the user does not see.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub async fn forget_cached_steps(&self, owner: UserId) -> Result<(), StoreError> {
+        self.forget_steps(owner, 0).await.map(drop)
+    }
+
+    /// Removes a user's cached steps, except for the `kept` newest ones. Returns whether there were
+    /// any.
+    pub(crate) async fn forget_steps(
+        &self,
+        owner: UserId,
+        kept: usize,
+    ) -> Result<bool, StoreError> {
+        let snapshots = self.inner.store.list_snapshots(Some(owner))?;
+        let steps = snapshots.into_iter().filter(|it| matches!(it.kind, SnapshotKind::Step(_)));
+        let surplus: Vec<_> = steps.skip(kept).collect();
+        for snapshot in &surplus {
+            self.forget_snapshot(snapshot).await;
+        }
+        Ok(!surplus.is_empty())
+    }
+
+    /// Removes the snapshots of templates that an earlier daemon did not finish.
+    pub(crate) async fn settle_templates(&self) -> Result<(), StoreError> {
+        let store = &self.inner.store;
+        for snapshot in store.list_snapshots(None)? {
+            let is_used = || -> Result<bool, StoreError> {
+                let templates = store.list_templates(snapshot.owner)?;
+                Ok(templates.iter().any(|template| template.snapshot == Some(snapshot.id)))
+            };
+            if snapshot.kind == SnapshotKind::Template && !is_used()? {
+                self.forget_snapshot(&snapshot).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds what a template begins with.
+    async fn template_base(
+        &self,
+        owner: UserId,
+        request: &TemplateBuild,
+    ) -> Result<Base, TemplateBuildError> {
+        let store = &self.inner.store;
+        let snapshot = match request.template.as_ref().and_then(|template| template.snapshot) {
+            Some(id) => Some(store.get_snapshot(id)?.ok_or(CreateError::NoSnapshot)?),
+            None => None,
+        };
+        let mut new = SandboxRequest {
+            cpus: request.cpus,
+            memory: request.memory,
+            disk: request.disk,
+            image: request.image.clone(),
+            pull: request.pull,
+            ..SandboxRequest::default()
+        };
+        if let Some(template) = &request.template {
+            new.cpus = new.cpus.or(Some(template.cpus));
+            new.memory = new.memory.or(Some(template.memory));
+            new.disk = new.disk.or(template.disk);
+            new.image = Some(template.image.clone());
+            new.snapshot = template.snapshot;
+        }
+        let (what, config) = match snapshot {
+            Some(snapshot) => (snapshot.id.to_string(), snapshot.image_config),
+            None => {
+                let found = self.image_of_new(owner, new.image.clone(), new.pull).await;
+                let found = found.map_err(CreateError::Image)?;
+                (new.image, new.pull) = (Some(found.name), PullPolicy::Never);
+                (found.root.to_string(), found.config)
+            }
+        };
+        let capabilities = self.inner.node.capabilities();
+        let shape = format!("{:?} {:?} {:?}", new.cpus, new.memory, new.disk);
+        let texts = [KEYS, capabilities.name, &capabilities.machine, &what, &shape];
+        let key = key(&[&texts[..], &[&format!("{config:?}")]].concat());
+        Ok(Base { key, new, config })
+    }
+
+    /// Creates the sandbox of a build, from the result of the last step that is cached.
+    async fn begin_template(
+        &self,
+        owner: UserId,
+        request: &TemplateBuild,
+        base: &Base,
+        keys: &[String],
+    ) -> Result<Beginning, TemplateBuildError> {
+        let new = |name: SandboxName| SandboxRequest {
+            name: Some(name),
+            keep_hot: true,
+            labels: Labels::of_build(),
+            lifetime: Some(LIFETIME),
+            ..SandboxRequest::default()
+        };
+        let cached = if request.no_cache { 0 } else { keys.len() };
+        for done in (1..=cached).rev() {
+            let Some(step) = self.inner.store.find_step(owner, &keys[done - 1])? else { continue };
+            let snapshot = step.id;
+            match self.create_from_snapshot(owner, step.clone(), new(build_name()?)).await {
+                Ok(sandbox) => return Ok(Beginning { sandbox, done }),
+                Err(CreateError::Quota(quota)) => return Err(CreateError::Quota(quota).into()),
+                Err(error) => {
+                    warn!(%snapshot, error = %Report(&error), "Failed to use a cached step of a template");
+                    self.forget_snapshot(&step).await;
+                }
+            }
+        }
+        let SandboxRequest { name, keep_hot, labels, lifetime, .. } = new(build_name()?);
+        let sandbox = SandboxRequest { name, keep_hot, labels, lifetime, ..base.new.clone() };
+        Ok(Beginning { sandbox: self.create(owner, sandbox).await?, done: 0 })
+    }
+}
+
+/// What a template begins with.
+struct Base {
+    /// The key of the state before the first step.
+    key: String,
+    /// The sandbox to create.
+    new: SandboxRequest,
+    /// The settings of its processes.
+    config: ImageConfig,
+}
+
+/// Returns the key of the state after each step, which began with the state of key `base`.
+async fn step_keys(
+    steps: Vec<Step>,
+    files: Option<Arc<StepFiles>>,
+    base: String,
+) -> Result<Vec<String>, TemplateBuildError> {
+    let keys = spawn_blocking(move || {
+        let mut keys: Vec<String> = Vec::new();
+        for step in &steps {
+            let before = keys.last().unwrap_or(&base);
+            keys.push(step.key(before, files.as_deref())?);
+        }
+        Ok(keys)
+    });
+    keys.await.map_err(std::io::Error::other)?
+}
