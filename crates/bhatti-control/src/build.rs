@@ -23,7 +23,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::time::Duration;
 
-use bhatti_agent::CallError;
 use bhatti_node::UseError;
 use bhatti_store::{Attach, AttachKind, ImageRow, Replace};
 use bhatti_types::{
@@ -36,14 +35,12 @@ use tokio::sync::OwnedMutexGuard;
 use tracing::{info, warn};
 
 use crate::Control;
+use crate::build_errors::BuildError;
 use crate::create::{CreateError, SandboxRequest};
-use crate::image_errors::{ImageError, OperationFailure};
+use crate::image_errors::{DockerfileError, ImageError};
 use crate::image_work::Keeping;
 use crate::images::{PullPolicy, UsableImage};
 use crate::operations::{Operation, OperationKind};
-use crate::volumes::VolumeOpError;
-
-pub use dockerfile::DockerfileError;
 
 use dockerfile::Dockerfile;
 use session::Session;
@@ -89,51 +86,6 @@ pub struct BuildRequest {
     pub memory: Option<MemoryMib>,
     /// The network mode of the sandbox; the host's default if absent.
     pub network: Option<NetworkMode>,
-}
-
-/// An image could not be built. The owner's images are unchanged.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// A step failed.
-    #[error("line {line} of the Dockerfile failed with exit code {code}: {step}")]
-    Step {
-        /// The line.
-        line: usize,
-        /// The step.
-        step: String,
-        /// The exit code of the builder.
-        code: i32,
-    },
-    /// The builder failed outside of a step.
-    #[error("the build failed: {0}")]
-    Builder(String),
-    /// The sandbox could not be created.
-    #[error("failed to create the sandbox of the build")]
-    Create(#[source] Box<CreateError>),
-    /// The volume of the cache could not be made.
-    #[error("failed to make the volume of the build's cache")]
-    Cache(#[from] VolumeOpError),
-    /// The sandbox was stopped, destroyed, or cannot be used.
-    #[error(transparent)]
-    Use(#[from] UseError),
-    /// The sandbox did not answer.
-    #[error("failed to reach the sandbox of the build")]
-    Guest(#[from] CallError),
-    /// The image could not be written to this host's disk.
-    #[error("failed to write the image")]
-    Write(#[from] std::io::Error),
-    /// It is larger than the disk space that its owner has left.
-    #[error("the image has more than the {0} MiB of disk space that its owner has left")]
-    TooLarge(u64),
-    /// The image could not be kept.
-    #[error(transparent)]
-    Image(Box<ImageError>),
-}
-
-impl From<ImageError> for BuildError {
-    fn from(error: ImageError) -> Self {
-        Self::Image(Box::new(error))
-    }
 }
 
 /// An image that a build begins with or copies from.
@@ -259,11 +211,11 @@ impl Control {
         dockerfile: Dockerfile,
         context: File,
         operation: &Operation,
-    ) -> Result<ImageRow, OperationFailure> {
+    ) -> Result<ImageRow, BuildError> {
         // The cache is attached to one sandbox at a time.
         let turn = self.inner.builds.take(owner).await;
         let bases = self.bases(owner, &dockerfile, request.pull, operation).await?;
-        let left = self.disk_left(owner).await?;
+        let left = self.disk_left(owner).await.map_err(ImageError::from)?;
         let id = self.build_sandbox(owner, &request).await?;
         let turn = Some(turn);
         let sandbox = BuildSandbox { control: self.clone(), owner, id, turn, is_destroyed: false };
@@ -279,7 +231,7 @@ impl Control {
             replace: Replace::Yes,
         };
         let made = self.keep_archive(owner, request.name, archive, keeping).await;
-        let made = made.map_err(BuildError::from)?;
+        let made = made?;
         info!(image = %made.name, bytes = made.disk_bytes, "Built an image");
         self.record("image.built", owner, None, json!({ "image": made.name.as_str() }));
         Ok(made)

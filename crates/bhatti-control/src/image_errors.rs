@@ -9,13 +9,11 @@ use bhatti_node::{
 use bhatti_store::{ImageInsertError, StoreError};
 use bhatti_types::{BUILDER_IMAGE, DEFAULT_IMAGE, ImageName, ParseNameError, QuotaExceeded};
 
-use crate::build::{BuildError, DockerfileError};
 use crate::disk_quota::DiskQuotaError;
-use crate::template_build::TemplateBuildError;
 
-/// An operation failed.
+/// An image could not be pulled or pushed.
 #[derive(Debug, thiserror::Error)]
-pub enum OperationFailure {
+pub enum PullFailure {
     /// The name is not that of an image in a registry.
     #[error("{0}")]
     Reference(String),
@@ -31,15 +29,6 @@ pub enum OperationFailure {
         #[source]
         error: PullError,
     },
-    /// A sandbox could not be saved.
-    #[error(transparent)]
-    Save(#[from] SaveError),
-    /// It could not be built.
-    #[error(transparent)]
-    Build(#[from] BuildError),
-    /// The template could not be built.
-    #[error(transparent)]
-    Template(#[from] TemplateBuildError),
     /// It could not be pushed.
     #[error("failed to push `{image}`")]
     Push {
@@ -94,6 +83,27 @@ pub(crate) fn no_room(error: &ImportError, left: Option<u64>) -> Option<String> 
     Some(format!("{complaint}; its owner has {} MiB of disk space left", left >> 20))
 }
 
+/// A Dockerfile that cannot be built.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DockerfileError {
+    /// It is not a valid Dockerfile.
+    #[error("invalid Dockerfile: {0}")]
+    Invalid(String),
+    /// It has no stage of the wanted name.
+    #[error("the Dockerfile has no stage `{0}`")]
+    NoStage(String),
+    /// An argument or a secret has no valid name, or a value that is too long.
+    #[error("invalid {what} `{name}`: {rule}")]
+    Input {
+        /// What it is.
+        what: &'static str,
+        /// Its name.
+        name: String,
+        /// What is allowed.
+        rule: String,
+    },
+}
+
 /// An operation on an image failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -125,7 +135,7 @@ pub enum ImageError {
     Share(String),
     /// It could not be pulled.
     #[error(transparent)]
-    Pull(#[from] Arc<OperationFailure>),
+    Pull(#[from] Arc<PullFailure>),
     /// The pull was canceled.
     #[error("the pull of `{0}` was canceled")]
     Canceled(String),
@@ -203,7 +213,7 @@ impl From<DiskQuotaError> for ImageError {
     }
 }
 
-impl From<DiskQuotaError> for OperationFailure {
+impl From<DiskQuotaError> for PullFailure {
     fn from(error: DiskQuotaError) -> Self {
         match error {
             DiskQuotaError::Quota(quota) => Self::Quota(quota),

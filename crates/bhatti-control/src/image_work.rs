@@ -12,8 +12,9 @@ use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use crate::Control;
-use crate::image_errors::{ImageCommandError, ImageError, OperationFailure, SaveError, no_room};
+use crate::image_errors::{ImageCommandError, ImageError, PullFailure, SaveError, no_room};
 use crate::images::{UsableImage, unix_seconds};
+use crate::operation_errors::OperationFailure;
 use crate::operations::{Made, Operation, OperationKind, OperationState};
 
 /// Removes the files of images that are in no row, after the work on an image and however it ends.
@@ -73,7 +74,10 @@ impl Control {
         let operation = self.pull_image(user, image, None)?;
         match operation.ended().await {
             OperationState::Done(Made::Image(row)) => Ok(row),
-            OperationState::Failed(error) => Err(error.into()),
+            OperationState::Failed(error) => match &*error {
+                OperationFailure::Pull(error) => Err(Arc::clone(error).into()),
+                _ => Err(ImageError::Canceled(image.to_owned())),
+            },
             OperationState::Canceled | OperationState::Running | OperationState::Done(_) => {
                 Err(ImageError::Canceled(image.to_owned()))
             }
@@ -94,7 +98,7 @@ impl Control {
         credentials: Option<Credentials>,
     ) -> Result<Operation, ImageError> {
         let reference: Reference = image.parse().map_err(|error| {
-            Arc::new(OperationFailure::Reference(format!("invalid image `{image}`: {error}")))
+            Arc::new(PullFailure::Reference(format!("invalid image `{image}`: {error}")))
         })?;
         let control = self.clone();
         let whole = reference.to_string();
@@ -105,7 +109,7 @@ impl Control {
             let pulled = control.pull(user, &reference, credentials.as_ref(), progress).await;
             let evicted = pulled.as_ref().map(|image| control.evict_images(image));
             match evicted {
-                Ok(Ok(false)) | Err(OperationFailure::Pull { .. }) => {}
+                Ok(Ok(false)) | Err(PullFailure::Pull { .. }) => {}
                 // The user has no room for what has arrived, or its place was needed.
                 Ok(Ok(true)) | Err(_) => after.leftovers = Leftovers::Go,
                 Ok(Err(error)) => {
@@ -123,7 +127,7 @@ impl Control {
         reference: &Reference,
         credentials: Option<&Credentials>,
         progress: Arc<dyn PullProgress>,
-    ) -> Result<ImageRow, OperationFailure> {
+    ) -> Result<ImageRow, PullFailure> {
         let name: ImageName = reference.to_string().parse()?;
         let node = &self.inner.node;
         let _held = node.hold_images().await;
@@ -132,10 +136,10 @@ impl Control {
         let pulled = node.pull_image(reference, credentials, access, progress).await;
         let pulled = pulled.map_err(|error| {
             match &error {
-                PullError::Build(build) => no_room(build, left).map(OperationFailure::NoRoom),
+                PullError::Build(build) => no_room(build, left).map(PullFailure::NoRoom),
                 _ => None,
             }
-            .unwrap_or_else(|| OperationFailure::Pull { image: reference.to_string(), error })
+            .unwrap_or_else(|| PullFailure::Pull { image: reference.to_string(), error })
         })?;
         let row = ImageRow {
             owner,
@@ -151,9 +155,9 @@ impl Control {
             used_at: unix_seconds(),
         };
         let row = self.keep_image(row, Replace::Yes).await.map_err(|error| match error {
-            ImageError::Quota(quota) => OperationFailure::Quota(quota),
-            ImageError::Store(error) => OperationFailure::Store(error),
-            error => OperationFailure::Reference(error.to_string()),
+            ImageError::Quota(quota) => PullFailure::Quota(quota),
+            ImageError::Store(error) => PullFailure::Store(error),
+            error => PullFailure::Reference(error.to_string()),
         })?;
         info!(image = %row.name, source = row.source, bytes = row.disk_bytes, "Pulled an image");
         let detail = json!({ "image": row.name.as_str(), "source": row.source });
@@ -326,7 +330,7 @@ impl Control {
                 let started = control.start(owner, &row.id.to_string(), false).await;
                 started.map_err(SaveError::Use)?;
             }
-            Ok(control.save(owner, &row, name, left).await?)
+            control.save(owner, &row, name, left).await
         };
         Ok(self.inner.operations.join_or_begin(owner, id, (OperationKind::Save, &text), work)?)
     }
@@ -380,7 +384,7 @@ impl Control {
         credentials: Option<Credentials>,
     ) -> Result<Operation, ImageError> {
         let (row, manifest) = self.image_with_layers(user, image)?;
-        let refused = |why: String| Arc::new(OperationFailure::Reference(why));
+        let refused = |why: String| Arc::new(PullFailure::Reference(why));
         let reference: Reference = reference
             .parse()
             .map_err(|error| refused(format!("invalid image `{reference}`: {error}")))?;
@@ -394,11 +398,11 @@ impl Control {
             let _held = node.hold_images().await;
             let pushed =
                 node.push_image(&manifest, &reference, credentials.as_ref(), Arc::new(operation));
-            let failed = |error| OperationFailure::Push { image: reference.to_string(), error };
+            let failed = |error| PullFailure::Push { image: reference.to_string(), error };
             pushed.await.map_err(failed)?;
             let detail = json!({ "image": row.name.as_str(), "to": reference.to_string() });
             control.record("image.pushed", user, None, detail);
-            Ok(row)
+            Ok::<_, PullFailure>(row)
         };
         let id = bhatti_node::random()?;
         Ok(self.inner.operations.join_or_begin(user, id, (OperationKind::Push, &whole), work)?)

@@ -12,6 +12,7 @@
 //! ```
 
 mod build;
+mod build_errors;
 mod catalog;
 mod create;
 mod disk_quota;
@@ -21,6 +22,7 @@ mod image_errors;
 mod image_work;
 mod images;
 mod networks;
+mod operation_errors;
 mod operation_log;
 mod operations;
 mod sandboxes;
@@ -40,18 +42,20 @@ use bhatti_types::{Allowance, NetworkMode, SandboxId, UserId};
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 
-pub use build::{BuildError, BuildRequest, DOCKERFILE_BYTES_MAX, DockerfileError};
+pub use build::{BuildRequest, DOCKERFILE_BYTES_MAX};
+pub use build_errors::{BuildError, TemplateBuildError};
 pub use create::{CreateError, FileRequest, SandboxRequest};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
-pub use image_errors::{ImageCommandError, ImageError, OperationFailure, SaveError};
+pub use image_errors::{DockerfileError, ImageCommandError, ImageError, PullFailure, SaveError};
 pub use images::{PullPolicy, UsableImage};
 pub use networks::NetworkError;
+pub use operation_errors::OperationFailure;
 pub use operation_log::LogPart;
 pub use operations::{LayerProgress, Made, Operation, OperationKind, OperationState};
 pub use sandboxes::EditError;
 pub use secrets::{SecretError, seal_context};
 pub use snapshots::{ResumeRequest, SnapshotOpError};
-pub use template_build::{Step, TemplateBuild, TemplateBuildError};
+pub use template_build::{Step, TemplateBuild};
 pub use volumes::{VolumeInfo, VolumeOpError};
 
 use disk_quota::Reservations;

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use crate::image_errors::OperationFailure;
+use crate::operation_errors::OperationFailure;
 use crate::operation_log::{LogPart, OperationLog};
 
 /// Maximum number of a user's operations that run at once.
@@ -220,7 +220,7 @@ impl Operations {
     /// # Errors
     ///
     /// Returns an error if the owner has too many running operations.
-    pub(crate) fn join_or_begin<F, T>(
+    pub(crate) fn join_or_begin<F, T, E>(
         &self,
         owner: UserId,
         id: [u8; 8],
@@ -228,8 +228,9 @@ impl Operations {
         work: impl FnOnce(Operation) -> F,
     ) -> Result<Operation, QuotaExceeded>
     where
-        F: Future<Output = Result<T, OperationFailure>> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send + 'static,
         T: Into<Made>,
+        E: Into<OperationFailure>,
     {
         let mut all = self.0.lock();
         let own = all.entry(owner).or_default();
@@ -246,7 +247,7 @@ impl Operations {
     /// # Errors
     ///
     /// Returns an error if the owner has too many running operations.
-    pub(crate) fn begin<F, T>(
+    pub(crate) fn begin<F, T, E>(
         &self,
         owner: UserId,
         id: [u8; 8],
@@ -254,8 +255,9 @@ impl Operations {
         work: impl FnOnce(Operation) -> F,
     ) -> Result<Operation, QuotaExceeded>
     where
-        F: Future<Output = Result<T, OperationFailure>> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send + 'static,
         T: Into<Made>,
+        E: Into<OperationFailure>,
     {
         let mut all = self.0.lock();
         let own = all.entry(owner).or_default();
@@ -283,7 +285,7 @@ impl Operations {
         let task = tokio::spawn(async move {
             done.end(match work.await {
                 Ok(made) => OperationState::Done(made.into()),
-                Err(error) => OperationState::Failed(Arc::new(error)),
+                Err(error) => OperationState::Failed(Arc::new(error.into())),
             });
         });
         *operation.0.task.lock() = Some(task.abort_handle());
@@ -327,7 +329,7 @@ mod tests {
     }
 
     fn failure() -> OperationFailure {
-        OperationFailure::Reference("no reference".to_owned())
+        crate::image_errors::PullFailure::Reference("no reference".to_owned()).into()
     }
 
     #[tokio::test]

@@ -12,9 +12,7 @@ mod steps;
 use std::fs::File;
 use std::sync::Arc;
 
-use bhatti_agent::CallError;
-use bhatti_node::UseError;
-use bhatti_store::{SnapshotKind, SnapshotRow, StoreError, TemplateInsertError, TemplateRow};
+use bhatti_store::{SnapshotKind, SnapshotRow, StoreError, TemplateRow};
 use bhatti_types::{
     CpuCount, DiskMib, Environment, ImageConfig, ImageName, Labels, MemoryMib, Report, SandboxName,
     TemplateId, TemplateName, UserId,
@@ -25,11 +23,11 @@ use tracing::{info, warn};
 
 use crate::Control;
 use crate::build::{BuildSandbox, LIFETIME, build_name};
+use crate::build_errors::{STEPS_MAX, TemplateBuildError};
 use crate::create::{CreateError, SandboxRequest};
-use crate::image_errors::OperationFailure;
 use crate::images::PullPolicy;
+use crate::operation_errors::OperationFailure;
 use crate::operations::{Made, Operation, OperationKind};
-use crate::snapshots::SnapshotOpError;
 
 pub use steps::Step;
 
@@ -39,9 +37,6 @@ use steps::key;
 
 /// Version of the keys of cached steps.
 const KEYS: &str = "1";
-
-/// Maximum number of a template's steps.
-const STEPS_MAX: usize = 100;
 
 /// Maximum number of a user's cached steps. The oldest go first.
 const CACHED_MAX: usize = 64;
@@ -71,72 +66,6 @@ pub struct TemplateBuild {
     pub disk: Option<DiskMib>,
     /// Whether all steps run.
     pub no_cache: bool,
-}
-
-/// A template could not be built. The owner's templates are unchanged.
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateBuildError {
-    /// The engine cannot save sandboxes.
-    #[error("sandboxes of this engine cannot be saved, so templates cannot be built")]
-    CannotSave,
-    /// There are too many steps.
-    #[error("{0} steps are too many: a template has at most {STEPS_MAX}")]
-    TooMany(usize),
-    /// A step or a command is too long, or has a zero byte.
-    #[error("step {0} is longer than 64 KiB, or has a zero byte")]
-    Step(usize),
-    /// A step copies files, and none were sent.
-    #[error("a step copies files, and the request has none")]
-    NoFiles,
-    /// A path of a copy is not valid.
-    #[error("`{0}` is not a path within the files: it is absolute or leads upward")]
-    Path(String),
-    /// The target of a copy is not absolute.
-    #[error("`{0}` is not an absolute path")]
-    Target(String),
-    /// The files have nothing at that path.
-    #[error("the files have no `{0}`")]
-    Missing(String),
-    /// The archive of the files is not valid.
-    #[error("the archive of the files is not valid: {0}")]
-    Archive(String),
-    /// A step failed.
-    #[error("step {number} failed with exit code {code}: {step}")]
-    Failed {
-        /// Its number, from 1 on.
-        number: usize,
-        /// The step.
-        step: String,
-        /// The exit code.
-        code: i32,
-    },
-    /// The start command ended before it was ready.
-    #[error("the start command ended with exit code {0} before it was ready")]
-    Ended(i32),
-    /// The start command was not ready in time.
-    #[error("the start command was not ready after {0} seconds")]
-    NotReady(u64),
-    /// The sandbox could not be created.
-    #[error("failed to create the sandbox of the build")]
-    Create(#[from] CreateError),
-    /// The sandbox was stopped, destroyed, or cannot be used.
-    #[error(transparent)]
-    Use(#[from] UseError),
-    /// The sandbox did not answer.
-    #[error("failed to reach the sandbox of the build")]
-    Guest(#[from] CallError),
-    /// The sandbox could not be saved.
-    #[error("failed to save the sandbox of the build")]
-    Save(#[from] SnapshotOpError),
-    /// The files could not be written to this host's disk.
-    #[error("failed to write the files")]
-    Write(#[from] std::io::Error),
-    /// The template could not be kept.
-    #[error(transparent)]
-    Keep(#[from] TemplateInsertError),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }
 
 impl From<TemplateRow> for Made {
@@ -171,8 +100,7 @@ impl Control {
         let name = request.name.to_string();
         let control = self.clone();
         let work = |operation: Operation| async move {
-            let built = control.built_template(owner, request, files, &operation).await;
-            built.map_err(OperationFailure::Template)
+            control.built_template(owner, request, files, &operation).await
         };
         Ok(self.inner.operations.begin(owner, id, (OperationKind::Template, &name), work)?)
     }

@@ -2,7 +2,8 @@
 //!
 //! `scripts/test.sh` builds the programs and the images first; tests find them through [`dist`] and
 //! [`images`]. Each test has its own daemon on its own data directory, which shares the images with
-//! all others unless the test makes images ([`own_images`]). Dropping a [`TestDaemon`] removes everything that its test has left.
+//! all others unless the test makes images ([`own_images`]). Dropping a [`TestDaemon`] removes
+//! everything that its test has left.
 
 pub mod conformance;
 mod daemon;
@@ -87,8 +88,8 @@ pub fn images() -> PathBuf {
     path.canonicalize().expect("a directory that exists has a path")
 }
 
-/// Makes a directory whose `images` is a copy of [`images`], for a test that makes images of its own.
-/// The files are links: what changes a file there replaces it.
+/// Makes a directory whose `images` is a copy of [`images`], for a test that makes images of its
+/// own. The files are links: what changes a file there replaces it.
 ///
 /// # Panics
 ///

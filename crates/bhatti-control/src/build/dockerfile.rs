@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use parse_dockerfile::{ArgInstruction, Flag, FromInstruction, Instruction, Stage};
 
 use super::expand::{assignments, expand};
+use crate::image_errors::DockerfileError;
 
 /// A Dockerfile as far as a build needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,27 +19,6 @@ pub(crate) struct Dockerfile {
     pub(crate) bases: BTreeMap<String, String>,
     /// The lines of the steps of each stage, from 1 on.
     lines: Vec<Vec<usize>>,
-}
-
-/// A Dockerfile that cannot be built.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DockerfileError {
-    /// It is not a valid Dockerfile.
-    #[error("invalid Dockerfile: {0}")]
-    Invalid(String),
-    /// It has no stage of the wanted name.
-    #[error("the Dockerfile has no stage `{0}`")]
-    NoStage(String),
-    /// An argument or a secret has no valid name, or a value that is too long.
-    #[error("invalid {what} `{name}`: {rule}")]
-    Input {
-        /// What it is.
-        what: &'static str,
-        /// Its name.
-        name: String,
-        /// What is allowed.
-        rule: String,
-    },
 }
 
 impl Dockerfile {

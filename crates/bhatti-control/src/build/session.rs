@@ -11,8 +11,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::dockerfile::Dockerfile;
 use super::progress::Progress;
-use super::{Base, BuildError, BuildRequest, BuildSandbox};
+use super::{Base, BuildRequest, BuildSandbox};
 use crate::Control;
+use crate::build_errors::BuildError;
 use crate::operations::Operation;
 
 /// Prepares the sandbox. The cache is emptied if it is nearly full, or if Buildah cannot use it.

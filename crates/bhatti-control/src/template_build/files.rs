@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use tar::{Archive, Builder, EntryType};
 
-use super::TemplateBuildError;
+use crate::build_errors::TemplateBuildError;
 
 /// Maximum number of entries of the archive.
 const ENTRIES_MAX: usize = 200_000;

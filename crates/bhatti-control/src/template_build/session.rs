@@ -13,8 +13,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::warn;
 
 use super::files::StepFiles;
-use super::{CACHED_MAX, Step, TemplateBuild, TemplateBuildError};
+use super::{CACHED_MAX, Step, TemplateBuild};
 use crate::Control;
+use crate::build_errors::TemplateBuildError;
 use crate::create::CreateError;
 use crate::operations::Operation;
 use crate::snapshots::SnapshotOpError;

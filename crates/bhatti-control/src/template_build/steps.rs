@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use bhatti_types::ImageConfig;
 
-use super::TemplateBuildError;
 use super::files::StepFiles;
+use crate::build_errors::TemplateBuildError;
 
 /// A step of a template.
 #[derive(Clone, Debug, PartialEq, Eq)]

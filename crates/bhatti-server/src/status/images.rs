@@ -2,8 +2,8 @@
 
 use bhatti_api::ErrorCode;
 use bhatti_control::{
-    BuildError, CreateError, ImageCommandError, ImageError, OperationFailure, SaveError,
-    SnapshotOpError, TemplateBuildError,
+    BuildError, CreateError, ImageCommandError, ImageError, OperationFailure, PullFailure,
+    SaveError, SnapshotOpError, TemplateBuildError,
 };
 use bhatti_node::{ImageFilesError, ImportError, PullError, RegistryError, RemoveError};
 use bhatti_store::TemplateInsertError;
@@ -29,7 +29,7 @@ impl From<ImageError> for ApiError {
             ImageError::Sandbox(error) => error.into(),
             ImageError::Share(_) => Self::new(ErrorCode::NotFound, text),
             ImageError::Canceled(_) => Self::new(ErrorCode::PullFailed, text),
-            ImageError::Pull(error) => operation_failure(&error),
+            ImageError::Pull(error) => pull_failure(&error),
             ImageError::NoRoom(_) => no_room(text),
             ImageError::Dockerfile(_) => Self::new(ErrorCode::BadRequest, text),
             ImageError::NoBuilder => Self::new(ErrorCode::NotSetUp, text)
@@ -65,20 +65,26 @@ impl From<ImageCommandError> for ApiError {
     }
 }
 
-/// Returns the error of a pull.
+/// Returns the error of an operation.
 pub(crate) fn operation_failure(error: &OperationFailure) -> ApiError {
-    let failed = |code| ApiError::new(code, error.to_string());
     match error {
-        // No registry can have an image of that name.
-        OperationFailure::Reference(_) | OperationFailure::Name(_) => failed(ErrorCode::NotFound),
+        OperationFailure::Pull(error) => pull_failure(error),
         OperationFailure::Save(error) => save_error(error),
         OperationFailure::Build(error) => build_error(error),
         OperationFailure::Template(error) => template_error(error),
-        OperationFailure::NoRoom(complaint) => no_room(complaint.clone()),
         OperationFailure::Quota(quota) => quota.clone().into(),
-        OperationFailure::Store(error) => ApiError::internal(error),
-        OperationFailure::Pull { error: cause, .. }
-        | OperationFailure::Push { error: cause, .. } => {
+    }
+}
+
+fn pull_failure(error: &PullFailure) -> ApiError {
+    let failed = |code| ApiError::new(code, error.to_string());
+    match error {
+        // No registry can have an image of that name.
+        PullFailure::Reference(_) | PullFailure::Name(_) => failed(ErrorCode::NotFound),
+        PullFailure::NoRoom(complaint) => no_room(complaint.clone()),
+        PullFailure::Quota(quota) => quota.clone().into(),
+        PullFailure::Store(error) => ApiError::internal(error),
+        PullFailure::Pull { error: cause, .. } | PullFailure::Push { error: cause, .. } => {
             let refused = pull_error(cause);
             ApiError { message: format!("{error}: {}", refused.message), ..refused }
         }
@@ -103,7 +109,7 @@ fn of_made(error: &ImageError) -> ApiError {
         ImageError::Quota(quota) => quota.clone().into(),
         ImageError::NameTaken(_) => ApiError::new(ErrorCode::NameTaken, error.to_string()),
         ImageError::Import(import) if import.is_disk_full() => disk_full(),
-        ImageError::Pull(error) => operation_failure(error),
+        ImageError::Pull(error) => pull_failure(error),
         ImageError::NotFound(_) => ApiError::new(ErrorCode::NotFound, error.to_string()),
         ImageError::NoLayers(_) => ApiError::new(ErrorCode::BadRequest, error.to_string())
             .hint("begin with an image of a registry, or with one that was imported or saved"),

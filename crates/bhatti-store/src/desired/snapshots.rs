@@ -218,8 +218,8 @@ impl Store {
         })
     }
 
-    /// Returns the snapshots of `owner`, or of all users, of every kind, newest first. Damaged rows are logged
-    /// and skipped.
+    /// Returns the snapshots of `owner`, or of all users, of every kind, newest first. Damaged rows
+    /// are logged and skipped.
     ///
     /// # Errors
     ///

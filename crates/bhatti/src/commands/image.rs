@@ -25,7 +25,7 @@ pub(crate) enum Image {
         /// Name of the image
         image: String,
     },
-    /// Build an image from a Dockerfile in a sandbox, or from Debian packages on the daemon's machine
+    /// Build an image from a Dockerfile, in a sandbox
     #[command(
         after_help = "Examples:\n  bhatti image build -t web .\n  bhatti image build -t web --build-arg VERSION=2 --secret id=token,src=token.txt .\n  bhatti image build -t node --package nodejs --package npm\n\nA build runs in a sandbox of its own; `bhatti setup --builder` makes what it needs.\nIts results are kept in your volume `build-cache`, so that the next build runs changed steps only.\nThe daemon pulls the images that the Dockerfile names. Files that .dockerignore names are not sent.\nCtrl+C cancels the build."
     )]

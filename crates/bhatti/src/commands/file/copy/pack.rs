@@ -6,9 +6,9 @@ use std::path::Path;
 
 use tar::{Archive, Builder, EntryType};
 
-/// Writes a tree as a tar archive, with links as links. Leaves out what is not wanted: `wanted` gets
-/// a path and whether it is a directory. Returns the paths of the sockets, pipes and devices, which
-/// an archive for a sandbox cannot have.
+/// Writes a tree as a tar archive, with links as links. Leaves out what is not wanted: `wanted`
+/// gets a path and whether it is a directory. Returns the paths of the sockets, pipes and devices,
+/// which an archive for a sandbox cannot have.
 pub(crate) fn pack(
     directory: &Path,
     writer: impl Write,
