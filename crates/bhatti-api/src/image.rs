@@ -90,6 +90,34 @@ impl std::fmt::Debug for RegistryLogin {
     }
 }
 
+/// Stores a login at a registry.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetRegistryLogin {
+    /// Registry, such as `docker.io` or `registry.example.com:5000`.
+    #[schema(min_length = 1, max_length = 200)]
+    pub registry: String,
+    /// User name.
+    #[schema(min_length = 1)]
+    pub username: String,
+    /// Password or token. No request returns it.
+    #[schema(min_length = 1)]
+    pub password: String,
+}
+
+/// A login at a registry, without its password.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StoredLogin {
+    /// Registry.
+    pub registry: String,
+    /// User name; empty if it cannot be read.
+    pub username: String,
+    /// Time at which the login was first stored (RFC 3339).
+    pub created_at: String,
+    /// Time at which the login was last stored (RFC 3339).
+    pub updated_at: String,
+}
+
 /// Pulls an image from its registry.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -97,7 +125,7 @@ pub struct PullImage {
     /// Image, such as `python:3.12-slim` or `registry.example.com/team/app@sha256:…`.
     #[schema(min_length = 1, max_length = 200)]
     pub image: String,
-    /// Login at the registry [default: none].
+    /// Login at the registry [default: the stored one, if there is any].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub login: Option<RegistryLogin>,
 }
@@ -111,7 +139,7 @@ pub struct PushImage {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 200)]
     pub to: Option<String>,
-    /// Login at the registry [default: none].
+    /// Login at the registry [default: the stored one, if there is any].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub login: Option<RegistryLogin>,
 }

@@ -34,7 +34,7 @@ pub use health::Health;
 pub use image::{
     BuildForm, BuildImage, CONTENT_BYTES_MAX as IMAGE_BYTES_MAX, Image, ImageSettings,
     LayerProgress, Operation, OperationError, PrunedImages, PullImage, PushImage, RegistryLogin,
-    SaveImage, TagImage,
+    SaveImage, SetRegistryLogin, StoredLogin, TagImage,
 };
 pub use key::{ApiKey, CreateKey, CreatedKey, KeyScope};
 pub use port::{Port, Publication, PublishPort};

@@ -1,7 +1,8 @@
 //! Images.
 
 use bhatti_api::{
-    BuildImage, Deleted, Image, Operation, PrunedImages, PullImage, PushImage, SaveImage, TagImage,
+    BuildImage, Deleted, Image, Operation, PrunedImages, PullImage, PushImage, SaveImage,
+    SetRegistryLogin, StoredLogin, TagImage,
 };
 use http::Method;
 
@@ -44,6 +45,36 @@ impl Client {
     /// Returns an error if the call fails.
     pub async fn pull_image(&self, request: &PullImage) -> Result<Operation, ClientError> {
         self.post("/images/pull", Some(request)).await
+    }
+
+    /// The caller's logins at registries, without their passwords.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn list_registry_logins(&self) -> Result<Vec<StoredLogin>, ClientError> {
+        self.get("/registry-logins").await
+    }
+
+    /// Stores a login at a registry, after the registry has accepted it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn set_registry_login(
+        &self,
+        request: &SetRegistryLogin,
+    ) -> Result<StoredLogin, ClientError> {
+        self.post("/registry-logins", Some(request)).await
+    }
+
+    /// Deletes a login at a registry.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn delete_registry_login(&self, registry: &str) -> Result<Deleted, ClientError> {
+        self.delete(&segment_path("/registry-logins/", registry, "")).await
     }
 
     /// Begins to build an image from a Dockerfile and a tar archive of its context.

@@ -21,10 +21,11 @@ mod session;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_node::UseError;
-use bhatti_store::{Attach, AttachKind, ImageRow, Replace};
+use bhatti_store::{Attach, AttachKind, ImageRow, Replace, SandboxRow, SnapshotRow};
 use bhatti_types::{
     BUILDER_IMAGE, CpuCount, ImageName, Labels, MemoryMib, NetworkMode, Report, SandboxId,
     SandboxName, UserId,
@@ -103,16 +104,52 @@ pub(crate) fn build_name() -> Result<SandboxName, CreateError> {
 
 /// Destroys the sandbox of a build, however the build ends.
 pub(crate) struct BuildSandbox {
-    pub(crate) control: Control,
-    pub(crate) owner: UserId,
-    pub(crate) id: SandboxId,
+    control: Control,
+    owner: UserId,
+    id: SandboxId,
     /// The next build of the owner waits until the cache is free. A build of an earlier daemon has
     /// no turn.
-    pub(crate) turn: Option<OwnedMutexGuard<()>>,
-    pub(crate) is_destroyed: bool,
+    turn: Option<Turn>,
+    is_destroyed: bool,
+}
+
+/// The turn of an owner's build.
+pub(crate) type Turn = Arc<OwnedMutexGuard<()>>;
+
+/// What the sandbox of a build is created from.
+pub(crate) enum CreateFrom {
+    /// The image of the request, or its snapshot.
+    Image(SandboxRequest),
+    /// This snapshot.
+    Snapshot(Box<SnapshotRow>, SandboxRequest),
 }
 
 impl BuildSandbox {
+    /// Creates a sandbox for a build whose turn this is.
+    ///
+    /// # Cancel safety
+    ///
+    /// A creation that has begun continues, and its sandbox is then destroyed.
+    pub(crate) async fn create(
+        control: &Control,
+        owner: UserId,
+        turn: Turn,
+        from: CreateFrom,
+    ) -> Result<(Self, SandboxRow), CreateError> {
+        let control = control.clone();
+        let created = tokio::spawn(async move {
+            let row = match from {
+                CreateFrom::Image(request) => control.create(owner, request).await,
+                CreateFrom::Snapshot(snapshot, request) => {
+                    control.create_from_snapshot(owner, *snapshot, request).await
+                }
+            }?;
+            let (id, turn) = (row.id, Some(turn));
+            Ok((Self { control, owner, id, turn, is_destroyed: false }, row))
+        });
+        created.await.map_err(|_| CreateError::Interrupted)?
+    }
+
     /// Destroys the sandbox now.
     pub(crate) async fn destroy(mut self) {
         destroy(self.control.clone(), self.owner, self.id).await;
@@ -213,12 +250,11 @@ impl Control {
         operation: &Operation,
     ) -> Result<ImageRow, BuildError> {
         // The cache is attached to one sandbox at a time.
-        let turn = self.inner.builds.take(owner).await;
+        let turn = Arc::new(self.inner.builds.take(owner).await);
         let bases = self.bases(owner, &dockerfile, request.pull, operation).await?;
         let left = self.disk_left(owner).await.map_err(ImageError::from)?;
-        let id = self.build_sandbox(owner, &request).await?;
-        let turn = Some(turn);
-        let sandbox = BuildSandbox { control: self.clone(), owner, id, turn, is_destroyed: false };
+        let new = self.build_sandbox(owner, &request).await?;
+        let (sandbox, _) = BuildSandbox::create(self, owner, turn, CreateFrom::Image(new)).await?;
         let session = Session { sandbox: &sandbox, operation };
         let built = session.run(&request, &dockerfile, context, &bases).await;
         sandbox.destroy().await;
@@ -276,15 +312,16 @@ impl Control {
         }
     }
 
+    /// Returns the sandbox to create for a build, whose cache is made if it is missing.
     async fn build_sandbox(
         &self,
         owner: UserId,
         request: &BuildRequest,
-    ) -> Result<SandboxId, BuildError> {
+    ) -> Result<SandboxRequest, BuildError> {
         let volume = self.build_cache(owner).await?;
         let failed = |error: CreateError| BuildError::Create(Box::new(error));
         let mount = cache::MOUNT.parse().map_err(|_| BuildError::Builder("no mount".to_owned()))?;
-        let wanted = SandboxRequest {
+        Ok(SandboxRequest {
             name: Some(build_name().map_err(failed)?),
             cpus: request.cpus.or_else(|| CpuCount::try_from(CPUS).ok()),
             memory: request.memory.or_else(|| MemoryMib::try_from(MEMORY_MIB).ok()),
@@ -300,8 +337,7 @@ impl Control {
                 kind: AttachKind::Named { read_only: false },
             }],
             ..SandboxRequest::default()
-        };
-        Ok(self.create(owner, wanted).await.map_err(failed)?.id)
+        })
     }
 
     /// Destroys the sandboxes of builds that an earlier daemon ran.

@@ -51,6 +51,12 @@ pub enum BuildError {
     Image(Box<ImageError>),
 }
 
+impl From<CreateError> for BuildError {
+    fn from(error: CreateError) -> Self {
+        Self::Create(Box::new(error))
+    }
+}
+
 impl From<ImageError> for BuildError {
     fn from(error: ImageError) -> Self {
         Self::Image(Box::new(error))
@@ -69,6 +75,9 @@ pub enum TemplateBuildError {
     /// A step or a command is too long, or has a zero byte.
     #[error("step {0} is longer than 64 KiB, or has a zero byte")]
     Step(usize),
+    /// The start or the ready command is too long, or has a zero byte.
+    #[error("the start or the ready command is longer than 64 KiB, or has a zero byte")]
+    Command,
     /// A step copies files, and none were sent.
     #[error("a step copies files, and the request has none")]
     NoFiles,

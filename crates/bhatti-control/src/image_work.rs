@@ -103,6 +103,7 @@ impl Control {
         let control = self.clone();
         let whole = reference.to_string();
         let id = bhatti_node::random()?;
+        let credentials = credentials.or_else(|| self.login_of(user, reference.registry()));
         let work = |operation: Operation| async move {
             let mut after = Collection { control: control.clone(), leftovers: Leftovers::Stay };
             let progress: Arc<dyn PullProgress> = Arc::new(operation);
@@ -393,6 +394,7 @@ impl Control {
         }
         let whole = reference.to_string();
         let control = self.clone();
+        let credentials = credentials.or_else(|| self.login_of(user, reference.registry()));
         let work = |operation: Operation| async move {
             let node = &control.inner.node;
             let _held = node.hold_images().await;

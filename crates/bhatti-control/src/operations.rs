@@ -22,6 +22,9 @@ use crate::operation_log::{LogPart, OperationLog};
 /// Maximum number of a user's operations that run at once.
 const RUNNING_MAX: u32 = 8;
 
+/// Number of operations that builds leave to their own pulls.
+const PULLS_OF_BUILDS: u32 = 2;
+
 /// Number of a user's ended operations that are remembered.
 const ENDED_MAX: usize = 32;
 
@@ -263,9 +266,13 @@ impl Operations {
         let own = all.entry(owner).or_default();
         let running = own.iter().filter(|operation| operation.runs());
         let used = u32::try_from(running.count()).unwrap_or(u32::MAX);
-        if used >= RUNNING_MAX {
-            let what = "running operation";
-            return Err(QuotaExceeded::Count { what, used, max: RUNNING_MAX });
+        // A build pulls the images that it begins with.
+        let max = match kind {
+            OperationKind::Build | OperationKind::Template => RUNNING_MAX - PULLS_OF_BUILDS,
+            OperationKind::Pull | OperationKind::Push | OperationKind::Save => RUNNING_MAX,
+        };
+        if used >= max {
+            return Err(QuotaExceeded::Count { what: "running operation", used, max });
         }
         let operation = Operation(Arc::new(Inner {
             id: format!("{:016x}", u64::from_be_bytes(id)),

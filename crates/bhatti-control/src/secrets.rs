@@ -75,6 +75,16 @@ impl Secrets {
         Self { key, store }
     }
 
+    /// Encrypts a value for a context.
+    pub(crate) fn seal(&self, context: &str, plain: &[u8]) -> Result<Vec<u8>, SealError> {
+        self.key.seal(context, plain)
+    }
+
+    /// Decrypts a value that was sealed for this context.
+    pub(crate) fn unseal(&self, context: &str, sealed: &[u8]) -> Result<Vec<u8>, UnsealError> {
+        self.key.unseal(context, sealed)
+    }
+
     /// Returns the values of secrets, by name.
     pub(crate) fn read(
         &self,

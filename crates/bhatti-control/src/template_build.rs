@@ -22,7 +22,7 @@ use tokio::task::spawn_blocking;
 use tracing::{info, warn};
 
 use crate::Control;
-use crate::build::{BuildSandbox, LIFETIME, build_name};
+use crate::build::{BuildSandbox, CreateFrom, LIFETIME, Turn, build_name};
 use crate::build_errors::{STEPS_MAX, TemplateBuildError};
 use crate::create::{CreateError, SandboxRequest};
 use crate::images::PullPolicy;
@@ -37,6 +37,9 @@ use steps::key;
 
 /// Version of the keys of cached steps.
 const KEYS: &str = "1";
+
+/// Maximum length of a step, in bytes.
+const STEP_BYTES_MAX: usize = 64 << 10;
 
 /// Maximum number of a user's cached steps. The oldest go first.
 const CACHED_MAX: usize = 64;
@@ -76,6 +79,7 @@ impl From<TemplateRow> for Made {
 
 /// Where a build begins: the state after the last unchanged step.
 struct Beginning {
+    guard: BuildSandbox,
     sandbox: bhatti_store::SandboxRow,
     /// The number of steps that are done.
     done: usize,
@@ -117,9 +121,15 @@ impl Control {
         if request.steps.len() > STEPS_MAX {
             return Err(TemplateBuildError::TooMany(request.steps.len()));
         }
+        for command in request.start.iter().chain(&request.ready) {
+            if command.len() > STEP_BYTES_MAX || command.contains('\0') {
+                return Err(TemplateBuildError::Command);
+            }
+        }
         for (number, step) in (1..).zip(&request.steps) {
-            let text = format!("{step:?}");
-            if text.len() > 64 << 10 || text.contains("\\0") {
+            let texts = step.texts();
+            let bytes: usize = texts.iter().map(|text| text.len()).sum();
+            if bytes > STEP_BYTES_MAX || texts.iter().any(|text| text.contains('\0')) {
                 return Err(TemplateBuildError::Step(number));
             }
             match step {
@@ -139,20 +149,12 @@ impl Control {
         files: Option<File>,
         operation: &Operation,
     ) -> Result<TemplateRow, TemplateBuildError> {
-        let turn = self.inner.builds.take(owner).await;
+        let turn = Arc::new(self.inner.builds.take(owner).await);
         let files = files.map(StepFiles::new).map(Arc::new);
         let base = self.template_base(owner, &request).await?;
         let keys = step_keys(request.steps.clone(), files.clone(), base.key.clone()).await?;
-        let Beginning { sandbox, done } =
-            self.begin_template(owner, &request, &base, &keys).await?;
-        let id = sandbox.id;
-        let guard = BuildSandbox {
-            control: self.clone(),
-            owner,
-            id,
-            turn: Some(turn),
-            is_destroyed: false,
-        };
+        let Beginning { guard, sandbox, done } =
+            self.begin_template(owner, &request, &base, &keys, turn).await?;
         let mut session = Session { control: self, sandbox, config: base.config, operation, files };
         let built = session.run(&request, &keys, done).await;
         let kept = match built {
@@ -318,6 +320,7 @@ impl Control {
         request: &TemplateBuild,
         base: &Base,
         keys: &[String],
+        turn: Turn,
     ) -> Result<Beginning, TemplateBuildError> {
         let new = |name: SandboxName| SandboxRequest {
             name: Some(name),
@@ -330,18 +333,21 @@ impl Control {
         for done in (1..=cached).rev() {
             let Some(step) = self.inner.store.find_step(owner, &keys[done - 1])? else { continue };
             let snapshot = step.id;
-            match self.create_from_snapshot(owner, step.clone(), new(build_name()?)).await {
-                Ok(sandbox) => return Ok(Beginning { sandbox, done }),
-                Err(CreateError::Quota(quota)) => return Err(CreateError::Quota(quota).into()),
-                Err(error) => {
+            let from = CreateFrom::Snapshot(Box::new(step.clone()), new(build_name()?));
+            match BuildSandbox::create(self, owner, Arc::clone(&turn), from).await {
+                Ok((guard, sandbox)) => return Ok(Beginning { guard, sandbox, done }),
+                Err(CreateError::Node(bhatti_node::CreateError::Restore(error))) => {
                     warn!(%snapshot, error = %Report(&error), "Failed to use a cached step of a template");
                     self.forget_snapshot(&step).await;
                 }
+                Err(error) => return Err(error.into()),
             }
         }
         let SandboxRequest { name, keep_hot, labels, lifetime, .. } = new(build_name()?);
-        let sandbox = SandboxRequest { name, keep_hot, labels, lifetime, ..base.new.clone() };
-        Ok(Beginning { sandbox: self.create(owner, sandbox).await?, done: 0 })
+        let request = SandboxRequest { name, keep_hot, labels, lifetime, ..base.new.clone() };
+        let from = CreateFrom::Image(request);
+        let (guard, sandbox) = BuildSandbox::create(self, owner, turn, from).await?;
+        Ok(Beginning { guard, sandbox, done: 0 })
     }
 }
 

@@ -141,6 +141,19 @@ impl Node {
         puller(&self.shared)?.pull(reference, credentials, access, progress).await
     }
 
+    /// Asks a registry whether it accepts credentials.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error that names the registry.
+    pub async fn check_login(
+        &self,
+        registry: &str,
+        credentials: &Credentials,
+    ) -> Result<(), PullError> {
+        Ok(registries(&self.shared)?.check_login(registry, credentials).await?)
+    }
+
     /// Keeps files of users' images from being removed until the result is dropped. Waits while
     /// they are being removed.
     pub async fn hold_images(&self) -> Held {

@@ -167,13 +167,15 @@ async fn fetch_token(
         Access::Pull => "pull",
         Access::Push => "pull,push",
     };
-    let wanted = format!("repository:{}:{actions}", scope.repository);
-    let mut query = format!("scope={}", encode(&wanted));
-    if let Some(service) = service {
-        query = format!("{query}&service={}", encode(service));
+    let mut query = Vec::new();
+    // A login alone wants no repository.
+    if !scope.repository.is_empty() {
+        let wanted = format!("repository:{}:{actions}", scope.repository);
+        query.push(format!("scope={}", encode(&wanted)));
     }
+    query.extend(service.map(|service| format!("service={}", encode(service))));
     let mark = if realm.contains('?') { '&' } else { '?' };
-    let uri: Uri = format!("{realm}{mark}{query}")
+    let uri: Uri = format!("{realm}{mark}{}", query.join("&"))
         .parse()
         .ok()
         .filter(|uri: &Uri| uri.host().is_some() && uri.scheme().is_some())

@@ -4,6 +4,7 @@
 //!  <directory>/
 //!    sha256/<HEX>              a whole blob; never written again
 //!    partial/<USER>-<HEX>      the beginning of a blob; a later download of this user continues it
+//!    partial/new-<RANDOM>      the beginning of a blob that this host makes; nothing continues it
 //!    downloaded/<USER>-<HEX>   marks a blob that this user has downloaded
 //! ```
 //!
@@ -52,6 +53,9 @@ const RESTARTS: u32 = 1;
 const INODE_BYTES: u64 = 4096;
 /// Size of the buffer for reading a partial blob, in bytes.
 const BUFFER: usize = 128 << 10;
+
+/// Prefix of the beginnings of blobs that this host makes. No user has this name.
+const NEW: &str = "new-";
 
 /// The blobs of a directory. Clones share their locks.
 #[derive(Clone, Debug)]
@@ -155,11 +159,8 @@ impl Blobs {
     /// Returns an error if it cannot be written. Blocks on disk.
     pub fn keep(&self, content: &[u8]) -> Result<String, RegistryError> {
         let sha256 = hex::encode(ring::digest::digest(&SHA256, content));
-        let path = self.directory.join("sha256").join(&sha256);
-        if !path.exists() {
-            let kept = fs::create_dir_all(self.directory.join("sha256"))
-                .and_then(|()| durable::write(&path, content));
-            kept.map_err(file_error("write", &path))?;
+        if !self.directory.join("sha256").join(&sha256).exists() {
+            self.add(|to| to.write_all(content))?;
         }
         Ok(sha256)
     }
@@ -173,7 +174,7 @@ impl Blobs {
         &self,
         write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> Result<Blob, RegistryError> {
-        let path = self.directory.join("partial").join(format!("new-{:016x}", fastrand::u64(..)));
+        let path = self.directory.join("partial").join(format!("{NEW}{:016x}", fastrand::u64(..)));
         let made = self.add_at(&path, write);
         if made.is_err() {
             let _is_missing = fs::remove_file(&path);
@@ -226,9 +227,13 @@ impl Blobs {
         unused.sort_by_key(|(changed, ..)| std::cmp::Reverse(*changed));
         let (mut left, mut freed) = (0_u64, 0);
         for (_, bytes, path) in unused {
-            // A mark has no bytes, but takes an inode.
-            left = left.saturating_add(bytes.max(INODE_BYTES));
-            if leftover_bytes_max == 0 || left > leftover_bytes_max {
+            let name = path.file_name().unwrap_or_default();
+            let is_abandoned = name.as_encoded_bytes().starts_with(NEW.as_bytes());
+            if !is_abandoned {
+                // A mark has no bytes, but takes an inode.
+                left = left.saturating_add(bytes.max(INODE_BYTES));
+            }
+            if is_abandoned || leftover_bytes_max == 0 || left > leftover_bytes_max {
                 fs::remove_file(&path).map_err(file_error("remove", &path))?;
                 freed += bytes;
             }
@@ -498,13 +503,17 @@ mod tests {
         aged.set_modified(std::time::UNIX_EPOCH).unwrap();
         let partial = directory.path().join("partial/user-0");
         fs::write(&partial, [4; 1000]).unwrap();
+        // A process was killed while it made a blob.
+        let abandoned = directory.path().join("partial/new-0123");
+        fs::write(&abandoned, [5; 1000]).unwrap();
         let is_there = || {
             let files = [blobs.path(&used), blobs.path(&old), blobs.path(&new), partial.clone()];
             files.map(|path| path.exists())
         };
         let of_image = BTreeSet::from([used.sha256.clone()]);
 
-        assert_eq!(blobs.collect(&of_image, 100 << 10).unwrap(), 64 << 10);
+        assert_eq!(blobs.collect(&of_image, 100 << 10).unwrap(), 68 << 10);
+        assert!(!abandoned.exists());
         assert_eq!(is_there(), [true, false, true, true]);
 
         assert_eq!(blobs.collect(&of_image, 0).unwrap(), 68 << 10);

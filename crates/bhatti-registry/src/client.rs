@@ -51,6 +51,35 @@ impl Registries {
         Ok(Self { http, config, known: Arc::default() })
     }
 
+    /// Asks a registry whether it accepts credentials. A registry that asks for none accepts all.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`RegistryError::Denied`] if it does not, and another error if it cannot be asked.
+    pub async fn check_login(
+        &self,
+        registry: &str,
+        credentials: &Credentials,
+    ) -> Result<(), RegistryError> {
+        let scope = Scope {
+            registry: registry.to_owned(),
+            repository: String::new(),
+            credentials: Some(credentials.clone()),
+            access: Access::Pull,
+        };
+        // A password that was accepted once may have been changed.
+        self.known.forget(&scope);
+        let server = server(registry).to_owned();
+        let own = Source { server, scope, query: String::new() };
+        let mut attempts = Attempts::new(Vec::new(), own);
+        loop {
+            match self.get(attempts.server(), "", Wanted::default()).await {
+                Ok(_) => return Ok(()),
+                Err(error) => attempts.next_after(error).await?,
+            }
+        }
+    }
+
     /// Finds the image of a reference for this host.
     ///
     /// # Errors
@@ -162,7 +191,11 @@ impl Registries {
     pub(crate) fn uri(&self, source: &Source, path: &str) -> Result<Uri, RegistryError> {
         let Source { server, scope, query } = source;
         let scheme = if self.config.of(server).plain_http { "http" } else { "https" };
-        let uri = format!("{scheme}://{server}/v2/{}/{path}{query}", scope.repository);
+        let below = match scope.repository.as_str() {
+            "" => String::new(),
+            repository => format!("{repository}/{path}"),
+        };
+        let uri = format!("{scheme}://{server}/v2/{below}{query}");
         uri.parse().map_err(|_| RegistryError::NotFound(uri))
     }
 

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use http::Uri;
 use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
 
@@ -60,6 +62,22 @@ impl Config {
             .with_no_client_auth();
         Ok(Arc::new(config))
     }
+}
+
+/// Reads the certificates of authorities from a PEM file.
+///
+/// # Errors
+///
+/// Returns an error if the file cannot be read, or has no certificate. Blocks on disk.
+pub fn read_authorities(file: &Path) -> io::Result<Vec<CertificateDer<'static>>> {
+    let text = std::fs::read(file)?;
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    let invalid = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
+    let found = read.map_err(|error| invalid(format!("it is not a valid PEM file: {error}")))?;
+    if found.is_empty() {
+        return Err(invalid("it has no certificate".to_owned()));
+    }
+    Ok(found)
 }
 
 /// Returns the host and port that a URI names.

@@ -26,7 +26,7 @@ mod retry;
 pub use auth::Credentials;
 pub use blobs::{Access as BlobAccess, Blobs, Progress};
 pub use client::Registries;
-pub use config::{Config, Registry};
+pub use config::{Config, Registry, read_authorities};
 pub use connect::ConnectError;
 pub use docker::docker_credentials;
 pub use error::RegistryError;

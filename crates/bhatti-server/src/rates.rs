@@ -85,7 +85,9 @@ impl Rates {
                 "/sandboxes"
                 | "/sandboxes/{sandbox}/fork"
                 | "/sandboxes/{sandbox}/checkpoint"
-                | "/snapshots/{snapshot}/resume",
+                | "/snapshots/{snapshot}/resume"
+                | "/images/build"
+                | "/templates/build",
             ) => &self.create,
             (
                 _,

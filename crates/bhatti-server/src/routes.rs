@@ -12,6 +12,7 @@ mod health;
 mod images;
 mod jobs;
 mod keys;
+mod logins;
 mod operations;
 mod ports;
 mod publish;
@@ -118,6 +119,8 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(images::tag))
         .routes(routes!(images::export))
         .routes(routes!(images::share, images::unshare))
+        .routes(routes!(logins::list, logins::set))
+        .routes(routes!(logins::delete))
         .routes(routes!(operations::list))
         .routes(routes!(operations::get, operations::cancel))
         .routes(routes!(operations::log))

@@ -38,7 +38,7 @@ pub use desired::publications::{PublicationRow, PublishError};
 pub use desired::sandboxes::{
     ChangeError, InsertError, NewSandbox, SandboxChange, SandboxFilter, SandboxRow, StoredSandbox,
 };
-pub use desired::secrets::{Ciphertext, SecretRow};
+pub use desired::secrets::{Ciphertext, LOGIN_PREFIX, SecretRow};
 pub use desired::snapshots::{SnapshotInsertError, SnapshotKind, SnapshotRow};
 pub use desired::templates::{TemplateInsertError, TemplateRow};
 pub use desired::users::{DEFAULT_KEY, UserDeleteError, UserInsertError, UserRow};

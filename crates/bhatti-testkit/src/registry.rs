@@ -166,6 +166,16 @@ impl RealRegistry {
         Self { server, authority, is_private, _process: process, directory }
     }
 
+    /// Returns the authority of its certificate, as PEM.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the registry's files are gone.
+    #[must_use]
+    pub fn authority_pem(&self) -> String {
+        fs::read_to_string(self.directory.path().join("certificate")).expect("the file was written")
+    }
+
     /// Pushes an image of these layers as `name`, such as `team/app:1`. `config` has the settings
     /// of its processes.
     ///

@@ -18,6 +18,7 @@ pub(crate) mod forward;
 mod hidden;
 pub(crate) mod image;
 mod image_build;
+mod image_login;
 mod image_pull;
 pub(crate) mod inspect;
 pub(crate) mod jobs;

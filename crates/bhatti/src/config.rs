@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_edge::Tls;
-use bhatti_registry::Registry;
+use bhatti_registry::{Registry, read_authorities};
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -83,6 +83,9 @@ pub(crate) struct Config {
     /// Disk space that pulled images may take, in MiB; no limit if absent. Beyond it, unused ones
     /// are deleted, those first that were used longest ago.
     pub(crate) pulled_images_mb: Option<u64>,
+    /// PEM files of certificate authorities that registries' certificates may have, beside the
+    /// system's.
+    pub(crate) registry_authorities: Vec<PathBuf>,
     /// Settings of registries that images are pulled from, by host or by host and port.
     pub(crate) registries: BTreeMap<String, Registry>,
 }
@@ -211,6 +214,19 @@ impl Config {
     /// See [`pulled_images_mb`](Self::pulled_images_mb).
     pub(crate) fn pulled_images_bytes(&self) -> Option<u64> {
         self.pulled_images_mb.map(|mib| mib.saturating_mul(1 << 20))
+    }
+
+    /// See [`registries`](Self::registries) and
+    /// [`registry_authorities`](Self::registry_authorities).
+    pub(crate) fn registries(&self) -> Result<bhatti_registry::Config, CliError> {
+        let mut authorities = Vec::new();
+        for file in &self.registry_authorities {
+            authorities.extend(read_authorities(file).map_err(|error| {
+                CliError::new(format!("failed to read `{}`: {error}", file.display()))
+                    .hint("see `registry_authorities` in config.yaml")
+            })?);
+        }
+        Ok(bhatti_registry::Config { registries: self.registries.clone(), authorities })
     }
 
     /// See [`memory_budget_mb`](Self::memory_budget_mb).

@@ -10,7 +10,7 @@ use std::process::Output;
 
 use bhatti_api::{
     CreateSandbox, CreateUser, ErrorCode, ExecRequest, ImageSettings, Operation, PullImage,
-    SaveImage, StartSandbox,
+    SaveImage, SetRegistryLogin, StartSandbox,
 };
 use bhatti_client::{Client, ClientError};
 use bhatti_testkit::registry::{Layer, RealRegistry, busybox};
@@ -544,6 +544,64 @@ async fn layers_of_another_user_are_used_only_by_who_can_download_them() {
     alice.share_image(&image.name, "bob").await.unwrap();
     assert_eq!(place.pull_as(&bob, "secret:1").await.status, "done");
     assert_eq!((place.built().len(), place.blobs()), (1, 3));
+}
+
+#[tokio::test]
+async fn stored_logins_are_checked_and_used_for_pulls() {
+    let mut place = Place::new().await;
+    let registry = RealRegistry::start_private().await;
+    registry.push("private:1", &[busybox(&[])], &json!({})).await;
+    let authority = place.images.path().join("authority.pem");
+    fs::write(&authority, registry.authority_pem()).unwrap();
+    place.daemon.terminate().await;
+    let config = place.daemon.data_dir().join("config.yaml");
+    let text = fs::read_to_string(&config).unwrap().replace("plain_http: true, ", "");
+    let text = format!("{text}registry_authorities: [{}]\n", authority.display());
+    fs::write(&config, text).unwrap();
+    place.daemon.serve().await;
+    let (alice, bob) = (place.user("alice", None).await, place.user("bob", None).await);
+    let pull = async |client: &Client| {
+        let image = format!("{}/private:1", registry.server);
+        let begun = client.pull_image(&PullImage { image, ..PullImage::default() }).await.unwrap();
+        client.operation(&begun.id, 60).await.unwrap()
+    };
+    let login = |registry: &str, password: &str| SetRegistryLogin {
+        registry: registry.to_owned(),
+        username: "tester".to_owned(),
+        password: password.to_owned(),
+    };
+
+    let denied = pull(&alice).await.error.unwrap();
+    assert_eq!(denied.code, ErrorCode::NotFound, "{}", denied.error);
+    for (login, expected) in [
+        (login(&registry.server, "wrong"), ErrorCode::Forbidden),
+        (login("not a registry", "secret"), ErrorCode::BadRequest),
+        (login("name/below", "secret"), ErrorCode::BadRequest),
+        (login(&registry.server, ""), ErrorCode::BadRequest),
+        (login(&bhatti_testkit::registry::unused_server(), "secret"), ErrorCode::PullFailed),
+    ] {
+        assert_eq!(code(alice.set_registry_login(&login).await.unwrap_err()), expected);
+    }
+    assert_eq!(alice.list_registry_logins().await.unwrap(), []);
+
+    let kept = alice.set_registry_login(&login(&registry.server, "secret")).await.unwrap();
+
+    assert_eq!((&*kept.registry, &*kept.username), (&*registry.server, "tester"));
+    assert_eq!(alice.list_registry_logins().await.unwrap(), [kept]);
+    assert_eq!(alice.list_secrets().await.unwrap(), []);
+    assert_eq!(pull(&alice).await.status, "done");
+    // A login is its owner's alone.
+    assert_eq!(pull(&bob).await.status, "failed");
+    assert_eq!(bob.list_registry_logins().await.unwrap(), []);
+    let gone = bob.delete_registry_login(&registry.server).await.unwrap_err();
+    assert_eq!(code(gone), ErrorCode::NotFound);
+    // The store has no password in plain text.
+    for file in ["state.db", "state.db-wal"] {
+        let store = fs::read(place.daemon.data_dir().join(file)).unwrap_or_default();
+        assert!(!store.windows(15).any(|window| window == b"tester\",\"secret"), "{file}");
+    }
+    alice.delete_registry_login(&registry.server).await.unwrap();
+    assert_eq!(alice.list_registry_logins().await.unwrap(), []);
 }
 
 #[tokio::test]

@@ -44,6 +44,19 @@ impl Step {
         }
     }
 
+    /// Returns all texts of the step.
+    pub(super) fn texts(&self) -> Vec<&str> {
+        match self {
+            Self::Run(text) | Self::Workdir(text) | Self::User(text) => vec![text],
+            Self::Copy { from, to, user } => {
+                [from.as_str(), to.as_str()].into_iter().chain(user.as_deref()).collect()
+            }
+            Self::Env(variables) => {
+                variables.iter().flat_map(|(name, value)| [name.as_str(), value.as_str()]).collect()
+            }
+        }
+    }
+
     /// Applies the step to the settings of the sandbox's processes.
     pub(super) fn apply(&self, config: &mut ImageConfig) {
         match self {

@@ -2,8 +2,8 @@
 
 use bhatti_api::ErrorCode;
 use bhatti_control::{
-    BuildError, CreateError, ImageCommandError, ImageError, OperationFailure, PullFailure,
-    SaveError, SnapshotOpError, TemplateBuildError,
+    BuildError, CreateError, ImageCommandError, ImageError, LoginError, OperationFailure,
+    PullFailure, SaveError, SnapshotOpError, TemplateBuildError,
 };
 use bhatti_node::{ImageFilesError, ImportError, PullError, RegistryError, RemoveError};
 use bhatti_store::TemplateInsertError;
@@ -124,12 +124,40 @@ impl From<OperationFailure> for ApiError {
     }
 }
 
+impl From<LoginError> for ApiError {
+    fn from(error: LoginError) -> Self {
+        match &error {
+            LoginError::Registry(_) | LoginError::Empty => {
+                Self::new(ErrorCode::BadRequest, error.to_string())
+            }
+            LoginError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string())
+                .hint("list the logins: bhatti image logins"),
+            LoginError::Refused {
+                error: PullError::Registry(RegistryError::Denied { .. }),
+                ..
+            } => Self::new(
+                ErrorCode::Forbidden,
+                format!("{error}: the registry refuses the name or the password"),
+            ),
+            LoginError::Refused { error: cause, .. } => {
+                let refused = pull_error(cause);
+                Self { message: format!("{error}: {}", refused.message), hint: None, ..refused }
+            }
+            LoginError::Quota(quota) => quota.clone().into(),
+            LoginError::Seal(_) | LoginError::Unseal { .. } | LoginError::Store(_) => {
+                Self::internal(&error)
+            }
+        }
+    }
+}
+
 fn template_error(error: &TemplateBuildError) -> ApiError {
     let failed = |code| ApiError::new(code, Report(error).to_string());
     match error {
         TemplateBuildError::CannotSave => failed(ErrorCode::Unsupported),
         TemplateBuildError::TooMany(_)
         | TemplateBuildError::Step(_)
+        | TemplateBuildError::Command
         | TemplateBuildError::NoFiles
         | TemplateBuildError::Path(_)
         | TemplateBuildError::Target(_)
@@ -179,7 +207,7 @@ fn pull_error(error: &PullError) -> ApiError {
             failed(ErrorCode::NotFound).hint("list the images of this host: bhatti image list")
         }
         PullError::Registry(RegistryError::Denied { .. }) => {
-            failed(ErrorCode::NotFound).hint("log in first: docker login, then bhatti image pull")
+            failed(ErrorCode::NotFound).hint("log in first: bhatti image login REGISTRY")
         }
         PullError::Registry(RegistryError::Platform { .. } | RegistryError::Unsupported { .. })
         | PullError::Config(_)

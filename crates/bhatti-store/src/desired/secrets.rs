@@ -1,4 +1,7 @@
 //! The table of secrets: their names and their encrypted values.
+//!
+//! Logins at registries are rows of it, too, so that they are sealed and rotated with it. Their
+//! names have a prefix that no secret of a user can have.
 
 use bhatti_types::{SecretName, UserId};
 use rusqlite::{OptionalExtension, params};
@@ -7,6 +10,9 @@ use crate::{CountError, Store, StoreError, changed_one, check_count, immediate, 
 
 /// The maximum number of secrets of one user.
 const SECRETS_MAX: u32 = 1000;
+
+/// The prefix of the names of logins at registries. The registry follows.
+pub const LOGIN_PREFIX: &str = "registry/";
 
 /// A secret without its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,11 +48,34 @@ impl Store {
         name: &SecretName,
         ciphertext: &[u8],
     ) -> Result<SecretRow, CountError> {
+        self.set_sealed(owner, name.as_str(), ciphertext)
+    }
+
+    /// Creates or replaces the login of a user at a registry.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`CountError::TooMany`] if `owner` has the maximum number of secrets and logins.
+    pub fn set_login(
+        &self,
+        owner: UserId,
+        registry: &str,
+        ciphertext: &[u8],
+    ) -> Result<SecretRow, CountError> {
+        self.set_sealed(owner, &format!("{LOGIN_PREFIX}{registry}"), ciphertext)
+    }
+
+    fn set_sealed(
+        &self,
+        owner: UserId,
+        name: &str,
+        ciphertext: &[u8],
+    ) -> Result<SecretRow, CountError> {
         self.work(|connection| {
             let transaction = immediate(connection)?;
             let is_new: bool = transaction.query_row(
                 "SELECT NOT EXISTS (SELECT 1 FROM secrets WHERE owner = ?1 AND name = ?2)",
-                params![owner.to_string(), name.as_str()],
+                params![owner.to_string(), name],
                 |row| row.get(0),
             )?;
             if is_new {
@@ -58,7 +87,7 @@ impl Store {
                  ON CONFLICT (owner, name) DO UPDATE SET ciphertext = ?3, updated_at = ?4
                  RETURNING created_at, updated_at",
             )?;
-            let parameters = params![owner.to_string(), name.as_str(), ciphertext, now()];
+            let parameters = params![owner.to_string(), name, ciphertext, now()];
             let row = upsert.query_row(parameters, |row| {
                 Ok(SecretRow {
                     name: name.to_string(),
@@ -101,6 +130,26 @@ impl Store {
     ///
     /// Returns an error if the store fails.
     pub fn list_secrets(&self, owner: UserId) -> Result<Vec<SecretRow>, StoreError> {
+        let mut rows = self.sealed_rows(owner)?;
+        rows.retain(|row| !row.name.starts_with(LOGIN_PREFIX));
+        Ok(rows)
+    }
+
+    /// Returns the logins of `owner`, each named by its registry, in order.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_logins(&self, owner: UserId) -> Result<Vec<SecretRow>, StoreError> {
+        let rows = self.sealed_rows(owner)?.into_iter();
+        let login = |row: SecretRow| {
+            let registry = row.name.strip_prefix(LOGIN_PREFIX)?.to_owned();
+            Some(SecretRow { name: registry, ..row })
+        };
+        Ok(rows.filter_map(login).collect())
+    }
+
+    fn sealed_rows(&self, owner: UserId) -> Result<Vec<SecretRow>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached(
                 "SELECT name, created_at, updated_at FROM secrets WHERE owner = ?1 ORDER BY name",
@@ -192,5 +241,17 @@ mod tests {
         assert_eq!(store.list_secrets(UserId::ADMIN).unwrap()[0].updated_at, sealed_at);
         store.delete_secret(UserId::ADMIN, "TOKEN").unwrap();
         assert_eq!(store.list_secrets(UserId::ADMIN).unwrap(), []);
+    }
+
+    #[test]
+    fn logins_are_no_secrets_that_users_see() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let login = store.set_login(UserId::ADMIN, "r.example:5000", b"1").unwrap();
+        assert_eq!(login.name, "registry/r.example:5000");
+        assert_eq!(store.list_secrets(UserId::ADMIN).unwrap(), []);
+        let listed = store.list_logins(UserId::ADMIN).unwrap();
+        assert_eq!(listed.iter().map(|row| &*row.name).collect::<Vec<_>>(), ["r.example:5000"]);
+        assert_eq!(store.ciphertexts().unwrap().len(), 1);
     }
 }

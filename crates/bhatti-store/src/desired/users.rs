@@ -183,8 +183,10 @@ impl Store {
                 ("images", "image"),
                 ("volumes", "volume"),
             ] {
+                // Logins at registries go with the user.
+                let of = if table == "secrets" { "AND name NOT LIKE 'registry/%'" } else { "" };
                 let count: u32 = transaction.query_row(
-                    &format!("SELECT count(*) FROM {table} WHERE owner = ?1"),
+                    &format!("SELECT count(*) FROM {table} WHERE owner = ?1 {of}"),
                     [id.to_string()],
                     |row| row.get(0),
                 )?;
@@ -192,6 +194,7 @@ impl Store {
                     return Err(UserDeleteError::Owns { count, what });
                 }
             }
+            transaction.execute("DELETE FROM secrets WHERE owner = ?1", [id.to_string()])?;
             changed_one(transaction.execute("DELETE FROM users WHERE id = ?1", [id.to_string()])?)?;
             Ok(transaction.commit()?)
         })

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bhatti_control::Control;
 use bhatti_engine::Accelerator;
 use bhatti_image::ImageStore;
-use bhatti_node::{Node, RegistryConfig, ThermalConfig};
+use bhatti_node::{Node, ThermalConfig};
 use bhatti_store::Store;
 use bhatti_types::Allowance;
 
@@ -36,10 +36,7 @@ pub(super) async fn make(
     let node_config = bhatti_node::Config {
         sandboxes_dir: directory("sandboxes")?,
         images: ImageStore::new(data_dir),
-        registries: RegistryConfig {
-            registries: config.registries.clone(),
-            authorities: Vec::new(),
-        },
+        registries: config.registries()?,
         lohar,
         boot_limit: config.boot_limit(),
         snapshots_dir: directory("snapshots")?,

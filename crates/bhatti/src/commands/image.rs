@@ -9,6 +9,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::file::write_file;
 use super::image_build::{self, Build};
+use super::image_login::{self, Login};
 use super::image_pull::{self, Pull, Push};
 use super::{Context, several};
 use crate::error::CliError;
@@ -32,7 +33,7 @@ pub(crate) enum Image {
     Build(Build),
     /// Pull an image from a registry onto the daemon's machine
     #[command(
-        after_help = "Example:\n  bhatti image pull python:3.12-slim\n  bhatti create --image python:3.12-slim\n\nThe command uses what `docker login` has saved. Ctrl+C cancels the pull; the next one continues it. The key\n`registries` of the daemon's config.yaml has the settings of registries: plain HTTP, private addresses, mirrors."
+        after_help = "Example:\n  bhatti image pull python:3.12-slim\n  bhatti create --image python:3.12-slim\n\nThe command uses `bhatti image login`, or what `docker login` has saved. Ctrl+C cancels the pull; the next one continues it. The key\n`registries` of the daemon's config.yaml has the settings of registries: plain HTTP, private addresses, mirrors."
     )]
     Pull(Pull),
     /// Save a sandbox's files as an image; the sandbox may run or be stopped
@@ -47,7 +48,7 @@ pub(crate) enum Image {
     },
     /// Push an image to a registry
     #[command(
-        after_help = "Example:\n  bhatti image push web registry.example.com/team/web:1\n\nThe command uses what `docker login` has saved. Layers that the registry has already are not sent."
+        after_help = "Example:\n  bhatti image push web registry.example.com/team/web:1\n\nThe command uses `bhatti image login`, or what `docker login` has saved. Layers that the registry has already are not sent."
     )]
     Push(Push),
     /// Write an image into an archive that Docker, Podman and skopeo read
@@ -60,6 +61,21 @@ pub(crate) enum Image {
         /// File to write, or `-` for standard output
         #[arg(short, long, value_name = "FILE")]
         output: PathBuf,
+    },
+    /// Log in at a registry, for pulls, pushes and builds
+    #[command(
+        after_help = "Examples:\n  bhatti image login -u alice\n  bhatti image login registry.example.com:5000 -u alice < password.txt\n\nThe password or token is read from standard input or a prompt. The registry checks it; then the\ndaemon keeps it, encrypted. Without a login there, pulls and pushes use what `docker login` has\nsaved on this machine."
+    )]
+    Login(Login),
+    /// List your logins at registries, without their passwords
+    #[command(after_help = "Example:\n  bhatti image logins")]
+    Logins,
+    /// Forget a login at a registry
+    #[command(after_help = "Example:\n  bhatti image logout registry.example.com:5000")]
+    Logout {
+        /// Registry, HOST or HOST:PORT
+        #[arg(default_value = "docker.io")]
+        registry: String,
     },
     /// Give an image another name
     #[command(
@@ -138,6 +154,9 @@ pub(crate) async fn run(context: &Context, command: Image) -> Result<(), CliErro
         Image::Inspect { image } => {
             output.show_facts(&client.inspect_image(&image).await?, describe)
         }
+        Image::Login(arguments) => image_login::log_in(context, arguments).await,
+        Image::Logins => image_login::list(context).await,
+        Image::Logout { registry } => image_login::log_out(context, &registry).await,
         Image::Build(arguments) => image_build::run(context, arguments).await,
         Image::Pull(arguments) => image_pull::pull(context, arguments).await,
         Image::Save { sandbox, name } => image_pull::save(context, sandbox, name).await,

@@ -87,7 +87,8 @@ pub(crate) async fn ahead(
 }
 
 async fn pull_now(context: &Context, reference: &Reference) -> Result<Operation, CliError> {
-    let request = PullImage { image: reference.to_string(), login: docker_login(reference)? };
+    let request =
+        PullImage { image: reference.to_string(), login: login(context, reference).await? };
     let operation = context.client.pull_image(&request).await?;
     follow(context, operation).await
 }
@@ -107,7 +108,7 @@ pub(crate) async fn push(context: &Context, arguments: Push) -> Result<(), CliEr
         Some(reference) => reference,
         None => image.parse().map_err(|error| CliError::of(&error))?,
     };
-    let login = docker_login(&reference)?;
+    let login = login(context, &reference).await?;
     let request = PushImage { to: Some(reference.to_string()), login };
     let operation = context.client.push_image(&image, &request).await?;
     let operation = follow(context, operation).await?;
@@ -165,6 +166,18 @@ pub(crate) fn outcome(operation: Operation, hint: &str) -> Result<Operation, Cli
             Err(CliError::new(what).hint(hint))
         }
     }
+}
+
+/// Returns the login for a reference's registry that is sent with a request: what `docker login`
+/// has saved, unless the daemon keeps a login there.
+async fn login(
+    context: &Context,
+    reference: &Reference,
+) -> Result<Option<RegistryLogin>, CliError> {
+    let Some(saved) = docker_login(reference)? else { return Ok(None) };
+    let kept = context.client.list_registry_logins().await?;
+    let is_kept = kept.iter().any(|login| login.registry == reference.registry());
+    Ok((!is_kept).then_some(saved))
 }
 
 /// Returns what `docker login` has saved for a reference's registry.

@@ -171,9 +171,11 @@ fn describe(template: &Listed) -> Vec<(&'static str, Cell)> {
         ("cpus", Cell::number(template.cpus)),
         ("memory", mib(template.memory_mb).into()),
         ("disk", template.disk_mb.map_or("as the image".to_owned(), mib).into()),
-        ("starts from", if template.is_warm { "a snapshot" } else { "the image" }.into()),
         ("created", Cell::Time(template.created_at.clone())),
     ];
+    if template.is_warm {
+        facts.push(("warm", "starts from a snapshot with running processes".into()));
+    }
     facts.extend(template.labels.iter().map(|label| ("label", variable(label))));
     facts.extend(template.secrets.iter().map(|secret| ("secret", secret.into())));
     facts.extend(template.env.iter().map(|pair| ("env", variable(pair))));
