@@ -65,7 +65,7 @@ const INPUTS_MAX: usize = 128;
 pub(crate) const LIFETIME: Duration = Duration::from_hours(6);
 
 /// A request to build an image.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct BuildRequest {
     /// The name of the image. An image of the owner with that name is replaced.
     pub name: ImageName,
@@ -197,10 +197,13 @@ impl Control {
         context: File,
     ) -> Result<Operation, ImageError> {
         let dockerfile = self.admit_build(owner, &request).await?;
+        let bytes = context.metadata()?.len();
+        let reserved = self.admit_disk(owner, bytes).await?;
         let id = bhatti_node::random()?;
         let name = request.name.to_string();
         let control = self.clone();
         let work = |operation: Operation| async move {
+            let _reserved = reserved;
             control.build(owner, request, dockerfile, context, &operation).await
         };
         Ok(self.inner.operations.begin(owner, id, (OperationKind::Build, &name), work)?)
@@ -253,8 +256,10 @@ impl Control {
         let turn = Arc::new(self.inner.builds.take(owner).await);
         let bases = self.bases(owner, &dockerfile, request.pull, operation).await?;
         let left = self.disk_left(owner).await.map_err(ImageError::from)?;
-        let new = self.build_sandbox(owner, &request).await?;
-        let (sandbox, _) = BuildSandbox::create(self, owner, turn, CreateFrom::Image(new)).await?;
+        let new = CreateFrom::Image(self.build_sandbox(owner, &request).await?);
+        // The turn lasts until the image is kept: a later build of that name replaces it.
+        let created = BuildSandbox::create(self, owner, Arc::clone(&turn), new).await;
+        let (sandbox, _) = created?;
         let session = Session { sandbox: &sandbox, operation };
         let built = session.run(&request, &dockerfile, context, &bases).await;
         sandbox.destroy().await;
@@ -341,12 +346,20 @@ impl Control {
     }
 
     /// Destroys the sandboxes of builds that an earlier daemon ran.
-    pub(crate) fn settle_builds(&self) -> Result<(), bhatti_store::StoreError> {
+    pub(crate) async fn settle_builds(&self) -> Result<(), bhatti_store::StoreError> {
+        let mut turns: BTreeMap<UserId, Turn> = BTreeMap::new();
         for row in self.inner.store.list_all_sandboxes()? {
-            if row.spec.labels.is_of_build() {
-                let (control, owner, id) = (self.clone(), row.owner, row.id);
-                drop(BuildSandbox { control, owner, id, turn: None, is_destroyed: false });
+            if !row.spec.labels.is_of_build() {
+                continue;
             }
+            // The owner's next build waits until the cache is free.
+            let turn = match turns.get(&row.owner) {
+                Some(turn) => Arc::clone(turn),
+                None => Arc::new(self.inner.builds.take(row.owner).await),
+            };
+            turns.insert(row.owner, Arc::clone(&turn));
+            let (control, owner, id, turn) = (self.clone(), row.owner, row.id, Some(turn));
+            drop(BuildSandbox { control, owner, id, turn, is_destroyed: false });
         }
         Ok(())
     }

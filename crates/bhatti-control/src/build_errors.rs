@@ -4,6 +4,8 @@ use bhatti_agent::CallError;
 use bhatti_node::UseError;
 use bhatti_store::{StoreError, TemplateInsertError};
 
+use bhatti_types::InvalidEnvironment;
+
 use crate::create::CreateError;
 use crate::image_errors::ImageError;
 use crate::snapshots::SnapshotOpError;
@@ -75,6 +77,9 @@ pub enum TemplateBuildError {
     /// A step or a command is too long, or has a zero byte.
     #[error("step {0} is longer than 64 KiB, or has a zero byte")]
     Step(usize),
+    /// The variables of the steps are not valid, or too long together.
+    #[error(transparent)]
+    Environment(#[from] InvalidEnvironment),
     /// The start or the ready command is too long, or has a zero byte.
     #[error("the start or the ready command is longer than 64 KiB, or has a zero byte")]
     Command,

@@ -84,7 +84,12 @@ impl Control {
         needed: u64,
     ) -> Result<Option<DiskReservation>, DiskQuotaError> {
         let Some(max) = self.inner.store.quota(owner)?.disk_mib else { return Ok(None) };
-        let used = self.disk_used(owner).await?;
+        let mut used = self.disk_used(owner).await?;
+        // The cached steps of templates go before anything is refused.
+        if used.saturating_add(needed) > u64::from(max) * MIB && self.forget_steps(owner, 0).await?
+        {
+            used = self.disk_used(owner).await?;
+        }
         let reservations = &self.inner.disk_reservations;
         let mut all = reservations.lock();
         let reserved = all.entry(owner).or_default();

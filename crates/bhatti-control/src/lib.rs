@@ -136,8 +136,8 @@ impl Control {
     pub async fn recover(&self) -> Result<Recovery, bhatti_node::RecoverError> {
         self.settle_volumes().await?;
         let recovery = self.inner.node.recover().await?;
-        self.settle_builds()?;
-        self.settle_templates().await?;
+        self.settle_builds().await?;
+        self.forget_unused(None).await?;
         Ok(recovery)
     }
 

@@ -241,8 +241,9 @@ impl Operations {
         if let Some(same) = running.clone().find(|it| (it.kind(), it.image()) == (kind, image)) {
             return Ok(same.clone());
         }
+        let operation = admit(own, id, (kind, image))?;
         drop(all);
-        self.begin(owner, id, (kind, image), work)
+        Ok(start(operation, work))
     }
 
     /// Begins an operation.
@@ -262,41 +263,8 @@ impl Operations {
         T: Into<Made>,
         E: Into<OperationFailure>,
     {
-        let mut all = self.0.lock();
-        let own = all.entry(owner).or_default();
-        let running = own.iter().filter(|operation| operation.runs());
-        let used = u32::try_from(running.count()).unwrap_or(u32::MAX);
-        // A build pulls the images that it begins with.
-        let max = match kind {
-            OperationKind::Build | OperationKind::Template => RUNNING_MAX - PULLS_OF_BUILDS,
-            OperationKind::Pull | OperationKind::Push | OperationKind::Save => RUNNING_MAX,
-        };
-        if used >= max {
-            return Err(QuotaExceeded::Count { what: "running operation", used, max });
-        }
-        let operation = Operation(Arc::new(Inner {
-            id: format!("{:016x}", u64::from_be_bytes(id)),
-            kind,
-            image: image.to_owned(),
-            began: SystemTime::now(),
-            layers: Mutex::default(),
-            log: OperationLog::default(),
-            state: watch::Sender::new(OperationState::Running),
-            task: Mutex::default(),
-        }));
-        own.push(operation.clone());
-        forget_oldest(own);
-        drop(all);
-        let work = work(operation.clone());
-        let done = operation.clone();
-        let task = tokio::spawn(async move {
-            done.end(match work.await {
-                Ok(made) => OperationState::Done(made.into()),
-                Err(error) => OperationState::Failed(Arc::new(error.into())),
-            });
-        });
-        *operation.0.task.lock() = Some(task.abort_handle());
-        Ok(operation)
+        let operation = admit(self.0.lock().entry(owner).or_default(), id, (kind, image))?;
+        Ok(start(operation, work))
     }
 
     /// Returns a user's operations, newest first.
@@ -309,6 +277,61 @@ impl Operations {
     pub(crate) fn find(&self, owner: UserId, id: &str) -> Option<Operation> {
         self.0.lock().get(&owner)?.iter().find(|operation| operation.id() == id).cloned()
     }
+}
+
+/// Adds an operation to those of its owner.
+fn admit(
+    own: &mut Vec<Operation>,
+    id: [u8; 8],
+    (kind, image): (OperationKind, &str),
+) -> Result<Operation, QuotaExceeded> {
+    let running = own.iter().filter(|operation| operation.runs());
+    let used = u32::try_from(running.count()).unwrap_or(u32::MAX);
+    // A build pulls the images that it begins with.
+    let max = match kind {
+        OperationKind::Build | OperationKind::Template => RUNNING_MAX - PULLS_OF_BUILDS,
+        OperationKind::Pull | OperationKind::Push | OperationKind::Save => RUNNING_MAX,
+    };
+    if used >= max {
+        return Err(QuotaExceeded::Count { what: "running operation", used, max });
+    }
+    let operation = Operation(Arc::new(Inner {
+        id: format!("{:016x}", u64::from_be_bytes(id)),
+        kind,
+        image: image.to_owned(),
+        began: SystemTime::now(),
+        layers: Mutex::default(),
+        log: OperationLog::default(),
+        state: watch::Sender::new(OperationState::Running),
+        task: Mutex::default(),
+    }));
+    own.push(operation.clone());
+    forget_oldest(own);
+    Ok(operation)
+}
+
+/// Starts the work of an operation.
+fn start<F, T, E>(operation: Operation, work: impl FnOnce(Operation) -> F) -> Operation
+where
+    F: Future<Output = Result<T, E>> + Send + 'static,
+    T: Into<Made>,
+    E: Into<OperationFailure>,
+{
+    let work = work(operation.clone());
+    let done = operation.clone();
+    let task = tokio::spawn(async move {
+        done.end(match work.await {
+            Ok(made) => OperationState::Done(made.into()),
+            Err(error) => OperationState::Failed(Arc::new(error.into())),
+        });
+    });
+    let task = task.abort_handle();
+    *operation.0.task.lock() = Some(task.clone());
+    // It may have been canceled before it had a task.
+    if !operation.runs() {
+        task.abort();
+    }
+    operation
 }
 
 /// Forgets the oldest operations that have ended if there are too many.

@@ -9,10 +9,11 @@ mod files;
 mod session;
 mod steps;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
-use bhatti_store::{SnapshotKind, SnapshotRow, StoreError, TemplateRow};
+use bhatti_store::{SandboxRow, SnapshotKind, SnapshotRow, StoreError, TemplateRow};
 use bhatti_types::{
     CpuCount, DiskMib, Environment, ImageConfig, ImageName, Labels, MemoryMib, Report, SandboxName,
     TemplateId, TemplateName, UserId,
@@ -80,7 +81,7 @@ impl From<TemplateRow> for Made {
 /// Where a build begins: the state after the last unchanged step.
 struct Beginning {
     guard: BuildSandbox,
-    sandbox: bhatti_store::SandboxRow,
+    sandbox: SandboxRow,
     /// The number of steps that are done.
     done: usize,
 }
@@ -92,7 +93,7 @@ impl Control {
     ///
     /// Returns an error if the request is not valid, if this host cannot build, or if the owner
     /// has too many running operations.
-    pub fn build_template(
+    pub async fn build_template(
         &self,
         owner: UserId,
         request: TemplateBuild,
@@ -101,9 +102,14 @@ impl Control {
         self.check_template(&request)?;
         let id = bhatti_node::random()
             .map_err(|error| TemplateBuildError::Create(CreateError::Entropy(error)))?;
+        let bytes = files.as_ref().map_or(Ok(0), |files| Ok(files.metadata()?.len()));
+        let bytes = bytes.map_err(TemplateBuildError::Write)?;
+        let reserved = self.admit_disk(owner, bytes).await;
+        let reserved = reserved.map_err(|error| TemplateBuildError::Create(error.into()))?;
         let name = request.name.to_string();
         let control = self.clone();
         let work = |operation: Operation| async move {
+            let _reserved = reserved;
             control.built_template(owner, request, files, &operation).await
         };
         Ok(self.inner.operations.begin(owner, id, (OperationKind::Template, &name), work)?)
@@ -121,6 +127,13 @@ impl Control {
         if request.steps.len() > STEPS_MAX {
             return Err(TemplateBuildError::TooMany(request.steps.len()));
         }
+        let mut environment = BTreeMap::new();
+        for step in &request.steps {
+            if let Step::Env(variables) = step {
+                environment.extend(variables.clone());
+            }
+        }
+        Environment::try_from(environment)?;
         for command in request.start.iter().chain(&request.ready) {
             if command.len() > STEP_BYTES_MAX || command.contains('\0') {
                 return Err(TemplateBuildError::Command);
@@ -150,19 +163,47 @@ impl Control {
         operation: &Operation,
     ) -> Result<TemplateRow, TemplateBuildError> {
         let turn = Arc::new(self.inner.builds.take(owner).await);
-        let files = files.map(StepFiles::new).map(Arc::new);
+        let room = self.archive_room(owner).await.map_err(CreateError::Image)?;
+        let files = files.map(|files| Arc::new(StepFiles::new(files, room)));
         let base = self.template_base(owner, &request).await?;
         let keys = step_keys(request.steps.clone(), files.clone(), base.key.clone()).await?;
         let Beginning { guard, sandbox, done } =
             self.begin_template(owner, &request, &base, &keys, turn).await?;
-        let mut session = Session { control: self, sandbox, config: base.config, operation, files };
+        let env = request.template.as_ref().map(|it| it.environment.as_map().clone());
+        let mut session = Session {
+            control: self,
+            sandbox,
+            base_env: env.unwrap_or_default(),
+            config: base.config,
+            operation,
+            files,
+        };
         let built = session.run(&request, &keys, done).await;
         let kept = match built {
-            Ok(snapshot) => self.keep_template(owner, request, snapshot).await,
+            Ok(row) => {
+                let control = self.clone();
+                // A canceled build leaves no snapshot without a template.
+                let kept = tokio::spawn(async move {
+                    let snapshot = control.save_built(row, SnapshotKind::Template).await?;
+                    control.keep_template(owner, request, snapshot).await
+                });
+                kept.await.map_err(std::io::Error::other)?
+            }
             Err(error) => Err(error),
         };
         guard.destroy().await;
         kept
+    }
+
+    /// Saves the sandbox of a build, with the settings in `row`.
+    pub(crate) async fn save_built(
+        &self,
+        row: SandboxRow,
+        kind: SnapshotKind,
+    ) -> Result<SnapshotRow, TemplateBuildError> {
+        let name = bhatti_node::random().map(u64::from_be_bytes).map_err(CreateError::Entropy)?;
+        let name = format!("built-{name:016x}").parse().map_err(CreateError::Name)?;
+        Ok(self.save_as(row, name, kind).await?)
     }
 
     /// Stores the template of a snapshot, in place of the one of that name.
@@ -231,13 +272,15 @@ impl Control {
         }
     }
 
-    /// Removes a user's cached steps of templates, which the user does not see.
+    /// Removes the snapshots of a user that the user does not see: cached steps, and what canceled
+    /// builds have left.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub async fn forget_cached_steps(&self, owner: UserId) -> Result<(), StoreError> {
-        self.forget_steps(owner, 0).await.map(drop)
+    pub async fn forget_hidden_snapshots(&self, owner: UserId) -> Result<(), StoreError> {
+        self.forget_steps(owner, 0).await?;
+        self.forget_unused(Some(owner)).await
     }
 
     /// Removes a user's cached steps, except for the `kept` newest ones. Returns whether there were
@@ -256,15 +299,15 @@ impl Control {
         Ok(!surplus.is_empty())
     }
 
-    /// Removes the snapshots of templates that an earlier daemon did not finish.
-    pub(crate) async fn settle_templates(&self) -> Result<(), StoreError> {
+    /// Removes the snapshots of templates that no template has: an earlier daemon, or a canceled
+    /// build, has left them.
+    pub(crate) async fn forget_unused(&self, owner: Option<UserId>) -> Result<(), StoreError> {
         let store = &self.inner.store;
-        for snapshot in store.list_snapshots(None)? {
-            let is_used = || -> Result<bool, StoreError> {
-                let templates = store.list_templates(snapshot.owner)?;
-                Ok(templates.iter().any(|template| template.snapshot == Some(snapshot.id)))
-            };
-            if snapshot.kind == SnapshotKind::Template && !is_used()? {
+        let snapshots = store.list_snapshots(owner)?;
+        let used = store.template_snapshots()?;
+        for snapshot in snapshots {
+            let is_unused = !used.contains(&snapshot.id.to_string());
+            if snapshot.kind == SnapshotKind::Template && is_unused {
                 self.forget_snapshot(&snapshot).await;
             }
         }
@@ -307,7 +350,10 @@ impl Control {
             }
         };
         let capabilities = self.inner.node.capabilities();
-        let shape = format!("{:?} {:?} {:?}", new.cpus, new.memory, new.disk);
+        let (cpus, memory) =
+            (new.cpus.unwrap_or(CpuCount::ONE), new.memory.unwrap_or(MemoryMib::DEFAULT));
+        let network = self.inner.node.default_network();
+        let shape = format!("{cpus:?} {memory:?} {:?} {network:?}", new.disk);
         let texts = [KEYS, capabilities.name, &capabilities.machine, &what, &shape];
         let key = key(&[&texts[..], &[&format!("{config:?}")]].concat());
         Ok(Base { key, new, config })

@@ -55,6 +55,15 @@ impl Control {
         Ok(())
     }
 
+    /// Checks whether a user owns nothing and can be deleted.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the user owns something, or the store fails.
+    pub fn admit_delete_user(&self, user: &UserRow) -> Result<(), UserDeleteError> {
+        self.inner.store.admit_delete_user(user.id)
+    }
+
     /// Deletes a user that owns nothing, with all keys.
     ///
     /// # Errors

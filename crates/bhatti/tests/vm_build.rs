@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use bhatti_api::{BuildImage, CreateUser, ErrorCode, Operation};
 use bhatti_client::{Client, ClientError, Upload};
 use bhatti_testkit::registry::{RealRegistry, busybox};
-use bhatti_testkit::{Feature, LIMIT, Serve, TestDaemon, builder_images, needs, own_images};
+use bhatti_testkit::{Api, Feature, LIMIT, Serve, TestDaemon, builder_images, needs, own_images};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -284,6 +284,17 @@ async fn build_that_cannot_succeed_is_refused_before_it_begins() {
     };
     let (code, error) = refused(&request("FROM a\n")).await;
     assert_eq!((code, &*error), expected);
+    // What comes before the files is kept in memory, so it has a limit.
+    let api = Api::admin(&daemon);
+    let kind = ("content-type", "multipart/form-data; boundary=b");
+    for path in ["/images/build", "/templates/build"] {
+        for form in ["x".repeat(6 << 20), format!("--b\r\nA: {}", "x".repeat(6 << 20))] {
+            let refused = api.send("POST", path, &[kind], form.into_bytes()).await;
+            assert_eq!(refused.status, 400, "{path}: {}", refused.text());
+        }
+        let refused = api.send("POST", path, &[kind], b"--b--\r\n".to_vec()).await;
+        assert!(refused.text().contains("no part `build`"), "{}", refused.text());
+    }
     assert_eq!(client.list_operations().await.unwrap(), []);
     let files = fs::read_dir(place.path().join("images")).unwrap().flatten();
     let left = files.filter(|file| file.file_name().to_string_lossy().starts_with(".layers-"));

@@ -173,7 +173,17 @@ async fn no_route_shows_the_resources_of_another_user() {
     let archive = Upload::new(std::io::Cursor::new(one_file()), None);
     client.expect("an address").import_image("hers", archive).await.expect("an import");
     let api = admin.get("/openapi.json").await.json();
-    let owned = ["sandbox", "snapshot", "template", "volume", "name", "key", "image", "operation"];
+    let owned = [
+        "sandbox",
+        "snapshot",
+        "template",
+        "volume",
+        "name",
+        "key",
+        "image",
+        "operation",
+        "registry",
+    ];
     let names = |of: &'static str| {
         let mut names: BTreeMap<_, _> = owned.iter().map(|parameter| (*parameter, of)).collect();
         names.extend([("port", "8000"), ("job", "s1"), ("session", "s1"), ("user", "alice")]);

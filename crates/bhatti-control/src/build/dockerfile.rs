@@ -21,6 +21,12 @@ pub(crate) struct Dockerfile {
     lines: Vec<Vec<usize>>,
 }
 
+/// Maximum number of instructions of a Dockerfile.
+const INSTRUCTIONS_MAX: usize = 10_000;
+
+/// Maximum number of stages of a Dockerfile.
+const STAGES_MAX: usize = 200;
+
 impl Dockerfile {
     /// Reads a Dockerfile. `arguments` are the values of its arguments. Of several stages, `target`
     /// is built; the last one if absent.
@@ -33,6 +39,15 @@ impl Dockerfile {
             .map_err(|error| DockerfileError::Invalid(error.to_string()))?;
         let values = global_arguments(file.global_args(), arguments);
         let stages: Vec<_> = file.stages().collect();
+        for (what, count, max) in [
+            ("instructions", file.instructions.len(), INSTRUCTIONS_MAX),
+            ("stages", stages.len(), STAGES_MAX),
+        ] {
+            if count > max {
+                let problem = format!("{count} {what} are more than {max}");
+                return Err(DockerfileError::Invalid(problem));
+            }
+        }
         let names: Vec<String> = stages.iter().map(|stage| name_of(stage.from)).collect();
         let number = |name: &str| position(&names, name);
         let wanted = match target {
@@ -57,7 +72,8 @@ impl Dockerfile {
                 }
             }
         }
-        let lines = stages.iter().map(|stage| lines(text, stage)).collect();
+        let ends: Vec<usize> = text.match_indices('\n').map(|(at, _)| at).collect();
+        let lines = stages.iter().map(|stage| lines(&ends, stage)).collect();
         Ok(Self { bases, lines })
     }
 
@@ -72,7 +88,17 @@ fn global_arguments<'a, 'b: 'a>(
     defined: impl Iterator<Item = &'a ArgInstruction<'b>>,
     given: &BTreeMap<String, String>,
 ) -> BTreeMap<String, String> {
-    let mut values = BTreeMap::new();
+    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    // Docker's predefined arguments.
+    let mut values: BTreeMap<String, String> = BTreeMap::new();
+    for kind in ["TARGET", "BUILD"] {
+        let platform = format!("linux/{arch}");
+        for (name, value) in
+            [("PLATFORM", platform.as_str()), ("OS", "linux"), ("ARCH", arch), ("VARIANT", "")]
+        {
+            values.insert(format!("{kind}{name}"), value.to_owned());
+        }
+    }
     for argument in defined {
         for (name, default) in assignments(&argument.arguments.value) {
             let default = default.and_then(|text| expand(&text, &values));
@@ -91,8 +117,8 @@ fn name_of(from: &FromInstruction<'_>) -> String {
 
 /// Returns the number of the stage that a name or a number stands for.
 fn position(names: &[String], name: &str) -> Option<usize> {
-    let by_name =
-        names.iter().rposition(|known| !known.is_empty() && *known == name.to_lowercase());
+    let lower = name.to_lowercase();
+    let by_name = names.iter().rposition(|known| !known.is_empty() && *known == lower);
     by_name.or_else(|| name.parse().ok().filter(|number| *number < names.len()))
 }
 
@@ -118,8 +144,9 @@ fn sources(stage: &Stage<'_, '_>) -> Vec<String> {
     sources
 }
 
-fn lines(text: &str, stage: &Stage<'_, '_>) -> Vec<usize> {
-    let line = |at: usize| text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
+/// Returns the lines of a stage's instructions. `ends` are the places of the line breaks.
+fn lines(ends: &[usize], stage: &Stage<'_, '_>) -> Vec<usize> {
+    let line = |at: usize| ends.partition_point(|end| *end < at) + 1;
     let starts = stage.instructions.iter().filter_map(start);
     std::iter::once(stage.from.from.span.start).chain(starts).map(line).collect()
 }
@@ -193,6 +220,9 @@ CMD [\"/sh\"]
             bases(&read(SEVERAL, &[("TAG", "3.9"), ("OTHER", "x")], Some("base"))),
             [("${IMAGE}", "python:3.9-slim")]
         );
+        let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        let of_arch = format!("FROM one AS of-{arch}\nFROM of-${{TARGETARCH}}\n");
+        assert_eq!(bases(&read(&of_arch, &[], None)), [("one", "one")]);
         assert_eq!(bases(&read(SEVERAL, &[], Some("none"))), []);
         assert_eq!(bases(&read(SEVERAL, &[], Some("2"))), [("alpine", "alpine")]);
     }
@@ -208,7 +238,8 @@ CMD [\"/sh\"]
     #[test]
     fn invalid_file_and_missing_stage_are_refused() {
         let none = BTreeMap::new();
-        for text in ["", "RUN true\n", "FROM\n", "FRUM x\n"] {
+        let many = format!("FROM x\n{}", "RUN a\n".repeat(20_000));
+        for text in ["", "RUN true\n", "FROM\n", "FRUM x\n", &many] {
             let error = Dockerfile::read(text, &none, None).unwrap_err();
             assert!(matches!(error, DockerfileError::Invalid(_)), "{text}: {error}");
         }

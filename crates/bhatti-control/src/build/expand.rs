@@ -4,12 +4,23 @@
 
 use std::collections::BTreeMap;
 
+/// Maximum length of a text with its values, in bytes. Each argument can have the one before it
+/// several times, so their lengths could grow without limit.
+const EXPANDED_BYTES_MAX: usize = 4096;
+
 /// Replaces `$NAME`, `${NAME}`, `${NAME:-DEFAULT}`, `${NAME-DEFAULT}`, `${NAME:+OTHER}` and
-/// `${NAME+OTHER}`. An undefined name is empty. Returns `None` for other forms.
+/// `${NAME+OTHER}`. An undefined name is empty. Returns `None` for other forms, and for texts that
+/// are or become longer than 4 KiB.
 pub(crate) fn expand(text: &str, values: &BTreeMap<String, String>) -> Option<String> {
+    if text.len() > EXPANDED_BYTES_MAX {
+        return None;
+    }
     let mut expanded = String::new();
     let mut rest = text;
     while let Some(at) = rest.find(['$', '\\']) {
+        if expanded.len() > EXPANDED_BYTES_MAX {
+            return None;
+        }
         expanded.push_str(&rest[..at]);
         let (sign, after) = rest[at..].split_at(1);
         if sign == "\\" {
@@ -19,9 +30,9 @@ pub(crate) fn expand(text: &str, values: &BTreeMap<String, String>) -> Option<St
             continue;
         }
         if let Some(braced) = after.strip_prefix('{') {
-            let (inside, following) = braced.split_once('}')?;
+            let (inside, following) = braced.split_at(closing_brace(braced)?);
             expanded.push_str(&value_of(inside, values)?);
-            rest = following;
+            rest = &following[1..];
         } else {
             let (name, following) = after.split_at(name_length(after));
             if name.is_empty() {
@@ -32,7 +43,23 @@ pub(crate) fn expand(text: &str, values: &BTreeMap<String, String>) -> Option<St
         }
     }
     expanded.push_str(rest);
-    Some(expanded)
+    (expanded.len() <= EXPANDED_BYTES_MAX).then_some(expanded)
+}
+
+/// Returns where the brace is that closes one before the text.
+fn closing_brace(text: &str) -> Option<usize> {
+    let mut open = 1;
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'{' => open += 1,
+            b'}' => open -= 1,
+            _ => {}
+        }
+        if open == 0 {
+            return Some(at);
+        }
+    }
+    None
 }
 
 /// Returns the value of what is between braces.
@@ -107,6 +134,7 @@ mod tests {
             ("${NONE:-d}${EMPTY:-e}${EMPTY-f}", Some("de")),
             ("${A:+yes}${NONE:+no}${EMPTY+set}", Some("yesset")),
             ("${NONE:-$A}", Some("1")),
+            ("${NONE:-${NONE:-${A}}}x", Some("1x")),
             (r"\$A", Some("$A")),
             ("${A#1}", None),
             ("${A:}", None),
@@ -115,6 +143,16 @@ mod tests {
         ] {
             assert_eq!(expand(text, &values).as_deref(), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn texts_do_not_grow_without_limit() {
+        let mut values = BTreeMap::from([("A".to_owned(), "x".repeat(1000))]);
+        let longer = expand("$A$A$A$A", &values).unwrap();
+        values.insert("B".to_owned(), longer);
+        assert_eq!(expand("$B$B", &values), None);
+        assert_eq!(expand(&"$B".repeat(2000), &values), None);
+        assert_eq!(expand(&"${A:-".repeat(100_000), &values), None);
     }
 
     #[test]

@@ -20,9 +20,9 @@ pub(super) struct Step {
 }
 
 /// Follows Buildah's output line by line.
-pub(super) struct Progress<'a> {
+pub(super) struct Progress {
     /// What the Dockerfile calls the images, by id.
-    names: BTreeMap<&'a str, &'a str>,
+    names: BTreeMap<String, String>,
     line: Vec<u8>,
     /// The last step that has begun.
     pub(super) step: Option<Step>,
@@ -30,10 +30,9 @@ pub(super) struct Progress<'a> {
     pub(super) last: String,
 }
 
-impl<'a> Progress<'a> {
-    /// `images` has the ids of images by their names.
-    pub(super) fn new(images: &'a BTreeMap<String, String>) -> Self {
-        let names = images.iter().map(|(name, id)| (id.as_str(), name.as_str())).collect();
+impl Progress {
+    /// `names` has the names of images by their ids.
+    pub(super) fn new(names: BTreeMap<String, String>) -> Self {
         Self { names, line: Vec::new(), step: None, last: String::new() }
     }
 
@@ -75,13 +74,14 @@ impl<'a> Progress<'a> {
         line
     }
 
-    /// Puts names in the place of ids.
+    /// Puts the name of an image in the place of its id, in a step that begins a stage.
     fn named(&self, text: &str) -> String {
-        let mut named = text.to_owned();
-        for (id, name) in &self.names {
-            named = named.replace(id, name);
+        let Some((before, image)) = text.split_once(": FROM ") else { return text.to_owned() };
+        let id = image.split_whitespace().next().unwrap_or_default();
+        match self.names.get(id) {
+            Some(name) => format!("{before}: FROM {name}{}", &image[id.len()..]),
+            None => text.to_owned(),
         }
-        named
     }
 }
 
@@ -112,13 +112,16 @@ mod tests {
 
     #[test]
     fn steps_are_recognized_and_images_have_their_names() {
-        let images = [("python:3".to_owned(), "abc".to_owned())].into();
-        let mut progress = Progress::new(&images);
+        let names = [("abc".to_owned(), "python:3".to_owned())].into();
+        let mut progress = Progress::new(names);
 
         assert_eq!(progress.read(b"STEP 1/2: FROM a"), b"");
         assert_eq!(progress.read(b"bc\nout abc\n"), b"STEP 1/2: FROM python:3\nout abc\n");
         let first = Step { stage: 1, step: 1, text: "FROM abc".to_owned() };
         assert_eq!(progress.step, Some(first));
+
+        let several = progress.read(b"[1/2] STEP 1/9: FROM abc AS abc\n");
+        assert_eq!(several, b"[1/2] STEP 1/9: FROM python:3 AS abc\n");
 
         progress.read(b"[2/3] STEP 4/6: RUN false\nSTEP x\n[1/2 STEP 1/1: A\n\nError: no");
         let step = Step { stage: 2, step: 4, text: "RUN false".to_owned() };

@@ -70,15 +70,16 @@ impl Session<'_> {
         let agent = used.agent.acting_as(Some("0"));
         let guest = Guest { control, owner: *owner, agent, operation: self.operation };
         guest.prepare().await?;
-        let mut images = BTreeMap::new();
+        let (mut images, mut names) = (BTreeMap::new(), BTreeMap::new());
         for base in bases {
             let id = guest.load(base).await?;
+            names.insert(id.clone(), base.names[1].clone());
             for name in &base.names {
                 images.insert(name.clone(), id.clone());
             }
         }
         guest.send_context(context, &request.dockerfile, &request.secrets).await?;
-        guest.build(request, dockerfile, &images).await?;
+        guest.build(request, dockerfile, &images, names).await?;
         guest.result().await
     }
 }
@@ -151,14 +152,16 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Runs the steps. `images` has the ids of images by their names.
+    /// Runs the steps. `images` has the ids of images by what the Dockerfile calls them, and `names`
+    /// their names by id.
     async fn build(
         &self,
         request: &BuildRequest,
         dockerfile: &Dockerfile,
         images: &BTreeMap<String, String>,
+        names: BTreeMap<String, String>,
     ) -> Result<(), BuildError> {
-        let mut progress = Progress::new(images);
+        let mut progress = Progress::new(names);
         let (mut input, mut output) = self.agent.exec(exec(arguments(request, images))).await?;
         input.end().await?;
         let code = loop {

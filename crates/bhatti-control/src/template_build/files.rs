@@ -1,18 +1,30 @@
 //! The files that steps of a template copy: an archive, and parts of it.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::OnceLock;
 
-use tar::{Archive, Builder, EntryType};
+use tar::{Archive, Builder, EntryType, Header};
 
 use crate::build_errors::TemplateBuildError;
 
 /// Maximum number of entries of the archive.
 const ENTRIES_MAX: usize = 200_000;
 
+/// Maximum length of what describes an entry, in bytes: its header, a long name, attributes.
+const HEADER_BYTES_MAX: u64 = 1 << 20;
+
 /// An archive of files that steps copy.
-pub(super) struct StepFiles(File);
+pub(super) struct StepFiles {
+    archive: File,
+    /// Maximum of the bytes that its files unpack to. A hole takes no space in the archive.
+    bytes_max: u64,
+    /// The files' digests, when a step has asked for one.
+    digests: OnceLock<BTreeMap<PathBuf, blake3::Hash>>,
+}
 
 /// A part of the archive, as an archive that is to be unpacked into a directory.
 pub(super) struct Part {
@@ -22,32 +34,72 @@ pub(super) struct Part {
     pub(super) archive: File,
 }
 
+/// Reads the archive, up to a limit that is set anew for each entry.
+struct Limited<'a> {
+    archive: &'a File,
+    left: &'a Cell<u64>,
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.left.get();
+        if left == 0 {
+            return Err(io::Error::other("the header of an entry is too long"));
+        }
+        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let length = self.archive.read(&mut buffer[..most])?;
+        self.left.set(left - length as u64);
+        Ok(length)
+    }
+}
+
+type Entry<'a> = tar::Entry<'a, Limited<'a>>;
+
 impl StepFiles {
-    pub(super) fn new(archive: File) -> Self {
-        Self(archive)
+    /// `bytes_max` is the maximum of the bytes that the files unpack to.
+    pub(super) fn new(archive: File, bytes_max: u64) -> Self {
+        Self { archive, bytes_max, digests: OnceLock::new() }
     }
 
     /// Returns a digest of a file, or of a directory's content: names, kinds, modes and bytes.
     /// Blocks on disk.
     pub(super) fn digest(&self, from: &str) -> Result<String, TemplateBuildError> {
-        let mut entries = Vec::new();
-        self.each(from, |name, entry| {
+        let wanted = wanted(from)?;
+        let digests = match self.digests.get() {
+            Some(digests) => digests,
+            None => {
+                let digests = self.digests()?;
+                self.digests.get_or_init(|| digests)
+            }
+        };
+        let (mut whole, mut found) = (blake3::Hasher::new(), wanted.as_os_str().is_empty());
+        for (name, digest) in digests {
+            let Ok(below) = name.strip_prefix(&wanted) else { continue };
+            found = true;
+            let name = below.as_os_str().as_encoded_bytes();
+            whole.update(&(name.len() as u64).to_le_bytes()).update(name).update(digest.as_bytes());
+        }
+        if found {
+            Ok(whole.finalize().to_hex().to_string())
+        } else {
+            Err(TemplateBuildError::Missing(from.to_owned()))
+        }
+    }
+
+    /// Returns the digests of all entries.
+    fn digests(&self) -> Result<BTreeMap<PathBuf, blake3::Hash>, TemplateBuildError> {
+        let mut digests = BTreeMap::new();
+        self.each(|name, entry| {
             let header = entry.header();
             let mut hash = blake3::Hasher::new();
             hash.update(&[header.entry_type().as_byte()]);
             hash.update(&(header.mode()? & 0o7777).to_le_bytes());
             hash.update(&entry.link_name_bytes().unwrap_or_default());
             io::copy(entry, &mut hash)?;
-            entries.push((name.to_owned(), hash.finalize()));
+            digests.insert(name.to_owned(), hash.finalize());
             Ok(())
         })?;
-        entries.sort_by(|one, other| one.0.cmp(&other.0));
-        let mut whole = blake3::Hasher::new();
-        for (name, digest) in entries {
-            let name = name.as_os_str().as_encoded_bytes();
-            whole.update(&(name.len() as u64).to_le_bytes()).update(name).update(digest.as_bytes());
-        }
-        Ok(whole.finalize().to_hex().to_string())
+        Ok(digests)
     }
 
     /// Writes a file, or a directory's content, into `target`, as an archive that is unpacked at
@@ -58,24 +110,29 @@ impl StepFiles {
         to: &str,
         target: File,
     ) -> Result<Part, TemplateBuildError> {
+        let wanted = wanted(from)?;
         let mut archive = Builder::new(io::BufWriter::new(target));
-        let mut single = None;
-        self.each(from, |name, entry| {
-            let mut header = entry.header().clone();
-            let is_whole = name.as_os_str().is_empty();
-            if is_whole && entry.header().entry_type().is_dir() {
+        let (mut single, mut found) = (None, wanted.as_os_str().is_empty());
+        self.each(|name, entry| {
+            let Ok(below) = name.strip_prefix(&wanted) else { return Ok(()) };
+            found = true;
+            let kind = entry.header().entry_type();
+            let is_whole = below.as_os_str().is_empty();
+            if is_whole && kind.is_dir() {
                 return Ok(());
             }
-            let (directory, name) =
-                if is_whole { place_of_file(from, to) } else { (to.to_owned(), name.to_owned()) };
-            if is_whole {
+            let name = if is_whole {
+                let (directory, name) = place_of_file(from, to);
                 single = Some(directory);
-            }
-            match entry.link_name()? {
-                Some(link) => archive.append_link(&mut header, name, link),
-                None => archive.append_data(&mut header, name, entry),
-            }
+                name
+            } else {
+                below.to_owned()
+            };
+            append(&mut archive, name, &wanted, entry)
         })?;
+        if !found {
+            return Err(TemplateBuildError::Missing(from.to_owned()));
+        }
         let mut archive =
             archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;
         archive.flush()?;
@@ -83,44 +140,83 @@ impl StepFiles {
         Ok(Part { directory: single.unwrap_or_else(|| to.to_owned()), archive })
     }
 
-    /// Calls `each` with every entry at or below a path, and its name below that path.
+    /// Calls `each` with every file, directory and link, and its name. Leaves out what an archive
+    /// for a sandbox cannot have: pipes and devices.
     fn each(
         &self,
-        from: &str,
-        mut each: impl FnMut(&Path, &mut tar::Entry<'_, &File>) -> io::Result<()>,
+        mut each: impl FnMut(&Path, &mut Entry<'_>) -> io::Result<()>,
     ) -> Result<(), TemplateBuildError> {
-        let wanted = plain(Path::new(from));
-        let wanted = wanted.ok_or_else(|| TemplateBuildError::Path(from.to_owned()))?;
-        let (mut archive, mut found) = (&self.0, false);
-        archive.rewind()?;
         let broken = |error: io::Error| TemplateBuildError::Archive(error.to_string());
-        for (number, entry) in Archive::new(archive).entries().map_err(broken)?.enumerate() {
+        let invalid = |problem: String| Err(TemplateBuildError::Archive(problem));
+        let left = Cell::new(HEADER_BYTES_MAX);
+        (&self.archive).rewind()?;
+        let mut archive = Archive::new(Limited { archive: &self.archive, left: &left });
+        let mut bytes = 0_u64;
+        for (number, entry) in archive.entries().map_err(broken)?.enumerate() {
             let mut entry = entry.map_err(broken)?;
+            left.set(u64::MAX);
             if number >= ENTRIES_MAX {
-                return Err(TemplateBuildError::Archive(format!(
-                    "more than {ENTRIES_MAX} entries"
-                )));
+                return invalid(format!("more than {ENTRIES_MAX} entries"));
             }
-            let kind = entry.header().entry_type();
-            let is_known = matches!(
-                kind,
-                EntryType::Regular | EntryType::Directory | EntryType::Symlink | EntryType::Link
-            );
+            bytes = bytes.saturating_add(entry.size());
+            if bytes > self.bytes_max {
+                return invalid(format!("files of more than {} bytes", self.bytes_max));
+            }
             let name = entry.path().map_err(broken)?.into_owned();
             let Some(name) = plain(&name) else {
-                return Err(TemplateBuildError::Archive(format!("entry `{}`", name.display())));
+                return invalid(format!("entry `{}`", name.display()));
             };
-            if let (true, Ok(below)) = (is_known, name.strip_prefix(&wanted)) {
-                found = true;
-                each(below, &mut entry).map_err(broken)?;
+            if is_copied(entry.header().entry_type()) {
+                each(&name, &mut entry).map_err(broken)?;
             }
+            // What is left of the content is not a part of the next header.
+            io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
+            left.set(HEADER_BYTES_MAX);
         }
-        if found || wanted.as_os_str().is_empty() {
-            Ok(())
-        } else {
-            Err(TemplateBuildError::Missing(from.to_owned()))
-        }
+        Ok(())
     }
+}
+
+fn is_copied(kind: EntryType) -> bool {
+    is_file(kind) || kind.is_dir() || kind.is_symlink() || kind.is_hard_link()
+}
+
+fn is_file(kind: EntryType) -> bool {
+    kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse()
+}
+
+/// Adds an entry to the archive of a part, whose names are below `wanted`.
+fn append(
+    archive: &mut Builder<impl Write>,
+    name: PathBuf,
+    wanted: &Path,
+    entry: &mut Entry<'_>,
+) -> io::Result<()> {
+    let mut header = Header::new_gnu();
+    let old = entry.header();
+    let kind = old.entry_type();
+    header.set_mode(old.mode()? & 0o7777);
+    header.set_mtime(old.mtime().unwrap_or_default());
+    header.set_entry_type(if is_file(kind) { EntryType::Regular } else { kind });
+    header.set_size(if is_file(kind) { entry.size() } else { 0 });
+    let no_target = || io::Error::other(format!("`{}` links to nothing", name.display()));
+    if kind.is_symlink() {
+        let target = entry.link_name()?.ok_or_else(no_target)?.into_owned();
+        archive.append_link(&mut header, name, target)
+    } else if kind.is_hard_link() {
+        let target = entry.link_name()?.and_then(|target| plain(&target)).ok_or_else(no_target)?;
+        let below = target.strip_prefix(wanted).map_err(|_| {
+            io::Error::other(format!("`{}` is a link to a file outside", name.display()))
+        })?;
+        archive.append_link(&mut header, &name, below)
+    } else {
+        archive.append_data(&mut header, name, entry)
+    }
+}
+
+/// Returns the path that a copy names, without `.`.
+fn wanted(from: &str) -> Result<PathBuf, TemplateBuildError> {
+    plain(Path::new(from)).ok_or_else(|| TemplateBuildError::Path(from.to_owned()))
 }
 
 /// Returns the directory and the name of a file that is copied to `to`.
@@ -160,7 +256,59 @@ mod tests {
             header.set_size(content.len() as u64);
             archive.append_data(&mut header, name, *content).unwrap();
         }
-        StepFiles::new(archive.into_inner().unwrap())
+        StepFiles::new(archive.into_inner().unwrap(), 1 << 20)
+    }
+
+    #[test]
+    fn archives_that_take_too_much_memory_or_space_are_refused() {
+        // A long name that has no end.
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(1 << 40);
+        header.set_cksum();
+        let mut archive = tempfile::tempfile().unwrap();
+        archive.write_all(header.as_bytes()).unwrap();
+        archive.set_len(1 << 40).unwrap();
+        let error = StepFiles::new(archive, u64::MAX).digest(".").unwrap_err();
+        assert!(error.to_string().contains("header of an entry"), "{error}");
+
+        let large = files(&[("a", &[0; 700 << 10]), ("b", &[0; 700 << 10])]);
+        let error = large.digest("a").unwrap_err();
+        assert!(error.to_string().contains("more than 1048576 bytes"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn links_and_holes_are_copied() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        std::fs::create_dir(at("app")).unwrap();
+        std::fs::write(at("app/one"), "1").unwrap();
+        std::fs::hard_link(at("app/one"), at("app/two")).unwrap();
+        std::os::unix::fs::symlink("one", at("app/three")).unwrap();
+        File::create(at("app/hole")).unwrap().set_len(100 << 10).unwrap();
+        let mut packed = bhatti_host::process::command("tar");
+        packed.args(["--sparse", "--sort=name", "-C"]).arg(place.path());
+        let packed = packed.args(["-cf"]).arg(at("a.tar")).arg("app").status().await.unwrap();
+        assert!(packed.success());
+        let files = StepFiles::new(File::open(at("a.tar")).unwrap(), 1 << 20);
+
+        let part = files.part("app", "/srv", tempfile::tempfile().unwrap()).unwrap();
+
+        let mut archive = Archive::new(part.archive);
+        let found = archive.entries().unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            let link = entry.link_name().unwrap().map(|link| link.display().to_string());
+            (entry.path().unwrap().display().to_string(), entry.size(), link)
+        });
+        let found: Vec<_> = found.collect();
+        let link = |name: &str| Some(name.to_owned());
+        let expected = [
+            ("hole".to_owned(), 100 << 10, None),
+            ("one".to_owned(), 1, None),
+            ("three".to_owned(), 0, link("one")),
+            ("two".to_owned(), 0, link("one")),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The work of a template's build in its sandbox.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_agent::{AgentClient, ExecEvent};
 use bhatti_proto::ExecRequest;
-use bhatti_store::{SandboxRow, SnapshotKind, SnapshotRow};
-use bhatti_types::{ImageConfig, QuotaExceeded, Report};
+use bhatti_store::{SandboxRow, SnapshotKind};
+use bhatti_types::{ImageConfig, Report};
 use tokio::io::AsyncReadExt;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -18,7 +19,6 @@ use crate::Control;
 use crate::build_errors::TemplateBuildError;
 use crate::create::CreateError;
 use crate::operations::Operation;
-use crate::snapshots::SnapshotOpError;
 
 /// How long a start command may take to be ready, in seconds.
 const READY_SECONDS: u64 = 600;
@@ -33,6 +33,8 @@ const PIECE_BYTES: usize = 64 << 10;
 pub(super) struct Session<'a> {
     pub(super) control: &'a Control,
     pub(super) sandbox: SandboxRow,
+    /// The environment of the template that this one begins with.
+    pub(super) base_env: BTreeMap<String, String>,
     /// The settings of processes, as the steps so far have changed them.
     pub(super) config: ImageConfig,
     pub(super) operation: &'a Operation,
@@ -40,14 +42,14 @@ pub(super) struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Runs the steps after the first `done` ones, and the start command. Returns the snapshot of
-    /// the result.
+    /// Runs the steps after the first `done` ones, and the start command. Returns the sandbox
+    /// to save, with its settings.
     pub(super) async fn run(
         &mut self,
         request: &TemplateBuild,
         keys: &[String],
         done: usize,
-    ) -> Result<SnapshotRow, TemplateBuildError> {
+    ) -> Result<SandboxRow, TemplateBuildError> {
         let owner = self.sandbox.owner;
         let used = self.control.enter(owner, &self.sandbox.id.to_string()).await?;
         let agent = used.agent.clone();
@@ -67,7 +69,14 @@ impl Session<'_> {
             self.say(&format!("starting: {start}\n"));
             self.start(&agent, start, request.ready.as_deref()).await?;
         }
-        self.save(SnapshotKind::Template).await
+        self.row()
+    }
+
+    /// Returns the sandbox's row, with the settings of the steps so far.
+    fn row(&self) -> Result<SandboxRow, TemplateBuildError> {
+        let mut row = self.control.find(self.sandbox.owner, &self.sandbox.id.to_string())?;
+        row.spec.image_config = self.config.clone();
+        Ok(row)
     }
 
     fn say(&self, text: &str) {
@@ -106,7 +115,7 @@ impl Session<'_> {
         let is_set = |text: &String| (!text.is_empty()).then(|| text.clone());
         ExecRequest {
             argv,
-            env: self.config.env.clone(),
+            env: self.base_env.clone().into_iter().chain(self.config.env.clone()).collect(),
             user: is_set(&self.config.user),
             cwd: is_set(&self.config.workdir),
             ..ExecRequest::default()
@@ -202,7 +211,11 @@ impl Session<'_> {
         if let Some(old) = control.inner.store.find_step(owner, key)? {
             control.remove_snapshot(&old).await?;
         }
-        match self.save(SnapshotKind::Step(key.to_owned())).await {
+        let (row, kind) = (self.row()?, SnapshotKind::Step(key.to_owned()));
+        let saving = control.clone();
+        // A canceled build leaves no files without a row.
+        let saved = tokio::spawn(async move { saving.save_built(row, kind).await });
+        match saved.await.map_err(std::io::Error::other)? {
             Ok(_) => {
                 control.forget_steps(owner, CACHED_MAX).await?;
                 Ok(())
@@ -213,26 +226,5 @@ impl Session<'_> {
             }
             Err(error) => Err(error),
         }
-    }
-
-    /// Saves the sandbox. If the owner has no room for it, the cached steps go.
-    async fn save(&self, kind: SnapshotKind) -> Result<SnapshotRow, TemplateBuildError> {
-        match self.save_once(kind.clone()).await {
-            Err(TemplateBuildError::Save(SnapshotOpError::Quota(QuotaExceeded::Disk {
-                ..
-            }))) if self.control.forget_steps(self.sandbox.owner, 0).await? => {
-                self.save_once(kind).await
-            }
-            saved => saved,
-        }
-    }
-
-    async fn save_once(&self, kind: SnapshotKind) -> Result<SnapshotRow, TemplateBuildError> {
-        let name = bhatti_node::random().map(u64::from_be_bytes).map_err(CreateError::Entropy)?;
-        let name = format!("built-{name:016x}").parse().map_err(CreateError::Name)?;
-        let control = self.control;
-        let mut row = control.find(self.sandbox.owner, &self.sandbox.id.to_string())?;
-        row.spec.image_config = self.config.clone();
-        Ok(control.save_as(row, name, kind).await?)
     }
 }

@@ -1,10 +1,14 @@
 //! `/images/build` and `/templates/build`.
 
 use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::Extension;
-use axum::extract::State;
+use axum::body::Body;
+use axum::extract::multipart::MultipartRejection;
 use axum::extract::multipart::{Field, Multipart, MultipartError};
+use axum::extract::{FromRequest, Request, State};
 use axum::response::Response;
 use bhatti_api::{
     BuildForm, BuildImage, BuildTemplate, BuildTemplateForm, CopyFiles, ErrorCode, IMAGE_BYTES_MAX,
@@ -12,6 +16,7 @@ use bhatti_api::{
 };
 use bhatti_control::{BuildRequest, DOCKERFILE_BYTES_MAX, OperationFailure, Step, TemplateBuild};
 use bhatti_store::TemplateRow;
+use futures_util::StreamExt;
 use tokio::io::AsyncWriteExt;
 
 use super::operations::describe;
@@ -25,6 +30,9 @@ use crate::status::{ApiError, accepted};
 /// Maximum length of the first part, in bytes: the Dockerfile, and its arguments and secrets.
 const BUILD_BYTES_MAX: usize = 2 * DOCKERFILE_BYTES_MAX;
 
+/// Maximum of what a form has before its files, in bytes.
+const FORM_BYTES_MAX: u64 = BUILD_BYTES_MAX as u64 + (1 << 20);
+
 /// Begins to build an image from a Dockerfile, in a sandbox of its own.
 ///
 /// The form has the parts `build`, a JSON object, and `context`, in this order. The images that the
@@ -36,13 +44,15 @@ const BUILD_BYTES_MAX: usize = 2 * DOCKERFILE_BYTES_MAX;
 pub(crate) async fn build(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    mut form: Multipart,
+    request: Request,
 ) -> Result<Response, ApiError> {
+    let (mut form, allowance) = form(request).await?;
     let build = part(&mut form, "build").await?;
-    let request = request(json::parse(&read(build, BUILD_BYTES_MAX).await?)?)?;
+    let request = build_request(json::parse(&read(build, BUILD_BYTES_MAX).await?)?)?;
     state.control.check_build(owner, &request).await?;
     let room = state.control.archive_room(owner).await?.min(IMAGE_BYTES_MAX);
     let context = part(&mut form, "context").await?;
+    allowance.lift();
     let context = receive(context, state.control.image_upload()?, room).await?;
     let operation = state.control.build_image(owner, request, context).await?;
     Ok(accepted(Json(describe(&operation))))
@@ -59,8 +69,9 @@ pub(crate) async fn build(
 pub(crate) async fn build_template(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
-    mut form: Multipart,
+    request: Request,
 ) -> Result<Response, ApiError> {
+    let (mut form, allowance) = form(request).await?;
     let build = part(&mut form, "build").await?;
     let build: BuildTemplate = json::parse(&read(build, BUILD_BYTES_MAX).await?)?;
     let base = build.template.as_deref().map(|name| templates::find(&state, owner, name));
@@ -68,6 +79,7 @@ pub(crate) async fn build_template(
     state.control.check_template(&request).map_err(OperationFailure::from)?;
     let files = match form.next_field().await.map_err(broken)? {
         Some(files) if files.name() == Some("files") => {
+            allowance.lift();
             let room = state.control.archive_room(owner).await?.min(IMAGE_BYTES_MAX);
             Some(receive(files, state.control.image_upload()?, room).await?)
         }
@@ -77,7 +89,7 @@ pub(crate) async fn build_template(
         }
         None => None,
     };
-    let operation = state.control.build_template(owner, request, files)?;
+    let operation = state.control.build_template(owner, request, files).await?;
     Ok(accepted(Json(describe(&operation))))
 }
 
@@ -96,6 +108,43 @@ async fn receive(mut part: Field<'_>, upload: File, room: u64) -> Result<File, A
     }
     file.flush().await.map_err(failed)?;
     Ok(file.into_std().await)
+}
+
+/// Bytes of a request that may still arrive before the part with files.
+#[derive(Clone)]
+struct BytesAllowed(Arc<AtomicU64>);
+
+impl BytesAllowed {
+    /// Lets any number of bytes arrive: the part with files has begun, which has a limit of its own.
+    fn lift(&self) {
+        self.0.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    /// Counts bytes that arrived.
+    fn take(&self, bytes: usize) -> Result<(), std::io::Error> {
+        let take = |left: u64| left.checked_sub(bytes as u64);
+        let taken = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+        taken.map(drop).map_err(|_| std::io::Error::other("too long before its files"))
+    }
+}
+
+/// Reads a request as a form. What is before the part with files, and between parts, is kept in
+/// memory, so it has a limit.
+async fn form(request: Request) -> Result<(Multipart, BytesAllowed), ApiError> {
+    let allowed = BytesAllowed(Arc::new(AtomicU64::new(FORM_BYTES_MAX)));
+    let counted = allowed.clone();
+    let request = request.map(|body| {
+        Body::from_stream(body.into_data_stream().map(move |piece| {
+            let piece = piece.map_err(std::io::Error::other)?;
+            counted.take(piece.len()).map(|()| piece)
+        }))
+    });
+    let invalid = |error: MultipartRejection| {
+        ApiError::new(ErrorCode::BadRequest, format!("invalid form: {}", error.body_text()))
+            .hint("send multipart/form-data")
+    };
+    let form = Multipart::from_request(request, &()).await.map_err(invalid)?;
+    Ok((form, allowed))
 }
 
 /// Returns the next part of a form, which must have this name.
@@ -125,7 +174,7 @@ fn broken(error: MultipartError) -> ApiError {
     ApiError::new(ErrorCode::BadRequest, format!("invalid form: {}", error.body_text()))
 }
 
-fn request(build: BuildImage) -> Result<BuildRequest, ApiError> {
+fn build_request(build: BuildImage) -> Result<BuildRequest, ApiError> {
     let bad = |error: &dyn std::error::Error| ApiError::bad_request(error);
     let BuildImage {
         name,

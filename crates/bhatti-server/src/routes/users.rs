@@ -116,7 +116,8 @@ pub(crate) async fn delete(
 ) -> Result<Json<Deleted>, ApiError> {
     let row = find(&state, caller, &name)?;
     not_the_admin(&row)?;
-    state.control.forget_cached_steps(row.id).await?;
+    state.control.admit_delete_user(&row)?;
+    state.control.forget_hidden_snapshots(row.id).await?;
     let _changing = state.changing_keys.lock();
     state.control.delete_user(&row)?;
     state.keyring.revoke_all(row.id);

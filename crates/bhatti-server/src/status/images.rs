@@ -3,10 +3,10 @@
 use bhatti_api::ErrorCode;
 use bhatti_control::{
     BuildError, CreateError, ImageCommandError, ImageError, LoginError, OperationFailure,
-    PullFailure, SaveError, SnapshotOpError, TemplateBuildError,
+    PullFailure, SaveError, SnapshotOpError, TemplateBuildError, VolumeOpError,
 };
 use bhatti_node::{ImageFilesError, ImportError, PullError, RegistryError, RemoveError};
-use bhatti_store::TemplateInsertError;
+use bhatti_store::{TemplateInsertError, VolumeError};
 use bhatti_types::Report;
 
 use super::ApiError;
@@ -158,6 +158,7 @@ fn template_error(error: &TemplateBuildError) -> ApiError {
         TemplateBuildError::TooMany(_)
         | TemplateBuildError::Step(_)
         | TemplateBuildError::Command
+        | TemplateBuildError::Environment(_)
         | TemplateBuildError::NoFiles
         | TemplateBuildError::Path(_)
         | TemplateBuildError::Target(_)
@@ -168,17 +169,34 @@ fn template_error(error: &TemplateBuildError) -> ApiError {
         | TemplateBuildError::NotReady(_) => {
             failed(ErrorCode::BuildFailed).hint("the output is in the build's log")
         }
-        TemplateBuildError::Create(CreateError::Image(image)) => of_made(image),
-        TemplateBuildError::Create(CreateError::Quota(quota))
-        | TemplateBuildError::Save(SnapshotOpError::Quota(quota))
+        TemplateBuildError::Create(create) => creation_error(create),
+        TemplateBuildError::Save(SnapshotOpError::Quota(quota))
         | TemplateBuildError::Keep(TemplateInsertError::Quota(quota)) => quota.clone().into(),
         TemplateBuildError::Guest(_) => failed(ErrorCode::ConnectionLost),
-        TemplateBuildError::Create(_)
-        | TemplateBuildError::Use(_)
-        | TemplateBuildError::Save(_) => failed(ErrorCode::WrongState),
+        TemplateBuildError::Use(used) => ApiError::new(ErrorCode::WrongState, used.to_string()),
+        TemplateBuildError::Save(saved) => ApiError::new(ErrorCode::WrongState, saved.to_string()),
         TemplateBuildError::Keep(_)
         | TemplateBuildError::Write(_)
         | TemplateBuildError::Store(_) => ApiError::internal(error),
+    }
+}
+
+/// Returns the error of a build whose sandbox was not created. Operations share their errors, which
+/// have no copies.
+fn creation_error(error: &CreateError) -> ApiError {
+    let refused = |code| ApiError::new(code, error.to_string());
+    match error {
+        CreateError::Image(image) => of_made(image),
+        CreateError::Quota(quota) => quota.clone().into(),
+        CreateError::Node(bhatti_node::CreateError::Busy(busy)) => (*busy).into(),
+        CreateError::Fixed(_) | CreateError::Network(_) | CreateError::Volumes(_) => {
+            refused(ErrorCode::BadRequest)
+        }
+        CreateError::NoSnapshot => refused(ErrorCode::SnapshotUnusable),
+        CreateError::NameTaken(_) | CreateError::Attach(_) | CreateError::Use(_) => {
+            refused(ErrorCode::WrongState)
+        }
+        _ => ApiError::internal(error),
     }
 }
 
@@ -193,9 +211,15 @@ fn build_error(error: &BuildError) -> ApiError {
         BuildError::Image(image) => of_made(image),
         BuildError::Guest(_) => failed(ErrorCode::ConnectionLost),
         BuildError::Write(_) => ApiError::internal(error),
-        BuildError::Create(_) | BuildError::Cache(_) | BuildError::Use(_) => {
-            failed(ErrorCode::WrongState)
+        BuildError::Create(create) => creation_error(create),
+        BuildError::Cache(VolumeOpError::Refused(VolumeError::Quota(quota))) => {
+            quota.clone().into()
         }
+        BuildError::Cache(VolumeOpError::Refused(refused)) => {
+            ApiError::new(ErrorCode::WrongState, refused.to_string())
+        }
+        BuildError::Cache(_) => ApiError::internal(error),
+        BuildError::Use(used) => ApiError::new(ErrorCode::WrongState, used.to_string()),
     }
 }
 

@@ -411,7 +411,7 @@ impl Store {
         })
     }
 
-    /// Returns the number of sandboxes and named snapshots of all users.
+    /// Returns the number of sandboxes and snapshots of all users, without cached steps.
     ///
     /// # Errors
     ///
@@ -419,7 +419,7 @@ impl Store {
     pub fn count_made(&self) -> Result<u64, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached(
-                "SELECT (SELECT count(*) FROM sandboxes) + (SELECT count(*) FROM snapshots)",
+                "SELECT (SELECT count(*) FROM sandboxes) + (SELECT count(*) FROM snapshots WHERE kind <> 'step')",
             )?;
             Ok(query.query_row([], |row| row.get(0))?)
         })

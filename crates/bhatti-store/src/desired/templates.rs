@@ -1,5 +1,7 @@
 //! The table of templates, from which users create sandboxes.
 
+use std::collections::BTreeSet;
+
 use bhatti_types::{
     CpuCount, DiskMib, Environment, ImageName, Labels, MemoryMib, QuotaExceeded, SecretName,
     SnapshotId, TemplateId, TemplateName, UserId,
@@ -143,6 +145,21 @@ impl Store {
                 "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
             ))?;
             sound_rows(&mut query, [owner.to_string()], RowName("template", 0), read)
+        })
+    }
+
+    /// Returns the ids of the snapshots that templates start from, also those of damaged rows.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn template_snapshots(&self) -> Result<BTreeSet<String>, StoreError> {
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT snapshot_id FROM templates WHERE snapshot_id IS NOT NULL",
+            )?;
+            let ids = query.query_map([], |row| row.get(0))?;
+            Ok(ids.collect::<Result<_, _>>()?)
         })
     }
 

@@ -167,6 +167,15 @@ impl Store {
         })
     }
 
+    /// Checks whether a user owns nothing that the user sees, so that it can be deleted.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`UserDeleteError::Owns`] if the user owns something.
+    pub fn admit_delete_user(&self, id: UserId) -> Result<(), UserDeleteError> {
+        self.work(|connection| check_owns_nothing(connection, id))
+    }
+
     /// Deletes a user that owns nothing.
     ///
     /// # Errors
@@ -175,25 +184,7 @@ impl Store {
     pub fn delete_user(&self, id: UserId) -> Result<(), UserDeleteError> {
         self.work(|connection| {
             let transaction = immediate(connection)?;
-            for (table, what) in [
-                ("sandboxes", "sandbox"),
-                ("snapshots", "snapshot"),
-                ("secrets", "secret"),
-                ("templates", "template"),
-                ("images", "image"),
-                ("volumes", "volume"),
-            ] {
-                // Logins at registries go with the user.
-                let of = if table == "secrets" { "AND name NOT LIKE 'registry/%'" } else { "" };
-                let count: u32 = transaction.query_row(
-                    &format!("SELECT count(*) FROM {table} WHERE owner = ?1 {of}"),
-                    [id.to_string()],
-                    |row| row.get(0),
-                )?;
-                if count > 0 {
-                    return Err(UserDeleteError::Owns { count, what });
-                }
-            }
+            check_owns_nothing(&transaction, id)?;
             transaction.execute("DELETE FROM secrets WHERE owner = ?1", [id.to_string()])?;
             changed_one(transaction.execute("DELETE FROM users WHERE id = ?1", [id.to_string()])?)?;
             Ok(transaction.commit()?)
@@ -210,6 +201,34 @@ impl Store {
     pub fn quota(&self, id: UserId) -> Result<Quota, StoreError> {
         self.work(|connection| quota_of(connection, id))
     }
+}
+
+fn check_owns_nothing(connection: &Connection, id: UserId) -> Result<(), UserDeleteError> {
+    for (table, what) in [
+        ("sandboxes", "sandbox"),
+        ("snapshots", "snapshot"),
+        ("secrets", "secret"),
+        ("templates", "template"),
+        ("images", "image"),
+        ("volumes", "volume"),
+    ] {
+        // Logins at registries go with the user, and so do snapshots that the user does not
+        // see.
+        let of = match table {
+            "secrets" => "AND name NOT LIKE 'registry/%'",
+            "snapshots" => "AND kind = 'named'",
+            _ => "",
+        };
+        let count: u32 = connection.query_row(
+            &format!("SELECT count(*) FROM {table} WHERE owner = ?1 {of}"),
+            [id.to_string()],
+            |row| row.get(0),
+        )?;
+        if count > 0 {
+            return Err(UserDeleteError::Owns { count, what });
+        }
+    }
+    Ok(())
 }
 
 /// Returns a user's quota.

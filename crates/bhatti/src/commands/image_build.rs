@@ -157,6 +157,8 @@ fn secret(text: &str) -> Result<(String, String), CliError> {
 /// The files of a context that `.dockerignore` leaves out. The builder applies the file again, so
 /// this only saves their transfer.
 struct Ignored {
+    /// Whether the patterns are those of the file in the context.
+    is_contexts: bool,
     patterns: Gitignore,
     directory: PathBuf,
 }
@@ -168,7 +170,8 @@ impl Ignored {
         let mut own = dockerfile.as_os_str().to_owned();
         own.push(".dockerignore");
         let own = PathBuf::from(own);
-        let file = if own.is_file() { own } else { directory.join(".dockerignore") };
+        let is_contexts = !own.is_file();
+        let file = if is_contexts { directory.join(".dockerignore") } else { own };
         let text = match std::fs::read_to_string(&file) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
@@ -178,6 +181,7 @@ impl Ignored {
             }
         };
         Self::parse(directory, &text)
+            .map(|ignored| Self { is_contexts, ..ignored })
             .map_err(|error| CliError::new(format!("invalid `{}`: {error}", file.display())))
     }
 
@@ -194,13 +198,15 @@ impl Ignored {
                 patterns.add_line(None, &format!("{sign}/{pattern}"))?;
             }
         }
-        Ok(Self { patterns: patterns.build()?, directory: directory.to_owned() })
+        let (patterns, directory) = (patterns.build()?, directory.to_owned());
+        Ok(Self { is_contexts: true, patterns, directory })
     }
 
     fn wants(&self, path: &Path, is_directory: bool) -> bool {
         let name = path.strip_prefix(&self.directory).unwrap_or(path);
+        // The builder would apply it in place of the other one.
         if name == Path::new(".dockerignore") {
-            return true;
+            return self.is_contexts;
         }
         // A directory that is left out can have files that are not.
         if is_directory && self.patterns.num_whitelists() > 0 {
