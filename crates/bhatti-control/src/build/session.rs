@@ -152,8 +152,8 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Runs the steps. `images` has the ids of images by what the Dockerfile calls them, and `names`
-    /// their names by id.
+    /// Runs the steps. `images` has the ids of images by what the Dockerfile calls them, and
+    /// `names` their names by id.
     async fn build(
         &self,
         request: &BuildRequest,

@@ -115,7 +115,7 @@ async fn receive(mut part: Field<'_>, upload: File, room: u64) -> Result<File, A
 struct BytesAllowed(Arc<AtomicU64>);
 
 impl BytesAllowed {
-    /// Lets any number of bytes arrive: the part with files has begun, which has a limit of its own.
+    /// Lets any number of bytes arrive: the part with files has begun, which has its own limit.
     fn lift(&self) {
         self.0.store(u64::MAX, Ordering::Relaxed);
     }
