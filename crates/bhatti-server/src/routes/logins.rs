@@ -15,7 +15,7 @@ use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
 /// Lists the caller's logins at registries, by registry. No request returns their passwords.
-#[utoipa::path(get, path = "/registry-logins", tag = "images", params(PageQuery),
+#[utoipa::path(get, path = "/registry-logins", tag = "registry-logins", params(PageQuery),
     responses((status = 200, body = Vec<StoredLogin>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
@@ -28,7 +28,7 @@ pub(crate) async fn list(
 
 /// Stores a login at a registry, after the registry has accepted it. Pulls, pushes and builds of
 /// the caller use it.
-#[utoipa::path(post, path = "/registry-logins", tag = "images", request_body = SetRegistryLogin,
+#[utoipa::path(post, path = "/registry-logins", tag = "registry-logins", request_body = SetRegistryLogin,
     responses((status = 201, body = StoredLogin), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn set(
     State(state): State<AppState>,
@@ -41,7 +41,7 @@ pub(crate) async fn set(
 }
 
 /// Deletes a login at a registry.
-#[utoipa::path(delete, path = "/registry-logins/{registry}", tag = "images", params(("registry" = String, Path)),
+#[utoipa::path(delete, path = "/registry-logins/{registry}", tag = "registry-logins", params(("registry" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn delete(
     State(state): State<AppState>,
