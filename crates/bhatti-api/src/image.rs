@@ -95,13 +95,16 @@ impl std::fmt::Debug for RegistryLogin {
 #[serde(deny_unknown_fields)]
 pub struct SetRegistryLogin {
     /// Registry, such as `docker.io` or `registry.example.com:5000`.
-    #[schema(min_length = 1, max_length = 200)]
+    #[schema(
+        pattern = "^(localhost|[a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*(\\.[a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*)+(:[0-9]+)?|\
+                   [a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*:[0-9]+)$"
+    )]
     pub registry: String,
     /// User name.
-    #[schema(min_length = 1)]
+    #[schema(min_length = 1, max_length = 256)]
     pub username: String,
     /// Password or token. No request returns it.
-    #[schema(min_length = 1)]
+    #[schema(min_length = 1, max_length = 8192)]
     pub password: String,
 }
 

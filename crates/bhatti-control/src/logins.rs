@@ -10,8 +10,11 @@ use tracing::warn;
 use crate::Control;
 use crate::secrets::seal_context;
 
-/// Maximum length of a user's name and password together, in bytes.
-const LOGIN_BYTES_MAX: usize = 16 << 10;
+/// Maximum length of a user's name at a registry, in characters.
+const USER_MAX: usize = 256;
+/// Maximum length of a password or token, in characters. Tokens of cloud registries have up to
+/// 3,000.
+const PASSWORD_MAX: usize = 8192;
 
 /// A login at a registry, without its password.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +36,10 @@ pub enum LoginError {
     #[error("`{0}` is not a registry: expected HOST or HOST:PORT, such as docker.io")]
     Registry(String),
     /// The name or the password is empty or too long.
-    #[error("a name and a password are needed, of at most {LOGIN_BYTES_MAX} bytes together")]
-    Empty,
+    #[error(
+        "a login needs a user name of 1 to {USER_MAX} characters and a password of 1 to {PASSWORD_MAX}"
+    )]
+    Length,
     /// The user has no login there.
     #[error("there is no login at `{0}`")]
     NotFound(String),
@@ -89,15 +94,17 @@ impl Control {
         registry: &str,
         credentials: Credentials,
     ) -> Result<Login, LoginError> {
+        // The name that references have for it.
+        let registry = if registry == "index.docker.io" { "docker.io" } else { registry };
         // Only a name with a point or a port, or `localhost`, is that of a registry.
         let reference = format!("{registry}/x").parse::<Reference>();
         if !reference.is_ok_and(|reference| reference.registry() == registry) {
             return Err(LoginError::Registry(registry.chars().take(200).collect()));
         }
         let Credentials { user, password } = &credentials;
-        let bytes = user.len() + password.len();
-        if user.is_empty() || password.is_empty() || bytes > LOGIN_BYTES_MAX {
-            return Err(LoginError::Empty);
+        let fits = |text: &str, max| (1..=max).contains(&text.chars().count());
+        if !fits(user, USER_MAX) || !fits(password, PASSWORD_MAX) {
+            return Err(LoginError::Length);
         }
         let checked = self.inner.node.check_login(registry, &credentials).await;
         checked.map_err(|error| LoginError::Refused { registry: registry.to_owned(), error })?;

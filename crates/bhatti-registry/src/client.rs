@@ -51,7 +51,8 @@ impl Registries {
         Ok(Self { http, config, known: Arc::default() })
     }
 
-    /// Asks a registry whether it accepts credentials. A registry that asks for none accepts all.
+    /// Asks a registry once whether it accepts credentials: a user waits for the answer. A registry
+    /// that asks for none accepts all.
     ///
     /// # Errors
     ///
@@ -71,13 +72,7 @@ impl Registries {
         self.known.forget(&scope);
         let server = server(registry).to_owned();
         let own = Source { server, scope, query: String::new() };
-        let mut attempts = Attempts::new(Vec::new(), own);
-        loop {
-            match self.get(attempts.server(), "", Wanted::default()).await {
-                Ok(_) => return Ok(()),
-                Err(error) => attempts.next_after(error).await?,
-            }
-        }
+        self.get(&own, "", Wanted::default()).await.map(drop)
     }
 
     /// Finds the image of a reference for this host.

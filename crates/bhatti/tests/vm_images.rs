@@ -577,7 +577,9 @@ async fn stored_logins_are_checked_and_used_for_pulls() {
         (login(&registry.server, "wrong"), ErrorCode::Forbidden),
         (login("not a registry", "secret"), ErrorCode::BadRequest),
         (login("name/below", "secret"), ErrorCode::BadRequest),
+        (login("host:1:2", "secret"), ErrorCode::BadRequest),
         (login(&registry.server, ""), ErrorCode::BadRequest),
+        (login(&registry.server, &"x".repeat(8193)), ErrorCode::BadRequest),
         (login(&bhatti_testkit::registry::unused_server(), "secret"), ErrorCode::PullFailed),
     ] {
         assert_eq!(code(alice.set_registry_login(&login).await.unwrap_err()), expected);

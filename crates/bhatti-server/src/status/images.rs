@@ -127,7 +127,7 @@ impl From<OperationFailure> for ApiError {
 impl From<LoginError> for ApiError {
     fn from(error: LoginError) -> Self {
         match &error {
-            LoginError::Registry(_) | LoginError::Empty => {
+            LoginError::Registry(_) | LoginError::Length => {
                 Self::new(ErrorCode::BadRequest, error.to_string())
             }
             LoginError::NotFound(_) => Self::new(ErrorCode::NotFound, error.to_string())
