@@ -79,13 +79,14 @@ impl Registries {
     ///
     /// # Errors
     ///
-    /// Returns an error that names the registry. Transient failures are retried before.
+    /// Returns an error that names the registry. Transient failures are retried before; a registry
+    /// that cannot be connected to is tried for some seconds only.
     pub async fn find(
         &self,
         reference: &Reference,
         credentials: Option<&Credentials>,
     ) -> Result<RemoteImage, RegistryError> {
-        let mut attempts = self.attempts(reference, credentials);
+        let mut attempts = self.attempts(reference, credentials).of_first_contact();
         loop {
             match self.find_at(reference, attempts.server()).await {
                 Ok(image) => return Ok(image),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use http::StatusCode;
 use http::header::{HeaderMap, RETRY_AFTER};
 
+use crate::connect::ConnectError;
 use crate::http::HttpError;
 
 /// An image could not be pulled.
@@ -107,6 +108,11 @@ impl RegistryError {
             }
             _ => false,
         }
+    }
+
+    /// Whether no connection could be made.
+    pub(crate) fn is_unconnected(&self) -> bool {
+        matches!(self, Self::Http(HttpError::Connect(ConnectError::Failed { .. })))
     }
 
     /// How long the registry asks to wait before the next request.

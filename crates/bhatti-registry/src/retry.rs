@@ -8,6 +8,9 @@ use crate::error::RegistryError;
 
 /// Number of attempts. The waits between them sum up to about 30 s.
 const ATTEMPTS: u32 = 7;
+/// Number of attempts to connect before a registry has answered anything. It is more likely that
+/// there is none, or no network, than that it comes back, and a user waits.
+const CONNECTS: u32 = 3;
 /// The first wait. Each wait is twice as long as the one before it.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// Maximum of a wait that a registry may ask for.
@@ -19,6 +22,7 @@ pub(crate) struct Attempts<S> {
     servers: std::vec::IntoIter<S>,
     current: S,
     failures: u32,
+    connects: u32,
 }
 
 impl<S> Attempts<S> {
@@ -26,7 +30,12 @@ impl<S> Attempts<S> {
     pub(crate) fn new(servers: Vec<S>, last: S) -> Self {
         let mut servers: Vec<S> = servers.into_iter().chain([last]).collect();
         let current = servers.remove(0);
-        Self { servers: servers.into_iter(), current, failures: 0 }
+        Self { servers: servers.into_iter(), current, failures: 0, connects: ATTEMPTS }
+    }
+
+    /// Gives up soon if the last server cannot be connected to: nothing has answered yet.
+    pub(crate) fn of_first_contact(self) -> Self {
+        Self { connects: CONNECTS, ..self }
     }
 
     /// The server to ask now.
@@ -49,7 +58,8 @@ impl<S> Attempts<S> {
             self.current = next;
             return Ok(());
         }
-        if !error.is_transient() || self.failures + 1 >= ATTEMPTS {
+        let attempts = if error.is_unconnected() { self.connects } else { ATTEMPTS };
+        if !error.is_transient() || self.failures + 1 >= attempts {
             return Err(error);
         }
         let wait = wait(&error, self.failures);
@@ -72,6 +82,8 @@ mod tests {
     use http::{HeaderMap, StatusCode};
 
     use super::*;
+    use crate::connect::ConnectError;
+    use crate::http::HttpError;
 
     fn busy(seconds: Option<&'static str>) -> RegistryError {
         let mut headers = HeaderMap::new();
@@ -79,6 +91,11 @@ mod tests {
             headers.insert("retry-after", seconds.parse().unwrap());
         }
         RegistryError::status("r".to_owned(), StatusCode::TOO_MANY_REQUESTS, &headers)
+    }
+
+    fn unconnected() -> RegistryError {
+        let source = std::sync::Arc::new(std::io::ErrorKind::ConnectionRefused.into());
+        HttpError::Connect(ConnectError::Failed { host: "r".to_owned(), source }).into()
     }
 
     fn missing() -> RegistryError {
@@ -102,6 +119,25 @@ mod tests {
             attempts.next_after(busy(None)).await.unwrap();
         }
         assert!(attempts.next_after(busy(None)).await.unwrap_err().to_string().contains("429"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn first_contact_is_given_up_soon_if_nothing_answers() {
+        let mut attempts = Attempts::new(vec![], 'a').of_first_contact();
+        for _ in 1..CONNECTS {
+            attempts.next_after(unconnected()).await.unwrap();
+        }
+        assert!(attempts.next_after(unconnected()).await.is_err());
+
+        let mut attempts = Attempts::new(vec![], 'a').of_first_contact();
+        for _ in 1..ATTEMPTS {
+            attempts.next_after(busy(None)).await.unwrap();
+        }
+        let mut attempts = Attempts::new(vec![], 'a');
+        for _ in 1..ATTEMPTS {
+            attempts.next_after(unconnected()).await.unwrap();
+        }
+        assert!(attempts.next_after(unconnected()).await.is_err());
     }
 
     #[tokio::test(start_paused = true)]

@@ -56,6 +56,12 @@ impl Layer {
         Self { media_type: "layer.v1.tar+gzip", content, diff_id: sha256(tar) }
     }
 
+    /// The archive, compressed if the layer is.
+    #[must_use]
+    pub fn content(&self) -> &[u8] {
+        &self.content
+    }
+
     /// Another digest of the uncompressed content than the true one.
     #[must_use]
     pub fn with_diff_id(self, diff_id: &str) -> Self {
