@@ -253,10 +253,10 @@ async fn destroyed_sandbox_is_never_woken() {
     let rounds = (0..2).map(|worker| {
         let client = daemon.client.clone();
         tokio::spawn(async move {
-            for round in 0..40 {
+            for round in 0..15 {
                 let name = format!("w{worker}-{round}");
                 client.create(&named(&name)).await.unwrap();
-                if round % 10 == 0 {
+                if round % 5 == 0 {
                     client.stop(&name).await.unwrap();
                 } else {
                     client.pause(&name).await.unwrap();
