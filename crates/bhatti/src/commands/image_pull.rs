@@ -11,6 +11,7 @@ use bhatti_client::ClientError;
 use bhatti_registry::{Reference, docker_credentials};
 use clap::{Args, ValueEnum};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::error::CliError;
@@ -89,8 +90,7 @@ pub(crate) async fn ahead(
 async fn pull_now(context: &Context, reference: &Reference) -> Result<Operation, CliError> {
     let request =
         PullImage { image: reference.to_string(), login: login(context, reference).await? };
-    let operation = context.client.pull_image(&request).await?;
-    follow(context, operation).await
+    follow(context, context.client.pull_image(&request)).await
 }
 
 #[derive(Debug, Args)]
@@ -110,24 +110,28 @@ pub(crate) async fn push(context: &Context, arguments: Push) -> Result<(), CliEr
     };
     let login = login(context, &reference).await?;
     let request = PushImage { to: Some(reference.to_string()), login };
-    let operation = context.client.push_image(&image, &request).await?;
-    let operation = follow(context, operation).await?;
+    let operation = follow(context, context.client.push_image(&image, &request)).await?;
     context.output.show(&operation, |_| format!("pushed {image} as {reference}"))
 }
 
 /// Saves a sandbox as an image.
 pub(crate) async fn save(context: &Context, sandbox: String, name: String) -> Result<(), CliError> {
     let request = SaveImage { sandbox, name };
-    let operation = context.client.save_image(&request).await?;
-    let operation = follow(context, operation).await?;
+    let operation = follow(context, context.client.save_image(&request)).await?;
     context.output.show(&operation, |saved| {
         format!("saved {} as {}: bhatti create --image {1}", request.sandbox, saved.image)
     })
 }
 
-/// Shows the progress of an operation until it has ended. Ctrl+C cancels it.
-async fn follow(context: &Context, mut operation: Operation) -> Result<Operation, CliError> {
+/// Begins an operation and shows its progress until it has ended. Ctrl+C cancels it.
+async fn follow(
+    context: &Context,
+    begin: impl Future<Output = Result<Operation, ClientError>>,
+) -> Result<Operation, CliError> {
     let (client, output) = (&context.client, context.output);
+    // A signal that comes before the daemon has answered is kept until it can be canceled.
+    let mut interrupts = signal(SignalKind::interrupt())?;
+    let mut operation = begin.await?;
     let is_visible = output.terminal && !output.json && !output.quiet;
     let mut bars = is_visible.then(Bars::default);
     while operation.status == "running" {
@@ -143,7 +147,7 @@ async fn follow(context: &Context, mut operation: Operation) -> Result<Operation
         };
         operation = tokio::select! {
             next = next => next?,
-            _ = tokio::signal::ctrl_c() => client.cancel_operation(&operation.id).await?,
+            _ = interrupts.recv() => client.cancel_operation(&operation.id).await?,
         };
     }
     drop(bars);
