@@ -13,7 +13,7 @@ pub struct CreateVolume {
     /// Size in MiB [default: 1024]. The volume takes disk space of the host only for written
     /// data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 16, maximum = 16777215)]
+    #[schema(minimum = 16, maximum = 16777216)]
     pub size_mb: Option<u64>,
 }
 
@@ -22,7 +22,7 @@ pub struct CreateVolume {
 #[serde(deny_unknown_fields)]
 pub struct ResizeVolume {
     /// New size in MiB.
-    #[schema(minimum = 16, maximum = 16777215)]
+    #[schema(minimum = 16, maximum = 16777216)]
     pub size_mb: u64,
 }
 
@@ -84,7 +84,7 @@ pub struct NewVolume {
     #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}$")]
     pub name: String,
     /// Size in MiB.
-    #[schema(minimum = 16, maximum = 16777215)]
+    #[schema(minimum = 16, maximum = 16777216)]
     pub size_mb: u64,
     /// Mount point: an absolute path.
     pub mount: String,

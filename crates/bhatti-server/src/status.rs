@@ -64,6 +64,11 @@ impl ApiError {
     /// Hides an internal error from the caller. The error may name paths of this host, so only
     /// the log gets it.
     pub(crate) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
+        if has_kind(error, &[io::ErrorKind::FileTooLarge]) {
+            let message = "the file system of the daemon's host holds no file of this size";
+            return Self::new(ErrorCode::HostDiskFull, message)
+                .hint("choose a smaller size: a file on ext4 is smaller than 16 TiB");
+        }
         tracing::error!(error = %Report(error), "Request failed");
         if is_full_disk(error) {
             return Self::new(ErrorCode::HostDiskFull, "the disk of the daemon's host is full")
@@ -119,11 +124,15 @@ fn is_damaged_row(error: &(dyn std::error::Error + 'static)) -> bool {
 
 /// Returns whether an error, or one of its causes, is a full disk of this host.
 fn is_full_disk(error: &(dyn std::error::Error + 'static)) -> bool {
-    chain(error).any(|error| {
-        let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        matches!(io, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
-            || error.downcast_ref::<StoreError>().is_some_and(StoreError::is_full_disk)
-    })
+    has_kind(error, &[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded])
+        || store_error(error, StoreError::is_full_disk).is_some()
+}
+
+/// Returns whether an error, or one of its causes, is an I/O error of one of these kinds.
+fn has_kind(error: &(dyn std::error::Error + 'static), kinds: &[io::ErrorKind]) -> bool {
+    chain(error)
+        .filter_map(|error| error.downcast_ref::<io::Error>())
+        .any(|error| kinds.contains(&error.kind()))
 }
 
 impl IntoResponse for ApiError {
@@ -532,6 +541,14 @@ mod tests {
     use bhatti_control::{CreateError, VolumeOpError};
 
     use super::*;
+
+    #[test]
+    fn file_that_the_host_cannot_hold_is_named_with_the_remedy() {
+        let error = ApiError::internal(&io::Error::from(io::ErrorKind::FileTooLarge));
+
+        assert_eq!(error.code, ErrorCode::HostDiskFull);
+        assert!(error.hint.is_some_and(|hint| hint.contains("smaller size")));
+    }
 
     #[test]
     fn damaged_row_is_reported_by_every_operation() {

@@ -110,9 +110,8 @@ mebibytes! {
 }
 
 mebibytes! {
-    /// A volume: 16 MiB, the smallest size that has room for a journal, to 1 MiB less than 16 TiB.
-    /// A file on ext4, as most hosts have, is smaller than 16 TiB.
-    VolumeMib, "size_mb", 16, (16 << 20) - 1
+    /// A volume: 16 MiB, the smallest size that has room for a journal, to 16 TiB.
+    VolumeMib, "size_mb", 16, 16 << 20
 }
 
 #[cfg(test)]
@@ -128,7 +127,7 @@ mod tests {
         assert_eq!(DiskMib::try_from(256).map(DiskMib::bytes), Ok(256 << 20));
         assert_eq!(DiskMib::try_from(4 << 20).map(DiskMib::bytes), Ok(4 << 40));
         assert_eq!(VolumeMib::try_from(16).map(VolumeMib::bytes), Ok(16 << 20));
-        assert_eq!(VolumeMib::try_from((16 << 20) - 1).map(VolumeMib::get), Ok((16 << 20) - 1));
+        assert_eq!(VolumeMib::try_from(16 << 20).map(VolumeMib::get), Ok(16 << 20));
     }
 
     #[test]
@@ -142,7 +141,7 @@ mod tests {
         for mib in [0, 255, (4 << 20) + 1, u64::MAX] {
             assert!(DiskMib::try_from(mib).is_err(), "{mib} MiB");
         }
-        for mib in [0, 15, 16 << 20, u64::MAX] {
+        for mib in [0, 15, (16 << 20) + 1, u64::MAX] {
             assert!(VolumeMib::try_from(mib).is_err(), "{mib} MiB");
         }
     }
