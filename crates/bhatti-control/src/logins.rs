@@ -94,13 +94,10 @@ impl Control {
         registry: &str,
         credentials: Credentials,
     ) -> Result<Login, LoginError> {
-        // The name that references have for it.
-        let registry = if registry == "index.docker.io" { "docker.io" } else { registry };
-        // Only a name with a point or a port, or `localhost`, is that of a registry.
-        let reference = format!("{registry}/x").parse::<Reference>();
-        if !reference.is_ok_and(|reference| reference.registry() == registry) {
+        let Some(registry) = registry_named(registry) else {
             return Err(LoginError::Registry(registry.chars().take(200).collect()));
-        }
+        };
+        let registry = registry.as_str();
         let Credentials { user, password } = &credentials;
         let fits = |text: &str, max| (1..=max).contains(&text.chars().count());
         if !fits(user, USER_MAX) || !fits(password, PASSWORD_MAX) {
@@ -146,9 +143,10 @@ impl Control {
     ///
     /// Returns [`LoginError::NotFound`] if the owner has no login at that registry.
     pub fn log_out(&self, owner: UserId, registry: &str) -> Result<(), LoginError> {
+        let registry = registry_named(registry).unwrap_or_else(|| registry.to_owned());
         let name = format!("{LOGIN_PREFIX}{registry}");
         self.inner.store.delete_secret(owner, &name).map_err(|error| match error {
-            StoreError::NoSuchRow => LoginError::NotFound(registry.to_owned()),
+            StoreError::NoSuchRow => LoginError::NotFound(registry.clone()),
             error => error.into(),
         })?;
         self.record("registry.logout", owner, None, json!({ "registry": registry }));
@@ -176,6 +174,39 @@ impl Control {
     }
 }
 
+/// Returns the name that references have for a registry: `docker.io` for `index.docker.io`.
+/// Returns nothing if no reference can have that registry: only a name with a point or a port, or
+/// `localhost`, is that of a registry.
+fn registry_named(name: &str) -> Option<String> {
+    let reference = format!("{name}/a/b").parse::<Reference>().ok()?;
+    (reference.repository() == "a/b").then(|| reference.registry().to_owned())
+}
+
 fn context(owner: UserId, registry: &str) -> String {
     seal_context(&owner.to_string(), &format!("{LOGIN_PREFIX}{registry}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registries_have_the_name_that_references_have_for_them() {
+        for (name, known) in [
+            ("docker.io", Some("docker.io")),
+            ("index.docker.io", Some("docker.io")),
+            ("localhost", Some("localhost")),
+            ("host:5000", Some("host:5000")),
+            ("r.example.com:5000", Some("r.example.com:5000")),
+            ("library", None),
+            ("0", None),
+            ("", None),
+            ("name/below", None),
+            ("r.example.com/below", None),
+            ("host:1:2", None),
+            ("https://docker.io", None),
+        ] {
+            assert_eq!(registry_named(name).as_deref(), known, "{name}");
+        }
+    }
 }
