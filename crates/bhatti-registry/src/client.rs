@@ -2,22 +2,26 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Response, StatusCode, Uri};
 use hyper::body::Incoming;
+use tokio::time::timeout;
 
 use crate::auth::{Access, Authorizations, Credentials, Scope};
 use crate::config::{Config, authority};
 use crate::error::RegistryError;
-use crate::http::{Http, Sent, Wanted, read};
+use crate::http::{Http, HttpError, Sent, Wanted, read};
 use crate::image::{
     Blob, DESCRIPTION_BYTES_MAX, Description, MANIFESTS, RemoteImage, digest_of, parse,
 };
 use crate::reference::{Reference, server};
 use crate::retry::Attempts;
 
+/// Time limit for a registry to accept or refuse a login.
+const LOGIN_LIMIT: Duration = Duration::from_secs(30);
 /// The header with the digest of a manifest.
 const DIGEST: &str = "docker-content-digest";
 
@@ -56,7 +60,8 @@ impl Registries {
     ///
     /// # Errors
     ///
-    /// Returns [`RegistryError::Denied`] if it does not, and another error if it cannot be asked.
+    /// Returns [`RegistryError::Denied`] if it does not, and another error if it cannot be asked
+    /// within 30 s.
     pub async fn check_login(
         &self,
         registry: &str,
@@ -72,7 +77,8 @@ impl Registries {
         self.known.forget(&scope);
         let server = server(registry).to_owned();
         let own = Source { server, scope, query: String::new() };
-        self.get(&own, "", Wanted::default()).await.map(drop)
+        let asked = timeout(LOGIN_LIMIT, self.get(&own, "", Wanted::default())).await;
+        asked.map_err(|_| HttpError::timed_out(registry))?.map(drop)
     }
 
     /// Finds the image of a reference for this host.

@@ -66,6 +66,12 @@ pub enum HttpError {
 }
 
 impl HttpError {
+    /// A server that does not answer in time.
+    pub(crate) fn timed_out(host: &str) -> Self {
+        let source = Box::new(io::Error::from(io::ErrorKind::TimedOut));
+        Self::Broken { host: host.to_owned(), source }
+    }
+
     /// Whether the same request may succeed later.
     #[must_use]
     pub fn is_transient(&self) -> bool {
@@ -190,10 +196,7 @@ impl Http {
         match timeout(limit, self.client.request(request)).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(explain(host, error)),
-            Err(_) => {
-                let source = Box::new(io::Error::from(io::ErrorKind::TimedOut));
-                Err(HttpError::Broken { host: host.to_owned(), source })
-            }
+            Err(_) => Err(HttpError::timed_out(host)),
         }
     }
 }
@@ -207,7 +210,7 @@ pub(crate) async fn read(host: &str, body: Incoming, limit: usize) -> Result<Byt
             Err(HttpError::TooLong { host: host.to_owned(), limit })
         }
         Ok(Err(error)) => Err(broken(error)),
-        Err(_) => Err(broken(Box::new(io::Error::from(io::ErrorKind::TimedOut)))),
+        Err(_) => Err(HttpError::timed_out(host)),
     }
 }
 

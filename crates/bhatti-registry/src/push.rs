@@ -43,8 +43,9 @@ impl Registries {
     ///
     /// # Errors
     ///
-    /// Returns an error that names the registry. Transient failures are retried before. Blobs that
-    /// were sent may stay at the registry.
+    /// Returns an error that names the registry. Transient failures are retried before; a registry
+    /// that cannot be connected to is tried for some seconds only. Blobs that were sent may stay at
+    /// the registry.
     ///
     /// # Cancel safety
     ///
@@ -60,6 +61,9 @@ impl Registries {
         for (number, blob) in image.parts.iter().enumerate() {
             let progress = progress.get(number).copied();
             let mut attempts = self.own_attempts(reference, credentials);
+            if number == 0 {
+                attempts = attempts.of_first_contact();
+            }
             while let Err(error) = self.push_blob(attempts.server(), blobs, blob, progress).await {
                 attempts.next_after(error).await?;
             }

@@ -313,6 +313,21 @@ async fn mirror_is_asked_first_and_the_registry_after_it() {
     Pull::new(&registry.server, config).run("team/app:1").await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn login_at_a_silent_registry_fails_after_thirty_seconds() {
+    // It accepts connections, and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = silent.local_addr().unwrap().to_string();
+    let registries = Registries::new(plain(&server)).unwrap();
+    let login = Credentials { user: "tester".to_owned(), password: "secret".to_owned() };
+    let begun = tokio::time::Instant::now();
+
+    let error = registries.check_login(&server, &login).await.unwrap_err();
+
+    assert!(error.to_string().contains("timed out"), "{error}");
+    assert_eq!(begun.elapsed().as_secs(), 30);
+}
+
 #[tokio::test]
 async fn canceled_download_is_continued_and_two_at_once_are_one() {
     let registry = with_image(RealRegistry::start().await).await;
