@@ -5,9 +5,10 @@
 use std::collections::BTreeSet;
 use std::process::{Output, Stdio};
 
-use bhatti_testkit::{TestDaemon, engine, kill_process, wait_for};
+use bhatti_testkit::{LIMIT, TestDaemon, engine, kill_process, wait_for};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::time::timeout;
 
 async fn run(daemon: &TestDaemon, arguments: &[&str]) -> Output {
     daemon.cli(arguments).output().await.unwrap()
@@ -190,6 +191,30 @@ async fn without_a_daemon_the_error_says_how_to_start_one() {
 
     assert_eq!(failed.status.code(), Some(1));
     assert!(stderr(&failed).contains("hint: start it with `bhatti serve`"), "{}", stderr(&failed));
+}
+
+#[tokio::test]
+async fn second_interrupt_ends_a_command_whose_daemon_does_not_answer() {
+    let directory = tempfile::tempdir().unwrap();
+    let silent = tokio::net::UnixListener::bind(directory.path().join("bhatti.sock")).unwrap();
+    let mut command = bhatti_host::process::command(bhatti_testkit::dist("bhatti"));
+    command.arg("--data-dir").arg(directory.path()).args(["image", "pull", "any:1"]);
+    let mut process = command.stderr(Stdio::piped()).spawn().unwrap();
+    let (_connection, _) = timeout(LIMIT, silent.accept()).await.unwrap().unwrap();
+    let pid = rustix::process::Pid::from_raw(process.id().unwrap().cast_signed()).unwrap();
+
+    // Signals that come at once count as one.
+    let interrupted = async {
+        while process.try_wait().unwrap().is_none() {
+            rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    timeout(LIMIT, interrupted).await.unwrap();
+
+    let ended = process.wait_with_output().await.unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert!(stderr(&ended).contains("interrupted before the daemon answered"), "{ended:?}");
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use bhatti_client::ClientError;
 use bhatti_registry::{Reference, docker_credentials};
 use clap::{Args, ValueEnum};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Context;
 use crate::error::CliError;
@@ -123,14 +123,32 @@ pub(crate) async fn save(context: &Context, sandbox: String, name: String) -> Re
     })
 }
 
-/// Begins an operation and shows its progress until it has ended. Ctrl+C cancels it.
+/// Begins an operation and shows its progress until it has ended. Ctrl+C cancels it. A second
+/// Ctrl+C ends the command even if the daemon does not answer.
 async fn follow(
     context: &Context,
     begin: impl Future<Output = Result<Operation, ClientError>>,
 ) -> Result<Operation, CliError> {
+    // They keep a signal that comes before the daemon has answered.
+    let mut first = signal(SignalKind::interrupt())?;
+    let mut second = signal(SignalKind::interrupt())?;
+    let twice = async {
+        second.recv().await;
+        second.recv().await;
+    };
+    tokio::select! {
+        ended = follow_to_end(context, begin, &mut first) => ended,
+        () = twice => Err(CliError::new("interrupted before the daemon answered")
+            .hint("the daemon may have begun what was asked, and go on with it")),
+    }
+}
+
+async fn follow_to_end(
+    context: &Context,
+    begin: impl Future<Output = Result<Operation, ClientError>>,
+    interrupts: &mut Signal,
+) -> Result<Operation, CliError> {
     let (client, output) = (&context.client, context.output);
-    // A signal that comes before the daemon has answered is kept until it can be canceled.
-    let mut interrupts = signal(SignalKind::interrupt())?;
     let mut operation = begin.await?;
     let is_visible = output.terminal && !output.json && !output.quiet;
     let mut bars = is_visible.then(Bars::default);
