@@ -179,10 +179,11 @@ async fn image_is_built_from_a_dockerfile_in_a_sandbox() {
     assert_eq!(blobs(&place), layers);
 
     // A step that fails is named with its line, and the image stays as it was.
-    place.write("Dockerfile", "FROM BASE\n\n# A comment.\nRUN true; \\\n  exit 7\n");
+    place.write("Dockerfile", "FROM BASE\n\n# A comment.\nUSER 7:8\nRUN id -u; \\\n  exit 7\n");
     let (code, said) = place.build("web", &[]).await;
     assert_eq!(code, 1, "{said}");
-    assert!(said.contains("error: line 4 of the Dockerfile failed with exit code 7"), "{said}");
+    assert!(said.lines().any(|line| line == "7"), "{said}");
+    assert!(said.contains("error: line 5 of the Dockerfile failed with exit code 7"), "{said}");
     assert_eq!(place.sandboxes().await, Vec::<String>::new());
     assert_eq!(blobs(&place), layers);
     let volumes = place.client().list_volumes().await.unwrap();
