@@ -48,11 +48,35 @@ pub const LIMIT: Duration = Duration::from_secs(240);
 /// Panics if there is no such process.
 #[must_use]
 pub fn resident_mib(pid: u32) -> u64 {
+    status_mib(pid, "VmRSS:")
+}
+
+/// Returns the most memory that a process has had resident since [`reset_peak`], in MiB.
+///
+/// # Panics
+///
+/// Panics if there is no such process.
+#[must_use]
+pub fn peak_resident_mib(pid: u32) -> u64 {
+    status_mib(pid, "VmHWM:")
+}
+
+/// Sets the peak of a process's resident memory to what it has now.
+///
+/// # Panics
+///
+/// Panics if there is no such process, or if it belongs to another user.
+pub fn reset_peak(pid: u32) {
+    // Source: proc_pid_clear_refs(5).
+    std::fs::write(format!("/proc/{pid}/clear_refs"), "5").expect("the process is ours");
+}
+
+fn status_mib(pid: u32, field: &str) -> u64 {
     let status =
         std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process exists");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.expect("the status has the resident memory") / 1024
+    kib.expect("the status has the field") / 1024
 }
 
 /// Returns the root of the repository.

@@ -158,18 +158,20 @@ impl RealRegistry {
             config["auth"] = json!({ "htpasswd": { "realm": "r", "path": passwords } });
         }
         // JSON is YAML, too.
-        let config = write("config.yml", &config.to_string());
-        let log = fs::File::create(path.join("log")).expect("a file can be made");
-        let process = bhatti_host::process::command("docker-registry")
-            .arg("serve")
-            .arg(config)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("docker-registry is installed: run scripts/install-packages.sh test");
-        wait_for("the registry to listen", || std::net::TcpStream::connect(&server).is_ok()).await;
+        write("config.yml", &config.to_string());
+        let process = serve(path, &server).await;
         let authority = certified.cert.der().to_vec();
         Self { server, authority, is_private, _process: process, directory }
+    }
+
+    /// Serves the same images at the same address once more, in the network namespace that this
+    /// thread has now. That ends when the process is dropped.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not start.
+    pub async fn serve_here(&self) -> Child {
+        serve(self.directory.path(), &self.server).await
     }
 
     /// Returns the authority of its certificate, as PEM.
@@ -221,6 +223,20 @@ impl RealRegistry {
         let largest = all.map(|blob| blob.path()).max_by_key(bytes);
         fs::remove_dir_all(largest.expect("the registry has a blob")).expect("it can be removed");
     }
+}
+
+/// Starts a registry with the configuration in `directory`, and waits until it listens.
+async fn serve(directory: &Path, server: &str) -> Child {
+    let log = fs::File::options().create(true).append(true).open(directory.join("log"));
+    let process = bhatti_host::process::command("docker-registry")
+        .arg("serve")
+        .arg(directory.join("config.yml"))
+        .stdout(Stdio::null())
+        .stderr(log.expect("a file can be made"))
+        .spawn()
+        .expect("docker-registry is installed: run scripts/install-packages.sh test");
+    wait_for("the registry to listen", || std::net::TcpStream::connect(server).is_ok()).await;
+    process
 }
 
 /// Makes an OCI layout with one image, whose tag is `1`.

@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+#[path = "vm_images/limits.rs"]
+mod limits;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
@@ -62,7 +65,15 @@ impl Place {
     async fn pull_as(&self, client: &Client, name: &str) -> Operation {
         let request = PullImage { image: self.reference(name), ..PullImage::default() };
         let begun = client.pull_image(&request).await.unwrap();
-        client.operation(&begun.id, 60).await.unwrap()
+        let ended = async {
+            loop {
+                let operation = client.operation(&begun.id, 60).await.unwrap();
+                if operation.status != "running" {
+                    return operation;
+                }
+            }
+        };
+        timeout(LIMIT, ended).await.unwrap()
     }
 
     /// Makes a user with a quota of disk space, and returns a client of that user.

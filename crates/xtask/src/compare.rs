@@ -1,5 +1,7 @@
 //! Compares bhatti, Docker, QEMU alone and the host: the same operation, in turns, on one machine.
 
+mod images;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -83,7 +85,10 @@ pub(crate) fn compare() -> Result<()> {
 }
 
 async fn measure() -> Result<()> {
+    // It must be in the network of Docker's daemon, which Docker::start leaves.
+    let source = images::Source::start().await?;
     let docker = Docker::start().await;
+    images::measure(&source, docker.as_ref().ok()).await?;
     let arena = Arena::start(docker.as_ref().ok()).await?;
     let there = Contestant::ALL.into_iter().filter(|one| docker.is_ok() || !one.needs_docker());
     let there: Vec<Contestant> = there.collect();
