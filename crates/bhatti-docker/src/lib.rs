@@ -134,6 +134,7 @@ impl Engine for DockerEngine {
             accelerator: None,
             machine: format!("{} container", std::env::consts::ARCH),
             exchanges_disks: false,
+            replaces_root: false,
             saves_memory: false,
             shares_kernel: true,
             vmm_mib: 48,

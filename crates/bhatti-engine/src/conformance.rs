@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use bhatti_types::SandboxId;
+use bhatti_types::{DiskMib, SandboxId};
 
 use crate::{
-    AdoptError, Disks, Engine, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
-    SnapshotRequest, Vm, VmSpec, VolumeFile,
+    AdoptError, Disks, Engine, MemoryKind, NewRoot, RestoreError, RestoreSpec, SnapshotError,
+    SnapshotInfo, SnapshotRequest, Vm, VmSpec, VolumeFile,
 };
 
 /// Time limit of each step.
@@ -225,6 +225,48 @@ pub async fn snapshot_cycles(bench: &Bench<'_>) {
     bench.remove(&[spec.id], &[&spec.directory]).await;
 }
 
+/// Saves a guest that waits for its root disk, and restores it with disks of two sizes. Each VM
+/// uses its own disk.
+pub async fn root_replacement(bench: &Bench<'_>) {
+    let (engine, spec) = (bench.engine, &bench.spec);
+    assert!(engine.capabilities().replaces_root);
+    let none = spec.directory.with_extension("no-root");
+    fs::File::create_new(&none).unwrap().set_len(1 << 20).unwrap();
+    let waiting = VmSpec { root_base: Some(none.clone()), awaits_root: true, ..spec.clone() };
+    let vm = engine.boot(&waiting).await.unwrap();
+    let snapshot = spec.directory.with_extension("waiting");
+    bench.snapshot(&vm, &snapshot, Some(MemoryKind::Full), Disks::Frozen).await;
+    bench.remove(&[spec.id], &[&spec.directory]).await;
+
+    let base = spec.root_base.clone().unwrap();
+    for (disk, wanted) in
+        [(None, fs::metadata(&base).unwrap().len()), (DiskMib::try_from(8192).ok(), 8 << 30)]
+    {
+        let (id, directory) = bench.another();
+        let restored = RestoreSpec {
+            id,
+            directory: directory.clone(),
+            snapshot: snapshot.clone(),
+            disks: Disks::Frozen,
+            tap: None,
+            volumes: Vec::new(),
+            root: Some(NewRoot { base: base.clone(), disk }),
+            limit: LIMIT,
+        };
+        let vm = engine.stage(&restored).await.unwrap().load().await.unwrap();
+        vm.resume().await.unwrap();
+        let script = "cat /root/who 2>/dev/null; echo here >/root/who; sync
+            cat /sys/class/block/$(awk '$2 == \"/\" { print $1 }' /proc/mounts | sed s,/dev/,,)/size";
+        let sectors = bench.run(&vm, script).await;
+        assert_eq!(sectors, (wanted / 512).to_string());
+        let vm = bench.sleep_and_wake_at(vm, id, &directory, None).await;
+        assert_eq!(bench.run(&vm, "cat /root/who").await, "here");
+        bench.remove(&[id], &[&directory]).await;
+    }
+    fs::remove_dir_all(snapshot).unwrap();
+    fs::remove_file(none).unwrap();
+}
+
 /// Forks a running VM twice, and one fork again: no VM sees another VM's writes, and their
 /// snapshots do not change.
 pub async fn fork(bench: &Bench<'_>) {
@@ -413,6 +455,7 @@ impl Bench<'_> {
             disks,
             tap: None,
             volumes: Vec::new(),
+            root: None,
             limit: LIMIT,
         };
         let vm = self.engine.stage(&spec).await?.load().await?;

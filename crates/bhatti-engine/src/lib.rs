@@ -24,8 +24,8 @@ use bhatti_types::{CpuCount, DiskMib, MemoryMib, SandboxId, SandboxName};
 pub use boot::{AdoptError, BootError, RemoveError};
 pub use channel::{AgentChannel, AgentStream, ChannelError};
 pub use snapshot::{
-    Captured, Disks, FileCopy, MemoryKind, RestoreError, RestoreSpec, SnapshotError, SnapshotInfo,
-    SnapshotRequest, Staged, VmmError,
+    Captured, Disks, FileCopy, MemoryKind, NewRoot, RestoreError, RestoreSpec, SnapshotError,
+    SnapshotInfo, SnapshotRequest, Staged, VmmError,
 };
 
 /// What executes the guest's instructions.
@@ -60,6 +60,9 @@ pub struct Capabilities {
     pub machine: String,
     /// Whether a restored VM can have other disks in its volume slots than the saved VM had.
     pub exchanges_disks: bool,
+    /// Whether a restored VM can have another root disk than the saved VM had, see
+    /// [`VmSpec::awaits_root`].
+    pub replaces_root: bool,
     /// Whether VMs can be saved, restored and forked. If not, the content of a VM's memory is
     /// lost when the VM ends.
     pub saves_memory: bool,
@@ -121,6 +124,10 @@ pub struct VmSpec {
     /// the names `volume0` and so on: as serials, or, if the engine gives disks no serials, in
     /// this order.
     pub volumes: Vec<Option<VolumeFile>>,
+    /// Whether the guest is to stop before it mounts its root disk, and to wait until the disk has
+    /// an ext4 file system. The boot then ends when the guest waits; its agent does not answer.
+    /// Only for engines that [replace the root disk](Capabilities::replaces_root).
+    pub awaits_root: bool,
     /// How long the boot may take until the agent answers.
     pub boot_limit: Duration,
 }

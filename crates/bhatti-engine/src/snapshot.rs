@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bhatti_types::SandboxId;
+use bhatti_types::{DiskMib, SandboxId};
 
 use crate::{Vm, VolumeFile};
 
@@ -91,8 +91,20 @@ pub struct RestoreSpec {
     pub tap: Option<String>,
     /// See [`VmSpec::volumes`](crate::VmSpec::volumes). As many slots as the saved VM had.
     pub volumes: Vec<Option<VolumeFile>>,
+    /// A new root disk in place of the frozen one. The guest must not have used that one: see
+    /// [`VmSpec::awaits_root`](crate::VmSpec::awaits_root).
+    pub root: Option<NewRoot>,
     /// How long the VMM may take.
     pub limit: Duration,
+}
+
+/// The root disk that a restored VM gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewRoot {
+    /// The root file system of the image. Never written.
+    pub base: PathBuf,
+    /// Size of the disk; that of `base` if absent.
+    pub disk: Option<DiskMib>,
 }
 
 /// A VMM that runs and waits for its snapshot.

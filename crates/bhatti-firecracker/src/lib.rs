@@ -124,6 +124,7 @@ impl Vmm for Firecracker {
             accelerator: Some(Accelerator::Kvm),
             machine: self.depends_on.clone(),
             exchanges_disks: false,
+            replaces_root: false,
             saves_memory: true,
             shares_kernel: false,
             vmm_mib: 48,

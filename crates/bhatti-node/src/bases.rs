@@ -5,6 +5,8 @@
 //! snapshot depends on: files that are named by their content, the shape, the VMM. So a base
 //! snapshot is never changed and never out of date. The least recently used one is removed first.
 
+mod make;
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
@@ -13,24 +15,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use bhatti_agent::{AgentClient, CallError};
-use bhatti_engine::{
-    BootError, Disks, MemoryKind, SnapshotError, SnapshotRequest, Vm, VmSpec, VmmError,
-};
+use bhatti_agent::CallError;
+use bhatti_engine::{BootError, RestoreError, SnapshotError, VmmError};
 use bhatti_host::blocking;
 use bhatti_image::BootFiles;
-use bhatti_proto::ExecRequest;
-use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, SandboxId, UserId};
+use bhatti_types::{CpuCount, DiskMib, MemoryMib, Report, UserId};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
-use tokio::time::{Duration, Instant, timeout};
 use tracing::{error, info, warn};
 
 use crate::Shared;
 use crate::admission::Busy;
-use crate::identity::random;
-use crate::networks;
 use crate::turns::Turns;
+
+pub(crate) use make::run_if_there;
 
 /// Number of base snapshots that a daemon makes at once.
 const MAKERS: usize = 2;
@@ -53,9 +51,6 @@ const DISK_STEP_MIB: u32 = 1024;
 /// Prefix of the directories of base snapshots that are being made.
 const MAKING: &str = ".make-";
 
-/// Time limit of each command of a guest's warm-up run.
-const WARM_UP_LIMIT: Duration = Duration::from_secs(30);
-
 /// A base snapshot could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
 pub enum BaseError {
@@ -65,12 +60,18 @@ pub enum BaseError {
     /// The agent failed.
     #[error("failed to prepare the base snapshot's guest")]
     Agent(#[from] CallError),
+    /// The guest could not be started from a snapshot before its root disk.
+    #[error("failed to start a guest from a snapshot before its root disk")]
+    Start(#[from] RestoreError),
     /// The VM could not be paused.
     #[error("failed to pause the base snapshot's guest")]
     Pause(#[from] VmmError),
     /// The snapshot could not be saved.
     #[error("failed to save the base snapshot")]
     Save(#[from] SnapshotError),
+    /// A file could not be made.
+    #[error("failed to make the file of an empty root disk")]
+    NoRoot(#[source] io::Error),
     /// The lock files, which keep out other makers, could not be locked.
     #[error("failed to lock the base snapshots")]
     Lock(#[source] io::Error),
@@ -311,23 +312,32 @@ impl Usage {
 }
 
 fn key(machine: &str, recipe: &Recipe) -> String {
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let Recipe { files, cpus, memory, disk, has_network, slots } = recipe;
+    let disk = recipe.disk.map_or_else(String::new, |disk| disk.to_string());
+    key_of(machine, recipe, [&name(&recipe.files.root), &disk])
+}
+
+/// Returns the key of what a recipe and a root disk define.
+fn key_of(machine: &str, recipe: &Recipe, root: [&str; 2]) -> String {
+    let Recipe { files, cpus, memory, has_network, slots, .. } = recipe;
     // The kernel's directory is named by its content, and the other files are named by theirs.
     let kernel = files.kernel.parent().map(name).unwrap_or_default();
     let text = [
         machine,
         &kernel,
         &name(&files.initramfs),
-        &name(&files.root),
+        root[0],
         &cpus.get().to_string(),
         &memory.get().to_string(),
         if *has_network { "network" } else { "no network" },
         &slots.to_string(),
-        &disk.map_or_else(String::new, |disk| disk.to_string()),
+        root[1],
     ]
     .join("\n");
     blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Locks the making of the base snapshot `key` against other processes, and waits until none of
@@ -363,91 +373,16 @@ async fn make_first(
         return Ok(base);
     }
     let _maker = bases.makers.acquire().await.map_err(|_| BaseError::Interrupted)?;
-    make(shared, recipe, key, &bases.directory).await?;
+    make::make(shared, recipe, key).await?;
     bases.made_for.lock().insert(key.to_owned(), owner);
     bases.evict(key, owner);
     bases.existing(key, recipe).ok_or(BaseError::Interrupted)
 }
 
-async fn make(
-    shared: &Shared,
-    recipe: &Recipe,
-    key: &str,
-    directory: &Path,
-) -> Result<(), BaseError> {
-    let began = Instant::now();
-    let id = SandboxId::from_entropy(random()?);
-    let spec = VmSpec {
-        id,
-        hostname: shared.config.base_hostname.clone(),
-        cpus: recipe.cpus,
-        memory: recipe.memory,
-        disk: recipe.disk,
-        directory: directory.join(format!("{MAKING}{id}")),
-        kernel: recipe.files.kernel.clone(),
-        initramfs: recipe.files.initramfs.clone(),
-        root_base: Some(recipe.files.root.clone()),
-        tap: networks::tap(id, recipe.has_network),
-        volumes: vec![None; recipe.slots],
-        boot_limit: shared.config.boot_limit,
-    };
-    let _admitted = shared.admit(recipe.memory).await?;
-    let vm = shared.engine.boot(&spec).await?;
-    let saved = save(vm.as_ref(), &directory.join(key)).await;
-    if let Err(left) = shared.engine.remove(id, &spec.directory).await {
-        error!(error = %Report(&left), "Failed to remove the VM from which a base snapshot was made");
-    }
-    saved?;
-    let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(
-        base = key,
-        cpus = recipe.cpus.get(),
-        memory_mb = recipe.memory.get(),
-        make_ms,
-        "Made a base snapshot"
-    );
-    Ok(())
-}
-
-/// Runs a command that the image may lack: an image without a shell is valid.
-///
-/// # Errors
-///
-/// Returns an error if the agent does not answer.
-pub(crate) async fn run_if_there(
-    agent: &AgentClient,
-    command: ExecRequest,
-) -> Result<(), CallError> {
-    match agent.run(command).await {
-        Ok(_) | Err(CallError::Agent(_) | CallError::Refused(_)) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-async fn save(vm: &dyn Vm, directory: &Path) -> Result<(), BaseError> {
-    let agent = AgentClient::new(vm.channel());
-    // Loads what every command needs into the memory of every fork, so that no fork reads it from
-    // the disk.
-    for argv in [&["true"][..], &["sh", "-c", "ls >/dev/null; cat /dev/null"]] {
-        let argv = argv.iter().map(|&argument| argument.to_owned()).collect();
-        let first = run_if_there(&agent, ExecRequest { argv, ..ExecRequest::default() });
-        let silent = |_| CallError::Silent { limit: WARM_UP_LIMIT };
-        timeout(WARM_UP_LIMIT, first).await.map_err(silent)??;
-    }
-    agent.suspend(true).await?;
-    vm.pause().await?;
-    let request = SnapshotRequest {
-        directory: directory.to_owned(),
-        memory: Some(MemoryKind::Full),
-        disks: Disks::Frozen,
-        copies: Vec::new(),
-    };
-    vm.capture(&request).await?.finish().await?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;

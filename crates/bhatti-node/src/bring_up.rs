@@ -268,6 +268,7 @@ async fn boot(
         root_base: Some(files.root),
         tap: networks::tap(row.id, row.address.is_some()),
         volumes: volumes::files(shared, row.id, &row.volumes, OwnVolumes::Fresh).await?,
+        awaits_root: false,
         boot_limit: shared.config.boot_limit,
     };
     shared.enforce_network(row.owner, row.address).await?;

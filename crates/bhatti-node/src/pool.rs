@@ -112,6 +112,7 @@ pub(crate) async fn stage(
         disks: Disks::Frozen,
         tap: networks::tap(id, has_network),
         volumes,
+        root: None,
         limit: RESTORE_LIMIT,
     };
     shared.engine.stage(&spec).await

@@ -43,6 +43,12 @@ pub const CONTROL_PORT: u32 = 1024;
 /// The port of the agent's TCP forwarding service.
 pub const FORWARD_PORT: u32 = 1025;
 
+/// The kernel parameter that tells the agent to wait until the root disk has a file system.
+pub const AWAIT_ROOT: &str = "BHATTI_AWAIT_ROOT";
+
+/// What the agent writes to the console when it begins to wait for the root disk.
+pub const AWAITING_ROOT: &str = "waiting for a root disk with a file system";
+
 /// The size of the pieces in which output and files are sent, in bytes.
 pub const CHUNK_BYTES: usize = 32 * 1024;
 

@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use bhatti_engine::{Accelerator, VmSpec};
+use bhatti_proto::AWAIT_ROOT;
 use bhatti_vmm::{EMPTY_VOLUME_BYTES, Launch, UNCONFIGURED_MAC, Volume};
 
 /// Version of the machine. Changes with every change of QEMU's machine, including devices, their
@@ -151,10 +152,11 @@ pub(crate) fn restore_arguments() -> Vec<String> {
 
 fn kernel_command_line(spec: &VmSpec, tsc_khz: Option<u64>) -> String {
     let tsc = tsc_khz.map(|khz| format!(" tsc_early_khz={khz} tsc=reliable")).unwrap_or_default();
+    let waits = if spec.awaits_root { format!(" {AWAIT_ROOT}=1") } else { String::new() };
     // `hostname=` is the kernel's own parameter. A kernel that panics reboots at once, which ends
     // QEMU. The remaining security modules do nothing until a program uses them.
     format!(
-        "console=ttyS0 earlyprintk=ttyS0,115200 quiet reboot=t panic=-1{tsc} lsm=landlock,yama,bpf audit=0 hostname={} rdinit=/lohar",
+        "console=ttyS0 earlyprintk=ttyS0,115200 quiet reboot=t panic=-1{tsc} lsm=landlock,yama,bpf audit=0 hostname={} rdinit=/lohar{waits}",
         spec.hostname
     )
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use bhatti_engine::VmSpec;
+use bhatti_engine::{NewRoot, VmSpec};
 use bhatti_host::durable;
 use bhatti_types::{DiskMib, MemoryMib};
 use bhatti_vmm::{new_name, recorded_machine};
@@ -18,14 +18,19 @@ const EMPTY_MEMORY: &str = "memory-empty.img";
 /// the topmost layer.
 pub(crate) fn boot_disk(spec: &VmSpec) -> io::Result<String> {
     let directory = &spec.directory;
-    let Some(root_base) = &spec.root_base else {
-        return Ok(recorded_machine(directory)?.disk);
-    };
-    let base = root_base.file_name().and_then(|name| name.to_str());
+    match &spec.root_base {
+        None => Ok(recorded_machine(directory)?.disk),
+        Some(base) => new_disk(directory, &NewRoot { base: base.clone(), disk: spec.disk }),
+    }
+}
+
+/// Creates a disk over an image. Returns the name of its only layer.
+pub(crate) fn new_disk(directory: &Path, root: &NewRoot) -> io::Result<String> {
+    let base = root.base.file_name().and_then(|name| name.to_str());
     let base = base.ok_or(io::ErrorKind::InvalidFilename)?;
-    share(root_base, directory, base)?;
+    share(&root.base, directory, base)?;
     let disk = new_layer_name()?;
-    let bytes = spec.disk.map_or(0, DiskMib::bytes);
+    let bytes = root.disk.map_or(0, DiskMib::bytes);
     overlay::create_sized(&directory.join(&disk), base, bytes).map_err(io::Error::other)?;
     Ok(disk)
 }

@@ -38,8 +38,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    Accelerator, Capabilities, RestoreError, RestoreSpec, SnapshotError, SnapshotRequest, VmSpec,
-    VmmError,
+    Accelerator, Capabilities, NewRoot, RestoreError, RestoreSpec, SnapshotError, SnapshotRequest,
+    VmSpec, VmmError,
 };
 use bhatti_host::process::{self, Followed};
 use bhatti_host::{clock, kvm, processor};
@@ -125,6 +125,7 @@ impl Vmm for Qemu {
             accelerator: Some(self.accelerator),
             machine: self.depends_on.clone(),
             exchanges_disks: true,
+            replaces_root: true,
             saves_memory: true,
             shares_kernel: false,
             vmm_mib: command_line::vmm_mib(self.accelerator),
@@ -214,6 +215,10 @@ impl Vmm for Qemu {
     fn fork_disk(&self, snapshot: &Path, disk: &str, directory: &Path) -> io::Result<String> {
         layers::share_layers(snapshot, disk, directory)?;
         layers::add_layer(directory, disk)
+    }
+
+    fn new_disk(&self, directory: &Path, root: &NewRoot) -> io::Result<String> {
+        layers::new_disk(directory, root)
     }
 
     fn restore_memory(&self, spec: &RestoreSpec, saved: &Manifest) -> Result<String, RestoreError> {

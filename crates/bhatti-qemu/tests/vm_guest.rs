@@ -67,6 +67,7 @@ impl Guest {
             root_base: (!keep_disk).then_some(files.root),
             tap: None,
             volumes: Vec::new(),
+            awaits_root: false,
             boot_limit: LIMIT,
         };
         let engine = Qemu::engine(PROGRAM.into());

@@ -151,6 +151,7 @@ pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
         root_base: Some(files.root),
         tap: None,
         volumes: Vec::new(),
+        awaits_root: false,
         boot_limit: LIMIT,
     };
     let bench = Bench { engine, shell: &AgentShell, spec };

@@ -88,6 +88,7 @@ impl Engine for FoundVms {
             vmm_mib: 48,
             machine: "m".to_owned(),
             exchanges_disks: true,
+            replaces_root: false,
         }
     }
 

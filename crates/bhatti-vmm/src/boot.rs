@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_engine::{AgentChannel, BootError, VmSpec};
-use bhatti_proto::CONTROL_PORT;
+use bhatti_proto::{AWAITING_ROOT, CONTROL_PORT};
 use bhatti_types::DiskMib;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
@@ -37,6 +37,9 @@ pub(crate) async fn boot<V: Vmm>(vmm: &Arc<V>, spec: &VmSpec) -> Result<Running<
             step: "configure the virtual machine",
             source: io::Error::other(error),
         })?;
+        if spec.awaits_root {
+            return awaits_root(&vm, spec.boot_limit).await;
+        }
         answers(&vm, spec.boot_limit).await
     };
     let up = tokio::select! {
@@ -95,6 +98,19 @@ fn prepare<V: Vmm>(vmm: &V, spec: &VmSpec) -> Result<Machine, (&'static str, io:
         has_network: spec.tap.is_some(),
         volumes: volumes(&spec.volumes),
     })
+}
+
+/// Waits until the guest waits for its root disk.
+async fn awaits_root<V: Vmm>(vm: &Running<V>, limit: Duration) -> Result<(), BootError> {
+    let waits = async {
+        while !vm.console.tail().contains(AWAITING_ROOT) {
+            sleep(LOOK_PAUSE).await;
+        }
+    };
+    match timeout(limit, waits).await {
+        Ok(()) => Ok(()),
+        Err(_) => Err(BootError::TimedOut { limit, console: vm.last_words().await }),
+    }
 }
 
 /// Waits until the guest's agent answers.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bhatti_engine::{Disks, RestoreError, RestoreSpec, Staged, Vm, VmmError};
 use bhatti_host::blocking;
+use bhatti_types::DiskMib;
 use tokio::task::spawn_blocking;
 
 use crate::files::{STATE_BYTES_MAX, create_private, read_at_most, remove_other_memory};
@@ -130,7 +131,11 @@ fn prepare<V: Vmm>(
                 step: "create the VM's directory",
                 source,
             })?;
-            vmm.fork_disk(&spec.snapshot, &saved.disk, &spec.directory).map_err(missing)?
+            let disk = match &spec.root {
+                None => vmm.fork_disk(&spec.snapshot, &saved.disk, &spec.directory),
+                Some(root) => vmm.new_disk(&spec.directory, root),
+            };
+            disk.map_err(missing)?
         }
         (Disks::InPlace, None) => return Err(damaged("its disks are frozen, not in place")),
         (Disks::Frozen, Some(_)) => return Err(damaged("its disks are in place, not frozen")),
@@ -141,7 +146,10 @@ fn prepare<V: Vmm>(
         return Err(damaged("its memory file has the wrong size"));
     }
     let volumes = volumes(&spec.volumes);
-    Ok(Machine { memory: Some(memory), is_unsaved: false, disk, volumes, ..saved.clone() })
+    let replaced = spec.root.as_ref().map(|root| root.disk.map_or(0, DiskMib::bytes));
+    let disk_bytes = replaced.unwrap_or(saved.disk_bytes);
+    let memory = Some(memory);
+    Ok(Machine { memory, is_unsaved: false, disk, disk_bytes, volumes, ..saved.clone() })
 }
 
 impl<V: Vmm> StagedVm<V> {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bhatti_engine::{
-    AgentChannel, Capabilities, Disks, MemoryKind, RestoreError, RestoreSpec, SnapshotError,
-    SnapshotRequest, VmSpec, VmmError,
+    AgentChannel, Capabilities, Disks, MemoryKind, NewRoot, RestoreError, RestoreSpec,
+    SnapshotError, SnapshotRequest, VmSpec, VmmError,
 };
 use bhatti_host::process::Followed;
 use bhatti_types::SandboxId;
@@ -132,6 +132,12 @@ pub trait Vmm: Sized + Send + Sync + 'static {
     /// Creates a VM's own disk in `directory` from the disk `disk` of a snapshot. Returns its
     /// name.
     fn fork_disk(&self, snapshot: &Path, disk: &str, directory: &Path) -> io::Result<String>;
+
+    /// Creates the root disk of a VM whose [root is replaced](Capabilities::replaces_root). Returns
+    /// its name.
+    fn new_disk(&self, _directory: &Path, _root: &NewRoot) -> io::Result<String> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Creates or shares the file that a restored VM's memory is a private mapping of. Returns
     /// its name. After an error no new file is left.

@@ -76,6 +76,7 @@ fn boot_and_serve() -> Result<(), BootError> {
     modules::load().step("load the kernel modules")?;
     let loadable = modules::keep_loadable().step("keep the loadable modules")?;
     let disk = root::find_disk().step("find the root disk")?;
+    let disk = root::await_file_system(disk).step("wait for the root disk's file system")?;
     root::switch_to(&disk).step("mount the root disk")?;
     mounts::late();
     for (step, done) in [

@@ -114,6 +114,7 @@ async fn run_in(
         root_base: Some(root.to_owned()),
         tap: None,
         volumes: disks.map(volume).into(),
+        awaits_root: false,
         boot_limit: BOOT_LIMIT,
     };
     let vm = engine.boot(&spec).await?;

@@ -63,6 +63,7 @@ impl Sandbox {
             root_base: None,
             tap: networks::tap(row.id, row.address.is_some()),
             volumes: volumes::files(&self.shared, row.id, &row.volumes, OwnVolumes::Left).await?,
+            awaits_root: false,
             boot_limit: self.shared.config.boot_limit,
         };
         self.shared.enforce_network(row.owner, row.address).await?;

@@ -76,6 +76,7 @@ impl Sandbox {
             disks: Disks::InPlace,
             tap: networks::tap(self.id, self.address.is_some()),
             volumes,
+            root: None,
             limit: RESTORE_LIMIT,
         };
         let loaded = async {

@@ -29,9 +29,7 @@ const RESIZE: rustix::ioctl::Opcode = opcode::write::<u64>(b'f', 16);
 /// large enough already, or is not ext4, stays unchanged.
 pub(super) fn grow(disk: &Path) -> io::Result<()> {
     let device = File::open(disk)?;
-    let mut superblock = [0; SUPERBLOCK_BYTES];
-    device.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET)?;
-    let Some((blocks, block_bytes)) = size(&superblock) else { return Ok(()) };
+    let Some((blocks, block_bytes)) = size_on(&device)? else { return Ok(()) };
     let wanted = device_bytes(&device)? / block_bytes;
     if wanted <= blocks {
         return Ok(());
@@ -45,6 +43,23 @@ pub(super) fn grow(disk: &Path) -> io::Result<()> {
     // Without this option, the kernel would slowly fill the new inode tables with zeros, which
     // are there already, and so fill the host's disk.
     Ok(mount_remount("/", MountFlags::NOATIME, c"noinit_itable")?)
+}
+
+/// Whether there is a whole ext4 file system on `disk`. If the host has replaced the disk since it
+/// was probed, the kernel has the size of the earlier one, which is too small for it.
+pub(super) fn has_file_system(disk: &Path) -> bool {
+    let is_whole = || -> io::Result<bool> {
+        let device = File::open(disk)?;
+        let Some((blocks, block_bytes)) = size_on(&device)? else { return Ok(false) };
+        Ok(blocks.saturating_mul(block_bytes) <= device_bytes(&device)?)
+    };
+    is_whole().unwrap_or(false)
+}
+
+fn size_on(device: &File) -> io::Result<Option<(u64, u64)>> {
+    let mut superblock = [0; SUPERBLOCK_BYTES];
+    device.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET)?;
+    Ok(size(&superblock))
 }
 
 /// Returns the number of blocks of an ext4 file system, and the size of each in bytes.

@@ -4,11 +4,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bhatti_proto::{AWAIT_ROOT, AWAITING_ROOT};
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{chdir, chroot};
 use rustix::thread::nanosleep;
 
-use crate::disk;
+use super::disk_growth;
+use crate::{disk, log};
 
 /// The virtio-blk serial by which the host marks the root disk.
 const ROOT_SERIAL: &str = "root";
@@ -29,6 +31,22 @@ pub(super) fn find_disk() -> io::Result<PathBuf> {
         drop(nanosleep(&pause));
     }
     Err(io::Error::new(io::ErrorKind::NotFound, format!("no disk has the serial `{ROOT_SERIAL}`")))
+}
+
+/// Waits until the root disk has a file system, if the host has asked for that. The host saves the
+/// waiting guest, and restores it later with the disk of an image. A disk whose content and size
+/// have changed must be probed again. Returns the disk's device.
+pub(super) fn await_file_system(mut disk: PathBuf) -> io::Result<PathBuf> {
+    if std::env::var_os(AWAIT_ROOT).is_none() {
+        return Ok(disk);
+    }
+    log::line(format_args!("{AWAITING_ROOT}"));
+    while !disk_growth::has_file_system(&disk) {
+        let pause = rustix::fs::Timespec { tv_sec: 0, tv_nsec: DISK_PAUSE_NS };
+        drop(nanosleep(&pause));
+        disk = disk::find(ROOT_SERIAL, true)?;
+    }
+    Ok(disk)
 }
 
 fn disk_with_serial(wanted: &str) -> io::Result<Option<PathBuf>> {

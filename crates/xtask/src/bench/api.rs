@@ -171,6 +171,7 @@ impl BareVm {
             disks: Disks::Frozen,
             tap: has_network.then(|| bhatti_net::tap_name(id)),
             volumes: Vec::new(),
+            root: None,
             limit: LIMIT,
         };
         let vm = engine.stage(&spec).await?.load().await?;

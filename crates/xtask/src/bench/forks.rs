@@ -133,6 +133,7 @@ fn bare_spec(id: SandboxId, template: &Path, place: &Path, tap: Option<String>) 
         disks: Disks::Frozen,
         tap,
         volumes: Vec::new(),
+        root: None,
         limit: LIMIT,
     }
 }
