@@ -1,11 +1,11 @@
-//! Free space of a file system, and copies of large sparse files.
+//! Free space of a file system, where it places directories, and copies of large sparse files.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
 
-use rustix::fs::{copy_file_range, ioctl_ficlone, seek};
+use rustix::fs::{IFlags, copy_file_range, ioctl_ficlone, ioctl_getflags, ioctl_setflags, seek};
 use rustix::io::Errno;
 
 /// Maximum that one call copies, in bytes.
@@ -19,6 +19,28 @@ const COPY_BYTES: u64 = 1 << 30;
 pub fn free_bytes(directory: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(directory)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Asks the file system to place the directories in `directory` far from each other. Ext4 then looks
+/// for free inodes in another place for each of them. In one place it passes over all inodes that
+/// were deleted in the last minutes, one by one, for each new file. Does nothing on file systems
+/// without such a flag, and in a directory of another user.
+///
+/// # Errors
+///
+/// Returns the error of open(2) or of the ioctl (`FS_IOC_SETFLAGS`, see ioctl_iflags(2)).
+pub fn spread_directories(directory: &Path) -> io::Result<()> {
+    let opened = File::open(directory)?;
+    let set = ioctl_getflags(&opened).and_then(|flags| {
+        if flags.contains(IFlags::TOPDIR) {
+            return Ok(());
+        }
+        ioctl_setflags(&opened, flags | IFlags::TOPDIR)
+    });
+    match set {
+        Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL | Errno::PERM | Errno::ACCESS) => Ok(()),
+        set => Ok(set?),
+    }
 }
 
 /// Copies a file with its holes. If the file system supports reflinks, the copy shares its blocks
@@ -88,6 +110,21 @@ mod tests {
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     use super::*;
+
+    #[test]
+    fn directories_are_spread_where_the_file_system_can_do_that() {
+        /// `EXT4_SUPER_MAGIC` of linux/magic.h.
+        const EXT4: i64 = 0xef53;
+        let directory = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            spread_directories(directory.path()).unwrap();
+        }
+        let is_ext4 = rustix::fs::statfs(directory.path()).unwrap().f_type == EXT4;
+        let flags = ioctl_getflags(File::open(directory.path()).unwrap());
+        assert_eq!(flags.is_ok_and(|flags| flags.contains(IFlags::TOPDIR)), is_ext4);
+        let missing = spread_directories(&directory.path().join("none")).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn copy_has_the_content_and_the_holes() {

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bhatti_host::{blocking, durable};
+use bhatti_host::{blocking, disk, durable};
 use bhatti_types::RootName;
 use tempfile::TempDir;
 use tokio::task::spawn_blocking;
@@ -56,6 +56,8 @@ impl ImageStore {
         // Held until the new directory has a lock of its own.
         let _starting = lock_builds(parent)?;
         remove_abandoned(parent).map_err(file_error("clean up", parent))?;
+        // A build makes thousands of files and deletes them, and so does the next one.
+        disk::spread_directories(parent).map_err(file_error("set the flags of", parent))?;
         let directory = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent);
         let directory = directory.map_err(file_error("create a directory in", parent))?;
         let begun = File::open(directory.path()).and_then(|lock| {
