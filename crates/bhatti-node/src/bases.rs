@@ -135,6 +135,14 @@ pub(crate) struct Base {
     inode: u64,
 }
 
+impl Base {
+    /// Notes the time of the last use, which decides which base snapshot is evicted first. The base
+    /// snapshot works without it.
+    fn note_use(&self) {
+        drop(blocking(|| File::open(&self.directory)?.set_modified(SystemTime::now())));
+    }
+}
+
 impl Bases {
     pub(crate) fn new(directory: PathBuf, budget_bytes: u64) -> Self {
         Self {
@@ -177,9 +185,7 @@ impl Bases {
                 made.await.map_err(|_| BaseError::Interrupted)??
             }
         };
-        // The time of last use decides which base snapshot is evicted first. The base snapshot
-        // works without it.
-        drop(blocking(|| File::open(&base.directory)?.set_modified(SystemTime::now())));
+        base.note_use();
         Ok(base)
     }
 
@@ -373,7 +379,7 @@ async fn make_first(
         return Ok(base);
     }
     let _maker = bases.makers.acquire().await.map_err(|_| BaseError::Interrupted)?;
-    make::make(shared, recipe, key).await?;
+    make::make(shared, owner, recipe, key).await?;
     bases.made_for.lock().insert(key.to_owned(), owner);
     bases.evict(key, owner);
     bases.existing(key, recipe).ok_or(BaseError::Interrupted)

@@ -14,6 +14,8 @@ pub enum Feature {
     ExchangedDisks,
     /// Connections into a VM survive saving its memory while it runs.
     KeptStreams,
+    /// A restored VM can have another root disk, so images share the first part of the boot.
+    ReplacedRoot,
     /// Disks consist of layers, which are merged when there are many.
     LayeredDisks,
 }
@@ -29,9 +31,10 @@ pub fn engine() -> String {
 pub fn engine_has(feature: Feature) -> bool {
     match feature {
         Feature::SavedMemory | Feature::OwnKernel => engine() != "docker",
-        Feature::ExchangedDisks | Feature::KeptStreams | Feature::LayeredDisks => {
-            engine() == "qemu"
-        }
+        Feature::ExchangedDisks
+        | Feature::KeptStreams
+        | Feature::ReplacedRoot
+        | Feature::LayeredDisks => engine() == "qemu",
     }
 }
 
@@ -46,6 +49,7 @@ pub fn needs(feature: Feature) -> bool {
             Feature::OwnKernel => "a container has no kernel of its own",
             Feature::ExchangedDisks => "a restored VM has the disks of the saved one",
             Feature::KeptStreams => "connections into a VM end when it is saved",
+            Feature::ReplacedRoot => "a restored VM has the root disk of the saved one",
             Feature::LayeredDisks => "a disk is one file",
         };
         let test = std::thread::current().name().unwrap_or("a test").to_owned();

@@ -3,7 +3,8 @@
 
 use std::io::Write;
 
-use bhatti_testkit::{Api, Feature, LIMIT, Serve, TestDaemon, needs};
+use bhatti_api::CreateSandbox;
+use bhatti_testkit::{Api, Feature, LIMIT, Serve, TestDaemon, named, needs, run};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{sleep, timeout};
@@ -215,4 +216,44 @@ async fn invalid_disk_size_is_refused_with_the_valid_range() {
     );
     assert_eq!(theirs.get("/sandboxes").await.json(), json!([]));
     assert_eq!(api.get("/sandboxes").await.json(), json!([]));
+}
+
+#[tokio::test]
+async fn guest_boots_if_the_snapshot_before_its_root_disk_is_damaged() {
+    const MADE: &str = "Made a snapshot of a guest before its root disk base=\"";
+    if !needs(Feature::ReplacedRoot) {
+        return;
+    }
+    let config = "ready_vmms: 0\nready_forks: 0\nnetwork: off\n".to_owned();
+    let mut daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    daemon.terminate().await;
+    // The base snapshots of other tests must stay whole.
+    let bases = daemon.data_dir().join("templates");
+    std::fs::remove_file(&bases).unwrap();
+    std::fs::create_dir(&bases).unwrap();
+    daemon.serve().await;
+    let create = async |name: &str, disk| {
+        let request = CreateSandbox { disk_mb: Some(disk), ..named(name) };
+        daemon.client.create(&request).await.unwrap();
+        assert_eq!(run(&daemon.client, name, &["echo", "here"]).await.unwrap().stdout, b"here\n");
+        daemon.client.destroy(name).await.unwrap();
+    };
+    let made = || daemon.log().matches(MADE).count();
+    create("first", 5120).await;
+    let log = daemon.log();
+    let key = log.split(MADE).nth(1).unwrap().split('"').next().unwrap();
+    let state = bases.join(key).join("device.state");
+    // The file may be read-only.
+    std::fs::remove_file(&state).unwrap();
+    std::fs::write(&state, "damaged").unwrap();
+
+    create("second", 6144).await;
+
+    let log = daemon.log();
+    assert!(log.contains("before its root disk: booting it"), "{log}");
+    assert!(!state.exists());
+    assert_eq!(made(), 1);
+    create("third", 7168).await;
+    assert!(state.exists());
+    assert_eq!(made(), 2);
 }

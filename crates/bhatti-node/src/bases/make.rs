@@ -22,11 +22,11 @@ use bhatti_engine::Capabilities;
 use bhatti_engine::{Disks, MemoryKind, NewRoot, RestoreSpec, SnapshotRequest, Vm, VmSpec};
 use bhatti_host::blocking;
 use bhatti_proto::{CONTROL_PORT, ExecRequest};
-use bhatti_types::{Report, SandboxId};
+use bhatti_types::{Report, SandboxId, UserId};
 use tokio::time::{Duration, Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
-use super::{BaseError, MAKING, Recipe, key_of, lock};
+use super::{Base, BaseError, MAKING, Recipe, key_of, lock};
 use crate::Shared;
 use crate::identity::random;
 use crate::networks;
@@ -42,11 +42,16 @@ const NO_ROOT: &str = "no-root.img";
 const NO_ROOT_BYTES: u64 = 1 << 20;
 
 /// Makes the base snapshot of a recipe. The caller has its turn and its locks.
-pub(super) async fn make(shared: &Shared, recipe: &Recipe, key: &str) -> Result<(), BaseError> {
+pub(super) async fn make(
+    shared: &Shared,
+    owner: UserId,
+    recipe: &Recipe,
+    key: &str,
+) -> Result<(), BaseError> {
     let began = Instant::now();
     let spec = new_spec(shared, recipe)?;
     let _admitted = shared.admit(recipe.memory).await?;
-    let vm = start(shared, recipe, &spec).await?;
+    let vm = start(shared, owner, recipe, &spec).await?;
     let saved = save(vm.as_ref(), &shared.bases.directory.join(key)).await;
     remove(shared, &spec).await;
     saved?;
@@ -87,60 +92,75 @@ async fn remove(shared: &Shared, spec: &VmSpec) {
 }
 
 /// Starts a guest whose agent answers: from a snapshot before its root disk, or by a boot.
-async fn start(shared: &Shared, recipe: &Recipe, spec: &VmSpec) -> Result<Arc<dyn Vm>, BaseError> {
-    let capabilities = shared.engine.capabilities();
-    if capabilities.replaces_root {
-        let key = key_of(&capabilities.machine, recipe, ["", "no root"]);
-        let snapshot = shared.bases.directory.join(&key);
-        let started = match before_root(shared, recipe, &key).await {
-            Ok(()) => start_from(shared, &snapshot, spec).await,
-            Err(error) => Err(error),
-        };
-        match started {
+async fn start(
+    shared: &Shared,
+    owner: UserId,
+    recipe: &Recipe,
+    spec: &VmSpec,
+) -> Result<Arc<dyn Vm>, BaseError> {
+    if shared.engine.capabilities().replaces_root {
+        match start_before_root(shared, owner, recipe, spec).await {
             Ok(vm) => return Ok(vm),
             Err(error) => {
                 warn!(error = %Report(&error), "Failed to start a guest from a snapshot before its root disk: booting it");
                 remove(shared, spec).await;
-                blocking(|| shared.bases.remove(&snapshot));
             }
         }
     }
     Ok(shared.engine.boot(spec).await?)
 }
 
-/// Makes the snapshot of a guest that waits for its root disk, unless there is one.
-async fn before_root(shared: &Shared, recipe: &Recipe, key: &str) -> Result<(), BaseError> {
-    let bases = &shared.bases;
-    let _turn = bases.making.take(key.to_owned()).await;
-    if blocking(|| bases.existing(key, recipe)).is_some() {
-        return Ok(());
+async fn start_before_root(
+    shared: &Shared,
+    owner: UserId,
+    recipe: &Recipe,
+    spec: &VmSpec,
+) -> Result<Arc<dyn Vm>, BaseError> {
+    let base = before_root(shared, owner, recipe).await?;
+    base.note_use();
+    let started = start_from(shared, &base.directory, spec).await;
+    // Any other error may be the image's fault. Other images need the snapshot.
+    if let Err(BaseError::Start(_)) = started {
+        shared.bases.discard(&base).await;
     }
-    let _others_turn = lock(&bases.directory, key).await.map_err(BaseError::Lock)?;
-    if blocking(|| bases.existing(key, recipe)).is_some() {
-        return Ok(());
-    }
-    let began = Instant::now();
-    let own = new_spec(shared, recipe)?;
-    let no_root = blocking(|| no_root(&bases.directory, own.id)).map_err(BaseError::NoRoot)?;
-    let spec = VmSpec { root_base: Some(no_root), disk: None, awaits_root: true, ..own };
-    let vm = shared.engine.boot(&spec).await?;
-    let saved = capture(vm.as_ref(), &bases.directory.join(key)).await;
-    remove(shared, &spec).await;
-    saved?;
-    let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(base = key, make_ms, "Made a snapshot of a guest before its root disk");
-    Ok(())
+    started
 }
 
-/// Returns the file of an empty root disk. Makes it if it is missing.
-fn no_root(directory: &Path, id: SandboxId) -> io::Result<PathBuf> {
-    let path = directory.join(NO_ROOT);
-    if fs::metadata(&path).is_ok_and(|file| file.len() == NO_ROOT_BYTES) {
-        return Ok(path);
+/// Returns the snapshot of a guest that waits for its root disk. Makes it for `owner` if there is
+/// none.
+async fn before_root(shared: &Shared, owner: UserId, recipe: &Recipe) -> Result<Base, BaseError> {
+    let bases = &shared.bases;
+    let key = key_of(&shared.engine.capabilities().machine, recipe, ["", "no root"]);
+    let _turn = bases.making.take(key.clone()).await;
+    if let Some(base) = blocking(|| bases.existing(&key, recipe)) {
+        return Ok(base);
     }
-    let new = directory.join(format!("{NO_ROOT}-{id}.tmp"));
-    File::create(&new)?.set_len(NO_ROOT_BYTES)?;
-    fs::rename(new, &path)?;
+    let _others_turn = lock(&bases.directory, &key).await.map_err(BaseError::Lock)?;
+    if let Some(base) = blocking(|| bases.existing(&key, recipe)) {
+        return Ok(base);
+    }
+    let began = Instant::now();
+    let no_root = blocking(|| no_root(&bases.directory)).map_err(BaseError::NoRoot)?;
+    let own = new_spec(shared, recipe)?;
+    let spec = VmSpec { root_base: Some(no_root), disk: None, awaits_root: true, ..own };
+    let vm = shared.engine.boot(&spec).await?;
+    let saved = capture(vm.as_ref(), &bases.directory.join(&key)).await;
+    remove(shared, &spec).await;
+    saved?;
+    bases.made_for.lock().insert(key.clone(), owner);
+    let make_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(base = key, make_ms, "Made a snapshot of a guest before its root disk");
+    blocking(|| bases.existing(&key, recipe)).ok_or(BaseError::Interrupted)
+}
+
+/// Returns the file of an empty root disk. Makes it if it is missing. It is never shortened: VMs may
+/// have links to it.
+fn no_root(directory: &Path) -> io::Result<PathBuf> {
+    let path = directory.join(NO_ROOT);
+    if !fs::metadata(&path).is_ok_and(|file| file.len() == NO_ROOT_BYTES) {
+        let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+        file.set_len(NO_ROOT_BYTES)?;
+    }
     Ok(path)
 }
 
@@ -151,8 +171,6 @@ async fn start_from(
     snapshot: &Path,
     spec: &VmSpec,
 ) -> Result<Arc<dyn Vm>, BaseError> {
-    // The least recently used is evicted first.
-    drop(blocking(|| File::open(snapshot)?.set_modified(std::time::SystemTime::now())));
     let root = spec.root_base.clone().map(|base| NewRoot { base, disk: spec.disk });
     let restored = RestoreSpec {
         id: spec.id,

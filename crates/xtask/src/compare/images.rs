@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bhatti_testkit::registry::{Layer, RealRegistry};
-use bhatti_testkit::{Serve, TestDaemon, own_images, peak_resident_mib, reset_peak};
+use bhatti_testkit::{Serve, TestDaemon, own_images, peak_resident_mib, reset_peak, wait_for};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 use super::{Docker, docker_cli};
-use crate::bench::{median, show};
+use crate::bench::{VM_PRACTISES, median, show};
 
 /// Measured rounds, after one that does not count.
 const ROUNDS: usize = 10;
@@ -123,7 +123,11 @@ pub(super) async fn measure(source: &Source, docker: Option<&Docker>) -> Result<
     for round in 0..=ROUNDS {
         reset_peak(pid);
         let before = peak_resident_mib(pid);
-        let ours = [place.run(&reference).await?, place.run(&reference).await?];
+        let with_pull = place.run(&reference).await?;
+        // As for the creations below: the second one finds a spare.
+        wait_for("the spare VM", || place.daemon.all_vmm_pids().len() == 1).await;
+        tokio::time::sleep(VM_PRACTISES).await;
+        let ours = [with_pull, place.run(&reference).await?];
         grown = grown.max(peak_resident_mib(pid) - before);
         output(&mut place.daemon.cli(&["image", "delete", &reference])).await?;
         if round > 0 {
