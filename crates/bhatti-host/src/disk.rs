@@ -21,10 +21,10 @@ pub fn free_bytes(directory: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Asks the file system to place the directories in `directory` far from each other. Ext4 then looks
-/// for free inodes in another place for each of them. In one place it passes over all inodes that
-/// were deleted in the last minutes, one by one, for each new file. Does nothing on file systems
-/// without such a flag, and in a directory of another user.
+/// Asks the file system to place the directories in `directory` far from each other. Ext4 then
+/// looks for free inodes in another place for each of them. In one place it passes over all inodes
+/// that were deleted in the last minutes, one by one, for each new file. Does nothing on file
+/// systems without such a flag, and in a directory of another user.
 ///
 /// # Errors
 ///

@@ -153,8 +153,8 @@ async fn before_root(shared: &Shared, owner: UserId, recipe: &Recipe) -> Result<
     blocking(|| bases.existing(&key, recipe)).ok_or(BaseError::Interrupted)
 }
 
-/// Returns the file of an empty root disk. Makes it if it is missing. It is never shortened: VMs may
-/// have links to it.
+/// Returns the file of an empty root disk. Makes it if it is missing. It is never shortened: VMs
+/// may have links to it.
 fn no_root(directory: &Path) -> io::Result<PathBuf> {
     let path = directory.join(NO_ROOT);
     if !fs::metadata(&path).is_ok_and(|file| file.len() == NO_ROOT_BYTES) {
