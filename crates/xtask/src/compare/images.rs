@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bhatti_testkit::registry::{Layer, RealRegistry};
-use bhatti_testkit::{Serve, TestDaemon, own_images, peak_resident_mib, reset_peak, wait_for};
+use bhatti_testkit::{
+    Serve, TestDaemon, named, own_images, peak_resident_mib, reset_peak, wait_for,
+};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
@@ -16,8 +18,8 @@ use tokio::time::Instant;
 use super::{Docker, docker_cli};
 use crate::bench::{VM_PRACTISES, median, show};
 
-/// Measured rounds, after one that does not count.
-const ROUNDS: usize = 10;
+/// Measured rounds, after one that does not count. An odd number has one median.
+const ROUNDS: usize = 11;
 
 /// What the image leaves out of the tests' Debian, so that it is as large as one with Python
 /// usually is.
@@ -29,31 +31,34 @@ const LEFT_OUT: [&str; 5] = [
     "./var/lib",
 ];
 
-const NAME: &str = "debian:python";
-
 /// Lets the daemon use the registry.
 const CONFIG: &str = "network: off\nregistries:\n  127.0.0.1: {plain_http: true, private: true}\n";
 
-/// A registry with an image, for a Docker daemon in this network namespace.
+/// A registry with images, for a Docker daemon in this network namespace.
 pub(super) struct Source {
     registry: RealRegistry,
+    layer: Layer,
     size: String,
 }
 
 impl Source {
-    /// Makes the image and serves it.
+    /// Makes the layer of all images, and starts the registry.
     pub(super) async fn start() -> Result<Self> {
         let registry = RealRegistry::start().await;
         let archive = debian().await?;
         let layer = Layer::gzip(&archive);
         let size = format!("{} MB, {} MB as gzip", mb(archive.len()), mb(layer.content().len()));
-        let config = json!({ "Cmd": ["python3"], "Env": ["PATH=/usr/bin:/bin"] });
-        registry.push(NAME, &[layer], &config).await;
-        Ok(Self { registry, size })
+        Ok(Self { registry, layer, size })
     }
 
-    fn reference(&self) -> String {
-        format!("{}/{NAME}", self.registry.server)
+    /// Pushes an image that nobody has seen: another one than those of other rounds. Returns its
+    /// reference.
+    async fn image(&self, round: usize) -> String {
+        let variables = ["PATH=/usr/bin:/bin".to_owned(), format!("ROUND={round}")];
+        let config = json!({ "Cmd": ["python3"], "Env": variables });
+        let name = format!("debian:{round}");
+        self.registry.push(&name, std::slice::from_ref(&self.layer), &config).await;
+        format!("{}/{name}", self.registry.server)
     }
 }
 
@@ -99,7 +104,16 @@ impl Place {
         let directory = images.path().join("images");
         let serve =
             Serve { config: CONFIG.to_owned(), images: Some(directory), ..Serve::default() };
-        let daemon = TestDaemon::start_with(serve).await;
+        let mut daemon = TestDaemon::start_with(serve).await;
+        // Base snapshots of its own: those that all tests share may have some of an earlier run.
+        daemon.terminate().await;
+        let bases = daemon.data_dir().join("templates");
+        fs::remove_file(&bases)?;
+        fs::create_dir(&bases)?;
+        daemon.serve().await;
+        // The snapshot before the root disk is made once for all images.
+        daemon.client.create(&named("first")).await?;
+        daemon.client.destroy("first").await?;
         let registry = source.registry.serve_here().await;
         Ok(Self { daemon, _images: images, _registry: registry })
     }
@@ -115,12 +129,12 @@ impl Place {
 /// Measures and prints.
 pub(super) async fn measure(source: &Source, docker: Option<&Docker>) -> Result<()> {
     let place = Place::start(source).await?;
-    let reference = source.reference();
-    let run = ["run", "--rm", "--network", "none", &reference, "true"];
     let [mut first, mut again, mut docker_first, mut docker_again] = [const { Vec::new() }; 4];
     let pid = place.daemon.pid();
     let mut grown = 0;
     for round in 0..=ROUNDS {
+        let reference = source.image(round).await;
+        let run = ["run", "--rm", "--network", "none", &reference, "true"];
         reset_peak(pid);
         let before = peak_resident_mib(pid);
         let with_pull = place.run(&reference).await?;
