@@ -1,5 +1,7 @@
 //! Sessions: processes that survive their client.
 
+use std::time::Duration;
+
 use bhatti_proto::{ExecRequest, FrameType, SessionInfo, SessionRef, SignalRequest};
 
 use crate::{AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, expect_soon};
@@ -141,6 +143,22 @@ impl AgentClient {
             .await?
             .json()
             .map_err(|_| CallError::Unexpected)
+    }
+
+    /// Asks a session to end by its stop signal, and has the agent kill what is left of it after
+    /// `grace`. Returns once the signal is sent.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the session does not exist.
+    pub async fn stop_session(&self, session_id: &str, grace: Duration) -> Result<(), CallError> {
+        let request = SignalRequest {
+            session_id: Some(session_id.to_owned()),
+            kill_after_ms: Some(grace.as_millis().try_into().unwrap_or(u64::MAX)),
+            error_details: true,
+            ..SignalRequest::default()
+        };
+        self.act_soon(FrameType::SIGNAL_REQ, &request).await
     }
 
     /// Kills a session's process. If a job has ended already, the agent removes the job.

@@ -43,6 +43,23 @@ impl Client {
         self.get(&segment_path(&sandbox_path(sandbox, "/jobs/"), job, "")).await
     }
 
+    /// Asks a job to end by its stop signal. The daemon kills what is left of it after
+    /// `grace_sec` seconds; 10 if absent.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the call fails.
+    pub async fn stop_job(
+        &self,
+        sandbox: &str,
+        job: &str,
+        grace_sec: Option<u32>,
+    ) -> Result<Job, ClientError> {
+        let query = grace_sec.map(|seconds| format!("?grace_sec={seconds}")).unwrap_or_default();
+        let path = segment_path(&sandbox_path(sandbox, "/jobs/"), job, &format!("/stop{query}"));
+        self.post(&path, None::<&()>).await
+    }
+
     /// A job's output from byte `offset`, or from the first byte that is kept; with `follow`,
     /// until the job ends.
     ///

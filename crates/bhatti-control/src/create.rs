@@ -290,7 +290,9 @@ impl Control {
     /// Runs a command in a new sandbox as a job that restarts with the sandbox.
     async fn start_job(&self, row: &SandboxRow, command: Vec<String>) -> Result<(), CreateError> {
         let used = self.enter(row.owner, &row.id.to_string()).await?;
-        let exec = ExecRequest { argv: command, restart: true, ..ExecRequest::default() };
+        let stop_signal = row.spec.image_config.stop_signal_number();
+        let exec =
+            ExecRequest { argv: command, restart: true, stop_signal, ..ExecRequest::default() };
         used.agent.create_detached(exec).await.map_err(CreateError::Start)?;
         Ok(())
     }

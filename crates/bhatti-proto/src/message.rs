@@ -80,6 +80,9 @@ pub struct ExecRequest {
     /// new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub restart: bool,
+    /// The signal that asks the session to end, as its number; `SIGTERM` if absent. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<u8>,
 }
 
 /// The reason for a refusal.
@@ -195,8 +198,12 @@ pub struct SignalRequest {
     /// The session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session_id: Option<String>,
-    /// The signal's number.
+    /// The signal's number; 0 is the signal that asks the session to end.
     pub signal: u8,
+    /// Milliseconds after which the agent kills what is left of the session; never if absent.
+    /// Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kill_after_ms: Option<u64>,
     /// Whether a refusal is answered by [`ERROR_DETAILS`](crate::FrameType::ERROR_DETAILS).
     /// Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
@@ -483,6 +490,7 @@ mod tests {
             observe: true,
             output_limit: Some(1),
             restart: true,
+            stop_signal: Some(2),
         };
 
         let json = serde_json::to_string(&request).unwrap();

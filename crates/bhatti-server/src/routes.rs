@@ -86,6 +86,7 @@ fn described() -> OpenApiRouter<AppState> {
         .routes(routes!(shell::run))
         .routes(routes!(jobs::list))
         .routes(routes!(jobs::get, jobs::kill))
+        .routes(routes!(jobs::stop))
         .routes(routes!(jobs::output))
         .routes(routes!(sessions::list))
         .routes(routes!(sessions::kill))

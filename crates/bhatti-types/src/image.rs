@@ -55,7 +55,25 @@ impl ImageConfig {
         let arguments = if arguments.is_empty() { self.cmd.clone() } else { arguments };
         self.entrypoint.iter().cloned().chain(arguments).collect()
     }
+
+    /// Returns the number of the stop signal. `None` if there is none, or none with this name or
+    /// number; the signals for real-time use, such as `SIGRTMIN+3`, are not supported.
+    #[must_use]
+    pub fn stop_signal_number(&self) -> Option<u8> {
+        let name = self.stop_signal.trim().to_ascii_uppercase();
+        let name = name.strip_prefix("SIG").unwrap_or(&name);
+        let named = || SIGNALS.iter().position(|signal| *signal == name).map(|index| index + 1);
+        let number = name.parse().ok().or_else(named)?;
+        u8::try_from(number).ok().filter(|_| (1..=SIGNALS.len()).contains(&number))
+    }
 }
+
+/// The names of Linux's signals, from number 1 on, without `SIG`: see signal(7).
+const SIGNALS: [&str; 31] = [
+    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
+    "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
+    "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+];
 
 /// A text that is not the name of a root file system's file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -100,6 +118,27 @@ impl FromStr for RootName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn stop_signals_are_names_or_numbers() {
+        let number = |text: &str| {
+            let config = ImageConfig { stop_signal: text.to_owned(), ..Default::default() };
+            config.stop_signal_number()
+        };
+        for (text, expected) in [
+            ("SIGINT", Some(2)),
+            ("quit", Some(3)),
+            ("15", Some(15)),
+            ("SIGSYS", Some(31)),
+            ("", None),
+            ("0", None),
+            ("32", None),
+            ("258", None),
+            ("SIGRTMIN+3", None),
+        ] {
+            assert_eq!(number(text), expected, "{text}");
+        }
+    }
 
     #[test]
     fn arguments_replace_the_command_and_follow_the_entrypoint() {

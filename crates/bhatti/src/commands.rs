@@ -21,6 +21,7 @@ mod image_build;
 mod image_login;
 mod image_pull;
 pub(crate) mod inspect;
+pub(crate) mod job_stop;
 pub(crate) mod jobs;
 pub(crate) mod key;
 pub(crate) mod kill;

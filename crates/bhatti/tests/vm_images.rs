@@ -229,9 +229,8 @@ async fn processes_get_the_settings_of_the_image() {
     }
 
     // `create --start` keeps the command running, also after a boot from the disk.
-    let loops: Vec<String> =
-        ["/bin/sh", "-c", "echo up; while :; do /bin/sleep 1; done"].map(str::to_owned).into();
-    let config = json!({ "Cmd": loops });
+    let script = "trap '' TERM; trap 'exit 42' INT; echo set up; while :; do /bin/sleep 0.1; done";
+    let config = json!({ "Cmd": ["/bin/sh", "-c", script], "StopSignal": "INT" });
     place.registry.push("server:1", &[busybox(&[])], &config).await;
     let server = place.reference("server:1");
     let request = CreateSandbox { name: Some("web".to_owned()), start: true, ..image_of(&server) };
@@ -240,6 +239,16 @@ async fn processes_get_the_settings_of_the_image() {
     client.start("web", &cold_boot()).await.unwrap();
     let jobs = client.list_sessions("web").await.unwrap();
     assert_eq!(jobs.iter().filter(|job| job.running && !job.tty).count(), 1, "{jobs:?}");
+    // A stop of the job sends the image's signal.
+    let job = &jobs[0].session_id;
+    let mut output = client.job_output("web", job, Some(0), true).await.unwrap();
+    timeout(LIMIT, output.next()).await.unwrap().unwrap().unwrap();
+    drop(output);
+    let stop = ["job", "stop", "web", job, "--time", "60"];
+    let stopped = timeout(LIMIT, place.daemon.cli(&stop).output()).await.unwrap().unwrap();
+    assert!(stopped.status.success(), "{}", text(&stopped.stderr));
+    let job = client.inspect_job("web", job).await.unwrap();
+    assert_eq!((job.running, job.exit_code), (false, Some(42)));
     client.destroy("web").await.unwrap();
     // An image without a command, and one whose command does not exist, leave no sandbox.
     let gone = json!({ "Cmd": ["/no/such/program"] });

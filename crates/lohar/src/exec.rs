@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use bhatti_proto::{ErrorKind, ExecRequest, Frame, FrameType, SignalRequest, exit_payload};
 use rustix::process::Signal;
+use tokio::time::sleep;
 
 use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::launch::{self, Piped};
+use crate::limits::TERM_GRACE;
 use crate::processes::Confinement;
 use crate::refusal::{OpError, bad_json, host_gone, refused};
 use crate::session;
@@ -60,17 +62,15 @@ pub(crate) async fn serve<T: Transport>(
 
 /// Serves one `SIGNAL_REQ`.
 pub(crate) fn signal(agent: &Agent, request: &SignalRequest) -> Result<(), OpError> {
-    let signal = crate::input::named_signal(&[request.signal]).ok_or_else(|| {
-        refused(ErrorKind::BadRequest, format!("no signal has the number {}", request.signal))
-    })?;
     match (&request.exec_id, &request.session_id) {
         (Some(exec_id), None) => {
+            let signal = crate::input::signal_numbered(request.signal)?;
             let command = agent.command(exec_id);
             command
                 .ok_or_else(|| refused(ErrorKind::NoSuchSession, "command not found"))?
                 .signal(signal);
         }
-        (None, Some(session_id)) => session::find(agent, session_id)?.signal(signal),
+        (None, Some(session_id)) => session::signal(agent, session_id, request)?,
         _ => {
             return Err(refused(ErrorKind::BadRequest, "name either a command or a session").into());
         }
@@ -89,8 +89,9 @@ async fn relay<T: Transport>(
     let mut timed_out = false;
     let limit = async {
         if let Some(timeout_ms) = timeout_ms {
-            let limit = Duration::from_millis(timeout_ms);
-            Rc::clone(&processes).enforce_timeout(limit, || timed_out = true).await;
+            sleep(Duration::from_millis(timeout_ms)).await;
+            timed_out = true;
+            processes.end(Signal::TERM, TERM_GRACE);
         }
         std::future::pending::<()>().await;
     };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bhatti_proto::FrameType;
+use bhatti_proto::{AgentError, ErrorKind, FrameType};
 use bytes::Bytes;
 use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
@@ -12,6 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::connection::{HostReader, Transport};
 use crate::processes::Processes;
+use crate::refusal::refused;
 
 /// The most input that waits for a process that does not read it, in bytes. Beyond this, the
 /// agent reads no more from the host.
@@ -123,4 +124,10 @@ fn signal(processes: &Processes, payload: &[u8]) {
 /// The signal of a `SIGNAL` frame.
 pub(crate) fn named_signal(payload: &[u8]) -> Option<Signal> {
     payload.first().and_then(|number| Signal::from_named_raw(i32::from(*number)))
+}
+
+/// Returns the signal with this number.
+pub(crate) fn signal_numbered(number: u8) -> Result<Signal, AgentError> {
+    named_signal(&[number])
+        .ok_or_else(|| refused(ErrorKind::BadRequest, format!("no signal has the number {number}")))
 }

@@ -102,7 +102,7 @@ fn boot_and_serve() -> Result<(), BootError> {
         // The channel is served meanwhile, so that the host gets the answer to its request.
         let shut_down = async {
             agent.shutdown_requested().await;
-            power::end_all_processes().await;
+            power::end_all_processes(&agent).await;
         };
         tokio::select! {
             served = serve(&agent) => served.step("serve the agent channel"),

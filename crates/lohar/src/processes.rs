@@ -18,7 +18,6 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 use tokio::time::sleep;
 
-use crate::limits::TERM_GRACE;
 use crate::log;
 use crate::surroundings::Surroundings;
 
@@ -146,23 +145,17 @@ impl Processes {
         self.kill_remembered(&self.descendants());
     }
 
-    /// Ends the command when its time limit has passed: sends SIGTERM to its process group, and
-    /// kills all of its remaining processes after a grace period. The kill does not depend on the
-    /// caller: it happens even if this future is dropped after SIGTERM.
-    pub(crate) async fn enforce_timeout(
-        self: Rc<Self>,
-        limit: Duration,
-        on_timeout: impl FnOnce(),
-    ) {
-        sleep(limit).await;
-        on_timeout();
+    /// Ends the command: signals its process group, and kills all of its remaining processes after
+    /// `grace`. The kill does not depend on the caller.
+    pub(crate) fn end(self: &Rc<Self>, signal: Signal, grace: Duration) {
         // Without a cgroup, find the descendants now: after the leader has ended, its children
         // cannot be traced to it.
         let descendants = self.descendants();
-        self.signal(Signal::TERM);
+        self.signal(signal);
+        let processes = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            sleep(TERM_GRACE).await;
-            self.kill_remembered(&descendants);
+            sleep(grace).await;
+            processes.kill_remembered(&descendants);
         });
     }
 

@@ -24,12 +24,14 @@ mod registry;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
-use bhatti_proto::{ErrorKind, SessionInfo};
+use bhatti_proto::{ErrorKind, SessionInfo, SignalRequest};
 use rustix::process::Signal;
 use tokio::sync::Notify;
 
 use crate::Agent;
+use crate::input;
 use crate::processes::Processes;
 use crate::refusal::{OpError, refused};
 use output::Output;
@@ -51,6 +53,8 @@ pub(crate) struct Session {
     processes: Rc<Processes>,
     /// Whether the job starts again when the guest boots anew.
     restarts: bool,
+    /// The signal that asks the command to end.
+    stop_signal: Signal,
     max_idle_sec: Option<u64>,
     stdin: RefCell<Option<pump::StdinSender>>,
     output: RefCell<Output>,
@@ -112,6 +116,13 @@ impl Session {
         }
     }
 
+    /// Asks the process group to end, and kills what is left of it after `grace`.
+    fn stop(self: &Rc<Self>, signal: Signal, grace: Duration) {
+        if self.is_running() {
+            self.processes.end(signal, grace);
+        }
+    }
+
     /// Attaches a client, which displaces the attached one. Returns the attachment's generation.
     fn attach(&self, from: Option<u64>) -> u64 {
         let output = self.output.borrow();
@@ -143,7 +154,7 @@ impl Session {
         let Some(seconds) = self.max_idle_sec else { return };
         let session = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            tokio::time::sleep(std::time::Duration::from_secs(seconds)).await;
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
             if session.attachment.borrow().generation == generation {
                 session.signal(Signal::KILL);
             }
@@ -175,6 +186,24 @@ impl Session {
 pub(crate) fn find(agent: &Agent, id: &str) -> Result<Rc<Session>, OpError> {
     let found = agent.sessions.get(id);
     found.ok_or_else(|| refused(ErrorKind::NoSuchSession, "session not found").into())
+}
+
+/// Signals a session.
+///
+/// # Errors
+///
+/// Refused if there is no such session or signal.
+pub(crate) fn signal(agent: &Agent, id: &str, request: &SignalRequest) -> Result<(), OpError> {
+    let session = find(agent, id)?;
+    let signal = match request.signal {
+        0 => session.stop_signal,
+        number => input::signal_numbered(number)?,
+    };
+    match request.kill_after_ms {
+        Some(grace) => session.stop(signal, Duration::from_millis(grace)),
+        None => session.signal(signal),
+    }
+    Ok(())
 }
 
 /// Kills a session. A job whose process has ended already is forgotten.

@@ -92,6 +92,49 @@ async fn terminal_belongs_to_its_user() {
     read_until(&mut output, "owner 1234 5").await;
 }
 
+/// Starts a job that ends with code 42 on SIGINT and ignores SIGTERM, and waits until it is set up.
+async fn start_job_that_ends_on_sigint(agent: &Agent) -> SessionOutput {
+    let script = "trap '' TERM; trap 'exit 42' INT; echo ready; while :; do sleep 0.01; done";
+    let request = ExecRequest { stop_signal: Some(2), ..shell(script) };
+    let job = agent.client.create_detached(request).await.unwrap();
+    let (_info, _input, mut output) = agent.client.observe(&job.session_id, Some(0)).await.unwrap();
+    read_until(&mut output, "ready").await;
+    output
+}
+
+#[tokio::test]
+async fn stopped_job_gets_its_own_stop_signal() {
+    let agent = Agent::start().await;
+    let mut output = start_job_that_ends_on_sigint(&agent).await;
+
+    agent.client.stop_session("s1", LIMIT).await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await.1, 42);
+}
+
+#[tokio::test]
+async fn stopped_job_that_goes_on_is_killed_with_its_children() {
+    let agent = Agent::start().await;
+    let script = "trap '' TERM; (while :; do sleep 0.01; done) & echo $!; wait; wait";
+    let job = agent.client.create_detached(shell(script)).await.unwrap();
+    let (_info, _input, mut output) = agent.client.observe(&job.session_id, Some(0)).await.unwrap();
+    let child = read_until(&mut output, "\n").await;
+
+    agent.client.stop_session("s1", Duration::from_millis(50)).await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await.1, 128 + 9);
+    gone(&child).await;
+}
+
+#[tokio::test]
+async fn stop_of_an_unknown_session_is_refused() {
+    let agent = Agent::start().await;
+
+    let refused = agent.client.stop_session("s9", LIMIT).await.unwrap_err();
+
+    assert!(is_no_such_session(&refused), "{refused:?}");
+}
+
 #[tokio::test]
 async fn sessions_with_long_commands_are_listed() {
     let agent = Agent::start().await;

@@ -171,7 +171,11 @@ impl Session<'_> {
         start: &str,
         ready: Option<&str>,
     ) -> Result<(), TemplateBuildError> {
-        let request = ExecRequest { restart: true, ..self.command(start) };
+        let request = ExecRequest {
+            restart: true,
+            stop_signal: self.config.stop_signal_number(),
+            ..self.command(start)
+        };
         let job = agent.create_detached(request).await?;
         let Some(ready) = ready else { return Ok(()) };
         let (_info, _input, mut output) = agent.observe(&job.session_id, Some(0)).await?;

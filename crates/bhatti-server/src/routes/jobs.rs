@@ -1,10 +1,12 @@
 //! `/sandboxes/{sandbox}/jobs`: commands that run without a client.
 
 use std::io;
+use std::time::Duration;
 
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
@@ -73,6 +75,44 @@ pub(crate) async fn kill(
     find(&used, &id).await?;
     used.agent.kill_session(&id).await.map_err(of_session(&used, &id))?;
     Ok(Json(Deleted { status: "killed".to_owned() }))
+}
+
+/// Seconds between the stop signal and the kill.
+const GRACE_DEFAULT: u32 = 10;
+const GRACE_MAX: u32 = 3600;
+
+/// How a job is stopped.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct StopQuery {
+    /// Seconds after which the job is killed, 0 to 3600 (default: 10).
+    #[param(maximum = 3600)]
+    grace_sec: Option<u32>,
+}
+
+/// Asks a job to end: sends `SIGTERM`, or the stop signal of its image if the job is the image's
+/// own command, and kills what is left of the job after the grace period. Does not wait for the
+/// end.
+#[utoipa::path(post, path = "/sandboxes/{sandbox}/jobs/{job}/stop", tag = "jobs",
+    params(("sandbox" = String, Path), ("job" = String, Path), StopQuery),
+    responses((status = 202, body = Job), (status = "default", body = bhatti_api::ErrorBody)))]
+pub(crate) async fn stop(
+    State(state): State<AppState>,
+    Extension(Caller(owner)): Extension<Caller>,
+    ApiPath((id_or_name, id)): ApiPath<(String, String)>,
+    ApiQuery(StopQuery { grace_sec }): ApiQuery<StopQuery>,
+) -> Result<(StatusCode, Json<Job>), ApiError> {
+    let grace_sec = grace_sec.unwrap_or(GRACE_DEFAULT);
+    if grace_sec > GRACE_MAX {
+        let message = format!("`grace_sec` is {grace_sec}; it must be 0 to {GRACE_MAX}");
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
+    let used = state.control.enter(owner, &id_or_name).await?;
+    find(&used, &id).await?;
+    let grace = Duration::from_secs(grace_sec.into());
+    used.agent.stop_session(&id, grace).await.map_err(of_session(&used, &id))?;
+    Ok((StatusCode::ACCEPTED, Json(find(&used, &id).await?)))
 }
 
 /// Selects a part of the output.

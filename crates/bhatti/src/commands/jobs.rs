@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use bhatti_api::Session;
 use clap::{Args, Subcommand};
 
-use super::{Context, kill, logs, wait};
+use super::{Context, job_stop, kill, logs, wait};
 use crate::error::CliError;
 use crate::output::{Cell, Table};
 
@@ -25,6 +25,8 @@ pub(crate) enum Job {
     Logs(logs::Logs),
     /// Wait until a job ends, and exit with its exit code
     Wait(wait::Wait),
+    /// Ask jobs to end, and wait until they have ended
+    Stop(job_stop::Stop),
     /// Kill jobs or terminals
     Kill(kill::Kill),
 }
@@ -61,6 +63,7 @@ pub(crate) async fn job(context: &Context, command: Job) -> Result<ExitCode, Cli
         Job::List(arguments) => run(context, &arguments).await?,
         Job::Logs(arguments) => logs::run(context, &arguments).await?,
         Job::Wait(arguments) => return wait::run(context, &arguments).await,
+        Job::Stop(arguments) => job_stop::run(context, &arguments).await?,
         Job::Kill(arguments) => kill::run(context, &arguments).await?,
     }
     Ok(ExitCode::SUCCESS)

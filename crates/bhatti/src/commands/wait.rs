@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use bhatti_api::Job;
 use clap::Args;
 
 use super::Context;
@@ -24,12 +25,23 @@ pub(crate) async fn run(context: &Context, arguments: &Wait) -> Result<ExitCode,
 }
 
 async fn wait(context: &Context, Wait { sandbox, job }: &Wait) -> Result<ExitCode, CliError> {
+    let ended = until_ended(context, sandbox, job).await?;
+    let code = ended.exit_code.unwrap_or_default();
+    context.output.show(&ended, |job| format!("{} exited {code}", job.id))?;
+    Ok(exit_code(code))
+}
+
+/// Waits until a job has ended.
+pub(super) async fn until_ended(
+    context: &Context,
+    sandbox: &str,
+    job: &str,
+) -> Result<Job, CliError> {
     let inspect = async |id: &str| context.client.inspect_job(id, job).await;
     loop {
         let now = context.read(sandbox, inspect).await?;
-        if let Some(code) = now.exit_code.filter(|_| !now.running) {
-            context.output.show(&now, |job| format!("{} exited {code}", job.id))?;
-            return Ok(exit_code(code));
+        if !now.running && now.exit_code.is_some() {
+            return Ok(now);
         }
         // The output stream ends with the job, so no polling is needed.
         let rest =

@@ -56,7 +56,7 @@ fn serve() -> io::Result<()> {
             Listeners::open(&shared.join("control.sock"), &shared.join("forward.sock"))?;
         let shut_down = async {
             agent.shutdown_requested().await;
-            power::end_all_processes().await;
+            power::end_all_processes(&agent).await;
         };
         tokio::select! {
             () = listeners.serve(&agent) => {}

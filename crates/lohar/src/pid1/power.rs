@@ -8,6 +8,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use rustix::system::{RebootCommand, reboot};
 use tokio::time::{Instant, sleep};
 
+use crate::Agent;
 use crate::log;
 
 /// How long processes may take to end after SIGTERM, and to disappear after SIGKILL.
@@ -17,10 +18,16 @@ const KILL_LIMIT: Duration = Duration::from_secs(1);
 /// How often the agent checks whether processes have ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Sends SIGTERM to every process, then SIGKILL to the remaining ones.
-pub(super) async fn end_all_processes() {
+/// Sends the stop signals of the sessions that have one, then SIGTERM to every process, and then
+/// SIGKILL to the remaining ones.
+pub(super) async fn end_all_processes(agent: &Agent) {
     // Even without a process to wait for, sending the answer to the host takes a moment.
     sleep(LOOK_INTERVAL).await;
+    let asked = agent.sessions.ask_to_end();
+    let deadline = Instant::now() + TERM_LIMIT;
+    while asked.iter().any(|session| session.is_running()) && Instant::now() < deadline {
+        sleep(LOOK_INTERVAL).await;
+    }
     for (signal, limit) in [(Signal::TERM, TERM_LIMIT), (Signal::KILL, KILL_LIMIT)] {
         signal_all(signal);
         let deadline = Instant::now() + limit;

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest, FrameType};
+use rustix::process::Signal;
 use tokio::io::Interest;
 use tokio::sync::{Notify, mpsc};
 
@@ -17,7 +18,7 @@ use crate::agent::unix_now;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::input;
 use crate::launch;
-use crate::limits::JOB_OUTPUT_BYTES_MAX;
+use crate::limits::{JOB_OUTPUT_BYTES_MAX, TERM_GRACE};
 use crate::log;
 use crate::processes::{Confinement, Processes};
 use crate::reaper::Exit;
@@ -190,6 +191,10 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
         created_at: unix_now(),
         processes,
         restarts: request.restart,
+        stop_signal: request
+            .stop_signal
+            .and_then(|number| input::named_signal(&[number]))
+            .unwrap_or(Signal::TERM),
         max_idle_sec: request
             .max_idle_sec
             .and_then(|seconds| u64::try_from(seconds).ok())
@@ -205,7 +210,7 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
         tokio::task::spawn_local(async move {
             let limit = Duration::from_millis(timeout_ms);
             tokio::select! {
-                () = Rc::clone(&timed.processes).enforce_timeout(limit, || ()) => {}
+                () = tokio::time::sleep(limit) => timed.stop(timed.stop_signal, TERM_GRACE),
                 () = timed.ended() => {}
             }
         });

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use bhatti_proto::{AgentError, ErrorKind, SessionInfo};
+use rustix::process::Signal;
 
 use super::Session;
 use crate::limits::Limits;
@@ -44,6 +45,16 @@ impl Sessions {
         }
         self.last_number.set(self.last_number.get() + 1);
         Ok(self.last_number.get())
+    }
+
+    /// Asks the sessions that have a stop signal of their own to end. Returns them.
+    pub(crate) fn ask_to_end(&self) -> Vec<Rc<Session>> {
+        let sessions = self.by_number.borrow();
+        let has_own =
+            |session: &&Rc<Session>| session.is_running() && session.stop_signal != Signal::TERM;
+        let asked: Vec<_> = sessions.values().filter(has_own).cloned().collect();
+        asked.iter().for_each(|session| session.signal(session.stop_signal));
+        asked
     }
 
     /// Reserves this number, and all lower ones, for the sessions that had them.
