@@ -182,6 +182,48 @@ async fn image_from_scratch_is_pulled_once_and_runs() {
 }
 
 #[tokio::test]
+async fn command_of_the_image_runs_as_a_job_and_ends_by_its_stop_signal() {
+    if !needs(Feature::OwnKernel) {
+        return;
+    }
+    let place = Place::new().await;
+    let client = place.client();
+    let script = "trap '' TERM; trap 'exit 42' INT; echo set up; while :; do /bin/sleep 0.1; done";
+    let config = json!({ "Cmd": ["/bin/sh", "-c", script], "StopSignal": "INT" });
+    place.registry.push("server:1", &[busybox(&[])], &config).await;
+    let server = place.reference("server:1");
+    let request = CreateSandbox { name: Some("web".to_owned()), start: true, ..image_of(&server) };
+    client.create(&request).await.unwrap();
+    client.stop("web").await.unwrap();
+    client.start("web", &cold_boot()).await.unwrap();
+    // It runs again after a boot from the disk.
+    let jobs = client.list_sessions("web").await.unwrap();
+    assert_eq!(jobs.iter().filter(|job| job.running && !job.tty).count(), 1, "{jobs:?}");
+    // A stop of the job sends the image's signal.
+    let job = &jobs[0].session_id;
+    let mut output = client.job_output("web", job, Some(0), true).await.unwrap();
+    timeout(LIMIT, output.next()).await.unwrap().unwrap().unwrap();
+    drop(output);
+    let stop = ["job", "stop", "web", job, "--time", "60"];
+    let stopped = timeout(LIMIT, place.daemon.cli(&stop).output()).await.unwrap().unwrap();
+    assert!(stopped.status.success(), "{}", text(&stopped.stderr));
+    let job = client.inspect_job("web", job).await.unwrap();
+    assert_eq!((job.running, job.exit_code), (false, Some(42)));
+    client.destroy("web").await.unwrap();
+    // An image without a command, and one whose command does not exist, leave no sandbox.
+    let gone = json!({ "Cmd": ["/no/such/program"] });
+    place.registry.push("gone:1", &[busybox(&[])], &gone).await;
+    for (image, wanted) in [
+        ("minimal".to_owned(), ErrorCode::BadRequest),
+        (place.reference("gone:1"), ErrorCode::CommandNotFound),
+    ] {
+        let request = CreateSandbox { start: true, ..image_of(&image) };
+        assert_eq!(code(client.create(&request).await.unwrap_err()), wanted, "{image}");
+    }
+    assert_eq!(client.list().await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn processes_get_the_settings_of_the_image() {
     if !needs(Feature::OwnKernel) {
         return;
@@ -227,40 +269,6 @@ async fn processes_get_the_settings_of_the_image() {
         let ran = timeout(LIMIT, place.daemon.cli(&all).output()).await.unwrap().unwrap();
         assert_eq!(text(&ran.stdout), wanted, "{}", text(&ran.stderr));
     }
-
-    // `create --start` keeps the command running, also after a boot from the disk.
-    let script = "trap '' TERM; trap 'exit 42' INT; echo set up; while :; do /bin/sleep 0.1; done";
-    let config = json!({ "Cmd": ["/bin/sh", "-c", script], "StopSignal": "INT" });
-    place.registry.push("server:1", &[busybox(&[])], &config).await;
-    let server = place.reference("server:1");
-    let request = CreateSandbox { name: Some("web".to_owned()), start: true, ..image_of(&server) };
-    client.create(&request).await.unwrap();
-    client.stop("web").await.unwrap();
-    client.start("web", &cold_boot()).await.unwrap();
-    let jobs = client.list_sessions("web").await.unwrap();
-    assert_eq!(jobs.iter().filter(|job| job.running && !job.tty).count(), 1, "{jobs:?}");
-    // A stop of the job sends the image's signal.
-    let job = &jobs[0].session_id;
-    let mut output = client.job_output("web", job, Some(0), true).await.unwrap();
-    timeout(LIMIT, output.next()).await.unwrap().unwrap().unwrap();
-    drop(output);
-    let stop = ["job", "stop", "web", job, "--time", "60"];
-    let stopped = timeout(LIMIT, place.daemon.cli(&stop).output()).await.unwrap().unwrap();
-    assert!(stopped.status.success(), "{}", text(&stopped.stderr));
-    let job = client.inspect_job("web", job).await.unwrap();
-    assert_eq!((job.running, job.exit_code), (false, Some(42)));
-    client.destroy("web").await.unwrap();
-    // An image without a command, and one whose command does not exist, leave no sandbox.
-    let gone = json!({ "Cmd": ["/no/such/program"] });
-    place.registry.push("gone:1", &[busybox(&[])], &gone).await;
-    for (image, wanted) in [
-        ("minimal".to_owned(), ErrorCode::BadRequest),
-        (place.reference("gone:1"), ErrorCode::CommandNotFound),
-    ] {
-        let request = CreateSandbox { start: true, ..image_of(&image) };
-        assert_eq!(code(client.create(&request).await.unwrap_err()), wanted, "{image}");
-    }
-    assert_eq!(client.list().await.unwrap().len(), 1);
 
     // A stop, a fork and a boot from the disk keep the settings.
     let forked = place.daemon.cli(&["fork", "one", "--name", "two"]).output().await.unwrap();

@@ -6,7 +6,6 @@ use std::time::Duration;
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::{ExecEvent, ExecInput, SessionOutput};
@@ -96,13 +95,13 @@ pub(crate) struct StopQuery {
 /// end.
 #[utoipa::path(post, path = "/sandboxes/{sandbox}/jobs/{job}/stop", tag = "jobs",
     params(("sandbox" = String, Path), ("job" = String, Path), StopQuery),
-    responses((status = 202, body = Job), (status = "default", body = bhatti_api::ErrorBody)))]
+    responses((status = 200, body = Job), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn stop(
     State(state): State<AppState>,
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath((id_or_name, id)): ApiPath<(String, String)>,
     ApiQuery(StopQuery { grace_sec }): ApiQuery<StopQuery>,
-) -> Result<(StatusCode, Json<Job>), ApiError> {
+) -> Result<Json<Job>, ApiError> {
     let grace_sec = grace_sec.unwrap_or(GRACE_DEFAULT);
     if grace_sec > GRACE_MAX {
         let message = format!("`grace_sec` is {grace_sec}; it must be 0 to {GRACE_MAX}");
@@ -112,7 +111,7 @@ pub(crate) async fn stop(
     find(&used, &id).await?;
     let grace = Duration::from_secs(grace_sec.into());
     used.agent.stop_session(&id, grace).await.map_err(of_session(&used, &id))?;
-    Ok((StatusCode::ACCEPTED, Json(find(&used, &id).await?)))
+    find(&used, &id).await.map(Json)
 }
 
 /// Selects a part of the output.
