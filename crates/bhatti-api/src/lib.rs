@@ -54,6 +54,6 @@ pub use volume::{
     VolumeUser,
 };
 pub use words::{
-    AcceleratorName, EngineName, ImageOwner, NetworkName, OperationKind, OperationStatus,
-    PullPolicy, SandboxStatus, SnapshotKind, ThermalState,
+    AcceleratorName, EngineName, ImageOwner, NetworkName, OnTimeoutName, OperationKind,
+    OperationStatus, PullPolicy, SandboxStatus, SnapshotKind, ThermalState,
 };

@@ -66,10 +66,14 @@ pub struct CreateSandbox {
     /// Labels to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// Seconds after which the sandbox is destroyed [default: never].
+    /// Seconds after which the sandbox is destroyed or stopped [default: never].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub timeout_sec: Option<u32>,
+    /// What happens after `timeout_sec`: `destroy` or `stop` [default: `destroy`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::OnTimeoutName>)]
+    pub on_timeout: Option<String>,
     /// Network mode: `nat` (the sandbox reaches its owner's other sandboxes and the internet, but
     /// neither the host nor private networks) or `none` (no network card) [default: the daemon's
     /// default mode].
@@ -120,6 +124,13 @@ pub struct UpdateSandbox {
     /// Whether the sandbox stays hot when idle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_hot: Option<bool>,
+    /// Seconds from now after which the sandbox is destroyed or stopped; 0 removes the limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_sec: Option<u32>,
+    /// What happens when the time is over: `destroy` or `stop`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::OnTimeoutName>)]
+    pub on_timeout: Option<String>,
 }
 
 /// Starts a stopped sandbox.
@@ -228,6 +239,10 @@ pub struct Sandbox {
     /// Time at which the sandbox will be destroyed (RFC 3339), if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
+    /// What happens then: `destroy` or `stop`. Absent without a time limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::OnTimeoutName>)]
+    pub on_timeout: Option<String>,
     /// Origin of the sandbox: `boot`, with the reason if the request did not ask for a boot; or
     /// `template` (a base snapshot), `sandbox` or `snapshot`, with an id.
     pub origin: String,

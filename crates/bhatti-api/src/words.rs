@@ -42,6 +42,16 @@ pub enum NetworkName {
     None,
 }
 
+/// What happens to a sandbox when its time is over.
+#[derive(Clone, Copy, Debug, ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum OnTimeoutName {
+    /// It is destroyed.
+    Destroy,
+    /// It is stopped, and its limit removed.
+    Stop,
+}
+
 /// What runs the sandboxes.
 #[derive(Clone, Copy, Debug, ToSchema)]
 #[schema(rename_all = "snake_case")]

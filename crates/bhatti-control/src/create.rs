@@ -9,8 +9,9 @@ use bhatti_proto::ExecRequest;
 use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
 use bhatti_types::{
     Allowance, CpuCount, DEFAULT_IMAGE, DiskMib, Environment, ImageConfig, ImageName, Labels,
-    MemoryMib, NEW_FILES_BYTES_MAX, NetworkMode, NetworkSpec, ParseNameError, QuotaExceeded,
-    Report, SandboxId, SandboxName, SandboxSpec, SecretName, SnapshotId, UserId, VOLUMES_MAX,
+    MemoryMib, NEW_FILES_BYTES_MAX, NetworkMode, NetworkSpec, OnTimeout, ParseNameError,
+    QuotaExceeded, Report, SandboxId, SandboxName, SandboxSpec, SecretName, SnapshotId, TimeLimit,
+    UserId, VOLUMES_MAX,
 };
 use tracing::warn;
 
@@ -52,8 +53,10 @@ pub struct SandboxRequest {
     pub start: bool,
     /// Files to write into the new sandbox.
     pub files: Vec<FileRequest>,
-    /// The time after which the sandbox is destroyed; never if absent.
+    /// The time after which the sandbox is destroyed or stopped; never if absent.
     pub lifetime: Option<Duration>,
+    /// What happens after that time.
+    pub on_timeout: OnTimeout,
     /// The network mode; the host's default if absent.
     pub network: Option<NetworkMode>,
     /// Ranges that the sandbox may reach in addition to the internet.
@@ -82,7 +85,7 @@ pub(crate) struct Admitted {
     /// The values of the secrets.
     pub(crate) secrets: BTreeMap<String, String>,
     pub(crate) files: BTreeMap<String, GuestFile>,
-    pub(crate) expires_at: Option<u64>,
+    pub(crate) time_limit: TimeLimit,
     pub(crate) volumes: Vec<Attach>,
 }
 
@@ -95,7 +98,7 @@ impl Admitted {
             spec: self.spec.clone(),
             origin: String::new(),
             agent_token: String::new(),
-            expires_at: None,
+            time_limit: self.time_limit,
             volumes: self.volumes.clone(),
         })
     }
@@ -269,7 +272,7 @@ impl Control {
         };
         let admitted = Admitted {
             files,
-            expires_at: request.lifetime.map(unix_seconds_after),
+            time_limit: time_limit(request.lifetime, request.on_timeout),
             spec,
             ..network_and_secrets
         };
@@ -317,7 +320,7 @@ impl Control {
         let secrets = self.inner.secrets.read(owner, &spec.secrets)?;
         self.admit_network(owner, &spec.network).await?;
         let files = BTreeMap::new();
-        Ok(Admitted { owner, spec, secrets, files, expires_at: None, volumes })
+        Ok(Admitted { owner, spec, secrets, files, time_limit: TimeLimit::default(), volumes })
     }
 
     /// Inserts the row of an admitted sandbox, and has the node create its VM.
@@ -326,7 +329,7 @@ impl Control {
         admitted: Admitted,
         prepared: Prepared,
     ) -> Result<SandboxRow, CreateError> {
-        let Admitted { owner, spec, secrets, files, expires_at, volumes } = admitted;
+        let Admitted { owner, spec, secrets, files, time_limit, volumes } = admitted;
         let Inner { node, store, .. } = &*self.inner;
         let new = NewSandbox {
             id: prepared.id(),
@@ -334,7 +337,7 @@ impl Control {
             spec,
             origin: prepared.origin(),
             agent_token: random_token()?,
-            expires_at,
+            time_limit,
             volumes,
         };
         // No `await` between `prepare` and here: a canceled request must not lose a spare.
@@ -386,10 +389,15 @@ fn check_volumes(volumes: &[Attach]) -> Result<(), CreateError> {
 }
 
 /// Returns the first full second since 1970 at which `time` from now has passed.
-pub(crate) fn unix_seconds_after(time: Duration) -> u64 {
+pub fn unix_seconds_after(time: Duration) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let then = now.saturating_add(time);
     then.as_secs() + u64::from(then.subsec_nanos() > 0)
+}
+
+/// Returns a time limit that begins now.
+pub(crate) fn time_limit(lifetime: Option<Duration>, on_timeout: OnTimeout) -> TimeLimit {
+    TimeLimit { expires_at: lifetime.map(unix_seconds_after), on_timeout }
 }
 
 /// Returns the files by path, checked.

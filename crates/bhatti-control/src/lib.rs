@@ -45,7 +45,7 @@ use serde_json::Value;
 
 pub use build::{BuildRequest, DOCKERFILE_BYTES_MAX};
 pub use build_errors::{BuildError, TemplateBuildError};
-pub use create::{CreateError, FileRequest, SandboxRequest};
+pub use create::{CreateError, FileRequest, SandboxRequest, unix_seconds_after};
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use image_errors::{DockerfileError, ImageCommandError, ImageError, PullFailure, SaveError};
 pub use images::{PullPolicy, UsableImage};

@@ -6,7 +6,7 @@ use bhatti_proto::ExecRequest;
 use bhatti_store::{
     ChangeError, SandboxChange, SandboxFilter, SandboxRow, StoreError, StoredSandbox,
 };
-use bhatti_types::{SandboxId, Thermal, UserId};
+use bhatti_types::{SandboxId, Thermal, TimeLimitChange, UserId};
 use serde_json::json;
 
 use crate::Control;
@@ -184,6 +184,23 @@ impl Control {
         let id = self.find_id(owner, id_or_name)?;
         self.inner.node.set_keep_hot(id, keep_hot).await?;
         self.find(owner, &id.to_string())
+    }
+
+    /// Changes when a sandbox ends, and what happens then.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the owner has no such sandbox, or if it is being created or destroyed.
+    pub async fn change_time_limit(
+        &self,
+        owner: UserId,
+        id_or_name: &str,
+        change: TimeLimitChange,
+    ) -> Result<SandboxRow, UseError> {
+        let row = self.find(owner, id_or_name)?;
+        self.inner.node.change_time_limit(row.id, change).await?;
+        self.record("sandbox.changed", owner, Some((row.id, row.spec.name.into())), json!({}));
+        self.find(owner, &row.id.to_string())
     }
 
     /// Returns the activity of a running sandbox.

@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use crate::Control;
 use crate::create::{
-    Admitted, CreateError, SandboxRequest, generated_name, guest_files, unix_seconds_after,
+    Admitted, CreateError, SandboxRequest, generated_name, guest_files, time_limit,
 };
 use crate::disk_quota::DiskQuotaError;
 
@@ -221,8 +221,8 @@ impl Control {
         let files = guest_files(request.files)?;
         let volumes = volumes_of_fork(&snapshot.volumes, MadeFrom::Kept);
         let admitted = self.admit(owner, spec, volumes).await?;
-        let admitted =
-            Admitted { files, expires_at: request.lifetime.map(unix_seconds_after), ..admitted };
+        let time_limit = time_limit(request.lifetime, request.on_timeout);
+        let admitted = Admitted { files, time_limit, ..admitted };
         let copied = snapshot.volumes.iter().map(|volume| volume.size.bytes()).sum();
         let _disk = self.admit_disk(owner, copied).await?;
         self.create_from(admitted, prepared?).await

@@ -11,8 +11,8 @@ use bhatti_secret::SecretKey;
 use bhatti_store::{EventFilter, NewSandbox, Store, VolumeRow, VolumeWork};
 use bhatti_testkit::{Found, FoundVms, change_store};
 use bhatti_types::{
-    Allowance, SandboxId, SandboxSpec, SandboxState, SnapshotId, Thermal, UserId, VolumeId,
-    VolumeMib,
+    Allowance, SandboxId, SandboxSpec, SandboxState, SnapshotId, Thermal, TimeLimit, UserId,
+    VolumeId, VolumeMib,
 };
 
 use crate::{Control, SnapshotOpError};
@@ -49,7 +49,7 @@ impl TestData {
             spec,
             origin: "boot".to_owned(),
             agent_token: String::new(),
-            expires_at: None,
+            time_limit: TimeLimit::default(),
             volumes: Vec::new(),
         };
         self.store.insert_sandbox(new).unwrap();

@@ -43,21 +43,21 @@ pub(crate) mod state;
 pub(crate) mod steps;
 mod stop;
 mod tell;
+mod time_limit;
 mod wake;
 
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bhatti_agent::AgentClient;
 use bhatti_engine::MemoryKind;
 use bhatti_store::{Claim, SandboxRow, StoreError};
-use bhatti_types::{Denied, FailReason, Report, SandboxId};
+use bhatti_types::{Denied, FailReason, OnTimeout, Report, SandboxId, TimeLimitChange};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::{Duration, sleep, sleep_until};
+use tokio::time::sleep_until;
 use tracing::error;
 
 use crate::Shared;
@@ -75,9 +75,6 @@ pub use error::{DestroyError, TransitionError};
 use sandbox::Facts;
 pub(crate) use sandbox::Sandbox;
 pub use save::SavedSandbox;
-
-/// The interval between two looks at the wall clock, which may be set.
-const CLOCK_LOOK: Duration = Duration::from_secs(60);
 
 /// Requests that may wait for a driver that has not looked at them yet.
 const ARRIVALS_MAX: usize = 16;
@@ -98,6 +95,10 @@ pub(crate) enum Request {
     },
     KeepHot {
         keep_hot: bool,
+        reply: Reply,
+    },
+    TimeLimit {
+        change: TimeLimitChange,
         reply: Reply,
     },
     /// Saves the sandbox into a directory.
@@ -124,7 +125,7 @@ impl Request {
             Self::Stop(_) => Wanted::Stop,
             Self::Start { cold_boot: false, .. } => Wanted::Start,
             Self::Start { cold_boot: true, .. } => Wanted::ColdBoot,
-            Self::KeepHot { .. } => Wanted::KeepHot,
+            Self::KeepHot { .. } | Self::TimeLimit { .. } => Wanted::Change,
             Self::Save { .. } => Wanted::Save,
             Self::MergeDisk(_) => Wanted::Merge,
             Self::GiveMemory(_) => Wanted::GiveMemory,
@@ -141,6 +142,7 @@ impl Request {
             | Self::Stop(reply)
             | Self::Start { reply, .. }
             | Self::KeepHot { reply, .. }
+            | Self::TimeLimit { reply, .. }
             | Self::GiveMemory(reply)
             | Self::Sleep(reply) => drop(reply.send(Ok(()))),
             Self::MergeDisk(reply) => drop(reply.send(Ok(false))),
@@ -173,6 +175,7 @@ impl Request {
             | Self::Stop(reply)
             | Self::Start { reply, .. }
             | Self::KeepHot { reply, .. }
+            | Self::TimeLimit { reply, .. }
             | Self::GiveMemory(reply)
             | Self::Sleep(reply) => drop(reply.send(Err(error))),
             Self::MergeDisk(reply) => drop(reply.send(Err(error))),
@@ -359,7 +362,7 @@ impl Driver {
             () = ended => Some(Event::VmmEnded),
             () = at(deadline) => Some(Event::Deadline),
             () = at(retry) => Some(Event::Retry),
-            () = until(sandbox.expires_at), if !is_going => Some(Event::Expired),
+            () = sandbox.time_is_over(), if !is_going => Some(Event::Expired),
             () = sandbox.access.changed.notified() => Some(Event::Changed),
         }
     }
@@ -382,12 +385,23 @@ impl Driver {
                 }
                 self.sandbox.cool(&mut self.silences).await;
             }
-            Event::Expired => {
+            Event::Expired => self.expire().await,
+            Event::Retry => self.take_turn(Request::Destroy(oneshot::channel().0)).await,
+            Event::Changed => {}
+        }
+    }
+
+    /// Ends a sandbox whose time is over.
+    async fn expire(&mut self) {
+        match self.sandbox.time_limit().on_timeout {
+            OnTimeout::Destroy => {
                 self.sandbox.record("sandbox.expired", json!({}));
                 self.take_turn(Request::Destroy(oneshot::channel().0)).await;
             }
-            Event::Retry => self.take_turn(Request::Destroy(oneshot::channel().0)).await,
-            Event::Changed => {}
+            OnTimeout::Stop => {
+                self.take_turn(Request::Stop(oneshot::channel().0)).await;
+                self.sandbox.end_time_limit();
+            }
         }
     }
 
@@ -411,7 +425,7 @@ impl Driver {
         let outcome = loop {
             tokio::select! {
                 outcome = &mut work => break outcome,
-                () = until(sandbox.expires_at), if !has_expired => {
+                () = sandbox.time_is_over(), if !has_expired => {
                     has_expired = true;
                     sandbox.hurry.notify_waiters();
                 }
@@ -491,7 +505,7 @@ const fn changes_layers(wanted: Wanted) -> bool {
         | Wanted::GiveMemory
         | Wanted::Sleep
         | Wanted::Destroy => true,
-        Wanted::Wake | Wanted::Pause | Wanted::Start | Wanted::KeepHot => false,
+        Wanted::Wake | Wanted::Pause | Wanted::Start | Wanted::Change => false,
     }
 }
 
@@ -503,7 +517,7 @@ const fn is_a_save(wanted: Wanted) -> bool {
 /// Whether a request that waits is worth giving up a merge of the disk's layers, which may take
 /// minutes and can be done again later. Uses of the sandbox do not wait for a merge.
 const fn hurries(wanted: Wanted) -> bool {
-    !matches!(wanted, Wanted::Wake | Wanted::KeepHot)
+    !matches!(wanted, Wanted::Wake | Wanted::Change)
 }
 
 /// Carries out a request, and answers it. The caller may be gone.
@@ -518,6 +532,9 @@ async fn perform(sandbox: &Sandbox, request: Request) -> Outcome {
         Request::Start { cold_boot: true, reply } => drop(reply.send(sandbox.cold_boot().await)),
         Request::KeepHot { keep_hot, reply } => {
             drop(reply.send(sandbox.set_keep_hot(keep_hot).await));
+        }
+        Request::TimeLimit { change, reply } => {
+            drop(reply.send(sandbox.set_time_limit(sandbox.time_limit().with(change))));
         }
         Request::MergeDisk(reply) => drop(reply.send(sandbox.merge_disk().await)),
         Request::GiveMemory(reply) => {
@@ -561,15 +578,6 @@ async fn at(instant: Option<tokio::time::Instant>) {
     match instant {
         Some(instant) => sleep_until(instant).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Waits until a time in seconds since 1970, or forever if there is none.
-async fn until(unix_seconds: Option<u64>) {
-    let Some(at) = unix_seconds else { return std::future::pending().await };
-    let at = UNIX_EPOCH + Duration::from_secs(at);
-    while let Ok(left) = at.duration_since(SystemTime::now()) {
-        sleep(left.min(CLOCK_LOOK)).await;
     }
 }
 

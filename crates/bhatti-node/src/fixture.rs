@@ -8,7 +8,7 @@ use bhatti_engine::Engine;
 use bhatti_image::ImageStore;
 use bhatti_store::{NewSandbox, Store};
 use bhatti_testkit::{Found, FoundVms};
-use bhatti_types::{SandboxId, SandboxSpec, SandboxState, SecretName, UserId};
+use bhatti_types::{SandboxId, SandboxSpec, SandboxState, SecretName, TimeLimit, UserId};
 use serde_json::Value;
 
 use crate::{Config, ControlPlane, NetworkConfig, Node, ThermalConfig};
@@ -72,7 +72,7 @@ impl TestData {
             spec,
             origin,
             agent_token,
-            expires_at: None,
+            time_limit: TimeLimit::default(),
             volumes: Vec::new(),
         };
         self.store.insert_sandbox(new).unwrap();

@@ -7,7 +7,7 @@ use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
 use bhatti_engine::{Usage, Vm};
 use bhatti_proto::ExecRequest;
 use bhatti_store::StoreError;
-use bhatti_types::{Denied, Report, SandboxId, Thermal, UserId};
+use bhatti_types::{Denied, Report, SandboxId, Thermal, TimeLimitChange, UserId};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
@@ -138,6 +138,19 @@ impl Node {
     /// Returns an error if it cannot be made hot.
     pub async fn set_keep_hot(&self, id: SandboxId, keep_hot: bool) -> Result<(), UseError> {
         self.ask(id, |reply| Request::KeepHot { keep_hot, reply }).await
+    }
+
+    /// Changes a sandbox's time limit.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the sandbox is being created or destroyed, or if the store fails.
+    pub async fn change_time_limit(
+        &self,
+        id: SandboxId,
+        change: TimeLimitChange,
+    ) -> Result<(), UseError> {
+        self.ask(id, |reply| Request::TimeLimit { change, reply }).await
     }
 
     /// Merges the layers of a sandbox's disk if that frees space. Returns whether it did.

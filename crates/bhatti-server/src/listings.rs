@@ -88,7 +88,7 @@ impl Listings {
 #[cfg(test)]
 mod tests {
     use bhatti_store::{NewSandbox, SandboxChange, SandboxFilter, Store};
-    use bhatti_types::{SandboxSpec, SandboxState, UserId};
+    use bhatti_types::{SandboxSpec, SandboxState, TimeLimit, UserId};
 
     use super::*;
 
@@ -103,7 +103,7 @@ mod tests {
             spec,
             origin: "boot".to_owned(),
             agent_token: String::new(),
-            expires_at: None,
+            time_limit: TimeLimit::default(),
             volumes: Vec::new(),
         };
         store.insert_sandbox(new).unwrap();

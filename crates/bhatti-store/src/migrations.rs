@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 12] = [
+const STEPS: [&str; 13] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -286,6 +286,10 @@ const STEPS: [&str; 12] = [
     CREATE UNIQUE INDEX snapshots_step ON snapshots (owner, step_key) WHERE step_key IS NOT NULL;
 
     ALTER TABLE templates ADD COLUMN snapshot_id TEXT;
+",
+    // What happens to a sandbox at `expires_at`.
+    "
+    ALTER TABLE sandboxes ADD COLUMN on_timeout TEXT NOT NULL DEFAULT 'destroy' CHECK (on_timeout IN ('destroy', 'stop'));
 ",
 ];
 

@@ -14,6 +14,7 @@ mod quota;
 mod report;
 mod size;
 mod spec;
+mod time_limit;
 mod volume;
 
 pub use id::{NodeId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId, VolumeId};
@@ -34,4 +35,5 @@ pub use size::{CpuCount, DiskMib, MemoryMib, OutOfRange, VolumeMib};
 pub use spec::{
     BUILDER_IMAGE, DEFAULT_IMAGE, Environment, InvalidEnvironment, NEW_FILES_BYTES_MAX, SandboxSpec,
 };
+pub use time_limit::{OnTimeout, TimeLimit, TimeLimitChange, UnknownOnTimeout};
 pub use volume::{InvalidMount, MountPath, VOLUMES_MAX};

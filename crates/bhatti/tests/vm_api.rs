@@ -176,6 +176,53 @@ async fn expired_sandbox_is_destroyed() {
 }
 
 #[tokio::test]
+async fn time_limit_is_changed_and_stops_the_sandbox() {
+    let (daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
+    let state = async || api.get("/sandboxes/dev").await.json();
+    let edit = async |arguments: &[&str]| {
+        let all = [&["edit", "dev"], arguments].concat();
+        let edited = timeout(LIMIT, daemon.cli(&all).output()).await.unwrap().unwrap();
+        assert!(edited.status.success(), "{edited:?}");
+        state().await
+    };
+    api.exec("dev", json!({ "cmd": ["sh", "-c", "echo kept >/dev/shm/memory"] })).await;
+
+    for (arguments, has_end, on_timeout) in [
+        (&["--timeout", "3600"][..], true, json!("destroy")),
+        (&["--timeout", "0"], false, json!(null)),
+        (&["--on-timeout", "stop"], false, json!(null)),
+        (&["--timeout", "3600"], true, json!("stop")),
+    ] {
+        let now = edit(arguments).await;
+        assert_eq!((now["expires_at"].is_string(), &now["on_timeout"]), (has_end, &on_timeout));
+    }
+    let bad = api.call("PATCH", "/sandboxes/dev", &json!({ "on_timeout": "pause" })).await;
+    assert_eq!(bad.refusal().0, 400);
+    edit(&["--timeout", "1"]).await;
+    let stopped = async {
+        while state().await["status"] != "stopped" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(LIMIT, stopped).await.unwrap();
+
+    let limit_ends = async {
+        while state().await["expires_at"].is_string() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(LIMIT, limit_ends).await.unwrap();
+    let events = api.get("/events?type=sandbox").await.json();
+    let last_two = events.as_array().unwrap().iter().rev().take(2);
+    let mut kinds: Vec<_> = last_two.map(|event| event["type"].as_str().unwrap()).collect();
+    kinds.sort_unstable();
+    assert_eq!(kinds, ["sandbox.expired", "sandbox.stopped"]);
+    assert_eq!(api.call("POST", "/sandboxes/dev/start", &json!({})).await.status, 200);
+    let kept = api.exec("dev", json!({ "cmd": ["cat", "/dev/shm/memory"] })).await;
+    assert_eq!(kept["stdout"], "kept\n");
+}
+
+#[tokio::test]
 async fn command_runs_as_its_user_and_ends_at_its_timeout() {
     let (_daemon, api) = TestDaemon::with_sandbox("", &json!({ "name": "dev" })).await;
 

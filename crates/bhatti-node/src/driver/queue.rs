@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn request_behind_others_waits_although_the_state_would_answer_it() {
         // A pause comes before this wake.
-        let decision = decide(Kind::Hot, Some(Wanted::KeepHot), [Wanted::Pause], Wanted::Wake);
+        let decision = decide(Kind::Hot, Some(Wanted::Change), [Wanted::Pause], Wanted::Wake);
         assert_eq!(decision, Decision::Wait);
     }
 }

@@ -20,6 +20,7 @@ use super::reboot::Reboots;
 use super::saved::Saved;
 use super::state::{Kind, State};
 use super::steps::{self, Step};
+use super::time_limit::Timer;
 use crate::Shared;
 
 /// What a driver knows of its sandbox from the start.
@@ -28,7 +29,7 @@ pub(super) struct Facts {
     pub(super) id: SandboxId,
     claim: Claim,
     owner: UserId,
-    expires_at: Option<u64>,
+    timer: Arc<Timer>,
     memory: MemoryMib,
     address: Option<Ipv4Addr>,
     volumes: Vec<Attachment>,
@@ -41,7 +42,7 @@ impl Facts {
             id: row.id,
             claim,
             owner: row.owner,
-            expires_at: row.expires_at,
+            timer: Timer::new(row.time_limit),
             memory: row.spec.memory,
             address: row.address,
             volumes: row.volumes.clone(),
@@ -56,8 +57,7 @@ pub(crate) struct Sandbox {
     /// This node's right to write the sandbox's row.
     pub(crate) claim: Claim,
     pub(crate) owner: UserId,
-    /// The end of the sandbox's life, in seconds since 1970.
-    pub(super) expires_at: Option<u64>,
+    pub(super) timer: Arc<Timer>,
     pub(crate) memory: MemoryMib,
     pub(crate) address: Option<Ipv4Addr>,
     pub(crate) volumes: Vec<Attachment>,
@@ -80,13 +80,13 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     pub(super) fn new(shared: &Arc<Shared>, facts: Facts, access: Arc<Access>) -> Self {
-        let Facts { id, claim, owner, expires_at, memory, address, volumes, token } = facts;
+        let Facts { id, claim, owner, timer, memory, address, volumes, token } = facts;
         let is_announced = !matches!(access.kind(), Kind::Creating | Kind::Destroying);
         Self {
             id,
             claim,
             owner,
-            expires_at,
+            timer,
             memory,
             address,
             volumes,
@@ -109,7 +109,7 @@ impl Sandbox {
             id: self.id,
             claim: self.claim,
             owner: self.owner,
-            expires_at: self.expires_at,
+            timer: Arc::clone(&self.timer),
             memory: self.memory,
             address: self.address,
             volumes: self.volumes.clone(),

@@ -132,8 +132,8 @@ pub(crate) enum Wanted {
     Start,
     /// The sandbox runs, booted from its disk.
     ColdBoot,
-    /// The sandbox stays hot, or no longer does.
-    KeepHot,
+    /// A setting that the driver heeds changes: whether the sandbox stays hot, or its time limit.
+    Change,
     /// The sandbox is saved elsewhere and runs on.
     Save,
     /// The layers of the disk are merged.
@@ -161,18 +161,18 @@ pub(crate) enum Admission {
 pub(crate) const fn admit(state: Kind, wanted: Wanted) -> Admission {
     use Admission::{Already, Perform};
     use Wanted::{
-        ColdBoot, Destroy, GiveMemory, KeepHot, Merge, Pause, Save, Sleep, Start, Stop, Wake,
+        Change, ColdBoot, Destroy, GiveMemory, Merge, Pause, Save, Sleep, Start, Stop, Wake,
     };
     match (state, wanted) {
         (Kind::Destroyed, _)
         | (
             Kind::Destroying,
-            Wake | Pause | Stop | Start | ColdBoot | KeepHot | Save | Merge | GiveMemory | Sleep,
+            Wake | Pause | Stop | Start | ColdBoot | Change | Save | Merge | GiveMemory | Sleep,
         ) => Admission::Denied(Denied::Destroyed),
         (_, Destroy) => Perform,
 
         (Kind::Creating, GiveMemory | Sleep) => Already,
-        (Kind::Creating, Wake | Pause | Stop | Start | ColdBoot | KeepHot | Save | Merge) => {
+        (Kind::Creating, Wake | Pause | Stop | Start | ColdBoot | Change | Save | Merge) => {
             Admission::Denied(Denied::StillCreating)
         }
 
@@ -180,13 +180,11 @@ pub(crate) const fn admit(state: Kind, wanted: Wanted) -> Admission {
         (Kind::Warm, Pause) => Already,
         (Kind::Hot | Kind::Warm, ColdBoot) => Admission::Denied(Denied::Running),
         // A failed stop may have left the row as `stopped`: the start writes it.
-        (Kind::Hot, Pause | Stop | Start | KeepHot | Save | Merge | Sleep)
-        | (Kind::Warm, Wake | Stop | Start | KeepHot | Save | Merge | GiveMemory | Sleep) => {
-            Perform
-        }
+        (Kind::Hot, Pause | Stop | Start | Change | Save | Merge | Sleep)
+        | (Kind::Warm, Wake | Stop | Start | Change | Save | Merge | GiveMemory | Sleep) => Perform,
 
         (Kind::Cold | Kind::Rebooting, Pause | GiveMemory | Sleep) => Already,
-        (Kind::Cold | Kind::Rebooting, Wake | Stop | Start | ColdBoot | KeepHot | Save | Merge) => {
+        (Kind::Cold | Kind::Rebooting, Wake | Stop | Start | ColdBoot | Change | Save | Merge) => {
             Perform
         }
 
@@ -194,11 +192,11 @@ pub(crate) const fn admit(state: Kind, wanted: Wanted) -> Admission {
             Admission::Denied(Denied::Stopped)
         }
         (Kind::Stopped, Stop | GiveMemory | Sleep) => Already,
-        (Kind::Stopping, Stop | Start | ColdBoot | KeepHot | GiveMemory | Sleep)
-        | (Kind::Stopped, Start | ColdBoot | KeepHot) => Perform,
+        (Kind::Stopping, Stop | Start | ColdBoot | Change | GiveMemory | Sleep)
+        | (Kind::Stopped, Start | ColdBoot | Change) => Perform,
 
         (Kind::Failed(_), GiveMemory | Sleep) => Already,
-        (Kind::Failed(_), ColdBoot | KeepHot) => Perform,
+        (Kind::Failed(_), ColdBoot | Change) => Perform,
         (Kind::Failed(reason), Wake | Pause | Stop | Start | Save | Merge) => {
             Admission::Denied(Denied::Failed(reason))
         }
@@ -215,7 +213,7 @@ pub(crate) mod tests {
         Wanted::Stop,
         Wanted::Start,
         Wanted::ColdBoot,
-        Wanted::KeepHot,
+        Wanted::Change,
         Wanted::Save,
         Wanted::Merge,
         Wanted::GiveMemory,

@@ -10,7 +10,7 @@ use bhatti_api::{
 };
 use bhatti_control::{CreateError, ForkRequest};
 use bhatti_store::{SandboxChange, SandboxFilter, SandboxRow};
-use bhatti_types::{Environment, SandboxState, Thermal, UserId};
+use bhatti_types::{Environment, SandboxState, Thermal, TimeLimitChange, UserId};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -159,7 +159,7 @@ pub(crate) async fn get(
     Ok(Json(sandbox(&state, row)))
 }
 
-/// Changes a sandbox's name, labels, or whether it stays hot.
+/// Changes a sandbox's name, labels, time limit, or whether it stays hot.
 #[utoipa::path(patch, path = "/sandboxes/{sandbox}", tag = "sandboxes", params(("sandbox" = String, Path)),
     request_body = UpdateSandbox, responses((status = 200, body = Sandbox), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn update(
@@ -168,7 +168,8 @@ pub(crate) async fn update(
     ApiPath(id_or_name): ApiPath<String>,
     ApiJson(request): ApiJson<UpdateSandbox>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let UpdateSandbox { name, labels, keep_hot } = request;
+    let UpdateSandbox { name, labels, keep_hot, timeout_sec, on_timeout } = request;
+    let limit = parse::time_limit(timeout_sec, on_timeout.as_deref())?;
     let mut row = state.control.find(owner, &id_or_name)?;
     let change = SandboxChange { name: parse::name(name)?, labels };
     if change != SandboxChange::default() {
@@ -176,6 +177,9 @@ pub(crate) async fn update(
     }
     if let Some(keep_hot) = keep_hot {
         row = state.control.set_keep_hot(owner, &row.id.to_string(), keep_hot).await?;
+    }
+    if limit != TimeLimitChange::default() {
+        row = state.control.change_time_limit(owner, &row.id.to_string(), limit).await?;
     }
     Ok(Json(sandbox(&state, row)))
 }
@@ -324,7 +328,11 @@ fn listed(isolation: Isolation, thermal: Option<Thermal>, row: SandboxRow) -> Sa
         created_by: row.owner.to_string(),
         created_at: row.created_at,
         stopped_at: row.stopped_at,
-        expires_at: row.expires_at.map(rfc3339),
+        expires_at: row.time_limit.expires_at.map(rfc3339),
+        on_timeout: row
+            .time_limit
+            .expires_at
+            .map(|_| row.time_limit.on_timeout.as_str().to_owned()),
         origin: row.origin,
         identity: None,
     }

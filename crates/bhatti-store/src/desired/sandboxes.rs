@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use bhatti_types::{
     DiskMib, Environment, InvalidLabel, Labels, NetworkMode, QuotaExceeded, SandboxId, SandboxName,
-    SandboxSpec, SandboxState, UserId,
+    SandboxSpec, SandboxState, TimeLimit, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -28,13 +28,14 @@ pub(crate) use row::read_disk;
 /// The columns of the table that a creation fills, in the order of `insert`.
 const STORED: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
      created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
-     stopped_at, image, network, network_allow, disk_mib, image_config";
+     stopped_at, image, network, network_allow, disk_mib, image_config, on_timeout";
 
 /// The columns that `row.rs` reads, in its order.
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
      created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
      stopped_at, image, network, network_allow, \
-     (SELECT address FROM addresses WHERE sandbox_id = sandboxes.id), disk_mib, image_config";
+     (SELECT address FROM addresses WHERE sandbox_id = sandboxes.id), disk_mib, image_config, \
+     on_timeout";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,8 +57,8 @@ pub struct SandboxRow {
     pub agent_token: String,
     /// The guest's report of applying its identity, in JSON.
     pub identity: Option<String>,
-    /// When the sandbox is destroyed, in seconds since 1970; never if absent.
-    pub expires_at: Option<u64>,
+    /// The time limit.
+    pub time_limit: TimeLimit,
     /// When the sandbox was stopped (RFC 3339), if it is stopped.
     pub stopped_at: Option<String>,
     /// Address in the owner's network, if the sandbox has a network card.
@@ -79,8 +80,8 @@ pub struct NewSandbox {
     pub origin: String,
     /// See [`SandboxRow::agent_token`].
     pub agent_token: String,
-    /// See [`SandboxRow::expires_at`].
-    pub expires_at: Option<u64>,
+    /// See [`SandboxRow::time_limit`].
+    pub time_limit: TimeLimit,
     /// Volumes to attach.
     pub volumes: Vec<Attach>,
 }
@@ -437,6 +438,25 @@ impl Store {
             changed_one(update.execute(params![id.to_string(), keep_hot])?)
         })
     }
+
+    /// Stores a sandbox's time limit.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
+    pub fn set_sandbox_time_limit(
+        &self,
+        id: SandboxId,
+        limit: TimeLimit,
+    ) -> Result<(), StoreError> {
+        let TimeLimit { expires_at, on_timeout } = limit;
+        self.work(|connection| {
+            let mut update = connection.prepare_cached(
+                "UPDATE sandboxes SET expires_at = ?2, on_timeout = ?3 WHERE id = ?1",
+            )?;
+            changed_one(update.execute(params![id.to_string(), expires_at, on_timeout.as_str()])?)
+        })
+    }
 }
 
 pub(crate) const fn state_columns(state: SandboxState) -> (&'static str, Option<&'static str>) {
@@ -466,7 +486,7 @@ fn parse_labels(text: &str) -> Result<Labels, StoreError> {
 /// Inserts a sandbox. See [`Store::admit_sandbox`]. A taken name is reported before an exceeded
 /// quota, because the name conflicts at any number of sandboxes.
 fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, InsertError> {
-    let NewSandbox { id, owner, spec, origin, agent_token, expires_at, volumes } = new;
+    let NewSandbox { id, owner, spec, origin, agent_token, time_limit, volumes } = new;
     admit(transaction, owner, &spec)?;
     let address = match spec.network.mode {
         NetworkMode::None => None,
@@ -481,14 +501,14 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
         origin,
         agent_token,
         identity: None,
-        expires_at,
+        time_limit,
         stopped_at: None,
         address,
         volumes: Vec::new(),
     };
     let (state, reason) = state_columns(row.state);
     let mut insert = transaction.prepare_cached(&format!(
-        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21, (SELECT id FROM node))"
+        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21, ?22, (SELECT id FROM node))"
     ))?;
     insert.execute(params![
         row.id.to_string(),
@@ -506,12 +526,13 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
         to_json(row.spec.labels.as_map())?,
         secrets_text(&row.spec.secrets)?,
         row.spec.init,
-        row.expires_at,
+        row.time_limit.expires_at,
         row.spec.image.as_str(),
         row.spec.network.mode.as_str(),
         to_json(&row.spec.network.allow.to_texts())?,
         row.spec.disk.map(DiskMib::get),
         config_text(&row.spec.image_config)?,
+        row.time_limit.on_timeout.as_str(),
     ])?;
     drop(insert);
     if let Some(address) = address {

@@ -65,6 +65,9 @@ pub(crate) struct Create {
     /// Destroy the sandbox after this many seconds [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
+    /// What happens after --timeout
+    #[arg(long, value_name = "ACTION", requires = "timeout", value_parser = ["destroy", "stop"])]
+    on_timeout: Option<String>,
     /// Keep the sandbox hot while it is unused
     #[arg(long)]
     keep_hot: bool,
@@ -113,6 +116,7 @@ pub(crate) async fn run(context: &Context, arguments: Create) -> Result<(), CliE
         secrets: arguments.secret,
         labels: arguments.label.into_iter().collect(),
         timeout_sec: arguments.timeout,
+        on_timeout: arguments.on_timeout,
         network: arguments.network,
         network_allow: arguments.allow_cidr,
         volumes: arguments.volume,

@@ -47,6 +47,7 @@ fn describe(sandbox: &Sandbox) -> Vec<(&'static str, Cell)> {
     facts.push(("created", Cell::Time(sandbox.created_at.clone())));
     facts.extend(sandbox.stopped_at.iter().map(|at| ("stopped", Cell::Time(at.clone()))));
     facts.extend(sandbox.expires_at.iter().map(|at| ("expires", Cell::Time(at.clone()))));
+    facts.extend(sandbox.on_timeout.iter().map(|then| ("on timeout", then.clone().into())));
     facts.push(("origin", Cell::from(&sandbox.origin)));
     if sandbox.keep_hot {
         facts.push(("keep hot", "yes".into()));

@@ -12,7 +12,7 @@ use bhatti_proto::{ExecRequest, GuestConfig, Identity};
 use bhatti_qemu::{PROGRAM, Qemu, QemuEngine};
 use bhatti_store::{NewSandbox, Store};
 use bhatti_testkit::{Api, Serve, TestDaemon};
-use bhatti_types::{SandboxId, SandboxSpec, SandboxState, UserId};
+use bhatti_types::{SandboxId, SandboxSpec, SandboxState, TimeLimit, UserId};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
@@ -105,7 +105,7 @@ pub(super) fn add_stopped(store: &Store, number: u16) -> Result<()> {
         spec,
         origin,
         agent_token,
-        expires_at: None,
+        time_limit: TimeLimit::default(),
         volumes: Vec::new(),
     })?;
     Ok(store.set_sandbox_state(&store.claim(id)?, SandboxState::Stopped)?)

@@ -9,7 +9,8 @@ use bhatti_api::{CreateSandbox, ErrorCode, NewFile};
 use bhatti_control::{FileRequest, PullPolicy, SandboxRequest};
 use bhatti_store::{SandboxFilter, TemplateRow};
 use bhatti_types::{
-    Allowance, CpuCount, DiskMib, Environment, Labels, MemoryMib, SandboxName, SecretName,
+    Allowance, CpuCount, DiskMib, Environment, Labels, MemoryMib, OnTimeout, SandboxName,
+    SecretName, TimeLimitChange, UnknownOnTimeout,
 };
 
 use super::ListQuery;
@@ -100,6 +101,7 @@ pub(super) fn create(
         secrets: wanted_secrets,
         labels: wanted_labels,
         timeout_sec,
+        on_timeout: wanted_on_timeout,
         network,
         network_allow,
         volumes,
@@ -150,8 +152,30 @@ pub(super) fn create(
         allow: Allowance::parse(&network_allow).map_err(|error| bad(&error))?,
         volumes: attachments(volumes, new_volumes)?,
         lifetime: timeout_sec.map(|seconds| Duration::from_secs(seconds.into())),
+        on_timeout: on_timeout(wanted_on_timeout.as_deref())?.unwrap_or_default(),
         ..base
     })
+}
+
+/// Returns a change of the time limit; 0 seconds remove it.
+pub(super) fn time_limit(
+    timeout_sec: Option<u32>,
+    on_timeout_text: Option<&str>,
+) -> Result<TimeLimitChange, ApiError> {
+    let expires_at = |seconds: u32| {
+        (seconds > 0)
+            .then(|| bhatti_control::unix_seconds_after(Duration::from_secs(seconds.into())))
+    };
+    Ok(TimeLimitChange {
+        expires_at: timeout_sec.map(expires_at),
+        on_timeout: on_timeout(on_timeout_text)?,
+    })
+}
+
+fn on_timeout(text: Option<&str>) -> Result<Option<OnTimeout>, ApiError> {
+    text.map(str::parse)
+        .transpose()
+        .map_err(|error: UnknownOnTimeout| ApiError::bad_request(&error))
 }
 
 pub(in crate::routes) fn pull_policy(text: &str) -> Result<PullPolicy, ApiError> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bhatti_types::{
-    CpuCount, DiskMib, Environment, MemoryMib, SandboxId, SandboxSpec, SandboxState,
+    CpuCount, DiskMib, Environment, MemoryMib, SandboxId, SandboxSpec, SandboxState, TimeLimit,
 };
 use rusqlite::Row;
 use rusqlite::types::ValueRef;
@@ -154,10 +154,10 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         origin: text(10)?,
         agent_token: text(11)?,
         identity: maybe_text(12)?,
-        expires_at: time(16)?,
+        time_limit: TimeLimit { expires_at: time(16)?, on_timeout: parsed(lent(24)?.parse())? },
         stopped_at: maybe_text(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
-        volumes: parse_attachments(lent(24)?)?,
+        volumes: parse_attachments(lent(25)?)?,
     })
 }
 

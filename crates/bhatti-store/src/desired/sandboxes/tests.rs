@@ -1,5 +1,6 @@
 use bhatti_types::{
-    Allowance, CpuCount, DiskMib, FailReason, ImageConfig, MemoryMib, NetworkSpec, Quota,
+    Allowance, CpuCount, DiskMib, FailReason, ImageConfig, MemoryMib, NetworkSpec, OnTimeout,
+    Quota, TimeLimit,
 };
 
 use super::*;
@@ -38,7 +39,7 @@ pub(crate) fn new(id: SandboxId) -> NewSandbox {
         spec: spec("dev"),
         origin: "template x".to_owned(),
         agent_token: "secret".to_owned(),
-        expires_at: Some(7),
+        time_limit: TimeLimit { expires_at: Some(7), on_timeout: OnTimeout::Stop },
         volumes: Vec::new(),
     }
 }
