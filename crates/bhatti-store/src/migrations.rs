@@ -289,7 +289,8 @@ const STEPS: [&str; 13] = [
 ",
     // What happens to a sandbox at `expires_at`.
     "
-    ALTER TABLE sandboxes ADD COLUMN on_timeout TEXT NOT NULL DEFAULT 'destroy' CHECK (on_timeout IN ('destroy', 'stop'));
+    ALTER TABLE sandboxes ADD COLUMN on_timeout TEXT NOT NULL DEFAULT 'destroy'
+        CHECK (on_timeout IN ('destroy', 'stop'));
 ",
 ];
 

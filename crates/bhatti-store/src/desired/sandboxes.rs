@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use bhatti_types::{
-    DiskMib, Environment, InvalidLabel, Labels, NetworkMode, QuotaExceeded, SandboxId, SandboxName,
-    SandboxSpec, SandboxState, TimeLimit, UserId,
+    DiskMib, Environment, Labels, NetworkMode, QuotaExceeded, SandboxId, SandboxName, SandboxSpec,
+    SandboxState, TimeLimit, UserId,
 };
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -14,12 +14,14 @@ use crate::desired::users::quota_of;
 use crate::desired::volumes::{ATTACHED, Attach, AttachError, Attachment, attach_all};
 use crate::host::networks::{AddressError, free_address, keep_address};
 use crate::{
-    RowName, Store, StoreError, changed_one, from_json, immediate, is_taken, now, parsed,
-    secrets_text, sound_rows, to_json, unless_damaged,
+    RowName, Store, StoreError, from_json, immediate, now, parsed, secrets_text, sound_rows,
+    to_json, unless_damaged,
 };
 
+mod change;
 mod row;
 
+pub use change::{ChangeError, SandboxChange};
 pub use row::StoredSandbox;
 
 use row::read;
@@ -97,15 +99,6 @@ pub struct SandboxFilter {
     pub limit: Option<u32>,
 }
 
-/// A change of a sandbox's name and labels.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SandboxChange {
-    /// The new name.
-    pub name: Option<SandboxName>,
-    /// Labels to set, or, without a value, to remove.
-    pub labels: BTreeMap<String, Option<String>>,
-}
-
 /// A sandbox could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum InsertError {
@@ -133,26 +126,6 @@ impl From<AddressError> for InsertError {
 }
 
 impl From<rusqlite::Error> for InsertError {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Store(error.into())
-    }
-}
-
-/// A sandbox could not be changed.
-#[derive(Debug, thiserror::Error)]
-pub enum ChangeError {
-    /// The owner has another sandbox of that name.
-    #[error("sandbox `{0}` already exists")]
-    NameTaken(SandboxName),
-    /// The resulting labels would be invalid.
-    #[error(transparent)]
-    Label(#[from] InvalidLabel),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-impl From<rusqlite::Error> for ChangeError {
     fn from(error: rusqlite::Error) -> Self {
         Self::Store(error.into())
     }
@@ -364,41 +337,6 @@ impl Store {
         })
     }
 
-    /// Changes a sandbox's name and labels, all of them or none.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the new name is taken or a label would be invalid.
-    pub fn change_sandbox(&self, id: SandboxId, change: SandboxChange) -> Result<(), ChangeError> {
-        let SandboxChange { name, labels } = change;
-        self.work(|connection| {
-            let transaction = immediate(connection)?;
-            let text: Option<String> = transaction
-                .query_row("SELECT labels FROM sandboxes WHERE id = ?1", [id.to_string()], |row| {
-                    row.get(0)
-                })
-                .optional()?;
-            let before = parse_labels(&text.ok_or(StoreError::NoSuchRow)?)?;
-            let after = before.changed(labels)?;
-            let changed = transaction.execute(
-                "UPDATE sandboxes SET labels = ?2, name = coalesce(?3, name) WHERE id = ?1",
-                params![
-                    id.to_string(),
-                    to_json(after.as_map())?,
-                    name.as_ref().map(SandboxName::as_str)
-                ],
-            );
-            match (changed, name) {
-                (Ok(changed), _) => changed_one(changed)?,
-                (Err(error), Some(name)) if is_taken(&error) => {
-                    return Err(ChangeError::NameTaken(name));
-                }
-                (Err(error), _) => return Err(error.into()),
-            }
-            Ok(transaction.commit()?)
-        })
-    }
-
     /// Returns the number of sandboxes that are not being destroyed.
     ///
     /// # Errors
@@ -423,38 +361,6 @@ impl Store {
                 "SELECT (SELECT count(*) FROM sandboxes) + (SELECT count(*) FROM snapshots WHERE kind <> 'step')",
             )?;
             Ok(query.query_row([], |row| row.get(0))?)
-        })
-    }
-
-    /// Stores whether a sandbox stays hot.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
-    pub fn set_sandbox_keep_hot(&self, id: SandboxId, keep_hot: bool) -> Result<(), StoreError> {
-        self.work(|connection| {
-            let mut update =
-                connection.prepare_cached("UPDATE sandboxes SET keep_hot = ?2 WHERE id = ?1")?;
-            changed_one(update.execute(params![id.to_string(), keep_hot])?)
-        })
-    }
-
-    /// Stores a sandbox's time limit.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
-    pub fn set_sandbox_time_limit(
-        &self,
-        id: SandboxId,
-        limit: TimeLimit,
-    ) -> Result<(), StoreError> {
-        let TimeLimit { expires_at, on_timeout } = limit;
-        self.work(|connection| {
-            let mut update = connection.prepare_cached(
-                "UPDATE sandboxes SET expires_at = ?2, on_timeout = ?3 WHERE id = ?1",
-            )?;
-            changed_one(update.execute(params![id.to_string(), expires_at, on_timeout.as_str()])?)
         })
     }
 }
