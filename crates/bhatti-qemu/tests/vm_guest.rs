@@ -241,7 +241,9 @@ async fn guest_assumes_an_identity_and_shuts_down_in_order() {
     let (_, _input, mut output) = guest.client.create_session(as_root(script)).await.unwrap();
     timeout(LIMIT, output.next()).await.unwrap().unwrap();
     guest.client.create_detached(as_root(stubborn)).await.unwrap();
-    let on_quit = "trap 'echo asked to quit >/dev/console; exit 0' QUIT; trap 'echo too early >/dev/console' TERM; echo ready; while :; do sleep 0.1; done";
+    let on_quit = "trap 'echo asked to quit >/dev/console; exit 0' QUIT; \
+                   trap 'echo too early >/dev/console' TERM; \
+                   echo ready; while :; do sleep 0.1; done";
     let own = ExecRequest { stop_signal: Some(3), ..as_root(on_quit) };
     let (_, _input, mut output) = guest.client.create_session(own).await.unwrap();
     timeout(LIMIT, output.next()).await.unwrap().unwrap();

@@ -19,6 +19,9 @@ pub(crate) const AUTH_LIMIT: Duration = Duration::from_secs(5);
 /// The time between SIGTERM and SIGKILL for a process group.
 pub(crate) const TERM_GRACE: Duration = Duration::from_secs(2);
 
+/// The longest time between a session's stop signal and SIGKILL.
+pub(crate) const STOP_GRACE_MAX: Duration = Duration::from_hours(1);
+
 /// Limits that tests set lower. In a VM they are the defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -148,15 +148,18 @@ impl Processes {
     /// Ends the command: signals its process group, and kills all of its remaining processes after
     /// `grace`. The kill does not depend on the caller.
     pub(crate) fn end(self: &Rc<Self>, signal: Signal, grace: Duration) {
-        // Without a cgroup, find the descendants now: after the leader has ended, its children
-        // cannot be traced to it.
-        let descendants = self.descendants();
+        let remembered = self.remember();
         self.signal(signal);
-        let processes = Rc::clone(self);
         tokio::task::spawn_local(async move {
             sleep(grace).await;
-            processes.kill_remembered(&descendants);
+            remembered.kill();
         });
+    }
+
+    /// Finds the command's processes, to be killed later. Without a cgroup, the children cannot be
+    /// traced to the leader after it has ended.
+    pub(crate) fn remember(self: &Rc<Self>) -> Remembered {
+        Remembered { descendants: self.descendants(), processes: Rc::clone(self) }
     }
 
     /// Kills the processes in the command's cgroup or, without one, those of `descendants` that
@@ -180,6 +183,19 @@ impl Processes {
         }
         let found = descendants_of(self.group, &process_table());
         found.into_iter().filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
+    }
+}
+
+/// The processes that a command had at one moment.
+pub(crate) struct Remembered {
+    processes: Rc<Processes>,
+    descendants: Vec<OwnedFd>,
+}
+
+impl Remembered {
+    /// Kills those that are left, and in a cgroup also those that were started since.
+    pub(crate) fn kill(&self) {
+        self.processes.kill_remembered(&self.descendants);
     }
 }
 

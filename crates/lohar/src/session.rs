@@ -29,9 +29,12 @@ use std::time::Duration;
 use bhatti_proto::{ErrorKind, SessionInfo, SignalRequest};
 use rustix::process::Signal;
 use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::Agent;
 use crate::input;
+use crate::limits::{STOP_GRACE_MAX, TERM_GRACE};
 use crate::processes::Processes;
 use crate::refusal::{OpError, refused};
 use output::Output;
@@ -55,6 +58,8 @@ pub(crate) struct Session {
     restarts: bool,
     /// The signal that asks the command to end.
     stop_signal: Signal,
+    /// The kill that follows a request to end.
+    kill: RefCell<Option<PendingKill>>,
     max_idle_sec: Option<u64>,
     stdin: RefCell<Option<pump::StdinSender>>,
     output: RefCell<Output>,
@@ -62,6 +67,12 @@ pub(crate) struct Session {
     attachment: RefCell<Attachment>,
     /// Notifies of changes to the fields above.
     changed: Notify,
+}
+
+/// A kill of a session's processes that is due later.
+struct PendingKill {
+    at: Instant,
+    task: AbortHandle,
 }
 
 /// The attachment of a client to the output.
@@ -116,10 +127,30 @@ impl Session {
         }
     }
 
-    /// Asks the process group to end, and kills what is left of it after `grace`.
+    /// Asks the process group to end, and kills what is left of it after `grace`, or shortly after
+    /// its leader has ended. Of several such kills, the earliest stays.
     fn stop(self: &Rc<Self>, signal: Signal, grace: Duration) {
-        if self.is_running() {
-            self.processes.end(signal, grace);
+        if !self.is_running() {
+            return;
+        }
+        let at = Instant::now() + grace.min(STOP_GRACE_MAX);
+        let mut kill = self.kill.borrow_mut();
+        if kill.as_ref().is_some_and(|pending| pending.at <= at) {
+            self.signal(signal);
+            return;
+        }
+        let remembered = self.processes.remember();
+        self.signal(signal);
+        let session = Rc::clone(self);
+        let task = tokio::task::spawn_local(async move {
+            tokio::select! {
+                () = sleep_until(at) => {}
+                () = session.ended() => sleep_until(at.min(Instant::now() + TERM_GRACE)).await,
+            }
+            remembered.kill();
+        });
+        if let Some(later) = kill.replace(PendingKill { at, task: task.abort_handle() }) {
+            later.task.abort();
         }
     }
 
@@ -154,7 +185,7 @@ impl Session {
         let Some(seconds) = self.max_idle_sec else { return };
         let session = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            sleep(Duration::from_secs(seconds)).await;
             if session.attachment.borrow().generation == generation {
                 session.signal(Signal::KILL);
             }

@@ -127,6 +127,35 @@ async fn stopped_job_that_goes_on_is_killed_with_its_children() {
 }
 
 #[tokio::test]
+async fn earliest_kill_of_a_stopped_job_stays() {
+    let agent = Agent::start().await;
+    let script = "trap '' TERM; echo ready; while :; do sleep 0.01; done";
+    agent.client.create_detached(shell(script)).await.unwrap();
+    let (_info, _input, mut output) = agent.client.observe("s1", Some(0)).await.unwrap();
+    read_until(&mut output, "ready").await;
+
+    for grace in [10 * LIMIT, Duration::from_millis(50), 10 * LIMIT] {
+        agent.client.stop_session("s1", grace).await.unwrap();
+    }
+
+    assert_eq!(read_to_exit(&mut output).await.1, 128 + 9);
+}
+
+#[tokio::test]
+async fn children_of_a_stopped_job_are_killed_soon_after_it_has_ended() {
+    let agent = Agent::start().await;
+    let script = "(trap '' TERM; while :; do sleep 0.01; done) & echo $!; wait";
+    agent.client.create_detached(shell(script)).await.unwrap();
+    let (_info, _input, mut output) = agent.client.observe("s1", Some(0)).await.unwrap();
+    let child = read_until(&mut output, "\n").await;
+
+    agent.client.stop_session("s1", 10 * LIMIT).await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await.1, 128 + 15);
+    gone(&child).await;
+}
+
+#[tokio::test]
 async fn stop_of_an_unknown_session_is_refused() {
     let agent = Agent::start().await;
 

@@ -195,6 +195,7 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
             .stop_signal
             .and_then(|number| input::named_signal(&[number]))
             .unwrap_or(Signal::TERM),
+        kill: RefCell::default(),
         max_idle_sec: request
             .max_idle_sec
             .and_then(|seconds| u64::try_from(seconds).ok())
