@@ -236,7 +236,7 @@ pub struct Sandbox {
     /// Time of the stop (RFC 3339), if the sandbox is stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_at: Option<String>,
-    /// Time at which the sandbox will be destroyed (RFC 3339), if any.
+    /// Time at which the sandbox will be destroyed or stopped (RFC 3339), if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
     /// What happens then: `destroy` or `stop`. Absent without a time limit.

@@ -34,6 +34,7 @@ pub struct FoundVms {
     found: Mutex<HashMap<SandboxId, Found>>,
     refusals: AtomicU32,
     merges: Arc<AtomicU32>,
+    captures: Arc<AtomicU32>,
 }
 
 impl FoundVms {
@@ -67,6 +68,12 @@ impl FoundVms {
         self.merges.load(Ordering::SeqCst)
     }
 
+    /// Returns how many snapshots were requested. Each is refused.
+    #[must_use]
+    pub fn captures(&self) -> u32 {
+        self.captures.load(Ordering::SeqCst)
+    }
+
     fn end(&self, id: SandboxId) {
         self.found.lock().expect("no thread panicked").remove(&id);
     }
@@ -75,6 +82,7 @@ impl FoundVms {
 struct FoundVm {
     runs: bool,
     merges: Arc<AtomicU32>,
+    captures: Arc<AtomicU32>,
 }
 
 #[async_trait]
@@ -108,8 +116,8 @@ impl Engine for FoundVms {
                 source: io::ErrorKind::ConnectionRefused.into(),
             }),
             found => {
-                let (runs, merges) = (found == Found::Running, Arc::clone(&self.merges));
-                Ok(Arc::new(FoundVm { runs, merges }))
+                let (merges, captures) = (Arc::clone(&self.merges), Arc::clone(&self.captures));
+                Ok(Arc::new(FoundVm { runs: found == Found::Running, merges, captures }))
             }
         }
     }
@@ -166,6 +174,7 @@ impl Vm for FoundVm {
     }
 
     async fn capture(&self, _: &SnapshotRequest) -> Result<Box<dyn Captured>, SnapshotError> {
+        self.captures.fetch_add(1, Ordering::SeqCst);
         Err(SnapshotError::Unsupported("there is no VM"))
     }
 

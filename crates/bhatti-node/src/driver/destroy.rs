@@ -19,7 +19,7 @@ use crate::Shared;
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
 
-/// When a destruction that failed is tried again.
+/// When work that failed, such as a destruction, is tried again.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Retry {
     failures: u32,

@@ -1,7 +1,7 @@
 //! Drivers over a simulated engine.
 
 use bhatti_testkit::{Found, change_store, wait_for};
-use bhatti_types::{FailReason, SandboxState, UserId};
+use bhatti_types::{FailReason, SandboxState, TimeLimit, UserId};
 
 use super::*;
 use crate::UseError;
@@ -83,6 +83,47 @@ async fn sandbox_is_still_kept_hot_after_its_driver_panicked() {
     wait_for("the sandbox has failed", || node.handle(id).unwrap().access.kind() == failed).await;
     wait_for("its next driver keeps it hot", || node.handle(id).unwrap().access.keep_hot()).await;
     assert!(place.store.get_sandbox(id).unwrap().unwrap().spec.keep_hot);
+}
+
+/// A limit that is over.
+const OVER: TimeLimit = TimeLimit { expires_at: Some(1), on_timeout: OnTimeout::Stop };
+
+#[tokio::test]
+async fn stop_at_the_end_of_the_time_is_repeated_until_the_limit_is_removed() {
+    let place = TestData::new();
+    let id = place.leave(1, RUNNING, Found::Running, Saved::No);
+    place.store.set_sandbox_time_limit(id, OVER).unwrap();
+    let node = place.recover().await;
+
+    // The simulated engine saves no memory, so each stop fails.
+    wait_for("the second attempt to stop", || place.vms.captures() >= 2).await;
+
+    let row = || place.store.get_sandbox(id).unwrap().unwrap();
+    assert_eq!(row().time_limit, OVER);
+    let change = TimeLimitChange { expires_at: Some(None), on_timeout: None };
+    node.change_time_limit(id, change).await.unwrap();
+    assert_eq!((row().state, row().time_limit.expires_at), (RUNNING, None));
+    drop(node.enter(id).await.unwrap());
+}
+
+#[tokio::test]
+async fn limit_that_is_over_is_removed_from_a_sandbox_that_does_not_run() {
+    let place = TestData::new();
+    // The first is as a daemon leaves it that dies after the stop.
+    let states = [SandboxState::Stopped, SandboxState::Failed(FailReason::VmmExited)];
+    let ids = [1, 2].map(|number| {
+        let id = place.leave(number, states[usize::from(number) - 1], Found::Nothing, Saved::Yes);
+        place.store.set_sandbox_time_limit(id, OVER).unwrap();
+        id
+    });
+
+    let _node = place.recover().await;
+
+    for (id, state) in ids.into_iter().zip(states) {
+        let row = || place.store.get_sandbox(id).unwrap().unwrap();
+        wait_for("the limit is removed", || row().time_limit.expires_at.is_none()).await;
+        assert_eq!(row().state, state);
+    }
 }
 
 #[tokio::test]

@@ -6,30 +6,28 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bhatti_types::{Report, SandboxState, TimeLimit};
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::time::{Duration, Instant, sleep, sleep_until};
+use tokio::time::{Duration, sleep, sleep_until};
 use tracing::error;
 
+use super::destroy::Retry;
 use super::error::TransitionError;
 use super::sandbox::Sandbox;
 
 /// The interval between two looks at the wall clock, which may be set.
 const CLOCK_LOOK: Duration = Duration::from_secs(60);
 
-/// The time until the next attempt to stop a sandbox whose time is over.
-const RETRY: Duration = Duration::from_secs(30);
-
 /// The time limit that a sandbox has now. It survives a driver that panics.
 pub(super) struct Timer(Mutex<State>);
 
 struct State {
     limit: TimeLimit,
-    /// When the next attempt to stop the sandbox is due, after one failed.
-    retry_at: Option<Instant>,
+    /// When the sandbox is to be stopped again, after attempts that failed.
+    retry: Retry,
 }
 
 impl Timer {
     pub(super) fn new(limit: TimeLimit) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State { limit, retry_at: None })))
+        Arc::new(Self(Mutex::new(State { limit, retry: Retry::default() })))
     }
 }
 
@@ -42,38 +40,36 @@ impl Sandbox {
     /// Sets the time limit.
     pub(super) fn set_time_limit(&self, limit: TimeLimit) -> Result<(), TransitionError> {
         self.shared.store.set_sandbox_time_limit(self.id, limit)?;
-        *self.timer.0.lock() = State { limit, retry_at: None };
+        *self.timer.0.lock() = State { limit, retry: Retry::default() };
         Ok(())
     }
 
     /// Waits until the time is over, and another attempt is due if one has failed. For ever without
     /// a limit. Cancel safe.
     pub(super) async fn time_is_over(&self) {
-        let (expires_at, retry_at) = {
+        let (expires_at, attempt_at) = {
             let timer = self.timer.0.lock();
-            (timer.limit.expires_at, timer.retry_at)
+            (timer.limit.expires_at, timer.retry.at())
         };
         until(expires_at).await;
-        if let Some(at) = retry_at {
-            sleep_until(at).await;
-        }
+        sleep_until(attempt_at).await;
     }
 
-    /// Removes the limit of a sandbox that was stopped at its end. If it could not be stopped, or
-    /// the store fails, another attempt follows.
+    /// Removes the limit of a sandbox that was stopped at its end, or that has failed and has
+    /// nothing to stop. If it runs on, or the store fails, another attempt follows.
     pub(super) fn end_time_limit(&self) {
         let limit = TimeLimit { expires_at: None, ..self.time_limit() };
-        if self.access.state() == SandboxState::Stopped {
+        if self.access.state() != SandboxState::Running {
             match self.set_time_limit(limit) {
                 Ok(()) => return self.record("sandbox.expired", json!({})),
                 Err(error) => error!(
                     sandbox = %self.id,
                     error = %Report(&error),
-                    "Failed to remove the time limit of a stopped sandbox; the daemon tries again"
+                    "Failed to remove a time limit that is over; the daemon tries again"
                 ),
             }
         }
-        self.timer.0.lock().retry_at = Some(Instant::now() + RETRY);
+        self.timer.0.lock().retry.note_failure();
     }
 }
 

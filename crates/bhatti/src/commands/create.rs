@@ -62,10 +62,10 @@ pub(crate) struct Create {
     /// Label to set (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
     label: Vec<(String, String)>,
-    /// Destroy the sandbox after this many seconds [default: never]
+    /// Destroy the sandbox, or stop it, after this many seconds [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
-    /// What happens after --timeout
+    /// What happens after --timeout [default: destroy]
     #[arg(long, value_name = "ACTION", requires = "timeout", value_parser = ["destroy", "stop"])]
     on_timeout: Option<String>,
     /// Keep the sandbox hot while it is unused
