@@ -231,9 +231,6 @@ impl Control {
         let target = request.target.as_deref();
         let dockerfile = Dockerfile::read(&request.dockerfile, &request.arguments, target)?;
         let node = &self.inner.node;
-        if node.capabilities().shares_kernel {
-            return Err(ImageError::CannotBuild);
-        }
         if node.host_root(request.name.as_str())?.is_some() {
             return Err(ImageError::NameTaken(request.name.clone()));
         }

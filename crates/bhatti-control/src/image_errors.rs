@@ -151,9 +151,6 @@ pub enum ImageError {
     /// There is no image to build with.
     #[error("no image `{BUILDER_IMAGE}` has been built")]
     NoBuilder,
-    /// The engine's sandboxes cannot build images.
-    #[error("sandboxes that share the host's kernel cannot build images")]
-    CannotBuild,
     /// The image was built on this host, without layers.
     #[error("image `{0}` was built on this host and has no layers")]
     NoLayers(String),

@@ -52,6 +52,15 @@ const CAPABILITIES: [&str; 10] = [
     "SYS_CHROOT",
 ];
 
+/// The capability that a builder needs in addition: without it, the kernel does not let a user
+/// namespace contain root (user_namespaces(7)). Docker gives it to containers by default.
+const BUILDER_CAPABILITY: &str = "SETFCAP";
+
+/// The seccomp filter of a builder. It allows user and mount namespaces, which Docker's filter
+/// refuses. It refuses network namespaces, whose owner could configure the kernel's packet filters,
+/// and the calls that Docker's filter refuses because of their risk.
+const BUILDER_SECCOMP: &str = include_str!("builder_seccomp.json");
+
 /// The most processes and threads of a sandbox.
 const PIDS_MAX: i64 = 8192;
 
@@ -177,6 +186,13 @@ fn host_config(spec: &VmSpec, lohar: &Path) -> HostConfig {
     if spec.tap.is_some() {
         capabilities.push("NET_ADMIN".to_owned());
     }
+    let mut security = texts(&["no-new-privileges"]);
+    if spec.is_builder {
+        capabilities.push(BUILDER_CAPABILITY.to_owned());
+        // Docker's AppArmor profile refuses every mount.
+        security.push("apparmor=unconfined".to_owned());
+        security.push(format!("seccomp={BUILDER_SECCOMP}"));
+    }
     HostConfig {
         memory: Some(memory),
         // The limit of memory plus swap, so the container gets no swap.
@@ -192,7 +208,7 @@ fn host_config(spec: &VmSpec, lohar: &Path) -> HostConfig {
         privileged: Some(false),
         cap_drop: Some(texts(&["ALL"])),
         cap_add: Some(capabilities),
-        security_opt: Some(texts(&["no-new-privileges"])),
+        security_opt: Some(security),
         log_config: Some(HostConfigLogConfig {
             typ: Some("json-file".to_owned()),
             config: Some(pairs(&log)),

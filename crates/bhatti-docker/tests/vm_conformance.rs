@@ -2,6 +2,9 @@
 //! `DOCKER_SOCK`, or at the default socket; they do not start one.
 
 use bhatti_docker::{DockerEngine, SOCKET, check};
+use bhatti_engine::VmSpec;
+use bhatti_engine::conformance::Bench;
+use bhatti_testkit::conformance::on_trial;
 use bhatti_testkit::{dist, skip};
 
 /// Returns the engine, if it can run here.
@@ -22,4 +25,26 @@ bhatti_testkit::conformance_tests! { engine().await;
     disk_outlives_its_vm: keep_disk,
     volumes_are_mounted_and_outlive_their_vm: volumes,
     memory_that_cannot_be_saved_is_refused: no_snapshots,
+}
+
+/// Returns which of the namespaces `--mount` and `--net` root can make below a user namespace.
+async fn namespaces(bench: &Bench<'_>, is_builder: bool) -> String {
+    let spec = VmSpec { is_builder, ..bench.spec.clone() };
+    let vm = bench.engine.boot(&spec).await.unwrap();
+    let script = "for args in '--mount' '--net'; do
+        unshare --user --map-root-user $args true 2>/dev/null && echo $args
+    done; true";
+    let made = bench.shell.run(vm.as_ref(), script).await;
+    bench.engine.remove(spec.id, &spec.directory).await.unwrap();
+    made
+}
+
+#[tokio::test]
+async fn builder_makes_user_namespaces_without_networks_and_other_sandboxes_make_none() {
+    let Some(engine) = engine().await else { return };
+    on_trial(&engine, async |bench| {
+        assert_eq!(namespaces(bench, false).await, "");
+        assert_eq!(namespaces(bench, true).await, "--mount");
+    })
+    .await;
 }

@@ -128,6 +128,9 @@ pub struct VmSpec {
     /// an ext4 file system. The boot then ends when the guest waits; its agent does not answer.
     /// Only for engines that [replace the root disk](Capabilities::replaces_root).
     pub awaits_root: bool,
+    /// Whether an image is built in the VM. Buildah needs its own user and mount namespaces, which
+    /// an engine that [shares its kernel](Capabilities::shares_kernel) does not give every sandbox.
+    pub is_builder: bool,
     /// How long the boot may take until the agent answers.
     pub boot_limit: Duration,
 }

@@ -269,6 +269,7 @@ async fn boot(
         tap: networks::tap(row.id, row.address.is_some()),
         volumes: volumes::files(shared, row.id, &row.volumes, OwnVolumes::Fresh).await?,
         awaits_root: false,
+        is_builder: row.spec.labels.is_of_build(),
         boot_limit: shared.config.boot_limit,
     };
     shared.enforce_network(row.owner, row.address).await?;

@@ -68,6 +68,7 @@ impl Guest {
             tap: None,
             volumes: Vec::new(),
             awaits_root: false,
+            is_builder: false,
             boot_limit: LIMIT,
         };
         let engine = Qemu::engine(PROGRAM.into());

@@ -152,6 +152,7 @@ pub async fn on_trial(engine: &dyn Engine, part: impl AsyncFnOnce(&Bench<'_>)) {
         tap: None,
         volumes: Vec::new(),
         awaits_root: false,
+        is_builder: false,
         boot_limit: LIMIT,
     };
     let bench = Bench { engine, shell: &AgentShell, spec };

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use bhatti_api::{BuildImage, CreateUser, ErrorCode, Operation};
 use bhatti_client::{Client, ClientError, Upload};
 use bhatti_testkit::registry::{RealRegistry, busybox};
-use bhatti_testkit::{Api, Feature, LIMIT, Serve, TestDaemon, builder_images, needs, own_images};
+use bhatti_testkit::{Api, LIMIT, Serve, TestDaemon, builder_images, own_images};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -130,9 +130,6 @@ CMD [\"/greeting\"]
 
 #[tokio::test]
 async fn image_is_built_from_a_dockerfile_in_a_sandbox() {
-    if !needs(Feature::OwnKernel) {
-        return;
-    }
     let place = Place::new().await;
     let base = format!("IMAGE={}/base:1", place.registry.server);
     place.write("Dockerfile", SEVERAL_STAGES);
@@ -203,9 +200,6 @@ fn blobs(place: &Place) -> Vec<String> {
 
 #[tokio::test]
 async fn canceled_and_interrupted_builds_leave_no_sandbox() {
-    if !needs(Feature::OwnKernel) {
-        return;
-    }
     let mut place = Place::new().await;
     let dockerfile = place.write("Dockerfile", "FROM BASE\nRUN echo begun; exec sleep 1000\n");
     let first = place.begin(place.client(), &dockerfile).await;
@@ -277,11 +271,7 @@ async fn build_that_cannot_succeed_is_refused_before_it_begins() {
         assert_eq!(code, ErrorCode::BadRequest, "{error}");
         assert!(error.contains(said), "{error}");
     }
-    let expected = if needs(Feature::OwnKernel) {
-        (ErrorCode::NotSetUp, "no image `builder` has been built")
-    } else {
-        (ErrorCode::Unsupported, "sandboxes that share the host's kernel cannot build images")
-    };
+    let expected = (ErrorCode::NotSetUp, "no image `builder` has been built");
     let (code, error) = refused(&request("FROM a\n")).await;
     assert_eq!((code, &*error), expected);
     // What comes before the files is kept in memory, so it has a limit.
@@ -364,9 +354,6 @@ const KINDS: [(&str, &str, &[&str], &str); 9] = [
 
 #[tokio::test]
 async fn many_kinds_of_dockerfiles_are_built() {
-    if !needs(Feature::OwnKernel) {
-        return;
-    }
     let place = Place::new().await;
     place.write("one", "one\n");
     let mut archive = tar::Builder::new(Vec::new());

@@ -115,6 +115,7 @@ async fn run_in(
         tap: None,
         volumes: disks.map(volume).into(),
         awaits_root: false,
+        is_builder: false,
         boot_limit: BOOT_LIMIT,
     };
     let vm = engine.boot(&spec).await?;

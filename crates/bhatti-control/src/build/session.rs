@@ -16,9 +16,12 @@ use crate::Control;
 use crate::build_errors::BuildError;
 use crate::operations::Operation;
 
+/// Allows programs of steps to gain privileges, and device nodes. A container cannot change its
+/// mounts.
+const REMOUNT: &str = "mount -o remount,suid,dev /build";
+
 /// Prepares the sandbox. The cache is emptied if it is nearly full, or if Buildah cannot use it.
 const PREPARE: &str = r#"
-mount -o remount,suid,dev /build
 mkdir -p /build/tmp /etc/containers /run/build/secrets
 chmod 700 /run/build/secrets
 find /build/tmp /build/context -mindepth 1 -delete 2>/dev/null || true
@@ -94,6 +97,9 @@ struct Guest<'a> {
 
 impl Guest<'_> {
     async fn prepare(&self) -> Result<(), BuildError> {
+        if !self.control.capabilities().shares_kernel {
+            self.tool(REMOUNT).await?;
+        }
         self.tool(PREPARE).await.map(|said| self.operation.write(&said))
     }
 

@@ -81,6 +81,7 @@ fn new_spec(shared: &Shared, recipe: &Recipe) -> Result<VmSpec, BaseError> {
         tap: networks::tap(id, recipe.has_network),
         volumes: vec![None; recipe.slots],
         awaits_root: false,
+        is_builder: false,
         boot_limit: shared.config.boot_limit,
     })
 }

@@ -64,6 +64,7 @@ impl Sandbox {
             tap: networks::tap(row.id, row.address.is_some()),
             volumes: volumes::files(&self.shared, row.id, &row.volumes, OwnVolumes::Left).await?,
             awaits_root: false,
+            is_builder: row.spec.labels.is_of_build(),
             boot_limit: self.shared.config.boot_limit,
         };
         self.shared.enforce_network(row.owner, row.address).await?;

@@ -34,8 +34,6 @@ impl From<ImageError> for ApiError {
             ImageError::Dockerfile(_) => Self::new(ErrorCode::BadRequest, text),
             ImageError::NoBuilder => Self::new(ErrorCode::NotSetUp, text)
                 .hint("run `bhatti setup --builder` on the daemon's machine"),
-            ImageError::CannotBuild => Self::new(ErrorCode::Unsupported, text)
-                .hint("build with a daemon that runs virtual machines, or elsewhere, and import or pull the image"),
             ImageError::NoLayers(_) => Self::new(ErrorCode::WrongState, text)
                 .hint("only images that were pulled, imported or saved can be exported"),
             ImageError::Import(error) => error.into(),
