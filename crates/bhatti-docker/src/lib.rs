@@ -13,8 +13,8 @@
 //! breaks the kernel controls the host. The engine takes from containers: all capabilities except
 //! those in `container.rs`, new privileges by setuid programs, the host's network (a container has
 //! only the card that this engine gives it), swap, and more processes than a sandbox needs.
-//! Docker's seccomp filter applies. A sandbox in which an image is built has a wider filter, because
-//! Buildah needs user namespaces.
+//! Docker's seccomp filter applies. A sandbox in which an image is built has a wider filter,
+//! because Buildah needs user namespaces.
 //!
 //! A container can be paused, but its memory cannot be saved: it has no snapshots and no forks, and
 //! a stop ends its processes.

@@ -1,5 +1,6 @@
 //! Runs `bhatti_engine::conformance` on the Docker engine. The tests use the Docker daemon at
 //! `DOCKER_SOCK`, or at the default socket; they do not start one.
+#![expect(clippy::unwrap_used, reason = "tests panic")]
 
 use bhatti_docker::{DockerEngine, SOCKET, check};
 use bhatti_engine::VmSpec;
