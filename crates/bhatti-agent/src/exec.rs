@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     CHUNK_BYTES, CONTROL_PORT, ExecRequest, Frame, FrameType, PIECE_BYTES_MAX, SendJsonError,
-    SignalRequest, parse_exit,
+    SignalRequest, parse_exit, parse_exit_signal,
 };
 use bytes::Bytes;
 
@@ -76,7 +76,7 @@ impl AgentClient {
         let target = SignalRequest { exec_id: Some(exec_id), ..SignalRequest::default() };
         let control = ExecControl { client: self.clone(), target };
         let input = ExecInput { control, writer, half_close, ended };
-        Ok((input, ExecOutput { reader, first: None, _held: None }))
+        Ok((input, ExecOutput { reader, first: None, signal: None, _held: None }))
     }
 
     /// Runs a command to its end. Returns its exit code and its output, at most 16 MiB.
@@ -204,6 +204,8 @@ impl ExecInput {
 pub struct ExecOutput {
     pub(crate) reader: Reader,
     pub(crate) first: Option<ExecEvent>,
+    /// The signal that ended a session's process.
+    pub(crate) signal: Option<u8>,
     pub(crate) _held: Option<Box<dyn Send + Sync>>,
 }
 
@@ -255,6 +257,9 @@ impl ExecOutput {
             let frame = next(&mut self.reader).await?;
             if let Some(error) = refusal(&frame) {
                 return Err(error);
+            }
+            if frame.frame_type == FrameType::EXIT {
+                self.signal = parse_exit_signal(&frame.payload);
             }
             // Ignore the frame types that only a newer agent knows.
             if let Some(event) = event(&frame)? {

@@ -211,10 +211,18 @@ impl AgentClient {
             size: size.map_or(Ok(-1), i64::try_from).map_err(|_| CallError::Unexpected)?,
             until_eof: size.is_none(),
             configures,
+            in_place: None,
             user: self.acting_user(),
             error_details: true,
         };
-        let (reader, writer) = self.request(FrameType::FILE_WRITE_REQ, &request).await?;
+        self.begin_upload(&request).await
+    }
+
+    pub(crate) async fn begin_upload(
+        &self,
+        request: &FileWriteRequest,
+    ) -> Result<FileUpload, CallError> {
+        let (reader, writer) = self.request(FrameType::FILE_WRITE_REQ, request).await?;
         Ok(FileUpload { reader, writer })
     }
 
@@ -359,6 +367,7 @@ impl AgentClient {
             path: path.to_owned(),
             mode: mode.to_owned(),
             parents,
+            owner: None,
             user: self.acting_user(),
             error_details: true,
         };

@@ -5,6 +5,7 @@
 //! or its streams, the stream closes and the agent stops that operation; a session keeps running.
 
 mod archive;
+mod entry;
 mod error;
 mod exec;
 mod file;
@@ -24,11 +25,12 @@ use serde::de::DeserializeOwned;
 use tokio::io::{ReadHalf, WriteHalf};
 
 pub use archive::{ArchiveContent, ArchiveUpload};
+pub use entry::{TreeEvent, TreeEvents};
 pub use error::CallError;
 pub use exec::{ExecControl, ExecEvent, ExecInput, ExecOutput};
 pub use file::{FileContent, FileEvents, FileUpload, ReadOptions};
 pub use guest::GuestEvents;
-pub use session::SessionOutput;
+pub use session::{SessionInput, SessionOutput};
 pub use unix::UnixChannel;
 
 use heard::Heard;

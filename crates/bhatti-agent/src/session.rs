@@ -2,9 +2,18 @@
 
 use std::time::Duration;
 
-use bhatti_proto::{ExecRequest, FrameType, SessionInfo, SessionRef, SignalRequest};
+use bhatti_proto::{
+    CHUNK_BYTES, ExecRequest, FrameType, InputEnd, ListRequest, SessionInfo, SessionRef,
+    SignalRequest, resize_payload,
+};
 
-use crate::{AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, expect_soon};
+use crate::{
+    ANSWER_LIMIT, AgentClient, CallError, ExecControl, ExecEvent, ExecInput, ExecOutput, Reader,
+    Writer, expect, expect_soon, next, refusal,
+};
+
+/// The most sessions that a list has: an agent keeps fewer.
+const SESSIONS_MAX: usize = 10_000;
 
 /// The output of a session, with the position in it. Dropping it together with the input
 /// detaches.
@@ -28,15 +37,62 @@ impl SessionOutput {
     pub async fn next(&mut self) -> Result<ExecEvent, CallError> {
         let event = self.output.next().await?;
         if let ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes) = &event {
-            self.position += bytes.len() as u64;
+            self.position = self.position.saturating_add(bytes.len() as u64);
         }
         Ok(event)
+    }
+
+    /// Returns the signal that ended the process, after [`ExecEvent::Exit`]. `None` if the process
+    /// exited by itself, or if the agent is older.
+    #[must_use]
+    pub const fn signal(&self) -> Option<u8> {
+        self.output.signal
     }
 
     /// Returns the offset of the next byte of a job's output.
     #[must_use]
     pub const fn position(&self) -> u64 {
         self.position
+    }
+}
+
+/// Input for a session, beside its client.
+pub struct SessionInput {
+    reader: Reader,
+    writer: Writer,
+}
+
+impl SessionInput {
+    /// Sends input. Waits while the process does not read.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), CallError> {
+        for chunk in bytes.chunks(CHUNK_BYTES) {
+            self.writer.send(FrameType::STDIN, chunk).await.map_err(CallError::Write)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the size of the terminal.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn resize(&mut self, rows: u16, cols: u16) -> Result<(), CallError> {
+        let payload = resize_payload(rows, cols);
+        self.writer.send(FrameType::RESIZE, &payload).await.map_err(CallError::Write)
+    }
+
+    /// Waits until the agent has taken all input.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the connection is gone.
+    pub async fn finish(mut self) -> Result<(), CallError> {
+        self.writer.send(FrameType::STDIN_EOF, &[]).await.map_err(CallError::Write)?;
+        expect(&mut self.reader, FrameType::EXIT).await.map(drop)
     }
 }
 
@@ -87,11 +143,12 @@ impl AgentClient {
             .await
     }
 
-    /// Follows a job's output beside its client, starting at byte `from`.
+    /// Follows a session's output beside its client, starting at byte `from`, or at the end if
+    /// `from` is beyond it.
     ///
     /// # Errors
     ///
-    /// Returns an error if the session does not exist, or if it has a terminal.
+    /// Returns an error if the session does not exist.
     pub async fn observe(
         &self,
         session_id: &str,
@@ -128,8 +185,59 @@ impl AgentClient {
         Ok((
             info,
             input,
-            SessionOutput { output: ExecOutput { reader, first: None, _held: None }, position },
+            SessionOutput {
+                output: ExecOutput { reader, first: None, signal: None, _held: None },
+                position,
+            },
         ))
+    }
+
+    /// Begins to send input to a session beside its client.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the session does not exist, or if it takes no input.
+    pub async fn send_input(
+        &self,
+        session: &str,
+        end: InputEnd,
+    ) -> Result<SessionInput, CallError> {
+        let request = ExecRequest {
+            session_id: Some(session.to_owned()),
+            input: Some(end),
+            error_details: true,
+            ..ExecRequest::default()
+        };
+        let (mut reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
+        expect_soon(&mut reader, FrameType::SESSION_INFO).await?;
+        Ok(SessionInput { reader, writer })
+    }
+
+    /// Returns all sessions with their tags and notes, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent does not answer.
+    pub async fn list_sessions_in_full(&self) -> Result<Vec<SessionInfo>, CallError> {
+        let request = ListRequest { in_full: true };
+        let (mut reader, _writer) = self.request(FrameType::EXEC_LIST_REQ, &request).await?;
+        let heard = reader.heard.clone();
+        let list = async {
+            let mut sessions = Vec::new();
+            loop {
+                let frame = next(&mut reader).await?;
+                match frame.frame_type {
+                    FrameType::EXEC_LIST_RESP if sessions.len() < SESSIONS_MAX => {
+                        let more: Vec<SessionInfo> =
+                            frame.json().map_err(|_| CallError::Unexpected)?;
+                        sessions.extend(more);
+                    }
+                    FrameType::EXIT => return Ok(sessions),
+                    _ => return Err(refusal(&frame).unwrap_or(CallError::Unexpected)),
+                }
+            }
+        };
+        heard.within(ANSWER_LIMIT, list).await
     }
 
     /// Returns all sessions, oldest first.

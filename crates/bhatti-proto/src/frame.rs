@@ -142,6 +142,21 @@ impl FrameType {
     /// were too large for the configuration. Answered by [`EXIT`](Self::EXIT) 0. Not in the
     /// original protocol.
     pub const INIT_REQ: Self = Self(0x66);
+    /// Host to guest: [`EntryRequest`](crate::EntryRequest). Answered by
+    /// [`ENTRIES`](Self::ENTRIES), once or more often, and [`EXIT`](Self::EXIT) 0. Not in the
+    /// original protocol.
+    pub const ENTRY_REQ: Self = Self(0x70);
+    /// Guest to host: an array of [`Entry`](crate::Entry). Not in the original protocol.
+    pub const ENTRIES: Self = Self(0x71);
+    /// Host to guest: [`EntryRequest`](crate::EntryRequest), a path to resolve. The file need not
+    /// exist. Not in the original protocol.
+    pub const PLACE_REQ: Self = Self(0x72);
+    /// Guest to host: [`Place`](crate::Place). Not in the original protocol.
+    pub const PLACE_RESP: Self = Self(0x73);
+    /// Host to guest: [`TreeWatchRequest`](crate::TreeWatchRequest). Not in the original protocol.
+    pub const TREE_WATCH_REQ: Self = Self(0x74);
+    /// Both ways: see [`TreeWatchRequest`](crate::TreeWatchRequest). Not in the original protocol.
+    pub const SYNC: Self = Self(0x75);
 }
 
 impl fmt::Display for FrameType {
@@ -244,6 +259,22 @@ pub fn parse_resize(payload: &[u8]) -> Option<(u16, u16)> {
 #[must_use]
 pub const fn exit_payload(code: i32) -> [u8; 4] {
     code.to_be_bytes()
+}
+
+/// Returns the payload of [`FrameType::EXIT`] of a session: the code, and the signal that ended the
+/// process, if one did.
+#[must_use]
+pub fn session_exit_payload(code: i32, signal: Option<u8>) -> Vec<u8> {
+    let mut payload = exit_payload(code).to_vec();
+    payload.extend(signal);
+    payload
+}
+
+/// Returns the signal that ended a session's process, if the payload of [`FrameType::EXIT`] has
+/// one.
+#[must_use]
+pub fn parse_exit_signal(payload: &[u8]) -> Option<u8> {
+    payload.get(4).copied()
 }
 
 /// Returns the code of [`FrameType::EXIT`], or `None` if the payload is shorter than four bytes.

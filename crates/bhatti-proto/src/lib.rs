@@ -14,6 +14,7 @@
 //! types or optional keys, so that old and new peers understand each other.
 
 mod batch;
+mod entry;
 mod frame;
 mod guest;
 mod io;
@@ -22,8 +23,11 @@ pub mod mux;
 mod relay;
 pub mod resync;
 
+pub use entry::{Entry, EntryKind, EntryRequest, InPlace, Place, TreeWatchRequest};
 pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parsed, encode, parse};
-pub use frame::{exit_payload, parse_exit, parse_resize, resize_payload};
+pub use frame::{
+    exit_payload, parse_exit, parse_exit_signal, parse_resize, resize_payload, session_exit_payload,
+};
 pub use guest::{
     Applied, ConfigFile, ConfigVolume, GuestConfig, GuestInit, GuestNetwork, Identity,
     IdentityReport, Suspend, Woken,
@@ -32,8 +36,8 @@ pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
     ActivityInfo, AgentError, ArchiveRequest, ErrorKind, ExecRequest, FileEvent, FileEventKind,
     FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest, ForwardRequest,
-    ForwardResponse, GuestEvent, MkdirRequest, RemoveRequest, RenameRequest, SessionInfo,
-    SessionRef, SignalRequest, StatusOk,
+    ForwardResponse, GuestEvent, InputEnd, ListRequest, MkdirRequest, RemoveRequest, RenameRequest,
+    SessionInfo, SessionRef, SignalRequest, StatusOk,
 };
 pub use relay::relay_as_frames;
 
@@ -55,3 +59,7 @@ pub const CHUNK_BYTES: usize = 32 * 1024;
 /// The longest piece of output or of a file that a host accepts, in bytes. No agent sends longer
 /// ones.
 pub const PIECE_BYTES_MAX: usize = 2 * CHUNK_BYTES;
+
+pub(crate) const fn is_false(value: &bool) -> bool {
+    !*value
+}

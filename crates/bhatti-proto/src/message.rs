@@ -7,9 +7,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) fn is_false(value: &bool) -> bool {
-    !value
-}
+use crate::entry::InPlace;
+use crate::is_false;
 
 fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -83,6 +82,41 @@ pub struct ExecRequest {
     /// The signal that asks the session to end, as its number; `SIGTERM` if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<u8>,
+    /// Whether the working directory is the user's home if neither the request nor the settings
+    /// name one, and whether a relative one begins there. Optional, new.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub at_home: bool,
+    /// A second name of the new session: see [`SessionInfo::tag`]. At most 256 bytes. Optional,
+    /// new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// See [`SessionInfo::note`]. At most 4 KiB. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// When attaching: whether this connection only brings input, beside the session's client. The
+    /// input ends with [`STDIN_EOF`](crate::FrameType::STDIN_EOF), and the agent answers with
+    /// [`EXIT`](crate::FrameType::EXIT) 0 when it has taken all of it. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<InputEnd>,
+}
+
+/// What the end of a connection's input means for the session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InputEnd {
+    /// More input may come on other connections.
+    Continue,
+    /// The session's standard input is closed.
+    Close,
+}
+
+/// Selects what a list of sessions has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListRequest {
+    /// Whether the sessions have their tags and notes. The list then comes in as many frames as it
+    /// needs, followed by [`EXIT`](crate::FrameType::EXIT).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub in_full: bool,
 }
 
 /// The reason for a refusal.
@@ -161,6 +195,17 @@ pub struct SessionInfo {
     /// Whether the session is a job that restarts at each boot of the guest. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub restart: bool,
+    /// The process id of the command in the guest. While the command runs, `pid:` and this number
+    /// also name the session. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// A name that the host has given: `tag:` and this text also name the session. If several
+    /// sessions have it, the newest that runs is meant. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// Text that the host has given, which the agent keeps for it. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// Names a session.
@@ -319,6 +364,9 @@ pub struct FileWriteRequest {
     /// rights, and new files and directories belong to the guest's usual user. Optional, new.
     #[serde(default, skip_serializing_if = "is_false")]
     pub configures: bool,
+    /// Whether the file is written in place, by the agent with its own rights. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<InPlace>,
     /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
     /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -359,6 +407,10 @@ pub struct MkdirRequest {
     /// Whether to create missing parents, and to accept an existing directory.
     #[serde(default, skip_serializing_if = "is_false")]
     pub parents: bool,
+    /// The owner of new directories, as in [`Place::ids`](crate::Place::ids). The agent then makes
+    /// them with its own rights. Optional, new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
     /// The user that the operation acts as: a name, a number, or `UID:GID`; the guest's usual
     /// user if absent. Optional, new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -436,6 +488,8 @@ pub enum FileEventKind {
     Attributes,
     /// The entry was removed, or moved away.
     Removed,
+    /// The entry was moved away. Only watches of trees tell it from a removal.
+    Moved,
     /// Events were lost: read the path again.
     Overflow,
 }
@@ -491,6 +545,10 @@ mod tests {
             output_limit: Some(1),
             restart: true,
             stop_signal: Some(2),
+            at_home: true,
+            tag: Some("t".into()),
+            note: Some("n".into()),
+            input: Some(InputEnd::Close),
         };
 
         let json = serde_json::to_string(&request).unwrap();
@@ -511,6 +569,9 @@ mod tests {
             output_start: None,
             output_end: None,
             restart: false,
+            pid: None,
+            tag: None,
+            note: None,
         };
         let running = serde_json::to_string(&session).unwrap();
         session.exit_code = Some(0);

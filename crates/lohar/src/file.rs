@@ -3,11 +3,14 @@
 
 mod archive;
 mod change;
+mod entry;
+mod in_place;
 mod info;
 mod read;
 mod remove;
 mod target;
 mod watch;
+mod watch_tree;
 mod worker;
 mod write;
 mod xattrs;
@@ -21,9 +24,11 @@ use crate::refusal::refused;
 
 pub(crate) use archive::{read as read_archive, write as write_archive};
 pub(crate) use change::{mkdir, remove, rename};
+pub(crate) use entry::{entries, place};
 pub(crate) use info::{list, stat};
 pub(crate) use read::read;
 pub(crate) use watch::watch;
+pub(crate) use watch_tree::watch_tree;
 pub(crate) use worker::{Workers, begin_as_agent};
 pub(crate) use write::{write, write_whole};
 

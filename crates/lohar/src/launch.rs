@@ -133,7 +133,12 @@ impl Command {
         let path = environment.get("PATH").map_or("", String::as_str);
         let usual = agent.settings.borrow().workdir.clone();
         let named = request.cwd.as_deref().filter(|cwd| !cwd.is_empty());
-        let directory = working_directory(named.or(usual.as_deref()))?;
+        let directory = if request.at_home {
+            let home = user.as_ref().map_or("/root", |user| &user.home);
+            Some(directory_at_home(named, usual.as_deref(), Path::new(home))?)
+        } else {
+            working_directory(named.or(usual.as_deref()))?
+        };
         let name = request.argv.first().map_or("", String::as_str);
         let found = find_program(name, path, directory.as_deref().unwrap_or(Path::new("")));
         let file = found.map_err(|error| lookup_failed(name, &error))?;
@@ -241,6 +246,31 @@ fn environment(
     environment.extend(agent.settings.borrow().environment.clone());
     environment.extend(request.clone());
     environment
+}
+
+/// Returns the working directory of a process that starts in its user's home by default. `~` and
+/// relative paths begin there, or in the `usual` directory.
+fn directory_at_home(
+    named: Option<&str>,
+    usual: Option<&str>,
+    home: &Path,
+) -> Result<PathBuf, AgentError> {
+    if named.is_none() && usual.is_none() && !home.is_dir() {
+        return Ok(PathBuf::from("/"));
+    }
+    let directory = path_at_home(named.unwrap_or_default(), usual, home);
+    Ok(working_directory(directory.to_str())?.unwrap_or(directory))
+}
+
+/// Returns the path that `named` means to a user: `~` is the home, and a relative path begins in
+/// the `usual` directory or else in the home.
+pub(crate) fn path_at_home(named: &str, usual: Option<&str>, home: &Path) -> PathBuf {
+    match named.strip_prefix('~') {
+        Some("") => home.to_owned(),
+        Some(rest) if rest.starts_with('/') => home.join(rest.trim_start_matches('/')),
+        _ if named.is_empty() => usual.map_or(home, Path::new).to_owned(),
+        _ => usual.map_or(home, Path::new).join(named),
+    }
 }
 
 /// Returns the working directory of a process, if not the agent's.

@@ -13,6 +13,12 @@ pub(crate) const LISTING_ENTRIES_MAX: usize = 10_000;
 /// The most output that a job may be asked to keep, in bytes.
 pub(crate) const JOB_OUTPUT_BYTES_MAX: u64 = 1 << 30;
 
+/// The longest tag of a session, in bytes.
+pub(crate) const TAG_BYTES_MAX: usize = 256;
+
+/// The longest note of a session, in bytes.
+pub(crate) const NOTE_BYTES_MAX: usize = 4 << 10;
+
 /// How long a connection may take to authenticate.
 pub(crate) const AUTH_LIMIT: Duration = Duration::from_secs(5);
 

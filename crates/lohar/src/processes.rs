@@ -135,6 +135,11 @@ impl Processes {
         Self { group, cgroup }
     }
 
+    /// The process id of the command's first process.
+    pub(crate) fn leader(&self) -> Pid {
+        self.group
+    }
+
     /// Signals the process group. Ignores a group that has ended.
     pub(crate) fn signal(&self, signal: Signal) {
         let _: Result<(), Errno> = kill_process_group(self.group, signal);

@@ -15,12 +15,21 @@ const EXIT_UNKNOWN: i32 = 1;
 /// Reaps every child of this process.
 #[derive(Debug, Default)]
 pub(crate) struct Reaper {
-    waiting: RefCell<HashMap<Pid, oneshot::Sender<i32>>>,
+    waiting: RefCell<HashMap<Pid, oneshot::Sender<Ended>>>,
 }
 
-/// Resolves to the exit code of one process: its own, or 128 plus the signal that ended it.
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    /// The exit code: the process's own, or 128 plus the signal that ended it.
+    pub(crate) code: i32,
+    /// The signal that ended it.
+    pub(crate) signal: Option<u8>,
+}
+
+/// Resolves to the end of one process.
 #[derive(Debug)]
-pub(crate) struct Exit(oneshot::Receiver<i32>);
+pub(crate) struct Exit(oneshot::Receiver<Ended>);
 
 impl Reaper {
     /// Starts reaping, for as long as the agent runs. Must be called inside the agent's `LocalSet`.
@@ -50,23 +59,28 @@ impl Reaper {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             if let Some(ended) = self.waiting.borrow_mut().remove(&pid) {
                 // The task that started the process may have dropped the receiver.
-                let _: Result<(), i32> = ended.send(exit_code(status));
+                let _: Result<(), Ended> = ended.send(how_ended(status));
             }
         }
     }
 }
 
 impl Exit {
-    /// Waits for the process to end.
+    /// Waits for the process to end, and returns its exit code.
     pub(crate) async fn code(&mut self) -> i32 {
-        (&mut self.0).await.unwrap_or(EXIT_UNKNOWN)
+        self.ended().await.code
+    }
+
+    /// Waits for the process to end.
+    pub(crate) async fn ended(&mut self) -> Ended {
+        (&mut self.0).await.unwrap_or(Ended { code: EXIT_UNKNOWN, signal: None })
     }
 }
 
-fn exit_code(status: WaitStatus) -> i32 {
+fn how_ended(status: WaitStatus) -> Ended {
     match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => code,
-        (None, Some(signal)) => 128 + signal,
-        (None, None) => EXIT_UNKNOWN,
+        (Some(code), _) => Ended { code, signal: None },
+        (None, Some(signal)) => Ended { code: 128 + signal, signal: u8::try_from(signal).ok() },
+        (None, None) => Ended { code: EXIT_UNKNOWN, signal: None },
     }
 }

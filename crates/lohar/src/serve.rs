@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     AgentError, ErrorKind, Frame, FrameReader, FrameType, FrameWriter, GuestInit, Identity,
-    MkdirRequest, RemoveRequest, RenameRequest, SessionRef, exit_payload,
+    ListRequest, MkdirRequest, RemoveRequest, RenameRequest, SessionRef, exit_payload,
 };
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -19,6 +19,10 @@ use crate::{exec, file, forward, session, settings, suspend};
 
 /// The pause after a failed accept.
 pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// The sessions in one frame of a full list. With six bytes of JSON for each of its own, a session
+/// has at most 28 KiB.
+const SESSIONS_PER_FRAME: usize = 32;
 
 /// Serves one connection to the control port, in a task of its own.
 pub(crate) fn spawn_control<T: Transport>(agent: &Rc<Agent>, transport: T) {
@@ -123,10 +127,13 @@ async fn control<T: Transport>(
             file::write_archive(agent, &request(&frame)?, reader, writer).await
         }
         FrameType::FILE_WATCH_REQ => file::watch(agent, &request(&frame)?, reader, writer).await,
-        FrameType::EVENTS_REQ => events(agent, reader, writer).await,
-        FrameType::EXEC_LIST_REQ => {
-            Ok(writer.send_json(FrameType::EXEC_LIST_RESP, &agent.sessions.list()).await?)
+        FrameType::TREE_WATCH_REQ => {
+            file::watch_tree(agent, &request(&frame)?, reader, writer).await
         }
+        FrameType::ENTRY_REQ => file::entries(agent, &request(&frame)?, writer).await,
+        FrameType::PLACE_REQ => file::place(agent, &request(&frame)?, writer).await,
+        FrameType::EVENTS_REQ => events(agent, reader, writer).await,
+        FrameType::EXEC_LIST_REQ => list_sessions(agent, &frame, writer).await,
         FrameType::ACTIVITY_REQ => {
             Ok(writer.send_json(FrameType::ACTIVITY_RESP, &agent.activity()).await?)
         }
@@ -143,6 +150,23 @@ async fn control<T: Transport>(
             Ok(())
         }
     }
+}
+
+/// Sends the list of sessions. The original's request has no payload.
+async fn list_sessions<T: Transport>(
+    agent: &Agent,
+    frame: &Frame,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let in_full = !frame.payload.is_empty() && request::<ListRequest>(frame)?.in_full;
+    if !in_full {
+        return Ok(writer.send_json(FrameType::EXEC_LIST_RESP, &agent.sessions.list()).await?);
+    }
+    for sessions in agent.sessions.all().chunks(SESSIONS_PER_FRAME) {
+        let infos: Vec<_> = sessions.iter().map(|session| session.info_in_full()).collect();
+        writer.send_json(FrameType::EXEC_LIST_RESP, &infos).await?;
+    }
+    writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone)
 }
 
 /// Performs operations that are answered by `EXIT` 0 when they are done.

@@ -24,11 +24,12 @@ mod registry;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_proto::{ErrorKind, SessionInfo, SignalRequest};
 use rustix::process::Signal;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -36,6 +37,7 @@ use crate::Agent;
 use crate::input;
 use crate::limits::{STOP_GRACE_MAX, TERM_GRACE};
 use crate::processes::Processes;
+use crate::reaper::Ended;
 use crate::refusal::{OpError, refused};
 use output::Output;
 
@@ -62,8 +64,12 @@ pub(crate) struct Session {
     kill: RefCell<Option<PendingKill>>,
     max_idle_sec: Option<u64>,
     stdin: RefCell<Option<pump::StdinSender>>,
+    /// Room for input that waits for the process, in bytes.
+    room: Arc<Semaphore>,
     output: RefCell<Output>,
-    exit_code: Cell<Option<i32>>,
+    end: Cell<Option<Ended>>,
+    tag: Option<String>,
+    note: Option<String>,
     attachment: RefCell<Attachment>,
     /// Notifies of changes to the fields above.
     changed: Notify,
@@ -87,7 +93,7 @@ struct Attachment {
 
 impl Session {
     pub(crate) fn is_running(&self) -> bool {
-        self.exit_code.get().is_none()
+        self.end.get().is_none()
     }
 
     pub(crate) fn is_attached(&self) -> bool {
@@ -98,6 +104,7 @@ impl Session {
         self.terminal.is_none()
     }
 
+    /// Describes the session without its tag and note.
     pub(crate) fn info(&self) -> SessionInfo {
         let output = self.output.borrow();
         SessionInfo {
@@ -105,13 +112,31 @@ impl Session {
             argv: self.argv.clone(),
             tty: self.terminal.is_some(),
             running: self.is_running(),
-            exit_code: self.exit_code.get(),
+            exit_code: self.end.get().map(|end| end.code),
             attached: self.is_attached(),
             created_at: self.created_at,
             output_start: self.is_job().then(|| output.start()),
             output_end: self.is_job().then(|| output.end()),
             restart: self.restarts,
+            pid: u32::try_from(self.processes.leader().as_raw_nonzero().get()).ok(),
+            tag: None,
+            note: None,
         }
+    }
+
+    /// Describes the session with all that is known of it.
+    pub(crate) fn info_in_full(&self) -> SessionInfo {
+        SessionInfo { tag: self.tag.clone(), note: self.note.clone(), ..self.info() }
+    }
+
+    /// Whether `name` names this session: its id, or the process id or tag of a session that runs.
+    fn is_called(&self, name: &str) -> bool {
+        let pid = || self.processes.leader().as_raw_nonzero().to_string();
+        self.id == name
+            || name.strip_prefix("pid:").is_some_and(|rest| self.is_running() && rest == pid())
+            || name
+                .strip_prefix("tag:")
+                .is_some_and(|rest| self.is_running() && self.tag.as_deref() == Some(rest))
     }
 
     /// Signals the process group, if its leader has not ended. `KILL` goes to every process of
@@ -206,14 +231,14 @@ impl Session {
     }
 
     /// Records that the process has ended and its output is complete.
-    fn finish(&self, code: i32) {
-        self.exit_code.set(Some(code));
+    fn finish(&self, end: Ended) {
+        self.end.set(Some(end));
         self.stdin.take();
         self.changed.notify_waiters();
     }
 }
 
-/// Returns the session with this id.
+/// Returns the session with this id, process id or tag: see [`Session::is_called`].
 pub(crate) fn find(agent: &Agent, id: &str) -> Result<Rc<Session>, OpError> {
     let found = agent.sessions.get(id);
     found.ok_or_else(|| refused(ErrorKind::NoSuchSession, "session not found").into())

@@ -1,5 +1,6 @@
 //! Users of the guest, from its `/etc/passwd` and `/etc/group`.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 
@@ -99,6 +100,22 @@ impl Files {
             None => number(wanted).map(Gid::from_raw),
         }
     }
+}
+
+/// Returns the names in `/etc/passwd` or `/etc/group` by their numbers.
+pub(crate) fn names(file: &str) -> HashMap<u32, String> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let entry = |line: &str| {
+        let mut fields = line.split(':');
+        let name = fields.next()?.to_owned();
+        Some((fields.nth(1)?.parse().ok()?, name))
+    };
+    // Of several names of one number, the first counts.
+    let mut names = HashMap::new();
+    for (number, name) in text.lines().filter_map(entry) {
+        names.entry(number).or_insert(name);
+    }
+    names
 }
 
 /// Parses the number of a user or group. The highest number means "unchanged" to the kernel.

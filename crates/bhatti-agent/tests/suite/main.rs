@@ -3,10 +3,12 @@
 
 mod agent;
 mod archives;
+mod entries;
 mod exec;
 mod files;
 mod forward;
 mod limits;
+mod named;
 mod sessions;
 mod settings;
 mod vsock;

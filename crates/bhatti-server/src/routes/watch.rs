@@ -86,7 +86,7 @@ fn line(FileEvent { kind, name }: FileEvent) -> io::Result<Bytes> {
         FileEventKind::Created => FileChangeKind::Created,
         FileEventKind::Modified => FileChangeKind::Modified,
         FileEventKind::Attributes => FileChangeKind::Attributes,
-        FileEventKind::Removed => FileChangeKind::Removed,
+        FileEventKind::Removed | FileEventKind::Moved => FileChangeKind::Removed,
         // A watch that begins again may have missed changes.
         FileEventKind::Overflow | FileEventKind::Watching => FileChangeKind::Overflow,
     };

@@ -7,7 +7,9 @@ use std::path::Path;
 use bhatti_proto::{AgentError, MkdirRequest, RemoveRequest, RenameRequest};
 use rustix::fs::{CWD, Mode, OFlags, fchmod, mkdirat, openat};
 
+use super::in_place::parse_owner;
 use super::remove::remove_tree;
+use super::target::make_directories;
 use super::{DIRECTORY_MODE, checked, parent, parse_mode, worker};
 use crate::Agent;
 use crate::refusal::{OpError, io_refused};
@@ -17,6 +19,14 @@ pub(crate) async fn mkdir(agent: &Agent, request: &MkdirRequest) -> Result<(), O
     let path = checked(&request.path)?;
     let mode = parse_mode(&request.mode)?.unwrap_or(DIRECTORY_MODE);
     let parents = request.parents;
+    if let Some(owner) = &request.owner {
+        let owner = parse_owner(owner)?;
+        let make = move || {
+            let made = make_directories(&path, Some(owner), &mut Vec::new());
+            made.map_err(|error| io_refused("mkdir", &path, &error))
+        };
+        return worker::begin_as_agent(agent, make).await?.end().await;
+    }
     let make =
         move || make(&path, mode, parents).map_err(|error| io_refused("mkdir", &path, &error));
     worker::begin(agent, request.user.as_deref(), make).await?.end().await

@@ -19,7 +19,7 @@ use crate::refusal::{OpError, host_gone, io_refused, refused};
 
 /// The largest listing frame, in bytes of JSON: an entry that would exceed this begins the next
 /// frame. Only one frame of the listing is in memory at a time.
-const LISTING_FRAME_BYTES: usize = 64 << 10;
+pub(super) const LISTING_FRAME_BYTES: usize = 64 << 10;
 
 /// Room for the sentinel in an old host's one frame, in bytes.
 const SENTINEL_BYTES: usize = 256;
@@ -161,23 +161,23 @@ fn json(entry: &FileInfo) -> Result<Vec<u8>, AgentError> {
 
 /// A JSON array under construction, for one frame.
 #[derive(Debug, Default)]
-struct Frame(Vec<u8>);
+pub(super) struct Frame(Vec<u8>);
 
 impl Frame {
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.0.len()
     }
 
-    fn append(&mut self, json: &[u8]) {
+    pub(super) fn append(&mut self, json: &[u8]) {
         self.0.push(if self.0.is_empty() { b'[' } else { b',' });
         self.0.extend_from_slice(json);
     }
 
-    fn close(mut self) -> Vec<u8> {
+    pub(super) fn close(mut self) -> Vec<u8> {
         if self.0.is_empty() {
             self.0.push(b'[');
         }

@@ -1,11 +1,14 @@
 //! Writing files: whole or not at all.
 
-use bhatti_proto::{AgentError, ErrorKind, FileWriteRequest, FrameType, StatusOk};
+use std::path::Path;
+
+use bhatti_proto::{AgentError, ErrorKind, FileWriteRequest, FrameType, InPlace, StatusOk};
 use bytes::Bytes;
 use rustix::fs::{Gid, Uid};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::in_place::InPlaceFile;
 use super::target::{Durable, NewFile, Owner, too_large};
 use super::{checked, parse_mode, worker};
 use crate::Agent;
@@ -42,7 +45,12 @@ pub(crate) async fn write<T: Transport>(
     // thread.
     agent.awake().await;
     let (sender, mut pieces) = mpsc::channel(PIECES_WAITING);
+    let in_place = request.in_place.clone();
+    let is_agents = request.configures || in_place.is_some();
     let writing = move || {
+        if let Some(in_place) = in_place {
+            return write_in_place(&path, &in_place, &mut pieces);
+        }
         let mut new = NewFile::create(&path, owner)?;
         while let Some(piece) = pieces.blocking_recv() {
             match piece {
@@ -53,7 +61,7 @@ pub(crate) async fn write<T: Transport>(
         // The task that dropped the sender tells the host why.
         Ok(())
     };
-    let mut writing = if request.configures {
+    let mut writing = if is_agents {
         worker::begin_as_agent(agent, writing).await?
     } else {
         worker::begin(agent, request.user.as_deref(), writing).await?
@@ -73,6 +81,22 @@ pub(crate) async fn write<T: Transport>(
     received?;
     written?;
     Ok(writer.send_json(FrameType::FILE_WRITE_RESP, &StatusOk { status: "ok".to_owned() }).await?)
+}
+
+/// Writes a file in place. What was written before an error stays.
+fn write_in_place(
+    path: &Path,
+    how: &InPlace,
+    pieces: &mut mpsc::Receiver<Piece>,
+) -> Result<(), AgentError> {
+    let mut file = InPlaceFile::create(path, how)?;
+    while let Some(piece) = pieces.blocking_recv() {
+        match piece {
+            Piece::Content(bytes) => file.write(&bytes)?,
+            Piece::End => return file.flush(),
+        }
+    }
+    Ok(())
 }
 
 /// The expected length of the content.

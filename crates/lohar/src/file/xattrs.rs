@@ -1,10 +1,11 @@
 //! Extended attributes, which a new file takes over from the file that it replaces.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
-use rustix::fs::{XattrFlags, fsetxattr, getxattr, lgetxattr, listxattr, llistxattr};
+use rustix::fs::{XattrFlags, fremovexattr, fsetxattr, getxattr, lgetxattr, listxattr, llistxattr};
 use rustix::io::Errno;
 
 /// The largest list of attribute names, and the largest value, in bytes: `XATTR_LIST_MAX` and
@@ -38,8 +39,7 @@ pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the attributes of a file that this user may read, with the names that PAX records of an
-/// archive have. Names that are not UTF-8 are left out.
+/// Returns the attributes of a file that this user may read. Names that are not UTF-8 are left out.
 pub(super) fn all(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut names = Vec::new();
     match read(&mut names, |buffer| llistxattr(path, buffer)) {
@@ -52,12 +52,39 @@ pub(super) fn all(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
         let Ok(text) = std::str::from_utf8(name) else { continue };
         let mut value = Vec::new();
         match read(&mut value, |buffer| lgetxattr(path, name, buffer)) {
-            Ok(()) => all.push((format!("SCHILY.xattr.{text}"), value)),
+            Ok(()) => all.push((text.to_owned(), value)),
             Err(Errno::NODATA | Errno::PERM | Errno::ACCESS) => {}
             Err(error) => return Err(error.into()),
         }
     }
     Ok(all)
+}
+
+/// Replaces the attributes `user.*` of a file whose names go on with `prefix`.
+pub(super) fn replace(
+    file: BorrowedFd<'_>,
+    prefix: &str,
+    attributes: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut names = Vec::new();
+    match read(&mut names, |buffer| listxattr(&*path, buffer)) {
+        Ok(()) => {}
+        Err(Errno::NOTSUP | Errno::NOSYS) if attributes.is_empty() => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    let prefix = format!("user.{prefix}");
+    let is_replaced = |name: &&[u8]| name.starts_with(prefix.as_bytes());
+    for name in names.split(|byte| *byte == 0).filter(is_replaced) {
+        match fremovexattr(file, name) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    for (name, value) in attributes {
+        fsetxattr(file, format!("user.{name}"), value.as_bytes(), XattrFlags::empty())?;
+    }
+    Ok(())
 }
 
 fn read(

@@ -1,11 +1,12 @@
 //! Attaches clients to sessions.
 
 use std::rc::Rc;
-use std::sync::Arc;
 
-use bhatti_proto::{ErrorKind, ExecRequest, FrameType, exit_payload, parse_resize};
+use bhatti_proto::{
+    ErrorKind, ExecRequest, FrameType, InputEnd, exit_payload, parse_resize, session_exit_payload,
+};
+use bytes::Bytes;
 use rustix::process::Signal;
-use tokio::sync::Semaphore;
 
 use super::output::Piece;
 use super::{Session, find};
@@ -13,6 +14,7 @@ use crate::Agent;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::input;
 use crate::launch::set_size;
+use crate::reaper::Ended;
 use crate::refusal::{OpError, host_gone, refused};
 
 /// Serves an `EXEC_REQ` that names a session.
@@ -23,16 +25,19 @@ pub(crate) async fn serve_attach<T: Transport>(
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
     let session = find(agent, request.session_id.as_deref().unwrap_or_default())?;
-    if request.observe {
-        return observe(&session, request.output_offset, reader, writer).await;
+    if let Some(end) = request.input {
+        return take_input(agent, &session, end, reader, writer).await;
     }
-    serve(agent, &session, request.output_offset, reader, writer).await
+    if request.observe {
+        return observe(&session, request, reader, writer).await;
+    }
+    serve(agent, &session, request, reader, writer).await
 }
 
 /// How an attachment ended.
 enum Outcome {
-    /// The process ended with this code, and all output was sent.
-    Ended(i32),
+    /// The process ended, and all output was sent.
+    Ended(Ended),
     /// Another client took the session over.
     Displaced,
 }
@@ -42,21 +47,21 @@ enum Outcome {
 pub(super) async fn serve<T: Transport>(
     agent: &Rc<Agent>,
     session: &Rc<Session>,
-    from: Option<u64>,
+    request: &ExecRequest,
     reader: HostReader<T>,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
-    let attached = Attached { session, generation: session.attach(from) };
-    writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
+    let attached = Attached { session, generation: session.attach(request.output_offset) };
+    writer.send_json(FrameType::SESSION_INFO, &session.info_in_full()).await?;
     let outcome = tokio::select! {
         outcome = attached.follow(writer) => outcome?,
         () = receive(agent, session, reader) => return Err(OpError::HostGone),
     };
-    let code = match outcome {
-        Outcome::Ended(code) => code,
-        Outcome::Displaced => 0,
+    let payload = match outcome {
+        Outcome::Ended(end) => exit(end, request),
+        Outcome::Displaced => exit_payload(0).to_vec(),
     };
-    writer.send(FrameType::EXIT, &exit_payload(code)).await.map_err(host_gone)?;
+    writer.send(FrameType::EXIT, &payload).await.map_err(host_gone)?;
     // The exit code of a terminal session is collected once. A job's exit code is kept, because
     // this client may be cut off before it has read the code.
     if matches!(outcome, Outcome::Ended(_)) && !session.is_job() {
@@ -65,34 +70,36 @@ pub(super) async fn serve<T: Transport>(
     Ok(())
 }
 
-/// Sends a job's output and its exit code to an observer, which is not the attached client.
+/// Returns the payload of `EXIT`. Hosts that ask for no details expect the code alone.
+fn exit(Ended { code, signal }: Ended, request: &ExecRequest) -> Vec<u8> {
+    session_exit_payload(code, signal.filter(|_| request.error_details))
+}
+
+/// Sends a session's output and its exit code to an observer, which is not the attached client.
 async fn observe<T: Transport>(
     session: &Session,
-    from: Option<u64>,
+    request: &ExecRequest,
     mut reader: HostReader<T>,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
-    if !session.is_job() {
-        return Err(refused(ErrorKind::BadRequest, "only a job can be observed").into());
-    }
-    writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
+    writer.send_json(FrameType::SESSION_INFO, &session.info_in_full()).await?;
     let host_gone_away = async { while let Ok(Some(_)) = reader.next().await {} };
     tokio::select! {
-        code = send_output(session, from, writer) => {
-            writer.send(FrameType::EXIT, &exit_payload(code?)).await.map_err(host_gone)
+        end = send_output(session, request.output_offset, writer) => {
+            writer.send(FrameType::EXIT, &exit(end?, request)).await.map_err(host_gone)
         }
         () = host_gone_away => Err(OpError::HostGone),
     }
 }
 
-/// Sends output from an offset on, until the process has ended, and returns its exit code.
-/// Returns an error if output was discarded before it was sent: output after a gap would be
+/// Sends output from an offset on, until the process has ended, and returns how it ended. Returns
+/// an error if a job's output was discarded before it was sent: output after a gap would be
 /// misread.
 async fn send_output<T: Transport>(
     session: &Session,
     from: Option<u64>,
     writer: &mut HostWriter<T>,
-) -> Result<i32, OpError> {
+) -> Result<Ended, OpError> {
     let (start, end) = {
         let output = session.output.borrow();
         (output.start(), output.end())
@@ -104,14 +111,14 @@ async fn send_output<T: Transport>(
         changed.as_mut().enable();
         let piece = session.output.borrow_mut().read(position);
         if let Some(Piece { frame_type, bytes, at }) = piece {
-            if at != position {
+            if at != position && session.is_job() {
                 let message = format!("output from {position} to {at} is no longer kept");
                 return Err(refused(ErrorKind::Limit, message).into());
             }
             position = at + bytes.len() as u64;
             writer.send(frame_type, &bytes).await.map_err(host_gone)?;
-        } else if let Some(code) = session.exit_code.get() {
-            return Ok(code);
+        } else if let Some(end) = session.end.get() {
+            return Ok(end);
         } else {
             changed.await;
         }
@@ -146,7 +153,7 @@ impl Attached<'_> {
             return Next::Over(Outcome::Displaced);
         };
         let Some(piece) = self.session.output.borrow_mut().read(position) else {
-            let ended = self.session.exit_code.get().map(Outcome::Ended);
+            let ended = self.session.end.get().map(Outcome::Ended);
             return ended.map_or(Next::Wait, Next::Over);
         };
         attachment.position = Some(piece.at + piece.bytes.len() as u64);
@@ -170,17 +177,12 @@ enum Next {
 
 /// Passes the client's frames on to the session, until the client goes away.
 async fn receive<T: Transport>(agent: &Agent, session: &Session, mut reader: HostReader<T>) {
-    let room = Arc::new(Semaphore::new(input::STDIN_QUEUE_BYTES));
     while let Ok(Some(frame)) = reader.next().await {
         match frame.frame_type {
-            FrameType::STDIN => {
-                agent.touch();
-                let stdin = session.stdin.borrow().clone();
-                let host_is_there =
-                    input::enqueue_for(&reader, stdin.as_ref(), &room, frame.payload).await;
-                if !host_is_there {
-                    return;
-                }
+            FrameType::STDIN
+                if !queue_input(agent, session, &reader, frame.payload.clone()).await =>
+            {
+                return;
             }
             FrameType::STDIN_EOF => drop(session.stdin.take()),
             FrameType::RESIZE => resize(session, &frame.payload),
@@ -195,6 +197,52 @@ async fn receive<T: Transport>(agent: &Agent, session: &Session, mut reader: Hos
             _ => {}
         }
     }
+}
+
+/// Queues input for the process, and waits while its queue is full. Returns false if the host is
+/// gone.
+async fn queue_input<T: Transport>(
+    agent: &Agent,
+    session: &Session,
+    reader: &HostReader<T>,
+    bytes: Bytes,
+) -> bool {
+    agent.touch();
+    let stdin = session.stdin.borrow().clone();
+    input::enqueue_for(reader, stdin.as_ref(), &session.room, bytes).await
+}
+
+/// Takes input from a host that is not the attached client.
+async fn take_input<T: Transport>(
+    agent: &Agent,
+    session: &Session,
+    end: InputEnd,
+    mut reader: HostReader<T>,
+    writer: &mut HostWriter<T>,
+) -> Result<(), OpError> {
+    let takes_none = session.stdin.borrow().is_none();
+    if takes_none && end == InputEnd::Continue {
+        return Err(refused(ErrorKind::BadRequest, "the session takes no input").into());
+    }
+    writer.send_json(FrameType::SESSION_INFO, &session.info_in_full()).await?;
+    while let Some(frame) = reader.next().await? {
+        match frame.frame_type {
+            FrameType::STDIN
+                if !queue_input(agent, session, &reader, frame.payload.clone()).await =>
+            {
+                return Err(OpError::HostGone);
+            }
+            FrameType::RESIZE => resize(session, &frame.payload),
+            FrameType::STDIN_EOF => {
+                if end == InputEnd::Close {
+                    session.stdin.take();
+                }
+                return writer.send(FrameType::EXIT, &exit_payload(0)).await.map_err(host_gone);
+            }
+            _ => {}
+        }
+    }
+    Err(OpError::HostGone)
 }
 
 fn resize(session: &Session, payload: &[u8]) {

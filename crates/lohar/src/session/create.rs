@@ -2,12 +2,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bhatti_proto::{AgentError, ErrorKind, ExecRequest, FrameType};
 use rustix::process::Signal;
 use tokio::io::Interest;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::job_log::JobLog;
 use super::output::Output;
@@ -18,7 +19,7 @@ use crate::agent::unix_now;
 use crate::connection::{HostReader, HostWriter, Transport};
 use crate::input;
 use crate::launch;
-use crate::limits::{JOB_OUTPUT_BYTES_MAX, TERM_GRACE};
+use crate::limits::{JOB_OUTPUT_BYTES_MAX, NOTE_BYTES_MAX, TAG_BYTES_MAX, TERM_GRACE};
 use crate::log;
 use crate::processes::{Confinement, Processes};
 use crate::reaper::Exit;
@@ -38,17 +39,32 @@ pub(crate) async fn serve_create<T: Transport>(
     reader: HostReader<T>,
     writer: &mut HostWriter<T>,
 ) -> Result<(), OpError> {
+    check_names(request)?;
     let session = if request.restart {
         create_kept(agent, request).await?
     } else {
         create(agent, request, None)?
     };
     if request.detach {
-        writer.send_json(FrameType::SESSION_INFO, &session.info()).await?;
+        writer.send_json(FrameType::SESSION_INFO, &session.info_in_full()).await?;
         session.watch_idleness(0);
         return Ok(());
     }
-    attach::serve(agent, &session, None, reader, writer).await
+    attach::serve(agent, &session, request, reader, writer).await
+}
+
+/// Refuses a tag or a note that is too long.
+fn check_names(request: &ExecRequest) -> Result<(), AgentError> {
+    for (what, text, limit) in
+        [("tag", &request.tag, TAG_BYTES_MAX), ("note", &request.note, NOTE_BYTES_MAX)]
+    {
+        let bytes = text.as_ref().map_or(0, String::len);
+        if bytes > limit {
+            let message = format!("the {what} has {bytes} bytes: the limit is {limit}");
+            return Err(refused(ErrorKind::BadRequest, message));
+        }
+    }
+    Ok(())
 }
 
 /// Starts the guest's init script.
@@ -201,8 +217,11 @@ fn begin(agent: &Rc<Agent>, request: &ExecRequest, begin: Begin) -> Rc<Session> 
             .and_then(|seconds| u64::try_from(seconds).ok())
             .filter(|s| *s > 0),
         stdin: RefCell::new(stdin),
+        room: Arc::new(Semaphore::new(input::STDIN_QUEUE_BYTES)),
         output: RefCell::new(output),
-        exit_code: Cell::new(None),
+        end: Cell::new(None),
+        tag: request.tag.clone(),
+        note: request.note.clone(),
         attachment: RefCell::new(Attachment::default()),
         changed: Notify::new(),
     });

@@ -94,13 +94,13 @@ pub(super) async fn run(
 ) {
     let mut buffers = sources.each_ref().map(Source::buffer);
     let [first_buffer, second_buffer] = &mut buffers;
-    let code = loop {
-        session.room().await;
+    let end = loop {
+        session.room_for_output().await;
         let [first, second] = &mut sources;
         let (index, length) = tokio::select! {
             length = first.read(first_buffer) => (0, length),
             length = second.read(second_buffer) => (1, length),
-            code = exit.code() => break code,
+            end = exit.ended() => break end,
         };
         if length == 0 {
             sources[index] = Source::Ended;
@@ -116,7 +116,7 @@ pub(super) async fn run(
         // Before any client gets the exit code.
         kept::forget(&agent, &session.id).await;
     }
-    session.finish(code);
+    session.finish(end);
     for source in sources {
         if let Source::Pipe(pipe, _) = source {
             discard(&agent, pipe);
@@ -134,7 +134,7 @@ pub(super) async fn run(
 async fn drain(session: &Session, source: &Source, buffer: &mut [u8]) {
     let mut budget = DRAIN_BYTES_MAX;
     while budget > 0 {
-        session.room().await;
+        session.room_for_output().await;
         let length = source.read_now(buffer);
         if length == 0 {
             return;
@@ -152,7 +152,7 @@ impl Session {
 
     /// Waits until output can be appended without discarding bytes that the attached client has
     /// not been sent.
-    async fn room(&self) {
+    async fn room_for_output(&self) {
         while self
             .attachment
             .borrow()

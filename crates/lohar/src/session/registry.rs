@@ -66,9 +66,9 @@ impl Sessions {
         self.by_number.borrow_mut().insert(number, Rc::clone(session));
     }
 
-    /// Returns the session with this id.
-    pub(crate) fn get(&self, id: &str) -> Option<Rc<Session>> {
-        self.by_number.borrow().values().find(|session| session.id == id).cloned()
+    /// Returns the newest session that is called so: see [`Session::is_called`].
+    pub(crate) fn get(&self, name: &str) -> Option<Rc<Session>> {
+        self.by_number.borrow().values().rfind(|session| session.is_called(name)).cloned()
     }
 
     /// Forgets a session.
@@ -76,9 +76,14 @@ impl Sessions {
         self.by_number.borrow_mut().retain(|_, session| !Rc::ptr_eq(session, gone));
     }
 
-    /// All sessions, oldest first.
+    /// All sessions, oldest first, without their tags and notes.
     pub(crate) fn list(&self) -> Vec<SessionInfo> {
         self.by_number.borrow().values().map(|session| session.info()).collect()
+    }
+
+    /// All sessions, oldest first.
+    pub(crate) fn all(&self) -> Vec<Rc<Session>> {
+        self.by_number.borrow().values().cloned().collect()
     }
 
     /// Returns the number of sessions that run, of sessions with a client, and of jobs that run.

@@ -180,7 +180,11 @@ impl Packing {
         if attributes.is_empty() {
             return Ok(());
         }
-        let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+        let named: Vec<_> = attributes
+            .iter()
+            .map(|(name, value)| (format!("SCHILY.xattr.{name}"), value.as_slice()))
+            .collect();
+        let records = named.iter().map(|(name, value)| (name.as_str(), *value));
         self.archive.append_pax_extensions(records)
     }
 
