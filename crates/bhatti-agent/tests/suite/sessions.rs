@@ -115,7 +115,7 @@ async fn stopped_job_gets_its_own_stop_signal() {
 #[tokio::test]
 async fn stopped_job_that_goes_on_is_killed_with_its_children() {
     let agent = Agent::start().await;
-    let script = "trap '' TERM; (while :; do sleep 0.01; done) & echo $!; wait; wait";
+    let script = "trap '' TERM; (while :; do sleep 0.01; done) & echo $!; while :; do wait; done";
     let job = agent.client.create_detached(shell(script)).await.unwrap();
     let (_info, _input, mut output) = agent.client.observe(&job.session_id, Some(0)).await.unwrap();
     let child = read_until(&mut output, "\n").await;
