@@ -6,7 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bhatti_agent::CallError;
 use bhatti_node::{Extras, GuestFile, Prepared, Shape, UseError, VolumeUseError, random_token};
 use bhatti_proto::ExecRequest;
-use bhatti_store::{Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError};
+use bhatti_store::{
+    Attach, AttachError, InsertError, NewSandbox, SandboxRow, StoreError, TemplateRow,
+};
 use bhatti_types::{
     Allowance, CpuCount, DEFAULT_IMAGE, DiskMib, Environment, ImageConfig, ImageName, Labels,
     MemoryMib, NEW_FILES_BYTES_MAX, NetworkMode, NetworkSpec, OnTimeout, ParseNameError,
@@ -65,6 +67,25 @@ pub struct SandboxRequest {
     pub volumes: Vec<Attach>,
     /// The snapshot to start from in place of the image.
     pub snapshot: Option<SnapshotId>,
+    /// See [`SandboxSpec::annex`].
+    pub annex: Option<String>,
+}
+
+impl From<TemplateRow> for SandboxRequest {
+    fn from(row: TemplateRow) -> Self {
+        Self {
+            cpus: Some(row.cpus),
+            memory: Some(row.memory),
+            disk: row.disk,
+            environment: row.environment,
+            labels: row.labels,
+            secrets: row.secrets,
+            init: row.init,
+            image: Some(row.image),
+            snapshot: row.snapshot,
+            ..Self::default()
+        }
+    }
 }
 
 /// A file to write into a new sandbox.
@@ -241,6 +262,7 @@ impl Control {
                 mode: request.network.unwrap_or_else(|| self.inner.node.default_network()),
                 allow: request.allow,
             },
+            annex: request.annex,
         };
         if request.network == Some(NetworkMode::None) && !spec.network.allow.ranges().is_empty() {
             return Err(NetworkError::NothingToAllow.into());

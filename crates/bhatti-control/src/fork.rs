@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use bhatti_node::{ForkSource, MadeFrom, SnapshotInfo, TransitionError, UseError, volumes_of_fork};
 use bhatti_store::SandboxRow;
-use bhatti_types::{Environment, Labels, Report, SandboxName, SandboxSpec, SecretName, UserId};
+use bhatti_types::{
+    Environment, Labels, OnTimeout, Report, SandboxName, SandboxSpec, SecretName, UserId,
+};
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{error, info};
 
 use crate::Control;
-use crate::create::{Admitted, CreateError, generated_name};
+use crate::create::{Admitted, CreateError, generated_name, time_limit};
 
 /// Maximum number of forks of one request.
 pub const FORKS_MAX: u32 = 100;
@@ -32,6 +34,10 @@ pub struct ForkRequest {
     pub labels: Labels,
     /// The secrets of the forks. They inherit none of the parent's.
     pub secrets: Vec<SecretName>,
+    /// The time after which the forks are destroyed or stopped; never if absent.
+    pub lifetime: Option<Duration>,
+    /// What happens after that time.
+    pub on_timeout: OnTimeout,
 }
 
 /// The result of a fork.
@@ -130,7 +136,9 @@ impl Control {
         for number in 1..=count {
             let spec = fork_spec(parent, request, number, count)?;
             let volumes = volumes_of_fork(&parent.volumes, MadeFrom::Running);
-            forks.push(self.admit(owner, spec, volumes).await?);
+            let admitted = self.admit(owner, spec, volumes).await?;
+            let time_limit = time_limit(request.lifetime, request.on_timeout);
+            forks.push(Admitted { time_limit, ..admitted });
         }
         let rows = forks.iter().map(Admitted::sample).collect::<Result<Vec<_>, _>>()?;
         self.inner.store.admit_sandboxes(rows)?;
@@ -217,5 +225,6 @@ fn fork_spec(
         image: parent.spec.image.clone(),
         image_config: parent.spec.image_config.clone(),
         network: parent.spec.network.clone(),
+        annex: parent.spec.annex.clone(),
     })
 }

@@ -33,6 +33,33 @@ impl Control {
         row.ok_or_else(|| UseError::NotFound(id_or_name.to_owned()))
     }
 
+    /// Returns a sandbox of any owner. For callers that are known by something else than a key.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn find_any(&self, id: SandboxId) -> Result<Option<SandboxRow>, StoreError> {
+        self.inner.store.get_sandbox(id)
+    }
+
+    /// Returns the sandboxes of all owners.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn list_all(&self) -> Result<Vec<SandboxRow>, StoreError> {
+        self.inner.store.list_all_sandboxes()
+    }
+
+    /// Stores what a second API keeps with a sandbox.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such sandbox.
+    pub fn set_annex(&self, id: SandboxId, annex: &str) -> Result<(), StoreError> {
+        self.inner.store.set_sandbox_annex(id, annex)
+    }
+
     /// Returns the id of the sandbox of `owner` with this id or name.
     ///
     /// # Errors

@@ -217,6 +217,7 @@ impl Control {
             image: snapshot.image,
             image_config: snapshot.image_config,
             network,
+            annex: request.annex,
         };
         let files = guest_files(request.files)?;
         let volumes = volumes_of_fork(&snapshot.volumes, MadeFrom::Kept);

@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 13] = [
+const STEPS: [&str; 14] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -291,6 +291,10 @@ const STEPS: [&str; 13] = [
     "
     ALTER TABLE sandboxes ADD COLUMN on_timeout TEXT NOT NULL DEFAULT 'destroy'
         CHECK (on_timeout IN ('destroy', 'stop'));
+",
+    // What a second API keeps with a sandbox.
+    "
+    ALTER TABLE sandboxes ADD COLUMN annex TEXT;
 ",
 ];
 

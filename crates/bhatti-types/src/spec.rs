@@ -112,6 +112,8 @@ pub struct SandboxSpec {
     pub image_config: ImageConfig,
     /// How the sandbox is connected.
     pub network: NetworkSpec,
+    /// What a second API keeps with the sandbox, in JSON. Only that API knows its fields.
+    pub annex: Option<String>,
 }
 
 impl SandboxSpec {
@@ -131,6 +133,7 @@ impl SandboxSpec {
             image,
             image_config: ImageConfig::default(),
             network: NetworkSpec::default(),
+            annex: None,
         }
     }
 }

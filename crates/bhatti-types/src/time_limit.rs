@@ -53,8 +53,11 @@ impl TimeLimit {
     /// Returns the limit with a change.
     #[must_use]
     pub fn with(self, change: TimeLimitChange) -> Self {
+        let expires_at = change.expires_at.unwrap_or(self.expires_at);
+        let never = u64::MAX;
+        let is_earlier = expires_at.unwrap_or(never) < self.expires_at.unwrap_or(never);
         Self {
-            expires_at: change.expires_at.unwrap_or(self.expires_at),
+            expires_at: if change.only_later && is_earlier { self.expires_at } else { expires_at },
             on_timeout: change.on_timeout.unwrap_or(self.on_timeout),
         }
     }
@@ -65,6 +68,8 @@ impl TimeLimit {
 pub struct TimeLimitChange {
     /// See [`TimeLimit::expires_at`].
     pub expires_at: Option<Option<u64>>,
+    /// Whether an earlier time is ignored.
+    pub only_later: bool,
     /// See [`TimeLimit::on_timeout`].
     pub on_timeout: Option<OnTimeout>,
 }

@@ -100,7 +100,7 @@ async fn stop_at_the_end_of_the_time_is_repeated_until_the_limit_is_removed() {
 
     let row = || place.store.get_sandbox(id).unwrap().unwrap();
     assert_eq!(row().time_limit, OVER);
-    let change = TimeLimitChange { expires_at: Some(None), on_timeout: None };
+    let change = TimeLimitChange { expires_at: Some(None), ..TimeLimitChange::default() };
     node.change_time_limit(id, change).await.unwrap();
     assert_eq!((row().state, row().time_limit.expires_at), (RUNNING, None));
     drop(node.enter(id).await.unwrap());

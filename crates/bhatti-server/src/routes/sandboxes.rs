@@ -253,6 +253,7 @@ pub(crate) async fn fork(
         inherit_environment: inherit_env,
         labels: parse::labels(labels)?,
         secrets: parse::secrets(&secrets)?,
+        ..ForkRequest::default()
     };
     let forked = state.control.fork(owner, &id_or_name, request).await?;
     Ok(created(Json(Forks {

@@ -30,14 +30,14 @@ pub(crate) use row::read_disk;
 /// The columns of the table that a creation fills, in the order of `insert`.
 const STORED: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
      created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
-     stopped_at, image, network, network_allow, disk_mib, image_config, on_timeout";
+     stopped_at, image, network, network_allow, disk_mib, image_config, on_timeout, annex";
 
 /// The columns that `row.rs` reads, in its order.
 const COLUMNS: &str = "id, owner, name, state, fail_reason, cpus, memory_mib, environment, \
      created_at, keep_hot, origin, agent_token, identity, labels, secrets, init, expires_at, \
      stopped_at, image, network, network_allow, \
      (SELECT address FROM addresses WHERE sandbox_id = sandboxes.id), disk_mib, image_config, \
-     on_timeout";
+     on_timeout, annex";
 
 /// A sandbox as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -414,7 +414,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
     };
     let (state, reason) = state_columns(row.state);
     let mut insert = transaction.prepare_cached(&format!(
-        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21, ?22, (SELECT id FROM node))"
+        "INSERT INTO sandboxes ({STORED}, node) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, NULL, ?13, ?14, ?15, ?16, NULL, ?17, ?18, ?19, ?20, ?21, ?22, ?23, (SELECT id FROM node))"
     ))?;
     insert.execute(params![
         row.id.to_string(),
@@ -439,6 +439,7 @@ fn insert(transaction: &Connection, new: NewSandbox) -> Result<SandboxRow, Inser
         row.spec.disk.map(DiskMib::get),
         config_text(&row.spec.image_config)?,
         row.time_limit.on_timeout.as_str(),
+        row.spec.annex,
     ])?;
     drop(insert);
     if let Some(address) = address {

@@ -107,7 +107,7 @@ pub(super) fn create(
         volumes,
         new_volumes,
     } = request;
-    let mut base = template.map(of_template).unwrap_or_default();
+    let mut base = template.map(SandboxRequest::from).unwrap_or_default();
     // A sandbox that is created from a template is named after it.
     base.name = match name(wanted_name)? {
         Some(name) => Some(name),
@@ -169,6 +169,7 @@ pub(super) fn time_limit(
     Ok(TimeLimitChange {
         expires_at: timeout_sec.map(expires_at),
         on_timeout: on_timeout(on_timeout_text)?,
+        only_later: false,
     })
 }
 
@@ -187,21 +188,6 @@ pub(in crate::routes) fn pull_policy(text: &str) -> Result<PullPolicy, ApiError>
             let message = format!("pull must be `missing`, `always` or `never`, not `{other}`");
             Err(ApiError::new(ErrorCode::BadRequest, message))
         }
-    }
-}
-
-fn of_template(row: TemplateRow) -> SandboxRequest {
-    SandboxRequest {
-        cpus: Some(row.cpus),
-        memory: Some(row.memory),
-        disk: row.disk,
-        environment: row.environment,
-        labels: row.labels,
-        secrets: row.secrets,
-        init: row.init,
-        image: Some(row.image),
-        snapshot: row.snapshot,
-        ..SandboxRequest::default()
     }
 }
 

@@ -86,6 +86,19 @@ impl Store {
         })
     }
 
+    /// Stores what a second API keeps with a sandbox.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StoreError::NoSuchRow`] if there is no such sandbox.
+    pub fn set_sandbox_annex(&self, id: SandboxId, annex: &str) -> Result<(), StoreError> {
+        self.work(|connection| {
+            let mut update =
+                connection.prepare_cached("UPDATE sandboxes SET annex = ?2 WHERE id = ?1")?;
+            changed_one(update.execute(params![id.to_string(), annex])?)
+        })
+    }
+
     /// Stores a sandbox's time limit.
     ///
     /// # Errors

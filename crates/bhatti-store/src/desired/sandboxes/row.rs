@@ -148,6 +148,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
             image: parsed(lent(18)?.parse())?,
             image_config: read_config(maybe(23)?)?,
             network: network_spec(lent(19)?, lent(20)?)?,
+            annex: maybe_text(25)?,
         },
         state,
         created_at: text(CREATED_AT)?,
@@ -157,7 +158,7 @@ pub(super) fn read(row: &Row<'_>) -> Result<SandboxRow, StoreError> {
         time_limit: TimeLimit { expires_at: time(16)?, on_timeout: parsed(lent(24)?.parse())? },
         stopped_at: maybe_text(17)?,
         address: address.map(|address| parsed(address.parse())).transpose()?,
-        volumes: parse_attachments(lent(25)?)?,
+        volumes: parse_attachments(lent(26)?)?,
     })
 }
 

@@ -29,6 +29,7 @@ fn spec(name: &str) -> SandboxSpec {
             ..ImageConfig::default()
         },
         network: NetworkSpec { mode: NetworkMode::None, allow: Allowance::default() },
+        annex: Some("{}".to_owned()),
     }
 }
 
