@@ -269,6 +269,37 @@ impl AgentClient {
         self.act_soon(FrameType::SIGNAL_REQ, &request).await
     }
 
+    /// Returns a session. It may be named by `pid:` and its process id, or `tag:` and its tag.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the session does not exist.
+    pub async fn find_session(&self, session: &str) -> Result<SessionInfo, CallError> {
+        let request = ExecRequest {
+            session_id: Some(session.to_owned()),
+            observe: true,
+            output_offset: Some(u64::MAX),
+            error_details: true,
+            ..ExecRequest::default()
+        };
+        self.ask(FrameType::EXEC_REQ, &request, FrameType::SESSION_INFO).await
+    }
+
+    /// Signals a session's process group. SIGKILL goes to every process of the session.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the session or the signal does not exist.
+    pub async fn signal_session(&self, session: &str, signal: u8) -> Result<(), CallError> {
+        let request = SignalRequest {
+            session_id: Some(session.to_owned()),
+            signal,
+            error_details: true,
+            ..SignalRequest::default()
+        };
+        self.act_soon(FrameType::SIGNAL_REQ, &request).await
+    }
+
     /// Kills a session's process. If a job has ended already, the agent removes the job.
     ///
     /// # Errors

@@ -76,26 +76,40 @@ fn identify(
     }
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = header.and_then(bearer).filter(|key| !key.is_empty());
-    let key = match (key, shown) {
-        (Some(key), _) => key.to_owned(),
+    match (key, shown) {
+        (Some(key), _) => of_key(state, key),
         // Every client except a WebSocket can set a header. A URL is unsafe for a key: histories
         // and other programs' logs keep it.
         (None, Some(shown)) if request.headers().contains_key(UPGRADE) => match shown {
-            Shown::Key(key) => key,
-            Shown::Ticket(ticket) => {
-                return state.tickets.redeem(&ticket).ok_or_else(|| {
-                    ApiError::new(
-                        ErrorCode::Unauthorized,
-                        "the ticket is unknown, expired or already used",
-                    )
-                    .hint("request a new ticket: POST /ws-ticket")
-                });
-            }
+            Shown::Key(key) => of_key(state, &key),
+            Shown::Ticket(ticket) => state.tickets.redeem(&ticket).ok_or_else(|| {
+                ApiError::new(
+                    ErrorCode::Unauthorized,
+                    "the ticket is unknown, expired or already used",
+                )
+                .hint("request a new ticket: POST /ws-ticket")
+            }),
         },
-        (None, _) => return Err(ApiError::new(ErrorCode::Unauthorized, "authorization required")),
-    };
+        (None, _) => Err(ApiError::new(ErrorCode::Unauthorized, "authorization required")),
+    }
+}
+
+/// Returns who a key belongs to, for APIs that send it elsewhere than in `Authorization`.
+pub(crate) fn known(
+    state: &AppState,
+    listener: Listener,
+    request: &Request,
+    key: Option<String>,
+) -> Result<Identity, ApiError> {
+    match key {
+        Some(key) if listener == Listener::Tcp => of_key(state, &key),
+        _ => identify(state, listener, request, None),
+    }
+}
+
+fn of_key(state: &AppState, key: &str) -> Result<Identity, ApiError> {
     let invalid = || ApiError::new(ErrorCode::Unauthorized, "invalid api key");
-    let key = state.keyring.find(&key).ok_or_else(invalid)?;
+    let key = state.keyring.find(key).ok_or_else(invalid)?;
     if let Some(at) = key.note_use()
         && let Err(error) = state.control.note_key_use(key.owner, &key.name, at)
     {
@@ -106,7 +120,7 @@ fn identify(
 
 /// Refuses what the caller's key does not allow: a key that may only look changes nothing, opens
 /// no WebSocket, and reaches no port of a sandbox.
-fn check_scope(identity: &Identity, request: &Request) -> Result<(), ApiError> {
+pub(crate) fn check_scope(identity: &Identity, request: &Request) -> Result<(), ApiError> {
     let is_a_look = matches!(*request.method(), Method::GET | Method::HEAD)
         && !request.headers().contains_key(UPGRADE)
         && request.uri().path().split('/').nth(3) != Some("proxy");

@@ -8,6 +8,7 @@ mod answers;
 mod auth;
 mod concurrency;
 mod console;
+mod e2b;
 mod extract;
 mod idempotency;
 mod json;
@@ -84,6 +85,8 @@ pub struct Inner {
     pub public: PublicAddress,
     /// Time limit for an application in a guest to start its response.
     pub proxy_limit: Duration,
+    /// The API of E2B's SDKs.
+    pub(crate) e2b: bhatti_e2b::E2b,
     /// The metrics.
     pub metrics: HttpMetrics,
     /// Becomes true when the daemon stops. Streams without an end of their own then end.
@@ -136,7 +139,9 @@ impl AppState {
         let StateParts { control, started, public, proxy_limit, stopping } = parts;
         let metrics = HttpMetrics::new(&control);
         let keyring = Keyring::new(&control.list_keys(None)?);
+        let e2b = bhatti_e2b::E2b::new(control.clone(), Box::new(e2b::AsNative), None);
         Ok(Self(Arc::new(Inner {
+            e2b,
             control,
             started,
             public,
@@ -204,10 +209,16 @@ pub fn router(state: AppState, listener: Listener) -> Router {
     let routes = routes::router()
         .merge(console::router())
         .layer(from_fn_with_state((state.clone(), listener), pass))
-        .with_state(state);
-    Router::new().fallback(async move |request: Request| {
-        // A router is ready at any time, and never fails.
-        routes.clone().call(without_version(request)).await
+        .with_state(state.clone());
+    Router::new().fallback(move |request: Request| {
+        let (state, mut routes) = (state.clone(), routes.clone());
+        async move {
+            match e2b::serve(&state, listener, request).await {
+                Ok(response) => Ok(response),
+                // A router is ready at any time, and never fails.
+                Err(request) => routes.call(without_version(request)).await,
+            }
+        }
     })
 }
 

@@ -10,11 +10,14 @@ mod public;
 mod relay;
 mod visits;
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bhatti_api::ErrorCode;
 use bhatti_edge::Identity;
+use bhatti_node::SandboxUse;
 use percent_encoding::percent_decode_str;
 
 use crate::AppState;
@@ -88,9 +91,26 @@ async fn pass_on(
         prefix: prefix.to_owned(),
     };
     let used = state.control.enter(owner, id_or_name).await?;
-    let mut response = relay::relay(state, (used, ()), target, request).await?;
+    let mut response = relay::relay(state, (Arc::new(used), ()), target, request).await?;
     headers::confine(response.headers_mut());
     Ok(response)
+}
+
+/// Relays a request of another API to a port of a sandbox, with the path as it was sent.
+pub(crate) async fn relay_to(
+    state: &AppState,
+    used: Arc<SandboxUse>,
+    port: u16,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let uri = request.uri();
+    let target = Target {
+        identity: None,
+        port,
+        path_and_query: with_query(uri.path(), uri.query()),
+        prefix: String::new(),
+    };
+    relay::relay(state, (used, ()), target, request).await
 }
 
 /// Splits a path after its first `segments` segments.

@@ -36,6 +36,15 @@ const READ: Rate = rate(1200, 60);
 /// Requests to an application in a sandbox: one page may load a hundred resources.
 const PROXY: Rate = rate(6000, 2000);
 
+/// What a request does, as far as its rate is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Create,
+    Use,
+    Read,
+    Port,
+}
+
 /// Number of counted sandboxes above which those without recent requests are dropped.
 const SANDBOXES_KEPT: usize = 10_000;
 
@@ -73,6 +82,28 @@ impl Rates {
         }
         let checked = self.public.check_key(&sandbox);
         checked.map_err(|until| until.wait_time_from(DefaultClock::default().now()))
+    }
+
+    /// Counts a request of another API: one that creates something with memory or a disk, a read,
+    /// or a use.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the user's rate is exceeded. The admin has none.
+    pub(crate) fn check_kind(&self, user: UserId, kind: Kind) -> Result<(), ApiError> {
+        if user == UserId::ADMIN {
+            return Ok(());
+        }
+        let limiter = match kind {
+            Kind::Create => &self.create,
+            Kind::Use => &self.use_,
+            Kind::Read => &self.read,
+            Kind::Port => &self.proxy,
+        };
+        limiter.check_key(&user).map_err(|until| {
+            let wait = until.wait_time_from(DefaultClock::default().now());
+            ApiError::new(ErrorCode::RateLimited, "too many requests").retry_after(wait)
+        })
     }
 
     /// Counts a request. If the rate is exceeded, returns the time until the next request may

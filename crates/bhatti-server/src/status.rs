@@ -47,6 +47,11 @@ impl ApiError {
         Self { retry_after: Some(wait), ..self }
     }
 
+    /// The delay after which a retry makes sense.
+    pub(crate) const fn wait(&self) -> Option<Duration> {
+        self.retry_after
+    }
+
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
     }

@@ -1,5 +1,6 @@
 //! The listener for published ports. Its clients need no key, and reach nothing else.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -69,7 +70,7 @@ async fn pass_on(state: AppState, request: Request) -> Result<Response, ApiError
             .retry_after(RETRY)
     })?;
     let is_by_path = !target.prefix.is_empty();
-    let passed_on = relay::relay(&state, (used, slot), target, request).await;
+    let passed_on = relay::relay(&state, (Arc::new(used), slot), target, request).await;
     let mut response = passed_on.map_err(|error| hidden(&error))?;
     // The visit limits how many such responses there are.
     response.extensions_mut().insert(Admitted);

@@ -35,7 +35,7 @@ const HALF_OPEN_LIMIT: Duration = Duration::from_secs(30);
 /// Relays a request, and returns the application's response.
 pub(super) async fn relay(
     state: &AppState,
-    (used, visit): (SandboxUse, impl Send + Sync + 'static),
+    (used, visit): (Arc<SandboxUse>, impl Send + Sync + 'static),
     target: Target,
     mut request: Request,
 ) -> Result<Response, ApiError> {

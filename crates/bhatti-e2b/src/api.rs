@@ -1,0 +1,102 @@
+//! The control plane: sandboxes and snapshots of the owner of a key.
+
+mod create;
+mod life;
+mod list;
+mod objects;
+mod snapshots;
+
+use axum::Router;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use axum::response::IntoResponse;
+use axum::routing::{delete, get, post};
+use bhatti_store::SandboxRow;
+use bhatti_types::UserId;
+use http_body_util::{BodyExt, Limited};
+use serde::de::DeserializeOwned;
+
+use crate::{E2b, Error};
+
+pub(crate) use life::resume;
+
+/// The largest body of a request, in bytes.
+const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// The user whose key a request has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner(pub(crate) UserId);
+
+impl<S: Sync> FromRequestParts<S> for Owner {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        let owner = parts.extensions.get::<Self>().copied();
+        owner.ok_or_else(|| Error::unauthorized("the request has no API key"))
+    }
+}
+
+/// A JSON body. An empty one means an empty object.
+pub(crate) struct Json<T>(pub(crate) T);
+
+impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Error> {
+        let body = Limited::new(request.into_body(), BODY_BYTES_MAX).collect().await;
+        let body = body.map_err(|_| {
+            Error::bad_request(format!("the body is incomplete or has over {BODY_BYTES_MAX} bytes"))
+        })?;
+        let bytes = body.to_bytes();
+        let json = if bytes.is_empty() { b"{}" } else { &*bytes };
+        let parsed = serde_json::from_slice(json);
+        parsed.map(Self).map_err(|error| Error::bad_request(format!("invalid body: {error}")))
+    }
+}
+
+/// A segment of the path, decoded. Its reject is an error of this API.
+pub(crate) struct Id(pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Id {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let path = axum::extract::Path::<String>::from_request_parts(parts, state).await;
+        path.map(|path| Self(path.0)).map_err(|error| Error::bad_request(error.body_text()))
+    }
+}
+
+/// Returns the routes.
+pub(crate) fn router() -> Router<E2b> {
+    Router::new()
+        .route("/sandboxes", get(list::list).post(create::create_v1))
+        .route("/v2/sandboxes", get(list::list).post(create::create))
+        .route("/sandboxes/{id}", get(list::get).delete(life::destroy))
+        .route("/sandboxes/{id}/timeout", post(life::set_timeout))
+        .route("/sandboxes/{id}/refreshes", post(life::refresh))
+        .route("/sandboxes/{id}/connect", post(life::connect))
+        .route("/v2/sandboxes/{id}/connect", post(life::connect))
+        .route("/sandboxes/{id}/pause", post(life::pause))
+        .route("/sandboxes/{id}/resume", post(life::resume_stopped))
+        .route("/sandboxes/{id}/fork", post(life::fork))
+        .route("/sandboxes/{id}/snapshots", post(snapshots::create))
+        .route("/snapshots", get(snapshots::list))
+        .route("/templates/{id}", delete(snapshots::delete))
+        .route("/health", get(async || StatusCode::OK))
+        .fallback(async |request: Request| {
+            let (method, path) = (request.method(), request.uri().path());
+            Error::not_found(format!("bhatti does not serve {method} {path} of E2B's API"))
+                .into_response()
+        })
+}
+
+/// Returns the owner's sandbox with this id or name.
+fn find(e2b: &E2b, Owner(owner): Owner, id: &str) -> Result<SandboxRow, Error> {
+    let found = e2b.0.control.find(owner, id).map_err(|error| e2b.0.describe.using(error));
+    found.map_err(|error| if error.is_not_found() { no_sandbox(id) } else { error })
+}
+
+fn no_sandbox(id: &str) -> Error {
+    Error::not_found(format!("sandbox \"{id}\" does not exist or you have no access to it"))
+}

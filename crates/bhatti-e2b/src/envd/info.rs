@@ -1,0 +1,33 @@
+//! Health, load and variables of a sandbox.
+
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use crate::Target;
+
+/// Says that the sandbox answers.
+pub(super) fn health() -> Response {
+    StatusCode::NO_CONTENT.into_response()
+}
+
+/// Returns the variables of every process in the sandbox.
+pub(super) fn environment(target: &Target) -> Response {
+    let mut variables: Map<String, Value> = Map::new();
+    for (name, value) in target.row.spec.environment.as_map() {
+        variables.insert(name.clone(), json!(value));
+    }
+    for (name, value) in of_sandbox(target) {
+        variables.insert(name.to_owned(), json!(value));
+    }
+    axum::Json(Value::Object(variables)).into_response()
+}
+
+/// Returns the variables that tell a program where it runs.
+pub(super) fn of_sandbox(target: &Target) -> [(&'static str, String); 3] {
+    [
+        ("E2B_SANDBOX", "true".to_owned()),
+        ("E2B_SANDBOX_ID", target.row.id.to_string()),
+        ("E2B_TEMPLATE_ID", target.settings.template.clone()),
+    ]
+}

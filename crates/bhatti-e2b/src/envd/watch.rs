@@ -1,0 +1,265 @@
+//! Watches of directories: as streams, and as watchers that clients ask for events.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::HeaderMap;
+use axum::response::Response;
+use bhatti_agent::{TreeEvent, TreeEvents};
+use bhatti_proto::{FileEvent, FileEventKind, Place};
+use bhatti_types::SandboxId;
+use parking_lot::Mutex;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::filesystem::describe;
+use super::{place, refused};
+use crate::connect::{Code, RpcError, Sender, stream, time_limit};
+use crate::{E2b, Target};
+
+/// Events that a watcher keeps for its client. Beyond these, the oldest are dropped.
+const EVENTS_MAX: usize = 10_000;
+
+/// The time after which a watcher that nobody asks ends.
+const IDLE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// How long a watcher may take to give its events.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+
+/// The time without events after which a client is told that the stream is alive.
+const KEEPALIVE: Duration = Duration::from_secs(90);
+
+/// What to watch.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Wish {
+    path: String,
+    recursive: bool,
+    include_entry: bool,
+}
+
+/// Names a watcher.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Named {
+    watcher_id: String,
+}
+
+/// The watchers of all sandboxes, by id. Each ends with its sandbox's connection.
+#[derive(Clone, Default)]
+pub(crate) struct Watchers(Arc<Mutex<HashMap<String, Watcher>>>);
+
+struct Watcher {
+    sandbox: SandboxId,
+    /// Asks for the events so far.
+    asks: mpsc::Sender<oneshot::Sender<Vec<Value>>>,
+}
+
+/// Creates a watcher.
+pub(super) async fn create(
+    e2b: &E2b,
+    target: &Target,
+    user: Option<&str>,
+    wish: Wish,
+) -> Result<Value, RpcError> {
+    let watch = Watch::begin(target, user, &wish).await?;
+    let id = getrandom::u64().map_err(|error| RpcError::new(Code::Internal, error.to_string()))?;
+    let id = format!("w{id:016x}");
+    let (asks, asked) = mpsc::channel(1);
+    let watcher = Watcher { sandbox: target.row.id, asks };
+    let watchers = e2b.0.watchers.clone();
+    watchers.0.lock().insert(id.clone(), watcher);
+    let named = id.clone();
+    tokio::spawn(async move {
+        keep(watch, asked).await;
+        watchers.0.lock().remove(&named);
+    });
+    Ok(json!({ "watcherId": id }))
+}
+
+/// Returns the events of a watcher since the last call, also those of changes just now.
+pub(super) async fn events(e2b: &E2b, target: &Target, named: Named) -> Result<Value, RpcError> {
+    let unknown = || not_found(&named.watcher_id);
+    let asks = {
+        let watchers = e2b.0.watchers.0.lock();
+        let watcher = watchers.get(&named.watcher_id);
+        let watcher = watcher.filter(|watcher| watcher.sandbox == target.row.id);
+        watcher.ok_or_else(unknown)?.asks.clone()
+    };
+    let (answer, answered) = oneshot::channel();
+    asks.send(answer).await.map_err(|_| unknown())?;
+    let answered = timeout(ANSWER_LIMIT, answered).await;
+    let silent = |_| RpcError::new(Code::Unavailable, "the sandbox does not answer");
+    let events = answered.map_err(silent)?.map_err(|_| unknown())?;
+    Ok(json!({ "events": events }))
+}
+
+/// Ends a watcher.
+pub(super) fn remove(e2b: &E2b, target: &Target, named: Named) -> Result<Value, RpcError> {
+    let mut watchers = e2b.0.watchers.0.lock();
+    let is_own = |watcher: &Watcher| watcher.sandbox == target.row.id;
+    if !watchers.get(&named.watcher_id).is_some_and(is_own) {
+        return Err(not_found(&named.watcher_id));
+    }
+    // Its task ends when nobody can ask any more.
+    watchers.remove(&named.watcher_id);
+    Ok(json!({}))
+}
+
+fn not_found(id: &str) -> RpcError {
+    RpcError::new(Code::NotFound, format!("watcher with id {id} not found"))
+}
+
+/// Streams the events of a directory.
+pub(super) async fn stream_events(
+    target: Target,
+    user: Option<&str>,
+    headers: &HeaderMap,
+    wish: Wish,
+) -> Result<Response, RpcError> {
+    let limit = time_limit(headers)?;
+    let watch = Watch::begin(&target, user, &wish).await?;
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    let asked = headers.get("keepalive-ping-interval").and_then(|value| value.to_str().ok());
+    let seconds = asked.and_then(|text| text.parse::<u64>().ok());
+    let keepalive = seconds.map_or(KEEPALIVE, |s| Duration::from_secs(s.clamp(1, 3600)));
+    let (sender, response) = stream();
+    tokio::spawn(follow(watch, sender, deadline, keepalive));
+    Ok(response)
+}
+
+async fn follow(mut watch: Watch, sender: Sender, deadline: Option<Instant>, keepalive: Duration) {
+    let over = async {
+        match deadline {
+            Some(deadline) => sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    };
+    let mut over = std::pin::pin!(over);
+    if !sender.send(&json!({ "start": {} })).await {
+        return;
+    }
+    loop {
+        let event = tokio::select! {
+            biased;
+            () = sender.gone() => return,
+            () = &mut over => {
+                let message = "the time limit of the call is over";
+                return sender.end(Err(RpcError::new(Code::DeadlineExceeded, message))).await;
+            }
+            event = timeout(keepalive, watch.next()) => event,
+        };
+        let message = match event {
+            Err(_) => json!({ "keepalive": {} }),
+            Ok(Some(Happened::Change(event))) => json!({ "filesystem": event }),
+            Ok(Some(Happened::Synced)) => continue,
+            Ok(None) => {
+                // The directory is gone, or the sandbox is: the second cuts the connection.
+                if watch.target.used.agent.entry("/", Some("0")).await.is_ok() {
+                    sender.end(Ok(())).await;
+                }
+                return;
+            }
+        };
+        if !sender.send(&message).await {
+            return;
+        }
+    }
+}
+
+/// Collects the events of a watcher until nobody asks for them any more.
+async fn keep(mut watch: Watch, mut asked: mpsc::Receiver<oneshot::Sender<Vec<Value>>>) {
+    let mut events = std::collections::VecDeque::new();
+    let mut waiting: Option<oneshot::Sender<Vec<Value>>> = None;
+    let mut idle_until = Instant::now() + IDLE_LIMIT;
+    let mut is_over = false;
+    loop {
+        tokio::select! {
+            happened = watch.next(), if !is_over => match happened {
+                Some(Happened::Change(event)) => {
+                    if events.len() >= EVENTS_MAX {
+                        events.pop_front();
+                    }
+                    events.push_back(event);
+                    continue;
+                }
+                Some(Happened::Synced) => {}
+                None => is_over = true,
+            },
+            ask = asked.recv(), if waiting.is_none() => {
+                let Some(ask) = ask else { return };
+                idle_until = Instant::now() + IDLE_LIMIT;
+                waiting = Some(ask);
+                if !is_over && watch.events.sync().await.is_ok() {
+                    continue;
+                }
+            }
+            () = sleep_until(idle_until) => return,
+        }
+        if let Some(ask) = waiting.take() {
+            // A client that is gone has lost these events.
+            drop(ask.send(events.drain(..).collect()));
+        }
+    }
+}
+
+/// A watch of a directory, as the SDKs see it.
+struct Watch {
+    target: Target,
+    top: String,
+    include_entry: bool,
+    events: TreeEvents,
+}
+
+enum Happened {
+    Change(Value),
+    Synced,
+}
+
+impl Watch {
+    async fn begin(target: &Target, user: Option<&str>, wish: &Wish) -> Result<Self, RpcError> {
+        let Place { path, .. } = place(target, &wish.path, user).await?;
+        let events = target.used.agent.watch_tree(&path, wish.recursive).await;
+        let events = events.map_err(|error| refused(error, user))?;
+        let include_entry = wish.include_entry;
+        Ok(Self { target: target.clone(), top: path, include_entry, events })
+    }
+
+    /// Waits for the next event. `None` if the directory or the sandbox is gone.
+    async fn next(&mut self) -> Option<Happened> {
+        loop {
+            match self.events.next().await {
+                Ok(TreeEvent::Change(event)) => {
+                    if let Some(event) = self.describe(event).await {
+                        return Some(Happened::Change(event));
+                    }
+                }
+                Ok(TreeEvent::Synced) => return Some(Happened::Synced),
+                Ok(TreeEvent::Over) | Err(_) => return None,
+            }
+        }
+    }
+
+    async fn describe(&mut self, FileEvent { kind, name }: FileEvent) -> Option<Value> {
+        let (kind, exists) = match kind {
+            FileEventKind::Created => ("EVENT_TYPE_CREATE", true),
+            FileEventKind::Modified => ("EVENT_TYPE_WRITE", true),
+            FileEventKind::Attributes => ("EVENT_TYPE_CHMOD", true),
+            FileEventKind::Removed => ("EVENT_TYPE_REMOVE", false),
+            FileEventKind::Moved => ("EVENT_TYPE_RENAME", false),
+            FileEventKind::Watching | FileEventKind::Overflow => return None,
+        };
+        let name = name.unwrap_or_else(|| ".".to_owned());
+        let mut event = json!({ "name": name, "type": kind });
+        if self.include_entry && exists {
+            let path = format!("{}/{name}", self.top.trim_end_matches('/'));
+            if let Ok(entry) = self.target.used.agent.entry(&path, Some("0")).await {
+                event["entry"] = describe(&entry);
+            }
+        }
+        Some(event)
+    }
+}
