@@ -8,7 +8,6 @@ mod snapshots;
 
 use axum::Router;
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::IntoResponse;
 use axum::routing::{delete, get, post};
@@ -17,7 +16,7 @@ use bhatti_types::UserId;
 use http_body_util::{BodyExt, Limited};
 use serde::de::DeserializeOwned;
 
-use crate::{E2b, Error};
+use crate::{E2b, Error, status};
 
 pub(crate) use life::resume;
 
@@ -83,7 +82,7 @@ pub(crate) fn router() -> Router<E2b> {
         .route("/sandboxes/{id}/snapshots", post(snapshots::create))
         .route("/snapshots", get(snapshots::list))
         .route("/templates/{id}", delete(snapshots::delete))
-        .route("/health", get(async || StatusCode::OK))
+        .route("/health", get(async || status::OK))
         .fallback(async |request: Request| {
             let (method, path) = (request.method(), request.uri().path());
             Error::not_found(format!("bhatti does not serve {method} {path} of E2B's API"))

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Buf, BufMut, BytesMut};
 use futures_util::{Stream, StreamExt, stream};
@@ -19,6 +19,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+
+pub(crate) use crate::code::Code;
+use crate::status;
 
 /// The largest message, in bytes of JSON.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 20;
@@ -35,56 +38,6 @@ const MESSAGES_WAITING: usize = 16;
 
 const UNARY: &str = "application/json";
 const STREAM: &str = "application/connect+json";
-
-/// Why a call failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Code {
-    Unknown,
-    InvalidArgument,
-    DeadlineExceeded,
-    NotFound,
-    AlreadyExists,
-    PermissionDenied,
-    ResourceExhausted,
-    Unimplemented,
-    Internal,
-    Unavailable,
-    Unauthenticated,
-}
-
-impl Code {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::InvalidArgument => "invalid_argument",
-            Self::DeadlineExceeded => "deadline_exceeded",
-            Self::NotFound => "not_found",
-            Self::AlreadyExists => "already_exists",
-            Self::PermissionDenied => "permission_denied",
-            Self::ResourceExhausted => "resource_exhausted",
-            Self::Unimplemented => "unimplemented",
-            Self::Internal => "internal",
-            Self::Unavailable => "unavailable",
-            Self::Unauthenticated => "unauthenticated",
-        }
-    }
-
-    /// The status of a unary call: <https://connectrpc.com/docs/protocol#error-codes>
-    const fn status(self) -> StatusCode {
-        match self {
-            Self::Unknown | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::InvalidArgument => StatusCode::BAD_REQUEST,
-            Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-            Self::NotFound => StatusCode::NOT_FOUND,
-            Self::AlreadyExists => StatusCode::CONFLICT,
-            Self::PermissionDenied => StatusCode::FORBIDDEN,
-            Self::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
-            Self::Unimplemented => StatusCode::NOT_IMPLEMENTED,
-            Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
-        }
-    }
-}
 
 /// A call failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,7 +65,7 @@ pub(crate) enum Kind {
 
 impl IntoResponse for RpcError {
     fn into_response(self) -> Response {
-        (self.code.status(), axum::Json(self.json())).into_response()
+        (status::of_call(self.code), axum::Json(self.json())).into_response()
     }
 }
 
@@ -149,7 +102,7 @@ pub(crate) fn check_type(kind: Kind, headers: &HeaderMap) -> Result<(), Response
         return Ok(());
     }
     let accepted = [(header::HeaderName::from_static("accept-post"), wanted)];
-    Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, accepted).into_response())
+    Err((status::WRONG_TYPE, accepted).into_response())
 }
 
 /// The time limit that a client sets for a call.
@@ -363,7 +316,7 @@ mod tests {
     #[tokio::test]
     async fn malformed_envelopes_are_refused() {
         let mut long = vec![0];
-        long.extend((MESSAGE_BYTES_MAX as u32 + 1).to_be_bytes());
+        long.extend(u32::try_from(MESSAGE_BYTES_MAX + 1).unwrap().to_be_bytes());
         for (bytes, code) in [
             (vec![0, 0, 0, 0, 9, b'{'], Code::InvalidArgument),
             (vec![0, 0], Code::InvalidArgument),

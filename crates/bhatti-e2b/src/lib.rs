@@ -9,11 +9,13 @@
 //! expect was found by running them.
 
 mod api;
+mod code;
 mod connect;
 mod envd;
 mod error;
 mod place;
 mod settings;
+mod status;
 mod token;
 
 use std::sync::Arc;
@@ -90,19 +92,16 @@ impl E2b {
     /// Returns the answers that SDKs take for a sandbox that is gone, and the errors of a sandbox
     /// that cannot be woken.
     pub async fn enter(&self, id: &str) -> Result<Target, Error> {
-        let gone = || Error::no_sandbox(id);
-        let row = match id.parse() {
-            Ok(id) => self.0.control.find_any(id).map_err(|error| self.0.describe.store(error))?,
-            Err(_) => None,
-        };
-        let row = row.ok_or_else(gone)?;
+        let row = self.row(id)?;
         let settings = Settings::of(&row);
         if row.state == SandboxState::Stopped && settings.auto_resume {
             api::resume(self, &row, &settings, None).await?;
         }
-        let used = self.0.control.enter(row.owner, id).await.map_err(|error| match error {
-            UseError::NotFound(_) | UseError::Denied(_) => gone(),
-            error => self.0.describe.using(error),
+        let entered = self.0.control.enter(row.owner, id).await;
+        let used = entered.map_err(|error| match self.row(id) {
+            // To SDKs, a sandbox that does not run looks like one that is gone.
+            Ok(row) if row.state == SandboxState::Running => self.0.describe.using(error),
+            _ => Error::no_sandbox(id),
         })?;
         Ok(Target { row: Arc::new(row), settings: Arc::new(settings), used: Arc::new(used) })
     }
@@ -113,11 +112,14 @@ impl E2b {
     ///
     /// Returns the answer that SDKs take for a sandbox that is gone.
     pub fn owner(&self, id: &str) -> Result<UserId, Error> {
-        let row = match id.parse() {
-            Ok(id) => self.0.control.find_any(id).map_err(|error| self.0.describe.store(error))?,
-            Err(_) => None,
-        };
-        row.map(|row| row.owner).ok_or_else(|| Error::no_sandbox(id))
+        self.row(id).map(|row| row.owner)
+    }
+
+    fn row(&self, id: &str) -> Result<SandboxRow, Error> {
+        let gone = || Error::no_sandbox(id);
+        let parsed = id.parse().map_err(|_| gone())?;
+        let row = self.0.control.find_any(parsed);
+        row.map_err(|error| self.0.describe.store(error))?.ok_or_else(gone)
     }
 
     /// Answers a request to the processes and files of a sandbox.

@@ -19,7 +19,7 @@ use futures_util::StreamExt;
 use crate::auth::{self, Caller};
 use crate::metrics::Measured;
 use crate::rates::Kind;
-use crate::status::{ApiError, number};
+use crate::status::{ApiError, status};
 use crate::{AppState, Listener, concurrency, ended_key, proxy, request_id};
 
 /// Describes errors as the native API does.
@@ -28,7 +28,7 @@ pub(crate) struct AsNative;
 fn plain(error: impl Into<ApiError>) -> Error {
     let error: ApiError = error.into();
     let wait = error.wait();
-    Error::new(number(error.code), error.message).retry_after(wait)
+    Error::new(status(error.code), error.message).retry_after(wait)
 }
 
 impl Describe for AsNative {

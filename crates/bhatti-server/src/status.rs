@@ -210,7 +210,7 @@ pub(crate) fn number(code: ErrorCode) -> u16 {
     status(code).as_u16()
 }
 
-const fn status(code: ErrorCode) -> StatusCode {
+pub(crate) const fn status(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::BadRequest
         | ErrorCode::CommandNotFound

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use bhatti_control::{CreateError, ImageError, PullPolicy, SandboxRequest, SnapshotOpError};
 use bhatti_store::{Attach, AttachKind};
@@ -14,7 +13,7 @@ use serde_json::Value;
 
 use super::{Json, Owner, objects};
 use crate::settings::{Settings, TIMEOUT_SEC};
-use crate::{E2b, Error};
+use crate::{E2b, Error, status};
 
 /// Seconds until a sandbox of the older route ends, if the request names no time.
 const TIMEOUT_V1_SEC: u32 = 15;
@@ -118,7 +117,7 @@ async fn create_with(
     let created = e2b.0.control.create(owner, request).await;
     let row = created.map_err(|error| e2b.0.describe.creation(error))?;
     let body = axum::Json(objects::sandbox(&e2b, &row, &settings));
-    Ok((StatusCode::CREATED, body).into_response())
+    Ok((status::CREATED, body).into_response())
 }
 
 /// Returns a number of seconds that a sandbox can live.

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::create::seconds;
 use super::{Id, Json, Owner, find, no_sandbox, objects};
 use crate::settings::{Settings, TIMEOUT_SEC};
-use crate::{E2b, Error};
+use crate::{E2b, Error, status};
 
 /// The shortest time that a sandbox gets when a request wakes it.
 const AUTO_RESUME_MIN_SEC: u32 = 300;
@@ -40,7 +40,7 @@ pub(super) async fn destroy(
     let row = find(&e2b, owner, &id)?;
     let destroyed = e2b.0.control.destroy(row.owner, &row.id.to_string()).await;
     match destroyed.map_err(|error| e2b.0.describe.using(error)) {
-        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Ok(()) => Ok(status::NO_CONTENT),
         Err(error) if error.is_not_found() => Err(no_sandbox(&id)),
         Err(error) => Err(error),
     }
@@ -60,7 +60,7 @@ pub(super) async fn set_timeout(
         return Err(no_sandbox(&id));
     }
     set_end(&e2b, &row, timeout, false).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(status::NO_CONTENT)
 }
 
 /// `POST /sandboxes/{id}/refreshes`: only lengthens.
@@ -76,7 +76,7 @@ pub(super) async fn refresh(
     }
     let duration = seconds(change.duration.unwrap_or_else(|| TIMEOUT_SEC.into()))?;
     set_end(&e2b, &row, duration, true).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(status::NO_CONTENT)
 }
 
 async fn set_end(
@@ -112,11 +112,11 @@ pub(super) async fn connect(
     let row = find(&e2b, owner, &id)?;
     let settings = Settings::of(&row);
     let (status, row) = match row.state {
-        SandboxState::Running => (StatusCode::OK, set_end(&e2b, &row, timeout, true).await?),
+        SandboxState::Running => (status::OK, set_end(&e2b, &row, timeout, true).await?),
         SandboxState::Stopped => {
             let is_disk_only = settings.is_disk_only || change.memory == Some(false);
             let settings = Settings { is_disk_only, ..settings.clone() };
-            (StatusCode::CREATED, resume(&e2b, &row, &settings, Some(timeout)).await?)
+            (status::CREATED, resume(&e2b, &row, &settings, Some(timeout)).await?)
         }
         SandboxState::Creating => return Err(Error::conflict("the sandbox is being created")),
         SandboxState::Failed(_) | SandboxState::Destroyed => return Err(no_sandbox(&id)),
@@ -143,7 +143,7 @@ pub(super) async fn resume_stopped(
     let settings = Settings::of(&row);
     let row = resume(&e2b, &row, &settings, Some(timeout)).await?;
     let body = axum::Json(objects::sandbox(&e2b, &row, &settings));
-    Ok((StatusCode::CREATED, body).into_response())
+    Ok((status::CREATED, body).into_response())
 }
 
 /// Starts a stopped sandbox. Without a time, it gets that of its creation, but at least five
@@ -200,7 +200,7 @@ pub(super) async fn pause(
         change_limit(&e2b, &row, again).await?;
         return Err(e2b.0.describe.using(error));
     }
-    Ok(StatusCode::NO_CONTENT)
+    Ok(status::NO_CONTENT)
 }
 
 /// `POST /sandboxes/{id}/fork`.
@@ -233,5 +233,5 @@ pub(super) async fn fork(
         .iter()
         .map(|fork| json!({ "sandbox": objects::sandbox(&e2b, fork, &Settings::of(fork)) }))
         .collect();
-    Ok((StatusCode::CREATED, axum::Json(forks)).into_response())
+    Ok((status::CREATED, axum::Json(forks)).into_response())
 }

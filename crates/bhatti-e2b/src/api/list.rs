@@ -45,7 +45,7 @@ pub(super) async fn list(
     let filter = Filter::of(&query)?;
     let rows = e2b.0.control.list(owner, &SandboxFilter::default());
     let mut rows = rows.map_err(|error| e2b.0.describe.store(error))?;
-    rows.sort_by(|one, other| place_of(one).cmp(&place_of(other)));
+    rows.sort_by_key(place_of);
     if query.order != "asc" {
         rows.reverse();
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::list::{page, paged};
 use super::{Id, Json, Owner, find};
-use crate::{E2b, Error};
+use crate::{E2b, Error, status};
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -52,7 +52,7 @@ pub(super) async fn create(
     let parsed = parsed.map_err(|error| Error::bad_request(format!("invalid name: {error}")))?;
     let made = e2b.0.control.create_snapshot(row.owner, &row.id.to_string(), parsed).await;
     let made = made.map_err(|error| e2b.0.describe.snapshot(error))?;
-    Ok((StatusCode::CREATED, axum::Json(described(&made))).into_response())
+    Ok((status::CREATED, axum::Json(described(&made))).into_response())
 }
 
 fn described(snapshot: &SnapshotRow) -> Value {
@@ -88,7 +88,7 @@ pub(super) async fn delete(
     let control = &e2b.0.control;
     let untagged = id.strip_suffix(":default").unwrap_or(&id);
     match control.delete_snapshot(owner, untagged).await {
-        Ok(()) => return Ok(StatusCode::NO_CONTENT),
+        Ok(()) => return Ok(status::NO_CONTENT),
         Err(SnapshotOpError::NotFound(_)) => {}
         Err(error) => return Err(e2b.0.describe.snapshot(error)),
     }
@@ -97,5 +97,5 @@ pub(super) async fn delete(
     let template =
         template.ok_or_else(|| Error::not_found(format!("template {id:?} not found")))?;
     control.delete_template(&template).await.map_err(failed)?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(status::NO_CONTENT)
 }

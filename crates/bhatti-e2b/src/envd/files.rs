@@ -203,14 +203,14 @@ impl Files<'_> {
 /// Passes a body on, decompressed.
 enum Decoder {
     Plain,
-    Gzip(GzDecoder<Vec<u8>>),
+    Gzip(Box<GzDecoder<Vec<u8>>>),
 }
 
 impl Decoder {
     fn of(encoding: Encoding) -> Self {
         match encoding {
             Encoding::Plain => Self::Plain,
-            Encoding::Gzip => Self::Gzip(GzDecoder::new(Vec::new())),
+            Encoding::Gzip => Self::Gzip(Box::new(GzDecoder::new(Vec::new()))),
         }
     }
 

@@ -80,7 +80,7 @@ pub(super) async fn call(
             watch::create(e2b, &target, user.as_deref(), wish).await?
         }
         Method::GetWatcherEvents => watch::events(e2b, &target, message(request).await?).await?,
-        Method::RemoveWatcher => watch::remove(e2b, &target, message(request).await?)?,
+        Method::RemoveWatcher => watch::remove(e2b, &target, &message(request).await?)?,
         Method::WatchDir => {
             let wish = Messages::of(request)?.only().await?;
             return watch::stream_events(target.clone(), user.as_deref(), &headers, wish).await;

@@ -1,14 +1,13 @@
 //! Health, load and variables of a sandbox.
 
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use crate::Target;
+use crate::{Target, status};
 
 /// Says that the sandbox answers.
 pub(super) fn health() -> Response {
-    StatusCode::NO_CONTENT.into_response()
+    status::NO_CONTENT.into_response()
 }
 
 /// Returns the variables of every process in the sandbox.

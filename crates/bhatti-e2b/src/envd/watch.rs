@@ -98,7 +98,7 @@ pub(super) async fn events(e2b: &E2b, target: &Target, named: Named) -> Result<V
 }
 
 /// Ends a watcher.
-pub(super) fn remove(e2b: &E2b, target: &Target, named: Named) -> Result<Value, RpcError> {
+pub(super) fn remove(e2b: &E2b, target: &Target, named: &Named) -> Result<Value, RpcError> {
     let mut watchers = e2b.0.watchers.0.lock();
     let is_own = |watcher: &Watcher| watcher.sandbox == target.row.id;
     if !watchers.get(&named.watcher_id).is_some_and(is_own) {
