@@ -40,6 +40,7 @@ run doctests cargo test --locked --workspace --doc --quiet
 run console ./scripts/test-console.sh "$data_dir"
 # The short form of `make api-check`.
 EXAMPLES=5 SEED=1 run api-check ./scripts/api-check.sh
+run e2b ./scripts/test-e2b.sh
 own_network=()
 [ "$(id -u)" = 0 ] && own_network=(unshare --net)
 run quickstart "${own_network[@]}" ./scripts/test-quickstart.sh

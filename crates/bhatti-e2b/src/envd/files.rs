@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 
 use axum::body::Body;
-use axum::extract::{FromRequest, Multipart, Request};
+use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bhatti_agent::{CallError, FileContent, FileUpload, ReadOptions};
@@ -82,7 +82,7 @@ pub(super) async fn write(target: &Target, request: Request) -> Response {
     }
 }
 
-async fn try_write(target: &Target, request: Request) -> Result<Vec<Value>, Error> {
+async fn try_write(target: &Target, mut request: Request) -> Result<Vec<Value>, Error> {
     let (path, user) = path_and_user(&request)?;
     let metadata = metadata(request.headers())?;
     let encoding = encoding(request.headers())?;
@@ -90,6 +90,8 @@ async fn try_write(target: &Target, request: Request) -> Result<Vec<Value>, Erro
     let kind = request.headers().get(header::CONTENT_TYPE);
     let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if kind.starts_with("multipart/form-data") {
+        // The agent limits the size of a file.
+        DefaultBodyLimit::disable().apply(&mut request);
         let form = Multipart::from_request(request, &()).await;
         let form = form.map_err(|error| Error::bad_request(error.to_string()))?;
         return files.write_form(&path, form).await;
