@@ -6,6 +6,7 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 
@@ -477,6 +478,54 @@ def test_tokens_and_names_of_other_sandboxes_are_refused(sandbox):
         assert request(sandbox, "/health", headers={"E2b-Sandbox-Id": "0" * 16})[0] == 502
     finally:
         other.kill()
+
+
+def test_key_that_may_only_look_gets_no_token_and_changes_nothing(sandbox):
+    def native(path, key, method="GET", body=None, name="Authorization", kind="Bearer "):
+        asked = urllib.request.Request(BASE + path, method=method, data=body, headers={name: kind + key})
+        with urllib.request.urlopen(asked, timeout=LIMIT) as answer:
+            return json.loads(answer.read() or b"null")
+
+    own = "bht_" + os.environ["E2B_API_KEY"].removeprefix("e2b_")
+    looks = native("/keys", own, "POST", json.dumps({"name": "looks", "scope": "read"}).encode())
+    key = next(value for value in looks.values() if str(value).startswith("bht_"))
+    path = f"/e2b/sandboxes/{sandbox.sandbox_id}"
+    assert "envdAccessToken" in native(path, own, name="X-API-KEY", kind="")
+    assert "envdAccessToken" not in native(path, key, name="X-API-KEY", kind="")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        native(path, key, "DELETE", name="X-API-KEY", kind="")
+
+
+def test_signed_url_is_for_its_user_alone(sandbox):
+    sandbox.files.write("/root/secret", "of root", user="root")
+    url = urllib.parse.urlsplit(sandbox.download_url("~/secret"))
+    named = {"X-Access-Token": None, "Authorization": "Basic cm9vdDo="}
+    status, body = request(sandbox, f"{url.path}?{url.query}", headers=named)
+    assert status == 404, body
+
+
+def test_strangers_wake_no_paused_sandbox():
+    paused = Sandbox.create("base", timeout=300, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    try:
+        assert paused.pause()
+        for path, body in [("/health", None), ("/files?path=x", None), ("/process.Process/List", b"{}")]:
+            headers = {"X-Access-Token": None, "Content-Type": "application/json"}
+            assert request(paused, path, body, headers)[0] in (401, 502), path
+        assert paused.get_info().state == SandboxState.PAUSED
+        assert paused.is_running()
+    finally:
+        paused.kill()
+
+
+def test_form_without_an_end_of_its_head_is_refused(sandbox):
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    endless = b"--b\r\nContent-Disposition: " + b"x" * (8 << 20)
+    assert request(sandbox, "/files?path=target", endless, form)[0] == 400
+
+
+def test_metadata_has_a_limit():
+    with pytest.raises(SandboxException, match="metadata and options"):
+        Sandbox.create("base", metadata={"long": "x" * 20_000})
 
 
 def test_bad_uploads_change_nothing(sandbox):

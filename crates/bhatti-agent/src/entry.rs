@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     Entry, EntryRequest, FileEvent, FileEventKind, FileWriteRequest, FrameType, InPlace,
-    MkdirRequest, Place, TreeWatchRequest,
+    MkdirRequest, PIECE_BYTES_MAX, Place, TreeWatchRequest,
 };
 use tokio::time::timeout;
 
@@ -126,6 +126,7 @@ impl AgentClient {
     pub async fn watch_tree(&self, path: &str, recursive: bool) -> Result<TreeEvents, CallError> {
         let request = TreeWatchRequest { path: path.to_owned(), recursive, error_details: true };
         let (mut reader, writer) = self.request(FrameType::TREE_WATCH_REQ, &request).await?;
+        reader.frames.limit_payload(PIECE_BYTES_MAX);
         let first = expect_soon(&mut reader, FrameType::FILE_EVENT).await?;
         let first: FileEvent = first.json().map_err(|_| CallError::Unexpected)?;
         if first.kind != FileEventKind::Watching {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bhatti_proto::{
-    CHUNK_BYTES, ExecRequest, FrameType, InputEnd, ListRequest, SessionInfo, SessionRef,
-    SignalRequest, resize_payload,
+    CHUNK_BYTES, ExecRequest, FrameType, InputEnd, ListRequest, PIECE_BYTES_MAX, SessionInfo,
+    SessionRef, SignalRequest, resize_payload,
 };
 
 use crate::{
@@ -170,6 +170,7 @@ impl AgentClient {
     ) -> Result<(SessionInfo, ExecInput, SessionOutput), CallError> {
         let request = ExecRequest { error_details: true, ..request };
         let (mut reader, writer) = self.request(FrameType::EXEC_REQ, &request).await?;
+        reader.frames.limit_payload(PIECE_BYTES_MAX);
         let frame = expect_soon(&mut reader, FrameType::SESSION_INFO).await?;
         let info: SessionInfo = frame.json().map_err(|_| CallError::Unexpected)?;
         let target =

@@ -36,6 +36,18 @@ impl<S: Sync> FromRequestParts<S> for Owner {
     }
 }
 
+/// Whether the key of a request may control sandboxes, rather than only look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MayControl(pub(crate) bool);
+
+impl<S: Sync> FromRequestParts<S> for MayControl {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        Ok(parts.extensions.get::<Self>().copied().unwrap_or(Self(false)))
+    }
+}
+
 /// A JSON body. An empty one means an empty object.
 pub(crate) struct Json<T>(pub(crate) T);
 

@@ -16,9 +16,10 @@ use bytes::{Buf, BufMut, BytesMut};
 use futures_util::{Stream, StreamExt, stream};
 use http_body_util::{BodyExt, Limited};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 pub(crate) use crate::code::Code;
 use crate::status;
@@ -34,7 +35,10 @@ const COMPRESSED: u8 = 1;
 const END: u8 = 2;
 
 /// Messages of a stream that may wait for a slow client.
-const MESSAGES_WAITING: usize = 16;
+const MESSAGES_WAITING: usize = 2;
+
+/// How long the message of a unary call may take to arrive.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
 
 const UNARY: &str = "application/json";
 const STREAM: &str = "application/connect+json";
@@ -126,7 +130,10 @@ pub(crate) async fn message<T: DeserializeOwned>(request: Request) -> Result<T, 
     if let Some(other) = encoding.filter(|encoding| *encoding != "identity") {
         return Err(unknown_compression(other.to_str().unwrap_or_default()));
     }
-    let body = Limited::new(request.into_body(), MESSAGE_BYTES_MAX).collect().await;
+    let body = Limited::new(request.into_body(), MESSAGE_BYTES_MAX).collect();
+    let body = timeout(ARRIVAL_LIMIT, body)
+        .await
+        .map_err(|_| RpcError::new(Code::DeadlineExceeded, "the message did not arrive in time"))?;
     let body = body.map_err(|error| {
         if error.is::<http_body_util::LengthLimitError>() {
             return too_large();
@@ -176,7 +183,7 @@ impl Messages {
     pub(crate) async fn only<T: DeserializeOwned>(mut self) -> Result<T, RpcError> {
         let missing = || RpcError::new(Code::Unimplemented, "the stream has no message");
         let message = self.next().await?.ok_or_else(missing)?;
-        match self.next::<Value>().await? {
+        match self.next::<IgnoredAny>().await? {
             None => Ok(message),
             Some(_) => Err(RpcError::new(Code::Unimplemented, "the stream has several messages")),
         }

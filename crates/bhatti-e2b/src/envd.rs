@@ -14,6 +14,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_agent::CallError;
 use bhatti_proto::{ErrorKind, Place};
+use bhatti_store::SandboxRow;
+use bhatti_types::SandboxState;
 
 use crate::connect::{self, Code, RpcError};
 use crate::{E2b, Error, Target, token};
@@ -21,18 +23,26 @@ use crate::{E2b, Error, Target, token};
 pub(crate) use watch::Watchers;
 
 /// Answers a request to the sandbox side of a sandbox.
-pub(crate) async fn serve(e2b: &E2b, id: &str, request: Request) -> Response {
+pub(crate) async fn serve(e2b: &E2b, row: SandboxRow, request: Request) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     if method == Method::OPTIONS {
         return with_cors(().into_response());
     }
-    let target = match e2b.enter(id).await {
+    // First: a stranger wakes no sandbox.
+    let known = authenticate(&row, &request);
+    if path == "/health" && known.is_err() {
+        let is_running = row.state == SandboxState::Running;
+        let gone = || Error::no_sandbox(&row.id.to_string()).into_response();
+        return with_cors(if is_running { info::health() } else { gone() });
+    }
+    let entered = match known {
+        Ok(()) => e2b.enter(row).await,
+        Err(error) => Err(error),
+    };
+    let target = match entered {
         Ok(target) => target,
         Err(error) => return with_cors(error.into_response()),
     };
-    if let Err(error) = authenticate(&target, &path, &request) {
-        return with_cors(error.into_response());
-    }
     let response = match (&method, path.as_str()) {
         (&Method::GET, "/health") => info::health(),
         (&Method::GET, "/files") => files::read(&target, request).await,
@@ -66,16 +76,13 @@ fn with_cors(mut response: Response) -> Response {
 }
 
 /// Checks the token. Requests for files may have a signature in its place.
-fn authenticate(target: &Target, path: &str, request: &Request) -> Result<(), Error> {
-    if path == "/health" {
-        return Ok(());
-    }
-    let wanted = token::access(&target.row);
+pub(crate) fn authenticate(row: &SandboxRow, request: &Request) -> Result<(), Error> {
+    let wanted = token::access(row);
     let shown = request.headers().get("x-access-token");
     if shown.is_some_and(|shown| token::equal(shown.as_bytes(), &wanted)) {
         return Ok(());
     }
-    if path != "/files" {
+    if request.uri().path() != "/files" {
         return Err(Error::unauthorized(
             "unauthorized access, please provide a valid access token",
         ));
@@ -87,7 +94,7 @@ fn authenticate(target: &Target, path: &str, request: &Request) -> Result<(), Er
     let signed = token::Signed::of(query, request.method())
         .ok_or_else(|| Error::bad_request("invalid query"))?;
     let now = u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default();
-    signed.check(&target.row, now).map_err(Error::unauthorized)
+    signed.check(row, now).map_err(Error::unauthorized)
 }
 
 /// A procedure.

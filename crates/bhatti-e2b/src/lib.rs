@@ -19,13 +19,16 @@ mod status;
 mod token;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::Request;
 use axum::response::Response;
 use bhatti_control::{Control, CreateError, ForkError, SnapshotOpError};
 use bhatti_node::{SandboxUse, UseError};
 use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::{SandboxState, UserId};
+use bhatti_types::{SandboxId, SandboxState, UserId};
+use parking_lot::Mutex;
+use tokio::time::Instant;
 use tower_service::Service as _;
 
 pub use error::Error;
@@ -51,8 +54,22 @@ pub trait Describe: Send + Sync {
 #[derive(Clone)]
 pub struct E2b(Arc<Inner>);
 
+/// The longest query of a signed URL, in bytes.
+const QUERY_BYTES_MAX: usize = 16 << 10;
+
+/// How old the list of tokens must be before it is read again.
+const TOKENS_AGE: Duration = Duration::from_secs(1);
+
+/// The access tokens of all sandboxes.
+#[derive(Default)]
+struct Tokens {
+    all: Vec<(SandboxId, String)>,
+    read_at: Option<Instant>,
+}
+
 struct Inner {
     control: Control,
+    tokens: Mutex<Tokens>,
     describe: Box<dyn Describe>,
     /// Host names of sandboxes' ports are below this domain.
     zone: Option<String>,
@@ -74,57 +91,66 @@ impl E2b {
     #[must_use]
     pub fn new(control: Control, describe: Box<dyn Describe>, zone: Option<String>) -> Self {
         let watchers = envd::Watchers::default();
-        Self(Arc::new(Inner { control, describe, zone, watchers }))
+        let tokens = Mutex::default();
+        Self(Arc::new(Inner { control, tokens, describe, zone, watchers }))
     }
 
     /// Answers a request to the control plane by `owner`.
-    pub async fn control_plane(&self, owner: UserId, mut request: Request) -> Response {
+    /// Tokens of existing sandboxes are only in answers to keys that `may_control` them.
+    pub async fn control_plane(
+        &self,
+        owner: UserId,
+        may_control: bool,
+        mut request: Request,
+    ) -> Response {
         request.extensions_mut().insert(api::Owner(owner));
+        request.extensions_mut().insert(api::MayControl(may_control));
         let mut routes = api::router().with_state(self.clone());
         // A router never fails.
         routes.call(request).await.unwrap_or_else(|never| match never {})
     }
 
-    /// Finds the sandbox of a request, and wakes it.
-    ///
-    /// # Errors
-    ///
-    /// Returns the answers that SDKs take for a sandbox that is gone, and the errors of a sandbox
-    /// that cannot be woken.
-    pub async fn enter(&self, id: &str) -> Result<Target, Error> {
-        let row = self.row(id)?;
-        let settings = Settings::of(&row);
-        if row.state == SandboxState::Stopped && settings.auto_resume {
-            api::resume(self, &row, &settings, None).await?;
-        }
-        let entered = self.0.control.enter(row.owner, id).await;
-        let used = entered.map_err(|error| match self.row(id) {
-            // To SDKs, a sandbox that does not run looks like one that is gone.
-            Ok(row) if row.state == SandboxState::Running => self.0.describe.using(error),
-            _ => Error::no_sandbox(id),
-        })?;
-        Ok(Target { row: Arc::new(row), settings: Arc::new(settings), used: Arc::new(used) })
-    }
-
-    /// Finds the owner of a sandbox, to charge a request to it before the sandbox is woken.
+    /// Finds the sandbox of a request.
     ///
     /// # Errors
     ///
     /// Returns the answer that SDKs take for a sandbox that is gone.
-    pub fn owner(&self, id: &str) -> Result<UserId, Error> {
-        self.row(id).map(|row| row.owner)
-    }
-
-    fn row(&self, id: &str) -> Result<SandboxRow, Error> {
+    pub fn find(&self, id: &str) -> Result<SandboxRow, Error> {
         let gone = || Error::no_sandbox(id);
         let parsed = id.parse().map_err(|_| gone())?;
         let row = self.0.control.find_any(parsed);
         row.map_err(|error| self.0.describe.store(error))?.ok_or_else(gone)
     }
 
+    /// Whether a request has a token or a signature of this sandbox's processes and files.
+    #[must_use]
+    pub fn is_known(&self, row: &SandboxRow, request: &Request) -> bool {
+        envd::authenticate(row, request).is_ok()
+    }
+
+    /// Wakes a sandbox. One that is paused is started if it was created so.
+    ///
+    /// # Errors
+    ///
+    /// Returns the answers that SDKs take for a sandbox that is gone, and the errors of a sandbox
+    /// that cannot be woken.
+    pub async fn enter(&self, row: SandboxRow) -> Result<Target, Error> {
+        let (id, settings) = (row.id.to_string(), Settings::of(&row));
+        if row.state == SandboxState::Stopped && settings.auto_resume {
+            api::resume(self, &row, &settings, None).await?;
+        }
+        let entered = self.0.control.enter(row.owner, &id).await;
+        let used = entered.map_err(|error| match self.find(&id) {
+            // To SDKs, a sandbox that does not run looks like one that is gone.
+            Ok(row) if row.state == SandboxState::Running => self.0.describe.using(error),
+            _ => Error::no_sandbox(&id),
+        })?;
+        Ok(Target { row: Arc::new(row), settings: Arc::new(settings), used: Arc::new(used) })
+    }
+
     /// Answers a request to the processes and files of a sandbox.
-    pub async fn envd(&self, id: &str, request: Request) -> Response {
-        envd::serve(self, id, request).await
+    pub async fn envd(&self, row: SandboxRow, request: Request) -> Response {
+        envd::serve(self, row, request).await
     }
 
     /// Checks the token of a request to another port of a sandbox.
@@ -132,12 +158,12 @@ impl E2b {
     /// # Errors
     ///
     /// Returns an error if the sandbox's ports are private and the request has not their token.
-    pub fn admit_to_port(&self, target: &Target, request: &Request) -> Result<(), Error> {
-        if target.settings.public_traffic {
+    pub fn admit_to_port(&self, row: &SandboxRow, request: &Request) -> Result<(), Error> {
+        if Settings::of(row).public_traffic {
             return Ok(());
         }
         let shown = request.headers().get("e2b-traffic-access-token");
-        let wanted = token::traffic(&target.row);
+        let wanted = token::traffic(row);
         let is_right = shown.is_some_and(|shown| token::equal(shown.as_bytes(), &wanted));
         is_right.then_some(()).ok_or_else(|| {
             Error::forbidden("this sandbox's ports need the header `e2b-traffic-access-token`")
@@ -145,11 +171,25 @@ impl E2b {
     }
 
     /// Returns the sandbox that a signed URL is for, which names none.
+    ///
+    /// The caller may be anybody, so the tokens are kept in memory, and read again at most once in
+    /// a second.
     #[must_use]
     pub fn of_signature(&self, request: &Request) -> Option<String> {
-        let query = request.uri().query()?;
-        let signed = token::Signed::of(query, request.method())?;
-        let rows = self.0.control.list_all().ok()?;
-        rows.iter().find(|row| signed.is_for(row)).map(|row| row.id.to_string())
+        let query = request.uri().query().filter(|query| query.len() <= QUERY_BYTES_MAX)?;
+        let signed = token::Signed::of(query, request.method()).filter(token::Signed::is_formed)?;
+        let mut tokens = self.0.tokens.lock();
+        loop {
+            let found = tokens.all.iter().find(|(_, access)| signed.is_for(access));
+            if let Some((id, _)) = found {
+                return Some(id.to_string());
+            }
+            if tokens.read_at.is_some_and(|at| at.elapsed() < TOKENS_AGE) {
+                return None;
+            }
+            let rows = self.0.control.list_all().ok()?;
+            tokens.all = rows.iter().map(|row| (row.id, token::access(row))).collect();
+            tokens.read_at = Some(Instant::now());
+        }
     }
 }

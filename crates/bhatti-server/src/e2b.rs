@@ -1,6 +1,8 @@
 //! Requests of E2B's SDKs: who sends them, and which part of `bhatti-e2b` answers them.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -13,8 +15,10 @@ use bhatti_edge::{
     Admitted, OF_STRANGERS_BYTES, Permit, drain, end_input_with_key, end_with_key, hold,
 };
 use bhatti_node::UseError;
-use bhatti_store::StoreError;
-use futures_util::StreamExt;
+use bhatti_store::{SandboxRow, StoreError};
+use bhatti_types::KeyScope;
+use futures_util::{StreamExt, stream};
+use http_body_util::BodyExt;
 
 use crate::auth::{self, Caller};
 use crate::metrics::Measured;
@@ -112,16 +116,18 @@ async fn control_plane(
     state.rates.check_kind(identity.user(), kind(&request)).map_err(plain)?;
     let request = concurrency::limit(state, request).map_err(plain)?;
     let permit = request.extensions().get::<Arc<Permit>>().cloned();
+    let may_control = identity.scope() == KeyScope::Full;
     let mut response = tokio::select! {
         biased;
         () = identity.ended() => return Err(plain(ended_key())),
-        response = state.e2b.control_plane(identity.user(), request) => response,
+        response = state.e2b.control_plane(identity.user(), may_control, request) => response,
     };
     response.extensions_mut().insert(Admitted);
     Ok(response.map(|body| hold(end_with_key(body, &identity), permit)))
 }
 
-/// Serves a request to a port of a sandbox. It is charged to the sandbox's owner.
+/// Serves a request to a port of a sandbox. A request that has the sandbox's token is charged to
+/// its owner. Any other is a stranger's, as at a published port.
 async fn sandbox_side(
     state: &AppState,
     sandbox: String,
@@ -129,24 +135,57 @@ async fn sandbox_side(
     request: Request,
 ) -> Result<Response, Error> {
     let mut request = drain(request, OF_STRANGERS_BYTES);
-    let owner = state.e2b.owner(&sandbox)?;
-    request.extensions_mut().insert(Caller(owner));
-    state.rates.check_kind(owner, Kind::Port).map_err(plain)?;
-    let mut request = concurrency::limit(state, request).map_err(plain)?;
-    request.extensions_mut().remove::<Caller>();
+    let row = state.e2b.find(&sandbox)?;
+    let is_known = port == ENVD_PORT && state.e2b.is_known(&row, &request);
+    let mut visit = None;
+    if is_known {
+        state.rates.check_kind(row.owner, Kind::Port).map_err(plain)?;
+        request.extensions_mut().insert(Caller(row.owner));
+        request = concurrency::limit(state, request).map_err(plain)?;
+        request.extensions_mut().remove::<Caller>();
+    } else {
+        let too_many = |wait| {
+            plain(ApiError::new(ErrorCode::RateLimited, "too many requests").retry_after(wait))
+        };
+        state.rates.check_public(row.id).map_err(too_many)?;
+        visit = Some(state.visits.enter(row.id).ok_or_else(|| too_many(BUSY_WAIT))?);
+    }
     let permit = request.extensions().get::<Arc<Permit>>().cloned();
     let mut response = if port == ENVD_PORT {
-        state.e2b.envd(&sandbox, request).await
+        state.e2b.envd(row, request).await
     } else {
-        to_port(state, &sandbox, port, request).await?
+        to_port(state, row, port, request).await?
     };
     response.extensions_mut().insert(Admitted);
-    let stopped = state.clone();
+    let stopping = state.clone();
     Ok(response.map(|body| {
-        // Streams of processes have no end of their own.
-        let until = async move { stopped.stopped().await };
-        let body = Body::from_stream(body.into_data_stream().take_until(Box::pin(until)));
-        hold(body, permit)
+        let body = until(body, async move { stopping.stopped().await });
+        hold(
+            Body::new(body.map_frame(move |frame| {
+                let _counted = &visit;
+                frame
+            })),
+            permit,
+        )
+    }))
+}
+
+/// How long a stranger waits if too many requests are in flight.
+const BUSY_WAIT: Duration = Duration::from_secs(1);
+
+/// Cuts a body when the daemon stops: streams of processes have no end of their own, and a client
+/// must not take the rest for the whole.
+fn until(body: Body, stopped: impl Future<Output = ()> + Send + 'static) -> Body {
+    let begun = Some((body.into_data_stream(), Box::pin(stopped)));
+    Body::from_stream(stream::unfold(begun, async |left| {
+        let (mut body, mut stopped) = left?;
+        tokio::select! {
+            piece = body.next() => piece.map(|piece| (piece, Some((body, stopped)))),
+            () = &mut stopped => {
+                let cut = io::Error::from(io::ErrorKind::ConnectionAborted);
+                Some((Err(axum::Error::new(cut)), None))
+            }
+        }
     }))
 }
 
@@ -164,15 +203,16 @@ fn kind(request: &Request) -> Kind {
 /// Relays a request to another port of a sandbox.
 async fn to_port(
     state: &AppState,
-    sandbox: &str,
+    row: SandboxRow,
     port: u16,
     request: Request,
 ) -> Result<Response, Error> {
-    let target = state.e2b.enter(sandbox).await?;
-    state.e2b.admit_to_port(&target, &request)?;
+    state.e2b.admit_to_port(&row, &request)?;
+    let id = row.id.to_string();
+    let target = state.e2b.enter(row).await?;
     let relayed = proxy::relay_to(state, Arc::clone(&target.used), port, request).await;
     relayed.map_err(|error| match error.code {
-        ErrorCode::PortRefused => Error::no_port(sandbox, port),
+        ErrorCode::PortRefused => Error::no_port(&id, port),
         _ => plain(error),
     })
 }

@@ -112,6 +112,16 @@ async fn tree_watch_reports_each_kind_of_change_also_in_new_directories() {
     fs::write(top.join("w/y/late"), "").unwrap();
     assert_eq!(changes(&mut events).await[0], (Created, "w/y/late".to_owned()));
 
+    // The events of a directory that was moved away come after the move.
+    fs::create_dir_all(top.join("m/sub")).unwrap();
+    changes(&mut events).await;
+    fs::rename(top.join("m"), top.join("n")).unwrap();
+    fs::rename(top.join("n/sub"), top.join("n/sub2")).unwrap();
+    changes(&mut events).await;
+    fs::write(top.join("n/sub2/after"), "").unwrap();
+    let after = changes(&mut events).await;
+    assert!(after.contains(&(Created, "n/sub2/after".to_owned())), "{after:?}");
+
     drop(place);
     let over = async { while events.next().await.unwrap() != TreeEvent::Over {} };
     timeout(LIMIT, over).await.unwrap();

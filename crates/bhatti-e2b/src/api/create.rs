@@ -18,6 +18,9 @@ use crate::{E2b, Error, status};
 /// Seconds until a sandbox of the older route ends, if the request names no time.
 const TIMEOUT_V1_SEC: u32 = 15;
 
+/// The most that is kept of a creation, in bytes of JSON: every list reads it.
+const ANNEX_BYTES_MAX: usize = 16 << 10;
+
 /// The template that every program may expect.
 const BASE: &str = "base";
 
@@ -103,6 +106,11 @@ async fn create_with(
         internet: new.allow_internet_access,
         network: new.network,
     };
+    let bytes = settings.to_annex().len();
+    if bytes > ANNEX_BYTES_MAX {
+        let message = format!("metadata and options have {bytes} bytes: at most {ANNEX_BYTES_MAX}");
+        return Err(Error::bad_request(message));
+    }
     let mut request = template(&e2b, owner, &new.template_id)?;
     let mut environment = request.environment.into_map();
     environment.extend(new.env_vars.unwrap_or_default());

@@ -148,27 +148,51 @@ pub(super) async fn resume_stopped(
 
 /// Starts a stopped sandbox. Without a time, it gets that of its creation, but at least five
 /// minutes.
+///
+/// # Cancel safety
+///
+/// A start that has begun is finished: a sandbox that runs must have its end.
 pub(crate) async fn resume(
     e2b: &E2b,
     row: &SandboxRow,
     settings: &Settings,
     seconds: Option<u32>,
 ) -> Result<SandboxRow, Error> {
-    let (control, id) = (&e2b.0.control, row.id.to_string());
-    let started = control.start(row.owner, &id, settings.is_disk_only).await;
-    if let Err(error) = started {
-        // Another request may have started it.
-        let now = control.find(row.owner, &id).map_err(|error| e2b.0.describe.using(error))?;
-        if now.state != SandboxState::Running {
-            return Err(e2b.0.describe.using(error));
+    let (e2b, row, settings) = (e2b.clone(), row.clone(), settings.clone());
+    finished(async move {
+        let (control, id) = (&e2b.0.control, row.id.to_string());
+        let started = control.start(row.owner, &id, settings.is_disk_only).await;
+        let is_first = started.is_ok();
+        if let Err(error) = started {
+            // Another request may have started it.
+            let now = control.find(row.owner, &id).map_err(|error| e2b.0.describe.using(error))?;
+            if now.state != SandboxState::Running {
+                return Err(e2b.0.describe.using(error));
+            }
         }
-    }
-    // What the next pause at the end of the time does.
-    let next = Settings { is_disk_only: !settings.keeps_memory, ..Settings::of(row) };
-    let kept = control.set_annex(row.id, &next.to_annex());
-    kept.map_err(|error| e2b.0.describe.store(error))?;
-    let seconds = seconds.unwrap_or_else(|| settings.timeout_sec.max(AUTO_RESUME_MIN_SEC));
-    set_end(e2b, row, seconds, false).await
+        // What the next pause at the end of the time does.
+        let next = Settings { is_disk_only: !settings.keeps_memory, ..Settings::of(&row) };
+        let kept = control.set_annex(row.id, &next.to_annex());
+        kept.map_err(|error| e2b.0.describe.store(error))?;
+        let seconds = seconds.unwrap_or_else(|| settings.timeout_sec.max(AUTO_RESUME_MIN_SEC));
+        // The end that another request has set is not made earlier.
+        let has_end = row_now(&e2b, &row)?.time_limit.expires_at.is_some();
+        set_end(&e2b, &row, seconds, !is_first && has_end).await
+    })
+    .await
+}
+
+fn row_now(e2b: &E2b, row: &SandboxRow) -> Result<SandboxRow, Error> {
+    let found = e2b.0.control.find(row.owner, &row.id.to_string());
+    found.map_err(|error| e2b.0.describe.using(error))
+}
+
+/// Carries work out to its end, also if the client goes away.
+async fn finished<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|_| Err(Error::internal("the request was interrupted")))
 }
 
 /// `POST /sandboxes/{id}/pause`.
@@ -187,19 +211,30 @@ pub(super) async fn pause(
         SandboxState::Creating => return Err(Error::conflict("the sandbox is being created")),
         SandboxState::Failed(_) | SandboxState::Destroyed => return Err(no_sandbox(&id)),
     }
+    finished(pause_running(e2b, row, change.memory == Some(false))).await
+}
+
+async fn pause_running(e2b: E2b, row: SandboxRow, is_disk_only: bool) -> Result<StatusCode, Error> {
     let control = &e2b.0.control;
-    let settings = Settings { is_disk_only: change.memory == Some(false), ..Settings::of(&row) };
-    let kept = control.set_annex(row.id, &settings.to_annex());
-    kept.map_err(|error| e2b.0.describe.store(error))?;
+    let before = Settings::of(&row);
+    let settings = Settings { is_disk_only, ..before.clone() };
+    let keep = |settings: &Settings| {
+        let kept = control.set_annex(row.id, &settings.to_annex());
+        kept.map_err(|error| e2b.0.describe.store(error))
+    };
+    keep(&settings)?;
     // First: a paused sandbox has no end, and must not meet the one it had.
-    let before = row.time_limit.expires_at;
     let without = TimeLimitChange { expires_at: Some(None), ..TimeLimitChange::default() };
     change_limit(&e2b, &row, without).await?;
     if let Err(error) = control.stop(row.owner, &row.id.to_string()).await {
-        let again = TimeLimitChange { expires_at: Some(before), ..TimeLimitChange::default() };
+        keep(&before)?;
+        let expires_at = Some(row.time_limit.expires_at);
+        let again = TimeLimitChange { expires_at, ..TimeLimitChange::default() };
         change_limit(&e2b, &row, again).await?;
         return Err(e2b.0.describe.using(error));
     }
+    // A request that came meanwhile may have set an end.
+    change_limit(&e2b, &row, without).await?;
     Ok(status::NO_CONTENT)
 }
 

@@ -12,7 +12,7 @@ use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Id, Owner, find, no_sandbox, objects};
+use super::{Id, MayControl, Owner, find, no_sandbox, objects};
 use crate::settings::Settings;
 use crate::{E2b, Error};
 
@@ -46,7 +46,8 @@ pub(super) async fn list(
     let rows = e2b.0.control.list(owner, &SandboxFilter::default());
     let mut rows = rows.map_err(|error| e2b.0.describe.store(error))?;
     rows.sort_by_key(place_of);
-    if query.order != "asc" {
+    let is_ascending = query.order == "asc";
+    if !is_ascending {
         rows.reverse();
     }
     let listed = |row: &SandboxRow| {
@@ -55,7 +56,7 @@ pub(super) async fn list(
         Some((place_of(row), shown))
     };
     let all: Vec<_> = rows.iter().filter_map(listed).collect();
-    let (shown, next) = page(all, &query.next_token, query.limit)?;
+    let (shown, next) = page(all, is_ascending, &query.next_token, query.limit)?;
     Ok(paged(shown, next))
 }
 
@@ -64,9 +65,11 @@ fn place_of(row: &SandboxRow) -> String {
     format!("{} {}", row.created_at, row.id)
 }
 
-/// Returns the page after `token`, and the token of the next one.
+/// Returns the page after `token`, and the token of the next one. The entries come with their
+/// places, in the order of these.
 pub(super) fn page(
     all: Vec<(String, Value)>,
+    is_ascending: bool,
     token: &str,
     limit: Option<usize>,
 ) -> Result<(Vec<Value>, Option<String>), Error> {
@@ -74,17 +77,15 @@ pub(super) fn page(
     if !(1..=PAGE_MAX).contains(&limit) {
         return Err(Error::bad_request(format!("invalid limit {limit}: 1 to {PAGE_MAX}")));
     }
-    let mut rest = all.into_iter().peekable();
+    let mut all = all;
     if !token.is_empty() {
         let invalid = || Error::bad_request(format!("invalid next token {token:?}"));
         let last = URL_SAFE_NO_PAD.decode(token).map_err(|_| invalid())?;
         let last = String::from_utf8(last).map_err(|_| invalid())?;
-        // An entry that is gone meanwhile loses its successors' place: the list then begins anew
-        // rather than with a gap.
-        let all: Vec<_> = rest.collect();
-        let after = all.iter().position(|(place, _)| *place == last).map_or(0, |at| at + 1);
-        rest = all.into_iter().skip(after).collect::<Vec<_>>().into_iter().peekable();
+        // The last entry may be gone meanwhile.
+        all.retain(|(place, _)| if is_ascending { *place > last } else { *place < last });
     }
+    let mut rest = all.into_iter().peekable();
     let mut shown = Vec::new();
     let mut last = String::new();
     while shown.len() < limit {
@@ -151,10 +152,11 @@ fn metadata(text: &str) -> Result<BTreeMap<String, String>, Error> {
 pub(super) async fn get(
     State(e2b): State<E2b>,
     owner: Owner,
+    MayControl(may_control): MayControl,
     Id(id): Id,
 ) -> Result<Response, Error> {
     let row = find(&e2b, owner, &id)?;
-    let detail = objects::detail(&e2b, &row, &Settings::of(&row));
+    let detail = objects::detail(&e2b, &row, &Settings::of(&row), may_control);
     detail.map(|detail| axum::Json(detail).into_response()).ok_or_else(|| no_sandbox(&id))
 }
 
@@ -169,7 +171,7 @@ mod tests {
         let all: Vec<_> = (0..25).map(|n| (format!("{n:02}"), json!(n))).collect();
         let (mut token, mut seen) = (String::new(), Vec::new());
         loop {
-            let (shown, next) = page(all.clone(), &token, Some(10)).unwrap();
+            let (shown, next) = page(all.clone(), true, &token, Some(10)).unwrap();
             seen.extend(shown);
             match next {
                 Some(next) => token = next,
@@ -177,7 +179,9 @@ mod tests {
             }
         }
         assert_eq!(seen, (0..25).map(|n| json!(n)).collect::<Vec<_>>());
-        assert!(page(all.clone(), "!", None).is_err() && page(all, "", Some(101)).is_err());
+        assert!(
+            page(all.clone(), true, "!", None).is_err() && page(all, true, "", Some(101)).is_err()
+        );
     }
 
     #[test]

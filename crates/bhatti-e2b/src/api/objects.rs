@@ -71,9 +71,16 @@ pub(super) fn listed(row: &SandboxRow, settings: &Settings) -> Option<Value> {
 }
 
 /// Describes a sandbox with all that is known of it.
-pub(super) fn detail(e2b: &E2b, row: &SandboxRow, settings: &Settings) -> Option<Value> {
+pub(super) fn detail(
+    e2b: &E2b,
+    row: &SandboxRow,
+    settings: &Settings,
+    with_token: bool,
+) -> Option<Value> {
     let mut detail = listed(row, settings)?;
-    detail["envdAccessToken"] = json!(token::access(row));
+    if with_token {
+        detail["envdAccessToken"] = json!(token::access(row));
+    }
     let on_timeout = match row.time_limit.on_timeout {
         OnTimeout::Destroy => "kill",
         OnTimeout::Stop => "pause",

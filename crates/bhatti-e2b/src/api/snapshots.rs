@@ -74,8 +74,11 @@ pub(super) async fn list(
         (query.sandbox_id.is_empty() || row.sandbox_id.to_string() == query.sandbox_id)
             && (query.name.is_empty() || row.name.as_str() == query.name)
     };
-    let all = rows.iter().filter(is_wanted).map(|row| (row.id.to_string(), described(row)));
-    let (shown, next) = page(all.collect(), &query.next_token, query.limit)?;
+    let place = |row: &SnapshotRow| format!("{} {}", row.created_at, row.id);
+    let all = rows.iter().filter(is_wanted).map(|row| (place(row), described(row)));
+    let mut all: Vec<_> = all.collect();
+    all.sort_by(|(one, _), (other, _)| other.cmp(one));
+    let (shown, next) = page(all, false, &query.next_token, query.limit)?;
     Ok(paged(shown, next))
 }
 

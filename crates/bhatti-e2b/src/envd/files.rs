@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request};
@@ -12,13 +13,14 @@ use bhatti_proto::{ErrorKind, InPlace, Place};
 use bytes::Bytes;
 use flate2::write::GzDecoder;
 use futures_util::{StreamExt, stream};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::filesystem::METADATA_PREFIX;
 use super::{refused, user};
 use crate::connect::Code;
 use crate::token::Signed;
-use crate::{Error, Target};
+use crate::{Error, Target, status};
 
 /// Compressed bytes that are decompressed at once: each may become a thousand.
 const COMPRESSED_PIECE_BYTES: usize = 4 << 10;
@@ -26,6 +28,13 @@ const COMPRESSED_PIECE_BYTES: usize = 4 << 10;
 /// The longest name of a metadata entry, and all of a file's metadata, in bytes.
 const METADATA_NAME_BYTES_MAX: usize = 246;
 const METADATA_BYTES_MAX: usize = 4096;
+
+/// The most files of one form.
+const PARTS_MAX: usize = 1000;
+
+/// The most that is read of a form until the head of a part is complete, in bytes. A piece of the
+/// connection may have the end of the part before.
+const HEAD_BYTES_MAX: usize = 2 << 20;
 
 /// The prefix of headers with metadata.
 const METADATA_HEADER: &str = "x-metadata-";
@@ -92,9 +101,11 @@ async fn try_write(target: &Target, mut request: Request) -> Result<Vec<Value>, 
     if kind.starts_with("multipart/form-data") {
         // The agent limits the size of a file.
         DefaultBodyLimit::disable().apply(&mut request);
+        let heads = Heads::default();
+        let request = request.map(|body| heads.limited(body));
         let form = Multipart::from_request(request, &()).await;
         let form = form.map_err(|error| Error::bad_request(error.to_string()))?;
-        return files.write_form(&path, form).await;
+        return files.write_form(&path, form, &heads).await;
     }
     if !kind.starts_with("application/octet-stream") {
         return Err(Error::bad_request(format!("invalid content type {kind:?}")));
@@ -105,6 +116,38 @@ async fn try_write(target: &Target, mut request: Request) -> Result<Vec<Value>, 
     let body = request.into_body().into_data_stream();
     let body = body.map(|piece| piece.map_err(|_| Error::bad_request("the request ended early")));
     Ok(vec![files.write_one(&path, encoding, Box::pin(body)).await?])
+}
+
+/// Limits what is read of a form before the head of a part is complete: the parser keeps all of it.
+#[derive(Clone, Default)]
+struct Heads(Arc<Mutex<Option<usize>>>);
+
+impl Heads {
+    /// A head begins.
+    fn begin(&self) {
+        *self.0.lock() = Some(0);
+    }
+
+    /// A head is complete.
+    fn end(&self) {
+        *self.0.lock() = None;
+    }
+
+    fn limited(&self, body: Body) -> Body {
+        let heads = self.clone();
+        Body::from_stream(body.into_data_stream().map(move |piece| {
+            let piece = piece?;
+            if let Some(bytes) = &mut *heads.0.lock() {
+                *bytes += piece.len();
+                if *bytes > HEAD_BYTES_MAX {
+                    return Err(axum::Error::new(std::io::Error::other(
+                        "a part's head is too long",
+                    )));
+                }
+            }
+            Ok(piece)
+        }))
+    }
 }
 
 /// How a body is encoded.
@@ -134,11 +177,22 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    async fn write_form(&self, path: &str, mut form: Multipart) -> Result<Vec<Value>, Error> {
+    async fn write_form(
+        &self,
+        path: &str,
+        mut form: Multipart,
+        heads: &Heads,
+    ) -> Result<Vec<Value>, Error> {
         let invalid =
             |error: axum::extract::multipart::MultipartError| Error::bad_request(error.to_string());
         let (mut written, mut paths) = (Vec::new(), Vec::new());
-        while let Some(field) = form.next_field().await.map_err(invalid)? {
+        loop {
+            heads.begin();
+            let Some(field) = form.next_field().await.map_err(invalid)? else { break };
+            heads.end();
+            if paths.len() >= PARTS_MAX {
+                return Err(Error::bad_request(format!("the form has over {PARTS_MAX} files")));
+            }
             if field.name() != Some("file") {
                 continue;
             }
@@ -252,8 +306,11 @@ fn path_and_user(request: &Request) -> Result<(String, Option<String>), Error> {
     let Signed { path, username, .. } =
         signed.ok_or_else(|| Error::bad_request("invalid query"))?;
     let named = username.filter(|name| !name.is_empty());
+    // A signature is for the user of the URL.
+    let is_signed = request.headers().get("x-access-token").is_none();
     let user = match named {
         Some(name) => Some(name),
+        None if is_signed => None,
         None => user(request.headers()).map_err(|error| Error::unauthorized(error.message))?,
     };
     Ok((path, user))
@@ -276,6 +333,7 @@ fn failed(error: CallError, user: Option<&str>) -> Error {
         Code::Unauthenticated => Error::unauthorized(refused.message),
         Code::InvalidArgument | Code::AlreadyExists => Error::bad_request(refused.message),
         Code::PermissionDenied => Error::forbidden(refused.message),
+        Code::Unavailable => Error::new(status::BAD_GATEWAY, refused.message),
         _ => Error::internal(refused.message),
     }
 }

@@ -8,6 +8,7 @@ use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bhatti_proto::{InputEnd, SessionInfo};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -94,7 +95,15 @@ struct ToProcess {
     process: Selector,
     input: Input,
     pty: Option<Pty>,
-    signal: Value,
+    signal: Option<Signal>,
+}
+
+/// A signal, by its name or its number.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Signal {
+    Name(String),
+    Number(u8),
 }
 
 /// A message of `StreamInput`.
@@ -128,7 +137,7 @@ pub(super) async fn call(
         _ => {}
     }
     if method == Method::List {
-        let _empty: Value = message(request).await?;
+        let _empty: IgnoredAny = message(request).await?;
         let sessions = agent.list_sessions_in_full().await.map_err(failed)?;
         let processes: Vec<_> = sessions.iter().filter_map(listed).collect();
         return Ok(answered(Ok(json!({ "processes": processes }))));
@@ -153,7 +162,7 @@ pub(super) async fn call(
             input.finish().await.map_err(failed)?;
         }
         Method::SendSignal => {
-            agent.signal_session(&name, signal(&call.signal)?).await.map_err(failed)?;
+            agent.signal_session(&name, signal(call.signal.as_ref())?).await.map_err(failed)?;
         }
         Method::Update => {
             let info = agent.find_session(&name).await.map_err(failed)?;
@@ -220,12 +229,14 @@ fn listed(session: &SessionInfo) -> Option<Value> {
     Some(process)
 }
 
-fn signal(named: &Value) -> Result<u8, RpcError> {
+fn signal(named: Option<&Signal>) -> Result<u8, RpcError> {
     match named {
-        Value::String(name) if name == "SIGNAL_SIGTERM" => Ok(15),
-        Value::String(name) if name == "SIGNAL_SIGKILL" => Ok(9),
-        Value::Number(number) if number.as_u64() == Some(15) => Ok(15),
-        Value::Number(number) if number.as_u64() == Some(9) => Ok(9),
-        other => Err(RpcError::new(Code::InvalidArgument, format!("unknown signal {other}"))),
+        Some(Signal::Name(name)) if name == "SIGNAL_SIGTERM" => Ok(15),
+        Some(Signal::Name(name)) if name == "SIGNAL_SIGKILL" => Ok(9),
+        Some(Signal::Number(number @ (9 | 15))) => Ok(*number),
+        other => {
+            let message = format!("unknown signal {other:?}: SIGNAL_SIGTERM or SIGNAL_SIGKILL");
+            Err(RpcError::new(Code::InvalidArgument, message))
+        }
     }
 }

@@ -81,8 +81,16 @@ pub(super) async fn start(target: Target, request: Request) -> Result<Response, 
     }
     let pid = session.pid.unwrap_or_default();
     let deadline = limit.map(|limit| Instant::now() + limit);
-    let run =
-        Run { target, input: Some(input), output, pid, has_terminal: size.is_some(), deadline };
+    let session = session.session_id;
+    let run = Run {
+        target,
+        input: Some(input),
+        output,
+        session,
+        pid,
+        has_terminal: size.is_some(),
+        deadline,
+    };
     Ok(run.begin(&headers))
 }
 
@@ -95,7 +103,8 @@ pub(super) async fn connect(target: Target, request: Request) -> Result<Response
     let (session, _input, output) = observed.map_err(|error| refused(error, None))?;
     let pid = session.pid.unwrap_or_default();
     let deadline = limit.map(|limit| Instant::now() + limit);
-    let run = Run { target, input: None, output, pid, has_terminal: session.tty, deadline };
+    let (has_terminal, session) = (session.tty, session.session_id);
+    let run = Run { target, input: None, output, session, pid, has_terminal, deadline };
     Ok(run.begin(&headers))
 }
 
@@ -118,6 +127,8 @@ struct Run {
     /// The input of a process that this stream started. Dropping it detaches.
     input: Option<ExecInput>,
     output: SessionOutput,
+    /// The agent's id of the session.
+    session: String,
     pid: u32,
     has_terminal: bool,
     /// When the stream ends, and with it a process that it started.
@@ -203,6 +214,9 @@ impl Run {
                 Ok(Ok(ExecEvent::Stderr(bytes))) => self.data("stderr", &bytes),
                 Ok(Ok(ExecEvent::TimedOut)) => continue,
                 Ok(Ok(ExecEvent::Exit(code))) => {
+                    if code == 0 && self.is_taken_over().await {
+                        continue;
+                    }
                     return Ended::Process(end(code, self.output.signal()));
                 }
                 Ok(Err(CallError::Agent(error))) => {
@@ -218,6 +232,22 @@ impl Run {
             if !sent {
                 return Ended::Client;
             }
+        }
+    }
+
+    /// Whether a client of the native API took the session over, which looks like an exit. If so,
+    /// follows the output beside that client.
+    async fn is_taken_over(&mut self) -> bool {
+        if self.input.is_none() {
+            return false;
+        }
+        let from = Some(self.output.position());
+        match self.target.used.agent.observe(&self.session, from).await {
+            Ok((info, _input, output)) if info.running => {
+                self.output = output;
+                true
+            }
+            _ => false,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Watches of directories: as streams, and as watchers that clients ask for events.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,8 +20,12 @@ use super::{place, refused};
 use crate::connect::{Code, RpcError, Sender, stream, time_limit};
 use crate::{E2b, Target};
 
-/// Events that a watcher keeps for its client. Beyond these, the oldest are dropped.
-const EVENTS_MAX: usize = 10_000;
+/// The most that a watcher keeps for its client, in bytes of JSON. Beyond this, the oldest events
+/// are dropped.
+const KEPT_BYTES_MAX: usize = 1 << 20;
+
+/// Watchers of one sandbox at once.
+const WATCHERS_MAX: usize = 64;
 
 /// The time after which a watcher that nobody asks ends.
 const IDLE_LIMIT: Duration = Duration::from_secs(3600);
@@ -71,7 +75,14 @@ pub(super) async fn create(
     let (asks, asked) = mpsc::channel(1);
     let watcher = Watcher { sandbox: target.row.id, asks };
     let watchers = e2b.0.watchers.clone();
-    watchers.0.lock().insert(id.clone(), watcher);
+    {
+        let mut all = watchers.0.lock();
+        if all.values().filter(|other| other.sandbox == watcher.sandbox).count() >= WATCHERS_MAX {
+            let message = format!("the sandbox has {WATCHERS_MAX} watchers, which is the limit");
+            return Err(RpcError::new(Code::ResourceExhausted, message));
+        }
+        all.insert(id.clone(), watcher);
+    }
     let named = id.clone();
     tokio::spawn(async move {
         keep(watch, asked).await;
@@ -170,9 +181,10 @@ async fn follow(mut watch: Watch, sender: Sender, deadline: Option<Instant>, kee
     }
 }
 
-/// Collects the events of a watcher until nobody asks for them any more.
+/// Collects the events of a watcher until nobody asks for them any more, or until its directory or
+/// its sandbox is gone and its events are taken.
 async fn keep(mut watch: Watch, mut asked: mpsc::Receiver<oneshot::Sender<Vec<Value>>>) {
-    let mut events = std::collections::VecDeque::new();
+    let mut events = Events::default();
     let mut waiting: Option<oneshot::Sender<Vec<Value>>> = None;
     let mut idle_until = Instant::now() + IDLE_LIMIT;
     let mut is_over = false;
@@ -180,10 +192,7 @@ async fn keep(mut watch: Watch, mut asked: mpsc::Receiver<oneshot::Sender<Vec<Va
         tokio::select! {
             happened = watch.next(), if !is_over => match happened {
                 Some(Happened::Change(event)) => {
-                    if events.len() >= EVENTS_MAX {
-                        events.pop_front();
-                    }
-                    events.push_back(event);
+                    events.push(event);
                     continue;
                 }
                 Some(Happened::Synced) => {}
@@ -199,10 +208,38 @@ async fn keep(mut watch: Watch, mut asked: mpsc::Receiver<oneshot::Sender<Vec<Va
             }
             () = sleep_until(idle_until) => return,
         }
+        if is_over && events.all.is_empty() {
+            return;
+        }
         if let Some(ask) = waiting.take() {
             // A client that is gone has lost these events.
-            drop(ask.send(events.drain(..).collect()));
+            drop(ask.send(events.take()));
         }
+    }
+}
+
+/// Events that wait for their client.
+#[derive(Default)]
+struct Events {
+    all: VecDeque<(usize, Value)>,
+    bytes: usize,
+}
+
+impl Events {
+    fn push(&mut self, event: Value) {
+        let bytes = event.to_string().len();
+        self.bytes += bytes;
+        self.all.push_back((bytes, event));
+        while self.bytes > KEPT_BYTES_MAX
+            && let Some((bytes, _)) = self.all.pop_front()
+        {
+            self.bytes -= bytes;
+        }
+    }
+
+    fn take(&mut self) -> Vec<Value> {
+        self.bytes = 0;
+        self.all.drain(..).map(|(_, event)| event).collect()
     }
 }
 
@@ -212,6 +249,8 @@ struct Watch {
     top: String,
     include_entry: bool,
     events: TreeEvents,
+    /// A change that is not described yet.
+    pending: Option<FileEvent>,
 }
 
 enum Happened {
@@ -225,18 +264,25 @@ impl Watch {
         let events = target.used.agent.watch_tree(&path, wish.recursive).await;
         let events = events.map_err(|error| refused(error, user))?;
         let include_entry = wish.include_entry;
-        Ok(Self { target: target.clone(), top: path, include_entry, events })
+        Ok(Self { target: target.clone(), top: path, include_entry, events, pending: None })
     }
 
     /// Waits for the next event. `None` if the directory or the sandbox is gone.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: a change is pending until it is described.
     async fn next(&mut self) -> Option<Happened> {
         loop {
-            match self.events.next().await {
-                Ok(TreeEvent::Change(event)) => {
-                    if let Some(event) = self.describe(event).await {
-                        return Some(Happened::Change(event));
-                    }
+            if let Some(event) = self.pending.clone() {
+                let described = self.describe(event).await;
+                self.pending = None;
+                if let Some(event) = described {
+                    return Some(Happened::Change(event));
                 }
+            }
+            match self.events.next().await {
+                Ok(TreeEvent::Change(event)) => self.pending = Some(event),
                 Ok(TreeEvent::Synced) => return Some(Happened::Synced),
                 Ok(TreeEvent::Over) | Err(_) => return None,
             }

@@ -25,6 +25,9 @@ const EVENT_BYTES: usize = 16 << 10;
 /// The most directories of one watch. The kernel's own limit for a user depends on its memory.
 const DIRECTORIES_MAX: usize = 8192;
 
+/// The events that the kernel queues by default: `fs.inotify.max_queued_events`.
+const QUEUED_EVENTS_MAX: usize = 16_384;
+
 const WATCHED: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::DELETE)
     .union(WatchFlags::DELETE_SELF)
@@ -65,17 +68,19 @@ pub(crate) async fn watch_tree<T: Transport>(
         .send_json(FrameType::FILE_EVENT, &FileEvent { kind: FileEventKind::Watching, name: None })
         .await?;
     loop {
-        let sync = tokio::select! {
-            ready = descriptor.readable() => {
-                ready.map_err(failed)?.clear_ready();
-                false
-            }
+        let ready = tokio::select! {
+            ready = descriptor.readable() => Some(ready.map_err(failed)?),
             frame = reader.next() => match frame? {
-                Some(frame) => frame.frame_type == FrameType::SYNC,
+                Some(frame) if frame.frame_type == FrameType::SYNC => None,
+                Some(_) => continue,
                 None => return Ok(()),
             },
         };
-        let (events, is_over) = tree.take(descriptor.get_ref()).map_err(failed)?;
+        let Taken { events, is_over, is_all } = tree.take(descriptor.get_ref()).map_err(failed)?;
+        let sync = ready.is_none();
+        if let Some(mut ready) = ready.filter(|_| is_all) {
+            ready.clear_ready();
+        }
         for event in events {
             writer.send_json(FrameType::FILE_EVENT, &event).await?;
         }
@@ -115,8 +120,9 @@ impl Tree {
             let flags = if is_top { WATCHED } else { WATCHED.union(WatchFlags::DONT_FOLLOW) };
             match inotify::add_watch(descriptor, &path, flags) {
                 Ok(watch) => drop(self.directories.insert(watch, relative.clone())),
-                // A directory below that is gone meanwhile, or was replaced by something else.
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !is_top => continue,
+                Err(Errno::NOSPC) => return Err(Errno::NOSPC),
+                // A directory below that is gone meanwhile, or that cannot be watched.
+                Err(_) if !is_top => continue,
                 Err(error) => return Err(error),
             }
             if !self.recursive {
@@ -136,14 +142,20 @@ impl Tree {
         Ok(())
     }
 
-    /// Returns all events so far, without repetitions in a row, and whether the watch is over.
-    fn take(&mut self, descriptor: &OwnedFd) -> io::Result<(Vec<FileEvent>, bool)> {
+    /// Returns the events so far, without repetitions in a row. Takes at most as many at once as
+    /// the kernel's queue holds: programs may make more meanwhile.
+    fn take(&mut self, descriptor: &OwnedFd) -> io::Result<Taken> {
         let (mut events, mut is_over) = (Vec::new(), false);
+        let mut taken = 0;
         loop {
+            if taken >= QUEUED_EVENTS_MAX {
+                return Ok(Taken { events, is_over, is_all: false });
+            }
             let raw = read(descriptor)?;
             if raw.is_empty() {
-                return Ok((events, is_over));
+                return Ok(Taken { events, is_over, is_all: true });
             }
+            taken += raw.len();
             for Raw { watch, flags, name } in raw {
                 if flags.contains(ReadFlags::IGNORED) {
                     let gone = self.directories.remove(&watch);
@@ -168,7 +180,10 @@ impl Tree {
             (Some(directory), Some(name)) => directory.join(name),
             // Of a directory below, its parent reports the same.
             (Some(directory), None) if !directory.as_os_str().is_empty() => return Ok(()),
-            _ => PathBuf::new(),
+            (Some(_), None) => PathBuf::new(),
+            (None, _) if kind == FileEventKind::Overflow => PathBuf::new(),
+            // The directory was moved away, and this event was queued before.
+            (None, _) => return Ok(()),
         };
         let text = relative.to_string_lossy().into_owned();
         let event = FileEvent { kind, name: (!text.is_empty()).then_some(text) };
@@ -203,6 +218,15 @@ impl Tree {
             stays
         });
     }
+}
+
+/// Events that were taken.
+struct Taken {
+    events: Vec<FileEvent>,
+    /// Whether the watched directory is gone.
+    is_over: bool,
+    /// Whether no event was left.
+    is_all: bool,
 }
 
 /// An event as the kernel reports it.
