@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     CHUNK_BYTES, ExecRequest, FrameType, InputEnd, ListRequest, PIECE_BYTES_MAX, SessionInfo,
-    SessionRef, SignalRequest, resize_payload,
+    SessionRef, SignalRequest, TAKEN_OVER, resize_payload,
 };
 
 use crate::{
@@ -45,8 +45,15 @@ impl SessionOutput {
     /// Returns the signal that ended the process, after [`ExecEvent::Exit`]. `None` if the process
     /// exited by itself, or if the agent is older.
     #[must_use]
-    pub const fn signal(&self) -> Option<u8> {
-        self.output.signal
+    pub fn signal(&self) -> Option<u8> {
+        self.output.signal.filter(|signal| *signal != TAKEN_OVER)
+    }
+
+    /// Whether [`ExecEvent::Exit`] means that another client took over the session. Older agents do
+    /// not say so.
+    #[must_use]
+    pub fn was_taken_over(&self) -> bool {
+        self.output.signal == Some(TAKEN_OVER)
     }
 
     /// Returns the offset of the next byte of a job's output.

@@ -66,6 +66,18 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     }
 }
 
+/// The query. Parameters that are left out have their defaults.
+pub(crate) struct Query<T>(pub(crate) T);
+
+impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        let query = serde_html_form::from_str(parts.uri.query().unwrap_or_default());
+        query.map(Self).map_err(|error| Error::bad_request(format!("invalid query: {error}")))
+    }
+}
+
 /// A segment of the path, decoded. Its reject is an error of this API.
 pub(crate) struct Id(pub(crate) String);
 

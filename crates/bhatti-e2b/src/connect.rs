@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 pub(crate) use crate::code::Code;
 use crate::status;
@@ -36,6 +36,9 @@ const END: u8 = 2;
 
 /// Messages of a stream that may wait for a slow client.
 const MESSAGES_WAITING: usize = 2;
+
+/// See [`keepalive`], if the client asks for no other time.
+const KEEPALIVE: Duration = Duration::from_secs(90);
 
 /// How long the message of a unary call may take to arrive.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
@@ -122,6 +125,26 @@ pub(crate) fn time_limit(headers: &HeaderMap) -> Result<Option<Duration>, RpcErr
     let invalid =
         || RpcError::new(Code::InvalidArgument, format!("invalid connect-timeout-ms {text:?}"));
     number.map(|ms| Some(Duration::from_millis(ms))).ok_or_else(invalid)
+}
+
+/// How long a stream may be silent before its client is told that it is alive.
+pub(crate) fn keepalive(headers: &HeaderMap) -> Duration {
+    let asked = headers.get("keepalive-ping-interval").and_then(|value| value.to_str().ok());
+    let seconds = asked.and_then(|text| text.parse::<u64>().ok());
+    seconds.map_or(KEEPALIVE, |seconds| Duration::from_secs(seconds.clamp(1, 3600)))
+}
+
+/// Resolves at a deadline; never without one.
+pub(crate) async fn over(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The error of a call whose time is over.
+pub(crate) fn late() -> RpcError {
+    RpcError::new(Code::DeadlineExceeded, "the time limit of the call is over")
 }
 
 /// Reads the message of a unary call.

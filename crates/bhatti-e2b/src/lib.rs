@@ -2,7 +2,7 @@
 //!
 //! Two parts answer a request. The control plane (`api`) creates and changes sandboxes for the
 //! owner of an API key. The sandbox side (`envd`) serves the processes and files of one sandbox to
-//! whoever has the sandbox's access token. Other ports of a sandbox are plain HTTP, which the
+//! clients that have the sandbox's access token. Other ports of a sandbox are plain HTTP, which the
 //! server relays.
 //!
 //! The server identifies keys, counts rates and requests, and calls this crate. What the SDKs
@@ -172,8 +172,8 @@ impl E2b {
 
     /// Returns the sandbox that a signed URL is for, which names none.
     ///
-    /// The caller may be anybody, so the tokens are kept in memory, and read again at most once in
-    /// a second.
+    /// The caller has shown no key yet, so the tokens are kept in memory, and read again at most
+    /// once in a second.
     #[must_use]
     pub fn of_signature(&self, request: &Request) -> Option<String> {
         let query = request.uri().query().filter(|query| query.len() <= QUERY_BYTES_MAX)?;

@@ -534,7 +534,7 @@ async fn perform(sandbox: &Sandbox, request: Request) -> Outcome {
             drop(reply.send(sandbox.set_keep_hot(keep_hot).await));
         }
         Request::TimeLimit { change, reply } => {
-            drop(reply.send(sandbox.set_time_limit(sandbox.time_limit().with(change))));
+            drop(reply.send(sandbox.change_time_limit(change)));
         }
         Request::MergeDisk(reply) => drop(reply.send(sandbox.merge_disk().await)),
         Request::GiveMemory(reply) => {

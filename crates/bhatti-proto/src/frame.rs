@@ -261,8 +261,12 @@ pub const fn exit_payload(code: i32) -> [u8; 4] {
     code.to_be_bytes()
 }
 
+/// In the place of the signal in [`FrameType::EXIT`] of a session: the process runs on, and another
+/// client has taken the session over. The code is then 0.
+pub const TAKEN_OVER: u8 = 0;
+
 /// Returns the payload of [`FrameType::EXIT`] of a session: the code, and the signal that ended the
-/// process, if one did.
+/// process, if one did, or [`TAKEN_OVER`].
 #[must_use]
 pub fn session_exit_payload(code: i32, signal: Option<u8>) -> Vec<u8> {
     let mut payload = exit_payload(code).to_vec();

@@ -26,7 +26,8 @@ pub mod resync;
 pub use entry::{Entry, EntryKind, EntryRequest, InPlace, Place, TreeWatchRequest};
 pub use frame::{FRAME_BYTES_MAX, FrameError, FrameType, PAYLOAD_BYTES_MAX, Parsed, encode, parse};
 pub use frame::{
-    exit_payload, parse_exit, parse_exit_signal, parse_resize, resize_payload, session_exit_payload,
+    TAKEN_OVER, exit_payload, parse_exit, parse_exit_signal, parse_resize, resize_payload,
+    session_exit_payload,
 };
 pub use guest::{
     Applied, ConfigFile, ConfigVolume, GuestConfig, GuestInit, GuestNetwork, Identity,

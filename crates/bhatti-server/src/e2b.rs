@@ -32,7 +32,12 @@ pub(crate) struct AsNative;
 fn plain(error: impl Into<ApiError>) -> Error {
     let error: ApiError = error.into();
     let wait = error.wait();
-    Error::new(status(error.code), error.message).retry_after(wait)
+    let code = match error.code {
+        // SDKs have an exception for too many sandboxes, by this status.
+        ErrorCode::QuotaExceeded => ErrorCode::RateLimited,
+        code => code,
+    };
+    Error::new(status(code), error.message).retry_after(wait)
 }
 
 impl Describe for AsNative {

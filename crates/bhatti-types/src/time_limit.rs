@@ -70,6 +70,8 @@ pub struct TimeLimitChange {
     pub expires_at: Option<Option<u64>>,
     /// Whether an earlier time is ignored.
     pub only_later: bool,
+    /// Whether the change is refused unless the sandbox runs.
+    pub only_running: bool,
     /// See [`TimeLimit::on_timeout`].
     pub on_timeout: Option<OnTimeout>,
 }

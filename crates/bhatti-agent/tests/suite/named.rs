@@ -114,3 +114,17 @@ async fn full_list_has_tags_and_notes_and_fits_in_frames() {
         assert_eq!(kind(refused), ErrorKind::BadRequest);
     }
 }
+
+#[tokio::test]
+async fn client_that_loses_its_session_to_another_is_told_so() {
+    let agent = Agent::start().await;
+    let (_, _first, mut output) = agent.client.create_session(shell("read line")).await.unwrap();
+
+    let (_, mut input, mut taken) = agent.client.attach("s1", None).await.unwrap();
+
+    assert_eq!(read_to_exit(&mut output).await.1, 0);
+    assert!(output.was_taken_over() && output.signal().is_none());
+    input.end().await.unwrap();
+    assert_eq!(read_to_exit(&mut taken).await.1, 1);
+    assert!(!taken.was_taken_over());
+}

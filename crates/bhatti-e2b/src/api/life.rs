@@ -55,10 +55,7 @@ pub(super) async fn set_timeout(
 ) -> Result<StatusCode, Error> {
     let timeout = change.timeout.ok_or_else(|| Error::bad_request("`timeout` is missing"))?;
     let timeout = seconds(timeout)?;
-    let row = find(&e2b, owner, &id)?;
-    if row.state != SandboxState::Running {
-        return Err(no_sandbox(&id));
-    }
+    let row = find_running(&e2b, owner, &id)?;
     set_end(&e2b, &row, timeout, false).await?;
     Ok(status::NO_CONTENT)
 }
@@ -70,15 +67,19 @@ pub(super) async fn refresh(
     Id(id): Id,
     Json(change): Json<Change>,
 ) -> Result<StatusCode, Error> {
-    let row = find(&e2b, owner, &id)?;
-    if row.state != SandboxState::Running {
-        return Err(no_sandbox(&id));
-    }
+    let row = find_running(&e2b, owner, &id)?;
     let duration = seconds(change.duration.unwrap_or_else(|| TIMEOUT_SEC.into()))?;
     set_end(&e2b, &row, duration, true).await?;
     Ok(status::NO_CONTENT)
 }
 
+/// Returns a sandbox that runs. To these requests, a paused one does not exist.
+fn find_running(e2b: &E2b, owner: Owner, id: &str) -> Result<SandboxRow, Error> {
+    let row = find(e2b, owner, id)?;
+    if row.state == SandboxState::Running { Ok(row) } else { Err(no_sandbox(id)) }
+}
+
+/// Sets when a running sandbox ends. A paused one has no end: at the end, it would be destroyed.
 async fn set_end(
     e2b: &E2b,
     row: &SandboxRow,
@@ -86,8 +87,8 @@ async fn set_end(
     only_later: bool,
 ) -> Result<SandboxRow, Error> {
     let at = unix_seconds_after(Duration::from_secs(seconds.into()));
-    let change =
-        TimeLimitChange { expires_at: Some(Some(at)), only_later, ..TimeLimitChange::default() };
+    let expires_at = Some(Some(at));
+    let change = TimeLimitChange { expires_at, only_later, only_running: true, on_timeout: None };
     change_limit(e2b, row, change).await
 }
 
@@ -249,10 +250,7 @@ pub(super) async fn fork(
     if timeout == 0 {
         return Err(Error::bad_request("timeout must be at least 1 second"));
     }
-    let row = find(&e2b, owner, &id)?;
-    if row.state != SandboxState::Running {
-        return Err(no_sandbox(&id));
-    }
+    let row = find_running(&e2b, owner, &id)?;
     let request = ForkRequest {
         count: change.count,
         inherit_environment: true,

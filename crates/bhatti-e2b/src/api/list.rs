@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -12,7 +12,7 @@ use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Id, MayControl, Owner, find, no_sandbox, objects};
+use super::{Id, MayControl, Owner, Query, find, no_sandbox, objects};
 use crate::settings::Settings;
 use crate::{E2b, Error};
 
@@ -24,7 +24,7 @@ const NEXT: &str = "x-next-token";
 
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
-struct Query {
+pub(super) struct Wanted {
     metadata: String,
     state: String,
     template: String,
@@ -38,10 +38,8 @@ struct Query {
 pub(super) async fn list(
     State(e2b): State<E2b>,
     Owner(owner): Owner,
-    RawQuery(query): RawQuery,
+    Query(query): Query<Wanted>,
 ) -> Result<Response, Error> {
-    let query: Query = serde_html_form::from_str(&query.unwrap_or_default())
-        .map_err(|error| Error::bad_request(format!("invalid query: {error}")))?;
     let filter = Filter::of(&query)?;
     let rows = e2b.0.control.list(owner, &SandboxFilter::default());
     let mut rows = rows.map_err(|error| e2b.0.describe.store(error))?;
@@ -115,7 +113,7 @@ struct Filter {
 }
 
 impl Filter {
-    fn of(query: &Query) -> Result<Self, Error> {
+    fn of(query: &Wanted) -> Result<Self, Error> {
         let states: Vec<_> =
             query.state.split(',').filter(|state| !state.is_empty()).map(str::to_owned).collect();
         if let Some(other) = states.iter().find(|state| !["running", "paused"].contains(&&***state))

@@ -1,6 +1,6 @@
 //! Snapshots, which new sandboxes can start from.
 
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use bhatti_control::SnapshotOpError;
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::list::{page, paged};
-use super::{Id, Json, Owner, find};
+use super::{Id, Json, Owner, Query, find};
 use crate::{E2b, Error, status};
 
 #[derive(Default, Deserialize)]
@@ -21,7 +21,7 @@ pub(super) struct NewSnapshot {
 
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
-struct Query {
+pub(super) struct Wanted {
     #[serde(rename = "sandboxID")]
     sandbox_id: String,
     name: String,
@@ -64,10 +64,8 @@ fn described(snapshot: &SnapshotRow) -> Value {
 pub(super) async fn list(
     State(e2b): State<E2b>,
     Owner(owner): Owner,
-    RawQuery(query): RawQuery,
+    Query(query): Query<Wanted>,
 ) -> Result<Response, Error> {
-    let query: Query = serde_html_form::from_str(&query.unwrap_or_default())
-        .map_err(|error| Error::bad_request(format!("invalid query: {error}")))?;
     let rows = e2b.0.control.list_snapshots(owner);
     let rows = rows.map_err(|error| e2b.0.describe.store(error))?;
     let is_wanted = |row: &&SnapshotRow| {

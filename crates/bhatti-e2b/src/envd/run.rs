@@ -12,15 +12,12 @@ use bhatti_proto::{ErrorKind, ExecRequest};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 
 use super::process::{Config, Pty, Selector, Size};
 use super::{info, refused, user};
 use crate::Target;
-use crate::connect::{Code, Messages, RpcError, Sender, stream, time_limit};
-
-/// The time without output after which a client is told that the stream is alive.
-const KEEPALIVE: Duration = Duration::from_secs(90);
+use crate::connect::{Code, Messages, RpcError, Sender, keepalive, late, over, stream, time_limit};
 
 /// How long after a process's time limit the guest ends the process, if this daemon did not.
 const BACKUP_MS: u64 = 2000;
@@ -151,12 +148,8 @@ enum Ended {
 
 impl Run {
     fn begin(self, headers: &HeaderMap) -> Response {
-        let asked = headers.get("keepalive-ping-interval").and_then(|value| value.to_str().ok());
-        let seconds = asked.and_then(|text| text.parse().ok());
-        let keepalive =
-            seconds.map_or(KEEPALIVE, |seconds: u64| Duration::from_secs(seconds.clamp(1, 3600)));
         let (sender, response) = stream();
-        tokio::spawn(self.follow(sender, keepalive));
+        tokio::spawn(self.follow(sender, keepalive(headers)));
         response
     }
 
@@ -173,9 +166,8 @@ impl Run {
                 }
             }
             Ended::Deadline => {
-                let message = "the time limit of the call is over";
                 // First: no event of the process's end may follow.
-                sender.end(Err(RpcError::new(Code::DeadlineExceeded, message))).await;
+                sender.end(Err(late())).await;
                 if self.input.is_some() {
                     self.kill().await;
                 }
@@ -193,14 +185,7 @@ impl Run {
     }
 
     async fn events(&mut self, sender: &Sender, keepalive: Duration) -> Ended {
-        let deadline = self.deadline;
-        let over = async {
-            match deadline {
-                Some(deadline) => sleep_until(deadline).await,
-                None => std::future::pending().await,
-            }
-        };
-        let mut over = std::pin::pin!(over);
+        let mut over = std::pin::pin!(over(self.deadline));
         loop {
             let event = tokio::select! {
                 biased;
@@ -214,7 +199,7 @@ impl Run {
                 Ok(Ok(ExecEvent::Stderr(bytes))) => self.data("stderr", &bytes),
                 Ok(Ok(ExecEvent::TimedOut)) => continue,
                 Ok(Ok(ExecEvent::Exit(code))) => {
-                    if code == 0 && self.is_taken_over().await {
+                    if self.output.was_taken_over() && self.follows_on().await {
                         continue;
                     }
                     return Ended::Process(end(code, self.output.signal()));
@@ -235,19 +220,16 @@ impl Run {
         }
     }
 
-    /// Whether a client of the native API took the session over, which looks like an exit. If so,
-    /// follows the output beside that client.
-    async fn is_taken_over(&mut self) -> bool {
-        if self.input.is_none() {
-            return false;
-        }
+    /// Follows the output on beside a client of the native API that took the session over. Returns
+    /// false if the process has ended meanwhile.
+    async fn follows_on(&mut self) -> bool {
         let from = Some(self.output.position());
         match self.target.used.agent.observe(&self.session, from).await {
-            Ok((info, _input, output)) if info.running => {
+            Ok((_, _input, output)) => {
                 self.output = output;
                 true
             }
-            _ => false,
+            Err(_) => false,
         }
     }
 
@@ -302,7 +284,8 @@ mod tests {
     #[test]
     fn end_of_a_process_is_told_as_sdks_read_it() {
         assert_eq!(end(0, None), json!({ "exited": true, "status": "exit status 0" }));
-        let failed = json!({ "exitCode": 137, "exited": true, "status": "exit status 137", "error": "exit status 137" });
+        let status = "exit status 137";
+        let failed = json!({ "exitCode": 137, "exited": true, "status": status, "error": status });
         assert_eq!(end(137, None), failed);
         let killed =
             json!({ "exitCode": -1, "status": "signal: killed", "error": "signal: killed" });

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::filesystem::describe;
 use super::{place, refused};
-use crate::connect::{Code, RpcError, Sender, stream, time_limit};
+use crate::connect::{Code, RpcError, Sender, keepalive, late, over, stream, time_limit};
 use crate::{E2b, Target};
 
 /// The most that a watcher keeps for its client, in bytes of JSON. Beyond this, the oldest events
@@ -27,14 +27,11 @@ const KEPT_BYTES_MAX: usize = 1 << 20;
 /// Watchers of one sandbox at once.
 const WATCHERS_MAX: usize = 64;
 
-/// The time after which a watcher that nobody asks ends.
+/// The time after which a watcher ends if its client does not ask it.
 const IDLE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// How long a watcher may take to give its events.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-
-/// The time without events after which a client is told that the stream is alive.
-const KEEPALIVE: Duration = Duration::from_secs(90);
 
 /// What to watch.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -115,7 +112,7 @@ pub(super) fn remove(e2b: &E2b, target: &Target, named: &Named) -> Result<Value,
     if !watchers.get(&named.watcher_id).is_some_and(is_own) {
         return Err(not_found(&named.watcher_id));
     }
-    // Its task ends when nobody can ask any more.
+    // Its task ends when the last sender of questions is dropped.
     watchers.remove(&named.watcher_id);
     Ok(json!({}))
 }
@@ -134,22 +131,13 @@ pub(super) async fn stream_events(
     let limit = time_limit(headers)?;
     let watch = Watch::begin(&target, user, &wish).await?;
     let deadline = limit.map(|limit| Instant::now() + limit);
-    let asked = headers.get("keepalive-ping-interval").and_then(|value| value.to_str().ok());
-    let seconds = asked.and_then(|text| text.parse::<u64>().ok());
-    let keepalive = seconds.map_or(KEEPALIVE, |s| Duration::from_secs(s.clamp(1, 3600)));
     let (sender, response) = stream();
-    tokio::spawn(follow(watch, sender, deadline, keepalive));
+    tokio::spawn(follow(watch, sender, deadline, keepalive(headers)));
     Ok(response)
 }
 
 async fn follow(mut watch: Watch, sender: Sender, deadline: Option<Instant>, keepalive: Duration) {
-    let over = async {
-        match deadline {
-            Some(deadline) => sleep_until(deadline).await,
-            None => std::future::pending().await,
-        }
-    };
-    let mut over = std::pin::pin!(over);
+    let mut over = std::pin::pin!(over(deadline));
     if !sender.send(&json!({ "start": {} })).await {
         return;
     }
@@ -157,10 +145,7 @@ async fn follow(mut watch: Watch, sender: Sender, deadline: Option<Instant>, kee
         let event = tokio::select! {
             biased;
             () = sender.gone() => return,
-            () = &mut over => {
-                let message = "the time limit of the call is over";
-                return sender.end(Err(RpcError::new(Code::DeadlineExceeded, message))).await;
-            }
+            () = &mut over => return sender.end(Err(late())).await,
             event = timeout(keepalive, watch.next()) => event,
         };
         let message = match event {
@@ -181,8 +166,8 @@ async fn follow(mut watch: Watch, sender: Sender, deadline: Option<Instant>, kee
     }
 }
 
-/// Collects the events of a watcher until nobody asks for them any more, or until its directory or
-/// its sandbox is gone and its events are taken.
+/// Collects the events of a watcher until its client stops asking, or until its directory or its
+/// sandbox is gone and its events are taken.
 async fn keep(mut watch: Watch, mut asked: mpsc::Receiver<oneshot::Sender<Vec<Value>>>) {
     let mut events = Events::default();
     let mut waiting: Option<oneshot::Sender<Vec<Value>>> = None;
@@ -307,5 +292,28 @@ impl Watch {
             }
         }
         Some(event)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn oldest_events_are_dropped_beyond_the_limit_in_bytes() {
+        let mut events = Events::default();
+        let long = "x".repeat(100 << 10);
+        for number in 0..30 {
+            events.push(json!({ "name": long, "number": number }));
+        }
+        assert!(events.bytes <= KEPT_BYTES_MAX, "{} bytes", events.bytes);
+
+        let kept = events.take();
+
+        let numbers: Vec<_> = kept.iter().map(|event| event["number"].clone()).collect();
+        assert_eq!(numbers, (20..30).map(|number| json!(number)).collect::<Vec<_>>());
+        assert_eq!(events.bytes, 0);
+        events.push(json!({ "name": "x".repeat(KEPT_BYTES_MAX) }));
+        assert!(events.take().is_empty(), "an event that is too long is dropped");
     }
 }

@@ -85,6 +85,10 @@ async fn sandbox_is_still_kept_hot_after_its_driver_panicked() {
     assert!(place.store.get_sandbox(id).unwrap().unwrap().spec.keep_hot);
 }
 
+/// A change that needs a running sandbox.
+const OF_RUNNING: TimeLimitChange =
+    TimeLimitChange { expires_at: None, only_later: false, only_running: true, on_timeout: None };
+
 /// A limit that is over.
 const OVER: TimeLimit = TimeLimit { expires_at: Some(1), on_timeout: OnTimeout::Stop };
 
@@ -104,6 +108,19 @@ async fn stop_at_the_end_of_the_time_is_repeated_until_the_limit_is_removed() {
     node.change_time_limit(id, change).await.unwrap();
     assert_eq!((row().state, row().time_limit.expires_at), (RUNNING, None));
     drop(node.enter(id).await.unwrap());
+}
+
+#[tokio::test]
+async fn limit_of_a_running_sandbox_is_refused_for_a_stopped_one() {
+    let place = TestData::new();
+    let id = place.leave(1, SandboxState::Stopped, Found::Nothing, Saved::Yes);
+    let node = place.recover().await;
+    let change = TimeLimitChange { expires_at: Some(Some(u64::MAX / 2)), ..OF_RUNNING };
+
+    assert!(node.change_time_limit(id, change).await.is_err());
+
+    let row = place.store.get_sandbox(id).unwrap().unwrap();
+    assert_eq!(row.time_limit.expires_at, None);
 }
 
 #[tokio::test]

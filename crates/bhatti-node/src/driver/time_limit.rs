@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bhatti_types::{Report, SandboxState, TimeLimit};
+use bhatti_types::{Denied, Report, SandboxState, TimeLimit, TimeLimitChange};
 use parking_lot::Mutex;
 use serde_json::json;
 use tokio::time::{Duration, sleep, sleep_until};
@@ -37,8 +37,15 @@ impl Sandbox {
         self.timer.0.lock().limit
     }
 
-    /// Sets the time limit.
-    pub(super) fn set_time_limit(&self, limit: TimeLimit) -> Result<(), TransitionError> {
+    /// Changes the time limit.
+    pub(super) fn change_time_limit(&self, change: TimeLimitChange) -> Result<(), TransitionError> {
+        if change.only_running && self.access.state() != SandboxState::Running {
+            return Err(Denied::Stopped.into());
+        }
+        self.set_time_limit(self.time_limit().with(change))
+    }
+
+    fn set_time_limit(&self, limit: TimeLimit) -> Result<(), TransitionError> {
         self.shared.store.set_sandbox_time_limit(self.id, limit)?;
         *self.timer.0.lock() = State { limit, retry: Retry::default() };
         Ok(())

@@ -23,6 +23,9 @@ use crate::user::{self, names};
 /// The most levels of directories that a list goes down.
 const DEPTH_MAX: usize = 512;
 
+/// The most entries of one directory: the agent, whose memory is limited, sorts them.
+const NAMES_MAX: usize = 100_000;
+
 /// The most links that are followed one after the other, to say where a link leads.
 const LINKS_MAX: usize = 40;
 
@@ -144,9 +147,14 @@ fn list(
     Ok(())
 }
 
+/// Returns the names in a directory, in their order.
 fn names_in(directory: &Path) -> std::io::Result<Vec<OsString>> {
-    let mut names: Vec<_> =
-        fs::read_dir(directory)?.flatten().map(|entry| entry.file_name()).collect();
+    let entries = fs::read_dir(directory)?.flatten();
+    let mut names: Vec<_> = entries.take(NAMES_MAX + 1).map(|entry| entry.file_name()).collect();
+    if names.len() > NAMES_MAX {
+        let message = format!("a directory has more than {NAMES_MAX} entries");
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, message));
+    }
     names.sort();
     Ok(names)
 }
@@ -258,6 +266,19 @@ mod tests {
         assert_eq!(names(1), ["a", "b", "link", "z"]);
         assert_eq!(names(2), ["a", "b", "b/a", "b/c", "link", "z"]);
         assert_eq!(names(9), ["a", "b", "b/a", "b/c", "b/c/d", "link", "z"]);
+    }
+
+    #[test]
+    fn directory_with_too_many_entries_is_refused() {
+        let place = tempfile::tempdir_in("/dev/shm").unwrap();
+        for number in 0..=NAMES_MAX {
+            std::os::unix::fs::symlink("x", place.path().join(number.to_string())).unwrap();
+        }
+
+        let refused = list(place.path(), 1, &mut Names::default(), &mut |_| true).unwrap_err();
+
+        assert_eq!(refused.kind, ErrorKind::BadRequest, "{}", refused.message);
+        assert!(refused.message.contains("100000"), "{}", refused.message);
     }
 
     #[test]

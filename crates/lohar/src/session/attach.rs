@@ -3,7 +3,8 @@
 use std::rc::Rc;
 
 use bhatti_proto::{
-    ErrorKind, ExecRequest, FrameType, InputEnd, exit_payload, parse_resize, session_exit_payload,
+    ErrorKind, ExecRequest, FrameType, InputEnd, TAKEN_OVER, exit_payload, parse_resize,
+    session_exit_payload,
 };
 use bytes::Bytes;
 use rustix::process::Signal;
@@ -59,7 +60,8 @@ pub(super) async fn serve<T: Transport>(
     };
     let payload = match outcome {
         Outcome::Ended(end) => exit(end, request),
-        Outcome::Displaced => exit_payload(0).to_vec(),
+        // No signal has the number 0.
+        Outcome::Displaced => exit(Ended { code: 0, signal: Some(TAKEN_OVER) }, request),
     };
     writer.send(FrameType::EXIT, &payload).await.map_err(host_gone)?;
     // The exit code of a terminal session is collected once. A job's exit code is kept, because

@@ -169,7 +169,7 @@ pub(super) fn time_limit(
     Ok(TimeLimitChange {
         expires_at: timeout_sec.map(expires_at),
         on_timeout: on_timeout(on_timeout_text)?,
-        only_later: false,
+        ..TimeLimitChange::default()
     })
 }
 
