@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     ActivityInfo, ExecRequest, FrameType, GuestConfig, GuestEvent, GuestInit, Identity,
+    LoadInfo,
     IdentityReport, Suspend, Woken,
 };
 use tokio::time::{sleep, timeout};
@@ -110,6 +111,16 @@ impl AgentClient {
             .await?
             .json()
             .map_err(|_| CallError::Unexpected)
+    }
+
+    /// Returns the resources that the guest uses.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the agent does not answer, or is of a version that cannot tell.
+    pub async fn load(&self) -> Result<LoadInfo, CallError> {
+        let (mut reader, _writer) = self.bare_request(FrameType::LOAD_REQ).await?;
+        expect(&mut reader, FrameType::LOAD_RESP).await?.json().map_err(|_| CallError::Unexpected)
     }
 
     /// Follows the events in the guest from now on.

@@ -2,7 +2,7 @@
 
 use bhatti_agent::{ExecInput, ExecOutput};
 use bhatti_node::{SandboxUse, Usage, UseError};
-use bhatti_proto::ExecRequest;
+use bhatti_proto::{ExecRequest, LoadInfo};
 use bhatti_store::{
     ChangeError, SandboxChange, SandboxFilter, SandboxRow, StoreError, StoredSandbox,
 };
@@ -253,6 +253,12 @@ impl Control {
             },
         )?;
         Ok(self.inner.node.usage(ids).await)
+    }
+
+    /// Returns the load in a sandbox that is hot. Does not wake a sandbox, and does not count as
+    /// use. Returns `None` if it is not hot or its agent does not answer in time.
+    pub async fn load(&self, id: SandboxId) -> Option<LoadInfo> {
+        self.inner.node.load(id).await
     }
 
     /// Destroys a sandbox in any state, and waits until nothing of it is left.

@@ -3,6 +3,7 @@
 mod create;
 mod life;
 mod list;
+mod metrics;
 mod objects;
 mod snapshots;
 
@@ -10,7 +11,7 @@ use axum::Router;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::response::IntoResponse;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use bhatti_store::SandboxRow;
 use bhatti_types::UserId;
 use http_body_util::{BodyExt, Limited};
@@ -104,6 +105,8 @@ pub(crate) fn router() -> Router<E2b> {
         .route("/sandboxes/{id}/resume", post(life::resume_stopped))
         .route("/sandboxes/{id}/fork", post(life::fork))
         .route("/sandboxes/{id}/snapshots", post(snapshots::create))
+        .route("/sandboxes/{id}/metrics", get(metrics::metrics))
+        .route("/sandboxes/{id}/network", put(metrics::update_network))
         .route("/snapshots", get(snapshots::list))
         .route("/templates/{id}", delete(snapshots::delete))
         .route("/health", get(async || status::OK))

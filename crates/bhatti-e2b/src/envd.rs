@@ -47,6 +47,7 @@ pub(crate) async fn serve(e2b: &E2b, row: SandboxRow, request: Request) -> Respo
         (&Method::GET, "/health") => info::health(),
         (&Method::GET, "/files") => files::read(&target, request).await,
         (&Method::POST, "/files") => files::write(&target, request).await,
+        (&Method::GET, "/metrics") => info::metrics(&target).await,
         (&Method::GET, "/envs") => info::environment(&target),
         (&Method::POST, path) => match call_of(path) {
             Some(call) => rpc(e2b, target, call, request).await,

@@ -13,6 +13,7 @@ mod code;
 mod connect;
 mod envd;
 mod error;
+mod load;
 mod place;
 mod settings;
 mod status;
@@ -34,6 +35,7 @@ use tower_service::Service as _;
 pub use error::Error;
 pub use place::{ENVD_PORT, Place, key};
 
+use load::Load;
 use settings::Settings;
 
 /// How the native API describes errors. Both APIs answer the same failures alike.

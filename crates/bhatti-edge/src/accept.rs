@@ -40,12 +40,16 @@ use crate::tls::Tls;
 /// one (see [`peers`]).
 const CONNECTIONS_MAX: usize = 8192;
 
-/// Time limit for the head of a request, and for a connection on which the peer sends no request.
-const HEAD_LIMIT: Duration = Duration::from_secs(60);
+/// Time limit for a TLS handshake, and the time between two HTTP/2 pings.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Time limit for a connection without a request in flight, whatever else its peer sends. Somewhat
-/// longer than the others, which end a connection in order.
-const SILENCE_LIMIT: Duration = Duration::from_secs(90);
+/// Time limit for a connection without a request in flight, whatever else its peer sends: a head,
+/// for example.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The same limit for a connection that has had an admitted request. Clients keep connections for
+/// minutes, E2B's Python SDK for five. A request that meets a closed one fails.
+const KEPT_LIMIT: Duration = Duration::from_secs(640);
 
 /// Maximum length of a request's head, in bytes, and of one read from a connection.
 const HEAD_BYTES_MAX: usize = 64 << 10;
@@ -135,8 +139,7 @@ pub async fn serve(
             let ended = tokio::select! {
                 ended = converse(connection, tls, answer, stopped) => ended,
                 () = place.closed.notified() => return,
-                // Without TLS and with HTTP/1.1, hyper has limits of its own.
-                () = place.long_silent(SILENCE_LIMIT) => return,
+                () = place.long_silent(SILENCE_LIMIT, KEPT_LIMIT) => return,
             };
             if let Err(error) = ended {
                 debug!(%error, "Connection failed");
@@ -163,7 +166,7 @@ async fn converse<A: Future<Output = Result<Response, Infallible>> + Send + 'sta
     };
     let mut stopping = stopped.clone();
     let connection = tokio::select! {
-        accepted = timeout(HEAD_LIMIT, tls.acceptor().accept(connection)) => accepted??,
+        accepted = timeout(HANDSHAKE_LIMIT, tls.acceptor().accept(connection)) => accepted??,
         _ = stopping.changed() => return Ok(()),
     };
     let is_http2 = connection.get_ref().1.alpn_protocol() == Some(b"h2");
@@ -178,7 +181,8 @@ async fn converse<A: Future<Output = Result<Response, Infallible>> + Send + 'sta
 
 fn http1() -> http1::Builder {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(HEAD_BYTES_MAX);
+    // The limits of silence apply to heads.
+    http.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(HEAD_BYTES_MAX);
     http
 }
 
@@ -190,7 +194,7 @@ fn http2() -> http2::Builder<TokioExecutor> {
         .max_send_buf_size(WINDOW_BYTES as usize)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .keep_alive_interval(HEAD_LIMIT);
+        .keep_alive_interval(HANDSHAKE_LIMIT);
     http
 }
 
@@ -239,6 +243,7 @@ async fn answer(
         // silent.
         return Ok(response);
     }
+    asking.admit();
     Ok(response.map(|body| hold(body, asking)))
 }
 
@@ -282,7 +287,7 @@ mod tests {
             peer.write_all(begin.as_bytes()).await.unwrap();
 
             let mut received = Vec::new();
-            let ended = tokio::time::timeout(2 * HEAD_LIMIT, peer.read_to_end(&mut received)).await;
+            let ended = tokio::time::timeout(2 * SILENCE_LIMIT, peer.read_to_end(&mut received)).await;
 
             assert!(ended.is_ok(), "the connection is still open after {begin:?}");
         }
@@ -324,17 +329,39 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(20), newest).await.is_err());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn connection_serves_a_second_request() {
-        let mut peer = serve_answers();
-        for _ in 0..2 {
-            peer.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
-            let mut received = Vec::new();
-            while !received.ends_with(b"answered") {
-                assert_ne!(peer.read_buf(&mut received).await.unwrap(), 0);
-            }
-            sleep(HEAD_LIMIT / 2).await;
+    /// Sends a request, and reads the answer.
+    async fn ask(peer: &mut DuplexStream) {
+        peer.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut received = Vec::new();
+        while !received.ends_with(b"answered") {
+            assert_ne!(peer.read_buf(&mut received).await.unwrap(), 0);
         }
+    }
+
+    /// Returns whether a connection is open after this time.
+    async fn is_open_after(peer: &mut DuplexStream, silence: Duration) -> bool {
+        timeout(silence, peer.read_u8()).await.is_err()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn admitted_client_may_be_silent_for_longer() {
+        let admitted = || async {
+            let mut response = Response::new(Body::from("answered"));
+            response.extensions_mut().insert(Admitted);
+            response
+        };
+        let mut client = serve_one(Router::new().fallback(admitted));
+        for silence in [SILENCE_LIMIT / 2, SILENCE_LIMIT * 5] {
+            ask(&mut client).await;
+            assert!(is_open_after(&mut client, silence).await);
+        }
+        assert!(!is_open_after(&mut client, KEPT_LIMIT).await);
+
+        let mut stranger = serve_answers();
+        ask(&mut stranger).await;
+        assert!(is_open_after(&mut stranger, SILENCE_LIMIT / 2).await);
+        ask(&mut stranger).await;
+        assert!(!is_open_after(&mut stranger, SILENCE_LIMIT + Duration::from_secs(1)).await);
     }
 
     /// Returns a server's TLS for `localhost`, and its certificate.
@@ -419,7 +446,7 @@ mod tests {
             let app = Router::new();
             tokio::spawn(serve(source, app, Some(Arc::clone(&tls)), std::future::pending()));
             ours.write_all(begin.as_bytes()).await.unwrap();
-            let ended = timeout(2 * HEAD_LIMIT, ours.read_to_end(&mut Vec::new())).await;
+            let ended = timeout(2 * SILENCE_LIMIT, ours.read_to_end(&mut Vec::new())).await;
             assert!(ended.is_ok(), "the connection is still open after {begin:?}");
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bhatti_agent::{AgentClient, CallError, ExecInput, ExecOutput};
 use bhatti_engine::{Usage, Vm};
-use bhatti_proto::ExecRequest;
+use bhatti_proto::{ExecRequest, LoadInfo};
 use bhatti_store::StoreError;
 use bhatti_types::{Denied, Report, SandboxId, Thermal, TimeLimitChange, UserId};
 use tokio::sync::{Semaphore, oneshot};
@@ -19,6 +19,9 @@ use crate::driver::{self, DestroyError, Handle, Request, TransitionError};
 
 /// How long a silent guest may take to start a command.
 const START_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long an agent may take to tell the load.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
 
 /// The number of sandboxes that are saved at the same time when the daemon stops.
 const SAVING_AT_ONCE: usize = 10;
@@ -179,6 +182,14 @@ impl Node {
             vms.into_iter().filter_map(used).collect()
         };
         tokio::task::spawn_blocking(ask).await.unwrap_or_default()
+    }
+
+    /// Returns the load in a sandbox that is hot. Does not wake a sandbox, and does not count as
+    /// use. Returns `None` if it is not hot or its agent does not answer in time.
+    pub async fn load(&self, id: SandboxId) -> Option<LoadInfo> {
+        let access = self.shared.registry.get(id)?.access;
+        let running = access.running().filter(|_| access.thermal() == Some(Thermal::Hot))?;
+        timeout(LOAD_LIMIT, running.agent.load()).await.ok()?.ok()
     }
 
     /// Destroys a sandbox in any state, and waits until nothing of it is left.

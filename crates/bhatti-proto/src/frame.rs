@@ -80,6 +80,10 @@ impl FrameType {
     pub const EVENTS_REQ: Self = Self(0x42);
     /// Guest to host: [`GuestEvent`](crate::GuestEvent). Not in the original protocol.
     pub const EVENT: Self = Self(0x43);
+    /// Host to guest: ask for the load. Not in the original protocol.
+    pub const LOAD_REQ: Self = Self(0x44);
+    /// Guest to host: [`LoadInfo`](crate::LoadInfo). Not in the original protocol.
+    pub const LOAD_RESP: Self = Self(0x45);
     /// Host to guest: [`FileReadRequest`](crate::FileReadRequest).
     pub const FILE_READ_REQ: Self = Self(0x50);
     /// Guest to host: [`FileReadResponse`](crate::FileReadResponse).

@@ -234,6 +234,27 @@ pub struct ActivityInfo {
     pub running_jobs: u32,
 }
 
+/// The resources that the guest uses, as its kernel counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoadInfo {
+    /// The number of CPUs.
+    pub cpus: u32,
+    /// The use of all CPUs since the last such request, or since the boot, in hundredths of a
+    /// percent: 10000 if all were busy.
+    pub cpu_used: u32,
+    /// The memory, in bytes.
+    pub memory: u64,
+    /// The memory that is not available to new programs, in bytes.
+    pub memory_used: u64,
+    /// The memory that caches files, in bytes.
+    pub memory_cache: u64,
+    /// The size of the root disk, in bytes.
+    pub disk: u64,
+    /// The part of it that is in use, in bytes.
+    pub disk_used: u64,
+}
+
 /// Signals a command or session.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignalRequest {

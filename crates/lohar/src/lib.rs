@@ -39,6 +39,7 @@ mod image_environment;
 mod input;
 mod launch;
 mod limits;
+mod load;
 mod log;
 mod lookup;
 mod modprobe;
@@ -112,6 +113,8 @@ pub(crate) struct Agent {
     watches: Cell<usize>,
     discarded_pipes: Cell<usize>,
     last_activity: Cell<i64>,
+    /// The time of the CPUs when the host last asked for the load.
+    cpu_ticks: Cell<load::CpuTicks>,
     shutdown_asked: Cell<bool>,
     shutdown: Notify,
     suspended: Cell<bool>,
@@ -153,6 +156,7 @@ impl Agent {
             watches: Cell::new(0),
             discarded_pipes: Cell::new(0),
             last_activity: Cell::new(0),
+            cpu_ticks: Cell::default(),
             shutdown_asked: Cell::new(false),
             shutdown: Notify::new(),
             suspended: Cell::new(false),

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::Agent;
 use crate::connection::{Half, HostReader, HostWriter, Transport, split};
 use crate::limits::AUTH_LIMIT;
+use crate::load::load;
 use crate::refusal::{OpError, bad_json, host_gone, refused, tell};
 use crate::{exec, file, forward, session, settings, suspend};
 
@@ -137,6 +138,7 @@ async fn control<T: Transport>(
         FrameType::ACTIVITY_REQ => {
             Ok(writer.send_json(FrameType::ACTIVITY_RESP, &agent.activity()).await?)
         }
+        FrameType::LOAD_REQ => Ok(writer.send_json(FrameType::LOAD_RESP, &load(agent)).await?),
         FrameType::IDENTITY_REQ => {
             let report = settings::assume(agent, &request::<Identity>(&frame)?).await;
             Ok(writer.send_json(FrameType::IDENTITY_RESP, &report).await?)

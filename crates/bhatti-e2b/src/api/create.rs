@@ -192,8 +192,8 @@ fn volumes(mounts: Vec<VolumeMount>) -> Result<Vec<Attach>, Error> {
 }
 
 /// What a request says about the network.
-struct Network {
-    mode: Option<NetworkMode>,
+pub(super) struct Network {
+    pub(super) mode: Option<NetworkMode>,
     public_traffic: bool,
 }
 
@@ -202,7 +202,7 @@ impl Network {
     ///
     /// Refuses rules that this host cannot enforce: a sandbox that its user believes to be cut off
     /// must not have a network.
-    fn of(network: Option<&Value>, internet: Option<bool>) -> Result<Self, Error> {
+    pub(super) fn of(network: Option<&Value>, internet: Option<bool>) -> Result<Self, Error> {
         let empty = serde_json::Map::new();
         let rules = network.and_then(Value::as_object).unwrap_or(&empty);
         let mut is_cut_off = internet == Some(false);

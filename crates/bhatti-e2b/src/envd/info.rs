@@ -3,11 +3,29 @@
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use crate::{Target, status};
+use crate::{Error, Load, Target, status};
 
 /// Says that the sandbox answers.
 pub(super) fn health() -> Response {
     status::NO_CONTENT.into_response()
+}
+
+/// Returns the load of the sandbox.
+pub(super) async fn metrics(target: &Target) -> Response {
+    let Some(load) = Load::of(target.used.agent.load().await.ok(), &target.row) else {
+        return Error::internal("the sandbox does not tell its load").into_response();
+    };
+    axum::Json(json!({
+        "ts": jiff::Timestamp::now().as_second(),
+        "cpu_count": load.cpus,
+        "cpu_used_pct": load.cpu_used_pct,
+        "mem_total": load.info.memory,
+        "mem_used": load.info.memory_used,
+        "mem_cache": load.info.memory_cache,
+        "disk_total": load.info.disk,
+        "disk_used": load.info.disk_used,
+    }))
+    .into_response()
 }
 
 /// Returns the variables of every process in the sandbox.

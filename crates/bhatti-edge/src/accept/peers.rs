@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -47,6 +47,8 @@ pub(crate) struct Seat {
     network: Network,
     /// The number of requests in flight. HTTP/2 has several.
     asking: AtomicUsize,
+    /// Whether one of its requests was admitted.
+    admitted: AtomicBool,
     number: Mutex<Option<u64>>,
     silent_since: Mutex<Instant>,
     /// Notified when the connection must close.
@@ -83,6 +85,7 @@ impl Peers {
             peers: Arc::clone(self),
             network,
             asking: AtomicUsize::new(0),
+            admitted: AtomicBool::new(false),
             number: Mutex::new(None),
             silent_since: Mutex::new(Instant::now()),
             closed: Arc::new(Notify::new()),
@@ -137,9 +140,11 @@ impl Seat {
         Asking(Arc::clone(self))
     }
 
-    /// Resolves when the connection has been silent for `limit`. Cancel safe.
-    pub(crate) async fn long_silent(&self, limit: Duration) {
+    /// Resolves when the connection has been silent for `limit`, or for `kept_limit` if one of its
+    /// requests was admitted. Cancel safe.
+    pub(crate) async fn long_silent(&self, limit: Duration, kept_limit: Duration) {
         loop {
+            let limit = if self.admitted.load(Ordering::Relaxed) { kept_limit } else { limit };
             let until = match self.asking.load(Ordering::Relaxed) {
                 0 => *self.silent_since.lock() + limit,
                 _ => Instant::now() + limit,
@@ -149,6 +154,13 @@ impl Seat {
             }
             sleep_until(until).await;
         }
+    }
+}
+
+impl Asking {
+    /// Records that the request was admitted.
+    pub(crate) fn admit(&self) {
+        self.0.admitted.store(true, Ordering::Relaxed);
     }
 }
 
