@@ -1,6 +1,7 @@
 """E2B's Python package, unmodified, against a bhatti daemon. `scripts/test-e2b.sh` starts both."""
 
 import asyncio
+import datetime
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from e2b import (
     AsyncSandbox,
     AuthenticationException,
+    BuildException,
     CommandExitException,
     FileNotFoundException,
     InvalidArgumentException,
@@ -24,7 +26,9 @@ from e2b import (
     SandboxException,
     SandboxQuery,
     SandboxState,
+    Template,
     TimeoutException,
+    wait_for_port,
 )
 
 BASE = os.environ["E2B_API_URL"]
@@ -56,6 +60,17 @@ def request(sandbox, path, body=None, headers=None, method=None):
         **(headers or {}),
     }
     headers = {name: value for name, value in headers.items() if value is not None}
+    asked = urllib.request.Request(BASE + path, data=body, headers=headers, method=method)
+    try:
+        with urllib.request.urlopen(asked, timeout=LIMIT) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def api(method, path, body=None):
+    """Sends a request to the control plane. Returns status and body."""
+    headers = {"X-API-KEY": os.environ["E2B_API_KEY"], "Content-Type": "application/json"}
     asked = urllib.request.Request(BASE + path, data=body, headers=headers, method=method)
     try:
         with urllib.request.urlopen(asked, timeout=LIMIT) as answer:
@@ -182,6 +197,116 @@ def test_snapshot_is_a_template(sandbox):
         made.kill()
     assert Sandbox.delete_snapshot(snapshot.snapshot_id)
     assert not Sandbox.delete_snapshot(snapshot.snapshot_id)
+
+
+def test_snapshot_of_a_name_is_replaced(sandbox):
+    for content in ("one", "two"):
+        sandbox.files.write("which", content)
+        assert sandbox.create_snapshot(name="again").snapshot_id == "again"
+    assert [found.snapshot_id for found in Sandbox.list_snapshots(name="again").next_items()] == ["again"]
+    made = Sandbox.create("again")
+    assert made.files.read("which") == "two"
+    made.kill()
+    assert Sandbox.delete_snapshot("again")
+
+
+def test_metrics_tell_the_load(sandbox):
+    [metric] = sandbox.get_metrics()
+    assert metric.cpu_count == 1 and metric.cpu_used_pct >= 0
+    assert 0 < metric.mem_used < metric.mem_total <= 512 << 20
+    assert 0 < metric.disk_used < metric.disk_total
+    status, body = request(sandbox, "/metrics")
+    assert (status, json.loads(body)["mem_total"]) == (200, metric.mem_total)
+    old = datetime.datetime(2020, 1, 1)
+    assert sandbox.get_metrics(start=old, end=old) == []
+
+
+def test_network_is_kept_or_refused(sandbox):
+    sandbox.update_network({})
+    with pytest.raises(SandboxException, match="not offered"):
+        sandbox.update_network({"allow_internet_access": False})
+
+
+# Templates
+
+
+def test_template_is_built_from_steps(tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "deep").mkdir()
+    (tmp_path / "app" / "deep" / "x.txt").write_text("deep")
+    (tmp_path / "one.py").write_text("print('one')")
+    (tmp_path / "two.py").write_text("print('two')")
+    name = f"built-{uuid.uuid4().hex[:8]}"
+    template = (
+        Template(file_context_path=tmp_path)
+        .from_base_image()
+        .set_envs({"GREETING": "hello", "PATH": "/srv/bin:$PATH"})
+        .copy("app", "/srv/app", user="root")
+        .copy("*.py", "scripts/", mode=0o700)
+        .copy("one.py", "/opt/renamed.py")
+        .run_cmd("echo $GREETING > /srv/greeting && id -un >> /srv/greeting", user="root")
+        .set_workdir("work/place")
+        .run_cmd("pwd > here")
+        .set_start_cmd("python3 -m http.server 8000", wait_for_port(8000))
+    )
+    logs = []
+    info = Template.build(template, name, cpu_count=1, memory_mb=512, on_build_logs=logs.append)
+    assert (info.template_id, Template.exists(name), Template.exists("none-" + name)) == (name, True, False)
+    assert any("COPY app /srv/app" in entry.message for entry in logs)
+
+    made = Sandbox.create(name)
+    try:
+        run = made.commands.run
+        assert run("cat /srv/greeting").stdout == "hello\nroot\n"
+        assert run("pwd; cat here; echo $GREETING; id -un").stdout == "/home/user/work/place\n" * 2 + "hello\nuser\n"
+        assert run("stat -c '%U %a' /home/user/scripts/two.py /srv/app/deep/x.txt").stdout.split("\n")[:2] == [
+            "user 700",
+            "root 644",
+        ]
+        assert run("cat /opt/renamed.py; stat -c %U /opt/renamed.py").stdout == "print('one')user\n"
+        assert run("curl -s http://127.0.0.1:8000/here").stdout == "/home/user/work/place\n"
+    finally:
+        made.kill()
+
+    Template.assign_tags(name, ["v1", "stable"])
+    assert {tag.tag for tag in Template.get_tags(name)} == {"default", "v1", "stable"}
+    Template.remove_tags(name, "stable")
+    made = Sandbox.create(f"{name}:v1")
+    made.kill()
+    with pytest.raises(SandboxException, match="404"):
+        Sandbox.create(f"{name}:stable")
+    # A template that begins with another, whose user, directory and files it has.
+    again = Template().from_template(name).run_cmd("cat here > again; id -un >> again")
+    Template.build(again, f"{name}-2")
+    made = Sandbox.create(f"{name}-2")
+    assert made.files.read("again") == "/home/user/work/place\nuser\n"
+    made.kill()
+
+
+def test_failed_builds_say_which_step():
+    name = f"failed-{uuid.uuid4().hex[:8]}"
+    logs = []
+    failing = Template().from_base_image().run_cmd("true").run_cmd("echo broken >&2; exit 3")
+    with pytest.raises(BuildException, match="exit code 3"):
+        Template.build(failing, name, on_build_logs=logs.append)
+    assert any("broken" in entry.message for entry in logs) and not Template.exists(name)
+    with pytest.raises(BuildException, match="not found"):
+        Template.build(Template().from_template("nothing").run_cmd("true"), name)
+
+
+def test_links_for_uploads_are_for_one_user_and_hash():
+    status, body = api("GET", "/templates/any/files/" + "0" * 64)
+    link = json.loads(body)
+    assert (status, link["present"]) == (201, False)
+    put = urllib.request.Request(link["url"], data=b"x" * 100, method="PUT")
+    assert urllib.request.urlopen(put, timeout=LIMIT).status == 200
+    assert json.loads(api("GET", "/templates/any/files/" + "0" * 64)[1])["present"]
+    assert not json.loads(api("GET", "/templates/any/files/" + "1" * 64)[1])["present"]
+    for wrong in (link["url"] + "0", BASE + "/e2b/uploads/"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(wrong, data=b"x", method="PUT"), timeout=LIMIT)
+        assert refused.value.code == 404
+    assert api("GET", "/templates/any/files/short")[0] == 400
 
 
 def test_unknown_keys_templates_and_options_are_refused():

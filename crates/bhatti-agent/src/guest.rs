@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use bhatti_proto::{
     ActivityInfo, ExecRequest, FrameType, GuestConfig, GuestEvent, GuestInit, Identity,
-    LoadInfo,
-    IdentityReport, Suspend, Woken,
+    IdentityReport, LoadInfo, Suspend, Woken,
 };
 use tokio::time::{sleep, timeout};
 

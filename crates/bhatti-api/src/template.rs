@@ -12,7 +12,7 @@ use crate::PullPolicy;
 #[serde(deny_unknown_fields)]
 pub struct CreateTemplate {
     /// Name of the template.
-    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._:-]{0,127}$")]
     pub name: String,
     /// Image of the sandboxes [default: `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -82,7 +82,7 @@ pub struct Template {
 pub struct BuildTemplate {
     /// Name of the template. A template of the caller with that name is replaced.
     #[serde(default)]
-    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
+    #[schema(pattern = "^[a-zA-Z0-9][a-zA-Z0-9._:-]{0,127}$")]
     pub name: String,
     /// Image to begin with [default: `minimal`].
     #[serde(default, skip_serializing_if = "Option::is_none")]

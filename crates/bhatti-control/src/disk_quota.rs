@@ -12,6 +12,7 @@ use bhatti_types::{QuotaExceeded, UserId};
 use parking_lot::Mutex;
 
 use crate::Control;
+use crate::image_errors::ImageError;
 
 const MIB: u64 = 1 << 20;
 
@@ -20,7 +21,7 @@ pub(crate) type Reservations = Arc<Mutex<HashMap<UserId, u64>>>;
 
 /// Bytes that are reserved for one operation until this is dropped.
 #[derive(Debug)]
-pub(crate) struct DiskReservation {
+pub struct DiskReservation {
     reservations: Reservations,
     owner: UserId,
     bytes: u64,
@@ -71,6 +72,20 @@ impl Control {
             Ok(true) => self.admit_disk(row.owner, needed).await,
             _ => Err(refused.into()),
         }
+    }
+
+    /// Counts bytes against a user's quota until the reservation is dropped. There is none if the
+    /// user has no limit.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the quota does not allow it.
+    pub async fn reserve_disk(
+        &self,
+        owner: UserId,
+        bytes: u64,
+    ) -> Result<Option<DiskReservation>, ImageError> {
+        Ok(self.admit_disk(owner, bytes).await?)
     }
 
     /// Admits an operation that may add `needed` bytes.

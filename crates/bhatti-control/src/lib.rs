@@ -46,6 +46,7 @@ use serde_json::Value;
 pub use build::{BuildRequest, DOCKERFILE_BYTES_MAX};
 pub use build_errors::{BuildError, TemplateBuildError};
 pub use create::{CreateError, FileRequest, SandboxRequest, unix_seconds_after};
+pub use disk_quota::DiskReservation;
 pub use fork::{FORKS_MAX, ForkError, ForkRequest, Forked};
 pub use image_errors::{DockerfileError, ImageCommandError, ImageError, PullFailure, SaveError};
 pub use images::{PullPolicy, UsableImage};
@@ -57,7 +58,7 @@ pub use operations::{LayerProgress, Made, Operation, OperationKind, OperationSta
 pub use sandboxes::EditError;
 pub use secrets::{SecretError, seal_context};
 pub use snapshots::{ResumeRequest, SnapshotOpError};
-pub use template_build::{Step, TemplateBuild};
+pub use template_build::{FilesBelow, Step, TemplateBuild};
 pub use volumes::{VolumeInfo, VolumeOpError};
 
 use disk_quota::Reservations;

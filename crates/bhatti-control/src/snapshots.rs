@@ -114,6 +114,59 @@ impl Control {
         made.await.map_err(|_| CreateError::Interrupted)?
     }
 
+    /// Saves a sandbox under a name, in place of the snapshot of that name. That one stays until
+    /// the new one is complete.
+    ///
+    /// # Errors
+    ///
+    /// Returns the step that failed. The snapshot of that name is then as before.
+    ///
+    /// # Cancel safety
+    ///
+    /// A snapshot that has begun is finished.
+    pub async fn replace_snapshot(
+        &self,
+        owner: UserId,
+        sandbox: &str,
+        name: SnapshotName,
+    ) -> Result<SnapshotRow, SnapshotOpError> {
+        if self.inner.store.find_snapshot(owner, name.as_str())?.is_none() {
+            return self.create_snapshot(owner, sandbox, name).await;
+        }
+        let (control, sandbox) = (self.clone(), sandbox.to_owned());
+        let made = tokio::spawn(async move {
+            let row = control.find(owner, &sandbox)?;
+            let snapshot = control.save_hidden(row, SnapshotKind::Template).await?;
+            let replaced = match control.inner.store.name_snapshot(snapshot.id, owner, &name) {
+                Ok(replaced) => replaced,
+                Err(error) => {
+                    control.forget_snapshot(&snapshot).await;
+                    return Err(error.into());
+                }
+            };
+            if let Some(replaced) = replaced {
+                control.forget_snapshot(&replaced).await;
+            }
+            let sandbox = Some((snapshot.sandbox_id, snapshot.sandbox_name.to_string()));
+            let detail = json!({ "snapshot": name.as_str() });
+            control.record("snapshot.created", owner, sandbox, detail);
+            Ok(SnapshotRow { name, kind: SnapshotKind::Named, ..snapshot })
+        });
+        made.await.map_err(|_| CreateError::Interrupted)?
+    }
+
+    /// Saves a sandbox as a snapshot that its user does not see.
+    pub(crate) async fn save_hidden(
+        &self,
+        row: SandboxRow,
+        kind: SnapshotKind,
+    ) -> Result<SnapshotRow, SnapshotOpError> {
+        let number = random().map(u64::from_be_bytes).map_err(CreateError::Entropy)?;
+        let name = format!("built-{number:016x}");
+        let name = name.parse().map_err(CreateError::Name)?;
+        self.save_as(row, name, kind).await
+    }
+
     /// Saves a sandbox. The snapshot gets what `row` says about the sandbox.
     pub(crate) async fn save_as(
         &self,

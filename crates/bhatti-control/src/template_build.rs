@@ -10,10 +10,11 @@ mod session;
 mod steps;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::Arc;
 
-use bhatti_store::{SandboxRow, SnapshotKind, SnapshotRow, StoreError, TemplateRow};
+use bhatti_store::{
+    SandboxRow, SnapshotKind, SnapshotRow, StoreError, TemplateInsertError, TemplateRow,
+};
 use bhatti_types::{
     CpuCount, DiskMib, Environment, ImageConfig, ImageName, Labels, MemoryMib, Report, SandboxName,
     TemplateId, TemplateName, UserId,
@@ -30,6 +31,7 @@ use crate::images::PullPolicy;
 use crate::operation_errors::OperationFailure;
 use crate::operations::{Made, Operation, OperationKind};
 
+pub use files::FilesBelow;
 pub use steps::Step;
 
 use files::StepFiles;
@@ -70,12 +72,28 @@ pub struct TemplateBuild {
     pub disk: Option<DiskMib>,
     /// Whether all steps run.
     pub no_cache: bool,
+    /// The shell that runs the commands; that of the image if empty.
+    pub shell: Vec<String>,
+    /// Further names of the template.
+    pub aliases: Vec<TemplateName>,
+    /// What a second API keeps with the template.
+    pub annex: Option<String>,
 }
 
 impl From<TemplateRow> for Made {
     fn from(row: TemplateRow) -> Self {
         Self::Template(Arc::new(row))
     }
+}
+
+/// Returns a template under other names.
+fn named(row: &TemplateRow, names: Vec<TemplateName>) -> Result<Vec<TemplateRow>, CreateError> {
+    let named = |name| Ok(TemplateRow { id: template_id()?, name, ..row.clone() });
+    names.into_iter().map(named).collect()
+}
+
+fn template_id() -> Result<TemplateId, CreateError> {
+    bhatti_node::random().map(TemplateId::from_entropy).map_err(CreateError::Entropy)
 }
 
 /// Where a build begins: the state after the last unchanged step.
@@ -87,7 +105,7 @@ struct Beginning {
 }
 
 impl Control {
-    /// Begins to build a template. `files` is a tar archive of what the steps copy.
+    /// Begins to build a template. `files` are tar archives of what the steps copy.
     ///
     /// # Errors
     ///
@@ -97,13 +115,13 @@ impl Control {
         &self,
         owner: UserId,
         request: TemplateBuild,
-        files: Option<File>,
+        files: Vec<FilesBelow>,
     ) -> Result<Operation, OperationFailure> {
         self.check_template(&request)?;
         let id = bhatti_node::random()
             .map_err(|error| TemplateBuildError::Create(CreateError::Entropy(error)))?;
-        let bytes = files.as_ref().map_or(Ok(0), |files| Ok(files.metadata()?.len()));
-        let bytes = bytes.map_err(TemplateBuildError::Write)?;
+        let lengths = files.iter().map(|(_, file)| Ok(file.metadata()?.len()));
+        let bytes = lengths.sum::<std::io::Result<u64>>().map_err(TemplateBuildError::Write)?;
         let reserved = self.admit_disk(owner, bytes).await;
         let reserved = reserved.map_err(|error| TemplateBuildError::Create(error.into()))?;
         let name = request.name.to_string();
@@ -129,7 +147,7 @@ impl Control {
         }
         let mut environment = BTreeMap::new();
         for step in &request.steps {
-            if let Step::Env(variables) = step {
+            if let Step::Env(variables) | Step::ExpandedEnv(variables) = step {
                 environment.extend(variables.clone());
             }
         }
@@ -159,12 +177,12 @@ impl Control {
         &self,
         owner: UserId,
         request: TemplateBuild,
-        files: Option<File>,
+        files: Vec<FilesBelow>,
         operation: &Operation,
     ) -> Result<TemplateRow, TemplateBuildError> {
         let turn = Arc::new(self.inner.builds.take(owner).await);
         let room = self.archive_room(owner).await.map_err(CreateError::Image)?;
-        let files = files.map(|files| Arc::new(StepFiles::new(files, room)));
+        let files = (!files.is_empty()).then(|| Arc::new(StepFiles::new(files, room)));
         let base = self.template_base(owner, &request).await?;
         let keys = step_keys(request.steps.clone(), files.clone(), base.key.clone()).await?;
         let Beginning { guard, sandbox, done } =
@@ -175,6 +193,7 @@ impl Control {
             sandbox,
             base_env: env.unwrap_or_default(),
             config: base.config,
+            shell: request.shell.clone(),
             operation,
             files,
         };
@@ -184,7 +203,7 @@ impl Control {
                 let control = self.clone();
                 // A canceled build leaves no snapshot without a template.
                 let kept = tokio::spawn(async move {
-                    let snapshot = control.save_built(row, SnapshotKind::Template).await?;
+                    let snapshot = control.save_hidden(row, SnapshotKind::Template).await?;
                     control.keep_template(owner, request, snapshot).await
                 });
                 kept.await.map_err(std::io::Error::other)?
@@ -195,17 +214,6 @@ impl Control {
         kept
     }
 
-    /// Saves the sandbox of a build, with the settings in `row`.
-    pub(crate) async fn save_built(
-        &self,
-        row: SandboxRow,
-        kind: SnapshotKind,
-    ) -> Result<SnapshotRow, TemplateBuildError> {
-        let name = bhatti_node::random().map(u64::from_be_bytes).map_err(CreateError::Entropy)?;
-        let name = format!("built-{name:016x}").parse().map_err(CreateError::Name)?;
-        Ok(self.save_as(row, name, kind).await?)
-    }
-
     /// Stores the template of a snapshot, in place of the one of that name.
     async fn keep_template(
         &self,
@@ -213,10 +221,9 @@ impl Control {
         request: TemplateBuild,
         snapshot: SnapshotRow,
     ) -> Result<TemplateRow, TemplateBuildError> {
-        let entropy = bhatti_node::random().map_err(CreateError::Entropy)?;
         let base = request.template;
         let row = TemplateRow {
-            id: TemplateId::from_entropy(entropy),
+            id: template_id()?,
             owner,
             name: request.name,
             image: snapshot.image.clone(),
@@ -230,43 +237,70 @@ impl Control {
             secrets: base.as_ref().map_or_else(Vec::new, |it| it.secrets.clone()),
             init: base.map_or_else(String::new, |it| it.init),
             snapshot: Some(snapshot.id),
+            annex: request.annex,
             created_at: String::new(),
         };
-        match self.inner.store.replace_template(row) {
-            Ok((row, replaced)) => {
-                if let Some(replaced) = replaced {
-                    self.forget_template(&replaced).await;
-                }
-                info!(template = %row.name, "Built a template");
-                self.record(
-                    "template.built",
-                    owner,
-                    None,
-                    json!({ "template": row.name.as_str() }),
-                );
-                Ok(row)
-            }
-            Err(error) => {
-                self.forget_snapshot(&snapshot).await;
-                Err(error.into())
-            }
+        let mut rows = named(&row, request.aliases)?;
+        rows.push(row.clone());
+        if let Err(error) = self.keep_templates(&rows).await {
+            self.forget_snapshot(&snapshot).await;
+            return Err(error.into());
         }
+        info!(template = %row.name, "Built a template");
+        self.record("template.built", owner, None, json!({ "template": row.name.as_str() }));
+        let kept = self.inner.store.find_template(owner, &row.id.to_string())?;
+        kept.ok_or(TemplateBuildError::Store(StoreError::NoSuchRow))
     }
 
-    /// Removes the snapshot of a template that is gone.
+    /// Returns the settings of processes that the sandboxes of a template have. Those of a template
+    /// without a snapshot come from its image, and are empty here.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn settings_of_template(&self, row: &TemplateRow) -> Result<ImageConfig, StoreError> {
+        let snapshot = row.snapshot.map(|id| self.inner.store.get_snapshot(id)).transpose()?;
+        Ok(snapshot.flatten().map(|snapshot| snapshot.image_config).unwrap_or_default())
+    }
+
+    /// Gives a template further names, in place of the templates of those names: all or none.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the owner has too many templates, or if the store fails.
+    pub async fn tag_template(
+        &self,
+        row: &TemplateRow,
+        names: Vec<TemplateName>,
+    ) -> Result<(), TemplateBuildError> {
+        Ok(self.keep_templates(&named(row, names)?).await?)
+    }
+
+    async fn keep_templates(&self, rows: &[TemplateRow]) -> Result<(), TemplateInsertError> {
+        for replaced in self.inner.store.replace_templates(rows)? {
+            self.forget_template(&replaced).await;
+        }
+        Ok(())
+    }
+
+    /// Removes the snapshot of a template that is gone, unless another template has it.
     pub(crate) async fn forget_template(&self, row: &TemplateRow) {
-        let snapshot = row.snapshot.map(|id| self.inner.store.get_snapshot(id));
-        match snapshot {
-            None | Some(Ok(None)) => {}
-            Some(Ok(Some(snapshot))) => self.forget_snapshot(&snapshot).await,
-            Some(Err(error)) => {
+        let Some(id) = row.snapshot else { return };
+        let store = &self.inner.store;
+        let unused = store.template_snapshots().and_then(|used| {
+            if used.contains(&id.to_string()) { Ok(None) } else { store.get_snapshot(id) }
+        });
+        match unused {
+            Ok(None) => {}
+            Ok(Some(snapshot)) => self.forget_snapshot(&snapshot).await,
+            Err(error) => {
                 warn!(template = %row.name, error = %Report(&error), "Failed to find a template's snapshot");
             }
         }
     }
 
     /// Removes a snapshot that nothing uses. The next daemon tries again.
-    async fn forget_snapshot(&self, snapshot: &SnapshotRow) {
+    pub(crate) async fn forget_snapshot(&self, snapshot: &SnapshotRow) {
         if let Err(error) = self.remove_snapshot(snapshot).await {
             warn!(snapshot = %snapshot.id, error = %Report(&error), "Failed to remove an unused snapshot");
         }

@@ -6,6 +6,7 @@ mod list;
 mod metrics;
 mod objects;
 mod snapshots;
+mod templates;
 
 use axum::Router;
 use axum::extract::{FromRequest, FromRequestParts, Request};
@@ -20,6 +21,7 @@ use serde::de::DeserializeOwned;
 use crate::{E2b, Error, status};
 
 pub(crate) use life::resume;
+pub(crate) use templates::receive;
 
 /// The largest body of a request, in bytes.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -108,6 +110,13 @@ pub(crate) fn router() -> Router<E2b> {
         .route("/sandboxes/{id}/metrics", get(metrics::metrics))
         .route("/sandboxes/{id}/network", put(metrics::update_network))
         .route("/snapshots", get(snapshots::list))
+        .route("/v3/templates", post(templates::create))
+        .route("/v2/templates/{template}/builds/{build}", post(templates::build))
+        .route("/templates/{template}/builds/{build}/status", get(templates::build_status))
+        .route("/templates/{template}/files/{hash}", get(templates::files))
+        .route("/templates/aliases/{name}", get(templates::alias))
+        .route("/templates/tags", post(templates::add_tags).delete(templates::remove_tags))
+        .route("/templates/{id}/tags", get(templates::list_tags))
         .route("/templates/{id}", delete(snapshots::delete))
         .route("/health", get(async || status::OK))
         .fallback(async |request: Request| {

@@ -81,6 +81,10 @@ impl Error {
         self.status == status::NOT_FOUND
     }
 
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The body.
     pub(crate) fn json(&self) -> serde_json::Value {
         let mut body = json!({ "code": self.status.as_u16(), "message": self.message });

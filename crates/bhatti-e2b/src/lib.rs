@@ -17,14 +17,15 @@ mod load;
 mod place;
 mod settings;
 mod status;
+mod templates;
 mod token;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::Request;
-use axum::response::Response;
-use bhatti_control::{Control, CreateError, ForkError, SnapshotOpError};
+use axum::response::{IntoResponse, Response};
+use bhatti_control::{Control, CreateError, ForkError, OperationFailure, SnapshotOpError};
 use bhatti_node::{SandboxUse, UseError};
 use bhatti_store::{SandboxRow, StoreError};
 use bhatti_types::{SandboxId, SandboxState, UserId};
@@ -37,6 +38,8 @@ pub use place::{ENVD_PORT, Place, key};
 
 use load::Load;
 use settings::Settings;
+use templates::Builds;
+use templates::uploads::{Link, Uploads};
 
 /// How the native API describes errors. Both APIs answer the same failures alike.
 pub trait Describe: Send + Sync {
@@ -48,6 +51,8 @@ pub trait Describe: Send + Sync {
     fn fork(&self, error: ForkError) -> Error;
     /// A failed operation on a snapshot.
     fn snapshot(&self, error: SnapshotOpError) -> Error;
+    /// A failed operation.
+    fn operation(&self, error: OperationFailure) -> Error;
     /// A failed query.
     fn store(&self, error: StoreError) -> Error;
 }
@@ -76,7 +81,13 @@ struct Inner {
     /// Host names of sandboxes' ports are below this domain.
     zone: Option<String>,
     watchers: envd::Watchers,
+    builds: Builds,
+    uploads: Uploads,
 }
+
+/// Marks a request that came with TLS.
+#[derive(Clone, Copy, Debug)]
+pub struct WithTls;
 
 /// A sandbox that a request reaches, with its lease.
 #[derive(Clone)]
@@ -88,13 +99,30 @@ pub struct Target {
     pub used: Arc<SandboxUse>,
 }
 
+/// An upload of files for the steps of a template.
+pub struct Upload(Link);
+
+impl Upload {
+    /// The user whose files they are.
+    #[must_use]
+    pub const fn owner(&self) -> UserId {
+        self.0.owner
+    }
+}
+
 impl E2b {
     /// Creates the API of a daemon.
     #[must_use]
     pub fn new(control: Control, describe: Box<dyn Describe>, zone: Option<String>) -> Self {
-        let watchers = envd::Watchers::default();
-        let tokens = Mutex::default();
-        Self(Arc::new(Inner { control, tokens, describe, zone, watchers }))
+        Self(Arc::new(Inner {
+            control,
+            tokens: Mutex::default(),
+            describe,
+            zone,
+            watchers: envd::Watchers::default(),
+            builds: Builds::default(),
+            uploads: Uploads::default(),
+        }))
     }
 
     /// Answers a request to the control plane by `owner`.
@@ -170,6 +198,18 @@ impl E2b {
         is_right.then_some(()).ok_or_else(|| {
             Error::forbidden("this sandbox's ports need the header `e2b-traffic-access-token`")
         })
+    }
+
+    /// Returns what a link for an upload is for, by its token.
+    #[must_use]
+    pub fn upload(&self, token: &str) -> Option<Upload> {
+        self.0.uploads.link(token).map(Upload)
+    }
+
+    /// Receives the files that a link for an upload is for.
+    pub async fn receive(&self, upload: &Upload, request: Request) -> Response {
+        let received = api::receive(self, &upload.0, request).await;
+        received.unwrap_or_else(IntoResponse::into_response)
     }
 
     /// Returns the sandbox that a signed URL is for, which names none.

@@ -11,6 +11,9 @@ pub const ENVD_PORT: u16 = 49983;
 /// The prefix of a path that chooses this API.
 const PREFIX: &str = "/e2b";
 
+/// The path of uploads, before a token.
+const UPLOADS: &str = "/uploads/";
+
 const SANDBOX_HEADER: &str = "e2b-sandbox-id";
 const PORT_HEADER: &str = "e2b-sandbox-port";
 const KEY_HEADER: &str = "x-api-key";
@@ -27,6 +30,8 @@ pub enum Place {
         /// The port.
         port: u16,
     },
+    /// Files for the steps of a template, by the token of a link.
+    Upload(String),
     /// A file of the sandbox that the URL's signature is for.
     SignedFile,
 }
@@ -44,6 +49,9 @@ impl Place {
             return Ok(Some(port));
         }
         let uri = request.uri();
+        if is_prefixed && let Some(token) = uri.path().strip_prefix(UPLOADS) {
+            return Ok(Some(Self::Upload(token.to_owned())));
+        }
         if uri.path() == "/files" && uri.query().is_some_and(|query| query.contains("signature=")) {
             return Ok(Some(Self::SignedFile));
         }

@@ -6,12 +6,15 @@ use crate::code::Code;
 
 pub(crate) const OK: StatusCode = StatusCode::OK;
 pub(crate) const CREATED: StatusCode = StatusCode::CREATED;
+pub(crate) const ACCEPTED: StatusCode = StatusCode::ACCEPTED;
 pub(crate) const NO_CONTENT: StatusCode = StatusCode::NO_CONTENT;
 pub(crate) const BAD_REQUEST: StatusCode = StatusCode::BAD_REQUEST;
 pub(crate) const UNAUTHORIZED: StatusCode = StatusCode::UNAUTHORIZED;
 pub(crate) const FORBIDDEN: StatusCode = StatusCode::FORBIDDEN;
 pub(crate) const NOT_FOUND: StatusCode = StatusCode::NOT_FOUND;
 pub(crate) const CONFLICT: StatusCode = StatusCode::CONFLICT;
+pub(crate) const TOO_LARGE: StatusCode = StatusCode::PAYLOAD_TOO_LARGE;
+pub(crate) const TOO_MANY: StatusCode = StatusCode::TOO_MANY_REQUESTS;
 pub(crate) const WRONG_TYPE: StatusCode = StatusCode::UNSUPPORTED_MEDIA_TYPE;
 pub(crate) const INTERNAL: StatusCode = StatusCode::INTERNAL_SERVER_ERROR;
 /// A sandbox that does not run, or a port that nothing listens on.

@@ -77,7 +77,12 @@ pub trait Source: Send + Sync + 'static {
 pub struct Peer {
     address: Option<SocketAddr>,
     socket: Option<PeerSocket>,
+    has_tls: bool,
 }
+
+/// Marks a request that came with TLS.
+#[derive(Clone, Copy, Debug)]
+pub struct WithTls;
 
 impl Source for UnixListener {
     type Connection = Connection;
@@ -85,7 +90,7 @@ impl Source for UnixListener {
     async fn accept(&self) -> io::Result<(Connection, Peer)> {
         let connection = Connection::new(Stream::Unix(Self::accept(self).await?.0));
         let socket = Some(connection.peer());
-        Ok((connection, Peer { address: None, socket }))
+        Ok((connection, Peer { socket, ..Peer::default() }))
     }
 }
 
@@ -100,7 +105,7 @@ impl Source for TcpListener {
         drop(bhatti_host::socket::keep_alive(&stream));
         let connection = Connection::new(Stream::Tcp(stream));
         let socket = Some(connection.peer());
-        Ok((connection, Peer { address: Some(peer), socket }))
+        Ok((connection, Peer { address: Some(peer), socket, has_tls: false }))
     }
 }
 
@@ -120,7 +125,7 @@ pub async fn serve(
             accepted = source.accept() => accepted,
             () = &mut stop => break,
         };
-        let (connection, peer) = match accepted {
+        let (connection, mut peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 warn!(%error, "Failed to accept a connection");
@@ -132,6 +137,7 @@ pub async fn serve(
         let Some(place) = peers.enter(peer.address.map(|address| address.ip())) else { continue };
         let (app, tls, stopped) = (app.clone(), tls.clone(), stopping.subscribe());
         let asking = Arc::clone(&place);
+        peer.has_tls = tls.is_some();
         let answer = move |request: hyper::Request<Incoming>| {
             answer(app.clone(), request.map(Body::new), peer.clone(), asking.ask())
         };
@@ -234,6 +240,9 @@ async fn answer(
     if let Some(address) = peer.address {
         request.extensions_mut().insert(ConnectInfo(address));
     }
+    if peer.has_tls {
+        request.extensions_mut().insert(WithTls);
+    }
     if let Some(socket) = peer.socket {
         request.extensions_mut().insert(socket);
     }
@@ -287,7 +296,8 @@ mod tests {
             peer.write_all(begin.as_bytes()).await.unwrap();
 
             let mut received = Vec::new();
-            let ended = tokio::time::timeout(2 * SILENCE_LIMIT, peer.read_to_end(&mut received)).await;
+            let ended =
+                tokio::time::timeout(2 * SILENCE_LIMIT, peer.read_to_end(&mut received)).await;
 
             assert!(ended.is_ok(), "the connection is still open after {begin:?}");
         }

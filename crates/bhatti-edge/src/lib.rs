@@ -19,7 +19,7 @@ mod permits;
 mod tickets;
 mod tls;
 
-pub use accept::{Admitted, Peer, PeerSocket, Source, serve};
+pub use accept::{Admitted, Peer, PeerSocket, Source, WithTls, serve};
 pub use body::{end_input_with_key, end_with_key, hold};
 pub use drain::{OF_STRANGERS_BYTES, drain};
 pub use identity::{Identity, Key, Keyring};

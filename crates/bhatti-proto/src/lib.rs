@@ -37,8 +37,8 @@ pub use io::{Frame, FrameReader, FrameWriter, ReadFrameError, SendJsonError};
 pub use message::{
     ActivityInfo, AgentError, ArchiveRequest, ErrorKind, ExecRequest, FileEvent, FileEventKind,
     FileInfo, FilePathRequest, FileReadRequest, FileReadResponse, FileWriteRequest, ForwardRequest,
-    ForwardResponse, GuestEvent, InputEnd, ListRequest, LoadInfo, MkdirRequest, RemoveRequest, RenameRequest,
-    SessionInfo, SessionRef, SignalRequest, StatusOk,
+    ForwardResponse, GuestEvent, InputEnd, ListRequest, LoadInfo, MkdirRequest, RemoveRequest,
+    RenameRequest, SessionInfo, SessionRef, SignalRequest, StatusOk,
 };
 pub use relay::relay_as_frames;
 

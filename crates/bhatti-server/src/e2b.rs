@@ -9,7 +9,7 @@ use axum::extract::Request;
 use axum::http::Method;
 use axum::response::{IntoResponse, Response};
 use bhatti_api::ErrorCode;
-use bhatti_control::{CreateError, ForkError, SnapshotOpError};
+use bhatti_control::{CreateError, ForkError, OperationFailure, SnapshotOpError};
 use bhatti_e2b::{Describe, ENVD_PORT, Error, Place};
 use bhatti_edge::{
     Admitted, OF_STRANGERS_BYTES, Permit, drain, end_input_with_key, end_with_key, hold,
@@ -57,6 +57,10 @@ impl Describe for AsNative {
         plain(error)
     }
 
+    fn operation(&self, error: OperationFailure) -> Error {
+        plain(error)
+    }
+
     fn store(&self, error: StoreError) -> Error {
         plain(error)
     }
@@ -96,6 +100,7 @@ async fn answer(
     match place {
         Place::Control => control_plane(state, listener, request).await,
         Place::Port { sandbox, port } => sandbox_side(state, sandbox, port, request).await,
+        Place::Upload(token) => receive(state, &token, request).await,
         Place::SignedFile => {
             let sandbox = state.e2b.of_signature(&request);
             let unknown = || plain(ApiError::new(ErrorCode::Unauthorized, "invalid signature"));
@@ -117,6 +122,9 @@ async fn control_plane(
     let identity = known.map_err(plain)?;
     auth::check_scope(&identity, &request).map_err(plain)?;
     request.extensions_mut().insert(Caller(identity.user()));
+    if request.extensions().get::<bhatti_edge::WithTls>().is_some() {
+        request.extensions_mut().insert(bhatti_e2b::WithTls);
+    }
     let request = request.map(|body| end_input_with_key(body, &identity));
     state.rates.check_kind(identity.user(), kind(&request)).map_err(plain)?;
     let request = concurrency::limit(state, request).map_err(plain)?;
@@ -129,6 +137,25 @@ async fn control_plane(
     };
     response.extensions_mut().insert(Admitted);
     Ok(response.map(|body| hold(end_with_key(body, &identity), permit)))
+}
+
+/// Receives files for the steps of a template. The token names their owner.
+async fn receive(state: &AppState, token: &str, request: Request) -> Result<Response, Error> {
+    let Some(upload) = state.e2b.upload(token) else {
+        drop(drain(request, OF_STRANGERS_BYTES));
+        return Err(plain(ApiError::new(
+            ErrorCode::NotFound,
+            "this link for an upload has expired",
+        )));
+    };
+    let mut request = drain(request, u64::MAX);
+    state.rates.check_kind(upload.owner(), Kind::Use).map_err(plain)?;
+    request.extensions_mut().insert(Caller(upload.owner()));
+    let request = concurrency::limit(state, request).map_err(plain)?;
+    let permit = request.extensions().get::<Arc<Permit>>().cloned();
+    let mut response = state.e2b.receive(&upload, request).await;
+    response.extensions_mut().insert(Admitted);
+    Ok(response.map(|body| hold(body, permit)))
 }
 
 /// Serves a request to a port of a sandbox. A request that has the sandbox's token is charged to

@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 14] = [
+const STEPS: [&str; 15] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -295,6 +295,9 @@ const STEPS: [&str; 14] = [
     // What a second API keeps with a sandbox.
     "
     ALTER TABLE sandboxes ADD COLUMN annex TEXT;
+",
+    "
+    ALTER TABLE templates ADD COLUMN annex TEXT;
 ",
 ];
 

@@ -7,6 +7,8 @@ use std::str::FromStr;
 const NAME_BYTES_MAX: usize = 63;
 /// Maximum length of an image's name, which may be a reference, in bytes.
 const REFERENCE_BYTES_MAX: usize = 255;
+/// Maximum length of a name with a tag, in bytes.
+const TAGGED_BYTES_MAX: usize = 128;
 
 /// A string that cannot be a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,6 +24,8 @@ pub struct ParseNameError {
 enum Form {
     Dotted,
     Dotless,
+    /// Those of a name, and a tag after a colon.
+    Tagged,
     /// Those of a reference to an image in a registry.
     Reference,
 }
@@ -30,19 +34,25 @@ const fn pattern(form: &Form) -> &'static str {
     match form {
         Form::Dotted => "[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}",
         Form::Dotless => "[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}",
+        Form::Tagged => "[a-zA-Z0-9][a-zA-Z0-9._:-]{0,127}",
         Form::Reference => "[a-zA-Z0-9][a-zA-Z0-9._/:@-]{0,254}",
     }
 }
 
 fn is_name(text: &str, form: Form) -> bool {
     let mut bytes = text.bytes();
-    let bytes_max = if form == Form::Reference { REFERENCE_BYTES_MAX } else { NAME_BYTES_MAX };
+    let bytes_max = match form {
+        Form::Dotted | Form::Dotless => NAME_BYTES_MAX,
+        Form::Tagged => TAGGED_BYTES_MAX,
+        Form::Reference => REFERENCE_BYTES_MAX,
+    };
     text.len() <= bytes_max
         && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
         && bytes.all(|b| match b {
             b'_' | b'-' => true,
             b'.' => form != Form::Dotless,
-            b'/' | b':' | b'@' => form == Form::Reference,
+            b':' => matches!(form, Form::Tagged | Form::Reference),
+            b'/' | b'@' => form == Form::Reference,
             other => other.is_ascii_alphanumeric(),
         })
 }
@@ -119,8 +129,9 @@ name! {
 }
 
 name! {
-    /// The name of a template that a user wrote, unique among its owner's templates.
-    TemplateName, "template"
+    /// The name of a template that a user wrote, unique among its owner's templates. A colon
+    /// separates a tag from it.
+    TemplateName, "template", Form::Tagged
 }
 
 name! {

@@ -1,4 +1,4 @@
-//! The files that steps of a template copy: an archive, and parts of it.
+//! The files that steps of a template copy: archives, and parts of them.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -7,6 +7,7 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::OnceLock;
 
+use flate2::read::MultiGzDecoder;
 use tar::{Archive, Builder, EntryType, Header};
 
 use crate::build_errors::TemplateBuildError;
@@ -17,9 +18,15 @@ const ENTRIES_MAX: usize = 200_000;
 /// Maximum length of what describes an entry, in bytes: its header, a long name, attributes.
 const HEADER_BYTES_MAX: u64 = 1 << 20;
 
-/// An archive of files that steps copy.
+/// The first bytes of a gzip stream.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
+/// An archive of files, and the directory that its names are below.
+pub type FilesBelow = (PathBuf, File);
+
+/// The archives of files that steps copy.
 pub(super) struct StepFiles {
-    archive: File,
+    archives: Vec<FilesBelow>,
     /// Maximum of the bytes that its files unpack to. A hole takes no space in the archive.
     bytes_max: u64,
     /// The files' digests, when a step has asked for one.
@@ -34,9 +41,9 @@ pub(super) struct Part {
     pub(super) archive: File,
 }
 
-/// Reads the archive, up to a limit that is set anew for each entry.
+/// Reads an archive, up to a limit that is set anew for each entry.
 struct Limited<'a> {
-    archive: &'a File,
+    archive: Box<dyn Read + 'a>,
     left: &'a Cell<u64>,
 }
 
@@ -53,12 +60,13 @@ impl Read for Limited<'_> {
     }
 }
 
-type Entry<'a> = tar::Entry<'a, Limited<'a>>;
+type Entry<'a, 'b> = tar::Entry<'a, Limited<'b>>;
 
 impl StepFiles {
-    /// `bytes_max` is the maximum of the bytes that the files unpack to.
-    pub(super) fn new(archive: File, bytes_max: u64) -> Self {
-        Self { archive, bytes_max, digests: OnceLock::new() }
+    /// `bytes_max` is the maximum of the bytes that the files unpack to. The archives may be
+    /// compressed with gzip.
+    pub(super) fn new(archives: Vec<FilesBelow>, bytes_max: u64) -> Self {
+        Self { archives, bytes_max, digests: OnceLock::new() }
     }
 
     /// Returns a digest of a file, or of a directory's content: names, kinds, modes and bytes.
@@ -89,7 +97,7 @@ impl StepFiles {
     /// Returns the digests of all entries.
     fn digests(&self) -> Result<BTreeMap<PathBuf, blake3::Hash>, TemplateBuildError> {
         let mut digests = BTreeMap::new();
-        self.each(|name, entry| {
+        self.each(|name, _, entry| {
             let header = entry.header();
             let mut hash = blake3::Hasher::new();
             hash.update(&[header.entry_type().as_byte()]);
@@ -113,7 +121,7 @@ impl StepFiles {
         let wanted = wanted(from)?;
         let mut archive = Builder::new(io::BufWriter::new(target));
         let (mut single, mut found) = (None, wanted.as_os_str().is_empty());
-        self.each(|name, entry| {
+        self.each(|name, place, entry| {
             let Ok(below) = name.strip_prefix(&wanted) else { return Ok(()) };
             found = true;
             let kind = entry.header().entry_type();
@@ -128,7 +136,7 @@ impl StepFiles {
             } else {
                 below.to_owned()
             };
-            append(&mut archive, name, &wanted, entry)
+            append(&mut archive, name, (&wanted, place), entry)
         })?;
         if !found {
             return Err(TemplateBuildError::Missing(from.to_owned()));
@@ -140,26 +148,41 @@ impl StepFiles {
         Ok(Part { directory: single.unwrap_or_else(|| to.to_owned()), archive })
     }
 
-    /// Calls `each` with every file, directory and link, and its name. Leaves out what an archive
-    /// for a sandbox cannot have: pipes and devices.
+    /// Calls `each` with every file, directory and link, its name, and the directory that its
+    /// archive's names are below. Leaves out what an archive for a sandbox cannot have: pipes and
+    /// devices.
     fn each(
         &self,
-        mut each: impl FnMut(&Path, &mut Entry<'_>) -> io::Result<()>,
+        mut each: impl FnMut(&Path, &Path, &mut Entry<'_, '_>) -> io::Result<()>,
+    ) -> Result<(), TemplateBuildError> {
+        let (mut entries, mut bytes) = (0, 0_u64);
+        for (place, file) in &self.archives {
+            self.each_of((place, file), (&mut entries, &mut bytes), &mut each)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with what one archive has. Counts its entries, and the bytes that they unpack
+    /// to.
+    fn each_of(
+        &self,
+        (place, file): (&Path, &File),
+        (entries, bytes): (&mut usize, &mut u64),
+        mut each: impl FnMut(&Path, &Path, &mut Entry<'_, '_>) -> io::Result<()>,
     ) -> Result<(), TemplateBuildError> {
         let broken = |error: io::Error| TemplateBuildError::Archive(error.to_string());
         let invalid = |problem: String| Err(TemplateBuildError::Archive(problem));
         let left = Cell::new(HEADER_BYTES_MAX);
-        (&self.archive).rewind()?;
-        let mut archive = Archive::new(Limited { archive: &self.archive, left: &left });
-        let mut bytes = 0_u64;
-        for (number, entry) in archive.entries().map_err(broken)?.enumerate() {
+        let mut archive = Archive::new(Limited { archive: opened(file)?, left: &left });
+        for entry in archive.entries().map_err(broken)? {
             let mut entry = entry.map_err(broken)?;
             left.set(u64::MAX);
-            if number >= ENTRIES_MAX {
+            *entries += 1;
+            if *entries > ENTRIES_MAX {
                 return invalid(format!("more than {ENTRIES_MAX} entries"));
             }
-            bytes = bytes.saturating_add(entry.size());
-            if bytes > self.bytes_max {
+            *bytes = bytes.saturating_add(entry.size());
+            if *bytes > self.bytes_max {
                 return invalid(format!("files of more than {} bytes", self.bytes_max));
             }
             let name = entry.path().map_err(broken)?.into_owned();
@@ -167,7 +190,7 @@ impl StepFiles {
                 return invalid(format!("entry `{}`", name.display()));
             };
             if is_copied(entry.header().entry_type()) {
-                each(&name, &mut entry).map_err(broken)?;
+                each(&place.join(name), place, &mut entry).map_err(broken)?;
             }
             // What is left of the content is not a part of the next header.
             io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
@@ -175,6 +198,16 @@ impl StepFiles {
         }
         Ok(())
     }
+}
+
+/// Returns a reader of an archive, which is decompressed if it begins so.
+fn opened(mut file: &File) -> io::Result<Box<dyn Read + '_>> {
+    let mut begin = Vec::new();
+    file.rewind()?;
+    file.take(GZIP.len() as u64).read_to_end(&mut begin)?;
+    file.rewind()?;
+    let file = io::BufReader::new(file);
+    Ok(if begin == GZIP { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) })
 }
 
 fn is_copied(kind: EntryType) -> bool {
@@ -185,12 +218,13 @@ fn is_file(kind: EntryType) -> bool {
     kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse()
 }
 
-/// Adds an entry to the archive of a part, whose names are below `wanted`.
+/// Adds an entry to the archive of a part, whose names are below `wanted`. The names in the
+/// entry's own archive are below `place`.
 fn append(
     archive: &mut Builder<impl Write>,
     name: PathBuf,
-    wanted: &Path,
-    entry: &mut Entry<'_>,
+    (wanted, place): (&Path, &Path),
+    entry: &mut Entry<'_, '_>,
 ) -> io::Result<()> {
     let mut header = Header::new_gnu();
     let old = entry.header();
@@ -205,6 +239,7 @@ fn append(
         archive.append_link(&mut header, name, target)
     } else if kind.is_hard_link() {
         let target = entry.link_name()?.and_then(|target| plain(&target)).ok_or_else(no_target)?;
+        let target = place.join(target);
         let below = target.strip_prefix(wanted).map_err(|_| {
             io::Error::other(format!("`{}` is a link to a file outside", name.display()))
         })?;
@@ -256,7 +291,48 @@ mod tests {
             header.set_size(content.len() as u64);
             archive.append_data(&mut header, name, *content).unwrap();
         }
-        StepFiles::new(archive.into_inner().unwrap(), 1 << 20)
+        StepFiles::new(vec![(PathBuf::new(), archive.into_inner().unwrap())], 1 << 20)
+    }
+
+    #[test]
+    fn archives_have_directories_of_their_own_and_may_be_compressed() {
+        let packed = |name: &str, kind: EntryType| {
+            let mut archive = Builder::new(Vec::new());
+            let mut header = Header::new_gnu();
+            header.set_mode(0o644);
+            header.set_size(1);
+            archive.append_data(&mut header, name, &b"x"[..]).unwrap();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            archive.append_link(&mut header, format!("{name}.link"), name).unwrap();
+            archive.into_inner().unwrap()
+        };
+        let file = |bytes: &[u8]| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(bytes).unwrap();
+            file
+        };
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&packed("b", EntryType::Link)).unwrap();
+        let archives = vec![
+            (PathBuf::from("one"), file(&packed("a", EntryType::Symlink))),
+            (PathBuf::from("two"), file(&gzip.finish().unwrap())),
+        ];
+        let files = StepFiles::new(archives, 1 << 20);
+
+        let part = files.part("two", "/srv", tempfile::tempfile().unwrap()).unwrap();
+
+        let mut archive = Archive::new(part.archive);
+        let found = archive.entries().unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            let link = entry.link_name().unwrap().map(|link| link.display().to_string());
+            (entry.path().unwrap().display().to_string(), entry.header().mode().unwrap(), link)
+        });
+        let expected = [("b", None), ("b.link", Some("b"))];
+        let expected = expected.map(|(name, link)| (name.into(), 0o644, link.map(str::to_owned)));
+        assert_eq!(found.collect::<Vec<_>>(), expected);
+        assert_ne!(files.digest("one").unwrap(), files.digest("two").unwrap());
+        assert!(files.digest("a").is_err() && files.digest("one/a").is_ok());
     }
 
     #[test]
@@ -269,7 +345,8 @@ mod tests {
         let mut archive = tempfile::tempfile().unwrap();
         archive.write_all(header.as_bytes()).unwrap();
         archive.set_len(1 << 40).unwrap();
-        let error = StepFiles::new(archive, u64::MAX).digest(".").unwrap_err();
+        let error =
+            StepFiles::new(vec![(PathBuf::new(), archive)], u64::MAX).digest(".").unwrap_err();
         assert!(error.to_string().contains("header of an entry"), "{error}");
 
         let large = files(&[("a", &[0; 700 << 10]), ("b", &[0; 700 << 10])]);
@@ -290,7 +367,8 @@ mod tests {
         packed.args(["--sparse", "--sort=name", "-C"]).arg(place.path());
         let packed = packed.args(["-cf"]).arg(at("a.tar")).arg("app").status().await.unwrap();
         assert!(packed.success());
-        let files = StepFiles::new(File::open(at("a.tar")).unwrap(), 1 << 20);
+        let files =
+            StepFiles::new(vec![(PathBuf::new(), File::open(at("a.tar")).unwrap())], 1 << 20);
 
         let part = files.part("app", "/srv", tempfile::tempfile().unwrap()).unwrap();
 

@@ -37,6 +37,8 @@ pub(super) struct Session<'a> {
     pub(super) base_env: BTreeMap<String, String>,
     /// The settings of processes, as the steps so far have changed them.
     pub(super) config: ImageConfig,
+    /// The shell of the commands; that of the image if empty.
+    pub(super) shell: Vec<String>,
     pub(super) operation: &'a Operation,
     pub(super) files: Option<Arc<StepFiles>>,
 }
@@ -60,7 +62,7 @@ impl Session<'_> {
             if number > done {
                 self.step(&agent, number, step).await?;
             }
-            step.apply(&mut self.config);
+            step.apply(&self.base_env, &mut self.config);
             if number > done && step.changes_files() {
                 self.cache(key).await?;
             }
@@ -90,13 +92,13 @@ impl Session<'_> {
         step: &Step,
     ) -> Result<(), TemplateBuildError> {
         match step {
-            Step::Env(_) | Step::User(_) => Ok(()),
+            Step::Env(_) | Step::ExpandedEnv(_) | Step::User(_) => Ok(()),
             Step::Workdir(path) => {
                 Ok(agent.acting_as(Some("0")).make_directory(path, "", true).await?)
             }
             Step::Copy { from, to, user } => self.copy(agent, from, to, user.as_deref()).await,
-            Step::Run(command) => {
-                let code = self.exec(agent, command).await?;
+            Step::Run { command, user } => {
+                let code = self.exec(agent, command, user.as_deref()).await?;
                 if code == 0 {
                     return Ok(());
                 }
@@ -105,9 +107,12 @@ impl Session<'_> {
         }
     }
 
-    /// Returns a command of the image's shell, with the settings of the steps so far.
+    /// Returns a command of the shell, with the settings of the steps so far.
     fn command(&self, command: &str) -> ExecRequest {
-        let mut argv = self.config.shell.clone();
+        let mut argv = self.shell.clone();
+        if argv.is_empty() {
+            argv.clone_from(&self.config.shell);
+        }
         if argv.is_empty() {
             argv = ["/bin/sh", "-c"].map(str::to_owned).to_vec();
         }
@@ -123,8 +128,17 @@ impl Session<'_> {
     }
 
     /// Runs a command, whose output goes to the log. Returns its exit code.
-    async fn exec(&self, agent: &AgentClient, command: &str) -> Result<i32, TemplateBuildError> {
-        let (mut input, mut output) = agent.exec(self.command(command)).await?;
+    async fn exec(
+        &self,
+        agent: &AgentClient,
+        command: &str,
+        user: Option<&str>,
+    ) -> Result<i32, TemplateBuildError> {
+        let mut request = self.command(command);
+        if let Some(user) = user {
+            request.user = Some(user.to_owned());
+        }
+        let (mut input, mut output) = agent.exec(request).await?;
         input.end().await?;
         loop {
             match output.next().await? {
@@ -218,17 +232,16 @@ impl Session<'_> {
         let (row, kind) = (self.row()?, SnapshotKind::Step(key.to_owned()));
         let saving = control.clone();
         // A canceled build leaves no files without a row.
-        let saved = tokio::spawn(async move { saving.save_built(row, kind).await });
+        let saved = tokio::spawn(async move { saving.save_hidden(row, kind).await });
         match saved.await.map_err(std::io::Error::other)? {
             Ok(_) => {
                 control.forget_steps(owner, CACHED_MAX).await?;
                 Ok(())
             }
-            Err(TemplateBuildError::Save(error)) => {
+            Err(error) => {
                 warn!(error = %Report(&error), "Failed to cache a step of a template");
                 Ok(())
             }
-            Err(error) => Err(error),
         }
     }
 }

@@ -10,8 +10,13 @@ use crate::build_errors::TemplateBuildError;
 /// A step of a template.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Runs a command of the image's shell.
-    Run(String),
+    /// Runs a command of the shell.
+    Run {
+        /// The command.
+        command: String,
+        /// The user that runs it; that of the steps so far if absent.
+        user: Option<String>,
+    },
     /// Copies a file or the content of a directory from the archive.
     Copy {
         /// The path in the archive; `.` for all of it.
@@ -23,6 +28,9 @@ pub enum Step {
     },
     /// Sets variables of the environment.
     Env(BTreeMap<String, String>),
+    /// Sets variables. `$NAME` and `${NAME}` in a value stand for what earlier steps and the image
+    /// have set.
+    ExpandedEnv(BTreeMap<String, String>),
     /// Sets the working directory, which is made if it is missing.
     Workdir(String),
     /// Sets the user.
@@ -30,12 +38,15 @@ pub enum Step {
 }
 
 impl Step {
-    /// Describes the step in one line.
+    /// Describes the step in one line. A command that begins with a comment is described by it.
     pub(super) fn text(&self) -> String {
         match self {
-            Self::Run(command) => format!("RUN {}", command.lines().next().unwrap_or_default()),
+            Self::Run { command, .. } => {
+                let line = command.lines().next().unwrap_or_default();
+                line.strip_prefix("# ").map_or_else(|| format!("RUN {line}"), str::to_owned)
+            }
             Self::Copy { from, to, .. } => format!("COPY {from} {to}"),
-            Self::Env(variables) => {
+            Self::Env(variables) | Self::ExpandedEnv(variables) => {
                 let names: Vec<&str> = variables.keys().map(String::as_str).collect();
                 format!("ENV {}", names.join(" "))
             }
@@ -47,21 +58,32 @@ impl Step {
     /// Returns all texts of the step.
     pub(super) fn texts(&self) -> Vec<&str> {
         match self {
-            Self::Run(text) | Self::Workdir(text) | Self::User(text) => vec![text],
+            Self::Workdir(text) | Self::User(text) => vec![text],
+            Self::Run { command, user } => {
+                [command.as_str()].into_iter().chain(user.as_deref()).collect()
+            }
             Self::Copy { from, to, user } => {
                 [from.as_str(), to.as_str()].into_iter().chain(user.as_deref()).collect()
             }
-            Self::Env(variables) => {
+            Self::Env(variables) | Self::ExpandedEnv(variables) => {
                 variables.iter().flat_map(|(name, value)| [name.as_str(), value.as_str()]).collect()
             }
         }
     }
 
-    /// Applies the step to the settings of the sandbox's processes.
-    pub(super) fn apply(&self, config: &mut ImageConfig) {
+    /// Applies the step to the settings of the sandbox's processes. `base` is the environment of
+    /// the template that this one begins with.
+    pub(super) fn apply(&self, base: &BTreeMap<String, String>, config: &mut ImageConfig) {
         match self {
-            Self::Run(_) | Self::Copy { .. } => {}
+            Self::Run { .. } | Self::Copy { .. } => {}
             Self::Env(variables) => config.env.extend(variables.clone()),
+            Self::ExpandedEnv(variables) => {
+                let known = |name: &str| config.env.get(name).or_else(|| base.get(name)).cloned();
+                let expand =
+                    |(name, value): (&String, &String)| (name.clone(), expanded(value, &known));
+                let variables: BTreeMap<_, _> = variables.iter().map(expand).collect();
+                config.env.extend(variables);
+            }
             Self::Workdir(path) => config.workdir.clone_from(path),
             Self::User(user) => config.user.clone_from(user),
         }
@@ -69,7 +91,7 @@ impl Step {
 
     /// Whether the step changes the sandbox, and not only its settings.
     pub(super) fn changes_files(&self) -> bool {
-        !matches!(self, Self::Env(_) | Self::User(_))
+        !matches!(self, Self::Env(_) | Self::ExpandedEnv(_) | Self::User(_))
     }
 
     /// Returns the key of the state after this step, which began with the state of key `before`.
@@ -84,6 +106,32 @@ impl Step {
         };
         Ok(key(&[before, &format!("{self:?}"), &content]))
     }
+}
+
+/// Replaces `$NAME` and `${NAME}`. A variable that is not set is empty, and `\$` is a dollar sign.
+fn expanded(value: &str, known: &impl Fn(&str) -> Option<String>) -> String {
+    let is_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
+    let (mut text, mut rest) = (String::new(), value);
+    while let Some(at) = rest.find('$') {
+        let (before, after) = (&rest[..at], &rest[at + 1..]);
+        if let Some(before) = before.strip_suffix('\\') {
+            text.extend([before, "$"]);
+            rest = after;
+            continue;
+        }
+        text.push_str(before);
+        let braced = after.strip_prefix('{').and_then(|after| after.split_once('}'));
+        let end = after.find(|letter| !is_name(letter)).unwrap_or(after.len());
+        let (name, left) = braced.unwrap_or_else(|| after.split_at(end));
+        if name.is_empty() || !name.chars().all(is_name) {
+            text.push('$');
+            rest = after;
+            continue;
+        }
+        text.push_str(&known(name).unwrap_or_default());
+        rest = left;
+    }
+    text + rest
 }
 
 /// Returns a key of texts, in hexadecimal.
@@ -109,7 +157,7 @@ mod tests {
             }
             last
         };
-        let run = |text: &str| Step::Run(text.to_owned());
+        let run = |text: &str| Step::Run { command: text.to_owned(), user: None };
         let env = Step::Env([("A".to_owned(), "1".to_owned())].into());
         let whole = keys(&[env.clone(), run("a"), run("b")]);
         assert_eq!(keys(&[env.clone(), run("a"), run("b")]), whole);
@@ -127,15 +175,17 @@ mod tests {
     fn settings_add_up() {
         let mut config = ImageConfig { user: "app".to_owned(), ..ImageConfig::default() };
         config.env.insert("A".to_owned(), "0".to_owned());
+        let base = BTreeMap::from([("BASE".to_owned(), "base".to_owned())]);
         for step in [
             Step::Env([("A".to_owned(), "1".to_owned()), ("B".to_owned(), "2".to_owned())].into()),
             Step::Workdir("/app".to_owned()),
-            Step::Run("true".to_owned()),
+            Step::ExpandedEnv([("C".to_owned(), "$A-${B}:$BASE/$NONE\\$A$ ${x".to_owned())].into()),
         ] {
-            step.apply(&mut config);
+            step.apply(&base, &mut config);
         }
         assert_eq!((&*config.user, &*config.workdir), ("app", "/app"));
         assert_eq!(config.env["A"], "1");
-        assert_eq!(config.env.len(), 2);
+        assert_eq!(config.env["C"], "1-2:base/$A$ ${x");
+        assert_eq!(config.env.len(), 3);
     }
 }

@@ -22,7 +22,7 @@ const TIMEOUT_V1_SEC: u32 = 15;
 const ANNEX_BYTES_MAX: usize = 16 << 10;
 
 /// The template that every program may expect.
-const BASE: &str = "base";
+pub(super) const BASE: &str = "base";
 
 /// All networks, as SDKs write them.
 const ALL_TRAFFIC: &str = "0.0.0.0/0";
@@ -165,6 +165,15 @@ fn template(e2b: &E2b, owner: UserId, name: &str) -> Result<SandboxRequest, Erro
     let image =
         image.parse().map_err(|_| Error::not_found(format!("template {name:?} not found")))?;
     Ok(SandboxRequest { image: Some(image), pull: PullPolicy::Never, ..SandboxRequest::default() })
+}
+
+/// Returns the image of the template `base`.
+pub(super) fn base(e2b: &E2b, owner: UserId) -> Result<String, Error> {
+    match e2b.0.control.usable_image(owner, BASE) {
+        Ok(image) => Ok(image.name().to_owned()),
+        Err(ImageError::NotFound(_)) => Ok(DEFAULT_IMAGE.to_owned()),
+        Err(error) => Err(e2b.0.describe.creation(CreateError::Image(error))),
+    }
 }
 
 /// Returns the metadata that can be labels, so that the native API finds the sandbox by them.

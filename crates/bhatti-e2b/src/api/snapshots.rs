@@ -50,7 +50,7 @@ pub(super) async fn create(
     let untagged = name.strip_suffix(":default").unwrap_or(&name);
     let parsed = untagged.parse();
     let parsed = parsed.map_err(|error| Error::bad_request(format!("invalid name: {error}")))?;
-    let made = e2b.0.control.create_snapshot(row.owner, &row.id.to_string(), parsed).await;
+    let made = e2b.0.control.replace_snapshot(row.owner, &row.id.to_string(), parsed).await;
     let made = made.map_err(|error| e2b.0.describe.snapshot(error))?;
     Ok((status::CREATED, axum::Json(described(&made))).into_response())
 }
@@ -93,10 +93,6 @@ pub(super) async fn delete(
         Err(SnapshotOpError::NotFound(_)) => {}
         Err(error) => return Err(e2b.0.describe.snapshot(error)),
     }
-    let failed = |error| e2b.0.describe.store(error);
-    let template = control.find_template(owner, untagged).map_err(failed)?;
-    let template =
-        template.ok_or_else(|| Error::not_found(format!("template {id:?} not found")))?;
-    control.delete_template(&template).await.map_err(failed)?;
+    super::templates::delete(&e2b, owner, untagged).await?;
     Ok(status::NO_CONTENT)
 }

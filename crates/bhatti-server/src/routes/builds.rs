@@ -1,6 +1,7 @@
 //! `/images/build` and `/templates/build`.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -81,13 +82,14 @@ pub(crate) async fn build_template(
         Some(files) if files.name() == Some("files") => {
             allowance.lift();
             let room = state.control.archive_room(owner).await?.min(IMAGE_BYTES_MAX);
-            Some(receive(files, state.control.image_upload()?, room).await?)
+            let files = receive(files, state.control.image_upload()?, room).await?;
+            vec![(PathBuf::new(), files)]
         }
         Some(_) => {
             let message = "the form has another part than `build` and `files`";
             return Err(ApiError::new(ErrorCode::BadRequest, message));
         }
-        None => None,
+        None => Vec::new(),
     };
     let operation = state.control.build_template(owner, request, files).await?;
     Ok(accepted(Json(describe(&operation))))
@@ -240,12 +242,15 @@ fn template_request(
         memory: memory_mb.map(TryInto::try_into).transpose().map_err(|error| bad(&error))?,
         disk: disk_mb.map(TryInto::try_into).transpose().map_err(|error| bad(&error))?,
         no_cache,
+        shell: Vec::new(),
+        aliases: Vec::new(),
+        annex: None,
     })
 }
 
 fn step(step: TemplateStep) -> Step {
     match step {
-        TemplateStep::Run(command) => Step::Run(command),
+        TemplateStep::Run(command) => Step::Run { command, user: None },
         TemplateStep::Copy(CopyFiles { from, to, user }) => Step::Copy { from, to, user },
         TemplateStep::Env(variables) => Step::Env(variables),
         TemplateStep::Workdir(path) => Step::Workdir(path),

@@ -104,6 +104,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         secrets: secrets(&wanted_secrets)?,
         init: check_init(init)?.unwrap_or_default(),
         snapshot: None,
+        annex: None,
         created_at: String::new(),
     })
 }

@@ -520,6 +520,7 @@ mod tests {
             labels: bhatti_types::Labels::default(),
             secrets: Vec::new(),
             snapshot: None,
+            annex: None,
             init: String::new(),
             created_at: String::new(),
         };

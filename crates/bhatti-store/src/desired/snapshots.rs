@@ -157,6 +157,48 @@ impl Store {
         self.work(|connection| check(connection, owner, name))
     }
 
+    /// Gives a hidden snapshot a name, and makes it one that its user has named. A snapshot that had
+    /// the name becomes hidden in its place, and is returned.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such snapshot, or if its owner has the maximum number.
+    pub fn name_snapshot(
+        &self,
+        id: SnapshotId,
+        owner: UserId,
+        name: &SnapshotName,
+    ) -> Result<Option<SnapshotRow>, SnapshotInsertError> {
+        self.work(|connection| {
+            let transaction = immediate(connection)?;
+            let replaced = find_named(&transaction, owner, name.as_str())?;
+            let hidden: String = transaction
+                .query_row("SELECT name FROM snapshots WHERE id = ?1", [id.to_string()], |row| {
+                    row.get(0)
+                })
+                .map_err(StoreError::from)?;
+            let rename = |id: SnapshotId, name: &str, kind: &SnapshotKind| {
+                let sql = "UPDATE snapshots SET name = ?2, kind = ?3 WHERE id = ?1";
+                let changed =
+                    transaction.execute(sql, params![id.to_string(), name, kind.as_str()]);
+                changed.map_err(StoreError::from).and_then(changed_one)
+            };
+            if let Some(replaced) = &replaced {
+                // Names are unique, so the two are exchanged in three steps.
+                let between = format!("{hidden}.");
+                rename(replaced.id, &between, &SnapshotKind::Template)?;
+                check(&transaction, owner, name)?;
+                rename(id, name.as_str(), &SnapshotKind::Named)?;
+                rename(replaced.id, &hidden, &SnapshotKind::Template)?;
+            } else {
+                check(&transaction, owner, name)?;
+                rename(id, name.as_str(), &SnapshotKind::Named)?;
+            }
+            transaction.commit().map_err(StoreError::from)?;
+            Ok(replaced)
+        })
+    }
+
     /// Returns the snapshot of `owner` with this name.
     ///
     /// # Errors
@@ -167,13 +209,7 @@ impl Store {
         owner: UserId,
         name: &str,
     ) -> Result<Option<SnapshotRow>, StoreError> {
-        self.work(|connection| {
-            let mut query = connection.prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2 AND kind = 'named'"
-            ))?;
-            let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
-            found.optional()?.transpose()
-        })
+        self.work(|connection| find_named(connection, owner, name))
     }
 
     /// Returns the snapshot with this id.
@@ -246,6 +282,18 @@ impl Store {
             )
         })
     }
+}
+
+fn find_named(
+    connection: &Connection,
+    owner: UserId,
+    name: &str,
+) -> Result<Option<SnapshotRow>, StoreError> {
+    let mut query = connection.prepare_cached(&format!(
+        "SELECT {COLUMNS} FROM snapshots WHERE owner = ?1 AND name = ?2 AND kind = 'named'"
+    ))?;
+    let found = query.query_row(params![owner.to_string(), name], |row| Ok(read(row)));
+    found.optional()?.transpose()
 }
 
 fn check(
@@ -379,6 +427,35 @@ mod tests {
         assert_eq!(store.list_snapshots(None).unwrap().len(), 2);
         let again = of(3, "other", SnapshotKind::Step("k".into()));
         store.insert_snapshot(again).unwrap_err();
+    }
+
+    #[test]
+    fn hidden_snapshot_takes_the_name_of_another() {
+        let data = tempfile::tempdir().unwrap();
+        let store = Store::open(data.path()).unwrap();
+        let hidden = |number, name: &str| {
+            let row = SnapshotRow {
+                kind: SnapshotKind::Template,
+                name: name.parse().unwrap(),
+                ..row(number)
+            };
+            store.insert_snapshot(row).unwrap()
+        };
+        let old = store.insert_snapshot(row(1)).unwrap();
+        let (new, other) = (hidden(2, "built-2"), hidden(3, "built-3"));
+
+        let replaced = store.name_snapshot(new.id, UserId::ADMIN, &old.name).unwrap();
+
+        assert_eq!(replaced, Some(old.clone()));
+        let named = store.find_snapshot(UserId::ADMIN, "ready").unwrap().unwrap();
+        assert_eq!((named.id, named.kind), (new.id, SnapshotKind::Named));
+        let old = store.get_snapshot(old.id).unwrap().unwrap();
+        assert_eq!((old.name.as_str(), old.kind), ("built-2", SnapshotKind::Template));
+        let free = "free".parse().unwrap();
+        assert_eq!(store.name_snapshot(other.id, UserId::ADMIN, &free).unwrap(), None);
+        let missing = SnapshotId::from_entropy([9; 8]);
+        store.name_snapshot(missing, UserId::ADMIN, &free).unwrap_err();
+        assert_eq!(store.find_snapshot(UserId::ADMIN, "free").unwrap().unwrap().id, other.id);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
     is_taken, now, parse_secrets, parsed, secrets_text, sound_rows, to_json,
 };
 
-const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib, snapshot_id";
+const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib, snapshot_id, annex";
 
 /// The maximum number of templates of one user.
 const TEMPLATES_MAX: u32 = 200;
@@ -46,6 +46,8 @@ pub struct TemplateRow {
     pub init: String,
     /// The snapshot that its sandboxes start from; they boot from the image if absent.
     pub snapshot: Option<SnapshotId>,
+    /// What a second API keeps with the template. The store does not read it.
+    pub annex: Option<String>,
     /// When the template was created (RFC 3339); the store sets it.
     pub created_at: String,
 }
@@ -89,29 +91,30 @@ impl Store {
         Ok(row)
     }
 
-    /// Adds a template, in place of the owner's template of that name. Returns it, and the one that
-    /// it replaced.
+    /// Adds templates, in place of their owners' templates of those names: all or none. Returns
+    /// the ones that were replaced.
     ///
     /// # Errors
     ///
-    /// Returns an error if the owner has too many templates, or if the store fails.
-    pub fn replace_template(
+    /// Returns an error if an owner has too many templates, or if the store fails.
+    pub fn replace_templates(
         &self,
-        row: TemplateRow,
-    ) -> Result<(TemplateRow, Option<TemplateRow>), TemplateInsertError> {
-        let row = TemplateRow { created_at: now(), ..row };
-        let replaced = self.work(|connection| {
+        rows: &[TemplateRow],
+    ) -> Result<Vec<TemplateRow>, TemplateInsertError> {
+        self.work(|connection| {
             let transaction = immediate(connection)?;
-            let replaced = find_named(&transaction, row.owner, row.name.as_str())?;
-            let (owner, name) = (row.owner.to_string(), row.name.as_str());
-            transaction
-                .execute("DELETE FROM templates WHERE owner = ?1 AND name = ?2", [&owner, name])
-                .map_err(StoreError::from)?;
-            insert(&transaction, &row)?;
+            let mut all = Vec::new();
+            for row in rows {
+                all.extend(find_named(&transaction, row.owner, row.name.as_str())?);
+                let (owner, name) = (row.owner.to_string(), row.name.as_str());
+                transaction
+                    .execute("DELETE FROM templates WHERE owner = ?1 AND name = ?2", [&owner, name])
+                    .map_err(StoreError::from)?;
+                insert(&transaction, &TemplateRow { created_at: now(), ..row.clone() })?;
+            }
             transaction.commit().map_err(StoreError::from)?;
-            Ok::<_, TemplateInsertError>(replaced)
-        })?;
-        Ok((row, replaced))
+            Ok::<_, TemplateInsertError>(all)
+        })
     }
 
     /// Returns the template of `owner` with this id or name.
@@ -194,9 +197,10 @@ fn insert(connection: &Connection, row: &TemplateRow) -> Result<(), TemplateInse
         row.created_at,
         row.disk.map(DiskMib::get),
         row.snapshot.map(|snapshot| snapshot.to_string()),
+        row.annex,
     ];
     let sql = format!(
-        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"
+        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"
     );
     match connection.execute(&sql, parameters) {
         Ok(_) => Ok(()),
@@ -236,6 +240,7 @@ fn read(row: &Row<'_>) -> Result<TemplateRow, StoreError> {
         created_at: text(10)?,
         disk: read_disk(row.get(11)?)?,
         snapshot: row.get::<_, Option<String>>(12)?.map(|id| parsed(id.parse())).transpose()?,
+        annex: row.get(13)?,
     })
 }
 
@@ -263,6 +268,7 @@ mod tests {
             secrets: vec!["TOKEN".parse().unwrap()],
             init: "echo hi".to_owned(),
             snapshot: Some(SnapshotId::from_entropy([7; 8])),
+            annex: Some("{}".to_owned()),
             created_at: String::new(),
         };
         let inserted = store.insert_template(row.clone()).unwrap();
@@ -274,11 +280,20 @@ mod tests {
         let again = TemplateRow { id: TemplateId::from_entropy([2; 8]), ..row.clone() };
         let taken = store.insert_template(again);
         assert!(matches!(taken, Err(TemplateInsertError::NameTaken(_))));
-        let newer = TemplateRow { id: TemplateId::from_entropy([3; 8]), ..row.clone() };
-        let (newer, replaced) = store.replace_template(newer).unwrap();
-        assert_eq!(replaced.map(|row| row.id), Some(row.id));
-        assert_eq!(store.list_templates(UserId::ADMIN).unwrap(), std::slice::from_ref(&newer));
-        let row = newer;
+        let named = |number, name: &str| TemplateRow {
+            id: TemplateId::from_entropy([number; 8]),
+            name: name.parse().unwrap(),
+            ..row.clone()
+        };
+        let replaced = store.replace_templates(&[named(3, "ci"), named(4, "ci:v1")]).unwrap();
+        assert_eq!(replaced.iter().map(|row| row.id).collect::<Vec<_>>(), [row.id]);
+        let twice = store.replace_templates(&[named(5, "other"), named(5, "again")]);
+        twice.unwrap_err();
+        let listed = store.list_templates(UserId::ADMIN).unwrap();
+        let mut names: Vec<_> = listed.into_iter().map(|row| row.name.to_string()).collect();
+        names.sort();
+        assert_eq!(names, ["ci", "ci:v1"]);
+        let row = named(3, "ci");
         store.delete_template(row.id).unwrap();
         assert!(matches!(store.delete_template(row.id), Err(StoreError::NoSuchRow)));
     }
