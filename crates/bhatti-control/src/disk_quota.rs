@@ -12,7 +12,6 @@ use bhatti_types::{QuotaExceeded, UserId};
 use parking_lot::Mutex;
 
 use crate::Control;
-use crate::image_errors::ImageError;
 
 const MIB: u64 = 1 << 20;
 
@@ -72,20 +71,6 @@ impl Control {
             Ok(true) => self.admit_disk(row.owner, needed).await,
             _ => Err(refused.into()),
         }
-    }
-
-    /// Counts bytes against a user's quota until the reservation is dropped. There is none if the
-    /// user has no limit.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the quota does not allow it.
-    pub async fn reserve_disk(
-        &self,
-        owner: UserId,
-        bytes: u64,
-    ) -> Result<Option<DiskReservation>, ImageError> {
-        Ok(self.admit_disk(owner, bytes).await?)
     }
 
     /// Admits an operation that may add `needed` bytes.

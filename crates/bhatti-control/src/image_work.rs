@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use crate::Control;
+use crate::disk_quota::DiskReservation;
 use crate::image_errors::{ImageCommandError, ImageError, PullFailure, SaveError, no_room};
 use crate::images::{UsableImage, unix_seconds};
 use crate::operation_errors::OperationFailure;
@@ -290,6 +291,20 @@ impl Control {
             used_at: unix_seconds(),
         };
         self.keep_image(row, replace).await
+    }
+
+    /// Counts bytes against a user's quota until the reservation is dropped. There is none if the
+    /// user has no limit.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the quota does not allow it.
+    pub async fn reserve_disk(
+        &self,
+        owner: UserId,
+        bytes: u64,
+    ) -> Result<Option<DiskReservation>, ImageError> {
+        Ok(self.admit_disk(owner, bytes).await?)
     }
 
     /// Returns the bytes that an archive of a user may have: what the quota leaves, and half of the

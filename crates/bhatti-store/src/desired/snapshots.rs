@@ -157,8 +157,8 @@ impl Store {
         self.work(|connection| check(connection, owner, name))
     }
 
-    /// Gives a hidden snapshot a name, and makes it one that its user has named. A snapshot that had
-    /// the name becomes hidden in its place, and is returned.
+    /// Gives a hidden snapshot a name, and makes it one that its user has named. A snapshot that
+    /// had the name becomes hidden in its place, and is returned.
     ///
     /// # Errors
     ///
