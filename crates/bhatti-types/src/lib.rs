@@ -33,7 +33,8 @@ pub use quota::{Quota, QuotaExceeded};
 pub use report::Report;
 pub use size::{CpuCount, DiskMib, MemoryMib, OutOfRange, VolumeMib};
 pub use spec::{
-    BUILDER_IMAGE, DEFAULT_IMAGE, Environment, InvalidEnvironment, NEW_FILES_BYTES_MAX, SandboxSpec,
+    BUILDER_IMAGE, DEFAULT_IMAGE, ENVIRONMENT_BYTES_MAX, Environment, InvalidEnvironment,
+    NEW_FILES_BYTES_MAX, SandboxSpec,
 };
 pub use time_limit::{OnTimeout, TimeLimit, TimeLimitChange, UnknownOnTimeout};
 pub use volume::{InvalidMount, MountPath, VOLUMES_MAX};

@@ -18,7 +18,7 @@ pub const NEW_FILES_BYTES_MAX: usize = 16 << 20;
 
 /// Maximum size of an environment, in bytes, counted as in a process. With a command of the
 /// largest request body, an environment of this size fits one frame.
-const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
+pub const ENVIRONMENT_BYTES_MAX: usize = 128 * 1024;
 
 /// An environment that no process could have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

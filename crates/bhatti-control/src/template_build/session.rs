@@ -62,7 +62,7 @@ impl Session<'_> {
             if number > done {
                 self.step(&agent, number, step).await?;
             }
-            step.apply(&self.base_env, &mut self.config);
+            step.apply(&self.base_env, &mut self.config)?;
             if number > done && step.changes_files() {
                 self.cache(key).await?;
             }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use bhatti_types::ImageConfig;
+use bhatti_types::{ENVIRONMENT_BYTES_MAX, Environment, ImageConfig, InvalidEnvironment};
 
 use super::files::StepFiles;
 use crate::build_errors::TemplateBuildError;
@@ -73,20 +73,35 @@ impl Step {
 
     /// Applies the step to the settings of the sandbox's processes. `base` is the environment of
     /// the template that this one begins with.
-    pub(super) fn apply(&self, base: &BTreeMap<String, String>, config: &mut ImageConfig) {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the variables are not valid, or too long together.
+    pub(super) fn apply(
+        &self,
+        base: &BTreeMap<String, String>,
+        config: &mut ImageConfig,
+    ) -> Result<(), InvalidEnvironment> {
         match self {
             Self::Run { .. } | Self::Copy { .. } => {}
             Self::Env(variables) => config.env.extend(variables.clone()),
             Self::ExpandedEnv(variables) => {
                 let known = |name: &str| config.env.get(name).or_else(|| base.get(name)).cloned();
-                let expand =
-                    |(name, value): (&String, &String)| (name.clone(), expanded(value, &known));
-                let variables: BTreeMap<_, _> = variables.iter().map(expand).collect();
-                config.env.extend(variables);
+                let mut all = BTreeMap::new();
+                let mut left = ENVIRONMENT_BYTES_MAX;
+                for (name, value) in variables {
+                    let value = expanded(value, &known, left)?;
+                    left -= value.len();
+                    all.insert(name.clone(), value);
+                }
+                let mut whole = config.env.clone();
+                whole.extend(all);
+                config.env = Environment::try_from(whole)?.into_map();
             }
             Self::Workdir(path) => config.workdir.clone_from(path),
             Self::User(user) => config.user.clone_from(user),
         }
+        Ok(())
     }
 
     /// Whether the step changes the sandbox, and not only its settings.
@@ -109,9 +124,22 @@ impl Step {
 }
 
 /// Replaces `$NAME` and `${NAME}`. A variable that is not set is empty, and `\$` is a dollar sign.
-fn expanded(value: &str, known: &impl Fn(&str) -> Option<String>) -> String {
+///
+/// # Errors
+///
+/// Returns an error if the text gets longer than `bytes_max`: variables that stand for others can
+/// double at every step.
+fn expanded(
+    value: &str,
+    known: &impl Fn(&str) -> Option<String>,
+    bytes_max: usize,
+) -> Result<String, InvalidEnvironment> {
     let is_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
     let (mut text, mut rest) = (String::new(), value);
+    let check = |text: &str| {
+        let bytes = text.len();
+        if bytes > bytes_max { Err(InvalidEnvironment::TooLong { bytes }) } else { Ok(()) }
+    };
     while let Some(at) = rest.find('$') {
         let (before, after) = (&rest[..at], &rest[at + 1..]);
         if let Some(before) = before.strip_suffix('\\') {
@@ -129,9 +157,12 @@ fn expanded(value: &str, known: &impl Fn(&str) -> Option<String>) -> String {
             continue;
         }
         text.push_str(&known(name).unwrap_or_default());
+        check(&text)?;
         rest = left;
     }
-    text + rest
+    text.push_str(rest);
+    check(&text)?;
+    Ok(text)
 }
 
 /// Returns a key of texts, in hexadecimal.
@@ -172,6 +203,22 @@ mod tests {
     }
 
     #[test]
+    fn variables_that_double_at_each_step_are_refused() {
+        let mut config = ImageConfig::default();
+        config.env.insert("A".to_owned(), "x".repeat(1 << 10));
+        let double = Step::ExpandedEnv([("A".to_owned(), "$A$A".to_owned())].into());
+        let doubled = (0..100).map(|_| double.apply(&BTreeMap::new(), &mut config));
+        let refused = doubled.filter_map(Result::err).next().unwrap();
+        assert!(matches!(refused, InvalidEnvironment::TooLong { .. }), "{refused}");
+        assert!(config.env["A"].len() <= ENVIRONMENT_BYTES_MAX);
+
+        let many = Step::ExpandedEnv([("B".to_owned(), "$A".repeat(10_000))].into());
+        let refused = many.apply(&BTreeMap::new(), &mut config).unwrap_err();
+        let InvalidEnvironment::TooLong { bytes } = refused else { panic!("{refused}") };
+        assert!(bytes <= 2 * ENVIRONMENT_BYTES_MAX, "{bytes}");
+    }
+
+    #[test]
     fn settings_add_up() {
         let mut config = ImageConfig { user: "app".to_owned(), ..ImageConfig::default() };
         config.env.insert("A".to_owned(), "0".to_owned());
@@ -181,7 +228,7 @@ mod tests {
             Step::Workdir("/app".to_owned()),
             Step::ExpandedEnv([("C".to_owned(), "$A-${B}:$BASE/$NONE\\$A$ ${x".to_owned())].into()),
         ] {
-            step.apply(&base, &mut config);
+            step.apply(&base, &mut config).unwrap();
         }
         assert_eq!((&*config.user, &*config.workdir), ("app", "/app"));
         assert_eq!(config.env["A"], "1");
