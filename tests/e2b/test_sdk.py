@@ -60,6 +60,11 @@ def request(sandbox, path, body=None, headers=None, method=None):
         **(headers or {}),
     }
     headers = {name: value for name, value in headers.items() if value is not None}
+    return send(path, body, headers, method)
+
+
+def send(path, body, headers, method):
+    """Sends a request. Returns status and body."""
     asked = urllib.request.Request(BASE + path, data=body, headers=headers, method=method)
     try:
         with urllib.request.urlopen(asked, timeout=LIMIT) as answer:
@@ -71,12 +76,7 @@ def request(sandbox, path, body=None, headers=None, method=None):
 def api(method, path, body=None):
     """Sends a request to the control plane. Returns status and body."""
     headers = {"X-API-KEY": os.environ["E2B_API_KEY"], "Content-Type": "application/json"}
-    asked = urllib.request.Request(BASE + path, data=body, headers=headers, method=method)
-    try:
-        with urllib.request.urlopen(asked, timeout=LIMIT) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
+    return send(path, body, headers, method)
 
 
 # Sandboxes
@@ -225,6 +225,9 @@ def test_network_is_kept_or_refused(sandbox):
     sandbox.update_network({})
     with pytest.raises(SandboxException, match="not offered"):
         sandbox.update_network({"allow_internet_access": False})
+    long = json.dumps({"x" * (20 << 10): None}).encode()
+    status, body = api("PUT", f"/sandboxes/{sandbox.sandbox_id}/network", long)
+    assert status == 400 and "at most 16384" in json.loads(body)["message"]
 
 
 # Templates
@@ -271,6 +274,7 @@ def test_template_is_built_from_steps(tmp_path):
     Template.assign_tags(name, ["v1", "stable"])
     assert {tag.tag for tag in Template.get_tags(name)} == {"default", "v1", "stable"}
     Template.remove_tags(name, "stable")
+    assert api("DELETE", f"/templates/{name}:gone")[0] == 404
     made = Sandbox.create(f"{name}:v1")
     made.kill()
     with pytest.raises(SandboxException, match="404"):
@@ -280,6 +284,9 @@ def test_template_is_built_from_steps(tmp_path):
     Template.build(again, f"{name}-2")
     made = Sandbox.create(f"{name}-2")
     assert made.files.read("again") == "/home/user/work/place\nuser\n"
+    made.kill()
+    assert api("DELETE", f"/templates/{name}")[0] == 204 and not Template.exists(name)
+    made = Sandbox.create(f"{name}-2")
     made.kill()
 
 
@@ -639,8 +646,9 @@ def test_key_that_may_only_look_gets_no_token_and_changes_nothing(sandbox):
     path = f"/e2b/sandboxes/{sandbox.sandbox_id}"
     assert "envdAccessToken" in native(path, own, name="X-API-KEY", kind="")
     assert "envdAccessToken" not in native(path, key, name="X-API-KEY", kind="")
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        native(path, key, "DELETE", name="X-API-KEY", kind="")
+    for method, refused in (("DELETE", path), ("GET", "/e2b/templates/any/files/" + "0" * 64)):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            native(refused, key, method, name="X-API-KEY", kind="")
 
 
 def test_signed_url_is_for_its_user_alone(sandbox):

@@ -13,8 +13,9 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::response::IntoResponse;
 use axum::routing::{delete, get, post, put};
+use bhatti_edge::Identity;
 use bhatti_store::SandboxRow;
-use bhatti_types::UserId;
+use bhatti_types::{KeyScope, UserId};
 use http_body_util::{BodyExt, Limited};
 use serde::de::DeserializeOwned;
 
@@ -26,6 +27,19 @@ pub(crate) use templates::receive;
 /// The largest body of a request, in bytes.
 const BODY_BYTES_MAX: usize = 1 << 20;
 
+/// Who sent a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller(pub(crate) Identity);
+
+impl<S: Sync> FromRequestParts<S> for Caller {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        let caller = parts.extensions.get::<Self>().cloned();
+        caller.ok_or_else(|| Error::unauthorized("the request has no API key"))
+    }
+}
+
 /// The user whose key a request has.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Owner(pub(crate) UserId);
@@ -33,9 +47,8 @@ pub(crate) struct Owner(pub(crate) UserId);
 impl<S: Sync> FromRequestParts<S> for Owner {
     type Rejection = Error;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
-        let owner = parts.extensions.get::<Self>().copied();
-        owner.ok_or_else(|| Error::unauthorized("the request has no API key"))
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        Caller::from_request_parts(parts, state).await.map(|caller| Self(caller.0.user()))
     }
 }
 
@@ -46,8 +59,9 @@ pub(crate) struct MayControl(pub(crate) bool);
 impl<S: Sync> FromRequestParts<S> for MayControl {
     type Rejection = Error;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
-        Ok(parts.extensions.get::<Self>().copied().unwrap_or(Self(false)))
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let caller = Caller::from_request_parts(parts, state).await;
+        caller.map(|caller| Self(caller.0.scope() == KeyScope::Full))
     }
 }
 
@@ -81,14 +95,14 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     }
 }
 
-/// A segment of the path, decoded. Its reject is an error of this API.
-pub(crate) struct Id(pub(crate) String);
+/// A segment of the path, or several, decoded. Its reject is an error of this API.
+pub(crate) struct Id<T = String>(pub(crate) T);
 
-impl<S: Send + Sync> FromRequestParts<S> for Id {
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Id<T> {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
-        let path = axum::extract::Path::<String>::from_request_parts(parts, state).await;
+        let path = axum::extract::Path::<T>::from_request_parts(parts, state).await;
         path.map(|path| Self(path.0)).map_err(|error| Error::bad_request(error.body_text()))
     }
 }

@@ -26,9 +26,10 @@ use std::time::Duration;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use bhatti_control::{Control, CreateError, ForkError, OperationFailure, SnapshotOpError};
+use bhatti_edge::Identity;
 use bhatti_node::{SandboxUse, UseError};
 use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::{SandboxId, SandboxState, UserId};
+use bhatti_types::{SandboxId, SandboxState};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tower_service::Service as _;
@@ -39,7 +40,7 @@ pub use place::{ENVD_PORT, Place, key};
 use load::Load;
 use settings::Settings;
 use templates::Builds;
-use templates::uploads::{Link, Uploads};
+use templates::uploads::{ArchiveOf, Uploads};
 
 /// How the native API describes errors. Both APIs answer the same failures alike.
 pub trait Describe: Send + Sync {
@@ -85,10 +86,6 @@ struct Inner {
     uploads: Uploads,
 }
 
-/// Marks a request that came with TLS.
-#[derive(Clone, Copy, Debug)]
-pub struct WithTls;
-
 /// A sandbox that a request reaches, with its lease.
 #[derive(Clone)]
 pub struct Target {
@@ -100,13 +97,14 @@ pub struct Target {
 }
 
 /// An upload of files for the steps of a template.
-pub struct Upload(Link);
+pub struct Upload(Identity, String);
 
 impl Upload {
-    /// The user whose files they are.
+    /// The user whose files they are, and the key that asked for the link. The upload ends with the
+    /// key.
     #[must_use]
-    pub const fn owner(&self) -> UserId {
-        self.0.owner
+    pub const fn identity(&self) -> &Identity {
+        &self.0
     }
 }
 
@@ -125,16 +123,10 @@ impl E2b {
         }))
     }
 
-    /// Answers a request to the control plane by `owner`.
-    /// Tokens of existing sandboxes are only in answers to keys that `may_control` them.
-    pub async fn control_plane(
-        &self,
-        owner: UserId,
-        may_control: bool,
-        mut request: Request,
-    ) -> Response {
-        request.extensions_mut().insert(api::Owner(owner));
-        request.extensions_mut().insert(api::MayControl(may_control));
+    /// Answers a request to the control plane. Tokens of existing sandboxes, and links for
+    /// uploads, are only in answers to keys that may control sandboxes.
+    pub async fn control_plane(&self, identity: &Identity, mut request: Request) -> Response {
+        request.extensions_mut().insert(api::Caller(identity.clone()));
         let mut routes = api::router().with_state(self.clone());
         // A router never fails.
         routes.call(request).await.unwrap_or_else(|never| match never {})
@@ -203,12 +195,13 @@ impl E2b {
     /// Returns what a link for an upload is for, by its token.
     #[must_use]
     pub fn upload(&self, token: &str) -> Option<Upload> {
-        self.0.uploads.link(token).map(Upload)
+        self.0.uploads.link(token).map(|(identity, hash)| Upload(identity, hash))
     }
 
     /// Receives the files that a link for an upload is for.
     pub async fn receive(&self, upload: &Upload, request: Request) -> Response {
-        let received = api::receive(self, &upload.0, request).await;
+        let archive = ArchiveOf { owner: upload.0.user(), hash: upload.1.clone() };
+        let received = api::receive(self, archive, request).await;
         received.unwrap_or_else(IntoResponse::into_response)
     }
 

@@ -6,8 +6,13 @@ use bhatti_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::Error;
+
 /// Seconds until a sandbox ends, if a creation names no time.
 pub(crate) const TIMEOUT_SEC: u32 = 300;
+
+/// The most that is kept of a sandbox, in bytes of JSON: every list reads it.
+const ANNEX_BYTES_MAX: usize = 16 << 10;
 
 /// The settings of a sandbox. A sandbox of the native API has the defaults.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,6 +76,22 @@ impl Settings {
     }
 
     /// Returns the text for the row.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if it is too long.
+    pub(crate) fn checked_annex(&self) -> Result<String, Error> {
+        let annex = self.to_annex();
+        let bytes = annex.len();
+        if bytes > ANNEX_BYTES_MAX {
+            let message =
+                format!("metadata and options have {bytes} bytes: at most {ANNEX_BYTES_MAX}");
+            return Err(Error::bad_request(message));
+        }
+        Ok(annex)
+    }
+
+    /// Returns the text for the row, of settings that have been checked.
     pub(crate) fn to_annex(&self) -> String {
         serde_json::to_string(&Annex { e2b: self.clone() }).unwrap_or_default()
     }

@@ -18,7 +18,7 @@ use build::Build;
 
 /// The maximum number of a user's builds that are remembered. The oldest that does not run goes
 /// first.
-const BUILDS_MAX: usize = 64;
+const BUILDS_MAX: usize = 32;
 
 /// The builds of all users, by owner, and by age within each.
 #[derive(Default)]

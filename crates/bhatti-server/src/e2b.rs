@@ -16,7 +16,6 @@ use bhatti_edge::{
 };
 use bhatti_node::UseError;
 use bhatti_store::{SandboxRow, StoreError};
-use bhatti_types::KeyScope;
 use futures_util::{StreamExt, stream};
 use http_body_util::BodyExt;
 
@@ -122,18 +121,14 @@ async fn control_plane(
     let identity = known.map_err(plain)?;
     auth::check_scope(&identity, &request).map_err(plain)?;
     request.extensions_mut().insert(Caller(identity.user()));
-    if request.extensions().get::<bhatti_edge::WithTls>().is_some() {
-        request.extensions_mut().insert(bhatti_e2b::WithTls);
-    }
     let request = request.map(|body| end_input_with_key(body, &identity));
     state.rates.check_kind(identity.user(), kind(&request)).map_err(plain)?;
     let request = concurrency::limit(state, request).map_err(plain)?;
     let permit = request.extensions().get::<Arc<Permit>>().cloned();
-    let may_control = identity.scope() == KeyScope::Full;
     let mut response = tokio::select! {
         biased;
         () = identity.ended() => return Err(plain(ended_key())),
-        response = state.e2b.control_plane(identity.user(), may_control, request) => response,
+        response = state.e2b.control_plane(&identity, request) => response,
     };
     response.extensions_mut().insert(Admitted);
     Ok(response.map(|body| hold(end_with_key(body, &identity), permit)))
@@ -148,12 +143,18 @@ async fn receive(state: &AppState, token: &str, request: Request) -> Result<Resp
             "this link for an upload has expired",
         )));
     };
+    let identity = upload.identity();
     let mut request = drain(request, u64::MAX);
-    state.rates.check_kind(upload.owner(), Kind::Use).map_err(plain)?;
-    request.extensions_mut().insert(Caller(upload.owner()));
+    state.rates.check_kind(identity.user(), Kind::Use).map_err(plain)?;
+    request.extensions_mut().insert(Caller(identity.user()));
+    let request = request.map(|body| end_input_with_key(body, identity));
     let request = concurrency::limit(state, request).map_err(plain)?;
     let permit = request.extensions().get::<Arc<Permit>>().cloned();
-    let mut response = state.e2b.receive(&upload, request).await;
+    let mut response = tokio::select! {
+        biased;
+        () = identity.ended() => return Err(plain(ended_key())),
+        response = state.e2b.receive(&upload, request) => response,
+    };
     response.extensions_mut().insert(Admitted);
     Ok(response.map(|body| hold(body, permit)))
 }
@@ -225,8 +226,9 @@ fn until(body: Body, stopped: impl Future<Output = ()> + Send + 'static) -> Body
 fn kind(request: &Request) -> Kind {
     let path = request.uri().path();
     let creates = ["/sandboxes", "/fork", "/snapshots"];
+    let builds = path.starts_with("/v2/templates/") && path.contains("/builds/");
     match *request.method() {
-        Method::POST if creates.iter().any(|end| path.ends_with(end)) => Kind::Create,
+        Method::POST if builds || creates.iter().any(|end| path.ends_with(end)) => Kind::Create,
         Method::GET | Method::HEAD => Kind::Read,
         _ => Kind::Use,
     }

@@ -18,9 +18,6 @@ use crate::{E2b, Error, status};
 /// Seconds until a sandbox of the older route ends, if the request names no time.
 const TIMEOUT_V1_SEC: u32 = 15;
 
-/// The most that is kept of a creation, in bytes of JSON: every list reads it.
-const ANNEX_BYTES_MAX: usize = 16 << 10;
-
 /// The template that every program may expect.
 pub(super) const BASE: &str = "base";
 
@@ -106,11 +103,7 @@ async fn create_with(
         internet: new.allow_internet_access,
         network: new.network,
     };
-    let bytes = settings.to_annex().len();
-    if bytes > ANNEX_BYTES_MAX {
-        let message = format!("metadata and options have {bytes} bytes: at most {ANNEX_BYTES_MAX}");
-        return Err(Error::bad_request(message));
-    }
+    let annex = settings.checked_annex()?;
     let mut request = template(&e2b, owner, &new.template_id)?;
     let mut environment = request.environment.into_map();
     environment.extend(new.env_vars.unwrap_or_default());
@@ -121,7 +114,7 @@ async fn create_with(
     request.on_timeout = if new.auto_pause { OnTimeout::Stop } else { OnTimeout::Destroy };
     request.network = network.mode;
     request.volumes = volumes(new.volume_mounts.unwrap_or_default())?;
-    request.annex = Some(settings.to_annex());
+    request.annex = Some(annex);
     let created = e2b.0.control.create(owner, request).await;
     let row = created.map_err(|error| e2b.0.describe.creation(error))?;
     let body = axum::Json(objects::sandbox(&e2b, &row, &settings));

@@ -88,7 +88,7 @@ pub(super) async fn update_network(
         return Err(not_offered("a change between a network and none"));
     }
     (settings.internet, settings.network) = (update.internet, Some(rules));
-    let kept = e2b.0.control.set_annex(row.id, &settings.to_annex());
+    let kept = e2b.0.control.set_annex(row.id, &settings.checked_annex()?);
     kept.map_err(|error| e2b.0.describe.store(error))?;
     Ok(status::NO_CONTENT)
 }

@@ -93,6 +93,6 @@ pub(super) async fn delete(
         Err(SnapshotOpError::NotFound(_)) => {}
         Err(error) => return Err(e2b.0.describe.snapshot(error)),
     }
-    super::templates::delete(&e2b, owner, untagged).await?;
+    super::templates::delete(&e2b, owner, &id).await?;
     Ok(status::NO_CONTENT)
 }

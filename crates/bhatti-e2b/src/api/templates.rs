@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bhatti_control::{CreateError, FilesBelow, PullPolicy, TemplateBuild};
+use bhatti_edge::WithTls;
 use bhatti_store::TemplateRow;
 use bhatti_types::{ImageConfig, TemplateName, UserId};
 use http_body_util::BodyExt as _;
@@ -15,11 +16,11 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 
 use super::create::base;
-use super::{Id, Json, Owner, Query};
+use super::{Caller, Id, Json, MayControl, Owner, Query};
 use crate::templates::annex::{self, DEFAULT_TAG};
 use crate::templates::build::{Build, status_of};
 use crate::templates::steps::{SHELL, Steps, WireStep, is_hash};
-use crate::templates::uploads::{Archive, Link};
+use crate::templates::uploads::{Archive, ArchiveOf};
 use crate::{E2b, Error, status};
 
 /// The image that SDKs name when they mean the base template.
@@ -99,22 +100,24 @@ fn new_id() -> Result<String, Error> {
 /// `GET /templates/{template}/files/{hash}`: whether the files are there, and where to send them.
 pub(super) async fn files(
     State(e2b): State<E2b>,
-    Owner(owner): Owner,
-    Path((_template, hash)): Path<(String, String)>,
+    Caller(identity): Caller,
+    MayControl(may_control): MayControl,
+    Id((_template, hash)): Id<(String, String)>,
     request: Request,
 ) -> Result<Response, Error> {
     if !is_hash(&hash) {
         return Err(Error::bad_request(format!("invalid hash {hash:?}: expected SHA-256")));
     }
-    let link = Link { owner, hash };
-    let present = e2b.0.uploads.find(&link).is_some();
+    if !may_control {
+        return Err(Error::forbidden("the API key may only look: it gets no link for an upload"));
+    }
+    let name = ArchiveOf { owner: identity.user(), hash };
+    let present = e2b.0.uploads.find(&name).is_some();
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(|error| Error::internal(error.to_string()))?;
     let token = hex::encode(bytes);
     let url = format!("{}/e2b/uploads/{token}", origin(&request)?);
-    if !e2b.0.uploads.add_link(token, link) {
-        return Err(Error::new(status::TOO_MANY, "too many links for uploads: retry in an hour"));
-    }
+    e2b.0.uploads.add_link(token, identity, name.hash);
     let body = axum::Json(json!({ "present": present, "url": url }));
     Ok((status::CREATED, body).into_response())
 }
@@ -127,16 +130,20 @@ fn origin(request: &Request) -> Result<String, Error> {
     let headers = request.headers();
     let host = text(headers, header::HOST.as_str());
     let host = host.ok_or_else(|| Error::bad_request("header `Host` is missing"))?;
-    let has_tls = request.extensions().get::<crate::WithTls>().is_some()
+    let has_tls = request.extensions().get::<WithTls>().is_some()
         || text(headers, "x-forwarded-proto").is_some_and(|scheme| scheme == "https");
     Ok(format!("{}://{host}", if has_tls { "https" } else { "http" }))
 }
 
-/// Receives an archive. The link has named its owner.
-pub(crate) async fn receive(e2b: &E2b, link: &Link, request: Request) -> Result<Response, Error> {
+/// Receives an archive, and keeps it under a name.
+pub(crate) async fn receive(
+    e2b: &E2b,
+    name: ArchiveOf,
+    request: Request,
+) -> Result<Response, Error> {
     let control = &e2b.0.control;
     let failed = |error| e2b.0.describe.creation(CreateError::Image(error));
-    let room = control.archive_room(link.owner).await.map_err(failed)?.min(UPLOAD_BYTES_MAX);
+    let room = control.archive_room(name.owner).await.map_err(failed)?.min(UPLOAD_BYTES_MAX);
     let file = control.image_upload().map_err(failed)?;
     let mut file = tokio::fs::File::from_std(file);
     let (mut body, mut received) = (request.into_body(), 0);
@@ -154,9 +161,9 @@ pub(crate) async fn receive(e2b: &E2b, link: &Link, request: Request) -> Result<
         file.write_all(piece).await.map_err(unwritten)?;
     }
     file.flush().await.map_err(unwritten)?;
-    let reserved = control.reserve_disk(link.owner, received).await;
+    let reserved = control.reserve_disk(name.owner, received).await;
     let reserved = reserved.map_err(failed)?;
-    e2b.0.uploads.keep(link, Archive { file: file.into_std().await, _reserved: reserved });
+    e2b.0.uploads.keep(name, Archive { file: file.into_std().await, _reserved: reserved });
     Ok(status::OK.into_response())
 }
 
@@ -176,7 +183,7 @@ pub(super) struct Start {
 pub(super) async fn build(
     State(e2b): State<E2b>,
     Owner(owner): Owner,
-    Path((template, id)): Path<(String, String)>,
+    Id((template, id)): Id<(String, String)>,
     Json(start): Json<Start>,
 ) -> Result<Response, Error> {
     let build = e2b.0.builds.find(owner, &template, &id).ok_or_else(|| no_build(&id))?;
@@ -191,14 +198,24 @@ pub(super) async fn build(
     if !build.begin() {
         return Err(Error::conflict(format!("the build {id} has begun already")));
     }
-    match e2b.0.control.build_template(owner, request, files).await {
-        Ok(operation) => drop(tokio::spawn(build.follow(operation, steps.of))),
-        Err(error) => {
-            let error = failed(error);
-            build.fail(error.message());
-            return Err(error);
+    // In a task: a client that leaves must not leave a build that seems to run.
+    let begun = tokio::spawn({
+        let e2b = e2b.clone();
+        async move {
+            match e2b.0.control.build_template(owner, request, files).await {
+                Ok(operation) => {
+                    drop(tokio::spawn(build.follow(operation, steps.of)));
+                    Ok(())
+                }
+                Err(error) => {
+                    let error = e2b.0.describe.operation(error);
+                    build.fail(error.message());
+                    Err(error)
+                }
+            }
         }
-    }
+    });
+    begun.await.map_err(|_| Error::internal("the build could not begin"))??;
     Ok(status::ACCEPTED.into_response())
 }
 
@@ -262,7 +279,7 @@ fn settings(e2b: &E2b, row: &TemplateRow) -> Result<ImageConfig, Error> {
 fn archives(e2b: &E2b, owner: UserId, hashes: &[String]) -> Result<Vec<FilesBelow>, Error> {
     let mut archives = Vec::new();
     for hash in hashes {
-        let found = e2b.0.uploads.find(&Link { owner, hash: hash.clone() });
+        let found = e2b.0.uploads.find(&ArchiveOf { owner, hash: hash.clone() });
         let archive = found.ok_or_else(|| {
             Error::bad_request(format!("the files {hash} are not there: upload them first"))
         })?;
@@ -282,7 +299,7 @@ pub(super) struct Offset {
 pub(super) async fn build_status(
     State(e2b): State<E2b>,
     Owner(owner): Owner,
-    Path((template, id)): Path<(String, String)>,
+    Id((template, id)): Id<(String, String)>,
     Query(Offset { logs_offset }): Query<Offset>,
 ) -> Result<Response, Error> {
     if let Some(build) = e2b.0.builds.find(owner, &template, &id) {
@@ -362,10 +379,7 @@ pub(super) async fn remove_tags(
     for tag in &tags {
         found.push(find(&e2b, owner, &format!("{own}:{tag}"))?);
     }
-    for row in found {
-        let deleted = e2b.0.control.delete_template(&row).await;
-        deleted.map_err(|error| e2b.0.describe.store(error))?;
-    }
+    delete_rows(&e2b, found).await?;
     Ok(status::NO_CONTENT)
 }
 
@@ -394,12 +408,15 @@ pub(super) async fn list_tags(
 pub(super) async fn delete(e2b: &E2b, owner: UserId, name: &str) -> Result<(), Error> {
     let deleted = match annex::split(name) {
         (own, None) => rows(e2b, owner, own)?,
-        (_, Some(_)) => vec![find(e2b, owner, name)?],
+        (_, Some(_)) => Vec::new(),
     };
-    if deleted.is_empty() {
-        return Err(no_template(name));
-    }
-    for row in deleted {
+    // A tag, or an id.
+    let deleted = if deleted.is_empty() { vec![find(e2b, owner, name)?] } else { deleted };
+    delete_rows(e2b, deleted).await
+}
+
+async fn delete_rows(e2b: &E2b, rows: Vec<TemplateRow>) -> Result<(), Error> {
+    for row in rows {
         let deleted = e2b.0.control.delete_template(&row).await;
         deleted.map_err(|error| e2b.0.describe.store(error))?;
     }

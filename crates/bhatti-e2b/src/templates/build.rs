@@ -8,8 +8,11 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-/// The maximum number of lines that are kept of a build. Later ones are left out.
-const LINES_MAX: usize = 10_000;
+/// The maximum size of what is kept of a build's output, in bytes. Later lines are left out.
+const LOG_BYTES_MAX: usize = 512 << 10;
+
+/// What a line takes beside its text, in bytes.
+const LINE_BYTES: usize = 64;
 
 /// The maximum length of a line, in bytes. Longer ones are cut into several.
 const LINE_BYTES_MAX: usize = 2 << 10;
@@ -36,6 +39,10 @@ struct Progress {
     lines: Vec<Line>,
     /// The begin of a line that has no end yet.
     begun: Vec<u8>,
+    /// The size of the lines.
+    bytes: usize,
+    /// Whether lines have been left out.
+    is_full: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -171,12 +178,18 @@ impl Progress {
         }
         let text = String::from_utf8_lossy(&self.begun).trim_end_matches('\r').to_owned();
         self.begun.clear();
-        if self.lines.len() < LINES_MAX {
-            self.lines.push(Line::new("info", text));
-        } else if self.lines.len() == LINES_MAX {
-            let text = format!("further output is left out: a log has {LINES_MAX} lines");
-            self.lines.push(Line::new("warn", text));
+        let bytes = self.bytes + LINE_BYTES + text.len();
+        if self.is_full {
+            return;
         }
+        if bytes > LOG_BYTES_MAX {
+            self.is_full = true;
+            let text = format!("further output is left out: a log has {} KiB", LOG_BYTES_MAX >> 10);
+            self.lines.push(Line::new("warn", text));
+            return;
+        }
+        self.bytes = bytes;
+        self.lines.push(Line::new("info", text));
     }
 }
 
@@ -238,12 +251,19 @@ mod tests {
         let build = Build::new("id".to_owned(), "name".to_owned());
         build.write(&vec![b'x'; 3 * LINE_BYTES_MAX]);
         assert_eq!(texts(&build, 0).len(), 3);
-        build.write("line\n".repeat(2 * LINES_MAX).as_bytes());
+        for output in ["\u{1}\n".repeat(LOG_BYTES_MAX), "x".repeat(2 * LOG_BYTES_MAX)] {
+            build.write(output.as_bytes());
+        }
         build.end(Ok(()));
 
         assert_eq!(texts(&build, 0).len(), LINES_SHOWN_MAX);
-        let last = texts(&build, LINES_MAX);
-        assert_eq!(last.len(), 2);
+        let progress = build.progress.lock();
+        let bytes: usize = progress.lines.iter().map(|line| line.text.len() + LINE_BYTES).sum();
+        assert!(bytes < LOG_BYTES_MAX + (1 << 10), "{bytes}");
+        let lines = progress.lines.len();
+        drop(progress);
+        let last = texts(&build, lines - 2);
+        assert!(last[0].starts_with("further output is left out"), "{last:?}");
         assert_eq!(last[1], "the template is ready");
     }
 }

@@ -50,8 +50,7 @@ const MAKE_DIRECTORY: &str = r#"make_directory() {
     [ -d "$1" ] && return
     top=$1
     while parent=$(dirname "$top"); [ ! -e "$parent" ]; do top=$parent; done
-    mkdir -p "$1"
-    chown -R "$2" "$top"
+    mkdir -p "$1" && chown -R "$2" "$top"
 }
 "#;
 
@@ -137,8 +136,9 @@ impl Steps {
             "WORKDIR" => {
                 let path = self.absolute(wanted(0)?);
                 let (quoted, owner) = (quote(&path), quote(&self.user));
+                let title = one_line(&path);
                 let script =
-                    format!("# WORKDIR {path}\n{MAKE_DIRECTORY}make_directory {quoted} {owner}\n");
+                    format!("# WORKDIR {title}\n{MAKE_DIRECTORY}make_directory {quoted} {owner}\n");
                 self.add(of, run_as_root(script));
                 self.add(of, Step::Workdir(path.clone()));
                 self.workdir = path;
@@ -146,9 +146,12 @@ impl Steps {
             "USER" => {
                 let user = wanted(0)?;
                 let name = quote(user.split(':').next().unwrap_or_default());
-                self.add(of, run_as_root(format!(
-                    "# USER {user}\nid -u {name} >/dev/null 2>&1 || useradd --create-home --shell /bin/bash {name} || adduser -D -s /bin/bash {name}\n"
-                )));
+                let script = format!(
+                    "# USER {title}\nid -u {name} >/dev/null 2>&1 \\
+    || useradd --create-home --shell /bin/bash {name} || adduser -D -s /bin/bash {name}\n",
+                    title = one_line(user),
+                );
+                self.add(of, run_as_root(script));
                 self.add(of, Step::User(user.to_owned()));
                 user.clone_into(&mut self.user);
             }
@@ -339,5 +342,10 @@ mod tests {
         let copy = script(steps.all.last().unwrap());
         assert!(copy.starts_with("# COPY a'; rm -rf / ' b\n"), "{copy}");
         assert!(copy.contains(r"owner='x'\''y'"), "{copy}");
+        for kind in ["WORKDIR", "USER"] {
+            let steps = Steps::from_image(&[step(kind, &["/a\ntouch /tmp/x"])]).unwrap();
+            let script = script(&steps.all[3]);
+            assert!(!script.contains("\ntouch /tmp/x\n"), "{script}");
+        }
     }
 }
