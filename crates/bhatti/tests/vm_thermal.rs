@@ -378,6 +378,15 @@ async fn forks_get_their_own_identity_and_the_parent_keeps_running() {
         ForkSandbox { inherit_env: true, name: Some("heir".into()), ..Default::default() };
     client.fork("parent", &inherit).await.unwrap();
     assert_eq!(shell(client, "heir", "echo $SECRET").await, "CANARY\n");
+    // For programs that began before the fork.
+    let written =
+        "tr '\\0' '\\n' </run/lohar/environment; stat -c '%A %U %G' /run/lohar/environment";
+    for (name, variable) in
+        [("parent", "SECRET=CANARY\n"), ("fork-1", ""), ("heir", "SECRET=CANARY\n")]
+    {
+        let expected = format!("{variable}-rw-r----- root user\n");
+        assert_eq!(shell(client, name, written).await, expected, "{name}");
+    }
     for fork in &forks.sandboxes {
         let report = fork.identity.as_ref().unwrap();
         for part in ["rng", "wall_clock", "hostname", "machine_id", "token", "environment"] {

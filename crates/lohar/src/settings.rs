@@ -84,6 +84,11 @@ pub(crate) async fn configure(agent: &Rc<Agent>, config: &GuestConfig) -> Result
         Surroundings::Process => {}
     }
     write_files(agent, config).await?;
+    if agent.place.has_kernel()
+        && let Err(error) = system::write_variables(&config.env)
+    {
+        log::line(format_args!("failed to write the sandbox's variables: {error}"));
+    }
     agent.settings.borrow_mut().take_over(config);
     start_init_of(agent, &config.init);
     if timeout(FILES_LIMIT, start_kept(agent)).await.is_err() {

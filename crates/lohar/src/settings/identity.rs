@@ -48,7 +48,11 @@ async fn apply(agent: &Rc<Agent>, identity: &Identity) -> IdentityReport {
         hostname: guest(&|| system::set_hostname(&config.hostname)),
         machine_id: guest(&|| system::set_machine_id(&identity.machine_id)),
         token: Applied::Done,
-        environment: Applied::Done,
+        environment: if identity.rehearsal || !agent.place.has_kernel() {
+            Applied::Done
+        } else {
+            applied(system::write_variables(&config.env))
+        },
         files,
         addresses,
         first_setup,

@@ -1,8 +1,9 @@
 //! The parts of a configuration that apply to a guest, but not in test mode.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown, fchown};
 use std::path::Path;
 
 use bhatti_proto::{AgentError, ConfigVolume, GuestConfig};
@@ -16,6 +17,10 @@ use crate::{disk, netlink};
 
 const RESOLVERS: &str = "/etc/resolv.conf";
 const HOSTS: &str = "/etc/hosts";
+
+/// The variables of the sandbox, for programs that have begun before they were known: they wait in
+/// the snapshot of a template. As in `/proc/PID/environ`, NUL follows each.
+const VARIABLES: &str = "/run/lohar/environment";
 
 /// The largest file of which the other lines are kept when some are replaced, in bytes.
 const SMALL_BYTES_MAX: u64 = 1 << 20;
@@ -114,6 +119,25 @@ pub(super) fn set_machine_id(machine_id: &str) -> io::Result<()> {
 fn write_hosts(before: &str, name: &str) -> io::Result<()> {
     let text = read_small(Path::new(HOSTS)).unwrap_or_default();
     write(HOSTS, &texts::hosts(&text, before, name))
+}
+
+/// Writes [`VARIABLES`], which are in memory alone. Root and the usual user can read them.
+pub(super) fn write_variables(variables: &BTreeMap<String, String>) -> io::Result<()> {
+    let path = Path::new(VARIABLES);
+    let new = path.with_extension("new");
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::options().write(true).create_new(true).mode(0o640).open(&new)?;
+    for (name, value) in variables {
+        write!(file, "{name}={value}\0")?;
+    }
+    fchown(&file, None, Some(USUAL_UID))?;
+    fs::rename(&new, path)
 }
 
 fn mount_volume(volume: &ConfigVolume, disks: Disks) -> io::Result<()> {
