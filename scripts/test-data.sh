@@ -37,7 +37,11 @@ builder_dir=$PWD/target/test-data-builder
 with_images "$builder_dir"
 dist/bhatti setup --builder --data-dir "$builder_dir" --no-template &
 builder_build=$!
-trap 'kill "$dev_build" "$builder_build" 2>/dev/null || true; wait' EXIT
+interpreter_dir=$PWD/target/test-data-interpreter
+with_images "$interpreter_dir"
+dist/bhatti setup --code-interpreter --data-dir "$interpreter_dir" --no-template &
+interpreter_build=$!
+trap 'kill "$dev_build" "$builder_build" "$interpreter_build" 2>/dev/null || true; wait' EXIT
 containers_dir=$PWD/target/test-data-containers
 with_images "$containers_dir"
 # The tests' certificate authority, which this image trusts, and a server certificate that it signs.
@@ -57,9 +61,18 @@ dist/bhatti image build -t containers --data-dir "$containers_dir" -p docker.io 
     -p busybox-static
 wait "$dev_build"
 wait "$builder_build"
+wait "$interpreter_build"
 trap - EXIT
 # Run setup in a network namespace of its own: making the base snapshot configures bridges and
 # nftables.
 own_network=()
 [ "$(id -u)" = 0 ] && own_network=(unshare --net)
 "${own_network[@]}" dist/bhatti setup --data-dir "$data_dir"
+# The template `code-interpreter-v1`, made again if its parts have changed.
+parts=$(cat dist/lohar "$interpreter_dir/images/index.json" crates/bhatti/src/commands/setup/interpreter.rs \
+    crates/bhatti/interpreter/bhatti_interpreter/*.* | sha256sum)
+if [ "$(cat "$interpreter_dir/parts" 2>/dev/null)" != "$parts" ]; then
+    find "$interpreter_dir" -mindepth 1 -maxdepth 1 -not -name images -exec rm -rf {} +
+    "${own_network[@]}" dist/bhatti setup --code-interpreter --data-dir "$interpreter_dir"
+    echo "$parts" >"$interpreter_dir/parts"
+fi

@@ -43,6 +43,9 @@ pub struct CreateTemplate {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^[^\\u0000]*$")]
     pub init: Option<String>,
+    /// Whether all users can create sandboxes from it. Only the admin can make it so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub public: bool,
 }
 
 /// A template.
@@ -72,6 +75,8 @@ pub struct Template {
     /// Whether the sandboxes start from a snapshot, with the processes that ran when the template
     /// was built.
     pub is_warm: bool,
+    /// Whether all users can create sandboxes from it.
+    pub public: bool,
     /// Creation time (RFC 3339).
     pub created_at: String,
 }
@@ -120,6 +125,9 @@ pub struct BuildTemplate {
     /// Whether to run all steps, also those whose results are in the cache.
     #[serde(default)]
     pub no_cache: bool,
+    /// Whether all users can create sandboxes from it. Only the admin can make it so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub public: bool,
 }
 
 /// A step of a template: an object with one of these keys.

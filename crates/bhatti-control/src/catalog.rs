@@ -11,26 +11,28 @@ use serde_json::json;
 use crate::Control;
 
 impl Control {
-    /// Returns the templates of `owner`, newest first.
+    /// Returns the templates that `user` can use, newest first: the own ones, and public ones
+    /// whose names no own one has.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn list_templates(&self, owner: UserId) -> Result<Vec<TemplateRow>, StoreError> {
-        self.inner.store.list_templates(owner)
+    pub fn list_templates(&self, user: UserId) -> Result<Vec<TemplateRow>, StoreError> {
+        self.inner.store.list_templates(user)
     }
 
-    /// Returns the template of `owner` with this id or name.
+    /// Returns the template with this id or name that `user` can use: an own one, or else a public
+    /// one.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
     pub fn find_template(
         &self,
-        owner: UserId,
+        user: UserId,
         id_or_name: &str,
     ) -> Result<Option<TemplateRow>, StoreError> {
-        self.inner.store.find_template(owner, id_or_name)
+        self.inner.store.find_template(user, id_or_name)
     }
 
     /// Creates a template.

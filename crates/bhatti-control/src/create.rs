@@ -240,8 +240,10 @@ impl Control {
     ) -> Result<SandboxRow, CreateError> {
         let store = &self.inner.store;
         if let Some(id) = request.snapshot {
-            let snapshot = store.get_snapshot(id)?.filter(|snapshot| snapshot.owner == owner);
-            let snapshot = snapshot.ok_or(CreateError::NoSnapshot)?;
+            let snapshot = store.get_snapshot(id)?.ok_or(CreateError::NoSnapshot)?;
+            if snapshot.owner != owner && !store.is_public_snapshot(id)? {
+                return Err(CreateError::NoSnapshot);
+            }
             return self.create_from_snapshot(owner, snapshot, request).await;
         }
         check_volumes(&request.volumes)?;

@@ -78,6 +78,8 @@ pub struct TemplateBuild {
     pub aliases: Vec<TemplateName>,
     /// What a second API keeps with the template.
     pub annex: Option<String>,
+    /// Whether all users can create sandboxes from it.
+    pub public: bool,
 }
 
 impl From<TemplateRow> for Made {
@@ -238,6 +240,7 @@ impl Control {
             init: base.map_or_else(String::new, |it| it.init),
             snapshot: Some(snapshot.id),
             annex: request.annex,
+            public: request.public,
             created_at: String::new(),
         };
         let mut rows = named(&row, request.aliases)?;

@@ -57,3 +57,6 @@ pub use bhatti_types::{BUILDER_IMAGE, DEFAULT_IMAGE};
 
 /// The image with tools for development, which `bhatti setup --dev` builds.
 pub const DEV_IMAGE: &str = "dev";
+
+/// The image with Jupyter's kernels.
+pub const INTERPRETER_IMAGE: &str = "code-interpreter";

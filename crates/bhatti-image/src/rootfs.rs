@@ -48,6 +48,25 @@ const DEV_PACKAGES: [&str; 16] = [
     "iputils-ping",
 ];
 
+/// Packages of the image `code-interpreter` beyond the minimal image: Jupyter's kernel of Python,
+/// the other languages, and what programs that analyze data expect.
+const INTERPRETER_PACKAGES: [&str; 14] = [
+    "python3-ipykernel",
+    "python3-pip",
+    "python3-numpy",
+    "python3-pandas",
+    "python3-matplotlib",
+    "python3-pil",
+    "python3-scipy",
+    "python3-sklearn",
+    "python3-sympy",
+    "python3-requests",
+    "python3-bs4",
+    "python3-openpyxl",
+    "nodejs",
+    "node-typescript",
+];
+
 /// Adds the parts that a guest needs and no package brings: the user of every command, a working
 /// directory, and no identity of this build.
 const CUSTOMIZE: &str = r#"#!/bin/sh
@@ -134,6 +153,11 @@ impl Debian {
     /// The image for development.
     pub(crate) fn dev() -> Self {
         Self::with(&DEV_PACKAGES.map(str::to_owned))
+    }
+
+    /// The image that runs code in Jupyter's kernels.
+    pub(crate) fn interpreter() -> Self {
+        Self::with(&INTERPRETER_PACKAGES.map(str::to_owned))
     }
 
     /// The image that builds others.

@@ -13,7 +13,7 @@ use crate::certificates::{self, CertificateError, Certificates};
 use crate::kernel::{self, KernelError};
 use crate::rootfs::{self, Debian, RootfsError};
 use crate::store::{Artefact, BUILD_PREFIX, ImageStore, Index, StoreError, file_error};
-use crate::{BUILDER_IMAGE, DEFAULT_IMAGE, DEV_IMAGE, content_hash, modules};
+use crate::{BUILDER_IMAGE, DEFAULT_IMAGE, DEV_IMAGE, INTERPRETER_IMAGE, content_hash, modules};
 
 /// Disk space that a build needs at its peak, in bytes: packages, their tree, its tar and the
 /// image.
@@ -50,6 +50,8 @@ pub struct SetupOptions {
     pub dev: bool,
     /// Whether the image that builds others is built, too.
     pub builder: bool,
+    /// Whether the image that runs code in Jupyter's kernels is built, too.
+    pub interpreter: bool,
     /// PEM files of certificate authorities that images trust from now on, beyond those that they
     /// trust already.
     pub ca_certificates: Vec<PathBuf>,
@@ -127,6 +129,7 @@ pub async fn set_up(
     let further = [
         (DEV_IMAGE, Debian::dev(), options.dev),
         (BUILDER_IMAGE, Debian::builder(), options.builder),
+        (INTERPRETER_IMAGE, Debian::interpreter(), options.interpreter),
     ];
     for (image, debian, wanted) in further {
         if wanted || blocking(|| trusts_fewer(store, &index, image, &debian))? {

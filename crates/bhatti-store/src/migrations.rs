@@ -7,7 +7,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::StoreError;
 
-const STEPS: [&str; 15] = [
+const STEPS: [&str; 16] = [
     "
     CREATE TABLE users (
         id           TEXT PRIMARY KEY,
@@ -298,6 +298,10 @@ const STEPS: [&str; 15] = [
 ",
     "
     ALTER TABLE templates ADD COLUMN annex TEXT;
+",
+    // Whether all users can create sandboxes from a template.
+    "
+    ALTER TABLE templates ADD COLUMN public INTEGER NOT NULL DEFAULT 0 CHECK (public IN (0, 1));
 ",
 ];
 

@@ -164,6 +164,60 @@ fn snapshots(daemon: &TestDaemon) -> usize {
 }
 
 #[tokio::test]
+async fn public_template_is_for_all_users_and_changed_by_the_admin_alone() {
+    if !needs(Feature::SavedMemory) {
+        return;
+    }
+    let config = "listen: 127.0.0.1:0\n".to_owned();
+    let daemon = TestDaemon::start_with(Serve { config, ..Serve::default() }).await;
+    let client = &daemon.client;
+    let user = CreateUser { name: "bob".to_owned(), ..CreateUser::default() };
+    let made = client.create_user(&user).await.unwrap();
+    let bob = Client::http(&format!("http://{}", daemon.api_address()), &made.api_key).unwrap();
+    let template = |name: &str, public| BuildTemplate {
+        name: name.to_owned(),
+        steps: vec![run("echo of the admin >~/file")],
+        public,
+        ..BuildTemplate::default()
+    };
+    built(client, &template("web", true), &[]).await;
+    built(client, &template("own", false), &[]).await;
+
+    let listed = bob.list_templates().await.unwrap();
+    assert_eq!(
+        listed.iter().map(|it| (it.name.as_str(), it.public)).collect::<Vec<_>>(),
+        [("web", true)]
+    );
+    let one = bob.create(&of_template("web")).await.unwrap();
+    assert_eq!(shell(&bob, &one.name, "cat ~/file").await, "of the admin\n");
+    for refused in [
+        bob.create(&of_template("own")).await.map(drop),
+        bob.delete_template("own").await.map(drop),
+        bob.delete_template("web").await.map(drop),
+        bob.build_template(&template("mine", true), archive(&[])).await.map(drop),
+    ] {
+        let (code, error) = refusal(refused.unwrap_err());
+        assert!(matches!(code, ErrorCode::NotFound | ErrorCode::Forbidden), "{error}");
+    }
+    // The user's own templates come first, and can begin with the public one.
+    let child = BuildTemplate {
+        template: Some("web".to_owned()),
+        steps: vec![run("echo and of bob >>~/file")],
+        ..template("web", false)
+    };
+    built(&bob, &child, &[]).await;
+    let two = bob.create(&of_template("web")).await.unwrap();
+    assert_eq!(shell(&bob, &two.name, "cat ~/file").await, "of the admin\nand of bob\n");
+
+    // Sandboxes outlive the template.
+    client.delete_template("web").await.unwrap();
+    assert_eq!(shell(&bob, &one.name, "cat ~/file").await, "of the admin\n");
+    assert_eq!(bob.list_templates().await.unwrap().len(), 1);
+    bob.delete_template("web").await.unwrap();
+    assert_eq!(bob.list_templates().await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn failed_builds_of_templates_say_why_and_leave_nothing() {
     if !needs(Feature::SavedMemory) {
         return;

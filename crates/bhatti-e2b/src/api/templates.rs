@@ -265,6 +265,7 @@ fn request(
         shell: SHELL.map(str::to_owned).to_vec(),
         aliases: aliases.to_vec(),
         annex: Some(annex::of_build(&build.id)),
+        public: false,
     };
     Ok((request, steps))
 }
@@ -319,10 +320,13 @@ pub(super) async fn alias(
     Id(name): Id,
 ) -> Result<Response, Error> {
     let (own, _) = annex::split(&name);
-    if rows(&e2b, owner, own)?.is_empty() {
-        return Err(no_template(&name));
-    }
-    Ok(axum::Json(json!({ "templateID": own, "public": false })).into_response())
+    let rows = rows(&e2b, owner, own)?;
+    let Some(row) = rows.first() else { return Err(no_template(&name)) };
+    Ok(axum::Json(json!({ "templateID": own, "public": row.public })).into_response())
+}
+
+fn not_owned(row: &TemplateRow) -> Error {
+    Error::forbidden(format!("template {:?} is the admin's", row.name.as_str()))
 }
 
 fn no_template(name: &str) -> Error {
@@ -360,6 +364,9 @@ pub(super) async fn add_tags(
     Json(Tags { target, tags, .. }): Json<Tags>,
 ) -> Result<Response, Error> {
     let row = find(&e2b, owner, &target)?;
+    if row.owner != owner {
+        return Err(not_owned(&row));
+    }
     let (name, _) = annex::split(row.name.as_str());
     let names = names(name, &tags)?;
     let named = e2b.0.control.tag_template(&row, names).await;
@@ -379,7 +386,7 @@ pub(super) async fn remove_tags(
     for tag in &tags {
         found.push(find(&e2b, owner, &format!("{own}:{tag}"))?);
     }
-    delete_rows(&e2b, found).await?;
+    delete_rows(&e2b, owner, found).await?;
     Ok(status::NO_CONTENT)
 }
 
@@ -412,11 +419,16 @@ pub(super) async fn delete(e2b: &E2b, owner: UserId, name: &str) -> Result<(), E
     };
     // A tag, or an id.
     let deleted = if deleted.is_empty() { vec![find(e2b, owner, name)?] } else { deleted };
-    delete_rows(e2b, deleted).await
+    delete_rows(e2b, owner, deleted).await
 }
 
-async fn delete_rows(e2b: &E2b, rows: Vec<TemplateRow>) -> Result<(), Error> {
-    for row in rows {
+/// Deletes the rows that are the owner's own, if there is one.
+async fn delete_rows(e2b: &E2b, owner: UserId, rows: Vec<TemplateRow>) -> Result<(), Error> {
+    let (own, public): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| row.owner == owner);
+    if let (true, Some(row)) = (own.is_empty(), public.first()) {
+        return Err(not_owned(row));
+    }
+    for row in own {
         let deleted = e2b.0.control.delete_template(&row).await;
         deleted.map_err(|error| e2b.0.describe.store(error))?;
     }

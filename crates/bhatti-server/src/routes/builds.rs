@@ -69,12 +69,14 @@ pub(crate) async fn build(
     responses((status = 202, body = Operation), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn build_template(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let owner = caller.0;
     let (mut form, allowance) = form(request).await?;
     let build = part(&mut form, "build").await?;
     let build: BuildTemplate = json::parse(&read(build, BUILD_BYTES_MAX).await?)?;
+    templates::check_public(caller, build.public)?;
     let base = build.template.as_deref().map(|name| templates::find(&state, owner, name));
     let request = template_request(build, base.transpose()?)?;
     state.control.check_template(&request).map_err(OperationFailure::from)?;
@@ -225,6 +227,7 @@ fn template_request(
         memory_mb,
         disk_mb,
         no_cache,
+        public,
     } = build;
     if base.is_some() && image.is_some() {
         let message = "a build begins with either an image or a template";
@@ -245,6 +248,7 @@ fn template_request(
         shell: Vec::new(),
         aliases: Vec::new(),
         annex: None,
+        public,
     })
 }
 

@@ -16,7 +16,7 @@ use crate::json::{ApiJson, Json};
 use crate::page::{Page, PageQuery, Paging};
 use crate::status::{ApiError, created};
 
-/// Lists the caller's templates, newest first.
+/// Lists the templates that the caller can use, newest first: the own ones and public ones.
 #[utoipa::path(get, path = "/templates", tag = "templates", params(PageQuery),
     responses((status = 200, body = Vec<Template>), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn list(
@@ -34,10 +34,11 @@ pub(crate) async fn list(
     responses((status = 201, body = Template), (status = "default", body = bhatti_api::ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
-    Extension(Caller(owner)): Extension<Caller>,
+    Extension(caller): Extension<Caller>,
     ApiJson(request): ApiJson<CreateTemplate>,
 ) -> Result<Response, ApiError> {
-    let row = parse(owner, request)?;
+    check_public(caller, request.public)?;
+    let row = parse(caller.0, request)?;
     Ok(created(Json(template(state.control.create_template(row)?))))
 }
 
@@ -60,8 +61,18 @@ pub(crate) async fn delete(
     Extension(Caller(owner)): Extension<Caller>,
     ApiPath(id_or_name): ApiPath<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    state.control.delete_template(&find(&state, owner, &id_or_name)?).await?;
+    let row = find(&state, owner, &id_or_name)?;
+    if row.owner != owner {
+        let message = format!("template `{}` is the admin's", row.name);
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
+    }
+    state.control.delete_template(&row).await?;
     Ok(Json(Deleted { status: "deleted".to_owned() }))
+}
+
+/// Refuses that a user makes a template public.
+pub(super) fn check_public(caller: Caller, public: bool) -> Result<(), ApiError> {
+    if public { caller.require_admin() } else { Ok(()) }
 }
 
 pub(super) fn find(
@@ -87,6 +98,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         secrets: wanted_secrets,
         labels: wanted_labels,
         init,
+        public,
     } = request;
     let image = image.as_deref().unwrap_or(DEFAULT_IMAGE);
     let cpus = cpus.map_or(Ok(CpuCount::ONE), CpuCount::try_from);
@@ -105,6 +117,7 @@ fn parse(owner: UserId, request: CreateTemplate) -> Result<TemplateRow, ApiError
         init: check_init(init)?.unwrap_or_default(),
         snapshot: None,
         annex: None,
+        public,
         created_at: String::new(),
     })
 }
@@ -122,6 +135,7 @@ fn template(row: TemplateRow) -> Template {
         labels: row.labels.into_map(),
         init: row.init,
         is_warm: row.snapshot.is_some(),
+        public: row.public,
         created_at: row.created_at,
     }
 }

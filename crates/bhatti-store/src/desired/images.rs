@@ -521,6 +521,7 @@ mod tests {
             secrets: Vec::new(),
             snapshot: None,
             annex: None,
+            public: false,
             init: String::new(),
             created_at: String::new(),
         };

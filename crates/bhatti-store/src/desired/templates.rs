@@ -14,7 +14,7 @@ use crate::{
     is_taken, now, parse_secrets, parsed, secrets_text, sound_rows, to_json,
 };
 
-const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib, snapshot_id, annex";
+const COLUMNS: &str = "id, owner, name, image, cpus, memory_mib, environment, labels, secrets, init, created_at, disk_mib, snapshot_id, annex, public";
 
 /// The maximum number of templates of one user.
 const TEMPLATES_MAX: u32 = 200;
@@ -48,6 +48,8 @@ pub struct TemplateRow {
     pub snapshot: Option<SnapshotId>,
     /// What a second API keeps with the template. The store does not read it.
     pub annex: Option<String>,
+    /// Whether all users can create sandboxes from it.
+    pub public: bool,
     /// When the template was created (RFC 3339); the store sets it.
     pub created_at: String,
 }
@@ -117,37 +119,56 @@ impl Store {
         })
     }
 
-    /// Returns the template of `owner` with this id or name.
+    /// Returns the template with this id or name that `user` can use: an own one, or else a public
+    /// one.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
     pub fn find_template(
         &self,
-        owner: UserId,
+        user: UserId,
         id_or_name: &str,
     ) -> Result<Option<TemplateRow>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM templates WHERE owner = ?1 AND (id = ?2 OR name = ?2)
-                 ORDER BY id = ?2 DESC LIMIT 1"
+                "SELECT {COLUMNS} FROM templates
+                 WHERE (owner = ?1 OR public) AND (id = ?2 OR name = ?2)
+                 ORDER BY id = ?2 DESC, owner = ?1 DESC LIMIT 1"
             ))?;
-            let parameters = params![owner.to_string(), id_or_name];
+            let parameters = params![user.to_string(), id_or_name];
             query.query_row(parameters, |row| Ok(read(row))).optional()?.transpose()
         })
     }
 
-    /// Returns the templates of `owner`, newest first.
+    /// Returns the templates that `user` can use, newest first: the own ones, and public ones
+    /// whose names no own one has.
     ///
     /// # Errors
     ///
     /// Returns an error if the store fails.
-    pub fn list_templates(&self, owner: UserId) -> Result<Vec<TemplateRow>, StoreError> {
+    pub fn list_templates(&self, user: UserId) -> Result<Vec<TemplateRow>, StoreError> {
         self.work(|connection| {
             let mut query = connection.prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM templates WHERE owner = ?1 ORDER BY created_at DESC, id"
+                "SELECT {COLUMNS} FROM templates WHERE owner = ?1 OR (public
+                     AND name NOT IN (SELECT name FROM templates WHERE owner = ?1))
+                 ORDER BY created_at DESC, id"
             ))?;
-            sound_rows(&mut query, [owner.to_string()], RowName("template", 0), read)
+            sound_rows(&mut query, [user.to_string()], RowName("template", 0), read)
+        })
+    }
+
+    /// Whether a public template starts from this snapshot.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the store fails.
+    pub fn is_public_snapshot(&self, id: SnapshotId) -> Result<bool, StoreError> {
+        self.work(|connection| {
+            let mut query = connection.prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM templates WHERE snapshot_id = ?1 AND public)",
+            )?;
+            Ok(query.query_row([id.to_string()], |row| row.get(0))?)
         })
     }
 
@@ -198,9 +219,10 @@ fn insert(connection: &Connection, row: &TemplateRow) -> Result<(), TemplateInse
         row.disk.map(DiskMib::get),
         row.snapshot.map(|snapshot| snapshot.to_string()),
         row.annex,
+        row.public,
     ];
     let sql = format!(
-        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"
+        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)"
     );
     match connection.execute(&sql, parameters) {
         Ok(_) => Ok(()),
@@ -241,6 +263,7 @@ fn read(row: &Row<'_>) -> Result<TemplateRow, StoreError> {
         disk: read_disk(row.get(11)?)?,
         snapshot: row.get::<_, Option<String>>(12)?.map(|id| parsed(id.parse())).transpose()?,
         annex: row.get(13)?,
+        public: row.get(14)?,
     })
 }
 
@@ -269,14 +292,24 @@ mod tests {
             init: "echo hi".to_owned(),
             snapshot: Some(SnapshotId::from_entropy([7; 8])),
             annex: Some("{}".to_owned()),
+            public: true,
             created_at: String::new(),
         };
         let inserted = store.insert_template(row.clone()).unwrap();
 
         let found = store.find_template(UserId::ADMIN, "ci").unwrap();
         assert_eq!(found.as_ref(), Some(&inserted));
-        assert_eq!(store.list_templates(UserId::ADMIN).unwrap(), [inserted]);
-        assert_eq!(store.find_template(UserId::from_entropy([1; 8]), "ci").unwrap(), None);
+        let listed = store.list_templates(UserId::ADMIN).unwrap();
+        assert_eq!(listed.as_slice(), std::slice::from_ref(&inserted));
+        let other = UserId::from_entropy([1; 8]);
+        assert_eq!(store.find_template(other, "ci").unwrap(), Some(inserted.clone()));
+        assert_eq!(store.list_templates(other).unwrap(), [inserted]);
+        assert!(store.is_public_snapshot(SnapshotId::from_entropy([7; 8])).unwrap());
+        let private = TemplateRow { public: false, ..row.clone() };
+        store.replace_templates(&[private]).unwrap();
+        assert_eq!(store.find_template(other, "ci").unwrap(), None);
+        assert_eq!(store.list_templates(other).unwrap(), []);
+        assert!(!store.is_public_snapshot(SnapshotId::from_entropy([7; 8])).unwrap());
         let again = TemplateRow { id: TemplateId::from_entropy([2; 8]), ..row.clone() };
         let taken = store.insert_template(again);
         assert!(matches!(taken, Err(TemplateInsertError::NameTaken(_))));

@@ -214,12 +214,21 @@ fn announce(state: &AppState, data_dir: &Path, started: Instant) {
     info!(data_dir = %data_dir.display(), engine = engine.name, accelerator = engine.accelerator_name(), startup_ms, "Daemon ready");
 }
 
+/// Takes the lock of the data directory if no daemon runs on it.
+pub(super) fn try_lock(data_dir: &Path) -> io::Result<Option<File>> {
+    let file = open_lock(data_dir)?;
+    Ok(take(&file)?.then_some(file))
+}
+
+fn open_lock(data_dir: &Path) -> io::Result<File> {
+    fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))
+}
+
 /// Takes the lock that makes this the only daemon on the data directory. The lock ends with the
 /// process, however the process ends, or a moment later: a child that the process was starting
 /// holds a copy until the child executes another program.
 async fn lock(data_dir: &Path) -> Result<File, CliError> {
-    let mut file =
-        fs::OpenOptions::new().create(true).append(true).open(data_dir.join("daemon.lock"))?;
+    let mut file = open_lock(data_dir)?;
     if !take(&file)? {
         info!("Waiting for another daemon to release the lock");
         let taken = timeout(LOCK_LIMIT, async {

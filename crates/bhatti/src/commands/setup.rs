@@ -1,5 +1,6 @@
 //! `bhatti setup`.
 
+mod interpreter;
 pub(super) mod progress;
 
 use std::path::PathBuf;
@@ -37,11 +38,15 @@ pub(crate) struct Setup {
     /// Also build the image `builder`, which builds images from Dockerfiles
     #[arg(long)]
     builder: bool,
+    /// Also build the image `code-interpreter` and the template `code-interpreter-v1`, in which
+    /// E2B's package of that name runs code
+    #[arg(long)]
+    code_interpreter: bool,
     /// CA certificate (PEM) that images built from now on trust (repeatable); to remove one,
     /// delete its file from images/ca-certificates in the data directory
     #[arg(long, value_name = "FILE")]
     ca_certificate: Vec<PathBuf>,
-    /// Do not make a base snapshot now; the first `create` makes it
+    /// Do not make a base snapshot or a template now; the first `create` makes the base snapshot
     #[arg(long)]
     no_template: bool,
 }
@@ -77,6 +82,7 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
         lohar: paths::lohar()?,
         dev: arguments.dev,
         builder: arguments.builder,
+        interpreter: arguments.code_interpreter,
         ca_certificates: arguments.ca_certificate,
     };
     let store = ImageStore::new(&context.data_dir);
@@ -84,6 +90,9 @@ async fn build(context: &Context, arguments: Setup) -> Result<(), CliError> {
         with_progress(context.output, async |progress| set_up(&store, &options, progress).await);
     result.await.map_err(|error| CliError::of(&error))?;
     warm_up(context, arguments.no_template).await?;
+    if arguments.code_interpreter && !arguments.no_template {
+        interpreter::build_template(context).await?;
+    }
     let images = store.images().map_err(|error| CliError::of(&error))?;
     let directory = store.directory().display().to_string();
     context.output.show(&json!({ "images": images, "directory": directory }), |_| {

@@ -68,6 +68,9 @@ pub(crate) struct Create {
     /// Script to run when a sandbox is ready
     #[arg(long, value_name = "SCRIPT")]
     init: Option<String>,
+    /// Let all users create sandboxes from it (only the admin can)
+    #[arg(long)]
+    public: bool,
 }
 
 #[derive(Debug, Args)]
@@ -87,10 +90,13 @@ pub(crate) struct Build {
     /// Run all steps, also those whose results are in the cache
     #[arg(long)]
     no_cache: bool,
+    /// Let all users create sandboxes from it (only the admin can)
+    #[arg(long)]
+    public: bool,
 }
 
 async fn build(context: &Context, arguments: Build) -> Result<(), CliError> {
-    let Build { name, file, directory, pull, no_cache } = arguments;
+    let Build { name, file, directory, pull, no_cache, public } = arguments;
     let shown = file.display();
     let text = std::fs::read_to_string(&file)
         .map_err(|error| CliError::new(format!("failed to read `{shown}`: {error}")))?;
@@ -100,6 +106,7 @@ async fn build(context: &Context, arguments: Build) -> Result<(), CliError> {
         name,
         pull: Some(pull.as_str().to_owned()),
         no_cache: no_cache || steps.no_cache,
+        public: public || steps.public,
         ..steps
     };
     let client = &context.client;
@@ -142,6 +149,7 @@ pub(crate) async fn run(context: &Context, command: Template) -> Result<(), CliE
                 secrets: arguments.secret,
                 labels: arguments.label.into_iter().collect(),
                 init: arguments.init,
+                public: arguments.public,
             };
             let made = client.create_template(&request).await?;
             output.show_made(&made, (&made.id, &made.name), |made| {
@@ -175,6 +183,9 @@ fn describe(template: &Listed) -> Vec<(&'static str, Cell)> {
     ];
     if template.is_warm {
         facts.push(("warm", "starts from a snapshot with running processes".into()));
+    }
+    if template.public {
+        facts.push(("public", "all users can create sandboxes from it".into()));
     }
     facts.extend(template.labels.iter().map(|label| ("label", variable(label))));
     facts.extend(template.secrets.iter().map(|secret| ("secret", secret.into())));

@@ -1,0 +1,5 @@
+"""Starts the server."""
+
+from .server import main
+
+main()
