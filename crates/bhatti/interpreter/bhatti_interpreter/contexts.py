@@ -162,11 +162,12 @@ class Contexts:
 
     async def prepare(self):
         """Makes the contexts that everyone expects."""
+        spare = asyncio.create_task(self._runners.prepare())
         first = await self._runners.first()
         python = await self._add(Context("python", HOME, self._runners), first)
         javascript = await self.make("javascript", None)
         self._usual = {it.language: it for it in (python, javascript)}
-        await self._runners.prepare()
+        await spare
 
     async def make(self, language, directory):
         context = Context(language_of(language), directory or HOME, self._runners)
