@@ -173,12 +173,18 @@ def test_bad_requests_are_refused(sandbox):
         (b"[]", "not a JSON object"),
         (b"{}", "`code`"),
         (b'{"code": 1}', "`code`"),
+        (rb'{"code": "\ud800"}', "`code`"),
+        (rb'{"code": "", "env_vars": {"A": "\u0000"}}', "`env_vars`"),
         (b'{"code": "", "env_vars": {"A": 1}}', "`env_vars`"),
         (b'{"code": "", "context_id": "x", "language": "js"}', "not both"),
         (b'{"code": "", "language": "cobol"}', "cobol"),
+        (b'{"code": "", "language": 1}', "`language`"),
+        (b'{"code": "", "context_id": ["x"]}', "`context_id`"),
     ]:
         code, said = status(sandbox, "/execute", body)
         assert code == 400 and message in said, (body, said)
+    for body in (b'{"language": {}}', b'{"cwd": 1}', b'{"cwd": "/tmp\\u0000"}'):
+        assert status(sandbox, "/contexts", body)[0] == 400, body
     assert status(sandbox, "/none", b"{}")[0] == 404
 
 
@@ -214,6 +220,10 @@ def test_bash_keeps_its_state(sandbox):
     with pytest.raises(TimeoutException):
         bash("sleep 1000", timeout=2)
     assert bash("echo $x").logs.stdout == ["5\n"]
+    # Code that goes on after an interrupt is killed.
+    with pytest.raises(TimeoutException):
+        bash("trap '' INT; while :; do sleep 1; done", timeout=2)
+    assert bash("echo [$x]").logs.stdout == ["[]\n"]
     assert "status 3" in bash("exit 3").error.value
     assert bash("echo [$x]").logs.stdout == ["[]\n"]
 

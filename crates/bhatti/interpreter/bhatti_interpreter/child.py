@@ -20,7 +20,7 @@ class Child:
     """A child process, its output, and the answers that it writes to a pipe of its own.
 
     Its pipes are read at all times, so that it does not stop when it writes between executions.
-    What it writes then is thrown away, as nobody has asked for it.
+    What it writes then is thrown away: no client waits for it.
     """
 
     def __init__(self, argv, directory, reads_requests_from_stdin):

@@ -78,6 +78,9 @@ class Context:
         self._runner = None
         # One execution at a time; the others wait.
         self._turn = asyncio.Lock()
+        # One start or end at a time.
+        self._changing = asyncio.Lock()
+        self._is_removed = False
 
     def described(self):
         return {"id": self.id, "language": self.language, "cwd": self.directory}
@@ -93,8 +96,9 @@ class Context:
         """
         async with self._turn:
             try:
-                if self._runner is not None and self._runner.is_over:
-                    await self.start()
+                async with self._changing:
+                    if self._runner is not None and self._runner.is_over:
+                        await self.start()
             except BadContext as problem:
                 yield error("BadContext", str(problem))
                 return
@@ -114,11 +118,18 @@ class Context:
 
     async def restart(self):
         """Forgets the state. An execution that runs ends with an error."""
-        await self.end()
-        await self.start()
+        async with self._changing:
+            if not self._is_removed:
+                await self._end()
+                await self.start()
 
-    async def end(self):
-        """Ends what runs the code. An execution that runs ends with an error."""
+    async def remove(self):
+        """Ends what runs the code, for good. An execution that runs ends with an error."""
+        self._is_removed = True
+        async with self._changing:
+            await self._end()
+
+    async def _end(self):
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.end()
@@ -200,4 +211,4 @@ class Contexts:
         del self._all[context.id]
         if self._usual.get(context.language) is context:
             del self._usual[context.language]
-        await context.end()
+        await context.remove()

@@ -175,10 +175,14 @@ class Spare:
         starting = self.prepare()
         self._starting = None
         try:
-            kernel = await starting
+            kernel = await asyncio.shield(starting)
             if kernel.is_over or not await kernel.is_alive():
                 kernel = await started(HOME)
             await kernel.move(directory)
+        except asyncio.CancelledError:
+            # The client has gone. The kernel stays for the next one.
+            self._starting = starting
+            raise
         finally:
             self.prepare()
         return kernel

@@ -10,8 +10,8 @@ import zmq
 from .environment import Environment
 from .formats import register
 
-# Nobody attaches a debugger, whose package takes a quarter of the time in which a kernel starts.
-# Code can import it all the same.
+# Clients cannot attach a debugger, and loading its package takes a quarter of a kernel's start.
+# Users' code can import it all the same.
 sys.modules["debugpy"] = None
 from ipykernel.ipkernel import IPythonKernel  # noqa: E402
 from ipykernel.kernelapp import IPKernelApp  # noqa: E402

@@ -1,5 +1,6 @@
 """Languages whose code runs in a child process of the server."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -15,6 +16,9 @@ SHELL = ["bash", "--noprofile", "--norc", "--noediting", "-i", "+H"]
 
 # Gives the descriptor of answers a number that code does not use.
 REDIRECT = 'exec 250>&{answers} {answers}>&-; exec "$@"'
+
+# How long interrupted code may take to end, in seconds.
+INTERRUPT_LIMIT = 10
 
 NODE_PROGRAM = os.path.join(os.path.dirname(__file__), "javascript.js")
 
@@ -38,6 +42,8 @@ class Program:
         self._all_changes = {}
         self._change = {}
         self._count = 0
+        # Whether the child has a request that it has not answered.
+        self._is_busy = False
 
     async def start_child(self):
         """Returns a new child."""
@@ -64,6 +70,7 @@ class Program:
                 self._child = await self.start_child()
                 self._change = dict(self._all_changes)
             change, self._change = self._change, {}
+            self._is_busy = True
             await self._child.send(self.request(code, change))
             async for line in self._lines():
                 yield line
@@ -73,11 +80,19 @@ class Program:
             self._note(self._environment.after(variables))
 
     async def interrupt(self):
-        """Interrupts the code, and waits until it has ended."""
-        if self._child is not None:
-            self._child.interrupt()
-            async for _ in self._lines():
-                pass
+        """Interrupts the code, and waits until it has ended.
+
+        Kills a child that goes on: a late answer would be taken for that of the next request.
+        """
+        if self._child is None or not self._is_busy:
+            return
+        self._child.interrupt()
+        try:
+            async with asyncio.timeout(INTERRUPT_LIMIT):
+                async for _ in self._lines():
+                    pass
+        except TimeoutError:
+            await self.end()
 
     async def end(self):
         """Ends the child."""
@@ -102,14 +117,17 @@ class Program:
                 yield output(kind, text)
                 continue
             lines, has_ended = self.answered(text)
+            if has_ended:
+                self._is_busy = False
+                child.rest()
             for line in lines:
                 yield line
             if has_ended:
-                child.rest()
                 return
 
     def _gone(self):
         child, self._child = self._child, None
+        self._is_busy = False
         status = child.end()
         return error("Exit", f"{self.language} ended with status {status}; its state is gone")
 
@@ -126,10 +144,14 @@ class Bash(Program):
     async def start_child(self):
         argv = ["bash", "-c", REDIRECT, "bash", *SHELL]
         child = Child(argv, self._directory, reads_requests_from_stdin=True)
-        await child.send("PS1= PS2= PROMPT_COMMAND=\n" + ANSWER)
-        # What a shell says that has no terminal.
-        while (await child.next_event())[0] not in ("answer", "end"):
-            pass
+        try:
+            await child.send("PS1= PS2= PROMPT_COMMAND=\n" + ANSWER)
+            # What a shell says that has no terminal.
+            while (await child.next_event())[0] not in ("answer", "end"):
+                pass
+        except asyncio.CancelledError:
+            child.end()
+            raise
         child.rest()
         return child
 

@@ -68,8 +68,11 @@ class AllContexts(Handler):
         body = self.body()
         if body is None:
             return
+        language, directory = body.get("language"), body.get("cwd")
+        if not (is_text(language) and is_text(directory)):
+            return self.refuse(400, "`language` or `cwd` is not a text")
         try:
-            context = await self.contexts.make(body.get("language"), body.get("cwd"))
+            context = await self.contexts.make(language, directory)
         except BadContext as problem:
             return self.refuse(400, str(problem))
         self.answer(context.described())
@@ -104,8 +107,10 @@ class Execute(Handler):
             return
         context_id, language = body.get("context_id"), body.get("language")
         code, variables = body.get("code"), body.get("env_vars") or {}
-        if not isinstance(code, str):
+        if not is_unicode(code):
             return self.refuse(400, "`code` is not a text")
+        if not (is_text(context_id) and is_text(language)):
+            return self.refuse(400, "`context_id` or `language` is not a text")
         if not is_variables(variables):
             return self.refuse(400, "`env_vars` is not an object of texts")
         if context_id and language:
@@ -140,9 +145,22 @@ class Execute(Handler):
             self._work.cancel()
 
 
+def is_text(value):
+    """Whether a value is a text, or absent. A path with NUL names no file."""
+    return value is None or (is_unicode(value) and "\0" not in value)
+
+
+def is_unicode(value):
+    """Whether a value is a text that can be sent on: JSON may have half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def is_variables(value):
     return isinstance(value, dict) and all(
-        isinstance(text, str) and "\0" not in text for pair in value.items() for text in pair
+        text is not None and is_text(text) for pair in value.items() for text in pair
     )
 
 
