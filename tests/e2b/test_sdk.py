@@ -73,9 +73,9 @@ def send(path, body, headers, method):
         return error.code, error.read()
 
 
-def api(method, path, body=None):
+def api(method, path, body=None, headers=None):
     """Sends a request to the control plane. Returns status and body."""
-    headers = {"X-API-KEY": os.environ["E2B_API_KEY"], "Content-Type": "application/json"}
+    headers = {"X-API-KEY": os.environ["E2B_API_KEY"], "Content-Type": "application/json", **(headers or {})}
     return send(path, body, headers, method)
 
 
@@ -95,6 +95,29 @@ def test_info_and_lists_find_the_sandbox(sandbox):
     assert ids(metadata={"of": "a b/c"}) == [sandbox.sandbox_id]
     assert ids(metadata={"of": "other"}) == []
     assert sandbox.sandbox_id not in ids(state=[SandboxState.PAUSED])
+
+
+def test_creation_with_an_idempotency_key_is_carried_out_once():
+    key, other = f"key-{uuid.uuid4()}", f"key-{uuid.uuid4()}"
+    first = Sandbox.create("base", timeout=120, metadata={"key": key}, idempotency_key=key)
+    try:
+        again = Sandbox.create("base", timeout=120, metadata={"key": key}, idempotency_key=key)
+        assert again.sandbox_id == first.sandbox_id
+        assert again.commands.run("echo here").stdout == "here\n"
+        with pytest.raises(SandboxException, match="422.*used for another request"):
+            Sandbox.create("base", timeout=121, metadata={"key": key}, idempotency_key=key)
+        # A creation that is refused uses no key up.
+        with pytest.raises(SandboxException, match="404"):
+            Sandbox.create("no-such-template", metadata={"key": key}, idempotency_key=other)
+        found = Sandbox.list(query=SandboxQuery(metadata={"key": key})).next_items()
+        assert [info.sandbox_id for info in found] == [first.sandbox_id]
+    finally:
+        first.kill()
+    body = json.dumps({"templateID": "base", "timeout": 121, "metadata": {"key": key}}).encode()
+    status, answer = api("POST", "/v2/sandboxes", body, {"Idempotency-Key": key})
+    assert (status, json.loads(answer)["error_code"]) == (422, "idempotency_request_mismatch")
+    status, answer = api("POST", "/v2/sandboxes", body, {"Idempotency-Key": "x" * 256})
+    assert status == 400 and "Idempotency-Key" in json.loads(answer)["message"]
 
 
 def test_list_has_pages(sandbox):

@@ -14,6 +14,7 @@ use crate::status;
 pub struct Error {
     status: StatusCode,
     message: String,
+    name: Option<&'static str>,
     retry_after: Option<Duration>,
     /// The sandbox and port of an error of the proxy.
     sandbox: Option<(String, Option<u16>)>,
@@ -22,7 +23,13 @@ pub struct Error {
 impl Error {
     /// An error with an HTTP status.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), retry_after: None, sandbox: None }
+        Self { status, message: message.into(), name: None, retry_after: None, sandbox: None }
+    }
+
+    /// Sets the name of the error, for clients that tell errors of one status apart.
+    #[must_use]
+    pub fn named(self, name: &'static str) -> Self {
+        Self { name: Some(name), ..self }
     }
 
     /// Sets the delay after which a retry makes sense.
@@ -88,6 +95,9 @@ impl Error {
     /// The body.
     pub(crate) fn json(&self) -> serde_json::Value {
         let mut body = json!({ "code": self.status.as_u16(), "message": self.message });
+        if let Some(name) = self.name {
+            body["error_code"] = json!(name);
+        }
         if let Some((id, port)) = &self.sandbox {
             body["sandboxId"] = json!(id);
             if let Some(port) = port {
@@ -101,13 +111,13 @@ impl Error {
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.json())).into_response();
+        // Without this header, SDKs decide by the status and repeat requests that would fail again.
+        let repeat = if self.retry_after.is_some() { "true" } else { "false" };
+        response.headers_mut().insert("should-retry", HeaderValue::from_static(repeat));
         if let Some(wait) = self.retry_after {
             // SDKs read whole seconds.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
             response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
-        } else {
-            // Without this header, SDKs repeat requests that would fail again.
-            response.headers_mut().insert("should-retry", HeaderValue::from_static("false"));
         }
         response
     }

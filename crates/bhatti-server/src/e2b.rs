@@ -12,7 +12,7 @@ use bhatti_api::ErrorCode;
 use bhatti_control::{CreateError, ForkError, OperationFailure, SnapshotOpError};
 use bhatti_e2b::{Describe, ENVD_PORT, Error, Place};
 use bhatti_edge::{
-    Admitted, OF_STRANGERS_BYTES, Permit, drain, end_input_with_key, end_with_key, hold,
+    Admitted, Identity, OF_STRANGERS_BYTES, Permit, drain, end_input_with_key, end_with_key, hold,
 };
 use bhatti_node::UseError;
 use bhatti_store::{SandboxRow, StoreError};
@@ -20,6 +20,7 @@ use futures_util::{StreamExt, stream};
 use http_body_util::BodyExt;
 
 use crate::auth::{self, Caller};
+use crate::idempotency::Once;
 use crate::metrics::Measured;
 use crate::rates::Kind;
 use crate::status::{ApiError, status};
@@ -36,7 +37,11 @@ fn plain(error: impl Into<ApiError>) -> Error {
         ErrorCode::QuotaExceeded => ErrorCode::RateLimited,
         code => code,
     };
-    Error::new(status(code), error.message).retry_after(wait)
+    let plain = Error::new(status(code), error.message).retry_after(wait);
+    match code {
+        ErrorCode::IdempotencyMismatch => plain.named("idempotency_request_mismatch"),
+        _ => plain,
+    }
 }
 
 impl Describe for AsNative {
@@ -122,16 +127,35 @@ async fn control_plane(
     auth::check_scope(&identity, &request).map_err(plain)?;
     request.extensions_mut().insert(Caller(identity.user()));
     let request = request.map(|body| end_input_with_key(body, &identity));
-    state.rates.check_kind(identity.user(), kind(&request)).map_err(plain)?;
+    let kind = kind(&request);
+    state.rates.check_kind(identity.user(), kind).map_err(plain)?;
     let request = concurrency::limit(state, request).map_err(plain)?;
     let permit = request.extensions().get::<Arc<Permit>>().cloned();
     let mut response = tokio::select! {
         biased;
         () = identity.ended() => return Err(plain(ended_key())),
-        response = state.e2b.control_plane(&identity, request) => response,
+        answered = answer_once(state, &identity, kind, request) => answered?,
     };
     response.extensions_mut().insert(Admitted);
     Ok(response.map(|body| hold(end_with_key(body, &identity), permit)))
+}
+
+/// Answers a request to the control plane. One that creates something and has an idempotency key
+/// is carried out once.
+async fn answer_once(
+    state: &AppState,
+    identity: &Identity,
+    kind: Kind,
+    request: Request,
+) -> Result<Response, Error> {
+    let once = match kind {
+        Kind::Create => Once::of(identity.user(), &request, "e2b ").map_err(plain)?,
+        _ => None,
+    };
+    let Some(once) = once else { return Ok(state.e2b.control_plane(identity, request).await) };
+    let (e2b, identity) = (state.e2b.clone(), identity.clone());
+    let answer = async move |request| e2b.control_plane(&identity, request).await;
+    once.run(state, request, answer).await.map_err(plain)
 }
 
 /// Receives files for the steps of a template. The token names their owner.
